@@ -1,0 +1,100 @@
+"""PackedBatch: the one structure that crosses from the data to the model.
+
+All rows of all samples lie end to end; there is no padding and no attention mask.
+
+Dimensions: N rows, S segments (samples), M key/value rows, V videos, R rows per video (temporal + spatial),
+C channels of the vision tower, L supervised rows.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Which key/value rows each segment of queries attends to: causal, aligned at the segment's last row.
+
+    Attributes:
+        cu_seqlens_q: [S+1] int32, cumulative query rows.
+        max_seqlen_q: rows of the longest query segment.
+        cu_seqlens_k: [S+1] int32, cumulative key rows; the same tensor as `cu_seqlens_q` when `kv_rows` is None.
+        max_seqlen_k: rows of the longest key segment.
+        kv_rows: [M] int64, for each key of each segment the packed row that it is; None: a segment's own rows.
+    """
+
+    cu_seqlens_q: Tensor
+    max_seqlen_q: int
+    cu_seqlens_k: Tensor
+    max_seqlen_k: int
+    kv_rows: Tensor | None = None
+
+    @staticmethod
+    def of_lengths(lengths):
+        """Segments of `lengths` rows, each attending to its own rows."""
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.as_tensor(lengths, dtype=torch.int32), 0, out=cu_seqlens[1:])
+        longest = max(lengths, default=0)
+        return AttentionLayout(cu_seqlens, longest, cu_seqlens, longest)
+
+    def map(self, function):
+        """The same layout with `function` applied to every tensor."""
+        queries = function(self.cu_seqlens_q)
+        keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
+        kv_rows = None if self.kv_rows is None else function(self.kv_rows)
+        return replace(self, cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples laid end to end.
+
+    Attributes:
+        token_ids: [N] int64, text and placeholder ids.
+        positions: [N] int32, rotary position of each row.
+        layout: who attends to whom.
+        video_rows: [V·R] int64, rows that the projected video tokens fill, video by video.
+        features: [V, R, C] fp16/bf16/fp32, one entry per video in the batch.
+        boundary_rows: [2V] int64, rows of <vid_start>, <vid_end>, video by video; empty without those tokens.
+        loss_rows: [L] int64, rows whose output is supervised.
+        targets: [L] int64, the token that each supervised row must predict.
+        sample_ids: for messages about this batch.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    layout: AttentionLayout
+    video_rows: Tensor
+    features: Tensor
+    boundary_rows: Tensor
+    loss_rows: Tensor
+    targets: Tensor
+    sample_ids: list[str] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_supervised(self) -> int:
+        return self.targets.numel()
+
+    def map(self, function):
+        """The same batch with `function` applied to every tensor."""
+        values = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                values[f.name] = function(value)
+            elif isinstance(value, AttentionLayout):
+                values[f.name] = value.map(function)
+        return replace(self, **values)
+
+    def to(self, device, non_blocking=False):
+        """The batch on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """The batch in page-locked memory, from which copies to a GPU overlap with work."""
+        return self.map(Tensor.pin_memory)

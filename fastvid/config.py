@@ -1,0 +1,262 @@
+"""What every command accepts: one frozen dataclass per command, and the parser that fills it.
+
+Flags keep the names of the reference's command line (and so of transformers' ``TrainingArguments``) wherever the
+reference has one. Parsed by ``transformers.HfArgumentParser``; ``--config run.yaml`` supplies defaults that the
+command line overrides.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything that ``--parity reference`` decides. Read where a value applies; nothing else asks about parity.
+
+    Attributes:
+        mask_by_retokenizing: labels are found as the reference finds them, by re-tokenizing prefixes, which masks a
+            whole sample when the count disagrees. Otherwise labels come from the template's own spans.
+        mean_of_means: loss = mean over ranks and micro-batches of each one's token mean. Otherwise the sum over
+            supervised tokens divided by their global count.
+        fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
+        tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
+            and the head (the reference does so by accident). Otherwise the projector alone.
+    """
+
+    mask_by_retokenizing: bool
+    mean_of_means: bool
+    fp32_residual: bool
+    tune_tables_without_start_end: bool
+
+
+POLICIES = {
+    "none": Policy(False, False, False, False),
+    "reference": Policy(True, True, True, True),
+}
+
+
+def _flag(default, help, **metadata):
+    """A dataclass field with its ``--help`` text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What decides the token ids and labels of a sample; shared by training, inspection and validation."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
+    data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files are concatenated."})
+    version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).")
+    video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
+    mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
+    model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
+    num_video_tokens: int | None = _flag(None, "Tokens per video. Default: read from the features, else the tower.")
+    vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
+    parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
+
+    @property
+    def policy(self) -> Policy:
+        return POLICIES[self.parity]
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """``fastvid.train``: the reference's training flags and fastvid's own."""
+
+    output_dir: str = field(kw_only=True, metadata={"help": "Checkpoints, metrics and the final weights go here."})
+    # data
+    data_weights: list[float] = _flag([], "Passes over each --data_path file per epoch (fractions sample).")
+    eval_data_path: list[str] = _flag([], "Validation JSON or JSONL.")
+    lazy_preprocess: bool = _flag(True, "Accepted for compatibility: samples are always tokenized when needed.")
+    dataloader_num_workers: int = _flag(2, "Threads that read features ahead of the step; 0 reads in line.")
+    on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
+    # what is trained
+    tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
+    freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
+    freeze_mm_mlp_adapter: bool = _flag(False, "Freeze the projector.")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector weights to start from (.bin or .safetensors).")
+    mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
+    # precision and memory
+    bf16: bool = _flag(False, "Compute in bf16 over fp32 master weights; without it everything is fp32.")
+    tf32: bool = _flag(False, "Allow TF32 matrix products for fp32 work on Ampere and later.")
+    gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
+    recompute: Literal["auto", "none", "selective", "full"] = _flag(
+        "auto", "Recompute activations in backward; auto does so only when the memory estimate does not fit.")
+    shard: Literal["auto", "full", "none"] = _flag(
+        "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits.")
+    attn_implementation: Literal["auto", "flash", "varlen", "sdpa"] = _flag("auto", "Attention library.")
+    # optimisation
+    num_train_epochs: float = _flag(3.0, "Passes over the data.")
+    max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.")
+    per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.")
+    per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.")
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.")
+    learning_rate: float = _flag(5e-5, "Peak learning rate.")
+    weight_decay: float = _flag(0.0, "AdamW weight decay (not applied to biases and norms).")
+    adam_beta1: float = _flag(0.9, "AdamW beta 1.")
+    adam_beta2: float = _flag(0.999, "AdamW beta 2.")
+    adam_epsilon: float = _flag(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = _flag(1.0, "Clip the global gradient norm to this; 0 does not clip.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _flag(
+        "cosine", "Learning-rate schedule after warm-up.")
+    warmup_ratio: float = _flag(0.0, "Warm-up steps as a share of all steps.")
+    warmup_steps: int = _flag(0, "Warm-up steps; overrides --warmup_ratio when positive.")
+    optim: Literal["adamw", "adamw_torch"] = _flag("adamw", "Optimizer (adamw_torch is the reference's name for it).")
+    seed: int = _flag(42, "Seed of the sample order and of new weights.")
+    # logging, validation, saving
+    evaluation_strategy: Literal["no", "steps", "epoch"] | None = _flag(None, "Older name of --eval_strategy.")
+    eval_strategy: Literal["no", "steps", "epoch"] = _flag("no", "When to validate.")
+    eval_steps: int = _flag(500, "Steps between validations.")
+    logging_steps: int = _flag(10, "Steps between log lines.")
+    save_strategy: Literal["no", "steps", "epoch"] = _flag("steps", "When to save a checkpoint.")
+    save_steps: int = _flag(500, "Steps between checkpoints.")
+    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints.")
+    resume: Literal["auto", "never"] = _flag("auto", "auto: go on from the newest valid checkpoint in --output_dir.")
+    report_to: list[str] = _flag(["tensorboard"], "tensorboard or none; metrics.jsonl is always written.")
+    disable_tqdm: bool = _flag(False, "No progress bar.")
+    dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
+
+
+@dataclass(frozen=True)
+class InspectConfig(TrainConfig):
+    """``fastvid inspect``: takes the training command line; shows what the model will see."""
+
+    output_dir: str = field(default="", kw_only=True, metadata={"help": "Ignored: accepted with a training command."})
+    index: int | None = _flag(None, "Show this record only.")
+    json: bool = _flag(False, "One JSON line per record.")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """``fastvid convert``: VideoInstruct JSON to training JSON."""
+
+    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL: records of q, a, video_id."})
+    output_json_file: str = field(metadata={"help": "Training JSON (or JSONL, by its ending)."})
+    clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
+    on_bad: Literal["error", "drop"] = _flag("error", "What a malformed record does; drops are counted and listed.")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """``fastvid extract``: videos to feature files."""
+
+    video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
+    clip_feat_path: str = field(metadata={"help": "Folder that receives one feature file per video."})
+    infer_batch: int = _flag(32, "Frames per pass of the tower; every pass is padded to this size.")
+    llava: Literal["1.1", "1.5"] = _flag("1.5", "1.1: 224-pixel tower (Video-ChatGPT); 1.5: 336-pixel.")
+    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
+    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
+    dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
+        None, "Precision of the tower. Default: float16 on a GPU, float32 on a CPU.")
+    device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
+    max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.")
+    timeout: float = _flag(600.0, "Seconds after which a video's decoding is given up.")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """``fastvid chat``: questions about videos."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
+    projector: str | None = _flag(None, "Trained projector (.bin, .safetensors or a checkpoint folder).")
+    video: str | None = _flag(None, "A video, a feature file, or a folder of either.")
+    question: list[str] = _flag([], "Questions (repeat the flag, or several after one).")
+    questions_file: str | None = _flag(None, "JSONL of {video, question}; answers are printed as JSONL.")
+    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the model's own setting.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] = _flag(
+        "pg-video-llava", "System text and template of the prompt.")
+    mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
+    temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.")
+    max_new_tokens: int = _flag(1024, "Longest answer.")
+    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
+    bf16: bool = _flag(False, "Compute in bf16.")
+    device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
+    seed: int = _flag(0, "Seed of sampling.")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """``fastvid export``: a checkpoint to the reference's or Hugging Face's format."""
+
+    checkpoint: str = field(metadata={"help": "checkpoint-N folder, or an output_dir (its newest checkpoint)."})
+    output: str = field(metadata={"help": "File (projector) or folder (hf) to write."})
+    format: Literal["projector", "llama", "llava"] = _flag(
+        "projector", "projector: mm_projector.bin or .safetensors by ending; llama: LLaVA-1.5 layout that "
+        "LlamaForCausalLM loads; llava: LlavaForConditionalGeneration.")
+    model_name_or_path: str | None = _flag(None, "Starting weights. Default: those the checkpoint was trained from.")
+    vision_tower: str | None = _flag(None, "Tower to include (format llava). Default: the model's own setting.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _flag("float32", "Precision of the exported weights.")
+
+
+class _Store(argparse.Action):
+    """Store a value; a list flag that is given again on the command line adds to what it was given before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = namespace.__dict__.setdefault("_given", set())
+        if isinstance(values, list) and self.dest in given:
+            values = getattr(namespace, self.dest) + values
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def parse(config_class, argv=None):
+    """Fill `config_class` from the command line, with ``--config file.yaml`` underneath.
+
+    Args:
+        config_class: one of this file's dataclasses.
+        argv: arguments without the program's name; None reads ``sys.argv``.
+
+    Raises:
+        SystemExit: code 2 and one line that names an unknown flag and its nearest known one, or a bad value.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names, **options):
+            return super().add_argument(*names, **{"action": _Store, **options})
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = Parser(config_class, allow_abbrev=False, usage=usage, description=config_class.__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it.")
+
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    settings = _read_settings(parser, argv) if "--config" in flags else {}
+    given = {flag[2:].replace("-", "_") for flag in flags}
+    argv = [word for name, value in settings.items() if name not in given for word in _words(name, value)] + argv
+    known = list(parser._option_string_actions)
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            parser.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    namespace = parser.parse_args(argv)
+    return config_class(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(config_class)})
+
+
+def _read_settings(parser, argv):
+    """The YAML file behind ``--config``, as a dict of flag names and values."""
+    import yaml
+
+    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--config")
+    path = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"--config {path}: expected `flag: value` lines, found {type(settings).__name__}")
+    return {str(name): value for name, value in settings.items() if value is not None}
+
+
+def _words(name, value):
+    """The command-line words that say what one YAML line says."""
+    return [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
