@@ -13,6 +13,24 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class VideoTokens:
+    """Ids of the tokens that stand for a video.
+
+    Attributes:
+        patch: <vid_patch>, the placeholder of one projected row.
+        start, end: <vid_start> and <vid_end>; None without them.
+        vocab_size: tokens of the tokenizer, these included.
+        added: those of the ids that the model folder's tokenizer lacked; their rows are new.
+    """
+
+    patch: int
+    start: int | None
+    end: int | None
+    vocab_size: int
+    added: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """Which key/value rows each segment of queries attends to: causal, aligned at the segment's last row.
 

@@ -122,6 +122,21 @@ class TrainConfig(DataConfig):
     disable_tqdm: bool = _flag(False, "No progress bar.")
     dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
 
+    @property
+    def trainable(self) -> frozenset[str]:
+        """The parts that get a gradient: of "projector", "boundary", "embed", "head" and "decoder".
+
+        The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy).
+        """
+        projector = set() if self.freeze_mm_mlp_adapter else {"projector"}
+        if self.tune_mm_mlp_adapter and self.mm_use_vid_start_end:
+            return frozenset(projector | {"boundary"})
+        if self.tune_mm_mlp_adapter:
+            return frozenset(projector | ({"embed", "head"} if self.policy.tune_tables_without_start_end else set()))
+        if self.freeze_backbone:
+            return frozenset({"embed", "head"})
+        return frozenset(projector | {"embed", "head", "decoder"})
+
 
 @dataclass(frozen=True)
 class InspectConfig(TrainConfig):
