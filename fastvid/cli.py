@@ -1,0 +1,79 @@
+"""``fastvid <command> [flags]``: picks the command, nothing else. Imports no heavy package before a command is known."""
+
+import difflib
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from fastvid import __version__
+
+# name: (module of fastvid, its line in --help), in the order in which a user meets them
+COMMANDS = {
+    "doctor": ("doctor", "what this machine has, and what each absence costs"),
+    "convert": ("convert", "VideoInstruct JSON to training JSON"),
+    "extract": ("extract", "videos to feature files"),
+    "inspect": ("inspection", "what the model will see of each training sample"),
+    "train": ("train", "train (several processes: torchrun -m fastvid.train)"),
+    "export": ("export", "a checkpoint to mm_projector.bin or a Hugging Face folder"),
+    "chat": ("chat", "ask questions about videos"),
+}
+
+
+def run(command: str, argv=None) -> NoReturn:
+    """Run one command and exit with its code; the entry point of scripts and of ``python -m fastvid.<module>``.
+
+    A user's mistake (``ValueError``, ``OSError``) becomes one line on stderr and code 2, Ctrl-C code 130.
+    ``FASTVID_TRACEBACK=1`` shows where the error came from.
+
+    Args:
+        command: a name of `COMMANDS`.
+        argv: its flags; None reads ``sys.argv``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    sys.argv = [f"fastvid {command}", *argv]  # argparse names the program after it
+    try:
+        code = importlib.import_module(f"fastvid.{COMMANDS[command][0]}").main(argv)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of our output left (`| head`): nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
+    except (ValueError, OSError) as error:
+        if os.environ.get("FASTVID_TRACEBACK") == "1":
+            raise
+        print(f"fastvid {command}: error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def main(argv=None) -> NoReturn:
+    """The console script ``fastvid``."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else "--help"
+    if name in COMMANDS:
+        run(name, argv[1:])
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        sys.exit(0)
+    if name == "--version":
+        print(f"fastvid {__version__}")
+        sys.exit(0)
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`fastvid --help` lists the commands"
+    print(f"fastvid: error: unknown command {name}; {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help():
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join([
+        "usage: fastvid <command> [flags]", "", "Fast training of video-chat models.", "",
+        *lines, "", "`fastvid <command> --help` lists a command's flags.",
+    ])
+
+
+if __name__ == "__main__":
+    main()
