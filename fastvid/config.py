@@ -22,6 +22,8 @@ class Policy:
             whole sample when the count disagrees. Otherwise labels come from the template's own spans.
         mean_of_means: loss = mean over ranks and micro-batches of each one's token mean. Otherwise the sum over
             supervised tokens divided by their global count.
+        reference_order: samples come in the order of Hugging Face's Trainer 4.28, which depends on the number of ranks,
+            with a short last batch in each epoch. Otherwise in one stream that does not.
         fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
         tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
             and the head (the reference does so by accident). Otherwise the projector alone.
@@ -29,13 +31,14 @@ class Policy:
 
     mask_by_retokenizing: bool
     mean_of_means: bool
+    reference_order: bool
     fp32_residual: bool
     tune_tables_without_start_end: bool
 
 
 POLICIES = {
-    "none": Policy(False, False, False, False),
-    "reference": Policy(True, True, True, True),
+    "none": Policy(False, False, False, False, False),
+    "reference": Policy(True, True, True, True, True),
 }
 
 
@@ -109,6 +112,7 @@ class TrainConfig(DataConfig):
     warmup_steps: int = _flag(0, "Warm-up steps; overrides --warmup_ratio when positive.")
     optim: Literal["adamw", "adamw_torch"] = _flag("adamw", "Optimizer (adamw_torch is the reference's name for it).")
     seed: int = _flag(42, "Seed of the sample order and of new weights.")
+    full_determinism: bool = _flag(False, "Deterministic CUDA kernels only; a CPU always is.")
     # logging, validation, saving
     evaluation_strategy: Literal["no", "steps", "epoch"] | None = _flag(None, "Older name of --eval_strategy.")
     eval_strategy: Literal["no", "steps", "epoch"] = _flag("no", "When to validate.")

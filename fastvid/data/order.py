@@ -1,0 +1,163 @@
+"""Which samples each step trains on: a pure function of seed, epoch and step, so that resuming needs only the step.
+
+Two orders. fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number
+of ranks. The reference's (``--parity reference``) is what Hugging Face's Trainer
+4.28 does: per-rank sampling, a short last batch in every epoch, leftover micro-batches that spill into the next.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@lru_cache(maxsize=4)
+def epoch_indices(counts, weights, seed, epoch):
+    """Shuffled sample indices of one epoch of the stream.
+
+    Args:
+        counts: tuple, samples of each data file; indices run through the files in order.
+        weights: tuple, passes over each file per epoch; a fraction takes a fresh random part. Empty: one pass each.
+        seed, epoch: decide the shuffle.
+
+    Returns:
+        int64 array of `epoch_length(counts, weights)` indices.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    parts, first = [], 0
+    for count, weight in zip(counts, weights or [1.0] * len(counts)):
+        whole, rest = divmod(round(weight * count), count) if count else (0, 0)
+        parts += [np.arange(first, first + count)] * whole + [first + rng.permutation(count)[:rest]]
+        first += count
+    indices = np.concatenate(parts)
+    rng.shuffle(indices)
+    return indices
+
+
+def epoch_length(counts, weights):
+    """Samples per epoch."""
+    return sum(round(weight * count) for count, weight in zip(counts, weights or [1.0] * len(counts)))
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """One stream of samples in global batches; each rank takes every size-th sample of a micro-batch.
+
+    Attributes:
+        counts, weights: as `epoch_indices` takes them.
+        epochs: passes over the stream; `max_steps` overrides it when positive.
+        batch_size: samples per rank and micro-batch.
+        accumulation: micro-batches per step.
+    """
+
+    counts: tuple[int, ...]
+    weights: tuple[float, ...]
+    epochs: float
+    max_steps: int
+    batch_size: int
+    accumulation: int
+    rank: int
+    size: int
+    seed: int
+
+    @property
+    def samples_per_epoch(self):
+        return epoch_length(self.counts, self.weights)
+
+    @property
+    def samples_per_step(self):
+        return self.batch_size * self.accumulation * self.size
+
+    @property
+    def total_steps(self):
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, math.ceil(self.epochs * self.samples_per_epoch / self.samples_per_step))
+
+    def epoch_after(self, step):
+        """Epochs seen once `step` steps are done."""
+        return min(step * self.samples_per_step, self._total_samples()) / self.samples_per_epoch
+
+    def micro_batches(self, step):
+        """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every rank."""
+        first = step * self.samples_per_step
+        samples = self._stream(first, min(first + self.samples_per_step, self._total_samples()))
+        width = self.batch_size * self.size
+        return [samples[i:i + width][self.rank::self.size].tolist() for i in range(0, len(samples), width)]
+
+    def _total_samples(self):
+        if self.max_steps > 0:
+            return self.max_steps * self.samples_per_step
+        return math.ceil(self.epochs * self.samples_per_epoch)
+
+    def _stream(self, first, last):
+        n = self.samples_per_epoch
+        parts = [epoch_indices(self.counts, self.weights, self.seed, epoch)[max(0, first - epoch * n):last - epoch * n]
+                 for epoch in range(first // n, (last - 1) // n + 1)]
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class ReferenceOrder:
+    """The order of Hugging Face's Trainer 4.28, as the reference runs it. Attributes as in `StreamOrder`."""
+
+    num_samples: int
+    epochs: float
+    max_steps: int
+    batch_size: int
+    accumulation: int
+    rank: int
+    size: int
+    seed: int
+
+    @property
+    def batches_per_epoch(self):
+        return math.ceil(math.ceil(self.num_samples / self.size) / self.batch_size)
+
+    @property
+    def steps_per_epoch(self):
+        return max(1, self.batches_per_epoch // self.accumulation)
+
+    @property
+    def samples_per_step(self):
+        return self.batch_size * self.accumulation * self.size
+
+    @property
+    def total_steps(self):
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
+
+    def epoch_after(self, step):
+        """Epochs seen once `step` steps are done."""
+        return step / self.steps_per_epoch
+
+    def micro_batches(self, step):
+        """This rank's samples in `step` (from 0). Micro-batches left over at an epoch's end open the next one."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        batches = self._batches(epoch)
+        # An epoch shorter than one accumulation steps once, with what it has.
+        chosen = batches[at * self.accumulation:(at + 1) * self.accumulation]
+        if at == 0 and epoch > 0 and self.batches_per_epoch > self.accumulation:
+            chosen = self._batches(epoch - 1)[self.steps_per_epoch * self.accumulation:] + chosen
+        return chosen
+
+    def _batches(self, epoch):
+        indices = reference_indices(self.num_samples, self.rank, self.size, self.seed, epoch)
+        return [indices[i:i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+
+
+@lru_cache(maxsize=4)
+def reference_indices(num_samples, rank, size, seed, epoch):
+    """One rank's sample indices in one epoch: RandomSampler on one rank, DistributedSampler on several."""
+    if size == 1:
+        drawn = torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(int(drawn))
+        for _ in range(epoch):  # the sampler draws a second permutation per epoch and throws it away
+            torch.randperm(num_samples, generator=generator)
+            torch.randperm(num_samples, generator=generator)
+        return torch.randperm(num_samples, generator=generator).tolist()
+    generator = torch.Generator().manual_seed(seed + epoch)
+    indices = torch.randperm(num_samples, generator=generator).tolist()
+    total = math.ceil(num_samples / size) * size
+    return (indices * math.ceil(total / num_samples))[:total][rank::size]
