@@ -1,0 +1,200 @@
+"""Causal attention over packed rows: one function, `attend`, over whichever library the machine has.
+
+Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d channels per head, S segments.
+"""
+
+import importlib
+import inspect
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+
+from fastvid.batch import AttentionLayout
+
+# Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
+FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+
+
+def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout, implementation: str = "auto",
+           *, regather: bool = True) -> Tensor:
+    """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
+
+    Args:
+        q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
+        layout: segments; with `kv_rows`, keys and values are gathered from the packed rows.
+        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "sdpa" (one call per segment), or
+            "auto": the first of these that the tensors allow.
+        regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
+            where the copy lives only during its layer's backward.
+
+    Returns:
+        [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment by segment: repeatable.
+
+    Raises:
+        ValueError: the implementation cannot serve these tensors here; says why.
+    """
+    call = _CALLS[choose_implementation(implementation, q_NHd.device, q_NHd.dtype)]
+    if q_NHd.shape[0] == 0:
+        return q_NHd.clone()
+    if layout.kv_rows is None:
+        return call(q_NHd, k_NKd, v_NKd, layout)
+    keys, values = _Gathered(k_NKd, layout), _Gathered(v_NKd, layout)
+    k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys), _GatherRows.apply(v_NKd, values)
+    with _saving_no_copy(keys, values) if regather else nullcontext():
+        return call(q_NHd, k_MKd, v_MKd, layout)
+
+
+def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The library that `attend` uses for tensors on `device` in `dtype`.
+
+    Raises:
+        ValueError: `implementation` is none, or cannot be used here.
+    """
+    if implementation not in ("auto", *_CALLS):
+        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(_CALLS)}")
+    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle}
+    if implementation == "auto":
+        return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
+    if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
+        raise ValueError(f"attention implementation {implementation!r} is impossible: {reason}; choose auto or sdpa")
+    return implementation
+
+
+def _kernel_obstacle(device, dtype):
+    """Why no FlashAttention kernel can run, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16 only, not {dtype}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+def _flash_obstacle(device, dtype):
+    reason = _kernel_obstacle(device, dtype)
+    return reason or (None if _flash_function() else "no flash-attn package is installed")
+
+
+def _varlen_obstacle(device, dtype):
+    reason = _kernel_obstacle(device, dtype)
+    return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
+
+
+def _find(module, name):
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _flash_function():
+    return next(filter(None, (_find(module, "flash_attn_varlen_func") for module in FLASH_MODULES)), None)
+
+
+def _varlen_function():
+    return _find("torch.nn.attention.varlen", "varlen_attn")
+
+
+def _flash(q_NHd, k_MKd, v_MKd, layout):
+    function = _flash_function()
+    known = inspect.signature(function).parameters
+    lengths = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k}
+    out = function(q_NHd, k_MKd, v_MKd, cu_seqlens_q=layout.cu_seqlens_q, cu_seqlens_k=layout.cu_seqlens_k, causal=True,
+                   **{name: value for name, value in lengths.items() if name in known})
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _varlen(q_NHd, k_MKd, v_MKd, layout):
+    function = _varlen_function()
+    known = inspect.signature(function).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if q_NHd.shape[1] != k_MKd.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            group = q_NHd.shape[1] // k_MKd.shape[1]
+            k_MKd, v_MKd = (x.repeat_interleave(group, dim=1) for x in (k_MKd, v_MKd))
+    return function(q_NHd, k_MKd, v_MKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q,
+                    layout.max_seqlen_k, **options)
+
+
+def _sdpa(q_NHd, k_MKd, v_MKd, layout):
+    gqa = q_NHd.shape[1] != k_MKd.shape[1]
+    q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    outs = []
+    for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
+        q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_NHd[q0:q1], k_MKd[k0:k1], v_MKd[k0:k1]))
+        square = q1 - q0 == k1 - k0
+        # is_causal aligns the first rows; with more keys than queries the last rows must align.
+        mask = None if square or q1 - q0 == 1 else causal_lower_right(q1 - q0, k1 - k0)
+        out_1Hnd = functional.scaled_dot_product_attention(q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square,
+                                                           enable_gqa=gqa)
+        outs.append(out_1Hnd[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+_CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
+
+
+class _Gathered:
+    """Rows of `source` that the segments attend to; gathered when asked for, dropped when their gradient is taken."""
+
+    def __init__(self, source_NKd, layout):
+        self.source_NKd = source_NKd.detach()
+        self.layout = layout
+        self.rows_MKd = None
+        self.storage = None
+
+    def get(self):
+        if self.rows_MKd is None:
+            self.rows_MKd = self.source_NKd.index_select(0, self.layout.kv_rows)
+            self.storage = self.rows_MKd.untyped_storage().data_ptr()
+        return self.rows_MKd
+
+    def drop(self):
+        self.rows_MKd = None
+
+
+class _GatherRows(torch.autograd.Function):
+    """[N, K, d] → [M, K, d]; backward adds segment by segment, within which rows are distinct: no atomics meet."""
+
+    @staticmethod
+    def forward(ctx, source_NKd, gathered):
+        ctx.gathered = gathered
+        return gathered.get()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_MKd):
+        gathered = ctx.gathered
+        gathered.drop()
+        layout = gathered.layout
+        total_NKd = torch.zeros(gathered.source_NKd.shape, dtype=torch.float32, device=grad_MKd.device)
+        bounds = layout.cu_seqlens_k.tolist()
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            total_NKd.index_add_(0, layout.kv_rows[start:stop], grad_MKd[start:stop].float())
+        return total_NKd.to(grad_MKd.dtype), None
+
+
+def _saving_no_copy(*gathered):
+    """Within this context, autograd saves a tensor that lies in a gathered one as its place there."""
+
+    def pack(tensor):
+        storage = tensor.untyped_storage().data_ptr()
+        for each in gathered:
+            if each.storage == storage:
+                return each, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return tensor
+
+    def unpack(saved):
+        if isinstance(saved, Tensor):
+            return saved
+        each, shape, stride, offset = saved
+        return each.get().as_strided(shape, stride, offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,125 @@
+"""Video-ChatGPT / PG-Video-LLaVA: projector, splice, decoder, loss on supervised rows (arXiv:2306.05424, 2311.13435).
+
+Dimensions: N packed rows, D channels of the decoder, V videos, R rows per video, C channels of the vision tower,
+P = V·R projected rows, L supervised rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from fastvid_kernels.splice_video import splice_video
+from torch import Tensor, nn
+
+from fastvid.batch import PackedBatch
+from fastvid.model.decoder import Decoder, DecoderConfig, Linear
+from fastvid.model.loss import linear_cross_entropy
+
+PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model folder says of its model.
+
+    Attributes:
+        mm_hidden_size: channels of the vision tower.
+        projector_type: "linear" (Video-ChatGPT) or "mlp2x_gelu" (LLaVA-1.5).
+        vision_tower: folder or hub id, if the folder names one.
+        initializer_range: standard deviation of new rows.
+    """
+
+    decoder: DecoderConfig
+    mm_hidden_size: int
+    projector_type: str
+    vision_tower: str | None
+    initializer_range: float
+
+
+class Table(nn.Module):
+    """A [rows, D] parameter that its owner reads."""
+
+    def __init__(self, rows: int, channels: int, *, dtype: torch.dtype, trained: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, channels, dtype=dtype), requires_grad=trained)
+
+
+class VideoLlava(nn.Module):
+    """The model. Parameters are uninitialised; `fastvid.model.weights.load_weights` fills them.
+
+    Trained parameters are fp32 masters, cast at use; frozen ones lie in `compute_dtype` and get no gradient.
+
+    Args:
+        config: sizes.
+        trainable: parts that get a gradient, of "projector", "boundary", "embed", "head", "decoder". "boundary" trains
+            the embeddings of <vid_start> and <vid_end> as a [2, D] parameter beside the frozen table.
+        compute_dtype: of matrix products.
+        fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
+        recompute: "none", "selective" or "full"; see `Decoder`.
+        attn_implementation: see `fastvid.model.attention.attend`.
+
+    Raises:
+        ValueError: an unknown part, mode or projector, or "boundary" together with "embed".
+    """
+
+    def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
+                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str = "auto"):
+        super().__init__()
+        trainable = frozenset(trainable)
+        if not trainable <= PARTS:
+            raise ValueError(f"trainable {sorted(trainable - PARTS)}: the parts are {sorted(PARTS)}")
+        if {"boundary", "embed"} <= trainable:
+            raise ValueError('trainable: "boundary" is part of "embed"; choose one')
+        sizes = config.decoder
+        dtypes = {part: torch.float32 if part in trainable else compute_dtype for part in PARTS}
+        self.config = config
+        self.trainable = trainable
+        self.compute_dtype = compute_dtype
+        self.residual_dtype = torch.float32 if fp32_residual else compute_dtype
+
+        self.embed = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["embed"], trained="embed" in trainable)
+        if "boundary" in trainable:
+            self.boundary = Table(2, sizes.hidden_size, dtype=torch.float32, trained=True)
+        self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
+        self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype, recompute=recompute,
+                               attn_implementation=attn_implementation)
+        if not sizes.tie_word_embeddings:
+            self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Cross-entropy summed over the batch's supervised rows, fp32 scalar.
+
+        Its graph reaches every trained parameter, whatever the batch lacks (videos, supervised rows), so that
+        all ranks take part in the same collectives.
+        """
+        h_ND = self.hidden(batch)
+        return linear_cross_entropy(h_ND[batch.loss_rows], self.head_weight, batch.targets)[0]
+
+    def hidden(self, batch: PackedBatch, cache=None) -> Tensor:
+        """Rows after the final norm, [N, D] in the compute dtype."""
+        return self.decoder(self.splice(batch), batch.positions, batch.layout, cache)
+
+    def splice(self, batch: PackedBatch) -> Tensor:
+        """Rows that enter the decoder, [N, D] in the residual dtype."""
+        video_PD = self.projector(batch.features.flatten(0, 1).to(self.compute_dtype))
+        boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
+        return splice_video(batch.token_ids, self.embed.weight, video_PD, batch.video_rows, boundary_2D,
+                            batch.boundary_rows, self.residual_dtype)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """Scores of the next token, [N, vocabulary] fp32."""
+        return (h_ND @ self.head_weight.to(h_ND.dtype).T).float()
+
+    @property
+    def head_weight(self) -> Tensor:
+        return (self.embed if self.config.decoder.tie_word_embeddings else self.head).weight
+
+
+def _projector(config, *, dtype, trained):
+    """From the tower's channels to the decoder's; parameters `0.weight`, `0.bias` (and `2.…`)."""
+    inputs, outputs = config.mm_hidden_size, config.decoder.hidden_size
+    first = Linear(inputs, outputs, bias=True, dtype=dtype, trained=trained)
+    if config.projector_type == "linear":
+        return nn.Sequential(first)
+    if config.projector_type == "mlp2x_gelu":
+        return nn.Sequential(first, nn.GELU(), Linear(outputs, outputs, bias=True, dtype=dtype, trained=trained))
+    raise ValueError(f"projector_type {config.projector_type!r}: choose linear or mlp2x_gelu")
