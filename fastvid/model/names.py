@@ -1,0 +1,89 @@
+"""The names of a model's tensors: ours, those of LLaVA (LLaMA's and ``model.mm_projector``), and those of llava-hf.
+
+Ours fuse what one matrix product computes: ``qkv.weight`` is LLaMA's q, k and v projections one under the other,
+``gate_up.weight`` its gate and up projections. Every other tensor is LLaMA's under a shorter name.
+
+LLaVA's names are the common tongue: each file's keys are brought to them (`standard_name`), and each of our tensors
+is made of them (`tensor_parts`).
+"""
+
+import re
+
+# Keys of llava-hf folders, as transformers 4 (and transformers 5, on disk) and transformers 5 (in memory) spell them,
+# and of projector files without the leading `model.`.
+_RENAMES = [
+    (re.compile(r"^language_model\.(?=model\.|lm_head\.)"), ""),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^(model\.)?multi_modal_projector\.linear_1\."), "model.mm_projector.0."),
+    (re.compile(r"^(model\.)?multi_modal_projector\.linear_2\."), "model.mm_projector.2."),
+    (re.compile(r"^mm_projector\."), "model.mm_projector."),
+]
+# A tower travels apart from the model; inverse frequencies are computed; LLaVA-1.6's image_newline serves images only.
+_NOT_NEEDED = re.compile(r"(^|\.)vision_tower\.|\.rotary_emb\.inv_freq$|(^|\.)image_newline$")
+
+
+def standard_name(key: str) -> str | None:
+    """LLaVA's name of the tensor that a model or projector file calls `key`; None for one that we never need."""
+    if _NOT_NEEDED.search(key):
+        return None
+    for pattern, replacement in _RENAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def llava_hf_name(name: str) -> str:
+    """What llava-hf folders call LLaVA's tensor `name`; every transformers since 4.36 reads these keys."""
+    for pattern, replacement in (
+        (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+        (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+        (r"^(model|lm_head)\.", r"language_model.\1."),
+    ):
+        key, count = re.subn(pattern, replacement, name)
+        if count:
+            return key
+    raise AssertionError(f"{name} is not one of LLaVA's names")
+
+
+def projector_type(names) -> str | None:
+    """"linear" or "mlp2x_gelu", whichever LLaVA's projector tensors among `names` belong to; None without any."""
+    if "model.mm_projector.weight" in names:
+        return "linear"
+    return "mlp2x_gelu" if any(name.startswith("model.mm_projector.") for name in names) else None
+
+
+def projector_parts(projector_type: str) -> dict[str, str]:
+    """Our name → LLaVA's name of each projector tensor, in the order in which the reference saves them."""
+    modules = {"linear": {"0": ""}, "mlp2x_gelu": {"0": "0.", "2": "2."}}[projector_type]
+    return {f"projector.{ours}.{kind}": f"model.mm_projector.{theirs}{kind}"
+            for ours, theirs in modules.items() for kind in ("weight", "bias")}
+
+
+def tensor_parts(config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Our name → [(LLaVA's name, shape), …]: the tensors that lie one under the other in ours, in model order.
+
+    `boundary.weight` is not among them: it holds two rows of the embedding table.
+
+    Args:
+        config: the ModelConfig.
+    """
+    c = config.decoder
+    V, D, F = c.vocab_size, c.hidden_size, c.intermediate_size
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    parts = {"embed.weight": [("model.embed_tokens.weight", (V, D))]}
+    shapes = {"projector.0.weight": (D, config.mm_hidden_size), "projector.2.weight": (D, D)}
+    for ours, theirs in projector_parts(config.projector_type).items():
+        parts[ours] = [(theirs, shapes.get(ours, (D,)))]
+    for i in range(c.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        attention, mlp = theirs + "self_attn.", theirs + "mlp."
+        parts[ours + "input_norm.weight"] = [(theirs + "input_layernorm.weight", (D,))]
+        parts[ours + "qkv.weight"] = [(f"{attention}{which}_proj.weight", (rows, D))
+                                      for which, rows in (("q", queries), ("k", keys), ("v", keys))]
+        parts[ours + "o.weight"] = [(attention + "o_proj.weight", (D, queries))]
+        parts[ours + "post_norm.weight"] = [(theirs + "post_attention_layernorm.weight", (D,))]
+        parts[ours + "gate_up.weight"] = [(mlp + "gate_proj.weight", (F, D)), (mlp + "up_proj.weight", (F, D))]
+        parts[ours + "down.weight"] = [(mlp + "down_proj.weight", (D, F))]
+    parts["decoder.norm.weight"] = [("model.norm.weight", (D,))]
+    if not c.tie_word_embeddings:
+        parts["head.weight"] = [("lm_head.weight", (V, D))]
+    return parts

@@ -1,0 +1,92 @@
+"""The small file that adapter training leaves: the projector, and the embeddings of <vid_start> and <vid_end>.
+
+The reference's form is ``mm_projector.bin``: the whole embedding table, of which two rows were trained, then the
+projector (Video-LLaVA 0c8810f, VideoChatGPTTrainer._save).
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvid.model.names import projector_parts, projector_type, standard_name
+from fastvid.model.weight_files import CheckpointTensors, open_tensors
+
+
+def read_projector(path, tokens=None) -> dict[str, Tensor]:
+    """A trained projector by our names, and "boundary.weight" [2, D] if the file holds start and end embeddings.
+
+    Read are the reference's ``mm_projector.bin`` (an embedding table and ``model.mm_projector.*``), LLaVA's pretrained
+    projectors (``model.`` may lack), the same as ``.safetensors``, and a checkpoint-N folder of adapter training.
+
+    Args:
+        path: file or folder.
+        tokens: VideoTokens; which rows of a whole table are the start's and the end's. None: the projector alone.
+
+    Raises:
+        ValueError: names a file that cannot be read, or a tensor that is missing, unexpected or too small.
+    """
+    path = Path(path)
+    tensors = CheckpointTensors(path) if path.is_dir() else _by_our_names(path)
+    names = set(tensors)
+    other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")))
+    if other:
+        raise ValueError(f"{path} holds more than a projector ({other[0]}, …): it is a checkpoint of a larger part of "
+                         f"the model. Export it (fastvid export --checkpoint {path} --format llama --output FOLDER) "
+                         "and start from that folder.")
+    found = {name: tensors[name] for name in names if name.startswith("projector.")}
+    if tokens is not None and tokens.start is not None:
+        if "boundary.weight" in names:
+            found["boundary.weight"] = tensors["boundary.weight"]
+        elif "embed.weight" in names:
+            found["boundary.weight"] = _boundary_rows(path, tensors["embed.weight"], tokens)
+    return found
+
+
+def _by_our_names(path):
+    """{our name: tensor} of a projector file in LLaVA's names."""
+    file = open_tensors(path)
+    keys = {name: key for key in file if (name := standard_name(key)) is not None}
+    kind = projector_type(keys)
+    if kind is None:
+        raise ValueError(f"{path} holds no projector (mm_projector.weight, or mm_projector.0 and .2): "
+                         f"found {', '.join(list(file)[:4]) or 'nothing'}")
+    ours = {theirs: name for name, theirs in projector_parts(kind).items()}
+    ours["model.embed_tokens.weight"] = "embed.weight"
+    missing = sorted(theirs for theirs in projector_parts(kind).values() if theirs not in keys)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is not a whole projector")
+    return {ours.get(name, name): file[key] for name, key in keys.items()}
+
+
+def _boundary_rows(path, table, tokens):
+    """[2, D]: start and end of an embedding table that is whole, or that holds just those two rows."""
+    if table.dim() == 2 and table.shape[0] == 2:
+        return table
+    if table.dim() != 2 or table.shape[0] <= max(tokens.start, tokens.end):
+        raise ValueError(f"{path}: model.embed_tokens.weight is {list(table.shape)}: it lacks rows {tokens.start} and "
+                         f"{tokens.end} of <vid_start> and <vid_end>; it was trained on another model folder")
+    return table[[tokens.start, tokens.end]]
+
+
+def save_tensors(path, tensors):
+    """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix not in (".bin", ".safetensors"):
+        raise ValueError(f"{path}: a projector file ends in .bin (the reference's form) or .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == ".bin":
+            torch.save(tensors, temporary)
+        else:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
