@@ -162,6 +162,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class ValidateConfig(DataConfig):
+    """``fastvid validate``: takes the data flags of the training command; checks records and feature files."""
+
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={"help": "Accepted, and not read."})
+
+
+@dataclass(frozen=True)
 class ExtractConfig:
     """``fastvid extract``: videos to feature files."""
 

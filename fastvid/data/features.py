@@ -1,0 +1,274 @@
+"""Feature files: one video's [R, C] rows (temporal, then spatial) on disk; and the folder that holds them.
+
+Two formats, by ending:
+    .safetensors  tensor "features" and, as JSON in the metadata, a header that says what they were made of and with.
+    .pkl          the reference's: a pickled numpy array, float16, without a header.
+
+This is the one place that opens a path which a data file names.
+
+Dimensions: R rows per video (num_temporal + P), C channels of the vision tower.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid.data.files import atomic_file
+from fastvid.data.pickled_array import read_array, write_array
+
+SUFFIXES = (".safetensors", ".pkl")  # in the order in which a folder that has both is read
+_TENSOR = "features"
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif")
+_REMEDY = "delete it and extract it again (fastvid extract)"
+
+
+class MissingFeatures(ValueError):
+    """A record's video has no feature file."""
+
+
+def save_features(path, features_RC: Tensor, header: dict):
+    """Write one video's features; `path` leads to the old file or to the whole new one, never to a part.
+
+    Args:
+        path: ends in .safetensors, or in .pkl for the reference's format, which is float16 and keeps no header.
+        features_RC: [R, C] float16, bfloat16 or float32, on any device.
+        header: what JSON can hold; None of it is interpreted here.
+
+    Raises:
+        ValueError: another ending, or no such tensor.
+    """
+    from safetensors.torch import save
+
+    if features_RC.dim() != 2 or not features_RC.numel() or features_RC.dtype not in _DTYPES.values():
+        raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, "
+                         f"not {list(features_RC.shape)} in {str(features_RC.dtype).removeprefix('torch.')}")
+    features_RC = features_RC.detach().cpu().contiguous()
+    suffix = _suffix(path)
+    if suffix == ".pkl":
+        content = write_array(features_RC.to(torch.float16).numpy())
+    else:
+        content = save({_TENSOR: features_RC}, metadata={"header": json.dumps(header)})
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def load_features(path) -> tuple[Tensor, dict]:
+    """Read a feature file; nothing that it holds is executed.
+
+    The values are read, not mapped: a file that is cut short while training runs is an error instead of a crash.
+
+    Returns:
+        [R, C] tensor in the stored dtype, and the header ({} for .pkl).
+
+    Raises:
+        ValueError: no [R, C] float16, bfloat16 or float32 features; damaged, cut short or malicious. Names the file.
+        OSError: the file cannot be opened.
+    """
+    if _suffix(path) == ".pkl":
+        return torch.from_numpy(_read_pickle(path)), {}
+    with open(path, "rb", buffering=0) as file:
+        dtype, shape, header = _read_header(file, path)
+        features_RC = torch.empty(shape, dtype=dtype)
+        if file.readinto(features_RC.view(torch.uint8).numpy()) != features_RC.nbytes:
+            raise ValueError(f"{path} was cut short while it was read; {_REMEDY}")
+    return features_RC, header
+
+
+def probe_features(path) -> tuple[int, int, torch.dtype]:
+    """R, C and dtype of a feature file. Reads the values of a .pkl only, which has no header.
+
+    Raises:
+        ValueError, OSError: as `load_features`.
+    """
+    if _suffix(path) == ".pkl":
+        array_RC = _read_pickle(path)
+        return *array_RC.shape, torch.from_numpy(array_RC).dtype
+    with open(path, "rb", buffering=0) as file:
+        dtype, shape, _ = _read_header(file, path)
+    return *shape, dtype
+
+
+def _suffix(path):
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: a feature file ends in {' or '.join(SUFFIXES)}")
+    return suffix
+
+
+def _read_pickle(path) -> np.ndarray:
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return read_array(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_REMEDY}") from error
+
+
+def _read_header(file, path):
+    """dtype, (R, C) and header of an open .safetensors; leaves `file` at the first value.
+
+    Format: https://github.com/huggingface/safetensors (8 bytes little-endian N, N bytes of JSON, the values).
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError(f"{path} is cut short or no safetensors file; {_REMEDY}")
+    try:
+        table = json.loads(file.read(length))
+        header = json.loads(table.pop("__metadata__", {}).get("header", "{}"))
+        dtype, shape = str(table[_TENSOR]["dtype"]), table[_TENSOR]["shape"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} is no feature file: its header is damaged or has no "{_TENSOR}"; {_REMEDY}') from error
+    match shape:
+        case [int(R), int(C)] if min(R, C) > 0 and dtype in _DTYPES:
+            expected = R * C * _DTYPES[dtype].itemsize
+        case _:
+            raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, not {shape} in {dtype}; "
+                             f"{_REMEDY}")
+    if len(table) != 1 or size - 8 - length != expected:
+        raise ValueError(f"{path} holds {size - 8 - length} bytes of values instead of {expected}; {_REMEDY}")
+    return _DTYPES[dtype], (R, C), header
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What lies in one folder.
+
+    Attributes:
+        files: names of feature files, and whether each is a symbolic link.
+        stems_by_id: the reference's short id (name up to its first dot) to the names, without ending, that share it.
+        folders: names of sub-folders.
+    """
+
+    files: dict[str, bool] = field(default_factory=dict)
+    stems_by_id: dict[str, set[str]] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+
+
+class FeatureFolder:
+    """Finds the feature file that a record's `video` means, and never one outside the folder.
+
+    A record's value is only looked up in listings of what is there, and never handed to the file system. Each
+    (sub-)folder is listed once, when it is first asked for: files that appear later are not seen.
+
+    Args:
+        folder: may itself be a symbolic link; links in it must lead to places in it.
+
+    Raises:
+        ValueError: `folder` is no folder.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"--video_folder {folder} is no folder; give the one that feature extraction wrote to")
+        self._root = os.path.realpath(folder)
+        self._listings = {"": _scan(self._root)}
+        self._read_as = {}  # file of a shortened name: the one video that it may stand for
+
+    def load(self, name: str) -> tuple[Tensor, dict]:
+        """`load_features` of the file that `name` means."""
+        return load_features(self.resolve(name))
+
+    def resolve(self, name: str) -> Path:
+        """The file that a record's `video` means.
+
+        The exact name; else the same name with .safetensors or .pkl for its ending; else, as the reference cuts names
+        at their first dot, the one file whose cut name the record gives, or the file that is named by the record's
+        cut name, unless two videos would read it.
+
+        Raises:
+            MissingFeatures: there is none.
+            ValueError: the name, or a link in its way, leaves the folder; a cut name means several videos.
+        """
+        *folders, base = self._parts(name)
+        listing, inner = self._list(""), ""
+        for folder in folders:
+            if folder not in listing.folders:
+                raise self._missing(name)
+            inner = os.path.join(inner, folder)
+            listing = self._list(inner)
+            if listing is None:
+                raise self._leaves(name, f"its folder {inner} is a link that leads out of {self.folder}")
+        file = self._match(listing, inner, base, name)
+        if file is None:
+            raise self._missing(name)
+        if listing.files[file] and not self._inside(os.path.realpath(os.path.join(self._root, inner, file))):
+            raise self._leaves(name, f"{file} is a link that leads out of {self.folder}")
+        return self.folder / inner / file
+
+    def _parts(self, name):
+        parts = name.split("/")
+        if name.startswith("/"):
+            raise self._leaves(name, f"it is absolute; give it relative to {self.folder}")
+        if ".." in parts:
+            raise self._leaves(name, f'it has ".."; give it relative to {self.folder}')
+        return [part for part in parts if part not in ("", ".")] or [""]
+
+    def _match(self, listing, inner, base, name):
+        """The name, in the listed folder, of the file that `base` means; None if there is none."""
+        stem = _stem(base)
+        for file in (base, *(stem + suffix for suffix in SUFFIXES)):
+            if file in listing.files:
+                return self._claim(inner, file, _stem(file), name)
+        whole = listing.stems_by_id.get(stem, ())
+        if len(whole) > 1:
+            raise ValueError(f"video {name!r} means any of {', '.join(sorted(whole))} in {self.folder / inner}; "
+                             "give the whole name")
+        short = next(iter(whole), stem.partition(".")[0])
+        for file in (short + suffix for suffix in SUFFIXES):
+            if file in listing.files:
+                return file if whole else self._claim(inner, file, stem, name)
+        return None
+
+    def _claim(self, inner, file, stem, name):
+        """`file`, if no other video has been read from it: a cut name must not give one video another's features."""
+        owner = self._read_as.setdefault((inner, file), stem)
+        if owner != stem:
+            raise ValueError(f"video {name!r}: {owner} and {stem} would both be read from {self.folder / inner / file}, "
+                             "whose name is cut at the first dot; extract them again (fastvid extract)")
+        return file
+
+    def _list(self, inner):
+        """The cached listing of a sub-folder; None if a link takes it out of the root."""
+        if inner not in self._listings:
+            real = os.path.realpath(os.path.join(self._root, inner))
+            self._listings[inner] = _scan(real) if self._inside(real) else None
+        return self._listings[inner]
+
+    def _inside(self, real):
+        return real == self._root or real.startswith(os.path.join(self._root, ""))
+
+    def _missing(self, name):
+        return MissingFeatures(f"video {name!r} has no features in {self.folder}; extract them (fastvid extract) or "
+                               "leave its records out (scripts/filter_for_missing_videos.py)")
+
+    @staticmethod
+    def _leaves(name, reason):
+        return ValueError(f"video {name!r} is refused: {reason}")
+
+
+def _scan(folder):
+    listing = _Listing()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                listing.folders.add(entry.name)
+            elif entry.name.endswith(SUFFIXES) and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                listing.files[entry.name] = is_link
+                stem = _stem(entry.name)
+                listing.stems_by_id.setdefault(stem.partition(".")[0], set()).add(stem)
+    return listing
+
+
+def _stem(name):
+    """`name` without the ending of a feature file or a video."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES + _VIDEO_SUFFIXES else name

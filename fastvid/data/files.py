@@ -1,0 +1,36 @@
+"""Writing a file so that its name always leads to a whole one."""
+
+import os
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file to write to, that takes the place of `path` only once it is whole and on the disk.
+
+    It is written under a temporary name in the same folder, synced and renamed; after an error or a crash `path` is
+    what it was before. A link at `path` stays, and the file that it leads to is replaced. What is no regular file
+    (a pipe, /dev/stdout) has nothing to replace and is written to directly.
+
+    Raises:
+        ValueError: the folder of `path` does not exist.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "wb") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise ValueError(f"{path}: the folder {target.parent} does not exist; create it first")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the target's name may be as long as allowed
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

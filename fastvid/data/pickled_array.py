@@ -1,0 +1,157 @@
+"""A pickled numpy array [R, C], read without unpickling.
+
+``pickle.load`` calls whatever a file names. Here the file is only parsed (``pickletools.genops``, which executes
+nothing and reads no more than is there), and the few instructions that a numpy array consists of are followed with
+inert stand-ins for numpy's functions. Every other instruction or name is an error, so that a file can make nothing
+but one array of floats, whose size is the file's own.
+"""
+
+import pickle
+import pickletools
+
+import numpy as np
+
+# What an array's pickle may name, as numpy 1 and 2, Python 2 and 3 and all protocols spell it.
+_NAMES = {
+    "numpy.core.multiarray _reconstruct": "reconstruct",
+    "numpy._core.multiarray _reconstruct": "reconstruct",
+    "numpy.core.numeric _frombuffer": "frombuffer",
+    "numpy._core.numeric _frombuffer": "frombuffer",
+    "numpy ndarray": "ndarray",
+    "numpy dtype": "dtype",
+    "_codecs encode": "encode",
+}
+_VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_ARGUMENTS = {  # instructions that push their own argument
+    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_LONGEST = 200  # instructions; numpy's own pickles have about 70
+
+
+class _Name(str):
+    """One of the values of `_NAMES`: a function or class of numpy's, of which only the name is kept."""
+
+
+class _DType:
+    def __init__(self, code):
+        self.code, self.order = code, "<"
+
+
+class _Array:
+    shape = dtype = fortran = data = None
+
+
+def write_array(array) -> bytes:
+    """The pickle of a numpy array, as numpy 1 and 2 on Python ≥ 3.0 read it.
+
+    Protocol 3 has no frames, whose lengths would be wrong after the name of numpy 1's module is put in: numpy 1 does
+    not know `numpy._core`, while numpy 2 keeps `numpy.core.multiarray` for old pickles.
+    """
+    return pickle.dumps(array, protocol=3).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)
+
+
+def read_array(data: bytes) -> np.ndarray:
+    """The array [R, C] that a pickle holds, float16 or float32, of any protocol and byte order; a copy in C order.
+
+    Raises:
+        ValueError: the pickle is damaged, or holds or does anything else.
+    """
+    try:
+        array = _follow(data)
+    except (IndexError, KeyError) as error:  # the stack or the memo lacks what an instruction asks for
+        raise ValueError("the pickle is damaged") from error
+    if isinstance(array, _Array) and isinstance(array.dtype, _DType):
+        return _materialize(array)
+    raise ValueError("the pickle does not hold a numpy array")
+
+
+def _follow(data):
+    """The stand-in that the instructions of `data` leave on the stack."""
+    stack, marks, memo = [], [], {}
+    for step, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+        if step == _LONGEST:
+            raise ValueError("the pickle is longer than that of a numpy array")
+        name = opcode.name
+        if name in _ARGUMENTS:
+            stack.append(argument)
+        elif name in _VALUES:
+            stack.append(_VALUES[name])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name == "TUPLE":
+            start = marks.pop()
+            stack[start:] = [tuple(stack[start:])]
+        elif name in _TUPLES:
+            stack[-_TUPLES[name]:] = [tuple(stack[-_TUPLES[name]:])]
+        elif name == "GLOBAL":
+            stack.append(_named(argument))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(_named(f"{module} {attribute}" if type(module) is type(attribute) is str else "?"))
+        elif name == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_call(function, arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            _build(stack[-1], state)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError(f"the pickle holds more than a numpy array ({name} at byte {position})")
+    if position + 1 != len(data):
+        raise ValueError(f"{len(data) - position - 1} bytes follow the end of the pickle")
+    return stack.pop()
+
+
+def _named(name):
+    if name not in _NAMES:
+        raise ValueError(f"the pickle names {name.replace(' ', '.')}, which is no part of a numpy array; refused")
+    return _Name(_NAMES[name])
+
+
+def _call(function, arguments):
+    if isinstance(function, _Name) and isinstance(arguments, tuple):
+        match str(function), *arguments:
+            case "reconstruct", _Name("ndarray"), (0,), b"b" | "b":
+                return _Array()
+            case "dtype", str(code), _, _:
+                if code not in ("f2", "f4"):
+                    raise ValueError(f"the array's dtype is {code[:20]!r}, not float16 (f2) or float32 (f4)")
+                return _DType(code)
+            case "encode", str(text), "latin1":  # how protocols before 3 spell bytes; Python 2 leaves them as text
+                return text
+            case "frombuffer", bytes() | bytearray() as data, _DType() as dtype, shape, "C" | "F" as order:
+                array = _Array()
+                array.shape, array.dtype, array.fortran, array.data = shape, dtype, order == "F", data
+                return array
+    raise ValueError("the pickle makes a call that no numpy array needs")
+
+
+def _build(target, state):
+    match target, state:
+        case _DType(), (_, "<" | ">" as order, None, None, None, *_):
+            target.order = order
+        case _Array(), (_, shape, _DType() as dtype, fortran, bytes() | str() as data):
+            target.shape, target.dtype, target.fortran, target.data = shape, dtype, fortran, data
+        case _:
+            raise ValueError("the pickle gives a state that no numpy array of floats has")
+
+
+def _materialize(array):
+    """The numpy array that a stand-in describes; allocates only after its size has been found to be the data's."""
+    data = array.data.encode("latin-1") if isinstance(array.data, str) else array.data
+    dtype = np.dtype(array.dtype.order + array.dtype.code)
+    match array.shape:
+        case (int(rows), int(channels)) if min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(data):
+            values = np.frombuffer(data, dtype).reshape(rows, channels, order="F" if array.fortran else "C")
+        case (int(), int()):
+            raise ValueError(f"the array's shape does not fit its {len(data)} bytes of data")
+        case _:
+            raise ValueError("the array does not have two dimensions (rows, channels)")
+    return np.array(values, dtype=dtype.newbyteorder("="), order="C")
