@@ -1,0 +1,218 @@
+"""From a record to token ids and the spans of them that are supervised; prompts for inference. Pure functions.
+
+The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {answer}</s>USER: …``.
+"""
+
+from dataclasses import dataclass, field
+
+from fastvid.data.annotations import describe, record_videos, training_fault
+from fastvid.data.tokenizer import END, EOS, PATCH, START, UNK, VIDEO, VideoTokenizer, load_tokenizer
+from fastvid.data.video_tokens import video_token_count
+
+__all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer",
+           "video_token_count"]
+
+USER, ASSISTANT = "USER", "ASSISTANT"
+_ROLES = {"human": USER, "gpt": ASSISTANT}
+_VIDEO_SYSTEM = (
+    "You are able to understand the video content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.Follow the instructions carefully and explain your answers in detail based on the "
+    "provided video.")  # no space after the full stop: so the models were tuned
+SYSTEM = {
+    "vicuna_v1_1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                   "helpful, detailed, and polite answers to the user's questions.",
+    "pg-video-llava": f"You are PG-Video-LLaVA, a large vision-language assistant. {_VIDEO_SYSTEM}",
+    "video-chatgpt_v1": f"You are Video-ChatGPT, a large vision-language assistant. {_VIDEO_SYSTEM}",
+}
+TRAINING_TEMPLATES = {"v1": "vicuna_v1_1", "vicuna_v1_1": "vicuna_v1_1"}
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """What the model sees of one record.
+
+    Attributes:
+        id: the record's.
+        token_ids: BOS first, each video's placeholders written out; empty where the record allows none to be made.
+        supervised: [start, end) of the tokens that are to be predicted.
+        videos: names of the videos, in the order of their placeholders.
+        warning: what a reader of a report should know; the same text for each sample of the same kind, or the
+            reference's own message when labels are found as the reference finds them.
+        refused: why training cannot use the sample; None if it can.
+    """
+
+    id: str
+    token_ids: list[int] = field(default_factory=list)
+    supervised: list[tuple[int, int]] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
+    warning: str | None = None
+    refused: str | None = None
+
+
+def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length, policy, version="v1"):
+    """Token ids and supervised spans of one training record.
+
+    Args:
+        record: as `fastvid.data.annotations` describes it; anything else is refused, not raised.
+        tokenizer: `VideoTokenizer`, loaded with the same `use_start_end`.
+        video_tokens: rows per video (temporal + spatial).
+        max_length: longest sample in tokens, BOS included; what is beyond it is cut off.
+        policy: `fastvid.config.Policy`.
+        version: training template.
+
+    Returns:
+        EncodedSample
+
+    Raises:
+        ValueError: an unknown `version`.
+    """
+    if version not in TRAINING_TEMPLATES:
+        raise ValueError(f"--version {version} is no template; known: {', '.join(TRAINING_TEMPLATES)}")
+    assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
+    name = str(record.get("id", "")) if isinstance(record, dict) else ""
+    fault = training_fault(record)
+    if fault is not None and (fault[0] != "id" or training_fault({**record, "id": ""}) is not None):
+        return EncodedSample(name, refused=describe(fault))
+    turns = record["conversations"]
+    starts_with_answer = turns[0]["from"] == "gpt"
+    turns = turns[starts_with_answer:]
+    videos = list(record_videos(record))
+    for number, turn in enumerate(turns):
+        if turn["from"] != ("human", "gpt")[number % 2]:
+            return EncodedSample(name, videos=videos, refused=(
+                f"field 'conversations' turn {number + starts_with_answer} is from {turn['from']} again; "
+                "human and gpt must take turns"))
+
+    prompt, answers = _prompt(SYSTEM[TRAINING_TEMPLATES[version]], [turn["value"] for turn in turns])
+    video_ids = tokenizer.video_ids(video_tokens) if videos else None
+    ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
+    ids.insert(0, tokenizer.bos)
+    length = len(ids)
+    del ids[max_length:]
+    if policy.mask_by_retokenizing:
+        supervised, warning = _reference_spans(prompt, ids, tokenizer, video_ids, max_length)
+    else:
+        spans = [(start + 1, end + 1) for start, end in zip(marks[::2], marks[1::2])]
+        supervised = [(start, min(end, len(ids))) for start, end in spans if start < min(end, len(ids))]
+        warning = _warning(turns, starts_with_answer, videos)
+    refused = None if fault is None else describe(fault)
+    refused = refused or _video_fault(prompt, ids, tokenizer.tokens, videos, video_tokens, length)
+    # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
+    if not supervised and not policy.mask_by_retokenizing:
+        refused = refused or (f"no supervised token: no answer within the first {max_length} of {length} tokens "
+                              "(--model_max_length)" if length > max_length and answers else
+                              "no supervised token: no turn from gpt with an answer")
+    return EncodedSample(name, ids, supervised, videos, warning, refused)
+
+
+def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=()):
+    """Token ids of a question about one video, up to where the answer begins.
+
+    The video stands after the first question, as in the reference's inference.
+
+    Args:
+        question: text; a literal ``<video>`` in it stays text.
+        tokenizer: `VideoTokenizer`, loaded with the same `use_start_end`.
+        video_tokens: rows of the video (temporal + spatial).
+        conv_mode: system text, one of `SYSTEM`.
+        transcript: of the video's sound, if there is one.
+        history: (question, answer) turns before this one.
+    """
+    if conv_mode not in SYSTEM:
+        raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join(SYSTEM)}")
+    assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
+    questions = [asked for asked, _ in history] + [question]
+    answers = [answer for _, answer in history]
+    after_video = f'\nThe noisy audio transcript of this video is:\n"{transcript}"' if transcript else ""
+    messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
+    after_video += f" {ASSISTANT}:"
+    if answers:
+        after_video += f" {answers[0]}{EOS}" + _turns(messages)[0]
+    before_video = f"{SYSTEM[conv_mode]} {USER}: {questions[0]}\n"
+    # A video cuts the text in two pieces that are encoded apart, without the white space next to it.
+    return [tokenizer.bos, *tokenizer.encode(before_video.rstrip()), *tokenizer.video_ids(video_tokens),
+            *tokenizer.encode(after_video.lstrip())]
+
+
+def _prompt(system, messages):
+    """The text of a conversation, and where in it each answer begins and ends (its </s> included)."""
+    text, answers = _turns(messages)
+    begin = len(system) + 1
+    return f"{system} {text}", [(start + begin, end + begin) for start, end in answers]
+
+
+def _turns(messages):
+    """`_prompt` without the system text: questions and answers in turn; an empty one gives its role alone."""
+    text, answers = "", []
+    for number, message in enumerate(messages):
+        is_answer = number % 2 == 1
+        text += (ASSISTANT if is_answer else USER) + ":"
+        if message:
+            begin = len(text)
+            text += f" {message}" + (EOS if is_answer else " ")
+            if is_answer:
+                answers.append((begin, len(text)))
+    return text, answers
+
+
+def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
+    """The reference's labels: each round's prefix is tokenized again, and its length counted from the last round on.
+
+    Source: `preprocess_v1` in video_chatgpt/train/train.py of PG-Video-LLaVA, whose labels this equals where the
+    count goes wrong as well.
+
+    Returns:
+        (spans, the message that the reference prints when it masks the whole sample)
+    """
+    separator = f" {ASSISTANT}: "
+    spans, current, masked = [], 1, 1
+    for text in prompt.split(EOS):
+        parts = text.split(separator)
+        if text == "" or len(parts) != 2:
+            break
+        instruction = len(tokenizer.encode(parts[0] + separator, video_ids)) - 1  # BOS counts, and two are taken off
+        masked = max(masked, current + instruction)
+        current += len(tokenizer.encode(text, video_ids)) + 1
+        if masked < min(current, len(ids)):
+            spans.append((masked, min(current, len(ids))))
+        masked = max(masked, current)
+    total = sum(i != tokenizer.unk for i in ids)
+    if current < max_length and current != total:
+        return [], f"WARNING: tokenization mismatch: {current} vs. {total}. (ignored)"
+    return spans, None
+
+
+def _video_fault(prompt, ids, tokens, videos, video_tokens, length):
+    """Why the sample's placeholders do not fit its videos; None if they do."""
+    for token in (PATCH, START, END):
+        if token in prompt and (token == PATCH or tokens.start is not None):
+            return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
+    if not videos:
+        return None
+    count = prompt.count(VIDEO)
+    if count != len(videos):
+        return (f"{count} {VIDEO} in the text for {len(videos)} video{'s' * (len(videos) != 1)}; "
+                "a record of several videos lists them as \"videos\", one for each placeholder")
+    kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
+    if kept < count * (video_tokens if tokens.end is None else 1):
+        return (f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
+                "or put the video before the long text")
+    return None
+
+
+def _warning(turns, starts_with_answer, videos):
+    """What differs from the reference in this sample, which masks the whole of it; the same text for each kind."""
+    texts = [turn["value"] for turn in turns]
+    for what, found in (
+        (f'the text holds "{EOS}"', any(EOS in text for text in texts)),
+        (f'the text holds "{UNK}"', any(UNK in text for text in texts)),
+        (f'the text holds " {ASSISTANT}: "', any(f" {ASSISTANT}: " in text for text in texts)),
+        ("a question is empty", any(not text for text in texts[::2])),
+    ):
+        if found:
+            return f"{what}: its answers are supervised as written (--parity reference leaves the sample out)"
+    if starts_with_answer:
+        return "the first turn is from gpt: it is left out"
+    if not videos and any(VIDEO in text for text in texts):
+        return f"{VIDEO} in a record without a video: it stays text"
+    return None

@@ -1,0 +1,276 @@
+"""LLaMA's tokenizer with the video tokens: text to ids exactly as the reference's tokenizer makes them.
+
+The reference's tokenizer (transformers 4.28, slow) cuts the text at special tokens, strips white space around *added*
+ones, and encodes each piece of text on its own, with its own dummy prefix. That cutting is done here; each piece is
+encoded by sentencepiece itself, or by the folder's tokenizer.json where there is no tokenizer.model. transformers'
+own LlamaTokenizer is not used: up to 5.23 it ranks merges by id instead of by score, so that text with two spaces in
+a row gets other ids, and it drops the dummy prefix of a piece that starts with a space.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from fastvid.batch import VideoTokens
+
+VIDEO = "<video>"
+PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class _SentencePiece:
+    """tokenizer.model through sentencepiece, as the reference reads it."""
+
+    def __init__(self, path):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no sentencepiece model ({error}); copy the model's folder again") from error
+        pieces = range(self._processor.get_piece_size())
+        self._ids = {self._processor.id_to_piece(i): i for i in pieces}
+        self._bytes = {self._processor.id_to_piece(i) for i in pieces if self._processor.is_byte(i)}
+        self._unk = self._processor.unk_id()
+        self.size = len(pieces)
+
+    def token_id(self, token):
+        return self._ids.get(token)
+
+    def encode(self, text):
+        return self._processor.encode(text)
+
+    def encode_cut(self, text, cut):
+        pieces = self._processor.encode(text, out_type=str)
+        # Pieces spell the normalized text; a byte piece such as <0xF0> stands for one byte of it.
+        left = len(self._processor.normalize(text[:cut]).encode())
+        count = 0
+        for piece in pieces:
+            if left <= 0:
+                break
+            left -= 1 if piece in self._bytes else len(piece.encode())
+            count += 1
+        return [self._ids.get(piece, self._unk) for piece in pieces], count
+
+    def decode(self, ids):
+        return self._processor.decode(ids)
+
+
+class _TokenizerJson:
+    """tokenizer.json through the tokenizers library."""
+
+    def __init__(self, path):
+        from tokenizers import Tokenizer, normalizers
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+            raise ValueError(f"{path} is no tokenizer file ({error}); copy the model's folder again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # special tokens are cut out before the text gets here
+        prefix = self._tokenizer.pre_tokenizer
+        if type(prefix).__name__ == "Metaspace" and not prefix.split and prefix.prepend_scheme != "never":
+            # transformers 5 writes LLaMA's dummy prefix this way; but Metaspace adds none before a space, as
+            # sentencepiece does.
+            steps = [normalizers.Prepend(prefix.replacement), normalizers.Replace(" ", prefix.replacement)]
+            self._tokenizer.normalizer = normalizers.Sequence(
+                ([self._tokenizer.normalizer] if self._tokenizer.normalizer else []) + steps)
+            self._tokenizer.pre_tokenizer = None
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def token_id(self, token):
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text):
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_cut(self, text, cut):
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, sum(begin < cut for begin, _ in encoding.offsets)
+
+    def decode(self, ids):
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class VideoTokenizer:
+    """Text to ids and back. Made by `load_tokenizer`.
+
+    Attributes:
+        bos, eos: ids of <s> and </s>.
+        unk: id of <unk>, which is also the reference's padding; None in a tokenizer without it.
+        tokens: ids of the video tokens, and which of them the folder lacked.
+    """
+
+    def __init__(self, folder, backend, added, tokens, flags, unused=None):
+        """`added`, `unused`: ids of added tokens; `flags`: (lstrip, rstrip) of those whose files say so."""
+        self.folder = Path(folder)
+        self.tokens = tokens
+        self._unused = unused or {}
+        self._backend = backend
+        self.bos, self.eos, self.unk = backend.token_id(BOS), backend.token_id(EOS), backend.token_id(UNK)
+        names = {BOS: self.bos, EOS: self.eos, UNK: self.unk}
+        self._special = {token: [i] for token, i in {**added, **names}.items() if i is not None}
+        self._text_size = backend.size
+        self._names = {ids[0]: token for token, ids in self._special.items()}
+        strips = {token: flags.get(token, (True, True)) for token in added if token not in names}
+        strips |= {token: (True, True) for token in (PATCH, START, END, VIDEO)}
+        self._before = {token for token, (left, _) in strips.items() if left}
+        self._after = {token for token, (_, right) in strips.items() if right}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._cut_at_videos = re.compile("(" + "|".join(map(re.escape, [VIDEO, *longest_first])) + ")")
+
+    def video_ids(self, rows):
+        """The ids that stand for one video of `rows` projected rows, start and end included where they are used."""
+        patches = [self.tokens.patch] * rows
+        return patches if self.tokens.start is None else [self.tokens.start, *patches, self.tokens.end]
+
+    def encode(self, text, video_ids=None):
+        """Ids of `text`, without BOS. With `video_ids`, each ``<video>`` in it becomes those."""
+        return self.encode_marked(text, (), video_ids)[0]
+
+    def encode_marked(self, text, marks, video_ids=None):
+        """Ids of `text`, and for each of `marks` how many of them begin before that character.
+
+        Args:
+            text: with special tokens written out.
+            marks: positions in `text`, ascending, at most one in each stretch between two special tokens.
+            video_ids: what each ``<video>`` becomes; None leaves it as text.
+        """
+        parts = (self._cut if video_ids is None else self._cut_at_videos).split(text)
+        ids, counts, at = [], [], 0
+        for index, part in enumerate(parts):
+            begin, at = at, at + len(part)
+            if index % 2 == 0:
+                if index and parts[index - 1] in self._after:
+                    stripped = part.lstrip()
+                    begin += len(part) - len(stripped)
+                    part = stripped
+                if index + 1 < len(parts) and parts[index + 1] in self._before:
+                    part = part.rstrip()
+            while len(counts) < len(marks) and marks[len(counts)] <= begin:
+                counts.append(len(ids))
+            if index % 2:
+                ids += video_ids if part == VIDEO else self._special[part]
+            elif part and len(counts) < len(marks) and marks[len(counts)] < begin + len(part):
+                piece_ids, count = self._backend.encode_cut(part, marks[len(counts)] - begin)
+                counts.append(len(ids) + count)
+                ids += piece_ids
+            elif part:
+                ids += self._backend.encode(part)
+        return ids, counts + [len(ids)] * (len(marks) - len(counts))
+
+    def name(self, token_id):
+        """How a special or added token is written; None for a piece of text."""
+        return self._names.get(token_id)
+
+    def decode(self, ids):
+        """Text of `ids`. Special and added tokens are left out, as tokens: their characters in the text stay."""
+        return self._backend.decode([i for i in ids if i not in self._names and 0 <= i < self._text_size])
+
+    def save(self, folder):
+        """Write this tokenizer, video tokens included, for `load_tokenizer` and for transformers.
+
+        The source's files are copied; those that list added tokens are written anew.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (self.folder / name).is_file() and (self.folder / name).resolve() != (folder / name).resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+        added = {token: ids[0] for token, ids in self._special.items() if token not in (BOS, EOS, UNK)} | self._unused
+        plain = {BOS: self.bos, EOS: self.eos} | ({} if self.unk is None else {UNK: self.unk})
+        entries = {
+            str(i): {"content": token, "lstrip": token in self._before, "rstrip": token in self._after,
+                     "normalized": False, "single_word": False, "special": True}
+            for token, i in sorted({**plain, **added}.items(), key=lambda item: item[1])
+        }
+        config = _read_json(folder / "tokenizer_config.json")
+        config.setdefault("tokenizer_class", "LlamaTokenizer" if (folder / "tokenizer.model").is_file()
+                          else "PreTrainedTokenizerFast")
+        config |= {"added_tokens_decoder": entries, "legacy": True, "add_bos_token": True, "add_eos_token": False,
+                   "bos_token": BOS, "eos_token": EOS}
+        if self.unk is not None:
+            config |= {"unk_token": UNK, "pad_token": UNK}
+        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / "added_tokens.json", added)
+        if (folder / "tokenizer.json").is_file():
+            table = _read_json(folder / "tokenizer.json")
+            table["added_tokens"] = [{"id": int(i), **entry} for i, entry in entries.items()]
+            _write_json(folder / "tokenizer.json", table)
+
+
+def load_tokenizer(folder, use_start_end):
+    """The tokenizer in a model folder, with the video tokens added where it lacks them.
+
+    New tokens take the ids after the last one, in the order <vid_patch>, <vid_start>, <vid_end>.
+
+    Args:
+        folder: holds tokenizer.model or tokenizer.json; the former is used where both are.
+        use_start_end: have <vid_start> and <vid_end>. Without them those are ordinary text, even where the folder's
+            tokenizer knows them. None: as the folder's tokenizer does.
+
+    Raises:
+        ValueError: no tokenizer in the folder, or one without <s> or </s>, which the template writes.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.model").is_file():
+        backend = _SentencePiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").is_file():
+        backend = _TokenizerJson(folder / "tokenizer.json")
+    else:
+        raise ValueError(f"{folder} holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder "
+                         "on this machine (`hf download NAME --local-dir FOLDER` makes one)")
+    for token in (BOS, EOS):
+        if backend.token_id(token) is None:
+            raise ValueError(f"the tokenizer in {folder} has no {token}, which the v1 template needs: "
+                             "use a model of the LLaMA / Vicuna family")
+    added, flags = _added_tokens(folder)
+    known = {token: backend.token_id(token) if token not in added else added[token] for token in (PATCH, START, END)}
+    if use_start_end is None:
+        use_start_end = None not in (known[START], known[END])
+    size = max(backend.size, *(i + 1 for i in added.values()), 0)
+    new = []
+    for token in (PATCH, START, END) if use_start_end else (PATCH,):
+        if known[token] is None:
+            known[token] = size
+            new.append(size)
+            size += 1
+    used = {PATCH: known[PATCH]} | ({START: known[START], END: known[END]} if use_start_end else {})
+    others = {token: i for token, i in added.items() if token not in known}
+    tokens = VideoTokens(used[PATCH], used.get(START), used.get(END), size, tuple(new))
+    unused = {token: i for token, i in known.items() if i is not None and token not in used}
+    return VideoTokenizer(folder, backend, {**others, **used}, tokens, flags, unused)
+
+
+def _added_tokens(folder):
+    """Ids of the tokens that a folder's files add to its vocabulary, and (lstrip, rstrip) where they say so."""
+    ids = {token: int(i) for token, i in _read_json(folder / "added_tokens.json").items()}
+    entries = [{"id": int(i), **entry}
+               for i, entry in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items()]
+    entries += _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    flags = {}
+    for entry in entries:
+        ids.setdefault(entry["content"], entry["id"])
+        flags.setdefault(entry["content"], (entry.get("lstrip", False), entry.get("rstrip", False)))
+    return ids, flags
+
+
+def _read_json(path):
+    """A JSON object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy the model's folder again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object; copy the model's folder again")
+    return value
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

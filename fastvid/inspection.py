@@ -1,0 +1,105 @@
+"""``fastvid inspect``: what the model will see of each record, and which of it is supervised."""
+
+import json
+import os
+import sys
+from itertools import groupby
+
+from fastvid.config import InspectConfig, parse
+from fastvid.data.annotations import read_records
+from fastvid.data.conversation import encode_sample, load_tokenizer, video_token_count
+from fastvid.data.features import FeatureFolder
+
+_SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
+
+
+def inspect_records(config, tokenizer=None):
+    """What training makes of each record of `config.data_path`, in order.
+
+    Args:
+        config: InspectConfig.
+        tokenizer: `fastvid.data.conversation.VideoTokenizer`; None loads that of `config`.
+
+    Yields:
+        {"id", "input_ids": ids with the video's placeholders written out, "supervised": [start, end) spans of them,
+        "warning": None, or what is unusual about the record and why training would refuse it}
+
+    Raises:
+        ValueError: files that cannot be read, or no way to tell how many tokens a video takes.
+    """
+    tokenizer = tokenizer or load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    records = [record for path in config.data_path for record in read_records(path)]
+    if config.index is not None:
+        if not 0 <= config.index < len(records):
+            raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
+        records = [records[config.index]]
+    features = None if config.video_folder is None else FeatureFolder(config.video_folder)
+    rows = video_token_count(
+        config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
+    for record in records:
+        sample = encode_sample(
+            record, tokenizer, video_tokens=rows, use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length, policy=config.policy, version=config.version)
+        remarks = [sample.warning, sample.refused, *_missing(sample.videos, features)]
+        yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
+               "warning": "; ".join(filter(None, remarks)) or None}
+
+
+def _missing(names, features):
+    """Why the features of `names` cannot be used."""
+    for name in names if features is not None else ():
+        try:
+            features.resolve(name)
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def render(line, tokenizer, colour):
+    """One record of `inspect_records` as text: a summary, its warning, and the tokens.
+
+    Runs of placeholders are written as one, ``<vid_patch>×676``.
+    """
+    ids, spans = line["input_ids"], line["supervised"]
+    where = " ".join(f"[{start},{end})" for start, end in spans)
+    count = sum(end - start for start, end in spans)
+    text = f"── {line['id']}: {len(ids)} tokens, {count} supervised {where}".rstrip() + "\n"
+    if line["warning"]:
+        text += f"   warning: {line['warning']}\n"
+    shown = []
+    supervised = [False] * len(ids)
+    for start, end in spans:
+        supervised[start:end] = [True] * (end - start)
+    for name, run in groupby(zip(ids, supervised), key=lambda token: tokenizer.name(token[0])):
+        run = list(run)
+        if name is not None:
+            repeated = f"{name}×{len(run)}" if len(run) > 1 else name
+            shown.append((repeated, _SUPERVISED if run[0][1] else _PLACEHOLDER))
+            continue
+        # A stretch of text is decoded as it was encoded, whole; what is decoded alone loses its leading space.
+        whole, done, at = tokenizer.decode([i for i, _ in run]), 0, 0
+        for is_supervised, part in groupby(run, key=lambda token: token[1]):
+            at += len(list(part))
+            end = len(tokenizer.decode([i for i, _ in run[:at]])) if at < len(run) else len(whole)
+            shown.append((whole[done:end], _SUPERVISED if is_supervised else ""))
+            done = end
+    return text + "".join(f"{style}{part}{_RESET}" if colour and style else part for part, style in shown) + "\n"
+
+
+def main(argv=None):
+    """The command line; returns the exit code."""
+    from tqdm import tqdm
+
+    config = parse(InspectConfig, argv)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    lines = inspect_records(config, tokenizer)
+    hidden = config.disable_tqdm or sys.stdout.isatty() or not sys.stderr.isatty()
+    for line in tqdm(lines, desc="inspect", unit=" records", disable=hidden, file=sys.stderr):
+        print(json.dumps(line) if config.json else render(line, tokenizer, colour))
+    return 0
+
+
+if __name__ == "__main__":
+    from fastvid.cli import run
+
+    run("inspect")
