@@ -3,6 +3,7 @@
 Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d channels per head, S segments.
 """
 
+import functools
 import importlib
 import inspect
 from contextlib import nullcontext
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from fastvid.batch import AttentionLayout
 
@@ -32,7 +32,7 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
             where the copy lives only during its layer's backward.
 
     Returns:
-        [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment by segment: repeatable.
+        [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment: repeatable.
 
     Raises:
         ValueError: the implementation cannot serve these tensors here; says why.
@@ -42,7 +42,7 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         return q_NHd.clone()
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
-    keys, values = _Gathered(k_NKd, layout), _Gathered(v_NKd, layout)
+    keys, values = _Gathered(k_NKd, layout.kv_rows), _Gathered(v_NKd, layout.kv_rows)
     k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys), _GatherRows.apply(v_NKd, values)
     with _saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
@@ -85,6 +85,16 @@ def _varlen_obstacle(device, dtype):
     return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
 
 
+@functools.cache
+def _flash_function():
+    return next(filter(None, (_find(module, "flash_attn_varlen_func") for module in FLASH_MODULES)), None)
+
+
+@functools.cache
+def _varlen_function():
+    return _find("torch.nn.attention.varlen", "varlen_attn")
+
+
 def _find(module, name):
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -92,26 +102,22 @@ def _find(module, name):
         return None
 
 
-def _flash_function():
-    return next(filter(None, (_find(module, "flash_attn_varlen_func") for module in FLASH_MODULES)), None)
-
-
-def _varlen_function():
-    return _find("torch.nn.attention.varlen", "varlen_attn")
+@functools.cache
+def _arguments(function):
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _flash(q_NHd, k_MKd, v_MKd, layout):
     function = _flash_function()
-    known = inspect.signature(function).parameters
     lengths = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k}
     out = function(q_NHd, k_MKd, v_MKd, cu_seqlens_q=layout.cu_seqlens_q, cu_seqlens_k=layout.cu_seqlens_k, causal=True,
-                   **{name: value for name, value in lengths.items() if name in known})
-    return out[0] if isinstance(out, tuple) else out
+                   **{name: value for name, value in lengths.items() if name in _arguments(function)})
+    return out[0] if isinstance(out, tuple) else out  # some generations also return the log-sum-exp
 
 
 def _varlen(q_NHd, k_MKd, v_MKd, layout):
     function = _varlen_function()
-    known = inspect.signature(function).parameters
+    known = _arguments(function)  # they changed from one torch to the next
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q_NHd.shape[1] != k_MKd.shape[1]:
         if "enable_gqa" in known:
@@ -130,55 +136,58 @@ def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
         q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_NHd[q0:q1], k_MKd[k0:k1], v_MKd[k0:k1]))
         square = q1 - q0 == k1 - k0
-        # is_causal aligns the first rows; with more keys than queries the last rows must align.
-        mask = None if square or q1 - q0 == 1 else causal_lower_right(q1 - q0, k1 - k0)
+        mask = None if square or q1 - q0 == 1 else _last_rows_aligned(q1 - q0, k1 - k0, q_NHd.device)
         out_1Hnd = functional.scaled_dot_product_attention(q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square,
                                                            enable_gqa=gqa)
         outs.append(out_1Hnd[0].transpose(0, 1))
     return torch.cat(outs)
 
 
+def _last_rows_aligned(queries, keys, device):
+    """is_causal would align the first rows. (torch's own causal_lower_right fails under selective recomputation.)"""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+
+
 _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
 
 
 class _Gathered:
-    """Rows of `source` that the segments attend to; gathered when asked for, dropped when their gradient is taken."""
+    """The rows of `source` that segments attend to, for autograd: gathered again when backward asks for them."""
 
-    def __init__(self, source_NKd, layout):
+    def __init__(self, source_NKd, rows_M):
         self.source_NKd = source_NKd.detach()
-        self.layout = layout
-        self.rows_MKd = None
-        self.storage = None
+        self.rows_M = rows_M
+        self.storage = None  # address of the copy that forward made; only forward compares it, while the copy lives
+        self.again_MKd = None
 
-    def get(self):
-        if self.rows_MKd is None:
-            self.rows_MKd = self.source_NKd.index_select(0, self.layout.kv_rows)
-            self.storage = self.rows_MKd.untyped_storage().data_ptr()
-        return self.rows_MKd
+    def forward_copy(self):
+        rows_MKd = self.source_NKd.index_select(0, self.rows_M)
+        self.storage = rows_MKd.untyped_storage().data_ptr()
+        return rows_MKd
 
-    def drop(self):
-        self.rows_MKd = None
+    def backward_copy(self):
+        if self.again_MKd is None:
+            self.again_MKd = self.source_NKd.index_select(0, self.rows_M)
+        return self.again_MKd
 
 
 class _GatherRows(torch.autograd.Function):
-    """[N, K, d] → [M, K, d]; backward adds segment by segment, within which rows are distinct: no atomics meet."""
+    """[N, K, d] → [M, K, d]; saves indices, and backward sums a shared row's gradients in fp32, in the order of M."""
 
     @staticmethod
     def forward(ctx, source_NKd, gathered):
         ctx.gathered = gathered
-        return gathered.get()
+        return gathered.forward_copy()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_MKd):
         gathered = ctx.gathered
-        gathered.drop()
-        layout = gathered.layout
-        total_NKd = torch.zeros(gathered.source_NKd.shape, dtype=torch.float32, device=grad_MKd.device)
-        bounds = layout.cu_seqlens_k.tolist()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            total_NKd.index_add_(0, layout.kv_rows[start:stop], grad_MKd[start:stop].float())
-        return total_NKd.to(grad_MKd.dtype), None
+        gathered.again_MKd = None  # attention's backward, its only reader, is done
+        # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
+        total_NE = torch.ops.aten.embedding_dense_backward(
+            grad_MKd.flatten(1).float(), gathered.rows_M, gathered.source_NKd.shape[0], -1, False)
+        return total_NE.view(gathered.source_NKd.shape).to(grad_MKd.dtype), None
 
 
 def _saving_no_copy(*gathered):
@@ -195,6 +204,6 @@ def _saving_no_copy(*gathered):
         if isinstance(saved, Tensor):
             return saved
         each, shape, stride, offset = saved
-        return each.get().as_strided(shape, stride, offset)
+        return each.backward_copy().as_strided(shape, stride, offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

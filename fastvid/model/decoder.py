@@ -26,7 +26,7 @@ class DecoderConfig:
     """Sizes of a LLaMA decoder.
 
     Attributes:
-        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, …); see `rope_parameters()`.
+        rope_parameters: as transformers 5 has them (`LlamaConfig(...).rope_parameters`): `rope_type`, `rope_theta`, ….
         max_position_embeddings: context length; some RoPE scalings depend on it.
         tie_word_embeddings: the head is the embedding table.
     """
@@ -44,31 +44,17 @@ class DecoderConfig:
     tie_word_embeddings: bool
 
 
-def rope_parameters(settings: dict) -> dict:
-    """RoPE parameters of a `config.json`, whichever generation of transformers wrote it.
-
-    Args:
-        settings: the file's dict: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-    """
-    found = settings.get("rope_parameters")
-    if not found:
-        found = {"rope_theta": settings.get("rope_theta"), **(settings.get("rope_scaling") or {})}
-    found = {name: value for name, value in found.items() if value is not None}
-    kind = found.pop("type", None)
-    return {"rope_type": kind or "default", "rope_theta": 10000.0, **found}
-
-
 def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     """Radians per position, [d/2] fp32 on the CPU, and the factor on cosine and sine.
 
     Raises:
         ValueError: the scaling is unknown, or its frequencies depend on the length of the sequence.
     """
-    parameters = rope_parameters({"rope_parameters": config.rope_parameters})
-    kind = parameters["rope_type"]
+    parameters = {"rope_theta": 10000.0, **config.rope_parameters}
+    kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type {kind!r} is not supported: its frequencies depend on the sequence's length or it is "
-                         "unknown; supported are default, linear, llama3 and yarn")
+        raise ValueError(f"rope_type {kind!r} is not supported: it is unknown, or its frequencies depend on the length "
+                         "of the sequence; supported are default, linear, llama3 and yarn")
     with torch.device("cpu"):
         if kind == "default":
             exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -200,5 +186,5 @@ def _keep_products():
 
 def _policy(context, operation, *args, **options):
     name = operation.name()
-    kept = name in ("aten::mm", "aten::addmm") or ("attention" in name or "varlen_attn" in name)
+    kept = name in ("aten::mm", "aten::addmm") or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,123 @@
+"""Small models and batches for the tests of fastvid.model."""
+
+import gc
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.model.decoder import DecoderConfig
+from fastvid.model.video_llava import ModelConfig, VideoLlava
+
+ADAPTER = frozenset({"projector", "boundary"})
+FULL = frozenset({"projector", "embed", "head", "decoder"})
+PATCH, START, END = 97, 98, 99
+
+
+def decoder_config(**changes):
+    settings = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=4,
+                    head_dim=8, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                    max_position_embeddings=256, tie_word_embeddings=False)
+    return DecoderConfig(**{**settings, **changes})
+
+
+def model_config(projector_type="mlp2x_gelu", mm_hidden_size=12, **changes):
+    return ModelConfig(decoder_config(**changes), mm_hidden_size, projector_type, None, 0.02)
+
+
+def fill(module, seed=0):
+    """Seeded weights of a size at which every part of the model matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            values = torch.randn(parameter.shape, generator=generator) * (0.1 if "norm" in name else 0.25)
+            parameter.copy_(values + 1 if "norm" in name else values)
+    return module
+
+
+def random_model(config=None, trainable=ADAPTER, compute_dtype=torch.float32, seed=0, **options):
+    config = config or model_config()
+    return fill(VideoLlava(config, trainable=trainable, compute_dtype=compute_dtype, **options), seed)
+
+
+def random_sample(generator, text=(9, 7), video=6, answer=3):
+    """Token ids with one video between start and end tokens (none if `video` is 0), and the supervised rows."""
+    def words(n):
+        return torch.randint(3, PATCH, (n,), generator=generator).tolist()
+
+    ids = words(text[0]) + ([START] + [PATCH] * video + [END] if video else []) + words(text[1] + answer)
+    return ids, range(len(ids) - answer - 1, len(ids) - 1)
+
+
+def pack(samples, channels=12, generator=None, video=6):
+    """PackedBatch of [(token ids, supervised rows)] with random features for every run of placeholders."""
+    ids = [token for sample, _ in samples for token in sample]
+    token_ids = torch.tensor(ids, dtype=torch.int64)
+    lengths = [len(sample) for sample, _ in samples]
+    offsets = [sum(lengths[:i]) for i in range(len(samples))]
+    positions = [i for length in lengths for i in range(length)]
+    rows = torch.tensor([offset + row for offset, (_, supervised) in zip(offsets, samples) for row in supervised],
+                        dtype=torch.int64)
+    video_rows = (token_ids == PATCH).nonzero()[:, 0]
+    starts, ends = ((token_ids == token).nonzero()[:, 0] for token in (START, END))
+    features = torch.randn(len(video_rows) // video, video, channels, generator=generator)
+    return PackedBatch(
+        token_ids=token_ids, positions=torch.tensor(positions, dtype=torch.int32),
+        layout=AttentionLayout.of_lengths(lengths), video_rows=video_rows, features=features,
+        boundary_rows=torch.stack([starts, ends], 1).flatten(), loss_rows=rows,
+        targets=token_ids[rows + 1], sample_ids=[f"sample{i}" for i in range(len(samples))])
+
+
+def random_batch(seed=0, shapes=(dict(), dict(text=(4, 12), answer=5), dict(text=(3, 2), answer=1))):
+    generator = torch.Generator().manual_seed(seed)
+    return pack([random_sample(generator, **shape) for shape in shapes], generator=generator)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_and_gradients(model, *batches):
+    """Summed loss and gradients; gradients are cleared first."""
+    model.zero_grad()
+    losses = [model(batch) for batch in batches]
+    torch.stack(losses).sum().backward()
+    return sum(loss.item() for loss in losses), gradients(model)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Largest difference at most `tolerance` of the largest expected value."""
+    error = (found.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+    assert found.shape == expected.shape
+    assert error <= tolerance * max(expected.abs().max().item(), 1e-30), f"{error} of {expected.abs().max()}"
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        try:
+            assert_close(found[name], expected[name], tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that were created in this context and are still alive, parameters and inputs excluded."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        seen = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in seen:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        return results
+
+    def total(self):
+        gc.collect()
+        return sum(size for reference, size in self.storages.values() if reference() is not None)

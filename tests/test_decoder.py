@@ -1,0 +1,366 @@
+"""The decoder against transformers' LlamaForCausalLM, packing, shared prefixes, attention libraries, what is saved."""
+
+import dataclasses
+
+import pytest
+import torch
+from model_cases import (
+    FULL,
+    LiveBytes,
+    assert_close,
+    assert_same_gradients,
+    decoder_config,
+    fill,
+    loss_and_gradients,
+    model_config,
+    pack,
+    random_batch,
+    random_model,
+    random_sample,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastvid.model.attention as attention
+from fastvid.batch import AttentionLayout
+from fastvid.model.decoder import Decoder, attend, rotary_frequencies
+
+ROPE = {
+    "default": {},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                 "original_max_position_embeddings": 64}},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+SHAPES = {"mha": {}, "gqa": {"num_kv_heads": 2}, "mqa": {"num_kv_heads": 1}, "tied": {"tie_word_embeddings": True},
+          "wide heads": {"head_dim": 24, "num_heads": 2, "num_kv_heads": 2}}
+CASES = {**SHAPES, **{f"rope {name}": changes for name, changes in ROPE.items()}}
+
+
+def llama_of(model):
+    """transformers' model with the same weights, in fp32."""
+    c = model.config.decoder
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
+        rope_parameters=dict(c.rope_parameters), tie_word_embeddings=c.tie_word_embeddings,
+        attn_implementation="eager"))
+    llama.load_state_dict(to_llama(model, dict(model.named_parameters())), strict=True)
+    return llama
+
+
+def to_llama(model, tensors):
+    """Tensors by our names (weights or gradients) → by transformers' names."""
+    c = model.config.decoder
+    heads = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
+    renamed = {"model.embed_tokens.weight": tensors["embed.weight"], "model.norm.weight": tensors["decoder.norm.weight"],
+               "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"]}
+    for i in range(c.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        for name, part in zip("qkv", tensors[ours + "qkv.weight"].split(heads)):
+            renamed[f"{theirs}self_attn.{name}_proj.weight"] = part
+        for name, part in zip(("gate", "up"), tensors[ours + "gate_up.weight"].chunk(2)):
+            renamed[f"{theirs}mlp.{name}_proj.weight"] = part
+        renamed[theirs + "self_attn.o_proj.weight"] = tensors[ours + "o.weight"]
+        renamed[theirs + "mlp.down_proj.weight"] = tensors[ours + "down.weight"]
+        renamed[theirs + "input_layernorm.weight"] = tensors[ours + "input_norm.weight"]
+        renamed[theirs + "post_attention_layernorm.weight"] = tensors[ours + "post_norm.weight"]
+    return {name: tensor.detach() for name, tensor in renamed.items()}
+
+
+def text_batch(seed=0):
+    return random_batch(seed, [dict(text=(50, 4), video=0, answer=9), dict(text=(5, 6), video=0, answer=4),
+                               dict(text=(1, 1), video=0, answer=1)])
+
+
+def llama_loss(llama, batch):
+    """Sum over supervised rows, sample by sample; and the logits of all rows."""
+    bounds = batch.layout.cu_seqlens_q.tolist()
+    logits = torch.cat([llama(input_ids=batch.token_ids[None, a:b]).logits[0] for a, b in zip(bounds, bounds[1:])])
+    return torch.nn.functional.cross_entropy(logits[batch.loss_rows], batch.targets, reduction="sum"), logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_transformers_llama(case):
+    model = random_model(model_config(**CASES[case]), FULL)
+    llama, batch = llama_of(model), text_batch()
+    expected, expected_logits = llama_loss(llama, batch)
+    expected.backward()
+
+    with torch.no_grad():
+        assert_close(model.logits(model.hidden(batch)), expected_logits)
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    found = to_llama(model, found)
+    assert_same_gradients({name: found[name] for name, p in llama.named_parameters()},
+                          {name: p.grad for name, p in llama.named_parameters()})
+
+
+def test_packed_equals_one_by_one():
+    model = random_model(model_config(num_kv_heads=2), FULL)
+    generator = torch.Generator().manual_seed(1)
+    samples = [random_sample(generator, text=(n, n + 1), video=0) for n in (3, 11, 6)]
+    loss, together = loss_and_gradients(model, pack(samples))
+    total, apart = loss_and_gradients(model, *(pack([sample]) for sample in samples))
+    assert loss == pytest.approx(total, rel=1e-6)
+    assert_same_gradients(together, apart)
+
+
+def branches(lengths, prefix):
+    """Layout, packed tokens and positions of one prefix and its branches, and of the samples apart."""
+    starts = [prefix + sum(lengths[:i]) for i in range(len(lengths))]
+    own = [list(range(start, start + n)) for start, n in zip(starts, lengths)]
+    rows = [list(range(prefix))] + [list(range(prefix)) + rows for rows in own]
+    queries = AttentionLayout.of_lengths([prefix, *lengths])
+    keys = AttentionLayout.of_lengths([len(r) for r in rows])
+    layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=keys.max_seqlen_k,
+                                 kv_rows=torch.tensor(sum(rows, [])))
+    positions = list(range(prefix)) + [prefix + i for n in lengths for i in range(n)]
+    return layout, torch.tensor(positions, dtype=torch.int32), own
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_shared_prefix_equals_samples_apart(recompute, kv_heads):
+    config = model_config(num_kv_heads=kv_heads)
+    model = random_model(config, FULL, recompute=recompute)
+    generator = torch.Generator().manual_seed(2)
+    prefix, lengths = 17, (6, 1, 9)
+    layout, positions, own = branches(lengths, prefix)
+    head, tails = (torch.randint(0, 90, (n,), generator=generator) for n in (prefix, sum(lengths)))
+    tails = tails.split(lengths)
+    plain = pack([(head.tolist() + tail.tolist(), range(prefix, prefix + len(tail) - 1)) for tail in tails])
+    token_ids = torch.cat([head, *tails])
+    loss_rows = torch.tensor([row for rows in own for row in rows[:-1]])
+    shared = dataclasses.replace(plain, token_ids=token_ids, positions=positions, layout=layout, loss_rows=loss_rows,
+                                 targets=token_ids[loss_rows + 1])
+
+    with torch.no_grad():
+        ours = model.hidden(shared)[torch.tensor(sum(own, []))]
+        bounds = plain.layout.cu_seqlens_q.tolist()
+        apart = model.hidden(plain)
+        assert_close(ours, torch.cat([apart[a + prefix:b] for a, b in zip(bounds, bounds[1:])]))
+    expected_loss, expected = loss_and_gradients(random_model(config, FULL), plain)
+    loss, found = loss_and_gradients(model, shared)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_same_gradients(found, expected)
+    again = loss_and_gradients(model, shared)[1]
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def saved_storages(function):
+    """What autograd saves while `function` runs, by storage: {address: bytes}; and the result."""
+    storages = {}
+
+    def pack_hook(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        result = function()
+    return storages, result
+
+
+def test_gathered_keys_are_not_kept_for_backward():
+    layout, _, _ = branches((3,) * 20, 50)
+    q, k, v = (torch.randn(110, 4, 8, requires_grad=True) for _ in range(3))
+    gathered = layout.kv_rows.numel() * 4 * 8 * 4
+
+    def live(**options):
+        with LiveBytes() as live:
+            out = attend(q, k, v, layout, **options)
+            return live.total(), out
+
+    kept, expected = live(regather=False)
+    lean, out = live()
+    assert kept - lean == 2 * gathered
+    assert torch.equal(out, expected)
+    grad = torch.randn_like(out)
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(out, (q, k, v), grad),
+                                                  torch.autograd.grad(expected, (q, k, v), grad)))
+
+
+def test_shared_gradients_are_summed_in_fp32():
+    """A thousand branches that each add 1: bf16 alone would stop counting at 256."""
+    lengths = (1,) * 1000
+    layout, _, _ = branches(lengths, 1)
+    source = torch.zeros(1001, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    rows = attention._GatherRows.apply(source, attention._Gathered(source, layout.kv_rows))
+    rows.sum().backward()
+    assert source.grad[0].unique().item() == 1000  # 1001, rounded once
+
+
+def test_attend_aligns_the_last_rows():
+    """Two queries over five keys are the last two of five queries; one query sees all."""
+    q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
+    whole = attend(q, k, v, AttentionLayout.of_lengths([5]))
+    keys = AttentionLayout.of_lengths([5])
+    for n in (1, 2):
+        queries = AttentionLayout.of_lengths([n])
+        layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=5)
+        assert_close(attend(q[-n:], k, v, layout), whole[-n:])
+
+
+def test_attend_without_rows():
+    q, k = torch.randn(0, 2, 8, requires_grad=True), torch.randn(0, 2, 8)
+    assert attend(q, k, k, AttentionLayout.of_lengths([])).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("implementation", ["flash", "varlen"])
+def test_impossible_attention_is_refused(implementation):
+    q = torch.randn(5, 2, 8)
+    with pytest.raises(ValueError, match=f"{implementation}.*needs a CUDA device, not cpu.*choose auto or sdpa"):
+        attend(q, q, q, AttentionLayout.of_lengths([5]), implementation)
+
+
+def test_unknown_attention_is_refused():
+    q = torch.randn(5, 2, 8)
+    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, sdpa"):
+        attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
+
+
+class Machine:
+    """A pretended CUDA machine: which attention libraries it has, and what they were called with."""
+
+    def __init__(self, monkeypatch, *, flash=None, varlen=None, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
+        monkeypatch.setattr(attention, "_flash_function", lambda: flash)
+        monkeypatch.setattr(attention, "_varlen_function", lambda: varlen)
+
+    def choose(self, implementation="auto", dtype=torch.bfloat16):
+        return attention.choose_implementation(implementation, torch.device("cuda"), dtype)
+
+
+def test_choice_on_cuda(monkeypatch):
+    def function():
+        pass
+
+    machine = Machine(monkeypatch, flash=function, varlen=function)
+    assert machine.choose() == "flash" and machine.choose("varlen") == "varlen"
+    assert machine.choose(dtype=torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="float16 and bfloat16 only, not torch.float32"):
+        machine.choose("flash", torch.float32)
+    assert Machine(monkeypatch, varlen=function).choose() == "varlen"
+    with pytest.raises(ValueError, match="no flash-attn package is installed"):
+        machine.choose("flash")
+    assert Machine(monkeypatch, flash=function, capability=(7, 5)).choose() == "sdpa"
+    with pytest.raises(ValueError, match="Old is older than compute capability 8.0"):
+        machine.choose("flash")
+
+
+def library(arguments, seen, returns_tuple=False):
+    """A stand-in attention library with the given signature that computes by SDPA."""
+    def compute(q, k, v, cu_q, cu_k, options):
+        seen.update(options)
+        out = attention._sdpa(q, k, v, AttentionLayout(cu_q, 0, cu_k, 0))
+        return (out, None) if returns_tuple else out
+
+    names = {"q": "q", "compute": compute}
+    exec(f"def function({arguments}):\n    return compute(*list(locals().values())[:3], "
+         "locals().get('cu_seq_q', locals().get('cu_seqlens_q')), locals().get('cu_seq_k', locals().get('cu_seqlens_k')),"
+         " dict(locals()))", names)
+    return names["function"]
+
+
+VARLEN = "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, "
+SIGNATURES = {
+    "torch 2.10": ("_varlen", VARLEN + "is_causal=False, return_aux=None", {"is_causal": True}),
+    "window": ("_varlen", VARLEN + "*, return_aux=None, scale=None, window_size=(-1, -1)", {"window_size": (-1, 0)}),
+    "torch 2.13": ("_varlen", VARLEN + "*, window_size=(-1, -1), enable_gqa=False",
+                   {"window_size": (-1, 0), "enable_gqa": True}),
+    "flash-attn 2": ("_flash", "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, "
+                     "softmax_scale=None, causal=False", {"causal": True, "max_seqlen_q": 7}),
+    "flash-attn 4": ("_flash", "q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False",
+                     {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_library_signatures(signature, monkeypatch):
+    call, arguments, expected = SIGNATURES[signature]
+    seen = {}
+    function = library(arguments, seen, returns_tuple="4" in signature)
+    monkeypatch.setattr(attention, f"{call}_function", lambda: function)
+    q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+    layout = AttentionLayout.of_lengths([7, 3])
+    assert_close(getattr(attention, call)(q, k, v, layout), attention._sdpa(q, k, v, layout))
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_torch_varlen_signature_is_known():
+    """Of the installed torch: everything that `attend` passes exists."""
+    known = attention._arguments(attention._varlen_function())
+    assert {"window_size", "is_causal"} & known
+    assert attention._arguments(attention._varlen_function()) >= {"cu_seq_q", "cu_seq_k", "max_q", "max_k"}
+
+
+def test_frozen_decoder_saves_no_input_of_a_linear():
+    """By the layer: two residual sums, queries, keys, values, attention's output, the gate-up product, and per row
+    two fp32 numbers of the norms and one per head of attention."""
+    config = decoder_config(num_kv_heads=2)
+    decoder = fill(Decoder(config, trained=False, compute_dtype=torch.bfloat16))
+    x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
+    layout, positions = AttentionLayout.of_lengths([40]), torch.arange(40, dtype=torch.int32)
+    inputs = []
+    for layer in decoder.layers:
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    storages, _ = saved_storages(lambda: decoder(x, positions, layout))
+    attended = inputs[1::4]
+    assert len(inputs) == 8
+    for tensor in inputs:
+        assert tensor.untyped_storage().data_ptr() not in storages or any(tensor is a for a in attended)
+
+    fixed = {t.untyped_storage().data_ptr() for t in [*decoder.parameters(), x, positions, decoder._rope[0]]}
+    rows = sum(size for address, size in storages.items() if address not in fixed) / 40
+    D, E, A, F = 32, (4 + 2 * 2) * 8, 4 * 8, 48
+    layers = 2 * (2 * (2 * D + E + A + 2 * F) + 4 * (2 + 4))
+    assert rows == layers - 2 * D + 2 * D + 4  # the first sum is the input; the final norm saves its own
+
+
+def test_bf16_is_near_fp32():
+    batch = text_batch()
+    exact = random_model(trainable=FULL)
+    loss, expected = loss_and_gradients(exact, batch)
+    for options in ({}, {"fp32_residual": True}):
+        model = random_model(trainable=FULL, compute_dtype=torch.bfloat16, **options)
+        found_loss, found = loss_and_gradients(model, batch)
+        assert found_loss == pytest.approx(loss, rel=0.02)
+        assert_same_gradients(found, expected, 0.15)
+        assert model.hidden(batch).dtype == torch.bfloat16
+        assert model.splice(batch).dtype == (torch.float32 if options else torch.bfloat16)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_changes_no_bit(recompute, dtype):
+    batch = random_batch()
+    plain = loss_and_gradients(random_model(trainable=FULL, compute_dtype=dtype), batch)
+    found = loss_and_gradients(random_model(trainable=FULL, compute_dtype=dtype, recompute=recompute), batch)
+    assert found[0] == plain[0]
+    assert all(torch.equal(found[1][name], plain[1][name]) for name in plain[1])
+
+
+def test_rope_kinds_that_depend_on_the_length_are_refused():
+    for kind in ("dynamic", "longrope", "mystery"):
+        with pytest.raises(ValueError, match=f"rope_type '{kind}' is not supported.*default, linear, llama3 and yarn"):
+            rotary_frequencies(decoder_config(rope_parameters={"rope_type": kind, "factor": 2.0}))
+
+
+def test_frequencies_survive_the_meta_device():
+    with torch.device("meta"):
+        decoder = Decoder(decoder_config(**ROPE["yarn"]), trained=False, compute_dtype=torch.float32)
+    fill(decoder.to_empty(device="cpu"))
+    plain = fill(Decoder(decoder_config(**ROPE["yarn"]), trained=False, compute_dtype=torch.float32))
+    x, positions = torch.randn(6, 32), torch.arange(6)
+    layout = AttentionLayout.of_lengths([6])
+    assert torch.equal(decoder(x, positions, layout), plain(x, positions, layout))
+
+
+def test_unknown_recompute_is_refused():
+    with pytest.raises(ValueError, match="recompute 'some': choose one of none, selective, full"):
+        Decoder(decoder_config(), trained=False, compute_dtype=torch.float32, recompute="some")
