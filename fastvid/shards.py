@@ -1,0 +1,178 @@
+"""Sharded tensors in safetensors files: written by any number of ranks, read by any other number.
+
+A file holds what one rank has of a group of named tensors. A piece that is not the whole tensor has its place in the
+file's metadata: ``shards`` = ``{name: {"shape": global shape, "offset": first row}}``; of rows alone: only dimension 0
+is ever cut. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """Rows ``[offset, offset + len(local))`` of a tensor: what one rank holds of it.
+
+    May be given wherever a DTensor may, and cuts where a DTensor cannot (aligned to quantisation blocks, or one row
+    of random state per rank).
+
+    Attributes:
+        local: [rows, ...] any dtype; 0-d for a 0-d tensor.
+        shape: of the whole tensor.
+        offset: of the first row held.
+    """
+
+    local: Tensor
+    shape: tuple[int, ...]
+    offset: int
+
+
+def local_shard(tensor) -> tuple[LocalShard, bool]:
+    """What this rank holds of `tensor`, sharing its storage, and whether this rank is the one that writes it.
+
+    Args:
+        tensor: Tensor (held by every rank, written by rank 0), DTensor (sharded on dimension 0, replicated, or both;
+            of replicas the first writes) or LocalShard (its holder writes).
+    """
+    if isinstance(tensor, LocalShard):
+        return tensor, True
+    if not isinstance(tensor, DTensor):
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        return LocalShard(tensor.detach(), tuple(tensor.shape), 0), writes
+    mesh, offset, writes, cuts = tensor.device_mesh, 0, True, 0
+    for size, index, placement in zip(mesh.shape, mesh.get_coordinate(), tensor.placements):
+        if isinstance(placement, Shard):
+            cuts += 1
+            assert placement.dim == 0 and cuts == 1, f"sharded other than once on dimension 0: {tensor.placements}"
+            length = tensor.shape[0]
+            offset = min(index * -(-length // size), length)  # the rows of torch.chunk, as Shard cuts them
+        else:
+            assert isinstance(placement, Replicate), f"neither sharded nor replicated: {tensor.placements}"
+            writes = writes and index == 0
+    return LocalShard(tensor.detach().to_local(), tuple(tensor.shape), offset), writes
+
+
+def snapshot(tensors: dict) -> dict[str, LocalShard]:
+    """Host copies of what this rank writes of ``{name: Tensor | DTensor | LocalShard}``; training may go on meanwhile.
+
+    An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
+    """
+    held = {name: shard for name, (shard, writes) in zip(tensors, map(local_shard, tensors.values())) if writes}
+    return {name: LocalShard(_host_copy(shard.local), shard.shape, shard.offset) for name, shard in held.items()
+            if shard.local.numel() or shard.offset == 0}
+
+
+def write(path, shards: dict[str, LocalShard]) -> None:
+    """Write a snapshot to one safetensors file, as readable for others as its folder is."""
+    places = {name: {"shape": shard.shape, "offset": shard.offset} for name, shard in shards.items()
+              if shard.shape != tuple(shard.local.shape)}
+    save_file({name: shard.local for name, shard in shards.items()}, path,
+              {"format": "pt", "shards": json.dumps(places)})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
+
+
+def load(paths: list, targets: dict) -> None:
+    """Copy into `targets` the values that the files `paths` hold together, reading only the rows needed.
+
+    Tensors that no target names are left alone. Nothing is copied unless everything fits.
+
+    Args:
+        paths: the files of all ranks that wrote.
+        targets: ``{name: Tensor | DTensor | LocalShard}``, written in place.
+
+    Raises:
+        ValueError: names tensors that are missing, incomplete, or of another shape or dtype, and damaged files.
+    """
+    with contextlib.ExitStack() as files, torch.no_grad():
+        index = _index(paths, files)
+        copies, problems = [], []
+        for name, target in targets.items():
+            shard, _ = local_shard(target)
+            pieces = index.get(name)
+            if pieces is None:
+                problems.append(f"{name} is missing")
+                continue
+            saved, wanted = (pieces[0].shape, pieces[0].dtype), (shard.shape, shard.local.dtype)
+            if saved != wanted:
+                problems.append(f"{name} was saved as {_describe(*saved)}, wanted {_describe(*wanted)}")
+                continue
+            plan, complete = _plan(shard, pieces)
+            copies += plan
+            if not complete:
+                problems.append(f"{name} is incomplete")
+        if problems:
+            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(f"{paths[0]}: {'; '.join(problems[:8])}{more}. Resume with the flags of the run that "
+                             "saved it, or choose another --output_dir.")
+        for destination, view, rows in copies:
+            destination.copy_(view[rows])
+
+
+def read(paths: list) -> dict[str, Tensor]:
+    """All tensors that the files hold together, whole, on the CPU, in the dtypes that they were saved in."""
+    with contextlib.ExitStack() as files:
+        index = _index(paths, files)
+        tensors = {name: torch.empty(pieces[0].shape, dtype=pieces[0].dtype) for name, pieces in index.items()}
+    load(paths, tensors)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One file's rows of a tensor: `rows` from `offset` of a tensor of `shape`; `view` reads them."""
+
+    view: object
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    rows: int
+
+
+def _host_copy(tensor):
+    plain = tensor.detach().as_subclass(Tensor)
+    return plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _index(paths, files):
+    """{name: [_Piece, by offset]}. `files` is the ExitStack that keeps the files open."""
+    index = {}
+    for path in paths:
+        try:
+            file = files.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}. Remove this checkpoint to go on from an older one.") from error
+        places = json.loads(file.metadata()["shards"])
+        for name in file.keys():
+            view = file.get_slice(name)
+            local_shape = tuple(view.get_shape())
+            place = places.get(name, {"shape": local_shape, "offset": 0})
+            dtype = view[:0].dtype if local_shape else view[...].dtype
+            rows = local_shape[0] if local_shape else 1
+            index.setdefault(name, []).append(_Piece(view, tuple(place["shape"]), dtype, place["offset"], rows))
+    return {name: sorted(pieces, key=lambda piece: piece.offset) for name, pieces in index.items()}
+
+
+def _plan(shard, pieces):
+    """([(destination, view, rows of the view to copy)], whether they fill the shard)."""
+    if not shard.shape:
+        return [(shard.local, pieces[0].view, ...)], True
+    position, end, plan = shard.offset, shard.offset + len(shard.local), []
+    for piece in pieces:
+        stop = min(end, piece.offset + piece.rows)
+        if piece.offset <= position < stop:
+            destination = shard.local[position - shard.offset:stop - shard.offset]
+            plan.append((destination, piece.view, slice(position - piece.offset, stop - piece.offset)))
+            position = stop
+    return plan, position == end
+
+
+def _describe(shape, dtype):
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -1,0 +1,448 @@
+"""Checkpoints: exact, whole or absent, and readable by any number of ranks."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+from fastvid import checkpoint, shards
+from fastvid.checkpoint import LocalShard
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"])
+
+
+def on_ranks(world_size, function, tmp_path, *args):
+    """Results of `function(rank, *args)`, run by `world_size` processes that a gloo group joins."""
+    store = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
+    with ProcessPoolExecutor(world_size, mp_context=FORKS) as pool:
+        futures = [pool.submit(_as_rank, rank, world_size, str(store), function, args) for rank in range(world_size)]
+        return [future.result(timeout=120) for future in futures]
+
+
+def _as_rank(rank, world_size, store, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        return function(rank, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def tensors_of(step):
+    generator = torch.Generator().manual_seed(step)
+    return {"weight": torch.randn(6, 3, generator=generator), "bias": torch.randn(5, generator=generator)}
+
+
+def save_step(folder, step, **options):
+    return checkpoint.save(folder, step, groups={"model": tensors_of(step)}, state={"step": step}, **options)
+
+
+def assert_holds(path, step):
+    assert path.name == f"checkpoint-{step}"
+    assert checkpoint.read_state(path) == {"step": step}
+    assert_same(checkpoint.read_full(path, "model"), tensors_of(step))
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is saved is what is loaded
+
+
+def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
+    base = torch.randn(8, 6)
+    tensors = {
+        "float32": base,
+        "same storage": base,
+        "transposed": base.t(),
+        "bfloat16": torch.nn.Parameter(base.bfloat16()),
+        "uint8": torch.arange(256, dtype=torch.uint8),
+        "int64": torch.tensor([2**62 + 1, -1]),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "float scalar": torch.tensor(0.1),
+        "no rows": torch.empty(0, 4),
+        "nan": torch.tensor([float("nan"), -0.0, float("inf")]).view(torch.int32),
+    }
+    state = {"step": 7, "loss": 0.1 + 0.2, "tiny": 5e-324, "rng": [1, 2**53 - 1], "name": "ü"}
+    path = checkpoint.save(tmp_path / "new" / "folder", 7, groups={"model": tensors, "none": {}}, state=state)
+
+    assert checkpoint.newest_valid(tmp_path / "new" / "folder") == path
+    assert checkpoint.read_state(path) == state
+    assert_same(checkpoint.read_full(path, "model"), tensors)
+    assert checkpoint.read_full(path, "none") == {}
+    targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    checkpoint.load_into(path, "model", targets)
+    assert_same(targets, tensors)
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    path = save_step(tmp_path, 1)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {path.stat().st_mode & 0o666}
+
+
+def test_what_changes_after_the_snapshot_is_not_saved(tmp_path):
+    tensors = tensors_of(1)
+    snapshot = {"model": shards.snapshot(tensors)}
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert_holds(checkpoint._write(tmp_path, 1, snapshot, '{"step": 1}', None, None), 1)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_copied(tmp_path):
+    path = save_step(tmp_path, 1)
+    untouched = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"weight was saved as float32 \[6, 3\], wanted float32 \[3, 6\]"):
+        checkpoint.load_into(path, "model", {"bias": untouched, "weight": torch.zeros(3, 6)})
+    with pytest.raises(ValueError, match=r"bias was saved as float32 \[5\], wanted bfloat16 \[5\]"):
+        checkpoint.load_into(path, "model", {"bias": torch.zeros(5, dtype=torch.bfloat16)})
+    with pytest.raises(ValueError, match="extra.0 is missing.* and 2 more"):
+        checkpoint.load_into(path, "model", {"bias": untouched} | {f"extra.{i}": torch.zeros(1) for i in range(10)})
+    with pytest.raises(ValueError, match="no 'optimizer' tensors"):
+        checkpoint.load_into(path, "optimizer", {})
+    with pytest.raises(ValueError, match="checksums.json is missing"):
+        checkpoint.read_full(tmp_path, "model")
+    assert not untouched.any()
+
+
+def test_a_tensor_with_a_hole_is_incomplete(tmp_path):
+    pieces = {"a": LocalShard(torch.ones(2), (5,), 0)}
+    path = checkpoint.save(tmp_path, 1, groups={"model": pieces}, state={})
+    checkpoint.load_into(path, "model", {"a": LocalShard(torch.zeros(2), (5,), 0)})
+    with pytest.raises(ValueError, match="a is incomplete"):
+        checkpoint.load_into(path, "model", {"a": LocalShard(torch.zeros(2), (5,), 1)})
+    with pytest.raises(ValueError, match="a is incomplete"):
+        checkpoint.read_full(path, "model")
+
+
+def test_state_that_is_not_json_is_a_defect_not_a_disk_error(tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 1, groups={}, state={"x": object()})
+
+
+# Damage
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_short, os.unlink])
+@pytest.mark.parametrize("name", ["model-00000-of-00001.safetensors", "state.json", "checksums.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
+    save_step(tmp_path, 5)
+    damage(save_step(tmp_path, 10) / name)
+    reports = []
+    found = checkpoint.newest_valid(tmp_path, on_invalid=lambda path, reason: reports.append((path.name, reason)))
+    assert_holds(found, 5)
+    [(path, reason)] = reports
+    assert path == "checkpoint-10" and name in reason
+    with pytest.warns(UserWarning, match=f"checkpoint-10 is passed over: .*{name}"):
+        checkpoint.newest_valid(tmp_path)
+    save_step(tmp_path, 10)
+    assert_holds(checkpoint.newest_valid(tmp_path), 10)
+
+
+def test_no_name_in_the_checksums_leads_out_of_the_folder(tmp_path):
+    path = save_step(tmp_path, 1)
+    outside = tmp_path / "model-00009-of-00010.safetensors"
+    outside.write_bytes(b"secret")
+    checksums = json.loads((path / "checksums.json").read_text())
+    checksums["files"][f"../{outside.name}"] = checkpoint._measure(outside)
+    (path / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.warns(UserWarning, match="is missing"):
+        assert checkpoint.newest_valid(tmp_path) is None
+    assert_same(checkpoint.read_full(path, "model"), tensors_of(1))
+
+
+def test_without_checkpoints_there_is_none(tmp_path):
+    assert checkpoint.newest_valid(tmp_path / "missing") is None
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / ".checkpoint-3.tmp").mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert checkpoint.newest_valid(tmp_path) is None
+
+
+# Which ones are kept
+
+
+def test_the_lowest_numbers_go_first(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / ".checkpoint-3.tmp").mkdir()
+    for step in (8, 9, 100, 101):
+        save_step(tmp_path, step, total_limit=3)
+    assert names_in(tmp_path) == ["checkpoint-100", "checkpoint-101", "checkpoint-9", "checkpoint-best"]
+    save_step(tmp_path, 102, total_limit=0)
+    assert len(names_in(tmp_path)) == 5
+
+
+def test_the_new_one_stays_whatever_its_number(tmp_path):
+    for step in (100, 200, 300):
+        save_step(tmp_path, step)
+    save_step(tmp_path, 150, total_limit=2)
+    assert names_in(tmp_path) == ["checkpoint-100", "checkpoint-150"]
+    save_step(tmp_path, 150, total_limit=1)
+    assert names_in(tmp_path) == ["checkpoint-150"]
+    assert_holds(checkpoint.newest_valid(tmp_path), 150)
+
+
+# Death and full disks
+
+
+def save_and_die(folder, step, fatal):
+    """Save; be killed before the `fatal`-th change of the file system, with unsynced bytes lost as by a power cut."""
+    calls = 0
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == fatal:
+                if function is os.fsync:
+                    path = os.readlink(f"/proc/self/fd/{args[0]}")
+                    if os.path.isfile(path):
+                        os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+
+    for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    shards.save_file = deadly(shards.save_file)
+    save_step(folder, step, total_limit=2)
+
+
+@pytest.mark.parametrize("step, before", [(30, (10, 20)), (1, (1,))])
+def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
+    for fatal in range(1, 100):
+        folder = tmp_path / str(fatal)
+        for earlier in before:
+            save_step(folder, earlier)
+        child = FORKS.Process(target=save_and_die, args=(folder, step, fatal))
+        child.start()
+        child.join(60)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        faults = []
+        found = checkpoint.newest_valid(folder, on_invalid=lambda path, reason: faults.append(reason))
+        assert found is not None and faults == [], f"killed before call {fatal}"
+        assert found.name in (f"checkpoint-{before[-1]}", f"checkpoint-{step}")
+        assert_holds(found, int(found.name.removeprefix("checkpoint-")))
+        save_step(folder, step, total_limit=2)
+        kept = sorted({*before, step})[-2:]
+        assert names_in(folder) == [f"checkpoint-{kept_step}" for kept_step in kept]
+        assert_holds(checkpoint.newest_valid(folder), step)
+        if child.exitcode == 0:
+            break
+    assert fatal > 10 and child.exitcode == 0
+
+
+def save_with_little_room(folder, room):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        checkpoint.save(folder, 2, groups={"model": tensors_of(2)}, state={"long": "x" * 1000})
+    except OSError as error:
+        sys.exit(0 if "File too large" in str(error) else 2)
+    sys.exit(1)
+
+
+@pytest.mark.parametrize("room", [10, 700])
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, room):
+    assert (save_step(tmp_path, 1) / "model-00000-of-00001.safetensors").stat().st_size < 700
+    child = FORKS.Process(target=save_with_little_room, args=(tmp_path, room))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert names_in(tmp_path) == ["checkpoint-1"]
+    assert_holds(checkpoint.newest_valid(tmp_path), 1)
+
+
+# Several ranks
+
+
+def whole_tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "even": torch.randn(8, 3, generator=generator),
+        "uneven": torch.randn(5, 2, generator=generator).bfloat16(),
+        "one row": torch.randn(1, 4, generator=generator),
+        "replicated": torch.arange(6.0),
+        "codes": torch.randint(256, (10, 256), generator=generator, dtype=torch.uint8),
+        "count": torch.tensor(12, dtype=torch.int64),
+    }
+
+
+def spread(tensors, mesh):
+    """The tensors as this rank of `mesh` holds them; a 2-D mesh replicates over its first dimension."""
+    last = mesh.size(mesh.ndim - 1)
+    index = mesh.get_local_rank(mesh.ndim - 1)
+    held = {}
+    for name, tensor in tensors.items():
+        if name == "count":
+            held[name] = tensor.clone()
+        elif name == "codes":  # cut where DTensor would not: everything but a row per rank lies on the last
+            start, stop = index, index + 1 if index < last - 1 else len(tensor)
+            held[name] = LocalShard(tensor[start:stop].clone(), tuple(tensor.shape), start)
+        else:
+            placement = Replicate() if name == "replicated" else Shard(0)
+            held[name] = distribute_tensor(tensor.clone(), mesh, [Replicate()] * (mesh.ndim - 1) + [placement])
+    return held
+
+
+def save_and_load_spread(rank, mesh_shape, load_from, save_to):
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape):])
+    tensors = whole_tensors()
+    held = spread({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, mesh)
+    path = checkpoint.newest_valid(load_from)
+    checkpoint.load_into(path, "model", held)
+    for name, expected in spread(tensors, mesh).items():
+        expected, shard = shards.local_shard(expected)[0], shards.local_shard(held[name])[0]
+        assert torch.equal(shard.local, expected.local), name
+        assert (shard.offset, shard.shape) == (expected.offset, expected.shape), name
+    rows = {name: len(shards.local_shard(tensor)[0].local) for name, tensor in held.items() if name != "count"}
+    checkpoint.save(save_to, 1, groups={"model": held}, state={"rank": rank})
+    return rows
+
+
+def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path):
+    tensors = whole_tensors()
+    checkpoint.save(tmp_path / "a", 1, groups={"model": tensors}, state={})
+    rows = {}
+    for source, target, mesh_shape in [("a", "b", (2,)), ("b", "c", (4,)), ("c", "d", (2, 2)), ("d", "e", (1,))]:
+        ranks = 4 if mesh_shape == (2, 2) else mesh_shape[0]
+        rows[target] = on_ranks(ranks, save_and_load_spread, tmp_path, mesh_shape, tmp_path / source, tmp_path / target)
+        path = checkpoint.newest_valid(tmp_path / target)
+        assert checkpoint.read_state(path) == {"rank": 0}
+        assert_same(checkpoint.read_full(path, "model"), tensors)
+    assert [rank["uneven"] for rank in rows["c"]] == [2, 2, 1, 0]
+    assert [rank["codes"] for rank in rows["c"]] == [1, 1, 1, 7]
+    # Only the first replica writes DTensors: ranks 2 and 3 of 2 x 2 have nothing but their LocalShard to write.
+    names = {name for name in names_in(tmp_path / "d" / "checkpoint-1") if name.startswith("model-")}
+    assert names == {f"model-{rank:05d}-of-00004.safetensors" for rank in range(4)}
+    with checkpoint.shards.safe_open(tmp_path / "d/checkpoint-1/model-00003-of-00004.safetensors", "pt") as file:
+        assert list(file.keys()) == ["codes"]
+
+
+def train_sharded(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    def build(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model, optimizer):
+        loss = model(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def moments(model, optimizer):
+        return {f"{name}.{key}": value for name, parameter in model.named_parameters()
+                for key, value in optimizer.state[parameter].items()}
+
+    model, optimizer = build(0)
+    step(model, optimizer)
+    checkpoint.save(folder, 1, state={}, groups={"model": dict(model.named_parameters()),
+                                                 "optimizer": moments(model, optimizer)})
+    straight = [step(model, optimizer) for _ in range(3)]
+
+    model, optimizer = build(1)
+    step(model, optimizer)
+    path = checkpoint.newest_valid(folder)
+    checkpoint.load_into(path, "model", dict(model.named_parameters()))
+    checkpoint.load_into(path, "optimizer", moments(model, optimizer))
+    assert [step(model, optimizer) for _ in range(3)] == straight
+
+
+def test_sharded_training_resumes_bit_for_bit(tmp_path):
+    on_ranks(2, train_sharded, tmp_path, tmp_path / "out")
+
+
+def test_only_the_rows_needed_are_read(tmp_path):
+    held = LocalShard(torch.zeros(3, 2), (10, 2), 3)
+    pieces = [shards._Piece(None, (10, 2), torch.float32, offset, rows) for offset, rows in [(0, 4), (4, 4), (8, 2)]]
+    plan, complete = shards._plan(held, pieces)
+    assert complete and [rows for _, _, rows in plan] == [slice(3, 4), slice(0, 2)]
+
+
+def fail_on_rank_one(rank, folder, kind):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if rank == 1 and kind == "full":
+        shards.save_file = full
+    if rank == 1 and kind == "apart":
+        folder = folder.with_name("another machine")
+    if rank == 1 and kind == "apart, left over":
+        folder = folder.with_name("another machine")
+        (folder / ".checkpoint-2.tmp").mkdir(parents=True)
+    state = {"bad": object()} if rank == 1 and kind == "defect" else {"step": 2}
+    mesh = init_device_mesh("cpu", (2,))
+    groups = {"model": {"weight": distribute_tensor(torch.ones(4), mesh, [Shard(0)])}}
+    try:
+        checkpoint.save(folder, 2, groups=groups, state=state)
+    except (OSError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("full", "rank 1: OSError: .*No space left"),
+    ("apart", "rank 1: FileNotFoundError: .*file system that all ranks share"),
+    ("apart, left over", "rank 0: FileNotFoundError: .*00001-of-00002.* file system that all ranks share"),
+])
+def test_one_rank_s_failure_reaches_all(tmp_path, kind, reason):
+    folder = tmp_path / "out"
+    save_step(folder, 1)
+    for message in on_ranks(2, fail_on_rank_one, tmp_path, folder, kind):
+        assert re.search(reason, message), message
+    assert names_in(folder) == ["checkpoint-1"]
+
+
+def test_a_defect_keeps_its_type_on_its_rank_and_stops_the_others(tmp_path):
+    other, own = on_ranks(2, fail_on_rank_one, tmp_path, tmp_path / "out", "defect")
+    assert other.startswith("OSError: checkpoint: rank 1: TypeError") and own.startswith("TypeError")
+
+
+def look(rank, folder):
+    reports = []
+    found = checkpoint.newest_valid(folder, on_invalid=lambda path, reason: reports.append(reason))
+    return found and found.name, reports
+
+
+def test_all_ranks_agree_on_the_newest_valid(tmp_path):
+    folder = tmp_path / "out"
+    for step in (5, 10):
+        save_step(folder, step)
+    flip_a_bit(folder / "checkpoint-10" / "state.json")
+    (first, reports), second = on_ranks(2, look, tmp_path, folder)
+    assert first == "checkpoint-5" and "state.json" in reports[0]
+    assert second == ("checkpoint-5", [])
