@@ -1,1 +1,6 @@
 """fastvid's kernels. Each lives in a file of its own beside its plain-torch reference."""
+
+from .frame_patchify import frame_patchify
+from .spatio_temporal_pool import spatio_temporal_pool
+
+__all__ = ["frame_patchify", "spatio_temporal_pool"]

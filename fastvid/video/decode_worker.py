@@ -1,0 +1,105 @@
+"""Decoding in a process of its own, so that a file that crashes or hangs FFmpeg costs that file and nothing else.
+
+The process is started as ``python -m fastvid.video.decode_worker`` rather than through multiprocessing, which would
+run the user's main script again. It gets requests as JSON and answers with JSON and the frames' bytes; nothing that
+comes from it is unpickled. It ends when its pipe closes, and it times itself with an alarm whose default action ends
+a process even inside FFmpeg, so that it outlives its parent by no more than the time-out.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from .decode import DecodeError, VideoInfo, decode
+
+
+class DecodeWorker:
+    """Decodes like `fastvid.video.decode.decode`, one video at a time, in a process that starts when first needed.
+
+    Args:
+        timeout: seconds after which a video is given up.
+    """
+
+    def __init__(self, timeout=600.0):
+        self.timeout = timeout
+        self._process = self._connection = None
+
+    def decode(self, path, **options):
+        """`fastvid.video.decode.decode(path, **options)`; a crash or time-out is a DecodeError, too."""
+        if self._process is None:
+            self._start()
+        try:
+            request = {"path": os.fspath(path), "options": options, "timeout": self.timeout}
+            self._connection.send_bytes(json.dumps(request).encode())
+            reply = json.loads(self._connection.recv_bytes())
+            if "reason" in reply:
+                raise DecodeError(path, reply["reason"])
+            frames = np.empty(reply["shape"], np.uint8)
+            self._connection.recv_bytes_into(frames.reshape(-1))
+        except (EOFError, OSError) as error:
+            raise DecodeError(path, self._cause_of_death()) from error
+        return frames, VideoInfo(**reply["info"])
+
+    def kill(self):
+        """End the process, whatever it is doing: a `decode` that waits for it in another thread fails."""
+        if process := self._process:
+            process.kill()
+
+    def close(self):
+        """End the process, from the thread that decodes. The next `decode` starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+            self._process = None
+
+    def _start(self):
+        self._connection, theirs = Pipe()
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+        theirs.close()
+
+    def _cause_of_death(self):
+        code = self._process.wait()
+        self.close()
+        if code == -signal.SIGALRM:
+            return f"decoding took longer than {self.timeout:g} s"
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"the decoder crashed ({name})"
+
+
+def serve(connection):
+    """Answer requests until the other end closes. Interrupts are the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+        try:
+            frames, info = decode(request["path"], **request["options"])
+        except DecodeError as error:
+            frames, reply = None, {"reason": error.reason}
+        except MemoryError:
+            frames, reply = None, {"reason": "not enough memory to decode it"}
+        else:
+            reply = {"shape": frames.shape, "info": asdict(info)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send_bytes(json.dumps(reply).encode())
+        if frames is not None:
+            connection.send_bytes(frames.reshape(-1))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
