@@ -7,6 +7,8 @@ Three layouts of a model over ranks:
 - fully sharded: FSDP2 shards every decoder layer too.
 """
 
+import contextlib
+import logging
 import os
 from dataclasses import dataclass
 
@@ -69,27 +71,47 @@ def start() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, True)
 
 
+@contextlib.contextmanager
+def speaking_once(world):
+    """Let only rank 0 speak of what all ranks find alike (set-up); afterwards each speaks for itself."""
+    logger = logging.getLogger("fastvid")
+    level = logger.level
+    if not world.is_main:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def finish(world):
     """Leave the process group."""
     if world.distributed:
         dist.destroy_process_group()
 
 
-def choose_layout(shard, world, *, decoder_is_trained, replicated_bytes, available_bytes):
+def device_memory(world):
+    """Bytes that this rank may use: its GPU's free memory, or its share of the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+
+
+def choose_layout(shard, world, *, decoder_is_trained, fits):
     """The layout that ``--shard`` asks for.
 
     Args:
         shard: "auto", "full" or "none".
         decoder_is_trained: whether the decoder's own weights get gradients.
-        replicated_bytes: estimate of a rank's memory with a replicated backbone.
-        available_bytes: memory of this rank's device.
+        fits: whether a rank's memory holds a replicated backbone.
 
     Returns:
         "replicated", "trained" (FSDP2 over what is trained) or "full".
     """
     if not world.distributed or shard == "none":
         return "replicated"
-    if shard == "full" or decoder_is_trained or replicated_bytes > available_bytes:
+    if shard == "full" or decoder_is_trained or not fits:
         return "full"
     return "trained"
 
@@ -122,6 +144,14 @@ def set_gradient_sync(model, sync):
     """Whether the next backward reduces FSDP2's gradients over ranks (the step's last) or only adds them up."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
+
+
+def reshard(model):
+    """Let go of parameters that FSDP2 gathered for a forward pass without backward."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def local_shard(tensor):

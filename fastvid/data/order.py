@@ -13,6 +13,31 @@ import numpy as np
 import torch
 
 
+def training_order(config, counts, rank, size):
+    """The order of a training run.
+
+    Args:
+        config: `TrainConfig`.
+        counts: samples of each data file.
+        rank, size: this process among all.
+
+    Raises:
+        ValueError: --data_weights that do not go with the files, or with --parity reference.
+    """
+    weights = tuple(config.data_weights)
+    if weights and len(weights) != len(counts):
+        raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one each")
+    if weights and config.policy.reference_order:
+        raise ValueError("--data_weights: the reference has none; leave it out with --parity reference")
+    if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
+        raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample")
+    run = dict(epochs=config.num_train_epochs, max_steps=config.max_steps, rank=rank, size=size, seed=config.seed,
+               batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps)
+    if config.policy.reference_order:
+        return ReferenceOrder(num_samples=sum(counts), **run)
+    return StreamOrder(counts=tuple(counts), weights=weights, **run)
+
+
 @lru_cache(maxsize=4)
 def epoch_indices(counts, weights, seed, epoch):
     """Shuffled sample indices of one epoch of the stream.
@@ -161,3 +186,23 @@ def reference_indices(num_samples, rank, size, seed, epoch):
     indices = torch.randperm(num_samples, generator=generator).tolist()
     total = math.ceil(num_samples / size) * size
     return (indices * math.ceil(total / num_samples))[:total][rank::size]
+
+
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """Every sample once, in file order; the same number of batches on every rank (a last one may be empty)."""
+
+    num_samples: int
+    batch_size: int
+    rank: int
+    size: int
+
+    @property
+    def total_steps(self):
+        return math.ceil(self.num_samples / (self.batch_size * self.size))
+
+    def micro_batches(self, step):
+        """This rank's samples of validation batch `step`: one list of indices."""
+        width = self.batch_size * self.size
+        batch = range(step * width, min((step + 1) * width, self.num_samples))
+        return [list(batch[self.rank::self.size])]

@@ -1,0 +1,124 @@
+"""What a training run keeps: its checkpoints, how it goes on from one, and what a non-finite step was made of."""
+
+import contextlib
+import logging
+import signal
+from dataclasses import asdict
+
+import torch
+
+from fastvid import __version__, checkpoint, parallel
+from fastvid.data.batching import pack
+
+log = logging.getLogger("fastvid")
+
+# Flags that may change when a run goes on: they decide where and how, not what is computed. A different number of
+# epochs or steps is allowed with a word about the schedule; ranks and batch sizes may be traded for each other.
+MAY_CHANGE = {
+    "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
+    "recompute", "shard", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy", "eval_strategy",
+    "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume", "report_to",
+    "disable_tqdm", "dry_run", "full_determinism", "vision_tower", "num_video_tokens", "on_bad_sample",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+}
+
+
+@contextlib.contextmanager
+def stop_signals(state):
+    """Note SIGTERM and SIGINT in `state.stop_signal`, so that the step in hand ends and is saved.
+
+    A second SIGINT interrupts at once.
+    """
+    def note(number, frame):
+        if number == signal.SIGINT and state.stop_signal:
+            raise KeyboardInterrupt
+        state.stop_signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save(state):
+    """Write checkpoint-<steps done>: what was trained, the optimizer, and where the run stands."""
+    described = {
+        "step": state.step, "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
+        "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
+        "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
+        "world_size": state.world.size, "fastvid": __version__, "torch": torch.__version__,
+    }
+    checkpoint.save(
+        state.config.output_dir, state.step, state=described, total_limit=state.config.save_total_limit,
+        groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()})
+
+
+def resume(state):
+    """Go on from the newest valid checkpoint of the output folder, if there is one.
+
+    Raises:
+        ValueError: that checkpoint belongs to a run that computes something else.
+    """
+    folder = None
+    if state.config.resume == "auto":
+        folder = checkpoint.newest_valid(state.config.output_dir)
+    if folder is None:
+        return
+    saved = checkpoint.read_state(folder)
+    _check_same_run(folder, saved, state)
+    checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
+    checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
+    state.step, state.logged_step = saved["step"], saved["logged_step"]
+    state.loss_sum.fill_(saved["loss_sum"])
+    log.warning("resumed from %s", folder)
+
+
+def _check_same_run(folder, saved, state):
+    given = asdict(state.config)
+    changed = [f"--{name} was {saved['config'].get(name)!r}, is {value!r}" for name, value in given.items()
+               if name not in MAY_CHANGE and saved["config"].get(name) != value]
+    for name, value in (("samples_per_step", state.order.samples_per_step), ("num_samples", len(state.loader.samples))):
+        if saved[name] != value:
+            changed.append(f"{name} was {saved[name]}, is {value}")
+    if state.config.policy.reference_order and saved["world_size"] != state.world.size:
+        changed.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
+    if changed:
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags, choose "
+                         "another --output_dir, or start over in this one with --resume never")
+    if any(saved["config"][name] != given[name] for name in ("num_train_epochs", "max_steps")):
+        log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
+
+
+def explain_not_finite(state, failed):
+    """Name the rank and the samples that made step `failed` non-finite.
+
+    Computes the step's micro-batches again, one at a time over all ranks, with the parameters as they were before it.
+
+    Returns:
+        One line, the same on every rank.
+    """
+    batches, _ = state.loader.read(failed)
+    nothing = pack([], state.tokenizer.tokens, state.loader.samples.feature_shape)
+    found = []
+    for rank in range(state.world.size):
+        for batch in batches:
+            mine = batch if rank == state.world.rank else nothing
+            loss = state.model(mine.to(state.world.device)) / max(1, batch.num_supervised)
+            loss.backward()
+            finite = bool(torch.isfinite(loss.detach()))
+            gradients = all(torch.isfinite(parallel.local_shard(p.grad)).all().item()
+                            for p in state.optimizer.parameters.values() if p.grad is not None)
+            for parameter in state.optimizer.parameters.values():
+                parameter.grad = None
+            found.append((finite, gradients, batch.sample_ids))
+    said = state.world.gather_objects(found)
+    lines = []
+    for i in range(len(found)):
+        rank = i // len(batches)
+        finite, _, sample_ids = said[rank][i]
+        if not (finite and all(seen[i][1] for seen in said)):
+            what = "gradient" if finite else "loss"
+            lines.append(f"rank {rank}: non-finite {what}, samples {', '.join(sample_ids)}")
+    return "; ".join(lines) or "no micro-batch is non-finite on its own: the sum over ranks and micro-batches is"

@@ -1,0 +1,286 @@
+"""The training job: set-up, then the loop. Launch with ``torchrun -m fastvid.train`` or plain ``python -m fastvid.train``.
+
+    state = build(config, parallel.start())
+    for _, batches in state.loader.iterate(state.step):
+        result = train_step(state, batches)
+
+Dimensions: see `fastvid.batch`.
+"""
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastvid import parallel, recovery
+from fastvid.config import TrainConfig, parse
+from fastvid.data.batching import Loader, SampleSet
+from fastvid.data.conversation import VideoTokenizer, load_tokenizer
+from fastvid.data.features import FeatureFolder
+from fastvid.data.order import EvaluationOrder, training_order
+from fastvid.metrics import Metrics
+from fastvid.model import memory
+from fastvid.model.video_llava import VideoLlava
+from fastvid.model.weights import load_weights, read_model_config
+from fastvid.optim import Optimizer, learning_rate
+
+log = logging.getLogger("fastvid")
+
+
+@dataclass
+class TrainState:
+    """Everything that a step touches.
+
+    Attributes:
+        evaluation: loader of the validation set, or None.
+        step: optimizer steps done.
+        loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
+        logged_step: the step of that line.
+        stop_signal: signal that asked this rank to stop, or 0.
+    """
+
+    config: TrainConfig
+    world: parallel.World
+    tokenizer: VideoTokenizer
+    model: VideoLlava
+    optimizer: Optimizer
+    loader: Loader
+    evaluation: Loader | None
+    warmup_steps: int
+    loss_sum: torch.Tensor
+    step: int = 0
+    logged_step: int = 0
+    stop_signal: int = 0
+
+    @property
+    def order(self):
+        """Which samples each step takes (`fastvid.data.order`)."""
+        return self.loader.order
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all ranks. Loss and gradient norm stay on the device; the counts are known to the host.
+
+    Attributes:
+        loss, gradient_norm: fp32 scalars; the norm before clipping.
+        learning_rate: that the update used.
+        samples, rows, supervised: packed samples, rows and supervised tokens.
+        stop_signal: the signal that asked any rank to stop, or 0.
+    """
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+    samples: int
+    rows: int
+    supervised: int
+    stop_signal: int
+
+
+def build(config, world):
+    """Set up a run: data, model, optimizer, loader; weights loaded and sharded, nothing resumed yet.
+
+    Args:
+        config: `TrainConfig`.
+        world: `parallel.start()`.
+
+    Raises:
+        ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
+    """
+    config = _checked(config)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.use_deterministic_algorithms(config.full_determinism)
+
+    tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    features = FeatureFolder(config.video_folder) if config.video_folder else None
+    samples = SampleSet(config.data_path, tokenizer, features, config)
+    model_config = read_model_config(
+        config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
+        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.feature_shape[1] or None)
+    samples.fit(model_config.mm_hidden_size)
+    order = training_order(config, samples.counts, world.rank, world.size)
+    loader = Loader(samples, order, threads=config.dataloader_num_workers, pin=world.device.type == "cuda")
+    evaluation = _evaluation_loader(config, samples, world) if config.eval_data_path else None
+
+    layout, recompute = _plan_memory(config, model_config, samples, world)
+    with torch.device("meta"):
+        model = VideoLlava(
+            model_config, trainable=config.trainable, compute_dtype=_compute_dtype(config), recompute=recompute,
+            fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
+    parallel.shard(model, world, layout, bf16=config.bf16)
+    model.to_empty(device=world.device)
+    load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
+                 seed=config.seed)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return TrainState(
+        config=config, world=world, tokenizer=tokenizer, model=model,
+        optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
+        warmup_steps=config.warmup_steps or math.ceil(order.total_steps * config.warmup_ratio),
+        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device))
+
+
+def train_step(state, batches):
+    """One optimizer step over `batches`, this rank's micro-batches.
+
+    Returns:
+        `StepResult`; no number in it has waited for the device.
+    """
+    config, world = state.config, state.world
+    supervised, rows, samples, stop = world.sum_on_host([
+        sum(batch.num_supervised for batch in batches), sum(batch.num_rows for batch in batches),
+        sum(len(batch.sample_ids) for batch in batches), state.stop_signal])
+    loss = torch.zeros((), device=world.device)
+    for i, batch in enumerate(batches):
+        if config.policy.mean_of_means:
+            scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
+        else:
+            scale = 1 / max(1, supervised)
+        parallel.set_gradient_sync(state.model, i == len(batches) - 1)
+        share = state.model(batch.to(world.device, non_blocking=True)) * scale
+        share.backward()
+        loss += share.detach()
+    parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
+    lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,
+                       warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)
+    loss, norm = state.optimizer.step(state.step, lr, loss)
+    # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
+    state.loss_sum += torch.where(state.optimizer.failed_step < 0, loss, 0.0)
+    state.step += 1
+    return StepResult(loss, norm, lr, int(samples), int(rows), int(supervised), int(stop))
+
+
+@torch.no_grad()
+def evaluate(state):
+    """Loss per supervised token over the validation set, the same on every rank."""
+    total, supervised = torch.zeros((), dtype=torch.float64, device=state.world.device), 0
+    for _, batches in state.evaluation.iterate():
+        for batch in batches:
+            total += state.model(batch.to(state.world.device, non_blocking=True))
+            supervised += batch.num_supervised
+    parallel.reshard(state.model)
+    total, supervised = state.world.sum_on_host([total.item(), supervised])
+    return total / max(1, supervised)
+
+
+def loop(state):
+    """The steps of a run, with logging, validation and saving.
+
+    Returns:
+        Exit code: 0 at the run's end, 1 after a non-finite step, 128 + its number after a signal.
+    """
+    config, order = state.config, state.order
+    with Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step, report_to=config.report_to,
+                 progress=not config.disable_tqdm, rank=state.world.rank) as metrics, recovery.stop_signals(state):
+        for _, batches in metrics.waiting(state.loader.iterate(state.step)):
+            result = train_step(state, batches)
+            metrics.count(result.samples, result.rows, result.supervised)
+            ends = state.step == order.total_steps or result.stop_signal > 0
+            saves = _due(state, config.save_strategy, config.save_steps) or (ends and config.save_strategy != "no")
+            logs = state.step % config.logging_steps == 0 or ends
+            if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
+                return _end_not_finite(state, failed, metrics)
+            if logs:
+                _log(state, result, metrics)
+            if state.evaluation and _due(state, config.eval_strategy, config.eval_steps):
+                metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": evaluate(state)})
+            if saves:
+                recovery.save(state)
+            if result.stop_signal:
+                metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
+                return 128 + result.stop_signal
+        recovery.write_results(state)
+    return 0
+
+
+def train(config):
+    """Run a training job; returns `loop`'s exit code."""
+    world = parallel.start()
+    try:
+        with parallel.speaking_once(world):
+            state = build(config, world)
+            recovery.resume(state)
+        return 0 if config.dry_run else loop(state)
+    finally:
+        parallel.finish(world)
+
+
+def main(argv=None):
+    """The command ``train``."""
+    return train(parse(TrainConfig, argv))
+
+
+def _due(state, strategy, every):
+    """Whether the step just done is one to save or validate at."""
+    if strategy == "steps":
+        return state.step % every == 0
+    epoch = state.order.epoch_after
+    return strategy == "epoch" and int(epoch(state.step)) > int(epoch(state.step - 1))
+
+
+def _log(state, result, metrics):
+    steps = state.step - state.logged_step
+    metrics.log(state.step, {
+        "epoch": state.order.epoch_after(state.step), "loss": state.loss_sum.item() / steps,
+        "learning_rate": result.learning_rate, "grad_norm": result.gradient_norm.item(),
+        "skipped_samples": int(state.world.sum_on_host([state.loader.skipped])[0])})
+    state.loss_sum.zero_()
+    state.logged_step = state.step
+
+
+def _end_not_finite(state, failed, metrics):
+    """Keep the state before step `failed` (from 0), say what made it non-finite, and give up."""
+    state.step = failed
+    state.optimizer.failed_step.fill_(-1)
+    if state.config.save_strategy != "no":
+        recovery.save(state)
+    metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
+                    + recovery.explain_not_finite(state, failed))
+    return 1
+
+
+def _checked(config):
+    """The configuration with older names resolved.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
+    if config.evaluation_strategy:
+        config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                 "logging_steps", "save_steps", "eval_steps", "model_max_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
+    if not config.trainable:
+        raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
+                         "--mm_use_vid_start_end there are no start and end embeddings to tune")
+    if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
+        raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
+                         "which --parity reference does not copy; set it to 0")
+    if config.eval_strategy != "no" and not config.eval_data_path:
+        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
+    if not config.lazy_preprocess:
+        log.warning("--lazy_preprocess False has no effect: samples are always tokenized when needed")
+    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
+        log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
+    return config
+
+
+def _compute_dtype(config):
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def _evaluation_loader(config, samples, world):
+    evaluated = SampleSet(config.eval_data_path, samples.tokenizer, samples.features, config)
+    rows, channels = samples.feature_shape
+    evaluated.fit(channels, rows)
+    order = EvaluationOrder(len(evaluated), config.per_device_eval_batch_size, world.rank, world.size)
+    return Loader(evaluated, order, threads=config.dataloader_num_workers, pin=world.device.type == "cuda")
+
+
+if __name__ == "__main__":
+    from fastvid.cli import run
+
+    run("train")

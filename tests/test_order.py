@@ -1,0 +1,109 @@
+"""Sample order: the reference's recordings, and the properties of fastvid's own stream."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fastvid.config import POLICIES
+from fastvid.data.order import EvaluationOrder, ReferenceOrder, StreamOrder, reference_indices, training_order
+
+
+def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1, batch=2, accumulation=2, seed=42):
+    return StreamOrder(counts=counts, weights=weights, epochs=epochs, max_steps=max_steps, batch_size=batch,
+                       accumulation=accumulation, rank=rank, size=size, seed=seed)
+
+
+def reference(rank=0, size=1, *, n=10, epochs=3.0, max_steps=-1, batch=2, accumulation=1):
+    return ReferenceOrder(num_samples=n, epochs=epochs, max_steps=max_steps, batch_size=batch,
+                          accumulation=accumulation, rank=rank, size=size, seed=42)
+
+
+def flat(order, steps=None):
+    return [i for step in range(order.total_steps) if steps is None or step in steps
+            for batch in order.micro_batches(step) for i in batch]
+
+
+def test_reference_order_equals_the_recordings(shared):
+    recorded = json.loads((shared / "golden" / "order.json").read_text())
+    assert [flat(reference(), range(5 * e, 5 * e + 5)) for e in range(3)] == recorded["single_n10_epochs3"]
+    assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)] for epoch in range(2)] == recorded["dist_n10_w2"]
+    assert [reference_indices(10, rank, 4, 42, 0) for rank in range(4)] == recorded["dist_n10_w4_e0"]
+    for name, epochs in recorded["big"].items():
+        kind, n, *size = name.split("_")
+        n, size = int(n[1:]), int(size[0][1:]) if size else 1
+        for epoch, saved in enumerate(epochs):
+            indices = reference_indices(n, 0, size, 42, epoch)
+            assert indices[:12] == saved.get("head", saved.get("rank0_head"))
+            digest = hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest()
+            assert digest == saved.get("sha256_i64le", saved.get("sha256_rank0"))
+
+
+def test_reference_leftover_micro_batches_open_the_next_epoch():
+    order = reference(n=10, batch=2, accumulation=2)  # 5 micro-batches an epoch: 2 steps and one left over
+    assert order.total_steps == 6
+    assert [len(order.micro_batches(step)) for step in range(6)] == [2, 2, 3, 2, 3, 2]
+    first, second = (reference_indices(10, 0, 1, 42, epoch) for epoch in range(2))
+    assert order.micro_batches(2) == [first[8:], second[:2], second[2:4]]
+
+
+def test_reference_epoch_shorter_than_an_accumulation_steps_once():
+    order = reference(n=5, batch=2, accumulation=8, epochs=2)
+    assert order.total_steps == 2
+    assert [sorted(flat(order, [step])) for step in range(2)] == [list(range(5))] * 2
+
+
+def test_stream_covers_each_epoch_once_in_a_fresh_order():
+    order = stream(batch=3, accumulation=1)
+    samples = flat(order)
+    assert len(samples) == 69 and order.total_steps == 23
+    epochs = [samples[i:i + 23] for i in (0, 23, 46)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert samples == flat(stream(batch=3, accumulation=1)) != flat(stream(batch=3, accumulation=1, seed=43))
+
+
+@pytest.mark.parametrize("size, batch, accumulation", [(2, 2, 2), (4, 1, 2), (1, 8, 1), (8, 1, 1), (1, 2, 4)])
+def test_stream_steps_are_the_same_for_any_ranks(size, batch, accumulation):
+    one = stream(batch=4, accumulation=2)
+    ranks = [stream(rank, size, batch=batch, accumulation=accumulation) for rank in range(size)]
+    assert {order.total_steps for order in ranks} == {one.total_steps}
+    for step in range(one.total_steps):
+        parts = [order.micro_batches(step) for order in ranks]
+        assert len({len(part) for part in parts}) == 1, "ranks differ in micro-batches"
+        together = [i for part in parts for micro in part for i in micro]
+        assert sorted(together) == sorted(flat(one, [step]))
+
+
+def test_stream_fractional_epochs_and_max_steps():
+    assert len(flat(stream(epochs=0.5, batch=1, accumulation=1))) == math.ceil(23 / 2)
+    assert stream(max_steps=100).total_steps == 100
+    assert len(flat(stream(max_steps=100))) == 400
+    assert stream().epoch_after(stream().total_steps) == 3.0
+
+
+def test_data_weights_repeat_and_sample_files():
+    order = stream(counts=(10, 20), weights=(2.0, 0.5), epochs=1.0, batch=1, accumulation=1)
+    seen = Counter(flat(order))
+    assert order.samples_per_epoch == 30
+    assert all(seen[i] == 2 for i in range(10))
+    assert sum(seen[i] for i in range(10, 30)) == 10 and max(seen[i] for i in range(10, 30)) == 1
+
+
+def test_weights_are_checked():
+    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1,
+                  gradient_accumulation_steps=1)
+    for weights, policy, message in [([1.0], "none", "1 numbers for 2"), ([1.0, 1.0], "reference", "leave it out"),
+                                     ([0.0, 0.0], "none", "leave no sample"), ([-1.0, 2.0], "none", "leave no sample")]:
+        with pytest.raises(ValueError, match=message):
+            training_order(SimpleNamespace(data_weights=weights, policy=POLICIES[policy], **config), [3, 4], 0, 1)
+
+
+def test_evaluation_sees_every_sample_once():
+    orders = [EvaluationOrder(11, 2, rank, 3) for rank in range(3)]
+    assert {order.total_steps for order in orders} == {2}
+    assert sorted(i for order in orders for i in flat(order)) == list(range(11))
