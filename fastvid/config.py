@@ -174,7 +174,7 @@ class ExtractConfig:
 
     video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
     clip_feat_path: str = field(metadata={"help": "Folder that receives one feature file per video."})
-    infer_batch: int = _flag(32, "Frames per pass of the tower; every pass is padded to this size.")
+    infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.")
     llava: Literal["1.1", "1.5"] = _flag("1.5", "1.1: 224-pixel tower (Video-ChatGPT); 1.5: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
@@ -184,6 +184,7 @@ class ExtractConfig:
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
     max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.")
     timeout: float = _flag(600.0, "Seconds after which a video's decoding is given up.")
+    decode_workers: int | None = _flag(None, "Decoders that run ahead of the tower. Default: one per four cores.")
 
 
 @dataclass(frozen=True)
