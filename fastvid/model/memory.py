@@ -1,0 +1,164 @@
+"""How much memory a training step takes, from what autograd saves; and which recomputation makes it fit.
+
+Dimensions: N packed rows, D channels, E = (H + 2K)·d columns of queries, keys and values, A = H·d, F channels of the
+feed-forward block, V tokens of the vocabulary, C channels of the vision tower.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from fastvid.model.decoder import RECOMPUTE_MODES
+from fastvid.model.loss import chunk_rows
+from fastvid.model.video_llava import ModelConfig
+
+# AdamW keeps two fp32 moments.
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank at the peak of a step.
+
+    Attributes:
+        weights: parameters as they are stored, and copies in the compute dtype that live until backward.
+        gradients: of trained parameters, fp32.
+        optimizer: its moments.
+        activations: saved for backward.
+        logits: those that exist at once, and the gradients that the loss keeps until backward.
+        working: temporaries of one layer, and its recomputed activations.
+        recompute: the mode that this is for.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    working: int
+    recompute: str
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self) if f.type is int)
+
+    def __str__(self):
+        lines = [(f.name, getattr(self, f.name)) for f in fields(self) if f.type is int] + [("total", self.total)]
+        table = "\n".join(f"  {name:<12}{size / 2**30:10.3f} GiB" for name, size in lines)
+        return f"memory per rank (recompute {self.recompute}):\n{table}"
+
+
+def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str, int]:
+    """Elements of each part of the model that exists."""
+    c = config.decoder
+    D, V = c.hidden_size, c.vocab_size
+    projector = config.mm_hidden_size * D + D + (D * D + D if config.projector_type == "mlp2x_gelu" else 0)
+    counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (_linears(c) + 2 * D) + D}
+    if "boundary" in trainable:
+        counts["boundary"] = 2 * D
+    if not c.tie_word_embeddings:
+        counts["head"] = V * D
+    return counts
+
+
+def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, video_rows: int | None = None,
+                compute_dtype: torch.dtype, fp32_residual: bool = False, recompute: str = "none",
+                one_call_per_segment: bool = False) -> int:
+    """Bytes of activations that wait for backward: what autograd saves, and the rows that enter the decoder.
+
+    Args:
+        rows: N.
+        video_rows: those of them that are projected; None: all.
+        one_call_per_segment: attention runs by "sdpa", so its output exists twice where `o` is trained.
+        (others: as for `VideoLlava`.)
+    """
+    c = config.decoder
+    if not trainable & {"projector", "boundary", "embed", "decoder"}:
+        return 0
+    size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
+    D = c.hidden_size
+    layer = _layer_bytes(c, "decoder" in trainable, size, residual, recompute, one_call_per_segment)
+    per_row = c.num_layers * layer + D * residual + 4  # and the final norm's
+    projected = 0
+    if "projector" in trainable:
+        projected = config.mm_hidden_size + (2 * D if config.projector_type == "mlp2x_gelu" else 0)
+    return rows * per_row + (rows if video_rows is None else video_rows) * projected * size
+
+
+def _layer_bytes(c, trained, size, residual, recompute, twice):
+    """Bytes per row that one layer saves."""
+    D, E, A, F = c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim, \
+        c.intermediate_size
+    if recompute == "full":
+        return D * residual
+    statistics = 4 * c.num_heads  # attention's log-sum-exp
+    products = E + A + 2 * F
+    if recompute == "selective":
+        return D * residual + size * (products + 2 * D) + statistics
+    inputs = 2 * D + F + (A if twice else 0) if trained else 0
+    return 2 * (D * residual + 4) + size * (products + inputs) + statistics
+
+
+def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
+             compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
+             recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
+             fp32_residual: bool = False, one_call_per_segment: bool = False) -> MemoryEstimate:
+    """Memory of one rank's step.
+
+    Args:
+        rows, supervised_rows, video_rows: of the largest micro-batch.
+        sharded: FSDP2 shards every part over `world_size` ranks.
+        shard_trained: it shards the trained parts; None: as `sharded`.
+        (others: as for `VideoLlava` and `saved_bytes`.)
+    """
+    c = config.decoder
+    trainable = frozenset(trainable)
+    counts = parameter_counts(config, trainable)
+    size = compute_dtype.itemsize
+    trained = sum(count for part, count in counts.items() if part in trainable)
+    frozen = sum(counts.values()) - trained
+    shard_trained = sharded if shard_trained is None else shard_trained
+    trained_ranks, frozen_ranks = (world_size if flag else 1 for flag in (shard_trained, sharded))
+
+    weights = 4 * trained // trained_ranks + size * frozen // frozen_ranks
+    if sharded and world_size > 1:
+        # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
+        weights += size * (sum(counts.values()) - counts["decoder"] + 2 * _linears(c))
+    elif "decoder" in trainable and size < 4:
+        weights += size * _linears(c) * (1 if recompute == "full" else c.num_layers)
+
+    options = dict(trainable=trainable, rows=rows, video_rows=video_rows, compute_dtype=compute_dtype,
+                   fp32_residual=fp32_residual, one_call_per_segment=one_call_per_segment)
+    logits_rows = min(supervised_rows, chunk_rows(c.vocab_size))
+    logits = logits_rows * c.vocab_size * (4 + (size if size < 4 else 0)) + supervised_rows * c.hidden_size * size
+    head = "embed" if c.tie_word_embeddings else "head"
+    if head in trainable:
+        logits += counts[head if head == "head" else "embed"] * (4 + (size if size < 4 else 0))
+    return MemoryEstimate(
+        weights=weights, gradients=4 * trained // trained_ranks,
+        optimizer=OPTIMIZER_BYTES[optimizer] * trained // trained_ranks,
+        activations=saved_bytes(config, recompute=recompute, **options), logits=logits,
+        working=rows * _working_bytes(c, "decoder" in trainable, size, 4 if fp32_residual else size, recompute),
+        recompute=recompute)
+
+
+def _working_bytes(c, trained, size, residual, recompute):
+    """Bytes per row of temporaries in a layer's backward: SwiGLU's, the widest, in fp32; and what is recomputed."""
+    recomputed = _layer_bytes(c, trained, size, residual, "none", False) if recompute == "full" else 0
+    return c.intermediate_size * (3 * size + 6 * 4) + c.hidden_size * (residual + size) + recomputed
+
+
+def choose_recompute(available: int, config: ModelConfig, **options) -> str:
+    """The cheapest recomputation with which a step fits into `available` bytes; "full" if none does.
+
+    Args:
+        options: as for `estimate`, without `recompute`.
+    """
+    return next((mode for mode in RECOMPUTE_MODES
+                 if estimate(config, recompute=mode, **options).total <= available), "full")
+
+
+def _linears(c):
+    """Elements of one layer's matrices."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
