@@ -159,6 +159,12 @@ def local_shard(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def full_tensor(parameter):
+    """The whole of a parameter, on the CPU; every rank calls it."""
+    whole = parameter.detach()
+    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+
+
 def sum_replicated_gradients(parameters, world):
     """Sum the gradients of replicated parameters over ranks, in place, in one all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]

@@ -4,11 +4,15 @@ import contextlib
 import logging
 import signal
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from fastvid import __version__, checkpoint, parallel
+from fastvid.config import ExportConfig
 from fastvid.data.batching import pack
+from fastvid.export import export
+from fastvid.model.weights import write_reference_projector
 
 log = logging.getLogger("fastvid")
 
@@ -73,6 +77,36 @@ def resume(state):
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
     log.warning("resumed from %s", folder)
+
+
+def saves_at_end(state):
+    """Whether the run's end (or a stop signal) is saved: the weights of a full fine-tune have no other home."""
+    return state.config.save_strategy != "no" or not _is_adapter(state)
+
+
+def write_results(state):
+    """Write what training leaves for others, on rank 0: a projector file as the reference's, or a model folder.
+
+    Returns:
+        The paths.
+    """
+    config, output = state.config, Path(state.config.output_dir)
+    if not _is_adapter(state):
+        if state.world.is_main:
+            export(ExportConfig(checkpoint=str(output / f"checkpoint-{state.step}"), output=str(output / "model"),
+                                format="llama", dtype="bfloat16" if config.bf16 else "float32"))
+        return [output / "model"]
+    trained = {name: parallel.full_tensor(p) for name, p in state.optimizer.parameters.items()}
+    paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
+    for path in paths if state.world.is_main else ():
+        write_reference_projector(
+            path, trained, config.model_name_or_path, state.tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
+            projector_type=config.mm_projector_type, seed=config.seed)
+    return paths
+
+
+def _is_adapter(state):
+    return state.config.trainable <= {"projector", "boundary"}
 
 
 def _check_same_run(folder, saved, state):

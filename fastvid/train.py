@@ -7,12 +7,15 @@
 Dimensions: see `fastvid.batch`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
+import time
 from dataclasses import dataclass
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastvid import parallel, recovery
 from fastvid.config import TrainConfig, parse
@@ -27,6 +30,8 @@ from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
 
 log = logging.getLogger("fastvid")
+_LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
+            "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
 
 
 @dataclass
@@ -172,26 +177,31 @@ def loop(state):
         Exit code: 0 at the run's end, 1 after a non-finite step, 128 + its number after a signal.
     """
     config, order = state.config, state.order
-    with Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step, report_to=config.report_to,
-                 progress=not config.disable_tqdm, rank=state.world.rank) as metrics, recovery.stop_signals(state):
-        for _, batches in metrics.waiting(state.loader.iterate(state.step)):
+    metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
+                      report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank)
+    with contextlib.closing(metrics), logging_redirect_tqdm([log]), recovery.stop_signals(state):
+        for batches in _waited_for(state.loader.iterate(state.step), metrics):
             result = train_step(state, batches)
             metrics.count(result.samples, result.rows, result.supervised)
             ends = state.step == order.total_steps or result.stop_signal > 0
-            saves = _due(state, config.save_strategy, config.save_steps) or (ends and config.save_strategy != "no")
+            saves = _due(state, config.save_strategy, config.save_steps) or (ends and recovery.saves_at_end(state))
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
                 return _end_not_finite(state, failed, metrics)
             if logs:
                 _log(state, result, metrics)
             if state.evaluation and _due(state, config.eval_strategy, config.eval_steps):
-                metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": evaluate(state)})
+                with metrics.paused():
+                    eval_loss = evaluate(state)
+                metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
             if saves:
                 recovery.save(state)
             if result.stop_signal:
                 metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 return 128 + result.stop_signal
-        recovery.write_results(state)
+        for path in recovery.write_results(state):
+            metrics.message(f"wrote {path}")
+        metrics.message(metrics.summary())
     return 0
 
 
@@ -209,7 +219,20 @@ def train(config):
 
 def main(argv=None):
     """The command ``train``."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     return train(parse(TrainConfig, argv))
+
+
+def _waited_for(steps, metrics):
+    """The batches of each step; the time that the loop waits for them counts as such."""
+    while True:
+        begin = time.perf_counter()
+        _, batches = next(steps, (None, None))
+        metrics.wait(time.perf_counter() - begin)
+        if batches is None:
+            return
+        yield batches
 
 
 def _due(state, strategy, every):
@@ -266,6 +289,28 @@ def _checked(config):
     if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
         log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
     return config
+
+
+def _plan_memory(config, model_config, samples, world):
+    """(layout over ranks, recompute mode) by the memory estimate of a step of the longest samples looked at."""
+    surveyed = samples.survey()
+    length, supervised = (max(column) for column in zip(*surveyed))
+    batch = config.per_device_train_batch_size
+    options = dict(
+        trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
+        video_rows=batch * samples.feature_shape[0], compute_dtype=_compute_dtype(config), optimizer=config.optim,
+        world_size=world.size, fp32_residual=config.policy.fp32_residual,
+        one_call_per_segment=world.device.type == "cpu")
+    available = parallel.device_memory(world)
+    wanted = "none" if config.recompute == "auto" else config.recompute
+    replicated = memory.estimate(model_config, recompute=wanted, **options)
+    layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
+                                    fits=replicated.total <= available)
+    options |= dict(sharded=layout == "full", shard_trained=layout != "replicated")
+    recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
+    estimate = memory.estimate(model_config, recompute=recompute, **options)
+    log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])
+    return layout, recompute
 
 
 def _compute_dtype(config):
