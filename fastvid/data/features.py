@@ -180,7 +180,7 @@ class FeatureFolder:
         """The file that a record's `video` means.
 
         The exact name; else the same name with .safetensors or .pkl for its ending; else, as the reference cuts names
-        at their first dot, the one file whose cut name the record gives, or the file that is named by the record's
+        at their first dot, the one file whose cut name the record gives, or the .pkl that is named by the record's
         cut name, unless two videos would read it.
 
         Raises:
@@ -221,11 +221,11 @@ class FeatureFolder:
         if len(whole) > 1:
             raise ValueError(f"video {name!r} means any of {', '.join(sorted(whole))} in {self.folder / inner}; "
                              "give the whole name")
-        short = next(iter(whole), stem.partition(".")[0])
-        for file in (short + suffix for suffix in SUFFIXES):
+        for file in (short + suffix for short in whole for suffix in SUFFIXES):
             if file in listing.files:
-                return file if whole else self._claim(inner, file, stem, name)
-        return None
+                return file
+        cut = stem.partition(".")[0] + ".pkl"  # only the reference cuts names
+        return self._claim(inner, cut, stem, name) if cut in listing.files else None
 
     def _claim(self, inner, file, stem, name):
         """`file`, if no other video has been read from it: a cut name must not give one video another's features."""

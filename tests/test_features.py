@@ -1,0 +1,305 @@
+"""Feature files and the folder that holds them."""
+
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvid.data import features
+from fastvid.data.features import FeatureFolder, MissingFeatures, load_features, probe_features, save_features
+
+FEATURES = torch.arange(15.0).reshape(5, 3) / 7
+HEADER = {"tower": "clip é 🍳", "frames": [0, 3, 3], "nested": {"size": 336, "name\ud83c": None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_safetensors_round_trip(tmp_path, dtype):
+    path = tmp_path / "v.safetensors"
+    save_features(path, FEATURES.to(dtype), HEADER)
+    loaded, header = load_features(str(path))
+    assert loaded.dtype == dtype and torch.equal(loaded, FEATURES.to(dtype))
+    assert header == HEADER
+    assert probe_features(path) == (5, 3, dtype)
+    assert os.listdir(tmp_path) == ["v.safetensors"]
+
+
+def test_the_safetensors_library_reads_what_is_written_and_the_reverse(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_features(tmp_path / "a.safetensors", FEATURES, HEADER)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.keys() == ["features"] and torch.equal(file.get_tensor("features"), FEATURES)
+        assert json.loads(file.metadata()["header"]) == HEADER
+    save_file({"features": FEATURES.half()}, tmp_path / "b.safetensors")
+    loaded, header = load_features(tmp_path / "b.safetensors")
+    assert torch.equal(loaded, FEATURES.half()) and header == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_pickles_are_float16_arrays_as_the_reference_writes_them(tmp_path, dtype):
+    save_features(tmp_path / "v.pkl", FEATURES.to(dtype), HEADER)
+    with open(tmp_path / "v.pkl", "rb") as file:
+        array = pickle.load(file)
+    assert type(array) is np.ndarray and array.dtype == np.float16
+    assert torch.equal(torch.from_numpy(array), FEATURES.to(dtype).half())
+    loaded, header = load_features(tmp_path / "v.pkl")
+    assert loaded.dtype == torch.float16 and torch.equal(loaded, FEATURES.to(dtype).half())
+    assert header == {}
+    assert probe_features(tmp_path / "v.pkl") == (5, 3, torch.float16)
+
+
+def test_the_references_files(tiny):
+    for variant, rows in (("336", 676), ("224", 356)):
+        folder = FeatureFolder(tiny / f"data{variant}" / "feats")
+        for i in range(10):
+            loaded, _ = folder.load(f"vid{i}.pkl")
+            with open(folder.folder / f"vid{i}.pkl", "rb") as file:
+                assert torch.equal(loaded, torch.from_numpy(pickle.load(file)))
+            assert loaded.shape == (rows, 32)
+
+
+def test_strided_features_and_those_with_a_gradient(tmp_path):
+    for name in ("a.safetensors", "a.pkl"):
+        wide = torch.arange(12.0, dtype=torch.float16).reshape(3, 4).requires_grad_()
+        save_features(tmp_path / name, wide.T[::2], {})
+        assert torch.equal(load_features(tmp_path / name)[0], wide.detach().T[::2])
+
+
+def test_loaded_features_are_not_tied_to_the_file(tmp_path):
+    path = tmp_path / "v.safetensors"
+    save_features(path, FEATURES, {})
+    loaded, _ = load_features(path)
+    path.write_bytes(b"")  # of a mapped file, reading the values would now kill the process
+    assert torch.equal(loaded, FEATURES)
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v.pkl"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
+    save_features(tmp_path / name, FEATURES.half(), {})
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_features(tmp_path / name, 2 * FEATURES.half(), {})
+    assert torch.equal(load_features(tmp_path / name)[0], FEATURES.half())
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v", "v.safetensors.tmp"])
+def test_other_endings_are_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    for action in (load_features, probe_features, lambda path: save_features(path, FEATURES, {})):
+        with pytest.raises(ValueError, match=r"a feature file ends in \.safetensors or \.pkl"):
+            action(tmp_path / name)
+
+
+@pytest.mark.parametrize("tensor", [FEATURES[0], FEATURES[None], FEATURES[:0], FEATURES.double(), FEATURES.int()])
+def test_what_are_no_features_is_not_written(tmp_path, tensor):
+    with pytest.raises(ValueError, match=r"v\.pkl: features must be \[R, C\] in float16"):
+        save_features(tmp_path / "v.pkl", tensor, {})
+    assert os.listdir(tmp_path) == []
+
+
+def _safetensors(header, values=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + values
+
+
+def _entry(shape, dtype="F16", size=12):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "cut short"),
+    (b"\x10\0\0", "cut short"),
+    (struct.pack("<Q", 2**62) + b"{}", "cut short"),
+    (_safetensors(b"{" + b" " * 40), "header is damaged"),
+    (_safetensors(b"[" * 100_000), "header is damaged"),
+    (_safetensors([1]), "header is damaged"),
+    (_safetensors({"other": _entry([2, 3])}, bytes(12)), 'has no "features"'),
+    (_safetensors({"features": 3}), "header is damaged"),
+    (_safetensors({"features": _entry([2, 3]), "__metadata__": {"header": "{"}}, bytes(12)), "header is damaged"),
+    (_safetensors({"features": _entry([2, 3])}, bytes(11)), "holds 11 bytes of values instead of 12"),
+    (_safetensors({"features": _entry([2, 3])}, bytes(13)), "holds 13 bytes of values instead of 12"),
+    (_safetensors({"features": _entry([2, 3]), "more": _entry([2, 3])}, bytes(12)), "holds 12 bytes"),
+    (_safetensors({"features": _entry([2**40, 2**40])}, bytes(12)), "holds 12 bytes"),
+    (_safetensors({"features": _entry([-2, -3])}, bytes(12)), r"must be \[R, C\]"),
+    (_safetensors({"features": _entry([0, 3])}), r"must be \[R, C\]"),
+    (_safetensors({"features": _entry([6])}, bytes(12)), r"must be \[R, C\]"),
+    (_safetensors({"features": _entry(["2", 3])}, bytes(12)), r"must be \[R, C\]"),
+    (_safetensors({"features": _entry([2, 3], "I16")}, bytes(12)), r"must be \[R, C\] .* not \[2, 3\] in I16"),
+    (_safetensors({"features": _entry([2, 3], ["F16"])}, bytes(12)), r"must be \[R, C\]"),
+])
+def test_damaged_safetensors_are_named_with_the_remedy(tmp_path, content, message):
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(content)
+    for read in (load_features, probe_features):
+        with pytest.raises(ValueError, match=rf"v\.safetensors.*{message}.*fastvid extract"):
+            read(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_safetensors_give_features_or_a_value_error(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "v.safetensors"
+    save_features(path, FEATURES.half(), {"a": 1})
+    damaged = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, 120))] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged[:data.draw(st.integers(0, 2 * len(damaged)))])
+    try:
+        loaded, _ = load_features(path)
+    except ValueError as error:
+        assert "v.safetensors" in str(error)
+    else:
+        assert loaded.dim() == 2 and loaded.is_floating_point()
+
+
+def test_malicious_pickles_are_named_and_not_executed(tmp_path):
+    canary = tmp_path / "canary"
+    (tmp_path / "v.pkl").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+    for read in (load_features, probe_features, lambda path: FeatureFolder(path.parent).load(path.name)):
+        with pytest.raises(ValueError, match=r"v\.pkl: the pickle names os\.system.*refused; .*fastvid extract"):
+            read(tmp_path / "v.pkl")
+    assert not canary.exists()
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "v.safetensors"
+    save_features(path, FEATURES, {})
+    read_header = features._read_header
+
+    def read_and_cut(file, name):
+        result = read_header(file, name)
+        os.truncate(path, path.stat().st_size - 4)
+        return result
+
+    monkeypatch.setattr(features, "_read_header", read_and_cut)
+    with pytest.raises(ValueError, match="cut short while it was read"):
+        load_features(path)
+
+
+# FeatureFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """inside/: features, a sub-folder, links of all kinds; outside/: what must not be reached."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for path in ("inside/sub/deep", "outside"):
+        (tmp_path / path).mkdir(parents=True)
+    for name in ("a.pkl", "both.pkl", "both.safetensors", "new.safetensors", "cut.pkl", "one.2.safetensors",
+                 "two.1.safetensors", "two.2.safetensors", "sub/s.pkl", "sub/deep/d.safetensors", "notes.txt"):
+        (inside / name).touch()
+    (outside / "secret.pkl").touch()
+    (inside / "directory.pkl").mkdir()
+    (inside / "link_in.pkl").symlink_to("sub/s.pkl")
+    (inside / "link_out.pkl").symlink_to(outside / "secret.pkl")
+    (inside / "link_up.pkl").symlink_to("../outside/secret.pkl")
+    (inside / "link_loop.pkl").symlink_to("link_loop.pkl")
+    (inside / "link_broken.pkl").symlink_to("nothing")
+    (inside / "folder_in").symlink_to("sub")
+    (inside / "folder_out").symlink_to(outside)
+    (inside / "sub" / "chain.pkl").symlink_to("../link_out.pkl")
+    (tmp_path / "inside_too").mkdir()
+    (tmp_path / "inside_too" / "x.pkl").touch()
+    (inside / "folder_prefix").symlink_to(tmp_path / "inside_too")
+    return inside
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("a.pkl", "a.pkl"), ("a", "a.pkl"), ("a.safetensors", "a.pkl"), ("a.mp4", "a.pkl"), ("./a.pkl", "a.pkl"),
+    ("both.pkl", "both.pkl"), ("both.safetensors", "both.safetensors"), ("both", "both.safetensors"),
+    ("new.pkl", "new.safetensors"), ("new.webm", "new.safetensors"),
+    ("one.pkl", "one.2.safetensors"), ("one", "one.2.safetensors"), ("one.2", "one.2.safetensors"),
+    ("two.1.pkl", "two.1.safetensors"), ("two.2", "two.2.safetensors"),
+    ("cut.3.pkl", "cut.pkl"), ("cut.3.mp4", "cut.pkl"),
+    ("sub/s.pkl", "sub/s.pkl"), ("sub//deep/./d.pkl", "sub/deep/d.safetensors"),
+    ("link_in.pkl", "link_in.pkl"), ("folder_in/s", "folder_in/s.pkl"), ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
+])
+def test_names_that_mean_a_file(folder, name, file):
+    assert FeatureFolder(folder).resolve(name) == folder / file
+
+
+@pytest.mark.parametrize("name", [
+    "", ".", "./.", "absent.pkl", "A.pkl", "absent/a.pkl", "a.pkl/a.pkl", "notes.txt", "notes", "sub", "sub/",
+    "directory.pkl", "link_loop.pkl", "link_broken.pkl", "nul\0.pkl", "~/a.pkl", "\ud83c.pkl", "\ud83c/a.pkl", "one.3.pkl", "a.2/a.pkl", "new.3.pkl",
+    "sub\\s.pkl", "*.pkl", "x" * 5000,
+])
+def test_names_that_mean_nothing(folder, name):
+    with pytest.raises(MissingFeatures, match=r"has no features in .*fastvid extract.*filter_for_missing_videos"):
+        FeatureFolder(folder).resolve(name)
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("/etc/passwd", "absolute"), ("//etc/passwd", "absolute"), ("../outside/secret.pkl", r'has "\.\."'), ("..", r'has "\.\."'),
+    ("sub/../a.pkl", r'has "\.\."'), ("sub/../../outside/secret.pkl", r'has "\.\."'),
+    ("link_out.pkl", "a link that leads out of"), ("link_out", "a link that leads out of"), ("link_up", "a link that leads out of"),
+    ("folder_out/secret.pkl", "its folder folder_out is a link that leads out of"), ("sub/chain.pkl", "a link that leads out of"),
+    ("folder_prefix/x.pkl", "its folder folder_prefix is a link that leads out of"),
+])
+def test_names_that_leave_the_folder(folder, name, reason):
+    features = FeatureFolder(folder)
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match=reason) as error:
+            features.resolve(name)
+        assert repr(name) in str(error.value) and not isinstance(error.value, MissingFeatures)
+
+
+def test_an_absolute_name_of_a_file_inside_is_refused_too(folder):
+    with pytest.raises(ValueError, match="absolute; give it relative to"):
+        FeatureFolder(folder).resolve(str(folder / "a.pkl"))
+
+
+def test_the_folder_itself_may_be_a_link(folder):
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    features = FeatureFolder(link)
+    assert features.resolve("sub/s.pkl") == link / "sub/s.pkl"
+    assert features.resolve("link_in.pkl") == link / "link_in.pkl"
+    with pytest.raises(ValueError, match="leads out of"):
+        features.resolve("folder_out/secret.pkl")
+
+
+def test_a_cut_name_that_several_files_share(folder):
+    with pytest.raises(ValueError, match=r"'two\.pkl' means any of two\.1, two\.2 in .*give the whole name"):
+        FeatureFolder(folder).resolve("two.pkl")
+
+
+@pytest.mark.parametrize("names", [("cut.1.pkl", "cut.2.pkl"), ("cut.1.pkl", "cut.pkl"), ("cut.pkl", "cut.1.pkl")])
+def test_two_videos_are_not_read_from_one_cut_name(folder, names):
+    features = FeatureFolder(folder)
+    for _ in range(2):
+        assert features.resolve(names[0]) == folder / "cut.pkl"
+    with pytest.raises(ValueError, match=r"would both be read from .*cut\.pkl"):
+        features.resolve(names[1])
+
+
+def test_a_folder_that_is_none(folder):
+    for path in (folder / "absent", folder / "a.pkl"):
+        with pytest.raises(ValueError, match="is no folder; give the one that feature extraction wrote to"):
+            FeatureFolder(path)
+
+
+def test_each_folder_is_listed_once(folder, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(os.path.basename(path)), scandir(path))[1])
+    features = FeatureFolder(folder)
+    for _ in range(3):
+        for name in ("a.pkl", "new", "sub/s.pkl", "sub/s"):
+            features.resolve(name)
+        for name in ("absent", "sub/absent"):
+            with pytest.raises(MissingFeatures):
+                features.resolve(name)
+    assert listed == ["inside", "sub"]
+
+
+def test_load_reads_the_file_that_a_name_means(tmp_path):
+    save_features(tmp_path / "v.safetensors", FEATURES, HEADER)
+    loaded, header = FeatureFolder(tmp_path).load("v.pkl")
+    assert torch.equal(loaded, FEATURES) and header == HEADER

@@ -1,0 +1,92 @@
+"""Atomic writing: after whatever happens a name leads to the old file or to the whole new one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastvid.data.files import atomic_file
+
+
+def test_a_written_file_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"ne")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    program = ("import os, signal, sys\nfrom fastvid.data.files import atomic_file\n"
+               "with atomic_file(sys.argv[1]) as file:\n"
+               "    file.write(b'ne'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, check=False).returncode == -9
+    assert path.read_bytes() == b"old"
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    steps = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append(("sync", os.fstat(fd).st_size)), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *names: (steps.append("rename"), replace(*names)))
+    with atomic_file(tmp_path / "a") as file:
+        file.write(b"new")
+    assert steps == [("sync", 3), "rename"]
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_file(tmp_path / "a") as file:
+            file.write(b"new")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_longest_name_that_a_file_may_have(tmp_path):
+    with atomic_file(tmp_path / ("x" * 255)) as file:
+        file.write(b"new")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"new"
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("inner/target")
+    with atomic_file(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "inner" / "target").read_bytes() == b"new"
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_file(tmp_path / "pipe") as file:
+        file.write(b"new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="absent does not exist; create it"), atomic_file(tmp_path / "absent" / "a"):
+        pass
