@@ -213,20 +213,25 @@ def test_the_new_one_stays_whatever_its_number(tmp_path):
 # Death and full disks
 
 
+def files_under(folder):
+    return {path.stat().st_ino: path for path in folder.rglob("*") if path.is_file()}
+
+
 def save_and_die(folder, step, fatal):
     """Save; be killed before the `fatal`-th change of the file system, with unsynced bytes lost as by a power cut."""
-    calls = 0
+    calls, safe = 0, set(files_under(folder))
 
     def deadly(function):
         def call(*args, **kwargs):
             nonlocal calls
             calls += 1
             if calls == fatal:
-                if function is os.fsync:
-                    path = os.readlink(f"/proc/self/fd/{args[0]}")
-                    if os.path.isfile(path):
-                        os.truncate(path, os.path.getsize(path) // 2)
+                for inode, path in files_under(folder).items():
+                    if inode not in safe:
+                        os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
+            if function is os.fsync:
+                safe.add(os.fstat(args[0]).st_ino)
             return function(*args, **kwargs)
         return call
 
@@ -246,10 +251,10 @@ def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
         child.start()
         child.join(60)
         assert child.exitcode in (0, -signal.SIGKILL)
-        faults = []
-        found = checkpoint.newest_valid(folder, on_invalid=lambda path, reason: faults.append(reason))
-        assert found is not None and faults == [], f"killed before call {fatal}"
+        found = checkpoint.newest_valid(folder)
+        assert found is not None, f"killed before call {fatal}"
         assert found.name in (f"checkpoint-{before[-1]}", f"checkpoint-{step}")
+        assert all(checkpoint._fault(path) is None for path in folder.glob("checkpoint-*"))
         assert_holds(found, int(found.name.removeprefix("checkpoint-")))
         save_step(folder, step, total_limit=2)
         kept = sorted({*before, step})[-2:]
@@ -258,6 +263,39 @@ def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
         if child.exitcode == 0:
             break
     assert fatal > 10 and child.exitcode == 0
+
+
+def test_a_save_after_a_broken_replacement_puts_the_old_one_back(tmp_path):
+    save_step(tmp_path, 1).rename(tmp_path / ".checkpoint-1.replaced")
+    save_step(tmp_path, 2)
+    assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert_holds(tmp_path / "checkpoint-1", 1)
+
+
+def test_a_failed_replacement_puts_the_old_one_back(tmp_path, monkeypatch):
+    save_step(tmp_path, 1)
+    rename = os.rename
+
+    def failing(source, target):
+        if source.name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        save_step(tmp_path, 1)
+    assert names_in(tmp_path) == ["checkpoint-1"]
+    assert_holds(tmp_path / "checkpoint-1", 1)
+
+
+def test_everything_is_synced_before_the_name_and_the_name_after(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (calls.append("rename"), rename(*paths)))
+    path = save_step(tmp_path, 1)
+    temporary = tmp_path / ".checkpoint-1.tmp"
+    assert {os.path.basename(call) for call in calls[:3]} == set(names_in(path))
+    assert calls[3:] == [str(temporary), "rename", str(tmp_path)]
 
 
 def save_with_little_room(folder, room):

@@ -1,0 +1,295 @@
+"""Metrics: exact lines, honest rates, and a log that survives a kill and a resume."""
+
+import json
+import math
+import re
+import sys
+
+import matplotlib
+import pytest
+import torch
+
+from fastvid import metrics as metrics_module
+from fastvid.metrics import Metrics, causal_pairs, model_flops, peak_memory, read_metrics
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves: `clock[0]` seconds."""
+    now = [100.0]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def open_metrics(folder, **options):
+    return Metrics(folder, **{"total_steps": 100, "report_to": [], **options})
+
+
+def steps_in(path):
+    return [line["step"] for line in read_metrics(path)]
+
+
+# metrics.jsonl
+
+
+def test_lines_keep_every_bit_and_are_there_at_once(tmp_path):
+    metrics = open_metrics(tmp_path / "new" / "folder")
+    values = {"epoch": 1 / 3, "loss": 0.1 + 0.2, "learning_rate": 5e-324, "grad_norm": 1e300}
+    returned = metrics.log(1, values)
+    [line] = [json.loads(text) for text in metrics.path.read_text().splitlines()]
+    assert list(line)[:5] == ["step", "epoch", "loss", "learning_rate", "grad_norm"]
+    assert line == returned and line.items() >= values.items()
+
+
+def test_a_loss_that_is_not_finite_is_still_json(tmp_path):
+    metrics = open_metrics(tmp_path)
+    metrics.log(1, {"loss": math.nan, "grad_norm": math.inf})
+    line = json.loads(metrics.path.read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["grad_norm"] is None
+
+
+def test_a_resume_drops_later_and_torn_lines(tmp_path):
+    metrics = open_metrics(tmp_path)
+    for step in (10, 20, 30):
+        metrics.log(step, {"loss": 1 / step})
+    before = metrics.path.read_text().splitlines()[:2]
+    with open(metrics.path, "a") as file:
+        file.write('{"step": 15, "loss": 0.12')  # killed in the middle of a write
+    assert steps_in(metrics.path) == [10, 20, 30]
+
+    metrics = open_metrics(tmp_path, start_step=20)
+    assert metrics.path.read_text().splitlines() == before
+    metrics.log(25, {"loss": 1.0})
+    assert steps_in(metrics.path) == [10, 20, 25]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_starts_a_new_log(tmp_path):
+    open_metrics(tmp_path).log(0, {"eval_loss": 1.0})
+    assert steps_in(open_metrics(tmp_path).path) == []
+
+
+def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
+    metrics = open_metrics(tmp_path / "out", rank=1)
+    metrics.count(4, 100, 10)
+    line = metrics.log(1, {"loss": 1.0})
+    metrics.message("hello")
+    metrics.close()
+    assert line["samples_per_second"] > 0
+    assert not (tmp_path / "out").exists() and capsys.readouterr() == ("", "")
+
+
+# Rates
+
+
+def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
+    metrics = open_metrics(tmp_path, peak_flops=2e12)
+    metrics.count(8, 1000, 50, flops=3e12)
+    metrics.count(8, 2000, 70, flops=3e12)
+    metrics.wait(0.5)
+    clock[0] += 4
+    line = metrics.log(2, {"loss": 1.0})
+    expected = {"samples_per_second": 4, "tokens_per_second": 750, "supervised_per_second": 30,
+                "data_wait_share": 0.125, "tflops_per_second": 1.5, "mfu": 0.75}
+    assert {name: line[name] for name in expected} == expected
+
+    metrics.count(10, 10, 10)
+    clock[0] += 1
+    with metrics.paused():
+        clock[0] += 50
+        assert metrics.log(3, {"eval_loss": 2.0}) == {"step": 3, "eval_loss": 2.0}
+    clock[0] += 1
+    line = metrics.log(3, {"loss": 1.0})
+    assert line["samples_per_second"] == 5 and line["data_wait_share"] == 0
+    assert "tflops_per_second" not in line and "mfu" not in line
+
+
+def test_no_mfu_without_a_stated_peak(tmp_path, clock):
+    metrics = open_metrics(tmp_path)
+    metrics.count(1, 1, 1, flops=5e12)
+    clock[0] += 1
+    line = metrics.log(1, {"loss": 1.0})
+    assert line["tflops_per_second"] == 5 and "mfu" not in line
+
+
+def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
+    metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000)
+    for step in range(1001, 3001):
+        metrics.count(8, 100, 10)
+        clock[0] += 2
+    metrics.log(3000, {"loss": 0.43216})
+    metrics.log(3000, {"eval_loss": 0.5})
+    assert metrics.summary() == ("2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s), "
+                                 "final loss 0.4322, peak memory 1.50 GiB")
+
+
+def test_peak_memory_is_in_bytes():
+    held = torch.ones(50 * 2**20, dtype=torch.uint8)
+    assert 2**26 < peak_memory() < 2**40 and held[0]
+
+
+def test_model_flops_of_a_layer_counted_by_torch():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, heads, length = 16, 2, 8
+    frozen, trained = torch.randn(hidden, hidden), torch.randn(hidden, hidden, requires_grad=True)
+    x = torch.randn(length, hidden, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        q, k, v = ((x @ frozen).view(length, heads, -1).transpose(0, 1) for _ in range(3))
+        attended = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        (attended.transpose(0, 1).reshape(length, hidden) @ trained).sum().backward()
+    formula = model_flops(3 * hidden**2, hidden**2, length, pairs=length**2, width=hidden, layers=1)
+    assert counter.get_total_flops() == formula
+
+
+def test_causal_pairs():
+    assert causal_pairs([3, 1]) == 6 + 1
+    assert causal_pairs([2], [5]) == 4 + 5
+    with pytest.raises(ValueError):
+        causal_pairs([2, 2], [5])
+
+
+# What the user sees
+
+
+def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
+    metrics = open_metrics(tmp_path, start_step=10)
+    for _ in range(10):
+        metrics.count(8, 600, 10)
+        clock[0] += 6
+    metrics.log(20, {"epoch": 0.5, "loss": 1.25, "learning_rate": 2e-5})
+    metrics.log(20, {"eval_loss": 1.5})
+    metrics.message("saved checkpoint-20")
+    metrics.close()
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == [
+        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.3 samples/s, 100 tokens/s, ETA 08:00",
+        "step 20/100, eval_loss 1.5",
+        "saved checkpoint-20",
+    ]
+
+
+def test_on_a_terminal_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    metrics = open_metrics(tmp_path, start_step=40)
+    metrics.count(8, 600, 10)
+    metrics.log(41, {"loss": 1.25})
+    metrics.message("a message")
+    metrics.close()
+    err = capsys.readouterr().err
+    assert " 40/100 [" in err
+    assert re.search(r"41%\|.* 41/100 \[.*, loss 1.2500, [\d.,]+ samples/s, [\d,]+ tokens/s", err)
+    assert "a message\n" in err and "step 41/100" not in err
+
+
+def test_progress_can_be_turned_off(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    metrics = open_metrics(tmp_path, progress=False)
+    metrics.count(8, 600, 10)
+    metrics.log(1, {"loss": 1.25})
+    assert re.fullmatch(r"step 1/100, loss 1.25, .*, ETA [\d:]+\n", capsys.readouterr().err)
+
+
+def test_tensorboard_holds_the_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start_step, steps in [(0, (10, 20, 30)), (20, (25,))]:
+        metrics = open_metrics(tmp_path, report_to=["tensorboard"], start_step=start_step)
+        for step in steps:
+            metrics.log(step, {"loss": step / 4})
+            metrics.log(step, {"eval_loss": 0.5})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5), (20, 5), (25, 6.25)]
+    assert {event.value for event in events.Scalars("eval/loss")} == {0.5}
+
+
+@pytest.mark.parametrize("missing, options, message", [
+    ("tensorboard", {"report_to": ["tensorboard"]}, "no TensorBoard: .*pip install tensorboard"),
+    ("matplotlib.figure", {}, "no loss_curve.png: .*pip install matplotlib"),
+])
+def test_a_missing_package_costs_one_line(tmp_path, monkeypatch, capsys, missing, options, message):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in ("torch.utils.tensorboard", "fastvid.plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    metrics = open_metrics(tmp_path, **options)
+    metrics.log(1, {"loss": 1.0})
+    metrics.close()
+    assert len(re.findall(message, capsys.readouterr().err)) == 1
+    assert steps_in(metrics.path) == [1]
+
+
+def test_an_unknown_reporter_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--report_to wandb: known are tensorboard and none"):
+        open_metrics(tmp_path, report_to=["wandb", "none"])
+
+
+# The picture
+
+
+def drawn(monkeypatch, path):
+    """The figure that `draw_loss_curve` saves, and its picture's pixels."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    from fastvid.plots import draw_loss_curve
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure),
+                                                                        savefig(figure, *args, **kw)))
+    png = path.with_suffix(".png")
+    assert draw_loss_curve(path, png)
+    return figures[0], imread(png)
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_curve_shows_all_that_was_logged(tmp_path, monkeypatch):
+    lines = [{"step": step, "loss": 5 / step + 0.2 * (step % 2), "learning_rate": 1e-3 / step}
+             for step in range(1, 101)]
+    lines += [{"step": 50, "eval_loss": 0.4}, {"step": 100, "eval_loss": 0.3}, {"step": 101, "loss": None}]
+    state = dict(matplotlib.rcParams)
+    figure, pixels = drawn(monkeypatch, write_lines(tmp_path / "metrics.jsonl", lines))
+    assert dict(matplotlib.rcParams) == state
+    assert pixels.shape[:2] == (600, 900)
+    losses, rates = figure.axes
+    raw, smooth, validation = losses.lines
+    assert list(raw.get_xdata()) == list(range(1, 101)) and raw.get_ydata()[99] == 5 / 100
+    assert len(smooth.get_ydata()) == 100 and smooth.get_ydata()[0] == raw.get_ydata()[0]
+    assert list(validation.get_xdata()) == [50, 100]
+    assert list(rates.lines[0].get_ydata()) == [line["learning_rate"] for line in lines[:100]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.png"]
+
+
+@pytest.mark.parametrize("line", [{"loss": 2.0, "learning_rate": 0.0}, {"loss": 2.0}, {"eval_loss": 2.0}])
+def test_one_point_is_a_picture(tmp_path, monkeypatch, line):
+    figure, pixels = drawn(monkeypatch, write_lines(tmp_path / "metrics.jsonl", [{"step": 1, **line}]))
+    assert len(figure.axes) == 1 + ("learning_rate" in line) and pixels.min() < 0.5
+    assert figure.axes[0].lines[0].get_marker() == "o"
+
+
+def test_close_draws_over_resumes_and_nothing_without_a_loss(tmp_path, monkeypatch):
+    open_metrics(tmp_path).close()
+    assert not (tmp_path / "loss_curve.png").exists()
+    metrics = open_metrics(tmp_path)
+    for step in (10, 20, 30):
+        metrics.log(step, {"loss": 1.0})
+    metrics = open_metrics(tmp_path, start_step=20)
+    metrics.log(25, {"loss": 0.5})
+    metrics.close()
+    metrics.close()
+    assert (tmp_path / "loss_curve.png").exists()
+    figure, _ = drawn(monkeypatch, metrics.path)
+    assert list(figure.axes[0].lines[0].get_xdata()) == [10, 20, 25]
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
+    from fastvid.plots import smoothed
+
+    assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4, 4, 4])
+    assert smoothed([1.0, 3.0], 2) == pytest.approx([1, (0.25 * 1 + 0.5 * 3) / 0.75])
+    assert smoothed([1.0, 3.0], 0.5) == [1, 3]
