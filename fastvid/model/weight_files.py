@@ -120,6 +120,9 @@ class ModelFolder(Mapping):
 class CheckpointTensors(Mapping):
     """{our name: whole tensor} of a checkpoint folder's ``model-*.safetensors``, put together from all ranks' rows.
 
+    Attributes:
+        shapes: {our name: shape}.
+
     Raises:
         ValueError: names the folder, file or tensor that cannot be read.
     """
@@ -127,25 +130,23 @@ class CheckpointTensors(Mapping):
     def __init__(self, folder):
         self.folder = Path(folder)
         self._pieces = {}  # {name: [(first row, file)]}
-        self._shapes = {}
+        self.shapes = {}
         for path in sorted(self.folder.glob("model-*.safetensors")):
             file = open_tensors(path)
             places = json.loads(file.metadata.get("shards", "{}"))
             for name in file:
-                place = places.get(name, {"offset": 0, "shape": None})
+                place = places.get(name, {"offset": 0, "shape": file[name].shape})
                 self._pieces.setdefault(name, []).append((place["offset"], file))
-                self._shapes[name] = place["shape"]
+                self.shapes[name] = tuple(place["shape"])
         if not self._pieces:
             raise ValueError(f"{self.folder} is not a checkpoint folder: it holds no model-*.safetensors")
 
     def __getitem__(self, name):
-        shape = self._shapes[name]
         pieces = [file[name] for _, file in sorted(self._pieces[name], key=lambda piece: piece[0])]
-        if shape is None:
-            return pieces[0]
-        if sum(len(piece) for piece in pieces) != shape[0]:
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if tensor.shape != self.shapes[name]:
             raise ValueError(f"{self.folder}: {name} is incomplete: files of some ranks are missing")
-        return torch.cat(pieces)
+        return tensor
 
     def __iter__(self):
         return iter(self._pieces)

@@ -3,6 +3,7 @@
 V: vocabulary rows, D: hidden size.
 """
 
+import dataclasses
 import logging
 import math
 import zlib
@@ -17,7 +18,8 @@ from fastvid.model.projector_file import read_projector, save_tensors
 from fastvid.model.read_config import read_model_config
 from fastvid.model.weight_files import ModelFolder
 
-__all__ = ["StartingWeights", "load_weights", "read_model_config", "read_projector", "write_reference_projector"]
+__all__ = ["StartingWeights", "load_weights", "read_model_config", "read_projector", "trained_tensor",
+           "trained_weights", "write_reference_projector"]
 
 log = logging.getLogger("fastvid")
 _TABLES = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
@@ -208,7 +210,46 @@ def _local_rows(parameter):
     return parameter.to_local(), first
 
 
-def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, seed=42):
+def trained_weights(base_folder, trained, *, tokens, projector=None, projector_type=None, seed=42):
+    """The StartingWeights that a training run had, as far as its trained tensors leave them in use.
+
+    Args:
+        base_folder: the model folder that training started from.
+        trained: {our name: whole tensor} of what it trained.
+        tokens: VideoTokens of the run.
+        projector: the projector file that it started from, if any; need not exist any more once all of it was trained.
+        projector_type: as the run was told.
+        seed: of the run.
+
+    Raises:
+        ValueError: as `read_model_config`.
+    """
+    weight = trained.get("projector.0.weight")
+    if weight is not None:
+        projector_type = "mlp2x_gelu" if "projector.2.weight" in trained else "linear"
+        if tokens.start is None or {"boundary.weight", "embed.weight"} & set(trained):
+            projector = None
+    config = read_model_config(base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size,
+                               projector=projector)
+    if weight is not None:
+        config = dataclasses.replace(config, mm_hidden_size=weight.shape[1])
+    return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
+
+
+def trained_tensor(name, starting, trained) -> Tensor:
+    """Our tensor `name` after training, whole, on the CPU: the trained one, else the one that training started from.
+
+    The rows of <vid_start> and <vid_end> in the embedding table are those of a trained "boundary.weight".
+    """
+    pieces = [trained[name].detach().cpu()] if name in trained else starting.pieces(name)
+    if name == "embed.weight" and "boundary.weight" in trained:
+        table = torch.cat([piece.float() for piece in pieces])
+        table[[starting.tokens.start, starting.tokens.end]] = trained["boundary.weight"].detach().to("cpu", table.dtype)
+        return table
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42):
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
@@ -217,35 +258,15 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
     Args:
         path: ends in .bin (torch.save) or .safetensors.
         trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
-        base_folder: the model folder that training started from; it gives what was not trained.
-        tokens: VideoTokens of that training.
-        projector: the projector file that training started from, if any.
-        seed: of that training.
+        base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
 
     Raises:
         ValueError: as `read_model_config`, and for another ending.
     """
-    weight = trained.get("projector.0.weight")
-    config = read_model_config(
-        base_folder, vocab_size=tokens.vocab_size, projector=projector,
-        projector_type=None if weight is None else "mlp2x_gelu" if "projector.2.weight" in trained else "linear",
-        mm_hidden_size=None if weight is None else weight.shape[1])
-    starting = StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
-    save_tensors(Path(path), reference_projector_state(starting, trained))
-
-
-def reference_projector_state(starting, trained) -> dict[str, Tensor]:
-    """{reference's name: fp32 tensor} of a projector file, in the reference's order."""
-    tokens = starting.tokens
-
-    def whole(name):
-        pieces = [trained[name]] if name in trained else starting.pieces(name)
-        return torch.cat([piece.detach().to("cpu", torch.float32) for piece in pieces])
-
-    table = whole("embed.weight")[:tokens.vocab_size].clone()
-    if "boundary.weight" in trained:
-        table[[tokens.start, tokens.end]] = trained["boundary.weight"].detach().to("cpu", torch.float32)
-    state = {"model.embed_tokens.weight": table}
+    starting = trained_weights(base_folder, trained, tokens=tokens, projector=projector,
+                               projector_type=projector_type, seed=seed)
+    state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[:tokens.vocab_size]}
     for ours, theirs in projector_parts(starting.config.projector_type).items():
-        state[theirs] = whole(ours)
-    return state
+        state[theirs] = trained_tensor(ours, starting, trained)
+    # Contiguous copies: torch.save would write the whole storage behind a view.
+    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()})

@@ -1,0 +1,252 @@
+"""``fastvid export``: a checkpoint to the reference's projector file, or to a Hugging Face folder.
+
+- projector: ``mm_projector.bin`` or ``.safetensors``, as the reference's training leaves it.
+- llama: a folder in LLaVA-1.5's own layout: LLaMA's names and ``model.mm_projector``. Its model_type is "llama", so
+  that ``LlamaForCausalLM`` and ``AutoModelForCausalLM`` load the language model; fastvid starts from it too.
+- llava: a folder in llava-hf's layout, tower included, which ``LlavaForConditionalGeneration`` loads.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from fastvid import __version__, checkpoint
+from fastvid.config import ExportConfig, parse
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.model.names import llava_hf_name
+from fastvid.model.weight_files import CheckpointTensors
+from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector
+
+SHARD_BYTES = 5_000_000_000
+_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
+
+
+def export(config):
+    """Write what ``--format`` asks for; whole or not at all.
+
+    Tensors are read, merged, cast and written one after the other: at most one shard (5 GB) is held in memory.
+
+    Args:
+        config: ExportConfig.
+
+    Returns:
+        list of Path: the files written.
+
+    Raises:
+        ValueError: names the checkpoint, folder, file or tensor that cannot be used, and the remedy.
+    """
+    folder = _checkpoint_folder(Path(config.checkpoint))
+    run = _training_config(folder)
+    base, output = config.model_name_or_path or run["model_name_or_path"], Path(config.output)
+    tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])
+    trained = CheckpointTensors(folder)
+    start = {"tokens": tokenizer.tokens, "projector": run["pretrain_mm_mlp_adapter"],
+             "projector_type": run["mm_projector_type"], "seed": run["seed"]}
+    if config.format == "projector":
+        write_reference_projector(output, trained, base, **start)
+        return [output]
+
+    for source in (folder, Path(base)):
+        if output.resolve() == source.resolve():
+            raise ValueError(f"--output {output} is what the export is made of; choose another folder")
+    _refuse_foreign(output)
+    starting = trained_weights(base, trained, **start)
+    starting.check()
+    _check_trained(folder, starting, trained)
+    tower = config.vision_tower or run["vision_tower"] or starting.config.vision_tower
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        dtype = getattr(torch, config.dtype)
+        tensors = _language_tensors(starting, trained)
+        values = _llama_config(starting, tokenizer, tower, config.dtype)
+        if config.format == "llava":
+            vision = _load_tower(tower, starting.config)
+            tensors = _llava_tensors(tensors, vision)
+            values = _llava_config(values, vision, tokenizer.tokens)
+        values[_MARK] = {"version": __version__, "format": config.format, "checkpoint": str(folder)}
+        _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
+        tokenizer.save(temporary)
+        _write_json(temporary / "config.json", values)
+        _write_json(temporary / "generation_config.json", {
+            "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]})
+        _give_name(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(path for path in output.iterdir() if path.is_file())
+
+
+def _checkpoint_folder(path):
+    """The checkpoint that `path` is, or the newest valid one in it."""
+    if (path / "checksums.json").is_file():
+        return path
+    folder = checkpoint.newest_valid(path)
+    if folder is None:
+        raise ValueError(f"--checkpoint {path}: neither a checkpoint-N folder nor an --output_dir that holds one")
+    return folder
+
+
+def _training_config(folder):
+    """The flags of the run that saved a checkpoint, as a dict."""
+    saved = checkpoint.read_state(folder).get("config", {})
+    names = ("model_name_or_path", "mm_use_vid_start_end", "pretrain_mm_mlp_adapter", "mm_projector_type",
+             "vision_tower", "seed")
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise ValueError(f"{folder}/state.json does not say {missing[0]}: it was not saved by fastvid's training")
+    return {name: saved[name] for name in names}
+
+
+def _check_trained(folder, starting, trained):
+    """Refuse trained tensors that are not of this model."""
+    for name in trained:
+        parts = starting.parts.get(name, [(name, (2, starting.config.decoder.hidden_size))])
+        shape = (sum(part[0] for _, part in parts), *parts[0][1][1:])
+        if name not in starting.parts and name != "boundary.weight" or trained.shapes[name] != shape:
+            raise ValueError(f"{folder}: {name} is {list(trained.shapes[name])}, which does not fit "
+                             f"{starting.folder.folder}: give the folder that training started from "
+                             "(--model_name_or_path)")
+
+
+def _language_tensors(starting, trained):
+    """(LLaVA's name, tensor) of the whole model, one after the other, in the precisions they are held in."""
+    for ours, parts in starting.parts.items():
+        if len(parts) == 1:
+            yield parts[0][0], trained_tensor(ours, starting, trained)
+        else:
+            pieces = (trained[ours].split([shape[0] for _, shape in parts]) if ours in trained
+                      else starting.pieces(ours))
+            yield from ((name, piece) for (name, _), piece in zip(parts, pieces))
+
+
+def _llava_tensors(language, vision):
+    """(llava-hf's name, tensor) of the whole model and its tower."""
+    for name, tensor in language:
+        yield llava_hf_name(name), tensor
+    for name, tensor in vision.state_dict().items():
+        yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", tensor
+
+
+def _llama_config(starting, tokenizer, tower, dtype):
+    """config.json of the llama format; rope settings as every version of transformers reads them."""
+    model, c = starting.config, starting.config.decoder
+    rope = {key: value for key, value in c.rope_parameters.items() if key != "rope_theta"}
+    scaling = {} if rope.get("rope_type") == "default" else {"rope_scaling": {"type": rope.get("rope_type"), **rope}}
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype,
+        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim, "hidden_act": "silu", "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps, "initializer_range": model.initializer_range,
+        "rope_theta": c.rope_parameters["rope_theta"], **scaling, "tie_word_embeddings": c.tie_word_embeddings,
+        "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.unk, "use_cache": True,
+        "use_mm_proj": True, "mm_projector_type": model.projector_type, "mm_hidden_size": model.mm_hidden_size,
+        "mm_vision_tower": tower, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_use_vid_start_end": tokenizer.tokens.start is not None,
+    }
+
+
+def _load_tower(tower, model):
+    """The CLIP tower, fp32, for LlavaForConditionalGeneration's fixed architecture."""
+    from transformers import CLIPVisionModel
+
+    if model.projector_type != "mlp2x_gelu":
+        raise ValueError("LlavaForConditionalGeneration has an mlp2x_gelu projector, this model a "
+                         f"{model.projector_type} one: export it with --format llama")
+    if tower is None:
+        raise ValueError("--format llava holds the vision tower, and the model's config.json names none: "
+                         "give --vision_tower")
+    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
+    if vision.config.hidden_size != model.mm_hidden_size:
+        raise ValueError(f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
+                         f"{model.mm_hidden_size}: give the tower that made the features")
+    return vision
+
+
+def _llava_config(llama, vision, tokens):
+    """config.json of the llava format. A video's placeholders are the tokens that features take the place of."""
+    from transformers import LlamaConfig, LlavaConfig
+
+    text = LlamaConfig.from_dict({key: value for key, value in llama.items()
+                                  if key != "architectures" and not key.startswith(("mm_", "use_mm"))})
+    grid = vision.config.image_size // vision.config.patch_size
+    values = LlavaConfig(vision_config=vision.config.to_dict(), text_config=text.to_dict(),
+                         image_token_index=tokens.patch, image_seq_length=grid * grid,
+                         tie_word_embeddings=llama["tie_word_embeddings"]).to_dict()
+    kept = {key: value for key, value in llama.items() if key.startswith("mm_") or key.endswith("_token_id")}
+    return {**values, **kept, "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": llama["torch_dtype"]}
+
+
+def _write_weights(folder, tensors):
+    """Safetensors files of at most SHARD_BYTES (or one tensor), and their index when they are several."""
+    from safetensors.torch import save_file
+
+    shards, pending, size = [], {}, 0
+
+    def flush():
+        path = folder / f"shard-{len(shards)}"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+        shards.append((path, list(pending), size))
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            pending, size = {}, 0
+        pending[name] = tensor.contiguous()
+        size += tensor.nbytes
+    flush()
+    places = {}
+    for number, (path, names, _) in enumerate(shards, 1):
+        last = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        final = path.rename(folder / f"model{last}.safetensors")
+        places |= dict.fromkeys(names, final.name)
+    if len(shards) > 1:
+        total = sum(size for _, _, size in shards)
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_json(path, values):
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refuse_foreign(output):
+    """Only an empty folder or an earlier export of ours may be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        ours = _MARK in json.loads((output / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(f"--output {output} exists and is not an export of fastvid's; choose another folder")
+
+
+def _give_name(temporary, output):
+    """Put the finished folder in its place; an earlier export there goes only now."""
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    replaced = output.with_name(f".{output.name}.replaced")
+    if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        output.rename(replaced)
+    temporary.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def main(argv=None) -> int:
+    """The command; prints what was written, with sizes."""
+    for path in export(parse(ExportConfig, argv)):
+        print(f"{path.stat().st_size / 1e6:12,.1f} MB  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    from fastvid.cli import run
+
+    run("export")

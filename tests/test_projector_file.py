@@ -1,0 +1,198 @@
+"""The projector file: the reference's forms, LLaVA's, checkpoints, and writing it."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weight_folders import (
+    ADAPTER,
+    CONFIG,
+    LLAMA,
+    TOKENS,
+    D,
+    V,
+    assert_same,
+    llava_state,
+    load,
+    our_state,
+    write_folder,
+)
+
+from fastvid import checkpoint
+from fastvid.batch import VideoTokens
+from fastvid.model.weights import read_model_config, read_projector, write_reference_projector
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_llama_and_projector_file(tmp_path, prefix, ending, kind):
+    state = llava_state(kind)
+    language = {name: tensor for name, tensor in state.items() if "mm_projector" not in name}
+    projector = {name.replace("model.mm_projector.", prefix): state[name] for name in state if "mm_projector" in name}
+    folder = write_folder(tmp_path / "m", language, {"model_type": "llama", **LLAMA})
+    file = tmp_path / f"mm_projector.{ending}"
+    save_file(projector, file) if ending == "safetensors" else torch.save(projector, file)
+    assert_same(load(folder, projector=file), state)
+
+
+def test_projector_file_goes_before_the_folders_own(tmp_path):
+    state, other = llava_state("linear"), llava_state()
+    folder = write_folder(tmp_path / "m", state, {**CONFIG, "mm_projector_type": "linear"})
+    torch.save({name: other[name] for name in other if "mm_projector" in name}, tmp_path / "p.bin")
+    language = {name: state[name] for name in state if "mm_projector" not in name}
+    assert_same(load(folder, projector=tmp_path / "p.bin"),
+                {**language, **{name: other[name] for name in other if "mm_projector" in name}})
+    with pytest.raises(ValueError, match="p.bin holds a mlp2x_gelu projector, --mm_projector_type linear"):
+        read_model_config(folder, projector=tmp_path / "p.bin", projector_type="linear")
+
+
+@pytest.mark.parametrize("table_rows", [2, V + 3])
+@pytest.mark.parametrize("trainable", [ADAPTER, frozenset({"projector"})])
+def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable):
+    state = llava_state()
+    folder = write_folder(tmp_path / "m", state)
+    table = torch.randn(table_rows, D)
+    torch.save({"model.embed_tokens.weight": table,
+                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    model = load(folder, projector=tmp_path / "p.bin", trainable=trainable)
+    assert torch.equal(model.embed.weight[-2:], table[-2:])
+    assert ("boundary" in trainable) == hasattr(model, "boundary")
+    if "boundary" in trainable:
+        assert torch.equal(model.boundary.weight, table[-2:])
+    assert torch.equal(model.head.weight, load(folder).head.weight)
+
+
+def test_projector_from_a_checkpoint_folder(tmp_path):
+    state, trained = llava_state(), our_state(llava_state())
+    trained = {name: tensor + 1 for name, tensor in trained.items() if name.startswith("projector.")}
+    trained["boundary.weight"] = torch.randn(2, D)
+    rows = {name: checkpoint.LocalShard(tensor, tuple(tensor.shape), 0) for name, tensor in trained.items()}
+    folder = checkpoint.save(tmp_path, 3, groups={"model": rows}, state={})
+    model = load(write_folder(tmp_path / "m", state), projector=folder)
+    for name, tensor in trained.items():
+        assert torch.equal(model.get_parameter(name), tensor)
+    larger = checkpoint.save(tmp_path, 4, groups={"model": trained | {"head.weight": torch.ones(2, 2)}}, state={})
+    with pytest.raises(ValueError, match="checkpoint-4 holds more than a projector .*fastvid export"):
+        read_projector(larger)
+
+
+def test_projector_from_a_sharded_checkpoint(tmp_path):
+    trained = {name: tensor for name, tensor in our_state(llava_state()).items() if name.startswith("projector.")}
+    for rank, (start, stop) in enumerate([(0, 13), (13, D)]):
+        places = {name: {"shape": list(tensor.shape), "offset": start} for name, tensor in trained.items()}
+        save_file({name: tensor[start:stop].contiguous() for name, tensor in trained.items()},
+                  tmp_path / f"model-{1 - rank:05d}-of-00002.safetensors", {"shards": str(places).replace("'", '"')})
+    found = read_projector(tmp_path)
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    next(tmp_path.glob("model-00000*")).unlink()
+    with pytest.raises(ValueError, match="projector.* is incomplete"):
+        read_projector(tmp_path)
+
+
+def test_projector_files_that_do_not_serve(tmp_path):
+    state = {name: tensor for name, tensor in llava_state().items() if "mm_projector" in name}
+    folder, file = write_folder(tmp_path / "m", llava_state()), tmp_path / "p.bin"
+
+    def refused(tensors, message):
+        torch.save(tensors, file)
+        with pytest.raises(ValueError, match=message):
+            load(folder, projector=file)
+
+    refused({"model.embed_tokens.weight": torch.ones(2, D)}, "p.bin holds no projector")
+    refused({name: state[name] for name in state if "0.bias" not in name}, r"p.bin lacks model.mm_projector.0.bias")
+    refused(state | {"model.mm_projector.4.weight": torch.ones(1)}, "p.bin holds more than a projector")
+    refused(state | {"model.mm_projector.2.weight": torch.ones(D, 2)}, r"p.bin: projector.2.weight is \[24, 2\]")
+    refused(state | {"model.embed_tokens.weight": torch.ones(V, D)}, "it lacks rows 41 and 42")
+    refused(state | {"model.embed_tokens.weight": torch.ones(2, 3)}, "start and end embeddings is")
+    with pytest.raises(ValueError, match="nowhere.bin does not exist"):
+        load(folder, projector=tmp_path / "nowhere.bin")
+    with pytest.raises(ValueError, match="m is not a checkpoint folder"):
+        load(folder, projector=folder)
+
+
+class _Runs:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_projector_that_runs_code_is_refused(tmp_path):
+    torch.save({"model.mm_projector.weight": _Runs(tmp_path / "executed")}, tmp_path / "p.bin")
+    with pytest.raises(ValueError, match="could run code: it was not loaded"):
+        read_projector(tmp_path / "p.bin")
+    assert not (tmp_path / "executed").exists()
+
+
+def keys_and_shapes(path):
+    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    return [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()]
+
+
+@pytest.mark.parametrize("variant", ["336", "224"])
+def test_keys_and_shapes_of_the_reference(shared, tiny, tmp_path, variant):
+    import json
+
+    recorded = json.loads((shared / "golden" / "checkpoint.json").read_text())["runs"][f"{variant}_main_r0"]["bins"]
+    tokens = VideoTokens(32000, 32001, 32002, 32003)
+    model = load(tiny / f"model{variant}", tokens=tokens)
+    trained = {name: p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
+    write_reference_projector(tmp_path / "mm_projector.bin", trained, tiny / f"model{variant}", tokens)
+    assert keys_and_shapes(tmp_path / "mm_projector.bin") == recorded["mm_projector.bin"]
+    write_reference_projector(tmp_path / "p.safetensors", trained, tiny / f"model{variant}", tokens)
+    assert sorted(keys_and_shapes(tmp_path / "p.safetensors")) == sorted(recorded["mm_projector.bin"])
+    table = torch.load(tmp_path / "mm_projector.bin", weights_only=True)["model.embed_tokens.weight"]
+    assert torch.equal(table[32001:], trained["boundary.weight"])
+    assert torch.equal(table[:32001], model.embed.weight[:32001])
+    assert (tmp_path / "mm_projector.bin").stat().st_size < 1.01 * table.nbytes + 1e5
+    assert not list(tmp_path.glob(".*")), "temporary files are gone"
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_projector_reads_back_bit_for_bit(tmp_path, ending, kind, dtype):
+    folder = write_folder(tmp_path / "m", llava_state(kind, dtype), {**CONFIG, "mm_projector_type": kind})
+    model = load(folder, dtype=dtype)
+    trained = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    path = tmp_path / f"out.{ending}"
+    write_reference_projector(path, trained, folder, TOKENS)
+    again = load(folder, dtype=dtype, projector=path)
+    for name, tensor in trained.items():
+        assert torch.equal(again.get_parameter(name), tensor), name
+    table = (load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True))[
+        "model.embed_tokens.weight"]
+    assert table.dtype == torch.float32 and torch.equal(table[:V + 1].to(dtype), model.embed.weight[:V + 1])
+
+
+def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
+    """Frozen projector: the file holds the one that training started from, its rows too, and the same new rows."""
+    state, other = llava_state(), our_state(llava_state())
+    folder = write_folder(tmp_path / "m", state)
+    first = tmp_path / "first.bin"
+    write_reference_projector(first, {name: tensor + 1 for name, tensor in other.items() if "projector" in name}
+                              | {"boundary.weight": torch.randn(2, D)}, folder, TOKENS, seed=3)
+    model = load(folder, projector=first, seed=3)
+    write_reference_projector(tmp_path / "out.bin", {}, folder, TOKENS, projector=first, seed=3)
+    again = load(folder, projector=tmp_path / "out.bin", seed=3)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    table = torch.load(tmp_path / "out.bin", weights_only=True)["model.embed_tokens.weight"]
+    assert torch.equal(table, model.embed.weight)
+
+
+def test_padded_table_is_cut_to_the_tokenizer(tmp_path):
+    tokens = VideoTokens(V - 9, V - 8, V - 7, V - 6, (V - 9, V - 8, V - 7))
+    folder = write_folder(tmp_path / "m", llava_state())
+    write_reference_projector(tmp_path / "out.bin", {}, folder, tokens)
+    assert keys_and_shapes(tmp_path / "out.bin")[0][1] == [V - 6, D]
+
+
+def test_another_ending_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "m", llava_state())
+    with pytest.raises(ValueError, match="out.pt: a projector file ends in .bin"):
+        write_reference_projector(tmp_path / "out.pt", {}, folder, TOKENS)
+    assert not (tmp_path / "out.pt").exists()
