@@ -1,0 +1,61 @@
+"""The manifest of an extraction: one JSON line per video, with what became of it.
+
+Lines are appended by single writes to a file opened with O_APPEND, so the processes of one machine share it, and a
+line that a crash has torn is skipped when reading and closed off when writing. A later line about a video replaces an
+earlier one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+NAME = "manifest.jsonl"
+
+
+class Manifest:
+    """Appends to ``manifest.jsonl`` in a folder; knows what it said when it was opened.
+
+    Attributes:
+        path: the file.
+        entries: the last entry of each video, by name.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder) / NAME
+        self.entries = read_manifest(folder)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+
+    def append(self, video, status, *, reason=None, frames=None, seconds=None, **more):
+        """Record what became of one video.
+
+        Args:
+            video: name relative to the folder of videos.
+            status: "ok", "failed" or "skipped".
+            reason: why, unless ok.
+            frames: frames of the whole video.
+            seconds: spent on it.
+            more: whatever else belongs to it.
+        """
+        entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds, **more}
+        self.entries[video] = entry
+        os.write(self._file, json.dumps(entry).encode() + b"\n")
+
+    def close(self):
+        os.close(self._file)
+
+
+def read_manifest(folder) -> dict[str, dict]:
+    """The last entry of each video, by name; {} where there is no manifest. Torn lines are skipped."""
+    path = Path(folder) / NAME
+    entries = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                entries[entry["video"]] = entry
+            except (ValueError, KeyError, TypeError):  # torn by a crash
+                continue
+    return entries
