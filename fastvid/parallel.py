@@ -138,6 +138,7 @@ def shard(model, world, layout, *, bf16):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other
 
 
 def set_gradient_sync(model, sync):
