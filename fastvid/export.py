@@ -9,6 +9,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -42,6 +43,9 @@ def export(config):
     run = _training_config(folder)
     base, output = config.model_name_or_path or run["model_name_or_path"], Path(config.output)
     tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])
+    if json.loads(json.dumps(asdict(tokenizer.tokens))) != run["tokens"]:
+        raise ValueError(f"{base} has other ids for the video tokens than {folder} was trained with: give the folder "
+                         "that training started from (--model_name_or_path)")
     trained = CheckpointTensors(folder)
     start = {"tokens": tokenizer.tokens, "projector": run["pretrain_mm_mlp_adapter"],
              "projector_type": run["mm_projector_type"], "seed": run["seed"]}
@@ -91,10 +95,11 @@ def _checkpoint_folder(path):
 
 
 def _training_config(folder):
-    """The flags of the run that saved a checkpoint, as a dict."""
-    saved = checkpoint.read_state(folder).get("config", {})
+    """The flags of the run that saved a checkpoint and its "tokens", as a dict."""
+    state = checkpoint.read_state(folder)
+    saved = {**state.get("config", {}), "tokens": state.get("tokens")}
     names = ("model_name_or_path", "mm_use_vid_start_end", "pretrain_mm_mlp_adapter", "mm_projector_type",
-             "vision_tower", "seed")
+             "vision_tower", "seed", "tokens")
     missing = [name for name in names if name not in saved]
     if missing:
         raise ValueError(f"{folder}/state.json does not say {missing[0]}: it was not saved by fastvid's training")

@@ -1,0 +1,273 @@
+"""fastvid export: the reference's projector file, LLaVA-1.5's layout, llava-hf's layout."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from weight_folders import C, D, llava_state, load, write_folder
+
+from fastvid import checkpoint, export
+from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.config import ExportConfig, TrainConfig
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.model.weights import read_model_config
+
+PIECES = 300
+ALL = frozenset({"projector", "embed", "head", "decoder"})
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model(tmp_path_factory):
+    """A small LLaMA-like tokenizer.model."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["USER: what is it? ASSISTANT: a red cat </s>"] * 20), model_prefix=str(prefix),
+        vocab_size=PIECES, model_type="bpe", byte_fallback=True, pad_id=-1, minloglevel=2, hard_vocab_limit=False)
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_model):
+    """make(trained, …) -> (checkpoint folder, model after training, tokenizer): a base folder and a run from it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=C, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                     image_size=28, patch_size=14)).save_pretrained(tmp_path / "tower")
+
+    def make(trainable, *, kind="mlp2x_gelu", tied=False, start_end=True, dtype=torch.float32, **flags):
+        rows = load_vocabulary(tokenizer_model)
+        state = {name: torch.randn(rows, D).to(dtype) if tensor.shape == (40, D) else tensor
+                 for name, tensor in llava_state(kind, dtype, tied).items()}
+        config = {"model_type": "llava", "hidden_size": D, "intermediate_size": 44, "num_hidden_layers": 2,
+                  "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows, "rms_norm_eps": 1e-5,
+                  "max_position_embeddings": 128, "mm_hidden_size": C, "mm_projector_type": kind,
+                  "mm_vision_tower": str(tmp_path / "tower"), "tie_word_embeddings": tied}
+        base = write_folder(tmp_path / "base", state, config, files=2)
+        (base / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
+        tokenizer = load_tokenizer(base, start_end)
+        model = load(base, tokens=tokenizer.tokens, trainable=frozenset(trainable), seed=5)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter += torch.randn(parameter.shape)
+        settings = TrainConfig(model_name_or_path=str(base), data_path=[], output_dir=str(tmp_path / "out"), seed=5,
+                               mm_use_vid_start_end=start_end, **flags)
+        folder = checkpoint.save(tmp_path / "out", 7, groups={"model": trained}, state={
+            "config": asdict(settings), "tokens": asdict(tokenizer.tokens)})
+        return folder, model, tokenizer
+
+    return make
+
+
+def load_vocabulary(path):
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(path)).get_piece_size()
+
+
+def text_batch(ids):
+    empty = torch.empty(0, dtype=torch.int64)
+    positions, layout = torch.arange(len(ids), dtype=torch.int32), AttentionLayout.of_lengths([len(ids)])
+    return PackedBatch(torch.tensor(ids), positions, layout, empty, torch.empty(0, 3, C), empty, empty, empty)
+
+
+def logits(model, ids):
+    return model.logits(model.hidden(text_batch(ids)))
+
+
+def assert_equal_models(model, other):
+    """The same computation: equal tensors, `model`'s boundary rows in `other`'s table."""
+    mine = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if "boundary.weight" in mine:
+        mine["embed.weight"][-2:] = mine.pop("boundary.weight")
+    theirs = dict(other.named_parameters())
+    assert set(mine) == set(theirs)
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("trainable", [{"projector", "boundary"}, {"embed", "head"}, ALL])
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_format(tmp_path, run, trainable, tied):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    folder, model, tokenizer = run(trainable - ({"head"} if tied else set()), tied=tied)
+    output = tmp_path / "exported"
+    paths = export.export(ExportConfig(str(folder), str(output), "llama"))
+    assert paths == sorted(output.iterdir()) and (output / "model.safetensors").is_file()
+
+    again = load_tokenizer(output, None)
+    assert again.tokens.added == () and again.tokens.end == tokenizer.tokens.end
+    fresh = load(output, tokens=again.tokens, trainable=frozenset())
+    assert_equal_models(model, fresh)
+    assert read_model_config(output).vision_tower == str(tmp_path / "tower")
+
+    hf, report = LlamaForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"] and not report["error_msgs"]
+    assert all("mm_projector" in key for key in report["unexpected_keys"])
+    ids = again.encode("what is a red cat?") + [again.tokens.patch]
+    torch.testing.assert_close(logits(fresh, ids), hf(torch.tensor([ids])).logits[0], rtol=1e-5, atol=1e-5)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(output), LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("trainable", [{"projector", "boundary"}, ALL])
+def test_llava_format(tmp_path, run, trainable):
+    from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+
+    folder, model, tokenizer = run(trainable)
+    output = tmp_path / "exported"
+    export.export(ExportConfig(str(folder), str(output), "llava"))
+    hf, report = LlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert {key: list(value) for key, value in report.items()} == dict.fromkeys(report, [])
+    fresh = load(output, tokens=load_tokenizer(output, True).tokens, trainable=frozenset())
+    assert_equal_models(model, fresh)
+    ids = tokenizer.encode("what is a red cat?") + [tokenizer.tokens.start]
+    torch.testing.assert_close(logits(fresh, ids), hf(input_ids=torch.tensor([ids])).logits[0], rtol=1e-5, atol=1e-5)
+    features = torch.randn(4, C)
+    torch.testing.assert_close(hf.model.multi_modal_projector(features), model.projector(features))
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "tower").state_dict()
+    held = hf.model.vision_tower.state_dict()
+    assert held.keys() == tower.keys() and all(torch.equal(held[name], tower[name]) for name in tower)
+    assert hf.config.image_token_id == tokenizer.tokens.patch
+
+
+def test_exported_twice_is_the_same(tmp_path, run):
+    """An export is a starting model like any other; exporting what starts from it changes no bit."""
+    folder, model, tokenizer = run({"projector", "boundary"})
+    export.export(ExportConfig(str(folder), str(tmp_path / "first"), "llama"))
+    tokens = load_tokenizer(tmp_path / "first", True).tokens
+    state = checkpoint.read_state(folder)
+    state["config"]["model_name_or_path"], state["tokens"] = str(tmp_path / "first"), asdict(tokens)
+    trained = {name: p for name, p in load(tmp_path / "first", tokens=tokens).named_parameters() if p.requires_grad}
+    second = checkpoint.save(tmp_path / "out2", 1, groups={"model": trained}, state=state)
+    export.export(ExportConfig(str(second), str(tmp_path / "second"), "llama"))
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_projector_format(tmp_path, run, ending):
+    folder, model, tokenizer = run({"projector", "boundary"}, kind="linear")
+    path = tmp_path / f"mm_projector.{ending}"
+    assert export.export(ExportConfig(str(folder), str(path))) == [path]
+    tensors = load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True)
+    assert set(tensors) == {"model.embed_tokens.weight", "model.mm_projector.weight", "model.mm_projector.bias"}
+    assert torch.equal(tensors["model.mm_projector.weight"], model.projector[0].weight)
+    table = model.embed.weight.clone()
+    table[-2:] = model.boundary.weight
+    assert torch.equal(tensors["model.embed_tokens.weight"], table)
+
+
+def test_output_dir_means_its_newest_valid_checkpoint(tmp_path, run):
+    folder, model, _ = run({"projector", "boundary"})
+    trained = {name: p + 1 for name, p in model.named_parameters() if p.requires_grad}
+    checkpoint.save(folder.parent, 10, groups={"model": trained}, state=checkpoint.read_state(folder))
+    export.export(ExportConfig(str(folder.parent), str(tmp_path / "p.bin")))
+    written = torch.load(tmp_path / "p.bin", weights_only=True)
+    assert torch.equal(written["model.mm_projector.0.bias"], trained["projector.0.bias"])
+    with pytest.raises(ValueError, match="neither a checkpoint-N folder nor an --output_dir"):
+        export.export(ExportConfig(str(tmp_path / "tower"), str(tmp_path / "p.bin")))
+
+
+def test_pretrained_projector_and_frozen_projector(tmp_path, run):
+    """Start and end rows are trained over a projector file: the export has the file's projector."""
+    first, model, _ = run({"projector", "boundary"})
+    export.export(ExportConfig(str(first), str(tmp_path / "p.bin")))
+    rows = {"boundary.weight": torch.randn(2, D)}
+    state = checkpoint.read_state(first)
+    state["config"] |= {"pretrain_mm_mlp_adapter": str(tmp_path / "p.bin"), "freeze_mm_mlp_adapter": True}
+    second = checkpoint.save(tmp_path / "second", 1, groups={"model": rows}, state=state)
+    export.export(ExportConfig(str(second), str(tmp_path / "exported"), "llama"))
+    tensors = load_file(tmp_path / "exported" / "model.safetensors")
+    assert torch.equal(tensors["model.mm_projector.2.weight"], model.projector[2].weight)
+    assert torch.equal(tensors["model.embed_tokens.weight"][-2:], rows["boundary.weight"])
+
+
+def test_shards_and_index(tmp_path, run, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    folder, model, _ = run(ALL)
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    output = tmp_path / "exported"
+    export.export(ExportConfig(str(folder), str(output), "llama", dtype="bfloat16"))
+    files = sorted(output.glob("*.safetensors"))
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert [path.name for path in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors"
+                                             for i in range(1, len(files) + 1)] and len(files) > 2
+    held = {name: path.name for path in files for name in load_file(path)}
+    assert held == index["weight_map"]
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    hf, report = LlamaForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"] and hf.dtype == torch.bfloat16
+    q = model.decoder.layers[1].qkv.weight[:D]
+    assert torch.equal(hf.model.layers[1].self_attn.q_proj.weight, q.to(torch.bfloat16))
+
+
+def test_what_may_be_replaced(tmp_path, run, monkeypatch):
+    folder, _, _ = run({"projector", "boundary"})
+    output = tmp_path / "exported"
+    output.mkdir()
+    config = ExportConfig(str(folder), str(output), "llama")
+    export.export(config)
+    (output / "stray").touch()
+    export.export(config)
+    assert not (output / "stray").exists(), "an export of ours is replaced whole"
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(export, "_write_json", fails)
+        export.export(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and (output / "model.safetensors").is_file()
+
+    (output / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="exported exists and is not an export of fastvid's"):
+        export.export(config)
+    for source in (folder, tmp_path / "base"):
+        with pytest.raises(ValueError, match="is what the export is made of"):
+            export.export(ExportConfig(str(folder), str(source), "llama"))
+
+
+def test_what_cannot_be_exported(tmp_path, run):
+    folder, model, tokenizer = run({"projector", "boundary"}, kind="linear")
+    with pytest.raises(ValueError, match="has an mlp2x_gelu projector, this model a linear one.*--format llama"):
+        export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava"))
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
+    state = checkpoint.read_state(folder)
+    other = checkpoint.save(tmp_path / "o", 1, groups={"model": {"decoder.norm.weight": torch.ones(3)}}, state=state)
+    with pytest.raises(ValueError, match=r"decoder.norm.weight is \[3\], which does not fit .*base"):
+        export.export(ExportConfig(str(other), str(tmp_path / "x"), "llama"))
+    state["tokens"]["patch"] += 1
+    other = checkpoint.save(tmp_path / "o", 2, groups={"model": {"projector.0.bias": torch.ones(D)}}, state=state)
+    with pytest.raises(ValueError, match="other ids for the video tokens"):
+        export.export(ExportConfig(str(other), str(tmp_path / "x"), "llama"))
+    del state["config"]["seed"]
+    other = checkpoint.save(tmp_path / "o", 3, groups={"model": {"projector.0.bias": torch.ones(D)}}, state=state)
+    with pytest.raises(ValueError, match="state.json does not say seed"):
+        export.export(ExportConfig(str(other), str(tmp_path / "x")))
+
+
+def test_the_tower_must_fit(tmp_path, run):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    folder, _, _ = run({"projector", "boundary"})
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=C + 2, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                     image_size=28, patch_size=14)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="wide has 12 channels, the projector takes 10"):
+        export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "wide")))
+
+
+def test_the_command_prints_what_it_wrote(tmp_path, run, capsys):
+    folder, _, _ = run({"projector", "boundary"})
+    assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "p.safetensors")]) == 0
+    size = (tmp_path / "p.safetensors").stat().st_size / 1e6
+    assert capsys.readouterr().out == f"{size:12,.1f} MB  {tmp_path / 'p.safetensors'}\n"

@@ -1,0 +1,111 @@
+"""config.json in every form, and what is refused because the model would not compute it."""
+
+
+import pytest
+from weight_folders import CONFIG, HF_CONFIG, LLAMA, C, D, V, llava_state, new_hf_names, old_hf_names, write_folder
+
+from fastvid.model.weights import read_model_config
+
+
+def read(tmp_path, config, state=None, **options):
+    folder = tmp_path / f"m{len(list(tmp_path.iterdir()))}"
+    write_folder(folder, llava_state() if state is None else state, config)
+    return read_model_config(folder, **options)
+
+
+def test_original_llava(tmp_path):
+    config = read(tmp_path, CONFIG)
+    sizes = config.decoder
+    assert (config.mm_hidden_size, config.projector_type, config.vision_tower) == (C, "mlp2x_gelu", "some/tower")
+    assert config.initializer_range == 0.02 and sizes.rms_norm_eps == 1e-5 and sizes.max_position_embeddings == 128
+    assert (sizes.vocab_size, sizes.hidden_size, sizes.intermediate_size, sizes.num_layers) == (V, D, 44, 2)
+    assert (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.tie_word_embeddings) == (4, 2, 6, False)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "llava_llama"}, {"model_type": "VideoChatGPT", "architectures": ["VideoChatGPTLlamaForCausalLM"]},
+    {"model_type": "llama"}, {"use_mm_proj": True}])
+def test_names_of_the_family(tmp_path, changes):
+    assert read(tmp_path, CONFIG | changes) == read(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_projector_that_only_the_weights_show(tmp_path, kind):
+    bare = {key: value for key, value in CONFIG.items() if not key.startswith("mm_")}
+    config = read(tmp_path, bare, llava_state(kind))
+    assert (config.projector_type, config.mm_hidden_size, config.vision_tower) == (kind, C, None)
+
+
+@pytest.mark.parametrize("rename", [old_hf_names, new_hf_names])
+def test_llava_hf(tmp_path, rename):
+    config = read(tmp_path, HF_CONFIG, rename(llava_state()))
+    assert (config.projector_type, config.mm_hidden_size) == ("mlp2x_gelu", C)
+    assert config.decoder == read(tmp_path, CONFIG).decoder
+
+
+def test_llava_hf_leaves_out_defaults(tmp_path):
+    """As llava-hf/llava-1.5-7b-hf does."""
+    text = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064, "max_position_embeddings": 4096}
+    config = read(tmp_path, {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"},
+                             "text_config": text})
+    sizes = config.decoder
+    assert (sizes.hidden_size, sizes.intermediate_size, sizes.num_layers, sizes.head_dim) == (4096, 11008, 32, 128)
+    assert sizes.vocab_size == 32064 and config.mm_hidden_size == 1024
+
+
+def test_plain_llama(tmp_path):
+    state = {name: tensor for name, tensor in llava_state().items() if "mm_projector" not in name}
+    config = read(tmp_path, {"model_type": "llama", **LLAMA}, state)
+    assert (config.projector_type, config.mm_hidden_size) == ("linear", 1024)
+    config = read(tmp_path, {"model_type": "llama", **LLAMA}, state, projector_type="mlp2x_gelu", mm_hidden_size=7)
+    assert (config.projector_type, config.mm_hidden_size) == ("mlp2x_gelu", 7)
+
+
+def test_tables_grow_and_never_shrink(tmp_path):
+    assert read(tmp_path, CONFIG, vocab_size=V + 3).decoder.vocab_size == V + 3
+    assert read(tmp_path, CONFIG, vocab_size=V - 3).decoder.vocab_size == V
+
+
+@pytest.mark.parametrize("old, new", [
+    ({}, {"rope_theta": 10000.0, "rope_type": "default"}),
+    ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}},
+     {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}),
+])
+def test_rope_settings_of_both_generations(tmp_path, old, new):
+    for settings in (old, {"rope_parameters": new}):
+        found = dict(read(tmp_path, CONFIG | settings).decoder.rope_parameters)
+        found.pop("type", None)
+        assert found == new
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "mistral"}, "model_type 'mistral' is not computed; only LLaMA is"),
+    ({"text_config": LLAMA | {"model_type": "qwen2"}}, "model_type 'qwen2' is not computed"),
+    ({"attention_bias": True}, "attention_bias = True is not computed; only False is"),
+    ({"mlp_bias": True}, "mlp_bias = True"), ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not computed"),
+    ({"sliding_window": 4096}, "sliding_window = 4096"), ({"num_local_experts": 8}, "num_local_experts = 8"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type = 'mlp3x_gelu' is not computed"),
+    ({"hidden_size": "wide"}, "config.json: .*hidden_size"),
+])
+def test_what_is_not_computed_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, CONFIG | changes)
+
+
+def test_folders_without_a_usable_config(tmp_path):
+    with pytest.raises(ValueError, match=r"liuhaotian/llava-v1.5-7b is no folder: download the model \(hf download\)"):
+        read_model_config("liuhaotian/llava-v1.5-7b")
+    with pytest.raises(ValueError, match="config.json does not exist"):
+        read_model_config(tmp_path)
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="config.json .*download it again"):
+            read_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("config", [CONFIG | {"tie_word_embeddings": True},
+                                    HF_CONFIG | {"text_config": LLAMA | {"tie_word_embeddings": True}}])
+def test_tied_tables(tmp_path, config):
+    assert read(tmp_path, config, llava_state(tied=True)).decoder.tie_word_embeddings
