@@ -9,6 +9,7 @@ The stream, colours and orientation are those of the reference's decoder (decord
 best, swscale's default conversion to RGB, and the picture turned as its display matrix says.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -152,7 +153,7 @@ def _decode_pass(path, wanted, size, max_pixels):
                 version = ".".join(map(str, av.library_versions["libavcodec"]))
                 info = VideoInfo(
                     codec=codec.codec.canonical_name, width=shape[turn.transpose], height=shape[not turn.transpose],
-                    frames=0, fps=float(stream.average_rate or 0), rotation=frame.rotation % 360,
+                    frames=0, fps=float(stream.average_rate or 0), rotation=turn.angle,
                     duration=(container.duration or 0) / av.time_base,
                     decoder=f"pyav {av.__version__}, libavcodec {version}")
                 frames = np.empty((len(wanted), size or info.height, size or info.width, 3), np.uint8)
@@ -169,8 +170,9 @@ def _decode_pass(path, wanted, size, max_pixels):
 
 @dataclass(frozen=True)
 class _Orientation:
-    """How the stored picture becomes upright: transposed first, then mirrored."""
+    """How the stored picture becomes upright: transposed first, then mirrored; and the angle that amounts to."""
 
+    angle: int
     transpose: bool
     mirror_rows: bool
     mirror_columns: bool
@@ -180,13 +182,14 @@ def _orientation(frame, path):
     """The display matrix of FFmpeg's ``libavutil/display.h``: x' = a·x + c·y, y' = b·x + d·y in 16.16 fixed point."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return _Orientation(False, False, False)
+        return _Orientation(0, False, False, False)
     (a, b), (c, d) = np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]
+    angle = round(math.degrees(math.atan2(-b, a))) % 360
     if b == c == 0 and a and d:
-        return _Orientation(False, mirror_rows=bool(d < 0), mirror_columns=bool(a < 0))
+        return _Orientation(angle, False, mirror_rows=bool(d < 0), mirror_columns=bool(a < 0))
     if a == d == 0 and b and c:
-        return _Orientation(True, mirror_rows=bool(b < 0), mirror_columns=bool(c < 0))
-    raise DecodeError(path, f"its picture is turned by {frame.rotation}°, not by a multiple of 90°")
+        return _Orientation(angle, True, mirror_rows=bool(b < 0), mirror_columns=bool(c < 0))
+    raise DecodeError(path, f"its picture is turned by {angle}°, not by a multiple of 90°")
 
 
 def _pixels(frame, turn, size):

@@ -1,0 +1,268 @@
+"""Decoding of drawn clips, whose frames show their numbers, and of real ones."""
+
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from clips import draw, number, numbered
+
+from fastvid.video import decode as module
+from fastvid.video.decode import DecodeError, decode, probe
+from fastvid.video.sampling import frame_indices, nearest_indices
+
+B_FRAMES = {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}
+
+
+def _numbers(frames):
+    return [number(picture) for picture in frames]
+
+
+@pytest.mark.parametrize("name, options", [
+    ("a.mp4", {}),
+    ("b_frames.mp4", {"options": B_FRAMES}),
+    ("b_frames.mkv", {"options": B_FRAMES}),
+    ("b_frames.ts", {"options": B_FRAMES}),
+    ("variable_rate.mp4", {"times": [7 * i * i for i in range(60)], "options": B_FRAMES}),
+    ("non_zero_start.mp4", {"times": [9000 + 24 * i for i in range(60)]}),
+    ("mpeg4_b_frames.mp4", {"codec": "mpeg4", "options": {"bf": "2"}}),
+    ("mpeg4.avi", {"codec": "mpeg4"}),
+    ("vp9.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}}),
+    ("odd_444.mp4", {"size": (71, 49), "pixels": "yuv444p"}),
+    ("10_bit.mp4", {"pixels": "yuv420p10le"}),
+])
+def test_frames_by_number_in_display_order(tmp_path, name, options):
+    path = draw(tmp_path / name, 60, **options)
+    frames, info = decode(path, num_frames=100)
+    assert info.frames == 60 and len(frames) == 60
+    assert _numbers(frames) == frame_indices(60)
+    assert _numbers(decode(path, num_frames=7)[0]) == frame_indices(60, 7)
+    assert _numbers(decode(path, indices=[59, 0, 31, 31])[0]) == [59, 0, 31, 31]
+    assert probe(path) == info
+    assert frames.shape[1:] == (info.height, info.width, 3) and frames.dtype == np.uint8
+    assert (info.width, info.height) == options.get("size", (64, 48))
+
+
+@pytest.mark.parametrize("believed", [0, 1, 9, 200])
+def test_a_count_that_lies_changes_nothing(tmp_path, monkeypatch, believed):
+    path = draw(tmp_path / "a.mp4", 40)
+    expected, info = decode(path, num_frames=16)
+    monkeypatch.setattr(module, "_count_by_index", lambda path: believed)
+    frames, again = decode(path, num_frames=16)
+    assert (frames == expected).all() and again == info and info.frames == 40
+
+
+def test_wanted_frames_alone_are_converted(tmp_path, monkeypatch):
+    converted = []
+    convert = module._pixels
+    monkeypatch.setattr(module, "_pixels", lambda *a: converted.append(1) or convert(*a))
+    frames, _ = decode(draw(tmp_path / "a.mkv", 60), num_frames=5)
+    assert len(converted) == len(frames) == 5
+
+
+def test_size_is_a_nearest_resize(tmp_path):
+    path = draw(tmp_path / "a.mp4", 4, size=(70, 46))
+    full, info = decode(path)
+    small, same = decode(path, size=28)
+    assert (small == full[:, nearest_indices(46, 28)[:, None], nearest_indices(70, 28)]).all()
+    assert info == same
+
+
+def test_what_it_holds(tmp_path):
+    info = probe(draw(tmp_path / "a.mp4", 50))
+    assert (info.codec, info.width, info.height, info.frames, info.rotation) == ("h264", 64, 48, 50, 0)
+    assert info.fps == 25 and info.duration == pytest.approx(2, abs=0.01)
+    assert av.__version__ in info.decoder
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+def test_rotated_videos_stand_upright(tmp_path, angle):
+    stored = [np.ascontiguousarray(np.rot90(numbered(i), -angle // 90)) for i in range(5)]
+    height, width = stored[0].shape[:2]
+    path = draw(tmp_path / "a.mp4", pictures=stored, size=(width, height),
+                turn=lambda stream: stream.set_display_rotation(angle))
+    frames, info = decode(path)
+    assert frames.shape[1:] == (48, 64, 3) and (info.width, info.height) == (64, 48)
+    assert info.rotation == angle
+    assert _numbers(frames) == frame_indices(5)
+
+
+@pytest.mark.parametrize("matrix, undo", [
+    ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+    ((1, 0, 0, -1), lambda p: p[::-1]),
+    ((0, 1, 1, 0), lambda p: p.transpose(1, 0, 2)),
+    ((0, -1, -1, 0), lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+])
+def test_mirrored_videos_stand_upright(tmp_path, matrix, undo):
+    a, b, c, d = (65536 * v for v in matrix)
+    pictures = [np.ascontiguousarray(undo(numbered(i))) for i in range(5)]
+    height, width = pictures[0].shape[:2]
+    path = draw(tmp_path / "a.mp4", pictures=pictures, size=(width, height),
+                turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
+    assert _numbers(decode(path)[0]) == frame_indices(5)
+
+
+def test_odd_angles_are_refused(tmp_path):
+    path = draw(tmp_path / "a.mp4", turn=lambda stream: stream.set_display_rotation(30))
+    with pytest.raises(DecodeError, match="turned by 30°"):
+        decode(path)
+
+
+def test_large_pictures_are_refused(tmp_path):
+    path = draw(tmp_path / "a.mp4")
+    assert len(decode(path, max_pixels=64 * 48)[0])
+    with pytest.raises(DecodeError, match="64×48 is over the limit"):
+        decode(path, max_pixels=64 * 48 - 1)
+
+
+def test_pictures_that_grow_are_refused(tmp_path):
+    path = tmp_path / "a.h264"
+    small, large = draw(tmp_path / "s.h264"), draw(tmp_path / "l.h264", size=(128, 96))
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    with pytest.raises(DecodeError, match="changes from 64×48 to 128×96 at frame 10"):
+        decode(path)
+    with pytest.raises(DecodeError, match="does not decode to its end"):
+        probe(path, max_pixels=64 * 48)
+
+
+def test_the_best_of_several_streams(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size in ((32, 24), (64, 48)):
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            streams.append((stream, size))
+        for stream, size in streams:
+            for i in range(10):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i, *size), format="rgb24")))
+            container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        best = container.streams.best("video").index
+    assert (probe(path).width, probe(path).height) == streams[best][1]
+
+
+def test_a_cut_file_gives_what_decodes(tmp_path):
+    whole = draw(tmp_path / "a.avi", 60, codec="mpeg4").read_bytes()
+    path = tmp_path / "cut.avi"
+    path.write_bytes(whole[:len(whole) * 3 // 4])
+    frames, info = decode(path, num_frames=10)
+    assert 5 < info.frames < 60
+    assert _numbers(frames) == frame_indices(info.frames, 10)
+
+
+def _sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _text(content):
+    return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda path: None, "No such file"),
+    (lambda path: path.mkdir(), "Is a directory"),
+    (_text(b""), "cannot be opened as a video"),
+    (_text(b"no video at all\n" * 99), "cannot be opened as a video"),
+    (_sound, "no video stream"),
+    (lambda path: path.write_bytes(draw(path.with_suffix(".mov")).read_bytes()[:800]), "cannot be opened as a video"),
+])
+def test_refusals(tmp_path, make, reason):
+    path = tmp_path / "a.mp4"
+    make(path)
+    with pytest.raises(DecodeError, match=reason) as error:
+        decode(path)
+    assert error.value.path == str(path) and str(path) in str(error.value) and reason in error.value.reason
+    with pytest.raises(DecodeError, match=reason):
+        probe(path)
+
+
+@pytest.mark.parametrize("playlist", [
+    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n",
+    "ffconcat version 1.0\nfile {clip}\n",
+])
+def test_playlists_open_no_other_file(tmp_path, playlist):
+    draw(tmp_path / "clip.ts")
+    path = tmp_path / "a.mp4"
+    path.write_text(playlist.format(clip="clip.ts"))
+    with pytest.raises(DecodeError, match="cannot be opened"):
+        decode(path)
+
+
+def test_addresses_are_file_names():
+    with pytest.raises(DecodeError, match="No such file"):
+        decode("concat:a.ts|b.ts")
+
+
+def test_a_frame_beyond_the_end(tmp_path):
+    path = draw(tmp_path / "a.mp4", 10)
+    for indices in ([3, 10], [-1]):
+        with pytest.raises(DecodeError, match="holds 10 frames"):
+            decode(path, indices=indices)
+
+
+def test_unknown_decoder(tmp_path):
+    with pytest.raises(ValueError, match="'ffmpeg'"):
+        decode(tmp_path / "a.mp4", decoder="ffmpeg")
+
+
+def test_importing_it_needs_no_decoder():
+    code = "import sys, fastvid.video.decode; sys.exit('av' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+# name: (codec, width, height, frames, degrees turned); None: refused
+CLIPS = {
+    "README.md": None,
+    "av1_video.mkv": ("av1", 640, 360, 125, 0),
+    "bt709_full_range.mp4": ("h264", 1280, 720, 30, 0),
+    "discard_first_keyframe.mp4": ("h264", 64, 64, 25, 0),
+    "h264_10bits.mp4": ("h264", 200, 200, 30, 0),
+    "h265_10bits.mp4": ("hevc", 200, 200, 30, 0),
+    "h265_video.mp4": ("hevc", 128, 128, 10, 0),
+    "nasa_13013.mp4": ("h264", 480, 270, 390, 0),
+    "nasa_13013_rotated.mp4": ("h264", 270, 480, 17, 90),
+    "test_non_zero_start.mp4": ("h264", 200, 112, 12, 0),
+    "testsrc2_h265.mp4": ("hevc", 1280, 720, 60, 0),
+    "testsrc2_mpeg4.avi": ("mpeg4", 1280, 720, 30, 0),
+    "testsrc2_odd_height_and_width_444.mp4": ("h264", 321, 241, 25, 0),
+}
+# decord has no AV1, reads 10 bits in its own way, and counts discarded frames.
+NOT_DECORD = ("README.md", "av1_video.mkv", "h264_10bits.mp4", "h265_10bits.mp4", "discard_first_keyframe.mp4")
+
+
+def test_every_real_clip_is_in_the_table(shared):
+    assert sorted(path.name for path in (shared / "videos").iterdir()) == sorted(CLIPS)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_real_clips(shared, name):
+    path = shared / "videos" / name
+    if CLIPS[name] is None:
+        with pytest.raises(DecodeError, match="cannot be opened as a video"):
+            decode(path)
+        return
+    frames, info = decode(path, num_frames=8)
+    codec, width, height, count, rotation = CLIPS[name]
+    assert (info.codec, info.width, info.height, info.frames, info.rotation) == CLIPS[name]
+    assert frames.shape == (8, height, width, 3)
+    with av.open(str(path)) as container:  # all frames at once, converted by PyAV itself, turned by hand
+        stored = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
+    assert len(stored) == count
+    assert (frames == np.stack([np.rot90(stored[i], rotation // 90) for i in frame_indices(count, 8)])).all()
+
+
+@pytest.mark.parametrize("name", sorted(set(CLIPS) - set(NOT_DECORD)))
+def test_real_clips_are_the_reference_decoders_to_the_pixel(shared, name):
+    decord = pytest.importorskip("decord")
+    reader = decord.VideoReader(str(shared / "videos" / name))
+    frames, info = decode(shared / "videos" / name, num_frames=30)
+    assert info.frames == len(reader)
+    expected = np.stack([reader[i].asnumpy() for i in range(len(reader))])  # in order: it errs when it skips
+    assert (frames == expected[frame_indices(len(reader), 30)]).all()

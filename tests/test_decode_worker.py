@@ -1,0 +1,95 @@
+"""A decoder in a process of its own: the same frames; crashes and hangs cost one video."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from clips import draw
+
+from fastvid.video.decode import DecodeError, decode
+from fastvid.video.decode_worker import DecodeWorker
+
+
+@pytest.fixture
+def worker():
+    worker = DecodeWorker()
+    yield worker
+    worker.close()
+
+
+def test_same_frames(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4", 30)
+    for options in ({}, {"num_frames": 4, "size": 28}):
+        frames, info = worker.decode(path, **options)
+        expected, expected_info = decode(path, **options)
+        assert (frames == expected).all() and info == expected_info
+
+
+def test_a_bad_file_costs_nothing_else(tmp_path, worker):
+    (tmp_path / "bad.mp4").write_text("no video")
+    path = draw(tmp_path / "a.mp4")
+    assert len(worker.decode(path)[0]) == 10
+    process = worker._process
+    with pytest.raises(DecodeError, match="cannot be opened as a video") as error:
+        worker.decode(tmp_path / "bad.mp4")
+    assert error.value.path == str(tmp_path / "bad.mp4")
+    assert len(worker.decode(path)[0]) == 10
+    assert worker._process is process
+
+
+def test_a_hang_is_given_up(tmp_path, worker):
+    os.mkfifo(tmp_path / "hangs.mp4")  # opening it waits for a writer
+    path = draw(tmp_path / "a.mp4")
+    worker.timeout = 1.0
+    start = time.monotonic()
+    with pytest.raises(DecodeError, match="took longer than 1 s"):
+        worker.decode(tmp_path / "hangs.mp4")
+    assert time.monotonic() - start < 20
+    worker.timeout = 60
+    assert len(worker.decode(path)[0]) == 10
+
+
+def test_a_crash_costs_one_video(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4")
+    worker.decode(path)
+    os.kill(worker._process.pid, signal.SIGSEGV)
+    with pytest.raises(DecodeError, match="the decoder crashed .SIGSEGV."):
+        worker.decode(path)
+    assert len(worker.decode(path)[0]) == 10
+
+
+def test_killed_while_another_thread_waits(tmp_path, worker):
+    os.mkfifo(tmp_path / "hangs.mp4")
+    worker.decode(draw(tmp_path / "a.mp4"))
+    threading.Timer(0.3, worker.kill).start()
+    with pytest.raises(DecodeError, match="SIGKILL"):
+        worker.decode(tmp_path / "hangs.mp4")
+
+
+def test_interrupts_are_left_to_the_parent(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4")
+    worker.decode(path)
+    process = worker._process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+    assert len(worker.decode(path)[0]) == 10
+    assert worker._process is process
+
+
+def test_ends_with_its_parent(tmp_path):
+    path = draw(tmp_path / "a.mp4")
+    code = ("import os, sys\nfrom fastvid.video.decode_worker import DecodeWorker\nworker = DecodeWorker()\n"
+            "worker.decode(sys.argv[1])\nprint(worker._process.pid, flush=True)\nos.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    pid = int(done.stdout)
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}") or "State:\tZ" in open(f"/proc/{pid}/status").read():
+            return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    pytest.fail("the decoder outlived its parent")
