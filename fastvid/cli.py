@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("doctor", "what this machine has, and what each absence costs"),
     "convert": ("convert", "VideoInstruct JSON to training JSON"),
     "extract": ("extract", "videos to feature files"),
+    "validate": ("validate", "check training records and their feature files"),
     "inspect": ("inspection", "what the model will see of each training sample"),
     "train": ("train", "train (several processes: torchrun -m fastvid.train)"),
     "export": ("export", "a checkpoint to mm_projector.bin or a Hugging Face folder"),
