@@ -7,8 +7,9 @@ from itertools import groupby
 
 from fastvid.config import InspectConfig, parse
 from fastvid.data.annotations import read_records
-from fastvid.data.conversation import encode_sample, load_tokenizer, video_token_count
+from fastvid.data.conversation import encode_sample, load_tokenizer
 from fastvid.data.features import FeatureFolder
+from fastvid.data.video_tokens import video_token_count
 
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 
 from fastvid.data.annotations import describe, record_videos, training_fault
 from fastvid.data.tokenizer import END, EOS, PATCH, START, UNK, VIDEO, VideoTokenizer, load_tokenizer
-from fastvid.data.video_tokens import video_token_count
 
-__all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer",
-           "video_token_count"]
+__all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
 
 USER, ASSISTANT = "USER", "ASSISTANT"
 _ROLES = {"human": USER, "gpt": ASSISTANT}
@@ -117,12 +115,18 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
         conv_mode: system text, one of `SYSTEM`.
         transcript: of the video's sound, if there is one.
         history: (question, answer) turns before this one.
+
+    Raises:
+        ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders.
     """
     if conv_mode not in SYSTEM:
         raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join(SYSTEM)}")
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     questions = [asked for asked, _ in history] + [question]
     answers = [answer for _, answer in history]
+    for text in (*questions, *answers, transcript or ""):
+        if fault := _placeholder_fault(text, tokenizer.tokens):
+            raise ValueError(f"question {question!r}: {fault}")
     after_video = f'\nThe noisy audio transcript of this video is:\n"{transcript}"' if transcript else ""
     messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
     after_video += f" {ASSISTANT}:"
@@ -182,13 +186,18 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
     return spans, None
 
 
+def _placeholder_fault(text, tokens):
+    """Why `text` cannot stand beside a video's placeholders; None if it can."""
+    for token in (PATCH, START, END) if tokens.start is not None else (PATCH,):
+        if token in text:
+            return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
+    return None
+
+
 def _video_fault(prompt, ids, tokens, videos, video_tokens, length):
     """Why the sample's placeholders do not fit its videos; None if they do."""
-    for token in (PATCH, START, END):
-        if token in prompt and (token == PATCH or tokens.start is not None):
-            return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
-    if not videos:
-        return None
+    if (fault := _placeholder_fault(prompt, tokens)) or not videos:
+        return fault
     count = prompt.count(VIDEO)
     if count != len(videos):
         return (f"{count} {VIDEO} in the text for {len(videos)} video{'s' * (len(videos) != 1)}; "

@@ -47,11 +47,11 @@ def tower_geometry(model_folder, vision_tower=None):
     Raises:
         ValueError: none of these says it.
     """
-    config = _config(Path(model_folder))
+    config = read_settings(model_folder)
     tower = vision_tower or config.get("mm_vision_tower")
     described = None if vision_tower else config.get("vision_config")
     if tower and Path(tower).is_dir():
-        described = _config(Path(tower))
+        described = read_settings(tower)
         described = described.get("vision_config", described)  # a whole CLIP model's folder
     elif tower and (match := _CLIP_NAME.search(tower.rstrip("/"))):
         described = {"image_size": match[2] or 224, "patch_size": match[1]}
@@ -70,8 +70,9 @@ def _named_videos(records):
             yield from record_videos(record)
 
 
-def _config(folder):
-    path = folder / "config.json"
+def read_settings(folder):
+    """A model or tower folder's config.json; empty where there is none."""
+    path = Path(folder) / "config.json"
     if not path.is_file():
         return {}
     try:
