@@ -16,9 +16,9 @@ PATCH, START, END = 97, 98, 99
 
 
 def decoder_config(**changes):
-    settings = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=4,
-                    head_dim=8, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                    max_position_embeddings=256, tie_word_embeddings=False)
+    settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
+                    "head_dim": 8, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                    "max_position_embeddings": 256, "tie_word_embeddings": False}
     return DecoderConfig(**{**settings, **changes})
 
 
@@ -69,7 +69,7 @@ def pack(samples, channels=12, generator=None, video=6):
         targets=token_ids[rows + 1], sample_ids=[f"sample{i}" for i in range(len(samples))])
 
 
-def random_batch(seed=0, shapes=(dict(), dict(text=(4, 12), answer=5), dict(text=(3, 2), answer=1))):
+def random_batch(seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (3, 2), "answer": 1})):
     generator = torch.Generator().manual_seed(seed)
     return pack([random_sample(generator, **shape) for shape in shapes], generator=generator)
 
@@ -103,21 +103,34 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were created in this context and are still alive, parameters and inputs excluded."""
+    """Bytes of storages that were created in this context: those still alive, and the most that ever were."""
 
     def __init__(self):
         super().__init__()
         self.storages = {}
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if isinstance(t, torch.Tensor)}
         results = function(*args, **(kwargs or {}))
-        seen = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in seen:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self.add(tensor.untyped_storage())
         return results
+
+    def add(self, storage):
+        key = storage._cdata
+        if key in self.storages and self.storages[key][0]() is not None:
+            return
+        size = storage.nbytes()
+
+        def gone(_):
+            self.now -= size
+
+        self.storages[key] = weakref.ref(storage, gone), size
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def total(self):
         gc.collect()
-        return sum(size for reference, size in self.storages.values() if reference() is not None)
+        return self.now

@@ -1,6 +1,7 @@
 """The decoder against transformers' LlamaForCausalLM, packing, shared prefixes, attention libraries, what is saved."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from model_cases import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fastvid.model.attention as attention
 from fastvid.batch import AttentionLayout
+from fastvid.model import attention
 from fastvid.model.decoder import Decoder, attend, rotary_frequencies
 
 ROPE = {
@@ -55,7 +56,8 @@ def to_llama(model, tensors):
     """Tensors by our names (weights or gradients) → by transformers' names."""
     c = model.config.decoder
     heads = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-    renamed = {"model.embed_tokens.weight": tensors["embed.weight"], "model.norm.weight": tensors["decoder.norm.weight"],
+    renamed = {"model.embed_tokens.weight": tensors["embed.weight"],
+               "model.norm.weight": tensors["decoder.norm.weight"],
                "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"]}
     for i in range(c.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
@@ -71,14 +73,14 @@ def to_llama(model, tensors):
 
 
 def text_batch(seed=0):
-    return random_batch(seed, [dict(text=(50, 4), video=0, answer=9), dict(text=(5, 6), video=0, answer=4),
-                               dict(text=(1, 1), video=0, answer=1)])
+    return random_batch(seed, [{"text": (50, 4), "video": 0, "answer": 9}, {"text": (5, 6), "video": 0, "answer": 4},
+                               {"text": (1, 1), "video": 0, "answer": 1}])
 
 
 def llama_loss(llama, batch):
     """Sum over supervised rows, sample by sample; and the logits of all rows."""
     bounds = batch.layout.cu_seqlens_q.tolist()
-    logits = torch.cat([llama(input_ids=batch.token_ids[None, a:b]).logits[0] for a, b in zip(bounds, bounds[1:])])
+    logits = torch.cat([llama(input_ids=batch.token_ids[None, a:b]).logits[0] for a, b in itertools.pairwise(bounds)])
     return torch.nn.functional.cross_entropy(logits[batch.loss_rows], batch.targets, reduction="sum"), logits
 
 
@@ -116,7 +118,7 @@ def branches(lengths, prefix):
     queries = AttentionLayout.of_lengths([prefix, *lengths])
     keys = AttentionLayout.of_lengths([len(r) for r in rows])
     layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=keys.max_seqlen_k,
-                                 kv_rows=torch.tensor(sum(rows, [])))
+                                 kv_rows=torch.tensor([row for segment in rows for row in segment]))
     positions = list(range(prefix)) + [prefix + i for n in lengths for i in range(n)]
     return layout, torch.tensor(positions, dtype=torch.int32), own
 
@@ -138,10 +140,10 @@ def test_shared_prefix_equals_samples_apart(recompute, kv_heads):
                                  targets=token_ids[loss_rows + 1])
 
     with torch.no_grad():
-        ours = model.hidden(shared)[torch.tensor(sum(own, []))]
+        ours = model.hidden(shared)[torch.tensor([row for rows in own for row in rows])]
         bounds = plain.layout.cu_seqlens_q.tolist()
         apart = model.hidden(plain)
-        assert_close(ours, torch.cat([apart[a + prefix:b] for a, b in zip(bounds, bounds[1:])]))
+        assert_close(ours, torch.cat([apart[a + prefix:b] for a, b in itertools.pairwise(bounds)]))
     expected_loss, expected = loss_and_gradients(random_model(config, FULL), plain)
     loss, found = loss_and_gradients(model, shared)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -252,43 +254,53 @@ def test_choice_on_cuda(monkeypatch):
         machine.choose("flash")
 
 
-def library(arguments, seen, returns_tuple=False):
-    """A stand-in attention library with the given signature that computes by SDPA."""
-    def compute(q, k, v, cu_q, cu_k, options):
-        seen.update(options)
-        out = attention._sdpa(q, k, v, AttentionLayout(cu_q, 0, cu_k, 0))
-        return (out, None) if returns_tuple else out
+class Library:
+    """Stand-ins with the signatures that attention libraries have had; they compute by SDPA and note their options."""
 
-    names = {"q": "q", "compute": compute}
-    exec(f"def function({arguments}):\n    return compute(*list(locals().values())[:3], "
-         "locals().get('cu_seq_q', locals().get('cu_seqlens_q')), locals().get('cu_seq_k', locals().get('cu_seqlens_k')),"
-         " dict(locals()))", names)
-    return names["function"]
+    def __init__(self):
+        self.seen = {}
+
+    def compute(self, q, k, v, cu_q, cu_k, **options):
+        self.seen = options
+        return attention._sdpa(q, k, v, AttentionLayout(cu_q, 0, cu_k, 0))
+
+    def torch_2_10(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, is_causal=is_causal, heads=key.shape[1])
+
+    def torch_window(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, heads=key.shape[1])
+
+    def torch_2_13(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
+                   enable_gqa=False):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, gqa=enable_gqa,
+                            heads=key.shape[1])
+
+    def flash_attn_2(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                     softmax_scale=None, causal=False):
+        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, longest=(max_seqlen_q, max_seqlen_k))
+
+    def flash_attn_4(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
+        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), None
 
 
-VARLEN = "query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, "
 SIGNATURES = {
-    "torch 2.10": ("_varlen", VARLEN + "is_causal=False, return_aux=None", {"is_causal": True}),
-    "window": ("_varlen", VARLEN + "*, return_aux=None, scale=None, window_size=(-1, -1)", {"window_size": (-1, 0)}),
-    "torch 2.13": ("_varlen", VARLEN + "*, window_size=(-1, -1), enable_gqa=False",
-                   {"window_size": (-1, 0), "enable_gqa": True}),
-    "flash-attn 2": ("_flash", "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, "
-                     "softmax_scale=None, causal=False", {"causal": True, "max_seqlen_q": 7}),
-    "flash-attn 4": ("_flash", "q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False",
-                     {"causal": True}),
+    "torch_2_10": ("_varlen", {"is_causal": True, "heads": 4}),
+    "torch_window": ("_varlen", {"window_size": (-1, 0), "heads": 4}),
+    "torch_2_13": ("_varlen", {"window_size": (-1, 0), "gqa": True, "heads": 2}),
+    "flash_attn_2": ("_flash", {"causal": True, "longest": (7, 7)}),
+    "flash_attn_4": ("_flash", {"causal": True}),
 }
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
 def test_library_signatures(signature, monkeypatch):
-    call, arguments, expected = SIGNATURES[signature]
-    seen = {}
-    function = library(arguments, seen, returns_tuple="4" in signature)
-    monkeypatch.setattr(attention, f"{call}_function", lambda: function)
+    call, expected = SIGNATURES[signature]
+    library = Library()
+    monkeypatch.setattr(attention, f"{call}_function", lambda: getattr(library, signature))
     q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
     layout = AttentionLayout.of_lengths([7, 3])
     assert_close(getattr(attention, call)(q, k, v, layout), attention._sdpa(q, k, v, layout))
-    assert {name: seen[name] for name in expected} == expected
+    assert library.seen == expected
 
 
 def test_torch_varlen_signature_is_known():

@@ -1,5 +1,7 @@
 """Generation with a KV cache: against transformers' generate, with video rows, sampling, limits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from model_cases import FULL, model_config, pack, random_model, random_sample
@@ -35,19 +37,13 @@ def test_with_video_equals_the_whole_sequence_again(dtype):
     answer = generate(model, batch, max_new_tokens=12, eos=-1)
     assert len(answer) == 12
     ids = batch.token_ids.tolist() + answer
-    again = pack([(ids, range(len(ids) - 13, len(ids) - 1))])
+    again = replace(pack([(ids, range(len(ids) - 13, len(ids) - 1))]), features=batch.features)
     with torch.no_grad():
-        again = PackedWith(again, batch.features)
         logits = model.logits(model.hidden(again)[again.loss_rows])
     top = logits.max(-1).values
     chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     # bf16 rounds one row and many rows differently; a near tie may fall either way.
     assert torch.all(top - chosen <= (0 if dtype == torch.float32 else 0.02) * top.abs())
-
-
-def PackedWith(batch, features):
-    import dataclasses
-    return dataclasses.replace(batch, features=features)
 
 
 def test_stops_before_eos():
@@ -60,18 +56,18 @@ def test_stops_before_eos():
 def test_sampling_follows_temperature_and_seed():
     model, batch = random_model(), video_prompt()
 
-    def draw(seed, temperature):
+    def draw(seed, temperature, tokens=8):
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, batch, max_new_tokens=8, eos=-1, temperature=temperature, generator=generator)
+        return generate(model, batch, max_new_tokens=tokens, eos=-1, temperature=temperature, generator=generator)
 
     greedy = generate(model, batch, max_new_tokens=8, eos=-1)
     assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
     assert draw(0, 1e-4) == greedy
-    firsts = [draw(seed, 1.0)[0] for seed in range(300)]
+    firsts = [draw(seed, 1.0, tokens=1)[0] for seed in range(150)]
     with torch.no_grad():
         p = model.logits(model.hidden(batch)[-1]).softmax(-1)
     token = p.argmax().item()
-    assert abs(firsts.count(token) / 300 - p[token].item()) < 4 * (p[token] * (1 - p[token]) / 300).sqrt().item()
+    assert abs(firsts.count(token) / 150 - p[token].item()) < 4 * (p[token] * (1 - p[token]) / 150).sqrt().item()
 
 
 def test_stops_at_the_context():

@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits that exist at once. In fp32 with their two bf16 copies: 256 MiB.
+# Logits that exist at once: with a copy in the compute dtype at most 192 MiB.
 CHUNK_LOGITS = 2**25
+
+
+def _wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear_cross_entropy_reference(h_LD, weight_VD, targets_L):
     """`linear_cross_entropy` in plain differentiable torch: holds [L, V]."""
-    logits_LV = (h_LD @ weight_VD.to(h_LD.dtype).T).float()
+    logits_LV = _wide(h_LD @ weight_VD.to(h_LD.dtype).T)
     lse_L = logits_LV.logsumexp(-1)
     return (lse_L - logits_LV.gather(1, targets_L[:, None])[:, 0]).sum(), lse_L.detach()
 
@@ -26,15 +31,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_due, weight_due = ctx.needs_input_grad[:2]
         matrix_VD = weight_VD.to(h_LD.dtype)
         grad_h_LD = torch.empty_like(h_LD) if rows_due else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if weight_due else None
-        lse_L = torch.empty(h_LD.shape[0], dtype=torch.float32, device=h_LD.device)
-        loss = torch.zeros((), dtype=torch.float32, device=h_LD.device)
+        wide = torch.promote_types(h_LD.dtype, torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if weight_due else None
+        lse_L = h_LD.new_empty(h_LD.shape[0], dtype=wide)
+        loss = h_LD.new_zeros((), dtype=wide)
         size = chunk_rows(weight_VD.shape[0])
         for start in range(0, h_LD.shape[0], size):
             chunk = slice(start, start + size)
             h_lD, targets_l1 = h_LD[chunk], targets_L[chunk, None]
             products_lV = h_lD @ matrix_VD.T
-            logits_lV = products_lV.float()
+            logits_lV = _wide(products_lV)
             target_logits_l = logits_lV.gather(1, targets_l1)[:, 0]
             top_l1 = logits_lV.amax(-1, keepdim=True)
             p_lV = logits_lV.sub_(top_l1).exp_()

@@ -14,6 +14,8 @@ from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two fp32 moments.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8}
+# Parts whose gradient passes through the decoder.
+BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,8 @@ class MemoryEstimate:
         weights: parameters as they are stored, and copies in the compute dtype that live until backward.
         gradients: of trained parameters, fp32.
         optimizer: its moments.
-        activations: saved for backward.
-        logits: those that exist at once, and the gradients that the loss keeps until backward.
-        working: temporaries of one layer, and its recomputed activations.
+        activations: saved for backward, and the gradients that the loss keeps until then.
+        working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
         recompute: the mode that this is for.
     """
 
@@ -34,7 +35,6 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
     working: int
     recompute: str
 
@@ -73,7 +73,7 @@ def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, vi
         (others: as for `VideoLlava`.)
     """
     c = config.decoder
-    if not trainable & {"projector", "boundary", "embed", "decoder"}:
+    if not trainable & BELOW_THE_HEAD:
         return 0
     size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
     D = c.hidden_size
@@ -114,7 +114,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     c = config.decoder
     trainable = frozenset(trainable)
     counts = parameter_counts(config, trainable)
-    size = compute_dtype.itemsize
+    size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
     trained = sum(count for part, count in counts.items() if part in trainable)
     frozen = sum(counts.values()) - trained
     shard_trained = sharded if shard_trained is None else shard_trained
@@ -127,25 +127,36 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     elif "decoder" in trainable and size < 4:
         weights += size * _linears(c) * (1 if recompute == "full" else c.num_layers)
 
-    options = dict(trainable=trainable, rows=rows, video_rows=video_rows, compute_dtype=compute_dtype,
-                   fp32_residual=fp32_residual, one_call_per_segment=one_call_per_segment)
-    logits_rows = min(supervised_rows, chunk_rows(c.vocab_size))
-    logits = logits_rows * c.vocab_size * (4 + (size if size < 4 else 0)) + supervised_rows * c.hidden_size * size
-    head = "embed" if c.tie_word_embeddings else "head"
-    if head in trainable:
-        logits += counts[head if head == "head" else "embed"] * (4 + (size if size < 4 else 0))
+    options = {"trainable": trainable, "rows": rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
+                   "fp32_residual": fp32_residual, "one_call_per_segment": one_call_per_segment}
+    kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
     return MemoryEstimate(
         weights=weights, gradients=4 * trained // trained_ranks,
         optimizer=OPTIMIZER_BYTES[optimizer] * trained // trained_ranks,
-        activations=saved_bytes(config, recompute=recompute, **options), logits=logits,
-        working=rows * _working_bytes(c, "decoder" in trainable, size, 4 if fp32_residual else size, recompute),
-        recompute=recompute)
+        activations=saved_bytes(config, recompute=recompute, **options) + kept,
+        working=max(at_once, _layer_working_bytes(c, trainable, rows, size, residual, recompute)), recompute=recompute)
 
 
-def _working_bytes(c, trained, size, residual, recompute):
-    """Bytes per row of temporaries in a layer's backward: SwiGLU's, the widest, in fp32; and what is recomputed."""
-    recomputed = _layer_bytes(c, trained, size, residual, "none", False) if recompute == "full" else 0
-    return c.intermediate_size * (3 * size + 6 * 4) + c.hidden_size * (residual + size) + recomputed
+def _loss_bytes(c, trainable, supervised_rows, size):
+    """What the loss keeps until backward, and what exists at once while it is computed."""
+    chunk = min(supervised_rows, chunk_rows(c.vocab_size)) * c.vocab_size
+    table = c.vocab_size * c.hidden_size if ("embed" if c.tie_word_embeddings else "head") in trainable else 0
+    copies = size if size < 4 else 0  # of products and of a trained head
+    return supervised_rows * c.hidden_size * size + 4 * table, chunk * (4 + copies) + table * (size + copies)
+
+
+def _layer_working_bytes(c, trainable, rows, size, residual, recompute):
+    """Temporaries of a layer's backward at their widest, in SwiGLU; and what is recomputed for it."""
+    if not trainable & BELOW_THE_HEAD:
+        return 0
+    trained = "decoder" in trainable
+    recomputed = 0
+    if recompute != "none":
+        recomputed = _layer_bytes(c, trained, size, residual, "none", False)
+        recomputed -= _layer_bytes(c, trained, size, residual, recompute, False)
+    widened = 12 if size < 4 else 0
+    per_row = c.intermediate_size * (3 * size + 4 * 4 + widened) + c.hidden_size * (residual + size)
+    return rows * (per_row + max(0, recomputed))
 
 
 def choose_recompute(available: int, config: ModelConfig, **options) -> str:

@@ -8,12 +8,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     """`add_rms_norm` in plain differentiable torch."""
     if branch_ND is not None:
         residual_ND = residual_ND + branch_ND
-    x_ND = residual_ND.float()
-    y_ND = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * weight_D.float()
+    x_ND = _wide(residual_ND)
+    y_ND = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * _wide(weight_D)
     return residual_ND, y_ND.to(dtype)
 
 
@@ -23,9 +28,9 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype):
         total_ND = residual_ND if branch_ND is None else residual_ND + branch_ND
-        x_ND = total_ND.float()
+        x_ND = _wide(total_ND)
         rstd_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
-        y_ND = (x_ND * rstd_N1 * weight_D.float()).to(dtype)
+        y_ND = (x_ND * rstd_N1 * _wide(weight_D)).to(dtype)
         ctx.save_for_backward(total_ND, rstd_N1, weight_D)
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.set_materialize_grads(False)
@@ -39,11 +44,11 @@ class _AddRMSNorm(torch.autograd.Function):
         if grad_y_ND is None:
             grad_ND = grad_total_ND
         else:
-            grad_y_ND = grad_y_ND.float()
-            unit_ND = total_ND.float() * rstd_N1
+            grad_y_ND = _wide(grad_y_ND)
+            unit_ND = _wide(total_ND) * rstd_N1
             if ctx.needs_input_grad[2]:
                 grad_weight_D = (grad_y_ND * unit_ND).sum(0).to(weight_D.dtype)
-            grad_ND = grad_y_ND * weight_D.float()
+            grad_ND = grad_y_ND * _wide(weight_D)
             grad_ND = rstd_N1 * (grad_ND - unit_ND * (grad_ND * unit_ND).mean(-1, keepdim=True))
             if grad_total_ND is not None:
                 grad_ND += grad_total_ND

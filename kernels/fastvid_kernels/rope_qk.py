@@ -8,11 +8,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=1.0):
     """`rope_qk` in plain differentiable torch."""
     cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
     rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    first_NAh, second_NAh = rows_NAd[:, :num_heads + num_kv_heads].float().chunk(2, dim=-1)
+    first_NAh, second_NAh = _wide(rows_NAd[:, :num_heads + num_kv_heads]).chunk(2, dim=-1)
     rotated_NAd = torch.cat([first_NAh * cos_N1h - second_NAh * sin_N1h,
                              second_NAh * cos_N1h + first_NAh * sin_N1h], dim=-1)
     return torch.cat([rotated_NAd.to(qkv_NE.dtype), rows_NAd[:, num_heads + num_kv_heads:]], dim=1).flatten(1)
@@ -20,14 +25,14 @@ def rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, 
 
 def _angles(positions_N, inv_freq_h, scale):
     """Cosine and sine of every row's angles, times `scale`: [N, 1, h] fp32 each."""
-    angles_N1h = positions_N.float()[:, None, None] * inv_freq_h
+    angles_N1h = positions_N.to(inv_freq_h.dtype)[:, None, None] * inv_freq_h
     return angles_N1h.cos() * scale, angles_N1h.sin() * scale
 
 
 def _rotate_(qkv_NE, cos_N1h, sin_N1h, num_heads, num_kv_heads):
     """Rotate queries and keys of contiguous packed rows in place."""
     rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, :num_heads + num_kv_heads]
-    first_NAh, second_NAh = rows_NAd.float().chunk(2, dim=-1)
+    first_NAh, second_NAh = _wide(rows_NAd).chunk(2, dim=-1)
     half = first_NAh.shape[-1]
     # Both before either is written: in fp32 the halves are views of the rows.
     rotated = first_NAh * cos_N1h - second_NAh * sin_N1h, second_NAh * cos_N1h + first_NAh * sin_N1h

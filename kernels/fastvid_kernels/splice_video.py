@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def splice_video_reference(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype):
     """`splice_video` in plain differentiable torch."""
     rows_ND = torch.nn.functional.embedding(token_ids_N, table_TD).to(dtype)
@@ -38,9 +43,9 @@ class _SpliceVideo(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_video_PD = grad_ND[video_rows_P].to(video_dtype)
         if ctx.needs_input_grad[4]:
-            grad_boundary_2D = grad_ND[boundary_rows_2V].float().unflatten(0, (-1, 2)).sum(0).to(boundary_dtype)
+            grad_boundary_2D = _wide(grad_ND[boundary_rows_2V]).unflatten(0, (-1, 2)).sum(0).to(boundary_dtype)
         if ctx.needs_input_grad[1]:
-            grad_text_ND = grad_ND.float().index_fill(0, video_rows_P, 0.0)
+            grad_text_ND = _wide(grad_ND).index_fill(0, video_rows_P, 0.0)
             if boundary_dtype is not None:
                 grad_text_ND = grad_text_ND.index_fill_(0, boundary_rows_2V, 0.0)
             # On CUDA this sorts the ids and adds in order, where index_add would use atomics.

@@ -9,9 +9,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
+def _wide(x):
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def swiglu_reference(gate_up_NF):
     """`swiglu` in plain differentiable torch."""
-    gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
+    gate_NF, up_NF = _wide(gate_up_NF).chunk(2, dim=-1)
     return (functional.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)
 
 
@@ -27,8 +32,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NF):
         (gate_up_NF,) = ctx.saved_tensors
-        gate_NF, up_NF = gate_up_NF.float().chunk(2, dim=-1)
-        grad_NF = grad_NF.float()
+        gate_NF, up_NF = _wide(gate_up_NF).chunk(2, dim=-1)
+        grad_NF = _wide(grad_NF)
         sigmoid_NF = torch.sigmoid(gate_NF)
         silu_NF = gate_NF * sigmoid_NF
         grad_gate_NF = grad_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))

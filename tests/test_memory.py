@@ -1,0 +1,131 @@
+"""The memory estimate against what a step really holds, and the choice of recomputation."""
+
+import dataclasses
+
+import pytest
+import torch
+from model_cases import ADAPTER, FULL, LiveBytes, model_config, pack, random_model, random_sample
+
+from fastvid.model.memory import choose_recompute, estimate, parameter_counts, saved_bytes
+
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+CONFIG = model_config(mm_hidden_size=24, **SIZES)
+MODES = ["none", "selective", "full"]
+
+
+def batch(video=300):
+    generator = torch.Generator().manual_seed(0)
+    samples = [random_sample(generator, text=(9, 30), video=video, answer=20) for _ in range(2)]
+    return pack(samples, channels=24, generator=generator, video=video)
+
+
+def options(rows, **changes):
+    settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False}
+    return {**settings, **changes, "rows": rows.num_rows, "video_rows": len(rows.video_rows),
+            "one_call_per_segment": True}
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL, frozenset({"head"})], ids=["adapter", "full", "head"])
+@pytest.mark.parametrize("fp32_residual", [False, True])
+def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
+    rows = batch()
+    model = random_model(CONFIG, trainable, dtype, recompute=recompute, fp32_residual=fp32_residual)
+    with LiveBytes() as live:
+        h = model.hidden(rows)
+        alive = live.total() - h.nbytes
+    if trainable == FULL and dtype != torch.float32 and recompute != "full":
+        # Copies of the weights that backward multiplies by: part of the estimate's weights.
+        copies = estimate(CONFIG, supervised_rows=40, recompute=recompute, **options(
+            rows, trainable=trainable, compute_dtype=dtype, fp32_residual=fp32_residual)).weights
+        alive -= copies - 4 * sum(parameter_counts(CONFIG, trainable).values())
+    expected = saved_bytes(CONFIG, recompute=recompute, **options(
+        rows, trainable=trainable, compute_dtype=dtype, fp32_residual=fp32_residual))
+    assert alive == pytest.approx(expected, rel=0.1, abs=2048)
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+def test_total_is_near_the_peak_of_a_step(recompute, dtype, trainable):
+    rows = batch()
+    model = random_model(CONFIG, trainable, dtype, recompute=recompute)
+    weights = sum(p.nbytes for p in model.parameters())
+    model(rows).backward()
+    weights += sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    with LiveBytes() as live:  # of a further micro-batch, which finds gradients
+        model(rows).backward()
+    moments = 2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = estimate(CONFIG, supervised_rows=rows.num_supervised, recompute=recompute,
+                        **options(rows, trainable=trainable, compute_dtype=dtype))
+    assert expected.total == pytest.approx(weights + live.peak + moments, rel=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_parameter_counts(tied, trainable, projector):
+    config = model_config(projector, tie_word_embeddings=tied, num_kv_heads=2)
+    found = {}
+    for name, parameter in random_model(config, trainable).named_parameters():
+        part = name.split(".")[0]
+        found[part] = found.get(part, 0) + parameter.numel()
+    assert parameter_counts(config, trainable) == found
+
+
+def seven_billion(**changes):
+    config = model_config(mm_hidden_size=1024, vocab_size=32003, hidden_size=4096, intermediate_size=11008,
+                          num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, max_position_embeddings=4096)
+    settings = {"trainable": ADAPTER, "rows": 8 * 830, "supervised_rows": 8 * 75, "compute_dtype": torch.bfloat16}
+    return config, {**settings, **changes}
+
+
+def test_seven_billion_parameters():
+    config, settings = seven_billion()
+    adapter = estimate(config, **settings)
+    assert adapter.weights == pytest.approx(2 * 6.74e9, rel=0.02)
+    assert adapter.gradients == 4 * (4096 * 1024 + 4096 * 4096 + 4 * 4096)
+    assert adapter.activations / (8 * 830) == pytest.approx(32 * 93.3e3, rel=0.02)
+    full = estimate(config, **{**settings, "trainable": FULL}, recompute="full")
+    assert full.weights + full.gradients + full.optimizer == pytest.approx(16 * 6.74e9, rel=0.02)
+
+
+def test_sharding_divides_what_is_sharded():
+    config, settings = seven_billion(trainable=FULL)
+    one = estimate(config, **settings, recompute="full")
+    eight = estimate(config, **settings, recompute="full", world_size=8, sharded=True)
+    assert eight.gradients == one.gradients // 8 and eight.optimizer == one.optimizer // 8
+    assert one.weights / 8 < eight.weights < one.weights / 8 + 2 * 2**30
+    assert eight.activations == one.activations
+    config, settings = seven_billion()
+    adapter = estimate(config, **settings, world_size=8, shard_trained=True)
+    replicated = estimate(config, **settings)
+    assert adapter.optimizer == replicated.optimizer // 8
+    assert replicated.weights - adapter.weights == pytest.approx(replicated.gradients * 7 / 8, abs=4)
+
+
+def test_cheapest_recomputation_that_fits_is_chosen():
+    config, settings = seven_billion(trainable=FULL)
+    totals = [estimate(config, recompute=mode, **settings).total for mode in MODES]
+    assert totals == sorted(totals, reverse=True)
+    for mode, total in zip(MODES, totals):
+        assert choose_recompute(total, config, **settings) == mode
+    assert choose_recompute(totals[-1] - 1, config, **settings) == "full"
+
+
+def test_keeping_products_saves_nothing_where_the_decoder_is_frozen():
+    config, settings = seven_billion()
+    none, selective = (estimate(config, recompute=mode, **settings).total for mode in MODES[:2])
+    assert none <= selective
+    assert choose_recompute(none - 1, config, **settings) == "full"
+
+
+def test_summary_is_a_table():
+    config, settings = seven_billion()
+    text = str(estimate(config, **settings))
+    assert text.splitlines()[0] == "memory per rank (recompute none):"
+    assert [line.split()[0] for line in text.splitlines()[1:]] == [
+        "weights", "gradients", "optimizer", "activations", "working", "total"]
+    weights = dataclasses.replace(estimate(config, **settings), weights=3 * 2**30)
+    assert "weights          3.000 GiB" in str(weights)
