@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvid.data import annotations
@@ -19,6 +19,7 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | json_text
 json_records = st.lists(st.dictionaries(json_text, json_values, max_size=4), max_size=5)
 
 
+@settings(max_examples=40, deadline=None)
 @given(json_records)
 def test_json_and_jsonl_round_trip(tmp_path_factory, records):
     folder = tmp_path_factory.getbasetemp()

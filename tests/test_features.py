@@ -143,14 +143,13 @@ def test_damaged_safetensors_are_named_with_the_remedy(tmp_path, content, messag
             read(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_safetensors_give_features_or_a_value_error(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "v.safetensors"
-    save_features(path, FEATURES.half(), {"a": 1})
-    damaged = bytearray(path.read_bytes())
+    damaged = bytearray(_safetensors({"features": _entry([2, 3]), "__metadata__": {"header": "{}"}}, bytes(12)))
     for _ in range(data.draw(st.integers(1, 3))):
-        damaged[data.draw(st.integers(0, 120))] = data.draw(st.integers(0, 255))
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged[:data.draw(st.integers(0, 2 * len(damaged)))])
     try:
         loaded, _ = load_features(path)

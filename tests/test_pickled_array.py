@@ -167,7 +167,7 @@ def test_cut_and_lengthened_files_are_refused(protocol):
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # from pickletools, about the damage
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(0, 5), st.data())
 def test_damage_gives_an_array_or_a_value_error(protocol, data):
     damaged = bytearray(pickle.dumps(ARRAY, protocol))
