@@ -222,6 +222,14 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = _flag("float32", "Precision of the exported weights.")
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """``fastvid doctor``: what this machine has, and what each absence costs."""
+
+    path: list[str] = _flag(["."], "Folders whose free disk space to show.")
+    json: bool = _flag(False, "Print JSON.")
+
+
 class _Store(argparse.Action):
     """Store a value; a list flag that is given again on the command line adds to what it was given before."""
 
