@@ -80,16 +80,19 @@ def test_interrupts_are_left_to_the_parent(tmp_path, worker):
     assert worker._process is process
 
 
-def test_ends_with_its_parent(tmp_path):
-    path = draw(tmp_path / "a.mp4")
-    code = ("import os, sys\nfrom fastvid.video.decode_worker import DecodeWorker\nworker = DecodeWorker()\n"
-            "worker.decode(sys.argv[1])\nprint(worker._process.pid, flush=True)\nos.kill(os.getpid(), 9)")
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    pid = int(done.stdout)
+@pytest.mark.parametrize("hangs", [False, True])
+def test_ends_with_its_parent(tmp_path, hangs):
+    draw(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "hangs.mp4")
+    code = ("import os, sys, threading\nfrom fastvid.video.decode_worker import DecodeWorker\n"
+            "worker = DecodeWorker()\nworker.decode('a.mp4')\nprint(worker._process.pid, flush=True)\n"
+            "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('hangs.mp4')")
+    done = subprocess.run([sys.executable, "-c", code, *["hangs"] * hangs], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
+    status = f"/proc/{int(done.stdout)}/status"
     for _ in range(100):
-        if not os.path.exists(f"/proc/{pid}") or "State:\tZ" in open(f"/proc/{pid}/status").read():
+        if not os.path.exists(status) or "State:\tZ" in open(status).read():
             return
         time.sleep(0.1)
-    os.kill(pid, 9)
+    os.kill(int(done.stdout), 9)
     pytest.fail("the decoder outlived its parent")

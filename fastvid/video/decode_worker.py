@@ -2,15 +2,17 @@
 
 The process is started as ``python -m fastvid.video.decode_worker`` rather than through multiprocessing, which would
 run the user's main script again. It gets requests as JSON and answers with JSON and the frames' bytes; nothing that
-comes from it is unpickled. It ends when its pipe closes, and it times itself with an alarm whose default action ends
-a process even inside FFmpeg, so that it outlives its parent by no more than the time-out.
+comes from it is unpickled. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
+ends when the other end of its pipe closes, so that it does not outlive its parent.
 """
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -65,7 +67,7 @@ class DecodeWorker:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
         theirs.close()
 
     def _cause_of_death(self):
@@ -81,6 +83,7 @@ def serve(connection):
     """Answer requests until the other end closes. Interrupts are the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=[connection.fileno()], daemon=True).start()
     while True:
         try:
             request = json.loads(connection.recv_bytes())
@@ -99,6 +102,13 @@ def serve(connection):
         connection.send_bytes(json.dumps(reply).encode())
         if frames is not None:
             connection.send_bytes(frames.reshape(-1))
+
+
+def _end_with_parent(pipe):
+    hang_up = select.poll()
+    hang_up.register(pipe, 0)  # no event but the hang-up, which is always reported
+    hang_up.poll()
+    os._exit(0)
 
 
 if __name__ == "__main__":

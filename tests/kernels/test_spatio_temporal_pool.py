@@ -10,7 +10,7 @@ from fastvid_kernels import spatio_temporal_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ULP = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}  # relative: one rounding, and for fp32 the sum's
+ULP = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}  # relative; for fp32 the sum's
 
 
 def _exact(x_TPC, num_temporal):

@@ -1,0 +1,22 @@
+"""Small CLIP towers with random weights, for tests."""
+
+import json
+
+
+def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=3, seed=0, mean=None, std=None):
+    """Save a seeded CLIP vision tower as a Hugging Face folder; a preprocessor_config.json if `mean` is given."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers, num_attention_heads=4, projection_dim=16)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = CLIPVisionModel(config)
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    tower.save_pretrained(folder)
+    if mean:
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    return folder
