@@ -53,6 +53,25 @@ def test_a_count_that_lies_changes_nothing(tmp_path, monkeypatch, believed):
     assert (frames == expected).all() and again == info and info.frames == 40
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """Grows by one with every pass over a video."""
+    done, decode_pass = [], module._decode_pass
+    monkeypatch.setattr(module, "_decode_pass", lambda *a: done.append(1) or decode_pass(*a))
+    return done
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_one_pass_is_enough(tmp_path, passes, name):
+    decode(draw(tmp_path / name, 60, options=B_FRAMES))
+    assert len(passes) == 1
+
+
+def test_one_pass_is_enough_for_discarded_frames(shared, passes):
+    decode(shared / "videos" / "discard_first_keyframe.mp4")
+    assert len(passes) == 1
+
+
 def test_wanted_frames_alone_are_converted(tmp_path, monkeypatch):
     converted = []
     convert = module._pixels

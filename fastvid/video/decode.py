@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .sampling import frame_indices, nearest_indices
+from fastvid.video.sampling import frame_indices, nearest_indices
 
 MAX_PIXELS = 8192 * 4320
 # Containers of recorded video. Playlists (HLS, DASH, concat), which name other files and addresses, are not among them.

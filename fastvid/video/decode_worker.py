@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from .decode import DecodeError, VideoInfo, decode
+from fastvid.video.decode import DecodeError, VideoInfo, decode
 
 
 class DecodeWorker:
