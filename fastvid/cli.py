@@ -1,4 +1,4 @@
-"""``fastvid <command> [flags]``: picks the command, nothing else. Imports no heavy package before a command is known."""
+"""``fastvid <command> [flags]``: picks the command, nothing else. No heavy package is imported before that."""
 
 import difflib
 import importlib

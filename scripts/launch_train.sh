@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Adapter training of a LLaVA-1.5 model on VideoInstruct-100K, as PG-Video-LLaVA does it.
+#
+#   bash scripts/launch_train.sh [more flags of fastvid train]
+#
+# Every setting can be given from the environment: MODEL=… DATA=… bash scripts/launch_train.sh --max_steps 100
+# Several machines: run it on each, with the same NNODES and RDZV_ENDPOINT (host:port of any one of them).
+set -euo pipefail
+
+MODEL=${MODEL:-checkpoints/llava-v1.5-7b}          # starting weights and tokenizer
+DATA=${DATA:-data/video_chatgpt_training.json}     # from scripts/convert_instruction_json_to_training_format.py
+FEATURES=${FEATURES:-data/features}                # from scripts/save_spatio_temporal_clip_features.py
+OUTPUT=${OUTPUT:-output/pg-video-llava-7b}         # checkpoints, metrics, mm_projector.bin; a rerun resumes from here
+
+NPROC_PER_NODE=${NPROC_PER_NODE:-4}                # GPUs per machine
+NNODES=${NNODES:-1}
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:29001}
+
+EPOCHS=${EPOCHS:-3}
+BATCH=${BATCH:-8}                                  # samples per GPU and micro-batch
+ACCUMULATION=${ACCUMULATION:-1}
+LEARNING_RATE=${LEARNING_RATE:-2e-5}
+SAVE_STEPS=${SAVE_STEPS:-3000}
+
+if ((NNODES == 1)); then
+  rendezvous=(--master_port "${RDZV_ENDPOINT##*:}")
+else
+  rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-fastvid}")
+fi
+
+exec torchrun --nproc_per_node "$NPROC_PER_NODE" "${rendezvous[@]}" "$(dirname "${BASH_SOURCE[0]}")/train.py" \
+  --model_name_or_path "$MODEL" \
+  --version v1 \
+  --data_path "$DATA" \
+  --video_folder "$FEATURES" \
+  --tune_mm_mlp_adapter True \
+  --mm_use_vid_start_end \
+  --bf16 True \
+  --output_dir "$OUTPUT" \
+  --num_train_epochs "$EPOCHS" \
+  --per_device_train_batch_size "$BATCH" \
+  --per_device_eval_batch_size "$BATCH" \
+  --gradient_accumulation_steps "$ACCUMULATION" \
+  --evaluation_strategy "no" \
+  --save_strategy "steps" \
+  --save_steps "$SAVE_STEPS" \
+  --save_total_limit 3 \
+  --learning_rate "$LEARNING_RATE" \
+  --weight_decay 0. \
+  --warmup_ratio 0.03 \
+  --lr_scheduler_type "cosine" \
+  --logging_steps 100 \
+  --tf32 True \
+  --model_max_length 2048 \
+  --gradient_checkpointing True \
+  --lazy_preprocess True \
+  "$@"

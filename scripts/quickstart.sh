@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The whole path of a Video-ChatGPT model on a small task, on any machine: bash scripts/quickstart.sh
+#
+# Draws clips whose content is known, builds small models, converts, extracts features, trains in two stages (one of
+# them killed half-way), exports, asks about clips that training never saw, and prints how many answers are right.
+# Needs Python 3.11, two cores and ten minutes; the network only to install packages.
+#
+# Variables: those of environment.sh, OUT (where everything goes: quickstart/) and SEED (0).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-quickstart} SEED=${SEED:-0} SECONDS=0
+export OMP_NUM_THREADS=1 # two processes of two threads each on two cores are four times slower
+
+step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
+say_and_do() { echo "+ $*" && "$@"; }
+
+step "environment"
+source scripts/environment.sh
+make_environment
+rm -rf "$OUT"
+
+step "draw clips, and write questions and answers about them"
+say_and_do python scripts/quickstart/draw_clips.py "$OUT" --seed "$SEED"
+
+step "build two vision towers, a tokenizer and an untrained language model"
+say_and_do python scripts/quickstart/build_models.py "$OUT" --seed "$SEED"
+
+step "extract features: with tower a for stage 1, with tower b for stage 2"
+for tower in a b; do
+  say_and_do python scripts/save_spatio_temporal_clip_features.py --video_dir_path "$OUT/videos" \
+    --clip_feat_path "$OUT/features_$tower" --vision_tower "$OUT/tower_$tower" --num_frames 16
+done
+
+step "convert the pairs to training data"
+say_and_do python scripts/convert_instruction_json_to_training_format.py --input_json_file "$OUT/videoinstruct.json" \
+  --output_json_file "$OUT/train.json" --clip_feature_path "$OUT/features_a"
+
+step "stage 1: train everything, as LLaVA was; killed half-way, then run again"
+stage1=(
+  torchrun --standalone --nproc_per_node=2 scripts/train.py
+  --model_name_or_path "$OUT/llava_base" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
+  --mm_use_vid_start_end --output_dir "$OUT/stage1" --max_steps 400 --per_device_train_batch_size 16
+  --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 2 --seed "$SEED"
+)
+echo "+ ${stage1[*]}"
+"${stage1[@]}" &
+torchrun=$!
+until grep -qs '"step": 150,' "$OUT/stage1/metrics.jsonl"; do
+  kill -0 $torchrun 2>/dev/null || { wait $torchrun || true; echo "stage 1 ended before it could be killed" >&2; exit 1; }
+  sleep 0.2
+done
+kill -9 $torchrun $(cat /proc/$torchrun/task/*/children) # the launcher and its two ranks, all at once
+wait $torchrun 2>/dev/null || true
+echo
+echo "killed after step 150; the same command goes on from the last checkpoint"
+say_and_do "${stage1[@]}"
+
+step "export the model"
+say_and_do fastvid export --checkpoint "$OUT/stage1" --format llama --output "$OUT/llava"
+say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "after stage 1" \
+  --model "$OUT/llava" --features "$OUT/features_a"
+
+step "stage 2: adapt the projector alone to another tower, with PG-Video-LLaVA's flags"
+say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "other tower, before stage 2" \
+  --model "$OUT/llava" --features "$OUT/features_b"
+say_and_do torchrun --standalone --nproc_per_node=2 scripts/train.py \
+  --model_name_or_path "$OUT/llava" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b" \
+  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 5 \
+  --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no" \
+  --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0. \
+  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048 \
+  --gradient_checkpointing True --lazy_preprocess True --seed "$SEED"
+say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "after stage 2" \
+  --model "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" --features "$OUT/features_b"
+
+step "chat about clips that training never saw"
+for clip in held_out_first_red_blue_00 held_out_left_blue_red_00; do
+  question=$([[ $clip == *first* ]] && echo "Which colour comes first?" || echo "Which colour is on the left?")
+  say_and_do fastvid chat --model_name_or_path "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" \
+    --vision_tower "$OUT/tower_b" --num_frames 16 --conv_mode vicuna_v1_1 \
+    --video "$OUT/videos/$clip.mp4" --question "$question"
+done
+
+step "results"
+python scripts/quickstart/report.py "$OUT"
+echo "time: $((SECONDS / 60)) min $((SECONDS % 60)) s"

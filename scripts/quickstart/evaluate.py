@@ -1,0 +1,68 @@
+"""Ask a model about the held-out clips, and count the answers that are right to the letter.
+
+    python evaluate.py OUT --name "after stage 1" --model FOLDER --features FOLDER [--projector FILE]
+
+appends one line to ``OUT/results.jsonl``. Beside the plain questions it asks each family about its clips with one kind
+of video token turned around: the temporal tokens in reverse order, the spatial grid mirrored. The clip then shows the
+opposite, so a model that reads these tokens changes its answer, and the share of answers that are still "right" falls
+to nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from draw_clips import FRAMES, PATCH, SIZE
+
+from fastvid.chat import Chat
+from fastvid.data.features import FeatureFolder
+
+GRID = SIZE // PATCH
+
+
+def reverse_time(features_RC):
+    """Features [FRAMES + GRID², C] of the clip played backwards."""
+    return features_RC[[*reversed(range(FRAMES)), *range(FRAMES, len(features_RC))]]
+
+
+def mirror(features_RC):
+    """Features [FRAMES + GRID², C] with left and right of the spatial grid exchanged."""
+    turned = features_RC.clone()
+    turned[FRAMES:] = features_RC[FRAMES:].unflatten(0, (GRID, GRID)).flip(1).flatten(0, 1)
+    return turned
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--features", required=True)
+    parser.add_argument("--projector")
+    arguments = parser.parse_args()
+
+    questions = [json.loads(line) for line in (arguments.out / "held_out.jsonl").read_text().splitlines()]
+    folder = FeatureFolder(arguments.features)
+    # The prompt that training used; Chat's default is the other one that the reference's inference has.
+    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, conv_mode="vicuna_v1_1",
+                max_new_tokens=8)
+
+    result = {"name": arguments.name}
+    for family, turn in (("first", reverse_time), ("left", mirror)):
+        right = right_turned = total = 0
+        for item in questions:
+            if item["family"] != family:
+                continue
+            features_RC, _ = folder.load(item["video"])
+            right += chat.ask_features(features_RC, item["question"]) == item["answer"]
+            right_turned += chat.ask_features(turn(features_RC), item["question"]) == item["answer"]
+            total += 1
+        result[family] = {"right": right / total, "turned": right_turned / total, "questions": total}
+    chat.close()
+    with open(arguments.out / "results.jsonl", "a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Make an environment with the tested versions and run the tests: bash scripts/test.sh [pytest's arguments]
+# Variables: see environment.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+make_environment test
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes of two threads each on two cores are four times slower
+exec python -m pytest "$@"

@@ -1,0 +1,240 @@
+"""Who may import whom, and what importing may do. The rules are read from the sources, so that no module escapes."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = {"fastvid": ROOT / "fastvid", "fastvid_kernels": ROOT / "kernels" / "fastvid_kernels"}
+LONGEST_FILE = 320
+
+COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "export", "doctor"}
+# Which of our modules the modules below a name may import. A name stands for everything below it; `fastvid` itself
+# (the version) is everybody's. Modules that no line names are commands, or parts of one: they may import anything but
+# commands.
+MAY_IMPORT = {
+    "fastvid_kernels": {"fastvid_kernels"},
+    "fastvid.config": set(),
+    "fastvid.batch": {"fastvid.config"},
+    "fastvid.data": {"fastvid.config", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
+    "fastvid.video.sampling": {"fastvid.config"},
+    "fastvid.video": {"fastvid.config", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
+    "fastvid.model": {"fastvid.config", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
+}
+TOOLS = {"parallel", "optim", "checkpoint", "shards", "metrics", "plots"}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
+# recovery is the half of training that keeps things, and a full fine-tune ends with an export.
+ALSO = {("fastvid.recovery", "fastvid.export")}
+
+KERNELS_MAY_IMPORT = {"torch", "triton"}
+# The one home of a heavy or optional package. The doctor asks PyAV for its version.
+HOMES = {
+    "av": ("fastvid.video.decode", "fastvid.doctor"),
+    "nvidia": ("fastvid.video.decode",),
+    "bitsandbytes": ("fastvid.optim", "fastvid.model.quantize"),
+    "flash_attn": ("fastvid.model.attention",),
+    "flash_attn_interface": ("fastvid.model.attention",),
+    "liger_kernel": ("fastvid.model.decoder", "fastvid.model.loss"),
+    "matplotlib": ("fastvid.plots",),
+    "tensorboard": ("fastvid.metrics",),
+}
+
+
+def modules():
+    """{module name: path} of every module of ours."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name, source, known):
+    """Names of the modules that a module imports, at its top or in a function; `import` under __main__ not counted."""
+    package = name if known.get(name, "") == "package" else name.rpartition(".")[0]
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body
+                 if not (isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test)
+                                                                    if isinstance(n, ast.Name)})]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[:len(parents) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+
+
+def below(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def faults(sources, packages=()):
+    """What breaks the rules, one line each, in {module name: source}."""
+    known = {name: "package" if name in packages else "module" for name in sources}
+    for name, source in sources.items():
+        rule = next((MAY_IMPORT[prefix] for prefix in sorted(MAY_IMPORT, key=len, reverse=True)
+                     if below(name, prefix)), None)
+        for imported in imports(name, source, known):
+            top = imported.partition(".")[0]
+            if top not in PACKAGES:
+                if below(name, "fastvid_kernels") and top not in KERNELS_MAY_IMPORT | sys.stdlib_module_names:
+                    yield f"{name} imports {imported}: kernels import torch and triton alone"
+                if top in HOMES and not any(name.startswith(home) for home in HOMES[top]):
+                    yield f"{name} imports {imported}, whose home is {', '.join(HOMES[top])}"
+            elif imported in ("fastvid", name) or (name, imported) in ALSO:
+                continue
+            elif rule is not None and not any(below(imported, allowed) for allowed in rule):
+                yield f"{name} imports {imported}"
+            elif rule is None and imported.removeprefix("fastvid.") in COMMANDS | {"cli"}:
+                yield f"{name} imports {imported}: commands are for cli, scripts, bench and tests"
+
+
+def test_imports_keep_to_the_layers():
+    found = modules()
+    packages = [name for name, path in found.items() if path.name == "__init__.py"]
+    assert list(faults({name: path.read_text() for name, path in found.items()}, packages)) == []
+
+
+@pytest.mark.parametrize("name, source", [
+    ("fastvid_kernels.pool", "import numpy"),
+    ("fastvid_kernels.pool", "from fastvid.batch import PackedBatch"),
+    ("fastvid.batch", "import fastvid.data.features"),
+    ("fastvid.config", "from fastvid import batch"),
+    ("fastvid.video.sampling", "from .decode import probe"),
+    ("fastvid.data.features", "def f():\n    from fastvid.model import decoder"),
+    ("fastvid.data.features", "from ..model.decoder import Decoder"),
+    ("fastvid.video.encoder", "from fastvid import train"),
+    ("fastvid.model.decoder", "from fastvid.video.sampling import frame_indices"),
+    ("fastvid.optim", "from fastvid.data.features import load_features"),
+    ("fastvid.chat", "from fastvid.extract import extract"),
+    ("fastvid.chat", "from fastvid.cli import run"),
+    ("fastvid.data.features", "import av"),
+    ("fastvid.chat", "import nvidia.dali"),
+    ("fastvid.train", "from bitsandbytes.optim import AdamW8bit"),
+    ("fastvid.model.decoder", "def f():\n    import flash_attn"),
+    ("fastvid.train", "import matplotlib.pyplot"),
+])
+def test_a_broken_rule_is_seen(name, source):
+    known = dict.fromkeys([
+        "fastvid", "fastvid.data", "fastvid.video", "fastvid.model", "fastvid.batch", "fastvid.cli", "fastvid.train",
+        "fastvid.extract", "fastvid.data.features", "fastvid.model.decoder", "fastvid.video.sampling"], "")
+    assert len(list(faults(known | {name: source}, ["fastvid", "fastvid.data", "fastvid.video", "fastvid.model"]))) == 1
+
+
+def test_what_the_rules_allow():
+    sources = {"fastvid": "", "fastvid.data": "", "fastvid.recovery": "from fastvid.export import export",
+               "fastvid.chat": "from fastvid import __version__, data\nif __name__ == '__main__':\n"
+                               "    from fastvid.cli import run",
+               "fastvid.export": "from fastvid.data import files", "fastvid.cli": "import fastvid.chat"}
+    assert list(faults(sources, ["fastvid", "fastvid.data"])) == []
+
+
+def test_files_are_short():
+    paths = [*modules().values(), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_kernels_folder_is_no_package():
+    """transformers would take it for Hugging Face's package of that name, and fail to import a model."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    subprocess.run([sys.executable, "-c", "from transformers import LlamaForCausalLM"], cwd=ROOT, check=True)
+
+
+IMPORT_ALL = textwrap.dedent("""
+    import importlib, json, os, sys
+    names, roots, third_party = json.loads(sys.argv[1])
+    for name in third_party:
+        importlib.import_module(name)
+    import torch
+
+    seen, current = [], None
+    packages = [os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *roots)]
+
+    def note(what):
+        if current:
+            seen.append(f"{current}: {what}")
+
+    def audit(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            path, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[2] or 0
+            if flags & (os.O_WRONLY | os.O_RDWR) or not any(path.startswith(root + os.sep) for root in packages):
+                note(f"opens {path}")
+        elif event.startswith("socket.") or event in (
+                "os.putenv", "os.unsetenv", "os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "os.fork"):
+            note(event)
+
+    def ours(frame):
+        while frame.f_globals.get("__name__") in ("os", "collections.abc"):
+            frame = frame.f_back
+        return frame.f_globals.get("__name__", "").partition(".")[0] in ("fastvid", "fastvid_kernels")
+
+    read = os._Environ.__getitem__
+    def watched(self, key):
+        if ours(sys._getframe(1)):
+            note(f"reads the environment variable {key}")
+        return read(self, key)
+    os._Environ.__getitem__ = watched
+
+    for function in ("is_available", "device_count", "current_device", "get_device_properties"):
+        def asked(*arguments, _function=function, **options):
+            note(f"asks torch.cuda.{_function}")
+            return 0
+        setattr(torch.cuda, function, asked)
+
+    sys.addaudithook(audit)
+    for current in names:
+        importlib.import_module(current)
+    current = None
+    print(json.dumps(seen))
+""")
+THIRD_PARTY = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
+               "torch._dynamo", "numpy", "safetensors.torch", "sentencepiece", "tokenizers", "tqdm.contrib.logging",
+               "matplotlib.figure", "triton", "triton.language", "yaml"]
+
+
+def import_watched(names, roots):
+    """What importing modules does beside defining things."""
+    command = [sys.executable, "-B", "-c", IMPORT_ALL, json.dumps([names, list(map(str, roots)), THIRD_PARTY])]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(str(root.parent) for root in roots)}
+    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_importing_touches_nothing():
+    assert import_watched(list(modules()), PACKAGES.values()) == []
+
+
+def test_touching_something_is_seen(tmp_path):
+    folder = tmp_path / "fastvid_kernels"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    for name, line in {
+        "reads": "open('/etc/hostname').read()", "writes": "open(__file__ + '.txt', 'w')",
+        "environment": "import os; os.environ.get('HOME')", "sets": "import os; os.environ['X'] = '1'",
+        "gpu": "import torch; torch.cuda.is_available()", "network": "import socket; socket.socket()",
+    }.items():
+        (folder / f"{name}.py").write_text(line)
+    seen = import_watched([f"fastvid_kernels.{path.stem}" for path in sorted(folder.glob("*.py"))], [folder])
+    assert {line.partition(":")[0] for line in seen} == {
+        f"fastvid_kernels.{name}" for name in ("reads", "writes", "environment", "sets", "gpu", "network")}
+
+
+def test_lint():
+    ruff = shutil.which("ruff", path=f"{sys.prefix}/bin")
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    result = subprocess.run([ruff, "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
