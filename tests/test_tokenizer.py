@@ -143,6 +143,8 @@ def test_unused_start_and_end_are_text_even_where_the_folder_holds_them(kind, re
     held, lacking = load_tokenizer(tmp_path, False), load_tokenizer(folder, False)
     assert held.tokens.start is None
     assert held.encode("see <vid_start> here") == lacking.encode("see <vid_start> here")
+    held.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", None).tokens == load_tokenizer(tmp_path, True).tokens
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])

@@ -169,17 +169,16 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
         (spans, the message that the reference prints when it masks the whole sample)
     """
     separator = f" {ASSISTANT}: "
-    spans, current, masked = [], 1, 1
+    spans, current = [], 1
     for text in prompt.split(EOS):
         parts = text.split(separator)
-        if text == "" or len(parts) != 2:
+        if len(parts) != 2:
             break
-        instruction = len(tokenizer.encode(parts[0] + separator, video_ids)) - 1  # BOS counts, and two are taken off
-        masked = max(masked, current + instruction)
+        # The reference counts BOS in both lengths: in the first it takes off two, in the second it stands for </s>.
+        start = current + len(tokenizer.encode(parts[0] + separator, video_ids)) - 1
         current += len(tokenizer.encode(text, video_ids)) + 1
-        if masked < min(current, len(ids)):
-            spans.append((masked, min(current, len(ids))))
-        masked = max(masked, current)
+        if start < min(current, len(ids)):
+            spans.append((start, min(current, len(ids))))
     total = sum(i != tokenizer.unk for i in ids)
     if current < max_length and current != total:
         return [], f"WARNING: tokenization mismatch: {current} vs. {total}. (ignored)"
