@@ -1,0 +1,110 @@
+"""Packing: what a batch says of its samples; reading ahead; what is refused and skipped."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from training_run import CHANNELS, ROWS, config_of, write_run
+
+from fastvid import parallel, train
+from fastvid.batch import VideoTokens
+from fastvid.data.batching import Loader, pack
+from fastvid.data.conversation import EncodedSample
+
+TOKENS = VideoTokens(patch=50, start=51, end=52, vocab_size=53)
+WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+def sample(name, ids, supervised, videos=()):
+    return EncodedSample(name, ids, supervised, list(videos))
+
+
+def test_pack_lays_samples_end_to_end():
+    video = sample("v", [1, 7, 51, 50, 50, 50, 52, 8, 9, 2], [(8, 10)], ["v"])
+    text = sample("t", [1, 5, 6, 2, 4, 2], [(2, 4), (5, 6)])
+    features = torch.arange(12, dtype=torch.float16).view(3, 4)
+    batch = pack([(text, []), (video, [features])], TOKENS, (3, 4))
+    assert batch.token_ids.tolist() == text.token_ids + video.token_ids
+    assert batch.positions.tolist() == [*range(6), *range(10)]
+    assert batch.layout.cu_seqlens_q.tolist() == [0, 6, 16] and batch.layout.max_seqlen_q == 10
+    assert batch.layout.cu_seqlens_k is batch.layout.cu_seqlens_q and batch.layout.kv_rows is None
+    assert batch.video_rows.tolist() == [9, 10, 11] and batch.boundary_rows.tolist() == [8, 12]
+    assert batch.token_ids[batch.boundary_rows].tolist() == [51, 52]
+    assert torch.equal(batch.features, features[None])
+    assert batch.loss_rows.tolist() == [1, 2, 4, 13, 14]
+    assert batch.targets.tolist() == [6, 2, 2, 9, 2] == batch.token_ids[batch.loss_rows + 1].tolist()
+    assert batch.sample_ids == ["t", "v"]
+
+
+def test_pack_several_videos_and_mixed_precision():
+    two = sample("two", [1, 51, 50, 50, 52, 51, 50, 50, 52, 2], [(9, 10)], ["a", "b"])
+    batch = pack([(two, [torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.float16)])], TOKENS, (2, 4))
+    assert batch.video_rows.tolist() == [2, 3, 6, 7] and batch.boundary_rows.tolist() == [1, 4, 5, 8]
+    assert batch.features.dtype == torch.float32 and batch.features[:, 0, 0].tolist() == [1, 0]
+
+
+def test_pack_without_start_and_end_tokens():
+    bare = VideoTokens(patch=50, start=None, end=None, vocab_size=51)
+    batch = pack([(sample("v", [1, 50, 50, 2], [(3, 4)], ["v"]), [torch.ones(2, 4)])], bare, (2, 4))
+    assert batch.boundary_rows.numel() == 0 and batch.video_rows.tolist() == [1, 2]
+
+
+def test_pack_of_nothing_is_one_unsupervised_row(run):
+    state = train.build(config_of(run, "unused"), WORLD)
+    batch = pack([], state.tokenizer.tokens, (ROWS, CHANNELS))
+    assert batch.num_rows == 1 and batch.num_supervised == 0 and batch.features.shape == (0, ROWS, CHANNELS)
+    state.model(batch).backward()
+    assert all((p.grad == 0).all() for p in state.optimizer.parameters.values())
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_reading_ahead_changes_nothing(run, threads):
+    state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0"), WORLD)
+    plain = list(state.loader.iterate(3))
+    ahead = list(Loader(state.loader.samples, state.order, threads=threads).iterate(3))
+    assert [step for step, _ in ahead] == list(range(3, state.order.total_steps))
+    for (_, ours), (_, expected) in zip(ahead, plain, strict=True):
+        assert [b.sample_ids for b in ours] == [b.sample_ids for b in expected]
+        assert all(torch.equal(a.token_ids, b.token_ids) and torch.equal(a.features, b.features)
+                   for a, b in zip(ours, expected, strict=True))
+
+
+def test_an_abandoned_loader_stops_reading(run):
+    state = train.build(config_of(run, "unused"), WORLD)
+    steps = state.loader.iterate()
+    next(steps)
+    steps.close()
+    with pytest.raises(StopIteration):
+        next(steps)
+
+
+def test_features_of_another_tower_are_refused(run, tmp_path):
+    config = json.loads((run / "model" / "config.json").read_text())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (run / "model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, "mm_hidden_size": CHANNELS + 1}))
+    with pytest.raises(ValueError, match=rf"\[{ROWS}, {CHANNELS}\] per video, the model .* want \[{ROWS}, {CHANNELS + 1}\]"):
+        train.build(config_of(run, "unused", "--model_name_or_path", str(folder)), WORLD)
+    with pytest.raises(ValueError, match=r"want \[9, "):
+        train.build(config_of(run, "unused", "--num_video_tokens", "9"), WORLD)
+
+
+def test_text_only_records_train(run, tmp_path):
+    records = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "what is red"},
+                                                 {"from": "gpt", "value": "the house"}]} for i in range(4)]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps(records))
+    both = config_of(run, "unused", "--data_path", str(data))
+    assert train.build(both, WORLD).loader.samples.counts == [12, 4]
+    state = train.build(dataclasses.replace(both, data_path=[str(data)]), WORLD)
+    batches, odd = state.loader.read(0)
+    assert not odd and batches[0].features.shape == (0, 0, CHANNELS)
+    assert train.train_step(state, batches).loss.isfinite()

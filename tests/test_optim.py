@@ -1,0 +1,112 @@
+"""The schedule against the reference's recordings; AdamW, clipping and the latch against torch's plain ones."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastvid.optim import Optimizer, learning_rate
+
+
+def settings(**changed):
+    return SimpleNamespace(**{**dict(learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999,
+                                     adam_epsilon=1e-8, max_grad_norm=1.0), **changed})
+
+
+def parameters(seed=0):
+    torch.manual_seed(seed)
+    return {"weight": torch.nn.Parameter(torch.randn(7, 5)), "bias": torch.nn.Parameter(torch.randn(7))}
+
+
+def give_gradients(parameters, scale=1.0):
+    for p in parameters.values():
+        p.grad = torch.randn_like(p) * scale
+
+
+def test_cosine_schedule_equals_the_recordings(shared):
+    recorded = json.loads((shared / "golden" / "order.json").read_text())["lr_schedule"]
+    for name, table in recorded.items():
+        total, ratio = (float(part.split("=")[1]) for part in name.split(","))
+        warmup = math.ceil(total * ratio)
+        assert warmup == table["warmup_steps"]
+        for step, lr in table["lr_used_at_update"].items():
+            found = learning_rate(int(step), peak=2e-5, total_steps=int(total), warmup_steps=warmup, schedule="cosine")
+            assert found == pytest.approx(lr, abs=1e-18, rel=1e-12), (name, step)
+
+
+@pytest.mark.parametrize("schedule, name", [("linear", "linear"), ("constant", "constant"), ("cosine", "cosine"),
+                                            ("constant_with_warmup", "constant_with_warmup")])
+def test_schedules_equal_those_of_transformers(schedule, name):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=25)
+    for step in range(25):
+        ours = learning_rate(step, peak=3e-4, total_steps=25, warmup_steps=4, schedule=schedule)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e3])
+def test_step_equals_torch_clipping_and_adamw(max_norm):
+    ours, theirs = parameters(), parameters()
+    optimizer = Optimizer(ours.items(), settings(max_grad_norm=max_norm), torch.device("cpu"))
+    plain = torch.optim.AdamW([{"params": [theirs["weight"]], "weight_decay": 0.1},
+                               {"params": [theirs["bias"]], "weight_decay": 0.0}], foreach=False)
+    for step in range(6):
+        torch.manual_seed(step)
+        give_gradients(ours)
+        for name, p in ours.items():
+            theirs[name].grad = p.grad.clone()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm or math.inf)
+        for group in plain.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        plain.step()
+        _, norm = optimizer.step(step, 1e-2 / (step + 1), torch.tensor(1.0))
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+        for name, p in ours.items():
+            torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7)
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("fault", ["gradient", "infinite gradient", "loss"])
+def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault):
+    ours = parameters()
+    optimizer = Optimizer(ours.items(), settings(), torch.device("cpu"))
+    for step in range(3):
+        give_gradients(ours)
+        optimizer.step(step, 1e-2, torch.tensor(1.0))
+    kept = {name: p.detach().clone() for name, p in ours.items()}
+    state = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
+    for step in range(3, 6):  # the steps after the bad one are finite again, and change nothing
+        give_gradients(ours)
+        bad = step == 3
+        if bad and fault != "loss":
+            ours["bias"].grad[2] = math.nan if fault == "gradient" else math.inf
+        optimizer.step(step, 1e-2, torch.tensor(math.nan if bad and fault == "loss" else 1.0))
+    assert optimizer.failed_step.item() == 3
+    assert all(torch.equal(p, kept[name]) for name, p in ours.items())
+    after = optimizer.state_tensors()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_state_tensors_of_a_fresh_optimizer_take_a_saved_state():
+    ours, copy = parameters(), parameters()
+    optimizer, fresh = (Optimizer(p.items(), settings(), torch.device("cpu")) for p in (ours, copy))
+    for step in range(3):
+        give_gradients(ours)
+        optimizer.step(step, 1e-2, torch.tensor(1.0))
+    for name, tensor in fresh.state_tensors().items():
+        tensor.copy_(optimizer.state_tensors()[name])
+    with torch.no_grad():
+        for name, p in copy.items():
+            p.copy_(ours[name])
+    give_gradients(ours)
+    for name, p in copy.items():
+        p.grad = ours[name].grad.clone()
+    for chosen in (optimizer, fresh):
+        chosen.step(3, 1e-2, torch.tensor(1.0))
+    assert all(torch.equal(ours[name], copy[name]) for name in ours)

@@ -1,0 +1,302 @@
+"""Training: the reference's recorded runs, ranks and sharding, interruption, non-finite steps."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_run import SAMPLES, config_of, flags, losses, start, write_run
+
+from fastvid import checkpoint, parallel, train
+from fastvid.data.features import load_features, save_features
+from fastvid.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def straight(run):
+    """Output folder of an uninterrupted run that saved after every step."""
+    output = run / "straight"
+    assert train.main(flags(run, output, "--save_steps", "1")) == 0
+    return output
+
+
+# --- against the reference's recordings
+
+def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path):
+    recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]
+    output = tmp_path / "out"
+    argv = [word.replace("WORK", str(tiny)) for word in recorded["argv"]]
+    argv[argv.index("--output_dir") + 1] = str(output)
+    argv[argv.index("--save_strategy") + 1] = "steps"
+    assert train.main([*argv, "--parity", "reference", "--save_steps", "1"]) == 0
+
+    lines = read_metrics(output / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx(recorded["losses"], abs=1e-5)
+    assert [line["learning_rate"] for line in lines] == pytest.approx(recorded["lr"], abs=1e-15)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(recorded["total_norm"], rel=1e-5)
+    tensors = load_file(shared / "golden" / "model.safetensors")
+    for step in range(1, 6):
+        trained = checkpoint.read_full(output / f"checkpoint-{step}", "model")
+        prefix = f"336/train_main/after_step{step}/"
+        names = [name for name in tensors if name.startswith(prefix)]
+        assert len(names) == len(trained)
+        for name in names:
+            short = name.removeprefix(prefix).removeprefix("model.mm_projector.")
+            ours = "boundary.weight" if "embed" in short else f"projector.{short}"
+            assert (trained[ours] - tensors[name]).abs().max() <= 1e-7, (step, name)
+    keys = json.loads((shared / "golden" / "checkpoint.json").read_text())["runs"]["336_main_r0"]["bins"]
+    state = torch.load(output / "mm_projector.bin", weights_only=True)
+    assert [[name, list(t.shape), str(t.dtype)] for name, t in state.items()] == keys["mm_projector.bin"]
+
+
+# --- ranks
+
+def in_ranks(rank, size, ports, cases, results):
+    torch.set_num_threads(1)
+    codes = []
+    for port, argv in zip(ports, cases):  # a fresh store each time: the last one's port is still closing
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        codes.append(train.main(argv))
+    if rank == 0:
+        results.put(codes)
+
+
+def spawn(cases, size=2):
+    """Run several command lines one after the other on `size` ranks; their exit codes."""
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in cases]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    torch.multiprocessing.spawn(in_ranks, (size, ports, cases, results), nprocs=size)
+    return results.get()
+
+
+MODES = {
+    "adapter": [],
+    "full fine-tune": ["--tune_mm_mlp_adapter", "False"],
+    "accumulation": ["--gradient_accumulation_steps", "2"],
+}
+
+
+def test_ranks_and_sharding_do_not_change_the_losses(run, tmp_path):
+    halved = ["--per_device_train_batch_size", "1", "--max_steps", "5", "--eval_data_path", str(run / "train.json"),
+              "--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3"]
+    cases, one = {}, {}
+    for mode, options in MODES.items():
+        one[mode] = tmp_path / mode / "1"
+        assert train.main(flags(run, one[mode], *halved, "--per_device_train_batch_size", "2", *options)) == 0
+        for shard in ("none", "auto", "full"):
+            output = tmp_path / mode / shard
+            cases[mode, shard] = output, flags(run, output, *halved, *options, "--shard", shard)
+    assert set(spawn([argv for _, argv in cases.values()])) == {0}
+    for (mode, shard), (output, _) in cases.items():
+        expected, found = (read_metrics(path / "metrics.jsonl") for path in (one[mode], output))
+        assert len(expected) == len(found) == 7
+        for a, b in zip(expected, found):
+            for name in {"loss", "grad_norm", "eval_loss"} & a.keys():
+                assert a[name] == pytest.approx(b[name], rel=1e-5), (mode, shard, a["step"], name)
+        saved = [checkpoint.read_full(path / "checkpoint-5", "model") for path in (one[mode], output)]
+        for name, tensor in saved[0].items():
+            torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=f"{mode} {shard} {name}")
+
+
+def test_mean_of_means_weighs_micro_batches_alike(run, tmp_path):
+    state = train.build(config_of(run, tmp_path, "--parity", "reference", "--gradient_accumulation_steps", "2"),
+                        parallel.World(0, 1, 0, torch.device("cpu"), False))
+    batches, _ = state.loader.read(0)
+    means = [state.model(batch).item() / batch.num_supervised for batch in batches]
+    sums = [state.model(batch).item() for batch in batches]
+    reference = train.train_step(state, batches).loss.item()
+    assert reference == pytest.approx(sum(means) / 2, rel=1e-6)
+    state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
+    ours = train.train_step(state, batches).loss.item()
+    assert ours == pytest.approx(sum(sums) / sum(batch.num_supervised for batch in batches), rel=1e-6)
+    assert abs(ours - reference) > 1e-4
+
+
+# --- interruption
+
+KILL_IN_STEP = """
+import os, signal, sys
+from fastvid import train
+step = train.train_step
+def train_step(state, batches):
+    if state.step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(state, batches)
+train.train_step = train_step
+train.main(sys.argv[1:])
+"""
+KILL_IN_SAVE = """
+import os, signal, sys
+from fastvid import train
+rename = os.rename
+def kill(source, target, **options):
+    if "checkpoint-8" in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target, **options)
+os.rename = os.replace = kill
+train.main(sys.argv[1:])
+"""
+TERMINATE = """
+import os, signal, sys
+from fastvid import train
+step = train.train_step
+def train_step(state, batches):
+    if state.step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(state, batches)
+train.train_step = train_step
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("program, code, resumed_from", [
+    (KILL_IN_STEP, -signal.SIGKILL, 4), (KILL_IN_SAVE, -signal.SIGKILL, 4), (TERMINATE, 128 + signal.SIGTERM, 6)],
+    ids=["kill -9 in a step", "kill -9 in a save", "SIGTERM"])
+def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog, program, code, resumed_from):
+    argv = flags(run, tmp_path)
+    finished = start(program, argv)
+    assert finished.returncode == code, finished.stderr
+    assert max(losses(tmp_path)) < SAMPLES * 3 / 2
+    assert train.main(argv) == 0
+    assert f"checkpoint-{resumed_from}" in caplog.text
+    assert losses(tmp_path) == losses(straight)
+    for group in ("model", "optimizer"):
+        ours, theirs = (checkpoint.read_full(path / "checkpoint-18", group) for path in (tmp_path, straight))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    projectors = [load_file(path / "mm_projector.safetensors") for path in (tmp_path, straight)]
+    assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[1])
+
+
+def test_a_log_window_survives_a_resume(run, straight, tmp_path):
+    argv = flags(run, tmp_path, "--logging_steps", "6", "--save_steps", "4")
+    finished = start(KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), argv)
+    assert finished.returncode == -signal.SIGKILL, finished.stderr
+    assert train.main(argv) == 0
+    every = losses(straight)
+    assert losses(tmp_path) == {last: sum(every[i] for i in range(last - 5, last + 1)) / 6 for last in (6, 12, 18)}
+
+
+def test_another_run_is_not_resumed(run, straight, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint-18 belongs to another run: --learning_rate was 0.01, is 0.02"):
+        train.main(flags(run, straight, "--learning_rate", "2e-2"))
+    with pytest.raises(ValueError, match="samples_per_step was 2, is 4"):
+        train.main(flags(run, straight, "--gradient_accumulation_steps", "2"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, straight, tmp_path):
+    argv = flags(run, tmp_path, "--max_steps", "8")
+    assert train.main(argv) == 0
+    weights = tmp_path / "checkpoint-8" / "model-00000-of-00001.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.warns(UserWarning, match="checkpoint-8"):
+        assert train.main(argv) == 0
+    assert sorted(losses(tmp_path)) == list(range(1, 9))
+
+
+# --- non-finite steps
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, capfd, ranks):
+    state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
+    step, poisoned = next((step, int(i)) for step in range(2, 18) for i in state.order.micro_batches(step)[0]
+                          if all(i not in state.order.micro_batches(before)[0] for before in range(step)))
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for i in range(SAMPLES):
+        features, header = load_features(run / "feats" / f"clip{i}.safetensors")
+        if i == poisoned:
+            features[3, 5] = math.nan
+        save_features(feats / f"clip{i}.safetensors", features, header)
+    output = tmp_path / "out"
+    argv = flags(run, output, "--video_folder", str(feats), "--logging_steps", "4", "--save_steps", "100",
+                 "--per_device_train_batch_size", str(2 // ranks))
+    code = train.main(argv) if ranks == 1 else spawn([argv])[0]
+    assert code == 1
+    said = capfd.readouterr().err
+    assert f"step {step + 1} is not finite" in said and f"clip{poisoned}" in said
+    place = state.order.micro_batches(step)[0].index(poisoned)
+    assert f"rank {place if ranks == 2 else 0}:" in said and f"rank {1 - place if ranks == 2 else 1}:" not in said
+    for group in ("model", "optimizer"):
+        kept, before = (checkpoint.read_full(path / f"checkpoint-{step}", group) for path in (output, straight))
+        for name in before:
+            assert kept[name].isfinite().all()
+            torch.testing.assert_close(kept[name], before[name], rtol=1e-4, atol=1e-6)
+
+
+# --- what users get wrong
+
+@pytest.mark.parametrize("options, message", [
+    (["--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end", "False", "--freeze_mm_mlp_adapter"], "nothing would be"),
+    (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
+    (["--eval_strategy", "steps"], "needs --eval_data_path"),
+    (["--logging_steps", "0"], "give 1 or more"),
+    (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
+    (["--data_weights", "1", "2"], "2 numbers for 1"),
+])
+def test_contradictions_are_refused_before_any_step(run, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(flags(run, tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_features_stop_or_are_skipped(run, tmp_path, caplog):
+    records = json.loads((run / "train.json").read_text())
+    records[3]["video"] = "absent.safetensors"
+    records[4]["conversations"][0].pop("value")
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps(records))
+    argv = flags(run, tmp_path / "out", "--data_path", str(data), "--max_steps", "1")
+    with pytest.raises(ValueError, match="2 records cannot be used.*(?s:.*)record 3.*absent.*(?s:.*)record 4"):
+        train.main(argv)
+    assert train.main([*argv, "--on_bad_sample", "skip"]) == 0
+    assert "2 records left out" in caplog.text
+
+
+def test_a_corrupt_feature_file_costs_its_sample(run, tmp_path, caplog):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for path in (run / "feats").iterdir():
+        (feats / path.name).write_bytes(path.read_bytes())
+    (feats / "clip7.safetensors").write_bytes(b"torn")
+    assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats))) == 0
+    assert "skipped sample clip7" in caplog.text
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["skipped_samples"] == 3  # once an epoch
+
+
+def test_files_of_a_run(straight):
+    assert {path.name for path in straight.iterdir()} >= {
+        "metrics.jsonl", "loss_curve.png", "mm_projector.bin", "mm_projector.safetensors", "checkpoint-18"}
+
+
+def test_dry_run_stops_before_the_first_step(run, tmp_path, caplog):
+    assert train.main(flags(run, tmp_path / "out", "--dry_run")) == 0
+    assert "memory per rank" in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_torchrun_on_the_script(run, tmp_path):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
+    finished = start([str(script)], flags(run, tmp_path, "--max_steps", "2"), ranks=2)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(losses(tmp_path)) == [1, 2]
+    finished = start([str(script)], flags(run, tmp_path, "--learning_rte", "1"))
+    assert finished.returncode == 2 and "did you mean --learning_rate?" in finished.stderr
+    assert sys.version_info >= (3, 11)

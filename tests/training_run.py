@@ -1,0 +1,84 @@
+"""A training run small enough for a test: model, tokenizer, records and features made from seeds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import sentencepiece
+import torch
+from conftest import ROOT
+from weight_folders import CONFIG, write_folder
+
+from fastvid.config import TrainConfig, parse
+from fastvid.data.features import save_features
+from fastvid.metrics import read_metrics
+
+PIECES, ROWS, CHANNELS, SAMPLES = 300, 8, CONFIG["mm_hidden_size"], 12
+WORDS = "what does the cat see near a red house and why is it running so fast today".split()
+
+
+def write_run(folder):
+    """Write model/, feats/ and train.json into `folder`."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(3, 25, 4 * SAMPLES)]
+    config = {**CONFIG, "vocab_size": PIECES, "max_position_embeddings": 512}
+    write_folder(folder / "model", random_state(config), config)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "model" / "tokenizer"), vocab_size=PIECES,
+        model_type="bpe", byte_fallback=True, minloglevel=2, num_threads=1, hard_vocab_limit=False)
+    (folder / "feats").mkdir()
+    records = []
+    for i in range(SAMPLES):
+        question, answer = texts[2 * i], texts[2 * i + 1]
+        ask = f"{question}?\n<video>" if i % 2 else f"<video>\n{question}?"
+        records.append({"id": f"clip{i}", "video": f"clip{i}.safetensors", "conversations": [
+            {"from": "human", "value": ask}, {"from": "gpt", "value": answer}]})
+        features = torch.from_numpy(rng.standard_normal((ROWS, CHANNELS)).astype(np.float16))
+        save_features(folder / "feats" / f"clip{i}.safetensors", features, {})
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+def random_state(config):
+    """{LLaVA's name: fp32 tensor} of the sizes in `config`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(LlamaConfig(**sizes)).state_dict().items()}
+    hidden = config["hidden_size"]
+    shapes |= {"model.mm_projector.0.weight": (hidden, CHANNELS), "model.mm_projector.0.bias": (hidden,),
+               "model.mm_projector.2.weight": (hidden, hidden), "model.mm_projector.2.bias": (hidden,)}
+    return {name: torch.randn(shape, generator=generator) * 0.2 + ("norm" in name) for name, shape in shapes.items()}
+
+
+def flags(run, output, *more):
+    """The command line of an adapter run: 3 epochs of 12 samples, 2 a step."""
+    return [
+        "--model_name_or_path", str(run / "model"), "--data_path", str(run / "train.json"),
+        "--video_folder", str(run / "feats"), "--output_dir", str(output), "--tune_mm_mlp_adapter", "True",
+        "--mm_use_vid_start_end", "--num_train_epochs", "3", "--per_device_train_batch_size", "2",
+        "--learning_rate", "1e-2", "--warmup_ratio", "0.1", "--logging_steps", "1", "--save_steps", "4",
+        "--model_max_length", "512", "--report_to", "none", "--disable_tqdm", *more]
+
+
+def config_of(run, output, *more):
+    return parse(TrainConfig, flags(run, output, *more))
+
+
+def start(program, arguments, *, ranks=1):
+    """Run a Python program (source text or a list such as ["-m", "fastvid.train"]); returns the finished process."""
+    command = ["-c", program] if isinstance(program, str) else program
+    if ranks > 1:
+        assert not isinstance(program, str), "torchrun starts files and modules"
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    return subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240,
+                          env=environment)
+
+
+def losses(output):
+    """{step: loss} of a run's metrics.jsonl."""
+    return {line["step"]: line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line}
