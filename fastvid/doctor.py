@@ -16,8 +16,7 @@ from fastvid import __version__
 from fastvid.config import DoctorConfig, parse
 
 DECODERS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1", "mpeg4": "MPEG-4", "mjpeg": "MJPEG"}
-FLASH_ATTENTION = {"2": ("flash_attn", "flash-attn"), "3": ("flash_attn_interface", "flash-attn-3"),
-                   "4": ("flash_attn.cute", "flash-attn-4")}
+FLASH_ATTENTION = {"flash-attn 2": "flash-attn", "flash-attn 3": "flash-attn-3", "flash-attn 4": "flash-attn-4"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Finding:
 
 
 def examine(config: DoctorConfig) -> list[Finding]:
-    """Look at this machine; touches the GPU driver, but no GPU memory."""
-    gpus = _gpus()
-    return [*_machine(config), *gpus, *_kernels(), *_attention(), *_video(), *_extras(gpus)]
+    """Look at this machine."""
+    return [*_machine(config), *_gpus(), *_kernels(), *_attention(), *_video(), *_optional()]
 
 
 def _machine(config):
@@ -63,79 +61,69 @@ def _gpus():
     build = torch.version.cuda or torch.version.hip
     found = [Finding("gpu", "torch", True, torch.__version__)]
     if not torch.cuda.is_available():
-        remedy = "install torch's CUDA build" if build is None else "torch sees no device: check the driver (nvidia-smi)"
-        return [*found, Finding("gpu", "cuda", False, f"CUDA {build}" if build else "a build of torch for the CPU",
-                                f"training and extraction run on the CPU; {remedy}")]
+        detail, remedy = (f"CUDA {build}", "check the driver (nvidia-smi)") if build else (
+            "torch is a build for the CPU", "with a GPU, install torch's CUDA build")
+        return [*found, Finding("gpu", "cuda", False, detail, f"everything runs on the CPU; {remedy}")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         detail = f"{device.name}, {_gib(device.total_memory)}, compute capability {device.major}.{device.minor}"
         found.append(Finding("gpu", f"cuda:{index}", True, detail))
     capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    found.append(Finding("gpu", "bf16", capability >= (8, 0), "",
-                         "" if capability >= (8, 0) else "bf16 is emulated; it wants compute capability 8.0"))
-    found.append(Finding("gpu", "fp8", capability >= (8, 9), "",
-                         "" if capability >= (8, 9) else "no fp8 matrix products; they want compute capability 8.9"))
+    for name, least in (("bf16", (8, 0)), ("fp8", (8, 9))):
+        has = capability >= least
+        cost = f"{name} matrix products want compute capability {least[0]}.{least[1]}"
+        found.append(Finding("gpu", name, has, "", "" if has else cost))
     return found
 
 
 def _kernels():
-    yield _package("kernels", "triton", "triton", "kernels run as plain torch operations; pip install triton (Linux)")
+    yield _package("kernels", "triton", ["triton"], "kernels run as plain torch operations; pip install triton")
 
 
 def _attention():
-    found = [_package("attention", f"flash-attn {generation}", module, "", distribution)
-             for generation, (module, distribution) in FLASH_ATTENTION.items()]
-    found.append(Finding("attention", "torch varlen", _has_module("torch.nn.attention.varlen")))
-    found.append(Finding("attention", "torch sdpa", True))
-    if not any(finding.found for finding in found[:-1]):
-        found[-1] = Finding("attention", "torch sdpa", True, "", "one call per sample: slower on a GPU")
-    return found
+    import torch
+
+    gpu = torch.cuda.is_available()
+    for name, distribution in FLASH_ATTENTION.items():
+        yield _package("attention", name, [distribution], "torch varlen serves instead" if gpu else "wants a GPU")
+    varlen = gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    yield Finding("attention", "torch varlen", varlen, "", "" if varlen else "wants a GPU; torch sdpa serves instead")
+    yield Finding("attention", "torch sdpa", True, "one call per sample")
 
 
 def _video():
-    home = "fastvid extract and fastvid chat cannot read videos; pip install av"
-    finding = _package("video", "PyAV", "av", home)
-    yield finding
-    if finding.found:
+    pyav = _package("video", "PyAV", ["av"], "videos cannot be read; pip install av")
+    yield pyav
+    if pyav.found:
         import av
 
-        versions = ".".join(map(str, av.library_versions["libavcodec"]))
-        yield Finding("video", "FFmpeg", True, f"libavcodec {versions}")
-        missing = [label for name, label in DECODERS.items() if name not in av.codecs_available]
-        present = [label for label in DECODERS.values() if label not in missing]
-        yield Finding("video", "decoders", not missing, ", ".join(present),
-                      f"cannot decode {', '.join(missing)}" if missing else "")
-    yield _package("video", "DALI", "nvidia.dali", "videos are decoded on the CPU; pip install 'fastvid[gpu]'",
-                   "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+        yield Finding("video", "FFmpeg", True, "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"])))
+        missing = [label for codec, label in DECODERS.items() if codec not in av.codecs_available]
+        yield Finding("video", "decoders", not missing,
+                      ", ".join(label for label in DECODERS.values() if label not in missing),
+                      f"videos in {', '.join(missing)} are refused" if missing else "")
+    yield _package("video", "DALI", ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
+                   "videos are decoded on the CPU; pip install 'fastvid[gpu]'")
 
 
-def _extras(gpus):
-    yield _package("optional", "bitsandbytes", "bitsandbytes", "no 8-bit optimizer: AdamW keeps 8 bytes per trained "
+def _optional():
+    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "no 8-bit optimizer: AdamW keeps 8 bytes per trained "
                    "parameter instead of 2; pip install 'fastvid[gpu]'")
-    yield _package("optional", "liger-kernel", "liger_kernel", "the library's fused kernels are not there to choose "
-                   "from; pip install 'fastvid[gpu]'", "liger-kernel")
-    yield _package("optional", "tensorboard", "tensorboard", "metrics go to metrics.jsonl only; pip install tensorboard")
-    yield _package("optional", "matplotlib", "matplotlib", "no loss curve at a run's end; pip install matplotlib")
+    yield _package("optional", "liger-kernel", ["liger-kernel"], "fewer fused kernels to choose from; "
+                   "pip install 'fastvid[gpu]'")
+    yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
+                   "pip install tensorboard")
+    yield _package("optional", "matplotlib", ["matplotlib"], "no picture of the loss curve; pip install matplotlib")
 
 
-def _package(group, name, module, cost, *distributions):
-    """A package, found by its module and named by the version of the distribution that brings it."""
-    if not _has_module(module):
-        return Finding(group, name, False, "", cost)
-    for distribution in distributions or (module,):
+def _package(group, name, distributions, cost):
+    """A package, by the first of its distributions that is installed."""
+    for distribution in distributions:
         try:
             return Finding(group, name, True, metadata.version(distribution))
         except metadata.PackageNotFoundError:
             continue
-    return Finding(group, name, True)
-
-
-def _has_module(name):
-    """Whether a module could be imported; imports at most the packages above it, which are small."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+    return Finding(group, name, False, "", cost)
 
 
 def _gib(size):

@@ -1,0 +1,134 @@
+"""The command line: choosing a command, and what its user sees of a mistake."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+from conftest import ROOT
+
+from fastvid import __version__, cli
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Install a stand-in for the command `train` whose main is the function given."""
+    monkeypatch.setattr(sys, "argv", ["fastvid"])
+    monkeypatch.delenv("FASTVID_TRACEBACK", raising=False)
+
+    def install(main):
+        module = types.ModuleType("fastvid.train")
+        module.main = main
+        monkeypatch.setitem(sys.modules, "fastvid.train", module)
+
+    return install
+
+
+def code_of(function, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        function(*arguments)
+    return exit.value.code
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(argv, capsys):
+    assert code_of(cli.main, argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, line) in cli.COMMANDS.items():
+        assert any(text.split()[:1] == [name] and text.endswith(line) for text in lines)
+
+
+def test_help_imports_nothing_heavy():
+    script = ("import sys\nfrom fastvid.cli import main\n"
+              "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+              "heavy = {'torch', 'transformers', 'numpy', 'av', 'yaml'} & set(sys.modules)\nassert not heavy, heavy")
+    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert code_of(cli.main, [name, "--help"]) == 0
+    assert f"usage: fastvid {name} " in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert code_of(cli.main, ["--version"]) == 0
+    assert capsys.readouterr().out == f"fastvid {__version__}\n"
+
+
+@pytest.mark.parametrize("typed, hint", [("trian", "did you mean train?"), ("qqq", "lists the commands")])
+def test_unknown_command(typed, hint, capsys):
+    assert code_of(cli.main, [typed]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastvid: error: unknown command {typed}; ") and hint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_the_code_of_a_command_is_the_exit_code(command, code):
+    command(lambda argv: code)
+    assert code_of(cli.run, "train", []) == code
+
+
+@pytest.mark.parametrize("error, code", [
+    (ValueError("--data_path x.json: no such file"), 2), (FileNotFoundError(2, "No such file", "x.json"), 2),
+    (KeyboardInterrupt(), 130),
+])
+def test_a_mistake_is_one_line(command, error, code, capsys):
+    command(raising(error))
+    assert code_of(cli.run, "train", []) == code
+    text = capsys.readouterr().err
+    assert text == ("" if code == 130 else f"fastvid train: error: {error}\n")
+
+
+def test_a_defect_keeps_its_traceback(command):
+    command(raising(RuntimeError("ours")))
+    with pytest.raises(RuntimeError):
+        cli.run("train", [])
+
+
+def test_traceback_on_request(command, monkeypatch):
+    command(raising(ValueError("where from?")))
+    monkeypatch.setenv("FASTVID_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="where from"):
+        cli.run("train", [])
+
+
+def test_flags_reach_the_command(command, monkeypatch):
+    seen = []
+    command(lambda argv: seen.append((argv, sys.argv[0])))
+    code_of(cli.main, ["train", "--bf16", "True"])
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "--tf32", "True"])
+    code_of(cli.run, "train")
+    assert seen == [(["--bf16", "True"], "fastvid train"), (["--tf32", "True"], "fastvid train")]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    script = "from fastvid import cli, doctor; doctor.main = lambda argv: print('x' * 10**6); cli.run('doctor', [])"
+    process = subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.parametrize("command", [["-m", "fastvid.convert"], ["-m", "fastvid.cli", "convert"], [
+    "scripts/convert_instruction_json_to_training_format.py"]])
+def test_ways_to_start_a_command(command, tmp_path):
+    arguments = ["--input_json_file", str(tmp_path / "missing.json"), "--output_json_file", str(tmp_path / "out.json")]
+    result = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+                            text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("fastvid convert: error: ") and "missing.json" in result.stderr
+    assert result.stderr.count("\n") == 1
