@@ -1,6 +1,10 @@
 """Features against transformers' own forward pass and against the reference's recordings."""
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +113,21 @@ def test_revision_names_the_weights(tmp_path):
     revisions = [FeatureEncoder(folder, device="cpu").revision for folder in (a, b, other)]
     assert revisions[0] == revisions[1] != revisions[2]
     assert revisions[0].startswith("sha256:")
+
+
+def test_a_tower_of_the_hub(tower, tmp_path):
+    """Loaded by its id from the hub's cache, without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--some--tower"
+    shutil.copytree(tower, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = ("from fastvid.video.encoder import FeatureEncoder; encoder = FeatureEncoder('some/tower', device='cpu')\n"
+            "print(encoder.revision, encoder.image_size)")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1",
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [commit, "28"], done.stderr
 
 
 @pytest.mark.parametrize("frames", [_frames(0), _frames(5)])

@@ -48,7 +48,7 @@ class FeatureEncoder:
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.hidden_size = model.config.hidden_size
         self.mean, self.std = _pixel_statistics(tower)
-        self.revision = _revision(tower, model.config)
+        self.revision = _revision(tower)
 
         embeddings = model.embeddings
         position_1PC = embeddings.position_embedding.weight
@@ -131,10 +131,12 @@ def _pixel_statistics(tower):
     return settings.get("image_mean", OPENAI_CLIP_MEAN), settings.get("image_std", OPENAI_CLIP_STD)
 
 
-def _revision(tower, config):
+def _revision(tower):
     """The hub's commit, or the hash of a folder's configuration and weights."""
+    from transformers.utils import cached_file
+
     if not os.path.isdir(tower):
-        return config._commit_hash
+        return Path(cached_file(tower, "config.json")).parent.name  # in the hub's cache, snapshots/COMMIT/config.json
     digest = hashlib.sha256()
     for path in sorted(Path(tower).iterdir()):
         if path.name in ("config.json", "preprocessor_config.json") or path.suffix in (".safetensors", ".bin"):
