@@ -51,6 +51,14 @@ def test_equals_reference(dtypes, shape, add, trained):
         assert_near(ours, theirs, TOLERANCE[theirs.dtype])
 
 
+def test_is_torchs_rms_norm_of_the_sum():
+    """On rows so small that eps decides."""
+    x, b, w = (t.detach() for t in inputs(4, 6, *[torch.float32] * 3))
+    total, y = add_rms_norm(x / 300, b / 300, w, 1e-5, torch.float32)
+    assert torch.equal(total, x / 300 + b / 300)
+    assert_near(y, torch.nn.functional.rms_norm(total, (6,), w, 1e-5), 1e-6)
+
+
 @pytest.mark.parametrize("function", [add_rms_norm, add_rms_norm_reference])
 def test_gradient_numerically(function):
     x, b, w = inputs(3, 5, *[torch.float64] * 3)
