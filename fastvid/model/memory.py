@@ -125,7 +125,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         weights += size * (sum(counts.values()) - counts["decoder"] + 2 * _linears(c))
     elif "decoder" in trainable and size < 4:
-        weights += size * _linears(c) * (1 if recompute == "full" else c.num_layers)
+        weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
 
     options = {"trainable": trainable, "rows": rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
                    "fp32_residual": fp32_residual, "one_call_per_segment": one_call_per_segment}

@@ -74,14 +74,14 @@ def test_gradient_numerically(function):
 
 
 def test_gradients_are_summed_in_fp32():
-    """A thousand rows of one token, and of one boundary token: bf16 alone would stop counting at 256."""
-    tokens = torch.cat([torch.zeros(1000, dtype=torch.int64), torch.ones(2000, dtype=torch.int64)])
+    """1001 rows of one token, and of one boundary token: no bf16 number."""
+    tokens = torch.cat([torch.zeros(1001, dtype=torch.int64), torch.ones(2002, dtype=torch.int64)])
     table = torch.zeros(2, 4, requires_grad=True)
     boundary = torch.zeros(2, 4, requires_grad=True)
     out = splice_video(tokens, table, torch.zeros(0, 4, dtype=torch.bfloat16), tokens[:0], boundary,
-                       torch.arange(1000, 3000), torch.bfloat16)
+                       torch.arange(1001, 3003), torch.bfloat16)
     out.sum().backward()
-    assert table.grad[0].unique().item() == 1000 and boundary.grad.unique().item() == 1000
+    assert table.grad[0].unique().item() == 1001 and boundary.grad.unique().item() == 1001
 
 
 def test_saves_indices_only():
