@@ -55,7 +55,8 @@ class Metrics:
         self._run = self._window = _Counts()
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _keep_lines(self.path, start_step)
+            losses = [line["loss"] for line in _keep_lines(self.path, start_step) if line.get("loss") is not None]
+            self._loss = losses[-1] if losses else math.nan
             self._file = open(self.path, "a", encoding="utf-8")
             if "tensorboard" in report_to:
                 self._tensorboard = self._open_tensorboard()
@@ -244,7 +245,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def _keep_lines(path, last_step):
-    """Drop the lines of steps after `last_step`, and any torn one; the file is whole at every moment."""
+    """Drop the lines of steps after `last_step`, and any torn one, and return the others; no kill loses a line."""
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
     temporary = path.with_name(f".{path.name}.tmp")
@@ -253,6 +254,7 @@ def _keep_lines(path, last_step):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return kept
 
 
 def _finite(value):

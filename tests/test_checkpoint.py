@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def on_ranks(world_size, function, tmp_path, *args):
 
 def _as_rank(rank, world_size, store, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=30))
     try:
         return function(rank, *args)
     finally:
@@ -67,6 +69,13 @@ def names_in(folder):
 # What is saved is what is loaded
 
 
+class Quantizing(torch.Tensor):
+    """Stands for the subclasses whose `to` does more than move (bitsandbytes' parameters)."""
+
+    def to(self, *args, **kwargs):
+        raise AssertionError("to() of a subclass")
+
+
 def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
     base = torch.randn(8, 6)
     tensors = {
@@ -74,6 +83,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path):
         "same storage": base,
         "transposed": base.t(),
         "bfloat16": torch.nn.Parameter(base.bfloat16()),
+        "subclass": torch.randn(3).as_subclass(Quantizing),
         "uint8": torch.arange(256, dtype=torch.uint8),
         "int64": torch.tensor([2**62 + 1, -1]),
         "bool": torch.tensor([True, False]),
@@ -161,10 +171,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
     assert_holds(found, 5)
     [(path, reason)] = reports
     assert path == "checkpoint-10" and name in reason
+    if damage is cut_short and name != "checksums.json":
+        assert re.search(r"has \d+ bytes, \d+ were written", reason)
     with pytest.warns(UserWarning, match=f"checkpoint-10 is passed over: .*{name}"):
         checkpoint.newest_valid(tmp_path)
     save_step(tmp_path, 10)
     assert_holds(checkpoint.newest_valid(tmp_path), 10)
+
+
+def test_a_file_damaged_after_the_check_is_named(tmp_path):
+    path = save_step(tmp_path, 1)
+    cut_short(path / "model-00000-of-00001.safetensors")
+    with pytest.raises(ValueError, match="model-00000-of-00001.safetensors: .* Remove this checkpoint"):
+        checkpoint.load_into(path, "model", tensors_of(1))
 
 
 def test_no_name_in_the_checksums_leads_out_of_the_folder(tmp_path):
@@ -179,6 +198,7 @@ def test_no_name_in_the_checksums_leads_out_of_the_folder(tmp_path):
     assert_same(checkpoint.read_full(path, "model"), tensors_of(1))
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_checkpoints_there_is_none(tmp_path):
     assert checkpoint.newest_valid(tmp_path / "missing") is None
     (tmp_path / "checkpoint-best").mkdir()
@@ -191,11 +211,11 @@ def test_without_checkpoints_there_is_none(tmp_path):
 
 
 def test_the_lowest_numbers_go_first(tmp_path):
-    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-8-copy").mkdir()
     (tmp_path / ".checkpoint-3.tmp").mkdir()
     for step in (8, 9, 100, 101):
         save_step(tmp_path, step, total_limit=3)
-    assert names_in(tmp_path) == ["checkpoint-100", "checkpoint-101", "checkpoint-9", "checkpoint-best"]
+    assert names_in(tmp_path) == ["checkpoint-100", "checkpoint-101", "checkpoint-8-copy", "checkpoint-9"]
     save_step(tmp_path, 102, total_limit=0)
     assert len(names_in(tmp_path)) == 5
 
@@ -219,7 +239,7 @@ def files_under(folder):
 
 def save_and_die(folder, step, fatal):
     """Save; be killed before the `fatal`-th change of the file system, with unsynced bytes lost as by a power cut."""
-    calls, safe = 0, set(files_under(folder))
+    calls, safe, fsync = 0, set(files_under(folder)), os.fsync
 
     def deadly(function):
         def call(*args, **kwargs):
@@ -230,7 +250,7 @@ def save_and_die(folder, step, fatal):
                     if inode not in safe:
                         os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if function is os.fsync:
+            if function is fsync:
                 safe.add(os.fstat(args[0]).st_ino)
             return function(*args, **kwargs)
         return call
@@ -424,11 +444,19 @@ def test_sharded_training_resumes_bit_for_bit(tmp_path):
     on_ranks(2, train_sharded, tmp_path, tmp_path / "out")
 
 
-def test_only_the_rows_needed_are_read(tmp_path):
-    held = LocalShard(torch.zeros(3, 2), (10, 2), 3)
-    pieces = [shards._Piece(None, (10, 2), torch.float32, offset, rows) for offset, rows in [(0, 4), (4, 4), (8, 2)]]
-    plan, complete = shards._plan(held, pieces)
-    assert complete and [rows for _, _, rows in plan] == [slice(3, 4), slice(0, 2)]
+def plan_of_rows(held, *pieces):
+    """`shards._plan` for rows [start, stop) of ten, from files that hold the [start, stop) of `pieces`."""
+    shard = LocalShard(torch.zeros(held[1] - held[0], 2), (10, 2), held[0])
+    plan, complete = shards._plan(shard, [shards._Piece(None, (10, 2), torch.float32, start, stop - start)
+                                          for start, stop in pieces])
+    return [(rows.start, rows.stop) for _, _, rows in plan], complete
+
+
+def test_only_the_rows_needed_are_read():
+    assert plan_of_rows((3, 6), (0, 4), (4, 8), (8, 10)) == ([(3, 4), (0, 2)], True)
+    assert plan_of_rows((0, 10), (0, 4), (0, 4), (4, 10)) == ([(0, 4), (0, 6)], True)
+    assert plan_of_rows((4, 4), (0, 10)) == ([], True)
+    assert plan_of_rows((0, 10), (0, 4), (5, 10)) == ([(0, 4)], False)
 
 
 def fail_on_rank_one(rank, folder, kind):

@@ -150,6 +150,12 @@ def test_causal_pairs():
         causal_pairs([2, 2], [5])
 
 
+def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
+    open_metrics(tmp_path).log(100, {"loss": 0.25})
+    open_metrics(tmp_path, start_step=100).log(100, {"eval_loss": 0.5})
+    assert "final loss 0.2500" in open_metrics(tmp_path, start_step=100).summary()
+
+
 # What the user sees
 
 
@@ -265,6 +271,7 @@ def test_the_curve_shows_all_that_was_logged(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.png"]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("line", [{"loss": 2.0, "learning_rate": 0.0}, {"loss": 2.0}, {"eval_loss": 2.0}])
 def test_one_point_is_a_picture(tmp_path, monkeypatch, line):
     figure, pixels = drawn(monkeypatch, write_lines(tmp_path / "metrics.jsonl", [{"step": 1, **line}]))
