@@ -1,5 +1,6 @@
 """The projector file: the reference's forms, LLaVA's, checkpoints, and writing it."""
 
+import json
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from weight_folders import (
     LLAMA,
     TOKENS,
     D,
+    RunsCode,
     V,
     assert_same,
     llava_state,
@@ -112,16 +114,8 @@ def test_projector_files_that_do_not_serve(tmp_path):
         load(folder, projector=folder)
 
 
-class _Runs:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
 def test_a_projector_that_runs_code_is_refused(tmp_path):
-    torch.save({"model.mm_projector.weight": _Runs(tmp_path / "executed")}, tmp_path / "p.bin")
+    torch.save({"model.mm_projector.weight": RunsCode(tmp_path / "executed")}, tmp_path / "p.bin")
     with pytest.raises(ValueError, match="could run code: it was not loaded"):
         read_projector(tmp_path / "p.bin")
     assert not (tmp_path / "executed").exists()
@@ -134,8 +128,6 @@ def keys_and_shapes(path):
 
 @pytest.mark.parametrize("variant", ["336", "224"])
 def test_keys_and_shapes_of_the_reference(shared, tiny, tmp_path, variant):
-    import json
-
     recorded = json.loads((shared / "golden" / "checkpoint.json").read_text())["runs"][f"{variant}_main_r0"]["bins"]
     tokens = VideoTokens(32000, 32001, 32002, 32003)
     model = load(tiny / f"model{variant}", tokens=tokens)
@@ -188,7 +180,23 @@ def test_padded_table_is_cut_to_the_tokenizer(tmp_path):
     tokens = VideoTokens(V - 9, V - 8, V - 7, V - 6, (V - 9, V - 8, V - 7))
     folder = write_folder(tmp_path / "m", llava_state())
     write_reference_projector(tmp_path / "out.bin", {}, folder, tokens)
-    assert keys_and_shapes(tmp_path / "out.bin")[0][1] == [V - 6, D]
+    table = torch.load(tmp_path / "out.bin", weights_only=True)["model.embed_tokens.weight"]
+    assert table.shape == (V - 6, D) and table.untyped_storage().nbytes() == table.nbytes
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, ending):
+    folder, path = write_folder(tmp_path / "m", llava_state()), tmp_path / f"out.{ending}"
+    write_reference_projector(path, {}, folder, TOKENS, seed=1)
+    before = path.read_bytes()
+
+    def fails(*paths):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        write_reference_projector(path, {}, folder, TOKENS, seed=2)
+    assert path.read_bytes() == before and {entry.name for entry in tmp_path.iterdir()} == {"m", path.name}
 
 
 def test_another_ending_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Tiny model folders in every form that users hold, made of the same tensors."""
 
 import json
+import os
 
 import torch
 from safetensors.torch import save_file
@@ -94,6 +95,16 @@ def new_hf_names(state):
 
 HF_CONFIG = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": LLAMA,
              "vision_config": {"hidden_size": C, "model_type": "clip_vision_model"}}
+
+
+class RunsCode:
+    """Pickles to a call that leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 def load(folder, *, tokens=TOKENS, trainable=ADAPTER, dtype=torch.float32, projector=None, seed=42, **options):

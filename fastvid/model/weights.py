@@ -268,5 +268,5 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
     state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[:tokens.vocab_size]}
     for ours, theirs in projector_parts(starting.config.projector_type).items():
         state[theirs] = trained_tensor(ours, starting, trained)
-    # Contiguous copies: torch.save would write the whole storage behind a view.
-    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()})
+    # Copies, because torch.save writes all that lies behind a view.
+    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()})
