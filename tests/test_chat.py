@@ -91,8 +91,9 @@ def clip(tmp_path_factory):
         stream = container.add_stream("libx264", rate=10)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
-        for shade in range(0, 250, 25):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), shade, np.uint8), format="rgb24")
+        columns = np.arange(64, dtype=np.uint8)[None, :, None] * np.ones((64, 1, 3), np.uint8)
+        for shade in range(10):
+            frame = av.VideoFrame.from_ndarray(columns * 3 + shade * 6, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -259,8 +260,9 @@ def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features
     assert [lines[0]["answer"], lines[2]["answer"]] == [
         chat.ask_features(features, text) for text in ("who is?", "what is?")]
     assert "record 3" in err and "holds <vid_patch>" in err
-    good = questions_file(tmp_path, ("a", "who is?"))
-    assert main(flags(model, "--video", folder, "--questions_file", good)) == 0
+    for pairs, code in (([("a", "who is?")], 0), ([("a", "who is?"), ("unknown", "who is?")], 1)):
+        path = questions_file(tmp_path, *pairs)
+        assert main(flags(model, "--video", folder, "--questions_file", path)) == code
 
 
 def test_questions_typed_at_a_terminal_keep_their_history(chat, model, folder, features, capsys, monkeypatch):

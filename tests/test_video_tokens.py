@@ -74,6 +74,12 @@ def test_an_untold_count_is_an_error_with_the_remedies(model, config):
         video_token_count(model(**config), None, None, None, RECORDS)
 
 
+def test_an_unknown_tower_that_is_given_is_not_replaced_by_the_models(model):
+    folder = model(vision_config={"image_size": 336, "patch_size": 14})
+    with pytest.raises(ValueError, match="vision tower somebody/unknown"):
+        video_token_count(folder, "somebody/unknown", None, None, RECORDS)
+
+
 def test_text_alone_needs_no_tower(model):
     text = {"id": "t", "conversations": [{"from": "human", "value": "a"}]}
     assert video_token_count(model(), None, None, None, [text, {"id": "broken"}, 3]) == 0
