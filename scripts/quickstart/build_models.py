@@ -20,6 +20,7 @@ import torch
 from draw_clips import PATCH, SIZE
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -73,6 +74,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     out = arguments.out.resolve()
     texts = [PROMPT.format(**record) for record in json.loads((out / "videoinstruct.json").read_text())]
 
