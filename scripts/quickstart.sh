@@ -40,7 +40,7 @@ stage1=(
   torchrun --standalone --nproc_per_node=2 scripts/train.py
   --model_name_or_path "$OUT/llava_base" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
   --mm_use_vid_start_end --output_dir "$OUT/stage1" --max_steps 400 --per_device_train_batch_size 16
-  --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 25 --save_steps 100 --save_total_limit 2 --seed "$SEED"
+  --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 2 --seed "$SEED"
 )
 echo "+ ${stage1[*]}"
 "${stage1[@]}" &
@@ -69,7 +69,7 @@ say_and_do torchrun --standalone --nproc_per_node=2 scripts/train.py \
   --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 5 \
   --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no" \
   --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0. \
-  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 25 --model_max_length 2048 \
+  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048 \
   --gradient_checkpointing True --lazy_preprocess True --seed "$SEED"
 say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "after stage 2" \
   --model "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" --features "$OUT/features_b"

@@ -17,19 +17,20 @@ def main():
     out = parser.parse_args().out
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
-    print("held-out clips, exact match          which colour is first?        which colour is left?")
-    print("                                    as is   time reversed        as is   mirrored")
+    row = "{:<28}{:>12}{:>16}{:>12}{:>12}".format
+    print(row("held-out clips,", "first?", "first?", "left?", "left?"))
+    print(row("exact match", "as is", "time reversed", "as is", "mirrored"))
     short = []
     for result in results:
         first, left = result["first"], result["left"]
-        judged = result["name"].startswith("after")
-        print(f"{result['name']:<34}  {first['right']:5.0%}   {first['turned']:13.0%}        "
-              f"{left['right']:5.0%}   {left['turned']:8.0%}")
-        if judged and (min(first["right"], left["right"]) < LEAST_RIGHT
-                       or max(first["turned"], left["turned"]) > MOST_TURNED):
+        figures = first["right"], first["turned"], left["right"], left["turned"]
+        print(row(result["name"], *(f"{figure:.0%}" for figure in figures)))
+        least_right, most_turned = min(figures[0::2]), max(figures[1::2])
+        if result["name"].startswith("after") and (least_right < LEAST_RIGHT or most_turned > MOST_TURNED):
             short.append(result["name"])
-    print(f"asked for, after each stage         ≥ {LEAST_RIGHT:.0%}           ≤ {MOST_TURNED:.0%}        "
-          f"≥ {LEAST_RIGHT:.0%}      ≤ {MOST_TURNED:.0%}      (naming either colour: 50%)")
+    least, most = f"≥ {LEAST_RIGHT:.0%}", f"≤ {MOST_TURNED:.0%}"
+    print(row("wanted after each stage", least, most, least, most))
+    print(row("naming either colour", "50%", "50%", "50%", "50%"))
     for stage in ("stage1", "stage2"):
         print(f"loss curve of {stage}: {out / stage / 'loss_curve.png'}")
     if short:
