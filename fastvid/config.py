@@ -76,7 +76,7 @@ class TrainConfig(DataConfig):
     # data
     data_weights: list[float] = _flag([], "Passes over each --data_path file per epoch (fractions sample).")
     eval_data_path: list[str] = _flag([], "Validation JSON or JSONL.")
-    lazy_preprocess: bool = _flag(True, "Accepted for compatibility: samples are always tokenized when needed.")
+    lazy_preprocess: bool | None = _flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     dataloader_num_workers: int = _flag(2, "Threads that read features ahead of the step; 0 reads in line.")
     on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
     # what is trained

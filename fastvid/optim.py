@@ -88,11 +88,10 @@ class Optimizer:
         for name, shard in self.shards.items():
             if shard.grad is not None:
                 (sharded if isinstance(self.parameters[name], DTensor) else replicated).append(shard.grad)
-        square = lambda gradients: torch.stack(torch._foreach_norm(gradients)).square().sum() if gradients else 0.0
-        sums = torch.stack([loss.detach().float(), loss.new_zeros((), dtype=torch.float32) + square(sharded)])
+        sums = torch.stack([loss.detach().float(), _square_sum(sharded, loss.device)])
         if dist.is_initialized():
             dist.all_reduce(sums)
-        return sums[0], (sums[1] + square(replicated)).sqrt()
+        return sums[0], (sums[1] + _square_sum(replicated, loss.device)).sqrt()
 
     def state_tensors(self):
         """Moments and step counts by name, for a checkpoint; those of sharded parameters as DTensors."""
@@ -113,3 +112,10 @@ class Optimizer:
             self.adamw.state[shard].update(
                 step=torch.zeros((), dtype=torch.float32, device=shard.device),
                 exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard))
+
+
+def _square_sum(gradients, device):
+    """Sum of squares of fp32 tensors, on their device."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(gradients)).square().sum()

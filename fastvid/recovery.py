@@ -1,6 +1,7 @@
 """What a training run keeps: its checkpoints, how it goes on from one, and what a non-finite step was made of."""
 
 import contextlib
+import itertools
 import logging
 import signal
 from dataclasses import asdict
@@ -65,9 +66,10 @@ def resume(state):
     Raises:
         ValueError: that checkpoint belongs to a run that computes something else.
     """
-    folder = None
-    if state.config.resume == "auto":
-        folder = checkpoint.newest_valid(state.config.output_dir)
+    if state.config.resume == "never":
+        _set_aside(state)
+        return
+    folder = checkpoint.newest_valid(state.config.output_dir)
     if folder is None:
         return
     saved = checkpoint.read_state(folder)
@@ -77,6 +79,20 @@ def resume(state):
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
     log.warning("resumed from %s", folder)
+
+
+def _set_aside(state):
+    """Move the checkpoints of an earlier run out of this run's way: into previous-1/, previous-2/, …"""
+    output = Path(state.config.output_dir)
+    found = sorted(output.glob("checkpoint-*"))
+    if found and state.world.is_main:
+        number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
+        aside = output / f"previous-{number}"
+        aside.mkdir()
+        for folder in found:
+            folder.rename(aside / folder.name)
+        log.warning("--resume never: moved %d checkpoints of an earlier run to %s", len(found), aside)
+    state.world.gather_objects(None)  # nobody saves before they are out of the way
 
 
 def saves_at_end(state):

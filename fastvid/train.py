@@ -8,7 +8,6 @@ Dimensions: see `fastvid.batch`.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -17,21 +16,18 @@ from dataclasses import dataclass
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import parallel, recovery
+from fastvid import parallel, planning, recovery
 from fastvid.config import TrainConfig, parse
 from fastvid.data.batching import Loader, SampleSet
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.metrics import Metrics
-from fastvid.model import memory
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
 
 log = logging.getLogger("fastvid")
-_LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
-            "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
 
 
 @dataclass
@@ -95,7 +91,7 @@ def build(config, world):
     Raises:
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
-    config = _checked(config)
+    config = planning.checked(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.use_deterministic_algorithms(config.full_determinism)
 
@@ -110,10 +106,10 @@ def build(config, world):
     loader = Loader(samples, order, threads=config.dataloader_num_workers, pin=world.device.type == "cuda")
     evaluation = _evaluation_loader(config, samples, world) if config.eval_data_path else None
 
-    layout, recompute = _plan_memory(config, model_config, samples, world)
+    layout, recompute = planning.plan_memory(config, model_config, samples, world)
     with torch.device("meta"):
         model = VideoLlava(
-            model_config, trainable=config.trainable, compute_dtype=_compute_dtype(config), recompute=recompute,
+            model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config), recompute=recompute,
             fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
     parallel.shard(model, world, layout, bf16=config.bf16)
     model.to_empty(device=world.device)
@@ -262,59 +258,6 @@ def _end_not_finite(state, failed, metrics):
     metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
                     + recovery.explain_not_finite(state, failed))
     return 1
-
-
-def _checked(config):
-    """The configuration with older names resolved.
-
-    Raises:
-        ValueError: flags that contradict each other.
-    """
-    if config.evaluation_strategy:
-        config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                 "logging_steps", "save_steps", "eval_steps", "model_max_length"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
-    if not config.trainable:
-        raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
-                         "--mm_use_vid_start_end there are no start and end embeddings to tune")
-    if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
-        raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
-                         "which --parity reference does not copy; set it to 0")
-    if config.eval_strategy != "no" and not config.eval_data_path:
-        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
-    if not config.lazy_preprocess:
-        log.warning("--lazy_preprocess False has no effect: samples are always tokenized when needed")
-    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
-        log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
-    return config
-
-
-def _plan_memory(config, model_config, samples, world):
-    """(layout over ranks, recompute mode) by the memory estimate of a step of the longest samples looked at."""
-    surveyed = samples.survey()
-    length, supervised = (max(column) for column in zip(*surveyed))
-    batch = config.per_device_train_batch_size
-    options = dict(
-        trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
-        video_rows=batch * samples.feature_shape[0], compute_dtype=_compute_dtype(config), optimizer=config.optim,
-        world_size=world.size, fp32_residual=config.policy.fp32_residual,
-        one_call_per_segment=world.device.type == "cpu")
-    available = parallel.device_memory(world)
-    wanted = "none" if config.recompute == "auto" else config.recompute
-    replicated = memory.estimate(model_config, recompute=wanted, **options)
-    layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
-                                    fits=replicated.total <= available)
-    options |= dict(sharded=layout == "full", shard_trained=layout != "replicated")
-    recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
-    estimate = memory.estimate(model_config, recompute=recompute, **options)
-    log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])
-    return layout, recompute
-
-
-def _compute_dtype(config):
-    return torch.bfloat16 if config.bf16 else torch.float32
 
 
 def _evaluation_loader(config, samples, world):

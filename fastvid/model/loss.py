@@ -64,8 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         grad_h_LD, grad_weight_VD = ctx.saved_tensors
-        if grad_h_LD is not None:
-            grad_h_LD = grad_h_LD * grad.to(grad_h_LD.dtype)
+        if grad_h_LD is not None:  # in fp32: a scale rounded to bf16 would shift every gradient alike
+            grad_h_LD = (_wide(grad_h_LD) * grad).to(grad_h_LD.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_h_LD, grad_weight_VD, None

@@ -1,0 +1,80 @@
+"""What a training run's flags mean together: contradictions, precision, and the layout that fits into memory."""
+
+import dataclasses
+import logging
+
+import torch
+
+from fastvid import parallel
+from fastvid.model import memory
+
+log = logging.getLogger("fastvid")
+
+_LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
+            "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
+
+
+def checked(config):
+    """The configuration with older names resolved.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
+    if config.evaluation_strategy:
+        config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                 "logging_steps", "save_steps", "eval_steps", "model_max_length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
+    if not config.trainable:
+        raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
+                         "--mm_use_vid_start_end there are no start and end embeddings to tune")
+    if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
+        raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
+                         "which --parity reference does not copy; set it to 0")
+    if config.eval_strategy != "no" and not config.eval_data_path:
+        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
+    if config.lazy_preprocess is not None:
+        log.info("--lazy_preprocess is not needed: samples are always tokenized when they are needed")
+    if config.gradient_checkpointing:
+        log.info("--gradient_checkpointing True means --recompute auto: nothing is recomputed while memory suffices")
+    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
+        log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
+    return config
+
+
+def compute_dtype(config):
+    """Of matrix products, and of frozen weights as they are stored."""
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def plan_memory(config, model_config, samples, world):
+    """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
+
+    Args:
+        config: `TrainConfig`.
+        model_config: `fastvid.model.video_llava.ModelConfig`.
+        samples: `fastvid.data.batching.SampleSet`; the longest of those looked at stands for a batch.
+        world: `parallel.World`.
+
+    Returns:
+        (layout over ranks as `parallel.shard` takes it, recompute mode)
+    """
+    surveyed = samples.survey()
+    length, supervised = (max(column) for column in zip(*surveyed))
+    batch = config.per_device_train_batch_size
+    options = dict(
+        trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
+        video_rows=batch * samples.feature_shape[0], compute_dtype=compute_dtype(config), optimizer=config.optim,
+        world_size=world.size, fp32_residual=config.policy.fp32_residual,
+        one_call_per_segment=world.device.type == "cpu")
+    available = parallel.device_memory(world)
+    wanted = "none" if config.recompute == "auto" else config.recompute
+    replicated = memory.estimate(model_config, recompute=wanted, **options)
+    layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
+                                    fits=replicated.total <= available)
+    options |= dict(sharded=layout == "full", shard_trained=layout != "replicated")
+    recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
+    estimate = memory.estimate(model_config, recompute=recompute, **options)
+    log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])
+    return layout, recompute
