@@ -39,7 +39,7 @@ step "stage 1: train everything, as LLaVA was; killed half-way, then run again"
 stage1=(
   torchrun --standalone --nproc_per_node=2 scripts/train.py
   --model_name_or_path "$OUT/llava_base" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
-  --mm_use_vid_start_end --output_dir "$OUT/stage1" --max_steps 400 --per_device_train_batch_size 16
+  --mm_use_vid_start_end --output_dir "$OUT/stage1" --max_steps 500 --per_device_train_batch_size 16
   --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 2 --seed "$SEED"
 )
 echo "+ ${stage1[*]}"
@@ -66,7 +66,7 @@ say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "other tower, bef
   --model "$OUT/llava" --features "$OUT/features_b"
 say_and_do torchrun --standalone --nproc_per_node=2 scripts/train.py \
   --model_name_or_path "$OUT/llava" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b" \
-  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 5 \
+  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 7 \
   --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no" \
   --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0. \
   --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048 \
