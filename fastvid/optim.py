@@ -68,7 +68,7 @@ class Optimizer:
             self.shards[name].grad = None if gradient is None else local_shard(gradient)
         loss, norm = self._global_loss_and_norm(loss)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self.failed_step = torch.where((self.failed_step < 0) & bad, step, self.failed_step)
+        self.failed_step.masked_fill_((self.failed_step < 0) & bad, step)
         if self.max_norm > 0:
             clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([s.grad for s in self.shards.values() if s.grad is not None], clip)

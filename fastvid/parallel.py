@@ -71,6 +71,13 @@ def start() -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, True)
 
 
+def compute_repeatably(always):
+    """Whether kernels that may differ from one run to the next are refused. Call before the first matrix product."""
+    if always:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace only
+    torch.use_deterministic_algorithms(always)
+
+
 @contextlib.contextmanager
 def speaking_once(world):
     """Let only rank 0 speak of what all ranks find alike (set-up); afterwards each speaks for itself."""
@@ -91,7 +98,12 @@ def finish(world):
 
 
 def device_memory(world):
-    """Bytes that this rank may use: its GPU's free memory, or its share of the machine's."""
+    """Bytes that every rank may use: the least that any of them has, so that all plan alike."""
+    return min(world.gather_objects(_memory_of_this_rank(world)))
+
+
+def _memory_of_this_rank(world):
+    """Its GPU's free memory, or its share of the machine's."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -26,6 +26,8 @@ MAY_CHANGE = {
     "disable_tqdm", "dry_run", "full_determinism", "vision_tower", "num_video_tokens", "on_bad_sample",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
 }
+# What this run would otherwise overwrite, drop or take for its own.
+LEFT_BY_A_RUN = ("checkpoint-*", "metrics.jsonl", "tensorboard", "loss_curve.png", "mm_projector.*", "model")
 
 
 @contextlib.contextmanager
@@ -82,21 +84,21 @@ def resume(state):
 
 
 def _set_aside(state):
-    """Move the checkpoints of an earlier run out of this run's way: into previous-1/, previous-2/, …"""
+    """Move what an earlier run left out of this run's way: into previous-1/, previous-2/, …"""
     output = Path(state.config.output_dir)
-    found = sorted(output.glob("checkpoint-*"))
+    found = sorted(path for pattern in LEFT_BY_A_RUN for path in output.glob(pattern))
     if found and state.world.is_main:
         number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
         aside = output / f"previous-{number}"
         aside.mkdir()
-        for folder in found:
-            folder.rename(aside / folder.name)
-        log.warning("--resume never: moved %d checkpoints of an earlier run to %s", len(found), aside)
+        for path in found:
+            path.rename(aside / path.name)
+        log.warning("--resume never: moved %s of an earlier run to %s", ", ".join(path.name for path in found), aside)
     state.world.gather_objects(None)  # nobody saves before they are out of the way
 
 
 def saves_at_end(state):
-    """Whether the run's end (or a stop signal) is saved: the weights of a full fine-tune have no other home."""
+    """Whether the run's end is saved whatever its step: the weights of a full fine-tune have no other home."""
     return state.config.save_strategy != "no" or not _is_adapter(state)
 
 

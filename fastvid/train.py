@@ -93,7 +93,7 @@ def build(config, world):
     """
     config = planning.checked(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    torch.use_deterministic_algorithms(config.full_determinism)
+    parallel.compute_repeatably(config.full_determinism)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     features = FeatureFolder(config.video_folder) if config.video_folder else None
@@ -148,9 +148,10 @@ def train_step(state, batches):
                        warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)
     loss, norm = state.optimizer.step(state.step, lr, loss)
     # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
-    state.loss_sum += torch.where(state.optimizer.failed_step < 0, loss, 0.0)
+    state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
-    return StepResult(loss, norm, lr, int(samples), int(rows), int(supervised), int(stop))
+    stop_signal = max(world.gather_objects(state.stop_signal)) if stop else 0
+    return StepResult(loss, norm, lr, int(samples), int(rows), int(supervised), stop_signal)
 
 
 @torch.no_grad()
@@ -179,20 +180,23 @@ def loop(state):
         for batches in _waited_for(state.loader.iterate(state.step), metrics):
             result = train_step(state, batches)
             metrics.count(result.samples, result.rows, result.supervised)
-            ends = state.step == order.total_steps or result.stop_signal > 0
-            saves = _due(state, config.save_strategy, config.save_steps) or (ends and recovery.saves_at_end(state))
+            stops = result.stop_signal > 0
+            ends = stops or state.step == order.total_steps
+            saves = (_due(state, config.save_strategy, config.save_steps) or stops
+                     or (ends and recovery.saves_at_end(state)))
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
                 return _end_not_finite(state, failed, metrics)
             if logs:
                 _log(state, result, metrics)
-            if state.evaluation and _due(state, config.eval_strategy, config.eval_steps):
+            # Who sends SIGTERM does not wait for a validation.
+            if state.evaluation and not stops and _due(state, config.eval_strategy, config.eval_steps):
                 with metrics.paused():
                     eval_loss = evaluate(state)
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
             if saves:
                 recovery.save(state)
-            if result.stop_signal:
+            if stops:
                 metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 return 128 + result.stop_signal
         for path in recovery.write_results(state):
@@ -207,8 +211,10 @@ def train(config):
     try:
         with parallel.speaking_once(world):
             state = build(config, world)
+            if config.dry_run:
+                return 0
             recovery.resume(state)
-        return 0 if config.dry_run else loop(state)
+        return loop(state)
     finally:
         parallel.finish(world)
 
@@ -253,8 +259,7 @@ def _end_not_finite(state, failed, metrics):
     """Keep the state before step `failed` (from 0), say what made it non-finite, and give up."""
     state.step = failed
     state.optimizer.failed_step.fill_(-1)
-    if state.config.save_strategy != "no":
-        recovery.save(state)
+    recovery.save(state)
     metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
                     + recovery.explain_not_finite(state, failed))
     return 1

@@ -276,8 +276,9 @@ class Library:
                             heads=key.shape[1])
 
     def flash_attn_2(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                     softmax_scale=None, causal=False):
-        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, longest=(max_seqlen_q, max_seqlen_k))
+                     softmax_scale=None, causal=False, deterministic=False):
+        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, longest=(max_seqlen_q, max_seqlen_k),
+                            repeatable=deterministic)
 
     def flash_attn_4(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
         return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), None
@@ -287,7 +288,7 @@ SIGNATURES = {
     "torch_2_10": ("_varlen", {"is_causal": True, "heads": 4}),
     "torch_window": ("_varlen", {"window_size": (-1, 0), "heads": 4}),
     "torch_2_13": ("_varlen", {"window_size": (-1, 0), "gqa": True, "heads": 2}),
-    "flash_attn_2": ("_flash", {"causal": True, "longest": (7, 7)}),
+    "flash_attn_2": ("_flash", {"causal": True, "longest": (7, 7), "repeatable": False}),
     "flash_attn_4": ("_flash", {"causal": True}),
 }
 
@@ -301,6 +302,15 @@ def test_library_signatures(signature, monkeypatch):
     layout = AttentionLayout.of_lengths([7, 3])
     assert_close(getattr(attention, call)(q, k, v, layout), attention._sdpa(q, k, v, layout))
     assert library.seen == expected
+
+
+def test_flash_backward_adds_in_order_where_that_is_asked_for(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(attention, "_flash_function", lambda: library.flash_attn_2)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    q = torch.randn(10, 4, 8)
+    attention._flash(q, q, q, AttentionLayout.of_lengths([7, 3]))
+    assert library.seen["repeatable"] is True
 
 
 def test_torch_varlen_signature_is_known():

@@ -99,6 +99,16 @@ def test_the_largest_tensor_is_a_chunk(small_chunks):
     assert live.peak < h.nbytes + 4 * 200 + 3 * 4 * 500
 
 
+def test_without_gradients_a_trained_head_costs_what_a_frozen_one_does(small_chunks):
+    peaks = []
+    for trained in (True, False):
+        case = inputs(200, trained=trained)
+        with torch.no_grad(), LiveBytes() as live:
+            linear_cross_entropy(*case)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1] < case[0].nbytes
+
+
 def test_chunks_stay_within_their_bytes():
     assert chunk_rows(32003) * 32003 * (4 + 2) <= 192 * 2**20
     assert chunk_rows(10**9) == 1

@@ -300,12 +300,3 @@ def test_torchrun_on_the_script(run, tmp_path):
     finished = start([str(script)], flags(run, tmp_path, "--learning_rte", "1"))
     assert finished.returncode == 2 and "did you mean --learning_rate?" in finished.stderr
     assert sys.version_info >= (3, 11)
-
-
-def test_resume_never_starts_over_and_keeps_what_was_there(run, tmp_path):
-    argv = flags(run, tmp_path, "--max_steps", "4")
-    assert train.main(argv) == 0
-    first = losses(tmp_path)
-    assert train.main([*argv, "--resume", "never", "--learning_rate", "1e-3"]) == 0
-    assert losses(tmp_path)[1] == first[1] and losses(tmp_path) != first
-    assert (tmp_path / "previous-1" / "checkpoint-4" / "state.json").is_file()

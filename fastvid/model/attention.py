@@ -109,9 +109,10 @@ def _arguments(function):
 
 def _flash(q_NHd, k_MKd, v_MKd, layout):
     function = _flash_function()
-    lengths = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k}
+    options = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k,
+               "deterministic": torch.are_deterministic_algorithms_enabled()}
     out = function(q_NHd, k_MKd, v_MKd, cu_seqlens_q=layout.cu_seqlens_q, cu_seqlens_k=layout.cu_seqlens_k, causal=True,
-                   **{name: value for name, value in lengths.items() if name in _arguments(function)})
+                   **{name: value for name, value in options.items() if name in _arguments(function)})
     return out[0] if isinstance(out, tuple) else out  # some generations also return the log-sum-exp
 
 

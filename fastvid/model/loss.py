@@ -89,4 +89,6 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor) -> 
         rounded to the compute dtype as a linear layer rounds them; all after that is fp32. For L = 0 the sum is 0 and
         gradients are zeros.
     """
+    if not torch.is_grad_enabled():  # autograd functions are not told, and would compute a trained head's gradient
+        h_LD, weight_VD = h_LD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(h_LD, weight_VD, targets_L)

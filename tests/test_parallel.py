@@ -1,0 +1,55 @@
+"""What all ranks must decide alike, and what repeatable computation asks for."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fastvid import parallel
+
+ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
+
+
+@dataclass(frozen=True)
+class Told(parallel.World):
+    """Rank 0 of a world whose other ranks say what they are told to."""
+
+    others: tuple = ()
+
+    def gather_objects(self, value):
+        return [value, *self.others]
+
+
+def told(*others):
+    return Told(0, 1 + len(others), 0, torch.device("cpu"), True, others)
+
+
+def test_memory_is_what_the_poorest_rank_has():
+    """Ranks that planned by themselves would shard and recompute differently, and wait for each other forever."""
+    own = parallel.device_memory(ALONE)
+    assert own > 2**28
+    assert parallel.device_memory(told(own + 5, own - 5, own)) == own - 5
+    assert parallel.device_memory(told(own + 5)) == own
+
+
+@pytest.mark.parametrize("shard, world, trained, fits, layout", [
+    ("auto", ALONE, True, False, "replicated"), ("full", ALONE, True, False, "replicated"),
+    ("auto", told(1), False, True, "trained"), ("auto", told(1), False, False, "full"),
+    ("auto", told(1), True, True, "full"), ("full", told(1), False, True, "full"),
+    ("none", told(1), True, False, "replicated"),
+])
+def test_layouts(shard, world, trained, fits, layout):
+    assert parallel.choose_layout(shard, world, decoder_is_trained=trained, fits=fits) == layout
+
+
+def test_repeatable_computation_gives_cublas_its_workspace(monkeypatch):
+    """Without it the first matrix product on a GPU raises."""
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delitem(os.environ, "CUBLAS_WORKSPACE_CONFIG")
+    try:
+        parallel.compute_repeatably(True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
+    finally:
+        parallel.compute_repeatably(False)
+    assert not torch.are_deterministic_algorithms_enabled()
