@@ -162,13 +162,42 @@ def test_the_best_of_several_streams(tmp_path):
     assert (probe(path).width, probe(path).height) == streams[best][1]
 
 
-def test_a_cut_file_gives_what_decodes(tmp_path):
-    whole = draw(tmp_path / "a.avi", 60, codec="mpeg4").read_bytes()
-    path = tmp_path / "cut.avi"
-    path.write_bytes(whole[:len(whole) * 3 // 4])
-    frames, info = decode(path, num_frames=10)
-    assert 5 < info.frames < 60
-    assert _numbers(frames) == frame_indices(info.frames, 10)
+@pytest.mark.parametrize("share", [0.55, 0.75])
+@pytest.mark.parametrize(("ending", "options"), [
+    (".mkv", None), (".avi", None), (".mp4", {"movflags": "faststart"}),
+    (".mp4", {"movflags": "frag_keyframe+empty_moov"}),
+])
+def test_a_cut_file_is_refused(tmp_path, ending, options, share):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    whole = draw(tmp_path / f"a{ending}", codec="mpeg4", pictures=noise, options={"g": "10"})
+    if options:
+        drawn, whole = whole, tmp_path / "whole.mp4"
+        with av.open(str(drawn)) as source, av.open(str(whole), "w", options=options) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+    assert probe(whole).frames == 60
+    content, cut = whole.read_bytes(), tmp_path / f"cut{ending}"
+    cut.write_bytes(content[:int(len(content) * share)])
+    with pytest.raises(DecodeError, match="cut short"):
+        decode(cut)
+
+
+def test_a_recording_of_unknown_length_is_whole(tmp_path):
+    path = draw(tmp_path / "a.mkv", 20)
+    content = path.read_bytes()
+    at = content.index(b"\x18\x53\x80\x67") + 4
+    path.write_bytes(content[:at] + b"\x01" + b"\xff" * 7 + content[at + 8:])
+    assert probe(path).frames == 20
+
+
+@pytest.mark.parametrize("count", [0, 7, 90])
+def test_a_wrong_count_is_corrected(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(module, "_count_by_index", lambda path: count)
+    frames, info = decode(draw(tmp_path / "a.mp4", 60), num_frames=10)
+    assert info.frames == 60 and _numbers(frames) == frame_indices(60, 10)
 
 
 def _sound(path):

@@ -7,9 +7,13 @@ which these are depends on the count, so the first pass believes the container's
 
 The stream, colours and orientation are those of the reference's decoder (decord): the stream that FFmpeg thinks
 best, swscale's default conversion to RGB, and the picture turned as its display matrix says.
+
+A file that ends before its container says so, an interrupted copy or download, is refused: FFmpeg takes what is there
+for the whole video, and the frames chosen from that would stand for another one.
 """
 
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -74,8 +78,9 @@ def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max
         frames [T, H, W, 3] uint8 RGB, upright, and the video's `VideoInfo`.
 
     Raises:
-        DecodeError: the file does not exist, is damaged or not a video, or holds no frame; its picture is too large,
-            changes size or is turned by an angle that is not a multiple of 90°; or it has no frame of some number.
+        DecodeError: the file does not exist, is damaged, cut short or not a video, or holds no frame; its picture is
+            too large, changes size or is turned by an angle that is not a multiple of 90°; or it has no frame of some
+            number.
         ValueError: unknown `decoder`.
     """
     if decoder not in ("auto", "pyav"):
@@ -131,6 +136,43 @@ def _count_by_index(path):
         return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
 
 
+def _refuse_cut(path, container, stream):
+    """Raise DecodeError if the file is smaller than its container says."""
+    there, least = os.path.getsize(path), 0
+    if "mov" in container.format.name:
+        least = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    elif "matroska" in container.format.name:
+        with open(path, "rb") as file:
+            least = _segment_end(file.read(4096).ljust(8192, b"\0"))
+    if there < least:
+        raise DecodeError(path, f"is cut short: {there:,} of at least {least:,} bytes are there")
+
+
+def _segment_end(head):
+    """Where a Matroska file's one segment ends (RFC 8794: four bytes of ID, then a size of variable length)."""
+    def sized(at):
+        length = 9 - (head[at] or 1).bit_length()
+        size = int.from_bytes(head[at:at + length], "big") & (1 << 7 * length) - 1
+        return at + length, size
+
+    start, size = sized(4)
+    if head[start + size:start + size + 4] != b"\x18\x53\x80\x67":
+        return 0
+    start, size = sized(start + size + 4)
+    return 0 if (size + 1).bit_count() == 1 else start + size  # all ones: unknown, as in a live recording
+
+
+def _frames(path, container, stream):
+    """Every frame of the stream, in display order."""
+    cut = False
+    for packet in container.demux(stream):
+        if packet.size:
+            cut = packet.is_corrupt
+        yield from packet.decode()
+    if cut and container.format.name != "mpegts":  # there it also marks a lost packet, which is common in recordings
+        raise DecodeError(path, "is cut short: its last packet is incomplete")
+
+
 def _decode_pass(path, wanted, size, max_pixels):
     """Decode every frame, keep the wanted numbers that exist: ([len(wanted), H, W, 3] uint8, VideoInfo)."""
     import av
@@ -140,13 +182,14 @@ def _decode_pass(path, wanted, size, max_pixels):
         rows.setdefault(index, []).append(row)
     frames, info, total = None, None, 0
     with _open(path) as (container, stream):
+        _refuse_cut(path, container, stream)
         codec = stream.codec_context
         if codec.width * codec.height > max_pixels:
             raise DecodeError(path, f"its picture of {codec.width}×{codec.height} is over the limit of {max_pixels:,} "
                               "pixels")
         codec.thread_type = "AUTO"
         codec.options = {"max_pixels": str(max_pixels)}  # holds for pictures that grow within the stream, too
-        for frame in container.decode(stream):
+        for frame in _frames(path, container, stream):
             if info is None:
                 turn = _orientation(frame, path)
                 shape = (frame.width, frame.height)
