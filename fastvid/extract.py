@@ -68,8 +68,10 @@ class Summary:
         if self.interrupted:
             lines.append(f"stopped by {signal.Signals(self.interrupted).name}; run it again to go on")
         if self.failures:
-            width = max(len(video) for video, _ in self.failures)
-            lines += ["failed:"] + [f"  {video:<{width}}  {reason}" for video, reason in self.failures]
+            # A name of several lines, or one that would colour the terminal, is shown with its characters escaped.
+            named = [(video if video.isprintable() else ascii(video), reason) for video, reason in self.failures]
+            width = min(60, max(len(video) for video, _ in named))
+            lines += ["failed:"] + [f"  {video:<{width}}  {reason}" for video, reason in named]
         return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ import fastvid
 from fastvid import extract as module
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
-from fastvid.extract import extract, main
+from fastvid.extract import Summary, extract, main
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.manifest import read_manifest
@@ -171,6 +171,11 @@ def test_a_bad_video_costs_one_line(job, mixed, tmp_path, capsys):
     assert main([*flags, "--max_failures", "0.25"]) == 0
     assert main([*flags, "--max_failures", "0.24"]) == 1
     assert "0 extracted, 3 there already, 1 failed of 4" in capsys.readouterr().out
+
+
+def test_names_of_failed_videos_stay_on_their_lines():
+    summary = Summary(total=2, max_failures=1, failures=[("two\nlines\x1b[31m.mp4", "odd"), ("x" * 250, "long")])
+    assert str(summary).splitlines()[-2:] == [r"  'two\nlines\x1b[31m.mp4'" + " " * 34 + "  odd", f"  {'x' * 250}  long"]
 
 
 def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path):
