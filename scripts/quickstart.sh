@@ -66,7 +66,7 @@ say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "other tower, bef
   --model "$OUT/llava" --features "$OUT/features_b"
 say_and_do torchrun --standalone --nproc_per_node=2 scripts/train.py \
   --model_name_or_path "$OUT/llava" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b" \
-  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 7 \
+  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 6 \
   --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no" \
   --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0. \
   --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048 \

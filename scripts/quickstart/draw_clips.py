@@ -34,7 +34,7 @@ PAIRS = list(itertools.permutations(COLOURS, 2))
 HELD_OUT_PAIRS = [pair for pair in PAIRS if set(pair) in (
     {"red", "blue"}, {"green", "yellow"}, {"white", "black"}, {"pink", "cyan"})]
 TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
-TRAIN_CLIPS, HELD_OUT_CLIPS = 8, 12  # per family and ordered pair: 48 · 8 to train with, 8 · 12 held out
+TRAIN_CLIPS, HELD_OUT_CLIPS = 10, 12  # per family and ordered pair: 48 · 10 to train with, 8 · 12 held out
 QUESTIONS = {
     "first": ["Which colour comes first?", "Which colour is shown first?", "What colour does the clip start with?"],
     "left": ["Which colour is on the left?", "Which colour is on the left side?", "What colour is the left one?"],
@@ -67,6 +67,7 @@ def write_video(path, frames):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.thread_count = 1  # the same file each time
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
