@@ -175,7 +175,8 @@ def test_a_bad_video_costs_one_line(job, mixed, tmp_path, capsys):
 
 def test_names_of_failed_videos_stay_on_their_lines():
     summary = Summary(total=2, max_failures=1, failures=[("two\nlines\x1b[31m.mp4", "odd"), ("x" * 250, "long")])
-    assert str(summary).splitlines()[-2:] == [r"  'two\nlines\x1b[31m.mp4'" + " " * 34 + "  odd", f"  {'x' * 250}  long"]
+    odd = r"'two\nlines\x1b[31m.mp4'"
+    assert str(summary).splitlines()[-2:] == [f"  {odd:<60}  odd", f"  {'x' * 250}  long"]
 
 
 def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path):
