@@ -60,6 +60,8 @@ def test_byte_order_mark_and_raw_unicode(tmp_path, form):
     (b'[{"q": "caf\xe9"}]', r"a\.json: byte 11 is not UTF-8 .* save the file as UTF-8"),
     ("[]".encode("utf-16"), "is not UTF-8"),
     (b" \n", r"a\.json is empty"),
+    (b"[" * 100_000, r"a\.json is not what a data file can hold .*recursion"),
+    (b'{"q": 1}\n{"q": ' + b"9" * 5000 + b"}", r"a\.json: line 2 is not what a data file can hold .*5000 digits"),
 ])
 def test_unreadable_files_are_named_with_the_line(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
@@ -129,6 +131,10 @@ def test_feature_ids(tmp_path):
         (tmp_path / name).touch()
     # a cut .pkl is the reference's; a .safetensors is fastvid's own and carries the whole name as well
     assert feature_ids(tmp_path) == {"a", "b", "c", "c.2", "README", ""}
+    (tmp_path / "sub" / "in").mkdir(parents=True)
+    for name in ("sub/d.1.safetensors", "sub/in/e.pkl", "sub/manifest.jsonl"):
+        (tmp_path / name).touch()
+    assert feature_ids(tmp_path) == {"a", "b", "c", "c.2", "README", "", "sub", "sub/d.1", "sub/in/e"}
     with pytest.raises(ValueError, match="--clip_feature_path .*absent is no folder"):
         feature_ids(tmp_path / "absent")
 
@@ -155,6 +161,8 @@ def test_well_formed_training_records(change):
      "turn 1 does not say"),
     ({"conversations": [{"from": ["human"], "value": "a"}]}, "conversations", "turn 0 does not say"),
     ({"conversations": [{"from": "human", "value": None}]}, "conversations", 'turn 0 has no text as "value"'),
+    ({"conversations": [{"from": "human", "value": "a \ud800 b"}]}, "conversations",
+     r"turn 0 holds '\ud800', half of a surrogate pair"),
 ])
 def test_malformed_training_records(change, field, reason):
     message = check_record({**TRAINING, **change}, 5, "t.json")

@@ -297,3 +297,8 @@ def test_a_question_that_says_video_is_text_in_inference(tokenizers):
     assert ids.count(tokenizer.tokens.patch) == 5
     assert ids == [tokenizer.bos, *tokenizer.encode(f"{SYSTEM['vicuna_v1_1']} USER: a <video> b"),
                    *[tokenizer.tokens.patch] * 5, *tokenizer.encode("ASSISTANT:")]
+
+
+def test_a_question_with_half_a_character_is_refused(tokenizers):
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        inference_prompt("a \udcff b", tokenizers[True], video_tokens=5, use_start_end=True, conv_mode="vicuna_v1_1")

@@ -30,22 +30,26 @@ def read_records(path) -> list[dict]:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     first = text.lstrip()[:1]
     if first == "[":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        return _parse(text, path)
     if not first and Path(path).suffix != ".jsonl":
         raise ValueError(f"{path} is empty: expected a JSON array or one JSON object per line")
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line or line.isspace():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}, column {error.colno}: {error.msg}; expected a JSON array or one "
-                             "JSON object per line") from error
+        if line and not line.isspace():
+            records.append(_parse(line, path, number))
     return records
+
+
+def _parse(text, path, number=None):
+    """The value of a JSON text, which is the whole of a file or its line `number`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "" if number is None else "; expected a JSON array or one JSON object per line"
+        raise ValueError(f"{path}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        where = path if number is None else f"{path}: line {number}"
+        raise ValueError(f"{where} is not what a data file can hold ({error})") from error
 
 
 def write_records(path, records):
@@ -96,7 +100,8 @@ def convert_records(records, feature_ids=None, on_bad="error", path="records"):
 def feature_ids(folder) -> set[str]:
     """Ids of the videos whose features lie in `folder`: file names up to their first dot, as the reference has it.
 
-    For fastvid's own files, whose names are never cut, also the whole name without .safetensors.
+    For fastvid's own files, whose names are never cut, also the whole name without .safetensors; those in sub-folders
+    are named as records name them, "sub/name".
 
     Raises:
         ValueError: `folder` is no folder.
@@ -104,8 +109,14 @@ def feature_ids(folder) -> set[str]:
     if not os.path.isdir(folder):
         raise ValueError(f"--clip_feature_path {folder} is no folder; give the one that feature extraction wrote to")
     names = os.listdir(folder)
-    whole = {name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
-    return whole | {name.partition(".")[0] for name in names}
+    ids = {name.partition(".")[0] for name in names}
+    for where, _, files in os.walk(folder):
+        inner = os.path.relpath(where, folder)
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".safetensors" or suffix == ".pkl" and inner != ".":
+                ids.add(os.path.normpath(os.path.join(inner, stem)))
+    return ids
 
 
 def check_record(record, index, path) -> str | None:
@@ -144,6 +155,17 @@ def training_fault(record):
             return "conversations", f"turn {number} does not say that it is \"from\": \"human\" or \"gpt\""
         if not isinstance(turn.get("value"), str):
             return "conversations", f"turn {number} has no text as \"value\""
+        if half := half_character(turn["value"]):
+            return "conversations", f"turn {number} holds {half}"
+    return None
+
+
+def half_character(text) -> str | None:
+    """What part of a character `text` holds, which JSON can write and no tokenizer can read; None if it is sound."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{ascii(text[error.start])}, half of a surrogate pair, which is no character"
     return None
 
 

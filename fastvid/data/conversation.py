@@ -5,7 +5,7 @@ The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {ans
 
 from dataclasses import dataclass, field
 
-from fastvid.data.annotations import describe, record_videos, training_fault
+from fastvid.data.annotations import describe, half_character, record_videos, training_fault
 from fastvid.data.tokenizer import END, EOS, PATCH, START, UNK, VIDEO, VideoTokenizer, load_tokenizer
 
 __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
@@ -117,7 +117,7 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
         history: (question, answer) turns before this one.
 
     Raises:
-        ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders.
+        ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders or no character.
     """
     if conv_mode not in SYSTEM:
         raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join(SYSTEM)}")
@@ -127,6 +127,8 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
     for text in (*questions, *answers, transcript or ""):
         if fault := _placeholder_fault(text, tokenizer.tokens):
             raise ValueError(f"question {question!r}: {fault}")
+        if half := half_character(text):
+            raise ValueError(f"question {question!r}: the text holds {half}")
     after_video = f'\nThe noisy audio transcript of this video is:\n"{transcript}"' if transcript else ""
     messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
     after_video += f" {ASSISTANT}:"
