@@ -3,12 +3,13 @@
 import json
 import os
 import sys
+from functools import cache
 from itertools import groupby
 
 from fastvid.config import InspectConfig, parse
 from fastvid.data.annotations import read_records
 from fastvid.data.conversation import encode_sample, load_tokenizer
-from fastvid.data.features import FeatureFolder
+from fastvid.data.features import FeatureFolder, probe_features
 from fastvid.data.video_tokens import video_token_count
 
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
@@ -37,22 +38,26 @@ def inspect_records(config, tokenizer=None):
     features = None if config.video_folder is None else FeatureFolder(config.video_folder)
     rows = video_token_count(
         config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
+    feature_fault = cache(lambda name: _feature_fault(name, features, rows))
     for record in records:
         sample = encode_sample(
             record, tokenizer, video_tokens=rows, use_start_end=config.mm_use_vid_start_end,
             max_length=config.model_max_length, policy=config.policy, version=config.version)
-        remarks = [sample.warning, sample.refused, *_missing(sample.videos, features)]
+        remarks = [sample.warning, sample.refused, *map(feature_fault, sample.videos)]
         yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
                "warning": "; ".join(filter(None, remarks)) or None}
 
 
-def _missing(names, features):
-    """Why the features of `names` cannot be used."""
-    for name in names if features is not None else ():
-        try:
-            features.resolve(name)
-        except (ValueError, OSError) as error:
-            yield str(error)
+def _feature_fault(name, features, rows):
+    """Why the features of a video cannot be used; None if they can, or if their folder is not known."""
+    if features is None:
+        return None
+    try:
+        path = features.resolve(name)
+        found = probe_features(path)[0]
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None if found == rows else f"{path} has {found} rows instead of {rows}; extract it again with this run's tower"
 
 
 def render(line, tokenizer, colour):

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SHARED
 
 from fastvid.config import InspectConfig, parse
 from fastvid.data.conversation import load_tokenizer
+from fastvid.data.features import save_features
 from fastvid.inspection import inspect_records, main, render
 
 RECORDING = SHARED / "golden" / "tokens.json"
@@ -98,6 +100,21 @@ def test_missing_features_are_shown_with_their_tokens_and_a_warning(model, data,
     lines = list(inspect_records(parse(InspectConfig, [*flags, "--video_folder", str(tmp_path / "features")])))
     assert [line["input_ids"] for line in lines] == [line["input_ids"] for line in bare]
     assert bare[0]["warning"] is None and "clip.pkl" in lines[0]["warning"] and "../data.json" in lines[1]["warning"]
+
+
+def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name, rows in (("good", 3), ("short", 2)):
+        save_features(folder / f"{name}.safetensors", torch.ones(rows, 4), {})
+    (folder / "evil.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
+    path = data(*(record("<video>", "cat", video=name) for name in ("good", "short", "evil", "evil")))
+    lines = inspect_records(parse(InspectConfig, [
+        "--model_name_or_path", str(model), "--data_path", str(path), "--video_folder", str(folder)]))
+    warnings = [line["warning"] for line in lines]
+    assert warnings[0] is None and "short.safetensors has 2 rows instead of 3" in warnings[1]
+    assert "names posix.system" in warnings[2] and warnings[3] == warnings[2]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_index_counts_over_all_files(model, data):
