@@ -21,7 +21,7 @@ from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
 from fastvid.video.decode_worker import DecodeWorker
-from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.encoder import FeatureEncoder, open_device
 from fastvid.video.listing import VIDEO_SUFFIXES
 
 MEDIA_SUFFIXES = (*SUFFIXES, *sorted(VIDEO_SUFFIXES))  # in the order in which one of several files is taken
@@ -40,7 +40,7 @@ class Chat:
 
     def __init__(self, config=None, **settings):
         self.config = config = config or ChatConfig(**settings)
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = open_device(config.device)
         projector = None if config.projector is None else _projector_path(Path(config.projector))
         run = {} if config.projector is None else _training_config(Path(config.projector))
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, run, projector))
@@ -244,7 +244,8 @@ def main(argv=None):
 
     files, faults = list_media(path, MEDIA_SUFFIXES), []
     if config.questions_file is not None:
-        questions, faults = read_questions(config.questions_file, files, MEDIA_SUFFIXES)
+        folder = path if path.is_dir() else None
+        questions, faults = read_questions(config.questions_file, files, MEDIA_SUFFIXES, folder)
     else:
         questions = [Question(name, file, text) for name, file in files.items() for text in config.question]
     for fault in faults:

@@ -191,3 +191,9 @@ def test_recordings(shared, tiny, size):
     for name, resize in (("nasa_13013", encoder.image_size), ("test_non_zero_start", None)):
         frames, _ = decode(shared / "videos" / f"{name}.mp4", size=resize)
         _check(encoder.encode(frames), real[f"{size}/{name}.pkl"])
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_devices_that_are_not_there_are_named(tower, name):
+    with pytest.raises(ValueError, match=f"--device {name} cannot be used"):
+        FeatureEncoder(tower, device=name)

@@ -51,6 +51,16 @@ def test_absolute_names_are_not_opened(folder, tmp_path):
     assert read_questions(path, list_media(folder / "sub", SUFFIXES), SUFFIXES)[0] == []
 
 
+def test_links_out_of_the_folder_are_not_followed(folder, tmp_path):
+    (tmp_path / "secret.pkl").touch()
+    (folder / "out.pkl").symlink_to(tmp_path / "secret.pkl")
+    (folder / "in.pkl").symlink_to(folder / "a.safetensors")
+    path = ask(tmp_path, {"video": "out.pkl", "question": "?"}, {"video": "in.pkl", "question": "?"})
+    questions, faults = read_questions(path, list_media(folder, SUFFIXES), SUFFIXES, folder)
+    assert [question.path.name for question in questions] == ["in.pkl"]
+    assert len(faults) == 1 and "'out.pkl', a link that leads out" in faults[0]
+
+
 def test_order_is_kept_and_bad_records_are_named(folder, tmp_path):
     path = ask(tmp_path, {"video": "a", "question": "1"}, {"video": "a"}, "text", {"video": "sub/b.1", "question": "2"},
                {"video": "a", "question": "3"})

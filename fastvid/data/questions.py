@@ -3,6 +3,7 @@
 A questions file holds {"video": …, "question": …} records, as JSONL or a JSON array.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def list_media(path, suffixes) -> dict[str, Path]:
     return files
 
 
-def read_questions(path, files, suffixes):
+def read_questions(path, files, suffixes, folder=None):
     """The questions of a file, each with the file that it is about.
 
     A question means the listed file of its `video`'s name, else one whose name differs in the ending alone. It is only
@@ -50,6 +51,7 @@ def read_questions(path, files, suffixes):
         path: questions file.
         files: as `list_media` gives them.
         suffixes: endings, in the order in which one of several files is taken.
+        folder: where `files` were listed; a link in it that leads out of it is not followed for a questions file.
 
     Returns:
         (list of Question, list of what is wrong with the other records)
@@ -73,9 +75,15 @@ def read_questions(path, files, suffixes):
             found = video if video in files else by_stem.get(_stem(video, suffixes))
         if found is None:
             faults.append(f'{where}: "video" is {video!r}, which is none of the {len(files)} files of --video')
+        elif folder is not None and not _inside(files[found], folder):
+            faults.append(f'{where}: "video" is {video!r}, a link that leads out of {folder}; refused')
         else:
             questions.append(Question(video, files[found], record["question"]))
     return questions, faults
+
+
+def _inside(path, folder):
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _rank(name, suffixes):

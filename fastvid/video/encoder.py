@@ -15,6 +15,20 @@ from fastvid_kernels import frame_patchify, spatio_temporal_pool
 from torch.nn.functional import linear
 
 
+def open_device(name=None) -> torch.device:
+    """The torch device that a user means; by default a GPU if there is one.
+
+    Raises:
+        ValueError: this machine, or this build of torch, has no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); cpu can be used everywhere") from error
+
+
 class FeatureEncoder:
     """A CLIP vision tower that turns a video's frames into its features.
 
@@ -33,13 +47,13 @@ class FeatureEncoder:
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
-        ValueError: the tower is missing, or is not a CLIP vision tower.
+        ValueError: the tower is missing, or is not a CLIP vision tower; the device is none of this machine's.
     """
 
     def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = open_device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
