@@ -32,6 +32,7 @@ def run(command: str, argv=None) -> NoReturn:
         argv: its flags; None reads ``sys.argv``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names need not be UTF-8
     sys.argv = [f"fastvid {command}", *argv]  # argparse names the program after it
     try:
         code = importlib.import_module(f"fastvid.{COMMANDS[command][0]}").main(argv)

@@ -132,3 +132,9 @@ def test_ways_to_start_a_command(command, tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("fastvid convert: error: ") and "missing.json" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_names_that_are_no_text_can_be_printed():
+    script = r"from fastvid import cli, doctor; doctor.main = lambda argv: print('a\udcff.mp4'); cli.run('doctor', [])"
+    result = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "a\\udcff.mp4\n", "")
