@@ -181,3 +181,8 @@ def test_damage_gives_an_array_or_a_value_error(protocol, data):
     else:
         assert array.ndim == 2 and array.dtype in (np.float16, np.float32)
     assert set(sys.modules) == modules
+
+
+def test_what_torch_saves_is_damaged():
+    with pytest.raises(ValueError, match="the pickle is damaged"):
+        read_array(b"PK\x03\x04\x00\x00\x08\x08\x00\x00i\x80\n")

@@ -60,7 +60,7 @@ def read_array(data: bytes) -> np.ndarray:
     """
     try:
         array = _follow(data)
-    except (IndexError, KeyError) as error:  # the stack or the memo lacks what an instruction asks for
+    except (IndexError, KeyError, UnicodeDecodeError) as error:  # no such thing on the stack or in the memo; no text
         raise ValueError("the pickle is damaged") from error
     if isinstance(array, _Array) and isinstance(array.dtype, _DType):
         return _materialize(array)
