@@ -47,6 +47,12 @@ def run(command: str, argv=None) -> NoReturn:
             raise
         print(f"fastvid {command}: error: {error}", file=sys.stderr)
         code = 2
+    if "RANK" in os.environ:
+        # One of torchrun's: threads of gloo may outlive the process group (DTensor's caches hold it), and one that
+        # drops its last tensor while the interpreter shuts down aborts the process, whereupon torchrun ends the others.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -92,8 +92,12 @@ def speaking_once(world):
 
 
 def finish(world):
-    """Leave the process group."""
+    """Leave the process group, all ranks together: one that left while another still writes could end it as well.
+
+    Not for a rank that fails: it must end at once, so that its launcher sees it and ends the others.
+    """
     if world.distributed:
+        world.gather_objects(None)
         dist.destroy_process_group()
 
 

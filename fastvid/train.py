@@ -208,15 +208,13 @@ def loop(state):
 def train(config):
     """Run a training job; returns `loop`'s exit code."""
     world = parallel.start()
-    try:
-        with parallel.speaking_once(world):
-            state = build(config, world)
-            if config.dry_run:
-                return 0
+    with parallel.speaking_once(world):
+        state = build(config, world)
+        if not config.dry_run:
             recovery.resume(state)
-        return loop(state)
-    finally:
-        parallel.finish(world)
+    code = 0 if config.dry_run else loop(state)
+    parallel.finish(world)
+    return code
 
 
 def main(argv=None):

@@ -138,3 +138,14 @@ def test_names_that_are_no_text_can_be_printed():
     script = r"from fastvid import cli, doctor; doctor.main = lambda argv: print('a\udcff.mp4'); cli.run('doctor', [])"
     result = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "a\\udcff.mp4\n", "")
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "1"}], ids=["alone", "a rank of torchrun's"])
+def test_a_rank_leaves_without_taking_the_interpreter_down(rank):
+    """Threads of gloo may still hold tensors then, and would abort a run that has done all its work."""
+    program = ("import atexit, sys, types; atexit.register(print, 'taken down'); module = types.ModuleType('t')\n"
+               "module.main = lambda argv: print('done') or 3\nsys.modules['fastvid.train'] = module\n"
+               "from fastvid.cli import run; run('train', [])")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**ENVIRONMENT, **rank})
+    assert found.returncode == 3 and found.stdout.split("\n")[0] == "done"
+    assert ("taken down" in found.stdout) == (not rank)

@@ -53,3 +53,12 @@ def test_repeatable_computation_gives_cublas_its_workspace(monkeypatch):
     finally:
         parallel.compute_repeatably(False)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_ranks_leave_together(monkeypatch):
+    done = []
+    monkeypatch.setattr(Told, "gather_objects", lambda self, value: done.append("all are here"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("left"))
+    parallel.finish(told(1))
+    parallel.finish(ALONE)
+    assert done == ["all are here", "left"]
