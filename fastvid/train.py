@@ -180,10 +180,10 @@ def loop(state):
         for batches in _waited_for(state.loader.iterate(state.step), metrics):
             result = train_step(state, batches)
             metrics.count(result.samples, result.rows, result.supervised)
-            stops = result.stop_signal > 0
-            ends = stops or state.step == order.total_steps
+            stops, ends = result.stop_signal > 0, state.step == order.total_steps
             saves = (_due(state, config.save_strategy, config.save_steps) or stops
                      or (ends and recovery.saves_at_end(state)))
+            # Not where a signal stops: the window since the last line is saved, and goes on with the run.
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
                 return _end_not_finite(state, failed, metrics)

@@ -184,13 +184,16 @@ def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog
     assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[1])
 
 
-def test_a_log_window_survives_a_resume(run, straight, tmp_path):
-    argv = flags(run, tmp_path, "--logging_steps", "6", "--save_steps", "4")
-    finished = start(KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), argv)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr
+@pytest.mark.parametrize("program, code", [
+    (KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), -signal.SIGKILL), (TERMINATE, 128 + signal.SIGTERM)],
+    ids=["kill -9", "SIGTERM"])
+def test_a_log_window_survives_a_resume(run, straight, tmp_path, program, code):
+    argv = flags(run, tmp_path, "--logging_steps", "9", "--save_steps", "4")
+    finished = start(program, argv)
+    assert finished.returncode == code, finished.stderr
     assert train.main(argv) == 0
     every = losses(straight)
-    assert losses(tmp_path) == {last: sum(every[i] for i in range(last - 5, last + 1)) / 6 for last in (6, 12, 18)}
+    assert losses(tmp_path) == {last: sum(every[i] for i in range(last - 8, last + 1)) / 9 for last in (9, 18)}
 
 
 def test_another_run_is_not_resumed(run, straight, tmp_path):
