@@ -44,7 +44,7 @@ class Optimizer:
         self.failed_step = torch.full((), -1, dtype=torch.int64, device=device)
         # fp32 shards that share the parameters' storage.
         self.shards = {name: torch.nn.Parameter(local_shard(p.detach())) for name, p in self.parameters.items()}
-        # As in the reference: biases and norms (the vectors) do not decay.
+        # Biases and norms (the vectors) do not decay.
         decayed = [self.shards[name] for name, p in self.parameters.items() if p.ndim >= 2]
         others = [self.shards[name] for name, p in self.parameters.items() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -307,3 +307,10 @@ def test_fsdp2_equals_one_process():
             loss, sums = found[name, rank]
             assert loss == pytest.approx(losses[rank].item(), rel=loss_tolerance)
             assert_same_gradients(sums, gradients(model), tolerance)
+
+
+def test_fp32_residual_keeps_embeddings_and_norms_unrounded():
+    model = VideoLlava(model_config(), trainable=ADAPTER, compute_dtype=torch.bfloat16, fp32_residual=True)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        name for name in dtypes if name == "embed.weight" or "norm" in name}

@@ -96,13 +96,14 @@ class RMSNorm(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward block. Takes and returns the residual stream and the branch not yet added to it."""
 
-    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, attn_implementation: str):
+    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, norm_dtype: torch.dtype,
+                 attn_implementation: str):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = torch.float32 if trained else compute_dtype
         linear = partial(Linear, dtype=dtype, trained=trained)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=dtype, trained=trained,
-                       compute_dtype=compute_dtype)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
+                       trained=trained, compute_dtype=compute_dtype)
         self.input_norm = norm()
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
         self.o = linear(heads * d, config.hidden_size)
@@ -133,20 +134,23 @@ class Decoder(nn.Module):
         config: sizes.
         trained: parameters are fp32 masters that require gradients; otherwise frozen, in `compute_dtype`.
         compute_dtype: of matrix products.
+        norm_dtype: of frozen norms; None: `compute_dtype`.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
             matrix products and attention.
         attn_implementation: see `attend`.
     """
 
-    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, recompute: str = "none",
-                 attn_implementation: str = "auto"):
+    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
+                 norm_dtype: torch.dtype | None = None, recompute: str = "none", attn_implementation: str = "auto"):
         super().__init__()
+        norm_dtype = norm_dtype or compute_dtype
         if recompute not in RECOMPUTE_MODES:
             raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
         self.layers = nn.ModuleList(
-            DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, attn_implementation=attn_implementation)
+            DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, norm_dtype=norm_dtype,
+                         attn_implementation=attn_implementation)
             for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else compute_dtype,
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)
         self.recompute = recompute
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it

@@ -121,6 +121,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     trained_ranks, frozen_ranks = (world_size if flag else 1 for flag in (shard_trained, sharded))
 
     weights = 4 * trained // trained_ranks + size * frozen // frozen_ranks
+    if fp32_residual and "embed" not in trainable:
+        weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         weights += size * (sum(counts.values()) - counts["decoder"] + 2 * _linears(c))

@@ -46,7 +46,8 @@ class Table(nn.Module):
 class VideoLlava(nn.Module):
     """The model. Parameters are uninitialised; `fastvid.model.weights.load_weights` fills them.
 
-    Trained parameters are fp32 masters, cast at use; frozen ones lie in `compute_dtype` and get no gradient.
+    Trained parameters are fp32 masters, cast at use; frozen ones lie in `compute_dtype` and get no gradient. Embeddings
+    and norms, which autocast never rounds, lie in the residual stream's dtype.
 
     Args:
         config: sizes.
@@ -70,18 +71,21 @@ class VideoLlava(nn.Module):
         if {"boundary", "embed"} <= trainable:
             raise ValueError('trainable: "boundary" is part of "embed"; choose one')
         sizes = config.decoder
+        residual_dtype = torch.float32 if fp32_residual else compute_dtype
         dtypes = {part: torch.float32 if part in trainable else compute_dtype for part in PARTS}
+        if "embed" not in trainable:
+            dtypes["embed"] = residual_dtype
         self.config = config
         self.trainable = trainable
         self.compute_dtype = compute_dtype
-        self.residual_dtype = torch.float32 if fp32_residual else compute_dtype
+        self.residual_dtype = residual_dtype
 
         self.embed = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["embed"], trained="embed" in trainable)
         if "boundary" in trainable:
             self.boundary = Table(2, sizes.hidden_size, dtype=torch.float32, trained=True)
         self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
-        self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype, recompute=recompute,
-                               attn_implementation=attn_implementation)
+        self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype,
+                               norm_dtype=residual_dtype, recompute=recompute, attn_implementation=attn_implementation)
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
 
