@@ -28,6 +28,7 @@ def pytest_configure():
         package = importlib.import_module("fastvid_kernels")
         for module in pkgutil.iter_modules(package.__path__, "fastvid_kernels."):
             importlib.import_module(module.name)
+        importlib.import_module("triton.experimental.gluon")  # by the first launch otherwise, and that is too late
 
 
 @pytest.fixture(scope="module")

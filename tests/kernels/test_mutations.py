@@ -15,7 +15,8 @@ from mutations import MUTATIONS
 
 KERNELS = ROOT / "kernels" / "fastvid_kernels"
 CASES = [(name, mutation) for name, mutations in MUTATIONS.items() for mutation in mutations]
-PRELOAD = ["torch", "pytest", "hypothesis", "numpy", "triton", "triton.runtime.interpreter"]
+PRELOAD = ["torch", "pytest", "hypothesis", "numpy", "triton", "triton.runtime.interpreter",
+           "triton.experimental.gluon"]
 
 
 def run_test(test, kernels, log):
