@@ -35,7 +35,7 @@ WIDE_STORES |= {"_spatio_temporal_pool_fwd_kernel", "_spatio_temporal_pool_bwd_k
 
 
 def linear_cross_entropy_calls():
-    """LLaMA-2's vocabulary with three video tokens, whose rows fit registers, and LLaMA-3's, whose do not."""
+    """LLaMA-2's and LLaMA-3's vocabularies, with three video tokens."""
     from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
 
     def call(vocabulary, rows=4, channels=16):
@@ -48,3 +48,86 @@ def linear_cross_entropy_calls():
 
 WIDE.add("_softmax_gradient_kernel")
 PRODUCTION["linear_cross_entropy"] = linear_cross_entropy_calls
+
+
+def add_rms_norm():
+    """Of a 7B and a 13B decoder, frozen and trained; and of a residual stream in fp32."""
+    from fastvid_kernels.add_rms_norm import add_rms_norm
+
+    def call(channels, residual=torch.bfloat16, *, trained=False, add=True, rows=8192):
+        x = torch.empty(rows, channels, dtype=residual, requires_grad=True)
+        branch = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True) if add else None
+        weight = torch.empty(channels, dtype=torch.float32 if trained else torch.bfloat16, requires_grad=trained)
+        outputs = add_rms_norm(x, branch, weight, 1e-5, torch.bfloat16, impl="triton")
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+    return {"D=4096 bf16, frozen": lambda: call(4096), "D=5120 bf16, frozen": lambda: call(5120),
+            "D=4096 bf16, trained": lambda: call(4096, trained=True),
+            "D=5120 bf16, trained": lambda: call(5120, trained=True),
+            "D=4096 fp32 residual, frozen": lambda: call(4096, torch.float32),
+            "D=4096 bf16, no branch, trained": lambda: call(4096, add=False, trained=True),
+            "odd: D=999, 3 rows": lambda: call(999, rows=3, trained=True)}
+
+
+PRODUCTION["add_rms_norm"] = add_rms_norm
+
+
+def swiglu():
+    """Of a 7B and a 13B decoder."""
+    from fastvid_kernels.swiglu import swiglu
+
+    def call(channels, dtype=torch.bfloat16, rows=8192):
+        x = torch.empty(rows, 2 * channels, dtype=dtype, requires_grad=True)
+        out = swiglu(x, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"F=11008 bf16": lambda: call(11008), "F=13824 bf16": lambda: call(13824),
+            "F=11008 fp32": lambda: call(11008, torch.float32), "odd: F=33 fp16": lambda: call(33, torch.float16)}
+
+
+PRODUCTION["swiglu"] = swiglu
+
+
+def rope_qk():
+    """Of LLaMA 7B, 13B and 3-8B: heads, key/value heads."""
+    from fastvid_kernels.rope_qk import rope_qk
+
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192):
+        x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)
+        positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
+        rope_qk(x.detach(), positions, frequencies, heads, kv_heads, inplace=True, impl="triton")
+        out = rope_qk(x, positions, frequencies, heads, kv_heads, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"32 heads bf16": lambda: call(32, 32), "40 heads bf16": lambda: call(40, 40),
+            "32 heads, 8 of keys bf16": lambda: call(32, 8), "32 heads fp32": lambda: call(32, 32, torch.float32),
+            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+
+
+PRODUCTION["rope_qk"] = rope_qk
+
+
+def splice_video():
+    """Eight videos of 676 rows among 8192, boundary rows trained in fp32 beside frozen tables."""
+    from fastvid_kernels.splice_video import splice_video
+
+    def call(channels, dtype=torch.bfloat16, boundary=True, videos=8, rows=8192):
+        video = torch.empty(videos * 676, channels, dtype=torch.bfloat16, requires_grad=True)
+        boundary_rows = torch.empty(2 * videos if boundary else 0, dtype=torch.int64)
+        out = splice_video(
+            torch.empty(rows, dtype=torch.int64), torch.empty(32003, channels, dtype=torch.bfloat16), video,
+            torch.empty(videos * 676, dtype=torch.int64), torch.empty(2, channels, requires_grad=True) if boundary else None,
+            boundary_rows, dtype, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"D=4096 bf16": lambda: call(4096), "D=5120 bf16": lambda: call(5120),
+            "D=4096 fp32 residual": lambda: call(4096, torch.float32),
+            "D=4096 bf16, no boundary": lambda: call(4096, boundary=False),
+            "odd: D=33, 1 video": lambda: call(33, videos=1, rows=700)}
+
+
+PRODUCTION["splice_video"] = splice_video
+WIDE |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
+         "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+WIDE_STORES |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
+                "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
