@@ -6,6 +6,7 @@ L supervised rows. Shapes are LLaMA 7B's and 13B's.
 
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
@@ -155,15 +156,52 @@ def _splice_cases(videos, R, text, D, V):
                (2 * videos * R + 2 * videos + 2) * D * BYTES)
 
 
+def _loss_case(L, V, D):
+    """Forward and backward as one job: the gradient of the rows is computed while their logits are there."""
+    def both(function):
+        def prepare(h, weight, targets):
+            h = h.detach().requires_grad_()
+
+            def call():
+                loss = function(h, weight, targets)[0]
+                return loss, *torch.autograd.grad(loss, h)
+
+            return call
+
+        return prepare
+
+    functions = _with_compiled({"ours": linear_cross_entropy, "eager": linear_cross_entropy_reference})
+    functions |= library("liger_kernel", _liger_loss)
+
+    def inputs(generator, device):
+        return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
+                torch.randint(V, (L,), generator=generator, device=device))
+
+    return Case("linear_cross_entropy", "forward + backward, frozen head", {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
+                inputs, _ways(both, functions), in_fp32(both(linear_cross_entropy_reference)), flops=4 * L * V * D,
+                tolerance=2**-6)
+
+
+def _liger_loss():
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def loss(h, weight, targets):
+        return LigerFusedLinearCrossEntropyFunction.apply(h, weight, targets, None, None, -100, 0.0, 0.0, "sum")
+
+    return {"Liger": loss}
+
+
 def cases(small):
     if small:
         yield from _norm_cases(7, 40)
         yield from _swiglu_cases(5, 24)
         yield from _rope_cases(6, 2, 8)
         yield from _splice_cases(2, 5, 3, 16, 50)
+        yield _loss_case(6, 50, 16)
         return
     for width in (4096, 5120):
         yield from _norm_cases(16384, width)
     yield from _swiglu_cases(8192, 11008)
     yield from _rope_cases(16384, 32, 128)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
+    yield _loss_case(4096, 32003, 4096)

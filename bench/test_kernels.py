@@ -81,7 +81,7 @@ def row(case, way, run_info, peak, median):
             "baseline": "eager" if "eager" in case.ways else "reference's chain", "bytes": case.bytes,
             "flops": case.flops, "peak_extra_mib": peak and round(peak / 2**20, 1)}
     if case.bytes:
-        info["gb_per_s"] = round(case.bytes / median / 1e9, 1)
+        info["gb_per_s"] = round(case.bytes / median / 1e9, 2)
     if case.flops:
         info["tflop_per_s"] = round(case.flops / median / 1e12, 1)
     if case.bytes and "copy_bytes_per_second" in run_info:
