@@ -72,6 +72,8 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
     for row in range(first, tl.minimum(first + group_rows, N)):
         unit = tl.load(total_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+        if GRAD_TOTAL:  # under way while the row's mean is formed
+            grad_total = tl.load(grad_total_ptr + row * D + columns, mask=inside, other=0.0)
         rstd = tl.load(rstd_ptr + row)
         unit *= rstd
         if GRAD_WEIGHT:
@@ -79,7 +81,7 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
         grad = grad_y * weight
         grad = rstd * (grad - unit * (tl.sum(grad * unit) / D))
         if GRAD_TOTAL:
-            grad += tl.load(grad_total_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+            grad += grad_total.to(tl.float32)
         tl.store(grad_residual_ptr + row * D + columns, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
         if GRAD_BRANCH:
             tl.store(grad_branch_ptr + row * D + columns, grad.to(grad_branch_ptr.dtype.element_ty), mask=inside)
