@@ -84,3 +84,12 @@ MUTATIONS["adamw8bit_step"] = [
     Mutation("if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) < 0:", "test_skip_leaves_everything[triton]"),
     Mutation("decade_begins & (y - number", "(number < 0) & (y - number", "test_codes_are_the_nearest[True-triton]"),
 ]
+MUTATIONS["frame_patchify"] = [
+    Mutation("mask=flat < VALUES", "mask=flat < VALUES - 1", "test_any_mean_and_deviation[dtype0-triton]"),
+    Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h", "test_strides[<lambda>0-triton]"),
+    Mutation("(first + f) * VALUES", "f * VALUES", "test_clips_of_several_sizes[triton]"),
+    Mutation("scale = tl.div_rn(length.to(tl.float32), N * 1.0)", "scale = length.to(tl.float32) * (1 / N)",
+             "test_source_pixels[triton]"),
+    Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
+    Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2", "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
+]

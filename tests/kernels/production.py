@@ -131,3 +131,37 @@ WIDE |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_ke
          "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
 WIDE_STORES |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
                 "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+
+
+def adamw8bit_step_calls():
+    """A LLaMA layer's fused gate and up projections; the adapter's fp32 masters."""
+    from fastvid_kernels.adamw8bit_step import adamw8bit_step
+
+    def call(elements, dtype):
+        param, grad = (torch.empty(elements, dtype=dtype) for _ in range(2))
+        codes = [torch.empty(elements, dtype=torch.uint8) for _ in range(2)]
+        scales = [torch.empty(elements // 256) for _ in range(2)]
+        return lambda: adamw8bit_step(param, grad, *codes, *scales, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8,
+                                      weight_decay=0.1, step=7, seed=42, clip=torch.empty(()), skip=torch.empty(()),
+                                      impl="triton")
+
+    return {"22016×4096 bf16": call(22016 * 4096, torch.bfloat16), "1024×4096 fp32": call(1024 * 4096, torch.float32)}
+
+
+WIDE.add("_adamw8bit_step_kernel")
+PRODUCTION["adamw8bit_step"] = adamw8bit_step_calls
+
+
+def frame_patchify():
+    from fastvid_kernels import frame_patchify
+
+    def call(size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
+        frames = torch.empty(100, 720, 1280, 3, dtype=torch.uint8)
+        return lambda: frame_patchify(frames, size=size, patch=14, mean=mean, std=std, dtype=dtype, impl="triton")
+
+    return {"336 px, bf16": call(336, torch.bfloat16), "224 px, fp16": call(224, torch.float16),
+            "336 px, fp32, by table": call(336, torch.float32)}
+
+
+PRODUCTION["frame_patchify"] = frame_patchify
+WIDE_STORES.add("_frame_patchify_fwd_kernel")
