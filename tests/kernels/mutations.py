@@ -89,7 +89,15 @@ MUTATIONS["frame_patchify"] = [
     Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h", "test_strides[<lambda>0-triton]"),
     Mutation("(first + f) * VALUES", "f * VALUES", "test_clips_of_several_sizes[triton]"),
     Mutation("scale = tl.div_rn(length.to(tl.float32), N * 1.0)", "scale = length.to(tl.float32) * (1 / N)",
-             "test_source_pixels[triton]"),
+             "test_bit_identical_to_the_chain[dtype0-62-76-28-14-triton]"),
     Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
     Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2", "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
+]
+MUTATIONS["quantize_fp8"] = [
+    Mutation("x_ptr += row * row_stride", "x_ptr += row * channels", "test_strided_rows[columns]"),
+    Mutation("largest = tl.maximum(largest, tl.abs(x)", "largest = tl.maximum(0, tl.abs(x)",
+             "test_a_row_uses_the_whole_range[64-triton]"),
+    Mutation("x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)\n        tl.store(out_ptr + c",
+             "x = x * factor\n        tl.store(out_ptr + c", "test_every_number_and_every_tie[triton]"),
+    Mutation("row * channels\n    columns", "row * row_stride\n    columns", "test_strided_rows[columns]"),
 ]

@@ -165,3 +165,18 @@ def frame_patchify():
 
 PRODUCTION["frame_patchify"] = frame_patchify
 WIDE_STORES.add("_frame_patchify_fwd_kernel")
+
+
+def quantize_fp8_calls():
+    """Rows of a LLaMA layer: the residual stream and the feed-forward block's product."""
+    from fastvid_kernels.quantize_fp8 import quantize_fp8
+
+    def call(channels, scale=None):
+        x = torch.empty(64, channels, dtype=torch.bfloat16)
+        return lambda: quantize_fp8(x, scale, impl="triton")
+
+    return {"D=4096 bf16": call(4096), "D=11008 bf16": call(11008), "D=4096 bf16, given scale": call(4096, torch.empty(1))}
+
+
+WIDE.add("_quantize_fp8_kernel")
+PRODUCTION["quantize_fp8"] = quantize_fp8_calls

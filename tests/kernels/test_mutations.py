@@ -23,7 +23,7 @@ def run_test(test, kernels, log):
     """In a process of its own: exit with pytest's code."""
     os.environ.pop("TRITON_INTERPRET", None)
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
+        code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
                             "-o", f"pythonpath={ROOT} {kernels}", test])
     os._exit(code)
 
