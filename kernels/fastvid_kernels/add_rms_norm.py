@@ -185,9 +185,13 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
         every group of rows, in a fixed order.
 
     Raises:
-        ValueError: `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: shapes do not fit, `impl` is unknown, or "triton" where its kernel cannot run.
     """
     tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
+    N, D = residual_ND.shape
+    if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
+        raise ValueError("add_rms_norm: residual and branch must be [N, D], the weight [D], found "
+                         f"{[list(x.shape) for x in tensors]}")
     return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype,
                              use_triton(impl, *tensors, name="add_rms_norm"))
 

@@ -164,8 +164,14 @@ def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: 
         Saved for backward: positions and frequencies. Repeatable.
 
     Raises:
-        ValueError: `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: shapes do not fit, strides do not allow `inplace`, `impl` is unknown, or "triton" where its kernel cannot run.
     """
+    N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
+    if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
+        raise ValueError(f"rope_qk: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+                         f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
+    if inplace and not qkv_NE.is_contiguous():
+        raise ValueError(f"rope_qk: in place needs contiguous rows, found strides {qkv_NE.stride()}")
     triton_kernel = use_triton(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk")
     return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, triton_kernel)
 

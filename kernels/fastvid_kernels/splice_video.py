@@ -184,8 +184,15 @@ def splice_video(token_ids_N: Tensor, table_TD: Tensor, video_PD: Tensor, video_
         and sums are fp32. Saved for backward: the indices. Repeatable.
 
     Raises:
-        ValueError: `impl` is unknown, or "triton" where its kernels cannot run.
+        ValueError: shapes do not fit, `impl` is unknown, or "triton" where its kernels cannot run.
     """
+    D = table_TD.shape[1]
+    if video_PD.shape != (video_rows_P.shape[0], D) or boundary_rows_2V.shape[0] % 2 or (
+            boundary_2D is not None and boundary_2D.shape != (2, D)):
+        raise ValueError(
+            f"splice_video: a table {list(table_TD.shape)}, video rows {list(video_PD.shape)} for "
+            f"{list(video_rows_P.shape)}, boundary {None if boundary_2D is None else list(boundary_2D.shape)} for "
+            f"{list(boundary_rows_2V.shape)} do not fit")
     tensors = [token_ids_N, table_TD, video_PD, video_rows_P, boundary_rows_2V]
     if boundary_2D is not None:
         tensors.append(boundary_2D)

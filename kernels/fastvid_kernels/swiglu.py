@@ -111,8 +111,10 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
         [N, F] in the input's dtype; computed in fp32, rounded once. Saved for backward: the input. Repeatable.
 
     Raises:
-        ValueError: `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: the shape does not fit, `impl` is unknown, or "triton" where its kernel cannot run.
     """
+    if gate_up_NF.dim() != 2 or gate_up_NF.shape[1] % 2:
+        raise ValueError(f"swiglu: gate_up must be [N, 2F], found {list(gate_up_NF.shape)}")
     return _SwiGLU.apply(gate_up_NF, use_triton(impl, gate_up_NF, name="swiglu"))
 
 

@@ -153,3 +153,9 @@ def test_auto_is_triton_on_cuda_only():
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="add_rms_norm: impl .* 'fast'"):
         add_rms_norm(*inputs(4, 6, *[torch.float32] * 3), 1e-5, torch.float32, impl="fast")
+
+
+@pytest.mark.parametrize("shapes", [((4, 6), (6,), (6,)), ((4, 6), (4, 6), (5,)), ((4, 6), (3, 6), (6,))], ids=str)
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="add_rms_norm: .*\\[4, 6\\]"):
+        add_rms_norm(*map(torch.randn, shapes), 1e-5, torch.float32)

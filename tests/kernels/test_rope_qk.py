@@ -143,3 +143,16 @@ def test_auto_is_triton_on_cuda_only():
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="rope_qk: impl .* 'fast'"):
         rope_qk(*inputs(2, 2, 1, 4), impl="fast")
+
+
+@pytest.mark.parametrize("change", [lambda x, p: (x[:, 1:], p), lambda x, p: (x, p[1:])], ids=["channels", "positions"])
+def test_shapes_that_do_not_fit_are_refused(change):
+    qkv, positions, *rest = inputs(5, 2, 1, 4)
+    with pytest.raises(ValueError, match="rope_qk: rows .* do not fit 2"):
+        rope_qk(*change(qkv, positions), *rest)
+
+
+def test_strided_rows_are_not_written_in_place():
+    qkv, *rest = inputs(5, 2, 1, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_qk(torch.nn.functional.pad(qkv.detach(), (1, 2))[:, 1:-2], *rest, inplace=True)

@@ -184,3 +184,11 @@ def test_auto_is_triton_on_cuda_only():
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="splice_video: impl .* 'fast'"):
         splice_video(*inputs(), torch.float32, impl="fast")
+
+
+@pytest.mark.parametrize("index", [2, 3, 4, 5], ids=["video", "video rows", "boundary", "boundary rows"])
+def test_shapes_that_do_not_fit_are_refused(index):
+    case = list(inputs())
+    case[index] = case[index][1:]
+    with pytest.raises(ValueError, match="splice_video: .* do not fit"):
+        splice_video(*case, torch.float32)

@@ -96,3 +96,9 @@ def test_auto_is_triton_on_cuda_only():
 def test_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="swiglu: impl .* 'fast'"):
         swiglu(torch.randn(2, 4), impl="fast")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (1, 2, 4)], ids=str)
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"\[N, 2F\]"):
+        swiglu(torch.randn(shape))
