@@ -33,10 +33,10 @@ def pytest_configure():
 @pytest.fixture(scope="module")
 def poisoned():
     """Memory that torch hands out uninitialised holds NaN (integers: their largest value)."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     assert torch.empty(9).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(scope="session")
