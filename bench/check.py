@@ -44,24 +44,24 @@ def run(command, limit, log):
     return None
 
 
-def test_kernels(kernels, folder, deadline, workers):
+def run_tests(kernels, folder, deadline, workers):
     """{kernel: "passed", or what is wrong}, from one process per kernel."""
     def test(kernel):
         path = ROOT / "tests" / "kernels" / f"test_{kernel}.py"
         if not path.is_file():
-            return f"no {path.relative_to(ROOT)}"
+            return f"missing ({path.relative_to(ROOT)})"
         log = folder / f"test_{kernel}.log"
         code = run([*PYTEST, str(path), f"--junitxml={folder / kernel}.xml"], deadline - time.monotonic(), log)
         if code == 0:
             return "passed"
         print(f"--- {kernel}\n{log.read_text()[-3000:]}")
-        return "tests ran out of time" if code is None else f"tests failed (pytest's exit code {code})"
+        return "ran out of time" if code is None else f"failed (pytest's exit code {code})"
 
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(kernels, pool.map(test, kernels)))
 
 
-def benchmark_kernels(kernels, folder, deadline, small):
+def run_benchmark(kernels, folder, deadline, small):
     """pytest-benchmark's content with the rows of `kernels`.
 
     One process runs all of them. Where it ends before its last kernel, because one of them has broken the device, the
@@ -81,11 +81,10 @@ def benchmark_kernels(kernels, folder, deadline, small):
             content = found
         else:
             content["benchmarks"] += found["benchmarks"]
-        if code in (0, None):
+        if code is None or not (code < 0 or "CUDA error" in log.read_text()):
             break
         measured = {row["extra_info"]["kernel"] for row in found["benchmarks"] if row["extra_info"]["way"] == "ours"}
-        missing = [kernel for kernel in waiting if kernel not in measured]
-        waiting = missing[1:] if len(missing) < len(waiting) or missing else []
+        waiting = [kernel for kernel in waiting if kernel not in measured][1:]
     return content or {"benchmarks": []}
 
 
@@ -101,7 +100,9 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="tiny shapes: shows that the command works")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="those to check, by name, with commas")
     arguments = parser.parse_args(argv)
-    kernels = [kernel for kernel in KERNELS if kernel in arguments.kernels.split(",")]
+    kernels = arguments.kernels.split(",")
+    if unknown := set(kernels) - set(KERNELS):
+        parser.error(f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
     begin, about = time.monotonic(), environment()
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
     out.mkdir(parents=True, exist_ok=True)
@@ -109,17 +110,17 @@ def main(argv=None):
     print(json.dumps(about), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        states = test_kernels(kernels, folder, begin + TEST_SECONDS, workers=max(1, min(4, os.cpu_count() // 2)))
+        states = run_tests(kernels, folder, begin + TEST_SECONDS, workers=max(1, min(4, os.cpu_count() // 2)))
         merge_junit(sorted(folder.glob("*.xml")), out / f"kernels-tests-{name}.xml")
         print(f"tests took {time.monotonic() - begin:.0f} s", flush=True)
         sound = [kernel for kernel in kernels if states[kernel] == "passed"]
-        content = benchmark_kernels(sound, folder, begin + TOTAL_SECONDS, arguments.small)
+        content = run_benchmark(sound, folder, begin + TOTAL_SECONDS, arguments.small)
     result = out / f"kernels-{name}.json"
     result.write_text(json.dumps(content, indent=1) + "\n")
     rows = read([result])
     print(table(rows))
     if rows:
-        draw(rows, out / f"kernels-{name}.png")
+        draw(rows).savefig(out / f"kernels-{name}.png")
     counts = {kernel: sum(row["extra_info"]["kernel"] == kernel for row in content["benchmarks"]) for kernel in kernels}
     print("\n" + "\n".join(f"{kernel}: tests {states[kernel]}, {counts[kernel]} rows" for kernel in kernels))
     print(f"{result}; {time.monotonic() - begin:.0f} s")

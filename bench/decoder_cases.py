@@ -7,6 +7,7 @@ L supervised rows. Shapes are LLaMA 7B's and 13B's.
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
@@ -157,7 +158,7 @@ def _splice_cases(videos, R, text, D, V):
 
 
 def _loss_case(L, V, D):
-    """Forward and backward as one job: the gradient of the rows is computed while their logits are there."""
+    """Forward and backward with a frozen head as one job: the gradient of the rows is computed while their logits are there."""
     def both(function):
         def prepare(h, weight, targets):
             h = h.detach().requires_grad_()
@@ -177,7 +178,7 @@ def _loss_case(L, V, D):
         return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
                 torch.randint(V, (L,), generator=generator, device=device))
 
-    return Case("linear_cross_entropy", "forward + backward, frozen head", {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
+    return Case("linear_cross_entropy", "both ways", {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
                 inputs, _ways(both, functions), in_fp32(both(linear_cross_entropy_reference)), flops=4 * L * V * D,
                 tolerance=2**-6)
 
@@ -191,6 +192,13 @@ def _liger_loss():
     return {"Liger": loss}
 
 
+def _fp8_case(N, D):
+    functions = _with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
+    return Case("quantize_fp8", "by rows", {"N": N, "D": D, "dtype": "bfloat16"},
+                lambda generator, device: (normal(generator, device, N, D),), _ways(forward, functions),
+                in_fp32(forward(quantize_fp8_reference)), N * D * (BYTES + 1) + 4 * N)
+
+
 def cases(small):
     if small:
         yield from _norm_cases(7, 40)
@@ -198,6 +206,7 @@ def cases(small):
         yield from _rope_cases(6, 2, 8)
         yield from _splice_cases(2, 5, 3, 16, 50)
         yield _loss_case(6, 50, 16)
+        yield _fp8_case(7, 40)
         return
     for width in (4096, 5120):
         yield from _norm_cases(16384, width)
@@ -205,3 +214,4 @@ def cases(small):
     yield from _rope_cases(16384, 32, 128)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
+    yield _fp8_case(16384, 4096)

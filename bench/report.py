@@ -101,7 +101,7 @@ def main(argv=None):
     print(table(rows))
     if rows:
         arguments.png.parent.mkdir(parents=True, exist_ok=True)
-        draw(rows, arguments.png)
+        draw(rows).savefig(arguments.png)
 
 
 if __name__ == "__main__":

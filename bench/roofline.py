@@ -6,15 +6,15 @@ from matplotlib.ticker import FuncFormatter
 INK, QUIET, GRID, OURS, ROOF = "#1f2933", "#616e7c", "#e4e7eb", "#1f6feb", "#d9480f"
 WAYS = {  # marker and colour of the ways that ours is compared with
     "eager": ("o", "#9aa5b1"), "torch.compile": ("D", "#2f9e44"), "Liger": ("s", "#9c36b5"),
-    "quack": ("P", "#e8590c"), "bitsandbytes": ("^", "#0b7285"),
+    "quack": ("P", "#e8590c"), "bitsandbytes": ("^", "#0b7285"), "torch.mean twice": ("v", "#495057"),
+    "whole-tensor torch": ("<", "#495057"), "reference's chain": ("X", "#c92a2a"),
 }
-OTHER = ("v", "#9aa5b1")
-ROW, EDGE = 0.42, 1.15  # inches: a row's height, and what titles and axes take in a panel
+ROW, EDGE, TITLE = 0.42, 1.15, 0.6  # inches: a row's height, and what titles and axes take in a panel
 WIDTH, LEFT, RIGHT = 10.5, 3.55, 1.25
 
 
-def draw(rows, path):
-    """Draw rows (see `bench.report.read`) as a PNG: GB/s and TFLOP/s on a GPU, the ratio to the reference on a CPU.
+def draw(rows):
+    """A figure of rows (see `bench.report.read`): GB/s and TFLOP/s on a GPU, the ratio to the reference on a CPU.
 
     Only measured values are drawn; without a GPU's rows the picture says that they are missing.
     """
@@ -24,20 +24,20 @@ def draw(rows, path):
         (_bandwidth, [row for row in gpu if row["bytes"]]), (_arithmetic, [row for row in gpu if row["flops"]]),
         (_ratios, cpu)) if chosen]
     heights = [EDGE + ROW * len(_groups(chosen)) for _, chosen in panels]
-    total = sum(heights) + 0.75 + (0 if gpu else 0.3)
+    total = sum(heights) + TITLE + (0 if gpu else 0.3)
     figure = Figure(figsize=(WIDTH, total), dpi=130, facecolor="white")
     figure.text(0.3 / WIDTH, 1 - 0.38 / total, "fastvid's kernels", fontsize=16, fontweight="bold", color=INK,
                 va="center")
     if not gpu:
         figure.text(0.3 / WIDTH, 1 - 0.72 / total, "On a GPU: not yet measured.", fontsize=10.5, color=ROOF, va="center")
-    top = total - 0.75 - (0 if gpu else 0.3)
+    top = total - TITLE - (0 if gpu else 0.3)
     for (draw_panel, chosen), height in zip(panels, heights):
         box = (LEFT / WIDTH, (top - height + 0.5) / total, 1 - (LEFT + RIGHT) / WIDTH, (height - EDGE) / total)
         axis = figure.add_axes(box)
         _dress(axis, chosen, (top - 0.22) / total)
         draw_panel(axis, _groups(chosen))
         top -= height
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _newest_device(rows):
@@ -94,7 +94,7 @@ def _against_roof(axis, groups, rate, roof, unit, label, roof_name):
                 axis.text(1.02, place, f"{100 * row[rate] * unit / row[roof]:.0f} %", color=OURS, va="center",
                           fontsize=9.5, fontweight="bold", transform=axis.get_yaxis_transform())
             else:
-                marker, color = WAYS.get(way, OTHER)
+                marker, color = WAYS[way]
                 (drawn[way],) = axis.plot(row[rate], place, marker, color=color, markersize=6.5,
                                           markeredgecolor="white", markeredgewidth=0.8, linestyle="none")
     axis.set_xlim(0, max(height, *(row[rate] for ways in groups.values() for row in ways.values())) * 1.04)
