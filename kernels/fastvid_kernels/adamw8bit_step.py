@@ -110,20 +110,26 @@ def _nearest_magnitude(x, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _absmax(x):
-    """Scale of each block, and its reciprocal."""
-    absmax = tl.max(tl.abs(x), 1)
+def _times(x, factors):
+    """A line of blocks, each times its factor."""
+    return tl.reshape(tl.reshape(x, (factors.shape[0], 256)) * factors[:, None], x.shape)
+
+
+@triton.jit
+def _absmax(x, BLOCKS: tl.constexpr):
+    """Scale of each block of a line, and its reciprocal."""
+    absmax = tl.max(tl.abs(tl.reshape(x, (BLOCKS, 256))), 1)
     return absmax, 1 / tl.maximum(absmax, TINY)
 
 
 @triton.jit
 def _random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
-    """16 random bits for each element of [BLOCKS, 256]: a Philox block serves eight elements."""
-    group = first_group + tl.arange(0, BLOCKS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
+    group = first_group + tl.arange(0, BLOCKS * 32)
     zero = group.to(tl.uint32) * 0
     r0, r1, r2, r3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
-    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS, 128))
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS, 256))
+    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
 
 
 @triton.jit(do_not_specialize=["step", "seed", "first"])
@@ -136,16 +142,17 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * 256)
     block = tl.arange(0, BLOCKS)
     inside_block = block * 256 < count - start
-    local = block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    # Loads and stores are of lines, so that all take one layout; in between are blocks.
+    local = tl.arange(0, BLOCKS * 256)
     inside = local < count - start
     g = tl.load(grad_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(param_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
-    code1 = tl.load(state1_ptr + start + local, mask=inside, other=0).to(tl.int32)
-    code2 = tl.load(state2_ptr + start + local, mask=inside, other=0).to(tl.int32)
+    m = tl.load(map1_ptr + tl.load(state1_ptr + start + local, mask=inside, other=0).to(tl.int32))
+    v = tl.load(map2_ptr + tl.load(state2_ptr + start + local, mask=inside, other=0).to(tl.int32))
     absmax1_ptr += start // 256 + block
     absmax2_ptr += start // 256 + block
-    m = tl.load(map1_ptr + code1) * tl.load(absmax1_ptr, mask=inside_block, other=0.0)[:, None]
-    v = tl.load(map2_ptr + code2) * tl.load(absmax2_ptr, mask=inside_block, other=0.0)[:, None]
+    m = _times(m, tl.load(absmax1_ptr, mask=inside_block, other=0.0))
+    v = _times(v, tl.load(absmax2_ptr, mask=inside_block, other=0.0))
     if CLIP:
         g = g * tl.load(clip_ptr)
     # Elements past the end must not count in their block's scale.
@@ -157,15 +164,15 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
         p = ((p.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
     tl.store(param_ptr + start + local, p.to(param_ptr.dtype.element_ty), mask=inside)
 
-    absmax, inverse = _absmax(m)
+    absmax, inverse = _absmax(m, BLOCKS)
     tl.store(absmax1_ptr, absmax, mask=inside_block)
-    m = m * inverse[:, None]
+    m = _times(m, inverse)
     number = _nearest_magnitude(tl.abs(m), SIGNED=True)
     code1 = tl.where(m > 1 - 0.225 / 64, 255, tl.where(m < 0, 127 - number, 127 + number))
     tl.store(state1_ptr + start + local, code1.to(tl.uint8), mask=inside)
-    absmax, inverse = _absmax(v)
+    absmax, inverse = _absmax(v, BLOCKS)
     tl.store(absmax2_ptr, absmax, mask=inside_block)
-    v = v * inverse[:, None]
+    v = _times(v, inverse)
     code2 = tl.where(v > 1 - 0.225 / 128, 255, _nearest_magnitude(v, SIGNED=False) - 1)
     tl.store(state2_ptr + start + local, code2.to(tl.uint8), mask=inside)
 
