@@ -2,13 +2,16 @@
 
 import datetime
 import json
+import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "numpy", "av", "safetensors")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "av", "safetensors", "pillow", "bitsandbytes", "liger-kernel",
+            "quack-kernels")
 
 
 def environment():
@@ -45,7 +48,12 @@ def _version(name):
 
 
 def _commit():
+    """Of the checkout; a copy without its history is told in FASTVID_COMMIT."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    if "FASTVID_COMMIT" in os.environ:
+        return os.environ["FASTVID_COMMIT"]
+    if not shutil.which("git") or not git("rev-parse", "--short", "HEAD"):
+        return "unknown"
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

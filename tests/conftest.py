@@ -1,13 +1,42 @@
 """Fixtures shared by all tests."""
 
+import importlib
 import os
+import pkgutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Recordings of the reference, its tokenizer and real clips. Large, so not part of the repository.
 SHARED = Path(os.environ.get("FASTVID_REFERENCE_DATA", ROOT.parent / "shared"))
+
+
+def pytest_configure():
+    """Without a GPU, have the kernels interpreted, so that ``impl="triton"`` works; "auto" stays with plain torch.
+
+    Triton decides when it and the kernels are first imported: here, before any test is. The variable must be gone
+    again for the processes that tests start and for "auto", which reads it at each call.
+    """
+    if torch.cuda.is_available() or "fastvid_kernels" in sys.modules:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        package = importlib.import_module("fastvid_kernels")
+        for module in pkgutil.iter_modules(package.__path__, "fastvid_kernels."):
+            importlib.import_module(module.name)
+        importlib.import_module("triton.experimental.gluon")  # by the first launch otherwise, and that is too late
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    """Memory that torch hands out uninitialised holds NaN (integers: their largest value)."""
+    torch.set_deterministic_debug_mode("warn")
+    assert torch.empty(9).isnan().all()
+    yield
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(scope="session")

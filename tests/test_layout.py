@@ -40,7 +40,7 @@ HOMES = {
     "bitsandbytes": ("fastvid.optim", "fastvid.model.quantize"),
     "flash_attn": ("fastvid.model.attention",),
     "flash_attn_interface": ("fastvid.model.attention",),
-    "liger_kernel": ("fastvid.model.decoder", "fastvid.model.loss"),
+    "liger_kernel": ("fastvid.model.decoder",),
     "matplotlib": ("fastvid.plots",),
     "tensorboard": ("fastvid.metrics",),
 }

@@ -7,9 +7,9 @@ feed-forward block, V tokens of the vocabulary, C channels of the vision tower.
 from dataclasses import dataclass, fields
 
 import torch
+from fastvid_kernels.linear_cross_entropy import chunk_rows
 
 from fastvid.model.decoder import RECOMPUTE_MODES
-from fastvid.model.loss import chunk_rows
 from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two fp32 moments.

@@ -7,12 +7,12 @@ P = V·R projected rows, L supervised rows.
 from dataclasses import dataclass
 
 import torch
+from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvid_kernels.splice_video import splice_video
 from torch import Tensor, nn
 
 from fastvid.batch import PackedBatch
 from fastvid.model.decoder import Decoder, DecoderConfig, Linear
-from fastvid.model.loss import linear_cross_entropy
 
 PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
 

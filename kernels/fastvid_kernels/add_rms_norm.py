@@ -1,11 +1,15 @@
 """Residual addition and RMSNorm in one operation.
 
-Dimensions: N rows, D channels.
+Dimensions: N rows, D channels, G groups of consecutive rows.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .dispatch import use_triton
 
 
 def _wide(x):
@@ -16,24 +20,126 @@ def _wide(x):
 def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     """`add_rms_norm` in plain differentiable torch."""
     if branch_ND is not None:
-        residual_ND = residual_ND + branch_ND
+        residual_ND = (residual_ND + branch_ND).to(residual_ND.dtype)
     x_ND = _wide(residual_ND)
     y_ND = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * _wide(weight_D)
     return residual_ND, y_ND.to(dtype)
+
+
+def _tiles(D):
+    """Columns of a tile, which holds a whole row, and warps: 16 columns a thread."""
+    BLOCK_D = triton.next_power_of_2(max(D, 32))
+    return BLOCK_D, min(max(BLOCK_D // 512, 1), 16)
+
+
+def _group_rows(N):
+    """Rows whose weight gradients one program adds up: about four programs for each of a large GPU's processors.
+
+    At least four rows, so that few partial sums have to be written.
+    """
+    return max(triton.cdiv(N, 512), 4)
+
+
+@triton.jit
+def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr, D, eps,
+                             ADD: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    x = tl.load(residual_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        branch = tl.load(branch_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+        total = (x + branch).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * D + columns, total, mask=inside)
+        x = total.to(tl.float32)  # the norm is that of the rounded sum, which backward reads
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x) / D + eps)
+    tl.store(rstd_ptr + row, rstd)
+    tl.store(y_ptr + row * D + columns, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, grad_y_ptr, grad_residual_ptr,
+                             grad_branch_ptr, partial_ptr, N, D, group_rows, GRAD_TOTAL: tl.constexpr,
+                             GRAD_BRANCH: tl.constexpr, GRAD_WEIGHT: tl.constexpr, BLOCK_D: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if GRAD_WEIGHT:
+        grad_weight = tl.zeros([BLOCK_D], tl.float32)
+    first = group * group_rows
+    for row in range(first, tl.minimum(first + group_rows, N)):
+        unit = tl.load(total_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
+        if GRAD_TOTAL:  # under way while the row's mean is formed
+            grad_total = tl.load(grad_total_ptr + row * D + columns, mask=inside, other=0.0)
+        rstd = tl.load(rstd_ptr + row)
+        unit *= rstd
+        if GRAD_WEIGHT:
+            grad_weight += grad_y * unit
+        grad = grad_y * weight
+        grad = rstd * (grad - unit * (tl.sum(grad * unit) / D))
+        if GRAD_TOTAL:
+            grad += grad_total.to(tl.float32)
+        tl.store(grad_residual_ptr + row * D + columns, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+        if GRAD_BRANCH:
+            tl.store(grad_branch_ptr + row * D + columns, grad.to(grad_branch_ptr.dtype.element_ty), mask=inside)
+    if GRAD_WEIGHT:
+        tl.store(partial_ptr + group * D + columns, grad_weight, mask=inside)
+
+
+def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
+    """Sum, normalised sum and reciprocal of the root mean square, [N] fp32, by the kernel."""
+    N, D = residual_ND.shape
+    residual_ND = residual_ND.contiguous()
+    add = branch_ND is not None
+    total_ND = torch.empty_like(residual_ND) if add else residual_ND
+    y_ND = residual_ND.new_empty(N, D, dtype=dtype)
+    rstd_N = residual_ND.new_empty(N, dtype=torch.float32)
+    BLOCK_D, num_warps = _tiles(D)
+    _add_rms_norm_fwd_kernel[(N,)](
+        residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, y_ND, rstd_N, D,
+        eps, add, BLOCK_D, num_warps=num_warps)
+    return total_ND, y_ND, rstd_N
+
+
+def _backward(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
+    """Gradients of residual, branch and weight by the kernel; None where none is due."""
+    N, D = total_ND.shape
+    total_ND = total_ND.contiguous()
+    grad_ND = torch.empty_like(total_ND)
+    apart = branch_dtype is not None and branch_dtype != total_ND.dtype
+    grad_branch_ND = torch.empty_like(total_ND, dtype=branch_dtype) if apart else grad_ND
+    group_rows = _group_rows(N) if trained else 1
+    groups = triton.cdiv(N, group_rows)
+    partial_GD = total_ND.new_empty(groups, D, dtype=torch.float32) if trained else grad_ND
+    BLOCK_D, num_warps = _tiles(D)
+    _add_rms_norm_bwd_kernel[(groups,)](
+        total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
+        grad_y_ND.contiguous(), grad_ND, grad_branch_ND, partial_GD, N, D, group_rows, grad_total_ND is not None, apart,
+        trained, BLOCK_D, num_warps=num_warps)
+    return (grad_ND, None if branch_dtype is None else grad_branch_ND,
+            partial_GD.sum(0).to(weight_D.dtype) if trained else None)
 
 
 class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due."""
 
     @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype):
-        total_ND = residual_ND if branch_ND is None else residual_ND + branch_ND
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, triton_kernel):
+        ctx.triton_kernel = triton_kernel
+        ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
+        ctx.set_materialize_grads(False)
+        if triton_kernel:
+            total_ND, y_ND, rstd_N = _forward(residual_ND, branch_ND, weight_D, eps, dtype)
+            ctx.save_for_backward(total_ND, rstd_N, weight_D)
+            return total_ND, y_ND
+        total_ND = residual_ND if branch_ND is None else (residual_ND + branch_ND).to(residual_ND.dtype)
         x_ND = _wide(total_ND)
         rstd_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
         y_ND = (x_ND * rstd_N1 * _wide(weight_D)).to(dtype)
         ctx.save_for_backward(total_ND, rstd_N1, weight_D)
-        ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
-        ctx.set_materialize_grads(False)
         return total_ND, y_ND
 
     @staticmethod
@@ -43,6 +149,9 @@ class _AddRMSNorm(torch.autograd.Function):
         grad_weight_D = None
         if grad_y_ND is None:
             grad_ND = grad_total_ND
+        elif ctx.triton_kernel:
+            return *_backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype,
+                              ctx.needs_input_grad[2]), None, None, None
         else:
             grad_y_ND = _wide(grad_y_ND)
             unit_ND = _wide(total_ND) * rstd_N1
@@ -53,9 +162,9 @@ class _AddRMSNorm(torch.autograd.Function):
             if grad_total_ND is not None:
                 grad_ND += grad_total_ND
         if grad_ND is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         grad_branch_ND = None if ctx.branch_dtype is None else grad_ND.to(ctx.branch_dtype)
-        return grad_ND.to(total_ND.dtype), grad_branch_ND, grad_weight_D, None, None
+        return grad_ND.to(total_ND.dtype), grad_branch_ND, grad_weight_D, None, None, None
 
 
 def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
@@ -63,23 +172,28 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
     """Add a branch to the residual stream and normalise the sum (RMSNorm, arXiv:1910.07467).
 
     Args:
-        residual_ND: residual stream, fp32, bf16 or fp16.
+        residual_ND: [N, D] residual stream, fp32, bf16 or fp16.
         branch_ND: what a block adds to it, in any of these dtypes; None adds nothing.
-        weight_D: gain, in any dtype. Its gradient is computed only if it requires one.
+        weight_D: gain, in any of these dtypes. Its gradient is computed only if it requires one.
         eps: added to the mean square.
         dtype: of the normalised rows.
-        impl: "auto" or "reference": plain torch.
+        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
 
     Returns:
         (sum in the residual's dtype, normalised sum in `dtype`). Sums of squares and products are fp32, rounded once.
-        Saved for backward: the sum, and [N] fp32. Repeatable.
+        Saved for backward: the sum, and [N] fp32. Repeatable: the weight's gradient is the sum of one partial sum for
+        every group of rows, in a fixed order.
 
     Raises:
-        ValueError: `impl` is not available here.
+        ValueError: shapes do not fit, `impl` is unknown, or "triton" where its kernel cannot run.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"add_rms_norm has no implementation {impl!r} here; use 'auto' or 'reference'")
-    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype)
+    tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
+    N, D = residual_ND.shape
+    if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
+        raise ValueError("add_rms_norm: residual and branch must be [N, D], the weight [D], found "
+                         f"{[list(x.shape) for x in tensors]}")
+    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype,
+                             use_triton(impl, *tensors, name="add_rms_norm"))
 
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference"]

@@ -3,10 +3,18 @@
 Dimensions: T frames, H×W decoded pixels, N tower pixels per side, p pixels per patch side, G = N // p patches per
 side, P = G² patches, K = 3·p·p values per patch.
 
+F frames of one work item of the kernel.
+
 The pixels are those of PG-Video-LLaVA's feature script (nearest resize, then CLIPImageProcessor), bit for bit.
 """
 
+import functools
+
 import torch
+import triton
+import triton.language as tl
+
+from .dispatch import use_triton
 
 
 def _nearest_indices(length, size, device):
@@ -28,6 +36,9 @@ def _pixel_table(mean, std, dtype, device):
 
 def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.float16):
     """Plain torch on any device: see `frame_patchify`. Frame by frame, so that a frame stays in cache."""
+    if not isinstance(frames, torch.Tensor):
+        return torch.cat([frame_patchify_reference(clip, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
+                          for clip in frames])
     T, H, W, _ = frames.shape
     grid = size // patch
     rows = _nearest_indices(H, size, frames.device)[:grid * patch, None]
@@ -43,6 +54,108 @@ def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.floa
     return out_TPK
 
 
+@functools.lru_cache(maxsize=8)
+def _device_table(mean, std, dtype, device):
+    """`_pixel_table`, kept: copying it to a GPU waits for the GPU."""
+    return _pixel_table(mean, std, dtype, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _affine(mean, std, dtype):
+    """Scale and offset of each channel whose v·scale + offset in float32, rounded to `dtype`, is the table; else None.
+
+    Tried on all 768 entries, with the product rounded and unrounded before the sum, since a compiler may fuse them.
+    """
+    value = torch.arange(256, dtype=torch.float64)
+    mean64, std64 = (torch.tensor(v, dtype=torch.float32).double()[:, None] for v in (mean, std))
+    scale, offset = (1 / (255 * std64)).float(), (-mean64 / std64).float()
+    fused = (value * scale.double() + offset.double()).float()
+    rounded = value.float() * scale + offset
+    table = _pixel_table(mean, std, dtype, "cpu").view(3, 256)
+    if torch.equal(fused.to(dtype), table) and torch.equal(rounded.to(dtype), table):
+        return *scale.flatten().tolist(), *offset.flatten().tolist()
+    return None
+
+
+def _tiles(values, frames):
+    """Output values of a block, in lines of adjacent pixels, and frames that share their arithmetic on addresses."""
+    return min(1024, triton.next_power_of_2(values)), max(1, min(8, frames))
+
+
+def _work(clips, frames):
+    """[items, 9] int64: address, frame, row, column and channel strides, H, W, first frame of the result, F."""
+    items, done = [], 0
+    for clip in clips:
+        for first in range(0, len(clip), frames):
+            part = clip[first:first + frames]
+            items.append((part.data_ptr(), *part.stride(), *part.shape[1:3], done, len(part)))
+            done += len(part)
+    work = torch.tensor(items, dtype=torch.int64)
+    device = clips[0].device
+    # From pinned memory the copy does not wait for the GPU.
+    return work.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else work
+
+
+@triton.jit
+def _source(position, length, N: tl.constexpr):
+    """Nearest source pixel, as ``interpolate`` computes it in float32."""
+    scale = tl.div_rn(length.to(tl.float32), N * 1.0)
+    return tl.minimum(tl.floor(position.to(tl.float32) * scale).to(tl.int32), length - 1)
+
+
+@triton.jit
+def _frame_patchify_fwd_kernel(
+        work_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
+        N: tl.constexpr, p: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """A block of output values of each frame of one work item; addresses within a frame are computed once."""
+    G: tl.constexpr = N // p
+    K: tl.constexpr = 3 * p * p
+    VALUES: tl.constexpr = G * G * K
+    work_ptr += tl.program_id(1).to(tl.int64) * 9
+    frame_ptr = tl.load(work_ptr).to(tl.pointer_type(tl.uint8))
+    stride_t, stride_h = tl.load(work_ptr + 1), tl.load(work_ptr + 2).to(OFFSETS)
+    stride_w, stride_c = tl.load(work_ptr + 3).to(OFFSETS), tl.load(work_ptr + 4).to(OFFSETS)
+    H, W = tl.load(work_ptr + 5).to(tl.int32), tl.load(work_ptr + 6).to(tl.int32)
+    first, count = tl.load(work_ptr + 7), tl.load(work_ptr + 8)
+    start = tl.program_id(0) * BLOCK
+    # Loads lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
+    value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    mask = value < VALUES
+    cell, k = value // K, value % K
+    channel, pixel = k // (p * p), k % (p * p)
+    row = _source((cell // G) * p + pixel // p, H, N)
+    column = _source((cell % G) * p + pixel % p, W, N)
+    source = row * stride_h + column * stride_w + channel * stride_c
+    if AFFINE:
+        scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
+        offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
+    flat = start + tl.arange(0, BLOCK)
+    for f in range(0, count):
+        byte = tl.load(frame_ptr + f * stride_t + source, mask=mask, other=0)
+        if AFFINE:
+            out = (byte.to(tl.float32) * scale + offset).to(out_ptr.dtype.element_ty)
+        else:
+            out = tl.load(table_ptr + channel * 256 + byte.to(tl.int32), mask=mask, other=0.0)
+        tl.store(out_ptr + (first + f) * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
+
+
+def _patchify(clips, size, patch, mean, std, dtype):
+    """Launch the kernel on a list of clips."""
+    device, total, grid = clips[0].device, sum(map(len, clips)), size // patch
+    out_TPK = torch.empty(total, grid * grid, 3 * patch * patch, dtype=dtype, device=device)
+    if total:
+        values = out_TPK[0].numel()
+        block, frames = _tiles(values, max(map(len, clips)))
+        work = _work(clips, frames)
+        affine = _affine(mean, std, dtype)
+        table = out_TPK if affine else _device_table(mean, std, dtype, device)  # the affine kernel reads none
+        reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:])) for clip in clips)
+        _frame_patchify_fwd_kernel[(triton.cdiv(values, block), len(work))](
+            work, table, out_TPK, *(affine or (0.0,) * 6), N=size, p=patch, AFFINE=affine is not None,
+            OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block, LINE=min(block, 128), num_warps=4)
+    return out_TPK
+
+
 def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl="auto"):
     """Frames resized to the tower's size, normalised, cut into patches.
 
@@ -51,7 +164,8 @@ def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl=
     the convolution leaves them. No gradient: frames are bytes.
 
     Args:
-        frames: [T, H, W, 3] uint8 RGB, any H, W and strides.
+        frames: [T, H, W, 3] uint8 RGB, any H, W and strides; or a list of such clips, sizes differing, on one device,
+            which take one launch together: the result holds their frames one after another.
         size: N, pixels per side that the tower takes; nearest neighbour, aspect ratio not kept.
         patch: p, pixels per side of a patch.
         mean, std: per channel, of pixel values in [0, 1].
@@ -63,17 +177,18 @@ def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl=
 
     Raises:
         ValueError: a shape, size or `impl` that does not fit.
-        NotImplementedError: ``impl="triton"``.
     """
-    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[3] != 3 or 0 in frames.shape[1:3]:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], found {frames.dtype} {list(frames.shape)}")
+    clips = [frames] if isinstance(frames, torch.Tensor) else list(frames)
+    if not clips:
+        raise ValueError("frames must hold at least one clip")
+    for clip in clips:
+        if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[3] != 3 or 0 in clip.shape[1:3]:
+            raise ValueError(f"frames must be uint8 [T, H, W, 3], found {clip.dtype} {list(clip.shape)}")
     if not 1 <= patch <= size:
         raise ValueError(f"a patch of {patch} pixels does not fit into a picture of {size}")
-    if impl == "triton":
-        raise NotImplementedError("frame_patchify has no Triton kernel yet; use impl='auto'")
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"impl must be 'auto', 'reference' or 'triton', found {impl!r}")
-    return frame_patchify_reference(frames, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
+    if not use_triton(impl, *clips, name="frame_patchify"):
+        return frame_patchify_reference(frames, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
+    return _patchify(clips, size, patch, tuple(mean), tuple(std), dtype)
 
 
 __all__ = ["frame_patchify", "frame_patchify_reference"]

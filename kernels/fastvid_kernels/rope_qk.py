@@ -1,11 +1,16 @@
 """Rotary position embedding of queries and keys where they lie: in the packed rows of the fused QKV projection.
 
-Dimensions: N rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads, d channels per head, h = d / 2.
+Dimensions: N rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads, A = H + 2K heads of a
+row, d channels per head, h = d / 2.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .dispatch import use_triton
 
 
 def _wide(x):
@@ -39,18 +44,89 @@ def _rotate_(qkv_NE, cos_N1h, sin_N1h, num_heads, num_kv_heads):
     rows_NAd[..., :half], rows_NAd[..., half:] = rotated
 
 
+def _tiles(heads, half):
+    """Heads and columns of a program's tile, programs per row, warps: 16 pairs of channels a thread."""
+    BLOCK_h = triton.next_power_of_2(half)
+    BLOCK_A = min(triton.next_power_of_2(heads), max(1024 // BLOCK_h, 1))
+    return BLOCK_A, BLOCK_h, triton.cdiv(heads, BLOCK_A), min(max(BLOCK_A * BLOCK_h // 512, 1), 8)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine within 2 units in the last place of 1, for angles up to 200,000.
+
+    The hardware's approximations lose the angle from a few hundred on. Here whole quarter turns are taken off first:
+    pi/2 in four parts, of which three have 7 bits, so that their multiples by up to 2**17 quarter turns are exact. What
+    remains, within pi/4 of 0, goes into the polynomials of the Cephes library.
+    """
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = angle - turns * 1.5625
+    r -= turns * 0.0081787109375
+    r -= turns * 0.00011730194091796875
+    r -= turns * 3.1391647326017846e-07
+    r2 = r * r
+    sin = r + r * r2 * (-1.6666654611e-1 + r2 * (8.3321608736e-3 + r2 * -1.9515295891e-4))
+    cos = 1 - 0.5 * r2 + r2 * r2 * (4.166664568298827e-2 + r2 * (-1.388731625493765e-3 + r2 * 2.443315711809948e-5))
+    quarter = turns.to(tl.int32) & 3
+    swapped = (quarter & 1) != 0
+    cos, sin = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
+    return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+
+
+@triton.jit
+def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, rotated_heads, written_heads, half,
+                    blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+    """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    heads = program % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
+    channels = tl.arange(0, BLOCK_h)
+    inside = (heads < written_heads)[:, None] & (channels < half)[None, :]
+    offsets = row * row_heads * 2 * half + heads[:, None] * 2 * half + channels[None, :]
+    first = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
+    second = tl.load(x_ptr + offsets + half, mask=inside).to(tl.float32)
+
+    inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
+    cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
+    cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
+    if INVERSE:
+        sin = -sin
+    turned = (heads < rotated_heads)[:, None]
+    rotated_first = tl.where(turned, first * cos - second * sin, first)
+    rotated_second = tl.where(turned, second * cos + first * sin, second)
+    tl.store(out_ptr + offsets, rotated_first.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offsets + half, rotated_second.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
+    """Rotate `qkv_NE` into `out_NE`, contiguous both; where they are one tensor, the values are not touched."""
+    rotated, half = num_heads + num_kv_heads, inv_freq_h.shape[0]
+    row_heads = rotated + num_kv_heads
+    written = rotated if out_NE is qkv_NE else row_heads
+    BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
+    _rope_qk_kernel[(qkv_NE.shape[0] * blocks,)](
+        qkv_NE, out_NE, positions_N.contiguous(), inv_freq_h.contiguous(), scale, row_heads, rotated, written, half,
+        blocks, inverse, BLOCK_A, BLOCK_h, num_warps=num_warps)
+
+
 class _RopeQK(torch.autograd.Function):
     """Saves positions and frequencies; backward rotates the other way."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace):
-        if inplace:
-            ctx.mark_dirty(qkv_NE)
-        else:
-            qkv_NE = qkv_NE.clone(memory_format=torch.contiguous_format)
-        _rotate_(qkv_NE, *_angles(positions_N, inv_freq_h, scale), num_heads, num_kv_heads)
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, triton_kernel):
         ctx.save_for_backward(positions_N, inv_freq_h)
         ctx.settings = num_heads, num_kv_heads, scale
+        ctx.triton_kernel = triton_kernel
+        if inplace:
+            ctx.mark_dirty(qkv_NE)
+        if triton_kernel:
+            qkv_NE = qkv_NE if inplace else qkv_NE.contiguous()
+            out_NE = qkv_NE if inplace else torch.empty_like(qkv_NE)
+            _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, *ctx.settings, False)
+            return out_NE
+        if not inplace:
+            qkv_NE = qkv_NE.clone(memory_format=torch.contiguous_format)
+        _rotate_(qkv_NE, *_angles(positions_N, inv_freq_h, scale), num_heads, num_kv_heads)
         return qkv_NE
 
     @staticmethod
@@ -58,10 +134,16 @@ class _RopeQK(torch.autograd.Function):
     def backward(ctx, grad_NE):
         positions_N, inv_freq_h = ctx.saved_tensors
         num_heads, num_kv_heads, scale = ctx.settings
-        cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
-        grad_NE = grad_NE.clone(memory_format=torch.contiguous_format)
-        _rotate_(grad_NE, cos_N1h, -sin_N1h, num_heads, num_kv_heads)
-        return grad_NE, None, None, None, None, None, None
+        if ctx.triton_kernel:
+            # Not in place: autograd may hand the same gradient to others.
+            grad_NE = grad_NE.contiguous()
+            grad_qkv_NE = torch.empty_like(grad_NE)
+            _rotate_by_kernel(grad_NE, grad_qkv_NE, positions_N, inv_freq_h, *ctx.settings, True)
+        else:
+            cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
+            grad_qkv_NE = grad_NE.clone(memory_format=torch.contiguous_format)
+            _rotate_(grad_qkv_NE, cos_N1h, -sin_N1h, num_heads, num_kv_heads)
+        return grad_qkv_NE, None, None, None, None, None, None, None
 
 
 def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int,
@@ -71,22 +153,27 @@ def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: 
     Args:
         qkv_NE: [N, (H+2K)·d] queries, keys, values of each row; fp32, bf16 or fp16. Contiguous if `inplace`.
         positions_N: [N] int32 or int64.
-        inv_freq_h: [d/2] fp32, radians per position.
+        inv_freq_h: [d/2] fp32, radians per position. Angles, their product rounded to fp32, are at most 200,000.
         num_heads, num_kv_heads: H, K.
         scale: factor on cosine and sine (YaRN's attention factor).
         inplace: write into `qkv_NE`, which must be nobody's saved tensor (a frozen linear's output is not).
-        impl: "auto" or "reference": plain torch.
+        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
 
     Returns:
         [N, (H+2K)·d] with queries and keys rotated, values as they were; computed in fp32, rounded once.
         Saved for backward: positions and frequencies. Repeatable.
 
     Raises:
-        ValueError: `impl` is not available here.
+        ValueError: shapes do not fit, strides do not allow `inplace`, `impl` is unknown, or "triton" where its kernel cannot run.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"rope_qk has no implementation {impl!r} here; use 'auto' or 'reference'")
-    return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace)
+    N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
+    if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
+        raise ValueError(f"rope_qk: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+                         f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
+    if inplace and not qkv_NE.is_contiguous():
+        raise ValueError(f"rope_qk: in place needs contiguous rows, found strides {qkv_NE.stride()}")
+    triton_kernel = use_triton(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk")
+    return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, triton_kernel)
 
 
 __all__ = ["rope_qk", "rope_qk_reference"]

@@ -4,9 +4,13 @@ Dimensions: N rows, F channels of the feed-forward block.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from .dispatch import use_triton
 
 
 def _wide(x):
@@ -20,28 +24,79 @@ def swiglu_reference(gate_up_NF):
     return (functional.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)
 
 
+def _tiles(N, F):
+    """Columns of a program, programs per row, grid: 8 columns a thread, one 16-byte load of each 16-bit operand."""
+    BLOCK_F = min(triton.next_power_of_2(max(F, 1)), 1024)
+    blocks = triton.cdiv(F, BLOCK_F)
+    return BLOCK_F, blocks, (N * blocks,)
+
+
+@triton.jit
+def _swiglu_fwd_kernel(gate_up_ptr, out_ptr, F, blocks, BLOCK_F: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    columns = program % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F
+    gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + F + columns, mask=inside).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * F + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, blocks, BLOCK_F: tl.constexpr):
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    columns = program % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F
+    gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + F + columns, mask=inside).to(tl.float32)
+    grad = tl.load(grad_ptr + row * F + columns, mask=inside).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    grad_gate_ptr = grad_gate_up_ptr + row * 2 * F
+    tl.store(grad_gate_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_ptr + F + columns, (grad * silu).to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves its input and nothing else."""
 
     @staticmethod
-    def forward(ctx, gate_up_NF):
+    def forward(ctx, gate_up_NF, triton_kernel):
         ctx.save_for_backward(gate_up_NF)
-        return swiglu_reference(gate_up_NF)
+        ctx.triton_kernel = triton_kernel
+        if not triton_kernel:
+            return swiglu_reference(gate_up_NF)
+        N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+        out_NF = gate_up_NF.new_empty(N, F)
+        BLOCK_F, blocks, grid = _tiles(N, F)
+        _swiglu_fwd_kernel[grid](gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
+        return out_NF
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NF):
         (gate_up_NF,) = ctx.saved_tensors
+        grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
+        if ctx.triton_kernel:
+            N, F = grad_NF.shape
+            BLOCK_F, blocks, grid = _tiles(N, F)
+            _swiglu_bwd_kernel[grid](gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F,
+                                     num_warps=4)
+            return grad_gate_up_NF, None
         gate_NF, up_NF = _wide(gate_up_NF).chunk(2, dim=-1)
         grad_NF = _wide(grad_NF)
         sigmoid_NF = torch.sigmoid(gate_NF)
         silu_NF = gate_NF * sigmoid_NF
         grad_gate_NF = grad_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
-        grad_gate_up_NF = torch.empty_like(gate_up_NF)
         half = gate_NF.shape[-1]
         grad_gate_up_NF[..., :half] = grad_gate_NF
         grad_gate_up_NF[..., half:] = grad_NF * silu_NF
-        return grad_gate_up_NF
+        return grad_gate_up_NF, None
 
 
 def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
@@ -49,17 +104,18 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
 
     Args:
         gate_up_NF: [N, 2F], gate in the first half of the columns, up in the second; fp32, bf16 or fp16.
-        impl: "auto" or "reference": plain torch.
+            Copied if not contiguous.
+        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
 
     Returns:
         [N, F] in the input's dtype; computed in fp32, rounded once. Saved for backward: the input. Repeatable.
 
     Raises:
-        ValueError: `impl` is not available here.
+        ValueError: the shape does not fit, `impl` is unknown, or "triton" where its kernel cannot run.
     """
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"swiglu has no implementation {impl!r} here; use 'auto' or 'reference'")
-    return _SwiGLU.apply(gate_up_NF)
+    if gate_up_NF.dim() != 2 or gate_up_NF.shape[1] % 2:
+        raise ValueError(f"swiglu: gate_up must be [N, 2F], found {list(gate_up_NF.shape)}")
+    return _SwiGLU.apply(gate_up_NF, use_triton(impl, gate_up_NF, name="swiglu"))
 
 
 __all__ = ["swiglu", "swiglu_reference"]

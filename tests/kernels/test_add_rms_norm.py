@@ -1,96 +1,161 @@
-"""add_rms_norm: values and gradients against its reference, what it saves."""
+"""add_rms_norm: values and gradients against fp64, what it saves."""
 
 import pytest
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from harness import DEVICE, assert_close_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-DTYPES = {  # residual, branch and output, weight
-    "fp32": (torch.float32, torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    "bf16, fp32 weight": (torch.bfloat16, torch.bfloat16, torch.float32),
-    "fp32 residual": (torch.float32, torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16, torch.float16),
+pytestmark = pytest.mark.usefixtures("poisoned")
+IMPLS = ["triton", "reference"]
+CASES = {  # residual, branch, weight, output
+    "fp32": (torch.float32,) * 4,
+    "bf16": (torch.bfloat16,) * 4,
+    "bf16, fp32 weight": (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    "fp32 residual": (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp32 branch": (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32),
+    "fp16": (torch.float16,) * 4,
 }
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def inputs(rows, channels, residual, branch, weight, *, add=True, trained=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, channels, generator=generator).to(residual).requires_grad_()
-    b = torch.randn(rows, channels, generator=generator).to(branch).requires_grad_() if add else None
-    w = (1 + torch.randn(channels, generator=generator) / 10).to(weight).requires_grad_(trained)
+    x = torch.randn(rows, channels, generator=generator).to(DEVICE, residual).requires_grad_()
+    b = torch.randn(rows, channels, generator=generator).to(DEVICE, branch).requires_grad_() if add else None
+    w = (1 + torch.randn(channels, generator=generator) / 10).to(DEVICE, weight).requires_grad_(trained)
     return x, b, w
 
 
-def run(function, x, b, w, dtype, seed=1):
-    total, y = function(x, b, w, 1e-5, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (total, y)]
+def implementation(impl):
+    return lambda *args: add_rms_norm(*args, impl=impl)
+
+
+def run(function, x, b, w, dtype, grads, eps=1e-5):
+    outputs = function(x, b, w, eps, dtype)
     sources = [t for t in (x, b, w) if t is not None and t.requires_grad]
-    return total, y, *torch.autograd.grad((total, y), sources, grads)
+    return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, sources, grads)
 
 
-def assert_near(found, expected, tolerance):
-    assert found.dtype == expected.dtype and found.shape == expected.shape
-    if found.numel():
-        error = (found.double() - expected.double()).abs().max()
-        assert error <= tolerance * expected.double().abs().max(), f"{error}"
+def gradients(shape, residual, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE, kind) for kind in (residual, dtype))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (64, 128)])
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize("trained", [True, False])
-def test_equals_reference(dtypes, shape, add, trained):
-    residual, branch, weight = DTYPES[dtypes]
-    case = inputs(*shape, residual, branch, weight, add=add, trained=trained)
-    found, expected = (run(f, *case, branch) for f in (add_rms_norm, add_rms_norm_reference))
-    assert len(found) == len(expected) == 3 + add + trained
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    for ours, theirs in zip(found, expected):
-        assert_near(ours, theirs, TOLERANCE[theirs.dtype])
+def check(case, dtype, impl, seed=1):
+    x, _, w = case
+    grads = gradients(x.shape, x.dtype, dtype, seed)
+    found = run(implementation(impl), *case, dtype, grads)
+    eager = run(add_rms_norm_reference, *case, dtype, grads)
+    # The sum is rounded to the residual's dtype; the norm and all gradients are those of the rounded sum.
+    assert torch.equal(found[0], eager[0])
+    total = found[0].double().requires_grad_()
+    exact_w = w.detach().double().requires_grad_(w.requires_grad)
+    _, y, grad, *grad_w = run(add_rms_norm_reference, total, None, exact_w, torch.float64, [g.double() for g in grads])
+    exact = [y, *[grad] * (1 if case[1] is None else 2), *grad_w]
+    assert len(found) == len(eager) == 1 + len(exact)
+    for values in zip(found[1:], exact, eager[1:]):
+        assert_close_as_eager(*values)
 
 
-def test_is_torchs_rms_norm_of_the_sum():
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtypes", CASES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100)])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_equals_reference(impl, dtypes, shape, add, trained):
+    *kinds, dtype = CASES[dtypes]
+    check(inputs(*shape, *kinds, add=add, trained=trained), dtype, impl)
+
+
+@given(rows=st.integers(0, 5), channels=st.integers(1, 700), dtypes=st.sampled_from(list(CASES)), add=st.booleans(),
+       trained=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape(rows, channels, dtypes, add, trained, seed):
+    *kinds, dtype = CASES[dtypes]
+    check(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, "triton", seed)
+
+
+def test_weight_gradient_over_groups_of_rows():
+    """Each program adds up four rows, the last only one."""
+    check(inputs(13, 5, *[torch.float32] * 3), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_is_torchs_rms_norm_of_the_sum(impl):
     """On rows so small that eps decides."""
     x, b, w = (t.detach() for t in inputs(4, 6, *[torch.float32] * 3))
-    total, y = add_rms_norm(x / 300, b / 300, w, 1e-5, torch.float32)
+    total, y = add_rms_norm(x / 300, b / 300, w, 1e-5, torch.float32, impl=impl)
     assert torch.equal(total, x / 300 + b / 300)
-    assert_near(y, torch.nn.functional.rms_norm(total, (6,), w, 1e-5), 1e-6)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(total, (6,), w, 1e-5), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [add_rms_norm, add_rms_norm_reference])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs_and_gradients(impl):
+    x, b, w = (t.detach() for t in inputs(4, 6, *[torch.float32] * 3))
+    plain = [t.clone().requires_grad_() for t in (x, b, w)]
+    strided = [t.requires_grad_() for t in (x.T.contiguous().T, torch.nn.functional.pad(b, (1, 2))[:, 1:-2],
+                                            w.repeat_interleave(2)[::2])]
+    grads = [g[:1].expand(4, 6) for g in gradients((4, 6), torch.float32, torch.float32)]
+    found = run(implementation(impl), *strided, torch.float32, grads)
+    expected = run(implementation(impl), *plain, torch.float32, [g.contiguous() for g in grads])
+    for pair in zip(found, expected):
+        torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [implementation("reference"), add_rms_norm_reference])
 def test_gradient_numerically(function):
     x, b, w = inputs(3, 5, *[torch.float64] * 3)
     assert torch.autograd.gradcheck(lambda x, b, w: function(x, b, w, 1e-5, torch.float64), (x, b, w))
 
 
-def test_only_one_output_used():
-    x, b, w = inputs(4, 6, *[torch.float64] * 3)
-    for pick in (0, 1):
-        found, expected = (torch.autograd.grad(f(x, b, w, 1e-5, torch.float64)[pick].square().sum(), (x, b))
-                           for f in (add_rms_norm, add_rms_norm_reference))
-        for ours, theirs in zip(found, expected):
-            assert_near(ours, theirs, 1e-12)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("pick", [0, 1], ids=["sum", "norm"])
+def test_only_one_output_used(impl, pick):
+    x, b, w = inputs(4, 6, *[torch.float32] * 3)
+    found, expected = (torch.autograd.grad(f(x, b, w, 1e-5, torch.float32)[pick].square().sum(), (x, b))
+                       for f in (implementation(impl), add_rms_norm_reference))
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_saves_the_sum_and_a_number_per_row():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saves_the_sum_and_a_number_per_row(impl):
     x, b, w = inputs(16, 32, torch.bfloat16, torch.bfloat16, torch.bfloat16, trained=False)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        total, _ = add_rms_norm(x, b, w, 1e-5, torch.bfloat16)
+        total, _ = add_rms_norm(x, b, w, 1e-5, torch.bfloat16, impl=impl)
     new = [t for t in saved if t.data_ptr() not in (x.data_ptr(), b.data_ptr(), w.data_ptr())]
     assert sorted(t.nbytes for t in new) == [16 * 4, total.nbytes]
 
 
-def test_inputs_are_left_alone():
-    x, b, w = inputs(4, 6, *[torch.float32] * 3)
-    before = [t.detach().clone() for t in (x, b, w)]
-    run(add_rms_norm, x, b, w, torch.float32)
-    assert all(torch.equal(t, copy) for t, copy in zip((x, b, w), before))
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtypes", ["bf16", "fp32 residual"])
+def test_same_bits_again_and_inputs_left_alone(impl, dtypes):
+    *kinds, dtype = CASES[dtypes]
+    case = inputs(30, 70, *kinds)
+    grads = gradients((30, 70), kinds[0], dtype)
+    before = [t.detach().clone() for t in (*case, *grads)]
+    first, second = (run(implementation(impl), *case, dtype, grads) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second))
+    assert all(torch.equal(t, copy) for t, copy in zip((*case, *grads), before))
+
+
+def test_auto_is_triton_on_cuda_only():
+    case = inputs(3, 50, *[torch.float32] * 3)
+    grads = gradients((3, 50), torch.float32, torch.float32)
+    found, expected = (run(implementation(impl), *case, torch.float32, grads)
+                       for impl in ("auto", "triton" if DEVICE == "cuda" else "reference"))
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
 
 
 def test_unknown_implementation_is_refused():
-    x, b, w = inputs(4, 6, *[torch.float32] * 3)
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        add_rms_norm(x, b, w, 1e-5, torch.float32, impl="triton")
+    with pytest.raises(ValueError, match="add_rms_norm: impl .* 'fast'"):
+        add_rms_norm(*inputs(4, 6, *[torch.float32] * 3), 1e-5, torch.float32, impl="fast")
+
+
+@pytest.mark.parametrize("shapes", [((4, 6), (6,), (6,)), ((4, 6), (4, 6), (5,)), ((4, 6), (3, 6), (6,))], ids=str)
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="add_rms_norm: .*\\[4, 6\\]"):
+        add_rms_norm(*map(torch.randn, shapes), 1e-5, torch.float32)

@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 import torch
 from fastvid_kernels import frame_patchify
+from fastvid_kernels.frame_patchify import _affine
+from harness import DEVICE, DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import conv2d, interpolate
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+each_impl = pytest.mark.parametrize("impl", ["reference", "triton"])
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+# No scale and offset give these values: the kernel must look them up.
+ODD = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 1e-3, 7e4)}
+
+
+def _frames(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def _pixels(rows_TPK, size, patch):
@@ -26,36 +40,72 @@ def _direct(frames, size, mean, std):
     return (small - mean) / std
 
 
-@pytest.mark.parametrize("height, width, size, patch", [
-    (48, 64, 32, 16), (93, 98, 336, 14), (336, 336, 336, 14), (1, 1, 28, 14), (240, 320, 224, 14), (61, 35, 30, 7)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_bit_identical_to_the_chain(height, width, size, patch, dtype):
-    frames = torch.randint(0, 256, (3, height, width, 3), dtype=torch.uint8)
-    rows = frame_patchify(frames, size=size, patch=patch, dtype=dtype, **CLIP)
+def _assert_as_the_chain(frames, size, patch, dtype, impl, options=CLIP):
+    rows = frame_patchify(frames, size=size, patch=patch, dtype=dtype, impl=impl, **options)
     whole = size // patch * patch
-    assert rows.dtype == dtype and rows.shape == (3, (size // patch) ** 2, 3 * patch * patch)
-    assert torch.equal(_pixels(rows, size, patch), _direct(frames, size, **CLIP)[:, :, :whole, :whole].to(dtype))
+    assert rows.dtype == dtype and rows.shape == (len(frames), (size // patch) ** 2, 3 * patch * patch)
+    expected = _direct(frames.cpu(), size, **options)[:, :, :whole, :whole].to(dtype)
+    assert torch.equal(_pixels(rows.cpu(), size, patch), expected)
 
 
-def test_the_convolution_becomes_a_product():
-    frames = torch.randint(0, 256, (2, 40, 50, 3), dtype=torch.uint8)
-    rows = frame_patchify(frames, size=30, patch=7, dtype=torch.float32, **CLIP).double()
+@each_impl
+@pytest.mark.parametrize("height, width, size, patch", [
+    (48, 64, 32, 16), (1, 1, 28, 14), (240, 320, 56, 14), (61, 35, 30, 7), (56, 56, 56, 14), (62, 76, 28, 14)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bit_identical_to_the_chain(impl, height, width, size, patch, dtype):
+    _assert_as_the_chain(_frames(10, height, width, 3), size, patch, dtype, impl)
+
+
+@each_impl
+def test_bit_identical_to_the_chain_at_full_size(impl):
+    """212 pixels to 336 is one of the lengths where integer arithmetic takes another pixel."""
+    _assert_as_the_chain(_frames(1, 212, 98, 3), 336, 14, torch.float16, impl)
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_mean_and_deviation(impl, dtype):
+    _assert_as_the_chain(_frames(2, 40, 50, 3), 28, 14, dtype, impl, ODD)
+
+
+@each_impl
+@given(height=st.integers(1, 99), width=st.integers(1, 99), patch=st.integers(1, 9), extra=st.integers(0, 30),
+       T=st.integers(0, 3), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_size(impl, height, width, patch, extra, T, dtype, seed):
+    _assert_as_the_chain(_frames(T, height, width, 3, seed=seed), patch + extra, patch, dtype, impl)
+
+
+@each_impl
+def test_clips_of_several_sizes(impl):
+    clips = [_frames(10, 30, 40, 3), _frames(0, 5, 6, 3), _frames(1, 77, 20, 3), _frames(3, 20, 77, 3)[:, :, ::2]]
+    rows = frame_patchify(clips, size=28, patch=14, impl=impl, **CLIP)
+    expected = [frame_patchify(clip, size=28, patch=14, impl="reference", **CLIP) for clip in clips]
+    assert torch.equal(rows, torch.cat(expected))
+
+
+@each_impl
+def test_the_convolution_becomes_a_product(impl):
+    frames = _frames(2, 40, 50, 3)
+    rows = frame_patchify(frames, size=30, patch=7, dtype=torch.float32, impl=impl, **CLIP).double().cpu()
     weight = torch.randn(5, 3, 7, 7, dtype=torch.float64)
-    expected = conv2d(_direct(frames, 30, **CLIP).double(), weight, stride=7).flatten(2).transpose(1, 2)
+    expected = conv2d(_direct(frames.cpu(), 30, **CLIP).double(), weight, stride=7).flatten(2).transpose(1, 2)
     assert torch.allclose(rows @ weight.reshape(5, -1).T, expected, rtol=1e-12, atol=1e-12)
 
 
+@each_impl
 @pytest.mark.parametrize("strided", [
-    lambda: torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8).permute(0, 2, 3, 1),
-    lambda: torch.randint(0, 256, (4, 80, 50, 3), dtype=torch.uint8)[::2, ::2].flip(2),
-    lambda: torch.randint(0, 256, (1, 40, 50, 3), dtype=torch.uint8).expand(3, 40, 50, 3),
-    lambda: torch.randint(0, 256, (0, 40, 50, 3), dtype=torch.uint8),
+    lambda: _frames(2, 3, 40, 50).permute(0, 2, 3, 1),
+    lambda: _frames(4, 80, 50, 3)[::2, ::2].flip(2),
+    lambda: _frames(1, 40, 50, 3).expand(3, 40, 50, 3),
+    lambda: _frames(0, 40, 50, 3),
+    lambda: _frames(3, 40, 50, 4)[..., 1:],
 ])
-def test_strides(strided):
+def test_strides(impl, strided):
     frames = strided()
     before = frames.clone()
-    rows = frame_patchify(frames, size=28, patch=14, **CLIP)
-    assert torch.equal(rows, frame_patchify(frames.contiguous(), size=28, patch=14, **CLIP))
+    rows = frame_patchify(frames, size=28, patch=14, impl=impl, **CLIP)
+    assert torch.equal(rows, frame_patchify(frames.contiguous(), size=28, patch=14, impl="reference", **CLIP))
     assert rows.is_contiguous() and len(rows) == len(frames)
     assert torch.equal(frames, before)
 
@@ -73,18 +123,25 @@ def test_refusals(frames, options, message):
         frame_patchify(frames, **{"size": 28, "patch": 14, **CLIP, **options})
 
 
-def test_triton_is_not_silently_replaced():
-    with pytest.raises(NotImplementedError, match="Triton"):
-        frame_patchify(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), size=28, patch=14, impl="triton", **CLIP)
+def test_refuses_no_clips():
+    with pytest.raises(ValueError, match="at least one"):
+        frame_patchify([], size=28, patch=14, **CLIP)
 
 
-def test_pixel_values_of_the_recordings(shared):
+@pytest.mark.parametrize("dtype, holds", [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_scale_and_offset_replace_the_table_where_they_equal_it(dtype, holds):
+    assert (_affine(**CLIP, dtype=dtype) is not None) == holds
+    assert _affine(**ODD, dtype=dtype) is None
+
+
+@each_impl
+def test_pixel_values_of_the_recordings(shared, impl):
     recorded = json.loads((shared / "golden" / "preprocess.json").read_text())
     frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     for dtype, expected in (
             (torch.float32, np.array([[int(v, 16) for v in row] for row in recorded["lut_f32_hex"]], np.uint32)),
             (torch.float16, np.array(recorded["lut_f16"], np.float16).view(np.uint16))):
-        rows = frame_patchify(frames, size=16, patch=16, dtype=dtype, **CLIP)
+        rows = frame_patchify(frames.to(DEVICE), size=16, patch=16, dtype=dtype, impl=impl, **CLIP).cpu()
         assert (rows.view(3, 256).numpy().view(expected.dtype) == expected).all()
 
 
@@ -96,7 +153,7 @@ def test_nearest_maps_of_the_recordings(shared):
         row, column = torch.arange(height)[:, None], torch.arange(width)
         coordinates = [row % 256 + 0 * column, row // 256 * 16 + column // 256, column % 256 + 0 * row]
         frames = torch.stack(coordinates, -1)[None].to(torch.uint8)
-        rows = frame_patchify(frames, size=size, patch=14, dtype=torch.float32, **identity)
+        rows = frame_patchify(frames.to(DEVICE), size=size, patch=14, dtype=torch.float32, **identity).cpu()
         low_row, high, low_column = _pixels(rows, size, 14)[0].round().long()
         assert (low_row + 256 * (high // 16))[:, 0].tolist() == maps["row"], key
         assert (low_column + 256 * (high % 16))[0].tolist() == maps["col"], key

@@ -1,41 +1,81 @@
-"""rope_qk: values and gradients against its reference and against the definition, in place and not."""
+"""rope_qk: values and gradients against fp64 and against the definition, in place and not, far positions."""
 
 import cmath
 
 import pytest
 import torch
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
+from harness import DEVICE, DTYPES, assert_close_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-SHAPES = [(1, 1, 1, 2), (7, 4, 4, 8), (9, 6, 2, 6), (0, 2, 1, 4)]  # rows, query heads, key heads, channels per head
+pytestmark = pytest.mark.usefixtures("poisoned")
+IMPLS = ["triton", "reference"]
+# rows, query heads, key heads, channels per head; the last two take several programs a row
+SHAPES = [(1, 1, 1, 2), (7, 4, 4, 8), (9, 6, 2, 6), (0, 2, 1, 4), (3, 32, 2, 128), (2, 9, 3, 200)]
 
 
-def inputs(rows, heads, kv_heads, channels, dtype=torch.float32, seed=0):
+def inputs(rows, heads, kv_heads, channels, dtype=torch.float32, seed=0, furthest=3000):
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(rows, (heads + 2 * kv_heads) * channels, generator=generator).to(dtype).requires_grad_()
-    positions = torch.randint(0, 3000, (rows,), generator=generator, dtype=torch.int32)
-    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2) / channels)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * channels, generator=generator).to(DEVICE, dtype).requires_grad_()
+    positions = torch.randint(0, furthest, (rows,), generator=generator, dtype=torch.int32).to(DEVICE)
+    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, device=DEVICE) / channels)
     return qkv, positions, frequencies, heads, kv_heads
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+def exact_rotation(qkv, positions, frequencies, heads, kv_heads, scale):
+    """In fp64 but for the angle, which is the product rounded to fp32."""
+    angles = (positions.float()[:, None] * frequencies).double()
+    return rope_qk_reference(qkv, torch.ones_like(positions), angles[:, None], heads, kv_heads, scale)
+
+
+def run(function, qkv, rest, grad, **options):
+    out = function(qkv, *rest, scale=1.2, **options)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad)
+
+
+def check(case, impl, inplace=False):
+    qkv, *rest = case
+    grad = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, qkv.dtype)
+    found = run(lambda x, *args, **options: rope_qk(x.clone(), *args, **options), qkv, rest, grad, impl=impl,
+                inplace=inplace)
+    eager = run(rope_qk_reference, qkv, rest, grad)
+    exact = run(exact_rotation, qkv.detach().double().requires_grad_(), rest, grad.double())
+    for values in zip(found, exact, eager):
+        assert_close_as_eager(*values)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("inplace", [False, True])
-def test_equals_reference(dtype, shape, inplace):
-    qkv, *rest = inputs(*shape, dtype)
-    grad = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = rope_qk_reference(qkv, *rest, scale=1.2)
-    found = rope_qk(qkv.clone(), *rest, scale=1.2, inplace=inplace)
-    assert found.dtype == dtype and torch.equal(found, expected)
-    (ours,), (theirs,) = torch.autograd.grad(found, qkv, grad), torch.autograd.grad(expected, qkv, grad)
-    if ours.numel():
-        assert (ours - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
+def test_equals_reference(impl, dtype, shape, inplace):
+    check(inputs(*shape, dtype), impl, inplace)
 
 
-def test_rotates_pairs_of_halves():
+@given(rows=st.integers(0, 4), heads=st.integers(1, 20), kv_heads=st.integers(1, 20), half=st.integers(1, 70),
+       dtype=st.sampled_from(DTYPES), inplace=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape(rows, heads, kv_heads, half, dtype, inplace, seed):
+    check(inputs(rows, heads, kv_heads, 2 * half, dtype, seed), "triton", inplace)
+
+
+def test_far_positions():
+    """Up to 100,000 radians the rotation of the unit vectors is right to 2 units in the last place."""
+    positions = torch.cat([torch.arange(64), torch.arange(99_900, 100_001)]).to(DEVICE)
+    frequencies = torch.tensor([1.0, 0.93, 0.5, 0.011, 1e-4], device=DEVICE)
+    qkv = torch.zeros(len(positions), 30, device=DEVICE)
+    qkv[:, :5] = qkv[:, 15:20] = 1
+    found = rope_qk(qkv, positions, frequencies, 1, 1, impl="triton")
+    exact = exact_rotation(qkv.double(), positions, frequencies, 1, 1, 1.0)
+    assert (found - exact).abs().max() <= 2**-22
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rotates_pairs_of_halves(impl):
     """Channel i and i + d/2 of a head are one complex number, turned by position · frequency; values are not."""
     qkv, positions, frequencies, heads, kv_heads = inputs(3, 2, 1, 4)
-    rows = rope_qk(qkv, positions, frequencies, heads, kv_heads).detach().view(3, 4, 4)
+    rows = rope_qk(qkv, positions, frequencies, heads, kv_heads, impl=impl).detach().view(3, 4, 4)
     given = qkv.detach().view(3, 4, 4)
     for row in range(3):
         for head in range(3):
@@ -46,29 +86,73 @@ def test_rotates_pairs_of_halves():
     assert torch.equal(rows[:, 3], given[:, 3])
 
 
-@pytest.mark.parametrize("function", [rope_qk, rope_qk_reference])
+@pytest.mark.parametrize("function", [lambda *x, scale: rope_qk(*x, scale=scale, impl="reference"), rope_qk_reference])
 def test_gradient_numerically(function):
     qkv, positions, frequencies, *heads = inputs(3, 2, 1, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda x: function(x, positions, frequencies, *heads, scale=0.9), (qkv,))
 
 
-def test_in_place_writes_there_and_nowhere_else():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_in_place_writes_there_and_nowhere_else(impl):
     qkv, *rest = inputs(5, 2, 1, 4)
     buffer = qkv.detach().clone()
-    out = rope_qk(buffer, *rest, inplace=True)
+    out = rope_qk(buffer, *rest, inplace=True, impl=impl)
     assert out.data_ptr() == buffer.data_ptr()
     before = qkv.detach().clone()
-    assert rope_qk(qkv, *rest).data_ptr() != qkv.data_ptr()
+    apart = rope_qk(qkv, *rest, impl=impl)
+    assert apart.data_ptr() != qkv.data_ptr() and torch.equal(apart, buffer)
     assert torch.equal(qkv, before)
 
 
-def test_backward_leaves_the_incoming_gradient_alone():
-    qkv, *rest = inputs(5, 2, 1, 4)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_input_positions_and_gradient(impl):
+    qkv, positions, *rest = inputs(5, 2, 1, 4)
+    grad = torch.randn(16, device=DEVICE).expand(5, 16)
+    strided = torch.nn.functional.pad(qkv.detach(), (1, 2))[:, 1:-2].requires_grad_()
+    found = run(rope_qk, strided, [positions.long().repeat_interleave(2)[::2], *rest], grad, impl=impl)
+    expected = run(rope_qk, qkv, [positions, *rest], grad.contiguous(), impl=impl)
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_bits_again_and_gradient_left_alone(impl):
+    qkv, *rest = inputs(5, 3, 1, 40, torch.bfloat16)
     grad = torch.ones_like(qkv)
-    torch.autograd.grad(rope_qk(qkv, *rest), qkv, grad)
+    first, second = (run(rope_qk, qkv, rest, grad, impl=impl) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second))
     assert torch.equal(grad, torch.ones_like(qkv))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saves_positions_and_frequencies_only(impl):
+    qkv, positions, frequencies, *heads = inputs(5, 2, 1, 4)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        rope_qk(qkv, positions, frequencies, *heads, impl=impl)
+    assert saved == [positions.data_ptr(), frequencies.data_ptr()]
+
+
+def test_auto_is_triton_on_cuda_only():
+    qkv, *rest = inputs(3, 3, 1, 40)
+    grad = torch.ones_like(qkv)
+    found, expected = (run(rope_qk, qkv, rest, grad, impl=impl)
+                       for impl in ("auto", "triton" if DEVICE == "cuda" else "reference"))
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
 def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="no implementation 'triton'"):
-        rope_qk(*inputs(2, 2, 1, 4), impl="triton")
+    with pytest.raises(ValueError, match="rope_qk: impl .* 'fast'"):
+        rope_qk(*inputs(2, 2, 1, 4), impl="fast")
+
+
+@pytest.mark.parametrize("change", [lambda x, p: (x[:, 1:], p), lambda x, p: (x, p[1:])], ids=["channels", "positions"])
+def test_shapes_that_do_not_fit_are_refused(change):
+    qkv, positions, *rest = inputs(5, 2, 1, 4)
+    with pytest.raises(ValueError, match="rope_qk: rows .* do not fit 2"):
+        rope_qk(*change(qkv, positions), *rest)
+
+
+def test_strided_rows_are_not_written_in_place():
+    qkv, *rest = inputs(5, 2, 1, 4)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_qk(torch.nn.functional.pad(qkv.detach(), (1, 2))[:, 1:-2], *rest, inplace=True)

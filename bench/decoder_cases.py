@@ -1,0 +1,217 @@
+"""Rows of the kernels that lie between the decoder's matrix products, and of the head with its loss.
+
+Dimensions: N packed rows, D channels, F feed-forward channels, H heads of d channels, V tokens, R rows of a video,
+L supervised rows. Shapes are LLaMA 7B's and 13B's.
+"""
+
+import torch
+from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
+from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
+from fastvid_kernels.splice_video import splice_video, splice_video_reference
+from fastvid_kernels.swiglu import swiglu, swiglu_reference
+
+from bench.cases import Case, Gradients, compiled, forward, in_fp32, library, normal
+
+EPS, DTYPE = 1e-5, torch.bfloat16
+BYTES = DTYPE.itemsize
+
+
+def _with_compiled(functions):
+    if torch.cuda.is_available():
+        functions["torch.compile"] = compiled(functions["eager"])
+    return functions
+
+
+def _ways(way, functions):
+    return {name: way(function) for name, function in functions.items()}
+
+
+def _norm_cases(N, D):
+    shapes = {"N": N, "D": D, "dtype": "bfloat16"}
+    functions = _with_compiled({
+        "ours": lambda residual, branch, weight: add_rms_norm(residual, branch, weight, EPS, DTYPE),
+        "eager": lambda residual, branch, weight: add_rms_norm_reference(residual, branch, weight, EPS, DTYPE),
+    }) | library("liger_kernel", _liger_norm) | library("quack", _quack_norm)
+
+    def reference(residual, branch, weight):
+        return add_rms_norm_reference(residual, branch, weight, EPS, torch.float32)
+
+    def inputs(generator, device):
+        return (normal(generator, device, N, D), normal(generator, device, N, D),
+                1 + normal(generator, device, D, scale=0.1))
+
+    def inputs_and_gradients(generator, device):
+        incoming = normal(generator, device, N, D), normal(generator, device, N, D)
+        return *inputs(generator, device), incoming
+
+    # The weight is frozen: forward reads two tensors and writes two, backward reads three and writes one.
+    yield Case("add_rms_norm", "forward", shapes, inputs, _ways(forward, functions),
+               in_fp32(forward(reference)), 4 * N * D * BYTES)
+    yield Case("add_rms_norm", "backward", shapes, inputs_and_gradients,
+               _ways(Gradients, functions),
+               in_fp32(Gradients(reference)), 4 * N * D * BYTES)
+
+
+def _liger_norm():
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    def norm(residual, branch, weight):
+        y, total = LigerFusedAddRMSNormFunction.apply(branch, residual, weight, EPS, 0.0, "llama", False)
+        return total, y
+
+    return {"Liger": norm}
+
+
+def _quack_norm():
+    from quack import rmsnorm
+
+    def norm(residual, branch, weight):
+        y, total = rmsnorm(branch, weight, residual=residual, eps=EPS)
+        return total, y
+
+    return {"quack": norm}
+
+
+def _swiglu_cases(N, F):
+    shapes = {"N": N, "F": F, "dtype": "bfloat16"}
+    functions = _with_compiled({"ours": swiglu, "eager": swiglu_reference}) | library("liger_kernel", _liger_swiglu)
+
+    def inputs(generator, device):
+        return (normal(generator, device, N, 2 * F),)
+
+    yield Case("swiglu", "forward", shapes, inputs, _ways(forward, functions),
+               in_fp32(forward(swiglu_reference)), 3 * N * F * BYTES)
+    yield Case("swiglu", "backward", shapes,
+               lambda generator, device: (*inputs(generator, device), (normal(generator, device, N, F),)),
+               _ways(Gradients, functions), in_fp32(Gradients(swiglu_reference)), 5 * N * F * BYTES)
+
+
+def _liger_swiglu():
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+
+    return {"Liger": LigerFusedGateUpSiLUMulFunction.apply}
+
+
+def _rope_cases(N, H, d):
+    shapes = {"N": N, "H": H, "d": d, "dtype": "bfloat16"}
+    width = 3 * H * d
+
+    def reference(qkv, positions, inv_freq):
+        return rope_qk_reference(qkv, positions, inv_freq, H, H)
+
+    functions = _with_compiled({
+        "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H), "eager": reference})
+    in_place = {**functions, "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H,
+                                                                              inplace=True)}
+
+    def inputs(generator, device):
+        inv_freq = 10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+        positions = torch.randint(2048, (N,), generator=generator, dtype=torch.int32, device=device)
+        return normal(generator, device, N, width), positions, inv_freq
+
+    def inputs_and_gradient(generator, device):
+        return *inputs(generator, device), (normal(generator, device, N, width),)
+
+    # Forward in place: queries and keys only. Backward writes a gradient of its own, values' included.
+    yield Case("rope_qk", "forward", shapes, inputs, _ways(forward, in_place),
+               in_fp32(forward(reference)), N * (2 * 2 * H * d * BYTES + 4))
+    yield Case("rope_qk", "backward", shapes, inputs_and_gradient, _ways(Gradients, functions),
+               in_fp32(Gradients(reference)), N * (2 * width * BYTES + 4))
+
+
+def _splice_cases(videos, R, text, D, V):
+    """Each video between its boundary rows, and `text` rows of words after it."""
+    segment = R + 2 + text
+    N = videos * segment
+    shapes = {"N": N, "D": D, "V": V, "videos": videos, "dtype": "bfloat16"}
+    start = segment * torch.arange(videos)
+    video_rows = (start[:, None] + 1 + torch.arange(R)).flatten()
+    boundary_rows = torch.stack([start, start + R + 1], dim=1).flatten()
+    is_text = torch.ones(N, dtype=torch.bool)
+    is_text[video_rows] = is_text[boundary_rows] = False
+
+    functions = _with_compiled({
+        "ours": lambda ids, table, *video: splice_video(ids, table, *video, dtype=DTYPE),
+        "eager": lambda ids, table, *video: splice_video_reference(ids, table, *video, dtype=DTYPE),
+    })
+
+    def inputs(generator, device):
+        # Distinct words, so that the rows to read are as many as the text's.
+        ids = torch.randperm(V, generator=generator, device=device).repeat(-(-N // V))[:N]
+        return (ids, normal(generator, device, V, D), normal(generator, device, videos * R, D), video_rows.to(device),
+                normal(generator, device, 2, D), boundary_rows.to(device))
+
+    def inputs_and_gradient(generator, device):
+        return *inputs(generator, device), (normal(generator, device, N, D),)
+
+    def reference(*inputs):
+        return splice_video_reference(*inputs, dtype=torch.float32)
+
+    gathered = int(is_text.sum()) + videos * R + 2
+    yield Case("splice_video", "forward", shapes, inputs, _ways(forward, functions), in_fp32(forward(reference)),
+               (N + gathered) * D * BYTES + 8 * N)
+    yield Case("splice_video", "backward", shapes, inputs_and_gradient,
+               _ways(lambda function: Gradients(function, (2, 4)), functions), in_fp32(Gradients(reference, (2, 4))),
+               (2 * videos * R + 2 * videos + 2) * D * BYTES)
+
+
+def _loss_case(L, V, D):
+    """Forward and backward with a frozen head as one job: the gradient of the rows is computed while their logits are there."""
+    def both(function):
+        def prepare(h, weight, targets):
+            h = h.detach().requires_grad_()
+
+            def call():
+                loss = function(h, weight, targets)[0]
+                return loss, *torch.autograd.grad(loss, h)
+
+            return call
+
+        return prepare
+
+    functions = _with_compiled({"ours": linear_cross_entropy, "eager": linear_cross_entropy_reference})
+    functions |= library("liger_kernel", _liger_loss)
+
+    def inputs(generator, device):
+        return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
+                torch.randint(V, (L,), generator=generator, device=device))
+
+    return Case("linear_cross_entropy", "both ways", {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
+                inputs, _ways(both, functions), in_fp32(both(linear_cross_entropy_reference)), flops=4 * L * V * D,
+                tolerance=2**-6)
+
+
+def _liger_loss():
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def loss(h, weight, targets):
+        return LigerFusedLinearCrossEntropyFunction.apply(h, weight, targets, None, None, -100, 0.0, 0.0, "sum")
+
+    return {"Liger": loss}
+
+
+def _fp8_case(N, D):
+    functions = _with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
+    return Case("quantize_fp8", "by rows", {"N": N, "D": D, "dtype": "bfloat16"},
+                lambda generator, device: (normal(generator, device, N, D),), _ways(forward, functions),
+                in_fp32(forward(quantize_fp8_reference)), N * D * (BYTES + 1) + 4 * N)
+
+
+def cases(small):
+    if small:
+        yield from _norm_cases(7, 40)
+        yield from _swiglu_cases(5, 24)
+        yield from _rope_cases(6, 2, 8)
+        yield from _splice_cases(2, 5, 3, 16, 50)
+        yield _loss_case(6, 50, 16)
+        yield _fp8_case(7, 40)
+        return
+    for width in (4096, 5120):
+        yield from _norm_cases(16384, width)
+    yield from _swiglu_cases(8192, 11008)
+    yield from _rope_cases(16384, 32, 128)
+    yield from _splice_cases(20, 676, 150, 4096, 32003)
+    yield _loss_case(4096, 32003, 4096)
+    yield _fp8_case(16384, 4096)

@@ -1,0 +1,65 @@
+"""Rows of the optimizer's kernel.
+
+Dimensions: E elements of a shard.
+"""
+
+import torch
+from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_reference, dynamic_map
+
+from bench.cases import Case, compiled, library, normal
+
+BLOCK = 256
+SETTINGS = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "step": 10}
+
+
+def _in_place(update):
+    """Way of timing an update: returns what it has written, codes aside (a tie may go either way)."""
+    def prepare(param, grad, state1, state2, absmax1, absmax2):
+        def call():
+            update(param, grad, state1, state2, absmax1, absmax2)
+            return param, absmax1, absmax2
+
+        return call
+
+    return prepare
+
+
+def _case(E, dtype):
+    def inputs(generator, device):
+        def codes():
+            return torch.randint(256, (E,), generator=generator, dtype=torch.uint8, device=device)
+
+        def scales(largest):
+            return largest * (0.5 + 0.5 * torch.rand(-(-E // BLOCK), generator=generator, device=device))
+
+        return (normal(generator, device, E, dtype=dtype, scale=0.02), normal(generator, device, E, dtype=dtype, scale=1e-3),
+                codes(), codes(), scales(1e-3), scales(1e-6))
+
+    functions = {"ours": lambda *tensors: adamw8bit_step(*tensors, **SETTINGS),
+                 "eager": lambda *tensors: adamw8bit_step_reference(*tensors, **SETTINGS)}
+    if torch.cuda.is_available() and dtype == torch.float32:
+        # The random bits of bf16 parameters, ten rounds of integers, are no fair job for a compiler.
+        functions["torch.compile"] = compiled(functions["eager"])
+    functions |= library("bitsandbytes", _bitsandbytes)
+    # Parameter and codes are read and written, the gradient is read; two scales a block are read and written.
+    moved = E * (3 * dtype.itemsize + 4) + -(-E // BLOCK) * 16
+    shapes = {"E": E, "dtype": str(dtype).removeprefix("torch.")}
+    return Case("adamw8bit_step", "update", shapes, inputs, {name: _in_place(f) for name, f in functions.items()},
+                _in_place(functions["eager"]), moved, tolerance=2**-7)
+
+
+def _bitsandbytes():
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    def update(param, grad, state1, state2, absmax1, absmax2):
+        maps = [dynamic_map(signed, param.device) for signed in (True, False)]
+        optimizer_update_8bit_blockwise(
+            "adam", grad, param, state1, state2, SETTINGS["beta1"], SETTINGS["beta2"], 0.0, 0.0, SETTINGS["eps"],
+            SETTINGS["step"], SETTINGS["lr"], *maps, absmax1, absmax2, SETTINGS["weight_decay"])
+
+    return {"bitsandbytes": update}
+
+
+def cases(small):
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _case(1000 if small else 2**26, dtype)

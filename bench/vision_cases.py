@@ -1,0 +1,159 @@
+"""Rows of the two kernels around the CLIP tower, and the reference's CPU code that they replace.
+
+Dimensions: B videos, T frames, P patches, C channels, N temporal rows, H×W decoded pixels, S tower pixels per side.
+"""
+
+import numpy as np
+import torch
+from fastvid_kernels.frame_patchify import frame_patchify, frame_patchify_reference
+from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool, spatio_temporal_pool_reference
+from PIL import Image
+
+from bench.cases import Case, Gradients, compiled, forward, in_fp32, normal
+
+NUM_TEMPORAL = 100
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SECTOR = 32  # bytes that memory hands over at once
+
+
+def two_means(x_BTPC, num_temporal):
+    """Pooling as one writes it in torch: two reads of the input."""
+    padding = x_BTPC.new_zeros(x_BTPC.shape[0], num_temporal - x_BTPC.shape[1], x_BTPC.shape[3])
+    return torch.cat([x_BTPC.mean(2), padding, x_BTPC.mean(1)], dim=1)
+
+
+def _states(generator, device, B, T, P, C, dtype):
+    """Patch states as the tower leaves them: a view past the class token."""
+    return normal(generator, device, B, T, P + 1, C, dtype=dtype)[:, :, 1:]
+
+
+def _pool_cases(B, T, P, C, dtype):
+    item, rows = dtype.itemsize, NUM_TEMPORAL + P
+    shapes = {"B": B, "T": T, "P": P, "C": C, "dtype": str(dtype).removeprefix("torch.")}
+    moved = item * B * C * (T * P + rows)
+    functions = {
+        "ours": lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL),
+        "eager": lambda x: spatio_temporal_pool_reference(x, num_temporal=NUM_TEMPORAL),
+        "torch.mean twice": lambda x: two_means(x, NUM_TEMPORAL),
+    }
+    if torch.cuda.is_available():
+        functions["torch.compile"] = compiled(functions["torch.mean twice"])
+
+    def inputs(generator, device):
+        return (_states(generator, device, B, T, P, C, dtype),)
+
+    def inputs_and_gradient(generator, device):
+        return *inputs(generator, device), (normal(generator, device, B, rows, C, dtype=dtype),)
+
+    yield Case("spatio_temporal_pool", "forward", shapes, inputs,
+               {name: forward(function) for name, function in functions.items()},
+               in_fp32(forward(functions["torch.mean twice"])), moved)
+    yield Case("spatio_temporal_pool", "backward", shapes, inputs_and_gradient,
+               {name: Gradients(function) for name, function in functions.items()},
+               in_fp32(Gradients(functions["torch.mean twice"])), moved)
+
+
+def patchify_in_torch(frames_THW3, size, patch, dtype):
+    """Patch rows by whole-tensor operations, as one writes them in torch and gives them to torch.compile."""
+    T, H, W, _ = frames_THW3.shape
+    device, grid = frames_THW3.device, size // patch
+    rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
+                     .clamp(max=n - 1)[:grid * patch] for n in (H, W))
+    mean, std = (torch.tensor(v, device=device) for v in (MEAN, STD))
+    pixels = ((frames_THW3[:, rows[:, None], columns].float() / 255 - mean) / std).to(dtype)
+    return pixels.view(T, grid, patch, grid, patch, 3).permute(0, 1, 3, 5, 2, 4).reshape(T, grid * grid, -1)
+
+
+def sampled_bytes(height, width, size, patch):
+    """Bytes of the sectors of a contiguous frame that hold a sampled pixel."""
+    kept = size // patch * patch
+    rows, columns = (np.minimum(np.floor(np.arange(kept, dtype=np.float32) * (np.float32(n) / np.float32(size))), n - 1)
+                     .astype(np.int64) for n in (height, width))
+    first = (np.unique(rows)[:, None] * width + np.unique(columns)) * 3
+    return SECTOR * np.unique(np.concatenate([first // SECTOR, (first + 2) // SECTOR])).size
+
+
+def _frames(generator, device, *shape):
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=device)
+
+
+def _patchify_case(T, H, W, size, patch, dtype=torch.float16):
+    functions = {
+        "ours": lambda frames: frame_patchify(frames, size=size, patch=patch, mean=MEAN, std=STD, dtype=dtype),
+        "eager": lambda frames: frame_patchify_reference(frames, size=size, patch=patch, mean=MEAN, std=STD,
+                                                         dtype=dtype),
+        "whole-tensor torch": lambda frames: patchify_in_torch(frames, size, patch, dtype),
+    }
+    if torch.cuda.is_available():
+        functions["torch.compile"] = compiled(functions["whole-tensor torch"])
+    ways = {name: forward(function) for name, function in functions.items()}
+    ways["reference's chain"] = _chain(size, patch, dtype)
+    grid = size // patch
+    return Case(
+        "frame_patchify", "forward", {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
+        lambda generator, device: (_frames(generator, device, T, H, W, 3),), ways,
+        forward(lambda frames: frame_patchify_reference(frames, size=size, patch=patch, mean=MEAN, std=STD,
+                                                        dtype=torch.float32)),
+        T * (sampled_bytes(H, W, size, patch) + dtype.itemsize * 3 * (grid * patch) ** 2))
+
+
+def _chain(size, patch, dtype):
+    """PG-Video-LLaVA's way from decoded frames to the tower's input: float, resize, bytes, PIL, CLIP's processor."""
+    def prepare(frames):
+        processor, frames = _clip_processor(size), frames.cpu()
+
+        def call():
+            resized = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2).float(), size=(size, size))
+            pixels = resized.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+            images = [Image.fromarray(image) for image in pixels]
+            values = processor.preprocess(images, return_tensors="pt")["pixel_values"].to(dtype)
+            return _patch_rows(values, patch)
+
+        return call
+
+    return prepare
+
+
+def _patch_rows(values_T3SS, patch):
+    """The same rows as frame_patchify's: what the tower's convolution does with the pixels first."""
+    return torch.nn.functional.unfold(values_T3SS, patch, stride=patch).transpose(1, 2)
+
+
+def _clip_processor(size):
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def cases(small):
+    """Rows on a GPU; their small shapes are checked on a CPU."""
+    if small:
+        yield from _pool_cases(2, 5, 6, 32, torch.bfloat16)
+        yield _patchify_case(3, 45, 80, 28, 14)
+        return
+    yield from _pool_cases(8, 100, 576, 1024, torch.bfloat16)
+    yield _patchify_case(100, 720, 1280, 336, 14)
+
+
+def pool_with_numpy(x_TPC):
+    """The reference's pooling, ``get_spatio_temporal_features``: two numpy means of an fp16 array."""
+    temporal_TC = np.mean(x_TPC, axis=1)
+    padding = NUM_TEMPORAL - x_TPC.shape[0]
+    temporal_NC = np.pad(temporal_TC, ((0, padding), (0, 0)))
+    return torch.from_numpy(np.concatenate([temporal_NC, np.mean(x_TPC, axis=0)], axis=0))
+
+
+def cpu_cases(small):
+    """Rows that mean something on a CPU: what extraction computes there, against the reference's code."""
+    T, P, C = (5, 6, 32) if small else (100, 576, 1024)
+    yield Case(
+        "spatio_temporal_pool", "on a CPU", {"T": T, "P": P, "C": C, "dtype": "float16"},
+        lambda generator, device: (normal(generator, device, T, P, C, dtype=torch.float16),),
+        {"ours": forward(lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL)),
+         "reference's chain": lambda x: lambda: pool_with_numpy(x.numpy())},
+        in_fp32(forward(lambda x: two_means(x[None], NUM_TEMPORAL)[0])), 2 * C * (T * P + NUM_TEMPORAL + P))
+    size, patch = (28, 14) if small else (336, 14)
+    for height, width in [(45, 80)] if small else [(720, 1280), (1080, 1920)]:
+        case = _patchify_case(T if small else 100 if height == 720 else 50, height, width, size, patch)
+        ways = {name: case.ways[name] for name in ("ours", "reference's chain")}
+        yield Case(case.kernel, "on a CPU", case.shapes, case.make, ways, case.expected, case.bytes)

@@ -1,0 +1,230 @@
+"""One step of AdamW with 8-bit moments, in one pass over a shard.
+
+Dimensions: E elements of a shard, B = ceil(E / 256) blocks of moments that share a scale.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import use_triton
+
+BLOCK_SIZE = 256
+# Smallest scale that is divided by: the smallest normal fp32.
+TINY = tl.constexpr(2.0**-126)
+# Philox-4x32's multipliers and key increments (Salmon et al., SC 2011).
+MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+
+@functools.cache
+def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of the dynamic 8-bit type, ascending, fp32 (arXiv:1511.04561, arXiv:2110.02861).
+
+    Seven decades; the one that ends at 10^(i-6) is divided into 2^i bins per sign, or 2^(i+1) if unsigned, each
+    represented by its middle; and 0 and 1. The same bits as bitsandbytes' `create_dynamic_map`.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values.to(device)
+
+
+def _random_bits(first, count, seed, step, device):
+    """16 random bits for each of the elements first … first + count - 1, first and count multiples of 8."""
+    group = torch.arange(first // 8, (first + count) // 8, device=device)
+    c0, c1, c2, c3 = group & 0xFFFFFFFF, group >> 32, torch.full_like(group, step), torch.zeros_like(group)
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+
+    def product(x, factor):
+        """(high, low) 32 bits."""
+        low = (x & 0xFFFF) * factor
+        high = (x >> 16) * factor + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    for _ in range(10):
+        (high0, low0), (high2, low2) = product(c0, MULTIPLIERS[0]), product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
+        keys = [(key + increment) & 0xFFFFFFFF for key, increment in zip(keys, INCREMENTS)]
+    words = torch.stack([c0, c1, c2, c3], 1).flatten()
+    return torch.stack([words & 0xFFFF, words >> 16], 1).flatten().int()
+
+
+def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, lr, beta1, beta2, eps, weight_decay, step,
+                             clip=None, skip=None, seed=0, first=0):
+    """`adamw8bit_step` in plain torch, whole tensors at a time."""
+    count, blocks = param.numel(), absmax1.numel()
+
+    def padded(x):
+        """[B, 256] with zeros at the end."""
+        return torch.nn.functional.pad(x.flatten(), (0, blocks * BLOCK_SIZE - count)).view(blocks, BLOCK_SIZE)
+
+    maps = [dynamic_map(signed, param.device) for signed in (True, False)]
+    m, v = (padded(table[codes.long()]) * absmax[:, None]
+            for table, codes, absmax in zip(maps, (state1, state2), (absmax1, absmax2)))
+    g, p = padded(grad).float(), padded(param).float()
+    if clip is not None:
+        g = g * clip
+    m = m * beta1 + g * (1 - beta1)
+    v = v * beta2 + g * g * (1 - beta2)
+    denominator = v.sqrt() * (1 - beta2**step) ** -0.5 + eps
+    p = p * (1 - lr * weight_decay) - m / denominator * (lr / (1 - beta1**step))
+    if param.dtype == torch.bfloat16:
+        bits = _random_bits(first, p.numel(), seed, step, p.device).view_as(p)
+        p = ((p.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32)
+    new = [p.flatten()[:count].view_as(param).to(param.dtype)]
+    for x, table, codes in zip((m, v), maps, (state1, state2)):
+        absmax = x.abs().amax(1)
+        unit = x * (1 / absmax.clamp(min=TINY.value))[:, None]
+        nearest = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
+        new += [nearest.flatten()[:count].view_as(codes).to(torch.uint8), absmax]
+    for old, value in zip((param, state1, absmax1, state2, absmax2), new):
+        old.copy_(value if skip is None else torch.where(skip != 0, old, value))
+
+
+def _tiles():
+    """(blocks of moments a program updates, warps): 16 elements per thread, as many codes as one load brings."""
+    return 8, 4
+
+
+@triton.jit
+def _nearest_magnitude(x, SIGNED: tl.constexpr):
+    """Number, from 0 for zero, of the dynamic type's value nearest to x in [0, 1].
+
+    The number as a function of x is linear in each decade, with slopes that fall: the least of seven lines, rounded
+    down. That rounds at the bins' edges, which lie halfway between values except at the ends of decades: there the last
+    value below is nearer for a fifth of a bin above the edge.
+    """
+    SCALE: tl.constexpr = 1 if SIGNED else 2
+    # Through the middle between zero and the first value, and (unsigned) the first edge.
+    y = x * (1e6 / 0.9) + (1.2 - 0.275 / 0.9) if SIGNED else x * (0.8e6 / 0.3875) + (2.2 - 0.8 * 0.1625 / 0.3875)
+    for i in tl.static_range(1, 7):
+        y = tl.minimum(y, x * (SCALE * 2**i * 10 ** (6 - i) / 0.9) + SCALE * 2**i * 8 / 9)
+    number = y.to(tl.int32)
+    decade_begins = (number & (number - 1)) == 0
+    return tl.where(decade_begins & (y - number.to(tl.float32) < 0.2), number - 1, number)
+
+
+@triton.jit
+def _times(x, factors):
+    """A line of blocks, each times its factor."""
+    return tl.reshape(tl.reshape(x, (factors.shape[0], 256)) * factors[:, None], x.shape)
+
+
+@triton.jit
+def _absmax(x, BLOCKS: tl.constexpr):
+    """Scale of each block of a line, and its reciprocal."""
+    absmax = tl.max(tl.abs(tl.reshape(x, (BLOCKS, 256))), 1)
+    return absmax, 1 / tl.maximum(absmax, TINY)
+
+
+@triton.jit
+def _random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
+    """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
+    group = first_group + tl.arange(0, BLOCKS * 32)
+    zero = group.to(tl.uint32) * 0
+    r0, r1, r2, r3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
+    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
+
+
+@triton.jit(do_not_specialize=["step", "seed", "first"])
+def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, map1_ptr, map2_ptr,
+                           clip_ptr, skip_ptr, count, seed, step, first, beta1, rest1, beta2, rest2, eps, keep, step_size,
+                           unbias2, CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
+    if SKIP:
+        if tl.load(skip_ptr) != 0:
+            return
+    start = tl.program_id(0).to(tl.int64) * (BLOCKS * 256)
+    block = tl.arange(0, BLOCKS)
+    inside_block = block * 256 < count - start
+    # Loads and stores are of lines, so that all take one layout; in between are blocks.
+    local = tl.arange(0, BLOCKS * 256)
+    inside = local < count - start
+    g = tl.load(grad_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(map1_ptr + tl.load(state1_ptr + start + local, mask=inside, other=0).to(tl.int32))
+    v = tl.load(map2_ptr + tl.load(state2_ptr + start + local, mask=inside, other=0).to(tl.int32))
+    absmax1_ptr += start // 256 + block
+    absmax2_ptr += start // 256 + block
+    m = _times(m, tl.load(absmax1_ptr, mask=inside_block, other=0.0))
+    v = _times(v, tl.load(absmax2_ptr, mask=inside_block, other=0.0))
+    if CLIP:
+        g = g * tl.load(clip_ptr)
+    # Elements past the end must not count in their block's scale.
+    m = tl.where(inside, m * beta1 + g * rest1, 0.0)
+    v = tl.where(inside, v * beta2 + g * g * rest2, 0.0)
+    p = p * keep - m / (tl.sqrt(v) * unbias2 + eps) * step_size
+    if param_ptr.dtype.element_ty == tl.bfloat16:
+        bits = _random_tile((first + start) // 8, seed, step, BLOCKS)
+        p = ((p.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    tl.store(param_ptr + start + local, p.to(param_ptr.dtype.element_ty), mask=inside)
+
+    absmax, inverse = _absmax(m, BLOCKS)
+    tl.store(absmax1_ptr, absmax, mask=inside_block)
+    m = _times(m, inverse)
+    number = _nearest_magnitude(tl.abs(m), SIGNED=True)
+    code1 = tl.where(m > 1 - 0.225 / 64, 255, tl.where(m < 0, 127 - number, 127 + number))
+    tl.store(state1_ptr + start + local, code1.to(tl.uint8), mask=inside)
+    absmax, inverse = _absmax(v, BLOCKS)
+    tl.store(absmax2_ptr, absmax, mask=inside_block)
+    v = _times(v, inverse)
+    code2 = tl.where(v > 1 - 0.225 / 128, 255, _nearest_magnitude(v, SIGNED=False) - 1)
+    tl.store(state2_ptr + start + local, code2.to(tl.uint8), mask=inside)
+
+
+@torch.no_grad()
+def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, *,
+                   lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+                   clip: Tensor | None = None, skip: Tensor | None = None, seed: int = 0, first: int = 0,
+                   impl: str = "auto") -> None:
+    """AdamW (arXiv:1711.05101) with blockwise 8-bit moments (arXiv:2110.02861), in place and in one pass.
+
+    Moments are read from their codes, updated in fp32, used, and written as the nearest codes under new scales. All
+    tensors are contiguous and of one shape (but for the scales), on one device.
+
+    Args:
+        param: E elements, bf16 or fp32, updated. bf16 is rounded stochastically: up with the probability of the part
+            cut off, by 16 bits of Philox-4x32-10 keyed by `seed`, with the element's global index and `step` as counter.
+        grad: E elements, bf16, fp16 or fp32.
+        state1, state2: codes of the first and second moment, uint8, updated: indices into `dynamic_map(True)` and
+            `dynamic_map(False)`.
+        absmax1, absmax2: [B] fp32, scale of each block of 256 elements, updated. All four as bitsandbytes' AdamW8bit keeps
+            them under these names; zeros are the state before the first step.
+        lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW's.
+        step: number of this update, from 1.
+        clip: fp32 scalar on the device that gradients are multiplied by.
+        skip: scalar on the device; where it is not 0 nothing is changed: neither parameters, codes nor scales.
+        seed: of the random bits, 0 ≤ seed < 2^63.
+        first: index of this shard's first element in the whole tensor, a multiple of 8. Random bits do not depend on
+            sharding; blocks of moments begin with the shard.
+        impl: "auto", "triton" or "reference"; see `dispatch.use_triton`.
+
+    Raises:
+        ValueError: `impl` is not available here.
+
+    Repeatable: the same bits on every run. Nothing is saved; nothing waits for the device.
+    """
+    tensors = [x for x in (param, grad, state1, state2, absmax1, absmax2, clip, skip) if x is not None]
+    assert all(x.is_contiguous() for x in tensors) and param.dtype in (torch.bfloat16, torch.float32)
+    assert absmax1.numel() == absmax2.numel() == triton.cdiv(param.numel(), BLOCK_SIZE) and first % 8 == 0
+    assert param.numel() == grad.numel() == state1.numel() == state2.numel()
+    if not use_triton(impl, *tensors, name="adamw8bit_step"):
+        adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                                 weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed, first=first)
+        return
+    if param.numel() == 0:
+        return
+    blocks, warps = _tiles()
+    _adamw8bit_step_kernel[(triton.cdiv(absmax1.numel(), blocks),)](
+        param, grad, state1, state2, absmax1, absmax2, dynamic_map(True, param.device), dynamic_map(False, param.device),
+        clip, skip, param.numel(), seed, step, first, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
+        lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, CLIP=clip is not None, SKIP=skip is not None, BLOCKS=blocks,
+        num_warps=warps)
+
+
+__all__ = ["adamw8bit_step", "adamw8bit_step_reference", "dynamic_map"]

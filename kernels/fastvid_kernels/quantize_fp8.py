@@ -1,0 +1,121 @@
+"""Rows to FP8 (e4m3) with a scale per row or one for all.
+
+Dimensions: N rows, D channels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
+
+from .dispatch import use_triton
+
+LARGEST = tl.constexpr(448.0)
+# A row of zeros (or nearly) is divided by this part of 448, not by 0.
+SMALLEST_SCALE = tl.constexpr(2.0**-100)
+
+
+def quantize_fp8_reference(x_ND, scale=None):
+    """`quantize_fp8` in plain torch."""
+    x_ND = x_ND.float()
+    if scale is None:
+        scale_N = (x_ND.abs().amax(-1) * (1 / LARGEST.value)).clamp(min=SMALLEST_SCALE.value)
+    else:
+        scale_N = scale.float().expand(x_ND.shape[0])
+    unit_ND = (x_ND * (1 / scale_N)[:, None]).clamp(-LARGEST.value, LARGEST.value)
+    return unit_ND.to(torch.float8_e4m3fn), scale_N if scale is None else scale
+
+
+def _tiles(channels):
+    """(channels of a tile, warps): a row of up to 8192 stays in registers, 16 values per thread."""
+    block = min(triton.next_power_of_2(channels), 8192)
+    return block, max(1, min(16, block // 512))
+
+
+@triton.jit
+def _to_e4m3(x):
+    """Bits of the nearest e4m3 number, ties to even, for |x| ≤ 448 or NaN."""
+    if cuda_capability_geq(8, 9):
+        bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        word = x.to(tl.uint32, bitcast=True)
+        magnitude = word & 0x7FFFFFFF
+        # Normal numbers keep three of 23 mantissa bits, and their exponent's bias falls from 127 to 7.
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2^-6 numbers are multiples of 2^-9: the unit in the last place of 2^14.
+        subnormal = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) & 0xF
+        small = tl.where(magnitude < 0x3C800000, subnormal, normal)
+        bits = (tl.where(magnitude > 0x7F800000, 0x7F, small) | ((word >> 24) & 0x80)).to(tl.uint8)
+    return bits
+
+
+@triton.jit
+def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, channels, row_stride, BY_ROW: tl.constexpr, ONE_TILE: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    """One row a program; rows longer than a tile are read twice, the second time from the caches."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * row_stride
+    out_ptr += row * channels
+    columns = tl.arange(0, BLOCK)
+    if ONE_TILE:
+        x = tl.load(x_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
+        if BY_ROW:
+            # max of integers, so that a NaN in a row is seen: its scale is NaN.
+            top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+    elif BY_ROW:
+        largest = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, channels, BLOCK):
+            x = tl.load(x_ptr + start + columns, mask=start + columns < channels, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
+        top = tl.max(largest, 0).to(tl.float32, bitcast=True)
+    if BY_ROW:
+        scale = tl.maximum(top * (1 / LARGEST), SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(scale_ptr + row, scale)
+    else:
+        scale = tl.load(scale_ptr)
+    factor = tl.div_rn(1.0, scale)
+    if ONE_TILE:
+        x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_ptr + columns, _to_e4m3(x), mask=columns < channels)
+    else:
+        for start in range(0, channels, BLOCK):
+            x = tl.load(x_ptr + start + columns, mask=start + columns < channels, other=0.0).to(tl.float32)
+            x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(out_ptr + start + columns, _to_e4m3(x), mask=start + columns < channels)
+
+
+@torch.no_grad()
+def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rows divided by a scale and rounded to e4m3 (arXiv:2209.05433), for FP8 matrix products.
+
+    Args:
+        x_ND: fp32, bf16 or fp16; rows with contiguous channels, at any stride.
+        scale: [1] fp32 on the device: one for all rows, such as a running maximum ÷ 448; what exceeds it saturates at
+            ±448. None: each row's largest magnitude ÷ 448 (at least 2^-100), which nothing exceeds.
+        impl: "auto", "triton" or "reference"; see `dispatch.use_triton`. GPUs older than sm_89 round in integer
+            arithmetic, to the same bits.
+
+    Returns:
+        (float8_e4m3fn [N, D], contiguous; scale [N] fp32, or the one given): x ≈ out · scale. Rounded once from fp32, to
+        nearest even; NaN stays NaN; in a row with infinity or NaN the scale says so. Repeatable. Nothing is
+        saved: it has no gradient.
+
+    Raises:
+        ValueError: `impl` is not available here.
+    """
+    if not use_triton(impl, x_ND, *(() if scale is None else (scale,)), name="quantize_fp8"):
+        return quantize_fp8_reference(x_ND, scale)
+    rows, channels = x_ND.shape
+    x_ND = x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
+    out_ND = torch.empty(rows, channels, dtype=torch.float8_e4m3fn, device=x_ND.device)
+    scale_N = torch.empty(rows, dtype=torch.float32, device=x_ND.device) if scale is None else scale
+    block, warps = _tiles(channels)
+    if rows:
+        _quantize_fp8_kernel[(rows,)](
+            x_ND, out_ND.view(torch.uint8), scale_N, channels, x_ND.stride(0), BY_ROW=scale is None,
+            ONE_TILE=block >= channels, BLOCK=block, num_warps=warps)
+    return out_ND, scale_N
+
+
+__all__ = ["quantize_fp8", "quantize_fp8_reference"]

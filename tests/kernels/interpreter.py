@@ -1,0 +1,83 @@
+"""Repairs of Triton's interpreter, which gets bfloat16 silently wrong and float arguments not at all.
+
+It keeps bfloat16 as uint16 and then truncates where hardware rounds to nearest even, adds the bits of two numbers as
+integers, and hands floats to kernels unwrapped. Conversions here go through torch. Not repaired: reductions of
+bfloat16 and atomics on it, so a kernel widens what it loads first, as on the GPU.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+TORCH = {tl.float64: torch.float64, tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
+         tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
+
+
+def convert(data, source, target):
+    """An array of one floating-point type in another, rounded to nearest even."""
+    numbers = torch.from_numpy(np.array(data, order="C"))
+    numbers = numbers.view(TORCH[source]) if source in BITS else numbers
+    numbers = numbers.to(TORCH[target])
+    return (numbers.view(BITS[target]) if target in BITS else numbers).numpy()
+
+
+def widened(handle):
+    """A handle whose numbers numpy understands."""
+    source = handle.dtype.scalar
+    return TensorHandle(convert(handle.data, source, tl.float32), tl.float32) if source in BITS else handle
+
+
+def repair_casts():
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self, handle, target):
+        source, target = handle.dtype.scalar, target.scalar
+        if source in TORCH and target in TORCH:
+            return TensorHandle(convert(handle.data, source, target), target)
+        if target in BITS:
+            return TensorHandle(convert(handle.data.astype(np.float32), tl.float32, target), target)
+        return cast(self, widened(handle), target)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_fp_to_fp = lambda self, handle, target, rounding: self.cast_impl(handle, target)
+    InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(
+        convert(np.array([value], np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
+
+
+def repair_arithmetic():
+    binary, unary, dot = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op, InterpreterBuilder.create_dot
+
+    def narrowed(self, result, operand):
+        is_number = result.data.dtype != np.bool_
+        return self.cast_impl(result, tl.bfloat16) if operand.dtype.scalar == tl.bfloat16 and is_number else result
+
+    def binary_op(self, left, right, operation):
+        return narrowed(self, binary(self, widened(left), widened(right), operation), left)
+
+    def unary_op(self, operand, operation):
+        return narrowed(self, unary(self, widened(operand), operation), operand)
+
+    InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.unary_op = unary_op
+    InterpreterBuilder.create_dot = lambda self, left, right, *others: dot(self, widened(left), widened(right), *others)
+
+
+def repair_float_arguments():
+    wrap = interpreter._implicit_cvt
+
+    def implicit_cvt(argument):
+        if type(argument) is float:
+            return tl.tensor(TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return wrap(argument)
+
+    interpreter._implicit_cvt = implicit_cvt
+
+
+def repair():
+    """Once per process."""
+    repair_casts()
+    repair_arithmetic()
+    repair_float_arguments()

@@ -1,0 +1,103 @@
+"""Deliberate faults in kernels, at least three for each, and the test that must see each of them.
+
+`MUTATIONS[name]` are faults of ``fastvid_kernels/<name>.py``, seen by tests of ``test_<name>.py``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    old: str  # occurs once in the file
+    new: str
+    test: str  # function, or function[parameters]
+
+
+MUTATIONS = {}
+MUTATIONS["linear_cross_entropy"] = [
+    Mutation("logits_ptr += row * row_stride", "logits_ptr += row * vocab_size", "test_equals_eager[dtype0-False-10]"),
+    Mutation("x = tl.where(tokens < vocab_size, x, float(\"-inf\"))", "x = tl.where(tokens < row_stride, x, 0.0)",
+             "test_equals_eager[dtype0-False-10]"),
+    Mutation("total = total * tl.exp(top - higher) + tl.sum", "total = total + tl.sum",
+             "test_rows_longer_than_a_tile[dtype0]"),
+    Mutation("tl.where(tokens == target, p - 1, p)", "tl.where(tokens % BLOCK == target, p - 1, p)",
+             "test_rows_longer_than_a_tile[dtype0]"),
+]
+MUTATIONS["spatio_temporal_pool"] = [
+    Mutation("mask=(r < count)[:, None] & in_c", "mask=(r < T)[:, None] & in_c",
+             "test_batch_reads_nothing_behind_the_real_frames[False-counts1-triton]"),
+    Mutation("last = tl.minimum(first + run_frames, count)", "last = first + run_frames",
+             "test_batch_reads_nothing_behind_the_real_frames[False-counts1-triton]"),
+    Mutation("p[:, None] * x_stride_p", "p[:, None] * x_stride_t", "test_strides[<lambda>0-triton]"),
+    Mutation("    last = N\n", "    last = T\n", "test_strides[<lambda>0-triton]"),
+    Mutation("for k in range(0, K)", "for k in range(0, 1)", "test_larger_than_a_tile[3-300-130-dtype0-triton]"),
+    Mutation("tl.where(is_real, spatial + temporal[None, :], 0.0)", "spatial + temporal[None, :]",
+             "test_gradients_of_each_dtype[3-4-5-counts1-dtype0-triton]"),
+]
+MUTATIONS["add_rms_norm"] = [
+    Mutation("rstd = tl.rsqrt(tl.sum(x * x) / D + eps)", "rstd = tl.rsqrt(tl.sum(x * x) / BLOCK_D + eps)",
+             "test_equals_reference[frozen-no branch-shape1-fp32-triton]"),
+    Mutation("grad = rstd * (grad - unit * (tl.sum(grad * unit) / D))", "grad = rstd * grad",
+             "test_equals_reference[frozen-no branch-shape1-fp32-triton]"),
+    Mutation("tl.minimum(first + group_rows, N)", "tl.minimum(first + 3, N)",
+             "test_weight_gradient_over_groups_of_rows"),
+    Mutation("tl.store(partial_ptr + group * D + columns", "tl.store(partial_ptr + columns",
+             "test_weight_gradient_over_groups_of_rows"),
+    Mutation("grad += grad_total.to(tl.float32)", "grad += 0", "test_equals_reference[frozen-add-shape1-fp32-triton]"),
+]
+MUTATIONS["swiglu"] = [
+    Mutation("out = gate * tl.sigmoid(gate) * up", "out = up * tl.sigmoid(up) * gate", "test_large_values_stay_finite[triton]"),
+    Mutation("silu * (1 - sigmoid))", "silu)", "test_equals_reference[shape1-torch.float32-triton]"),
+    Mutation("out.to(out_ptr.dtype.element_ty), mask=inside", "out.to(out_ptr.dtype.element_ty), mask=columns < F - 1",
+             "test_equals_reference[shape1-torch.float32-triton]"),
+    Mutation("tl.store(grad_gate_ptr + F + columns", "tl.store(grad_gate_ptr + columns",
+             "test_equals_reference[shape1-torch.float32-triton]"),
+]
+MUTATIONS["rope_qk"] = [
+    Mutation("r -= turns * 0.00011730194091796875", "r -= turns * 0.000117302", "test_far_positions"),
+    Mutation("tl.where((quarter == 1) | (quarter == 2), -cos, cos)", "tl.where(quarter == 2, -cos, cos)",
+             "test_far_positions"),
+    Mutation("        sin = -sin\n", "        sin = sin\n", "test_equals_reference[copy-shape1-torch.float32-triton]"),
+    Mutation("turned = (heads < rotated_heads)[:, None]", "turned = (heads < written_heads)[:, None]",
+             "test_rotates_pairs_of_halves[triton]"),
+    Mutation("heads = program % blocks * BLOCK_A + tl", "heads = tl",
+             "test_equals_reference[copy-shape4-torch.float32-triton]"),
+]
+MUTATIONS["splice_video"] = [
+    Mutation("-2 - source % 2", "-2", "test_rows_come_from_where_they_should[triton]"),
+    Mutation("mask=source < boundaries)", "mask=source < boundaries + 1)", "test_rows_come_from_where_they_should[triton]"),
+    Mutation("row = tl.load(video_rows_ptr + video_row).to(tl.int64)", "row = video_row",
+             "test_equals_reference[(False, True, True)-2-boundary-float32-float32-float32-float32-triton]"),
+    Mutation("for first in range(0, V, BLOCK_V)", "for first in range(0, BLOCK_V, BLOCK_V)",
+             "test_boundary_gradient_of_many_videos"),
+    Mutation("mask=inside, other=0.0).to(tl.float32)\n    tl.store(grad_boundary_ptr",
+             "mask=(columns < D)[None, :], other=0.0).to(tl.float32)\n    tl.store(grad_boundary_ptr",
+             "test_boundary_gradient_of_many_videos"),
+]
+MUTATIONS["adamw8bit_step"] = [
+    Mutation("m = tl.where(inside, m * beta1 + g * rest1, 0.0)", "m = m * beta1 + g * rest1 + 1.0",
+             "test_equals_reference[257-dtype1]"),
+    Mutation("start // 256 + block\n    absmax2_ptr", "block\n    absmax2_ptr", "test_equals_reference[5000-dtype1]"),
+    Mutation("_random_tile((first + start) // 8", "_random_tile(start // 8", "test_sharding_changes_nothing[triton]"),
+    Mutation("tl.join(tl.join(r0, r2), tl.join(r1, r3))", "tl.join(tl.join(r0, r1), tl.join(r0, r1))",
+             "test_equals_reference[2048-dtype0]"),
+    Mutation("if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) < 0:", "test_skip_leaves_everything[triton]"),
+    Mutation("decade_begins & (y - number", "(number < 0) & (y - number", "test_codes_are_the_nearest[True-triton]"),
+]
+MUTATIONS["frame_patchify"] = [
+    Mutation("mask=flat < VALUES", "mask=flat < VALUES - 1", "test_any_mean_and_deviation[dtype0-triton]"),
+    Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h", "test_strides[<lambda>0-triton]"),
+    Mutation("(first + f) * VALUES", "f * VALUES", "test_clips_of_several_sizes[triton]"),
+    Mutation("scale = tl.div_rn(length.to(tl.float32), N * 1.0)", "scale = length.to(tl.float32) * (1 / N)",
+             "test_bit_identical_to_the_chain[dtype0-62-76-28-14-triton]"),
+    Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
+    Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2", "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
+]
+MUTATIONS["quantize_fp8"] = [
+    Mutation("x_ptr += row * row_stride", "x_ptr += row * channels", "test_strided_rows[columns]"),
+    Mutation("largest = tl.maximum(largest, tl.abs(x)", "largest = tl.maximum(0, tl.abs(x)",
+             "test_a_row_uses_the_whole_range[64-triton]"),
+    Mutation("x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)\n        tl.store(out_ptr + c",
+             "x = x * factor\n        tl.store(out_ptr + c", "test_every_number_and_every_tie[triton]"),
+    Mutation("out_ptr += row * channels", "out_ptr += row * (channels - 1)", "test_equals_reference[shape2-dtype0-None]"),
+]

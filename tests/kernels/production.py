@@ -1,0 +1,182 @@
+"""Calls of the kernels at the shapes of production, for compiling without a GPU.
+
+`PRODUCTION[name]` is a function that returns {description: call without arguments} for ``fastvid_kernels/<name>.py``.
+It runs in a process in which each launch of a kernel is only compiled, so tensors are `torch.empty` on the CPU: memory
+that nobody touches costs nothing. The kernels of `WIDE` must load 16 bytes (or more) at a time, those of `WIDE_STORES`
+store them, in every call whose description does not begin with "odd".
+"""
+
+import torch
+
+WIDE = set()
+WIDE_STORES = set()
+PRODUCTION = {}
+
+
+def spatio_temporal_pool():
+    from fastvid_kernels import spatio_temporal_pool
+
+    def call(B, P, dtype, T=100, backward=False):
+        states = torch.empty(B, T, P + 1, 1024, dtype=dtype, requires_grad=backward)[:, :, 1:]
+        out = spatio_temporal_pool(states, num_temporal=T, frame_counts=[T] * B, impl="triton")
+        if backward:
+            out.grad_fn.apply(torch.empty_like(out))
+
+    return {"336 px, 8 videos, bf16": lambda: call(8, 576, torch.bfloat16),
+            "336 px, 1 video, fp16": lambda: call(1, 576, torch.float16),
+            "224 px, 8 videos, fp16, backward": lambda: call(8, 256, torch.float16, backward=True),
+            # Triton makes arguments that are 1 constants.
+            "odd: one frame of one patch, fp32, backward": lambda: call(1, 1, torch.float32, T=1, backward=True)}
+
+
+PRODUCTION["spatio_temporal_pool"] = spatio_temporal_pool
+WIDE |= {"_spatio_temporal_pool_fwd_kernel", "_spatio_temporal_pool_finish_kernel", "_spatio_temporal_pool_bwd_kernel"}
+WIDE_STORES |= {"_spatio_temporal_pool_fwd_kernel", "_spatio_temporal_pool_bwd_kernel"}
+
+
+def linear_cross_entropy_calls():
+    """LLaMA-2's and LLaMA-3's vocabularies, with three video tokens."""
+    from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
+
+    def call(vocabulary, rows=4, channels=16):
+        h = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True)
+        targets = torch.zeros(rows, dtype=torch.int64)
+        return lambda: linear_cross_entropy(h, torch.empty(vocabulary, channels, dtype=torch.bfloat16), targets, impl="triton")
+
+    return {f"V={vocabulary} bf16": call(vocabulary) for vocabulary in (32003, 128259)}
+
+
+WIDE.add("_softmax_gradient_kernel")
+PRODUCTION["linear_cross_entropy"] = linear_cross_entropy_calls
+
+
+def add_rms_norm():
+    """Of a 7B and a 13B decoder, frozen and trained; and of a residual stream in fp32."""
+    from fastvid_kernels.add_rms_norm import add_rms_norm
+
+    def call(channels, residual=torch.bfloat16, *, trained=False, add=True, rows=8192):
+        x = torch.empty(rows, channels, dtype=residual, requires_grad=True)
+        branch = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True) if add else None
+        weight = torch.empty(channels, dtype=torch.float32 if trained else torch.bfloat16, requires_grad=trained)
+        outputs = add_rms_norm(x, branch, weight, 1e-5, torch.bfloat16, impl="triton")
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+    return {"D=4096 bf16, frozen": lambda: call(4096), "D=5120 bf16, frozen": lambda: call(5120),
+            "D=4096 bf16, trained": lambda: call(4096, trained=True),
+            "D=5120 bf16, trained": lambda: call(5120, trained=True),
+            "D=4096 fp32 residual, frozen": lambda: call(4096, torch.float32),
+            "D=4096 bf16, no branch, trained": lambda: call(4096, add=False, trained=True),
+            "odd: D=999, 3 rows": lambda: call(999, rows=3, trained=True)}
+
+
+PRODUCTION["add_rms_norm"] = add_rms_norm
+
+
+def swiglu():
+    """Of a 7B and a 13B decoder."""
+    from fastvid_kernels.swiglu import swiglu
+
+    def call(channels, dtype=torch.bfloat16, rows=8192):
+        x = torch.empty(rows, 2 * channels, dtype=dtype, requires_grad=True)
+        out = swiglu(x, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"F=11008 bf16": lambda: call(11008), "F=13824 bf16": lambda: call(13824),
+            "F=11008 fp32": lambda: call(11008, torch.float32), "odd: F=33 fp16": lambda: call(33, torch.float16)}
+
+
+PRODUCTION["swiglu"] = swiglu
+
+
+def rope_qk():
+    """Of LLaMA 7B, 13B and 3-8B: heads, key/value heads."""
+    from fastvid_kernels.rope_qk import rope_qk
+
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192):
+        x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)
+        positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
+        rope_qk(x.detach(), positions, frequencies, heads, kv_heads, inplace=True, impl="triton")
+        out = rope_qk(x, positions, frequencies, heads, kv_heads, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"32 heads bf16": lambda: call(32, 32), "40 heads bf16": lambda: call(40, 40),
+            "32 heads, 8 of keys bf16": lambda: call(32, 8), "32 heads fp32": lambda: call(32, 32, torch.float32),
+            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+
+
+PRODUCTION["rope_qk"] = rope_qk
+
+
+def splice_video():
+    """Eight videos of 676 rows among 8192, boundary rows trained in fp32 beside frozen tables."""
+    from fastvid_kernels.splice_video import splice_video
+
+    def call(channels, dtype=torch.bfloat16, boundary=True, videos=8, rows=8192):
+        video = torch.empty(videos * 676, channels, dtype=torch.bfloat16, requires_grad=True)
+        boundary_rows = torch.empty(2 * videos if boundary else 0, dtype=torch.int64)
+        out = splice_video(
+            torch.empty(rows, dtype=torch.int64), torch.empty(32003, channels, dtype=torch.bfloat16), video,
+            torch.empty(videos * 676, dtype=torch.int64), torch.empty(2, channels, requires_grad=True) if boundary else None,
+            boundary_rows, dtype, impl="triton")
+        out.backward(torch.empty_like(out))
+
+    return {"D=4096 bf16": lambda: call(4096), "D=5120 bf16": lambda: call(5120),
+            "D=4096 fp32 residual": lambda: call(4096, torch.float32),
+            "D=4096 bf16, no boundary": lambda: call(4096, boundary=False),
+            "odd: D=33, 1 video": lambda: call(33, videos=1, rows=700)}
+
+
+PRODUCTION["splice_video"] = splice_video
+WIDE |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
+         "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+WIDE_STORES |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
+                "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+
+
+def adamw8bit_step_calls():
+    """A LLaMA layer's fused gate and up projections; the adapter's fp32 masters."""
+    from fastvid_kernels.adamw8bit_step import adamw8bit_step
+
+    def call(elements, dtype):
+        param, grad = (torch.empty(elements, dtype=dtype) for _ in range(2))
+        codes = [torch.empty(elements, dtype=torch.uint8) for _ in range(2)]
+        scales = [torch.empty(elements // 256) for _ in range(2)]
+        return lambda: adamw8bit_step(param, grad, *codes, *scales, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8,
+                                      weight_decay=0.1, step=7, seed=42, clip=torch.empty(()), skip=torch.empty(()),
+                                      impl="triton")
+
+    return {"22016×4096 bf16": call(22016 * 4096, torch.bfloat16), "1024×4096 fp32": call(1024 * 4096, torch.float32)}
+
+
+WIDE.add("_adamw8bit_step_kernel")
+PRODUCTION["adamw8bit_step"] = adamw8bit_step_calls
+
+
+def frame_patchify():
+    from fastvid_kernels import frame_patchify
+
+    def call(size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
+        frames = torch.empty(100, 720, 1280, 3, dtype=torch.uint8)
+        return lambda: frame_patchify(frames, size=size, patch=14, mean=mean, std=std, dtype=dtype, impl="triton")
+
+    return {"336 px, bf16": call(336, torch.bfloat16), "224 px, fp16": call(224, torch.float16),
+            "336 px, fp32, by table": call(336, torch.float32)}
+
+
+PRODUCTION["frame_patchify"] = frame_patchify
+WIDE_STORES.add("_frame_patchify_fwd_kernel")
+
+
+def quantize_fp8_calls():
+    """Rows of a LLaMA layer: the residual stream and the feed-forward block's product."""
+    from fastvid_kernels.quantize_fp8 import quantize_fp8
+
+    def call(channels, scale=None):
+        x = torch.empty(64, channels, dtype=torch.bfloat16)
+        return lambda: quantize_fp8(x, scale, impl="triton")
+
+    return {"D=4096 bf16": call(4096), "D=11008 bf16": call(11008), "D=4096 bf16, given scale": call(4096, torch.empty(1))}
+
+
+WIDE.add("_quantize_fp8_kernel")
+PRODUCTION["quantize_fp8"] = quantize_fp8_calls

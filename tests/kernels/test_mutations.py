@@ -1,0 +1,63 @@
+"""Each deliberate fault of a kernel fails its test.
+
+A fault goes into a copy of the kernels; its one test runs in a process forked from a server that has torch and Triton
+loaded, but neither the kernels nor CUDA.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+
+import pytest
+from conftest import ROOT
+from mutations import MUTATIONS
+
+KERNELS = ROOT / "kernels" / "fastvid_kernels"
+CASES = [(name, mutation) for name, mutations in MUTATIONS.items() for mutation in mutations]
+PRELOAD = ["torch", "pytest", "hypothesis", "numpy", "triton", "triton.runtime.interpreter",
+           "triton.experimental.gluon"]
+
+
+def run_test(test, kernels, log):
+    """In a process of its own: exit with pytest's code."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
+                            "-o", f"pythonpath={ROOT} {kernels}", test])
+    os._exit(code)
+
+
+@pytest.fixture(scope="module")
+def server():
+    import torch
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():  # decided when triton is imported, so in the server
+            patch.setenv("TRITON_INTERPRET", "1")
+        context.Process(target=os.getpid).start()
+    return context
+
+
+@pytest.mark.parametrize("name, mutation", CASES, ids=[f"{name}-{mutation.test}" for name, mutation in CASES])
+def test_fault_is_seen(name, mutation, server, tmp_path):
+    kernels = tmp_path / "kernels"
+    shutil.copytree(KERNELS, kernels / "fastvid_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    path = kernels / "fastvid_kernels" / f"{name}.py"
+    source = path.read_text()
+    assert source.count(mutation.old) == 1, f"{mutation.old!r} is to occur once in {name}.py"
+    path.write_text(source.replace(mutation.old, mutation.new))
+    log = tmp_path / "log"
+    process = server.Process(target=run_test, args=(
+        f"{ROOT}/tests/kernels/test_{name}.py::{mutation.test}", kernels, log))
+    process.start()
+    process.join()
+    assert process.exitcode == pytest.ExitCode.TESTS_FAILED, log.read_text()
+
+
+def test_every_kernel_has_three():
+    with_kernels = {path.stem for path in KERNELS.glob("*.py") if "\n@triton.jit" in path.read_text()}
+    assert set(MUTATIONS) == with_kernels
+    assert all(len(set(mutations)) >= 3 for mutations in MUTATIONS.values())
