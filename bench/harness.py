@@ -21,7 +21,8 @@ def environment():
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "device": device, "python": platform.python_version(), "commit": _commit(),
         "date": datetime.date.today().isoformat(), "versions": {name: _version(name) for name in PACKAGES},

@@ -186,7 +186,7 @@ def test_random_bits_depend_on_seed_step_and_index(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_rounding_is_right_in_the_mean(impl):
-    """A thousandth and a half of a bf16 unit is added to each of many equal weights: that is their mean rise."""
+    """Three tenths of a bf16 unit are added to each of many equal weights: that is their mean rise."""
     count = 2**16
     param = torch.ones(count, dtype=torch.bfloat16, device=DEVICE)
     grad = torch.full((count,), -1.0, device=DEVICE)
