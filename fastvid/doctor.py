@@ -103,14 +103,14 @@ def _video():
                       ", ".join(label for label in DECODERS.values() if label not in missing),
                       f"videos in {', '.join(missing)} are refused" if missing else "")
     yield _package("video", "DALI", ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
-                   "videos are decoded on the CPU; pip install 'fastvid[gpu]'")
+                   "nothing yet: videos are decoded on the CPU, by PyAV, with it or without")
 
 
 def _optional():
-    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "no 8-bit optimizer: AdamW keeps 8 bytes per trained "
-                   "parameter instead of 2; pip install 'fastvid[gpu]'")
-    yield _package("optional", "liger-kernel", ["liger-kernel"], "fewer fused kernels to choose from; "
-                   "pip install 'fastvid[gpu]'")
+    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "nothing yet: training has no 8-bit optimizer, but the "
+                   "benchmarks compare with it; pip install 'fastvid[gpu]'")
+    yield _package("optional", "liger-kernel", ["liger-kernel"], "nothing yet: the benchmarks compare with its "
+                   "kernels; pip install 'fastvid[gpu]'")
     yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
                    "pip install tensorboard")
     yield _package("optional", "matplotlib", ["matplotlib"], "no picture of the loss curve; pip install matplotlib")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import leave
 from safetensors.torch import load_file
 from training_run import SAMPLES, config_of, flags, losses, start, write_run
 
@@ -72,6 +73,7 @@ def in_ranks(rank, size, ports, cases, results):
         codes.append(train.main(argv))
     if rank == 0:
         results.put(codes)
+    leave()
 
 
 def spawn(cases, size=2):

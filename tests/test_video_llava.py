@@ -22,6 +22,7 @@ from model_cases import (
     random_model,
     random_sample,
 )
+from ranks import leave
 from safetensors.torch import load_file
 
 from fastvid.batch import AttentionLayout, PackedBatch
@@ -280,6 +281,7 @@ def run_rank(rank, port, queue):
         queue.put((name, rank, loss.item(), full))
     dist.barrier()
     dist.destroy_process_group()
+    leave()
 
 
 def test_fsdp2_equals_one_process():

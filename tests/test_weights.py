@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from ranks import leave
 from weight_folders import (
     ADAPTER,
     CONFIG,
@@ -224,6 +225,7 @@ def _load_sharded(rank, folder, config, rendezvous):
         assert uneven, "a table with an odd number of rows is cut unevenly"
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 def test_sharded_over_two_ranks(tmp_path):

@@ -22,12 +22,14 @@ def read_records(path) -> list[dict]:
     Lines end at "\\n" only: texts may hold U+2028 and its like. A byte-order mark and blank lines are skipped.
 
     Raises:
-        ValueError: naming the file and the line of what is no JSON or no UTF-8.
+        ValueError: naming the file that cannot be read, or the line of what is no JSON or no UTF-8.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a JSON or JSONL file") from error
     first = text.lstrip()[:1]
     if first == "[":
         return _parse(text, path)
