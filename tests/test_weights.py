@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 from ranks import leave
+from safetensors.torch import load_file, save_file
 from weight_folders import (
     ADAPTER,
     CONFIG,
