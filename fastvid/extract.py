@@ -65,6 +65,8 @@ class Summary:
         rate = self.extracted / max(self.seconds, 1e-9)
         lines = [f"{self.extracted} extracted, {self.skipped} there already, {len(self.failures)} failed of "
                  f"{self.total} videos in {self.seconds:.1f} s ({rate:.2f} videos/s)"]
+        if self.exit_code == 1:
+            lines.append(f"more than --max_failures {self.max_failures:g} of them failed: the exit code is 1")
         if self.interrupted:
             lines.append(f"stopped by {signal.Signals(self.interrupted).name}; run it again to go on")
         if self.failures:

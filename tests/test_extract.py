@@ -277,3 +277,9 @@ def test_recordings(shared, tiny, tmp_path):
         features, header = load_features(tmp_path / "features" / f"{name}.safetensors")
         assert np.abs(features.float().numpy() - recorded[f"224/{name}.pkl"].astype(np.float32)).max() <= 0.004
     assert json.loads(json.dumps(header)) == header
+
+
+@pytest.mark.parametrize("limit, said", [(0.01, True), (0.9, False)])
+def test_too_many_failures_name_their_limit(limit, said):
+    summary = Summary(total=2, max_failures=limit, failures=[("a.mp4", "cannot be opened")])
+    assert summary.exit_code == int(said) and (f"--max_failures {limit:g}" in str(summary)) == said

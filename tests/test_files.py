@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastvid.data.files import atomic_file
+from fastvid.data.files import atomic_file, read_json_object
 
 
 def test_a_written_file_replaces_the_old_one(tmp_path):
@@ -90,3 +90,14 @@ def test_a_pipe_is_written_to(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="absent does not exist; create it"), atomic_file(tmp_path / "absent" / "a"):
         pass
+
+
+def test_json_objects_are_read_missing_or_named(tmp_path):
+    path = tmp_path / "config.json"
+    assert read_json_object(path) == {}
+    path.write_text('{"a": 1}')
+    assert read_json_object(path) == {"a": 1}
+    for text in ("[1]", "{", "3"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="config.json is no JSON object"):
+            read_json_object(path)

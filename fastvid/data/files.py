@@ -1,5 +1,6 @@
-"""Writing a file so that its name always leads to a whole one."""
+"""Files that are whole or absent, and JSON objects that are or are not there."""
 
+import json
 import os
 import secrets
 from contextlib import contextmanager
@@ -34,3 +35,17 @@ def atomic_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json_object(path):
+    """The dict in a JSON file of a model's folder; empty where there is no such file.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error

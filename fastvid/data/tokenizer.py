@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
+from fastvid.data.files import read_json_object
 
 VIDEO = "<video>"
 PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"
@@ -188,7 +189,7 @@ class VideoTokenizer:
                      "normalized": False, "single_word": False, "special": True}
             for token, i in sorted({**plain, **added}.items(), key=lambda item: item[1])
         }
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json_object(folder / "tokenizer_config.json")
         config.setdefault("tokenizer_class", "LlamaTokenizer" if (folder / "tokenizer.model").is_file()
                           else "PreTrainedTokenizerFast")
         config |= {"added_tokens_decoder": entries, "legacy": True, "add_bos_token": True, "add_eos_token": False,
@@ -198,7 +199,7 @@ class VideoTokenizer:
         _write_json(folder / "tokenizer_config.json", config)
         _write_json(folder / "added_tokens.json", added)
         if (folder / "tokenizer.json").is_file():
-            table = _read_json(folder / "tokenizer.json")
+            table = read_json_object(folder / "tokenizer.json")
             table["added_tokens"] = [{"id": int(i), **entry} for i, entry in entries.items()]
             _write_json(folder / "tokenizer.json", table)
 
@@ -248,25 +249,15 @@ def load_tokenizer(folder, use_start_end):
 
 def _added_tokens(folder):
     """Ids of the tokens that a folder's files add to its vocabulary, and (lstrip, rstrip) where they say so."""
-    ids = {token: int(i) for token, i in _read_json(folder / "added_tokens.json").items()}
+    ids = {token: int(i) for token, i in read_json_object(folder / "added_tokens.json").items()}
     entries = [{"id": int(i), **entry}
-               for i, entry in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items()]
-    entries += _read_json(folder / "tokenizer.json").get("added_tokens", [])
+               for i, entry in read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items()]
+    entries += read_json_object(folder / "tokenizer.json").get("added_tokens", [])
     flags = {}
     for entry in entries:
         ids.setdefault(entry["content"], entry["id"])
         flags.setdefault(entry["content"], (entry.get("lstrip", False), entry.get("rstrip", False)))
     return ids, flags
-
-
-def _read_json(path):
-    """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
 
 
 def _write_json(path, value):

@@ -1,11 +1,11 @@
 """How many rows one video takes in the prompt, and where that number is found."""
 
-import json
 import re
 from pathlib import Path
 
 from fastvid.data.annotations import record_videos, training_fault
 from fastvid.data.features import probe_features
+from fastvid.data.files import read_json_object
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336 and its like say their patch and image size (224 where none is said).
@@ -72,10 +72,4 @@ def _named_videos(records):
 
 def read_settings(folder):
     """A model or tower folder's config.json; empty where there is none."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
+    return read_json_object(Path(folder) / "config.json")

@@ -117,7 +117,8 @@ def _load(tower, dtype):
     try:
         model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        hub_id = "openai/clip-vit-large-patch14-336" if _is_path(tower) else tower
+        meant_a_folder = _is_path(tower) or os.path.isdir(os.path.dirname(tower))
+        hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
         raise ValueError(
             f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
             f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER") from error
