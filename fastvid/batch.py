@@ -1,9 +1,11 @@
 """PackedBatch: the one structure that crosses from the data to the model.
 
-All rows of all samples lie end to end; there is no padding and no attention mask.
+All rows of all samples lie end to end; there is no padding and no attention mask. A segment is a run of rows that attend
+to each other: a sample, or a part of one where samples share rows (a system prompt, a video) or where the rows before
+the first trained one stand apart.
 
-Dimensions: N rows, S segments (samples), M key/value rows, V videos, R rows per video (temporal + spatial),
-C channels of the vision tower, L supervised rows.
+Dimensions: N rows, S segments, M key/value rows, V videos, R rows per video (temporal + spatial), C channels of the
+vision tower, L supervised rows.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -39,7 +41,8 @@ class AttentionLayout:
         max_seqlen_q: rows of the longest query segment.
         cu_seqlens_k: [S+1] int32, cumulative key rows; the same tensor as `cu_seqlens_q` when `kv_rows` is None.
         max_seqlen_k: rows of the longest key segment.
-        kv_rows: [M] int64, for each key of each segment the packed row that it is; None: a segment's own rows.
+        kv_rows: [M] int64, for each key of each segment the row that it is, counted from the first row of the batch's
+            constant prefix (`PackedBatch.prefix_rows`), which the packed rows follow; None: a segment's own rows.
     """
 
     cu_seqlens_q: Tensor
@@ -55,6 +58,35 @@ class AttentionLayout:
         torch.cumsum(torch.as_tensor(lengths, dtype=torch.int32), 0, out=cu_seqlens[1:])
         longest = max(lengths, default=0)
         return AttentionLayout(cu_seqlens, longest, cu_seqlens, longest)
+
+    def of_rows(self, rows):
+        """Who `rows` alone attend to, so that only they need queries: one segment for each run of consecutive rows.
+
+        Args:
+            rows: [L] int64 on the CPU, ascending; this layout's queries are all packed rows, in order.
+
+        Returns:
+            A layout with `kv_rows`, whose queries are `rows`. Keys of a run end at its last row.
+        """
+        bounds = self.cu_seqlens_q.long()
+        ends = self.cu_seqlens_k.long()
+        segment = torch.searchsorted(bounds, rows, right=True) - 1
+        splits = ((rows[1:] != rows[:-1] + 1) | (segment[1:] != segment[:-1])).nonzero().flatten() + 1
+        keys, lengths = [], []
+        for run in rows.tensor_split(splits) if len(rows) else ():
+            at = int(torch.searchsorted(bounds, run[0], right=True)) - 1
+            first, last = int(ends[at]), int(ends[at + 1]) - int(bounds[at + 1] - 1 - run[-1])
+            keys.append(self.kv_rows[first:last] if self.kv_rows is not None else torch.arange(first, last))
+            lengths.append(len(run))
+        queries = AttentionLayout.of_lengths(lengths)
+        of_keys = AttentionLayout.of_lengths([len(part) for part in keys])
+        return replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
+                       kv_rows=torch.cat([torch.empty(0, dtype=torch.int64), *keys]))
+
+    def pairs(self):
+        """Pairs of a query and a key that attention computes, per head. On the CPU."""
+        q, k = (bounds.diff().long() for bounds in (self.cu_seqlens_q, self.cu_seqlens_k))
+        return int((q * k - q * (q - 1) // 2).sum())
 
     def map(self, function):
         """The same layout with `function` applied to every tensor."""
@@ -78,6 +110,12 @@ class PackedBatch:
         loss_rows: [L] int64, rows whose output is supervised.
         targets: [L] int64, the token that each supervised row must predict.
         sample_ids: for messages about this batch.
+        loss_layout: who the supervised rows attend to, as `layout.of_rows(loss_rows)` has it: the last layer needs no
+            other queries. None: to be computed with all rows.
+        prefix_rows: rows of the constant prefix (the system prompt, the same in every batch) whose keys and values
+            the model keeps (`VideoLlava.keep_prefix`); the batch does not hold them. `positions` count them.
+        frozen_rows: the first so many packed rows depend on nothing that is trained, so they need no gradient.
+        sample_rows: rows of the samples laid end to end without sharing, the constant prefix included.
     """
 
     token_ids: Tensor
@@ -89,6 +127,10 @@ class PackedBatch:
     loss_rows: Tensor
     targets: Tensor
     sample_ids: list[str] = field(default_factory=list)
+    loss_layout: AttentionLayout | None = None
+    prefix_rows: int = 0
+    frozen_rows: int = 0
+    sample_rows: int = 0
 
     @property
     def num_rows(self) -> int:
