@@ -96,13 +96,13 @@ class RMSNorm(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward block. Takes and returns the residual stream and the branch not yet added to it."""
 
-    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, norm_dtype: torch.dtype,
-                 attn_implementation: str):
+    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, trained_dtype: torch.dtype,
+                 norm_dtype: torch.dtype, attn_implementation: str):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-        dtype = torch.float32 if trained else compute_dtype
+        dtype = trained_dtype if trained else compute_dtype
         linear = partial(Linear, dtype=dtype, trained=trained)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
                        trained=trained, compute_dtype=compute_dtype)
         self.input_norm = norm()
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes.
-        trained: parameters are fp32 masters that require gradients; otherwise frozen, in `compute_dtype`.
+        trained: parameters require gradients and lie in `trained_dtype`; otherwise frozen, in `compute_dtype`.
         compute_dtype: of matrix products.
         norm_dtype: of frozen norms; None: `compute_dtype`.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
@@ -141,16 +141,17 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
-                 norm_dtype: torch.dtype | None = None, recompute: str = "none", attn_implementation: str = "auto"):
+                 trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
+                 recompute: str = "none", attn_implementation: str = "auto"):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
         if recompute not in RECOMPUTE_MODES:
             raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
         self.layers = nn.ModuleList(
-            DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, norm_dtype=norm_dtype,
-                         attn_implementation=attn_implementation)
+            DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, trained_dtype=trained_dtype,
+                         norm_dtype=norm_dtype, attn_implementation=attn_implementation)
             for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)
         self.recompute = recompute
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it

@@ -12,8 +12,9 @@ from fastvid_kernels.linear_cross_entropy import chunk_rows
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.model.video_llava import ModelConfig
 
-# AdamW keeps two fp32 moments.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8}
+# AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
+# activations need their place.
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
 # Parts whose gradient passes through the decoder.
 BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
 
@@ -24,7 +25,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters as they are stored, and copies in the compute dtype that live until backward.
-        gradients: of trained parameters, fp32.
+        gradients: of trained parameters, in their dtype.
         optimizer: its moments.
         activations: saved for backward, and the gradients that the loss keeps until then.
         working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
@@ -102,7 +103,8 @@ def _layer_bytes(c, trained, size, residual, recompute, twice):
 def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
              compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
-             fp32_residual: bool = False, one_call_per_segment: bool = False) -> MemoryEstimate:
+             fp32_residual: bool = False, one_call_per_segment: bool = False,
+             trained_dtype: torch.dtype = torch.float32) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
@@ -120,21 +122,22 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     shard_trained = sharded if shard_trained is None else shard_trained
     trained_ranks, frozen_ranks = (world_size if flag else 1 for flag in (shard_trained, sharded))
 
-    weights = 4 * trained // trained_ranks + size * frozen // frozen_ranks
+    stored = trained_dtype.itemsize
+    weights = stored * trained // trained_ranks + size * frozen // frozen_ranks
     if fp32_residual and "embed" not in trainable:
         weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         weights += size * (sum(counts.values()) - counts["decoder"] + 2 * _linears(c))
-    elif "decoder" in trainable and size < 4:
+    elif "decoder" in trainable and size < stored:
         weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
 
     options = {"trainable": trainable, "rows": rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
                    "fp32_residual": fp32_residual, "one_call_per_segment": one_call_per_segment}
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
     return MemoryEstimate(
-        weights=weights, gradients=4 * trained // trained_ranks,
-        optimizer=OPTIMIZER_BYTES[optimizer] * trained // trained_ranks,
+        weights=weights, gradients=stored * trained // trained_ranks,
+        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
         working=max(at_once, _layer_working_bytes(c, trainable, rows, size, residual, recompute)), recompute=recompute)
 

@@ -46,14 +46,15 @@ class Table(nn.Module):
 class VideoLlava(nn.Module):
     """The model. Parameters are uninitialised; `fastvid.model.weights.load_weights` fills them.
 
-    Trained parameters are fp32 masters, cast at use; frozen ones lie in `compute_dtype` and get no gradient. Embeddings
-    and norms, which autocast never rounds, lie in the residual stream's dtype.
+    Trained parameters lie in `trained_dtype` and are cast at use; frozen ones lie in `compute_dtype` and get no gradient.
+    Frozen embeddings and norms, which autocast never rounds, lie in the residual stream's dtype.
 
     Args:
         config: sizes.
         trainable: parts that get a gradient, of "projector", "boundary", "embed", "head", "decoder". "boundary" trains
             the embeddings of <vid_start> and <vid_end> as a [2, D] parameter beside the frozen table.
         compute_dtype: of matrix products.
+        trained_dtype: of trained parameters: fp32 masters, or bf16 under an optimizer that rounds stochastically.
         fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
         recompute: "none", "selective" or "full"; see `Decoder`.
         attn_implementation: see `fastvid.model.attention.attend`.
@@ -63,7 +64,8 @@ class VideoLlava(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
-                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str = "auto"):
+                 trained_dtype: torch.dtype = torch.float32, fp32_residual: bool = False, recompute: str = "none",
+                 attn_implementation: str = "auto"):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:
@@ -72,7 +74,7 @@ class VideoLlava(nn.Module):
             raise ValueError('trainable: "boundary" is part of "embed"; choose one')
         sizes = config.decoder
         residual_dtype = torch.float32 if fp32_residual else compute_dtype
-        dtypes = {part: torch.float32 if part in trainable else compute_dtype for part in PARTS}
+        dtypes = {part: trained_dtype if part in trainable else compute_dtype for part in PARTS}
         if "embed" not in trainable:
             dtypes["embed"] = residual_dtype
         self.config = config
@@ -82,10 +84,11 @@ class VideoLlava(nn.Module):
 
         self.embed = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["embed"], trained="embed" in trainable)
         if "boundary" in trainable:
-            self.boundary = Table(2, sizes.hidden_size, dtype=torch.float32, trained=True)
+            self.boundary = Table(2, sizes.hidden_size, dtype=trained_dtype, trained=True)
         self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
         self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype,
-                               norm_dtype=residual_dtype, recompute=recompute, attn_implementation=attn_implementation)
+                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, recompute=recompute,
+                               attn_implementation=attn_implementation)
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
 
