@@ -185,12 +185,28 @@ def test_gathered_keys_are_not_kept_for_backward():
                                                   torch.autograd.grad(expected, (q, k, v), grad)))
 
 
+@pytest.mark.parametrize("regather", [True, False])
+def test_constant_keys_come_before_the_packed_rows(regather):
+    layout, _, _ = branches((3,) * 4, 5)
+    q, k, v = (torch.randn(17, 4, 8) for _ in range(3))
+    layout = dataclasses.replace(layout, cu_seqlens_q=layout.cu_seqlens_q[1:] - 5, cu_seqlens_k=layout.cu_seqlens_k[1:] - 5,
+                                 kv_rows=layout.kv_rows[5:])
+    whole = [x.clone().requires_grad_() for x in (q[5:], k, v)]
+    own = [x[5:].clone().requires_grad_() for x in (q, k, v)]
+    expected = attend(*whole, layout)
+    found = attend(*own, layout, constant=(k[:5], v[:5]), regather=regather)
+    assert torch.equal(found, expected)
+    grad = torch.randn_like(found)
+    for ours, theirs in zip(torch.autograd.grad(found, own, grad), torch.autograd.grad(expected, whole, grad)):
+        assert torch.equal(ours, theirs[-12:])
+
+
 def test_shared_gradients_are_summed_in_fp32():
     """A thousand branches that each add 1: bf16 alone would stop counting at 256."""
     lengths = (1,) * 1000
     layout, _, _ = branches(lengths, 1)
     source = torch.zeros(1001, 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    rows = attention._GatherRows.apply(source, attention._Gathered(source, layout.kv_rows))
+    rows = attention._GatherRows.apply(source, attention._Gathered(None, source, layout.kv_rows))
     rows.sum().backward()
     assert source.grad[0].unique().item() == 1000  # 1001, rounded once
 

@@ -1,6 +1,7 @@
 """Causal attention over packed rows: one function, `attend`, over whichever library the machine has.
 
-Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d channels per head, S segments.
+Dimensions: N query rows, M key/value rows, C constant ones, H query heads, K key/value heads, d channels per head,
+S segments.
 """
 
 import functools
@@ -20,14 +21,15 @@ FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
 def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout, implementation: str = "auto",
-           *, regather: bool = True) -> Tensor:
+           *, constant: tuple[Tensor, Tensor] | None = None, regather: bool = True) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
 
     Args:
         q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
-        layout: segments; with `kv_rows`, keys and values are gathered from the packed rows.
+        layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
         implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "sdpa" (one call per segment), or
             "auto": the first of these that the tensors allow.
+        constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
             where the copy lives only during its layer's backward.
 
@@ -40,9 +42,11 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     call = _CALLS[choose_implementation(implementation, q_NHd.device, q_NHd.dtype)]
     if q_NHd.shape[0] == 0:
         return q_NHd.clone()
+    assert constant is None or layout.kv_rows is not None
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
-    keys, values = _Gathered(k_NKd, layout.kv_rows), _Gathered(v_NKd, layout.kv_rows)
+    keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
+        constant or (None, None), (k_NKd, v_NKd)))
     k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys), _GatherRows.apply(v_NKd, values)
     with _saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
@@ -153,22 +157,29 @@ _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
 
 
 class _Gathered:
-    """The rows of `source` that segments attend to, for autograd: gathered again when backward asks for them."""
+    """The rows of `constant` and then `source` that segments attend to; gathered again when backward asks for them."""
 
-    def __init__(self, source_NKd, rows_M):
+    def __init__(self, constant_CKd, source_NKd, rows_M):
+        self.constant_CKd = constant_CKd
         self.source_NKd = source_NKd.detach()
         self.rows_M = rows_M
         self.storage = None  # address of the copy that forward made; only forward compares it, while the copy lives
         self.again_MKd = None
 
+    def copy(self):
+        source_NKd = self.source_NKd
+        if self.constant_CKd is not None:
+            source_NKd = torch.cat([self.constant_CKd, source_NKd])
+        return source_NKd.index_select(0, self.rows_M)
+
     def forward_copy(self):
-        rows_MKd = self.source_NKd.index_select(0, self.rows_M)
+        rows_MKd = self.copy()
         self.storage = rows_MKd.untyped_storage().data_ptr()
         return rows_MKd
 
     def backward_copy(self):
         if self.again_MKd is None:
-            self.again_MKd = self.source_NKd.index_select(0, self.rows_M)
+            self.again_MKd = self.copy()
         return self.again_MKd
 
 
@@ -185,10 +196,11 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad_MKd):
         gathered = ctx.gathered
         gathered.again_MKd = None  # attention's backward, its only reader, is done
+        first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
         # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
-        total_NE = torch.ops.aten.embedding_dense_backward(
-            grad_MKd.flatten(1).float(), gathered.rows_M, gathered.source_NKd.shape[0], -1, False)
-        return total_NE.view(gathered.source_NKd.shape).to(grad_MKd.dtype), None
+        total_RE = torch.ops.aten.embedding_dense_backward(
+            grad_MKd.flatten(1).float(), gathered.rows_M, first + gathered.source_NKd.shape[0], -1, False)
+        return total_RE[first:].view(gathered.source_NKd.shape).to(grad_MKd.dtype), None
 
 
 def _saving_no_copy(*gathered):

@@ -12,11 +12,11 @@ from fastvid_kernels.add_rms_norm import add_rms_norm
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import attend
+from fastvid.model.linear import make_linear
 
 RECOMPUTE_MODES = ("none", "selective", "full")
 
@@ -68,18 +68,6 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     return frequencies, float(scale)
 
 
-class Linear(nn.Module):
-    """y = x·Wᵀ (+ b) in x's dtype, whatever the parameters' dtype. Without weight gradient it saves no input."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: torch.dtype, trained: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=trained)
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype), requires_grad=trained) if bias else None
-
-    def forward(self, x):
-        return functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
 class RMSNorm(nn.Module):
     """Adds a branch to the residual stream, and normalises the sum into the compute dtype."""
 
@@ -97,11 +85,11 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward block. Takes and returns the residual stream and the branch not yet added to it."""
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, trained_dtype: torch.dtype,
-                 norm_dtype: torch.dtype, attn_implementation: str):
+                 norm_dtype: torch.dtype, frozen_dtype: str | None, attn_implementation: str):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = trained_dtype if trained else compute_dtype
-        linear = partial(Linear, dtype=dtype, trained=trained)
+        linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=None if trained else frozen_dtype)
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
                        trained=trained, compute_dtype=compute_dtype)
         self.input_norm = norm()
@@ -135,6 +123,7 @@ class Decoder(nn.Module):
         trained: parameters require gradients and lie in `trained_dtype`; otherwise frozen, in `compute_dtype`.
         compute_dtype: of matrix products.
         norm_dtype: of frozen norms; None: `compute_dtype`.
+        frozen_dtype: how frozen matrices are stored, see `make_linear`; None: in `compute_dtype`.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
             matrix products and attention.
         attn_implementation: see `attend`.
@@ -142,14 +131,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
-                 recompute: str = "none", attn_implementation: str = "auto"):
+                 frozen_dtype: str | None = None, recompute: str = "none", attn_implementation: str = "auto"):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
         if recompute not in RECOMPUTE_MODES:
             raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
         self.layers = nn.ModuleList(
             DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, trained_dtype=trained_dtype,
-                         norm_dtype=norm_dtype, attn_implementation=attn_implementation)
+                         norm_dtype=norm_dtype, frozen_dtype=frozen_dtype, attn_implementation=attn_implementation)
             for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)

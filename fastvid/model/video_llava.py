@@ -12,7 +12,8 @@ from fastvid_kernels.splice_video import splice_video
 from torch import Tensor, nn
 
 from fastvid.batch import PackedBatch
-from fastvid.model.decoder import Decoder, DecoderConfig, Linear
+from fastvid.model.decoder import Decoder, DecoderConfig
+from fastvid.model.linear import Linear
 
 PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
 
@@ -55,6 +56,7 @@ class VideoLlava(nn.Module):
             the embeddings of <vid_start> and <vid_end> as a [2, D] parameter beside the frozen table.
         compute_dtype: of matrix products.
         trained_dtype: of trained parameters: fp32 masters, or bf16 under an optimizer that rounds stochastically.
+        frozen_dtype: how a frozen decoder's matrices are stored, see `make_linear`; None: in `compute_dtype`.
         fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
         recompute: "none", "selective" or "full"; see `Decoder`.
         attn_implementation: see `fastvid.model.attention.attend`.
@@ -64,8 +66,8 @@ class VideoLlava(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
-                 trained_dtype: torch.dtype = torch.float32, fp32_residual: bool = False, recompute: str = "none",
-                 attn_implementation: str = "auto"):
+                 trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
+                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str = "auto"):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:
@@ -87,7 +89,7 @@ class VideoLlava(nn.Module):
             self.boundary = Table(2, sizes.hidden_size, dtype=trained_dtype, trained=True)
         self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
         self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype,
-                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, recompute=recompute,
+                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, frozen_dtype=frozen_dtype, recompute=recompute,
                                attn_implementation=attn_implementation)
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
