@@ -83,6 +83,18 @@ class AttentionLayout:
         return replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
                        kv_rows=torch.cat([torch.empty(0, dtype=torch.int64), *keys]))
 
+    def split(self, segments):
+        """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""
+        rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
+        q, k = self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff()
+        halves = []
+        for chosen, chosen_rows in zip((slice(segments), slice(segments, None)),
+                                       rows.tensor_split([int(self.cu_seqlens_k[segments])])):
+            queries, keys = (AttentionLayout.of_lengths(lengths[chosen].tolist()) for lengths in (q, k))
+            halves.append(replace(queries, cu_seqlens_k=keys.cu_seqlens_q, max_seqlen_k=keys.max_seqlen_q,
+                                  kv_rows=chosen_rows))
+        return tuple(halves)
+
     def pairs(self):
         """Pairs of a query and a key that attention computes, per head. On the CPU."""
         q, k = (bounds.diff().long() for bounds in (self.cu_seqlens_q, self.cu_seqlens_k))
@@ -94,6 +106,25 @@ class AttentionLayout:
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows = None if self.kv_rows is None else function(self.kv_rows)
         return replace(self, cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows)
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Consecutive rows of a batch that are computed together.
+
+    Attributes:
+        layout: who they attend to; keys are counted as in the batch's own layout, queries from the part's first row.
+        loss_rows: [l] int64, rows whose output is supervised, counted from the part's first.
+        loss_layout: who those attend to.
+    """
+
+    layout: AttentionLayout
+    loss_rows: Tensor
+    loss_layout: AttentionLayout
+
+    def map(self, function):
+        """The same part with `function` applied to every tensor."""
+        return BatchPart(self.layout.map(function), function(self.loss_rows), self.loss_layout.map(function))
 
 
 @dataclass(frozen=True)
@@ -116,6 +147,7 @@ class PackedBatch:
             the model keeps (`VideoLlava.keep_prefix`); the batch does not hold them. `positions` count them.
         frozen_rows: the first so many packed rows depend on nothing that is trained, so they need no gradient.
         sample_rows: rows of the samples laid end to end without sharing, the constant prefix included.
+        parts: the frozen rows, and all others; see `parted`. None: the model treats all rows alike.
     """
 
     token_ids: Tensor
@@ -131,6 +163,7 @@ class PackedBatch:
     prefix_rows: int = 0
     frozen_rows: int = 0
     sample_rows: int = 0
+    parts: tuple[BatchPart, BatchPart] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -139,6 +172,22 @@ class PackedBatch:
     @property
     def num_supervised(self) -> int:
         return self.targets.numel()
+
+    def parted(self):
+        """The same batch with what spares the model work: `loss_layout`, and `parts` if some rows are frozen. On the CPU.
+
+        Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
+        """
+        batch = replace(self, loss_layout=self.layout.of_rows(self.loss_rows))
+        supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
+        if not self.frozen_rows or supervised == self.num_supervised:
+            return batch
+        segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
+        assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
+        frozen, live = self.layout.split(segments)
+        frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
+        return replace(batch, parts=(BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
+                                     BatchPart(live, live_loss, live.of_rows(live_loss))))
 
     def map(self, function):
         """The same batch with `function` applied to every tensor."""
@@ -149,6 +198,8 @@ class PackedBatch:
                 values[f.name] = function(value)
             elif isinstance(value, AttentionLayout):
                 values[f.name] = value.map(function)
+            elif f.name == "parts" and value is not None:
+                values[f.name] = tuple(part.map(function) for part in value)
         return replace(self, **values)
 
     def to(self, device, non_blocking=False):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,6 +73,38 @@ def pack(samples, channels=12, generator=None, video=6):
 def random_batch(seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (3, 2), "answer": 1})):
     generator = torch.Generator().manual_seed(seed)
     return pack([random_sample(generator, **shape) for shape in shapes], generator=generator)
+
+
+def pack_frozen(samples, prefix, features):
+    """PackedBatch of the same, but that the `prefix` first tokens are the model's, and frozen rows lie first."""
+    pieces = []  # of the frozen rows, then of the live ones: (tokens, first position, supervised, keys before its own)
+    for ids, supervised in samples:
+        video = next((i for i, token in enumerate(ids) if token in (START, PATCH)), len(ids))
+        pieces.append([(ids[a:b], a, [row - a for row in supervised if a <= row < b])
+                       for a, b in ((prefix, video), (video, len(ids))) if a < b])
+    frozen = [(i, piece) for i, sample in enumerate(pieces) for piece in sample[:1] if START not in piece[0][:1]]
+    live = [(i, sample[-1]) for i, sample in enumerate(pieces) if START in sample[-1][0][:1]]
+    keys, ends, kv_rows, k_lengths, rows, positions, token_ids, targets = {}, prefix, [], [], [], [], [], []
+    for i, (ids, first, supervised) in frozen + live:
+        own = range(ends, ends := ends + len(ids))
+        keys[i] = [*keys.get(i, range(prefix)), *own]
+        kv_rows += keys[i]
+        k_lengths.append(len(keys[i]))
+        rows += [own[row] - prefix for row in supervised]
+        targets += [samples[i][0][first + row + 1] for row in supervised]
+        token_ids += ids
+        positions += range(first, first + len(ids))
+    queries, of_keys = (AttentionLayout.of_lengths(lengths) for lengths in (
+        [len(piece[0]) for _, piece in frozen + live], k_lengths))
+    token_ids = torch.tensor(token_ids)
+    starts, stops = ((token_ids == token).nonzero()[:, 0] for token in (START, END))
+    return PackedBatch(
+        token_ids=token_ids, positions=torch.tensor(positions, dtype=torch.int32),
+        layout=replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
+                       kv_rows=torch.tensor(kv_rows)),
+        video_rows=(token_ids == PATCH).nonzero()[:, 0], features=features,
+        boundary_rows=torch.stack([starts, stops], 1).flatten(), loss_rows=torch.tensor(rows),
+        targets=torch.tensor(targets), prefix_rows=prefix, frozen_rows=sum(len(piece[0]) for _, piece in frozen))
 
 
 def gradients(model):

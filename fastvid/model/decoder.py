@@ -1,17 +1,20 @@
 """The LLaMA decoder on packed rows (arXiv:2302.13971), equal to transformers' LlamaForCausalLM.
 
-Dimensions: N packed rows, D channels, E = (H + 2K)·d columns of fused queries, keys and values, H query heads,
-K key/value heads, d channels per head, F channels of the feed-forward block.
+Dimensions: N packed rows, L supervised ones, C constant rows whose keys and values are known, D channels,
+E = (H + 2K)·d columns of fused queries, keys and values, H query heads, K key/value heads, d channels per head,
+F channels of the feed-forward block.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvid.batch import AttentionLayout
@@ -81,8 +84,53 @@ class RMSNorm(nn.Module):
         return add_rms_norm(residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype)
 
 
+class Stream(NamedTuple):
+    """Rows on their way through the layers. (A tuple, in which FSDP finds the tensors that need gradients.)
+
+    Attributes:
+        residual_ND: residual stream, in its own dtype.
+        branch_ND: what the last block adds to it; None: nothing, or added already.
+        positions_N: rotary positions.
+        layout: who attends to whom.
+        supervised: (rows [L], ascending; who they attend to): the only rows that the last layer must put out; None: all.
+    """
+
+    residual_ND: Tensor
+    branch_ND: Tensor | None
+    positions_N: Tensor
+    layout: AttentionLayout
+    supervised: tuple[Tensor, AttentionLayout] | None = None
+
+    def summed(self):
+        """The same with the branch added."""
+        if self.branch_ND is None:
+            return self
+        return self._replace(residual_ND=self.residual_ND + self.branch_ND, branch_ND=None)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Distinct rows of x; backward copies, where that of an index would add: repeatable on every device."""
+
+    @staticmethod
+    def forward(ctx, x_ND, rows_L):
+        ctx.save_for_backward(rows_L)
+        ctx.num_rows = x_ND.shape[0]
+        return x_ND.index_select(0, rows_L)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_LD):
+        (rows_L,) = ctx.saved_tensors
+        return grad_LD.new_zeros(ctx.num_rows, grad_LD.shape[1]).index_copy_(0, rows_L, grad_LD), None
+
+
+def take_rows(x_ND: Tensor, rows_L: Tensor) -> Tensor:
+    """Rows `rows_L`, all different, of x: [L, D]. Saves the indices."""
+    return _TakeRows.apply(x_ND, rows_L)
+
+
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward block. Takes and returns the residual stream and the branch not yet added to it."""
+    """Attention and feed-forward block."""
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, trained_dtype: torch.dtype,
                  norm_dtype: torch.dtype, frozen_dtype: str | None, attn_implementation: str):
@@ -101,18 +149,59 @@ class DecoderLayer(nn.Module):
         self.heads = heads, kv_heads
         self.attn_implementation = attn_implementation
 
-    def forward(self, residual_ND, branch_ND, positions_N, rope, layout, *, cache=None, recomputed=False):
-        heads, kv_heads = self.heads
-        inv_freq, scale = rope
-        residual_ND, x_ND = self.input_norm(residual_ND, branch_ND)
+    def forward(self, live, frozen, rope, prefix, *, last=False, cache=None, recomputed=False):
+        """Both streams after this layer.
+
+        Args:
+            live: `Stream` of the rows that need gradients.
+            frozen: `Stream` of rows before them that need none, or None.
+            rope: angular frequencies and scale, as of `rotary_frequencies`.
+            prefix: keys and values [C, K, d] of constant rows before all those, or None.
+            last: only supervised rows go on.
+            cache: `LayerCache` of the live rows, or None.
+            recomputed: whether backward computes this again.
+
+        Returns:
+            (live, frozen); frozen is None after the last layer if none of its rows is supervised.
+        """
+        advance = partial(self._advance, rope=rope, last=last, recomputed=recomputed)
+        if frozen is not None:
+            with torch.no_grad():
+                frozen, keys_values = advance(frozen, prefix)
+                if prefix is not None:
+                    keys_values = tuple(map(torch.cat, zip(prefix, keys_values)))
+                prefix = keys_values
+        return advance(live, prefix, cache=cache)[0], frozen
+
+    def _advance(self, stream, constant, *, rope, last, recomputed, cache=None):
+        """(`stream` after this layer, or None if nothing of it goes on; its keys and values)."""
+        (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         # In place, but not where recomputation keeps the product that would be overwritten.
-        qkv_NE = rope_qk(self.qkv(x_ND), positions_N, inv_freq, heads, kv_heads, scale=scale, inplace=not recomputed)
-        q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+        rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
+        residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
+        positions_N, layout = stream.positions_N, stream.layout
+        some = last and stream.supervised is not None
+        if not some:
+            qkv_NE = rotate(self.qkv(x_ND), positions_N, inv_freq, heads, kv_heads)
+            q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+        else:
+            rows_L, layout = stream.supervised
+            queries = heads * 2 * inv_freq.shape[0]
+            kv_NE = rotate(self.qkv(x_ND, outputs=slice(queries, None)), positions_N, inv_freq, 0, kv_heads)
+            k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
+            if not len(rows_L):
+                return None, (k_NKd, v_NKd)
+            residual_ND, positions_N = take_rows(residual_ND, rows_L), positions_N.index_select(0, rows_L)
+            # Normalised again rather than taken from x: one gradient less to scatter.
+            q_LE = self.qkv(self.input_norm(residual_ND, None)[1], outputs=slice(queries))
+            q_NHd = rotate(q_LE, positions_N, inv_freq, heads, 0).unflatten(-1, (heads, -1))
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
-        x_NHd = attend(q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, regather=not recomputed)
+        x_NHd = attend(q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant,
+                       regather=not recomputed)
         residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
-        return residual_ND, self.down(swiglu(self.gate_up(x_ND)))
+        branch_ND = self.down(swiglu(self.gate_up(x_ND)))
+        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised), (k_NKd, v_NKd)
 
 
 class Decoder(nn.Module):
@@ -145,33 +234,45 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it
 
-    def forward(self, x_ND: Tensor, positions_N: Tensor, layout: AttentionLayout, cache=None) -> Tensor:
-        """Rows after the final norm, [N, D] in the compute dtype.
+    def forward(self, x_ND: Tensor, positions_N: Tensor, layout: AttentionLayout, cache=None, *,
+                supervised: tuple[Tensor, AttentionLayout] | None = None, frozen: Stream | None = None,
+                prefix: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Rows after the final norm, [N, D] in the compute dtype; of `supervised` rows, [L, D].
 
         Args:
             x_ND: residual stream, in its own dtype.
             positions_N: rotary position of each row.
-            layout: who attends to whom.
+            layout: who attends to whom; `kv_rows` counts those of `prefix`, of `frozen`, and of x.
             cache: one `LayerCache` per layer, whose rows the layout's keys include; None without.
+            supervised: (rows of x, ascending; who they attend to), if no others are wanted.
+            frozen: rows of no gradient that x attends to, computed and saved as such. Those of them that are supervised
+                come out first.
+            prefix: for each layer, keys and values [C, K, d] of constant rows.
         """
         if self._rope[0].device != x_ND.device:
             self._rope = self._rope[0].to(x_ND.device), self._rope[1]
         recomputed = self.recompute != "none" and torch.is_grad_enabled()
-        residual_ND, branch_ND = x_ND, None
+        live = Stream(x_ND, None, positions_N, layout, supervised)
         for i, layer in enumerate(self.layers):
+            options = {"last": i == len(self.layers) - 1}
+            constant = None if prefix is None else prefix[i]
             if recomputed:
                 # Added here, so that the layer's one saved input is the sum.
-                residual_ND = residual_ND if branch_ND is None else residual_ND + branch_ND
-                residual_ND, branch_ND = self._checkpointed(layer, residual_ND, positions_N, layout)
+                live, frozen = live.summed(), frozen and frozen.summed()
+                live, frozen = self._checkpointed(layer, live, frozen, self._rope, constant, **options)
             else:
-                residual_ND, branch_ND = layer(residual_ND, branch_ND, positions_N, self._rope, layout,
-                                               cache=cache and cache[i])
-        return self.norm(residual_ND, branch_ND)[1]
+                live, frozen = layer(live, frozen, self._rope, constant, cache=cache and cache[i], **options)
+        h_LD = self.norm(live.residual_ND, live.branch_ND)[1]
+        if frozen is None:
+            return h_LD
+        with torch.no_grad():
+            frozen_LD = self.norm(frozen.residual_ND, frozen.branch_ND)[1]
+        return torch.cat([frozen_LD, h_LD])
 
-    def _checkpointed(self, layer, residual_ND, positions_N, layout):
+    def _checkpointed(self, layer, *inputs, **options):
         context = {"context_fn": _keep_products} if self.recompute == "selective" else {}
-        return checkpoint(layer, residual_ND, None, positions_N, self._rope, layout, recomputed=True,
-                          use_reentrant=False, preserve_rng_state=False, **context)
+        return checkpoint(layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options,
+                          **context)
 
 
 def _keep_products():

@@ -11,8 +11,9 @@ from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvid_kernels.splice_video import splice_video
 from torch import Tensor, nn
 
-from fastvid.batch import PackedBatch
-from fastvid.model.decoder import Decoder, DecoderConfig
+from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.model.decoder import Decoder, DecoderConfig, Stream, take_rows
+from fastvid.model.generate import LayerCache
 from fastvid.model.linear import Linear
 
 PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
@@ -83,6 +84,7 @@ class VideoLlava(nn.Module):
         self.trainable = trainable
         self.compute_dtype = compute_dtype
         self.residual_dtype = residual_dtype
+        self._prefix = None  # not buffers: no checkpoint holds them
 
         self.embed = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["embed"], trained="embed" in trainable)
         if "boundary" in trainable:
@@ -94,25 +96,76 @@ class VideoLlava(nn.Module):
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, cache=None) -> Tensor:
         """Cross-entropy summed over the batch's supervised rows, fp32 scalar.
 
         Its graph reaches every trained parameter, whatever the batch lacks (videos, supervised rows), so that
         all ranks take part in the same collectives.
+
+        Args:
+            cache: one `LayerCache` per layer, which receives all rows' keys and values; None without.
         """
-        h_ND = self.hidden(batch)
-        return linear_cross_entropy(h_ND[batch.loss_rows], self.head_weight, batch.targets)[0]
+        if batch.loss_layout is None or not batch.num_supervised or cache is not None:
+            h_LD = take_rows(self.hidden(batch, cache), batch.loss_rows)
+        else:
+            h_LD = self._supervised(batch)
+        return linear_cross_entropy(h_LD, self.head_weight, batch.targets)[0]
 
     def hidden(self, batch: PackedBatch, cache=None) -> Tensor:
-        """Rows after the final norm, [N, D] in the compute dtype."""
-        return self.decoder(self.splice(batch), batch.positions, batch.layout, cache)
+        """All rows after the final norm, [N, D] in the compute dtype."""
+        return self.decoder(self.splice(batch), batch.positions, batch.layout, cache, prefix=self._prefix_of(batch))
 
-    def splice(self, batch: PackedBatch) -> Tensor:
-        """Rows that enter the decoder, [N, D] in the residual dtype."""
+    def _supervised(self, batch):
+        """Supervised rows after the final norm, [L, D] in the compute dtype."""
+        prefix = self._prefix_of(batch)
+        if batch.parts is None:
+            return self.decoder(self.splice(batch), batch.positions, batch.layout, prefix=prefix,
+                                supervised=(batch.loss_rows, batch.loss_layout))
+        assert not self.trainable & {"embed", "decoder"}, "no row is frozen where its embedding or the decoder is trained"
+        frozen, live = batch.parts
+        first = batch.frozen_rows
+        words_FD = self.embed.weight[batch.token_ids[:first]].to(self.residual_dtype)
+        return self.decoder(
+            self.splice(batch, first), batch.positions[first:], live.layout, prefix=prefix,
+            supervised=(live.loss_rows, live.loss_layout),
+            frozen=Stream(words_FD, None, batch.positions[:first], frozen.layout, (frozen.loss_rows, frozen.loss_layout)))
+
+    def keep_prefix(self, token_ids) -> None:
+        """Compute once what each layer attends to in the text with which all samples begin, and keep it.
+
+        Batches with `prefix_rows` need it. All ranks call it; frozen weights must be as they will stay.
+
+        Args:
+            token_ids: the text, from the sample's first token on.
+        """
+        assert not self.trainable & {"embed", "decoder"}, "the prefix changes with what is trained"
+        device, rows = self.embed.weight.device, len(token_ids)
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        batch = PackedBatch(
+            token_ids=torch.tensor(token_ids, device=device), positions=torch.arange(rows, device=device),
+            layout=AttentionLayout.of_lengths([rows]).map(lambda tensor: tensor.to(device)), video_rows=none,
+            features=torch.empty(0, 0, self.config.mm_hidden_size, device=device), boundary_rows=none, loss_rows=none,
+            targets=none)
+        cache = [LayerCache(rows) for _ in self.decoder.layers]
+        with torch.no_grad():
+            self(batch, cache)  # not `hidden`: FSDP gathers for a forward pass
+        self._prefix = [layer.buffers for layer in cache]
+
+    def _prefix_of(self, batch):
+        """Keys and values of the batch's constant prefix, by layer; None without one."""
+        if not batch.prefix_rows:
+            return None
+        assert self._prefix and len(self._prefix[0][0]) == batch.prefix_rows, "keep_prefix was not told this prefix"
+        return self._prefix
+
+    def splice(self, batch: PackedBatch, first: int = 0) -> Tensor:
+        """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual dtype."""
         video_PD = self.projector(batch.features.flatten(0, 1).to(self.compute_dtype))
         boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
-        return splice_video(batch.token_ids, self.embed.weight, video_PD, batch.video_rows, boundary_2D,
-                            batch.boundary_rows, self.residual_dtype)
+        rows = (batch.video_rows, batch.boundary_rows)
+        video_rows, boundary_rows = rows if not first else (x - first for x in rows)
+        return splice_video(batch.token_ids[first:], self.embed.weight, video_PD, video_rows, boundary_2D,
+                            boundary_rows, self.residual_dtype)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Scores of the next token, [N, vocabulary] fp32."""
