@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastvid.model.quantize import FORMATS
+
 
 class Linear(nn.Module):
     """y = x·Wᵀ (+ b) in x's dtype, whatever the parameters' dtype. Without weight gradient it saves no input."""
@@ -36,7 +38,9 @@ def make_linear(inputs: int, outputs: int, *, bias: bool = False, trained: bool,
     Args:
         trained: parameters require gradients.
         dtype: of the parameters.
-        frozen_dtype: how a frozen weight is stored instead; None: in `dtype`.
+        frozen_dtype: how a frozen weight is stored instead, one of `quantize.FORMATS`; None: in `dtype`.
     """
-    assert frozen_dtype is None
+    if frozen_dtype is not None:
+        assert not (trained or bias)
+        return FORMATS[frozen_dtype](inputs, outputs)
     return Linear(inputs, outputs, bias=bias, dtype=dtype, trained=trained)
