@@ -1,4 +1,4 @@
-"""Packing: what a batch says of its samples; reading ahead; what is refused and skipped."""
+"""Batches of a run: reading ahead; what is refused and skipped."""
 
 import dataclasses
 import json
@@ -8,51 +8,15 @@ import torch
 from training_run import CHANNELS, ROWS, config_of, write_run
 
 from fastvid import parallel, train
-from fastvid.batch import VideoTokens
-from fastvid.data.batching import Loader, pack
-from fastvid.data.conversation import EncodedSample
+from fastvid.data.batching import Loader
+from fastvid.data.packing import pack
 
-TOKENS = VideoTokens(patch=50, start=51, end=52, vocab_size=53)
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
-
-
-def sample(name, ids, supervised, videos=()):
-    return EncodedSample(name, ids, supervised, list(videos))
-
-
-def test_pack_lays_samples_end_to_end():
-    video = sample("v", [1, 7, 51, 50, 50, 50, 52, 8, 9, 2], [(8, 10)], ["v"])
-    text = sample("t", [1, 5, 6, 2, 4, 2], [(2, 4), (5, 6)])
-    features = torch.arange(12, dtype=torch.float16).view(3, 4)
-    batch = pack([(text, []), (video, [features])], TOKENS, (3, 4))
-    assert batch.token_ids.tolist() == text.token_ids + video.token_ids
-    assert batch.positions.tolist() == [*range(6), *range(10)]
-    assert batch.layout.cu_seqlens_q.tolist() == [0, 6, 16] and batch.layout.max_seqlen_q == 10
-    assert batch.layout.cu_seqlens_k is batch.layout.cu_seqlens_q and batch.layout.kv_rows is None
-    assert batch.video_rows.tolist() == [9, 10, 11] and batch.boundary_rows.tolist() == [8, 12]
-    assert batch.token_ids[batch.boundary_rows].tolist() == [51, 52]
-    assert torch.equal(batch.features, features[None])
-    assert batch.loss_rows.tolist() == [1, 2, 4, 13, 14]
-    assert batch.targets.tolist() == [6, 2, 2, 9, 2] == batch.token_ids[batch.loss_rows + 1].tolist()
-    assert batch.sample_ids == ["t", "v"]
-
-
-def test_pack_several_videos_and_mixed_precision():
-    two = sample("two", [1, 51, 50, 50, 52, 51, 50, 50, 52, 2], [(9, 10)], ["a", "b"])
-    batch = pack([(two, [torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.float16)])], TOKENS, (2, 4))
-    assert batch.video_rows.tolist() == [2, 3, 6, 7] and batch.boundary_rows.tolist() == [1, 4, 5, 8]
-    assert batch.features.dtype == torch.float32 and batch.features[:, 0, 0].tolist() == [1, 0]
-
-
-def test_pack_without_start_and_end_tokens():
-    bare = VideoTokens(patch=50, start=None, end=None, vocab_size=51)
-    batch = pack([(sample("v", [1, 50, 50, 2], [(3, 4)], ["v"]), [torch.ones(2, 4)])], bare, (2, 4))
-    assert batch.boundary_rows.numel() == 0 and batch.video_rows.tolist() == [1, 2]
 
 
 def test_pack_of_nothing_is_one_unsupervised_row(run):

@@ -8,11 +8,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-import torch
-
-from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.data.annotations import check_record, read_records, record_videos
 from fastvid.data.conversation import encode_sample
+from fastvid.data.packing import pack
 
 log = logging.getLogger("fastvid")
 
@@ -139,54 +137,6 @@ class SampleSet:
                                     f"{self.feature_shape}; extract it again with this run's tower")
             videos.append(features)
         return sample, videos
-
-
-def pack(samples, tokens, feature_shape):
-    """Lay samples end to end.
-
-    Args:
-        samples: (EncodedSample, list of [R, C] tensors) pairs. Without any, the batch is one unsupervised row, so that
-            a rank with nothing to train on still takes part in every collective.
-        tokens: `VideoTokens`.
-        feature_shape: (R, C) of a video's features.
-    """
-    token_ids, positions, lengths, video_rows, boundary_rows, loss_rows, targets, features = ([] for _ in range(8))
-    for sample, videos in samples:
-        first = len(token_ids)
-        ids = torch.as_tensor(sample.token_ids)
-        token_ids += sample.token_ids
-        positions.append(torch.arange(len(ids), dtype=torch.int32))
-        lengths.append(len(ids))
-        patches = (ids == tokens.patch).nonzero().flatten() + first
-        assert len(patches) == len(videos) * feature_shape[0], f"{sample.id}: placeholders and features differ"
-        video_rows.append(patches)
-        features += videos
-        if tokens.start is not None:
-            for block in patches.view(-1, feature_shape[0]) if videos else ():
-                boundary_rows += [int(block[0]) - 1, int(block[-1]) + 1]
-        for start, end in sample.supervised:
-            loss_rows += range(first + start - 1, first + end - 1)  # a row predicts the token after it
-            targets += sample.token_ids[start:end]
-    if not samples:
-        token_ids, positions, lengths = [0], [torch.zeros(1, dtype=torch.int32)], [1]
-    return PackedBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        positions=torch.cat(positions),
-        layout=AttentionLayout.of_lengths(lengths),
-        video_rows=torch.cat([torch.empty(0, dtype=torch.int64), *video_rows]),
-        features=_stack(features) if features else torch.empty(0, *feature_shape, dtype=torch.float16),
-        boundary_rows=torch.tensor(boundary_rows, dtype=torch.int64),
-        loss_rows=torch.tensor(loss_rows, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        sample_ids=[sample.id for sample, _ in samples],
-    )
-
-
-def _stack(features):
-    """[R, C] tensors to [V, R, C]; mixed precisions (pkl beside safetensors, say) meet in fp32."""
-    if len({f.dtype for f in features}) > 1:
-        features = [f.float() for f in features]
-    return torch.stack(features)
 
 
 class Loader:

@@ -103,6 +103,19 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
     return EncodedSample(name, ids, supervised, videos, warning, refused)
 
 
+def system_prefix(tokenizer, version="v1"):
+    """Ids with which every training sample begins, BOS included: the system text and " USER:".
+
+    Args:
+        tokenizer: `VideoTokenizer`.
+        version: training template.
+
+    Returns:
+        tuple of ids. A sample cut short, or with a text that a tokenizer joins to the colon, begins otherwise.
+    """
+    return (tokenizer.bos, *tokenizer.encode(f"{SYSTEM[TRAINING_TEMPLATES[version]]} {USER}:"))
+
+
 def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=()):
     """Token ids of a question about one video, up to where the answer begins.
 

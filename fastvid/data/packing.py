@@ -1,0 +1,202 @@
+"""Samples laid end to end: what a batch computes once, and what it need not compute at all.
+
+A sample's rows are a chain of pieces, each of which attends to its ancestors and itself:
+
+    system prompt ← text before the video ← video ← question and answer
+
+Pieces that samples of a batch have in common stand in it once (`share`): chains become a tree, whose gradient is that of
+the samples packed apart, since every row sees what it would see there. Where the backbone is frozen, the rows before the
+first trained one are pieces ahead of all others, and those of the system prompt are not in the batch at all.
+
+Dimensions: N packed rows, R rows per video, C channels of the vision tower.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from fastvid.batch import AttentionLayout, PackedBatch
+
+
+def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False):
+    """Lay samples end to end.
+
+    Args:
+        samples: (EncodedSample, list of [R, C] tensors) pairs. Without any, the batch is one unsupervised row, so that
+            a rank with nothing to train on still takes part in every collective.
+        tokens: `VideoTokens`.
+        feature_shape: (R, C) of a video's features.
+        prefix: ids of the system prompt (`fastvid.data.conversation.system_prefix`). A sample that does not begin with
+            them is packed whole.
+        frozen: the backbone is: the model keeps the keys and values of `prefix`, whose rows stay out of the batch, and
+            rows before a sample's first video need no gradient.
+        share: rows that samples have in common, up to the end of a video (or of `prefix`), stand in the batch once.
+
+    Returns:
+        PackedBatch; its pieces are its segments, those without gradient first.
+    """
+    parts = [_Sample(sample, videos, tokens, feature_shape[0], prefix, frozen, share) for sample, videos in samples]
+    pieces, leaves = _tree(parts)
+    if not pieces:
+        pieces = [_Piece(np.zeros(1, dtype=np.int64), 0, None, [], False)]
+    if all(piece.frozen for piece in pieces):
+        pieces[-1].frozen = False  # so that every rank's backward reaches every layer that others may wait in
+    pieces.sort(key=lambda piece: not piece.frozen)
+    at = 0
+    for piece in pieces:
+        piece.row, at = at, at + len(piece.ids)
+
+    ids = np.concatenate([piece.ids for piece in pieces])
+    patches = np.flatnonzero(ids == tokens.patch)
+    blocks = patches.reshape(-1, feature_shape[0]) if len(patches) else np.empty((0, 1), dtype=np.int64)
+    boundaries = blocks[:, [0, -1]] + [-1, 1] if tokens.start is not None else blocks[:0]
+    features = [video for piece in pieces for video in piece.videos]
+    loss_rows, targets = _supervised(parts, leaves)
+    layout, prefix_rows = _layout(pieces, len(prefix))
+    return PackedBatch(
+        token_ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(_ranges([p.first for p in pieces], [len(p.ids) for p in pieces]).astype(np.int32)),
+        layout=layout,
+        video_rows=torch.from_numpy(patches),
+        features=_stack(features) if features else torch.empty(0, *feature_shape, dtype=torch.float16),
+        boundary_rows=torch.from_numpy(boundaries.flatten()),
+        loss_rows=loss_rows,
+        targets=targets,
+        sample_ids=[part.sample.id for part in parts],
+        loss_layout=layout.of_rows(loss_rows),
+        prefix_rows=prefix_rows,
+        frozen_rows=sum(len(piece.ids) for piece in pieces if piece.frozen),
+        sample_rows=sum(len(part.ids) for part in parts),
+    )
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Rows that are computed together.
+
+    Attributes:
+        ids: [n] int64.
+        first: position of the first row.
+        parent: the piece that they follow, if that is in the batch.
+        videos: [R, C] features of the videos in it.
+        frozen: it depends on nothing that is trained.
+        row: packed row of the first one.
+    """
+
+    ids: np.ndarray
+    first: int
+    parent: "_Piece | None"
+    videos: list
+    frozen: bool
+    row: int = 0
+
+    def lineage(self):
+        """Its ancestors, the earliest first, and itself."""
+        return [*self.parent.lineage(), self] if self.parent else [self]
+
+
+class _Sample:
+    """A sample, and where it may be cut.
+
+    Attributes:
+        kept: rows at its beginning that the batch leaves out, as the model keeps their keys and values.
+        live: the first row that something trained reaches; 0 unless the backbone is frozen.
+        video_end: end of the last video.
+        shareable: ends of what it may have in common with others, ascending.
+    """
+
+    def __init__(self, sample, videos, tokens, rows, prefix, frozen, share):
+        self.sample, self.videos = sample, videos
+        self.ids = np.asarray(sample.token_ids, dtype=np.int64)
+        patches = np.flatnonzero(self.ids == tokens.patch)
+        assert len(patches) == len(videos) * rows, f"{sample.id}: placeholders and features differ"
+        boundary = int(tokens.start is not None)
+        self.video_end = int(patches[-1]) + 1 + boundary if videos else 0
+        # The row before a supervised token predicts it: what is cut off for others to share must not hold one.
+        latest = min([len(self.ids), *(start for start, _ in sample.supervised)]) - 1
+        system = len(prefix) if len(prefix) <= latest and np.array_equal(self.ids[:len(prefix)], prefix) else 0
+        self.kept = system if frozen else 0
+        self.live = (int(patches[0]) - boundary if videos else len(self.ids)) if frozen else 0
+        self.shareable = [end for end in (system, self.video_end) if share and self.kept < end <= latest]
+
+    def pieces(self, shared):
+        """(first, end, videos, whether frozen) of the pieces of its chain, of which those up to `shared` are cut off."""
+        cuts = {self.kept, len(self.ids), *shared, *([self.live] if self.live > self.kept else [])}
+        for first, end in pairwise(sorted(cuts)):
+            yield first, end, self.videos if first < self.video_end <= end else [], end <= self.live
+
+    def beginning(self, end):
+        """What the rows before `end` are computed from."""
+        return self.ids[:end].tobytes(), tuple(self.sample.videos) if self.video_end <= end else ()
+
+
+def _tree(parts):
+    """The pieces that all samples are made of, and for each sample the last one of its chain."""
+    counts = Counter(part.beginning(end) for part in parts for end in part.shareable)
+    pieces, leaves, known = [], [], {}
+    for part in parts:
+        shared, among = [], 1
+        for end in reversed(part.shareable):  # who shares more also shares less: cut only where somebody parts
+            if counts[part.beginning(end)] > among:
+                shared.append(end)
+                among = counts[part.beginning(end)]
+        piece = None
+        for first, end, videos, frozen in part.pieces(shared):
+            beginning = part.beginning(end) if end <= max(shared, default=0) else None
+            if beginning not in known:
+                pieces.append(_Piece(part.ids[first:end], first, piece, videos, frozen))
+            piece = known.setdefault(beginning, pieces[-1]) if beginning else pieces[-1]
+        leaves.append(piece)
+    return pieces, leaves
+
+
+def _layout(pieces, prefix):
+    """Attention layout of pieces, and the rows of the constant prefix that it counts: all of them, or 0 without need."""
+    lineages = [piece.lineage() for piece in pieces]
+    lengths = [len(piece.ids) for piece in pieces]
+    queries = AttentionLayout.of_lengths(lengths)
+    prefix = prefix if any(first.first for first, *_ in lineages) else 0
+    if not prefix and all(len(lineage) == 1 for lineage in lineages):
+        return queries, 0
+    starts, sizes, totals = [], [], []
+    for lineage in lineages:
+        runs = [(piece.row + prefix, len(piece.ids)) for piece in lineage]
+        if lineage[0].first:
+            runs.insert(0, (0, prefix))
+        starts += [start for start, _ in runs]
+        sizes += [size for _, size in runs]
+        totals.append(sum(size for _, size in runs))
+    keys = AttentionLayout.of_lengths(totals)
+    return AttentionLayout(queries.cu_seqlens_q, queries.max_seqlen_q, keys.cu_seqlens_q, keys.max_seqlen_q,
+                           torch.from_numpy(_ranges(starts, sizes))), prefix
+
+
+def _supervised(parts, leaves):
+    """Packed rows that predict a token, ascending, and those tokens."""
+    rows, targets = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for part, leaf in zip(parts, leaves):
+        spans = part.sample.supervised
+        at = _ranges([start for start, _ in spans], [end - start for start, end in spans])
+        targets.append(part.ids[at])
+        lineage = leaf.lineage()
+        piece = np.searchsorted([piece.first for piece in lineage], at - 1, side="right") - 1
+        rows.append(at - 1 + np.array([piece.row - piece.first for piece in lineage])[piece])
+    rows, targets = np.concatenate(rows), np.concatenate(targets)
+    order = np.argsort(rows, kind="stable")
+    return torch.from_numpy(rows[order]), torch.from_numpy(targets[order])
+
+
+def _ranges(starts, sizes):
+    """[start, start + size) of each, one after the other; int64."""
+    starts, sizes = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, sizes))
+    return np.arange(sizes.sum()) + np.repeat(starts - sizes.cumsum() + sizes, sizes)
+
+
+def _stack(features):
+    """[R, C] tensors to [V, R, C]; mixed precisions (pkl beside safetensors, say) meet in fp32."""
+    if len({f.dtype for f in features}) > 1:
+        features = [f.float() for f in features]
+    return torch.stack(features)
