@@ -128,6 +128,8 @@ class TrainConfig(DataConfig):
 
     @property
     def trainable(self) -> frozenset[str]:
+    peak_tflops: float | None = _flag(
+        None, "Peak TFLOP/s of one device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
         """The parts that get a gradient: of "projector", "boundary", "embed", "head" and "decoder".
 
         The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy).

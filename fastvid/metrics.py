@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, a progress bar, rates, and floating-point operations.
+"""What a run tells about itself: metrics.jsonl, TensorBoard, a progress bar, and rates.
 
 Nothing here waits for a device: callers hand over numbers that are on the host already.
 """
@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fastvid import flops
+from fastvid.flops import StepCounts
+
 REPORTERS = ("tensorboard", "none")
 
 
@@ -23,15 +26,18 @@ class Metrics:
 
     Attributes:
         path: ``output_dir/metrics.jsonl``, one JSON object per line: ``step``, the values given to `log` in full
-            precision (a non-finite one as null), and on training lines, over the steps since the last of them:
-            ``samples_per_second``; ``tokens_per_second`` (packed rows, those of videos included);
-            ``supervised_per_second``; ``data_wait_share`` (of the time, 0 to 1); ``peak_memory_gib`` (rank 0's GPU
-            memory, without a GPU its resident set, since the process began); ``tflops_per_second`` (if counted) and
-            ``mfu`` (if a peak was stated).
+            precision (a non-finite one as null), and on training lines, over the steps since the last of them and all
+            ranks: ``samples_per_second``; ``rows_per_second`` (packed rows, those of videos included);
+            ``supervised_per_second``; ``tflops_per_second`` (`fastvid.flops.Formula`) and ``mfu`` (its share of the
+            stated peak, if one was); ``data_wait_share`` (of the time, the mean over ranks of what their loops waited:
+            a GPU that still has work queued waits less); ``padding_share`` (rows that stand for no sample);
+            ``shared_row_share`` (rows saved because samples share them); ``budget_fill`` (of the row budget, if there
+            is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib`` (rank
+            0's GPU memory, without a GPU its resident set, since the process began).
     """
 
     def __init__(self, output_dir, *, total_steps: int, start_step: int = 0, report_to=("tensorboard",),
-                 progress: bool = True, rank: int = 0, peak_flops: float | None = None):
+                 progress: bool = True, rank: int = 0, peak_flops: float | None = None, row_budget: int | None = None):
         """Start the clock.
 
         Args:
@@ -42,17 +48,18 @@ class Metrics:
             progress: show a bar where stderr is a terminal; otherwise a plain line per `log`.
             rank: of this process.
             peak_flops: floating-point operations per second of all devices together, to state `mfu` against.
+            row_budget: rows that one step of all ranks could take, to state `budget_fill` against.
 
         Raises:
             ValueError: an unknown reporter.
         """
-        if unknown := set(report_to) - set(REPORTERS):
-            raise ValueError(f"--report_to {' '.join(sorted(unknown))}: known are {' and '.join(REPORTERS)}")
+        check_reporters(report_to)
         self.path = Path(output_dir) / "metrics.jsonl"
-        self.total_steps, self.start_step, self.rank, self.peak_flops = total_steps, start_step, rank, peak_flops
+        self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
+        self.peak_flops, self.row_budget = peak_flops, row_budget
         self._bar = self._file = self._tensorboard = None
         self._loss = math.nan
-        self._run = self._window = _Counts()
+        self._run = self._window = _Window()
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             losses = [line["loss"] for line in _keep_lines(self.path, start_step) if line.get("loss") is not None]
@@ -63,18 +70,22 @@ class Metrics:
             if progress and sys.stderr.isatty():
                 form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
                 self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form)
-        self._run, self._window = _Counts(), _Counts()
+        self._run, self._window = _Window(), _Window()
 
-    def count(self, samples: int, rows: int, supervised: int, flops: float = 0.0) -> None:
-        """One optimizer step is done: its samples, packed rows, supervised rows and operations, over all ranks."""
-        for counts in (self._run, self._window):
-            counts.add(samples, rows, supervised, flops)
+    def count(self, counts: StepCounts) -> None:
+        """One optimizer step over all ranks is done."""
+        for window in (self._run, self._window):
+            window.add(counts)
         if self._bar is not None:
             self._bar.update()
 
     def wait(self, seconds: float) -> None:
         """The step loop has waited for data."""
         self._window.waited += seconds
+
+    def stall(self, seconds: float) -> None:
+        """Saving a checkpoint has stopped the step loop."""
+        self._window.stalled += seconds
 
     @contextlib.contextmanager
     def paused(self):
@@ -98,8 +109,8 @@ class Metrics:
         line = {"step": step, **values}
         if "loss" in values:
             self._loss = values["loss"]
-            line |= self._window.rates(self.peak_flops)
-            self._window = _Counts()
+            line |= self._window.rates(self.peak_flops, self.row_budget)
+            self._window = _Window()
         if self.rank == 0:
             self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
             self._file.flush()
@@ -119,9 +130,9 @@ class Metrics:
 
     def summary(self) -> str:
         """The run so far (since a resume) in one line."""
-        run, rates = self._run, self._run.rates(None)
+        run, rates = self._run, self._run.rates()
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
-        return (f"{steps}, {run.samples:,} samples in {tqdm.format_interval(run.seconds)} "
+        return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
                 f"({rates['samples_per_second']:,.2f} samples/s), final loss {self._loss:.4f}, "
                 f"peak memory {rates['peak_memory_gib']:.2f} GiB")
 
@@ -151,7 +162,7 @@ class Metrics:
         return SummaryWriter(self.path.parent / "tensorboard", purge_step=self.start_step + 1, flush_secs=10)
 
     def _show(self, line):
-        rates = f"{line.get('samples_per_second', 0):,.1f} samples/s, {line.get('tokens_per_second', 0):,.0f} tokens/s"
+        rates = _readable(line)
         if self._bar is not None and "loss" in line:
             self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rates}")
             return
@@ -163,39 +174,50 @@ class Metrics:
         self.message(", ".join([f"step {line['step']:,}/{self.total_steps:,}", *shown]))
 
 
-class _Counts:
+class _Window:
     """What was done since a moment."""
 
     def __init__(self):
         self.began = time.perf_counter()
-        self.steps = self.samples = self.rows = self.supervised = 0
-        self.flops = self.waited = 0.0
+        self.steps, self.counts = 0, StepCounts()
+        self.waited = self.stalled = 0.0
 
-    def add(self, samples, rows, supervised, flops):
+    def add(self, counts):
         self.steps += 1
-        self.samples += samples
-        self.rows += rows
-        self.supervised += supervised
-        self.flops += flops
+        self.counts = flops.total([self.counts, counts])
 
     @property
     def seconds(self):
         return time.perf_counter() - self.began
 
-    def rates(self, peak_flops):
-        seconds = max(self.seconds, 1e-9)
+    def rates(self, peak_flops=None, row_budget=None):
+        seconds, counts = max(self.seconds, 1e-9), self.counts
         rates = {
-            "samples_per_second": self.samples / seconds,
-            "tokens_per_second": self.rows / seconds,
-            "supervised_per_second": self.supervised / seconds,
+            "samples_per_second": counts.samples / seconds,
+            "rows_per_second": counts.rows / seconds,
+            "supervised_per_second": counts.supervised / seconds,
+            "tflops_per_second": counts.flops / seconds / 1e12,
             "data_wait_share": self.waited / seconds,
+            "padding_share": counts.padding_rows / max(1, counts.rows),
+            "shared_row_share": 1 - (counts.rows - counts.padding_rows) / max(1, counts.sample_rows),
             "peak_memory_gib": peak_memory() / 2**30,
         }
-        if self.flops:
-            rates["tflops_per_second"] = self.flops / seconds / 1e12
-        if self.flops and peak_flops is not None:
-            rates["mfu"] = self.flops / seconds / peak_flops
+        if peak_flops is not None:
+            rates["mfu"] = counts.flops / seconds / peak_flops
+        if row_budget is not None:
+            rates["budget_fill"] = counts.rows / max(1, self.steps * row_budget)
+        if self.stalled:
+            rates["checkpoint_stall_seconds"] = self.stalled
         return rates
+
+
+def _readable(line):
+    """The rates of a training line in a few words."""
+    if "samples_per_second" not in line:
+        return ""
+    peak = f" ({line['mfu']:.1%} of peak)" if "mfu" in line else ""
+    return (f"{line['samples_per_second']:,.1f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
+            f"{line['tflops_per_second']:.3g} TFLOP/s{peak}, data wait {line['data_wait_share']:.1%}")
 
 
 def peak_memory() -> int:
@@ -206,30 +228,10 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def model_flops(num_frozen: float, num_trained: float, rows: int, *, pairs: int = 0, width: int = 0,
-                layers: int = 0) -> float:
-    """Floating-point operations of one training step, as the usual formula counts them.
-
-    ``4 * num_frozen * rows + 6 * num_trained * rows + 12 * pairs * width * layers``: a multiplication and an addition
-    per weight and row in the forward pass, as many for the gradient of the input, as many again for the gradient of a
-    trained weight (Kaplan et al. 2020, appendix B); in attention two products forward and four backward, of pairs that
-    the causal mask lets through only (Chowdhery et al. 2022, appendix B, halved as FlashAttention does).
-    Recomputation does not count. Add up calls for parts that see other rows (the head sees supervised rows only).
-
-    Args:
-        num_frozen, num_trained: weights of matrices (an embedding table is no matrix product).
-        rows: packed rows that pass them.
-        pairs: (query, key) pairs attended to, per head and layer; see `causal_pairs`.
-        width: heads times head dimension.
-        layers: with attention.
-    """
-    return (4.0 * num_frozen + 6.0 * num_trained) * rows + 12.0 * pairs * width * layers
-
-
-def causal_pairs(query_lengths, key_lengths=None) -> int:
-    """Pairs that a causal mask, aligned at each segment's last row, lets through; keys default to the queries."""
-    keys = query_lengths if key_lengths is None else key_lengths
-    return sum(q * k - q * (q - 1) // 2 for q, k in zip(query_lengths, keys, strict=True))
+def check_reporters(names) -> None:
+    """Raise ValueError for a name in `names` that is none of `REPORTERS`."""
+    if unknown := set(names) - set(REPORTERS):
+        raise ValueError(f"--report_to {' '.join(sorted(unknown))}: known are {' and '.join(REPORTERS)}")
 
 
 def read_metrics(path) -> list[dict]:

@@ -5,7 +5,8 @@ import logging
 
 import torch
 
-from fastvid import parallel
+from fastvid import flops, parallel
+from fastvid.metrics import check_reporters
 from fastvid.model import memory
 
 log = logging.getLogger("fastvid")
@@ -26,6 +27,9 @@ def checked(config):
                  "logging_steps", "save_steps", "eval_steps", "model_max_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
+    check_reporters(config.report_to)
+    if config.peak_tflops is not None and config.peak_tflops <= 0:
+        raise ValueError(f"--peak_tflops {config.peak_tflops:g}: give the device's TFLOP/s, such as 989 for an H200")
     if not config.trainable:
         raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
                          "--mm_use_vid_start_end there are no start and end embeddings to tune")
@@ -50,6 +54,19 @@ def compute_dtype(config):
 
 def plan_memory(config, model_config, samples, world):
     """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
+def trained_dtype(config):
+    """Of trained weights as they are stored."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else torch.float32
+
+
+def peak_flops(config, world):
+    """Operations per second of all devices together that utilisation is stated against, or None."""
+    peak = config.peak_tflops and config.peak_tflops * 1e12
+    if peak is None and config.bf16 and world.device.type == "cuda":
+        peak = flops.peak_flops(torch.cuda.get_device_name(world.device))
+    return peak and peak * world.size
+
+
 
     Args:
         config: `TrainConfig`.

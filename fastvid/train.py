@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import parallel, planning, recovery
+from fastvid import flops, parallel, planning, recovery
 from fastvid.config import TrainConfig, parse
 from fastvid.data.batching import Loader, SampleSet
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
@@ -40,6 +40,7 @@ class TrainState:
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
         stop_signal: signal that asked this rank to stop, or 0.
+        waited: seconds that this rank has waited for the data of the next step.
     """
 
     config: TrainConfig
@@ -50,10 +51,12 @@ class TrainState:
     loader: Loader
     evaluation: Loader | None
     warmup_steps: int
+    formula: flops.Formula
     loss_sum: torch.Tensor
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
+    waited: float = 0.0
 
     @property
     def order(self):
@@ -68,16 +71,16 @@ class StepResult:
     Attributes:
         loss, gradient_norm: fp32 scalars; the norm before clipping.
         learning_rate: that the update used.
-        samples, rows, supervised: packed samples, rows and supervised tokens.
+        counts: samples, rows, operations and so on.
+        waited: seconds that a rank waited for data before it, on average.
         stop_signal: the signal that asked any rank to stop, or 0.
     """
 
     loss: torch.Tensor
     gradient_norm: torch.Tensor
     learning_rate: float
-    samples: int
-    rows: int
-    supervised: int
+    counts: flops.StepCounts
+    waited: float
     stop_signal: int
 
 
@@ -109,7 +112,8 @@ def build(config, world):
     layout, recompute = planning.plan_memory(config, model_config, samples, world)
     with torch.device("meta"):
         model = VideoLlava(
-            model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config), recompute=recompute,
+            model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),
+            trained_dtype=planning.trained_dtype(config), recompute=recompute,
             fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
     parallel.shard(model, world, layout, bf16=config.bf16)
     model.to_empty(device=world.device)
@@ -120,6 +124,7 @@ def build(config, world):
         config=config, world=world, tokenizer=tokenizer, model=model,
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
         warmup_steps=config.warmup_steps or math.ceil(order.total_steps * config.warmup_ratio),
+        formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device))
 
 
@@ -130,15 +135,15 @@ def train_step(state, batches):
         `StepResult`; no number in it has waited for the device.
     """
     config, world = state.config, state.world
-    supervised, rows, samples, stop = world.sum_on_host([
-        sum(batch.num_supervised for batch in batches), sum(batch.num_rows for batch in batches),
-        sum(len(batch.sample_ids) for batch in batches), state.stop_signal])
+    mine = flops.total(map(state.formula.counts, batches))
+    *counts, waited, stop = world.sum_on_host([*mine, state.waited, state.stop_signal])
+    counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(batches):
         if config.policy.mean_of_means:
             scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
         else:
-            scale = 1 / max(1, supervised)
+            scale = 1 / max(1, counts.supervised)
         parallel.set_gradient_sync(state.model, i == len(batches) - 1)
         share = state.model(batch.to(world.device, non_blocking=True)) * scale
         share.backward()
@@ -151,7 +156,7 @@ def train_step(state, batches):
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
     stop_signal = max(world.gather_objects(state.stop_signal)) if stop else 0
-    return StepResult(loss, norm, lr, int(samples), int(rows), int(supervised), stop_signal)
+    return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal)
 
 
 @torch.no_grad()
@@ -175,11 +180,14 @@ def loop(state):
     """
     config, order = state.config, state.order
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
-                      report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank)
+                      report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
+                      peak_flops=planning.peak_flops(config, state.world))
     with contextlib.closing(metrics), logging_redirect_tqdm([log]), recovery.stop_signals(state):
-        for batches in _waited_for(state.loader.iterate(state.step), metrics):
+        metrics.message(f"operations of a step: {state.formula}")
+        for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
-            metrics.count(result.samples, result.rows, result.supervised)
+            metrics.count(result.counts)
+            metrics.wait(result.waited)
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
             saves = (_due(state, config.save_strategy, config.save_steps) or stops
                      or (ends and recovery.saves_at_end(state)))
@@ -224,12 +232,12 @@ def main(argv=None):
     return train(parse(TrainConfig, argv))
 
 
-def _waited_for(steps, metrics):
-    """The batches of each step; the time that the loop waits for them counts as such."""
+def _timed(state, steps):
+    """The batches of each step; `state.waited` is how long the loop waited for them."""
     while True:
         begin = time.perf_counter()
         _, batches = next(steps, (None, None))
-        metrics.wait(time.perf_counter() - begin)
+        state.waited = time.perf_counter() - begin
         if batches is None:
             return
         yield batches

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastvid import metrics as metrics_module
-from fastvid.metrics import Metrics, causal_pairs, model_flops, peak_memory, read_metrics
+from fastvid.flops import StepCounts
+from fastvid.metrics import Metrics, peak_memory, read_metrics
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_new_run_starts_a_new_log(tmp_path):
 
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
     metrics = open_metrics(tmp_path / "out", rank=1)
-    metrics.count(4, 100, 10)
+    metrics.count(StepCounts(4, 100, 10))
     line = metrics.log(1, {"loss": 1.0})
     metrics.message("hello")
     metrics.close()
@@ -83,17 +84,20 @@ def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
 
 
 def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
-    metrics = open_metrics(tmp_path, peak_flops=2e12)
-    metrics.count(8, 1000, 50, flops=3e12)
-    metrics.count(8, 2000, 70, flops=3e12)
+    metrics = open_metrics(tmp_path, peak_flops=2e12, row_budget=2000)
+    metrics.count(StepCounts(8, 1000, 50, sample_rows=2000, padding_rows=0, flops=3 * 10**12))
+    metrics.count(StepCounts(8, 2000, 70, sample_rows=2000, padding_rows=30, flops=3 * 10**12))
     metrics.wait(0.5)
+    metrics.stall(0.25)
+    metrics.stall(0.5)
     clock[0] += 4
     line = metrics.log(2, {"loss": 1.0})
-    expected = {"samples_per_second": 4, "tokens_per_second": 750, "supervised_per_second": 30,
-                "data_wait_share": 0.125, "tflops_per_second": 1.5, "mfu": 0.75}
+    expected = {"samples_per_second": 4, "rows_per_second": 750, "supervised_per_second": 30, "padding_share": 0.01,
+                "shared_row_share": 1 - 2970 / 4000, "data_wait_share": 0.125, "tflops_per_second": 1.5, "mfu": 0.75,
+                "budget_fill": 0.75, "checkpoint_stall_seconds": 0.75}
     assert {name: line[name] for name in expected} == expected
 
-    metrics.count(10, 10, 10)
+    metrics.count(StepCounts(10, 10, 10))
     clock[0] += 1
     with metrics.paused():
         clock[0] += 50
@@ -101,22 +105,22 @@ def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
     clock[0] += 1
     line = metrics.log(3, {"loss": 1.0})
     assert line["samples_per_second"] == 5 and line["data_wait_share"] == 0
-    assert "tflops_per_second" not in line and "mfu" not in line
+    assert "checkpoint_stall_seconds" not in line
 
 
-def test_no_mfu_without_a_stated_peak(tmp_path, clock):
+def test_no_share_of_what_was_not_stated(tmp_path, clock):
     metrics = open_metrics(tmp_path)
-    metrics.count(1, 1, 1, flops=5e12)
+    metrics.count(StepCounts(flops=5 * 10**12))
     clock[0] += 1
     line = metrics.log(1, {"loss": 1.0})
-    assert line["tflops_per_second"] == 5 and "mfu" not in line
+    assert line["tflops_per_second"] == 5 and not {"mfu", "budget_fill"} & line.keys()
 
 
 def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
     metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000)
     for step in range(1001, 3001):
-        metrics.count(8, 100, 10)
+        metrics.count(StepCounts(8, 100, 10))
         clock[0] += 2
     metrics.log(3000, {"loss": 0.43216})
     metrics.log(3000, {"eval_loss": 0.5})
@@ -129,27 +133,6 @@ def test_peak_memory_is_in_bytes():
     assert 2**26 < peak_memory() < 2**40 and held[0]
 
 
-def test_model_flops_of_a_layer_counted_by_torch():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    hidden, heads, length = 16, 2, 8
-    frozen, trained = torch.randn(hidden, hidden), torch.randn(hidden, hidden, requires_grad=True)
-    x = torch.randn(length, hidden, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        q, k, v = ((x @ frozen).view(length, heads, -1).transpose(0, 1) for _ in range(3))
-        attended = (q @ k.transpose(1, 2)).softmax(-1) @ v
-        (attended.transpose(0, 1).reshape(length, hidden) @ trained).sum().backward()
-    formula = model_flops(3 * hidden**2, hidden**2, length, pairs=length**2, width=hidden, layers=1)
-    assert counter.get_total_flops() == formula
-
-
-def test_causal_pairs():
-    assert causal_pairs([3, 1]) == 6 + 1
-    assert causal_pairs([2], [5]) == 4 + 5
-    with pytest.raises(ValueError):
-        causal_pairs([2, 2], [5])
-
-
 def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
     open_metrics(tmp_path).log(100, {"loss": 0.25})
     open_metrics(tmp_path, start_step=100).log(100, {"eval_loss": 0.5})
@@ -160,9 +143,10 @@ def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
 
 
 def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
-    metrics = open_metrics(tmp_path, start_step=10)
+    metrics = open_metrics(tmp_path, start_step=10, peak_flops=1e12)
     for _ in range(10):
-        metrics.count(8, 600, 10)
+        metrics.count(StepCounts(8, 600, 10, flops=3 * 10**12))
+        metrics.wait(1.5)
         clock[0] += 6
     metrics.log(20, {"epoch": 0.5, "loss": 1.25, "learning_rate": 2e-5})
     metrics.log(20, {"eval_loss": 1.5})
@@ -170,7 +154,8 @@ def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
     metrics.close()
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.3 samples/s, 100 tokens/s, ETA 08:00",
+        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.3 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of peak), "
+        "data wait 25.0%, ETA 08:00",
         "step 20/100, eval_loss 1.5",
         "saved checkpoint-20",
     ]
@@ -179,20 +164,20 @@ def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
 def test_on_a_terminal_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     metrics = open_metrics(tmp_path, start_step=40)
-    metrics.count(8, 600, 10)
+    metrics.count(StepCounts(8, 600, 10))
     metrics.log(41, {"loss": 1.25})
     metrics.message("a message")
     metrics.close()
     err = capsys.readouterr().err
     assert " 40/100 [" in err
-    assert re.search(r"41%\|.* 41/100 \[.*, loss 1.2500, [\d.,]+ samples/s, [\d,]+ tokens/s", err)
+    assert re.search(r"41%\|.* 41/100 \[.*, loss 1.2500, [\d.,]+ samples/s, [\d,]+ rows/s, 0 TFLOP/s", err)
     assert "a message\n" in err and "step 41/100" not in err
 
 
 def test_progress_can_be_turned_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     metrics = open_metrics(tmp_path, progress=False)
-    metrics.count(8, 600, 10)
+    metrics.count(StepCounts(8, 600, 10))
     metrics.log(1, {"loss": 1.25})
     assert re.fullmatch(r"step 1/100, loss 1.25, .*, ETA [\d:]+\n", capsys.readouterr().err)
 

@@ -254,6 +254,8 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
     (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
     (["--eval_strategy", "steps"], "needs --eval_data_path"),
     (["--logging_steps", "0"], "give 1 or more"),
+    (["--report_to", "wandb", "none"], "--report_to wandb: known are tensorboard and none"),
+    (["--peak_tflops", "0"], "--peak_tflops 0: give the device's"),
     (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
     (["--data_weights", "1", "2"], "2 numbers for 1"),
 ])
@@ -285,6 +287,15 @@ def test_a_corrupt_feature_file_costs_its_sample(run, tmp_path, caplog):
     assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats))) == 0
     assert "skipped sample clip7" in caplog.text
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["skipped_samples"] == 3  # once an epoch
+
+
+def test_rates_of_a_run(straight, run, tmp_path):
+    first = read_metrics(straight / "metrics.jsonl")[0]
+    assert first["padding_share"] == 0 and first["shared_row_share"] >= 0 and 0 <= first["data_wait_share"] < 1
+    assert first["tflops_per_second"] > 0 and "mfu" not in first
+    assert train.main(flags(run, tmp_path, "--max_steps", "1", "--peak_tflops", "0.5")) == 0
+    [line] = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5)
 
 
 def test_files_of_a_run(straight):

@@ -1,0 +1,120 @@
+"""Floating-point operations of a training step, counted on the host from the batch, and what a device could do.
+
+Dimensions: N packed rows, L supervised rows, D channels, H query heads, K key/value heads, d channels per head.
+"""
+
+from typing import NamedTuple
+
+# Dense bf16 TFLOP/s by a part of the name that CUDA gives the device; NVIDIA's data sheets, whose larger figures are
+# for sparse matrices. The first that fits counts.
+PEAK_BF16 = (("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("GH200", 989.0), ("H200", 989.0),
+             ("A100", 312.0), ("L40S", 362.0))
+
+
+class StepCounts(NamedTuple):
+    """What one step takes; those of micro-batches and ranks add up.
+
+    Attributes:
+        samples: packed samples.
+        rows: packed rows.
+        supervised: supervised rows.
+        sample_rows: rows of the samples laid end to end without sharing (`PackedBatch.sample_rows`).
+        padding_rows: rows that stand for no sample (a rank that has none still takes part with one row).
+        flops: as `Formula` counts them.
+    """
+
+    samples: int = 0
+    rows: int = 0
+    supervised: int = 0
+    sample_rows: int = 0
+    padding_rows: int = 0
+    flops: int = 0
+
+
+class Formula:
+    """Counts the operations that a batch's loss and gradient need; a multiplication and an addition are two.
+
+    Of a weight matrix with W entries: 2 W per row forward, 2 W per row whose input needs a gradient, 2 W per row for
+    the gradient of the matrix if it is trained: 4 W in a frozen backbone, 6 W where it is trained (Kaplan et al. 2020,
+    appendix B). Of attention: 4 H d per pair of a query and a key that the causal mask lets through, 8 H d backward
+    (Chowdhery et al. 2022, appendix B). What need not be computed does not count:
+
+    - recomputation, and what a kernel computes twice;
+    - backward of rows before the first trained one (`PackedBatch.frozen_rows`);
+    - in the last layer everything but keys and values, and in the head, of rows without supervision;
+    - the constant prefix, whose keys and values are kept, but for the pairs that attend to it;
+    - what is no matrix product: norms, rotations, embeddings, softmax, the optimizer.
+
+    Args:
+        config: `fastvid.model.video_llava.ModelConfig`.
+        trainable: parts that get a gradient, as `TrainConfig.trainable` names them.
+    """
+
+    def __init__(self, config, trainable: frozenset[str]):
+        sizes = config.decoder
+        width, kv_width = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+        self.trainable, self.width, self.layers = frozenset(trainable), width, sizes.num_layers
+        # Weights of a layer that every row passes, and those that only rows with a query pass.
+        self.keys_values = 2 * sizes.hidden_size * kv_width
+        self.others = 2 * sizes.hidden_size * width + 3 * sizes.hidden_size * sizes.intermediate_size
+        self.head = sizes.hidden_size * sizes.vocab_size
+        self.projector = [config.mm_hidden_size * sizes.hidden_size]
+        if config.projector_type != "linear":
+            self.projector.append(sizes.hidden_size**2)
+
+    def of_batch(self, batch) -> int:
+        """Operations of one micro-batch, forward and backward; `batch` is a `PackedBatch` on the host."""
+        rows, live, supervised = batch.num_rows, batch.num_rows - batch.frozen_rows, batch.num_supervised
+        supervised_live = int((batch.loss_rows >= batch.frozen_rows).sum())
+        pairs, live_pairs = _pairs(batch.layout, batch.layout.cu_seqlens_q[:-1] >= batch.frozen_rows)
+        last_rows, last_live, last_pairs, last_live_pairs = rows, live, pairs, live_pairs
+        if batch.loss_layout is not None:
+            last_rows, last_live = supervised, supervised_live
+            first_of_runs = batch.loss_rows[batch.loss_layout.cu_seqlens_q[:-1].long()]
+            last_pairs, last_live_pairs = _pairs(batch.loss_layout, first_of_runs >= batch.frozen_rows)
+
+        def matrix(weights, rows, live, trained):
+            return 2 * weights * (rows + live + (rows if trained else 0))
+
+        decoder_trained, full_layers = "decoder" in self.trainable, self.layers - 1
+        total = self.layers * matrix(self.keys_values, rows, live, decoder_trained)
+        total += full_layers * matrix(self.others, rows, live, decoder_trained)
+        total += matrix(self.others, last_rows, last_live, decoder_trained)
+        total += self.width * (full_layers * (4 * pairs + 8 * live_pairs) + 4 * last_pairs + 8 * last_live_pairs)
+        total += matrix(self.head, supervised, supervised_live, "head" in self.trainable)
+        projected, projector_trained = batch.video_rows.numel(), "projector" in self.trainable
+        for i, weights in enumerate(self.projector):  # the features themselves need no gradient
+            total += matrix(weights, projected, projected if i and projector_trained else 0, projector_trained)
+        return total
+
+    def counts(self, batch) -> StepCounts:
+        """`StepCounts` of one micro-batch; `batch` is a `PackedBatch` on the host."""
+        return StepCounts(
+            samples=len(batch.sample_ids), rows=batch.num_rows, supervised=batch.num_supervised,
+            sample_rows=(batch.sample_rows or batch.num_rows) if batch.sample_ids else 0,
+            padding_rows=0 if batch.sample_ids else batch.num_rows, flops=self.of_batch(batch))
+
+    def __str__(self):
+        layer = self.keys_values + self.others
+        kind, factor = ("trained", 6) if "decoder" in self.trainable else ("frozen", 4)
+        return (f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + 12 x {self.width:,} x causal "
+                f"pairs x {self.layers} layers + {6 if 'head' in self.trainable else 4} x {self.head:,} x supervised "
+                "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
+                "trained one have no backward, neither the constant prefix nor recomputation counts")
+
+
+def total(counts) -> StepCounts:
+    """The sum of several `StepCounts`."""
+    return StepCounts(*map(sum, zip(StepCounts(), *counts)))
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 operations per second of a GPU that `PEAK_BF16` knows, else None."""
+    return next((tera * 1e12 for part, tera in PEAK_BF16 if part.lower() in device_name.lower()), None)
+
+
+def _pairs(layout, live):
+    """(query, key) pairs of all segments and of those where `live` [S] bool holds, per head."""
+    queries, keys = (bounds.diff().long() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
+    pairs = queries * keys - queries * (queries - 1) // 2
+    return int(pairs.sum()), int((pairs * live).sum())

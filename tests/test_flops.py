@@ -1,0 +1,120 @@
+"""Operations of a step: the formula against what torch counts, and what it leaves out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from model_cases import ADAPTER, FULL, fill, model_config, random_batch, random_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastvid import flops
+from fastvid.batch import AttentionLayout
+from fastvid.flops import Formula, StepCounts
+from fastvid.model import decoder
+
+
+def dense_attend(q_NHd, k_NKd, v_NKd, layout, *args, **options):
+    """Attention over whole segments, two products forward and four backward, whose every pair torch counts."""
+    parts, bounds = [], layout.cu_seqlens_q.tolist()
+    for first, last in zip(bounds, bounds[1:]):
+        q, k, v = (x[first:last].transpose(0, 1) for x in (q_NHd, k_NKd, v_NKd))
+        parts.append(((q @ k.transpose(1, 2)).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def all_pairs(layout, live):
+    queries, keys = layout.cu_seqlens_q.diff().long(), layout.cu_seqlens_k.diff().long()
+    return int((queries * keys).sum()), int((queries * keys * live).sum())
+
+
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
+    """Without shortcuts: the last layer and the head see all rows (the head's loss is plain here)."""
+    monkeypatch.setattr(decoder, "attend", dense_attend)
+    monkeypatch.setattr(flops, "_pairs", all_pairs)
+    config = model_config(projector_type=projector)
+    model, batch = random_model(config, trainable=trainable), random_batch()
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model.hidden(batch)).logsumexp(-1).sum().backward()
+    everything = replace(batch, loss_layout=None, loss_rows=torch.arange(batch.num_rows),
+                         targets=torch.zeros(batch.num_rows, dtype=torch.int64))
+    assert Formula(config, trainable).of_batch(everything) == counter.get_total_flops()
+
+
+def by_rows(config, batch):
+    """An adapter step's operations, row by row and pair by pair."""
+    sizes = config.decoder
+    d, width, kv = sizes.hidden_size, sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    supervised = set(batch.loss_rows.tolist())
+    queries, keys = batch.layout.cu_seqlens_q.tolist(), batch.layout.cu_seqlens_k.tolist()
+    operations = batch.video_rows.numel() * (4 * config.mm_hidden_size * d + 6 * d * d)
+    for s in range(len(queries) - 1):
+        for row in range(queries[s], queries[s + 1]):
+            passes = 1 if row < batch.frozen_rows else 2
+            seen = keys[s + 1] - keys[s] - (queries[s + 1] - 1 - row)
+            for layer in range(sizes.num_layers):
+                operations += passes * 2 * d * 2 * kv
+                if layer < sizes.num_layers - 1 or row in supervised:
+                    operations += passes * 2 * (2 * d * width + 3 * d * sizes.intermediate_size)
+                    operations += (4 if passes == 1 else 12) * seen * width
+            operations += passes * 2 * d * sizes.vocab_size * (row in supervised)
+    return operations
+
+
+def test_what_need_not_be_computed_does_not_count():
+    """Two frozen pieces that attend to four rows of the constant prefix, then three live ones, one shared by two."""
+    queries = AttentionLayout.of_lengths([3, 2, 6, 4, 5])
+    keys = AttentionLayout.of_lengths([4 + 3, 4 + 2, 4 + 3 + 6, 4 + 3 + 6 + 4, 4 + 3 + 6 + 5])
+    layout = replace(queries, cu_seqlens_k=keys.cu_seqlens_q, max_seqlen_k=keys.max_seqlen_q,
+                     kv_rows=torch.zeros(int(keys.cu_seqlens_q[-1]), dtype=torch.int64))
+    loss_rows = torch.tensor([3, 4, 13, 14, 17, 19])  # of a sample without video, and of both branches
+    batch = replace(random_batch(), token_ids=torch.zeros(20, dtype=torch.int64), layout=layout, loss_rows=loss_rows,
+                    targets=loss_rows, loss_layout=layout.of_rows(loss_rows), video_rows=torch.arange(5, 11),
+                    prefix_rows=4, frozen_rows=5, sample_rows=50, sample_ids=["a", "b", "c"])
+    config = model_config(num_kv_heads=2)
+    formula = Formula(config, ADAPTER)
+    assert formula.of_batch(batch) == by_rows(config, batch)
+    assert formula.of_batch(replace(batch, frozen_rows=0)) > formula.of_batch(batch)
+    assert formula.of_batch(replace(batch, loss_layout=None)) > formula.of_batch(batch)
+    assert formula.counts(batch) == StepCounts(3, 20, 6, 50, 0, formula.of_batch(batch))
+
+
+def test_a_batch_of_no_sample_is_padding():
+    batch = replace(random_batch(), sample_ids=[])
+    counts = Formula(model_config(), ADAPTER).counts(batch)
+    assert counts.padding_rows == counts.rows == batch.num_rows and counts.samples == counts.sample_rows == 0
+    assert flops.total([counts, StepCounts(1, 2, 3)]) == StepCounts(1, counts.rows + 2, batch.num_supervised + 3, 0,
+                                                                    counts.rows, counts.flops)
+
+
+def test_a_7b_row_is_what_the_usual_count_says():
+    """4 and 6 per weight and row of LLaVA-1.5-7B; its attention at 830 rows."""
+    config = model_config(mm_hidden_size=1024, vocab_size=32003, hidden_size=4096, intermediate_size=11008,
+                          num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128)
+    layout = AttentionLayout.of_lengths([830])
+    batch = replace(random_batch(), token_ids=torch.zeros(830, dtype=torch.int64), layout=layout,
+                    loss_rows=torch.arange(830), targets=torch.arange(830), video_rows=torch.arange(0))
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32003 * 4096
+    attention = 12 * 32 * 4096 * 830 * 831 // 2
+    for trainable, factor in ((ADAPTER, 4), (FULL, 6)):
+        formula = Formula(config, trainable)
+        assert formula.of_batch(batch) == factor * weights * 830 + attention
+        assert str(formula).startswith(f"{factor} x 202,375,168 {'frozen' if factor == 4 else 'trained'} weights")
+
+
+@pytest.mark.parametrize("name, tera", [
+    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA GeForce GTX 1080", None)])
+def test_known_gpus_have_a_peak(name, tera):
+    assert flops.peak_flops(name) == (tera and tera * 1e12)
+
+
+def test_parameters_are_those_of_the_model():
+    config = model_config(num_kv_heads=2)
+    model, formula = fill(random_model(config)), Formula(config, ADAPTER)
+    layer = model.decoder.layers[0]
+    matrices = sum(p.numel() for name, p in layer.named_parameters() if "norm" not in name)
+    assert formula.keys_values + formula.others == matrices
+    assert sum(formula.projector) == sum(p.numel() for p in model.projector.parameters() if p.ndim == 2)
+    assert formula.head == model.head_weight.numel()
