@@ -4,12 +4,14 @@ Dimensions: N packed rows, D channels, E = (H + 2K)·d columns of queries, keys 
 feed-forward block, V tokens of the vocabulary, C channels of the vision tower.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
 from fastvid_kernels.linear_cross_entropy import chunk_rows
 
 from fastvid.model.decoder import RECOMPUTE_MODES
+from fastvid.model.quantize import matrix_bytes
 from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
@@ -104,7 +106,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
              compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
              fp32_residual: bool = False, one_call_per_segment: bool = False,
-             trained_dtype: torch.dtype = torch.float32) -> MemoryEstimate:
+             trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
@@ -124,6 +126,10 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
 
     stored = trained_dtype.itemsize
     weights = stored * trained // trained_ranks + size * frozen // frozen_ranks
+    if frozen_dtype is not None:
+        assert not sharded and "decoder" not in trainable
+        weights += c.num_layers * sum(matrix_bytes(frozen_dtype, *shape) - size * math.prod(shape)
+                                      for shape in _matrices(c))
     if fp32_residual and "embed" not in trainable:
         weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:
@@ -139,7 +145,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         weights=weights, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=max(at_once, _layer_working_bytes(c, trainable, rows, size, residual, recompute)), recompute=recompute)
+        working=max(at_once, _layer_working_bytes(c, trainable, rows, size, residual, recompute),
+                    _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
 
 
 def _loss_bytes(c, trainable, supervised_rows, size):
@@ -164,6 +171,15 @@ def _layer_working_bytes(c, trainable, rows, size, residual, recompute):
     return rows * (per_row + max(0, recomputed))
 
 
+def _quantized_product_bytes(c, frozen_dtype, rows, size):
+    """Temporaries of the gradient of the widest product with a matrix in few bits: the matrix or the rows anew."""
+    if frozen_dtype is None:
+        return 0
+    inputs, outputs = max(_matrices(c), key=math.prod)
+    made = rows * outputs if frozen_dtype == "fp8" else size * inputs * outputs
+    return made + rows * size * (inputs + outputs)
+
+
 def choose_recompute(available: int, config: ModelConfig, **options) -> str:
     """The cheapest recomputation with which a step fits into `available` bytes; "full" if none does.
 
@@ -174,7 +190,13 @@ def choose_recompute(available: int, config: ModelConfig, **options) -> str:
                  if estimate(config, recompute=mode, **options).total <= available), "full")
 
 
+def _matrices(c):
+    """(inputs, outputs) of one layer's matrices."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    D, F = c.hidden_size, c.intermediate_size
+    return (D, queries + 2 * keys), (queries, D), (D, 2 * F), (F, D)
+
+
 def _linears(c):
     """Elements of one layer's matrices."""
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    return c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
+    return sum(map(math.prod, _matrices(c)))
