@@ -124,12 +124,12 @@ class TrainConfig(DataConfig):
     resume: Literal["auto", "never"] = _flag("auto", "auto: go on from the newest valid checkpoint in --output_dir.")
     report_to: list[str] = _flag(["tensorboard"], "tensorboard or none; metrics.jsonl is always written.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
+    peak_tflops: float | None = _flag(
+        None, "Peak TFLOP/s of one device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
     dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
 
     @property
     def trainable(self) -> frozenset[str]:
-    peak_tflops: float | None = _flag(
-        None, "Peak TFLOP/s of one device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
         """The parts that get a gradient: of "projector", "boundary", "embed", "head" and "decoder".
 
         The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy).

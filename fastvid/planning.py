@@ -52,13 +52,6 @@ def compute_dtype(config):
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
-def plan_memory(config, model_config, samples, world):
-    """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
-def trained_dtype(config):
-    """Of trained weights as they are stored."""
-    return torch.bfloat16 if config.master_dtype == "bfloat16" else torch.float32
-
-
 def peak_flops(config, world):
     """Operations per second of all devices together that utilisation is stated against, or None."""
     peak = config.peak_tflops and config.peak_tflops * 1e12
@@ -67,6 +60,8 @@ def peak_flops(config, world):
     return peak and peak * world.size
 
 
+def plan_memory(config, model_config, samples, world):
+    """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
 
     Args:
         config: `TrainConfig`.
