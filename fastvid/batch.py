@@ -68,20 +68,17 @@ class AttentionLayout:
         Returns:
             A layout with `kv_rows`, whose queries are `rows`. Keys of a run end at its last row.
         """
-        bounds = self.cu_seqlens_q.long()
-        ends = self.cu_seqlens_k.long()
+        bounds, ends = self.cu_seqlens_q.long(), self.cu_seqlens_k.long()
         segment = torch.searchsorted(bounds, rows, right=True) - 1
-        splits = ((rows[1:] != rows[:-1] + 1) | (segment[1:] != segment[:-1])).nonzero().flatten() + 1
-        keys, lengths = [], []
-        for run in rows.tensor_split(splits) if len(rows) else ():
-            at = int(torch.searchsorted(bounds, run[0], right=True)) - 1
-            first, last = int(ends[at]), int(ends[at + 1]) - int(bounds[at + 1] - 1 - run[-1])
-            keys.append(self.kv_rows[first:last] if self.kv_rows is not None else torch.arange(first, last))
-            lengths.append(len(run))
-        queries = AttentionLayout.of_lengths(lengths)
-        of_keys = AttentionLayout.of_lengths([len(part) for part in keys])
+        breaks = torch.ones(len(rows) + 1, dtype=torch.bool)  # between two runs, before the first and after the last
+        breaks[1:-1] = (rows[1:] != rows[:-1] + 1) | (segment[1:] != segment[:-1])
+        breaks = breaks.nonzero().flatten() if len(rows) else torch.zeros(1, dtype=torch.int64)
+        at, last = segment[breaks[:-1]], rows[breaks[1:] - 1]
+        sizes = ends[at + 1] - (bounds[at + 1] - 1 - last) - ends[at]
+        keys = torch.arange(int(sizes.sum())) + (ends[at] - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+        queries, of_keys = (AttentionLayout.of_lengths(lengths.tolist()) for lengths in (breaks.diff(), sizes))
         return replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
-                       kv_rows=torch.cat([torch.empty(0, dtype=torch.int64), *keys]))
+                       kv_rows=keys if self.kv_rows is None else self.kv_rows[keys])
 
     def split(self, segments):
         """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""

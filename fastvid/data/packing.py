@@ -36,7 +36,7 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
         share: rows that samples have in common, up to the end of a video (or of `prefix`), stand in the batch once.
 
     Returns:
-        PackedBatch; its pieces are its segments, those without gradient first.
+        PackedBatch, `parted`; its pieces are its segments, those without gradient first.
     """
     parts = [_Sample(sample, videos, tokens, feature_shape[0], prefix, frozen, share) for sample, videos in samples]
     pieces, leaves = _tree(parts)
@@ -66,11 +66,10 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
         loss_rows=loss_rows,
         targets=targets,
         sample_ids=[part.sample.id for part in parts],
-        loss_layout=layout.of_rows(loss_rows),
         prefix_rows=prefix_rows,
         frozen_rows=sum(len(piece.ids) for piece in pieces if piece.frozen),
         sample_rows=sum(len(part.ids) for part in parts),
-    )
+    ).parted()
 
 
 @dataclass(eq=False)
