@@ -87,6 +87,9 @@ class TrainConfig(DataConfig):
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
     # precision and memory
     bf16: bool = _flag(False, "Compute in bf16 over fp32 master weights; without it everything is fp32.")
+    frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
+        "auto", "A frozen decoder's matrices: auto: as computed with; fp8: multiplied by a GPU's FP8 units (8.9 and later), "
+        "for speed; int8 (half of bf16's bytes), nf4 (a quarter, needs bitsandbytes): for memory.")
     tf32: bool = _flag(False, "Allow TF32 matrix products for fp32 work on Ampere and later.")
     gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
     recompute: Literal["auto", "none", "selective", "full"] = _flag(

@@ -7,7 +7,7 @@ import torch
 
 from fastvid import flops, parallel
 from fastvid.metrics import check_reporters
-from fastvid.model import memory
+from fastvid.model import memory, quantize
 
 log = logging.getLogger("fastvid")
 
@@ -36,6 +36,8 @@ def checked(config):
     if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
         raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
                          "which --parity reference does not copy; set it to 0")
+    if config.frozen_dtype != "auto":
+        _check_frozen_dtype(config)
     if config.eval_strategy != "no" and not config.eval_data_path:
         raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
     if config.lazy_preprocess is not None:
@@ -45,6 +47,26 @@ def checked(config):
     if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
         log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
     return config
+
+
+def _check_frozen_dtype(config):
+    flag = f"--frozen_dtype {config.frozen_dtype}"
+    if "decoder" in config.trainable:
+        raise ValueError(f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train the "
+                         "adapter only (--tune_mm_mlp_adapter True)")
+    if config.parity == "reference":
+        raise ValueError(f"{flag} rounds the decoder's weights, and --parity reference computes with them as they are; "
+                         "leave one of the two out")
+    if config.frozen_dtype == "fp8" and not config.bf16:
+        raise ValueError(f"{flag}: products of FP8 units come out in bf16; add --bf16 True")
+    if config.shard not in ("auto", "none"):
+        raise ValueError(f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use --shard "
+                         "auto or none")
+
+
+def frozen_dtype(config):
+    """How a frozen decoder's matrices are stored, as `VideoLlava` takes it."""
+    return None if config.frozen_dtype == "auto" else config.frozen_dtype
 
 
 def compute_dtype(config):
@@ -72,6 +94,8 @@ def plan_memory(config, model_config, samples, world):
     Returns:
         (layout over ranks as `parallel.shard` takes it, recompute mode)
     """
+    if frozen_dtype(config) is not None:
+        quantize.check_device(config.frozen_dtype, world.device)
     surveyed = samples.survey()
     length, supervised = (max(column) for column in zip(*surveyed))
     batch = config.per_device_train_batch_size
@@ -79,12 +103,12 @@ def plan_memory(config, model_config, samples, world):
         trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
         video_rows=batch * samples.feature_shape[0], compute_dtype=compute_dtype(config), optimizer=config.optim,
         world_size=world.size, fp32_residual=config.policy.fp32_residual,
-        one_call_per_segment=world.device.type == "cpu")
+        frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
     available = parallel.device_memory(world)
     wanted = "none" if config.recompute == "auto" else config.recompute
     replicated = memory.estimate(model_config, recompute=wanted, **options)
     layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
-                                    fits=replicated.total <= available)
+                                    fits=replicated.total <= available or frozen_dtype(config) is not None)
     options |= dict(sharded=layout == "full", shard_trained=layout != "replicated")
     recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=recompute, **options)

@@ -113,7 +113,7 @@ def build(config, world):
     with torch.device("meta"):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),
-            trained_dtype=planning.trained_dtype(config), recompute=recompute,
+            frozen_dtype=planning.frozen_dtype(config), trained_dtype=planning.trained_dtype(config), recompute=recompute,
             fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
     parallel.shard(model, world, layout, bf16=config.bf16)
     model.to_empty(device=world.device)

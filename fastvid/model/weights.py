@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastvid.model.names import projector_parts, projector_type, tensor_parts
 from fastvid.model.projector_file import read_projector, save_tensors
+from fastvid.model.quantize import QuantizedLinear
 from fastvid.model.read_config import read_model_config
 from fastvid.model.weight_files import ModelFolder
 
@@ -163,6 +164,9 @@ def _misfit(path, name, tensor, shape, grows=False):
 def load_weights(model, folder, *, tokens, projector=None, seed=42):
     """Fill every parameter of a VideoLlava, a tensor at a time; of a sharded one each rank copies its own rows.
 
+    Matrices in few bits are quantised on the model's device, one after the other, from what the files hold: no two of
+    them exist there in full at once.
+
     Args:
         model: VideoLlava, plain or FSDP2-sharded on dimension 0; may come from ``to_empty``. Values are cast to the
             parameters' dtypes.
@@ -182,6 +186,10 @@ def load_weights(model, folder, *, tokens, projector=None, seed=42):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, starting.pieces(name))
+        for name, linear in model.named_modules():
+            if isinstance(linear, QuantizedLinear):
+                pieces = starting.pieces(f"{name}.weight")
+                linear.quantize_(torch.cat([piece.to(model.embed.weight.device) for piece in pieces]))
 
 
 def _fill(parameter, pieces):
