@@ -86,7 +86,9 @@ class TrainConfig(DataConfig):
     pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector weights to start from (.bin or .safetensors).")
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
     # precision and memory
-    bf16: bool = _flag(False, "Compute in bf16 over fp32 master weights; without it everything is fp32.")
+    bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")
+    master_dtype: Literal["float32", "bfloat16"] = _flag(
+        "float32", "Trained weights as they are stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
     frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
         "auto", "A frozen decoder's matrices: auto: as computed with; fp8: multiplied by a GPU's FP8 units (8.9 and later), "
         "for speed; int8 (half of bf16's bytes), nf4 (a quarter, needs bitsandbytes): for memory.")

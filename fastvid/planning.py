@@ -36,6 +36,8 @@ def checked(config):
     if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
         raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
                          "which --parity reference does not copy; set it to 0")
+    if config.master_dtype == "bfloat16" and not config.bf16:
+        raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.frozen_dtype != "auto":
         _check_frozen_dtype(config)
     if config.eval_strategy != "no" and not config.eval_data_path:
@@ -74,6 +76,11 @@ def compute_dtype(config):
     return torch.bfloat16 if config.bf16 else torch.float32
 
 
+def trained_dtype(config):
+    """Of trained weights as they are stored."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else torch.float32
+
+
 def peak_flops(config, world):
     """Operations per second of all devices together that utilisation is stated against, or None."""
     peak = config.peak_tflops and config.peak_tflops * 1e12
@@ -102,7 +109,7 @@ def plan_memory(config, model_config, samples, world):
     options = dict(
         trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
         video_rows=batch * samples.feature_shape[0], compute_dtype=compute_dtype(config), optimizer=config.optim,
-        world_size=world.size, fp32_residual=config.policy.fp32_residual,
+        trained_dtype=trained_dtype(config), world_size=world.size, fp32_residual=config.policy.fp32_residual,
         frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
     available = parallel.device_memory(world)
     wanted = "none" if config.recompute == "auto" else config.recompute
