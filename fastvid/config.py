@@ -115,7 +115,9 @@ class TrainConfig(DataConfig):
         "cosine", "Learning-rate schedule after warm-up.")
     warmup_ratio: float = _flag(0.0, "Warm-up steps as a share of all steps.")
     warmup_steps: int = _flag(0, "Warm-up steps; overrides --warmup_ratio when positive.")
-    optim: Literal["adamw", "adamw_torch"] = _flag("adamw", "Optimizer (adamw_torch is the reference's name for it).")
+    optim: Literal["adamw", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = _flag(
+        "adamw", "adamw (adamw_torch is the reference's name for it); adamw_8bit keeps moments in 8 bits, in blocks of "
+        "256; paged_adamw_8bit also lets them move to the host while the GPU is full (needs bitsandbytes).")
     seed: int = _flag(42, "Seed of the sample order and of new weights.")
     full_determinism: bool = _flag(False, "Deterministic CUDA kernels only; a CPU always is.")
     # logging, validation, saving

@@ -8,9 +8,15 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.functional import pad
+from torch.optim.adamw import adamw
 
+from fastvid.optim8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 from fastvid.parallel import local_shard
+
+# Elements that torch's fused AdamW takes at once on any CPU; what is left over it computes otherwise, in the last bits.
+VECTOR = 64
 
 
 def learning_rate(step, *, peak, total_steps, warmup_steps, schedule):
@@ -25,6 +31,68 @@ def learning_rate(step, *, peak, total_steps, warmup_steps, schedule):
     return peak
 
 
+class AdamW32:
+    """AdamW with fp32 moments, by torch's fused step.
+
+    `state`: {name: {"step": fp32 scalar, "exp_avg", "exp_avg_sq": fp32 of the shard's shape}}, as torch.optim.AdamW's.
+
+    Args:
+        pieces: {name: `Piece`}, fp32, or bf16 that is rounded stochastically.
+        config: adam_beta1/2, adam_epsilon, weight_decay.
+        same_bits: weights and moments get the same bits however they are sharded, which torch alone promises for
+            neighbours in a vector only.
+    """
+
+    def __init__(self, pieces, config, same_bits):
+        self.pieces = pieces
+        self.options = dict(beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, amsgrad=False,
+                            maximize=False, fused=True)
+        self.weight_decay = config.weight_decay
+        self.same_bits = same_bits
+        self.state = {name: {
+            "step": torch.zeros((), dtype=torch.float32, device=piece.local.device),
+            "exp_avg": torch.zeros_like(piece.local, dtype=torch.float32),
+            "exp_avg_sq": torch.zeros_like(piece.local, dtype=torch.float32)} for name, piece in pieces.items()}
+
+    def step(self, gradients, *, step, lr, clip, skip):
+        """As `AdamW8bit.step`; fp32 gradients are clipped in place."""
+        for decays in (True, False):
+            # Biases and norms (the vectors) do not decay.
+            chosen = {name: g for name, g in gradients.items() if (len(self.pieces[name].shape) > 1) == decays}
+            options = dict(self.options, lr=lr, weight_decay=self.weight_decay if decays else 0.0, found_inf=skip)
+            together = {name: g for name, g in chosen.items()
+                        if self.pieces[name].local.dtype == torch.float32 and not self.same_bits}
+            if together:
+                self._step_in_place(together, clip, options)
+            for name, gradient in chosen.items():
+                if name not in together:
+                    self._step_on_copy(name, gradient, step, clip, options)
+
+    def _step_in_place(self, gradients, clip, options):
+        if clip is not None:
+            torch._foreach_mul_(list(gradients.values()), clip)
+        states = [self.state[name] for name in gradients]
+        adamw([self.pieces[name].local for name in gradients], list(gradients.values()),
+              *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")], [],
+              [state["step"] for state in states], **options)
+
+    def _step_on_copy(self, name, gradient, step, clip, options):
+        """A chunk at a time, in fp32 and whole vectors. A skipped step leaves the copies, which round to themselves."""
+        piece, state = self.pieces[name], self.state[name]
+        tensors = [x.view(-1) for x in (piece.local, gradient, state["exp_avg"], state["exp_avg_sq"])]
+        for begin in range(0, piece.local.numel(), CPU_CHUNK):
+            weights, _, *moments = parts = [x[begin:begin + CPU_CHUNK] for x in tensors]
+            count = len(weights)
+            copies = [pad(x.float(), (0, -count % VECTOR)) for x in parts]
+            if clip is not None:
+                copies[1] = copies[1] * clip
+            adamw(*[[x] for x in copies], [], [state["step"].clone()], **options)
+            for moment, copy in zip(moments, copies[2:]):
+                moment.copy_(copy[:count])
+            round_into(weights, copies[0][:count], first=piece.first + begin, seed=piece.seed, step=step + 1)
+        state["step"] += 1 - options["found_inf"]
+
+
 class Optimizer:
     """AdamW on local shards with global-norm clipping and a finite latch.
 
@@ -33,89 +101,90 @@ class Optimizer:
     is read where the host synchronises anyway.
 
     Args:
-        named_parameters: (name, parameter) pairs that require gradients; fp32, replicated or FSDP2-sharded on dim 0.
-        config: learning_rate, weight_decay, adam_beta1/2, adam_epsilon, max_grad_norm.
+        named_parameters: (name, parameter) pairs that require gradients; replicated or FSDP2-sharded on dim 0; fp32, or
+            bf16, which is rounded stochastically.
+        config: optim, learning_rate, weight_decay, adam_beta1/2, adam_epsilon, max_grad_norm, seed.
         device: where the parameters live.
+
+    Raises:
+        ValueError: `optim` needs a package that is missing.
     """
 
     def __init__(self, named_parameters, config, device):
         self.parameters = dict(named_parameters)
         self.max_norm = config.max_grad_norm
         self.failed_step = torch.full((), -1, dtype=torch.int64, device=device)
-        # fp32 shards that share the parameters' storage.
-        self.shards = {name: torch.nn.Parameter(local_shard(p.detach())) for name, p in self.parameters.items()}
-        # Biases and norms (the vectors) do not decay.
-        decayed = [self.shards[name] for name, p in self.parameters.items() if p.ndim >= 2]
-        others = [self.shards[name] for name, p in self.parameters.items() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, fused=True)
+        pieces = {name: Piece.of(name, p, config.seed) for name, p in self.parameters.items()}
+        eight_bit = config.optim in ("adamw_8bit", "paged_adamw_8bit")
+        coded = {name: piece for name, piece in pieces.items() if eight_bit and takes_8_bits(piece.shape)}
+        others = {name: piece for name, piece in pieces.items() if name not in coded}
+        self.rules = [AdamW32(others, config, same_bits=eight_bit)]
+        if eight_bit:
+            self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
 
+    @torch.no_grad()
     def step(self, step, lr, loss):
         """Clip, update, and zero the gradients.
 
         Args:
-            step: number of this update, for the latch.
+            step: number of this update, for the latch, the bias correction and the random bits; from 0.
             lr: learning rate of this update.
             loss: this rank's share of the step's loss, a scalar on the device; the shares sum to the loss.
 
         Returns:
             (loss, gradient norm before clipping), both global, on the device.
         """
-        for name, parameter in self.parameters.items():
-            gradient = parameter.grad
-            self.shards[name].grad = None if gradient is None else local_shard(gradient)
-        loss, norm = self._global_loss_and_norm(loss)
+        gradients = {name: local_shard(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        loss, norm = self._global_loss_and_norm(loss, gradients)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.failed_step.masked_fill_((self.failed_step < 0) & bad, step)
-        if self.max_norm > 0:
-            clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([s.grad for s in self.shards.values() if s.grad is not None], clip)
-        # torch's fused AdamW leaves parameters, moments and step counts alone where found_inf is 1.
-        self.adamw.found_inf = (self.failed_step >= 0).float()
-        self.adamw.grad_scale = None
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        for name, parameter in self.parameters.items():
-            self.shards[name].grad = parameter.grad = None
+        clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm > 0 else None
+        skip = (self.failed_step >= 0).float()
+        for rule in self.rules:
+            rule.step({name: g for name, g in gradients.items() if name in rule.pieces}, step=step, lr=lr, clip=clip,
+                      skip=skip)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         return loss, norm
 
-    def _global_loss_and_norm(self, loss):
+    def _global_loss_and_norm(self, loss, gradients):
         """Loss and gradient norm over all ranks, in one all-reduce of two numbers."""
-        sharded, replicated = [], []
-        for name, shard in self.shards.items():
-            if shard.grad is not None:
-                (sharded if isinstance(self.parameters[name], DTensor) else replicated).append(shard.grad)
-        sums = torch.stack([loss.detach().float(), _square_sum(sharded, loss.device)])
+        by_copies = {}  # {number of ranks that hold the same shard, or None where all hold the whole: gradients}
+        for name, gradient in gradients.items():
+            by_copies.setdefault(_copies(self.parameters[name]), []).append(gradient)
+        whole = _square_sum(by_copies.pop(None, []), loss.device)
+        sums = torch.stack([loss.detach().float(), torch.zeros((), device=loss.device)])
+        for copies, sharded in by_copies.items():
+            sums[1] += _square_sum(sharded, loss.device) / copies
         if dist.is_initialized():
             dist.all_reduce(sums)
-        return sums[0], (sums[1] + _square_sum(replicated, loss.device)).sqrt()
+        return sums[0], (sums[1] + whole).sqrt()
 
     def state_tensors(self):
         """Moments and step counts by name, for a checkpoint; those of sharded parameters as DTensors."""
-        tensors = {}
-        for name, shard in self.shards.items():
-            self._ensure_state(shard)
-            for key, value in self.adamw.state[shard].items():
-                parameter = self.parameters[name]
-                if isinstance(parameter, DTensor) and value.ndim:
-                    value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False,
-                                               shape=parameter.shape, stride=parameter.stride())
-                tensors[f"{name}.{key}"] = value
-        return tensors
+        return {f"{name}.{key}": _sharded_like(self.parameters[name], value)
+                for rule in self.rules for name, state in rule.state.items() for key, value in state.items()}
 
-    def _ensure_state(self, shard):
-        """Give `shard` the moments that the first update would, so that a checkpoint can be loaded into them."""
-        if not self.adamw.state[shard]:
-            self.adamw.state[shard].update(
-                step=torch.zeros((), dtype=torch.float32, device=shard.device),
-                exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard))
+
+def _copies(parameter):
+    """How many ranks hold the same shard; None: it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return None
+    return math.prod(size for size, placement in zip(parameter.device_mesh.shape, parameter.placements)
+                     if not isinstance(placement, Shard))
+
+
+def _sharded_like(parameter, value):
+    """A shard's state as the DTensor that goes with its parameter: rows with rows."""
+    if not isinstance(parameter, DTensor) or not value.ndim:
+        return value
+    shape = torch.Size((parameter.shape[0], *value.shape[1:]))
+    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False, shape=shape,
+                              stride=torch.empty(shape, device="meta").stride())
 
 
 def _square_sum(gradients, device):
-    """Sum of squares of fp32 tensors, on their device."""
+    """Sum of squares, in fp32, on their device."""
     if not gradients:
         return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(gradients)).square().sum()
+    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()

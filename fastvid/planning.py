@@ -40,6 +40,8 @@ def checked(config):
         raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.frozen_dtype != "auto":
         _check_frozen_dtype(config)
+    if config.master_dtype == "bfloat16" and not config.bf16:
+        raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.eval_strategy != "no" and not config.eval_data_path:
         raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
     if config.lazy_preprocess is not None:

@@ -35,7 +35,7 @@ class LocalShard:
     offset: int
 
 
-def local_shard(tensor) -> tuple[LocalShard, bool]:
+def held_part(tensor) -> tuple[LocalShard, bool]:
     """What this rank holds of `tensor`, sharing its storage, and whether this rank is the one that writes it.
 
     Args:
@@ -65,7 +65,7 @@ def snapshot(tensors: dict) -> dict[str, LocalShard]:
 
     An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
     """
-    held = {name: shard for name, (shard, writes) in zip(tensors, map(local_shard, tensors.values())) if writes}
+    held = {name: shard for name, (shard, writes) in zip(tensors, map(held_part, tensors.values())) if writes}
     return {name: LocalShard(_host_copy(shard.local), shard.shape, shard.offset) for name, shard in held.items()
             if shard.local.numel() or shard.offset == 0}
 
@@ -95,7 +95,7 @@ def load(paths: list, targets: dict) -> None:
         index = _index(paths, files)
         copies, problems = [], []
         for name, target in targets.items():
-            shard, _ = local_shard(target)
+            shard, _ = held_part(target)
             pieces = index.get(name)
             if pieces is None:
                 problems.append(f"{name} is missing")

@@ -28,6 +28,7 @@ MAY_IMPORT = {
 }
 TOOLS = {"parallel", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
 MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
 # recovery is the half of training that keeps things, and a full fine-tune ends with an export.
 ALSO = {("fastvid.recovery", "fastvid.export")}

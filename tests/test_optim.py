@@ -11,13 +11,14 @@ from fastvid.optim import Optimizer, learning_rate
 
 
 def settings(**changed):
-    return SimpleNamespace(**{**dict(learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999,
-                                     adam_epsilon=1e-8, max_grad_norm=1.0), **changed})
+    return SimpleNamespace(**{**dict(optim="adamw", learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.9,
+                                     adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0, seed=42), **changed})
 
 
 def parameters(seed=0):
     torch.manual_seed(seed)
-    return {"weight": torch.nn.Parameter(torch.randn(7, 5)), "bias": torch.nn.Parameter(torch.randn(7))}
+    return {"weight": torch.nn.Parameter(torch.randn(7, 5)), "bias": torch.nn.Parameter(torch.randn(7)),
+            "table": torch.nn.Parameter(torch.randn(16, 256))}
 
 
 def give_gradients(parameters, scale=1.0):
@@ -54,7 +55,7 @@ def test_schedules_equal_those_of_transformers(schedule, name):
 def test_step_equals_torch_clipping_and_adamw(max_norm):
     ours, theirs = parameters(), parameters()
     optimizer = Optimizer(ours.items(), settings(max_grad_norm=max_norm), torch.device("cpu"))
-    plain = torch.optim.AdamW([{"params": [theirs["weight"]], "weight_decay": 0.1},
+    plain = torch.optim.AdamW([{"params": [theirs["weight"], theirs["table"]], "weight_decay": 0.1},
                                {"params": [theirs["bias"]], "weight_decay": 0.0}], foreach=False)
     for step in range(6):
         torch.manual_seed(step)
@@ -73,9 +74,11 @@ def test_step_equals_torch_clipping_and_adamw(max_norm):
 
 
 @pytest.mark.parametrize("fault", ["gradient", "infinite gradient", "loss"])
-def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault):
-    ours = parameters()
-    optimizer = Optimizer(ours.items(), settings(), torch.device("cpu"))
+@pytest.mark.parametrize("optim, dtype", [("adamw", torch.float32), ("adamw", torch.bfloat16),
+                                          ("adamw_8bit", torch.float32), ("adamw_8bit", torch.bfloat16)])
+def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault, optim, dtype):
+    ours = {name: torch.nn.Parameter(p.detach().to(dtype)) for name, p in parameters().items()}
+    optimizer = Optimizer(ours.items(), settings(optim=optim), torch.device("cpu"))
     for step in range(3):
         give_gradients(ours)
         optimizer.step(step, 1e-2, torch.tensor(1.0))
@@ -85,7 +88,7 @@ def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault):
         give_gradients(ours)
         bad = step == 3
         if bad and fault != "loss":
-            ours["bias"].grad[2] = math.nan if fault == "gradient" else math.inf
+            ours["bias"].grad[2] = ours["table"].grad[3, 7] = math.nan if fault == "gradient" else math.inf
         optimizer.step(step, 1e-2, torch.tensor(math.nan if bad and fault == "loss" else 1.0))
     assert optimizer.failed_step.item() == 3
     assert all(torch.equal(p, kept[name]) for name, p in ours.items())
@@ -93,9 +96,10 @@ def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault):
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
 
 
-def test_state_tensors_of_a_fresh_optimizer_take_a_saved_state():
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_state_tensors_of_a_fresh_optimizer_take_a_saved_state(optim):
     ours, copy = parameters(), parameters()
-    optimizer, fresh = (Optimizer(p.items(), settings(), torch.device("cpu")) for p in (ours, copy))
+    optimizer, fresh = (Optimizer(p.items(), settings(optim=optim), torch.device("cpu")) for p in (ours, copy))
     for step in range(3):
         give_gradients(ours)
         optimizer.step(step, 1e-2, torch.tensor(1.0))

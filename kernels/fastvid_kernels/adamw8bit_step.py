@@ -34,8 +34,14 @@ def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat(values).sort().values.to(device)
 
 
-def _random_bits(first, count, seed, step, device):
-    """16 random bits for each of the elements first … first + count - 1, first and count multiples of 8."""
+def random_bits(first, count, seed, step, device):
+    """The bits that `adamw8bit_step` rounds with: 16 for each of the elements first … first + count - 1, [count] int32.
+
+    Args:
+        first, count: multiples of 8.
+        seed, step: as for `adamw8bit_step`.
+        device: of the result.
+    """
     group = torch.arange(first // 8, (first + count) // 8, device=device)
     c0, c1, c2, c3 = group & 0xFFFFFFFF, group >> 32, torch.full_like(group, step), torch.zeros_like(group)
     keys = [seed & 0xFFFFFFFF, seed >> 32]
@@ -74,7 +80,7 @@ def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, l
     denominator = v.sqrt() * (1 - beta2**step) ** -0.5 + eps
     p = p * (1 - lr * weight_decay) - m / denominator * (lr / (1 - beta1**step))
     if param.dtype == torch.bfloat16:
-        bits = _random_bits(first, p.numel(), seed, step, p.device).view_as(p)
+        bits = random_bits(first, p.numel(), seed, step, p.device).view_as(p)
         p = ((p.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32)
     new = [p.flatten()[:count].view_as(param).to(param.dtype)]
     for x, table, codes in zip((m, v), maps, (state1, state2)):
@@ -227,4 +233,4 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
         num_warps=warps)
 
 
-__all__ = ["adamw8bit_step", "adamw8bit_step_reference", "dynamic_map"]
+__all__ = ["BLOCK_SIZE", "adamw8bit_step", "adamw8bit_step_reference", "dynamic_map", "random_bits"]
