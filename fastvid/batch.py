@@ -175,7 +175,7 @@ class PackedBatch:
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
-        batch = replace(self, loss_layout=self.layout.of_rows(self.loss_rows))
+        batch = self if self.loss_layout else replace(self, loss_layout=self.layout.of_rows(self.loss_rows))
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
             return batch

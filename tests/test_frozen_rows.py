@@ -1,6 +1,7 @@
 """Only what the gradient needs: constant prefix, frozen rows, and a last layer of supervised rows, against all rows."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from model_cases import (
     ADAPTER,
     FULL,
     START,
+    LiveBytes,
     assert_same_gradients,
     loss_and_gradients,
     model_config,
@@ -54,3 +56,97 @@ def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
         assert_same_gradients(found, expected)
     again = loss_and_gradients(model, batch.parted())[1]
     assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+def test_only_live_rows_pass_back_and_only_supervised_rows_leave_the_last_layer():
+    """Matrix products of linear layers, by formula; a batch without parts does more."""
+    config = model_config(num_kv_heads=2)
+    c = config.decoder
+    D, A, E, F, V = c.hidden_size, 32, 32 + 2 * 16, c.intermediate_size, c.vocab_size
+    model = prepared(random_model(config))
+    _, batch = cases(text_only=False)
+    N, L, P = batch.num_rows, batch.num_supervised, len(batch.video_rows)
+    live = N - batch.frozen_rows
+    assert 0 < batch.frozen_rows and 0 < L < live < N
+    projector = P * (12 * D + D * D) * 2 + P * D * D  # its own gradients, and the first layer's input's
+
+    def products(batch):
+        with FlopCounterMode(display=False) as counter:
+            model(batch).backward()
+        counts = counter.get_flop_counts()["Global"]
+        return (counts[torch.ops.aten.mm] + counts[torch.ops.aten.addmm]) // 2
+
+    layer, last_keys, last_rest = D * (E + A + 3 * F), D * (E - A), D * (2 * A + 3 * F)
+    assert products(batch.parted()) == (N + live) * (layer + last_keys) + 2 * L * (last_rest + V * D) + projector
+    assert products(batch) == 2 * N * 2 * layer + 2 * L * V * D + projector
+
+
+def test_frozen_rows_save_their_keys_and_values_alone():
+    """As many rows again, frozen: what waits for backward grows by keys and values, and the index of who reads them."""
+    config = model_config(num_kv_heads=2)
+    model = prepared(random_model(config))
+
+    def alive(question):
+        generator = torch.Generator().manual_seed(0)
+        samples = [random_sample(generator, text=(PREFIX + question, 5))]
+        samples[0][0][:PREFIX] = [5, 6, 7, 8]
+        features = torch.randn(1, 6, 12)
+        batch = pack_frozen(samples, PREFIX, features).parted()
+        model(batch)
+        with LiveBytes() as live:
+            loss = model(batch)
+            return live.total(), loss
+
+    (few, _), (many, _) = alive(10), alive(110)
+    per_row = (many - few) / 100
+    keys_values = config.decoder.num_layers * 2 * 16 * 4
+    assert per_row <= 2 * keys_values  # the part's own, and those of the layer's gather
+
+
+def test_parts_attend_to_their_samples():
+    plain, batch = cases()
+    bounds = plain.layout.cu_seqlens_q.tolist()
+    samples = [plain.token_ids[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+    tokens = torch.cat([torch.tensor([5, 6, 7, 8]), batch.token_ids])
+    frozen, live = batch.parted().parts
+
+    def segments(layout):
+        bounds = layout.cu_seqlens_k.tolist()
+        return [tokens[layout.kv_rows[a:b]].tolist() for a, b in itertools.pairwise(bounds)]
+
+    video = [sample for sample in samples if START in sample]
+    assert segments(live.layout) == video
+    assert live.layout.cu_seqlens_q.tolist() == list(itertools.accumulate(
+        [0] + [len(sample) - sample.index(START) for sample in video]))
+    texts = [sample[:sample.index(START)] if START in sample else sample for sample in samples]
+    assert segments(frozen.layout) == [text for text in texts if len(text) > PREFIX]
+    assert frozen.layout.cu_seqlens_q[-1] == batch.frozen_rows
+    rows = torch.cat([frozen.loss_rows, live.loss_rows + batch.frozen_rows])
+    assert torch.equal(rows, batch.loss_rows)
+    assert [keys[-1] for keys in segments(live.loss_layout)] == [sample[-2] for sample in video]
+    assert segments(frozen.loss_layout) == [samples[1][:-1]]
+
+
+def test_a_batch_without_live_supervised_rows_has_no_parts():
+    """It then takes the plain way, whose graph reaches what is trained."""
+    _, batch = cases(shapes=())
+    assert batch.frozen_rows == batch.num_rows and batch.parted().parts is None
+    model = prepared(random_model())
+    model(batch.parted()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    _, batch = cases()
+    first = int((batch.loss_rows < batch.frozen_rows).sum())
+    lacking = dataclasses.replace(batch, loss_rows=batch.loss_rows[:first], targets=batch.targets[:first])
+    assert lacking.parted().parts is None
+
+
+def test_prefix_that_the_model_does_not_keep_is_refused():
+    _, batch = cases()
+    with pytest.raises(AssertionError, match="keep_prefix was not told this prefix"):
+        random_model()(batch)
+    model = random_model()
+    model.keep_prefix([5, 6])
+    with pytest.raises(AssertionError, match="keep_prefix was not told this prefix"):
+        model(batch)
+    with pytest.raises(AssertionError, match="the prefix changes with what is trained"):
+        random_model(trainable=FULL).keep_prefix([5, 6])
