@@ -12,6 +12,7 @@ from fastvid.model import memory, quantize
 log = logging.getLogger("fastvid")
 
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
+            "hybrid": "the whole model is sharded over some ranks, and copied on the others",
             "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
 
 
@@ -56,16 +57,16 @@ def checked(config):
 def _check_frozen_dtype(config):
     flag = f"--frozen_dtype {config.frozen_dtype}"
     if "decoder" in config.trainable:
-        raise ValueError(f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train the "
-                         "adapter only (--tune_mm_mlp_adapter True)")
+        raise ValueError(f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
+                         "the adapter only (--tune_mm_mlp_adapter True)")
     if config.parity == "reference":
         raise ValueError(f"{flag} rounds the decoder's weights, and --parity reference computes with them as they are; "
                          "leave one of the two out")
     if config.frozen_dtype == "fp8" and not config.bf16:
         raise ValueError(f"{flag}: products of FP8 units come out in bf16; add --bf16 True")
     if config.shard not in ("auto", "none"):
-        raise ValueError(f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use --shard "
-                         "auto or none")
+        raise ValueError(f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use "
+                         "--shard auto or none")
 
 
 def frozen_dtype(config):
@@ -118,7 +119,8 @@ def plan_memory(config, model_config, samples, world):
     replicated = memory.estimate(model_config, recompute=wanted, **options)
     layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
                                     fits=replicated.total <= available or frozen_dtype(config) is not None)
-    options |= dict(sharded=layout == "full", shard_trained=layout != "replicated")
+    options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
+                    world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
     recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=recompute, **options)
     log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])

@@ -1,12 +1,12 @@
 """Frozen matrices in 8 or 4 bits: FP8 for speed, int8 and NF4 for cards that cannot hold them in 16.
 
-- "fp8": each matrix twice in e4m3, once for each product (y = x·Wᵀ and its gradient g·W), with a scale per output column
-  of that product; rows of x and g are quantised as they come (arXiv:2209.05433). FP8 units multiply; on a CPU the same
+- "fp8": each matrix twice in e4m3, once for each product (y = x·Wᵀ and its gradient g·W), with a scale per column of
+  that product; rows of x and g are quantised as they come (arXiv:2209.05433). FP8 units multiply; on a CPU the same
   quantised values are multiplied in fp32. As many bytes as bf16.
-- "int8": a scale per row, the weights of LLM.int8() (arXiv:2208.07339); multiplied in the compute dtype, so that outliers
-  of x need no care, and no search for them waits for the GPU. Half the bytes.
-- "nf4": blocks of 64 with scales that are themselves quantised (QLoRA, arXiv:2305.14314), by bitsandbytes; multiplied in
-  the compute dtype. A quarter of the bytes.
+- "int8": a scale per row, the weights of LLM.int8() (arXiv:2208.07339); multiplied in the compute dtype, so that
+  outliers of x need no care, and no search for them waits for the GPU. Half the bytes.
+- "nf4": blocks of 64 with scales that are themselves quantised (QLoRA, arXiv:2305.14314), by bitsandbytes; multiplied
+  in the compute dtype. A quarter of the bytes.
 
 Dimensions: N rows, I inputs and O outputs of a matrix.
 """
@@ -81,8 +81,8 @@ class Fp8Linear(QuantizedLinear):
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
         if inputs % FP8_SIDE or outputs % FP8_SIDE:
-            raise ValueError(f"--frozen_dtype fp8: a matrix of the decoder is {outputs} × {inputs}, and FP8 units multiply "
-                             f"in steps of {FP8_SIDE}; choose another --frozen_dtype")
+            raise ValueError(f"--frozen_dtype fp8: a matrix of the decoder is {outputs} × {inputs}, and FP8 units "
+                             f"multiply in steps of {FP8_SIDE}; choose another --frozen_dtype")
 
     def quantize_(self, weight_OI):
         w_OI, scale_O = quantize_fp8(weight_OI)
@@ -186,5 +186,5 @@ def check_device(frozen_dtype: str, device: torch.device):
         log.info("--frozen_dtype fp8 on a CPU: the same quantised values, multiplied in fp32; slower than bf16")
     elif frozen_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ValueError(f"--frozen_dtype fp8: {torch.cuda.get_device_name(device)} (compute capability {found}) has no FP8 "
-                         "units, which begin with 8.9 (Ada, Hopper); choose auto, int8 or nf4")
+        raise ValueError(f"--frozen_dtype fp8: {torch.cuda.get_device_name(device)} (compute capability {found}) has no "
+                         "FP8 units, which begin with 8.9 (Ada, Hopper); choose auto, int8 or nf4")
