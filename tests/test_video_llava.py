@@ -24,7 +24,9 @@ from model_cases import (
 )
 from ranks import leave
 from safetensors.torch import load_file
+from test_frozen_rows import cases, prepared
 
+from fastvid import parallel
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.decoder import DecoderConfig
 from fastvid.model.video_llava import ModelConfig, VideoLlava
@@ -254,12 +256,16 @@ SHARDED = {
     "tied": {"trainable": FULL, "config": model_config(tie_word_embeddings=True)},
     "recompute full": {"trainable": FULL, "recompute": "full"},
     "recompute selective": {"trainable": FULL, "recompute": "selective"},
+    "frozen rows": {"trainable": ADAPTER},
+    "frozen rows, recompute full": {"trainable": ADAPTER, "recompute": "full"},
 }
 
 
-def rank_batches():
-    """Ranks whose batches differ in all that may lack."""
-    return [random_batch(5), random_batch(6, [{"video": 0}])]
+def rank_batches(name):
+    """Ranks whose batches differ in all that may lack; as one process has them, and as they are computed."""
+    if name.startswith("frozen rows"):
+        return zip(*(cases(text_only=i == 0, seed=i) for i in (0, 1)))
+    return 2 * [[random_batch(5), random_batch(6, [{"video": 0}])]]
 
 
 def run_rank(rank, port, queue):
@@ -275,7 +281,11 @@ def run_rank(rank, port, queue):
             fully_shard(module, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces
-        loss = model(rank_batches()[rank])
+        _, batches = rank_batches(name)
+        if batches[rank].prefix_rows:
+            prepared(model)
+            parallel.reshard(model)
+        loss = model(batches[rank].parted())
         loss.backward()
         full = {key: gradient.full_tensor().numpy() for key, gradient in gradients(model).items()}
         queue.put((name, rank, loss.item(), full))
@@ -303,7 +313,8 @@ def test_fsdp2_equals_one_process():
         # In bf16 FSDP2 also rounds the norms' gains: as far from one process as that is from fp32.
         loss_tolerance, tolerance = (0.02, 0.15) if "compute_dtype" in options else (1e-5, 1e-5)
         model = random_model(**options)
-        losses = [model(batch) for batch in rank_batches()]
+        plain, _ = rank_batches(name)
+        losses = [model(batch) for batch in plain]
         torch.stack(losses).sum().backward()
         for rank in (0, 1):
             loss, sums = found[name, rank]
