@@ -10,7 +10,6 @@ It is written as ``.checkpoint-<step>.tmp``, synced to the disk, and renamed. On
 set aside as ``.checkpoint-<step>.replaced`` and put back if the process dies before the new one has its name.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,16 +18,30 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastvid import shards
 from fastvid.shards import LocalShard
+from fastvid.together import gather, rank_and_size, together
 
-__all__ = ["LocalShard", "save", "newest_valid", "load_into", "read_full", "read_state"]
+__all__ = ["LocalShard", "Snapshot", "save", "snapshot", "write", "newest_valid", "load_into", "read_full",
+           "read_state"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank will write of a checkpoint, in host memory: a copy that training does not change.
+
+    Attributes:
+        groups: ``{group: {name: LocalShard}}``.
+        state: JSON text.
+    """
+
+    groups: dict[str, dict[str, LocalShard]]
+    state: str
 
 
 def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None,
@@ -52,10 +65,20 @@ def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_l
         OSError: on every rank, when any rank could not do its part; names rank and reason. What was there before is
             still there and valid.
     """
-    with _together(process_group):
-        state_text = json.dumps(state, indent=1)
-        snapshot = {group: shards.snapshot(tensors) for group, tensors in groups.items()}
-    return _write(Path(output_dir), step, snapshot, state_text, total_limit, process_group)
+    taken = snapshot(groups, state, process_group=process_group)
+    return write(output_dir, step, taken, total_limit=total_limit, process_group=process_group)
+
+
+def snapshot(groups: dict[str, dict], state: dict, *, memory: Snapshot | None = None, process_group=None) -> Snapshot:
+    """The first half of `save`: copies of what this rank will write. Arguments as `save`'s.
+
+    Args:
+        memory: an earlier snapshot that is written already; its memory is used again where shapes agree.
+    """
+    with together(process_group):
+        earlier = memory.groups if memory else {}
+        return Snapshot({group: shards.snapshot(tensors, earlier.get(group, {})) for group, tensors in groups.items()},
+                        json.dumps(state, indent=1))
 
 
 def newest_valid(output_dir, *, on_invalid: Callable[[Path, str], None] | None = None,
@@ -73,15 +96,15 @@ def newest_valid(output_dir, *, on_invalid: Callable[[Path, str], None] | None =
         OSError: on every rank, when rank 0 cannot read the folder.
     """
     output_dir = Path(output_dir)
-    rank, world_size = _rank_and_size(process_group)
+    rank, world_size = rank_and_size(process_group)
     steps = None
-    with _together(process_group):
+    with together(process_group):
         if rank == 0:
             _put_back(output_dir)
             steps = sorted(_steps(output_dir), reverse=True)
-    for step in _gather(steps, process_group)[0]:
+    for step in gather(steps, process_group)[0]:
         path = output_dir / f"checkpoint-{step}"
-        faults = _gather(_fault(path, rank, world_size), process_group)
+        faults = gather(_fault(path, rank, world_size), process_group)
         fault = next((fault for fault in faults if fault), None)
         if fault is None:
             return path
@@ -121,32 +144,32 @@ def read_state(folder) -> dict:
     return json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
 
 
-def _write(output_dir, step, snapshot, state_text, total_limit, process_group):
-    """Bring a snapshot to the disk. Touches no device and nothing that training changes: fit for another thread."""
-    rank, world_size = _rank_and_size(process_group)
+def write(output_dir, step: int, snapshot: Snapshot, *, total_limit: int | None = None, process_group=None) -> Path:
+    """The second half of `save`. Touches no device and nothing that training changes: fit for another thread."""
+    output_dir, (rank, world_size) = Path(output_dir), rank_and_size(process_group)
     temporary, final = output_dir / f".checkpoint-{step}.tmp", output_dir / f"checkpoint-{step}"
     written = {}
     try:
-        with _together(process_group):
+        with together(process_group):
             if rank == 0:
                 _put_back(output_dir)
                 for leftover in [*output_dir.glob(".checkpoint-*.tmp"), *output_dir.glob(".checkpoint-*.replaced")]:
                     _remove(leftover)
                 temporary.mkdir(parents=True)
-        with _together(process_group):
+        with together(process_group):
             if not temporary.is_dir():
                 raise FileNotFoundError(f"{temporary} was made by rank 0 and is not seen here: "
                                         "--output_dir must be on a file system that all ranks share")
-            for group, held in snapshot.items():
+            for group, held in snapshot.groups.items():
                 if held or rank == 0:  # rank 0's file says that the group exists, be it empty
                     path = temporary / f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
                     shards.write(path, held)
                     _sync(path)
                     written[path.name] = _measure(path)
-        files = {name: entry for part in _gather(written, process_group) for name, entry in part.items()}
-        with _together(process_group):
+        files = {name: entry for part in gather(written, process_group) for name, entry in part.items()}
+        with together(process_group):
             if rank == 0:
-                _commit(temporary, final, files, state_text)
+                _commit(temporary, final, files, snapshot.state)
                 if total_limit is not None and total_limit > 0:
                     _prune(output_dir, step, total_limit)
     finally:
@@ -266,34 +289,3 @@ def _group_files(folder, group):
 
 def _warn_invalid(path, fault):
     warnings.warn(f"{path} is passed over: {fault}", stacklevel=3)
-
-
-def _rank_and_size(process_group):
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
-
-
-def _gather(value, process_group):
-    """Every rank's `value`, by rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(values, value, group=process_group)
-    return values
-
-
-@contextlib.contextmanager
-def _together(process_group):
-    """A block that every rank runs: it succeeds on all of them, or none of them goes on."""
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    reasons = _gather(None if error is None else f"{type(error).__name__}: {error}", process_group)
-    failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-    if error is not None and not isinstance(error, (OSError, SafetensorError)):
-        raise error  # a defect, not a full disk: where it happened, it keeps its type and traceback
-    if failed:
-        raise OSError(f"checkpoint: {'; '.join(failed)}") from error

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,16 +51,31 @@ def stop_signals(state):
 
 
 def save(state):
-    """Write checkpoint-<steps done>: what was trained, the optimizer, and where the run stands."""
+    """Begin to write checkpoint-<steps done>: what was trained, the optimizer, and where the run stands.
+
+    Returns:
+        Seconds that this kept the loop; the rest is written while it goes on.
+
+    Raises:
+        OSError: on every rank, when the checkpoint before could not be written.
+    """
+    begin = time.perf_counter()
     described = {
         "step": state.step, "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
         "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
-        "world_size": state.world.size, "fastvid": __version__, "torch": torch.__version__,
+        "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
+        "torch": torch.__version__,
     }
-    checkpoint.save(
+    state.saver.save(
         state.config.output_dir, state.step, state=described, total_limit=state.config.save_total_limit,
         groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()})
+    return time.perf_counter() - begin
+
+
+def skipped_samples(state):
+    """Samples skipped since the run began, on all ranks; every rank calls it."""
+    return state.skipped_before + int(state.world.sum_on_host([state.loader.skipped])[0])
 
 
 def resume(state):
@@ -80,6 +96,7 @@ def resume(state):
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
+    state.skipped_before = saved["skipped"]
     log.warning("resumed from %s", folder)
 
 
@@ -110,6 +127,7 @@ def write_results(state):
     """
     config, output = state.config, Path(state.config.output_dir)
     if not _is_adapter(state):
+        state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
             export(ExportConfig(checkpoint=str(output / f"checkpoint-{state.step}"), output=str(output / "model"),
                                 format="llama", dtype="bfloat16" if config.bf16 else "float32"))

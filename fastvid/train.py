@@ -26,6 +26,7 @@ from fastvid.metrics import Metrics
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
+from fastvid.saver import Saver
 
 log = logging.getLogger("fastvid")
 
@@ -41,6 +42,7 @@ class TrainState:
         logged_step: the step of that line.
         stop_signal: signal that asked this rank to stop, or 0.
         waited: seconds that this rank has waited for the data of the next step.
+        skipped_before: samples that were skipped, on all ranks, before the run was resumed.
     """
 
     config: TrainConfig
@@ -53,10 +55,12 @@ class TrainState:
     warmup_steps: int
     formula: flops.Formula
     loss_sum: torch.Tensor
+    saver: Saver
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
     waited: float = 0.0
+    skipped_before: int = 0
 
     @property
     def order(self):
@@ -125,7 +129,7 @@ def build(config, world):
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
         warmup_steps=config.warmup_steps or math.ceil(order.total_steps * config.warmup_ratio),
         formula=flops.Formula(model_config, config.trainable),
-        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device))
+        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver())
 
 
 def train_step(state, batches):
@@ -161,7 +165,7 @@ def train_step(state, batches):
 
 @torch.no_grad()
 def evaluate(state):
-    """Loss per supervised token over the validation set, the same on every rank."""
+    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token."""
     total, supervised = torch.zeros((), dtype=torch.float64, device=state.world.device), 0
     for _, batches in state.evaluation.iterate():
         for batch in batches:
@@ -169,7 +173,7 @@ def evaluate(state):
             supervised += batch.num_supervised
     parallel.reshard(state.model)
     total, supervised = state.world.sum_on_host([total.item(), supervised])
-    return total / max(1, supervised)
+    return total / supervised if supervised else math.nan
 
 
 def loop(state):
@@ -182,7 +186,7 @@ def loop(state):
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
                       report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
                       peak_flops=planning.peak_flops(config, state.world))
-    with contextlib.closing(metrics), logging_redirect_tqdm([log]), recovery.stop_signals(state):
+    with contextlib.closing(metrics), logging_redirect_tqdm([log]), recovery.stop_signals(state), state.saver:
         metrics.message(f"operations of a step: {state.formula}")
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
@@ -203,7 +207,7 @@ def loop(state):
                     eval_loss = evaluate(state)
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
             if saves:
-                recovery.save(state)
+                metrics.stall(recovery.save(state))
             if stops:
                 metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 return 128 + result.stop_signal
@@ -256,7 +260,7 @@ def _log(state, result, metrics):
     metrics.log(state.step, {
         "epoch": state.order.epoch_after(state.step), "loss": state.loss_sum.item() / steps,
         "learning_rate": result.learning_rate, "grad_norm": result.gradient_norm.item(),
-        "skipped_samples": int(state.world.sum_on_host([state.loader.skipped])[0])})
+        "skipped_samples": recovery.skipped_samples(state)})
     state.loss_sum.zero_()
     state.logged_step = state.step
 

@@ -111,10 +111,19 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
 
 def test_what_changes_after_the_snapshot_is_not_saved(tmp_path):
     tensors = tensors_of(1)
-    snapshot = {"model": shards.snapshot(tensors)}
+    snapshot = checkpoint.snapshot({"model": tensors}, {"step": 1})
     for tensor in tensors.values():
         tensor.zero_()
-    assert_holds(checkpoint._write(tmp_path, 1, snapshot, '{"step": 1}', None, None), 1)
+    assert_holds(checkpoint.write(tmp_path, 1, snapshot), 1)
+
+
+def test_a_snapshot_may_use_the_memory_of_one_before(tmp_path):
+    first = checkpoint.snapshot({"model": tensors_of(1) | {"bias": torch.ones(2)}}, {"step": 1})
+    weight, bias = (first.groups["model"][name].local for name in ("weight", "bias"))
+    second = checkpoint.snapshot({"model": tensors_of(2)}, {"step": 2}, memory=first)
+    assert second.groups["model"]["weight"].local.data_ptr() == weight.data_ptr()
+    assert second.groups["model"]["bias"].local.data_ptr() != bias.data_ptr()
+    assert_holds(checkpoint.write(tmp_path, 2, second), 2)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_copied(tmp_path):

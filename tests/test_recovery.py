@@ -1,16 +1,19 @@
 """What a run keeps when it ends early, and what it leaves alone of an earlier one."""
 
 import json
+import math
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 from training_run import config_of, flags, losses, start, write_run
 
-from fastvid import checkpoint, parallel, train
+from fastvid import checkpoint, parallel, shards, train
 from fastvid.data.features import load_features, save_features
+from fastvid.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,62 @@ def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
     argv = flags(run, tmp_path / "out", "--video_folder", str(tmp_path / "feats"), "--save_strategy", "no")
     assert train.main(argv) == 1
     assert checkpoint.newest_valid(tmp_path / "out").name == "checkpoint-0"
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next(run, tmp_path, monkeypatch):
+    write = shards.write
+
+    def full(path, held):
+        if "checkpoint-8." in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, held)
+
+    monkeypatch.setattr(shards, "write", full)
+    with pytest.raises(OSError, match="checkpoint-8 of .*No space left"):
+        train.main(flags(run, tmp_path))
+    assert max(losses(tmp_path)) == 12 and checkpoint.newest_valid(tmp_path).name == "checkpoint-4"
+    with pytest.raises(OSError, match="checkpoint-8 of .*No space left"):
+        train.main(flags(run, tmp_path, "--max_steps", "8"))
+    assert (tmp_path / "mm_projector.bin").is_file()  # the run's own result is there all the same
+
+
+def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
+    """A write that ends one second later keeps the next save waiting, and that is said."""
+    write = shards.write
+    monkeypatch.setattr(shards, "write", lambda path, held: (time.sleep(1), write(path, held)))
+    assert train.main(flags(run, tmp_path, "--max_steps", "5", "--save_steps", "2")) == 0
+    stalls = {line["step"]: line.get("checkpoint_stall_seconds") for line in read_metrics(tmp_path / "metrics.jsonl")}
+    assert set(stalls) == set(range(1, 6)) and stalls[1] is stalls[2] is stalls[4] is None
+    assert 0 < stalls[3] < stalls[5] and stalls[5] > 0.5
+
+
+def test_skipped_samples_are_counted_over_a_resume(run, tmp_path, caplog):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for path in (run / "feats").iterdir():
+        (feats / path.name).write_bytes(b"torn" if path.name == "clip7.safetensors" else path.read_bytes())
+    argv = flags(run, tmp_path / "out", "--video_folder", str(feats), "--save_steps", "6")
+    assert train.main([*argv, "--max_steps", "6"]) == 0
+    assert train.main([*argv, "--max_steps", "12"]) == 0
+    assert [line["skipped_samples"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")][5::6] == [1, 2]
+
+
+def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):
+    records = json.loads((run / "train.json").read_text())
+    for record in records:
+        record["video"] = "gone.safetensors"
+    (tmp_path / "eval.json").write_text(json.dumps(records[:2]))
+    (tmp_path / "feats").mkdir()
+    for path in (run / "feats").iterdir():
+        (tmp_path / "feats" / path.name).write_bytes(path.read_bytes())
+    features, header = load_features(tmp_path / "feats" / "clip0.safetensors")
+    save_features(tmp_path / "feats" / "gone.safetensors", features, header)
+    state = train.build(config_of(run, tmp_path / "out", "--video_folder", str(tmp_path / "feats"), "--eval_strategy",
+                                  "steps", "--eval_data_path", str(tmp_path / "eval.json")),
+                        parallel.World(0, 1, 0, torch.device("cpu"), False))
+    assert train.evaluate(state) > 0
+    (tmp_path / "feats" / "gone.safetensors").write_bytes(b"torn")
+    assert math.isnan(train.evaluate(state))
 
 
 def test_resume_never_starts_over_and_keeps_what_was_there(run, tmp_path):

@@ -155,6 +155,21 @@ def kill(source, target, **options):
 os.rename = os.replace = kill
 train.main(sys.argv[1:])
 """
+KILL_WHILE_SAVING = """
+import os, signal, sys, threading
+from fastvid import shards, train
+step, write = train.train_step, shards.write
+def train_step(state, batches):
+    if state.step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(state, batches)
+def slow(path, held):
+    if "checkpoint-8" in str(path):
+        threading.Event().wait()
+    write(path, held)
+train.train_step, shards.write = train_step, slow
+train.main(sys.argv[1:])
+"""
 TERMINATE = """
 import os, signal, sys
 from fastvid import train
@@ -169,13 +184,16 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("program, code, resumed_from", [
-    (KILL_IN_STEP, -signal.SIGKILL, 4), (KILL_IN_SAVE, -signal.SIGKILL, 4), (TERMINATE, 128 + signal.SIGTERM, 6)],
-    ids=["kill -9 in a step", "kill -9 in a save", "SIGTERM"])
+    (KILL_IN_STEP, -signal.SIGKILL, 4), (KILL_IN_SAVE, -signal.SIGKILL, 4),
+    (KILL_WHILE_SAVING, -signal.SIGKILL, 4), (TERMINATE, 128 + signal.SIGTERM, 6)],
+    ids=["kill -9 in a step", "kill -9 in a save", "kill -9 two steps into a slow save", "SIGTERM"])
 def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog, program, code, resumed_from):
     argv = flags(run, tmp_path)
     finished = start(program, argv)
     assert finished.returncode == code, finished.stderr
     assert max(losses(tmp_path)) < SAMPLES * 3 / 2
+    if program is KILL_WHILE_SAVING:
+        assert max(losses(tmp_path)) == 10  # steps went on beside the write
     assert train.main(argv) == 0
     assert f"checkpoint-{resumed_from}" in caplog.text
     assert losses(tmp_path) == losses(straight)

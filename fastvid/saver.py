@@ -1,0 +1,79 @@
+"""Checkpoints that are written while training goes on: the loop waits for a copy in host memory only."""
+
+import logging
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fastvid import checkpoint
+
+log = logging.getLogger("fastvid")
+
+# Of a rank for the others' disks. A rank that dies is noticed at once, by its closed connection.
+PATIENCE = timedelta(hours=4)
+
+
+class Saver:
+    """Saves checkpoints on a thread of its own, one at a time. A context: leaving it waits for the last one.
+
+    Every rank makes one and calls the same methods in the same order. Its threads speak to each other through a
+    process group of their own, so that their messages never mix with the loop's.
+
+    A process that dies during a write leaves what it saved before, whole and valid.
+    """
+
+    def __init__(self):
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        self._snapshot = self._thread = self._error = None
+
+    def save(self, output_dir, step: int, *, groups: dict[str, dict], state: dict,
+             total_limit: int | None = None) -> None:
+        """Copy the tensors to the host and begin to write ``checkpoint-<step>``; arguments as `checkpoint.save`'s.
+
+        Waits for the write before this one first; its host memory is used again.
+
+        Raises:
+            OSError: on every rank; the write before this one failed, or a rank could not copy.
+        """
+        self.wait()
+        self._snapshot = checkpoint.snapshot(groups, state, process_group=self._group, memory=self._snapshot)
+        self._thread = threading.Thread(
+            target=self._write, args=(Path(output_dir), step, self._snapshot, total_limit), name="checkpoint",
+            daemon=True)  # who interrupts the wait for it leaves at once
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the write that is under way, if one is.
+
+        Raises:
+            OSError: on every rank, when it failed on any; names rank and reason.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, output_dir, step, snapshot, total_limit):
+        try:
+            checkpoint.write(output_dir, step, snapshot, total_limit=total_limit, process_group=self._group)
+        except OSError as error:
+            self._error = OSError(f"checkpoint-{step} of {output_dir} could not be written, and is not there; those "
+                                  f"before it are. {error}")
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            self.wait()
+            return
+        try:
+            self.wait()
+        except Exception as other:  # said, but what ends the run is the error that came first
+            log.error("%s", other)
