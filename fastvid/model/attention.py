@@ -47,7 +47,7 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         return call(q_NHd, k_NKd, v_NKd, layout)
     keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
         constant or (None, None), (k_NKd, v_NKd)))
-    k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys), _GatherRows.apply(v_NKd, values)
+    k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys, regather), _GatherRows.apply(v_NKd, values, regather)
     with _saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
 
@@ -187,20 +187,23 @@ class _GatherRows(torch.autograd.Function):
     """[N, K, d] → [M, K, d]; saves indices, and backward sums a shared row's gradients in fp32, in the order of M."""
 
     @staticmethod
-    def forward(ctx, source_NKd, gathered):
-        ctx.gathered = gathered
+    def forward(ctx, source_NKd, gathered, regather):
+        ctx.save_for_backward(gathered.rows_M)
+        ctx.first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
+        ctx.shape = source_NKd.shape
+        ctx.gathered = gathered if regather else None  # which holds keys or values: not under recomputation
         return gathered.forward_copy()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_MKd):
-        gathered = ctx.gathered
-        gathered.again_MKd = None  # attention's backward, its only reader, is done
-        first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
+        (rows_M,) = ctx.saved_tensors
+        if ctx.gathered is not None:
+            ctx.gathered.again_MKd = None  # attention's backward, its only reader, is done
         # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
         total_RE = torch.ops.aten.embedding_dense_backward(
-            grad_MKd.flatten(1).float(), gathered.rows_M, first + gathered.source_NKd.shape[0], -1, False)
-        return total_RE[first:].view(gathered.source_NKd.shape).to(grad_MKd.dtype), None
+            grad_MKd.flatten(1).float(), rows_M, ctx.first + ctx.shape[0], -1, False)
+        return total_RE[ctx.first:].view(ctx.shape).to(grad_MKd.dtype), None, None
 
 
 def _saving_no_copy(*gathered):
