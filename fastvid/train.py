@@ -123,6 +123,9 @@ def build(config, world):
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
+    if prefix := getattr(loader, "prefix", ()):
+        model.keep_prefix(prefix)
+        parallel.reshard(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,
