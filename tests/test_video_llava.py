@@ -26,7 +26,6 @@ from ranks import leave
 from safetensors.torch import load_file
 from test_frozen_rows import cases, prepared
 
-from fastvid import parallel
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.decoder import DecoderConfig
 from fastvid.model.video_llava import ModelConfig, VideoLlava
@@ -284,7 +283,6 @@ def run_rank(rank, port, queue):
         _, batches = rank_batches(name)
         if batches[rank].prefix_rows:
             prepared(model)
-            parallel.reshard(model)
         loss = model(batches[rank].parted())
         loss.backward()
         full = {key: gradient.full_tensor().numpy() for key, gradient in gradients(model).items()}

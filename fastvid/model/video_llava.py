@@ -10,6 +10,7 @@ import torch
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvid_kernels.splice_video import splice_video
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.decoder import Decoder, DecoderConfig, Stream, take_rows
@@ -91,8 +92,8 @@ class VideoLlava(nn.Module):
             self.boundary = Table(2, sizes.hidden_size, dtype=trained_dtype, trained=True)
         self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
         self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype,
-                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, frozen_dtype=frozen_dtype, recompute=recompute,
-                               attn_implementation=attn_implementation)
+                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, frozen_dtype=frozen_dtype,
+                               recompute=recompute, attn_implementation=attn_implementation)
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
 
@@ -149,6 +150,9 @@ class VideoLlava(nn.Module):
         cache = [LayerCache(rows) for _ in self.decoder.layers]
         with torch.no_grad():
             self(batch, cache)  # not `hidden`: FSDP gathers for a forward pass
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it would keep for the backward pass
         self._prefix = [layer.buffers for layer in cache]
 
     def _prefix_of(self, batch):
