@@ -240,6 +240,47 @@ def test_unknown_attention_is_refused():
         attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
 
 
+def plain_attention(q, k, v, layout):
+    """Segment by segment, with the whole matrix of scores."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    outs = []
+    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.tolist()) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))):
+        rows = torch.arange(k0, k1) if layout.kv_rows is None else layout.kv_rows[k0:k1]
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[rows]) * q.shape[-1] ** -0.5
+        hidden = torch.ones(q1 - q0, k1 - k0, device=q.device).tril(k1 - k0 - q1 + q0) == 0
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[rows]))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("implementation", ["flash", "varlen", "sdpa"])
+def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, shared):
+    """The error against fp32 is at most twice that of plain attention in the same dtype."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        attention.choose_implementation(implementation, device, dtype)
+    except ValueError as error:
+        pytest.skip(str(error))
+    layout = branches((6, 1, 90), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 96])
+    layout = layout.map(lambda x: x.to(device))
+    exact = [torch.randn(167, n, 32, device=device) for n in (4, kv_heads, kv_heads)]
+    exact = [x.to(dtype).double().requires_grad_() for x in exact]
+    grad = torch.randn(167, 4, 32, device=device).to(dtype)
+
+    def results(function, inputs):
+        out = function(*inputs, layout)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    expected = results(plain_attention, exact)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    found = results(lambda *tensors: attend(*tensors, implementation), inputs)
+    for ours, plain, true in zip(found, results(plain_attention, inputs), expected):
+        allowed = 2 * (plain.double() - true).abs().max() + 1e-6 * true.abs().max()
+        assert (ours.double() - true).abs().max() <= allowed
+
+
 class Machine:
     """A pretended CUDA machine: which attention libraries it has, and what they were called with."""
 
