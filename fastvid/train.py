@@ -27,6 +27,7 @@ from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
 from fastvid.saver import Saver
+from fastvid.staging import Staging
 
 log = logging.getLogger("fastvid")
 
@@ -56,6 +57,7 @@ class TrainState:
     formula: flops.Formula
     loss_sum: torch.Tensor
     saver: Saver
+    staging: Staging
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
@@ -132,7 +134,8 @@ def build(config, world):
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
         warmup_steps=config.warmup_steps or math.ceil(order.total_steps * config.warmup_ratio),
         formula=flops.Formula(model_config, config.trainable),
-        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver())
+        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
+        staging=Staging(world.device))
 
 
 def train_step(state, batches):
@@ -146,13 +149,13 @@ def train_step(state, batches):
     *counts, waited, stop = world.sum_on_host([*mine, state.waited, state.stop_signal])
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(state.staging.copies(batches)):
         if config.policy.mean_of_means:
             scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
         else:
             scale = 1 / max(1, counts.supervised)
         parallel.set_gradient_sync(state.model, i == len(batches) - 1)
-        share = state.model(batch.to(world.device, non_blocking=True)) * scale
+        share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
@@ -171,8 +174,8 @@ def evaluate(state):
     """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token."""
     total, supervised = torch.zeros((), dtype=torch.float64, device=state.world.device), 0
     for _, batches in state.evaluation.iterate():
-        for batch in batches:
-            total += state.model(batch.to(state.world.device, non_blocking=True))
+        for batch in state.staging.copies(batches):
+            total += state.model(batch)
             supervised += batch.num_supervised
     parallel.reshard(state.model)
     total, supervised = state.world.sum_on_host([total.item(), supervised])
