@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import use_triton
+from .row_blocks import row_blocks
 
 
 def _wide(x):
@@ -89,7 +90,7 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
         tl.store(partial_ptr + group * D + columns, grad_weight, mask=inside)
 
 
-def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
+def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype):
     """Sum, normalised sum and reciprocal of the root mean square, [N] fp32, by the kernel."""
     N, D = residual_ND.shape
     residual_ND = residual_ND.contiguous()
@@ -104,7 +105,7 @@ def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
     return total_ND, y_ND, rstd_N
 
 
-def _backward(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
+def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
     """Gradients of residual, branch and weight by the kernel; None where none is due."""
     N, D = total_ND.shape
     total_ND = total_ND.contiguous()
@@ -123,6 +124,49 @@ def _backward(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype
             partial_GD.sum(0).to(weight_D.dtype) if trained else None)
 
 
+def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
+    """The same in plain torch, in blocks; the reciprocal is [N, 1]."""
+    N, D = residual_ND.shape
+    total_ND = residual_ND if branch_ND is None else residual_ND.new_empty(N, D)
+    y_ND = residual_ND.new_empty(N, D, dtype=dtype)
+    weight_D = _wide(weight_D)
+    rstd_N1 = residual_ND.new_empty(N, 1, dtype=torch.promote_types(residual_ND.dtype, torch.float32))
+    for rows in row_blocks(N, D):
+        if branch_ND is not None:
+            torch.add(residual_ND[rows], branch_ND[rows], out=total_ND[rows])
+        x_nD = _wide(total_ND[rows])
+        rstd_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
+        rstd_N1[rows] = rstd_n1
+        y_ND[rows] = (x_nD * rstd_n1).mul_(weight_D)
+    return total_ND, y_ND, rstd_N1
+
+
+def _backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
+    """The same in plain torch, in blocks."""
+    N, D = total_ND.shape
+    grad_ND = total_ND.new_empty(N, D)
+    apart = branch_dtype is not None and branch_dtype != total_ND.dtype
+    grad_branch_ND = total_ND.new_empty(N, D, dtype=branch_dtype) if apart else grad_ND
+    wide_D = _wide(weight_D)
+    grad_weight_D = torch.zeros_like(wide_D) if trained else None
+    for rows in row_blocks(N, D):
+        x_nD, grad_y_nD, rstd_n1 = _wide(total_ND[rows]), _wide(grad_y_ND[rows]), rstd_N1[rows]
+        products_nD = grad_y_nD * x_nD
+        # The weight's gradient is these products times rstd, summed over rows; their product with the weight is the
+        # gradient's part along x.
+        along_n1 = torch.mv(products_nD, wide_D)[:, None].mul_(rstd_n1.pow(3)).div_(D)
+        if trained:
+            grad_weight_D += torch.mv(products_nD.T, rstd_n1[:, 0])
+        grad_nD = torch.mul(grad_y_nD, wide_D, out=products_nD).mul_(rstd_n1).addcmul_(x_nD, along_n1, value=-1)
+        if grad_total_ND is not None:
+            grad_nD += grad_total_ND[rows]
+        grad_ND[rows] = grad_nD
+        if apart:
+            grad_branch_ND[rows] = grad_nD
+    return (grad_ND, None if branch_dtype is None else grad_branch_ND,
+            grad_weight_D.to(weight_D.dtype) if trained else None)
+
+
 class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due."""
 
@@ -131,40 +175,23 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.triton_kernel = triton_kernel
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.set_materialize_grads(False)
-        if triton_kernel:
-            total_ND, y_ND, rstd_N = _forward(residual_ND, branch_ND, weight_D, eps, dtype)
-            ctx.save_for_backward(total_ND, rstd_N, weight_D)
-            return total_ND, y_ND
-        total_ND = residual_ND if branch_ND is None else (residual_ND + branch_ND).to(residual_ND.dtype)
-        x_ND = _wide(total_ND)
-        rstd_N1 = torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps)
-        y_ND = (x_ND * rstd_N1 * _wide(weight_D)).to(dtype)
-        ctx.save_for_backward(total_ND, rstd_N1, weight_D)
+        forward = _forward_by_kernel if triton_kernel else _forward
+        total_ND, y_ND, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
+        ctx.save_for_backward(total_ND, rstd, weight_D)
         return total_ND, y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total_ND, grad_y_ND):
-        total_ND, rstd_N1, weight_D = ctx.saved_tensors
-        grad_weight_D = None
+        total_ND, rstd, weight_D = ctx.saved_tensors
         if grad_y_ND is None:
-            grad_ND = grad_total_ND
-        elif ctx.triton_kernel:
-            return *_backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype,
-                              ctx.needs_input_grad[2]), None, None, None
-        else:
-            grad_y_ND = _wide(grad_y_ND)
-            unit_ND = _wide(total_ND) * rstd_N1
-            if ctx.needs_input_grad[2]:
-                grad_weight_D = (grad_y_ND * unit_ND).sum(0).to(weight_D.dtype)
-            grad_ND = grad_y_ND * _wide(weight_D)
-            grad_ND = rstd_N1 * (grad_ND - unit_ND * (grad_ND * unit_ND).mean(-1, keepdim=True))
-            if grad_total_ND is not None:
-                grad_ND += grad_total_ND
-        if grad_ND is None:
-            return None, None, None, None, None, None
-        grad_branch_ND = None if ctx.branch_dtype is None else grad_ND.to(ctx.branch_dtype)
-        return grad_ND.to(total_ND.dtype), grad_branch_ND, grad_weight_D, None, None, None
+            grad_branch_ND = None
+            if grad_total_ND is not None and ctx.branch_dtype is not None:
+                grad_branch_ND = grad_total_ND.to(ctx.branch_dtype)
+            return grad_total_ND, grad_branch_ND, None, None, None, None
+        backward = _backward_by_kernel if ctx.triton_kernel else _backward
+        return *backward(total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype,
+                         ctx.needs_input_grad[2]), None, None, None
 
 
 def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,

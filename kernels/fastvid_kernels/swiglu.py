@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .dispatch import use_triton
+from .row_blocks import row_blocks
 
 
 def _wide(x):
@@ -62,6 +63,26 @@ def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, blocks, BLOCK
     tl.store(grad_gate_ptr + F + columns, (grad * silu).to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
 
 
+def _forward(gate_up_NF):
+    """`swiglu` in plain torch, in blocks."""
+    N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+    out_NF = gate_up_NF.new_empty(N, F)
+    for rows in row_blocks(N, F):
+        gate_nF, up_nF = gate_up_NF[rows].chunk(2, 1)
+        out_NF[rows] = functional.silu(_wide(gate_nF)).mul_(up_nF)
+    return out_NF
+
+
+def _backward(gate_up_NF, grad_NF, grad_gate_up_NF):
+    """The gradient in plain torch, in blocks, into `grad_gate_up_NF`."""
+    N, F = grad_NF.shape
+    for rows in row_blocks(N, F):
+        gate_nF, up_nF = gate_up_NF[rows].chunk(2, 1)
+        gate_nF, grad_nF = _wide(gate_nF), _wide(grad_NF[rows])
+        grad_gate_up_NF[rows, F:] = functional.silu(gate_nF).mul_(grad_nF)
+        grad_gate_up_NF[rows, :F] = torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Saves its input and nothing else."""
 
@@ -70,7 +91,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up_NF)
         ctx.triton_kernel = triton_kernel
         if not triton_kernel:
-            return swiglu_reference(gate_up_NF)
+            return _forward(gate_up_NF)
         N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         out_NF = gate_up_NF.new_empty(N, F)
         BLOCK_F, blocks, grid = _tiles(N, F)
@@ -88,14 +109,7 @@ class _SwiGLU(torch.autograd.Function):
             _swiglu_bwd_kernel[grid](gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F,
                                      num_warps=4)
             return grad_gate_up_NF, None
-        gate_NF, up_NF = _wide(gate_up_NF).chunk(2, dim=-1)
-        grad_NF = _wide(grad_NF)
-        sigmoid_NF = torch.sigmoid(gate_NF)
-        silu_NF = gate_NF * sigmoid_NF
-        grad_gate_NF = grad_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
-        half = gate_NF.shape[-1]
-        grad_gate_up_NF[..., :half] = grad_gate_NF
-        grad_gate_up_NF[..., half:] = grad_NF * silu_NF
+        _backward(gate_up_NF, grad_NF, grad_gate_up_NF)
         return grad_gate_up_NF, None
 
 
