@@ -1,0 +1,200 @@
+"""What fastvid's training step is compared with: transformers' LLaMA under the reference's recipe, and at its best.
+
+Both take the samples of one optimizer step as `fastvid.data` encodes them, padded on the right to the longest of a
+micro-batch, and start from the weights that fastvid loads.
+
+Dimensions: B samples of a micro-batch, T rows of its longest, R video rows, C channels, D hidden size, V vocabulary.
+"""
+
+import importlib.util
+import itertools
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from fastvid.model.names import tensor_parts
+from fastvid.model.weights import StartingWeights, read_model_config
+
+IGNORED = -100
+
+
+class Baseline:
+    """One optimizer step over padded micro-batches.
+
+    Args:
+        folder: model folder.
+        samples: (EncodedSample, [features]) pairs of the step.
+        tokens: VideoTokens.
+        dtype: of matrix products.
+        micro_batch: most samples of a forward pass.
+        device: where to compute.
+        learning_rate: of every step but the first.
+
+    Attributes:
+        rows: computed rows, padding included.
+        sample_rows: rows without padding.
+    """
+
+    sorted_by_length = False
+
+    def __init__(self, folder, samples, tokens, *, dtype, micro_batch, device, learning_rate):
+        if self.sorted_by_length:
+            samples = sorted(samples, key=lambda sample: len(sample[0].token_ids))
+        self.tokens, self.dtype, self.device, self.learning_rate = tokens, dtype, device, learning_rate
+        parts = [samples[i:i + micro_batch] for i in range(0, len(samples), micro_batch)]
+        self.batches = [padded(part, device) for part in parts]
+        self.samples, self.rows = len(samples), sum(batch["ids"].numel() for batch in self.batches)
+        self.sample_rows = sum(int(batch["mask"].sum()) for batch in self.batches)
+        self.supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in self.batches)
+        self.model, self.projector = load(folder, tokens, self.weight_dtype, self.device, self.attention())
+        self.prepare()
+        self.trained = [p for module in (self.model, self.projector, *self.extra()) for p in module.parameters()
+                        if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0, fused=self.fused_optimizer)
+
+    def step(self):
+        """(loss per supervised token, gradient norm) of one update; the first has learning rate 0."""
+        total = torch.zeros((), device=self.device)
+        for batch in self.batches:
+            loss = self.loss(batch) / self.supervised
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        return total.item(), norm.item()
+
+    def extra(self):
+        return ()
+
+    def boundaries(self, ids_T):
+        """(row of <vid_start>, row of <vid_end>) in a sample."""
+        return (int((ids_T == token).nonzero()[0]) for token in (self.tokens.start, self.tokens.end))
+
+
+class Reference(Baseline):
+    """The reference's recipe (Video-LLaVA 0c8810f): fp32 weights, autocast for bf16, every layer recomputed, logits of
+    all rows, the embedding table trained with every row but the start and end tokens' detached.
+    """
+
+    weight_dtype = torch.float32
+    fused_optimizer = False
+
+    def attention(self):
+        return "sdpa"
+
+    def prepare(self):
+        self.model.requires_grad_(False)
+        self.model.model.embed_tokens.requires_grad_(True)
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+
+    def loss(self, batch):
+        autocast = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype) if autocast else nullcontext():
+            embedded = self.model.model.embed_tokens(batch["ids"])
+            video = self.projector(batch["features"].float())
+            rows = []
+            for x_TD, video_RD, ids_T in zip(embedded, video, batch["ids"]):
+                start, end = self.boundaries(ids_T)
+                rows.append(torch.cat([x_TD[:start].detach(), x_TD[start:start + 1], video_RD,
+                                       x_TD[end:end + 1], x_TD[end + 1:].detach()]))
+            h = self.model.model(inputs_embeds=torch.stack(rows), attention_mask=batch["mask"],
+                                 use_cache=False).last_hidden_state
+            logits = self.model.lm_head(h)
+            shifted = logits[..., :-1, :].contiguous()
+            return functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), batch["labels"][:, 1:].flatten(),
+                                            ignore_index=IGNORED, reduction="sum")
+
+
+class Strong(Baseline):
+    """What a user who knows the libraries would write instead: weights in the compute dtype, frozen ones without
+    gradients, nothing recomputed, samples of like length together, start and end tokens as two rows of their own,
+    fused AdamW; Liger's kernels and flash-attention where they are installed (on CUDA), else SDPA.
+
+    Rows are padded on the right, where causal attention never looks, so no mask is needed and SDPA stays causal.
+    """
+
+    sorted_by_length = True
+    fused_optimizer = True
+
+    @property
+    def weight_dtype(self):
+        return self.dtype
+
+    def attention(self):
+        installed = self.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+        return "flash_attention_2" if installed and self.dtype != torch.float32 else "sdpa"
+
+    def prepare(self):
+        self.model.requires_grad_(False)
+        if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(model=self.model)
+        self.model.train()
+        rows = self.model.model.embed_tokens.weight[[self.tokens.start, self.tokens.end]]
+        self.boundary = nn.ParameterList([nn.Parameter(rows.detach().float())])
+
+    def extra(self):
+        return (self.boundary,)
+
+    def loss(self, batch):
+        with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
+            video = self.projector(batch["features"].float()).to(self.dtype)
+        boundary = self.boundary[0].to(self.dtype)
+        embedded = self.model.model.embed_tokens(batch["ids"])
+        rows = []
+        for x_TD, video_RD, ids_T in zip(embedded, video, batch["ids"]):
+            start, end = self.boundaries(ids_T)
+            rows.append(torch.cat([x_TD[:start], boundary[:1], video_RD, boundary[1:], x_TD[end + 1:]]))
+        # Divided by the tokens of the batch alone by default; 1 leaves the sum.
+        return self.model(inputs_embeds=torch.stack(rows), labels=batch["labels"], use_cache=False,
+                          num_items_in_batch=1).loss
+
+
+def padded(samples, device):
+    """Ids, mask, labels (not shifted) and features of a micro-batch: [B, T], [B, T], [B, T], [B, R, C]."""
+    ids, labels = [], []
+    for sample, _ in samples:
+        ids.append(torch.tensor(sample.token_ids))
+        label = torch.full_like(ids[-1], IGNORED)
+        for start, end in sample.supervised:
+            label[start:end] = ids[-1][start:end]
+        labels.append(label)
+    batch = {
+        "ids": pad_sequence(ids, batch_first=True), "labels": pad_sequence(labels, True, IGNORED),
+        "mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        "features": torch.stack(list(itertools.chain.from_iterable(features for _, features in samples)))}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def load(folder, tokens, dtype, device, attention):
+    """(LlamaForCausalLM in `dtype`, projector in fp32) with the weights that fastvid starts from."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = read_model_config(folder, vocab_size=tokens.vocab_size)
+    values = {key: value for key, value in json.loads((Path(folder) / "config.json").read_text()).items()
+              if key not in ("model_type", "architectures")}
+    values["vocab_size"] = config.decoder.vocab_size
+    with device:
+        model = LlamaForCausalLM._from_config(LlamaConfig(**values), dtype=dtype, attn_implementation=attention)
+        channels, hidden = config.mm_hidden_size, config.decoder.hidden_size
+        projector = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    starting = StartingWeights(config, folder, tokens=tokens)
+    targets = dict(model.named_parameters())
+    targets |= {f"model.mm_projector.{name}": parameter for name, parameter in projector.named_parameters()}
+    with torch.no_grad():
+        for ours, parts in tensor_parts(config).items():
+            pieces = starting.pieces(ours)
+            pieces = [torch.cat(pieces)] if len(parts) == 1 else pieces
+            for (name, _), piece in zip(parts, pieces, strict=True):
+                targets.pop(name).copy_(piece)
+    assert not targets, f"not filled: {sorted(targets)}"
+    return model, projector

@@ -1,0 +1,116 @@
+"""What the training benchmark runs: sizes by preset, and the rows of the ladder."""
+
+from dataclasses import dataclass
+
+QUESTIONS = (8, 7)  # of a video, in turn: 7.5 on average, as VideoInstruct-100K has it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model and of its videos.
+
+    Attributes:
+        video_rows, channels: of one video's features.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocabulary: int = 32003
+    video_rows: int = 676
+    channels: int = 1024
+
+    @property
+    def parameters(self):
+        """Of the language model."""
+        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of making the same optimizer step.
+
+    Attributes:
+        title: what it adds to the row above it.
+        kind: "reference", "strong" (`bench.baselines`) or "fastvid".
+        flags: of fastvid's command line, beside those of every row.
+        last_layer: the last layer computes supervised rows only.
+        apart: the system prompt's keys and values are kept; rows before the first trained one get no gradient.
+        micro_batch: samples of a forward pass, where it is not the preset's.
+        full: everything is trained, not the adapter.
+        rounds: timed steps, where not the preset's; 0: its loss is compared, nothing else.
+        like: the row whose loss and gradient norm it must have.
+    """
+
+    title: str
+    kind: str = "fastvid"
+    flags: tuple[str, ...] = ()
+    last_layer: bool = True
+    apart: bool = True
+    micro_batch: int | None = None
+    full: bool = False
+    rounds: int | None = None
+    like: str | None = "reference"
+
+    @property
+    def video_first(self):
+        return "video_first" in self.flags
+
+    @property
+    def share(self):
+        return "--share_video" in self.flags
+
+
+_NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
+_FIRST = ("--question_order", "video_first")
+ROWS = {
+    "reference": Row("reference's recipe (transformers)", "reference", like=None),
+    "strong": Row("transformers at its best", "strong"),
+    "packed": Row("fastvid: packed rows, frozen weights in the compute dtype, supervised rows in the head",
+                  flags=_ALL, last_layer=False, apart=False, rounds=2),
+    "kept": Row("+ nothing recomputed", flags=_NONE, last_layer=False, apart=False, rounds=2),
+    "last": Row("+ last layer on supervised rows", flags=_NONE, apart=False, rounds=2),
+    "exact": Row("+ system prompt kept, no gradient before the video", flags=_NONE),
+    "recomputed": Row("the same with --recompute full", flags=_ALL, rounds=2),
+    "strong_video_first": Row("transformers at its best, video first", "strong", flags=_FIRST, rounds=0, like=None),
+    "shared": Row("+ video first, its rows shared by its questions", flags=(*_NONE, *_FIRST, "--share_video"),
+                  micro_batch=15, like="strong_video_first"),
+    "fp8": Row("exact, frozen weights in FP8", flags=(*_NONE, "--frozen_dtype", "fp8"), like=None),
+    "shared_fp8": Row("shared, frozen weights in FP8", like=None, micro_batch=30,
+                      flags=(*_NONE, *_FIRST, "--share_video", "--frozen_dtype", "fp8")),
+    "smallest": Row("exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1),
+    "full": Row("full fine-tune, 8-bit AdamW", full=True, micro_batch=8, rounds=2, like=None,
+                flags=("--optim", "adamw_8bit", "--master_dtype", "bfloat16", "--recompute", "auto")),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A run of the benchmark.
+
+    Attributes:
+        videos: whose questions make one optimizer step.
+        micro_batch: most samples of a forward pass.
+        rows: {dtype: names of the rows, in the ladder's order}.
+        rounds: {dtype: timed steps of each row}.
+    """
+
+    shape: Shape
+    videos: int
+    micro_batch: int
+    rows: dict[str, tuple[str, ...]]
+    rounds: dict[str, int]
+
+
+_LADDER = ("reference", "strong", "packed", "kept", "last", "exact", "recomputed", "strong_video_first", "shared")
+_BOTH = {"bf16": _LADDER, "fp32": ("reference", "strong", "exact", "shared")}
+_H200 = ("reference", "strong", "exact", "fp8", "shared", "shared_fp8", "smallest", "full")
+_7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
+PRESETS = {
+    "tiny": Preset(Shape(64, 2, 2, 128, 640, 24, 16), 2, 8, _BOTH, {"bf16": 1, "fp32": 1}),
+    "cpu-110m": Preset(Shape(768, 12, 12, 2048), 2, 8, _BOTH, {"bf16": 3, "fp32": 2}),
+    "h200-7b": Preset(_7B, 8, 8, {"bf16": _H200}, {"bf16": 3}),
+    "h200-13b": Preset(_13B, 4, 8, {"bf16": ("strong", "exact", "shared_fp8", "full")}, {"bf16": 2}),
+}

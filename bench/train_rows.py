@@ -1,0 +1,157 @@
+"""One row of the training benchmark, in a process of its own: python -m bench.train_rows ROW --folder F --dtype bf16 …
+
+Reads commands from stdin, one a line, and answers each with a line of JSON on stdout:
+
+    first  a step at learning rate 0 with its floating-point operations counted: loss, norm, samples, rows, flops
+    step   a timed step: seconds, loss, norm
+    end    peak_bytes, and start_bytes that the process held before it built anything
+
+The row "matmul" answers `step` with the rate of a large square matrix product instead.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from bench.executed import executed_flops, matmul_rate
+from bench.train_presets import ROWS
+
+LEARNING_RATE = 2e-5
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Fastvid:
+    """`fastvid.train.train_step` on the state that `fastvid.train.build` makes of a training command line.
+
+    The packer is called here rather than by the state's loader, so that every row takes the same samples in the same
+    micro-batches, and so that ideas can be left out.
+    """
+
+    def __init__(self, row, folder, dtype, micro_batch):
+        from fastvid import parallel, train
+        from fastvid.config import TrainConfig, parse
+        from fastvid.data.conversation import system_prefix
+        from fastvid.data.packing import pack
+
+        adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
+        self.train_step = train.train_step
+        self.state = state = train.build(parse(TrainConfig, [
+            "--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json", "--video_folder",
+            f"{folder}/feats", "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *adapter, "--bf16",
+            str(dtype == torch.bfloat16), "--max_steps", "1000", "--warmup_steps", "1", "--lr_scheduler_type",
+            "constant_with_warmup", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size",
+            str(micro_batch), "--dataloader_num_workers", "0", *row.flags]), parallel.start())
+        self.device = state.world.device
+        samples, apart = state.loader.samples, row.apart and not row.full
+        read = [samples.read(i) for i in range(len(samples))]
+        prefix = system_prefix(state.tokenizer, state.config.version) if apart else ()
+        if apart:
+            state.model.keep_prefix(prefix)
+        self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, prefix=prefix,
+                             frozen=apart, share=row.share) for i in range(0, len(read), micro_batch)]
+        if not row.last_layer:
+            self.batches = [replace(batch, loss_layout=None) for batch in self.batches]
+        self.samples, self.rows = len(read), sum(batch.num_rows for batch in self.batches)
+        self.sample_rows = sum(batch.sample_rows for batch in self.batches)
+
+    def step(self):
+        result = self.train_step(self.state, self.batches)
+        return result.loss.item(), result.gradient_norm.item()
+
+
+class Matmul:
+    def __init__(self, dtype):
+        self.dtype, self.device = dtype, default_device()
+
+    def rate(self):
+        return matmul_rate(self.dtype, self.device)
+
+
+def baseline(row, folder, dtype, micro_batch):
+    from bench import baselines
+    from fastvid.config import TrainConfig, parse
+    from fastvid.data.batching import SampleSet
+    from fastvid.data.conversation import load_tokenizer
+    from fastvid.data.features import FeatureFolder
+
+    tokenizer = load_tokenizer(f"{folder}/model", True)
+    config = parse(TrainConfig, ["--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json",
+                                 "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *row.flags])
+    samples = SampleSet(config.data_path, tokenizer, FeatureFolder(f"{folder}/feats"), config)
+    return {"reference": baselines.Reference, "strong": baselines.Strong}[row.kind](
+        f"{folder}/model", [samples.read(i) for i in range(len(samples))], tokenizer.tokens, dtype=dtype,
+        micro_batch=micro_batch, device=default_device(), learning_rate=LEARNING_RATE)
+
+
+def make(name, folder, dtype, micro_batch):
+    if name == "matmul":
+        return Matmul(dtype)
+    row = ROWS[name]
+    build = Fastvid if row.kind == "fastvid" else baseline
+    return build(row, folder, dtype, row.micro_batch or micro_batch)
+
+
+def default_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def answer(row, command):
+    if command == "step" and isinstance(row, Matmul):
+        return {"rate": row.rate()}
+    if command == "first" and isinstance(row, Matmul):
+        return {}
+    if command == "first":
+        (loss, norm), flops = executed_flops(row.step)
+        return {"loss": loss, "norm": norm, "samples": row.samples, "rows": row.rows,
+                "sample_rows": row.sample_rows, "flops": flops}
+    if command == "step":
+        _synchronise(row)
+        begin, worked = time.perf_counter(), time.process_time()
+        loss, norm = row.step()
+        _synchronise(row)
+        return {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - worked, "loss": loss,
+                "norm": norm}
+    raise ValueError(f"no command is called {command!r}")
+
+
+def _synchronise(row):
+    if row.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes():
+    """Largest resident memory of this process so far, or on a GPU the most that torch's allocator held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("row")
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True)
+    parser.add_argument("--micro_batch", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import transformers  # noqa: F401  every row starts with it, so that its memory is in all of them
+
+    start = peak_bytes()
+    row = make(arguments.row, arguments.folder, DTYPES[arguments.dtype], arguments.micro_batch)
+    print(json.dumps({"ready": arguments.row}), file=answers, flush=True)
+    for command in map(str.strip, sys.stdin):
+        if command == "end":
+            print(json.dumps({"peak_bytes": peak_bytes(), "start_bytes": start}), file=answers, flush=True)
+            return
+        print(json.dumps(answer(row, command)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
