@@ -6,9 +6,11 @@ feed-forward block, V tokens of the vocabulary, C channels of the vision tower.
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from fastvid_kernels.linear_cross_entropy import chunk_rows
+from fastvid_kernels.row_blocks import BLOCK_NUMBERS
 
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.model.quantize import matrix_bytes
@@ -64,13 +66,14 @@ def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str
     return counts
 
 
-def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, video_rows: int | None = None,
-                compute_dtype: torch.dtype, fp32_residual: bool = False, recompute: str = "none",
-                one_call_per_segment: bool = False) -> int:
+def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int | None = None,
+                video_rows: int | None = None, compute_dtype: torch.dtype, fp32_residual: bool = False,
+                recompute: str = "none", one_call_per_segment: bool = False) -> int:
     """Bytes of activations that wait for backward: what autograd saves, and the rows that enter the decoder.
 
     Args:
-        rows: N.
+        rows: N, without rows before the first trained one.
+        supervised_rows: those of them that leave the last layer; None: all.
         video_rows: those of them that are projected; None: all.
         one_call_per_segment: attention runs by "sdpa", so its output exists twice where `o` is trained.
         (others: as for `VideoLlava`.)
@@ -80,26 +83,32 @@ def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, vi
         return 0
     size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
     D = c.hidden_size
-    layer = _layer_bytes(c, "decoder" in trainable, size, residual, recompute, one_call_per_segment)
-    per_row = c.num_layers * layer + D * residual + 4  # and the final norm's
+    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, recompute, one_call_per_segment)
+    last = layer(rows, supervised_rows)
+    leaving = rows if supervised_rows is None else supervised_rows
     projected = 0
     if "projector" in trainable:
         projected = config.mm_hidden_size + (2 * D if config.projector_type == "mlp2x_gelu" else 0)
-    return rows * per_row + (rows if video_rows is None else video_rows) * projected * size
+    return ((c.num_layers - 1) * layer(rows) + last + leaving * (D * residual + 4)  # the final norm's
+            + (rows if video_rows is None else video_rows) * projected * size)
 
 
-def _layer_bytes(c, trained, size, residual, recompute, twice):
-    """Bytes per row that one layer saves."""
+def _layer_bytes(c, trained, size, residual, recompute, twice, rows, leaving=None):
+    """Bytes that one layer saves; only `leaving` of its rows go on (None: all), as those of the last layer do."""
     D, E, A, F = c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim, \
         c.intermediate_size
+    norm = D * residual + 4
     if recompute == "full":
-        return D * residual
-    statistics = 4 * c.num_heads  # attention's log-sum-exp
-    products = E + A + 2 * F
+        return rows * D * residual
+    some = leaving is not None
+    leaving = leaving if some else rows
+    products = rows * (E - A) + leaving * (2 * A + 2 * F)
+    statistics = leaving * 4 * c.num_heads  # attention's log-sum-exp
     if recompute == "selective":
-        return D * residual + size * (products + 2 * D) + statistics
-    inputs = 2 * D + F + (A if twice else 0) if trained else 0
-    return 2 * (D * residual + 4) + size * (products + inputs) + statistics
+        return rows * D * residual + size * (products + leaving * 2 * D) + statistics
+    inputs = rows * D + leaving * (D + F + (A if twice else 0) + (D if some else 0)) if trained else 0
+    norms = rows * norm + leaving * norm * (2 if some else 1)
+    return norms + size * (products + inputs) + statistics
 
 
 def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
@@ -138,14 +147,14 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     elif "decoder" in trainable and size < stored:
         weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
 
-    options = {"trainable": trainable, "rows": rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
+    options = {"trainable": trainable, "rows": rows, "supervised_rows": supervised_rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
                    "fp32_residual": fp32_residual, "one_call_per_segment": one_call_per_segment}
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
     return MemoryEstimate(
         weights=weights, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=max(at_once, _layer_working_bytes(c, trainable, rows, size, residual, recompute),
+        working=max(at_once, _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute),
                     _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
 
 
@@ -154,21 +163,21 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     chunk = min(supervised_rows, chunk_rows(c.vocab_size)) * c.vocab_size
     table = c.vocab_size * c.hidden_size if ("embed" if c.tie_word_embeddings else "head") in trainable else 0
     copies = size if size < 4 else 0  # of products and of a trained head
-    return supervised_rows * c.hidden_size * size + 4 * table, chunk * (4 + copies) + table * (size + copies)
+    rows = supervised_rows * c.hidden_size * size if trainable & BELOW_THE_HEAD else 0
+    return rows + 4 * table, chunk * (4 + copies) + table * (size + copies)
 
 
-def _layer_working_bytes(c, trainable, rows, size, residual, recompute):
-    """Temporaries of a layer's backward at their widest, in SwiGLU; and what is recomputed for it."""
+def _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute):
+    """Temporaries of a layer at their widest, in SwiGLU's backward; what is recomputed for it; less what the last layer has
+    let go of by then."""
+    per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + size)
+    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (16 if size < 4 else 8)  # where no kernel can run
     if not trainable & BELOW_THE_HEAD:
-        return 0
-    trained = "decoder" in trainable
-    recomputed = 0
-    if recompute != "none":
-        recomputed = _layer_bytes(c, trained, size, residual, "none", False)
-        recomputed -= _layer_bytes(c, trained, size, residual, recompute, False)
-    widened = 12 if size < 4 else 0
-    per_row = c.intermediate_size * (3 * size + 4 * 4 + widened) + c.hidden_size * (residual + size)
-    return rows * (per_row + max(0, recomputed))
+        return rows * per_row + block  # of its forward
+    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=False, rows=rows)
+    recomputed = max(0, layer("none") - layer(recompute))
+    gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
+    return rows * per_row + block + recomputed - gone
 
 
 def _quantized_product_bytes(c, frozen_dtype, rows, size):
