@@ -15,7 +15,8 @@ from .dispatch import use_triton
 BLOCK_SIZE = 256
 # Smallest scale that is divided by: the smallest normal fp32.
 TINY = tl.constexpr(2.0**-126)
-# Philox-4x32's multipliers and key increments (Salmon et al., SC 2011).
+# Philox-4x32 (Salmon et al., SC 2011): the fewest rounds that pass every test there, multipliers, key increments.
+ROUNDS = tl.constexpr(7)
 MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
 
@@ -52,12 +53,24 @@ def random_bits(first, count, seed, step, device):
         high = (x >> 16) * factor + (low >> 16)
         return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
-    for _ in range(10):
+    for _ in range(ROUNDS.value):
         (high0, low0), (high2, low2) = product(c0, MULTIPLIERS[0]), product(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
         keys = [(key + increment) & 0xFFFFFFFF for key, increment in zip(keys, INCREMENTS)]
     words = torch.stack([c0, c1, c2, c3], 1).flatten()
     return torch.stack([words & 0xFFFF, words >> 16], 1).flatten().int()
+
+
+def _factors(lr, beta1, beta2, eps, weight_decay, step):
+    """(decay of m, its unit, decay of v, its unit, factor of the weights, slope and offset of √v).
+
+    Moments are computed in units of 1 - β, so that a gradient counts once. The weights then change by m times the
+    square of 1/√(√v · slope + offset), which is cheaper than a division.
+    """
+    rest1, rest2 = 1 - beta1, 1 - beta2
+    size = max(lr / (1 - beta1**step) * rest1, 1e-36)  # what m is multiplied by; never 0, by which to divide
+    return (beta1 / rest1, rest1, beta2 / rest2, rest2, 1 - lr * weight_decay,
+            (rest2 / (1 - beta2**step)) ** 0.5 / size, eps / size)
 
 
 def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, lr, beta1, beta2, eps, weight_decay, step,
@@ -69,25 +82,25 @@ def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, l
         """[B, 256] with zeros at the end."""
         return torch.nn.functional.pad(x.flatten(), (0, blocks * BLOCK_SIZE - count)).view(blocks, BLOCK_SIZE)
 
+    decay1, unit1, decay2, unit2, keep, slope, offset = _factors(lr, beta1, beta2, eps, weight_decay, step)
     maps = [dynamic_map(signed, param.device) for signed in (True, False)]
-    m, v = (padded(table[codes.long()]) * absmax[:, None]
-            for table, codes, absmax in zip(maps, (state1, state2), (absmax1, absmax2)))
+    m, v = (padded(table[codes.long()]) * (absmax * decay)[:, None]
+            for table, codes, absmax, decay in zip(maps, (state1, state2), (absmax1, absmax2), (decay1, decay2)))
     g, p = padded(grad).float(), padded(param).float()
     if clip is not None:
         g = g * clip
-    m = m * beta1 + g * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
-    denominator = v.sqrt() * (1 - beta2**step) ** -0.5 + eps
-    p = p * (1 - lr * weight_decay) - m / denominator * (lr / (1 - beta1**step))
+    m, v = m + g, v + g * g
+    root = torch.rsqrt(v.sqrt() * slope + offset)
+    p = p * keep - m * root * root
     if param.dtype == torch.bfloat16:
         bits = random_bits(first, p.numel(), seed, step, p.device).view_as(p)
         p = ((p.contiguous().view(torch.int32) + bits) & -0x10000).view(torch.float32)
     new = [p.flatten()[:count].view_as(param).to(param.dtype)]
-    for x, table, codes in zip((m, v), maps, (state1, state2)):
+    for x, table, codes, unit in zip((m, v), maps, (state1, state2), (unit1, unit2)):
         absmax = x.abs().amax(1)
-        unit = x * (1 / absmax.clamp(min=TINY.value))[:, None]
-        nearest = torch.bucketize(unit, (table[1:] + table[:-1]) / 2)
-        new += [nearest.flatten()[:count].view_as(codes).to(torch.uint8), absmax]
+        part = x * (1 / absmax.clamp(min=TINY.value))[:, None]
+        nearest = torch.bucketize(part, (table[1:] + table[:-1]) / 2)
+        new += [nearest.flatten()[:count].view_as(codes).to(torch.uint8), absmax * unit]
     for old, value in zip((param, state1, absmax1, state2, absmax2), new):
         old.copy_(value if skip is None else torch.where(skip != 0, old, value))
 
@@ -97,22 +110,42 @@ def _tiles():
     return 8, 4
 
 
-@triton.jit
-def _nearest_magnitude(x, SIGNED: tl.constexpr):
-    """Number, from 0 for zero, of the dynamic type's value nearest to x in [0, 1].
-
-    The number as a function of x is linear in each decade, with slopes that fall: the least of seven lines, rounded
-    down. That rounds at the bins' edges, which lie halfway between values except at the ends of decades: there the last
-    value below is nearer for a fifth of a bin above the edge.
+@functools.cache
+def _codebook(device):
+    """What the kernel looks up, [1536] fp32: the values of the signed and of the unsigned type, beginning with code 128,
+    since codes are read as signed bytes; their thresholds, that below a code in its place; and for either type the slopes
+    and the offsets of `_code`'s lines.
     """
-    SCALE: tl.constexpr = 1 if SIGNED else 2
-    # Through the middle between zero and the first value, and (unsigned) the first edge.
-    y = x * (1e6 / 0.9) + (1.2 - 0.275 / 0.9) if SIGNED else x * (0.8e6 / 0.3875) + (2.2 - 0.8 * 0.1625 / 0.3875)
-    for i in tl.static_range(1, 7):
-        y = tl.minimum(y, x * (SCALE * 2**i * 10 ** (6 - i) / 0.9) + SCALE * 2**i * 8 / 9)
-    number = y.to(tl.int32)
-    decade_begins = (number & (number - 1)) == 0
-    return tl.where(decade_begins & (y - number.to(tl.float32) < 0.2), number - 1, number)
+    maps = [dynamic_map(signed) for signed in (True, False)]
+    bounds = [torch.cat([torch.tensor([-torch.inf]), (values[1:] + values[:-1]) / 2]) for values in maps]
+    decade = (torch.arange(128, dtype=torch.float64) - 31).clamp(0, 6)
+    lines = [line.float() for bins in (1, 2)
+             for line in (bins * 1e6 / 0.9 * 5**-decade, bins * 8 / 9 * 2**decade - 0.475)]
+    return torch.cat([*(values.roll(128) for values in maps), *bounds, *lines]).to(device)
+
+
+@triton.jit
+def _code(x, book_ptr, SIGNED: tl.constexpr):
+    """Code of the dynamic type's value nearest to x in [-1, 1] or [0, 1]: as many thresholds lie below x.
+
+    As a function of |x|, a code's distance from zero's is linear in each decade. The decade is guessed from the bits of
+    |x|, nearly its logarithm; near a decade's end its neighbour's line serves too. The line, minus the middle of what it
+    may err (-0.25 to 1.2), leaves two codes, which one threshold tells apart. NaN becomes some code.
+    """
+    TYPE: tl.constexpr = 0 if SIGNED else 1
+    lines_ptr = book_ptr + (1024 + TYPE * 256) + tl.arange(0, 128)
+    # Of all factors and multipliers, these guess the decades' ends best; 1e-7 is where the first begins.
+    bits = (tl.abs(x) * 1.1466817 + 1.1466817e-7).to(tl.uint32, bitcast=True)
+    decade = tl.umulhi(bits, 153).to(tl.int32)
+    slope, offset = tl.gather(tl.load(lines_ptr), decade, 0), tl.gather(tl.load(lines_ptr + 128), decade, 0)
+    if SIGNED:
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        offset = (offset.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        upper = (x * slope + offset + 128.0).to(tl.int32)
+    else:
+        upper = (x * slope + offset).to(tl.int32)
+    threshold = tl.gather(tl.load(book_ptr + (512 + TYPE * 256) + tl.arange(0, 256)), upper, 0)
+    return tl.where(x <= threshold, upper - 1, upper)
 
 
 @triton.jit
@@ -124,7 +157,9 @@ def _times(x, factors):
 @triton.jit
 def _absmax(x, BLOCKS: tl.constexpr):
     """Scale of each block of a line, and its reciprocal."""
-    absmax = tl.max(tl.abs(tl.reshape(x, (BLOCKS, 256))), 1)
+    part = tl.max(tl.reshape(tl.abs(x), (BLOCKS, 32, 8)), 2)
+    # Of the integers with the same bits: across a warp, that is one instruction.
+    absmax = tl.max(part.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
     return absmax, 1 / tl.maximum(absmax, TINY)
 
 
@@ -133,15 +168,16 @@ def _random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
     """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
     group = first_group + tl.arange(0, BLOCKS * 32)
     zero = group.to(tl.uint32) * 0
-    r0, r1, r2, r3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
+    r0, r1, r2, r3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero,
+                               n_rounds=ROUNDS)
     words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
 
 
 @triton.jit(do_not_specialize=["step", "seed", "first"])
-def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, map1_ptr, map2_ptr,
-                           clip_ptr, skip_ptr, count, seed, step, first, beta1, rest1, beta2, rest2, eps, keep, step_size,
-                           unbias2, CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
+def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, book_ptr, clip_ptr,
+                           skip_ptr, count, seed, step, first, decay1, unit1, decay2, unit2, keep, slope, offset,
+                           CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
     if SKIP:
         if tl.load(skip_ptr) != 0:
             return
@@ -151,36 +187,34 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
     # Loads and stores are of lines, so that all take one layout; in between are blocks.
     local = tl.arange(0, BLOCKS * 256)
     inside = local < count - start
+    all_256 = tl.arange(0, 256)
     g = tl.load(grad_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
     p = tl.load(param_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(map1_ptr + tl.load(state1_ptr + start + local, mask=inside, other=0).to(tl.int32))
-    v = tl.load(map2_ptr + tl.load(state2_ptr + start + local, mask=inside, other=0).to(tl.int32))
+    # Elements past the end are zeros, which count in no block's scale.
+    code1 = tl.load(state1_ptr + start + local, mask=inside, other=127).to(tl.int8, bitcast=True).to(tl.int32) + 128
+    code2 = tl.load(state2_ptr + start + local, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32) + 128
     absmax1_ptr += start // 256 + block
     absmax2_ptr += start // 256 + block
-    m = _times(m, tl.load(absmax1_ptr, mask=inside_block, other=0.0))
-    v = _times(v, tl.load(absmax2_ptr, mask=inside_block, other=0.0))
+    absmax1 = tl.load(absmax1_ptr, mask=inside_block, other=0.0) * decay1
+    absmax2 = tl.load(absmax2_ptr, mask=inside_block, other=0.0) * decay2
     if CLIP:
-        g = g * tl.load(clip_ptr)
-    # Elements past the end must not count in their block's scale.
-    m = tl.where(inside, m * beta1 + g * rest1, 0.0)
-    v = tl.where(inside, v * beta2 + g * g * rest2, 0.0)
-    p = p * keep - m / (tl.sqrt(v) * unbias2 + eps) * step_size
+        g *= tl.load(clip_ptr)
+    m = _times(tl.gather(tl.load(book_ptr + all_256), code1, 0), absmax1) + g
+    v = _times(tl.gather(tl.load(book_ptr + 256 + all_256), code2, 0), absmax2) + g * g
+    root = tl.rsqrt(tl.sqrt(v) * slope + offset)
+    p = p * keep - m * root * root
     if param_ptr.dtype.element_ty == tl.bfloat16:
-        bits = _random_tile((first + start) // 8, seed, step, BLOCKS)
-        p = ((p.to(tl.uint32, bitcast=True) + bits) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    tl.store(param_ptr + start + local, p.to(param_ptr.dtype.element_ty), mask=inside)
+        bits = p.to(tl.uint32, bitcast=True) + _random_tile((first + start) // 8, seed, step, BLOCKS)
+        tl.store(param_ptr + start + local, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(param_ptr + start + local, p, mask=inside)
 
     absmax, inverse = _absmax(m, BLOCKS)
-    tl.store(absmax1_ptr, absmax, mask=inside_block)
-    m = _times(m, inverse)
-    number = _nearest_magnitude(tl.abs(m), SIGNED=True)
-    code1 = tl.where(m > 1 - 0.225 / 64, 255, tl.where(m < 0, 127 - number, 127 + number))
-    tl.store(state1_ptr + start + local, code1.to(tl.uint8), mask=inside)
+    tl.store(absmax1_ptr, absmax * unit1, mask=inside_block)
+    tl.store(state1_ptr + start + local, _code(_times(m, inverse), book_ptr, SIGNED=True).to(tl.uint8), mask=inside)
     absmax, inverse = _absmax(v, BLOCKS)
-    tl.store(absmax2_ptr, absmax, mask=inside_block)
-    v = _times(v, inverse)
-    code2 = tl.where(v > 1 - 0.225 / 128, 255, _nearest_magnitude(v, SIGNED=False) - 1)
-    tl.store(state2_ptr + start + local, code2.to(tl.uint8), mask=inside)
+    tl.store(absmax2_ptr, absmax * unit2, mask=inside_block)
+    tl.store(state2_ptr + start + local, _code(_times(v, inverse), book_ptr, SIGNED=False).to(tl.uint8), mask=inside)
 
 
 @torch.no_grad()
@@ -195,7 +229,7 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
 
     Args:
         param: E elements, bf16 or fp32, updated. bf16 is rounded stochastically: up with the probability of the part
-            cut off, by 16 bits of Philox-4x32-10 keyed by `seed`, with the element's global index and `step` as counter.
+            cut off, by 16 bits of Philox-4x32-7 keyed by `seed`, with the element's global index and `step` as counter.
         grad: E elements, bf16, fp16 or fp32.
         state1, state2: codes of the first and second moment, uint8, updated: indices into `dynamic_map(True)` and
             `dynamic_map(False)`.
@@ -227,9 +261,8 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
         return
     blocks, warps = _tiles()
     _adamw8bit_step_kernel[(triton.cdiv(absmax1.numel(), blocks),)](
-        param, grad, state1, state2, absmax1, absmax2, dynamic_map(True, param.device), dynamic_map(False, param.device),
-        clip, skip, param.numel(), seed, step, first, beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
-        lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, CLIP=clip is not None, SKIP=skip is not None, BLOCKS=blocks,
+        param, grad, state1, state2, absmax1, absmax2, _codebook(param.device), clip, skip, param.numel(), seed, step, first,
+        *_factors(lr, beta1, beta2, eps, weight_decay, step), CLIP=clip is not None, SKIP=skip is not None, BLOCKS=blocks,
         num_warps=warps)
 
 

@@ -31,20 +31,22 @@ def run(function, tensors, **options):
 
 
 def assert_same(found, expected):
-    """Bit by bit where arithmetic is IEEE's; on a GPU up to roundings: neighbouring bf16 values, neighbouring codes."""
-    names = ("param", "state1", "state2", "absmax1", "absmax2")
-    for name, ours, theirs in zip(names, found, expected):
+    """The same bits interpreted, but for the root in the weights' update; on a GPU up to roundings of any product."""
+    exact = DEVICE == "cpu"
+    for name, ours, theirs in zip(("param", "state1", "state2", "absmax1", "absmax2"), found, expected):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        if ours.numel() == 0:
-            continue
-        if name.startswith("state"):
-            difference = (ours.int() - theirs.int()).abs()
-            assert difference.max() <= 1 and (difference > 0).float().mean() <= 2e-3, name
-        elif name == "param" and ours.dtype == torch.bfloat16:
+        if name == "param" and ours.dtype == torch.bfloat16:  # neighbours, where the random bits lie at the edge
             near = torch.isclose(ours.float(), theirs.float(), rtol=2**-7, atol=1e-6)
-            assert near.all() and (ours != theirs).float().mean() <= 2e-3, name
+            assert near.all() and (ours != theirs).sum() <= 2 + 1e-3 * ours.numel()
+        elif name == "param":
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+        elif exact:
+            assert torch.equal(ours, theirs), name
+        elif name.startswith("state"):
+            difference = (ours.int() - theirs.int()).abs()
+            assert (difference <= 1).all() and (difference > 0).sum() <= 2 + 1e-3 * ours.numel(), name
         else:
-            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
