@@ -1,13 +1,15 @@
 """Loss curves of adapter training over a decoder in few bits, against bf16: python -m bench.frozen_dtype QUICKSTART
 
-Stage 2 of the quickstart (another tower's features, the projector alone) from the folder that `scripts/quickstart.sh` left,
-once for each way of storing the decoder: same samples, same order, same command but for a flag. fp32 is the yardstick of
-how far bf16 itself is from what it rounds.
+Stage 2 of the quickstart (another tower's features, the projector alone) from the folder that `scripts/quickstart.sh`
+left, once for each way of storing the decoder: same samples, same order, same command but for a flag. A small model's
+loss hangs on every rounding, so curves are compared over several seeds; fp32 against bf16 says how far two runs differ
+that nobody would tell apart.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,11 +18,12 @@ from pathlib import Path
 from bench.harness import ROOT, write_results
 
 BASELINE = "bf16"
-WAYS = {"fp32": ["--bf16", "False"], BASELINE: [], **{name: ["--frozen_dtype", name] for name in ("fp8", "int8", "nf4")}}
+WAYS = {"fp32": ["--bf16", "False"], BASELINE: [], "fp8": ["--frozen_dtype", "fp8"],
+        "int8": ["--frozen_dtype", "int8"], "nf4": ["--frozen_dtype", "nf4"]}
 WINDOW = 20  # steps of a running mean
 
 
-def losses(way, folder, model, steps, batch):
+def losses(way, folder, model, steps, batch, seed):
     """The loss of every step of a run."""
     with tempfile.TemporaryDirectory() as output:
         command = [
@@ -28,7 +31,7 @@ def losses(way, folder, model, steps, batch):
             "--video_folder", folder / "features_b", "--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end",
             "--output_dir", output, "--max_steps", steps, "--per_device_train_batch_size", batch,
             "--learning_rate", "2e-3", "--warmup_ratio", "0.03", "--logging_steps", "1", "--save_strategy", "no",
-            "--report_to", "none", "--disable_tqdm", "True", "--bf16", "True", *WAYS[way]]
+            "--report_to", "none", "--disable_tqdm", "True", "--bf16", "True", "--seed", seed, *WAYS[way]]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONPATH": paths})
         lines = map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines())
@@ -39,19 +42,31 @@ def compared(found, baseline):
     """How a curve differs from the baseline's.
 
     Returns:
-        dict: `mean` loss of all steps and of the last WINDOW, their relative differences from the baseline's, and the
-        largest difference of two running means over WINDOW steps, as a part of the baseline's mean loss.
+        dict: mean loss of all steps and of the last WINDOW; how much larger the first is than the baseline's; and the
+        largest difference of two running means over WINDOW steps; both as parts of the baseline's mean loss.
     """
-    def mean(values):
-        return sum(values) / len(values)
-
     def running(values):
-        return [mean(values[i:i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
+        return [statistics.fmean(values[i:i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
 
     gap = max(abs(a - b) for a, b in zip(running(found), running(baseline), strict=True))
-    return {"mean": mean(found), "mean_last": mean(found[-WINDOW:]), "mean_difference": mean(found) / mean(baseline) - 1,
-            "last_difference": mean(found[-WINDOW:]) / mean(baseline[-WINDOW:]) - 1,
-            "largest_gap": gap / mean(baseline)}
+    mean, usual = statistics.fmean(found), statistics.fmean(baseline)
+    return {"mean": mean, "mean_last": statistics.fmean(found[-WINDOW:]), "difference": mean / usual - 1,
+            "largest_gap": gap / usual}
+
+
+def table(rows):
+    """One line for each way: means over seeds, and the standard error of the difference."""
+    line = "{:<6}{:>7}{:>12}{:>14}{:>14}{:>12}{:>14}".format
+    lines = [line("", "seeds", "mean loss", f"over {BASELINE}", "± std. error", f"last {WINDOW}", "largest gap")]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        mean = {key: statistics.fmean(row[key] for row in mine)
+                for key in ("mean", "difference", "mean_last", "largest_gap")}
+        differences = [row["difference"] for row in mine]
+        error = statistics.stdev(differences) / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
+        lines.append(line(way, len(mine), f"{mean['mean']:.4f}", f"{mean['difference']:+.2%}", f"{error:.2%}",
+                          f"{mean['mean_last']:.4f}", f"{mean['largest_gap']:.2%}"))
+    return "\n".join(lines)
 
 
 def main():
@@ -60,24 +75,23 @@ def main():
     parser.add_argument("--model", type=Path, help="folder of another starting model; default: the quickstart's")
     parser.add_argument("--name", default="quickstart", help="of the model, in the results")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    curves = {way: losses(way, arguments.quickstart.resolve(), arguments.model or arguments.quickstart.resolve() / "llava",
-                          arguments.steps, arguments.batch)
-              for way in dict.fromkeys([BASELINE, *arguments.ways])}
-
-    print(f"{'':<6}{'mean loss':>12}{'of ' + BASELINE:>12}{'last ' + str(WINDOW):>12}{'of ' + BASELINE:>12}{'largest gap':>14}")
+    folder = arguments.quickstart.resolve()
+    model = arguments.model or folder / "llava"
     rows = []
-    for way, curve in curves.items():
-        figures = compared(curve, curves[BASELINE])
-        rows.append({"model": arguments.name, "way": way, "steps": arguments.steps, "batch": arguments.batch, **figures,
-                     "losses": [round(loss, 6) for loss in curve]})
-        print(f"{way:<6}{figures['mean']:>12.5f}{figures['mean_difference']:>12.3%}{figures['mean_last']:>12.5f}"
-              f"{figures['last_difference']:>12.3%}{figures['largest_gap']:>14.3%}")
-    if arguments.json:
-        write_results(arguments.json, rows)
+    for seed in arguments.seeds:
+        curves = {way: losses(way, folder, model, arguments.steps, arguments.batch, seed)
+                  for way in dict.fromkeys([BASELINE, *arguments.ways])}
+        rows += [{"model": arguments.name, "way": way, "seed": seed, "steps": arguments.steps, "batch": arguments.batch,
+                  **compared(curve, curves[BASELINE]), "losses": [round(loss, 5) for loss in curve]}
+                 for way, curve in curves.items()]
+        print(table(rows), flush=True)
+        if arguments.json:
+            write_results(arguments.json, rows)
 
 
 if __name__ == "__main__":

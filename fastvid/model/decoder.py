@@ -281,5 +281,5 @@ def _keep_products():
 
 def _policy(context, operation, *args, **options):
     name = operation.name()
-    kept = name in ("aten::mm", "aten::addmm") or "attention" in name or "attn" in name
+    kept = name in ("aten::mm", "aten::addmm", "aten::_scaled_mm") or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
