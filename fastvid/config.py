@@ -133,6 +133,8 @@ class TrainConfig(DataConfig):
     disable_tqdm: bool = _flag(False, "No progress bar.")
     peak_tflops: float | None = _flag(
         None, "Peak TFLOP/s of one device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
+    profile: bool = _flag(False, "Record three steps after three of warm-up into output_dir/profile: a trace of the "
+                          "operators, and on a GPU what lies in its memory.")
     dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
 
     @property

@@ -26,6 +26,7 @@ from fastvid.metrics import Metrics
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
+from fastvid.profiling import Profiler
 from fastvid.saver import Saver
 from fastvid.staging import Staging
 
@@ -192,12 +193,16 @@ def loop(state):
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
                       report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
                       peak_flops=planning.peak_flops(config, state.world))
-    with contextlib.closing(metrics), logging_redirect_tqdm([log]), recovery.stop_signals(state), state.saver:
+    profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
+                        active=config.profile and state.world.is_main)
+    with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),
+          recovery.stop_signals(state), state.saver):
         metrics.message(f"operations of a step: {state.formula}")
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
             metrics.count(result.counts)
             metrics.wait(result.waited)
+            profiler.step()
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
             saves = (_due(state, config.save_strategy, config.save_steps) or stops
                      or (ends and recovery.saves_at_end(state)))

@@ -1,0 +1,80 @@
+"""--profile: which steps are recorded, and what is left for whom."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from training_run import flags, losses, write_run
+
+from fastvid import profiling, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+def test_a_profiled_run_leaves_a_trace_and_says_what_took_time(run, tmp_path, capsys):
+    assert train.main(flags(run, tmp_path, "--profile", "--max_steps", "8", "--save_strategy", "no")) == 0
+    said = capsys.readouterr().err
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert "aten::mm" in names and "[memory]" in names
+    # Three steps of the eight, whatever a step's number of calls is.
+    assert names.count("aten::_fused_adamw_") == profiling.RECORDED * (names.count("aten::_fused_adamw_") // 3) > 0
+    table = said[said.index("profile of 3 steps"):].splitlines()
+    assert "operators by CPU time" in table[0] and len(table) > 10
+    assert str(tmp_path / "profile" / "trace.json.gz") in said and "no memory snapshot" in said
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace.json.gz"]
+    assert len(losses(tmp_path)) == 8 and list(losses(tmp_path).values()) == list(plain(run, tmp_path).values())
+
+
+def plain(run, tmp_path):
+    assert train.main(flags(run, tmp_path / "plain", "--max_steps", "8", "--save_strategy", "no")) == 0
+    assert not (tmp_path / "plain" / "profile").exists()
+    return losses(tmp_path / "plain")
+
+
+def recorded(tmp_path, steps, active=True):
+    """What a profiler says of a run of `steps` steps that each multiply once."""
+    said = []
+    profiler = profiling.Profiler(tmp_path / "profile", torch.device("cpu"), said.append, active=active)
+    a = torch.ones(4, 4)
+    for _ in range(steps):
+        a @ a
+        profiler.step()
+    profiler.close()
+    profiler.close()
+    return said
+
+
+@pytest.mark.parametrize("steps, kept", [(4, 1), (5, 2), (6, 3), (9, 3)])
+def test_the_steps_after_the_warm_up_are_recorded(tmp_path, steps, kept):
+    said = recorded(tmp_path, steps)
+    assert f"profile of {kept} steps" in said[0] and len(said) == 3
+    trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace.json.gz").read_bytes()))
+    assert [event.get("name") for event in trace["traceEvents"]].count("aten::mm") == kept
+    [line] = [line for line in said[0].splitlines() if line.endswith("aten::mm")]
+    assert line.split()[2] == "1.0"  # calls a step
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_a_run_shorter_than_the_warm_up_says_so(tmp_path, steps):
+    assert recorded(tmp_path, steps) == ["--profile: nothing was recorded: the run ended within its 3 steps of warm-up"]
+    assert not (tmp_path / "profile").exists()
+
+
+def test_without_the_flag_nothing_happens(tmp_path):
+    assert recorded(tmp_path, 9, active=False) == [] and not (tmp_path / "profile").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_leaves_its_memory_too(tmp_path):
+    said = []
+    profiler = profiling.Profiler(tmp_path / "profile", torch.device("cuda"), said.append, active=True)
+    for _ in range(6):
+        torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
+        profiler.step()
+    assert "operators by GPU time" in said[0]
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace.json.gz", "memory.pickle"}
