@@ -96,8 +96,10 @@ class TrainConfig(DataConfig):
     gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
     recompute: Literal["auto", "none", "selective", "full"] = _flag(
         "auto", "Recompute activations in backward; auto does so only when the memory estimate does not fit.")
-    shard: Literal["auto", "full", "none"] = _flag(
-        "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits.")
+    shard: Literal["auto", "full", "hybrid", "none"] = _flag(
+        "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; hybrid "
+        "shards all over --shard_size ranks and keeps a copy on each such group.")
+    shard_size: int | None = _flag(None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.")
     attn_implementation: Literal["auto", "flash", "varlen", "sdpa"] = _flag("auto", "Attention library.")
     # optimisation
     num_train_epochs: float = _flag(3.0, "Passes over the data.")

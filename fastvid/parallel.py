@@ -1,21 +1,29 @@
 """Ranks, devices, and who holds which parameter.
 
-Three layouts of a model over ranks:
+Layouts of a model over ranks:
 
 - replicated: every rank holds everything; gradients of the trained parameters are summed in one all-reduce.
 - trained parts sharded: FSDP2 shards what is trained; the frozen backbone is replicated, so that no step gathers it.
-- fully sharded: FSDP2 shards every decoder layer too.
+- full: FSDP2 shards every decoder layer too.
+- hybrid: as full, but over the ranks of a node alone; each node holds a copy, and gradients are summed over copies.
 """
 
 import contextlib
 import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from fastvid.heartbeat import Heartbeat
+
+# A rank that lives but does not come to a collective ends the job after this: longer than any one of them may be busy
+# while the others wait, as rank 0 is when it writes a 13B model.
+TIMEOUT = timedelta(minutes=20)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class World:
         rank, size, local_rank: as torchrun numbers them; 0, 1, 0 for a single process.
         device: where this rank computes.
         distributed: whether a process group exists.
+        local_size: ranks on this node.
+        heartbeat: by which the ranks know of each other's death, or None.
     """
 
     rank: int
@@ -33,6 +43,8 @@ class World:
     local_rank: int
     device: torch.device
     distributed: bool
+    local_size: int = 1
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -67,8 +79,12 @@ def start() -> World:
         device, backend = torch.device("cpu"), "gloo"
     if not distributed:
         return World(0, 1, local_rank, device, False)
-    dist.init_process_group(backend)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, True)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    heartbeat = Heartbeat(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    heartbeat.start()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return World(rank, size, local_rank, device, True, local_size, heartbeat)
 
 
 def compute_repeatably(always):
@@ -98,7 +114,26 @@ def finish(world):
     """
     if world.distributed:
         world.gather_objects(None)
+        if world.heartbeat:
+            world.heartbeat.stop()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_the_dead(world):
+    """Say whose death made a collective fail, where one did.
+
+    Raises:
+        ConnectionError: names the ranks that have died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        dead = world.heartbeat.silent_ranks() if world.heartbeat else []
+        if not dead:
+            raise
+        raise ConnectionError(f"rank {world.rank} lost {', '.join(dead)}. Start the same command again to go on from "
+                              "the last checkpoint") from error
 
 
 def device_memory(world):
@@ -110,47 +145,78 @@ def _memory_of_this_rank(world):
     """Its GPU's free memory, or its share of the machine's."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
 
 
 def choose_layout(shard, world, *, decoder_is_trained, fits):
     """The layout that ``--shard`` asks for.
 
     Args:
-        shard: "auto", "full" or "none".
+        shard: "auto", "full", "hybrid" or "none".
         decoder_is_trained: whether the decoder's own weights get gradients.
         fits: whether a rank's memory holds a replicated backbone.
 
     Returns:
-        "replicated", "trained" (FSDP2 over what is trained) or "full".
+        "replicated", "trained" (FSDP2 over what is trained), "full" or "hybrid".
     """
     if not world.distributed or shard == "none":
         return "replicated"
+    if shard == "hybrid":
+        return "hybrid"
     if shard == "full" or decoder_is_trained or not fits:
         return "full"
     return "trained"
 
 
-def shard(model, world, layout, *, bf16):
-    """Shard `model` (on the meta device) over all ranks, in place, as `layout` says.
+def ranks_of_a_copy(layout, world, shard_size=None):
+    """How many ranks hold one copy of what `layout` shards.
+
+    Args:
+        shard_size: of "hybrid"; None: the ranks of a node.
+
+    Raises:
+        ValueError: copies of that size do not fill the ranks.
+    """
+    if layout != "hybrid":
+        return 1 if layout == "replicated" else world.size
+    size = shard_size or world.local_size
+    if size < 2 or world.size % size:
+        raise ValueError(f"--shard hybrid over copies of {size} of {world.size} ranks: give a --shard_size of 2 or more "
+                         "that divides the number of ranks, or --shard full")
+    return size
+
+
+def shard(model, world, layout, *, bf16, shard_size=None):
+    """Shard `model` (on the meta device) over the ranks, in place, as `layout` says.
 
     Gradients are summed, not averaged: the loss is already divided by the global count of supervised tokens.
     They are reduced in fp32, whatever the precision of the parameters that compute.
+
+    Args:
+        shard_size: see `ranks_of_a_copy`.
     """
     if layout == "replicated":
         return
-    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    size = ranks_of_a_copy(layout, world, shard_size)
+    if size == world.size:
+        mesh = dist.init_device_mesh(world.device.type, (size,))
+    else:  # torchrun numbers ranks node by node: those of a row of the mesh share one
+        mesh = dist.init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copies", "shards"))
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come.
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
     options = dict(mesh=mesh, mp_policy=precision, ignored_params=frozen)
-    if layout == "full":
-        for layer in model.decoder.layers:
-            fully_shard(layer, **options)
+    layers = list(model.decoder.layers) if layout != "trained" else []
+    for layer in layers:
+        fully_shard(layer, **options)
     fully_shard(model.projector, **options, reshard_after_forward=False)
     fully_shard(model, **options, reshard_after_forward=False)
+    # While one layer computes the next one is gathered; left to itself, FSDP2 does so in backward only.
+    for module, following in zip([model, *layers], layers):
+        module.set_modules_to_forward_prefetch([following])
+    for module, preceding in zip([model, *reversed(layers)], reversed(layers)):
+        module.set_modules_to_backward_prefetch([preceding])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -158,9 +224,14 @@ def shard(model, world, layout, *, bf16):
 
 
 def set_gradient_sync(model, sync):
-    """Whether the next backward reduces FSDP2's gradients over ranks (the step's last) or only adds them up."""
+    """Whether the next backward reduces FSDP2's gradients over ranks (the step's last) or only adds them up.
+
+    What is not a decoder layer is gathered once per step: it stays until the step's last backward.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
+        for module in (model, model.projector):
+            module.set_reshard_after_backward(sync, recurse=False)
 
 
 def reshard(model):

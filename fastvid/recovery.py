@@ -22,7 +22,7 @@ log = logging.getLogger("fastvid")
 # epochs or steps is allowed with a word about the schedule; ranks and batch sizes may be traded for each other.
 MAY_CHANGE = {
     "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
-    "recompute", "shard", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
+    "recompute", "shard", "shard_size", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
     "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume",
     "report_to", "disable_tqdm", "peak_tflops", "profile", "compile", "dry_run", "full_determinism", "vision_tower",
     "num_video_tokens", "on_bad_sample",

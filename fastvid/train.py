@@ -122,7 +122,7 @@ def build(config, world):
             model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),
             frozen_dtype=planning.frozen_dtype(config), trained_dtype=planning.trained_dtype(config), recompute=recompute,
             fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
-    parallel.shard(model, world, layout, bf16=config.bf16)
+    parallel.shard(model, world, layout, bf16=config.bf16, shard_size=config.shard_size)
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
@@ -196,7 +196,8 @@ def loop(state):
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),
-          recovery.stop_signals(state), state.saver):
+          recovery.stop_signals(state), \
+            parallel.naming_the_dead(state.world), state.saver):
         metrics.message(f"operations of a step: {state.formula}")
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)

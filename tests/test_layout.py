@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "fastvid.video": {"fastvid.config", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
     "fastvid.model": {"fastvid.config", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
 }
-TOOLS = {"parallel", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops", "profiling",
+TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops", "profiling",
          "saver", "staging", "together"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}

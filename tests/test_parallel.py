@@ -22,7 +22,7 @@ class Told(parallel.World):
 
 
 def told(*others):
-    return Told(0, 1 + len(others), 0, torch.device("cpu"), True, others)
+    return Told(0, 1 + len(others), 0, torch.device("cpu"), True, others=others)
 
 
 def test_memory_is_what_the_poorest_rank_has():

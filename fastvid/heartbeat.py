@@ -1,0 +1,90 @@
+"""A rank that dies is named, and the others end within seconds, wherever they wait for it.
+
+torchrun ends the ranks of the node on which one died, with a signal that a rank cannot heed while it waits for a GPU;
+of other nodes nobody ends them before the process group's own timeout. So each rank says every second that it lives,
+through the store by which the ranks met; rank 0 listens to all, the others listen to rank 0. No collective is used: it
+works while the main thread hangs in one. A rank that lives but hangs is left to the process group's timeout.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+EVERY, SILENCE = 1.0, 15.0  # seconds; a rank that says nothing for so long is dead, and all end within 30 s
+
+
+class Heartbeat:
+    """This rank's signs of life, from its own thread until `stop`.
+
+    Args:
+        store: torch.distributed store of all ranks; its clone is used.
+        rank, size: as torchrun numbers them.
+        every: seconds between signs of life.
+        silence: seconds without one after which a rank is taken for dead, and this process ends with exit code 1.
+    """
+
+    def __init__(self, store, rank, size, *, every=EVERY, silence=SILENCE):
+        self.store = store.clone()  # a store serves one caller at a time, and the main thread may wait in its own
+        self.store.set_timeout(timedelta(seconds=silence))
+        self.rank, self.size, self.every, self.silence = rank, size, every, silence
+        self.beats = 0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._beat()
+
+    def start(self):
+        """Begin to listen. Every rank has been constructed by then."""
+        self.thread.start()
+
+    def stop(self):
+        """No more signs of life, and none expected."""
+        self.stopped.set()
+        self.thread.join()
+
+    def silent_ranks(self):
+        """What is known of ranks that give no sign of life while this waits for a few."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        before = self._heard(others)
+        time.sleep(4 * self.every)
+        return [_describe(rank, value) for rank, value in self._heard(others).items() if value == before[rank]]
+
+    def _beat(self):
+        self.beats += 1
+        self.store.set(f"heartbeat/{self.rank}", f"{self.beats} pid {os.getpid()} on {socket.gethostname()}")
+
+    def _heard(self, ranks):
+        values = self.store.multi_get([f"heartbeat/{rank}" for rank in ranks])
+        return {rank: value.decode() for rank, value in zip(ranks, values)}
+
+    def _run(self):
+        listened_to = [rank for rank in range(self.size) if rank != self.rank] if self.rank == 0 else [0]
+        heard, since = {}, {}
+        while not self.stopped.wait(self.every):
+            try:
+                self._beat()
+                if self.store.check(["heartbeat/lost"]):
+                    self._end(self.store.get("heartbeat/lost").decode())
+                now = time.monotonic()
+                for rank, value in self._heard(listened_to).items():
+                    if heard.get(rank) != value:
+                        heard[rank], since[rank] = value, now
+                    elif now - since[rank] > self.silence:
+                        lost = f"{_describe(rank, value)} has given no sign of life for {self.silence:g} s"
+                        self.store.set("heartbeat/lost", lost)
+                        self._end(lost)
+            except RuntimeError as error:  # the store is where rank 0 or its launcher was
+                self._end(f"rank 0 or its launcher is gone: {error}")
+
+    def _end(self, reason):
+        if self.stopped.is_set():
+            return
+        print(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from the last "
+              "checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _describe(rank, value):
+    return f"rank {rank} ({value.partition(' ')[2]})"

@@ -1,0 +1,117 @@
+"""A rank that dies is named, and the others end soon, wherever they are."""
+
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from fastvid import parallel
+from fastvid.heartbeat import Heartbeat
+
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["torch.distributed"])
+
+
+def connect(port):
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+
+
+def live(rank, size, port, errors):
+    """A rank that hangs outside every collective."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
+    store = connect(port)
+    heartbeat = Heartbeat(store, rank, size, every=0.1, silence=2.0)
+    store.add("ready", 1)
+    heartbeat.start()
+    time.sleep(60)
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """Three living ranks, the store where they meet, and the file to which they write errors."""
+    errors = tmp_path / "errors"
+    errors.touch()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [SPAWN.Process(target=live, args=(rank, 3, store.port, str(errors)), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    while store.add("ready", 0) < 3:
+        time.sleep(0.05)
+    yield processes, store, errors
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_dead_rank_is_named_by_all_others(ranks, dead):
+    processes, _, errors = ranks
+    time.sleep(3)
+    assert all(process.is_alive() for process in processes) and errors.read_text() == ""
+    os.kill(processes[dead].pid, signal.SIGKILL)
+    others = [process for rank, process in enumerate(processes) if rank != dead]
+    for process in others:
+        process.join(20)
+    assert [process.exitcode for process in others] == [1, 1]
+    lines = errors.read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert f"error: rank {dead} (pid {processes[dead].pid} on " in line and "no sign of life for 2 s" in line
+    for rank in {0, 1, 2} - {dead}:
+        assert sum(f"; rank {rank} ends" in line for line in lines) == 1
+
+
+def test_the_ranks_end_when_nobody_answers_them(tmp_path):
+    """The store lies with rank 0 or its launcher: its machine is gone."""
+    errors = tmp_path / "errors"
+    errors.touch()
+    host = SPAWN.Process(target=hold_store, args=(str(tmp_path / "port"),), daemon=True)
+    host.start()
+    while not (tmp_path / "port").exists():
+        time.sleep(0.05)
+    port = int((tmp_path / "port").read_text())
+    process = SPAWN.Process(target=live, args=(0, 1, port, str(errors)), daemon=True)
+    process.start()
+    while connect(port).add("ready", 0) < 1:
+        time.sleep(0.05)
+    host.kill()
+    process.join(20)
+    assert process.exitcode == 1 and "rank 0 or its launcher is gone" in errors.read_text()
+
+
+def hold_store(path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with open(path + ".tmp", "w") as file:
+        file.write(str(store.port))
+    os.rename(path + ".tmp", path)
+    time.sleep(60)
+
+
+def test_a_rank_that_has_finished_may_stop():
+    store = dist.HashStore()
+    first, second = (Heartbeat(store, rank, 2, every=0.05, silence=0.3) for rank in range(2))
+    first.start()
+    second.start()
+    second.stop()
+    first.stop()  # else it would end this process
+    time.sleep(0.5)
+
+
+def test_a_failed_collective_names_who_is_silent():
+    store = dist.HashStore()
+    mine, living, dead = (Heartbeat(store, rank, 3, every=0.05, silence=60) for rank in range(3))
+    living.start()
+    world = parallel.World(0, 3, 0, None, True, heartbeat=mine)
+    with pytest.raises(ConnectionError, match=rf"^rank 0 lost rank 2 \(pid {os.getpid()} on [^)]*\)\. Start the same"):
+        with parallel.naming_the_dead(world):
+            raise RuntimeError("Connection closed by peer")
+    dead.start()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        with parallel.naming_the_dead(world):
+            raise RuntimeError("out of memory")
+    for heartbeat in (living, dead):
+        heartbeat.stop()
