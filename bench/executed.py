@@ -1,18 +1,21 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
-What is counted: mm, addmm, bmm, baddbmm and their in-place and out forms, inside autograd Functions too, and torch's
+What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, inside autograd Functions too, and
 attention kernels, of whose score matrix a causal one computes the part up to the diagonal. A backward computes the
 scores again, and that counts: the machine does it. Element-wise work counts as nothing.
 """
+
+import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-_ATTENTION = {  # kernel: (index of the first of q, k, v; of is_causal; matrix products)
-    "_scaled_dot_product_flash_attention_for_cpu": (0, 4, 2),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7, 5),
+_DENSE = {  # kernel on [B, H, T, d]: (index of q, of is_causal)
+    "_scaled_dot_product_flash_attention_for_cpu": (0, 4),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7),
 }
+FORWARD, BACKWARD = 2, 5  # matrix products of an attention kernel
 
 
 class ExecutedFlops(TorchDispatchMode):
@@ -23,28 +26,41 @@ class ExecutedFlops(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        packet = function._overloadpacket
-        if packet.__name__ in _ATTENTION:
-            self.total += attention_flops(args, *_ATTENTION[packet.__name__])
+        name = function._overloadpacket.__name__
+        packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # baddbmm_ is counted as baddbmm
+        products = BACKWARD if "backward" in name or name.endswith("_bwd") else FORWARD
+        if name in _DENSE:
+            self.total += dense_flops(args, *_DENSE[name], products)
+        elif "attn" in name or "attention" in name:
+            self.total += varlen_flops(args, products)
         elif packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-            name = packet.__name__
-            # torch counts the whole square. Its CUDA kernels are only called causally here.
-            self.total += flops // 2 if "attention" in name else flops
+            self.total += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
 
-def attention_flops(args, first, causal_at, products):
-    """Of a dense attention kernel on [B, H, T, d]; causal means aligned at the first row."""
-    q, k, v = args[first:first + 3]
+def dense_flops(args, first, causal_at, products):
+    """Of an attention kernel on [B, H, T, d]; its causal mask is aligned at the first row."""
+    q, k = args[first:first + 2]
     batch, heads, queries, width = q.shape
     keys = k.shape[-2]
     pairs = queries * keys
     if len(args) > causal_at and args[causal_at]:
         pairs = sum(min(row + 1, keys) for row in range(queries))
-    # Of the products two in five have v's width; here it is q's.
-    assert v.shape[-1] == width
     return 2 * batch * heads * pairs * width * products
+
+
+def varlen_flops(args, products):
+    """Of an attention kernel on packed [N, H, d] rows, causal and aligned at each segment's last row.
+
+    Its cumulative lengths are the first two one-dimensional int32 tensors; a kernel that gets none counts as nothing.
+    """
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    bounds = [x for x in tensors if x.dtype == torch.int32 and x.dim() == 1][:2]
+    if len(bounds) < 2 or tensors[0].dim() != 3:
+        return 0
+    q, k = (x.diff().long() for x in bounds)
+    _, heads, width = tensors[0].shape
+    return 2 * heads * width * products * int((q * k - q * (q - 1) // 2).sum())
 
 
 def executed_flops(call):
@@ -56,8 +72,6 @@ def executed_flops(call):
 
 def matmul_rate(dtype, device, seconds=0.5):
     """FLOP per second of a large square matrix product on random data: the fastest of the calls within `seconds`."""
-    import time
-
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     times, begin = [], time.perf_counter()

@@ -111,6 +111,6 @@ _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
 PRESETS = {
     "tiny": Preset(Shape(64, 2, 2, 128, 640, 24, 16), 2, 8, _BOTH, {"bf16": 1, "fp32": 1}),
     "cpu-110m": Preset(Shape(768, 12, 12, 2048), 2, 8, _BOTH, {"bf16": 3, "fp32": 2}),
-    "h200-7b": Preset(_7B, 8, 8, {"bf16": _H200}, {"bf16": 3}),
+    "h200-7b": Preset(_7B, 4, 8, {"bf16": _H200}, {"bf16": 3}),
     "h200-13b": Preset(_13B, 4, 8, {"bf16": ("strong", "exact", "shared_fp8", "full")}, {"bf16": 2}),
 }

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,10 +27,14 @@ from bench.train_presets import PRESETS, ROWS  # noqa: E402
 TOLERANCE = {"bf16": (1e-3, 2e-2), "fp32": (1e-5, 1e-4)}
 
 
+class RowFailed(RuntimeError):
+    """A row's process ended; the message has what it wrote last."""
+
+
 class RowProcess:
     """A row in a process of its own (`bench.train_rows`)."""
 
-    def __init__(self, name, dtype, preset, folder):
+    def __init__(self, name, dtype, preset, folder, deadline):
         self.name = name
         self.log = open(folder / f"{dtype}_{name}.log", "w+")
         self.process = subprocess.Popen(
@@ -37,6 +42,9 @@ class RowProcess:
              "--micro_batch", str(preset.micro_batch)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])})
+        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
+        self.timer.daemon = True
+        self.timer.start()
         self.heard()
 
     def ask(self, command):
@@ -49,10 +57,11 @@ class RowProcess:
         if not line:
             code = self.process.wait()
             self.log.seek(0)
-            raise RuntimeError(f"row {self.name} ended with exit code {code}:\n{self.log.read()[-3000:]}")
+            raise RowFailed(f"row {self.name} ended with exit code {code}:\n{self.log.read()[-3000:]}")
         return json.loads(line)
 
     def stop(self):
+        self.timer.cancel()
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -60,41 +69,51 @@ class RowProcess:
         self.log.close()
 
 
-def measure(names, dtype, preset, folder, *, together, say=print):
+def measure(names, dtype, preset, folder, *, together, deadline, say=print):
     """The rows `names` of one dtype.
 
     Args:
-        together: all processes live at once and step in turn (a CPU); otherwise one after the other (a GPU's memory).
+        together: all processes live at once and step in turn (a CPU). Otherwise one lives after the other (a GPU's
+            memory), and one that fails, or that `deadline` ends, is reported and costs its own figures only.
+        deadline: of `time.monotonic`, for all rows.
 
     Returns:
         (list of dicts, matrix product's FLOP per second)
     """
-    rows, rates = {}, []
-    groups = [["matmul", *names]] if together else [["matmul"], *([name] for name in names)]
-    for group in groups:
-        processes = {}
+    rows = {}
+    for group in [["matmul", *names]] if together else [["matmul"], *([name] for name in names)]:
         try:
-            for name in group:
-                begin = time.perf_counter()
-                processes[name] = RowProcess(name, dtype, preset, folder)
-                rows[name] = processes[name].ask("first") | {"seconds": [], "cpu_seconds": []}
-                say(f"{dtype} {name}: first step after {time.perf_counter() - begin:.0f} s")
-            for number in range(preset.rounds[dtype]):
-                for name in group:
-                    if name == "matmul":
-                        rates.append(processes[name].ask("step")["rate"])
-                    elif number < _rounds(name, preset, dtype):
-                        found = processes[name].ask("step")
-                        for key in ("seconds", "cpu_seconds"):
-                            rows[name][key].append(found[key])
-                        say(f"{dtype} {name}: {found['seconds']:.2f} s")
-            for name in group:
-                rows[name] |= processes[name].ask("end")
-        finally:
-            for process in processes.values():
-                process.stop()
-    rate = max(rates)
-    return [_figures(name, dtype, rows[name], rate) for name in names], rate
+            rows |= _measure_together(group, dtype, preset, folder, deadline, say)
+        except RowFailed as error:
+            if together or group == ["matmul"]:
+                raise
+            say(f"{error}\n{group[0]} is left out")
+    rate = max(rows.pop("matmul")["rates"])
+    return [_figures(name, dtype, row, rate) for name, row in rows.items()], rate
+
+
+def _measure_together(names, dtype, preset, folder, deadline, say):
+    """{name: answers of the row's process}; the processes live side by side and step in turn."""
+    processes, rows = {}, {}
+    try:
+        for name in names:
+            begin = time.perf_counter()
+            processes[name] = RowProcess(name, dtype, preset, folder, deadline)
+            rows[name] = processes[name].ask("first") | {"seconds": [], "cpu_seconds": [], "rates": []}
+            say(f"{dtype} {name}: first step after {time.perf_counter() - begin:.0f} s")
+        for number in range(preset.rounds[dtype]):
+            for name in names:
+                if name == "matmul":
+                    rows[name]["rates"].append(processes[name].ask("step")["rate"])
+                elif number < _rounds(name, preset, dtype):
+                    found = processes[name].ask("step")
+                    for key in ("seconds", "cpu_seconds"):
+                        rows[name][key].append(found[key])
+                    say(f"{dtype} {name}: {found['seconds']:.2f} s")
+        return {name: rows[name] | process.ask("end") for name, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.stop()
 
 
 def _rounds(name, preset, dtype):
@@ -105,6 +124,7 @@ def _rounds(name, preset, dtype):
 def _figures(name, dtype, row, rate):
     """A row with its rates; those of a row that was only compared are None."""
     row = {"row": name, "title": ROWS[name].title, "dtype": dtype, **row}
+    del row["rates"]
     seconds = statistics.median(row["seconds"]) if row["seconds"] else None
     share = seconds and row["flops"] / seconds / rate
     return row | {
@@ -171,11 +191,18 @@ def table(rows):
                                for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
 
-def run(preset_name, *, names=None, dtypes=None, folder=None, say=print):
-    """Everything that the JSON file holds; "faults" lists rows whose loss or gradient norm is not what it must be."""
+def run(preset_name, *, names=None, dtypes=None, folder=None, limit=None, say=print):
+    """Everything that the JSON file holds; "faults" lists rows whose loss or gradient norm is not what it must be.
+
+    Args:
+        names, dtypes: what to run of the preset's; None: all.
+        folder: where the temporary folder goes.
+        limit: seconds after which a GPU's rows are cut short.
+    """
     import torch
 
     preset, begin = PRESETS[preset_name], time.perf_counter()
+    deadline = time.monotonic() + (limit or 24 * 3600)
     rows, rates, faults = [], {}, []
     with tempfile.TemporaryDirectory(dir=folder) as made:
         made = Path(made)
@@ -184,7 +211,8 @@ def run(preset_name, *, names=None, dtypes=None, folder=None, say=print):
         write(made, preset.shape, preset.videos)
         for dtype in dtypes or preset.rows:
             chosen = [name for name in preset.rows[dtype] if names is None or name in names]
-            found, rates[dtype] = measure(chosen, dtype, preset, made, together=not torch.cuda.is_available(), say=say)
+            found, rates[dtype] = measure(chosen, dtype, preset, made, deadline=deadline, say=say,
+                                          together=not torch.cuda.is_available())
             rows += found
             faults += compare(found)
     return {"environment": environment(), "preset": preset_name, "seconds": time.perf_counter() - begin, "rows": rows,
@@ -196,20 +224,23 @@ def main(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="cpu-110m")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--png", type=Path, help="picture to draw")
+    parser.add_argument("--out", type=Path, help="folder for train-PRESET.json and .png, where those two name none")
     parser.add_argument("--rows", help="those to run, by name, with commas (default: the preset's)")
     parser.add_argument("--dtypes", help="bf16, fp32 or both with a comma (default: the preset's)")
+    parser.add_argument("--limit", type=float, help="seconds after which rows on a GPU are cut short")
     parser.add_argument("--folder", help="where the temporary folder goes: the model's bf16 weights must fit")
     arguments = parser.parse_args(argv)
     result = run(arguments.preset, names=arguments.rows and arguments.rows.split(","), folder=arguments.folder,
-                 dtypes=arguments.dtypes and arguments.dtypes.split(","))
+                 limit=arguments.limit, dtypes=arguments.dtypes and arguments.dtypes.split(","))
     print(f"\n{json.dumps(result['environment'])}\n{table(result['rows'])}\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("environment", "rows")}, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.png:
+    target = arguments.out and arguments.out / f"train-{arguments.preset}"
+    if path := arguments.json or target and target.with_suffix(".json"):
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if path := arguments.png or target and target.with_suffix(".png"):
         from bench.ladder_plot import draw
 
-        draw(result).savefig(arguments.png)
+        draw(result).savefig(path)
     return 1 if result["faults"] else 0
 
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Test the kernels and benchmark those that pass, in under nine minutes: bash scripts/gpu_check.sh [--small] [--kernels A,B]
+# Or measure training steps, in under nine minutes more: bash scripts/gpu_check.sh --train [--preset h200-13b] [--rows A,B]
+# (models of LLaMA's true sizes with random weights, which lie in TMPDIR: 14 GB for 7B, 26 GB for 13B; flags of
+# bench/train_step.py; without a GPU it takes tiny sizes).
 # Needs torch, triton, transformers, pytest, pytest-benchmark, hypothesis and matplotlib; installs nothing. Libraries to
 # compare with (liger-kernel, bitsandbytes, quack-kernels) get rows where they are installed. Without a GPU it takes a CPU.
 #   FASTVID_VENV    an environment to use      PYTHON  its Python otherwise (python3)
@@ -11,4 +14,10 @@ if [[ -n ${FASTVID_VENV:-} ]]; then
   source "$FASTVID_VENV/bin/activate"
 fi
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
+if [[ ${1:-} == --train ]]; then
+  shift
+  preset=$("${PYTHON:-python3}" -c 'import torch; print("h200-7b" if torch.cuda.is_available() else "tiny")')
+  mkdir -p "${OUT:=bench/results}"
+  exec "${PYTHON:-python3}" bench/train_step.py --preset "$preset" --limit 500 --out "$OUT" "$@"
+fi
 exec "${PYTHON:-python3}" -m bench.check "$@"

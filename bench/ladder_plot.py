@@ -1,0 +1,95 @@
+"""The picture of the training benchmark: samples per second and peak memory, row by row, for each precision."""
+
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.roofline import GRID, INK, OURS, QUIET
+
+COLOURS = {("bf16", True): OURS, ("fp32", True): "#9ec5fe", ("bf16", False): "#495057", ("fp32", False): "#ced4da"}
+ROW, HEAD, FOOT, WIDTH = 0.62, 1.25, 0.85, 11.5  # inches
+PANELS = (0.36, 0.36), (0.80, 0.17)  # left edge and width, of the figure
+
+
+def draw(result):
+    """A figure of what `bench.train_step.run` returns; rows that were only compared are left out."""
+    rows = [row for row in result["rows"] if row["seconds"]]
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    height = HEAD + FOOT + ROW * len(names)
+    figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor="white")
+    about = result["environment"]
+    figure.text(0.02, 1 - 0.35 / height, "A training step, one idea after the other", fontsize=16, fontweight="bold",
+                color=INK, va="center")
+    figure.text(0.02, 1 - 0.68 / height, f"{result['preset']}; {about['device']}; torch {about['versions']['torch']}, "
+                f"transformers {about['versions']['transformers']}; commit {about['commit']}, {about['date']}",
+                fontsize=9.5, color=QUIET, va="center")
+    box = FOOT / height, ROW * len(names) / height
+    speed, memory = (figure.add_axes((left, box[0], width, box[1])) for left, width in PANELS)
+    _bars(speed, rows, names, dtypes, "samples_per_second", 1, "samples per second", 1.25)
+    _bars(memory, rows, names, dtypes, "peak_bytes", 2**30, "peak memory, GiB", 1.75)
+    speed.set_yticks(range(len(names)), [_wrapped(_title(rows, name)) for name in names], fontsize=9.5, color=INK)
+    memory.set_yticks([])
+    _legend(figure, dtypes, 0.3 / height)
+    return figure
+
+
+def _title(rows, name):
+    return next(row["title"] for row in rows if row["row"] == name)
+
+
+def _wrapped(title, width=48):
+    lines = [""]
+    for word in title.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
+
+
+def _bars(axis, rows, names, dtypes, key, unit, label, room):
+    thick = 0.8 / len(dtypes)
+    reference = {row["dtype"]: row[key] for row in rows if row["row"] == "reference"}
+    for row in rows:
+        here = [other["dtype"] for other in rows if other["row"] == row["row"]]
+        at = names.index(row["row"]) + thick * (here.index(row["dtype"]) + 0.5 - len(here) / 2)
+        value = row[key] / unit
+        ours = row["row"] not in ("reference", "strong")
+        axis.barh(at, value, thick * 0.9, color=COLOURS[row["dtype"], ours])
+        text = f" {value:.3g}"
+        if row["dtype"] in reference and row["row"] != "reference":
+            text += f"  ({row[key] / reference[row['dtype']]:.2g}×)"
+        axis.text(value, at, text, fontsize=8.5, color=INK, va="center")
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(0, room * max(row[key] for row in rows) / unit)
+    axis.set_xlabel(label, fontsize=10, color=INK)
+    axis.xaxis.grid(True, color=GRID)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelcolor=INK)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def _legend(figure, dtypes, height):
+    """Squares in the bars' colours below the panels; in brackets behind a value: times the reference's."""
+    at = 0.02
+    for dtype in dtypes:
+        for ours, name in ((False, "transformers"), (True, "fastvid")):
+            figure.text(at, height, "■", fontsize=11, color=COLOURS[dtype, ours], va="center")
+            figure.text(at + 0.015, height, f"{name}, {dtype}", fontsize=9.5, color=INK, va="center")
+            at += 0.14
+    figure.text(at, height, "(×: times the reference's)", fontsize=9.5, color=QUIET, va="center")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("json", type=Path, help="file that bench/train_step.py wrote")
+    parser.add_argument("--png", type=Path, default=Path(__file__).resolve().parent / "plots" / "train_step.png")
+    arguments = parser.parse_args(argv)
+    draw(json.loads(arguments.json.read_text())).savefig(arguments.png)
+
+
+if __name__ == "__main__":
+    main()

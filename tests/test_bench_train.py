@@ -1,0 +1,269 @@
+"""The benchmark of the training step: its data, its baselines, what it counts, and what it writes."""
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional
+
+from bench import ladder_plot, train_data, train_rows, train_step
+from bench.executed import ExecutedFlops, executed_flops, matmul_rate, varlen_flops
+from bench.train_presets import PRESETS, ROWS, Shape
+from fastvid.config import TrainConfig
+from fastvid.data.batching import SampleSet
+from fastvid.data.conversation import load_tokenizer, system_prefix
+from fastvid.data.features import FeatureFolder
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("bench")
+    train_data.write(made, TINY.shape, TINY.videos)
+    return made
+
+
+def test_samples_have_the_real_lengths(tmp_path):
+    """830 rows and 75 supervised on average, 7.5 questions a video, system text as long as LLaMA's tokenizer makes it."""
+    train_data.write(tmp_path, Shape(16, 1, 2, 16, 640), videos=4)
+    tokenizer = load_tokenizer(str(tmp_path / "model"), True)
+    config = TrainConfig(str(tmp_path / "model"), [str(tmp_path / "train.json")], output_dir="", mm_use_vid_start_end=True)
+    samples = SampleSet(config.data_path, tokenizer, FeatureFolder(tmp_path / "feats"), config)
+    encoded = [samples.encode(i) for i in range(len(samples))]
+    assert len(encoded) == 4 * 7.5 and not any(sample.refused for sample in encoded)
+    lengths = [len(sample.token_ids) for sample in encoded]
+    supervised = [sum(end - start for start, end in sample.supervised) for sample in encoded]
+    assert statistics.mean(lengths) == pytest.approx(830, abs=2)
+    assert statistics.mean(supervised) == pytest.approx(75, abs=1)
+    assert max(supervised) > 3 * statistics.median(supervised)
+    assert abs(len(system_prefix(tokenizer, "v1")) - 34) <= 3
+    first = [sample.token_ids.index(tokenizer.tokens.start) for sample in encoded]
+    assert len(set(first[1::2])) == 1 and len(set(first[::2])) > 5  # video first and question first in turn
+
+
+def test_data_depend_on_the_seed_alone(tmp_path, folder):
+    for name, seed in (("same", 0), ("other", 1)):
+        train_data.write(tmp_path / name, TINY.shape, TINY.videos, seed)
+    # sentencepiece writes the file's own path into tokenizer.model
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".safetensors", ".json",
+                                                                                            ".vocab"))
+    assert len(files) == 9
+
+    def equal(name):
+        return [(tmp_path / name / file).read_bytes() == (folder / file).read_bytes() for file in files]
+
+    assert all(equal("same")) and not all(equal("other"))
+
+
+def test_parameters_of_a_shape():
+    assert Shape(4096, 32, 32, 11008, 32000).parameters == 6_738_415_616  # LLaMA 7B
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b, out=torch.empty(a.shape[0], b.shape[1]))
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        return g @ b.T, torch.addmm(torch.zeros_like(b), a.T, g)
+
+
+def test_products_are_counted_in_functions_too():
+    a, b = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    with ExecutedFlops() as counter:
+        Product.apply(a, b).sum().backward()
+        torch.zeros(2, 3, 4).baddbmm_(torch.randn(2, 3, 6), torch.randn(2, 6, 4))
+        a.exp()
+    assert counter.total == 3 * 2 * 3 * 5 * 7 + 2 * 2 * 3 * 6 * 4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_counts_what_it_computes(causal):
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    _, flops = executed_flops(
+        lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward())
+    pairs = 16 * 17 // 2 if causal else 16 * 16
+    assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
+
+
+def test_attention_on_packed_rows_counts_pairs_up_to_the_diagonal():
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([0, 4, 6], dtype=torch.int32)
+    rows = torch.empty(5, 2, 8)
+    pairs = (2 + 3 + 4) + (1 + 2)
+    assert varlen_flops((rows, rows, rows, *bounds, 3, 4), 2) == 2 * 2 * 8 * 2 * pairs
+    assert varlen_flops((rows, rows, rows), 2) == 0
+
+
+def test_rate_of_a_matrix_product_is_the_fastest_call():
+    times = iter([0.0, 0.0, 2.0, 2.0, 2.5, 3.0, 6.0, 7.0])  # begin, three calls, and a look at the clock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.executed.time", SimpleNamespace(perf_counter=lambda: next(times)))
+        assert matmul_rate(torch.float32, torch.device("cpu"), seconds=0.3) == pytest.approx(2 * 2048**3 / 0.5)
+
+
+def first(name, folder, dtype="fp32", micro_batch=8):
+    return train_rows.answer(train_rows.make(name, folder, train_rows.DTYPES[dtype], micro_batch), "first")
+
+
+@pytest.fixture(scope="module")
+def firsts(folder):
+    names = ("reference", "strong", "packed", "last", "exact", "recomputed", "smallest", "strong_video_first", "shared")
+    return {name: first(name, folder) for name in names}
+
+
+def test_every_exact_row_has_the_loss_and_gradient_of_the_reference(firsts):
+    rows = [{"row": name, "dtype": "fp32", **found} for name, found in firsts.items()]
+    assert list(train_step.compare(rows)) == []
+    assert firsts["strong_video_first"]["norm"] != pytest.approx(firsts["strong"]["norm"], rel=1e-3)
+    assert all(found["samples"] == 15 for found in firsts.values())
+    assert math.log(640) - 0.5 < firsts["reference"]["loss"] < math.log(640) + 0.5
+
+
+@pytest.mark.parametrize("change", [{"loss": 1.0001}, {"norm": 1.001}, {"loss": math.nan}])
+def test_another_loss_or_gradient_is_a_fault(firsts, change):
+    (key, factor), = change.items()
+    rows = [{"row": name, "dtype": "fp32", **firsts[name]} for name in ("reference", "exact")]
+    rows[1][key] *= factor
+    (fault,) = train_step.compare(rows)
+    assert fault.startswith(f"fp32 exact: {key}")
+
+
+def test_rows_compute_less_from_idea_to_idea(firsts):
+    order = ("reference", "strong", "last", "exact", "shared")
+    flops = [firsts[name]["flops"] for name in order]
+    assert flops == sorted(flops, reverse=True) and len(set(flops)) == len(flops)
+    assert firsts["recomputed"]["flops"] > 1.2 * firsts["exact"]["flops"]
+    rows = [firsts[name]["rows"] for name in ("reference", "strong", "packed", "exact", "shared")]
+    assert rows == sorted(rows, reverse=True) and rows[1] > rows[2]
+    assert firsts["packed"]["rows"] == firsts["exact"]["sample_rows"] == firsts["reference"]["sample_rows"]
+
+
+def test_reference_trains_the_whole_table_but_moves_two_rows(folder):
+    row = train_rows.make("reference", folder, torch.float32, 8)
+    table = row.model.model.embed_tokens.weight
+    assert table.requires_grad and not row.model.lm_head.weight.requires_grad
+    before = table.detach().clone()
+    row.step()
+    assert torch.equal(table, before)  # learning rate 0
+    row.step()
+    moved = (table != before).any(1).nonzero().flatten().tolist()
+    assert moved == [row.tokens.start, row.tokens.end]
+    assert row.model.model.gradient_checkpointing and table.dtype == torch.float32
+
+
+def test_strong_baseline_keeps_frozen_weights_in_bf16_and_like_lengths_together(folder):
+    row = train_rows.make("strong", folder, torch.bfloat16, 8)
+    assert {p.dtype for p in row.model.parameters()} == {torch.bfloat16}
+    assert sum(p.numel() for p in row.trained) == sum(p.numel() for p in row.projector.parameters()) + 2 * 64
+    assert row.batches[0]["ids"].shape[1] <= row.batches[1]["mask"].sum(1).min()
+    found = train_rows.answer(row, "step")
+    assert found["seconds"] > 0 and math.isfinite(found["loss"])
+
+
+def measured(name, dtype, seconds, flops=8e9, **more):
+    row = {"seconds": seconds, "cpu_seconds": seconds, "rates": [], "samples": 15, "rows": 12000, "flops": flops,
+           "loss": 10.0, "norm": 4.0, "peak_bytes": 2**30, "start_bytes": 2**28}
+    return train_step._figures(name, dtype, row | more, 16e9)
+
+
+ENVIRONMENT = {"device": "CPU X", "commit": "abc", "date": "2026-01-01",
+               "versions": {"torch": "2.13.0", "transformers": "5.23.0"}}
+
+
+@pytest.fixture
+def result():
+    rows = [measured("reference", "bf16", [30.0, 29.0, 31.0]), measured("strong", "bf16", [20.0]),
+            measured("exact", "bf16", [10.0], flops=80e9, peak_bytes=2**29),
+            measured("recomputed", "bf16", [15.0], peak_bytes=2**28),
+            measured("strong_video_first", "bf16", []), measured("shared", "bf16", [3.0]),
+            measured("reference", "fp32", [60.0]), measured("exact", "fp32", [24.0], flops=192e9)]
+    return {"environment": ENVIRONMENT, "preset": "tiny", "rows": rows,
+            **train_step.summary(rows, {"bf16": 16e9, "fp32": 16e9})}
+
+
+def test_summary_compares_rows_of_one_precision(result):
+    assert result["ratios"] == pytest.approx({"exact_vs_reference": 3.0, "exact_vs_strong": 2.0,
+                                              "shared_vs_reference": 10.0, "shared_vs_strong": 20 / 3})
+    assert result["ratios_fp32"] == pytest.approx({"exact_vs_reference": 2.5})
+    assert (result["matmul_share"], result["matmul_share_fp32"]) == pytest.approx((0.5, 0.5))
+    assert (result["memory_vs_reference"], result["memory_vs_reference_recomputed"]) == (0.5, 0.25)
+
+
+def test_table_and_picture_show_what_was_timed(result, tmp_path):
+    lines = train_step.table(result["rows"]).splitlines()
+    assert lines[2].split()[-11:] == "0.5 3 % 400 0 2 % 1,024 MiB 1.00 0.67".split()
+    assert not any("transformers at its best, video first" in line for line in lines) and len(lines) == 10
+    figure = ladder_plot.draw(result)
+    speed, memory = figure.axes
+    assert sorted(bar.get_width() for bar in speed.patches) == pytest.approx(
+        sorted(row["samples_per_second"] for row in result["rows"] if row["seconds"]))
+    assert {" 1.5  (3×)", " 0.5  (0.5×)"} <= {text.get_text() for axis in (speed, memory) for text in axis.texts}
+    figure.savefig(tmp_path / "ladder.png")
+
+
+def test_a_row_that_fails_costs_itself_on_a_gpu_and_the_run_on_a_cpu(folder, monkeypatch):
+    told, deadline = [], 1e9
+    monkeypatch.setitem(ROWS, "broken", dataclasses.replace(ROWS["exact"], flags=("--recompute", "sometimes")))
+    monkeypatch.setattr(train_step, "RowProcess", InProcess)
+    rows, rate = train_step.measure(["broken", "exact"], "fp32", TINY, folder, together=False, deadline=deadline,
+                                    say=told.append)
+    assert [row["row"] for row in rows] == ["exact"] and rate > 0
+    assert any("broken is left out" in line for line in told)
+    with pytest.raises(train_step.RowFailed):
+        train_step.measure(["broken"], "fp32", TINY, folder, together=True, deadline=deadline, say=told.append)
+
+
+class InProcess:
+    """A row's commands answered by this process."""
+
+    def __init__(self, name, dtype, preset, folder, deadline):
+        try:
+            self.row = train_rows.make(name, folder, train_rows.DTYPES[dtype], preset.micro_batch)
+        except SystemExit as error:
+            raise train_step.RowFailed(f"row {name} ended with exit code {error.code}") from error
+
+    def ask(self, command):
+        return {"peak_bytes": 1, "start_bytes": 1} if command == "end" else train_rows.answer(self.row, command)
+
+    def stop(self):
+        pass
+
+
+def test_what_ends_a_rows_process_is_told(folder):
+    with pytest.raises(train_step.RowFailed, match="(?s)no_such_row ended with exit code 1.*KeyError"):
+        train_step.RowProcess("no_such_row", "fp32", TINY, folder, deadline=1e9)
+
+
+def test_command_writes_the_ladder(tmp_path):
+    command = ["bash", "scripts/gpu_check.sh", "--train", "--rows", "reference,exact", "--dtypes", "bf16"]
+    variables = os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": "", "OUT": str(tmp_path / "out"),
+                              "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "× reference" in done.stdout and (tmp_path / "out" / "train-tiny.png").stat().st_size > 10_000
+    written = json.loads((tmp_path / "out" / "train-tiny.json").read_text())
+    assert {"environment", "ratios", "matmul_share", "matmul_share_fp32", "memory_vs_reference"} <= written.keys()
+    reference, exact = written["rows"]
+    assert written["ratios"]["exact_vs_reference"] == pytest.approx(reference["seconds"][0] / exact["seconds"][0])
+    assert written["faults"] == [] and reference["peak_bytes"] > reference["start_bytes"] > 2**26
+    assert exact["matmul_share"] == pytest.approx(
+        exact["flops"] / exact["seconds"][0] / written["matmul_flops_per_second"]["bf16"])
+
+
+def test_presets_name_rows():
+    for preset in PRESETS.values():
+        assert all(name in ROWS for names in preset.rows.values() for name in names)
+        assert preset.rows.keys() == preset.rounds.keys()
