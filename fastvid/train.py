@@ -196,8 +196,7 @@ def loop(state):
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),
-          recovery.stop_signals(state), \
-            parallel.naming_the_dead(state.world), state.saver):
+          recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver):
         metrics.message(f"operations of a step: {state.formula}")
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
