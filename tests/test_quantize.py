@@ -204,3 +204,22 @@ def test_nf4_without_bitsandbytes_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install"):
         check_device("nf4", torch.device("cpu"))
     check_device("int8", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("outputs", SLICES)
+@pytest.mark.parametrize("frozen_dtype", FORMATS)
+def test_a_gpu_computes_what_the_cpu_does(frozen_dtype, outputs):
+    if frozen_dtype == "nf4":
+        pytest.importorskip("bitsandbytes")
+    elif frozen_dtype == "fp8" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:
+        pytest.skip("no FP8 units")
+    weight, results = random(OUT, IN, scale=0.02), []
+    for device in ("cpu", "cuda"):
+        linear = quantized(frozen_dtype, weight.to(device))
+        x = random(ROWS, IN, seed=1).to(device, torch.bfloat16).requires_grad_()
+        y = linear(x, outputs=outputs)
+        y.backward(random(*y.shape, seed=2, scale=1e-6).to(y))
+        results.append((y.float().cpu(), x.grad.float().cpu()))
+    for found, expected in zip(*reversed(results)):
+        assert_close(found, expected, 2**-6)

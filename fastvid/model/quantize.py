@@ -186,5 +186,5 @@ def check_device(frozen_dtype: str, device: torch.device):
         log.info("--frozen_dtype fp8 on a CPU: the same quantised values, multiplied in fp32; slower than bf16")
     elif frozen_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name, found = torch.cuda.get_device_name(device), ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ValueError(f"--frozen_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with 8.9 "
-                         "(Ada, Hopper); choose auto, int8 or nf4")
+        raise ValueError(f"--frozen_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with "
+                         "8.9 (Ada, Hopper); choose auto, int8 or nf4")
