@@ -236,7 +236,7 @@ def test_impossible_attention_is_refused(implementation):
 
 def test_unknown_attention_is_refused():
     q = torch.randn(5, 2, 8)
-    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, sdpa"):
+    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, blocked, sdpa"):
         attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
 
 
@@ -381,7 +381,7 @@ def test_frozen_decoder_saves_no_input_of_a_linear():
     """By the layer: two residual sums, queries, keys, values, attention's output, the gate-up product, and per row
     two fp32 numbers of the norms and one per head of attention."""
     config = decoder_config(num_kv_heads=2)
-    decoder = fill(Decoder(config, trained=False, compute_dtype=torch.bfloat16))
+    decoder = fill(Decoder(config, trained=False, compute_dtype=torch.bfloat16, attn_implementation="sdpa"))
     x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
     layout, positions = AttentionLayout.of_lengths([40]), torch.arange(40, dtype=torch.int32)
     inputs = []

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
+from fastvid.model.blocked_attention import blocked_attention
 
 # Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
@@ -27,8 +28,9 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     Args:
         q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
         layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
-        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "sdpa" (one call per segment), or
-            "auto": the first of these that the tensors allow.
+        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "blocked" (batched products of
+            matrices, for bfloat16 on the CPU), "sdpa" (one call per segment), or "auto": the first of these that the
+            tensors allow.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
             where the copy lives only during its layer's backward.
@@ -60,7 +62,7 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
     """
     if implementation not in ("auto", *_CALLS):
         raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(_CALLS)}")
-    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle}
+    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "blocked": _blocked_obstacle}
     if implementation == "auto":
         return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
     if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
@@ -87,6 +89,13 @@ def _flash_obstacle(device, dtype):
 def _varlen_obstacle(device, dtype):
     reason = _kernel_obstacle(device, dtype)
     return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
+
+
+def _blocked_obstacle(device, dtype):
+    if device.type != "cpu":
+        return f"it is for the CPU, not {device.type}"
+    # Of fp32, SDPA's own kernel computes as much per second.
+    return None if dtype == torch.bfloat16 else f"it is for bfloat16, not {dtype}"
 
 
 @functools.cache
@@ -134,6 +143,10 @@ def _varlen(q_NHd, k_MKd, v_MKd, layout):
                     layout.max_seqlen_k, **options)
 
 
+def _blocked(q_NHd, k_MKd, v_MKd, layout):
+    return blocked_attention(q_NHd, k_MKd, v_MKd, layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist())
+
+
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     gqa = q_NHd.shape[1] != k_MKd.shape[1]
     q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
@@ -153,7 +166,7 @@ def _last_rows_aligned(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
-_CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
+_CALLS = {"flash": _flash, "varlen": _varlen, "blocked": _blocked, "sdpa": _sdpa}
 
 
 class _Gathered:

@@ -75,7 +75,8 @@ def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, su
         rows: N, without rows before the first trained one.
         supervised_rows: those of them that leave the last layer; None: all.
         video_rows: those of them that are projected; None: all.
-        one_call_per_segment: attention runs by "sdpa", so its output exists twice where `o` is trained.
+        one_call_per_segment: attention runs on the CPU: by "sdpa", so that its output exists twice where `o` is trained,
+            or, in bf16, by "blocked", which saves its inputs only.
         (others: as for `VideoLlava`.)
     """
     c = config.decoder
@@ -102,11 +103,13 @@ def _layer_bytes(c, trained, size, residual, recompute, twice, rows, leaving=Non
         return rows * D * residual
     some = leaving is not None
     leaving = leaving if some else rows
-    products = rows * (E - A) + leaving * (2 * A + 2 * F)
-    statistics = leaving * 4 * c.num_heads  # attention's log-sum-exp
+    blocked = twice and size == 2
+    output = 0 if blocked and not trained and recompute == "none" else A
+    products = rows * (E - A) + leaving * (A + output + 2 * F)
+    statistics = 0 if blocked else leaving * 4 * c.num_heads  # attention's log-sum-exp
     if recompute == "selective":
         return rows * D * residual + size * (products + leaving * 2 * D) + statistics
-    inputs = rows * D + leaving * (D + F + (A if twice else 0) + (D if some else 0)) if trained else 0
+    inputs = rows * D + leaving * (D + F + (A if twice and not blocked else 0) + (D if some else 0)) if trained else 0
     norms = rows * norm + leaving * norm * (2 if some else 1)
     return norms + size * (products + inputs) + statistics
 
