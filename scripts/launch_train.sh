@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Adapter training of a LLaVA-1.5 model on VideoInstruct-100K, as PG-Video-LLaVA does it.
 #
-#   bash scripts/launch_train.sh [more flags of fastvid train]
+#   bash scripts/launch_train.sh [more flags of fastvid train]      (under Slurm: scripts/launch_train.slurm)
 #
 # Every setting can be given from the environment: MODEL=… DATA=… bash scripts/launch_train.sh --max_steps 100
 # Several machines: run it on each, with the same NNODES and RDZV_ENDPOINT (host:port of any one of them).
@@ -15,6 +15,9 @@ OUTPUT=${OUTPUT:-output/pg-video-llava-7b}         # checkpoints, metrics, mm_pr
 NPROC_PER_NODE=${NPROC_PER_NODE:-4}                # GPUs per machine
 NNODES=${NNODES:-1}
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:29001}
+MAX_RESTARTS=${MAX_RESTARTS:-3}                    # times that the job goes on from its last checkpoint when a rank dies
+# Seconds from a stop signal to the end of the step in hand and its checkpoint. (Ranks whose peer died do not wait.)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 EPOCHS=${EPOCHS:-3}
 BATCH=${BATCH:-8}                                  # samples per GPU and micro-batch
@@ -28,7 +31,7 @@ else
   rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-fastvid}")
 fi
 
-exec torchrun --nproc_per_node "$NPROC_PER_NODE" "${rendezvous[@]}" "$(dirname "${BASH_SOURCE[0]}")/train.py" \
+exec torchrun --nproc_per_node "$NPROC_PER_NODE" --max_restarts "$MAX_RESTARTS" "${rendezvous[@]}" "$(dirname "${BASH_SOURCE[0]}")/train.py" \
   --model_name_or_path "$MODEL" \
   --version v1 \
   --data_path "$DATA" \

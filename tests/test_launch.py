@@ -1,0 +1,64 @@
+"""The launch scripts, with stand-ins for torchrun and Slurm's commands that write down how they were called."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = {
+    "torchrun": 'echo "torchrun $*" >> "$CALLS"; echo "restarts after ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT}" >> "$CALLS"\n'
+                'trap "echo torchrun stops >> $CALLS; exit 143" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep 0.1; done',
+    "srun": 'echo "srun $1" >> "$CALLS"; shift; exec "$@"',
+    "scontrol": 'if [[ $1 == show ]]; then printf "gpu07\\ngpu09\\n"; else echo "scontrol $*" >> "$CALLS"; fi',
+}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Function that starts a launch script; its calls lie in `calls`."""
+    for name, body in COMMANDS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+
+    def start(script, *flags, **variables):
+        return subprocess.Popen(["bash", str(ROOT / "scripts" / script), *flags], env=environment | variables,
+                                cwd=tmp_path)
+
+    start.calls = tmp_path / "calls"
+    return start
+
+
+SLURM = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "gpu[07,09]", "SLURM_JOB_NUM_NODES": "2",
+         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "4711"}
+
+
+def test_one_machine(launch):
+    assert launch("launch_train.sh", "--max_steps", "7", OUTPUT="there").wait(20) == 0
+    called = launch.calls.read_text()
+    assert called.startswith("torchrun --nproc_per_node 4 --max_restarts 3 --master_port 29001 ")
+    assert "scripts/train.py --model_name_or_path" in called and "--output_dir there " in called
+    assert "--lazy_preprocess True --max_steps 7\n" in called and "restarts after 300" in called
+
+
+def test_slurm_starts_torchrun_on_every_node(launch):
+    assert launch("launch_train.slurm", "--shard", "hybrid", **SLURM).wait(20) == 0
+    called = launch.calls.read_text()
+    assert called.startswith("srun --kill-on-bad-exit=1\ntorchrun --nproc_per_node 8 ")
+    assert "--nnodes 2 --rdzv_backend c10d --rdzv_endpoint gpu07:29001 --rdzv_id 4711 " in called
+    assert "--shard hybrid\n" in called and "requeue" not in called
+
+
+def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(launch):
+    job = launch("launch_train.slurm", STEPS="200", **SLURM)
+    while not launch.calls.exists() or "torchrun" not in launch.calls.read_text():
+        time.sleep(0.05)
+    time.sleep(0.3)  # until the stand-in's trap is set
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 143
+    assert launch.calls.read_text().splitlines()[-2:] == ["torchrun stops", "scontrol requeue 4711"]
