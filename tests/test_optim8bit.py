@@ -1,6 +1,7 @@
 """8-bit AdamW on shards: the same bits on any number of ranks, bitsandbytes' state, and bf16 weights that are rounded."""
 
 import logging
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import torch
 from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from training_run import flags, losses, write_run
 
-from fastvid import checkpoint, optim8bit
+from fastvid import checkpoint, optim8bit, train
 from fastvid.optim import Optimizer
 from fastvid.optim8bit import round_into, takes_8_bits
 
@@ -207,6 +209,32 @@ def test_tensors_are_rounded_by_bits_of_their_own():
         ends[name, seed] = weight.detach() < 1
     assert all(0.3 < end.float().mean() < 0.7 for end in ends.values())
     assert (ends["a", 1] != ends["b", 1]).float().mean() > 0.3 and (ends["a", 1] != ends["a", 2]).float().mean() > 0.3
+
+
+# --- a run
+
+
+def test_a_resumed_run_of_8_bit_moments_and_bf16_weights_equals_a_straight_one(tmp_path):
+    """Full fine-tuning; its end is exported, in bf16."""
+    run = write_run(tmp_path / "run", hidden_size=256, intermediate_size=256)
+    more = ["--tune_mm_mlp_adapter", "False", "--bf16", "True", "--master_dtype", "bfloat16", "--optim", "adamw_8bit",
+            "--learning_rate", "1e-3", "--save_steps", "2", "--max_steps", "4", "--dataloader_num_workers", "0"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train.main(flags(run, straight, *more)) == 0
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    assert train.main(flags(run, resumed, *more)) == 0
+    assert losses(resumed) == {step: losses(straight)[step] for step in (3, 4)}
+    for group in ("model", "optimizer"):
+        ours, theirs = (checkpoint.read_full(folder / "checkpoint-4", group) for folder in (resumed, straight))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        if group == "model":
+            assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+            assert not torch.equal(ours["decoder.layers.0.qkv.weight"], checkpoint.read_full(
+                straight / "checkpoint-2", group)["decoder.layers.0.qkv.weight"])
+    assert ours["decoder.layers.1.down.weight.state1"].dtype == torch.uint8
+    assert "decoder.norm.weight.exp_avg" in ours
+    with pytest.raises(ValueError, match="add --bf16 True"):
+        train.main(flags(run, tmp_path / "x", *more, "--bf16", "False"))
 
 
 # --- paged

@@ -19,11 +19,11 @@ PIECES, ROWS, CHANNELS, SAMPLES = 300, 8, CONFIG["mm_hidden_size"], 12
 WORDS = "what does the cat see near a red house and why is it running so fast today".split()
 
 
-def write_run(folder):
-    """Write model/, feats/ and train.json into `folder`."""
+def write_run(folder, **sizes):
+    """Write model/, feats/ and train.json into `folder`; `sizes` of the model differ from `weight_folders.CONFIG`."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(3, 25, 4 * SAMPLES)]
-    config = {**CONFIG, "vocab_size": PIECES, "max_position_embeddings": 512}
+    config = {**CONFIG, "vocab_size": PIECES, "max_position_embeddings": 512, **sizes}
     write_folder(folder / "model", random_state(config), config)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "model" / "tokenizer"), vocab_size=PIECES,
