@@ -107,8 +107,8 @@ def _video():
 
 
 def _optional():
-    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "nothing yet: training has no 8-bit optimizer, but the "
-                   "benchmarks compare with it; pip install 'fastvid[gpu]'")
+    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "no --frozen_dtype nf4 and no "
+                   "--optim paged_adamw_8bit; pip install 'fastvid[gpu]'")
     yield _package("optional", "liger-kernel", ["liger-kernel"], "nothing yet: the benchmarks compare with its "
                    "kernels; pip install 'fastvid[gpu]'")
     yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
