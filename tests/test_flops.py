@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from model_cases import ADAPTER, FULL, fill, model_config, random_batch, random_model
+from test_frozen_rows import cases
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid import flops
@@ -13,7 +14,7 @@ from fastvid.flops import Formula, StepCounts
 from fastvid.model import decoder
 
 
-def dense_attend(q_NHd, k_NKd, v_NKd, layout, *args, **options):
+def dense_attend(q_NHd, k_NKd, v_NKd, layout, *_, **__):
     """Attention over whole segments, two products forward and four backward, whose every pair torch counts."""
     parts, bounds = [], layout.cu_seqlens_q.tolist()
     for first, last in zip(bounds, bounds[1:]):
@@ -40,6 +41,28 @@ def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
     everything = replace(batch, loss_layout=None, loss_rows=torch.arange(batch.num_rows),
                          targets=torch.zeros(batch.num_rows, dtype=torch.int64))
     assert Formula(config, trainable).of_batch(everything) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL, ADAPTER | {"head"}], ids=["adapter", "full", "and the head"])
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_model_multiplies_what_the_formula_counts(monkeypatch, trainable, text_only, kv_heads):
+    """Prefix, frozen rows and the last layer as training has them; attention is left out of both counts."""
+    monkeypatch.setattr(flops, "_pairs", lambda layout, live: (0, 0))
+    plain, batch = cases(text_only)
+    config = model_config(num_kv_heads=kv_heads)
+    model = random_model(config, trainable=trainable)
+    batch = plain.parted() if trainable is FULL else batch.parted()
+    if trainable is not FULL:
+        model.keep_prefix([5, 6, 7, 8])
+    with FlopCounterMode(display=False) as counter:
+        model(batch).backward()
+    products = sum(count for operator, count in counter.get_flop_counts()["Global"].items()
+                   if str(operator) in ("aten.mm", "aten.addmm"))
+    # The head's kernel also computes the gradient of supervised rows that need none (samples without video).
+    needless = 2 * 32 * 100 * int((batch.loss_rows < batch.frozen_rows).sum())
+    assert Formula(config, trainable).of_batch(batch) == products - needless
+    assert bool(needless) == (text_only and trainable is not FULL)
 
 
 def by_rows(config, batch):
