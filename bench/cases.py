@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Callable
 
 import torch
+from fastvid_kernels.dispatch import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,19 @@ def in_fp32(way):
     return lambda *inputs: way(*map(wide, inputs))
 
 
-def compiled(function):
-    """`torch.compile`, for CUDA only: on a CPU it would want a C++ compiler."""
-    return torch.compile(function, dynamic=False)
+def with_compiled(functions):
+    """`functions` with "torch.compile" of the eager one, on CUDA: on a CPU it would want a C++ compiler."""
+    if torch.cuda.is_available():
+        functions["torch.compile"] = torch.compile(functions["eager"], dynamic=False)
+    return functions
 
 
-def library(name, ways):
-    """`ways` (a function without arguments that makes them) if the package is installed, else none."""
-    return ways() if torch.cuda.is_available() and find_spec(name) else {}
+def library(name, ways, *, triton=False):
+    """`ways` (a function without arguments that makes them) if the package is installed and can run here, else none.
+
+    It runs on a GPU; one written in Triton also where Triton is interpreted.
+    """
+    return ways() if (torch.cuda.is_available() or triton and INTERPRETED) and find_spec(name) else {}
 
 
 def normal(generator, device, *shape, dtype=torch.bfloat16, scale=1.0):

@@ -12,16 +12,10 @@ from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
 
-from bench.cases import Case, Gradients, compiled, forward, in_fp32, library, normal
+from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 
 EPS, DTYPE = 1e-5, torch.bfloat16
 BYTES = DTYPE.itemsize
-
-
-def _with_compiled(functions):
-    if torch.cuda.is_available():
-        functions["torch.compile"] = compiled(functions["eager"])
-    return functions
 
 
 def _ways(way, functions):
@@ -30,10 +24,10 @@ def _ways(way, functions):
 
 def _norm_cases(N, D):
     shapes = {"N": N, "D": D, "dtype": "bfloat16"}
-    functions = _with_compiled({
+    functions = with_compiled({
         "ours": lambda residual, branch, weight: add_rms_norm(residual, branch, weight, EPS, DTYPE),
         "eager": lambda residual, branch, weight: add_rms_norm_reference(residual, branch, weight, EPS, DTYPE),
-    }) | library("liger_kernel", _liger_norm) | library("quack", _quack_norm)
+    }) | library("liger_kernel", _liger_norm, triton=True) | library("quack", _quack_norm)
 
     def reference(residual, branch, weight):
         return add_rms_norm_reference(residual, branch, weight, EPS, torch.float32)
@@ -50,8 +44,8 @@ def _norm_cases(N, D):
     yield Case("add_rms_norm", "forward", shapes, inputs, _ways(forward, functions),
                in_fp32(forward(reference)), 4 * N * D * BYTES)
     yield Case("add_rms_norm", "backward", shapes, inputs_and_gradients,
-               _ways(Gradients, functions),
-               in_fp32(Gradients(reference)), 4 * N * D * BYTES)
+               _ways(lambda function: Gradients(function, (0, 1)), functions),
+               in_fp32(Gradients(reference, (0, 1))), 4 * N * D * BYTES)
 
 
 def _liger_norm():
@@ -68,7 +62,7 @@ def _quack_norm():
     from quack import rmsnorm
 
     def norm(residual, branch, weight):
-        y, total = rmsnorm(branch, weight, residual=residual, eps=EPS)
+        y, total = rmsnorm(branch, weight, residual=residual, eps=EPS, prenorm=True)
         return total, y
 
     return {"quack": norm}
@@ -76,7 +70,8 @@ def _quack_norm():
 
 def _swiglu_cases(N, F):
     shapes = {"N": N, "F": F, "dtype": "bfloat16"}
-    functions = _with_compiled({"ours": swiglu, "eager": swiglu_reference}) | library("liger_kernel", _liger_swiglu)
+    functions = with_compiled({"ours": swiglu, "eager": swiglu_reference})
+    functions |= library("liger_kernel", _liger_swiglu, triton=True)
 
     def inputs(generator, device):
         return (normal(generator, device, N, 2 * F),)
@@ -101,7 +96,7 @@ def _rope_cases(N, H, d):
     def reference(qkv, positions, inv_freq):
         return rope_qk_reference(qkv, positions, inv_freq, H, H)
 
-    functions = _with_compiled({
+    functions = with_compiled({
         "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H), "eager": reference})
     in_place = {**functions, "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H,
                                                                               inplace=True)}
@@ -114,11 +109,50 @@ def _rope_cases(N, H, d):
     def inputs_and_gradient(generator, device):
         return *inputs(generator, device), (normal(generator, device, N, width),)
 
+    def queries_and_keys(function):
+        return lambda *inputs: function(*inputs)[:, :2 * H * d].split(H * d, dim=1)
+
+    ways = _ways(forward, _ways(queries_and_keys, in_place))
+    ways |= library("liger_kernel", lambda: _liger_rope(H, d), triton=True) | library("quack", lambda: _quack_rope(H, d))
     # Forward in place: queries and keys only. Backward writes a gradient of its own, values' included.
-    yield Case("rope_qk", "forward", shapes, inputs, _ways(forward, in_place),
-               in_fp32(forward(reference)), N * (2 * 2 * H * d * BYTES + 4))
+    yield Case("rope_qk", "forward", shapes, inputs, ways,
+               in_fp32(forward(queries_and_keys(reference))), N * (2 * 2 * H * d * BYTES + 4))
     yield Case("rope_qk", "backward", shapes, inputs_and_gradient, _ways(Gradients, functions),
                in_fp32(Gradients(reference)), N * (2 * width * BYTES + 4))
+
+
+def _liger_rope(H, d):
+    """With the cosines and sines of all rows at hand. It wants queries and keys apart: it copies them out of their rows."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def prepare(qkv, positions, inv_freq):
+        angles = (positions[:, None] * inv_freq).repeat(1, 2)[None]
+        cos, sin = angles.cos(), angles.sin()
+        q, k = (x.view(1, -1, H, d).transpose(1, 2) for x in qkv[:, :2 * H * d].split(H * d, dim=1))
+
+        def call():
+            return tuple(x.transpose(1, 2).reshape(-1, H * d) for x in LigerRopeFunction.apply(q, k, cos, sin))
+
+        return torch.no_grad()(call)
+
+    return {"Liger": prepare}
+
+
+def _quack_rope(H, d):
+    """In place, with the cosines and sines of all rows at hand."""
+    from quack.rotary import apply_rotary_emb_qkv_
+
+    def prepare(qkv, positions, inv_freq):
+        angles = positions[:, None] * inv_freq
+        cos, sin = angles.cos(), angles.sin()
+
+        def call():
+            apply_rotary_emb_qkv_(qkv[None], cos, sin, num_heads_q=H, headdim=d)
+            return qkv[:, :2 * H * d].split(H * d, dim=1)
+
+        return torch.no_grad()(call)
+
+    return {"quack": prepare}
 
 
 def _splice_cases(videos, R, text, D, V):
@@ -132,7 +166,7 @@ def _splice_cases(videos, R, text, D, V):
     is_text = torch.ones(N, dtype=torch.bool)
     is_text[video_rows] = is_text[boundary_rows] = False
 
-    functions = _with_compiled({
+    functions = with_compiled({
         "ours": lambda ids, table, *video: splice_video(ids, table, *video, dtype=DTYPE),
         "eager": lambda ids, table, *video: splice_video_reference(ids, table, *video, dtype=DTYPE),
     })
@@ -171,8 +205,8 @@ def _loss_case(L, V, D):
 
         return prepare
 
-    functions = _with_compiled({"ours": linear_cross_entropy, "eager": linear_cross_entropy_reference})
-    functions |= library("liger_kernel", _liger_loss)
+    functions = with_compiled({"ours": linear_cross_entropy, "eager": linear_cross_entropy_reference})
+    functions |= library("liger_kernel", _liger_loss, triton=True) | library("quack", _quack_loss)
 
     def inputs(generator, device):
         return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
@@ -192,8 +226,14 @@ def _liger_loss():
     return {"Liger": loss}
 
 
+def _quack_loss():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return {"quack": lambda *inputs: (chunked_linear_cross_entropy(*inputs, reduction="sum"),)}
+
+
 def _fp8_case(N, D):
-    functions = _with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
+    functions = with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
     return Case("quantize_fp8", "by rows", {"N": N, "D": D, "dtype": "bfloat16"},
                 lambda generator, device: (normal(generator, device, N, D),), _ways(forward, functions),
                 in_fp32(forward(quantize_fp8_reference)), N * D * (BYTES + 1) + 4 * N)
@@ -205,7 +245,7 @@ def cases(small):
         yield from _swiglu_cases(5, 24)
         yield from _rope_cases(6, 2, 8)
         yield from _splice_cases(2, 5, 3, 16, 50)
-        yield _loss_case(6, 50, 16)
+        yield _loss_case(8, 50, 16)
         yield _fp8_case(7, 40)
         return
     for width in (4096, 5120):

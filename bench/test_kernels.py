@@ -29,6 +29,7 @@ def pytest_generate_tests(metafunc):
     else:
         cases = [] if ON_CUDA else all_cases(small=True)
     pairs = [(case, way) for case in cases for way in case.ways if case.kernel not in skipped]
+    pairs.sort(key=lambda pair: pair[1] == "torch.compile")  # which takes longest to prepare: last, if time runs out
     metafunc.parametrize("case, way", pairs, ids=[f"{case.kernel} {case.name} {way}" for case, way in pairs])
 
 

@@ -6,10 +6,10 @@ Dimensions: B videos, T frames, P patches, C channels, N temporal rows, H×W dec
 import numpy as np
 import torch
 from fastvid_kernels.frame_patchify import frame_patchify, frame_patchify_reference
-from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool, spatio_temporal_pool_reference
+from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool
 from PIL import Image
 
-from bench.cases import Case, Gradients, compiled, forward, in_fp32, normal
+from bench.cases import Case, Gradients, forward, in_fp32, normal, with_compiled
 
 NUM_TEMPORAL = 100
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -31,13 +31,8 @@ def _pool_cases(B, T, P, C, dtype):
     item, rows = dtype.itemsize, NUM_TEMPORAL + P
     shapes = {"B": B, "T": T, "P": P, "C": C, "dtype": str(dtype).removeprefix("torch.")}
     moved = item * B * C * (T * P + rows)
-    functions = {
-        "ours": lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL),
-        "eager": lambda x: spatio_temporal_pool_reference(x, num_temporal=NUM_TEMPORAL),
-        "torch.mean twice": lambda x: two_means(x, NUM_TEMPORAL),
-    }
-    if torch.cuda.is_available():
-        functions["torch.compile"] = compiled(functions["torch.mean twice"])
+    functions = with_compiled({"ours": lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL),
+                               "eager": lambda x: two_means(x, NUM_TEMPORAL)})
 
     def inputs(generator, device):
         return (_states(generator, device, B, T, P, C, dtype),)
@@ -47,14 +42,14 @@ def _pool_cases(B, T, P, C, dtype):
 
     yield Case("spatio_temporal_pool", "forward", shapes, inputs,
                {name: forward(function) for name, function in functions.items()},
-               in_fp32(forward(functions["torch.mean twice"])), moved)
+               in_fp32(forward(functions["eager"])), moved)
     yield Case("spatio_temporal_pool", "backward", shapes, inputs_and_gradient,
                {name: Gradients(function) for name, function in functions.items()},
-               in_fp32(Gradients(functions["torch.mean twice"])), moved)
+               in_fp32(Gradients(functions["eager"])), moved)
 
 
 def patchify_in_torch(frames_THW3, size, patch, dtype):
-    """Patch rows by whole-tensor operations, as one writes them in torch and gives them to torch.compile."""
+    """Patch rows by operations on whole tensors, as one writes them in torch."""
     T, H, W, _ = frames_THW3.shape
     device, grid = frames_THW3.device, size // patch
     rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
@@ -78,14 +73,10 @@ def _frames(generator, device, *shape):
 
 
 def _patchify_case(T, H, W, size, patch, dtype=torch.float16):
-    functions = {
+    functions = with_compiled({
         "ours": lambda frames: frame_patchify(frames, size=size, patch=patch, mean=MEAN, std=STD, dtype=dtype),
-        "eager": lambda frames: frame_patchify_reference(frames, size=size, patch=patch, mean=MEAN, std=STD,
-                                                         dtype=dtype),
-        "whole-tensor torch": lambda frames: patchify_in_torch(frames, size, patch, dtype),
-    }
-    if torch.cuda.is_available():
-        functions["torch.compile"] = compiled(functions["whole-tensor torch"])
+        "eager": lambda frames: patchify_in_torch(frames, size, patch, dtype),
+    })
     ways = {name: forward(function) for name, function in functions.items()}
     ways["reference's chain"] = _chain(size, patch, dtype)
     grid = size // patch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import check, measure, report, roofline, vision_cases
+from bench import check, measure, optimizer_cases, report, roofline, vision_cases
 
 GPU = {"device": "GPU X", "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14}
 COMMON = {"python": "3.12", "commit": "abc", "date": "2026-11-22", "versions": {"torch": "2.11"}, "small": False,
@@ -184,13 +184,43 @@ vision_cases.spatio_temporal_pool = lambda *x, **keywords: whole(*x, **keywords)
 """
 
 
+INTERPRETER = """
+import sys
+sys.path.insert(0, "tests/kernels")
+import interpreter
+interpreter.repair()
+interpreter.repair_libdevice()
+"""
+
+
+def test_rows_of_liger_agree(tmp_path):
+    """Its Triton kernels, interpreted, do the jobs that ours are compared on."""
+    (tmp_path / "interpreted.py").write_text(INTERPRETER)
+    command = [*check.PYTEST, "-p", "interpreted", "bench", "-k", "agree and Liger", "--small"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:.:kernels", "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert "6 passed" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_of_bitsandbytes_agrees(dtype, monkeypatch):
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.functional, "is_on_gpu", lambda tensors: True)
+    case = optimizer_cases._case(1000, dtype)
+    inputs = case.make(torch.Generator().manual_seed(0), "cpu")
+    expected = case.expected(*[x.clone() for x in inputs])()
+    update = optimizer_cases._in_place(optimizer_cases._bitsandbytes()["bitsandbytes"])
+    measure.assert_agree(update(*inputs)(), expected, case.tolerance)
+
+
 def test_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "breaker.py").write_text(BREAKER)
     command = [*check.PYTEST, "-p", "breaker", "bench", "-k", "spatio or swiglu", "--small"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:.:kernels"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     # Its forward is wrong, so neither its rows on a CPU are timed, nor do other kernels suffer.
-    assert "1 failed, 9 passed, 2 skipped" in result.stdout, result.stdout
+    assert "1 failed, 7 passed, 2 skipped" in result.stdout, result.stdout
 
 
 def test_script_refuses_an_unknown_kernel():

@@ -8,6 +8,8 @@ bfloat16 and atomics on it, so a kernel widens what it loads first, as on the GP
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -74,6 +76,17 @@ def repair_float_arguments():
         return wrap(argument)
 
     interpreter._implicit_cvt = implicit_cvt
+
+
+def repair_libdevice():
+    """NVIDIA's device functions that other libraries' kernels call by name."""
+    def named(name):  # looked up when called: the interpreter replaces tl.math's functions while a kernel runs
+        return lambda x: getattr(tl.math, name)(x)
+
+    for module in (libdevice, cuda_libdevice):
+        for name in ("rsqrt", "exp", "log"):
+            setattr(module, name, named(name))
+        module.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 
 
 def repair():
