@@ -61,6 +61,8 @@ class DataConfig:
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
     num_video_tokens: int | None = _flag(None, "Tokens per video. Default: read from the features, else the tower.")
     vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
+    question_order: Literal["reference", "video_first"] = _flag(
+        "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", so that --share_video shares more.')
     parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
 
     @property
@@ -77,7 +79,8 @@ class TrainConfig(DataConfig):
     data_weights: list[float] = _flag([], "Passes over each --data_path file per epoch (fractions sample).")
     eval_data_path: list[str] = _flag([], "Validation JSON or JSONL.")
     lazy_preprocess: bool | None = _flag(None, "Accepted, not needed: samples are always tokenized when needed.")
-    dataloader_num_workers: int = _flag(2, "Threads that read features ahead of the step; 0 reads in line.")
+    share_video: bool = _flag(False, "Keep a video's samples together and compute the rows they have in common once.")
+    dataloader_num_workers: int = _flag(2, "Processes that read and pack ahead of the step; 0 does so in line.")
     on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
     # what is trained
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
@@ -90,8 +93,8 @@ class TrainConfig(DataConfig):
     master_dtype: Literal["float32", "bfloat16"] = _flag(
         "float32", "Trained weights as they are stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
     frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
-        "auto", "A frozen decoder's matrices: auto: as computed with; fp8: multiplied by a GPU's FP8 units (8.9 and later), "
-        "for speed; int8 (half of bf16's bytes), nf4 (a quarter, needs bitsandbytes): for memory.")
+        "auto", "A frozen decoder's matrices. auto: as computed with; fp8: for a GPU's FP8 units (Ada, Hopper and later), "
+        "for speed; int8 (half of bf16's bytes) and nf4 (a quarter, needs bitsandbytes): for memory.")
     tf32: bool = _flag(False, "Allow TF32 matrix products for fp32 work on Ampere and later.")
     gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
     recompute: Literal["auto", "none", "selective", "full"] = _flag(
@@ -105,6 +108,8 @@ class TrainConfig(DataConfig):
     num_train_epochs: float = _flag(3.0, "Passes over the data.")
     max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.")
     per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.")
+    rows_per_batch: int | None = _flag(
+        None, "Rows per rank and micro-batch, packed full; instead of --per_device_train_batch_size.")
     per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.")
     gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.")
     learning_rate: float = _flag(5e-5, "Peak learning rate.")

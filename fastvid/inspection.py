@@ -42,7 +42,8 @@ def inspect_records(config, tokenizer=None):
     for record in records:
         sample = encode_sample(
             record, tokenizer, video_tokens=rows, use_start_end=config.mm_use_vid_start_end,
-            max_length=config.model_max_length, policy=config.policy, version=config.version)
+            max_length=config.model_max_length, policy=config.policy, version=config.version,
+            question_order=config.question_order)
         remarks = [sample.warning, sample.refused, *map(feature_fault, sample.videos)]
         yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
                "warning": "; ".join(filter(None, remarks)) or None}

@@ -18,10 +18,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastvid import flops, parallel, planning, recovery
 from fastvid.config import TrainConfig, parse
-from fastvid.data.batching import Loader, SampleSet
+from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
-from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.metrics import Metrics
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
@@ -112,9 +111,8 @@ def build(config, world):
         config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
         projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.feature_shape[1] or None)
     samples.fit(model_config.mm_hidden_size)
-    order = training_order(config, samples.counts, world.rank, world.size)
-    loader = Loader(samples, order, threads=config.dataloader_num_workers, pin=world.device.type == "cuda")
-    evaluation = _evaluation_loader(config, samples, world) if config.eval_data_path else None
+    loader = training_loader(config, samples, world)
+    evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
     layout, recompute = planning.plan_memory(config, model_config, samples, world)
     with torch.device("meta"):
@@ -126,14 +124,14 @@ def build(config, world):
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
-    if prefix := getattr(loader, "prefix", ()):
-        model.keep_prefix(prefix)
+    if loader.prefix:
+        model.keep_prefix(loader.prefix)
         parallel.reshard(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
-        warmup_steps=config.warmup_steps or math.ceil(order.total_steps * config.warmup_ratio),
+        warmup_steps=config.warmup_steps or math.ceil(loader.order.total_steps * config.warmup_ratio),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
         staging=Staging(world.device))
@@ -284,14 +282,6 @@ def _end_not_finite(state, failed, metrics):
     metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
                     + recovery.explain_not_finite(state, failed))
     return 1
-
-
-def _evaluation_loader(config, samples, world):
-    evaluated = SampleSet(config.eval_data_path, samples.tokenizer, samples.features, config)
-    rows, channels = samples.feature_shape
-    evaluated.fit(channels, rows)
-    order = EvaluationOrder(len(evaluated), config.per_device_eval_batch_size, world.rank, world.size)
-    return Loader(evaluated, order, threads=config.dataloader_num_workers, pin=world.device.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ def test_pack_of_nothing_is_one_unsupervised_row(run):
     assert all((p.grad == 0).all() for p in state.optimizer.parameters.values())
 
 
-@pytest.mark.parametrize("threads", [0, 1, 4])
-def test_reading_ahead_changes_nothing(run, threads):
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_reading_ahead_changes_nothing(run, workers):
     state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0"), WORLD)
     plain = list(state.loader.iterate(3))
-    ahead = list(Loader(state.loader.samples, state.order, threads=threads).iterate(3))
+    ahead = list(Loader(state.loader.samples, state.order, workers=workers, packing=state.loader.packing).iterate(3))
     assert [step for step, _ in ahead] == list(range(3, state.order.total_steps))
     for (_, ours), (_, expected) in zip(ahead, plain, strict=True):
         assert [b.sample_ids for b in ours] == [b.sample_ids for b in expected]

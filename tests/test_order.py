@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastvid.config import POLICIES
 from fastvid.data.order import EvaluationOrder, ReferenceOrder, StreamOrder, reference_indices, training_order
+from fastvid.data.sharing import Groups
 
 
 def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1, batch=2, accumulation=2, seed=42):
@@ -96,11 +99,47 @@ def test_data_weights_repeat_and_sample_files():
 
 def test_weights_are_checked():
     config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1,
-                  gradient_accumulation_steps=1)
+                  gradient_accumulation_steps=1, rows_per_batch=None, share_video=False, question_order="reference")
     for weights, policy, message in [([1.0], "none", "1 numbers for 2"), ([1.0, 1.0], "reference", "leave it out"),
                                      ([0.0, 0.0], "none", "leave no sample"), ([-1.0, 2.0], "none", "leave no sample")]:
         with pytest.raises(ValueError, match=message):
             training_order(SimpleNamespace(data_weights=weights, policy=POLICIES[policy], **config), [3, 4], 0, 1)
+
+
+@pytest.mark.parametrize("flag, value", [("rows_per_batch", 4096), ("share_video", True),
+                                         ("question_order", "video_first")])
+def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
+    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+                  data_weights=[], rows_per_batch=None, share_video=False, question_order="reference")
+    config = SimpleNamespace(policy=POLICIES["reference"], **{**config, flag: value})
+    with pytest.raises(ValueError, match=f"--{flag}: the reference has none; leave it out with --parity reference"):
+        training_order(config, [3, 4], 0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)]))
+def test_groups_stay_together_in_every_way_to_make_a_step(of, ways):
+    size, accumulation, batch = ways
+    groups = Groups(np.array(of))
+
+    def order(rank, size, batch, accumulation):
+        return StreamOrder(counts=(len(of),), weights=(), epochs=2.0, max_steps=-1, batch_size=batch,
+                           accumulation=accumulation, rank=rank, size=size, seed=1, groups=groups)
+
+    plain = StreamOrder(counts=(len(of),), weights=(), epochs=2.0, max_steps=-1, batch_size=batch,
+                        accumulation=accumulation, rank=0, size=size, seed=1)
+    one = order(0, 1, size * accumulation * batch, 1)
+    ranks = [order(rank, size, batch, accumulation) for rank in range(size)]
+    assert sorted(flat(one)) == sorted([*range(len(of))] * 2)
+    for step in range(one.total_steps):
+        samples = one.micro_batches(step)[0]
+        parts = [rank.micro_batches(step) for rank in ranks]
+        assert sorted(i for part in parts for micro in part for i in micro) == sorted(samples)
+        plain_sizes = [len(micro) for micro in plain.micro_batches(step)]
+        assert [len(micro) for micro in parts[0]] == plain_sizes, "as many samples as without groups"
+        cut = sum(len({of[i] for i in micro}) for part in parts for micro in part) - len({of[i] for i in samples})
+        assert cut < sum(len(part) for part in parts) + 1, "a batch cuts one group at most"
+    assert {rank.total_steps for rank in ranks} == {one.total_steps}
 
 
 def test_evaluation_sees_every_sample_once():

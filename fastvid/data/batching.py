@@ -4,13 +4,15 @@ Dimensions: R rows per video, C channels.
 """
 
 import logging
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 
 from fastvid.data.annotations import check_record, read_records, record_videos
-from fastvid.data.conversation import encode_sample
+from fastvid.data.conversation import encode_sample, system_prefix
+from fastvid.data.lengths import measure
+from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.data.packing import pack
+from fastvid.data.sharing import Groups
+from fastvid.data.workers import Ahead
 
 log = logging.getLogger("fastvid")
 
@@ -112,10 +114,14 @@ class SampleSet:
         config = self.config
         return encode_sample(
             self.records[index], self.tokenizer, video_tokens=self.feature_shape[0], version=config.version,
-            use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy)
+            use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy,
+            question_order=config.question_order)
 
-    def read(self, index):
+    def read(self, index, loaded=None):
         """Tokens and features of one sample.
+
+        Args:
+            loaded: features that were read before, by the name of their video; what is read is added to them.
 
         Returns:
             (EncodedSample, list of [R, C] tensors)
@@ -126,8 +132,10 @@ class SampleSet:
         sample = self.encode(index)
         if sample.refused:
             raise SampleSkipped(f"{sample.id}: {sample.refused}")
-        videos = []
+        loaded = {} if loaded is None else loaded
         for name in sample.videos:
+            if name in loaded:
+                continue
             try:
                 features, _ = self.features.load(name)
             except (ValueError, OSError) as error:
@@ -135,55 +143,58 @@ class SampleSet:
             if tuple(features.shape) != self.feature_shape:
                 raise SampleSkipped(f"{sample.id}: {name} has shape {tuple(features.shape)}, expected "
                                     f"{self.feature_shape}; extract it again with this run's tower")
-            videos.append(features)
-        return sample, videos
+            loaded[name] = features
+        return sample, [loaded[name] for name in sample.videos]
 
 
 class Loader:
-    """Packed batches by step, read ahead on threads.
+    """Packed batches by step, read ahead in processes.
 
     Args:
         samples: `SampleSet`.
         order: which samples each step takes (`fastvid.data.order`).
-        threads: steps read ahead, each on a thread of its own; 0 reads in line.
+        workers: processes that read ahead; 0 reads in line. The batches are the same for any number.
         pin: put batches into page-locked memory.
+        packing: keyword arguments of `fastvid.data.packing.pack`.
 
     Attributes:
+        prefix: ids of the system prompt, which the batches leave out and whose keys and values the model must keep.
         skipped: samples skipped so far.
     """
 
     MESSAGES = 10  # skipped samples and warnings shown one by one; the rest are only counted
 
-    def __init__(self, samples, order, *, threads=2, pin=False):
-        self.samples, self.order, self.threads, self.pin = samples, order, threads, pin
+    def __init__(self, samples, order, *, workers=2, pin=False, packing=None):
+        self.samples, self.order, self.pin, self.packing = samples, order, pin, packing or {}
+        self.prefix = self.packing.get("prefix", ()) if self.packing.get("frozen") else ()
         self.skipped = 0
         self.warnings = set()
+        self._ahead = Ahead(self.read, workers, pin=pin)
 
     def read(self, step):
         """This rank's packed micro-batches of one step, and (sample id, warning, why it was skipped) of odd samples."""
         samples, batches, odd = self.samples, [], []
         for indices in self.order.micro_batches(step):
-            usable = []
+            usable, loaded = [], {}
             for index in indices:
                 try:
-                    usable.append(samples.read(index))
+                    usable.append(samples.read(index, loaded))
                 except SampleSkipped as error:
                     odd.append(("", None, str(error)))
                 else:
                     sample = usable[-1][0]
                     if sample.warning:
                         odd.append((sample.id, sample.warning, None))
-            batch = pack(usable, samples.tokenizer.tokens, samples.feature_shape)
-            batches.append(batch.pin_memory() if self.pin else batch)
+            batches.append(pack(usable, samples.tokenizer.tokens, samples.feature_shape, **self.packing))
         return batches, odd
 
     def iterate(self, first_step=0):
         """Yield (step, micro-batches) up to the order's end; say what was skipped, and each kind of warning once."""
         steps = range(first_step, self.order.total_steps)
-        for step, (batches, odd) in zip(steps, self._read_ahead(steps)):
+        for step, (batches, odd) in zip(steps, self._ahead.map(steps)):
             for sample_id, warning, skipped in odd:
                 self._report(sample_id, warning, skipped)
-            yield step, batches
+            yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
 
     def _report(self, sample_id, warning, skipped):
         if skipped:
@@ -195,17 +206,38 @@ class Loader:
             self.warnings.add(warning)
             log.warning("sample %s: %s (said once per kind)", sample_id, warning)
 
-    def _read_ahead(self, steps):
-        if not self.threads:
-            yield from map(self.read, steps)
-            return
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="loader")
-        try:
-            pending, ahead = deque(), iter(steps)
-            while True:
-                pending.extend(pool.submit(self.read, step) for step in islice(ahead, self.threads - len(pending)))
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+
+def training_loader(config, samples, world):
+    """The batches of a training run.
+
+    Args:
+        config: `TrainConfig`.
+        samples: `SampleSet` that fits the model (`SampleSet.fit`).
+        world: `fastvid.parallel.World`; all ranks call this.
+
+    Raises:
+        ValueError: flags that contradict each other, or a sample longer than --rows_per_batch.
+    """
+    packing = dict(prefix=system_prefix(samples.tokenizer, config.version), share=config.share_video,
+                   frozen=config.trainable <= {"projector", "boundary"})
+    groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
+    order = training_order(
+        config, samples.counts, world.rank, world.size, groups=groups,
+        measure=partial(measure, samples, world, packing=packing, groups=groups,
+                        processes=config.dataloader_num_workers, progress=not config.disable_tqdm))
+    return Loader(samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda",
+                  packing=packing)
+
+
+def evaluation_loader(config, training, world):
+    """The batches of the validation set, packed as those of `training`, the training run's `Loader`.
+
+    Raises:
+        ValueError: records or features that cannot be used.
+    """
+    trained = training.samples
+    samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
+    rows, channels = trained.feature_shape
+    samples.fit(channels, rows)
+    order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
+    return Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing)

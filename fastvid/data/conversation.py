@@ -47,7 +47,8 @@ class EncodedSample:
     refused: str | None = None
 
 
-def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length, policy, version="v1"):
+def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length, policy, version="v1",
+                  question_order="reference"):
     """Token ids and supervised spans of one training record.
 
     Args:
@@ -57,6 +58,7 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
         max_length: longest sample in tokens, BOS included; what is beyond it is cut off.
         policy: `fastvid.config.Policy`.
         version: training template.
+        question_order: "reference" or "video_first" (`ordered`).
 
     Returns:
         EncodedSample
@@ -64,8 +66,7 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
     Raises:
         ValueError: an unknown `version`.
     """
-    if version not in TRAINING_TEMPLATES:
-        raise ValueError(f"--version {version} is no template; known: {', '.join(TRAINING_TEMPLATES)}")
+    system = _system(version)
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     name = str(record.get("id", "")) if isinstance(record, dict) else ""
     fault = training_fault(record)
@@ -81,7 +82,10 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
                 f"field 'conversations' turn {number + starts_with_answer} is from {turn['from']} again; "
                 "human and gpt must take turns"))
 
-    prompt, answers = _prompt(SYSTEM[TRAINING_TEMPLATES[version]], [turn["value"] for turn in turns])
+    texts = [turn["value"] for turn in turns]
+    if videos:
+        texts[::2] = [ordered(question, question_order) for question in texts[::2]]
+    prompt, answers = _prompt(system, texts)
     video_ids = tokenizer.video_ids(video_tokens) if videos else None
     ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
     ids.insert(0, tokenizer.bos)
@@ -103,6 +107,17 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
     return EncodedSample(name, ids, supervised, videos, warning, refused)
 
 
+def ordered(question, question_order):
+    """A question with the videos that stand at its end put before it, if `question_order` is "video_first"."""
+    asked = question.rstrip()
+    while question_order == "video_first" and asked.endswith(VIDEO):
+        asked = asked.removesuffix(VIDEO).rstrip()
+    videos = question[len(asked):].split()
+    if not asked or not videos or VIDEO in asked:  # videos keep their order
+        return question
+    return "\n".join([*videos, asked])
+
+
 def system_prefix(tokenizer, version="v1"):
     """Ids with which every training sample begins, BOS included: the system text and " USER:".
 
@@ -112,8 +127,18 @@ def system_prefix(tokenizer, version="v1"):
 
     Returns:
         tuple of ids. A sample cut short, or with a text that a tokenizer joins to the colon, begins otherwise.
+
+    Raises:
+        ValueError: an unknown `version`.
     """
-    return (tokenizer.bos, *tokenizer.encode(f"{SYSTEM[TRAINING_TEMPLATES[version]]} {USER}:"))
+    return (tokenizer.bos, *tokenizer.encode(f"{_system(version)} {USER}:"))
+
+
+def _system(version):
+    """The system text of a training template."""
+    if version not in TRAINING_TEMPLATES:
+        raise ValueError(f"--version {version} is no template; known: {', '.join(TRAINING_TEMPLATES)}")
+    return SYSTEM[TRAINING_TEMPLATES[version]]
 
 
 def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=()):

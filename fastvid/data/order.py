@@ -1,8 +1,8 @@
 """Which samples each step trains on: a pure function of seed, epoch and step, so that resuming needs only the step.
 
-Two orders. fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number
-of ranks. The reference's (``--parity reference``) is what Hugging Face's Trainer
-4.28 does: per-rank sampling, a short last batch in every epoch, leftover micro-batches that spill into the next.
+fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number of ranks. With
+a budget of rows it is `fastvid.data.row_order`'s. The reference's (``--parity reference``) is what Hugging Face's Trainer 4.28
+does: per-rank sampling, a short last batch in every epoch, leftover micro-batches that spill into the next.
 """
 
 import math
@@ -12,58 +12,53 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from fastvid.data.epochs import epoch_indices, epoch_length
+from fastvid.data.row_order import RowOrder
+from fastvid.data.sharing import Groups
 
-def training_order(config, counts, rank, size):
+
+def training_order(config, counts, rank, size, *, groups=None, measure=None):
     """The order of a training run.
 
     Args:
         config: `TrainConfig`.
         counts: samples of each data file.
         rank, size: this process among all.
+        groups: `fastvid.data.sharing.Groups` of samples that stay together; None where none do.
+        measure: finds the samples' rows (`fastvid.data.row_order.SampleRows`); called for --rows_per_batch alone.
 
     Raises:
-        ValueError: --data_weights that do not go with the files, or with --parity reference.
+        ValueError: --data_weights that do not go with the files, a sample longer than --rows_per_batch, or what the
+            reference does not do with --parity reference.
     """
     weights = tuple(config.data_weights)
     if weights and len(weights) != len(counts):
         raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one each")
-    if weights and config.policy.reference_order:
-        raise ValueError("--data_weights: the reference has none; leave it out with --parity reference")
+    if config.policy.reference_order:
+        _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
         raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample")
     run = dict(epochs=config.num_train_epochs, max_steps=config.max_steps, rank=rank, size=size, seed=config.seed,
-               batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps)
+               accumulation=config.gradient_accumulation_steps)
     if config.policy.reference_order:
-        return ReferenceOrder(num_samples=sum(counts), **run)
-    return StreamOrder(counts=tuple(counts), weights=weights, **run)
+        return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
+    run |= dict(counts=tuple(counts), weights=weights)
+    if config.rows_per_batch:
+        return RowOrder(rows=measure(), budget=config.rows_per_batch, **run)
+    return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
+
+
+def _check_reference(config):
+    for flag, given in (("data_weights", config.data_weights), ("rows_per_batch", config.rows_per_batch),
+                        ("share_video", config.share_video), ("question_order", config.question_order != "reference")):
+        if given:
+            raise ValueError(f"--{flag}: the reference has none; leave it out with --parity reference")
 
 
 @lru_cache(maxsize=4)
-def epoch_indices(counts, weights, seed, epoch):
-    """Shuffled sample indices of one epoch of the stream.
-
-    Args:
-        counts: tuple, samples of each data file; indices run through the files in order.
-        weights: tuple, passes over each file per epoch; a fraction takes a fresh random part. Empty: one pass each.
-        seed, epoch: decide the shuffle.
-
-    Returns:
-        int64 array of `epoch_length(counts, weights)` indices.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    parts, first = [], 0
-    for count, weight in zip(counts, weights or [1.0] * len(counts)):
-        whole, rest = divmod(round(weight * count), count) if count else (0, 0)
-        parts += [np.arange(first, first + count)] * whole + [first + rng.permutation(count)[:rest]]
-        first += count
-    indices = np.concatenate(parts)
-    rng.shuffle(indices)
-    return indices
-
-
-def epoch_length(counts, weights):
-    """Samples per epoch."""
-    return sum(round(weight * count) for count, weight in zip(counts, weights or [1.0] * len(counts)))
+def _grouped(counts, weights, seed, epoch, groups):
+    """Sample indices of one epoch of the stream, those of a group next to each other."""
+    return groups.together(epoch_indices(counts, weights, seed, epoch))
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ class StreamOrder:
         epochs: passes over the stream; `max_steps` overrides it when positive.
         batch_size: samples per rank and micro-batch.
         accumulation: micro-batches per step.
+        groups: samples that come one after the other, and share a micro-batch where they fit.
     """
 
     counts: tuple[int, ...]
@@ -86,6 +82,7 @@ class StreamOrder:
     rank: int
     size: int
     seed: int
+    groups: Groups | None = None
 
     @property
     def samples_per_epoch(self):
@@ -110,7 +107,11 @@ class StreamOrder:
         first = step * self.samples_per_step
         samples = self._stream(first, min(first + self.samples_per_step, self._total_samples()))
         width = self.batch_size * self.size
-        return [samples[i:i + width][self.rank::self.size].tolist() for i in range(0, len(samples), width)]
+        rounds = [samples[i:i + width] for i in range(0, len(samples), width)]
+        if self.groups is None:
+            return [ranks[self.rank::self.size].tolist() for ranks in rounds]
+        sizes = [len(ranks[rank::self.size]) for ranks in rounds for rank in range(self.size)]
+        return self.groups.spread(samples, sizes)[self.rank::self.size]
 
     def _total_samples(self):
         if self.max_steps > 0:
@@ -119,9 +120,12 @@ class StreamOrder:
 
     def _stream(self, first, last):
         n = self.samples_per_epoch
-        parts = [epoch_indices(self.counts, self.weights, self.seed, epoch)[max(0, first - epoch * n):last - epoch * n]
-                 for epoch in range(first // n, (last - 1) // n + 1)]
-        return np.concatenate(parts)
+        return np.concatenate([self._epoch(epoch)[max(0, first - epoch * n):last - epoch * n]
+                               for epoch in range(first // n, (last - 1) // n + 1)])
+
+    def _epoch(self, epoch):
+        run = self.counts, self.weights, self.seed, epoch
+        return epoch_indices(*run) if self.groups is None else _grouped(*run, self.groups)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,10 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
     Returns:
         PackedBatch, `parted`; its pieces are its segments, those without gradient first.
     """
-    parts = [_Sample(sample, videos, tokens, feature_shape[0], prefix, frozen, share) for sample, videos in samples]
-    pieces, leaves = _tree(parts)
+    chains = [Chain(sample, tokens, prefix=prefix, frozen=frozen, share=share) for sample, _ in samples]
+    for chain, (sample, videos) in zip(chains, samples):
+        assert len(chain.patches) == len(videos) * feature_shape[0], f"{sample.id}: placeholders and features differ"
+    pieces, leaves = _tree(chains, [videos for _, videos in samples])
     if not pieces:
         pieces = [_Piece(np.zeros(1, dtype=np.int64), 0, None, [], False)]
     if all(piece.frozen for piece in pieces):
@@ -54,7 +56,7 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
     blocks = patches.reshape(-1, feature_shape[0]) if len(patches) else np.empty((0, 1), dtype=np.int64)
     boundaries = blocks[:, [0, -1]] + [-1, 1] if tokens.start is not None else blocks[:0]
     features = [video for piece in pieces for video in piece.videos]
-    loss_rows, targets = _supervised(parts, leaves)
+    loss_rows, targets = _supervised(chains, leaves)
     layout, prefix_rows = _layout(pieces, len(prefix))
     return PackedBatch(
         token_ids=torch.from_numpy(ids),
@@ -65,10 +67,10 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
         boundary_rows=torch.from_numpy(boundaries.flatten()),
         loss_rows=loss_rows,
         targets=targets,
-        sample_ids=[part.sample.id for part in parts],
+        sample_ids=[sample.id for sample, _ in samples],
         prefix_rows=prefix_rows,
         frozen_rows=sum(len(piece.ids) for piece in pieces if piece.frozen),
-        sample_rows=sum(len(part.ids) for part in parts),
+        sample_rows=sum(len(chain.ids) for chain in chains),
     ).parted()
 
 
@@ -97,56 +99,62 @@ class _Piece:
         return [*self.parent.lineage(), self] if self.parent else [self]
 
 
-class _Sample:
-    """A sample, and where it may be cut.
+class Chain:
+    """A sample's rows, and where they may be cut into pieces. Arguments as `pack` takes them.
 
     Attributes:
+        ids: [n] int64.
         kept: rows at its beginning that the batch leaves out, as the model keeps their keys and values.
         live: the first row that something trained reaches; 0 unless the backbone is frozen.
-        video_end: end of the last video.
+        video_end: end of the last video; 0 without one.
         shareable: ends of what it may have in common with others, ascending.
     """
 
-    def __init__(self, sample, videos, tokens, rows, prefix, frozen, share):
-        self.sample, self.videos = sample, videos
+    def __init__(self, sample, tokens, *, prefix=(), frozen=False, share=False):
+        self.sample = sample
         self.ids = np.asarray(sample.token_ids, dtype=np.int64)
-        patches = np.flatnonzero(self.ids == tokens.patch)
-        assert len(patches) == len(videos) * rows, f"{sample.id}: placeholders and features differ"
-        boundary = int(tokens.start is not None)
-        self.video_end = int(patches[-1]) + 1 + boundary if videos else 0
+        self.patches = np.flatnonzero(self.ids == tokens.patch)
+        boundary, videos = int(tokens.start is not None), len(self.patches) > 0
+        self.video_end = int(self.patches[-1]) + 1 + boundary if videos else 0
         # The row before a supervised token predicts it: what is cut off for others to share must not hold one.
         latest = min([len(self.ids), *(start for start, _ in sample.supervised)]) - 1
         system = len(prefix) if len(prefix) <= latest and np.array_equal(self.ids[:len(prefix)], prefix) else 0
         self.kept = system if frozen else 0
-        self.live = (int(patches[0]) - boundary if videos else len(self.ids)) if frozen else 0
+        self.live = (int(self.patches[0]) - boundary if videos else len(self.ids)) if frozen else 0
         self.shareable = [end for end in (system, self.video_end) if share and self.kept < end <= latest]
 
+    @property
+    def rows(self):
+        """(rows that it alone needs, rows of the video that it may share); those of a shared system prompt are neither."""
+        *before, last = [0, self.kept, *self.shareable]
+        return len(self.ids) - last, last - max(before) if last == self.video_end else 0
+
     def pieces(self, shared):
-        """(first, end, videos, whether frozen) of the pieces of its chain, of which those up to `shared` are cut off."""
+        """(first, end, whether it holds the videos, whether it is frozen) of each piece, cut at `shared` and where due."""
         cuts = {self.kept, len(self.ids), *shared, *([self.live] if self.live > self.kept else [])}
         for first, end in pairwise(sorted(cuts)):
-            yield first, end, self.videos if first < self.video_end <= end else [], end <= self.live
+            yield first, end, first < self.video_end <= end, end <= self.live
 
     def beginning(self, end):
         """What the rows before `end` are computed from."""
         return self.ids[:end].tobytes(), tuple(self.sample.videos) if self.video_end <= end else ()
 
 
-def _tree(parts):
+def _tree(chains, videos):
     """The pieces that all samples are made of, and for each sample the last one of its chain."""
-    counts = Counter(part.beginning(end) for part in parts for end in part.shareable)
+    counts = Counter(chain.beginning(end) for chain in chains for end in chain.shareable)
     pieces, leaves, known = [], [], {}
-    for part in parts:
+    for chain, features in zip(chains, videos):
         shared, among = [], 1
-        for end in reversed(part.shareable):  # who shares more also shares less: cut only where somebody parts
-            if counts[part.beginning(end)] > among:
+        for end in reversed(chain.shareable):  # who shares more also shares less: cut only where somebody parts
+            if counts[chain.beginning(end)] > among:
                 shared.append(end)
-                among = counts[part.beginning(end)]
+                among = counts[chain.beginning(end)]
         piece = None
-        for first, end, videos, frozen in part.pieces(shared):
-            beginning = part.beginning(end) if end <= max(shared, default=0) else None
+        for first, end, holds_videos, frozen in chain.pieces(shared):
+            beginning = chain.beginning(end) if end <= max(shared, default=0) else None
             if beginning not in known:
-                pieces.append(_Piece(part.ids[first:end], first, piece, videos, frozen))
+                pieces.append(_Piece(chain.ids[first:end], first, piece, features if holds_videos else [], frozen))
             piece = known.setdefault(beginning, pieces[-1]) if beginning else pieces[-1]
         leaves.append(piece)
     return pieces, leaves
@@ -173,13 +181,13 @@ def _layout(pieces, prefix):
                            torch.from_numpy(_ranges(starts, sizes))), prefix
 
 
-def _supervised(parts, leaves):
+def _supervised(chains, leaves):
     """Packed rows that predict a token, ascending, and those tokens."""
     rows, targets = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for part, leaf in zip(parts, leaves):
-        spans = part.sample.supervised
+    for chain, leaf in zip(chains, leaves):
+        spans = chain.sample.supervised
         at = _ranges([start for start, _ in spans], [end - start for start, end in spans])
-        targets.append(part.ids[at])
+        targets.append(chain.ids[at])
         lineage = leaf.lineage()
         piece = np.searchsorted([piece.first for piece in lineage], at - 1, side="right") - 1
         rows.append(at - 1 + np.array([piece.row - piece.first for piece in lineage])[piece])

@@ -1,0 +1,86 @@
+"""Samples that have a video in common: who shares rows with whom, and how they stay together.
+
+A group is samples whose prompts are the same up to the end of their (last) video: in a batch, `pack` computes those rows
+once. In the reference's data every other question stands before its video, and shares it with none.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastvid.data.annotations import record_videos
+from fastvid.data.conversation import ordered
+from fastvid.data.tokenizer import VIDEO
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Which samples share a video.
+
+    Attributes:
+        of: [n] int64, the number of each sample's group; a sample that shares with none has one of its own.
+    """
+
+    of: np.ndarray
+
+    @staticmethod
+    def of_records(records, question_order):
+        """The groups of training records, from their text.
+
+        Args:
+            question_order: as `fastvid.data.conversation.ordered` takes it.
+        """
+        numbers = {}
+        keys = (_beginning(record, question_order) or index for index, record in enumerate(records))
+        return Groups(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64))
+
+    def without(self, apart):
+        """The same groups, but that those of the samples in `apart` ([n] bool) are dissolved."""
+        return Groups(np.where(apart, self.of.max(initial=0) + 1 + np.arange(len(self.of)), self.of))
+
+    def together(self, indices):
+        """`indices` with those of a group next to each other, in the order of each group's first."""
+        if not len(indices):
+            return indices
+        _, first, group = np.unique(self.of[indices], return_index=True, return_inverse=True)
+        return indices[np.argsort(first[group], kind="stable")]
+
+    def runs(self, indices):
+        """`indices` cut wherever the group changes."""
+        return np.split(indices, np.flatnonzero(np.diff(self.of[indices])) + 1) if len(indices) else []
+
+    def spread(self, indices, capacities):
+        """Fill batches of given sizes, cutting a group only where no batch has room for it.
+
+        Args:
+            indices: as many samples as the capacities add up to, groups next to each other.
+            capacities: samples of each batch.
+
+        Returns:
+            One list of indices per batch.
+        """
+        batches, room = [[] for _ in capacities], np.array(capacities)
+        assert room.sum() == len(indices)
+        for run in sorted(self.runs(indices), key=len, reverse=True):
+            run = run.tolist()
+            while run:
+                fitting = np.flatnonzero(room >= len(run))
+                batch = fitting[room[fitting].argmin()] if len(fitting) else room.argmax()
+                taken = min(len(run), room[batch])
+                batches[batch] += run[:taken]
+                room[batch] -= taken
+                run = run[taken:]
+        return batches
+
+
+def _beginning(record, question_order):
+    """What a record's prompt says up to the end of its last video; None where that holds an answer, or no video."""
+    videos = record_videos(record)
+    texts = [turn["value"] for turn in record["conversations"]]
+    if not videos or not texts:
+        return None
+    texts = texts[record["conversations"][0]["from"] == "gpt":]
+    question = ordered(texts[0], question_order) if texts else ""
+    if VIDEO not in question or any(VIDEO in text for text in texts[1:]):
+        return None
+    return tuple(videos), question[:question.rindex(VIDEO)]

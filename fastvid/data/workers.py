@@ -1,0 +1,116 @@
+"""Reading ahead in processes of their own, in the order in which the steps come."""
+
+import io
+import pickle
+import signal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+AHEAD = 2  # steps that each process is ahead
+_LARGE = 1 << 20  # bytes from which on a tensor has shared memory of its own
+
+
+class _Calls(Dataset):
+    """`function` of a number, as a process sends it."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, number):
+        return _pickled(self.function(number))
+
+
+class Ahead:
+    """Calls a function in processes ahead of the one who waits for its results.
+
+    Args:
+        function: of a number; what it returns can be pickled, tensors in it are on the CPU.
+        processes: how many; 0 calls in line. The results and their order are the same for any number.
+        pin: have large tensors in page-locked memory.
+    """
+
+    def __init__(self, function, processes, *, pin=False):
+        self.function, self.processes, self._numbers = function, processes, []
+        self._loader = None if not processes else DataLoader(
+            _Calls(function), batch_size=None, sampler=self._numbers, num_workers=processes, prefetch_factor=AHEAD,
+            collate_fn=_as_it_is, pin_memory=pin, worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork",  # which shares the records with this process
+            generator=torch.Generator())  # a draw from the global one would depend on the number of processes
+
+    def map(self, numbers):
+        """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends it.
+
+        Raises:
+            ChildProcessError: a process has died.
+        """
+        if self._loader is None:
+            yield from map(self.function, numbers)
+            return
+        self._numbers[:] = numbers
+        results = iter(self._loader)
+        while True:
+            try:
+                result = next(results, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ChildProcessError(
+                    f"a process that reads data has died ({str(error).strip()}); it may have run out of memory or of "
+                    "shared memory (/dev/shm): fewer --dataloader_num_workers need less, 0 needs none") from error
+            if result is None:
+                return
+            yield _unpickled(*result)
+
+
+class _Pickler(pickle.Pickler):
+    """Sets large tensors aside, and takes small ones by value: each piece of shared memory costs a file descriptor."""
+
+    def __init__(self, file):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.large = []
+
+    def persistent_id(self, value):
+        if isinstance(value, torch.Tensor) and value.nbytes >= _LARGE:
+            self.large.append(value)
+            return len(self.large) - 1
+
+    def reducer_override(self, value):
+        if isinstance(value, torch.Tensor) and value.dtype != torch.bfloat16:  # numpy has none
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, large):
+        super().__init__(file)
+        self.large = large
+
+    def persistent_load(self, number):
+        return self.large[number]
+
+
+def _pickled(value):
+    """(bytes as a tensor, the large tensors in it).
+
+    All of it goes through shared memory: a process whose reader has died could not get rid of more than a pipe holds,
+    and would wait for ever.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8), pickler.large
+
+
+def _unpickled(content, large):
+    return _Unpickler(io.BytesIO(content.numpy()), large).load()
+
+
+def _as_it_is(value):
+    return value
+
+
+def _ignore_signals(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach the whole job: the main process ends its step and then its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
