@@ -11,6 +11,8 @@ from fastvid.model import memory, quantize
 
 log = logging.getLogger("fastvid")
 
+# Batches differ by a few per cent: those of these steps stand for the run's.
+_STEPS_LOOKED_AT = 4
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
             "hybrid": "the whole model is sharded over some ranks, and copied on the others",
             "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
@@ -41,8 +43,6 @@ def checked(config):
         raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.frozen_dtype != "auto":
         _check_frozen_dtype(config)
-    if config.master_dtype == "bfloat16" and not config.bf16:
-        raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.eval_strategy != "no" and not config.eval_data_path:
         raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
     if config.lazy_preprocess is not None:
@@ -92,13 +92,13 @@ def peak_flops(config, world):
     return peak and peak * world.size
 
 
-def plan_memory(config, model_config, samples, world):
+def plan_memory(config, model_config, loader, world):
     """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
 
     Args:
         config: `TrainConfig`.
         model_config: `fastvid.model.video_llava.ModelConfig`.
-        samples: `fastvid.data.batching.SampleSet`; the longest of those looked at stands for a batch.
+        loader: `fastvid.data.batching.Loader`; the largest batch of the first steps, on any rank, stands for all.
         world: `parallel.World`.
 
     Returns:
@@ -106,13 +106,10 @@ def plan_memory(config, model_config, samples, world):
     """
     if frozen_dtype(config) is not None:
         quantize.check_device(config.frozen_dtype, world.device)
-    surveyed = samples.survey()
-    length, supervised = (max(column) for column in zip(*surveyed))
-    batch = config.per_device_train_batch_size
     options = dict(
-        trainable=config.trainable, rows=batch * length, supervised_rows=batch * supervised,
-        video_rows=batch * samples.feature_shape[0], compute_dtype=compute_dtype(config), optimizer=config.optim,
-        trained_dtype=trained_dtype(config), world_size=world.size, fp32_residual=config.policy.fp32_residual,
+        _largest_batch(loader, world), trainable=config.trainable, compute_dtype=compute_dtype(config),
+        optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
+        fp32_residual=config.policy.fp32_residual,
         frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
     available = parallel.device_memory(world)
     wanted = "none" if config.recompute == "auto" else config.recompute
@@ -125,3 +122,19 @@ def plan_memory(config, model_config, samples, world):
     estimate = memory.estimate(model_config, recompute=recompute, **options)
     log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])
     return layout, recompute
+
+
+def _largest_batch(loader, world):
+    """Rows of the largest micro-batch of the first steps, as `memory.estimate` takes them.
+
+    Raises:
+        ValueError: none of the samples looked at can be trained on.
+    """
+    loader.samples.survey()
+    largest = {"rows": 1, "supervised_rows": 0, "video_rows": 0, "constant_rows": 0}
+    for step in range(min(_STEPS_LOOKED_AT, loader.order.total_steps)):
+        for batch in loader.read(step)[0]:
+            rows = {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
+                    "video_rows": len(batch.video_rows), "constant_rows": batch.prefix_rows + batch.frozen_rows}
+            largest = max(largest, rows, key=lambda found: found["rows"])
+    return max(world.gather_objects(largest), key=lambda found: found["rows"])

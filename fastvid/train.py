@@ -114,7 +114,7 @@ def build(config, world):
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    layout, recompute = planning.plan_memory(config, model_config, samples, world)
+    layout, recompute = planning.plan_memory(config, model_config, loader, world)
     with torch.device("meta"):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),

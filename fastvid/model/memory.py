@@ -28,7 +28,8 @@ class MemoryEstimate:
     """Bytes on one rank at the peak of a step.
 
     Attributes:
-        weights: parameters as they are stored, and copies in the compute dtype that live until backward.
+        weights: parameters as they are stored, copies in the compute dtype that live until backward, and the constant
+            rows' keys and values.
         gradients: of trained parameters, in their dtype.
         optimizer: its moments.
         activations: saved for backward, and the gradients that the loss keeps until then.
@@ -118,11 +119,13 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
              compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
              fp32_residual: bool = False, one_call_per_segment: bool = False,
-             trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None) -> MemoryEstimate:
+             trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
+             constant_rows: int = 0) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
         rows, supervised_rows, video_rows: of the largest micro-batch.
+        constant_rows: rows before the first trained one, of which keys and values are held.
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
         (others: as for `VideoLlava` and `saved_bytes`.)
@@ -150,11 +153,13 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     elif "decoder" in trainable and size < stored:
         weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
 
-    options = {"trainable": trainable, "rows": rows, "supervised_rows": supervised_rows, "video_rows": video_rows, "compute_dtype": compute_dtype,
-                   "fp32_residual": fp32_residual, "one_call_per_segment": one_call_per_segment}
+    options = {"trainable": trainable, "rows": rows, "supervised_rows": supervised_rows,
+               "video_rows": video_rows, "compute_dtype": compute_dtype, "fp32_residual": fp32_residual,
+               "one_call_per_segment": one_call_per_segment}
+    keys_values = constant_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
     return MemoryEstimate(
-        weights=weights, gradients=stored * trained // trained_ranks,
+        weights=weights + keys_values, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
         working=max(at_once, _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute),
