@@ -64,15 +64,16 @@ class Row:
 
 
 _NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
-_FIRST = ("--question_order", "video_first")
+_FIRST, _SDPA = ("--question_order", "video_first"), ("--attn_implementation", "sdpa")
 ROWS = {
     "reference": Row("reference's recipe (transformers)", "reference", like=None),
     "strong": Row("transformers at its best", "strong"),
-    "packed": Row("fastvid: packed rows, frozen weights in the compute dtype, supervised rows in the head",
-                  flags=_ALL, last_layer=False, apart=False, rounds=2),
-    "kept": Row("+ nothing recomputed", flags=_NONE, last_layer=False, apart=False, rounds=2),
-    "last": Row("+ last layer on supervised rows", flags=_NONE, apart=False, rounds=2),
-    "exact": Row("+ system prompt kept, no gradient before the video", flags=_NONE),
+    "packed": Row("fastvid: packed rows, frozen weights in the compute dtype, head on supervised rows",
+                  flags=(*_ALL, *_SDPA), last_layer=False, apart=False, rounds=2),
+    "kept": Row("+ nothing recomputed", flags=(*_NONE, *_SDPA), last_layer=False, apart=False, rounds=2),
+    "last": Row("+ last layer on supervised rows", flags=(*_NONE, *_SDPA), apart=False, rounds=2),
+    "apart": Row("+ system prompt kept, no gradient before the video", flags=(*_NONE, *_SDPA), rounds=2),
+    "exact": Row("+ attention by blocks of matrix products", flags=_NONE),
     "recomputed": Row("the same with --recompute full", flags=_ALL, rounds=2),
     "strong_video_first": Row("transformers at its best, video first", "strong", flags=_FIRST, rounds=0, like=None),
     "shared": Row("+ video first, its rows shared by its questions", flags=(*_NONE, *_FIRST, "--share_video"),
@@ -104,7 +105,7 @@ class Preset:
     rounds: dict[str, int]
 
 
-_LADDER = ("reference", "strong", "packed", "kept", "last", "exact", "recomputed", "strong_video_first", "shared")
+_LADDER = ("reference", "strong", "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
 _BOTH = {"bf16": _LADDER, "fp32": ("reference", "strong", "exact", "shared")}
 _H200 = ("reference", "strong", "exact", "fp8", "shared", "shared_fp8", "smallest", "full")
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)

@@ -7,6 +7,7 @@ Prints the ladder and writes {"environment", "preset", "rows", "ratios", …} as
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -73,23 +74,29 @@ def measure(names, dtype, preset, folder, *, together, deadline, say=print):
     """The rows `names` of one dtype.
 
     Args:
-        together: all processes live at once and step in turn (a CPU). Otherwise one lives after the other (a GPU's
-            memory), and one that fails, or that `deadline` ends, is reported and costs its own figures only.
+        together: processes live side by side and step in turn (a CPU): first those of the most rounds, then the others,
+            as the memory that all of them hold would not fit. Otherwise one lives after the other (a GPU), and one that
+            fails, or that `deadline` ends, is reported and costs its own figures only.
         deadline: of `time.monotonic`, for all rows.
 
     Returns:
         (list of dicts, matrix product's FLOP per second)
     """
-    rows = {}
-    for group in [["matmul", *names]] if together else [["matmul"], *([name] for name in names)]:
+    often = [name for name in names if ROWS[name].rounds is None]
+    groups = [often, [name for name in names if name not in often]] if together else [[name] for name in names]
+    rows, rates = {}, []
+    for group in filter(None, groups):
         try:
-            rows |= _measure_together(group, dtype, preset, folder, deadline, say)
+            found = _measure_together(["matmul", *group], dtype, preset, folder, deadline, say)
         except RowFailed as error:
-            if together or group == ["matmul"]:
+            if together:
                 raise
             say(f"{error}\n{group[0]} is left out")
-    rate = max(rows.pop("matmul")["rates"])
-    return [_figures(name, dtype, row, rate) for name, row in rows.items()], rate
+        else:
+            rates += found.pop("matmul")["rates"]
+            rows |= found
+    rate = max(rates, default=math.nan)
+    return [_figures(name, dtype, rows[name], rate) for name in names if name in rows], rate
 
 
 def _measure_together(names, dtype, preset, folder, deadline, say):
@@ -101,23 +108,33 @@ def _measure_together(names, dtype, preset, folder, deadline, say):
             processes[name] = RowProcess(name, dtype, preset, folder, deadline)
             rows[name] = processes[name].ask("first") | {"seconds": [], "cpu_seconds": [], "rates": []}
             say(f"{dtype} {name}: first step after {time.perf_counter() - begin:.0f} s")
+            if not _rounds(name, preset, dtype):
+                rows[name] |= _end(processes.pop(name))
         for number in range(preset.rounds[dtype]):
-            for name in names:
-                if name == "matmul":
-                    rows[name]["rates"].append(processes[name].ask("step")["rate"])
-                elif number < _rounds(name, preset, dtype):
-                    found = processes[name].ask("step")
-                    for key in ("seconds", "cpu_seconds"):
-                        rows[name][key].append(found[key])
-                    say(f"{dtype} {name}: {found['seconds']:.2f} s")
-        return {name: rows[name] | process.ask("end") for name, process in processes.items()}
+            for name, process in processes.items():
+                if number < _rounds(name, preset, dtype):
+                    found = process.ask("step")
+                    for key, value in found.items():
+                        if key in ("seconds", "cpu_seconds", "rate"):
+                            rows[name]["rates" if key == "rate" else key].append(value)
+                    say(f"{dtype} {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+        while processes:
+            name, process = processes.popitem()
+            rows[name] |= _end(process)
+        return rows
     finally:
         for process in processes.values():
             process.stop()
 
 
+def _end(process):
+    found = process.ask("end")
+    process.stop()
+    return found
+
+
 def _rounds(name, preset, dtype):
-    rounds = ROWS[name].rounds
+    rounds = None if name == "matmul" else ROWS[name].rounds
     return preset.rounds[dtype] if rounds is None else min(rounds, preset.rounds[dtype])
 
 
