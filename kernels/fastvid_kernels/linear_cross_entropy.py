@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import use_triton
+from .row_blocks import row_blocks
 
-# Logits that exist at once: 64 MiB in bf16; plain torch adds an fp32 copy of 128 MiB.
+# Logits that exist at once: 64 MiB in bf16.
 CHUNK_LOGITS = 2**25
 
 
@@ -82,17 +83,16 @@ def _softmax_gradient_triton(logits_lV, targets_l, lse_l, losses_l, gradient):
 
 
 def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
-    targets_l1 = targets_l[:, None]
-    wide_lV = _wide(logits_lV)
-    target_logits_l = wide_lV.gather(1, targets_l1)[:, 0]
-    top_l1 = wide_lV.amax(-1, keepdim=True)
-    p_lV = wide_lV.sub_(top_l1).exp_()
-    sum_l1 = p_lV.sum(-1, keepdim=True)
-    lse_l.copy_((sum_l1.log() + top_l1)[:, 0])
-    losses_l.copy_(lse_l - target_logits_l)
-    if gradient:
-        p_lV.div_(sum_l1).scatter_add_(1, targets_l1, torch.full_like(sum_l1, -1.0))
-        logits_lV.copy_(p_lV)
+    for rows in row_blocks(*logits_lV.shape):
+        targets_n1, x_nV = targets_l[rows, None], _wide(logits_lV[rows])
+        top_n1 = x_nV.amax(-1, keepdim=True)
+        p_nV = (x_nV - top_n1).exp_()
+        sum_n1 = p_nV.sum(-1, keepdim=True)
+        lse_n1 = sum_n1.log().add_(top_n1)
+        losses_l[rows] = (lse_n1 - x_nV.gather(1, targets_n1))[:, 0]
+        lse_l[rows] = lse_n1[:, 0]
+        if gradient:
+            logits_lV[rows] = p_nV.div_(sum_n1).scatter_add_(1, targets_n1, torch.full_like(sum_n1, -1.0))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

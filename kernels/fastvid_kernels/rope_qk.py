@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import use_triton
+from .row_blocks import row_blocks
 
 
 def _wide(x):
@@ -34,14 +35,22 @@ def _angles(positions_N, inv_freq_h, scale):
     return angles_N1h.cos() * scale, angles_N1h.sin() * scale
 
 
-def _rotate_(qkv_NE, cos_N1h, sin_N1h, num_heads, num_kv_heads):
-    """Rotate queries and keys of contiguous packed rows in place."""
-    rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, :num_heads + num_kv_heads]
-    first_NAh, second_NAh = _wide(rows_NAd).chunk(2, dim=-1)
-    half = first_NAh.shape[-1]
-    # Both before either is written: in fp32 the halves are views of the rows.
-    rotated = first_NAh * cos_N1h - second_NAh * sin_N1h, second_NAh * cos_N1h + first_NAh * sin_N1h
-    rows_NAd[..., :half], rows_NAd[..., half:] = rotated
+def _rotate(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
+    """Rotate `qkv_NE` into `out_NE`, which may be the same, in plain torch, in blocks."""
+    N, E = qkv_NE.shape
+    rotated, heads_2h = num_heads + num_kv_heads, (num_heads + 2 * num_kv_heads, 2, -1)
+    for rows in row_blocks(N, E):
+        cos_n1h, sin_n1h = _angles(positions_N[rows], inv_freq_h, scale)
+        if inverse:
+            sin_n1h.neg_()
+        rows_nA2h, out_nA2h = (x_NE[rows].unflatten(1, heads_2h) for x_NE in (qkv_NE, out_NE))
+        first_nAh, second_nAh = _wide(rows_nA2h[:, :rotated]).unbind(2)
+        # Both before either is written: the halves may be views of what is written to.
+        turned_first_nAh = (first_nAh * cos_n1h).addcmul_(second_nAh, sin_n1h, value=-1)
+        out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).addcmul_(first_nAh, sin_n1h)
+        out_nA2h[:, :rotated, 0] = turned_first_nAh
+        if out_NE is not qkv_NE:
+            out_nA2h[:, rotated:] = rows_nA2h[:, rotated:]
 
 
 def _tiles(heads, half):
@@ -119,30 +128,23 @@ class _RopeQK(torch.autograd.Function):
         ctx.triton_kernel = triton_kernel
         if inplace:
             ctx.mark_dirty(qkv_NE)
-        if triton_kernel:
-            qkv_NE = qkv_NE if inplace else qkv_NE.contiguous()
-            out_NE = qkv_NE if inplace else torch.empty_like(qkv_NE)
-            _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, *ctx.settings, False)
-            return out_NE
-        if not inplace:
-            qkv_NE = qkv_NE.clone(memory_format=torch.contiguous_format)
-        _rotate_(qkv_NE, *_angles(positions_N, inv_freq_h, scale), num_heads, num_kv_heads)
-        return qkv_NE
+        if triton_kernel and not inplace:
+            qkv_NE = qkv_NE.contiguous()
+        out_NE = qkv_NE if inplace else torch.empty_like(qkv_NE, memory_format=torch.contiguous_format)
+        rotate = _rotate_by_kernel if triton_kernel else _rotate
+        rotate(qkv_NE, out_NE, positions_N, inv_freq_h, *ctx.settings, False)
+        return out_NE
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NE):
         positions_N, inv_freq_h = ctx.saved_tensors
-        num_heads, num_kv_heads, scale = ctx.settings
         if ctx.triton_kernel:
-            # Not in place: autograd may hand the same gradient to others.
             grad_NE = grad_NE.contiguous()
-            grad_qkv_NE = torch.empty_like(grad_NE)
-            _rotate_by_kernel(grad_NE, grad_qkv_NE, positions_N, inv_freq_h, *ctx.settings, True)
-        else:
-            cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
-            grad_qkv_NE = grad_NE.clone(memory_format=torch.contiguous_format)
-            _rotate_(grad_qkv_NE, cos_N1h, -sin_N1h, num_heads, num_kv_heads)
+        # Not in place: autograd may hand the same gradient to others.
+        grad_qkv_NE = torch.empty_like(grad_NE, memory_format=torch.contiguous_format)
+        rotate = _rotate_by_kernel if ctx.triton_kernel else _rotate
+        rotate(grad_NE, grad_qkv_NE, positions_N, inv_freq_h, *ctx.settings, True)
         return grad_qkv_NE, None, None, None, None, None, None, None
 
 
