@@ -92,6 +92,11 @@ def peak_flops(config, world):
     return peak and peak * world.size
 
 
+def row_budget(config, world):
+    """Rows that a step of all ranks has room for under ``--rows_per_batch``, or None."""
+    return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
+
+
 def plan_memory(config, model_config, loader, world):
     """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
 

@@ -190,7 +190,8 @@ def loop(state):
     config, order = state.config, state.order
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
                       report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
-                      peak_flops=planning.peak_flops(config, state.world))
+                      peak_flops=planning.peak_flops(config, state.world),
+                      row_budget=planning.row_budget(config, state.world))
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),

@@ -53,15 +53,17 @@ def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
     gate, tensors, saver = Gate(monkeypatch), {"weight": torch.zeros(3)}, Saver()
     save(saver, tmp_path, 1, tensors)
     tensors["weight"] += 2
-    second = threading.Thread(target=save, args=(saver, tmp_path, 2, tensors), kwargs={"total_limit": 1})
+    second = threading.Thread(target=save, args=(saver, tmp_path, 2, tensors))
     second.start()
     second.join(0.2)
     assert second.is_alive()
     gate.open.set()
     second.join(PATIENCE)
     saver.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert weight_of(tmp_path / "checkpoint-2") == [2, 2, 2]
+    assert [weight_of(tmp_path / f"checkpoint-{step}") for step in (1, 2)] == [[0, 0, 0], [2, 2, 2]]
+    save(saver, tmp_path, 3, tensors, total_limit=1)
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     saver.wait()  # nothing is under way
 
 

@@ -15,7 +15,7 @@ from ranks import leave
 from safetensors.torch import load_file
 from training_run import SAMPLES, config_of, flags, losses, start, write_run
 
-from fastvid import checkpoint, parallel, train
+from fastvid import checkpoint, parallel, planning, train
 from fastvid.data.features import load_features, save_features
 from fastvid.metrics import read_metrics
 
@@ -313,7 +313,14 @@ def test_rates_of_a_run(straight, run, tmp_path):
     assert first["tflops_per_second"] > 0 and "mfu" not in first
     assert train.main(flags(run, tmp_path, "--max_steps", "1", "--peak_tflops", "0.5")) == 0
     [line] = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5)
+    assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5) and "budget_fill" not in line
+
+    options = "--rows_per_batch", "150", "--gradient_accumulation_steps", "2", "--share_video", "True"
+    assert train.main(flags(run, tmp_path / "packed", *options, "--num_train_epochs", "1")) == 0
+    config = config_of(run, tmp_path, *options)
+    assert planning.row_budget(config, parallel.World(0, 3, 0, torch.device("cpu"), False)) == 150 * 2 * 3
+    for line in read_metrics(tmp_path / "packed" / "metrics.jsonl"):
+        assert 0 < line["budget_fill"] <= 1 and line["padding_share"] <= 1
 
 
 def test_files_of_a_run(straight):
