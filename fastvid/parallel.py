@@ -9,6 +9,7 @@ Layouts of a model over ranks:
 """
 
 import contextlib
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ def start() -> World:
         device, backend = torch.device("cpu"), "gloo"
     if not distributed:
         return World(0, 1, local_rank, device, False)
+    gc.collect()  # process groups of an earlier job in this process: a forked child that collected one would hang in it
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     heartbeat = Heartbeat(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -212,11 +214,9 @@ def shard(model, world, layout, *, bf16, shard_size=None):
         fully_shard(layer, **options)
     fully_shard(model.projector, **options, reshard_after_forward=False)
     fully_shard(model, **options, reshard_after_forward=False)
-    # While one layer computes the next one is gathered; left to itself, FSDP2 does so in backward only.
+    # While one layer computes the next one is gathered; in backward FSDP2 does so by itself.
     for module, following in zip([model, *layers], layers):
         module.set_modules_to_forward_prefetch([following])
-    for module, preceding in zip([model, *reversed(layers)], reversed(layers)):
-        module.set_modules_to_backward_prefetch([preceding])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -28,14 +28,15 @@ def world_of(rank, local_size=2):
 class Trainer:
     """Steps of a model whose matrices have rows of whole blocks, over a fixed set of samples, each rank its share."""
 
-    def __init__(self, world, layout, *, trainable=FULL, optim="adamw_8bit", shard_size=None, layers=3):
+    def __init__(self, world, layout, *, dtype=torch.float32, optim="adamw_8bit", shard_size=None, layers=3):
         model = random_model(model_config(
-            mm_hidden_size=256, hidden_size=256, intermediate_size=256, num_layers=layers, head_dim=64), trainable)
+            mm_hidden_size=256, hidden_size=256, intermediate_size=256, num_layers=layers, head_dim=64), FULL,
+            compute_dtype=dtype, trained_dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter *= 0.25  # of a width of 256: differences do not grow from layer to layer
-        parallel.shard(model, world, layout, bf16=False, shard_size=shard_size)
+        parallel.shard(model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size)
         self.model, self.world = model, world
         config = TrainConfig(model_name_or_path="", data_path=[], output_dir="", optim=optim, weight_decay=0.1)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -98,6 +99,23 @@ def test_8_bit_training_over_changing_ranks_and_layouts_is_one_run(tmp_path):
     hybrid, full = (sum(path.stat().st_size for path in (tmp_path / stage / "checkpoint-1").glob("*.safetensors"))
                     for stage in ("1", "2"))
     assert hybrid == pytest.approx(full, rel=0.01)
+
+
+def bf16_steps(rank):
+    trainer = Trainer(world_of(rank), "full", dtype=torch.bfloat16)
+    steps = [trainer.step(step) for step in range(4)]
+    assert {tensor.dtype for tensor in trainer.optimizer.parameters.values()} == {torch.bfloat16}
+    return steps
+
+
+def test_bf16_weights_are_trained_sharded_as_whole(tmp_path):
+    """To what bf16 gradients are worth: sharded ones are summed in fp32."""
+    straight = Trainer(ALONE, "replicated", dtype=torch.bfloat16)
+    expected = [straight.step(step) for step in range(4)]
+    for found in on_ranks(2, bf16_steps, tmp_path):
+        for ours, theirs in zip(found, expected):
+            assert ours == pytest.approx(theirs, rel=0.03)
+    assert expected[-1][0] < 0.9 * expected[0][0]
 
 
 def test_copies_must_fill_the_ranks():
