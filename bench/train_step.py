@@ -6,6 +6,7 @@ Prints the ladder and writes {"environment", "preset", "rows", "ratios", …} as
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -155,10 +156,11 @@ def compare(rows):
     """What is wrong with the losses and gradient norms of one dtype's rows, a line each."""
     found = {row["row"]: row for row in rows}
     for row in rows:
-        like = found.get(ROWS[row["row"]].like)
+        ours = ROWS[row["row"]]
+        like = found.get(ours.like)
         if like is None:
             continue
-        for key, limit in zip(("loss", "norm"), TOLERANCE[row["dtype"]]):
+        for key, limit in zip(("loss", "norm"), ours.tolerance or TOLERANCE[row["dtype"]]):
             error = abs(row[key] - like[key]) / abs(like[key])
             if not error <= limit:
                 yield (f"{row['dtype']} {row['row']}: {key} {row[key]:.6g}, {like['row']} has {like[key]:.6g}: "
@@ -208,17 +210,20 @@ def table(rows):
                                for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
 
-def run(preset_name, *, names=None, dtypes=None, folder=None, limit=None, say=print):
+def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, limit=None, say=print):
     """Everything that the JSON file holds; "faults" lists rows whose loss or gradient norm is not what it must be.
 
     Args:
         names, dtypes: what to run of the preset's; None: all.
+        rounds: timed steps of each row, instead of the preset's.
         folder: where the temporary folder goes.
         limit: seconds after which a GPU's rows are cut short.
     """
     import torch
 
     preset, begin = PRESETS[preset_name], time.perf_counter()
+    if rounds:
+        preset = dataclasses.replace(preset, rounds=dict.fromkeys(preset.rounds, rounds))
     deadline = time.monotonic() + (limit or 24 * 3600)
     rows, rates, faults = [], {}, []
     with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -244,11 +249,12 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="folder for train-PRESET.json and .png, where those two name none")
     parser.add_argument("--rows", help="those to run, by name, with commas (default: the preset's)")
     parser.add_argument("--dtypes", help="bf16, fp32 or both with a comma (default: the preset's)")
+    parser.add_argument("--rounds", type=int, help="timed steps of each row (default: the preset's)")
     parser.add_argument("--limit", type=float, help="seconds after which rows on a GPU are cut short")
     parser.add_argument("--folder", help="where the temporary folder goes: the model's bf16 weights must fit")
     arguments = parser.parse_args(argv)
     result = run(arguments.preset, names=arguments.rows and arguments.rows.split(","), folder=arguments.folder,
-                 limit=arguments.limit, dtypes=arguments.dtypes and arguments.dtypes.split(","))
+                 rounds=arguments.rounds, limit=arguments.limit, dtypes=arguments.dtypes and arguments.dtypes.split(","))
     print(f"\n{json.dumps(result['environment'])}\n{table(result['rows'])}\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("environment", "rows")}, indent=1))
     target = arguments.out and arguments.out / f"train-{arguments.preset}"

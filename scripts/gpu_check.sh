@@ -16,7 +16,7 @@ fi
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 if [[ ${1:-} == --train ]]; then
   shift
-  preset=$("${PYTHON:-python3}" -c 'import torch; print("h200-7b" if torch.cuda.is_available() else "tiny")')
+  preset=$("${PYTHON:-python3}" -c 'import torch; print("h200-7b" if torch.cuda.is_available() else "tiny-gpu")')
   mkdir -p "${OUT:=bench/results}"
   exec "${PYTHON:-python3}" bench/train_step.py --preset "$preset" --limit 500 --out "$OUT" "$@"
 fi

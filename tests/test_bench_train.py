@@ -151,6 +151,16 @@ def test_rows_compute_less_from_idea_to_idea(firsts):
     assert firsts["packed"]["rows"] == firsts["exact"]["sample_rows"] == firsts["reference"]["sample_rows"]
 
 
+def test_rows_for_a_gpu_run_at_tiny_sizes(folder, firsts):
+    """Their figures are a GPU's; that their command lines and steps work is seen here."""
+    names = [name for name in PRESETS["h200-7b"].rows["bf16"] if name not in firsts] + ["exact", "shared"]
+    assert {"fp8", "shared_fp8", "full"} <= set(names)
+    rows = [{"row": name, "dtype": "bf16", **first(name, folder, "bf16")} for name in names]
+    assert list(train_step.compare(rows)) == []
+    full = rows[names.index("full")]
+    assert full["flops"] > 1.3 * firsts["exact"]["flops"] and full["norm"] > 1.5 * firsts["exact"]["norm"]
+
+
 def test_reference_trains_the_whole_table_but_moves_two_rows(folder):
     row = train_rows.make("reference", folder, torch.float32, 8)
     table = row.model.model.embed_tokens.weight
@@ -253,8 +263,8 @@ def test_command_writes_the_ladder(tmp_path):
                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "× reference" in done.stdout and (tmp_path / "out" / "train-tiny.png").stat().st_size > 10_000
-    written = json.loads((tmp_path / "out" / "train-tiny.json").read_text())
+    assert "× reference" in done.stdout and (tmp_path / "out" / "train-tiny-gpu.png").stat().st_size > 10_000
+    written = json.loads((tmp_path / "out" / "train-tiny-gpu.json").read_text())
     assert {"environment", "ratios", "matmul_share", "matmul_share_fp32", "memory_vs_reference"} <= written.keys()
     reference, exact = written["rows"]
     assert written["ratios"]["exact_vs_reference"] == pytest.approx(reference["seconds"][0] / exact["seconds"][0])
