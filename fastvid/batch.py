@@ -43,6 +43,8 @@ class AttentionLayout:
         max_seqlen_k: rows of the longest key segment.
         kv_rows: [M] int64, for each key of each segment the row that it is, counted from the first row of the batch's
             constant prefix (`PackedBatch.prefix_rows`), which the packed rows follow; None: a segment's own rows.
+        own_keys: [N] int64, where in `kv_rows` each query's own row stands, if each stands there once: the gradient of
+            the gather is then a gather too. None: unknown, or some row is a key of several segments.
     """
 
     cu_seqlens_q: Tensor
@@ -50,6 +52,7 @@ class AttentionLayout:
     cu_seqlens_k: Tensor
     max_seqlen_k: int
     kv_rows: Tensor | None = None
+    own_keys: Tensor | None = None
 
     @staticmethod
     def of_lengths(lengths):
@@ -92,6 +95,17 @@ class AttentionLayout:
                                   kv_rows=chosen_rows))
         return tuple(halves)
 
+    def finding_own_keys(self, first):
+        """The same layout with `own_keys`, if no row is shared; its queries' rows count from `first`. On the CPU."""
+        if self.kv_rows is None:
+            return self
+        at = (self.kv_rows >= first).nonzero().flatten()
+        own = self.kv_rows[at] - first
+        rows = int(self.cu_seqlens_q[-1])
+        if len(own) != rows or not torch.equal(own.sort().values, torch.arange(rows)):
+            return self
+        return replace(self, own_keys=at[own.argsort()])
+
     def pairs(self):
         """Pairs of a query and a key that attention computes, per head. On the CPU."""
         q, k = (bounds.diff().long() for bounds in (self.cu_seqlens_q, self.cu_seqlens_k))
@@ -101,8 +115,8 @@ class AttentionLayout:
         """The same layout with `function` applied to every tensor."""
         queries = function(self.cu_seqlens_q)
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
-        kv_rows = None if self.kv_rows is None else function(self.kv_rows)
-        return replace(self, cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows)
+        kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
+        return replace(self, cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, own_keys=own_keys)
 
 
 @dataclass(frozen=True)
@@ -171,17 +185,19 @@ class PackedBatch:
         return self.targets.numel()
 
     def parted(self):
-        """The same batch with what spares the model work: `loss_layout`, and `parts` if some rows are frozen. On the CPU.
+        """The same batch with what spares the model work: `loss_layout`, `own_keys`, `parts` if rows are frozen. On the CPU.
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
-        batch = self if self.loss_layout else replace(self, loss_layout=self.layout.of_rows(self.loss_rows))
+        batch = replace(self, loss_layout=self.loss_layout or self.layout.of_rows(self.loss_rows),
+                        layout=self.layout.finding_own_keys(self.prefix_rows))
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
             return batch
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
         frozen, live = self.layout.split(segments)
+        live = live.finding_own_keys(self.prefix_rows + self.frozen_rows)
         frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
         return replace(batch, parts=(BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
                                      BatchPart(live, live_loss, live.of_rows(live_loss))))

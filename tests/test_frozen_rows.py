@@ -20,6 +20,8 @@ from model_cases import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvid.model.attention import attend
+
 PREFIX = 4
 
 
@@ -125,6 +127,22 @@ def test_parts_attend_to_their_samples():
     assert torch.equal(rows, batch.loss_rows)
     assert [keys[-1] for keys in segments(live.loss_layout)] == [sample[-2] for sample in video]
     assert segments(frozen.loss_layout) == [samples[1][:-1]]
+
+
+def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
+    _, batch = cases()
+    layout = batch.parted().parts[1].layout
+    first = PREFIX + batch.frozen_rows
+    assert layout.kv_rows[layout.own_keys].tolist() == list(range(first, first + len(layout.own_keys)))
+    q, k, v = (torch.randn(len(layout.own_keys), 4, 8, requires_grad=True) for _ in range(3))
+    constant = torch.randn(first, 4, 8), torch.randn(first, 4, 8)
+    out = attend(q, k, v, layout, constant=constant)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(attend(q, k, v, dataclasses.replace(layout, own_keys=None), constant=constant),
+                                   (q, k, v), grad)
+    assert all(map(torch.equal, torch.autograd.grad(out, (q, k, v), grad), expected))
+    twice = dataclasses.replace(layout, kv_rows=layout.kv_rows.clamp(max=first), own_keys=None)
+    assert twice.finding_own_keys(first).own_keys is None
 
 
 def test_a_batch_without_live_supervised_rows_has_no_parts():

@@ -49,7 +49,8 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         return call(q_NHd, k_NKd, v_NKd, layout)
     keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
         constant or (None, None), (k_NKd, v_NKd)))
-    k_MKd, v_MKd = _GatherRows.apply(k_NKd, keys, regather), _GatherRows.apply(v_NKd, values, regather)
+    k_MKd, v_MKd = (_GatherRows.apply(own_NKd, gathered, layout.own_keys, regather) for own_NKd, gathered in (
+        (k_NKd, keys), (v_NKd, values)))
     with _saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
 
@@ -197,11 +198,11 @@ class _Gathered:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[N, K, d] → [M, K, d]; saves indices, and backward sums a shared row's gradients in fp32, in the order of M."""
+    """[N, K, d] → [M, K, d]; saves indices; backward gathers, or sums a shared row's gradients in fp32, in M's order."""
 
     @staticmethod
-    def forward(ctx, source_NKd, gathered, regather):
-        ctx.save_for_backward(gathered.rows_M)
+    def forward(ctx, source_NKd, gathered, own_keys_N, regather):
+        ctx.save_for_backward(gathered.rows_M, own_keys_N)
         ctx.first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
         ctx.shape = source_NKd.shape
         ctx.gathered = gathered if regather else None  # which holds keys or values: not under recomputation
@@ -210,13 +211,15 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_MKd):
-        (rows_M,) = ctx.saved_tensors
+        rows_M, own_keys_N = ctx.saved_tensors
         if ctx.gathered is not None:
             ctx.gathered.again_MKd = None  # attention's backward, its only reader, is done
+        if own_keys_N is not None:
+            return grad_MKd.index_select(0, own_keys_N), None, None, None
         # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
         total_RE = torch.ops.aten.embedding_dense_backward(
             grad_MKd.flatten(1).float(), rows_M, ctx.first + ctx.shape[0], -1, False)
-        return total_RE[ctx.first:].view(ctx.shape).to(grad_MKd.dtype), None, None
+        return total_RE[ctx.first:].view(ctx.shape).to(grad_MKd.dtype), None, None, None
 
 
 def _saving_no_copy(*gathered):
