@@ -170,9 +170,10 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     """What the loss keeps until backward, and what exists at once while it is computed."""
     chunk = min(supervised_rows, chunk_rows(c.vocab_size)) * c.vocab_size
     table = c.vocab_size * c.hidden_size if ("embed" if c.tie_word_embeddings else "head") in trainable else 0
-    copies = size if size < 4 else 0  # of products and of a trained head
+    copies = size if size < 4 else 0  # of a trained head
     rows = supervised_rows * c.hidden_size * size if trainable & BELOW_THE_HEAD else 0
-    return rows + 4 * table, chunk * (4 + copies) + table * (size + copies)
+    block = min(chunk, BLOCK_NUMBERS) * (12 if size < 4 else 8)  # where no kernel can run
+    return rows + 4 * table, chunk * size + block + table * (size + copies)
 
 
 def _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute):
