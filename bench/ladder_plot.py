@@ -1,4 +1,8 @@
-"""The picture of the training benchmark: samples per second and peak memory, row by row, for each precision."""
+"""The training benchmark as a picture and as README's table: python -m bench.ladder_plot FILE
+
+FILE is what bench/train_step.py wrote. The picture goes to bench/plots/train_step.png, the table into README.md, between
+its two `ladder` comments.
+"""
 
 import argparse
 import json
@@ -8,6 +12,8 @@ from matplotlib.figure import Figure
 
 from bench.roofline import GRID, INK, OURS, QUIET
 
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- ladder: python -m bench.ladder_plot -->", "<!-- end of ladder -->"
 COLOURS = {("bf16", True): OURS, ("fp32", True): "#9ec5fe", ("bf16", False): "#495057", ("fp32", False): "#ced4da"}
 ROW, HEAD, FOOT, WIDTH = 0.62, 1.25, 0.85, 11.5  # inches
 PANELS = (0.36, 0.36), (0.80, 0.17)  # left edge and width, of the figure
@@ -83,12 +89,47 @@ def _legend(figure, dtypes, height):
     figure.text(at, height, "(×: times the reference's)", fontsize=9.5, color=QUIET, va="center")
 
 
+def markdown(result):
+    """README's table of the rows that were timed: samples per second and memory, times the reference's in brackets."""
+    rows = {(row["dtype"], row["row"]): row for row in result["rows"] if row["seconds"]}
+    dtypes = list(dict.fromkeys(dtype for dtype, _ in rows))
+    lines = ["| | " + " | ".join(f"{dtype}: samples/s | GFLOP/s | of matmul | memory" for dtype in dtypes) + " |",
+             "|---|" + "---:|" * (4 * len(dtypes))]
+    for name in dict.fromkeys(name for _, name in rows):
+        cells = [_title(result["rows"], name)]
+        for dtype in dtypes:
+            cells += _cells(rows.get((dtype, name)), rows.get((dtype, "reference")))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row, reference):
+    if row is None:
+        return [""] * 4
+    speed, memory = f"{row['samples_per_second']:.3g}", f"{row['peak_bytes'] / 2**30:.2f} GiB"
+    if reference and row is not reference:
+        speed += f" ({row['samples_per_second'] / reference['samples_per_second']:.1f}×)"
+        memory += f" ({row['peak_bytes'] / reference['peak_bytes']:.2f}×)"
+    return [speed, f"{row['flops_per_second'] / 1e9:,.0f}", f"{100 * row['matmul_share']:.0f} %", memory]
+
+
+def into_readme(text, table):
+    """README's text with `table` between its two comments."""
+    before, _, rest = text.partition(f"{BEGIN}\n")
+    _, _, behind = rest.partition(f"{END}\n")
+    assert behind, f"README.md needs the lines {BEGIN} and {END}"
+    return f"{before}{BEGIN}\n{table}\n{END}\n{behind}"
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path, help="file that bench/train_step.py wrote")
-    parser.add_argument("--png", type=Path, default=Path(__file__).resolve().parent / "plots" / "train_step.png")
+    parser.add_argument("--png", type=Path, default=ROOT / "bench" / "plots" / "train_step.png")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     arguments = parser.parse_args(argv)
-    draw(json.loads(arguments.json.read_text())).savefig(arguments.png)
+    result = json.loads(arguments.json.read_text())
+    draw(result).savefig(arguments.png)
+    arguments.readme.write_text(into_readme(arguments.readme.read_text(), markdown(result)))
 
 
 if __name__ == "__main__":

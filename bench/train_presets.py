@@ -56,14 +56,6 @@ class Row:
     like: str | None = "reference"
     tolerance: tuple[float, float] | None = None
 
-    @property
-    def video_first(self):
-        return "video_first" in self.flags
-
-    @property
-    def share(self):
-        return "--share_video" in self.flags
-
 
 _NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
 _FP8, _ROUGHLY = ("--frozen_dtype", "fp8"), (5e-3, 0.2)

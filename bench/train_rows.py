@@ -29,14 +29,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Fastvid:
     """`fastvid.train.train_step` on the state that `fastvid.train.build` makes of a training command line.
 
-    The packer is called here rather than by the state's loader, so that every row takes the same samples in the same
+    The packer is called here, as the state's loader calls it, so that every row takes the same samples in the same
     micro-batches, and so that ideas can be left out.
     """
 
     def __init__(self, row, folder, dtype, micro_batch):
         from fastvid import parallel, train
         from fastvid.config import TrainConfig, parse
-        from fastvid.data.conversation import system_prefix
         from fastvid.data.packing import pack
 
         adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
@@ -48,13 +47,12 @@ class Fastvid:
             "constant_with_warmup", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size",
             str(micro_batch), "--dataloader_num_workers", "0", *row.flags]), parallel.start())
         self.device = state.world.device
-        samples, apart = state.loader.samples, row.apart and not row.full
+        samples, packing = state.loader.samples, state.loader.packing
+        if not row.apart:
+            packing = packing | {"prefix": (), "frozen": False}
         read = [samples.read(i) for i in range(len(samples))]
-        prefix = system_prefix(state.tokenizer, state.config.version) if apart else ()
-        if apart:
-            state.model.keep_prefix(prefix)
-        self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, prefix=prefix,
-                             frozen=apart, share=row.share) for i in range(0, len(read), micro_batch)]
+        self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, **packing)
+                        for i in range(0, len(read), micro_batch)]
         if not row.last_layer:
             self.batches = [replace(batch, loss_layout=None) for batch in self.batches]
         self.samples, self.rows = len(read), sum(batch.num_rows for batch in self.batches)

@@ -224,6 +224,19 @@ def test_table_and_picture_show_what_was_timed(result, tmp_path):
     figure.savefig(tmp_path / "ladder.png")
 
 
+def test_table_goes_into_readme_between_its_comments(result, tmp_path):
+    table = ladder_plot.markdown(result)
+    lines = table.splitlines()
+    assert lines[2] == "| reference's recipe (transformers) | 0.5 | 0 | 2 % | 1.00 GiB | 0.25 | 0 | 1 % | 1.00 GiB |"
+    assert lines[4].split(" | ")[1:] == ["1.5 (3.0×)", "8", "50 %", "0.50 GiB (0.50×)", "0.625 (2.5×)", "8", "50 %",
+                                         "1.00 GiB (1.00×) |"]
+    assert lines[3].endswith("|  |  |  |  |") and len(lines) == 7
+    text = f"# A\n{ladder_plot.BEGIN}\nold\n{ladder_plot.END}\nrest\n"
+    assert ladder_plot.into_readme(text, table) == f"# A\n{ladder_plot.BEGIN}\n{table}\n{ladder_plot.END}\nrest\n"
+    with pytest.raises(AssertionError, match="README.md needs"):
+        ladder_plot.into_readme("# A\n", table)
+
+
 def test_a_row_that_fails_costs_itself_on_a_gpu_and_the_run_on_a_cpu(folder, monkeypatch):
     told, deadline = [], 1e9
     monkeypatch.setitem(ROWS, "broken", dataclasses.replace(ROWS["exact"], flags=("--recompute", "sometimes")))
