@@ -42,8 +42,9 @@ def compared(found, baseline):
     """How a curve differs from the baseline's.
 
     Returns:
-        dict: mean loss of all steps and of the last WINDOW; how much larger the first is than the baseline's; and the
-        largest difference of two running means over WINDOW steps; both as parts of the baseline's mean loss.
+        dict: mean loss of all steps and of the last WINDOW; how much larger the mean is than the baseline's, and the
+        loss of the first step, when the two models differ in rounding alone, as parts of the baseline's; and the
+        largest difference of two running means over WINDOW steps, as a part of the baseline's mean.
     """
     def running(values):
         return [statistics.fmean(values[i:i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
@@ -51,21 +52,22 @@ def compared(found, baseline):
     gap = max(abs(a - b) for a, b in zip(running(found), running(baseline), strict=True))
     mean, usual = statistics.fmean(found), statistics.fmean(baseline)
     return {"mean": mean, "mean_last": statistics.fmean(found[-WINDOW:]), "difference": mean / usual - 1,
-            "largest_gap": gap / usual}
+            "first_difference": found[0] / baseline[0] - 1, "largest_gap": gap / usual}
 
 
 def table(rows):
     """One line for each way: means over seeds, and the standard error of the difference."""
-    line = "{:<6}{:>7}{:>12}{:>14}{:>14}{:>12}{:>14}".format
-    lines = [line("", "seeds", "mean loss", f"over {BASELINE}", "± std. error", f"last {WINDOW}", "largest gap")]
+    line = "{:<6}{:>7}{:>12}{:>14}{:>14}{:>14}{:>12}{:>14}".format
+    lines = [line("", "seeds", "mean loss", f"over {BASELINE}", "± std. error", "at step 1", f"last {WINDOW}",
+                  "largest gap")]
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
         mean = {key: statistics.fmean(row[key] for row in mine)
-                for key in ("mean", "difference", "mean_last", "largest_gap")}
+                for key in ("mean", "difference", "first_difference", "mean_last", "largest_gap")}
         differences = [row["difference"] for row in mine]
         error = statistics.stdev(differences) / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
         lines.append(line(way, len(mine), f"{mean['mean']:.4f}", f"{mean['difference']:+.2%}", f"{error:.2%}",
-                          f"{mean['mean_last']:.4f}", f"{mean['largest_gap']:.2%}"))
+                          f"{mean['first_difference']:+.2%}", f"{mean['mean_last']:.4f}", f"{mean['largest_gap']:.2%}"))
     return "\n".join(lines)
 
 

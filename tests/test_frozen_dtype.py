@@ -19,6 +19,7 @@ from model_cases import (
 from training_run import config_of, flags, losses, start, write_run
 from weight_folders import CONFIG, LLAMA, TOKENS, llava_state, our_state, write_folder
 
+from bench.frozen_dtype import compared, table
 from fastvid import checkpoint, parallel, planning, train
 from fastvid.model import quantize
 from fastvid.model.memory import estimate
@@ -287,3 +288,15 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
         estimates.append(expected.total - expected.weights)
         assert expected.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and estimates[1] == pytest.approx(estimates[0], rel=0.01)
+
+
+# --- the benchmark of loss curves
+
+def test_curves_are_compared_with_bf16():
+    plain = [2.0] * 40
+    figures = compared([2.02] * 20 + [2.0] * 20, plain)
+    assert figures == pytest.approx({"mean": 2.01, "mean_last": 2.0, "difference": 0.005, "first_difference": 0.01,
+                                     "largest_gap": 0.01})
+    rows = [{"way": way, "seed": seed, **compared([2.0 * factor] * 40, plain)}
+            for seed in (0, 1) for way, factor in (("bf16", 1.0), ("fp8", 1.01 + 0.02 * seed))]
+    assert table(rows).splitlines()[2].split() == ["fp8", "2", "2.0400", "+2.00%", "1.00%", "+2.00%", "2.0400", "2.00%"]
