@@ -19,6 +19,9 @@ MODES = {
     "full fine-tune": ["--tune_mm_mlp_adapter", "False"],
     "accumulation": ["--gradient_accumulation_steps", "2"],
     "recomputation": ["--recompute", "full"],
+    "shared rows": ["--share_video", "True", "--rows_per_batch", "200", "--bf16", "True"],
+    "8-bit moments": ["--tune_mm_mlp_adapter", "False", "--optim", "adamw_8bit", "--bf16", "True", "--master_dtype",
+                      "bfloat16"],
 }
 
 
@@ -34,7 +37,7 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
     state = train.build(config, CPU)
     # Attention on a CPU reads its segments on the host, whose memory they are in; a GPU's kernels do not.
     reads = HostReads(monkeypatch, lambda: state.step, [
-        (attention._CALLS, "sdpa"), (Formula, "counts"), (recovery, "write_results")])
+        *((attention._CALLS, name) for name in attention._CALLS), (Formula, "counts"), (recovery, "write_results")])
     batches = state.loader.iterate
 
     def iterate(first):
