@@ -290,3 +290,11 @@ def test_presets_name_rows():
     for preset in PRESETS.values():
         assert all(name in ROWS for names in preset.rows.values() for name in names)
         assert preset.rows.keys() == preset.rounds.keys()
+
+
+def test_readme_shows_the_committed_ladder():
+    path = ROOT / "bench" / "results" / "train-cpu-110m.json"
+    if not path.is_file():
+        pytest.skip("no ladder is committed")
+    text = (ROOT / "README.md").read_text()
+    assert ladder_plot.into_readme(text, ladder_plot.markdown(json.loads(path.read_text()))) == text
