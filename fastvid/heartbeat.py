@@ -13,6 +13,7 @@ import threading
 import time
 from datetime import timedelta
 
+STORE = "rank 0 or its launcher"  # where the store lies: who is gone when it does not answer
 EVERY, SILENCE = 1.0, 15.0  # seconds; a rank that says nothing for so long is dead, and all end within 30 s
 
 
@@ -47,9 +48,12 @@ class Heartbeat:
     def silent_ranks(self):
         """What is known of ranks that give no sign of life while this waits for a few."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        before = self._heard(others)
-        time.sleep(4 * self.every)
-        return [_describe(rank, value) for rank, value in self._heard(others).items() if value == before[rank]]
+        try:
+            before = self._heard(others)
+            time.sleep(4 * self.every)
+            return [_describe(rank, value) for rank, value in self._heard(others).items() if value == before[rank]]
+        except RuntimeError:
+            return [STORE]
 
     def _beat(self):
         self.beats += 1
@@ -75,8 +79,8 @@ class Heartbeat:
                         lost = f"{_describe(rank, value)} has given no sign of life for {self.silence:g} s"
                         self.store.set("heartbeat/lost", lost)
                         self._end(lost)
-            except RuntimeError as error:  # the store is where rank 0 or its launcher was
-                self._end(f"rank 0 or its launcher is gone: {error}")
+            except RuntimeError as error:
+                self._end(f"{STORE} is gone: {str(error).splitlines()[0]}")
 
     def _end(self, reason):
         if self.stopped.is_set():

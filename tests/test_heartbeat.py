@@ -113,5 +113,12 @@ def test_a_failed_collective_names_who_is_silent():
     with pytest.raises(RuntimeError, match="out of memory"):
         with parallel.naming_the_dead(world):
             raise RuntimeError("out of memory")
+    def unreachable(ranks):
+        raise RuntimeError("recvValueWithTimeout failed")
+
+    mine._heard = unreachable
+    with pytest.raises(ConnectionError, match="rank 0 lost rank 0 or its launcher"):
+        with parallel.naming_the_dead(world):
+            raise RuntimeError("Connection closed by peer")
     for heartbeat in (living, dead):
         heartbeat.stop()
