@@ -52,12 +52,14 @@ class Ahead:
         while True:
             try:
                 result = next(results, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                said = str(error).strip()
+                if "in DataLoader worker process" in said or (
+                        isinstance(error, RuntimeError) and "DataLoader worker (pid" not in said):
+                    raise  # the function's own
                 raise ChildProcessError(
-                    f"a process that reads data has died ({str(error).strip()}); it may have run out of memory or of "
-                    "shared memory (/dev/shm): fewer --dataloader_num_workers need less, 0 needs none") from error
+                    f"a process that reads data has died ({said}); it may have run out of memory or of shared memory "
+                    "(/dev/shm): fewer --dataloader_num_workers need less, 0 needs none") from error
             if result is None:
                 return
             yield _unpickled(*result)

@@ -1,0 +1,123 @@
+"""Reading ahead in processes: the same results in the same order, signals, death."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fastvid.data.workers import Ahead
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # as many as the machine has cores
+
+
+def results(number):
+    """What a loader's function returns is like: nested, some tensors small, some large, some without a numpy twin."""
+    generator = torch.Generator().manual_seed(number)
+    large = torch.randn(3, 700, 300, generator=generator).half()
+    return [(large, {"small": torch.arange(number), "bf16": torch.ones(2, dtype=torch.bfloat16)})], f"text {number}"
+
+
+def same(found, expected):
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, (list, tuple)):
+        return type(found) is type(expected) and len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+@pytest.mark.parametrize("processes", [0, 1, 4])
+def test_results_and_their_order_are_the_same_for_any_number_of_processes(processes):
+    def slow_first(number):
+        time.sleep(0.05 if number % 4 == 0 else 0)
+        return results(number)
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    found = list(Ahead(slow_first, processes).map(range(2, 13)))
+    assert len(found) == 11 and all(same(a, results(number)) for a, number in zip(found, range(2, 13)))
+    found[0][0][0][1]["small"] += 1  # as writable as what was sent
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was drawn from"
+
+
+def test_an_abandoned_map_ends_its_processes_and_can_be_called_again():
+    ahead = Ahead(lambda number: (number, os.getpid()), 2)
+    some = ahead.map(range(100))
+    pids = {next(some)[1], next(some)[1]}
+    assert len(pids) == 2 and os.getpid() not in pids
+    some.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [number for number, _ in ahead.map(range(3))] == [0, 1, 2]
+
+
+def test_an_error_in_a_process_is_raised_here():
+    def fails(number):
+        if number == 3:
+            raise KeyError("broken sample")
+        return number
+
+    found = Ahead(fails, 2).map(range(9))
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="broken sample"):
+        next(found)
+
+
+def test_signals_to_the_whole_job_leave_the_processes_alone():
+    def signalled(number):
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), sent)
+        return number
+
+    assert list(Ahead(signalled, 2).map(range(5))) == list(range(5))
+
+
+def test_a_dead_process_is_named():
+    def dies(number):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        return number
+
+    try:
+        list(Ahead(dies, 2).map(range(20)))
+    except ChildProcessError as error:
+        assert "--dataloader_num_workers" in str(error)
+    except RuntimeError as error:  # torch's own signal handler, where it came first
+        assert "DataLoader worker (pid" in str(error)
+    else:
+        pytest.fail("nobody noticed")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionError, EOFError])
+def test_an_error_of_the_function_is_not_taken_for_a_death(kind):
+    def fails(number):
+        raise kind("the function's own")
+
+    with pytest.raises(kind, match="the function's own") as raised:
+        list(Ahead(fails, 1).map(range(2)))
+    assert not isinstance(raised.value, ChildProcessError)
+
+
+ORPHANS = """
+import os, signal, torch
+from fastvid.data.workers import Ahead
+results = Ahead(lambda number: (os.getpid(), torch.zeros(50_000)), 2).map(range(1000))
+print(*{next(results)[0] for _ in range(4)}, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_do_not_outlive_a_killed_run():
+    """More lies in their pipes than those hold: nobody will ever read it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], stdout=subprocess.PIPE, text=True,
+                            env=environment, timeout=60)  # returns when nobody holds the pipe any more
+    assert killed.returncode == -signal.SIGKILL and len(killed.stdout.split()) == 2
