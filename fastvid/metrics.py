@@ -81,10 +81,12 @@ class Metrics:
 
     def wait(self, seconds: float) -> None:
         """The step loop has waited for data."""
+        self._run.waited += seconds
         self._window.waited += seconds
 
     def stall(self, seconds: float) -> None:
         """Saving a checkpoint has stopped the step loop."""
+        self._run.stalled += seconds
         self._window.stalled += seconds
 
     @contextlib.contextmanager
@@ -130,11 +132,11 @@ class Metrics:
 
     def summary(self) -> str:
         """The run so far (since a resume) in one line."""
-        run, rates = self._run, self._run.rates()
+        run, rates = self._run, self._run.rates(self.peak_flops)
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
         return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
-                f"({rates['samples_per_second']:,.2f} samples/s), final loss {self._loss:.4f}, "
-                f"peak memory {rates['peak_memory_gib']:.2f} GiB")
+                f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "
+                f"stopped for checkpoints {run.stalled:.2f} s")
 
     def close(self) -> None:
         """End the bar and the files, and draw ``loss_curve.png`` beside them."""
@@ -216,7 +218,7 @@ def _readable(line):
     if "samples_per_second" not in line:
         return ""
     peak = f" ({line['mfu']:.1%} of peak)" if "mfu" in line else ""
-    return (f"{line['samples_per_second']:,.1f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
+    return (f"{line['samples_per_second']:,.2f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
             f"{line['tflops_per_second']:.3g} TFLOP/s{peak}, data wait {line['data_wait_share']:.1%}")
 
 

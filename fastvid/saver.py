@@ -21,7 +21,8 @@ class Saver:
     Every rank makes one and calls the same methods in the same order. Its threads speak to each other through a
     process group of their own, so that their messages never mix with the loop's.
 
-    A process that dies during a write leaves what it saved before, whole and valid.
+    A process that dies during a write leaves what it saved before, whole and valid. The copy takes as much host memory
+    as this rank writes, until the end of the run.
     """
 
     def __init__(self):

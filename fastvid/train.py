@@ -196,7 +196,8 @@ def loop(state):
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),
           recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver):
-        metrics.message(f"operations of a step: {state.formula}")
+        metrics.message(f"operations of a step: {state.formula}" + (
+            f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
             metrics.count(result.counts)

@@ -118,14 +118,17 @@ def test_no_share_of_what_was_not_stated(tmp_path, clock):
 
 def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
-    metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000)
+    metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000, peak_flops=5e11)
     for step in range(1001, 3001):
-        metrics.count(StepCounts(8, 100, 10))
+        metrics.count(StepCounts(8, 100, 10, flops=5 * 10**11))
+        metrics.wait(0.2)
         clock[0] += 2
+    metrics.stall(0.75)
     metrics.log(3000, {"loss": 0.43216})
     metrics.log(3000, {"eval_loss": 0.5})
-    assert metrics.summary() == ("2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s), "
-                                 "final loss 0.4322, peak memory 1.50 GiB")
+    assert metrics.summary() == ("2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s, 50 rows/s, "
+                                 "0.25 TFLOP/s (50.0% of peak), data wait 10.0%), final loss 0.4322, "
+                                 "peak memory 1.50 GiB, stopped for checkpoints 0.75 s")
 
 
 def test_peak_memory_is_in_bytes():
@@ -154,7 +157,7 @@ def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
     metrics.close()
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.3 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of peak), "
+        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.33 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of peak), "
         "data wait 25.0%, ETA 08:00",
         "step 20/100, eval_loss 1.5",
         "saved checkpoint-20",

@@ -307,11 +307,12 @@ def test_a_corrupt_feature_file_costs_its_sample(run, tmp_path, caplog):
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["skipped_samples"] == 3  # once an epoch
 
 
-def test_rates_of_a_run(straight, run, tmp_path):
+def test_rates_of_a_run(straight, run, tmp_path, capsys):
     first = read_metrics(straight / "metrics.jsonl")[0]
     assert first["padding_share"] == 0 and first["shared_row_share"] >= 0 and 0 <= first["data_wait_share"] < 1
     assert first["tflops_per_second"] > 0 and "mfu" not in first
     assert train.main(flags(run, tmp_path, "--max_steps", "1", "--peak_tflops", "0.5")) == 0
+    assert "peak 0.5 TFLOP/s" in capsys.readouterr().err
     [line] = read_metrics(tmp_path / "metrics.jsonl")
     assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5) and "budget_fill" not in line
 
