@@ -212,11 +212,11 @@ def test_shared_gradients_are_summed_in_fp32():
 
 
 def test_attend_aligns_the_last_rows():
-    """Two queries over five keys are the last two of five queries; one query sees all."""
+    """Two queries over five keys are the last two of five queries, four the last four; one query sees all."""
     q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
     whole = attend(q, k, v, AttentionLayout.of_lengths([5]))
     keys = AttentionLayout.of_lengths([5])
-    for n in (1, 2):
+    for n in (1, 2, 4):
         queries = AttentionLayout.of_lengths([n])
         layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=5)
         assert_close(attend(q[-n:], k, v, layout), whole[-n:])
@@ -263,11 +263,11 @@ def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, sh
         attention.choose_implementation(implementation, device, dtype)
     except ValueError as error:
         pytest.skip(str(error))
-    layout = branches((6, 1, 90), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 96])
+    layout = branches((6, 1, 290), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 296])
     layout = layout.map(lambda x: x.to(device))
-    exact = [torch.randn(167, n, 32, device=device) for n in (4, kv_heads, kv_heads)]
+    exact = [torch.randn(367, n, 32, device=device) for n in (4, kv_heads, kv_heads)]
     exact = [x.to(dtype).double().requires_grad_() for x in exact]
-    grad = torch.randn(167, 4, 32, device=device).to(dtype)
+    grad = torch.randn(367, 4, 32, device=device).to(dtype)
 
     def results(function, inputs):
         out = function(*inputs, layout)

@@ -153,12 +153,16 @@ def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
     outs = []
     for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_NHd[q0:q1], k_MKd[k0:k1], v_MKd[k0:k1]))
-        square = q1 - q0 == k1 - k0
-        mask = None if square or q1 - q0 == 1 else _last_rows_aligned(q1 - q0, k1 - k0, q_NHd.device)
+        queries, lacking = q1 - q0, k1 - k0 - (q1 - q0)
+        # A few queries more, of nobody, cost less than a mask over the rectangle, which is also saved for backward.
+        more = lacking if 4 * lacking <= queries else 0
+        q_nHd = functional.pad(q_NHd[q0:q1], (0, 0, 0, 0, more, 0)) if more else q_NHd[q0:q1]
+        q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_nHd, k_MKd[k0:k1], v_MKd[k0:k1]))
+        square = more == lacking
+        mask = None if square or queries == 1 else _last_rows_aligned(queries, k1 - k0, q_NHd.device)
         out_1Hnd = functional.scaled_dot_product_attention(q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square,
                                                            enable_gqa=gqa)
-        outs.append(out_1Hnd[0].transpose(0, 1))
+        outs.append(out_1Hnd[0].transpose(0, 1)[more:])
     return torch.cat(outs)
 
 
