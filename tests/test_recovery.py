@@ -39,7 +39,7 @@ class Three(parallel.World):
                                                                                           signal.SIGINT)])
 def test_every_rank_learns_which_signal_stops_the_run(run, own, others, expected):
     state = train.build(config_of(run, "unused"), parallel.World(0, 1, 0, torch.device("cpu"), False))
-    state.world, state.stop_signal = Three(0, 3, 0, torch.device("cpu"), False, others), own
+    state.world, state.stop_signal = Three(0, 3, 0, torch.device("cpu"), False, signals=others), own
     assert train.train_step(state, state.loader.read(0)[0]).stop_signal == expected
 
 
