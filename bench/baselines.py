@@ -47,7 +47,7 @@ class Baseline:
             samples = sorted(samples, key=lambda sample: len(sample[0].token_ids))
         self.tokens, self.dtype, self.device, self.learning_rate = tokens, dtype, device, learning_rate
         parts = [samples[i:i + micro_batch] for i in range(0, len(samples), micro_batch)]
-        self.batches = [padded(part, device) for part in parts]
+        self.batches = [padded(part, tokens, device) for part in parts]
         self.samples, self.rows = len(samples), sum(batch["ids"].numel() for batch in self.batches)
         self.sample_rows = sum(int(batch["mask"].sum()) for batch in self.batches)
         self.supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in self.batches)
@@ -73,10 +73,6 @@ class Baseline:
     def extra(self):
         return ()
 
-    def boundaries(self, ids_T):
-        """(row of <vid_start>, row of <vid_end>) in a sample."""
-        return (int((ids_T == token).nonzero()[0]) for token in (self.tokens.start, self.tokens.end))
-
 
 class Reference(Baseline):
     """The reference's recipe (Video-LLaVA 0c8810f): fp32 weights, autocast for bf16, every layer recomputed, logits of
@@ -101,8 +97,7 @@ class Reference(Baseline):
             embedded = self.model.model.embed_tokens(batch["ids"])
             video = self.projector(batch["features"].float())
             rows = []
-            for x_TD, video_RD, ids_T in zip(embedded, video, batch["ids"]):
-                start, end = self.boundaries(ids_T)
+            for x_TD, video_RD, (start, end) in zip(embedded, video, batch["boundaries"]):
                 rows.append(torch.cat([x_TD[:start].detach(), x_TD[start:start + 1], video_RD,
                                        x_TD[end:end + 1], x_TD[end + 1:].detach()]))
             h = self.model.model(inputs_embeds=torch.stack(rows), attention_mask=batch["mask"],
@@ -151,16 +146,17 @@ class Strong(Baseline):
         boundary = self.boundary[0].to(self.dtype)
         embedded = self.model.model.embed_tokens(batch["ids"])
         rows = []
-        for x_TD, video_RD, ids_T in zip(embedded, video, batch["ids"]):
-            start, end = self.boundaries(ids_T)
+        for x_TD, video_RD, (start, end) in zip(embedded, video, batch["boundaries"]):
             rows.append(torch.cat([x_TD[:start], boundary[:1], video_RD, boundary[1:], x_TD[end + 1:]]))
         # Divided by the tokens of the batch alone by default; 1 leaves the sum.
         return self.model(inputs_embeds=torch.stack(rows), labels=batch["labels"], use_cache=False,
                           num_items_in_batch=1).loss
 
 
-def padded(samples, device):
-    """Ids, mask, labels (not shifted) and features of a micro-batch: [B, T], [B, T], [B, T], [B, R, C]."""
+def padded(samples, tokens, device):
+    """Ids, mask, labels (not shifted) and features of a micro-batch: [B, T], [B, T], [B, T], [B, R, C]; and each
+    sample's rows of <vid_start> and <vid_end>.
+    """
     ids, labels = [], []
     for sample, _ in samples:
         ids.append(torch.tensor(sample.token_ids))
@@ -172,7 +168,8 @@ def padded(samples, device):
         "ids": pad_sequence(ids, batch_first=True), "labels": pad_sequence(labels, True, IGNORED),
         "mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
         "features": torch.stack(list(itertools.chain.from_iterable(features for _, features in samples)))}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    boundaries = [(sample.token_ids.index(tokens.start), sample.token_ids.index(tokens.end)) for sample, _ in samples]
+    return {name: tensor.to(device) for name, tensor in batch.items()} | {"boundaries": boundaries}
 
 
 def load(folder, tokens, dtype, device, attention):

@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +269,11 @@ class InProcess:
 def test_what_ends_a_rows_process_is_told(folder):
     with pytest.raises(train_step.RowFailed, match="(?s)no_such_row ended with exit code 1.*KeyError"):
         train_step.RowProcess("no_such_row", "fp32", TINY, folder, deadline=1e9)
+
+
+def test_a_row_beyond_its_time_is_ended(folder):
+    with pytest.raises(train_step.RowFailed, match="exit code -9"):
+        train_step.RowProcess("exact", "fp32", TINY, folder, deadline=time.monotonic() + 0.2)
 
 
 def test_command_writes_the_ladder(tmp_path):
