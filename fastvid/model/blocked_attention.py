@@ -55,8 +55,7 @@ def _probabilities(q_Kxd, k_Kmd, n):
     m, d = k_Kmd.shape[1:]
     s_Kxm = q_Kxd.new_empty(*q_Kxd.shape[:2], m)
     torch.baddbmm(s_Kxm, q_Kxd, k_Kmd.transpose(1, 2), beta=0, alpha=d**-0.5, out=s_Kxm)
-    hidden_nn = torch.ones(n, n, dtype=torch.bool, device=s_Kxm.device).triu_(1)
-    s_Kxm.unflatten(1, (-1, n))[..., m - n:].masked_fill_(hidden_nn, float("-inf"))
+    s_Kxm.unflatten(1, (-1, n))[..., m - n:].add_(s_Kxm.new_full((n, n), float("-inf")).triu_(1))  # hides what follows
     return torch.softmax(s_Kxm, -1)
 
 
