@@ -34,7 +34,7 @@ class Ahead:
         self.function, self.processes, self._numbers = function, processes, []
         self._loader = None if not processes else DataLoader(
             _Calls(function), batch_size=None, sampler=self._numbers, num_workers=processes, prefetch_factor=AHEAD,
-            collate_fn=_as_it_is, pin_memory=pin, worker_init_fn=_ignore_signals,
+            collate_fn=_as_it_is, pin_memory=pin, worker_init_fn=_live_with_the_job,
             multiprocessing_context="fork",  # which shares the records with this process
             generator=torch.Generator())  # a draw from the global one would depend on the number of processes
 
@@ -95,8 +95,7 @@ class _Unpickler(pickle.Unpickler):
 def _pickled(value):
     """(bytes as a tensor, the large tensors in it).
 
-    All of it goes through shared memory: a process whose reader has died could not get rid of more than a pipe holds,
-    and would wait for ever.
+    All of it goes through shared memory: a process could not end before somebody has read what it wrote to a pipe.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
@@ -112,7 +111,11 @@ def _as_it_is(value):
     return value
 
 
-def _ignore_signals(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach the whole job: the main process ends its step and then its workers."""
+def _live_with_the_job(worker):
+    """End with the main process, and not before it.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole job: the main process ends its step, and then its workers.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # torch's own check comes seconds late
