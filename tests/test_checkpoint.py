@@ -1,43 +1,19 @@
 """Checkpoints: exact, whole or absent, and readable by any number of ranks."""
 
 import json
-import multiprocessing
 import os
 import re
 import resource
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import FORKS, on_ranks
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from fastvid import checkpoint, shards
 from fastvid.checkpoint import LocalShard
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"])
-
-
-def on_ranks(world_size, function, tmp_path, *args):
-    """Results of `function(rank, *args)`, run by `world_size` processes that a gloo group joins."""
-    store = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
-    with ProcessPoolExecutor(world_size, mp_context=FORKS) as pool:
-        futures = [pool.submit(_as_rank, rank, world_size, str(store), function, args) for rank in range(world_size)]
-        return [future.result(timeout=120) for future in futures]
-
-
-def _as_rank(rank, world_size, store, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=30))
-    try:
-        return function(rank, *args)
-    finally:
-        dist.destroy_process_group()
 
 
 def assert_same(tensors, expected):
