@@ -27,10 +27,10 @@ def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     return residual_ND, y_ND.to(dtype)
 
 
-def _tiles(D):
-    """Columns of a tile, which holds a whole row, and warps: 16 columns a thread."""
+def _tiles(D, summed=False):
+    """Columns of a tile, which holds a whole row, and warps: 16 columns a thread, 8 where their sums are kept as well."""
     BLOCK_D = triton.next_power_of_2(max(D, 32))
-    return BLOCK_D, min(max(BLOCK_D // 512, 1), 16)
+    return BLOCK_D, min(max(BLOCK_D // 256, 1), 32) if summed else min(max(BLOCK_D // 512, 1), 16)
 
 
 def _group_rows(N):
@@ -70,7 +70,7 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
     if GRAD_WEIGHT:
         grad_weight = tl.zeros([BLOCK_D], tl.float32)
     first = group * group_rows
-    for row in range(first, tl.minimum(first + group_rows, N)):
+    for row in tl.range(first, tl.minimum(first + group_rows, N), num_stages=3 if GRAD_WEIGHT else 1):
         unit = tl.load(total_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         if GRAD_TOTAL:  # under way while the row's mean is formed
@@ -115,7 +115,7 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     group_rows = _group_rows(N) if trained else 1
     groups = triton.cdiv(N, group_rows)
     partial_GD = total_ND.new_empty(groups, D, dtype=torch.float32) if trained else grad_ND
-    BLOCK_D, num_warps = _tiles(D)
+    BLOCK_D, num_warps = _tiles(D, trained)
     _add_rms_norm_bwd_kernel[(groups,)](
         total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
         grad_y_ND.contiguous(), grad_ND, grad_branch_ND, partial_GD, N, D, group_rows, grad_total_ND is not None, apart,

@@ -31,7 +31,7 @@ def spatio_temporal_pool():
 
 PRODUCTION["spatio_temporal_pool"] = spatio_temporal_pool
 WIDE |= {"_spatio_temporal_pool_fwd_kernel", "_spatio_temporal_pool_finish_kernel", "_spatio_temporal_pool_bwd_kernel"}
-WIDE_STORES |= {"_spatio_temporal_pool_fwd_kernel", "_spatio_temporal_pool_bwd_kernel"}
+WIDE_STORES |= WIDE
 
 
 def linear_cross_entropy_calls():
@@ -47,6 +47,7 @@ def linear_cross_entropy_calls():
 
 
 WIDE.add("_softmax_gradient_kernel")
+WIDE_STORES.add("_softmax_gradient_kernel")
 PRODUCTION["linear_cross_entropy"] = linear_cross_entropy_calls
 
 
@@ -149,6 +150,7 @@ def adamw8bit_step_calls():
 
 
 WIDE.add("_adamw8bit_step_kernel")
+WIDE_STORES.add("_adamw8bit_step_kernel")
 PRODUCTION["adamw8bit_step"] = adamw8bit_step_calls
 
 
@@ -179,4 +181,5 @@ def quantize_fp8_calls():
 
 
 WIDE.add("_quantize_fp8_kernel")
+WIDE_STORES.add("_quantize_fp8_kernel")
 PRODUCTION["quantize_fp8"] = quantize_fp8_calls
