@@ -82,7 +82,7 @@ class Chat:
         tokens = self.tokenizer.tokens
         ids = inference_prompt(
             question, self.tokenizer, video_tokens=len(features_RC), use_start_end=tokens.start is not None,
-            conv_mode=self.config.conv_mode, history=history)
+            conv_mode=self.config.conv_mode, history=history, question_order=self.config.question_order)
         batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, tuple(features_RC.shape))
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         answer = generate(

@@ -217,6 +217,8 @@ class ChatConfig:
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the model's own setting.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] = _flag(
         "pg-video-llava", "System text and template of the prompt.")
+    question_order: Literal["reference", "video_first"] = _flag(
+        "reference", "Where the video stands in the prompt; reference: after the question. As the model was trained.")
     mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
     temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.")
     max_new_tokens: int = _flag(1024, "Longest answer.")

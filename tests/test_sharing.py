@@ -11,7 +11,8 @@ from model_cases import assert_same_gradients, loss_and_gradients
 from training_run import SAMPLES, config_of, write_run
 
 from fastvid import parallel, train
-from fastvid.data.conversation import encode_sample, ordered, system_prefix
+from fastvid.config import POLICIES
+from fastvid.data.conversation import encode_sample, inference_prompt, ordered, system_prefix
 from fastvid.data.packing import pack
 from fastvid.data.sharing import Groups
 
@@ -140,6 +141,16 @@ def test_question_order_reaches_the_tokens(run):
                for r, order in ((last, "reference"), (last, "video_first"), (first, "reference"), (first, "video_first"))]
     assert encoded[0].token_ids != encoded[1].token_ids
     assert encoded[1] == encoded[2] == encoded[3] and encoded[1].refused is None
+
+
+@pytest.mark.parametrize("order", ["reference", "video_first"])
+def test_a_question_is_asked_in_the_order_that_was_trained(run, order):
+    tokenizer = build(run).tokenizer
+    trained = encode_sample(record("what is red\n<video>", "cat", "why", "red"), tokenizer, question_order=order,
+                            video_tokens=4, use_start_end=True, max_length=512, policy=POLICIES["none"])
+    asked = inference_prompt("why", tokenizer, video_tokens=4, use_start_end=True, conv_mode="vicuna_v1_1",
+                             history=[("what is red", "cat")], question_order=order)
+    assert asked == trained.token_ids[:len(asked)] and len(asked) <= trained.supervised[1][0]
 
 
 def test_every_sample_begins_with_the_system_prefix(run):

@@ -141,10 +141,9 @@ def _system(version):
     return SYSTEM[TRAINING_TEMPLATES[version]]
 
 
-def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=()):
+def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=(),
+                     question_order="reference"):
     """Token ids of a question about one video, up to where the answer begins.
-
-    The video stands after the first question, as in the reference's inference.
 
     Args:
         question: text; a literal ``<video>`` in it stays text.
@@ -153,6 +152,7 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
         conv_mode: system text, one of `SYSTEM`.
         transcript: of the video's sound, if there is one.
         history: (question, answer) turns before this one.
+        question_order: "reference": the video stands after the first question; "video_first": before it.
 
     Raises:
         ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders or no character.
@@ -172,7 +172,11 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
     after_video += f" {ASSISTANT}:"
     if answers:
         after_video += f" {answers[0]}{EOS}" + _turns(messages)[0]
-    before_video = f"{SYSTEM[conv_mode]} {USER}: {questions[0]}\n"
+    before_video = f"{SYSTEM[conv_mode]} {USER}:"
+    if question_order == "video_first":
+        after_video = questions[0] + after_video
+    else:
+        before_video += f" {questions[0]}"
     # A video cuts the text in two pieces that are encoded apart, without the white space next to it.
     return [tokenizer.bos, *tokenizer.encode(before_video.rstrip()), *tokenizer.video_ids(video_tokens),
             *tokenizer.encode(after_video.lstrip())]
