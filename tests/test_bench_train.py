@@ -121,7 +121,7 @@ def first(name, folder, dtype="fp32", micro_batch=8):
 
 @pytest.fixture(scope="module")
 def firsts(folder):
-    names = ("reference", "strong", "packed", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first", "shared")
+    names = ("reference", "strong", "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first", "shared")
     return {name: first(name, folder) for name in names}
 
 
@@ -143,7 +143,7 @@ def test_another_loss_or_gradient_is_a_fault(firsts, change):
 
 
 def test_rows_compute_less_from_idea_to_idea(firsts):
-    order = ("reference", "strong", "last", "apart", "shared")
+    order = ("reference", "strong", "kept", "last", "apart", "shared")
     flops = [firsts[name]["flops"] for name in order]
     assert flops == sorted(flops, reverse=True) and len(set(flops)) == len(flops)
     assert firsts["recomputed"]["flops"] > 1.2 * firsts["exact"]["flops"]
@@ -248,6 +248,41 @@ def test_a_row_that_fails_costs_itself_on_a_gpu_and_the_run_on_a_cpu(folder, mon
     assert any("broken is left out" in line for line in told)
     with pytest.raises(train_step.RowFailed):
         train_step.measure(["broken"], "fp32", TINY, folder, together=True, deadline=deadline, say=told.append)
+
+
+class Scripted:
+    """A row's process that answers from a script and notes who was asked."""
+
+    asked, rates = [], iter(())
+
+    def __init__(self, name, *_):
+        self.name = name
+
+    def ask(self, command):
+        self.asked.append((self.name, command))
+        if command == "first":
+            return {"loss": 1.0, "norm": 1.0, "samples": 15, "rows": 100, "sample_rows": 100, "flops": 4e9}
+        if command == "end":
+            return {"peak_bytes": 1, "start_bytes": 1}
+        return {"rate": next(self.rates)} if self.name == "matmul" else {"seconds": 2.0, "cpu_seconds": 4.0}
+
+    def stop(self):
+        self.asked.append((self.name, "stop"))
+
+
+def test_rows_step_in_turn_and_the_fastest_product_counts(monkeypatch):
+    monkeypatch.setattr(train_step, "RowProcess", Scripted)
+    Scripted.asked, Scripted.rates = [], iter([1e9, 8e9, 2e9, 3e9, 4e9, 5e9])
+    preset = dataclasses.replace(TINY, rounds={"bf16": 3})
+    rows, rate = train_step.measure(["reference", "kept", "exact", "strong_video_first"], "bf16", preset, None,
+                                    together=True, deadline=1e9, say=lambda line: None)
+    assert rate == 8e9 and [row["row"] for row in rows] == ["reference", "kept", "exact", "strong_video_first"]
+    assert [len(row["seconds"]) for row in rows] == [3, ROWS["kept"].rounds, 3, 0]
+    assert rows[0]["matmul_share"] == pytest.approx(4e9 / 2 / 8e9) and rows[3]["samples_per_second"] is None
+    steps = [name for name, command in Scripted.asked if command == "step"]
+    assert steps == ["matmul", "reference", "exact"] * 3 + ["matmul", "kept"] * 2 + ["matmul"]
+    started = {name for name, _ in Scripted.asked}
+    assert all((name, "stop") in Scripted.asked for name in started)
 
 
 class InProcess:
