@@ -106,6 +106,7 @@ def test_ranks_are_even_and_batches_full():
     for rows in (sample_rows(text + 690), sample_rows(text, np.full(len(text), 678), groups, base=38)):
         orders = [order(rows, 16384, rank, 8) for rank in range(8)]
         loads = np.array([[sum(cost(rows, batch) for batch in part) for part in parts] for parts in steps(orders)])
+        assert sum(len(batch) for parts in steps(orders) for part in parts for batch in part) == len(text)
         assert loads.max(1).sum() / loads.mean(1).sum() < 1.02
         assert (loads[loads.min(1) > 0].max(1) / loads[loads.min(1) > 0].mean(1) < 1.02).mean() > 0.85
         assert np.median(loads) > 0.96 * 16384
