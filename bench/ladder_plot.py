@@ -113,6 +113,14 @@ def _cells(row, reference):
     return [speed, f"{row['flops_per_second'] / 1e9:,.0f}", f"{100 * row['matmul_share']:.0f} %", memory]
 
 
+def block(result):
+    """What README says of a result: the picture, where it was measured, the table."""
+    about = result["environment"]
+    return (f"![samples per second and memory of each row](bench/plots/train_step.png)\n\n{about['device']}; torch "
+            f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit {about['commit']}, "
+            f"{about['date']}.\n\n{markdown(result)}")
+
+
 def into_readme(text, table):
     """README's text with `table` between its two comments."""
     before, _, rest = text.partition(f"{BEGIN}\n")
@@ -129,7 +137,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.json.read_text())
     draw(result).savefig(arguments.png)
-    arguments.readme.write_text(into_readme(arguments.readme.read_text(), markdown(result)))
+    arguments.readme.write_text(into_readme(arguments.readme.read_text(), block(result)))
 
 
 if __name__ == "__main__":

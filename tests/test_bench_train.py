@@ -234,6 +234,13 @@ def test_table_goes_into_readme_between_its_comments(result, tmp_path):
     assert lines[3].endswith("|  |  |  |  |") and len(lines) == 7
     text = f"# A\n{ladder_plot.BEGIN}\nold\n{ladder_plot.END}\nrest\n"
     assert ladder_plot.into_readme(text, table) == f"# A\n{ladder_plot.BEGIN}\n{table}\n{ladder_plot.END}\nrest\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    ladder_plot.main([str(tmp_path / "result.json"), "--png", str(tmp_path / "a.png"), "--readme",
+                      str(tmp_path / "README.md")])
+    written = (tmp_path / "README.md").read_text()
+    assert table in written and "CPU X; torch 2.13.0" in written and "old" not in written
+    assert (tmp_path / "a.png").stat().st_size > 10_000
     with pytest.raises(AssertionError, match="README.md needs"):
         ladder_plot.into_readme("# A\n", table)
 
@@ -338,4 +345,4 @@ def test_readme_shows_the_committed_ladder():
     if not path.is_file():
         pytest.skip("no ladder is committed")
     text = (ROOT / "README.md").read_text()
-    assert ladder_plot.into_readme(text, ladder_plot.markdown(json.loads(path.read_text()))) == text
+    assert ladder_plot.into_readme(text, ladder_plot.block(json.loads(path.read_text()))) == text
