@@ -283,6 +283,11 @@ def test_contradictions_are_refused_before_any_step(run, tmp_path, options, mess
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_reporter_is_refused_before_anything_is_read(run, tmp_path):
+    with pytest.raises(ValueError, match="--report_to wandb: known are"):
+        planning.checked(config_of(run, tmp_path, "--report_to", "wandb"))
+
+
 def test_missing_features_stop_or_are_skipped(run, tmp_path, caplog):
     records = json.loads((run / "train.json").read_text())
     records[3]["video"] = "absent.safetensors"
