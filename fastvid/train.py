@@ -118,8 +118,9 @@ def build(config, world):
     with torch.device("meta"):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),
-            frozen_dtype=planning.frozen_dtype(config), trained_dtype=planning.trained_dtype(config), recompute=recompute,
-            fp32_residual=config.policy.fp32_residual, attn_implementation=config.attn_implementation)
+            trained_dtype=planning.trained_dtype(config), frozen_dtype=planning.frozen_dtype(config),
+            recompute=recompute, fp32_residual=config.policy.fp32_residual,
+            attn_implementation=config.attn_implementation)
     parallel.shard(model, world, layout, bf16=config.bf16, shard_size=config.shard_size)
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
