@@ -13,6 +13,7 @@ from conftest import ROOT
 from fastvid.data.workers import Ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # as many as the machine has cores
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 
 def results(number):
@@ -106,6 +107,23 @@ def test_an_error_of_the_function_is_not_taken_for_a_death(kind):
     assert not isinstance(raised.value, ChildProcessError)
 
 
+FAILS = """
+from fastvid.data.workers import Ahead
+def fails(number):
+    if number == 3:
+        raise KeyError("broken sample")
+for _ in Ahead(fails, 2).map(range(1000)):
+    pass
+"""
+
+
+def test_an_error_that_nobody_catches_ends_the_run():
+    """Its traceback keeps every frame until the interpreter's exit."""
+    failed = subprocess.run([sys.executable, "-W", "ignore", "-c", FAILS], stderr=subprocess.PIPE, text=True,
+                            env=ENVIRONMENT, timeout=60)
+    assert failed.returncode == 1 and "KeyError: 'broken sample'" in failed.stderr
+
+
 ORPHANS = """
 import os, signal, torch
 from fastvid.data.workers import Ahead
@@ -117,7 +135,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_processes_do_not_outlive_a_killed_run():
     """More lies in their pipes than those hold: nobody will ever read it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], stdout=subprocess.PIPE, text=True,
-                            env=environment, timeout=60)  # returns when nobody holds the pipe any more
+                            env=ENVIRONMENT, timeout=60)  # returns when nobody holds the pipe any more
     assert killed.returncode == -signal.SIGKILL and len(killed.stdout.split()) == 2

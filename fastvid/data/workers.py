@@ -49,20 +49,27 @@ class Ahead:
             return
         self._numbers[:] = numbers
         results = iter(self._loader)
-        while True:
-            try:
-                result = next(results, None)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                said = str(error).strip()
-                if "in DataLoader worker process" in said or (
-                        isinstance(error, RuntimeError) and "DataLoader worker (pid" not in said):
-                    raise  # the function's own
-                raise ChildProcessError(
-                    f"a process that reads data has died ({said}); it may have run out of memory or of shared memory "
-                    "(/dev/shm): fewer --dataloader_num_workers need less, 0 needs none") from error
-            if result is None:
-                return
-            yield _unpickled(*result)
+        try:
+            while (result := _next(results)) is not None:
+                yield _unpickled(*result)
+        finally:
+            # Not left to the garbage collector: the traceback of an error keeps the iterator until the interpreter's
+            # exit, which would wait for processes that heed no signal.
+            results._shutdown_workers()
+
+
+def _next(results):
+    """The next result of a DataLoader's iterator, or None after the last."""
+    try:
+        return next(results, None)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        said = str(error).strip()
+        if "in DataLoader worker process" in said or (
+                isinstance(error, RuntimeError) and "DataLoader worker (pid" not in said):
+            raise  # the function's own
+        raise ChildProcessError(
+            f"a process that reads data has died ({said}); it may have run out of memory or of shared memory "
+            "(/dev/shm): fewer --dataloader_num_workers need less, 0 needs none") from error
 
 
 class _Pickler(pickle.Pickler):
