@@ -14,6 +14,7 @@ import time
 from datetime import timedelta
 
 STORE = "rank 0 or its launcher"  # where the store lies: who is gone when it does not answer
+LOST = "heartbeat/lost"  # key under which rank 0 tells the others who has died
 EVERY, SILENCE = 1.0, 15.0  # seconds; a rank that says nothing for so long is dead, and all end within 30 s
 
 
@@ -34,6 +35,8 @@ class Heartbeat:
         self.beats = 0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        if rank == 0:
+            self.store.delete_key(LOST)  # of the ranks before: a restarted job meets in the same store
         self._beat()
 
     def start(self):
@@ -69,15 +72,15 @@ class Heartbeat:
         while not self.stopped.wait(self.every):
             try:
                 self._beat()
-                if self.store.check(["heartbeat/lost"]):
-                    self._end(self.store.get("heartbeat/lost").decode())
+                if self.store.check([LOST]):
+                    self._end(self.store.get(LOST).decode())
                 now = time.monotonic()
                 for rank, value in self._heard(listened_to).items():
                     if heard.get(rank) != value:
                         heard[rank], since[rank] = value, now
                     elif now - since[rank] > self.silence:
                         lost = f"{_describe(rank, value)} has given no sign of life for {self.silence:g} s"
-                        self.store.set("heartbeat/lost", lost)
+                        self.store.set(LOST, lost)
                         self._end(lost)
             except RuntimeError as error:
                 self._end(f"{STORE} is gone: {str(error).splitlines()[0]}")
