@@ -1,8 +1,8 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
 What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, inside autograd Functions too, and
-attention kernels, of whose score matrix a causal one computes the part up to the diagonal. A backward computes the
-scores again, and that counts: the machine does it. Element-wise work counts as nothing.
+attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of fastvid's own on a CPU: its
+blocks). A backward computes the scores again, and that counts: the machine does it. Element-wise work counts as nothing.
 """
 
 import time
@@ -10,6 +10,8 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from fastvid.model.blocked_attention import blocks
 
 _DENSE = {  # kernel on [B, H, T, d]: (index of q, of is_causal)
     "_scaled_dot_product_flash_attention_for_cpu": (0, 4),
@@ -29,7 +31,9 @@ class ExecutedFlops(TorchDispatchMode):
         name = function._overloadpacket.__name__
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # baddbmm_ is counted as baddbmm
         products = BACKWARD if "backward" in name or name.endswith("_bwd") else FORWARD
-        if name in _DENSE:
+        if name == "blocked_attention":  # its backward is made of products that are seen by themselves
+            self.total += blocked_flops(*args)
+        elif name in _DENSE:
             self.total += dense_flops(args, *_DENSE[name], products)
         elif "attn" in name or "attention" in name:
             self.total += varlen_flops(args, products)
@@ -47,6 +51,12 @@ def dense_flops(args, first, causal_at, products):
     if len(args) > causal_at and args[causal_at]:
         pairs = sum(min(row + 1, keys) for row in range(queries))
     return 2 * batch * heads * pairs * width * products
+
+
+def blocked_flops(q, k, v, q_bounds, k_bounds):
+    """Of the forward of `fastvid.model.blocked_attention`, on packed [N, H, d] rows."""
+    pairs = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks(q_bounds, k_bounds))
+    return 2 * q.shape[1] * q.shape[2] * pairs * FORWARD
 
 
 def varlen_flops(args, products):

@@ -101,7 +101,7 @@ class Preset:
 
 
 _LADDER = ("reference", "strong", "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
-_BOTH = {"bf16": _LADDER, "fp32": ("reference", "strong", "exact", "shared")}
+_BOTH = {"bf16": _LADDER, "fp32": ("reference", "strong", "exact", "strong_video_first", "shared")}
 _GPU = {"bf16": ("reference", "strong", "exact", "fp8", "strong_video_first", "shared", "shared_fp8", "full", "smallest")}
 _TINY = Shape(64, 2, 2, 128, 640, 24, 16)
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)

@@ -22,6 +22,7 @@ from fastvid.config import TrainConfig
 from fastvid.data.batching import SampleSet
 from fastvid.data.conversation import load_tokenizer, system_prefix
 from fastvid.data.features import FeatureFolder
+from fastvid.model.blocked_attention import blocked_attention
 
 TINY = PRESETS["tiny"]
 
@@ -99,6 +100,13 @@ def test_attention_counts_what_it_computes(causal):
     assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
 
 
+def test_attention_by_blocks_counts_its_blocks():
+    """Of 128 queries each, by all keys that the last of them sees."""
+    q, k, v = (torch.randn(n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (205, 305, 305))
+    _, flops = executed_flops(lambda: blocked_attention(q, k, v, [0, 200, 205], [0, 300, 305]).sum().backward())
+    assert flops == (2 + 5) * 2 * 3 * 8 * (128 * 228 + 72 * 300 + 5 * 5)
+
+
 def test_attention_on_packed_rows_counts_pairs_up_to_the_diagonal():
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([0, 4, 6], dtype=torch.int32)
     rows = torch.empty(5, 2, 8)
@@ -140,6 +148,21 @@ def test_another_loss_or_gradient_is_a_fault(firsts, change):
     rows[1][key] *= factor
     (fault,) = train_step.compare(rows)
     assert fault.startswith(f"fp32 exact: {key}")
+
+
+def test_without_the_reference_rows_must_equal_each_other(firsts):
+    rows = [{"row": name, "dtype": "fp32", **firsts[name]} for name in ("strong", "exact", "strong_video_first", "shared")]
+    assert list(train_step.compare(rows)) == []
+    rows[1]["norm"] *= 1.001
+    (fault,) = train_step.compare(rows)
+    assert fault.startswith("fp32 exact: norm") and "strong has" in fault
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_row_of_a_preset_is_compared_with_another(name):
+    for names in PRESETS[name].rows.values():
+        for row in map(ROWS.get, names):
+            assert row.like is None or row.like in names or sum(ROWS[other].like == row.like for other in names) > 1
 
 
 def test_rows_compute_less_from_idea_to_idea(firsts):

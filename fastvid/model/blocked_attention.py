@@ -32,7 +32,7 @@ def blocked_attention(q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, q_bounds: lis
     return _BlockedAttention.apply(q_NHd, k_MKd, v_MKd, q_bounds, k_bounds)
 
 
-def _blocks(q_bounds, k_bounds):
+def blocks(q_bounds, k_bounds):
     """(rows of the queries, rows of the keys that the last of them sees) of every block."""
     for (q0, q1), (k0, k1) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
         for start in range(q0, q1, BLOCK_QUERIES):
@@ -62,7 +62,7 @@ def _probabilities(q_Kxd, k_Kmd, n):
 def _forward(q_NHd, k_MKd, v_MKd, q_bounds, k_bounds):
     kv_heads = k_MKd.shape[1]
     out_NHd = q_NHd.new_empty(q_NHd.shape)
-    for queries, keys in _blocks(q_bounds, k_bounds):
+    for queries, keys in blocks(q_bounds, k_bounds):
         n = queries.stop - queries.start
         p_Kxm = _probabilities(_by_head(q_NHd[queries], kv_heads), _by_head(k_MKd[keys], kv_heads), n)
         out_Kxd = torch.bmm(p_Kxm, _by_head(v_MKd[keys], kv_heads))
@@ -93,7 +93,7 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q_NHd = q_NHd.new_empty(q_NHd.shape)
         wide = torch.promote_types(dtype, torch.float32)
         grad_k_KMd, grad_v_KMd = (k_MKd.new_zeros(kv_heads, M, d, dtype=wide) for _ in range(2))
-        for queries, keys in _blocks(*ctx.bounds):
+        for queries, keys in blocks(*ctx.bounds):
             n = queries.stop - queries.start
             q_Kxd, grad_Kxd = _by_head(q_NHd[queries], kv_heads), _by_head(grad_NHd[queries], kv_heads)
             k_Kmd, v_Kmd = _by_head(k_MKd[keys], kv_heads), _by_head(v_MKd[keys], kv_heads)
