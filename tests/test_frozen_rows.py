@@ -20,6 +20,7 @@ from model_cases import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvid.model import decoder
 from fastvid.model.attention import attend
 
 PREFIX = 4
@@ -58,6 +59,44 @@ def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
         assert_same_gradients(found, expected)
     again = loss_and_gradients(model, batch.parted())[1]
     assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch):
+    """Prefix, frozen and live rows, as autocast leaves them; the error is at most twice that of all rows alike.
+
+    One sample asks about two videos. Without gradients the loss has the same bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples = [random_sample(generator, text=text, answer=4, video=video) for text, video in (
+        ((9, 7), 6), ((6, 5), 0), ((5, 3), 6), ((8, 2), 6))]
+    (ids, rows), (more, _) = samples[2], random_sample(generator, answer=1)
+    samples[2] = ids + more, rows
+    for ids, _ in samples:
+        ids[:PREFIX] = [5, 6, 7, 8]
+    plain = pack(samples, generator=generator)
+    batch = pack_frozen(samples, PREFIX, plain.features)
+    assert len(plain.features) == 4
+
+    config = model_config(num_kv_heads=2)
+    model = random_model(config, compute_dtype=torch.bfloat16, fp32_residual=True, recompute=recompute)
+    exact = random_model(config)
+    exact.load_state_dict(model.state_dict())
+    exact_loss, exact_gradients = loss_and_gradients(exact, plain)
+    eager_loss, eager = loss_and_gradients(model, plain)
+    eager = {name: gradient.clone() for name, gradient in eager.items()}
+    streams, add = [], decoder.add_rms_norm
+    monkeypatch.setattr(decoder, "add_rms_norm", lambda x, *rest: streams.append(x.dtype) or add(x, *rest))
+    prepared(model)
+    for ours in (batch, batch.parted()):
+        loss, found = loss_and_gradients(model, ours)
+        assert loss == pytest.approx(exact_loss, rel=max(2 * abs(eager_loss / exact_loss - 1), 1e-3))
+        for name, true in exact_gradients.items():
+            error, allowed = (x[name].double().sub(true).abs().max() for x in (found, eager))
+            assert error <= 2 * allowed + 2**-8 * true.abs().max(), name
+        with torch.no_grad():
+            assert model(ours).item() == loss
+    assert set(streams) == {torch.float32}
 
 
 def test_only_live_rows_pass_back_and_only_supervised_rows_leave_the_last_layer():
