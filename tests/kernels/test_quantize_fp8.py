@@ -1,5 +1,7 @@
 """quantize_fp8: bits and scales against torch's own conversion, every rounding case, saturation."""
 
+from functools import partial
+
 import fastvid_kernels.quantize_fp8 as kernel_module
 import pytest
 import torch
@@ -7,6 +9,8 @@ from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
 from harness import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastvid.model import quantize
 
 SCALES = (None, 0.01)
 
@@ -109,3 +113,20 @@ def test_input_is_left_alone_and_runs_repeat():
     before = x.clone()
     assert_same(quantize_fp8(x, impl="triton"), quantize_fp8(x, impl="triton"))
     assert torch.equal(x, before)
+
+
+def test_a_frozen_matrix_multiplies_the_kernels_bits(monkeypatch):
+    """The matrix and its transpose, rows, and a gradient that is a part of wider rows."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:
+        pytest.skip("no FP8 units")
+    weight, x, wider = (inputs(*shape, torch.bfloat16, seed) for seed, shape in enumerate([(96, 64), (9, 64), (9, 200)]))
+
+    def results(impl):
+        monkeypatch.setattr(quantize, "quantize_fp8", partial(quantize_fp8, impl=impl))
+        linear = quantize.Fp8Linear(64, 96)
+        linear.quantize_(weight)
+        leaf = x.clone().requires_grad_()
+        y = linear(leaf)
+        return [*(buffer.float() for buffer in linear.buffers()), y, *torch.autograd.grad(y, leaf, wider[:, 50:146])]
+
+    assert all(map(torch.equal, results("triton"), results("reference")))
