@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
-from fastvid.optim8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
+from fastvid.optim8bit import CPU_CHUNK, GPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 from fastvid.parallel import local_shard
 
 # Elements that torch's fused AdamW takes at once on any CPU; what is left over it computes otherwise, in the last bits.
@@ -80,8 +80,9 @@ class AdamW32:
         """A chunk at a time, in fp32 and whole vectors. A skipped step leaves the copies, which round to themselves."""
         piece, state = self.pieces[name], self.state[name]
         tensors = [x.view(-1) for x in (piece.local, gradient, state["exp_avg"], state["exp_avg_sq"])]
-        for begin in range(0, piece.local.numel(), CPU_CHUNK):
-            weights, _, *moments = parts = [x[begin:begin + CPU_CHUNK] for x in tensors]
+        chunk = GPU_CHUNK if piece.local.is_cuda else CPU_CHUNK
+        for begin in range(0, piece.local.numel(), chunk):
+            weights, _, *moments = parts = [x[begin:begin + chunk] for x in tensors]
             count = len(weights)
             copies = [pad(x.float(), (0, -count % VECTOR)) for x in parts]
             if clip is not None:

@@ -18,8 +18,9 @@ from fastvid import shards
 log = logging.getLogger("fastvid")
 
 LEAST_ELEMENTS = 4096  # bitsandbytes' limit: smaller tensors are not worth it
-# Elements that plain torch works on at a time: temporaries stay in a CPU's cache.
-CPU_CHUNK = 2**16
+# Elements that plain torch works on at a time: temporaries stay in a CPU's cache; on a GPU, where each chunk costs a
+# hundred launches, they stay under a gigabyte.
+CPU_CHUNK, GPU_CHUNK = 2**16, 2**24
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,17 @@ def test_rounding_does_not_depend_on_where_a_tensor_is_cut(begin, end):
     assert torch.equal(part, whole[begin:end])
 
 
+@pytest.mark.parametrize("name, dtype", [("adamw", torch.bfloat16), ("adamw_8bit", torch.float32)])
+def test_bits_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch, name, dtype):
+    found = []
+    for chunk in (256, optim8bit.CPU_CHUNK, optim8bit.GPU_CHUNK):
+        monkeypatch.setattr("fastvid.optim.CPU_CHUNK", chunk)
+        optimizer, _ = optimizer_on(None, dtype, name)
+        steps(optimizer, None, range(2))
+        found.append({**optimizer.parameters, **optimizer.state_tensors()})
+    assert all(torch.equal(tensor, other[key]) for other in found[1:] for key, tensor in found[0].items())
+
+
 def test_tensors_are_rounded_by_bits_of_their_own():
     ends = {}
     for name, seed in (("a", 1), ("b", 1), ("a", 2)):
