@@ -10,8 +10,8 @@ from conftest import ROOT
 
 COMMANDS = {
     "torchrun": 'echo "torchrun $*" >> "$CALLS"; echo "restarts after ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT}" >> "$CALLS"\n'
-                'trap "echo torchrun stops >> $CALLS; exit 143" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep 0.1; done',
-    "srun": 'echo "srun $1" >> "$CALLS"; shift; exec "$@"',
+                'trap "echo torchrun stops >> $CALLS; exit ${ENDS:-143}" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep 0.1; done',
+    "srun": 'echo "srun $1 $2" >> "$CALLS"; shift 2; exec "$@"',
     "scontrol": 'if [[ $1 == show ]]; then printf "gpu07\\ngpu09\\n"; else echo "scontrol $*" >> "$CALLS"; fi',
 }
 
@@ -35,7 +35,7 @@ def launch(tmp_path):
 
 
 SLURM = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "gpu[07,09]", "SLURM_JOB_NUM_NODES": "2",
-         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "4711"}
+         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "64"}
 
 
 def test_one_machine(launch):
@@ -49,16 +49,28 @@ def test_one_machine(launch):
 def test_slurm_starts_torchrun_on_every_node(launch):
     assert launch("launch_train.slurm", "--shard", "hybrid", **SLURM).wait(20) == 0
     called = launch.calls.read_text()
-    assert called.startswith("srun --kill-on-bad-exit=1\ntorchrun --nproc_per_node 8 ")
+    assert called.startswith("srun --kill-on-bad-exit=1 --cpus-per-task=64\ntorchrun --nproc_per_node 8 ")
     assert "--nnodes 2 --rdzv_backend c10d --rdzv_endpoint gpu07:29001 --rdzv_id 4711 " in called
     assert "--shard hybrid\n" in called and "requeue" not in called
 
 
-def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(launch):
-    job = launch("launch_train.slurm", STEPS="200", **SLURM)
-    while not launch.calls.exists() or "torchrun" not in launch.calls.read_text():
+def stop(job, calls):
+    """Slurm's signal, once torchrun runs."""
+    while not calls.exists() or "torchrun" not in calls.read_text():
         time.sleep(0.05)
     time.sleep(0.3)  # until the stand-in's trap is set
     job.send_signal(signal.SIGTERM)
+
+
+def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(launch):
+    job = launch("launch_train.slurm", STEPS="200", **SLURM)
+    stop(job, launch.calls)
     assert job.wait(20) == 143
     assert launch.calls.read_text().splitlines()[-2:] == ["torchrun stops", "scontrol requeue 4711"]
+
+
+def test_a_slurm_job_that_was_done_when_its_time_was_over_is_not_queued_again(launch):
+    job = launch("launch_train.slurm", STEPS="200", ENDS="0", **SLURM)
+    stop(job, launch.calls)
+    assert job.wait(20) == 0
+    assert launch.calls.read_text().splitlines()[-1] == "torchrun stops"
