@@ -45,9 +45,10 @@ def _rotate(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, sc
             sin_n1h.neg_()
         rows_nA2h, out_nA2h = (x_NE[rows].unflatten(1, heads_2h) for x_NE in (qkv_NE, out_NE))
         first_nAh, second_nAh = _wide(rows_nA2h[:, :rotated]).unbind(2)
-        # Both before either is written: the halves may be views of what is written to.
-        turned_first_nAh = (first_nAh * cos_n1h).addcmul_(second_nAh, sin_n1h, value=-1)
-        out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).addcmul_(first_nAh, sin_n1h)
+        # Both before either is written: the halves may be views of what is written to. Products are rounded, as in
+        # Hugging Face's LLaMA: a fused multiply-add would differ from it in fp32's last bits.
+        turned_first_nAh = (first_nAh * cos_n1h).sub_(second_nAh * sin_n1h)
+        out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).add_(first_nAh * sin_n1h)
         out_nA2h[:, :rotated, 0] = turned_first_nAh
         if out_NE is not qkv_NE:
             out_nA2h[:, rotated:] = rows_nA2h[:, rotated:]
