@@ -135,7 +135,7 @@ def _largest_batch(loader, world):
     Raises:
         ValueError: none of the samples looked at can be trained on.
     """
-    loader.samples.survey()
+    loader.samples.check_some()
     largest = {"rows": 1, "supervised_rows": 0, "video_rows": 0, "constant_rows": 0}
     for step in range(min(_STEPS_LOOKED_AT, loader.order.total_steps)):
         for batch in loader.read(step)[0]:

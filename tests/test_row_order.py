@@ -15,7 +15,7 @@ from fastvid.data.sharing import Groups
 def sample_rows(own, shared=None, of=None, base=0):
     shared = np.zeros(len(own), dtype=np.int64) if shared is None else np.asarray(shared)
     groups = None if of is None else Groups(np.asarray(of)).without(shared == 0)
-    return SampleRows(np.asarray(own), shared, np.ones(len(own), dtype=np.int64), groups, base)
+    return SampleRows(np.asarray(own), shared, groups, base)
 
 
 def order(rows, budget, rank=0, size=1, *, accumulation=1, epochs=1.0, max_steps=-1, seed=3, counts=None, weights=()):

@@ -77,19 +77,16 @@ class SampleSet:
                 f"want [{expected}, {channels}]; extract them with this model's vision tower")
         self.feature_shape = expected, channels
 
-    def survey(self, limit=64):
-        """Tokens and supervised tokens of some samples spread over the set: [(length, supervised)].
+    def check_some(self, limit=64):
+        """Look at some samples spread over the set.
 
         Raises:
             ValueError: none of them can be trained on.
         """
-        spread = range(0, len(self), max(1, len(self) // limit))
-        samples = [self.encode(index) for index in spread]
-        usable = [s for s in samples if not s.refused]
-        if not usable:
+        samples = [self.encode(index) for index in range(0, len(self), max(1, len(self) // limit))]
+        if all(sample.refused for sample in samples):
             raise ValueError(f"none of {len(samples)} samples looked at can be trained on; the first, {samples[0].id}: "
                              f"{samples[0].refused}")
-        return [(len(s.token_ids), sum(end - start for start, end in s.supervised)) for s in usable]
 
     def _missing_feature(self, record, index, path):
         try:

@@ -31,8 +31,7 @@ def measure(samples, world, *, packing, groups=None, processes=0, progress=False
         found = []
         for index in mine[number * _CHUNK:(number + 1) * _CHUNK]:
             sample = samples.encode(index)
-            own, shared = (0, 0) if sample.refused else Chain(sample, samples.tokenizer.tokens, **packing).rows
-            found.append((own, shared, sum(end - start for start, end in sample.supervised)))
+            found.append((0, 0) if sample.refused else Chain(sample, samples.tokenizer.tokens, **packing).rows)
         return np.array(found, dtype=np.int32)
 
     chunks = range(-(-len(mine) // _CHUNK))
@@ -42,11 +41,11 @@ def measure(samples, world, *, packing, groups=None, processes=0, progress=False
         for chunk in Ahead(rows_of, min(processes, len(chunks) // 2)).map(chunks):
             found.append(chunk)
             bar.update(len(chunk))
-    table = np.empty((len(samples), 3), dtype=np.int64)
-    for rank, rows in enumerate(world.gather_objects(np.concatenate([np.empty((0, 3), np.int32), *found]))):
+    table = np.empty((len(samples), 2), dtype=np.int64)
+    for rank, rows in enumerate(world.gather_objects(np.concatenate([np.empty((0, 2), np.int32), *found]))):
         table[rank::world.size] = rows
-    own, shared, supervised = table.T.copy()
+    own, shared = table.T.copy()
     if groups is not None:
         groups = groups.without(shared == 0)
     base = len(packing["prefix"]) if packing["share"] and not packing["frozen"] else 0
-    return SampleRows(own, shared, supervised, groups, base)
+    return SampleRows(own, shared, groups, base)

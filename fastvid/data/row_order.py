@@ -26,14 +26,12 @@ class SampleRows:
     Attributes:
         own: [n] int64, rows that no other sample has; 0 for one that cannot be trained on, which a batch leaves out.
         shared: [n] int64, rows that the batch computes once for all samples of the sample's group.
-        supervised: [n] int64, supervised tokens.
         groups: None where nothing is shared.
         base: rows that a batch computes once for all its samples.
     """
 
     own: np.ndarray
     shared: np.ndarray
-    supervised: np.ndarray
     groups: Groups | None = None
     base: int = 0
 
