@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastvid import __version__, checkpoint, parallel
-from fastvid.config import ExportConfig
+from fastvid.config import ExportConfig, TrainConfig
 from fastvid.data.batching import pack
 from fastvid.export import export
 from fastvid.model.weights import write_reference_projector
@@ -97,7 +97,7 @@ def resume(state):
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
-    state.skipped_before = saved["skipped"]
+    state.skipped_before = saved.get("skipped", 0)
     log.warning("resumed from %s", folder)
 
 
@@ -148,8 +148,10 @@ def _is_adapter(state):
 
 def _check_same_run(folder, saved, state):
     given = asdict(state.config)
-    changed = [f"--{name} was {saved['config'].get(name)!r}, is {value!r}" for name, value in given.items()
-               if name not in MAY_CHANGE and saved["config"].get(name) != value]
+    # A version that lacked a flag did what is now the flag's default.
+    before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir="")) | saved["config"]
+    changed = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
+               if name not in MAY_CHANGE and before[name] != value]
     for name, value in (("samples_per_step", state.order.samples_per_step), ("num_samples", len(state.loader.samples))):
         if saved[name] != value:
             changed.append(f"{name} was {saved[name]}, is {value}")
@@ -158,7 +160,7 @@ def _check_same_run(folder, saved, state):
     if changed:
         raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags, choose "
                          "another --output_dir, or start over in this one with --resume never")
-    if any(saved["config"][name] != given[name] for name in ("num_train_epochs", "max_steps")):
+    if any(before[name] != given[name] for name in ("num_train_epochs", "max_steps")):
         log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
 
 

@@ -136,6 +136,23 @@ def test_skipped_samples_are_counted_over_a_resume(run, tmp_path, caplog):
     assert [line["skipped_samples"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")][5::6] == [1, 2]
 
 
+def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch):
+    argv = flags(run, tmp_path, "--save_steps", "2")
+    assert train.main([*argv, "--max_steps", "2"]) == 0
+    read = checkpoint.read_state
+
+    def read_older(folder):
+        state = read(folder)
+        del state["skipped"], state["config"]["share_video"], state["config"]["rows_per_batch"]
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", read_older)
+    with pytest.raises(ValueError, match="--share_video was False, is True"):
+        train.main([*argv, "--max_steps", "4", "--share_video"])
+    assert train.main([*argv, "--max_steps", "4"]) == 0
+    assert set(losses(tmp_path)) == {1, 2, 3, 4}
+
+
 def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):
     records = json.loads((run / "train.json").read_text())
     for record in records:
