@@ -160,7 +160,8 @@ def _absmax(x, BLOCKS: tl.constexpr):
     part = tl.max(tl.reshape(tl.abs(x), (BLOCKS, 32, 8)), 2)
     # Of the integers with the same bits: across a warp, that is one instruction.
     absmax = tl.max(part.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    return absmax, 1 / tl.maximum(absmax, TINY)
+    # Under a scale of NaN all fractions are NaN: numbers of any size would lie beyond the code book.
+    return absmax, 1 / tl.maximum(absmax, TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Repairs of Triton's interpreter, which gets bfloat16 silently wrong and float arguments not at all.
 
 It keeps bfloat16 as uint16 and then truncates where hardware rounds to nearest even, adds the bits of two numbers as
-integers, and hands floats to kernels unwrapped. Conversions here go through torch. Not repaired: reductions of
-bfloat16 and atomics on it, so a kernel widens what it loads first, as on the GPU.
+integers, and hands floats to kernels unwrapped. Conversions here go through torch. NaN is to hardware the integer 0, and
+the lesser of two numbers, unless it is told otherwise. Not repaired: reductions of bfloat16 and atomics on it, so a
+kernel widens what it loads first, as on the GPU.
 """
 
 import numpy as np
@@ -41,7 +42,10 @@ def repair_casts():
             return TensorHandle(convert(handle.data, source, target), target)
         if target in BITS:
             return TensorHandle(convert(handle.data.astype(np.float32), tl.float32, target), target)
-        return cast(self, widened(handle), target)
+        handle = widened(handle)
+        if source in TORCH:
+            handle = TensorHandle(np.where(np.isnan(handle.data), 0, handle.data), handle.dtype)
+        return cast(self, handle, target)
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = lambda self, handle, target, rounding: self.cast_impl(handle, target)
@@ -64,6 +68,8 @@ def repair_arithmetic():
 
     InterpreterBuilder.binary_op = binary_op
     InterpreterBuilder.unary_op = unary_op
+    InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
     InterpreterBuilder.create_dot = lambda self, left, right, *others: dot(self, widened(left), widened(right), *others)
 
 

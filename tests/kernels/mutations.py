@@ -83,6 +83,7 @@ MUTATIONS["adamw8bit_step"] = [
     Mutation("if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) < 0:", "test_skip_leaves_everything[triton]"),
     Mutation("tl.where(x <= threshold, upper - 1, upper)", "upper", "test_codes_are_the_nearest[True-triton]"),
     Mutation("2**decade - 0.475)", "2**decade - 1.4)", "test_codes_are_the_nearest[False-triton]"),
+    Mutation(", propagate_nan=tl.PropagateNan.ALL", "", "test_nan_stays_in_its_block[triton]"),
 ]
 MUTATIONS["frame_patchify"] = [
     Mutation("mask=flat < VALUES", "mask=flat < VALUES - 1", "test_any_mean_and_deviation[dtype0-triton]"),

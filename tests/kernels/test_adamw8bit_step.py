@@ -160,6 +160,34 @@ def test_skip_leaves_everything(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nan_stays_in_its_block(impl):
+    """Where no flag masks the update: the weights show it, and nothing outside the code book is read."""
+    tensors = inputs(768, torch.float32)
+    usual = run(adamw8bit_step, tensors, impl=impl)
+    for bad in (slice(256, 264), slice(300, 301), slice(256, 512)):  # one thread's elements, one element, a block
+        tensors[1][:] = inputs(768, torch.float32)[1]
+        tensors[1][bad] = torch.nan
+        found = run(adamw8bit_step, tensors, impl=impl)
+        assert found[0].isnan().nonzero().flatten().tolist() == list(range(768))[bad]
+        for other in (slice(0, 256), slice(512, 768)):
+            assert all(torch.equal(a[other], b[other]) for a, b in zip(found[:3], usual[:3]))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_same_bits_again_and_nothing_behind_the_end(impl, dtype):
+    """What lies behind the tensors, NaN and the largest code, is neither read nor written."""
+    tensors = inputs(1000, dtype)
+    first, second = (run(adamw8bit_step, tensors, impl=impl) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    longer = [torch.nn.functional.pad(x, (0, 1000), value=255 if x.dtype == torch.uint8 else torch.nan) for x in tensors]
+    found = [x[:len(old)] for x, old in zip(longer, tensors)]
+    adamw8bit_step(*found, **OPTIONS, impl=impl)
+    assert all(map(torch.equal, (found[0], *found[2:]), first)) and torch.equal(found[1], tensors[1])
+    assert all(((x[-1000:] == 255) if x.dtype == torch.uint8 else x[-1000:].isnan()).all() for x in longer)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_sharding_changes_nothing(impl):
     tensors, start = inputs(6000), 2**33  # beyond 32 bits
     whole = run(adamw8bit_step, tensors, impl=impl, first=start)
