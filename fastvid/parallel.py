@@ -204,16 +204,21 @@ def shard(model, world, layout, *, bf16, shard_size=None):
         mesh = dist.init_device_mesh(world.device.type, (size,))
     else:  # torchrun numbers ranks node by node: those of a row of the mesh share one
         mesh = dist.init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copies", "shards"))
-    # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come.
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
+    # and norms are then not rounded either. What multiplies is cast at use.
+    precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+                            for dtype in (torch.bfloat16 if bf16 else None, None))
+    fp32_residual = bf16 and model.residual_dtype == torch.float32
     frozen = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
     options = dict(mesh=mesh, mp_policy=precision, ignored_params=frozen)
     layers = list(model.decoder.layers) if layout != "trained" else []
+    whole = options | dict(mp_policy=unrounded) if fp32_residual else options
     for layer in layers:
+        for norm in (layer.input_norm, layer.post_norm) if fp32_residual else ():
+            fully_shard(norm, **whole)
         fully_shard(layer, **options)
     fully_shard(model.projector, **options, reshard_after_forward=False)
-    fully_shard(model, **options, reshard_after_forward=False)
+    fully_shard(model, **whole, reshard_after_forward=False)
     # While one layer computes the next one is gathered; in backward FSDP2 does so by itself.
     for module, following in zip([model, *layers], layers):
         module.set_modules_to_forward_prefetch([following])

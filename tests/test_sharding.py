@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
-from model_cases import FULL, model_config, pack, random_model, random_sample
+from model_cases import (
+    ADAPTER,
+    FULL,
+    loss_and_gradients,
+    model_config,
+    pack,
+    random_batch,
+    random_model,
+    random_sample,
+)
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import config_of, write_run
@@ -116,6 +125,34 @@ def test_bf16_weights_are_trained_sharded_as_whole(tmp_path):
         for ours, theirs in zip(found, expected):
             assert ours == pytest.approx(theirs, rel=0.03)
     assert expected[-1][0] < 0.9 * expected[0][0]
+
+
+# (layout, what is trained, recomputation)
+PRECISE = [("trained", ADAPTER, "none"), ("full", ADAPTER, "none"), ("full", FULL, "none"), ("full", FULL, "full")]
+
+
+def precise(trainable, recompute):
+    return random_model(model_config(num_kv_heads=2), trainable, torch.bfloat16, fp32_residual=True, recompute=recompute)
+
+
+def precise_gradients(rank):
+    found = []
+    for layout, trainable, recompute in PRECISE:
+        model = precise(trainable, recompute)
+        parallel.shard(model, world_of(rank), layout, bf16=True)
+        loss, gradients = loss_and_gradients(model, random_batch())
+        found.append((loss, {name: parallel.full_tensor(gradient) for name, gradient in gradients.items()}))
+    return found
+
+
+def test_an_fp32_residual_stream_has_the_same_bits_sharded(tmp_path):
+    """Embeddings and norms are rounded nowhere, as autocast leaves them; both ranks have the same samples."""
+    for found in on_ranks(2, precise_gradients, tmp_path):
+        for (loss, gradients), (layout, *options) in zip(found, PRECISE):
+            expected_loss, expected = loss_and_gradients(precise(*options), random_batch())
+            assert loss == expected_loss, (layout, options)
+            assert gradients.keys() == expected.keys()
+            assert all(torch.equal(gradients[name], 2 * expected[name]) for name in expected), (layout, options)
 
 
 def test_copies_must_fill_the_ranks():

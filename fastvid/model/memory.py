@@ -149,7 +149,9 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
-        weights += size * (sum(counts.values()) - counts["decoder"] + 2 * _linears(c))
+        unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
+        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder")
+        weights += size * 2 * _linears(c)
     elif "decoder" in trainable and size < stored:
         weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
 
