@@ -194,6 +194,7 @@ class _Window:
 
     def rates(self, peak_flops=None, row_budget=None):
         seconds, counts = max(self.seconds, 1e-9), self.counts
+        packed = counts.rows - counts.padding_rows
         rates = {
             "samples_per_second": counts.samples / seconds,
             "rows_per_second": counts.rows / seconds,
@@ -201,7 +202,7 @@ class _Window:
             "tflops_per_second": counts.flops / seconds / 1e12,
             "data_wait_share": self.waited / seconds,
             "padding_share": counts.padding_rows / max(1, counts.rows),
-            "shared_row_share": 1 - (counts.rows - counts.padding_rows) / max(1, counts.sample_rows),
+            "shared_row_share": 1 - packed / counts.sample_rows if counts.sample_rows else 0.0,
             "peak_memory_gib": peak_memory() / 2**30,
         }
         if peak_flops is not None:

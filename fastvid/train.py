@@ -127,7 +127,6 @@ def build(config, world):
                  seed=config.seed)
     if loader.prefix:
         model.keep_prefix(loader.prefix)
-        parallel.reshard(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,

@@ -116,6 +116,14 @@ def test_no_share_of_what_was_not_stated(tmp_path, clock):
     assert line["tflops_per_second"] == 5 and not {"mfu", "budget_fill"} & line.keys()
 
 
+def test_steps_without_samples_share_nothing(tmp_path, clock):
+    metrics = open_metrics(tmp_path)
+    metrics.count(StepCounts(rows=2, padding_rows=2))
+    clock[0] += 1
+    line = metrics.log(1, {"loss": 0.0})
+    assert line["shared_row_share"] == 0 and line["padding_share"] == 1
+
+
 def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
     metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000, peak_flops=5e11)
