@@ -106,11 +106,6 @@ class AttentionLayout:
             return self
         return replace(self, own_keys=at[own.argsort()])
 
-    def pairs(self):
-        """Pairs of a query and a key that attention computes, per head. On the CPU."""
-        q, k = (bounds.diff().long() for bounds in (self.cu_seqlens_q, self.cu_seqlens_k))
-        return int((q * k - q * (q - 1) // 2).sum())
-
     def map(self, function):
         """The same layout with `function` applied to every tensor."""
         queries = function(self.cu_seqlens_q)

@@ -56,12 +56,6 @@ def test_split_layouts_attend_to_what_they_did(layout, data):
     assert len(keys_of(first)) == layout.cu_seqlens_q[segments]
 
 
-@settings(max_examples=100, deadline=None)
-@given(layouts())
-def test_pairs_are_the_keys_of_all_queries(layout):
-    assert layout.pairs() == sum(map(len, keys_of(layout)))
-
-
 def batch_of(layout, loss_rows, frozen_rows=0):
     n, rows = int(layout.cu_seqlens_q[-1]), torch.tensor(loss_rows, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
