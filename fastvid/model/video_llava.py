@@ -10,6 +10,7 @@ import torch
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
 from fastvid_kernels.splice_video import splice_video
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.decoder import Decoder, DecoderConfig, Stream, take_rows
@@ -133,8 +134,7 @@ class VideoLlava(nn.Module):
     def keep_prefix(self, token_ids) -> None:
         """Compute once what each layer attends to in the text with which all samples begin, and keep it.
 
-        Batches with `prefix_rows` need it. All ranks call it, and reshard what FSDP gathered for it; frozen weights must
-        be as they will stay.
+        Batches with `prefix_rows` need it. All ranks call it; frozen weights must be as they will stay.
 
         Args:
             token_ids: the text, from the sample's first token on.
@@ -150,6 +150,9 @@ class VideoLlava(nn.Module):
         cache = [LayerCache(rows) for _ in self.decoder.layers]
         with torch.no_grad():
             self(batch, cache)  # not `hidden`: FSDP gathers for a forward pass
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it would keep for the backward pass
         self._prefix = [layer.buffers for layer in cache]
 
     def _prefix_of(self, batch):
