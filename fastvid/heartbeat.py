@@ -68,17 +68,17 @@ class Heartbeat:
 
     def _run(self):
         listened_to = [rank for rank in range(self.size) if rank != self.rank] if self.rank == 0 else [0]
+        # Silence is counted in beats of our own: a machine that stood still has missed nobody's.
         heard, since = {}, {}
         while not self.stopped.wait(self.every):
             try:
                 self._beat()
                 if self.store.check([LOST]):
                     self._end(self.store.get(LOST).decode())
-                now = time.monotonic()
                 for rank, value in self._heard(listened_to).items():
                     if heard.get(rank) != value:
-                        heard[rank], since[rank] = value, now
-                    elif now - since[rank] > self.silence:
+                        heard[rank], since[rank] = value, self.beats
+                    elif (self.beats - since[rank]) * self.every > self.silence:
                         lost = f"{_describe(rank, value)} has given no sign of life for {self.silence:g} s"
                         self.store.set(LOST, lost)
                         self._end(lost)

@@ -65,6 +65,19 @@ def test_a_dead_rank_is_named_by_all_others(ranks, dead):
         assert sum(f"; rank {rank} ends" in line for line in lines) == 1
 
 
+def test_a_job_that_stood_still_goes_on(ranks):
+    """As Slurm's suspend, a frozen container or a moved virtual machine makes it."""
+    processes, _, errors = ranks
+    for process in reversed(processes):  # not in the same moment: rank 0, which listens to all, stands still last …
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.3)
+    time.sleep(3)
+    for process in processes:  # … and wakes first
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.3)
+    assert all(process.is_alive() for process in processes) and errors.read_text() == ""
+
+
 def test_the_ranks_end_when_nobody_answers_them(tmp_path):
     """The store lies with rank 0 or its launcher: its machine is gone."""
     errors = tmp_path / "errors"
