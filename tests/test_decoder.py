@@ -19,6 +19,7 @@ from model_cases import (
     random_model,
     random_sample,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastvid.batch import AttentionLayout
@@ -220,6 +221,23 @@ def test_attend_aligns_the_last_rows():
         queries = AttentionLayout.of_lengths([n])
         layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=5)
         assert_close(attend(q[-n:], k, v, layout), whole[-n:])
+
+
+def test_gradients_of_segments_are_put_together_once():
+    """A slice's gradient would be a tensor of all rows, for each segment."""
+    q, k, v = (torch.randn(320, 2, 8, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, AttentionLayout.of_lengths([16] * 20), "sdpa")
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(x.nbytes for x in [result] if isinstance(x, torch.Tensor) and x.nbytes >= q.nbytes)
+            return result
+
+    with Sizes():
+        out.sum().backward()
+    assert len(made) <= 10
 
 
 def test_attend_without_rows():

@@ -150,16 +150,18 @@ def _blocked(q_NHd, k_MKd, v_MKd, layout):
 
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     gqa = q_NHd.shape[1] != k_MKd.shape[1]
-    q_bounds, k_bounds = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+    q_sizes, k_sizes = (bounds.diff().tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     outs = []
-    for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        queries, lacking = q1 - q0, k1 - k0 - (q1 - q0)
+    # Split, not sliced: each slice's gradient would be a tensor of all rows.
+    for q_nHd, k_mKd, v_mKd in zip(q_NHd.split(q_sizes), k_MKd.split(k_sizes), v_MKd.split(k_sizes), strict=True):
+        queries, keys = len(q_nHd), len(k_mKd)
+        lacking = keys - queries
         # A few queries more, of nobody, cost less than a mask over the rectangle, which is also saved for backward.
         more = lacking if 4 * lacking <= queries else 0
-        q_nHd = functional.pad(q_NHd[q0:q1], (0, 0, 0, 0, more, 0)) if more else q_NHd[q0:q1]
-        q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_nHd, k_MKd[k0:k1], v_MKd[k0:k1]))
+        q_nHd = functional.pad(q_nHd, (0, 0, 0, 0, more, 0)) if more else q_nHd
+        q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_nHd, k_mKd, v_mKd))
         square = more == lacking
-        mask = None if square or queries == 1 else _last_rows_aligned(queries, k1 - k0, q_NHd.device)
+        mask = None if square or queries == 1 else _last_rows_aligned(queries, keys, q_NHd.device)
         out_1Hnd = functional.scaled_dot_product_attention(q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square,
                                                            enable_gqa=gqa)
         outs.append(out_1Hnd[0].transpose(0, 1)[more:])
