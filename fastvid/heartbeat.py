@@ -22,7 +22,7 @@ class Heartbeat:
     """This rank's signs of life, from its own thread until `stop`.
 
     Args:
-        store: torch.distributed store of all ranks; its clone is used.
+        store: torch.distributed store of all ranks and of no earlier ones; its clone is used.
         rank, size: as torchrun numbers them.
         every: seconds between signs of life.
         silence: seconds without one after which a rank is taken for dead, and this process ends with exit code 1.
@@ -35,8 +35,6 @@ class Heartbeat:
         self.beats = 0
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        if rank == 0:
-            self.store.delete_key(LOST)  # of the ranks before: a restarted job meets in the same store
         self._beat()
 
     def start(self):

@@ -114,22 +114,6 @@ def test_a_rank_that_has_finished_may_stop():
     time.sleep(0.5)
 
 
-def test_a_restarted_job_forgets_whom_the_one_before_lost(tmp_path):
-    """torchrun keeps its store: what rank 0 wrote there would end every later attempt at once."""
-    errors = tmp_path / "errors"
-    errors.touch()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("heartbeat/lost", "rank 0 (pid 1 on there) has given no sign of life")
-    process = SPAWN.Process(target=live, args=(0, 1, store.port, str(errors)), daemon=True)
-    process.start()
-    while process.is_alive() and store.add("ready", 0) < 1:
-        time.sleep(0.05)
-    process.join(1)
-    assert process.is_alive() and errors.read_text() == ""
-    process.kill()
-    process.join()
-
-
 def test_a_failed_collective_names_who_is_silent():
     store = dist.HashStore()
     mine, living, dead = (Heartbeat(store, rank, 3, every=0.05, silence=60) for rank in range(3))

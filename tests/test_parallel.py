@@ -1,10 +1,13 @@
 """What all ranks must decide alike, and what repeatable computation asks for."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastvid import parallel
 
@@ -62,3 +65,22 @@ def test_ranks_leave_together(monkeypatch):
     parallel.finish(told(1))
     parallel.finish(ALONE)
     assert done == ["all are here", "left"]
+
+
+def test_the_ranks_of_an_attempt_find_nothing_of_an_earlier_one():
+    """torchrun keeps its store when it restarts the ranks."""
+    store = dist.HashStore()
+    for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
+        with ThreadPoolExecutor(3) as pool:
+            futures = {rank: pool.submit(parallel.store_of_this_attempt, store, rank, 3) for rank in order}
+            stores = [futures[rank].result(30) for rank in range(3)]
+        assert not any(each.check(["address"]) for each in stores)
+        stores[attempt].set("address", str(attempt))
+        assert [each.get("address") for each in stores] == [str(attempt).encode()] * 3
+
+
+def test_a_rank_that_does_not_come_is_named():
+    store = dist.HashStore()
+    store.set("greeting/1", "of an earlier attempt")
+    with pytest.raises(ConnectionError, match="^ranks 1, 2 did not come within 0:00:00.2"):
+        parallel.store_of_this_attempt(store, 0, 3, timedelta(seconds=0.2))
