@@ -136,10 +136,11 @@ def _largest_batch(loader, world):
         ValueError: none of the samples looked at can be trained on.
     """
     loader.samples.check_some()
-    largest = {"rows": 1, "supervised_rows": 0, "video_rows": 0, "constant_rows": 0}
+    largest = {"rows": 1, "supervised_rows": 0, "video_rows": 0, "constant_rows": 0, "key_rows": 0}
     for step in range(min(_STEPS_LOOKED_AT, loader.order.total_steps)):
         for batch in loader.read(step)[0]:
             rows = {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
-                    "video_rows": len(batch.video_rows), "constant_rows": batch.prefix_rows + batch.frozen_rows}
+                    "video_rows": len(batch.video_rows), "constant_rows": batch.prefix_rows + batch.frozen_rows,
+                    "key_rows": 0 if batch.layout.kv_rows is None else len(batch.layout.kv_rows)}
             largest = max(largest, rows, key=lambda found: found["rows"])
     return max(world.gather_objects(largest), key=lambda found: found["rows"])

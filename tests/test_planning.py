@@ -25,6 +25,7 @@ def run(tmp_path_factory):
     ["--rows_per_batch", "1500", "--recompute", "full"],
     ["--per_device_train_batch_size", "6"],
     ["--rows_per_batch", "1500", "--share_video", "--tune_mm_mlp_adapter", "False"],
+    ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
 ], ids=" ".join)
 def test_estimate_is_near_the_peak_of_the_largest_batch(run, options, monkeypatch):
     found = []

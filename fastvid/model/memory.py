@@ -120,11 +120,12 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
              fp32_residual: bool = False, one_call_per_segment: bool = False,
              trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-             constant_rows: int = 0) -> MemoryEstimate:
+             constant_rows: int = 0, key_rows: int = 0) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
         rows, supervised_rows, video_rows: of the largest micro-batch.
+        key_rows: keys of all its segments, where they are gathered (`AttentionLayout.kv_rows`).
         constant_rows: rows before the first trained one, of which keys and values are held.
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
@@ -164,7 +165,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         weights=weights + keys_values, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=max(at_once, _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute),
+        working=max(at_once,
+                    _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute),
                     _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
 
 
@@ -178,9 +180,9 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     return rows + 4 * table, chunk * size + block + table * (size + copies)
 
 
-def _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, recompute):
-    """Temporaries of a layer at their widest, in SwiGLU's backward; what is recomputed for it; less what the last layer has
-    let go of by then."""
+def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute):
+    """Temporaries of a layer at their widest, in SwiGLU's backward or attention's; what is recomputed for it; less what
+    the last layer has let go of by then."""
     per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + size)
     block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (16 if size < 4 else 8)  # where no kernel can run
     if not trainable & BELOW_THE_HEAD:
@@ -188,7 +190,9 @@ def _layer_working_bytes(c, trainable, rows, supervised_rows, size, residual, re
     layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=False, rows=rows)
     recomputed = max(0, layer("none") - layer(recompute))
     gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
-    return rows * per_row + block + recomputed - gone
+    # Gathered again in attention's backward: keys and values, their gradients, and the sum of those in fp32.
+    gathered = 4 * c.num_kv_heads * c.head_dim * (key_rows * size + (key_rows + rows if key_rows else 0))
+    return max(rows * per_row + block, gathered) + recomputed - gone
 
 
 def _quantized_product_bytes(c, frozen_dtype, rows, size):
