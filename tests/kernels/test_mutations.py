@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+from multiprocessing import forkserver
 
 import pytest
 from conftest import ROOT
@@ -32,13 +33,18 @@ def run_test(test, kernels, log):
 def server():
     import torch
 
-    context = multiprocessing.get_context("forkserver")
+    # A process has one server. Other tests want one that does not interpret, so this one is theirs no longer than needed.
+    shared, context = forkserver._forkserver, multiprocessing.get_context("forkserver")
+    shared._stop()
+    others = shared._preload_modules
     context.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():  # decided when triton is imported, so in the server
             patch.setenv("TRITON_INTERPRET", "1")
         context.Process(target=os.getpid).start()
-    return context
+    yield context
+    shared._stop()
+    context.set_forkserver_preload(others)
 
 
 @pytest.mark.parametrize("name, mutation", CASES, ids=[f"{name}-{mutation.test}" for name, mutation in CASES])
