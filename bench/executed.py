@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastvid.model.blocked_attention import blocks
+from fastvid.model.blocked_attention import blocks, segments
 
 _DENSE = {  # kernel on [B, H, T, d]: (index of q, of is_causal)
     "_scaled_dot_product_flash_attention_for_cpu": (0, 4),
@@ -53,9 +53,10 @@ def dense_flops(args, first, causal_at, products):
     return 2 * batch * heads * pairs * width * products
 
 
-def blocked_flops(q, k, v, q_bounds, k_bounds):
+def blocked_flops(q, k, v, q_bounds, k_bounds, *_):
     """Of the forward of `fastvid.model.blocked_attention`, on packed [N, H, d] rows."""
-    pairs = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks(q_bounds, k_bounds))
+    pairs = sum((queries.stop - queries.start) * keys
+                for segment, (run,) in segments(q_bounds, k_bounds) for queries, keys in blocks(segment, run.stop - run.start))
     return 2 * q.shape[1] * q.shape[2] * pairs * FORWARD
 
 

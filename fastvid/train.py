@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import flops, parallel, planning, recovery
+from fastvid import flops, host_memory, parallel, planning, recovery
 from fastvid.config import TrainConfig, parse
 from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
@@ -103,6 +103,8 @@ def build(config, world):
     config = planning.checked(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     parallel.compute_repeatably(config.full_determinism)
+    if world.device.type == "cpu":
+        host_memory.keep_freed()
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     features = FeatureFolder(config.video_folder) if config.video_folder else None

@@ -100,8 +100,9 @@ def test_attention_counts_what_it_computes(causal):
     assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
 
 
-def test_attention_by_blocks_counts_its_blocks():
-    """Of 128 queries each, by all keys that the last of them sees."""
+def test_attention_by_blocks_counts_its_blocks(monkeypatch):
+    """By all keys that the last of a block's queries sees."""
+    monkeypatch.setattr("fastvid.model.blocked_attention.BLOCK_QUERIES", 128)
     q, k, v = (torch.randn(n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (205, 305, 305))
     _, flops = executed_flops(lambda: blocked_attention(q, k, v, [0, 200, 205], [0, 300, 305]).sum().backward())
     assert flops == (2 + 5) * 2 * 3 * 8 * (128 * 228 + 72 * 300 + 5 * 5)

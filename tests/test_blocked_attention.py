@@ -88,6 +88,30 @@ def test_saves_its_inputs_only():
     assert saved == [x.data_ptr() for x in (q, k, v)]
 
 
+GATHERED = {  # constant rows, rows, and who attends to which of them
+    "shared prefix": (5, 20, [[*range(5), *range(8)], [*range(13), *range(13, 19)], [*range(13), *range(19, 25)]], [8, 6, 6]),
+    "across the border": (4, 9, [[2, 3, 4, 5, 6], [*range(4), *range(7, 13)]], [3, 6]),
+    "rows apart": (3, 6, [[0, 2, 4, 6, 8], [1, 3, 5, 7]], [2, 4]),
+    "no constant rows": (0, 7, [[0, 1, 2], [0, 1, 3, 4, 5, 6]], [3, 4]),
+}
+
+
+@pytest.mark.parametrize("constant_rows, rows, keys, queries", GATHERED.values(), ids=GATHERED)
+@pytest.mark.parametrize("heads", [2, 4])
+def test_gathers_keys_and_adds_up_their_gradients(monkeypatch, constant_rows, rows, keys, queries, heads):
+    monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
+    q, k, v, grad = (torch.randn(n, h, 4, dtype=torch.float64, requires_grad=True)
+                     for n, h in ((sum(queries), heads), (rows, 2), (rows, 2), (sum(queries), heads)))
+    constant = tuple(torch.randn(constant_rows, 2, 4, dtype=torch.float64) for _ in range(2))
+    kv_rows = torch.tensor(sum(keys, []))
+    given = bounds(queries), bounds(map(len, keys))
+    ours = blocked_attention.blocked_attention(q, k, v, *given, kv_rows, constant if constant_rows else None)
+    true = plain(q, *(torch.cat([c, x])[kv_rows] for c, x in zip(constant, (k, v))), *given)
+    torch.testing.assert_close(ours, true)
+    for found, expected in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (ours, true))):
+        torch.testing.assert_close(found, expected)
+
+
 def test_same_bits_again_and_inputs_left_alone():
     given = inputs(SEGMENTS["rectangles"], 4, 2, 16, torch.bfloat16)
     before = [x.clone() for x in given]
@@ -97,7 +121,7 @@ def test_same_bits_again_and_inputs_left_alone():
 
 def test_serves_bf16_on_the_cpu(monkeypatch):
     calls = []
-    monkeypatch.setitem(attention._CALLS, "blocked", lambda q, k, v, layout: calls.append(q.dtype) or q)
+    monkeypatch.setattr(attention, "blocked_attention", lambda q, *others: calls.append(q.dtype) or q)
     for dtype in (torch.bfloat16, torch.float32):
         attend(*(torch.randn(5, 2, 8, dtype=dtype),) * 3, AttentionLayout.of_lengths([5]))
     assert calls == [torch.bfloat16]

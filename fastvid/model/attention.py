@@ -41,10 +41,14 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     Raises:
         ValueError: the implementation cannot serve these tensors here; says why.
     """
-    call = _CALLS[choose_implementation(implementation, q_NHd.device, q_NHd.dtype)]
+    name = choose_implementation(implementation, q_NHd.device, q_NHd.dtype)
     if q_NHd.shape[0] == 0:
         return q_NHd.clone()
     assert constant is None or layout.kv_rows is not None
+    if name == "blocked":  # gathers keys itself, block by block
+        return blocked_attention(q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist(),
+                                 layout.kv_rows, constant)
+    call = _CALLS[name]
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
     keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
@@ -61,8 +65,8 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
     Raises:
         ValueError: `implementation` is none, or cannot be used here.
     """
-    if implementation not in ("auto", *_CALLS):
-        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(_CALLS)}")
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
     obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "blocked": _blocked_obstacle}
     if implementation == "auto":
         return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
@@ -144,10 +148,6 @@ def _varlen(q_NHd, k_MKd, v_MKd, layout):
                     layout.max_seqlen_k, **options)
 
 
-def _blocked(q_NHd, k_MKd, v_MKd, layout):
-    return blocked_attention(q_NHd, k_MKd, v_MKd, layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist())
-
-
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     gqa = q_NHd.shape[1] != k_MKd.shape[1]
     q_sizes, k_sizes = (bounds.diff().tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
@@ -173,7 +173,8 @@ def _last_rows_aligned(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
-_CALLS = {"flash": _flash, "varlen": _varlen, "blocked": _blocked, "sdpa": _sdpa}
+_CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
+IMPLEMENTATIONS = ("flash", "varlen", "blocked", "sdpa")
 
 
 class _Gathered:

@@ -184,7 +184,7 @@ def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, re
     """Temporaries of a layer at their widest, in SwiGLU's backward or attention's; what is recomputed for it; less what
     the last layer has let go of by then."""
     per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + size)
-    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (16 if size < 4 else 8)  # where no kernel can run
+    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (20 if size < 4 else 8)  # where no kernel can run
     if not trainable & BELOW_THE_HEAD:
         return rows * per_row + block  # of its forward
     layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=False, rows=rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import use_triton
-from .row_blocks import row_blocks
+from .row_blocks import over_rows, row_blocks
 
 
 def _wide(x):
@@ -125,46 +125,50 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
 
 
 def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
-    """The same in plain torch, in blocks; the reciprocal is [N, 1]."""
+    """The same in plain torch; the reciprocal is [N, 1]."""
     N, D = residual_ND.shape
     total_ND = residual_ND if branch_ND is None else residual_ND.new_empty(N, D)
     y_ND = residual_ND.new_empty(N, D, dtype=dtype)
-    weight_D = _wide(weight_D)
     rstd_N1 = residual_ND.new_empty(N, 1, dtype=torch.promote_types(residual_ND.dtype, torch.float32))
-    for rows in row_blocks(N, D):
-        if branch_ND is not None:
-            torch.add(residual_ND[rows], branch_ND[rows], out=total_ND[rows])
-        x_nD = _wide(total_ND[rows])
-        rstd_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-        rstd_N1[rows] = rstd_n1
-        y_ND[rows] = (x_nD * rstd_n1).mul_(weight_D)
+    _normalise_rows(y_ND, residual_ND, branch_ND, total_ND, rstd_N1, weight_D=_wide(weight_D), eps=eps)
     return total_ND, y_ND, rstd_N1
 
 
+@over_rows
+def _normalise_rows(y_nD, residual_nD, branch_nD, total_nD, rstd_n1, *, weight_D, eps):
+    if branch_nD is not None:
+        residual_nD = total_nD.copy_(residual_nD + branch_nD)
+    x_nD = _wide(residual_nD)
+    inverse_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True).square_().div_(x_nD.shape[1]).add_(eps).rsqrt_()
+    rstd_n1.copy_(inverse_n1)
+    y_nD.copy_((x_nD * inverse_n1).mul_(weight_D))
+
+
 def _backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
-    """The same in plain torch, in blocks."""
-    N, D = total_ND.shape
-    grad_ND = total_ND.new_empty(N, D)
+    """The same in plain torch."""
+    grad_ND = torch.empty_like(total_ND, memory_format=torch.contiguous_format)
     apart = branch_dtype is not None and branch_dtype != total_ND.dtype
-    grad_branch_ND = total_ND.new_empty(N, D, dtype=branch_dtype) if apart else grad_ND
+    grad_branch_ND = torch.empty_like(grad_ND, dtype=branch_dtype) if apart else None
     wide_D = _wide(weight_D)
     grad_weight_D = torch.zeros_like(wide_D) if trained else None
-    for rows in row_blocks(N, D):
-        x_nD, grad_y_nD, rstd_n1 = _wide(total_ND[rows]), _wide(grad_y_ND[rows]), rstd_N1[rows]
-        products_nD = grad_y_nD * x_nD
-        # The weight's gradient is these products times rstd, summed over rows; their product with the weight is the
-        # gradient's part along x.
-        along_n1 = torch.mv(products_nD, wide_D)[:, None].mul_(rstd_n1.pow(3)).div_(D)
-        if trained:
-            grad_weight_D += torch.mv(products_nD.T, rstd_n1[:, 0])
-        grad_nD = torch.mul(grad_y_nD, wide_D, out=products_nD).mul_(rstd_n1).addcmul_(x_nD, along_n1, value=-1)
-        if grad_total_ND is not None:
-            grad_nD += grad_total_ND[rows]
-        grad_ND[rows] = grad_nD
-        if apart:
-            grad_branch_ND[rows] = grad_nD
-    return (grad_ND, None if branch_dtype is None else grad_branch_ND,
+    _backward_rows(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
+    for rows in row_blocks(*total_ND.shape) if trained else ():
+        grad_weight_D += torch.mv((_wide(grad_y_ND[rows]) * total_ND[rows]).T, rstd_N1[rows, 0])
+    return (grad_ND, None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
             grad_weight_D.to(weight_D.dtype) if trained else None)
+
+
+@over_rows
+def _backward_rows(grad_out_nD, total_nD, rstd_n1, grad_total_nD, grad_y_nD, grad_branch_nD, *, weight_D):
+    x_nD = _wide(total_nD)
+    grad_nD = _wide(grad_y_nD) * weight_D
+    along_n1 = torch.sum(grad_nD * x_nD, 1, keepdim=True).mul_(rstd_n1.pow(3)).div_(x_nD.shape[1])
+    grad_nD = grad_nD.mul_(rstd_n1).addcmul_(x_nD, along_n1, value=-1)
+    if grad_total_nD is not None:
+        grad_nD += grad_total_nD
+    grad_out_nD.copy_(grad_nD)
+    if grad_branch_nD is not None:
+        grad_branch_nD.copy_(grad_nD)
 
 
 class _AddRMSNorm(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import use_triton
-from .row_blocks import row_blocks
+from .row_blocks import over_rows
 
 
 def _wide(x):
@@ -36,22 +36,26 @@ def _angles(positions_N, inv_freq_h, scale):
 
 
 def _rotate(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
-    """Rotate `qkv_NE` into `out_NE`, which may be the same, in plain torch, in blocks."""
-    N, E = qkv_NE.shape
-    rotated, heads_2h = num_heads + num_kv_heads, (num_heads + 2 * num_kv_heads, 2, -1)
-    for rows in row_blocks(N, E):
-        cos_n1h, sin_n1h = _angles(positions_N[rows], inv_freq_h, scale)
-        if inverse:
-            sin_n1h.neg_()
-        rows_nA2h, out_nA2h = (x_NE[rows].unflatten(1, heads_2h) for x_NE in (qkv_NE, out_NE))
-        first_nAh, second_nAh = _wide(rows_nA2h[:, :rotated]).unbind(2)
-        # Both before either is written: the halves may be views of what is written to. Products are rounded, as in
-        # Hugging Face's LLaMA: a fused multiply-add would differ from it in fp32's last bits.
-        turned_first_nAh = (first_nAh * cos_n1h).sub_(second_nAh * sin_n1h)
-        out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).add_(first_nAh * sin_n1h)
-        out_nA2h[:, :rotated, 0] = turned_first_nAh
-        if out_NE is not qkv_NE:
-            out_nA2h[:, rotated:] = rows_nA2h[:, rotated:]
+    """Rotate `qkv_NE` into `out_NE`, which may be the same, in plain torch."""
+    cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
+    source_NE = None if out_NE is qkv_NE else qkv_NE
+    _rotate_rows(out_NE, source_NE, cos_N1h, sin_N1h.neg_() if inverse else sin_N1h, rotated=num_heads + num_kv_heads,
+                 heads=num_heads + 2 * num_kv_heads)
+
+
+@over_rows
+def _rotate_rows(out_nE, source_nE, cos_n1h, sin_n1h, *, rotated, heads):
+    """Rotate the first `rotated` of a row's `heads` heads, of `out_nE` itself where there is no other source."""
+    out_nA2h = out_nE.unflatten(1, (heads, 2, -1))
+    rows_nA2h = out_nA2h if source_nE is None else source_nE.unflatten(1, (heads, 2, -1))
+    first_nAh, second_nAh = _wide(rows_nA2h[:, :rotated]).unbind(2)
+    # Both before either is written: the halves may be views of what is written to. Products are rounded, as in
+    # Hugging Face's LLaMA: a fused multiply-add would differ from it in fp32's last bits.
+    turned_first_nAh = (first_nAh * cos_n1h).sub_(second_nAh * sin_n1h)
+    out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).add_(first_nAh * sin_n1h)
+    out_nA2h[:, :rotated, 0] = turned_first_nAh
+    if source_nE is not None:
+        out_nA2h[:, rotated:] = rows_nA2h[:, rotated:]
 
 
 def _tiles(heads, half):

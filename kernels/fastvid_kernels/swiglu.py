@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .dispatch import use_triton
-from .row_blocks import row_blocks
+from .row_blocks import over_rows
 
 
 def _wide(x):
@@ -63,24 +63,20 @@ def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, blocks, BLOCK
     tl.store(grad_gate_ptr + F + columns, (grad * silu).to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
 
 
-def _forward(gate_up_NF):
-    """`swiglu` in plain torch, in blocks."""
-    N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
-    out_NF = gate_up_NF.new_empty(N, F)
-    for rows in row_blocks(N, F):
-        gate_nF, up_nF = gate_up_NF[rows].chunk(2, 1)
-        out_NF[rows] = functional.silu(_wide(gate_nF)).mul_(up_nF)
-    return out_NF
+@over_rows
+def _forward(out_nF, gate_up_nF):
+    """`swiglu` in plain torch, into `out_nF`."""
+    gate_nF, up_nF = _wide(gate_up_nF).chunk(2, 1)
+    out_nF.copy_(functional.silu(gate_nF).mul_(up_nF))
 
 
-def _backward(gate_up_NF, grad_NF, grad_gate_up_NF):
-    """The gradient in plain torch, in blocks, into `grad_gate_up_NF`."""
-    N, F = grad_NF.shape
-    for rows in row_blocks(N, F):
-        gate_nF, up_nF = gate_up_NF[rows].chunk(2, 1)
-        gate_nF, grad_nF = _wide(gate_nF), _wide(grad_NF[rows])
-        grad_gate_up_NF[rows, F:] = functional.silu(gate_nF).mul_(grad_nF)
-        grad_gate_up_NF[rows, :F] = torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF)
+@over_rows
+def _backward(grad_nF, gate_up_nF, grad_gate_up_nF):
+    """The gradient in plain torch, into `grad_gate_up_nF`."""
+    F, grad_nF = grad_nF.shape[1], _wide(grad_nF)
+    gate_nF, up_nF = _wide(gate_up_nF).chunk(2, 1)  # the whole row at once: rows of a part are slower to convert
+    grad_gate_up_nF[:, F:] = functional.silu(gate_nF).mul_(grad_nF)
+    grad_gate_up_nF[:, :F] = torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -90,10 +86,11 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up_NF, triton_kernel):
         ctx.save_for_backward(gate_up_NF)
         ctx.triton_kernel = triton_kernel
-        if not triton_kernel:
-            return _forward(gate_up_NF)
         N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         out_NF = gate_up_NF.new_empty(N, F)
+        if not triton_kernel:
+            _forward(out_NF, gate_up_NF)
+            return out_NF
         BLOCK_F, blocks, grid = _tiles(N, F)
         _swiglu_fwd_kernel[grid](gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
         return out_NF
@@ -109,7 +106,7 @@ class _SwiGLU(torch.autograd.Function):
             _swiglu_bwd_kernel[grid](gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F,
                                      num_warps=4)
             return grad_gate_up_NF, None
-        _backward(gate_up_NF, grad_NF, grad_gate_up_NF)
+        _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
         return grad_gate_up_NF, None
 
 
