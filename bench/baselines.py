@@ -1,6 +1,7 @@
-"""What fastvid's training step is compared with: transformers' LLaMA under the reference's recipe, and at its best.
+"""What fastvid's training step is compared with: transformers' LLaMA under the reference's recipe, with what its
+libraries offer switched on, and tuned by hand.
 
-Both take the samples of one optimizer step as `fastvid.data` encodes them, padded on the right to the longest of a
+All take the samples of one optimizer step as `fastvid.data` encodes them, padded on the right to the longest of a
 micro-batch, and start from the weights that fastvid loads.
 
 Dimensions: B samples of a micro-batch, T rows of its longest, R video rows, C channels, D hidden size, V vocabulary.
@@ -73,6 +74,23 @@ class Baseline:
     def extra(self):
         return ()
 
+    def autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def embedded(self, batch):
+        """Rows [B, T, D] with the video's in their place; none but the two around it train the embedding table."""
+        video = self.projector(batch["features"].float())
+        rows = []
+        x_BTD = self.model.model.embed_tokens(batch["ids"])
+        for x_TD, video_RD, (start, end) in zip(x_BTD, video, batch["boundaries"]):
+            first, last = self.boundary(x_TD, start, end)
+            rows.append(torch.cat([x_TD[:start].detach(), first, video_RD, last, x_TD[end + 1:].detach()]))
+        return torch.stack(rows)
+
+    def boundary(self, x_TD, start, end):
+        """The trained rows [1, D] before and behind the video: of the embedding table, here."""
+        return x_TD[start:start + 1], x_TD[end:end + 1]
+
 
 class Reference(Baseline):
     """The reference's recipe (Video-LLaVA 0c8810f): fp32 weights, autocast for bf16, every layer recomputed, logits of
@@ -92,15 +110,8 @@ class Reference(Baseline):
         self.model.train()
 
     def loss(self, batch):
-        autocast = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if autocast else nullcontext():
-            embedded = self.model.model.embed_tokens(batch["ids"])
-            video = self.projector(batch["features"].float())
-            rows = []
-            for x_TD, video_RD, (start, end) in zip(embedded, video, batch["boundaries"]):
-                rows.append(torch.cat([x_TD[:start].detach(), x_TD[start:start + 1], video_RD,
-                                       x_TD[end:end + 1], x_TD[end + 1:].detach()]))
-            h = self.model.model(inputs_embeds=torch.stack(rows), attention_mask=batch["mask"],
+        with self.autocast():
+            h = self.model.model(inputs_embeds=self.embedded(batch), attention_mask=batch["mask"],
                                  use_cache=False).last_hidden_state
             logits = self.model.lm_head(h)
             shifted = logits[..., :-1, :].contiguous()
@@ -109,15 +120,14 @@ class Reference(Baseline):
 
 
 class Strong(Baseline):
-    """What a user who knows the libraries would write instead: weights in the compute dtype, frozen ones without
-    gradients, nothing recomputed, samples of like length together, start and end tokens as two rows of their own,
-    fused AdamW; Liger's kernels and flash-attention where they are installed (on CUDA), else SDPA.
+    """What a user gets who switches on what the libraries offer: weights in the compute dtype, nothing recomputed, the
+    model's own loss, fused AdamW; Liger's kernels and flash-attention where they are installed (on CUDA), else SDPA.
 
-    Rows are padded on the right, where causal attention never looks, so no mask is needed and SDPA stays causal.
+    Batches, mask and trained parameters are the reference's; the embedding table is in the compute dtype too.
     """
 
-    sorted_by_length = True
     fused_optimizer = True
+    masked = True
 
     @property
     def weight_dtype(self):
@@ -129,28 +139,41 @@ class Strong(Baseline):
 
     def prepare(self):
         self.model.requires_grad_(False)
+        self.model.model.embed_tokens.requires_grad_(True)
         if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
             from liger_kernel.transformers import apply_liger_kernel_to_llama
 
             apply_liger_kernel_to_llama(model=self.model)
         self.model.train()
-        rows = self.model.model.embed_tokens.weight[[self.tokens.start, self.tokens.end]]
-        self.boundary = nn.ParameterList([nn.Parameter(rows.detach().float())])
-
-    def extra(self):
-        return (self.boundary,)
 
     def loss(self, batch):
-        with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
-            video = self.projector(batch["features"].float()).to(self.dtype)
-        boundary = self.boundary[0].to(self.dtype)
-        embedded = self.model.model.embed_tokens(batch["ids"])
-        rows = []
-        for x_TD, video_RD, (start, end) in zip(embedded, video, batch["boundaries"]):
-            rows.append(torch.cat([x_TD[:start], boundary[:1], video_RD, boundary[1:], x_TD[end + 1:]]))
+        with self.autocast():
+            x_BTD = self.embedded(batch)
         # Divided by the tokens of the batch alone by default; 1 leaves the sum.
-        return self.model(inputs_embeds=torch.stack(rows), labels=batch["labels"], use_cache=False,
-                          num_items_in_batch=1).loss
+        return self.model(inputs_embeds=x_BTD, attention_mask=batch["mask"] if self.masked else None,
+                          labels=batch["labels"], use_cache=False, num_items_in_batch=1).loss
+
+
+class Tuned(Strong):
+    """What a user could make of it by hand: samples of like length together, no mask, and the start and end tokens as
+    two rows of their own, so that the embedding table has no gradient.
+
+    Rows are padded on the right, where causal attention never looks, so no mask is needed and SDPA stays causal.
+    """
+
+    sorted_by_length = True
+    masked = False
+
+    def prepare(self):
+        super().prepare()
+        table = self.model.model.embed_tokens.requires_grad_(False).weight
+        self.pair = nn.Embedding.from_pretrained(table[[self.tokens.start, self.tokens.end]].float(), freeze=False)
+
+    def extra(self):
+        return (self.pair,)
+
+    def boundary(self, x_TD, start, end):
+        return self.pair.weight.to(self.dtype).split(1)
 
 
 def padded(samples, tokens, device):

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bench.roofline import GRID, INK, OURS, QUIET
+from bench.train_presets import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- ladder: python -m bench.ladder_plot -->", "<!-- end of ladder -->"
@@ -62,7 +63,7 @@ def _bars(axis, rows, names, dtypes, key, unit, label, room):
         here = [other["dtype"] for other in rows if other["row"] == row["row"]]
         at = names.index(row["row"]) + thick * (here.index(row["dtype"]) + 0.5 - len(here) / 2)
         value = row[key] / unit
-        ours = row["row"] not in ("reference", "strong")
+        ours = row["row"] not in BASELINES
         axis.barh(at, value, thick * 0.9, color=COLOURS[row["dtype"], ours])
         text = f" {value:.3g}"
         if row["dtype"] in reference and row["row"] != "reference":

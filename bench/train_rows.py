@@ -82,7 +82,7 @@ def baseline(row, folder, dtype, micro_batch):
     config = parse(TrainConfig, ["--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json",
                                  "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *row.flags])
     samples = SampleSet(config.data_path, tokenizer, FeatureFolder(f"{folder}/feats"), config)
-    return {"reference": baselines.Reference, "strong": baselines.Strong}[row.kind](
+    return {"reference": baselines.Reference, "strong": baselines.Strong, "tuned": baselines.Tuned}[row.kind](
         f"{folder}/model", [samples.read(i) for i in range(len(samples))], tokenizer.tokens, dtype=dtype,
         micro_batch=micro_batch, device=default_device(), learning_rate=LEARNING_RATE)
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.harness import environment  # noqa: E402  found by the line above
-from bench.train_presets import PRESETS, ROWS  # noqa: E402
+from bench.train_presets import BASELINES, PRESETS, ROWS  # noqa: E402
 
 # Largest relative difference of the loss and of the gradient norm from those of the row that one must equal, at the
 # starting weights. The reference keeps the residual stream in fp32 under autocast, the others round it to bf16.
@@ -172,7 +172,7 @@ def ratios(rows, dtype):
     """Samples per second of the exact and the shared rows over the baselines'."""
     speed = {row["row"]: row["samples_per_second"] for row in rows if row["dtype"] == dtype}
     return {f"{ours}_vs_{theirs}": speed[ours] / speed[theirs] for ours in ("exact", "shared")
-            for theirs in ("reference", "strong") if speed.get(ours) and speed.get(theirs)}
+            for theirs in BASELINES if speed.get(ours) and speed.get(theirs)}
 
 
 def summary(rows, rates):
@@ -194,18 +194,18 @@ def summary(rows, rates):
 
 def table(rows):
     """The ladder as text."""
-    cells = [("", "samples/s", "±", "rows/s", "GFLOP/s", "matmul", "memory", "× reference", "× strong")]
+    cells = [("", "samples/s", "±", "rows/s", "GFLOP/s", "matmul", "memory", *(f"× {name}" for name in BASELINES))]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         here = [row for row in rows if row["dtype"] == dtype and row["seconds"]]
         base = {row["row"]: row["samples_per_second"] for row in here}
-        cells.append((f"{dtype}", *[""] * 8))
+        cells.append((dtype, *[""] * (len(cells[0]) - 1)))
         for row in here:
             speed = row["samples_per_second"]
             cells.append((
                 "  " + row["title"], f"{speed:.3g}", f"{50 * row['spread']:.0f} %", f"{row['rows_per_second']:,.0f}",
                 f"{row['flops_per_second'] / 1e9:,.0f}", f"{100 * row['matmul_share']:.0f} %",
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-                *(f"{speed / base[name]:.2f}" if name in base else "" for name in ("reference", "strong"))))
+                *(f"{speed / base[name]:.2f}" if name in base else "" for name in BASELINES)))
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
                                for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells)

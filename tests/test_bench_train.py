@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from bench import ladder_plot, train_data, train_rows, train_step
 from bench.executed import ExecutedFlops, executed_flops, matmul_rate, varlen_flops
-from bench.train_presets import PRESETS, ROWS, Shape
+from bench.train_presets import BASELINES, PRESETS, ROWS, Shape
 from fastvid.config import TrainConfig
 from fastvid.data.batching import SampleSet
 from fastvid.data.conversation import load_tokenizer, system_prefix
@@ -130,7 +130,7 @@ def first(name, folder, dtype="fp32", micro_batch=8):
 
 @pytest.fixture(scope="module")
 def firsts(folder):
-    names = ("reference", "strong", "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first", "shared")
+    names = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first", "shared")
     return {name: first(name, folder) for name in names}
 
 
@@ -167,18 +167,19 @@ def test_every_row_of_a_preset_is_compared_with_another(name):
 
 
 def test_rows_compute_less_from_idea_to_idea(firsts):
-    order = ("reference", "strong", "kept", "last", "apart", "shared")
+    order = ("reference", "strong", "tuned", "kept", "last", "apart", "shared")
     flops = [firsts[name]["flops"] for name in order]
     assert flops == sorted(flops, reverse=True) and len(set(flops)) == len(flops)
     assert firsts["recomputed"]["flops"] > 1.2 * firsts["exact"]["flops"]
-    rows = [firsts[name]["rows"] for name in ("reference", "strong", "packed", "exact", "shared")]
-    assert rows == sorted(rows, reverse=True) and rows[1] > rows[2]
+    rows = [firsts[name]["rows"] for name in ("strong", "tuned", "packed", "shared")]
+    assert rows == sorted(rows, reverse=True) and len(set(rows)) == len(rows)
+    assert firsts["strong"]["rows"] == firsts["reference"]["rows"]
     assert firsts["packed"]["rows"] == firsts["exact"]["sample_rows"] == firsts["reference"]["sample_rows"]
 
 
 def test_rows_for_a_gpu_run_at_tiny_sizes(folder, firsts):
     """Their figures are a GPU's; that their command lines and steps work is seen here."""
-    names = [name for name in PRESETS["h200-7b"].rows["bf16"] if name not in firsts] + ["exact", "shared"]
+    names = [name for name in PRESETS["h200-7b"].rows["bf16"] if name not in firsts] + [*BASELINES, "exact", "shared"]
     assert {"fp8", "shared_fp8", "full"} <= set(names)
     rows = [{"row": name, "dtype": "bf16", **first(name, folder, "bf16")} for name in names]
     assert list(train_step.compare(rows)) == []
@@ -186,8 +187,9 @@ def test_rows_for_a_gpu_run_at_tiny_sizes(folder, firsts):
     assert full["flops"] > 1.3 * firsts["exact"]["flops"] and full["norm"] > 1.5 * firsts["exact"]["norm"]
 
 
-def test_reference_trains_the_whole_table_but_moves_two_rows(folder):
-    row = train_rows.make("reference", folder, torch.float32, 8)
+@pytest.mark.parametrize("name", ["reference", "strong"])
+def test_the_whole_table_is_trained_but_two_rows_move(folder, name):
+    row = train_rows.make(name, folder, torch.float32, 8)
     table = row.model.model.embed_tokens.weight
     assert table.requires_grad and not row.model.lm_head.weight.requires_grad
     before = table.detach().clone()
@@ -196,16 +198,23 @@ def test_reference_trains_the_whole_table_but_moves_two_rows(folder):
     row.step()
     moved = (table != before).any(1).nonzero().flatten().tolist()
     assert moved == [row.tokens.start, row.tokens.end]
-    assert row.model.model.gradient_checkpointing and table.dtype == torch.float32
+    assert row.model.model.gradient_checkpointing == (name == "reference") and table.dtype == torch.float32
 
 
-def test_strong_baseline_keeps_frozen_weights_in_bf16_and_like_lengths_together(folder):
-    row = train_rows.make("strong", folder, torch.bfloat16, 8)
+@pytest.mark.parametrize("name, embeddings", [("strong", 640), ("tuned", 2)])
+def test_weights_in_bf16_and_what_is_tuned_by_hand(folder, name, embeddings):
+    row = train_rows.make(name, folder, torch.bfloat16, 8)
     assert {p.dtype for p in row.model.parameters()} == {torch.bfloat16}
-    assert sum(p.numel() for p in row.trained) == sum(p.numel() for p in row.projector.parameters()) + 2 * 64
-    assert row.batches[0]["ids"].shape[1] <= row.batches[1]["mask"].sum(1).min()
+    assert {p.dtype for p in row.projector.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in row.trained) == sum(p.numel() for p in row.projector.parameters()) + embeddings * 64
+    by_length = row.batches[0]["ids"].shape[1] <= row.batches[1]["mask"].sum(1).min()
+    assert by_length == (name == "tuned")
+    masks = []
+    row.model.register_forward_pre_hook(lambda *call: masks.append(call[2]["attention_mask"]), with_kwargs=True)
     found = train_rows.answer(row, "step")
     assert found["seconds"] > 0 and math.isfinite(found["loss"])
+    given = [batch["mask"] if name == "strong" else None for batch in row.batches]
+    assert all(mask is expected for mask, expected in zip(masks, given, strict=True))
 
 
 def measured(name, dtype, seconds, flops=8e9, **more):
@@ -221,7 +230,7 @@ ENVIRONMENT = {"device": "CPU X", "commit": "abc", "date": "2026-01-01",
 @pytest.fixture
 def result():
     rows = [measured("reference", "bf16", [30.0, 29.0, 31.0]), measured("strong", "bf16", [20.0]),
-            measured("exact", "bf16", [10.0], flops=80e9, peak_bytes=2**29),
+            measured("tuned", "bf16", [15.0]), measured("exact", "bf16", [10.0], flops=80e9, peak_bytes=2**29),
             measured("recomputed", "bf16", [15.0], peak_bytes=2**28),
             measured("strong_video_first", "bf16", []), measured("shared", "bf16", [3.0]),
             measured("reference", "fp32", [60.0]), measured("exact", "fp32", [24.0], flops=192e9)]
@@ -230,8 +239,9 @@ def result():
 
 
 def test_summary_compares_rows_of_one_precision(result):
-    assert result["ratios"] == pytest.approx({"exact_vs_reference": 3.0, "exact_vs_strong": 2.0,
-                                              "shared_vs_reference": 10.0, "shared_vs_strong": 20 / 3})
+    assert result["ratios"] == pytest.approx({
+        "exact_vs_reference": 3.0, "exact_vs_strong": 2.0, "exact_vs_tuned": 1.5, "shared_vs_reference": 10.0,
+        "shared_vs_strong": 20 / 3, "shared_vs_tuned": 5.0})
     assert result["ratios_fp32"] == pytest.approx({"exact_vs_reference": 2.5})
     assert (result["matmul_share"], result["matmul_share_fp32"]) == pytest.approx((0.5, 0.5))
     assert (result["memory_vs_reference"], result["memory_vs_reference_recomputed"]) == (0.5, 0.25)
@@ -239,8 +249,8 @@ def test_summary_compares_rows_of_one_precision(result):
 
 def test_table_and_picture_show_what_was_timed(result, tmp_path):
     lines = train_step.table(result["rows"]).splitlines()
-    assert lines[2].split()[-11:] == "0.5 3 % 400 0 2 % 1,024 MiB 1.00 0.67".split()
-    assert not any("transformers at its best, video first" in line for line in lines) and len(lines) == 10
+    assert lines[2].split()[-12:] == "0.5 3 % 400 0 2 % 1,024 MiB 1.00 0.67 0.50".split()
+    assert not any(ROWS["strong_video_first"].title in line for line in lines) and len(lines) == 11
     figure = ladder_plot.draw(result)
     speed, memory = figure.axes
     assert sorted(bar.get_width() for bar in speed.patches) == pytest.approx(
@@ -253,9 +263,9 @@ def test_table_goes_into_readme_between_its_comments(result, tmp_path):
     table = ladder_plot.markdown(result)
     lines = table.splitlines()
     assert lines[2] == "| reference's recipe (transformers) | 0.5 | 0 | 2 % | 1.00 GiB | 0.25 | 0 | 1 % | 1.00 GiB |"
-    assert lines[4].split(" | ")[1:] == ["1.5 (3.0×)", "8", "50 %", "0.50 GiB (0.50×)", "0.625 (2.5×)", "8", "50 %",
+    assert lines[5].split(" | ")[1:] == ["1.5 (3.0×)", "8", "50 %", "0.50 GiB (0.50×)", "0.625 (2.5×)", "8", "50 %",
                                          "1.00 GiB (1.00×) |"]
-    assert lines[3].endswith("|  |  |  |  |") and len(lines) == 7
+    assert lines[3].endswith("|  |  |  |  |") and len(lines) == 8
     text = f"# A\n{ladder_plot.BEGIN}\nold\n{ladder_plot.END}\nrest\n"
     assert ladder_plot.into_readme(text, table) == f"# A\n{ladder_plot.BEGIN}\n{table}\n{ladder_plot.END}\nrest\n"
     (tmp_path / "README.md").write_text(text)
