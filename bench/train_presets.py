@@ -70,7 +70,7 @@ ROWS = {
     "kept": Row("+ nothing recomputed", flags=(*_NONE, *_SDPA), last_layer=False, apart=False, rounds=2),
     "last": Row("+ last layer on supervised rows", flags=(*_NONE, *_SDPA), apart=False, rounds=2),
     "apart": Row("+ system prompt kept, no gradient before the video", flags=(*_NONE, *_SDPA), rounds=2),
-    "exact": Row("+ attention by blocks of matrix products", flags=_NONE),
+    "exact": Row("+ attention by a kernel of its own (bf16)", flags=_NONE),
     "recomputed": Row("the same with --recompute full", flags=_ALL, rounds=2),
     "strong_video_first": Row("transformers, video first", "strong", flags=_FIRST, rounds=0, like=None),
     "shared": Row("+ video first, its rows shared by its questions", flags=(*_NONE, *_FIRST, "--share_video"),

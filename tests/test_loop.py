@@ -10,7 +10,7 @@ from training_run import config_of, flags, losses, write_run
 
 from fastvid import parallel, recovery, staging, train
 from fastvid.flops import Formula
-from fastvid.model import attention
+from fastvid.model import attention, blocked_attention
 from fastvid.staging import Staging
 
 CPU = parallel.World(0, 1, 0, torch.device("cpu"), False)
@@ -37,7 +37,8 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
     state = train.build(config, CPU)
     # Attention on a CPU reads its segments on the host, whose memory they are in; a GPU's kernels do not.
     reads = HostReads(monkeypatch, lambda: state.step, [
-        *((attention._CALLS, name) for name in attention._CALLS), (Formula, "counts"), (recovery, "write_results")])
+        *((calls, name) for calls in (attention._CALLS, attention._GATHERING) for name in calls),
+        (blocked_attention, "_backward"), (Formula, "counts"), (recovery, "write_results")])
     batches = state.loader.iterate
 
     def iterate(first):

@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
+from fastvid.model.avx512_attention import avx512_attention
+from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention
 
 # Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
@@ -28,9 +31,9 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     Args:
         q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
         layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
-        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "blocked" (batched products of
-            matrices, for bfloat16 on the CPU), "sdpa" (one call per segment), or "auto": the first of these that the
-            tensors allow.
+        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "avx512" (for bfloat16 on CPUs that
+            multiply it), "blocked" (batched products of matrices, for bfloat16 on any CPU), "sdpa" (one call per
+            segment), or "auto": the first of these that the tensors allow.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
             where the copy lives only during its layer's backward.
@@ -41,13 +44,12 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     Raises:
         ValueError: the implementation cannot serve these tensors here; says why.
     """
-    name = choose_implementation(implementation, q_NHd.device, q_NHd.dtype)
+    name = choose_implementation(implementation, q_NHd.device, q_NHd.dtype, q_NHd.shape[2])
     if q_NHd.shape[0] == 0:
         return q_NHd.clone()
     assert constant is None or layout.kv_rows is not None
-    if name == "blocked":  # gathers keys itself, block by block
-        return blocked_attention(q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist(),
-                                 layout.kv_rows, constant)
+    if name in _GATHERING:
+        return _GATHERING[name](q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_rows, constant)
     call = _CALLS[name]
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
@@ -59,15 +61,16 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         return call(q_NHd, k_MKd, v_MKd, layout)
 
 
-def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The library that `attend` uses for tensors on `device` in `dtype`.
+def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype, channels: int) -> str:
+    """The library that `attend` uses for tensors on `device` in `dtype`, with so many channels per head.
 
     Raises:
         ValueError: `implementation` is none, or cannot be used here.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "blocked": _blocked_obstacle}
+    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "avx512": partial(_avx512_obstacle, channels),
+                "blocked": _bf16_cpu_obstacle}
     if implementation == "auto":
         return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
     if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
@@ -96,11 +99,17 @@ def _varlen_obstacle(device, dtype):
     return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
 
 
-def _blocked_obstacle(device, dtype):
+def _bf16_cpu_obstacle(device, dtype):
     if device.type != "cpu":
         return f"it is for the CPU, not {device.type}"
     # Of fp32, SDPA's own kernel computes as much per second.
     return None if dtype == torch.bfloat16 else f"it is for bfloat16, not {dtype}"
+
+
+def _avx512_obstacle(channels, device, dtype):
+    if reason := _bf16_cpu_obstacle(device, dtype):
+        return reason
+    return avx512_obstacle() if channels % 16 == 0 else f"heads of {channels} channels are no multiple of 16"
 
 
 @functools.cache
@@ -174,7 +183,8 @@ def _last_rows_aligned(queries, keys, device):
 
 
 _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
-IMPLEMENTATIONS = ("flash", "varlen", "blocked", "sdpa")
+_GATHERING = {"avx512": avx512_attention, "blocked": blocked_attention}  # take keys from where they lie
+IMPLEMENTATIONS = ("flash", "varlen", "avx512", "blocked", "sdpa")
 
 
 class _Gathered:

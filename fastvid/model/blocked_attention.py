@@ -10,6 +10,7 @@ G = H / K, d channels per head; n query rows of a block, m key rows that they se
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,13 +19,13 @@ from torch.autograd.function import once_differentiable
 BLOCK_QUERIES = 192
 
 
-def blocked_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: list[int], k_bounds: list[int],
+def blocked_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tensor, k_bounds: Tensor,
                       kv_rows: Tensor | None = None, constant: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row.
 
     Args:
         q_NHd, k_RKd, v_RKd: rows of all segments, any row stride; H a multiple of K. Scale is d**-0.5.
-        q_bounds, k_bounds: cumulative rows of the segments, from 0; no segment has more queries than keys.
+        q_bounds, k_bounds: [S+1], cumulative rows of the segments, from 0; no segment has more queries than keys.
         kv_rows: for each key of each segment the row that it is, of the constant rows and those of k; None: the rows
             of k in order.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before those of k.
@@ -33,7 +34,8 @@ def blocked_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: lis
         [N, H, d]. Scores and probabilities are rounded to the inputs' dtype, as plain products of matrices round them;
         the softmax between them is fp32, and so are the sums of the keys' and values' gradients. Repeatable.
     """
-    return _BlockedAttention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(constant or (None, None)))
+    return _BlockedAttention.apply(q_NHd, k_RKd, v_RKd, q_bounds.tolist(), k_bounds.tolist(), kv_rows,
+                                   *(constant or (None, None)))
 
 
 def segments(q_bounds, k_bounds, kv_rows=None):
@@ -45,7 +47,8 @@ def segments(q_bounds, k_bounds, kv_rows=None):
 
 def _runs(rows_m):
     """Slices whose rows, end to end, are `rows_m`."""
-    breaks = [0, *((rows_m.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows_m)]
+    rows_m = rows_m.numpy()
+    breaks = [0, *(np.flatnonzero(np.diff(rows_m) != 1) + 1).tolist(), len(rows_m)]
     return [slice(start, start + j - i) for start, (i, j) in zip(rows_m[breaks[:-1]].tolist(), pairwise(breaks))]
 
 

@@ -1,0 +1,164 @@
+"""Causal attention on CPUs with AVX512-BF16: `avx512_attention.cpp`, compiled when it is first needed.
+
+Dimensions: N query rows, R rows that are keys and values, C constant rows before those, M keys of all segments, S segments,
+H query heads, K key/value heads, d channels per head.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+HEADER = SOURCE.with_name("avx512_tiles.h")
+FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma",
+         "-fopenmp", "-shared", "-fPIC")
+_POINTER = ctypes.c_void_p
+
+
+class _Arguments(ctypes.Structure):
+    """`struct Attention` of the source."""
+
+    _fields_ = [*((name, _POINTER) for name in ("q", "k", "v", "constant_k", "constant_v")),
+                *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride", "constant_k_stride",
+                                                      "constant_v_stride", "constant_rows")),
+                *((name, _POINTER) for name in ("kv_rows", "q_bounds", "k_bounds")),
+                *((name, ctypes.c_int64) for name in ("segments", "heads", "kv_heads", "d", "threads"))]
+
+
+def avx512_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tensor, k_bounds: Tensor,
+                     kv_rows: Tensor | None = None, constant: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Scaled dot-product attention, causal and aligned at each segment's last row.
+
+    Args:
+        q_NHd, k_RKd, v_RKd: bf16 rows of all segments, any row stride; H a multiple of K, d of 16. Scale is d**-0.5.
+        q_bounds, k_bounds: [S+1] int32, cumulative rows of the segments, from 0; no segment has more queries than keys.
+        kv_rows: [M] int64, for each key of each segment the row that it is, of the constant rows and those of k; None:
+            the rows of k in order.
+        constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before those of k.
+
+    Returns:
+        [N, H, d] bf16. Scores, softmax and all sums are fp32; probabilities are rounded to bf16 for their products.
+        Saved for backward: the inputs. Repeatable, on any number of threads.
+
+    Raises:
+        RuntimeError: it cannot run here (`obstacle`).
+    """
+    return _Attention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(constant or (None, None)))
+
+
+def obstacle() -> str | None:
+    """Why this cannot run here, or None. Compiles at the first call."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _library():
+    """The loaded library, or why there is none."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+    if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        return "this CPU has no AVX512-BF16"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return "no C++ compiler is installed (g++, or what CXX names)"
+    try:
+        return _declared(ctypes.CDLL(str(_compiled(compiler))))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} cannot compile {SOURCE.name}: {error.stderr.strip().splitlines()[-1:]}"
+    except OSError as error:
+        return f"its library cannot be written or loaded: {error}"
+
+
+def _compiled(compiler):
+    """The library's file, compiled unless the same source was before; whole or not there."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\0".join([version, *FLAGS, HEADER.read_text(), SOURCE.read_text()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvid"
+    target = folder / f"{SOURCE.stem}-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            made = Path(made) / target.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
+            made.replace(target)
+    return target
+
+
+def _declared(library):
+    arguments = ctypes.POINTER(_Arguments)
+    library.attention_forward.argtypes = [arguments, _POINTER]
+    library.attention_backward.argtypes = [arguments, *[_POINTER] * 4]
+    library.attention_forward.restype = library.attention_backward.restype = None
+    return library
+
+
+def _arguments(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, constant_v):
+    """The struct for these tensors, which must outlive it."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"avx512 attention is impossible: {library}")
+    (_, heads, d), kv_heads = q_NHd.shape, k_RKd.shape[1]
+    rows = [x for x in (q_NHd, k_RKd, v_RKd, constant_k, constant_v) if x is not None]
+    assert d % 16 == 0 and heads % kv_heads == 0
+    assert all(x.dtype == torch.bfloat16 and x[:1].flatten(1).stride(1) == 1 for x in rows)
+    assert q_bounds.dtype == k_bounds.dtype == torch.int32 and (kv_rows is None or kv_rows.dtype == torch.int64)
+    assert all(x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows))
+    pointers = {name: None if x is None else x.data_ptr() for name, x in (
+        ("q", q_NHd), ("k", k_RKd), ("v", v_RKd), ("constant_k", constant_k), ("constant_v", constant_v),
+        ("kv_rows", kv_rows), ("q_bounds", q_bounds), ("k_bounds", k_bounds))}
+    strides = {f"{name}_stride": 0 if x is None else x.stride(0) for name, x in (
+        ("q", q_NHd), ("k", k_RKd), ("v", v_RKd), ("constant_k", constant_k), ("constant_v", constant_v))}
+    return library, _Arguments(
+        **pointers, **strides, constant_rows=0 if constant_k is None else len(constant_k), segments=len(q_bounds) - 1,
+        heads=heads, kv_heads=kv_heads, d=d, threads=torch.get_num_threads())
+
+
+def _forward(*tensors):
+    library, arguments = _arguments(*tensors)
+    out_NHd = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
+    library.attention_forward(arguments, out_NHd.data_ptr())
+    return out_NHd
+
+
+def _backward(grad_NHd, *tensors):
+    library, arguments = _arguments(*tensors)
+    grad_NHd, k_RKd = grad_NHd.contiguous(), tensors[1]
+    grad_q_NHd = torch.empty_like(grad_NHd)
+    grad_k_RKd, grad_v_RKd = (k_RKd.new_zeros(k_RKd.shape, dtype=torch.float32) for _ in range(2))
+    library.attention_backward(arguments, *(x.data_ptr() for x in (grad_NHd, grad_q_NHd, grad_k_RKd, grad_v_RKd)))
+    return grad_q_NHd, grad_k_RKd.bfloat16(), grad_v_RKd.bfloat16()
+
+
+# Operations, by whose names selective recomputation keeps the result, and counters of operations know them.
+_LIBRARY = torch.library.Library("fastvid_avx512", "DEF")
+_INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor k_bounds, Tensor? kv_rows, Tensor? constant_k, "
+           "Tensor? constant_v")
+_LIBRARY.define(f"attention({_INPUTS}) -> Tensor")
+_LIBRARY.define(f"attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.impl("attention", _forward, "CPU")
+_LIBRARY.impl("attention_backward", _backward, "CPU")
+
+
+class _Attention(torch.autograd.Function):
+    """Saves its inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return torch.ops.fastvid_avx512.attention(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NHd):
+        return *torch.ops.fastvid_avx512.attention_backward(grad_NHd, *ctx.saved_tensors), *[None] * 5
