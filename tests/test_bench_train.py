@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_cases import bounds
 from conftest import ROOT
 from torch.nn import functional
 
@@ -22,6 +23,8 @@ from fastvid.config import TrainConfig
 from fastvid.data.batching import SampleSet
 from fastvid.data.conversation import load_tokenizer, system_prefix
 from fastvid.data.features import FeatureFolder
+from fastvid.model.avx512_attention import avx512_attention
+from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention
 
 TINY = PRESETS["tiny"]
@@ -104,8 +107,17 @@ def test_attention_by_blocks_counts_its_blocks(monkeypatch):
     """By all keys that the last of a block's queries sees."""
     monkeypatch.setattr("fastvid.model.blocked_attention.BLOCK_QUERIES", 128)
     q, k, v = (torch.randn(n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (205, 305, 305))
-    _, flops = executed_flops(lambda: blocked_attention(q, k, v, [0, 200, 205], [0, 300, 305]).sum().backward())
+    given = bounds([200, 5]), bounds([300, 5])
+    _, flops = executed_flops(lambda: blocked_attention(q, k, v, *given).sum().backward())
     assert flops == (2 + 5) * 2 * 3 * 8 * (128 * 228 + 72 * 300 + 5 * 5)
+
+
+@pytest.mark.skipif(avx512_obstacle() is not None, reason=f"attention for AVX512-BF16: {avx512_obstacle()}")
+def test_attention_by_avx512_counts_pairs_up_to_the_diagonal():
+    q, k, v = (torch.randn(n, 3, 16, dtype=torch.bfloat16, requires_grad=True) for n in (5, 6, 6))
+    given = bounds([3, 2]), bounds([4, 2])
+    _, flops = executed_flops(lambda: avx512_attention(q, k, v, *given).sum().backward())
+    assert flops == (2 + 5) * 2 * 3 * 16 * ((2 + 3 + 4) + (1 + 2))
 
 
 def test_attention_on_packed_rows_counts_pairs_up_to_the_diagonal():

@@ -1,73 +1,30 @@
 """Attention as batched products of matrices: values and gradients against plain attention, what is saved."""
 
-from itertools import pairwise
-
 import pytest
 import torch
+from attention_cases import FLOORS, GATHERED, SEGMENTS, assert_close_to_exact, bounds, inputs, plain, results
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import attention, blocked_attention
 from fastvid.model.decoder import _keep_products, attend
 
-# As a part of the largest value: four units in the last place, and half a unit.
-FLOORS = {torch.float32: 2**-21, torch.bfloat16: 2**-8}
-# queries and keys of each segment: shorter and longer than a block, rectangles, one query, none
-SEGMENTS = {
-    "squares": ([300, 5, 128, 1], [300, 5, 128, 1]),
-    "rectangles": ([150, 7, 1, 129], [330, 90, 40, 130]),
-    "empty segment": ([0, 9], [12, 9]),
-}
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).tolist()
-
-
-def plain(q, k, v, q_bounds, k_bounds):
-    """Segment by segment, with the whole matrix of scores."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    outs = []
-    for (q0, q1), (k0, k1) in zip(pairwise(q_bounds), pairwise(k_bounds)):
-        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * q.shape[-1] ** -0.5
-        hidden = torch.ones(q1 - q0, k1 - k0).tril(k1 - k0 - q1 + q0) == 0
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[k0:k1]))
-    return torch.cat(outs)
-
-
-def inputs(segments, heads, kv_heads, channels, dtype, seed=0):
-    """Queries, keys, values, and the output's gradient, each a part of wider rows."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [sum(lengths) for lengths in segments]
-    shapes = [(rows[0], heads), (rows[1], kv_heads), (rows[1], kv_heads), (rows[0], heads)]
-    return [torch.randn(n, 2 * h, channels, generator=generator).to(dtype)[:, h // 2:h // 2 + h] for n, h in shapes]
-
-
-def results(function, q, k, v, grad, segments):
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = function(*leaves, *map(bounds, segments))
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
 
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize("heads, kv_heads, channels", [(4, 4, 32), (6, 2, 24), (3, 1, 5)])
 @pytest.mark.parametrize("dtype", FLOORS, ids=str)
 def test_equals_plain_attention(segments, heads, kv_heads, channels, dtype):
-    """The error against fp64 is at most twice that of plain attention in the same dtype."""
     given = inputs(segments, heads, kv_heads, channels, dtype)
     found = results(blocked_attention.blocked_attention, *given, segments)
     exact = results(plain, *(x.double() for x in given), segments)
-    for ours, eager, true in zip(found, results(plain, *given, segments), exact):
-        assert ours.dtype == dtype
-        allowed = 2 * (eager.double() - true).abs().max() + FLOORS[dtype] * true.abs().max()
-        assert (ours.double() - true).abs().max() <= allowed
+    assert_close_to_exact(found, results(plain, *given, segments), exact)
 
 
 def test_gradient_numerically(monkeypatch):
     monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
     q, k, v, _ = (x.requires_grad_() for x in inputs(([5, 2], [6, 2]), 4, 2, 3, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: blocked_attention.blocked_attention(*x, [0, 5, 7], [0, 6, 8]), (q, k, v))
+        lambda *x: blocked_attention.blocked_attention(*x, bounds([5, 2]), bounds([6, 2])), (q, k, v))
 
 
 def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
@@ -84,16 +41,8 @@ def test_saves_its_inputs_only():
     q, k, v, _ = inputs(([9], [20]), 2, 2, 8, torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        blocked_attention.blocked_attention(q.requires_grad_(), k, v, [0, 9], [0, 20])
+        blocked_attention.blocked_attention(q.requires_grad_(), k, v, bounds([9]), bounds([20]))
     assert saved == [x.data_ptr() for x in (q, k, v)]
-
-
-GATHERED = {  # constant rows, rows, and who attends to which of them
-    "shared prefix": (5, 20, [[*range(5), *range(8)], [*range(13), *range(13, 19)], [*range(13), *range(19, 25)]], [8, 6, 6]),
-    "across the border": (4, 9, [[2, 3, 4, 5, 6], [*range(4), *range(7, 13)]], [3, 6]),
-    "rows apart": (3, 6, [[0, 2, 4, 6, 8], [1, 3, 5, 7]], [2, 4]),
-    "no constant rows": (0, 7, [[0, 1, 2], [0, 1, 3, 4, 5, 6]], [3, 4]),
-}
 
 
 @pytest.mark.parametrize("constant_rows, rows, keys, queries", GATHERED.values(), ids=GATHERED)
@@ -121,14 +70,14 @@ def test_same_bits_again_and_inputs_left_alone():
 
 def test_serves_bf16_on_the_cpu(monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "blocked_attention", lambda q, *others: calls.append(q.dtype) or q)
+    monkeypatch.setitem(attention._GATHERING, "blocked", lambda q, *others: calls.append(q.dtype) or q)
     for dtype in (torch.bfloat16, torch.float32):
         attend(*(torch.randn(5, 2, 8, dtype=dtype),) * 3, AttentionLayout.of_lengths([5]))
     assert calls == [torch.bfloat16]
     with pytest.raises(ValueError, match="'blocked' is impossible: it is for bfloat16, not torch.float32"):
-        attention.choose_implementation("blocked", torch.device("cpu"), torch.float32)
+        attention.choose_implementation("blocked", torch.device("cpu"), torch.float32, 8)
     with pytest.raises(ValueError, match="it is for the CPU, not cuda"):
-        attention.choose_implementation("blocked", torch.device("cuda"), torch.bfloat16)
+        attention.choose_implementation("blocked", torch.device("cuda"), torch.bfloat16, 8)
 
 
 def test_selective_recomputation_keeps_the_result(monkeypatch):
@@ -136,6 +85,6 @@ def test_selective_recomputation_keeps_the_result(monkeypatch):
     compute = blocked_attention._probabilities
     monkeypatch.setattr(blocked_attention, "_probabilities", lambda *args: calls.append(1) or compute(*args))
     q, k, v, _ = inputs(([9], [20]), 2, 2, 8, torch.bfloat16)
-    checkpoint(lambda x: blocked_attention.blocked_attention(x, k, v, [0, 9], [0, 20]), q.requires_grad_(),
+    checkpoint(lambda x: blocked_attention.blocked_attention(x, k, v, bounds([9]), bounds([20])), q.requires_grad_(),
                use_reentrant=False, context_fn=_keep_products).sum().backward()
     assert len(calls) == 2  # forward's, and backward's own

@@ -254,7 +254,7 @@ def test_impossible_attention_is_refused(implementation):
 
 def test_unknown_attention_is_refused():
     q = torch.randn(5, 2, 8)
-    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, blocked, sdpa"):
+    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, avx512, blocked, sdpa"):
         attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
 
 
@@ -272,13 +272,14 @@ def plain_attention(q, k, v, layout):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("implementation", ["flash", "varlen", "sdpa"])
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, shared):
     """The error against fp32 is at most twice that of plain attention in the same dtype."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for_cpu = implementation in ("avx512", "blocked")
+    device = torch.device("cuda" if torch.cuda.is_available() and not for_cpu else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" or for_cpu else torch.float32
     try:
-        attention.choose_implementation(implementation, device, dtype)
+        attention.choose_implementation(implementation, device, dtype, 32)
     except ValueError as error:
         pytest.skip(str(error))
     layout = branches((6, 1, 290), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 296])
@@ -309,7 +310,7 @@ class Machine:
         monkeypatch.setattr(attention, "_varlen_function", lambda: varlen)
 
     def choose(self, implementation="auto", dtype=torch.bfloat16):
-        return attention.choose_implementation(implementation, torch.device("cuda"), dtype)
+        return attention.choose_implementation(implementation, torch.device("cuda"), dtype, 64)
 
 
 def test_choice_on_cuda(monkeypatch):
