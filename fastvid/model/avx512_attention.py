@@ -1,7 +1,7 @@
 """Causal attention on CPUs with AVX512-BF16: `avx512_attention.cpp`, compiled when it is first needed.
 
-Dimensions: N query rows, R rows that are keys and values, C constant rows before those, M keys of all segments, S segments,
-H query heads, K key/value heads, d channels per head.
+Dimensions: N query rows, R rows that are keys and values, C constant rows before those, M keys of all segments,
+S segments, H query heads, K key/value heads, d channels per head.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -53,7 +54,13 @@ def avx512_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tens
     Raises:
         RuntimeError: it cannot run here (`obstacle`).
     """
+    q_NHd, k_RKd, v_RKd, *constant = (_with_dense_heads(x) for x in (q_NHd, k_RKd, v_RKd, *(constant or ())))
     return _Attention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(constant or (None, None)))
+
+
+def _with_dense_heads(x_RKd):
+    dense = x_RKd.stride(2) == 1 and (x_RKd.shape[1] == 1 or x_RKd.stride(1) == x_RKd.shape[2])
+    return x_RKd if dense else x_RKd.contiguous()
 
 
 def obstacle() -> str | None:
@@ -69,20 +76,21 @@ def _library():
         return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
     if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         return "this CPU has no AVX512-BF16"
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        return "no C++ compiler is installed (g++, or what CXX names)"
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        return f"no C++ compiler is installed ({compiler[0]}; CXX names another)"
     try:
         return _declared(ctypes.CDLL(str(_compiled(compiler))))
     except subprocess.CalledProcessError as error:
-        return f"{compiler} cannot compile {SOURCE.name}: {error.stderr.strip().splitlines()[-1:]}"
+        said = error.stderr.strip() or str(error)
+        return f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {said.splitlines()[-1]}"
     except OSError as error:
         return f"its library cannot be written or loaded: {error}"
 
 
 def _compiled(compiler):
     """The library's file, compiled unless the same source was before; whole or not there."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256("\0".join([version, *FLAGS, HEADER.read_text(), SOURCE.read_text()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvid"
     target = folder / f"{SOURCE.stem}-{key}.so"
@@ -90,7 +98,7 @@ def _compiled(compiler):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
             made = Path(made) / target.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
             made.replace(target)
     return target
 
@@ -111,7 +119,7 @@ def _arguments(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, con
     (_, heads, d), kv_heads = q_NHd.shape, k_RKd.shape[1]
     rows = [x for x in (q_NHd, k_RKd, v_RKd, constant_k, constant_v) if x is not None]
     assert d % 16 == 0 and heads % kv_heads == 0
-    assert all(x.dtype == torch.bfloat16 and x[:1].flatten(1).stride(1) == 1 for x in rows)
+    assert all(x.dtype == torch.bfloat16 and _with_dense_heads(x) is x for x in rows)
     assert q_bounds.dtype == k_bounds.dtype == torch.int32 and (kv_rows is None or kv_rows.dtype == torch.int64)
     assert all(x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows))
     pointers = {name: None if x is None else x.data_ptr() for name, x in (

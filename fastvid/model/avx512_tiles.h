@@ -78,7 +78,8 @@ void product(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b
     }
 }
 
-inline __m512 exponential(__m512 x) {  // within 2 units in the last place for x <= 0
+inline __m512 exponential(__m512 x) {  // within 2 units in the last place for x <= 0; of NaN, NaN
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // whose exponential is 0 in fp32
     const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
     const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);

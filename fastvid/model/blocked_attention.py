@@ -123,7 +123,7 @@ def _forward(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, const
 
 def _backward(grad_NHd, q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, constant_v):
     """Gradients of queries, keys and values."""
-    (R, kv_heads, d), dtype = k_RKd.shape, q_NHd.dtype
+    (_, kv_heads, d), dtype = k_RKd.shape, q_NHd.dtype
     first = 0 if constant_k is None else len(constant_k)
     mask_nn, grad_q_NHd = _mask(q_NHd, BLOCK_QUERIES), q_NHd.new_empty(q_NHd.shape)
     wide = torch.promote_types(dtype, torch.float32)
