@@ -1,7 +1,7 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
 What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, inside autograd Functions too, and
-attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of fastvid's own on a CPU: its
+attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of batched products: their
 blocks). A backward computes the scores again, and that counts: the machine does it. Element-wise work counts as nothing.
 """
 

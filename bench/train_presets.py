@@ -70,7 +70,7 @@ ROWS = {
     "kept": Row("+ nothing recomputed", flags=(*_NONE, *_SDPA), last_layer=False, apart=False, rounds=2),
     "last": Row("+ last layer on supervised rows", flags=(*_NONE, *_SDPA), apart=False, rounds=2),
     "apart": Row("+ system prompt kept, no gradient before the video", flags=(*_NONE, *_SDPA), rounds=2),
-    "exact": Row("+ attention by a kernel of its own (bf16)", flags=_NONE),
+    "exact": Row("+ attention by the best kernel at hand (bf16 on a CPU: its own)", flags=_NONE),
     "recomputed": Row("the same with --recompute full", flags=_ALL, rounds=2),
     "strong_video_first": Row("transformers, video first", "strong", flags=_FIRST, rounds=0, like=None),
     "shared": Row("+ video first, its rows shared by its questions", flags=(*_NONE, *_FIRST, "--share_video"),
@@ -104,7 +104,7 @@ class Preset:
 
 _LADDER = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
 _BOTH = {"bf16": _LADDER, "fp32": (*BASELINES, "exact", "strong_video_first", "shared")}
-_GPU = {"bf16": ("reference", "strong", "exact", "fp8", "strong_video_first", "shared", "shared_fp8", "full", "smallest")}
+_GPU = {"bf16": ("reference", "strong", "tuned", "exact", "fp8", "strong_video_first", "shared", "shared_fp8", "full", "smallest")}
 _TINY = Shape(64, 2, 2, 128, 640, 24, 16)
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
 PRESETS = {
@@ -112,5 +112,5 @@ PRESETS = {
     "tiny-gpu": Preset(_TINY, 4, 8, _GPU, {"bf16": 1}),
     "cpu-110m": Preset(Shape(768, 12, 12, 2048), 2, 8, _BOTH, {"bf16": 3, "fp32": 2}),
     "h200-7b": Preset(_7B, 4, 8, _GPU, {"bf16": 3}),
-    "h200-13b": Preset(_13B, 4, 8, {"bf16": ("strong", "exact", "fp8", "full")}, {"bf16": 2}),
+    "h200-13b": Preset(_13B, 4, 8, {"bf16": ("tuned", "exact", "fp8", "full")}, {"bf16": 2}),
 }

@@ -36,7 +36,7 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
             segment), or "auto": the first of these that the tensors allow.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
-            where the copy lives only during its layer's backward.
+            where the copy lives only during its layer's backward. "avx512" and "blocked" never keep one.
 
     Returns:
         [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment: repeatable.

@@ -7,14 +7,17 @@ S segments, H query heads, K key/value heads, d channels per head.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,6 +27,8 @@ HEADER = SOURCE.with_name("avx512_tiles.h")
 FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma",
          "-fopenmp", "-shared", "-fPIC")
 _POINTER = ctypes.c_void_p
+
+log = logging.getLogger("fastvid")
 
 
 class _Arguments(ctypes.Structure):
@@ -53,6 +58,7 @@ def avx512_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tens
 
     Raises:
         RuntimeError: it cannot run here (`obstacle`).
+        ValueError: shapes, dtypes, bounds or rows do not fit.
     """
     q_NHd, k_RKd, v_RKd, *constant = (_with_dense_heads(x) for x in (q_NHd, k_RKd, v_RKd, *(constant or ())))
     return _Attention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(constant or (None, None)))
@@ -71,35 +77,43 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _library():
-    """The loaded library, or why there is none."""
+    """The loaded library, or why there is none, of which a CPU that could use it is warned."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-        return "this CPU has no AVX512-BF16"
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    if shutil.which(compiler[0]) is None:
-        return f"no C++ compiler is installed ({compiler[0]}; CXX names another)"
     try:
-        return _declared(ctypes.CDLL(str(_compiled(compiler))))
+        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+            return "this CPU has no AVX512-BF16"
+        return _declared(ctypes.CDLL(str(_compiled(shlex.split(os.environ.get("CXX", "")) or ["g++"]))))
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or str(error)
-        return f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {said.splitlines()[-1]}"
-    except OSError as error:
-        return f"its library cannot be written or loaded: {error}"
+        said = error.stderr.decode(errors="replace").strip() or str(error)
+        reason = f"{error.cmd[0]} cannot compile {SOURCE.name}: {said.splitlines()[-1]}"
+    except (OSError, RuntimeError, ValueError) as error:  # no compiler, no home, a folder that cannot be written, ...
+        reason = f"its library cannot be compiled or loaded: {error}"
+    log.warning("attention in bf16 takes batched products instead of this CPU's AVX512-BF16, at half the rate: %s", reason)
+    return reason
 
 
 def _compiled(compiler):
-    """The library's file, compiled unless the same source was before; whole or not there."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join([version, *FLAGS, HEADER.read_text(), SOURCE.read_text()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvid"
+    """The library's file, compiled unless the same source was before by the same command; whole or not there."""
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"no C++ compiler is installed ({compiler[0]}; CXX names another)")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    command = "\0".join([*compiler, *FLAGS]).encode()
+    key = hashlib.sha256(b"\0".join([version, command, HEADER.read_bytes(), SOURCE.read_bytes()])).hexdigest()[:16]
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "fastvid"
     target = folder / f"{SOURCE.stem}-{key}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
             made = Path(made) / target.name
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True)
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
             made.replace(target)
+    for path in (folder, target):
+        found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+            raise RuntimeError(f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names another "
+                               "folder")
     return target
 
 
@@ -111,6 +125,31 @@ def _declared(library):
     return library
 
 
+def _check(rows, q_bounds, k_bounds, kv_rows, constant_in_pairs):
+    """Refuse what the library, which checks nothing, would read or write out of bounds."""
+    (q_NHd, k_RKd, v_RKd, *constant), (_, heads, d) = rows, rows[0].shape
+    if d % 16 or heads % k_RKd.shape[1] or not constant_in_pairs or k_RKd.shape != v_RKd.shape or any(
+            x.shape[1:] != (k_RKd.shape[1], d) or len(x) != len(constant[0]) for x in constant) or k_RKd.shape[2] != d:
+        raise ValueError(f"avx512 attention: rows {[list(x.shape) for x in rows]} do not fit each other")
+    if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and _with_dense_heads(x) is x for x in rows):
+        raise ValueError("avx512 attention: rows must be bf16 on the CPU, with dense heads")
+    if q_bounds.dtype != torch.int32 or k_bounds.dtype != torch.int32 or not all(
+            x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows)):
+        raise ValueError("avx512 attention: bounds must be int32, and dense as kv_rows")
+    queries, keys = np.diff(q_bounds.numpy()), np.diff(k_bounds.numpy())
+    total = len(k_RKd) if kv_rows is None else len(kv_rows)
+    if len(queries) != len(keys) or (queries < 0).any() or (queries > keys).any() or q_bounds[0] or k_bounds[0] or (
+            q_bounds[-1] != len(q_NHd) or k_bounds[-1] != total):
+        raise ValueError(f"avx512 attention: segments of {queries.tolist()} queries and {keys.tolist()} keys do not fit "
+                         f"{len(q_NHd)} and {total} rows, or have more queries than keys")
+    held = len(k_RKd) + (len(constant[0]) if constant else 0)
+    if kv_rows is None:
+        if constant:
+            raise ValueError("avx512 attention: constant rows need kv_rows")
+    elif kv_rows.dtype != torch.int64 or total and not 0 <= kv_rows.numpy().min() <= kv_rows.numpy().max() < held:
+        raise ValueError(f"avx512 attention: kv_rows must be int64 and within the {held} rows")
+
+
 def _arguments(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, constant_v):
     """The struct for these tensors, which must outlive it."""
     library = _library()
@@ -118,10 +157,7 @@ def _arguments(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, con
         raise RuntimeError(f"avx512 attention is impossible: {library}")
     (_, heads, d), kv_heads = q_NHd.shape, k_RKd.shape[1]
     rows = [x for x in (q_NHd, k_RKd, v_RKd, constant_k, constant_v) if x is not None]
-    assert d % 16 == 0 and heads % kv_heads == 0
-    assert all(x.dtype == torch.bfloat16 and _with_dense_heads(x) is x for x in rows)
-    assert q_bounds.dtype == k_bounds.dtype == torch.int32 and (kv_rows is None or kv_rows.dtype == torch.int64)
-    assert all(x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows))
+    _check(rows, q_bounds, k_bounds, kv_rows, len(rows) != 4)
     pointers = {name: None if x is None else x.data_ptr() for name, x in (
         ("q", q_NHd), ("k", k_RKd), ("v", v_RKd), ("constant_k", constant_k), ("constant_v", constant_v),
         ("kv_rows", kv_rows), ("q_bounds", q_bounds), ("k_bounds", k_bounds))}
@@ -141,7 +177,8 @@ def _forward(*tensors):
 
 def _backward(grad_NHd, *tensors):
     library, arguments = _arguments(*tensors)
-    grad_NHd, k_RKd = grad_NHd.contiguous(), tensors[1]
+    grad_NHd, k_RKd = grad_NHd.to(torch.bfloat16).contiguous(), tensors[1]
+    assert grad_NHd.shape == tensors[0].shape
     grad_q_NHd = torch.empty_like(grad_NHd)
     grad_k_RKd, grad_v_RKd = (k_RKd.new_zeros(k_RKd.shape, dtype=torch.float32) for _ in range(2))
     library.attention_backward(arguments, *(x.data_ptr() for x in (grad_NHd, grad_q_NHd, grad_k_RKd, grad_v_RKd)))

@@ -91,7 +91,7 @@ inline __m512 exponential(__m512 x) {  // within 2 units in the last place for x
     return _mm512_scalef_ps(y, whole);
 }
 
-inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+inline __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 inline __m512i rounded(__m512 x) {  // the bf16 in the lower half of each word
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
@@ -102,12 +102,12 @@ void softmax(float* row, int64_t seen, int64_t columns, float factor) {
     const __m512 low = _mm512_set1_ps(-INFINITY);
     __m512 tops = low;
     for (int64_t j = 0; j < seen; j += 16)
-        tops = _mm512_max_ps(tops, _mm512_mask_loadu_ps(low, first(seen - j), row + j));
-    const __m512 scale = _mm512_set1_ps(factor), top = _mm512_set1_ps(_mm512_reduce_max_ps(tops) * factor);
+        tops = _mm512_max_ps(tops, _mm512_mask_loadu_ps(low, lanes(seen - j), row + j));
+    const __m512 scale = _mm512_set1_ps(factor), top = _mm512_set1_ps(_mm512_reduce_max_ps(tops));
     __m512 sums = _mm512_setzero_ps();
     for (int64_t j = 0; j < columns; j += 16) {
-        const __m512 x = _mm512_maskz_loadu_ps(first(seen - j), row + j);
-        const __m512 y = _mm512_maskz_mov_ps(first(seen - j), exponential(_mm512_fmsub_ps(x, scale, top)));
+        const __m512 x = _mm512_maskz_loadu_ps(lanes(seen - j), row + j);
+        const __m512 y = _mm512_maskz_mov_ps(lanes(seen - j), exponential(_mm512_mul_ps(_mm512_sub_ps(x, top), scale)));
         sums = _mm512_add_ps(sums, y);
         _mm512_storeu_ps(row + j, y);
     }
