@@ -4,7 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from training_run import config_of, write_run
 
+from fastvid import host_memory, parallel, train
+
+CPU = parallel.World(0, 1, 0, torch.device("cpu"), False)
 STEP = """
 import resource
 import torch
@@ -30,7 +35,12 @@ def test_freed_memory_is_used_again():
 
 
 def test_a_library_without_the_call_is_left_alone(monkeypatch):
-    from fastvid import host_memory
-
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
     assert not host_memory.keep_freed()
+
+
+def test_training_on_a_cpu_asks_for_it(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(host_memory, "keep_freed", lambda: calls.append(1))
+    train.build(config_of(write_run(tmp_path), tmp_path / "output"), CPU)
+    assert calls == [1]
