@@ -2,16 +2,24 @@
 
 import ctypes
 
-# mallopt's parameters (malloc.h) and what they become: nothing is mapped by itself, and nothing goes back to the system.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+# mallopt's parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+# Nothing is mapped by itself, and nothing goes back to the system.
 _KEEPING = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
+# Large blocks are mapped by themselves. malloc's own threshold would rise with the blocks it sees, up to 32 MiB.
+_RETURNING = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 8 * 2**20, _M_TRIM_THRESHOLD: 128 * 2**10, _M_TOP_PAD: 0}
 
 
-def keep_freed() -> bool:
-    """Let this process use freed memory again instead of returning it to the system.
+def keep_freed(keep: bool) -> bool:
+    """Say what this process does with freed memory, from now on.
 
-    Otherwise every step asks for its large tensors anew, and the system clears them page by page: a tenth of a step's
-    time on two cores. Returns whether the C library could be told (glibc).
+    Args:
+        keep: use it again. Otherwise every step asks for its large tensors anew, and the system clears them page by
+            page: a tenth of a step's time on two cores. What is kept lies in pieces that do not fit what is needed
+            next, though, up to as much again as a step needs at its peak: False returns large blocks to the system.
+
+    Returns whether the C library could be told (glibc).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in _KEEPING.items())
+    options = _KEEPING if keep else _RETURNING
+    return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in options.items())

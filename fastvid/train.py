@@ -103,8 +103,6 @@ def build(config, world):
     config = planning.checked(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     parallel.compute_repeatably(config.full_determinism)
-    if world.device.type == "cpu":
-        host_memory.keep_freed()
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     features = FeatureFolder(config.video_folder) if config.video_folder else None
@@ -117,6 +115,8 @@ def build(config, world):
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
     layout, recompute = planning.plan_memory(config, model_config, loader, world)
+    if world.device.type == "cpu":
+        host_memory.keep_freed(recompute != "full")  # who recomputes everything is short of memory
     with torch.device("meta"):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),

@@ -31,16 +31,36 @@ def faults_of_a_step(call):
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_freed_memory_is_used_again():
     # Even in huge pages, 32 MiB that come anew from the system are 16 faults.
-    assert faults_of_a_step("assert host_memory.keep_freed()") < 12 < faults_of_a_step("")
+    assert faults_of_a_step("assert host_memory.keep_freed(True)") < 12 < faults_of_a_step("")
+
+
+HOLES = """
+import torch
+from fastvid import host_memory
+
+assert host_memory.keep_freed(not {keep}) and host_memory.keep_freed({keep})  # the last word counts
+blocks = [torch.ones(2**22) for _ in range(16)]
+del blocks[::2]  # a hole of 16 MiB between any two: too small for what comes
+larger = torch.ones(2**25)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**10)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
+def test_memory_between_what_is_held_goes_back_when_it_is_not_kept():
+    peak = {keep: float(subprocess.run([sys.executable, "-c", HOLES.format(keep=keep)], capture_output=True, text=True,
+                                       check=True).stdout) for keep in (True, False)}
+    assert 100 < peak[True] - peak[False] < 140  # MiB; the holes are 128
 
 
 def test_a_library_without_the_call_is_left_alone(monkeypatch):
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
-    assert not host_memory.keep_freed()
+    assert not host_memory.keep_freed(True)
 
 
-def test_training_on_a_cpu_asks_for_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("recompute, keeps", [("none", True), ("selective", True), ("full", False)])
+def test_training_on_a_cpu_keeps_it_unless_memory_is_short(monkeypatch, tmp_path, recompute, keeps):
     calls = []
-    monkeypatch.setattr(host_memory, "keep_freed", lambda: calls.append(1))
-    train.build(config_of(write_run(tmp_path), tmp_path / "output"), CPU)
-    assert calls == [1]
+    monkeypatch.setattr(host_memory, "keep_freed", calls.append)
+    train.build(config_of(write_run(tmp_path), tmp_path / "output", "--recompute", recompute), CPU)
+    assert calls == [keeps]

@@ -138,3 +138,33 @@ def test_processes_do_not_outlive_a_killed_run():
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], stdout=subprocess.PIPE, text=True,
                             env=ENVIRONMENT, timeout=60)  # returns when nobody holds the pipe any more
     assert killed.returncode == -signal.SIGKILL and len(killed.stdout.split()) == 2
+
+
+HANGS = """
+import mmap, os, time
+from fastvid.data import workers
+workers._SIGN_OF_LIFE = (0.5, 0.5, 20)
+children, hang, parent = mmap.mmap(-1, 1), {hang}, os.getpid()
+def begin():
+    children[0] += 1
+    if children[0] in hang:
+        time.sleep(1000)
+os.register_at_fork(after_in_child=begin)
+print(*workers.Ahead(lambda number: number + os.getppid() - parent, 2).map(range(4)), children[0])
+"""
+
+
+@pytest.mark.parametrize("hang", [set(), {1}, {1, 2, 4}])
+def test_a_process_that_hangs_in_fork_is_replaced(hang):
+    """As a child of Python 3.11 does when a thread of its parent held the interpreter's list of threads."""
+    program = HANGS.format(hang=hang or "set()")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
+                          env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 0 and done.stdout.split() == ["0", "1", "2", "3", str(2 + len(hang))], done
+
+
+def test_processes_that_never_begin_are_given_up():
+    program = HANGS.format(hang="range(100)").replace("20)", "0.5)")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
+                          env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 1 and "ChildProcessError" in done.stderr and "--dataloader_num_workers 0" in done.stderr

@@ -1,14 +1,21 @@
 """Reading ahead in processes of their own, in the order in which the steps come."""
 
 import io
+import logging
+import os
 import pickle
+import select
 import signal
+from multiprocessing.context import ForkContext, ForkProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+log = logging.getLogger("fastvid")
+
 AHEAD = 2  # steps that each process is ahead
 _LARGE = 1 << 20  # bytes from which on a tensor has shared memory of its own
+_SIGN_OF_LIFE = (2.0, 8.0, 30.0)  # seconds that a new process has for it, each time one is started in its place
 
 
 class _Calls(Dataset):
@@ -35,14 +42,14 @@ class Ahead:
         self._loader = None if not processes else DataLoader(
             _Calls(function), batch_size=None, sampler=self._numbers, num_workers=processes, prefetch_factor=AHEAD,
             collate_fn=_as_it_is, pin_memory=pin, worker_init_fn=_live_with_the_job,
-            multiprocessing_context="fork",  # which shares the records with this process
+            multiprocessing_context=_Fork(),  # which shares the records with this process
             generator=torch.Generator())  # a draw from the global one would depend on the number of processes
 
     def map(self, numbers):
         """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends it.
 
         Raises:
-            ChildProcessError: a process has died.
+            ChildProcessError: a process has died, or none could be started.
         """
         if self._loader is None:
             yield from map(self.function, numbers)
@@ -56,6 +63,40 @@ class Ahead:
             # Not left to the garbage collector: the traceback of an error keeps the iterator until the interpreter's
             # exit, which would wait for processes that heed no signal.
             results._shutdown_workers()
+
+
+class _ForkedProcess(ForkProcess):
+    """A process that has run: one that hangs before it does is replaced.
+
+    Up to Python 3.11 a child waits for ever, inside of fork, for the interpreter's list of threads, when another thread
+    of its parent was just entering it. So do threads of gloo, which take the interpreter's lock to let go of a tensor.
+    """
+
+    @staticmethod
+    def _Popen(process):
+        for seconds in _SIGN_OF_LIFE:
+            sign, process.begun = os.pipe()
+            try:
+                child = ForkProcess._Popen(process)
+                if select.select([sign], [], [], seconds)[0]:
+                    return child
+            finally:
+                os.close(process.begun)
+                os.close(sign)
+            child.kill()
+            child.wait()
+            log.info("a process to read data hung before it began, and is replaced")
+        raise ChildProcessError(f"{len(_SIGN_OF_LIFE)} processes to read data with hung before they began, the last for "
+                                f"{seconds:g} s; --dataloader_num_workers 0 needs none")
+
+    def run(self):
+        os.write(self.begun, b".")
+        os.close(self.begun)
+        super().run()
+
+
+class _Fork(ForkContext):
+    Process = _ForkedProcess
 
 
 def _next(results):
