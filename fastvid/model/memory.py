@@ -77,7 +77,7 @@ def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, su
         supervised_rows: those of them that leave the last layer; None: all.
         video_rows: those of them that are projected; None: all.
         one_call_per_segment: attention runs on the CPU: by "sdpa", so that its output exists twice where `o` is trained,
-            or, in bf16, by "blocked", which saves its inputs only.
+            or, in bf16, by "avx512" or "blocked", which save their inputs only.
         (others: as for `VideoLlava`.)
     """
     c = config.decoder
@@ -104,13 +104,13 @@ def _layer_bytes(c, trained, size, residual, recompute, twice, rows, leaving=Non
         return rows * D * residual
     some = leaving is not None
     leaving = leaving if some else rows
-    blocked = twice and size == 2
-    output = 0 if blocked and not trained and recompute == "none" else A
+    inputs_only = twice and size == 2
+    output = 0 if inputs_only and not trained and recompute == "none" else A
     products = rows * (E - A) + leaving * (A + output + 2 * F)
-    statistics = 0 if blocked else leaving * 4 * c.num_heads  # attention's log-sum-exp
+    statistics = 0 if inputs_only else leaving * 4 * c.num_heads  # attention's log-sum-exp
     if recompute == "selective":
         return rows * D * residual + size * (products + leaving * 2 * D) + statistics
-    inputs = rows * D + leaving * (D + F + (A if twice and not blocked else 0) + (D if some else 0)) if trained else 0
+    inputs = rows * D + leaving * (D + F + (A if twice and not inputs_only else 0) + (D if some else 0)) if trained else 0
     norms = rows * norm + leaving * norm * (2 if some else 1)
     return norms + size * (products + inputs) + statistics
 
@@ -190,7 +190,7 @@ def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, re
     layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=False, rows=rows)
     recomputed = max(0, layer("none") - layer(recompute))
     gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
-    # Gathered again in attention's backward: keys and values, their gradients, and the sum of those in fp32.
+    # In attention's backward keys and values are gathered again; their gradients, and the sum of those in fp32.
     gathered = 4 * c.num_kv_heads * c.head_dim * (key_rows * size + (key_rows + rows if key_rows else 0))
     return max(rows * per_row + block, gathered) + recomputed - gone
 
