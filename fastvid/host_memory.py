@@ -16,7 +16,8 @@ def keep_freed(keep: bool) -> bool:
     Args:
         keep: use it again. Otherwise every step asks for its large tensors anew, and the system clears them page by
             page: a tenth of a step's time on two cores. What is kept lies in pieces that do not fit what is needed
-            next, though, up to as much again as a step needs at its peak: False returns large blocks to the system.
+            next, though, up to as much again as a step needs at its peak. False returns every large block to the
+            system, which takes a fifth of the time or more where everything is recomputed.
 
     Returns whether the C library could be told (glibc).
     """

@@ -1,11 +1,9 @@
 """Training: the reference's recorded runs, ranks and sharding, interruption, non-finite steps."""
 
-import contextlib
 import json
 import math
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -64,12 +62,13 @@ def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path)
 
 # --- ranks
 
-def in_ranks(rank, size, ports, cases, results):
+def in_ranks(rank, size, port, cases, results):
     torch.set_num_threads(1)
     codes = []
-    for port, argv in zip(ports, cases):  # a fresh store each time: the last one's port is still closing
+    for attempt, argv in enumerate(cases):  # as torchrun's ranks, which begin anew in the store of their launcher
         os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                           TORCHELASTIC_RESTART_COUNT=str(attempt))
         codes.append(train.main(argv))
     if rank == 0:
         results.put(codes)
@@ -79,12 +78,8 @@ def in_ranks(rank, size, ports, cases, results):
 def spawn(cases, size=2):
     """Run several command lines one after the other on `size` ranks; their exit codes."""
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in cases]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        ports = [probe.getsockname()[1] for probe in probes]
-    torch.multiprocessing.spawn(in_ranks, (size, ports, cases, results), nprocs=size)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(in_ranks, (size, store.port, cases, results), nprocs=size)
     return results.get()
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import socket
 
 import pytest
 import torch
@@ -267,9 +266,9 @@ def rank_batches(name):
     return 2 * [[random_batch(5), random_batch(6, [{"video": 0}])]]
 
 
-def run_rank(rank, port, queue):
+def run_rank(rank, store, queue):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     for name, options in SHARDED.items():
@@ -292,12 +291,9 @@ def run_rank(rank, port, queue):
     leave()
 
 
-def test_fsdp2_equals_one_process():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_fsdp2_equals_one_process(tmp_path):
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    processes = torch.multiprocessing.spawn(run_rank, (port, queue), nprocs=2, join=False)
+    processes = torch.multiprocessing.spawn(run_rank, (tmp_path / "store", queue), nprocs=2, join=False)
     found = {}
     while len(found) < 2 * len(SHARDED):
         while queue.empty():
