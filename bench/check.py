@@ -26,6 +26,11 @@ TOTAL_SECONDS, TEST_SECONDS, ENDING_SECONDS = 520, 240, 15
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 
 
+def heed_interrupts():
+    """Have SIGINT interrupt this process and those that it starts: in a shell's background jobs it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(command, limit, log):
     """Exit code of a command, or None if it ran past `limit` seconds. Then it is interrupted, so that pytest writes what
     it has, and killed if it goes on.
@@ -100,6 +105,7 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="tiny shapes: shows that the command works")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="those to check, by name, with commas")
     arguments = parser.parse_args(argv)
+    heed_interrupts()
     kernels = arguments.kernels.split(",")
     if unknown := set(kernels) - set(KERNELS):
         parser.error(f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
