@@ -143,7 +143,7 @@ def test_processes_do_not_outlive_a_killed_run():
 HANGS = """
 import mmap, os, time
 from fastvid.data import workers
-workers._SIGN_OF_LIFE = (0.5, 0.5, 20)
+workers._SIGN_OF_LIFE = (2, 2, 20)
 children, hang, parent = mmap.mmap(-1, 1), {hang}, os.getpid()
 def begin():
     children[0] += 1
@@ -164,7 +164,7 @@ def test_a_process_that_hangs_in_fork_is_replaced(hang):
 
 
 def test_processes_that_never_begin_are_given_up():
-    program = HANGS.format(hang="range(100)").replace("20)", "0.5)")
+    program = HANGS.format(hang="range(100)").replace("(2, 2, 20)", "(0.5, 0.5, 0.5)")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
                           env=ENVIRONMENT, timeout=60)
     assert done.returncode == 1 and "ChildProcessError" in done.stderr and "--dataloader_num_workers 0" in done.stderr
