@@ -1,8 +1,9 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
-What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, inside autograd Functions too, and
-attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of batched products: their
-blocks). A backward computes the scores again, and that counts: the machine does it. Element-wise work counts as nothing.
+What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, and oneDNN's linear layer, inside
+autograd Functions too, and attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of
+batched products: their blocks). A backward computes the scores again, and that counts: the machine does it. Element-wise
+work counts as nothing.
 """
 
 import time
@@ -33,6 +34,8 @@ class ExecutedFlops(TorchDispatchMode):
         products = BACKWARD if "backward" in name or name.endswith("_bwd") else FORWARD
         if name == "blocked_attention":  # its backward is made of products that are seen by themselves
             self.total += blocked_flops(*args)
+        elif name == "_linear_pointwise":
+            self.total += 2 * args[0].shape[-1] * out.numel()
         elif name in _DENSE:
             self.total += dense_flops(args, *_DENSE[name], products)
         elif "attn" in name or "attention" in name:

@@ -8,6 +8,7 @@ import torch
 from fastvid import flops, parallel
 from fastvid.metrics import check_reporters
 from fastvid.model import memory, quantize
+from fastvid.model.linear import can_tile
 
 log = logging.getLogger("fastvid")
 
@@ -98,7 +99,7 @@ def row_budget(config, world):
 
 
 def plan_memory(config, model_config, loader, world):
-    """Choose what ``--shard`` and ``--recompute`` leave open, and say what a step will take.
+    """Choose what ``--shard`` and ``--recompute`` leave open, and how to multiply; say what a step will take.
 
     Args:
         config: `TrainConfig`.
@@ -107,7 +108,8 @@ def plan_memory(config, model_config, loader, world):
         world: `parallel.World`.
 
     Returns:
-        (layout over ranks as `parallel.shard` takes it, recompute mode)
+        (layout over ranks as `parallel.shard` takes it, recompute mode, whether to `tile` the frozen decoder: where
+        memory has room for the copies, and is not what ``--recompute full`` asks to save)
     """
     if frozen_dtype(config) is not None:
         quantize.check_device(config.frozen_dtype, world.device)
@@ -125,8 +127,20 @@ def plan_memory(config, model_config, loader, world):
                     world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
     recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=recompute, **options)
-    log.info("%s of %.1f GiB; %s", estimate, available / 2**30, _LAYOUTS[layout])
-    return layout, recompute
+    tiled = recompute != "full" and _can_tile(config, layout, world)
+    if tiled:
+        with_copies = memory.estimate(model_config, recompute=recompute, tiled=True, **options)
+        tiled = with_copies.total <= available
+        estimate = with_copies if tiled else estimate
+    log.info("%s of %.1f GiB; %s%s", estimate, available / 2**30, _LAYOUTS[layout],
+             "; frozen matrices are also held in the layouts that this CPU multiplies" if tiled else "")
+    return layout, recompute, tiled
+
+
+def _can_tile(config, layout, world):
+    """Whether the decoder is made of whole, frozen matrices whose products take tiles."""
+    return ("decoder" not in config.trainable and frozen_dtype(config) is None and layout in ("replicated", "trained")
+            and can_tile(compute_dtype(config), world.device))
 
 
 def _largest_batch(loader, world):

@@ -114,7 +114,7 @@ def build(config, world):
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    layout, recompute = planning.plan_memory(config, model_config, loader, world)
+    layout, recompute, tiled = planning.plan_memory(config, model_config, loader, world)
     if world.device.type == "cpu":
         host_memory.keep_freed(recompute != "full")  # who recomputes everything is short of memory
     with torch.device("meta"):
@@ -127,6 +127,8 @@ def build(config, world):
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
+    if tiled:
+        model.decoder.tile()
     if loader.prefix:
         model.keep_prefix(loader.prefix)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -144,12 +144,17 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if self.seen(t)}
         results = function(*args, **(kwargs or {}))
         for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+            if self.seen(tensor) and tensor.untyped_storage()._cdata not in given:
                 self.add(tensor.untyped_storage())
         return results
+
+    @staticmethod
+    def seen(value):
+        """Whether it is a tensor with a storage: oneDNN's own have none."""
+        return isinstance(value, torch.Tensor) and not value.is_mkldnn
 
     def add(self, storage):
         key = storage._cdata

@@ -269,10 +269,19 @@ class Decoder(nn.Module):
             frozen_LD = self.norm(frozen.residual_ND, frozen.branch_ND)[1]
         return torch.cat([frozen_LD, h_LD])
 
+    def tile(self) -> None:
+        """`Linear.tile` of every matrix; of a frozen decoder."""
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                linear.tile()
+
     def _checkpointed(self, layer, *inputs, **options):
         context = {"context_fn": _keep_products} if self.recompute == "selective" else {}
         return checkpoint(layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options,
                           **context)
+
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "mkldnn::_linear_pointwise")
 
 
 def _keep_products():
@@ -281,5 +290,5 @@ def _keep_products():
 
 def _policy(context, operation, *args, **options):
     name = operation.name()
-    kept = name in ("aten::mm", "aten::addmm", "aten::_scaled_mm") or "attention" in name or "attn" in name
+    kept = name in _PRODUCTS or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

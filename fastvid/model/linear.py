@@ -5,6 +5,8 @@ Dimensions: N rows, I channels in, O channels out.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fastvid.model.quantize import FORMATS
@@ -17,6 +19,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=trained)
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype), requires_grad=trained) if bias else None
+        self._tiled = None  # {(first, last) output channel: their `_Tiled`}; no checkpoint holds it
 
     def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
         """[N, O] in x's dtype.
@@ -25,10 +28,70 @@ class Linear(nn.Module):
             x_NI: rows.
             outputs: compute these channels only, consecutive ones: rows of the weight. None: all.
         """
+        if self._tiled is not None and x_NI.dtype == self.weight.dtype:
+            return _TiledProduct.apply(x_NI, self._tiled_weight(outputs))
         weight, bias = self.weight, self.bias
         if outputs is not None:  # before the cast, so that no more than these is cast
             weight, bias = weight[outputs], None if bias is None else bias[outputs]
         return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
+
+    def tile(self) -> None:
+        """From now on, multiply by copies of the weight in the layout that the CPU's products want (`can_tile`).
+
+        A plain product brings its weight into that layout in every call, which takes a tenth of the time or more. Copies
+        are made when they are first needed, one for each direction, and again after the weight has changed.
+        """
+        assert not self.weight.requires_grad and self.bias is None and not isinstance(self.weight, DTensor)
+        self._tiled = {}
+
+    def _tiled_weight(self, outputs):
+        first, last, _ = (outputs or slice(None)).indices(self.weight.shape[0])
+        found = self._tiled.get((first, last))
+        if found is None or found.version != self.weight._version:
+            found = self._tiled[first, last] = _Tiled(self.weight.detach()[first:last], self.weight._version)
+        return found
+
+
+def can_tile(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of `dtype` on `device` are oneDNN's, which take weights in tiles."""
+    return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Tiled:
+    """A weight in oneDNN's tiles, which no other operation reads: for forward and for the gradient of the rows."""
+
+    def __init__(self, weight_OI, version):
+        self.weight_OI, self.version = weight_OI, version
+        self._forward = self._backward = None
+
+    def forward(self, x_NI):
+        if self._forward is None:
+            self._forward = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI)
+        return _product(x_NI, self._forward)
+
+    def backward(self, grad_NO):
+        if self._backward is None:
+            self._backward = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI.T.contiguous())
+        return _product(grad_NO, self._backward)
+
+
+def _product(x_NI, tiled):
+    return torch.ops.mkldnn._linear_pointwise(x_NI, tiled, None, "none", [], "")
+
+
+class _TiledProduct(torch.autograd.Function):
+    """x·Wᵀ; saves nothing."""
+
+    @staticmethod
+    def forward(ctx, x_NI, tiled):
+        ctx.tiled = tiled
+        return tiled.forward(x_NI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO):
+        return ctx.tiled.backward(grad_NO), None
 
 
 def make_linear(inputs: int, outputs: int, *, bias: bool = False, trained: bool, dtype: torch.dtype,

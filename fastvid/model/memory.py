@@ -28,8 +28,8 @@ class MemoryEstimate:
     """Bytes on one rank at the peak of a step.
 
     Attributes:
-        weights: parameters as they are stored, copies in the compute dtype that live until backward, and the constant
-            rows' keys and values.
+        weights: parameters as they are stored, copies in the compute dtype that live until backward, copies in tiles,
+            and the constant rows' keys and values.
         gradients: of trained parameters, in their dtype.
         optimizer: its moments.
         activations: saved for backward, and the gradients that the loss keeps until then.
@@ -120,7 +120,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
              fp32_residual: bool = False, one_call_per_segment: bool = False,
              trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-             constant_rows: int = 0, key_rows: int = 0) -> MemoryEstimate:
+             constant_rows: int = 0, key_rows: int = 0, tiled: bool = False) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
@@ -129,6 +129,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         constant_rows: rows before the first trained one, of which keys and values are held.
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
+        tiled: the decoder's matrices are there twice more (`Linear.tile`).
         (others: as for `VideoLlava` and `saved_bytes`.)
     """
     c = config.decoder
@@ -146,6 +147,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         assert not sharded and "decoder" not in trainable
         weights += c.num_layers * sum(matrix_bytes(frozen_dtype, *shape) - size * math.prod(shape)
                                       for shape in _matrices(c))
+    if tiled:
+        weights += 2 * size * c.num_layers * _linears(c)
     if fp32_residual and "embed" not in trainable:
         weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:

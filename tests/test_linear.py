@@ -1,0 +1,189 @@
+"""Linear layers whose frozen weights lie in oneDNN's tiles: values and gradients against the plain product, and when."""
+
+import logging
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from training_run import config_of, write_run
+
+from bench.executed import executed_flops
+from fastvid import parallel, train
+from fastvid.model import memory
+from fastvid.model.decoder import _keep_products
+from fastvid.model.linear import Linear, can_tile
+
+CPU = torch.device("cpu")
+WORLD = parallel.World(0, 1, 0, CPU, False)
+BF16 = torch.bfloat16
+tiles = pytest.mark.skipif(not can_tile(BF16, CPU), reason="oneDNN computes no bf16 on this CPU")
+
+
+def frozen_linear(inputs, outputs, *, tiled, seed=0):
+    linear = Linear(inputs, outputs, dtype=BF16, trained=False)
+    linear.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5)
+    if tiled:
+        linear.tile()
+    return linear
+
+
+def value_and_gradient(function, x_NI, grad_NO):
+    x_NI = x_NI.clone().requires_grad_()
+    y_NO = function(x_NI)
+    y_NO.backward(grad_NO.to(y_NO.dtype))
+    return y_NO.detach(), x_NI.grad
+
+
+def products_of(call):
+    """Names of the linear products that `call` runs."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.extend([function.name()] if function.name() == "mkldnn::_linear_pointwise" else [])
+            return function(*args, **(kwargs or {}))
+
+    with Names():
+        call()
+    return names
+
+
+@tiles
+@pytest.mark.parametrize("outputs", [None, slice(16), slice(16, None), slice(5, 29)], ids=str)
+@pytest.mark.parametrize("rows, inputs, width", [(1, 64, 48), (37, 64, 48), (130, 96, 176), (200, 33, 47), (0, 64, 48)])
+def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, outputs):
+    generator = torch.Generator().manual_seed(1)
+    plain, tiled = (frozen_linear(inputs, width, tiled=tiled) for tiled in (False, True))
+    weight = plain.weight.double()[outputs or slice(None)]
+    x = torch.randn(rows, inputs, generator=generator).to(BF16)
+    grad = torch.randn(rows, len(weight), generator=generator).to(BF16)
+    found = value_and_gradient(lambda x: tiled(x, outputs=outputs), x, grad)
+    expected = value_and_gradient(lambda x: plain(x, outputs=outputs), x, grad)
+    exact = value_and_gradient(lambda x: functional.linear(x, weight), x.double(), grad)
+    for ours, theirs, true in zip(found, expected, exact):
+        assert ours.dtype == BF16 and ours.shape == true.shape
+        torch.testing.assert_close(ours.double(), true, rtol=2**-8, atol=1e-4)  # rounded once
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-4)
+
+
+@tiles
+def test_rows_and_gradients_may_lie_apart():
+    tiled = frozen_linear(64, 48, tiled=True)
+    x, grad = torch.randn(64, 30).to(BF16).T, torch.ones((), dtype=BF16).expand(30, 48)
+    found = value_and_gradient(tiled, x, grad)
+    expected = value_and_gradient(tiled, x.contiguous(), grad.contiguous())
+    assert all(map(torch.equal, found, expected))
+
+
+@tiles
+def test_a_weight_that_changes_is_tiled_anew():
+    tiled, other = frozen_linear(64, 48, tiled=True), frozen_linear(64, 48, tiled=False, seed=2)
+    x, grad = torch.randn(9, 64).to(BF16), torch.randn(9, 48).to(BF16)
+    before = value_and_gradient(tiled, x, grad)
+    tiled.load_state_dict(other.state_dict())
+    after, expected = value_and_gradient(tiled, x, grad), value_and_gradient(other, x, grad)
+    for old, new, wanted in zip(before, after, expected):
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(new, wanted, rtol=2**-7, atol=1e-4)
+
+
+@tiles
+def test_tiles_are_made_once_and_nothing_is_saved():
+    tiled, saved = frozen_linear(64, 48, tiled=True), []
+    x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
+    assert list(tiled.state_dict()) == ["weight"]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for _ in range(2):
+            tiled(x).sum().backward()
+            copies = {name: vars(each).copy() for name, each in tiled._tiled.items()}
+            assert list(copies) == [(0, 48)]
+    assert not saved and list(tiled.state_dict()) == ["weight"]
+    again = {name: vars(each) for name, each in tiled._tiled.items()}
+    assert all(copies[name][key] is again[name][key] for name in copies for key in again[name])
+
+
+@tiles
+def test_rows_of_another_dtype_take_the_plain_product():
+    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64)
+    assert torch.equal(tiled(x), functional.linear(x, tiled.weight.float()))
+
+
+@tiles
+def test_selective_recomputation_keeps_the_product():
+    tiled = frozen_linear(64, 64, tiled=True)
+    x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
+    names = products_of(lambda: checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False,
+                                           context_fn=_keep_products).sum().backward())
+    assert len(names) == 2  # forward, and the gradient
+
+
+@tiles
+def test_executed_operations_are_counted_alike():
+    plain, tiled = (frozen_linear(64, 48, tiled=tiled) for tiled in (False, True))
+    x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
+    counts = [executed_flops(lambda: linear(x).sum().backward())[1] for linear in (plain, tiled)]
+    assert counts == [4 * 9 * 64 * 48] * 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+def losses_of(state, steps=4):
+    found = []
+    for _, batches in state.loader.iterate(0):
+        found.append(float(train.train_step(state, batches).loss))
+        if len(found) == steps:
+            return found
+
+
+@tiles
+@pytest.mark.parametrize("more", [[], ["--recompute", "selective"], ["--share_video", "--question_order", "video_first"]],
+                         ids=" ".join)
+def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
+    found = []
+    for allowed in (True, False):
+        with monkeypatch.context() as patch:
+            if not allowed:
+                patch.setattr("fastvid.planning.can_tile", lambda *_: False)
+            state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more), WORLD)
+        names = products_of(lambda: found.append(losses_of(state)))
+        assert bool(names) == allowed
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    assert len(set(found[0])) == 4
+
+
+@tiles
+@pytest.mark.parametrize("flags, tiled", [
+    (["--bf16", "True"], True), (["--bf16", "True", "--recompute", "selective"], True),
+    (["--bf16", "True", "--recompute", "full"], False), ([], False), (["--bf16", "True", "--frozen_dtype", "int8"], False),
+    (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
+])
+def test_what_is_tiled(run, flags, tiled, caplog):
+    with caplog.at_level(logging.INFO, "fastvid"):
+        state = train.build(config_of(run, "unused", *flags), WORLD)
+    linears = [module for module in state.model.modules() if isinstance(module, Linear)]
+    assert {linear._tiled is not None for linear in linears if not linear.weight.requires_grad} <= {tiled}
+    assert not any(linear._tiled is not None for linear in linears if linear.weight.requires_grad)
+    assert ("layouts that this CPU multiplies" in caplog.text) == tiled
+
+
+@tiles
+def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch):
+    config, found, estimate = config_of(run, "unused", "--bf16", "True", "--recompute", "none"), [], memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append(estimate(*a, **k)) or found[-1])
+    state = train.build(config, WORLD)
+    plain, with_copies = found[-2:]
+    weights = [linear.weight.nbytes for layer in state.model.decoder.layers
+               for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    assert with_copies.weights - plain.weights == 2 * sum(weights)
+    for short, tiled in ((1, False), (0, True)):
+        monkeypatch.setattr(parallel, "device_memory", lambda world: with_copies.total - short)
+        assert (train.build(config, WORLD).model.decoder.layers[0].qkv._tiled is not None) == tiled
+
+
+def test_elsewhere_products_are_plain():
+    assert not can_tile(torch.float32, CPU) and not can_tile(BF16, torch.device("cuda"))
