@@ -20,13 +20,15 @@ _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole
 
 
 def checked(config):
-    """The configuration with older names resolved.
+    """The configuration with other names for the same resolved.
 
     Raises:
         ValueError: flags that contradict each other.
     """
     if config.evaluation_strategy:
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
+    if config.optim == "adamw_torch":
+        config = dataclasses.replace(config, optim="adamw")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                  "logging_steps", "save_steps", "eval_steps", "model_max_length"):
         if getattr(config, name) < 1:

@@ -1,8 +1,11 @@
 """Segments, keys that they share, and plain attention to compare with."""
 
+import dataclasses
 from itertools import pairwise
 
 import torch
+
+from fastvid.batch import AttentionLayout
 
 # As a part of the largest value: four units in the last place, and half a unit.
 FLOORS = {torch.float32: 2**-21, torch.bfloat16: 2**-8}
@@ -56,3 +59,16 @@ def assert_close_to_exact(found, eager, exact):
         assert ours.dtype == plain_one.dtype
         allowed = 2 * (plain_one.double() - true).abs().max() + FLOORS[ours.dtype] * true.abs().max()
         assert (ours.double() - true).abs().max() <= allowed
+
+
+def branches(lengths, prefix):
+    """Layout, packed tokens and positions of one prefix and its branches, and of the samples apart."""
+    starts = [prefix + sum(lengths[:i]) for i in range(len(lengths))]
+    own = [list(range(start, start + n)) for start, n in zip(starts, lengths)]
+    rows = [list(range(prefix))] + [list(range(prefix)) + rows for rows in own]
+    queries = AttentionLayout.of_lengths([prefix, *lengths])
+    keys = AttentionLayout.of_lengths([len(r) for r in rows])
+    layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=keys.max_seqlen_k,
+                                 kv_rows=torch.tensor([row for segment in rows for row in segment]))
+    positions = list(range(prefix)) + [prefix + i for n in lengths for i in range(n)]
+    return layout, torch.tensor(positions, dtype=torch.int32), own

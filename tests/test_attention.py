@@ -1,0 +1,243 @@
+"""`attend`: shared and constant keys, every library that a machine may have, which is chosen, what is saved."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from attention_cases import branches
+from model_cases import LiveBytes, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvid.batch import AttentionLayout
+from fastvid.model import attention
+from fastvid.model.attention import attend
+
+
+def test_gathered_keys_are_not_kept_for_backward():
+    layout, _, _ = branches((3,) * 20, 50)
+    q, k, v = (torch.randn(110, 4, 8, requires_grad=True) for _ in range(3))
+    gathered = layout.kv_rows.numel() * 4 * 8 * 4
+
+    def live(**options):
+        with LiveBytes() as live:
+            out = attend(q, k, v, layout, **options)
+            return live.total(), out
+
+    kept, expected = live(regather=False)
+    lean, out = live()
+    assert kept - lean == 2 * gathered
+    assert torch.equal(out, expected)
+    grad = torch.randn_like(out)
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(out, (q, k, v), grad),
+                                                  torch.autograd.grad(expected, (q, k, v), grad)))
+
+
+@pytest.mark.parametrize("regather", [True, False])
+def test_constant_keys_come_before_the_packed_rows(regather):
+    layout, _, _ = branches((3,) * 4, 5)
+    q, k, v = (torch.randn(17, 4, 8) for _ in range(3))
+    layout = dataclasses.replace(layout, cu_seqlens_q=layout.cu_seqlens_q[1:] - 5, cu_seqlens_k=layout.cu_seqlens_k[1:] - 5,
+                                 kv_rows=layout.kv_rows[5:])
+    whole = [x.clone().requires_grad_() for x in (q[5:], k, v)]
+    own = [x[5:].clone().requires_grad_() for x in (q, k, v)]
+    expected = attend(*whole, layout)
+    found = attend(*own, layout, constant=(k[:5], v[:5]), regather=regather)
+    assert torch.equal(found, expected)
+    grad = torch.randn_like(found)
+    for ours, theirs in zip(torch.autograd.grad(found, own, grad), torch.autograd.grad(expected, whole, grad)):
+        assert torch.equal(ours, theirs[-12:])
+
+
+def test_shared_gradients_are_summed_in_fp32():
+    """A thousand branches that each add 1: bf16 alone would stop counting at 256."""
+    lengths = (1,) * 1000
+    layout, _, _ = branches(lengths, 1)
+    source = torch.zeros(1001, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    rows = attention._GatherRows.apply(source, attention._Gathered(None, source, layout.kv_rows), None, True)
+    rows.sum().backward()
+    assert source.grad[0].unique().item() == 1000  # 1001, rounded once
+
+
+def test_attend_aligns_the_last_rows():
+    """Two queries over five keys are the last two of five queries, four the last four; one query sees all."""
+    q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
+    whole = attend(q, k, v, AttentionLayout.of_lengths([5]))
+    keys = AttentionLayout.of_lengths([5])
+    for n in (1, 2, 4):
+        queries = AttentionLayout.of_lengths([n])
+        layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=5)
+        assert_close(attend(q[-n:], k, v, layout), whole[-n:])
+
+
+def test_gradients_of_segments_are_put_together_once():
+    """A slice's gradient would be a tensor of all rows, for each segment."""
+    q, k, v = (torch.randn(320, 2, 8, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, AttentionLayout.of_lengths([16] * 20), "sdpa")
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(x.nbytes for x in [result] if isinstance(x, torch.Tensor) and x.nbytes >= q.nbytes)
+            return result
+
+    with Sizes():
+        out.sum().backward()
+    assert len(made) <= 10
+
+
+def test_attend_without_rows():
+    q, k = torch.randn(0, 2, 8, requires_grad=True), torch.randn(0, 2, 8)
+    assert attend(q, k, k, AttentionLayout.of_lengths([])).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("implementation", ["flash", "varlen"])
+def test_impossible_attention_is_refused(implementation):
+    q = torch.randn(5, 2, 8)
+    with pytest.raises(ValueError, match=f"{implementation}.*needs a CUDA device, not cpu.*choose auto or sdpa"):
+        attend(q, q, q, AttentionLayout.of_lengths([5]), implementation)
+
+
+def test_unknown_attention_is_refused():
+    q = torch.randn(5, 2, 8)
+    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, avx512, blocked, sdpa"):
+        attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
+
+
+def plain_attention(q, k, v, layout):
+    """Segment by segment, with the whole matrix of scores."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    outs = []
+    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.tolist()) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))):
+        rows = torch.arange(k0, k1) if layout.kv_rows is None else layout.kv_rows[k0:k1]
+        scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[rows]) * q.shape[-1] ** -0.5
+        hidden = torch.ones(q1 - q0, k1 - k0, device=q.device).tril(k1 - k0 - q1 + q0) == 0
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v[rows]))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, shared):
+    """The error against fp32 is at most twice that of plain attention in the same dtype."""
+    for_cpu = implementation in ("avx512", "blocked")
+    device = torch.device("cuda" if torch.cuda.is_available() and not for_cpu else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" or for_cpu else torch.float32
+    try:
+        attention.choose_implementation(implementation, device, dtype, 32)
+    except ValueError as error:
+        pytest.skip(str(error))
+    layout = branches((6, 1, 290), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 296])
+    layout = layout.map(lambda x: x.to(device))
+    exact = [torch.randn(367, n, 32, device=device) for n in (4, kv_heads, kv_heads)]
+    exact = [x.to(dtype).double().requires_grad_() for x in exact]
+    grad = torch.randn(367, 4, 32, device=device).to(dtype)
+
+    def results(function, inputs):
+        out = function(*inputs, layout)
+        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    expected = results(plain_attention, exact)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    found = results(lambda *tensors: attend(*tensors, implementation), inputs)
+    for ours, plain, true in zip(found, results(plain_attention, inputs), expected):
+        allowed = 2 * (plain.double() - true).abs().max() + 1e-6 * true.abs().max()
+        assert (ours.double() - true).abs().max() <= allowed
+
+
+class Machine:
+    """A pretended CUDA machine: which attention libraries it has, and what they were called with."""
+
+    def __init__(self, monkeypatch, *, flash=None, varlen=None, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
+        monkeypatch.setattr(attention, "_flash_function", lambda: flash)
+        monkeypatch.setattr(attention, "_varlen_function", lambda: varlen)
+
+    def choose(self, implementation="auto", dtype=torch.bfloat16):
+        return attention.choose_implementation(implementation, torch.device("cuda"), dtype, 64)
+
+
+def test_choice_on_cuda(monkeypatch):
+    def function():
+        pass
+
+    machine = Machine(monkeypatch, flash=function, varlen=function)
+    assert machine.choose() == "flash" and machine.choose("varlen") == "varlen"
+    assert machine.choose(dtype=torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="float16 and bfloat16 only, not torch.float32"):
+        machine.choose("flash", torch.float32)
+    assert Machine(monkeypatch, varlen=function).choose() == "varlen"
+    with pytest.raises(ValueError, match="no flash-attn package is installed"):
+        machine.choose("flash")
+    assert Machine(monkeypatch, flash=function, capability=(7, 5)).choose() == "sdpa"
+    with pytest.raises(ValueError, match="Old is older than compute capability 8.0"):
+        machine.choose("flash")
+
+
+class Library:
+    """Stand-ins with the signatures that attention libraries have had; they compute by SDPA and note their options."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def compute(self, q, k, v, cu_q, cu_k, **options):
+        self.seen = options
+        return attention._sdpa(q, k, v, AttentionLayout(cu_q, 0, cu_k, 0))
+
+    def torch_2_10(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, is_causal=is_causal, heads=key.shape[1])
+
+    def torch_window(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, heads=key.shape[1])
+
+    def torch_2_13(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
+                   enable_gqa=False):
+        return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, gqa=enable_gqa,
+                            heads=key.shape[1])
+
+    def flash_attn_2(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                     softmax_scale=None, causal=False, deterministic=False):
+        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, longest=(max_seqlen_q, max_seqlen_k),
+                            repeatable=deterministic)
+
+    def flash_attn_4(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
+        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), None
+
+
+SIGNATURES = {
+    "torch_2_10": ("_varlen", {"is_causal": True, "heads": 4}),
+    "torch_window": ("_varlen", {"window_size": (-1, 0), "heads": 4}),
+    "torch_2_13": ("_varlen", {"window_size": (-1, 0), "gqa": True, "heads": 2}),
+    "flash_attn_2": ("_flash", {"causal": True, "longest": (7, 7), "repeatable": False}),
+    "flash_attn_4": ("_flash", {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_library_signatures(signature, monkeypatch):
+    call, expected = SIGNATURES[signature]
+    library = Library()
+    monkeypatch.setattr(attention, f"{call}_function", lambda: getattr(library, signature))
+    q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+    layout = AttentionLayout.of_lengths([7, 3])
+    assert_close(getattr(attention, call)(q, k, v, layout), attention._sdpa(q, k, v, layout))
+    assert library.seen == expected
+
+
+def test_flash_backward_adds_in_order_where_that_is_asked_for(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(attention, "_flash_function", lambda: library.flash_attn_2)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    q = torch.randn(10, 4, 8)
+    attention._flash(q, q, q, AttentionLayout.of_lengths([7, 3]))
+    assert library.seen["repeatable"] is True
+
+
+def test_torch_varlen_signature_is_known():
+    """Of the installed torch: everything that `attend` passes exists."""
+    known = attention._arguments(attention._varlen_function())
+    assert {"window_size", "is_causal"} & known
+    assert attention._arguments(attention._varlen_function()) >= {"cu_seq_q", "cu_seq_k", "max_q", "max_k"}
