@@ -27,6 +27,8 @@ class Policy:
         fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
         tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
             and the head (the reference does so by accident). Otherwise the projector alone.
+        plain_products: matrices are multiplied by the function that the reference calls. Otherwise also by a library
+            whose sums round in another order.
     """
 
     mask_by_retokenizing: bool
@@ -34,11 +36,12 @@ class Policy:
     reference_order: bool
     fp32_residual: bool
     tune_tables_without_start_end: bool
+    plain_products: bool
 
 
 POLICIES = {
-    "none": Policy(False, False, False, False, False),
-    "reference": Policy(True, True, True, True, True),
+    "none": Policy(*[False] * 6),
+    "reference": Policy(*[True] * 6),
 }
 
 

@@ -140,9 +140,9 @@ def plan_memory(config, model_config, loader, world):
 
 
 def _can_tile(config, layout, world):
-    """Whether the decoder is made of whole, frozen matrices whose products take tiles."""
+    """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
     return ("decoder" not in config.trainable and frozen_dtype(config) is None and layout in ("replicated", "trained")
-            and can_tile(compute_dtype(config), world.device))
+            and not config.policy.plain_products and can_tile(compute_dtype(config), world.device))
 
 
 def _largest_batch(loader, world):

@@ -38,8 +38,9 @@ class Linear(nn.Module):
     def tile(self) -> None:
         """From now on, multiply by copies of the weight in the layout that the CPU's products want (`can_tile`).
 
-        A plain product brings its weight into that layout in every call, which takes a tenth of the time or more. Copies
-        are made when they are first needed, one for each direction, and again after the weight has changed.
+        A plain product brings its weight into such a layout in every call, which takes a tenth of the time or more, to
+        the same bits in bf16; in fp32 it is another library's (MKL's), whose sums round in another order. Copies are made
+        when they are first needed, one for each direction, and again after the weight has changed.
         """
         assert not self.weight.requires_grad and self.bias is None and not isinstance(self.weight, DTensor)
         self._tiled = {}
@@ -53,9 +54,10 @@ class Linear(nn.Module):
 
 
 def can_tile(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of `dtype` on `device` are oneDNN's, which take weights in tiles."""
-    return (device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN, whose products take weights in tiles, multiplies `dtype` on `device`."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Tiled:
