@@ -27,8 +27,7 @@ class Policy:
         fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
         tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
             and the head (the reference does so by accident). Otherwise the projector alone.
-        plain_products: matrices are multiplied by the function that the reference calls. Otherwise also by a library
-            whose sums round in another order.
+        plain_products: matrices are multiplied as torch does it. Otherwise also as sums of another order.
     """
 
     mask_by_retokenizing: bool

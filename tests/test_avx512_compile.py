@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from fastvid_kernels import avx512
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import avx512_attention
@@ -99,10 +100,11 @@ def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, mo
 def test_another_process_finds_it_compiled(anew, monkeypatch, tmp_path):
     log = tmp_path / "log"
     real = os.environ.get("CXX", "g++")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     monkeypatch.setenv("CXX", str(compiler(tmp_path / "noting", f'echo "$1" >> {log}\nexec {real} "$@"')))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert avx512_attention.obstacle() is None
-    assert log.read_text().split() == ["--version", avx512_attention.FLAGS[0]]
+    assert log.read_text().split() == ["--version", avx512.FLAGS[0]]
     log.unlink()
     question = "from fastvid.model.avx512_attention import obstacle; raise SystemExit(obstacle())"
     subprocess.run([sys.executable, "-c", question], cwd=ROOT, check=True)

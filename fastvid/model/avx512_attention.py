@@ -6,29 +6,17 @@ S segments, H query heads, K key/value heads, d channels per head.
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastvid_kernels import avx512
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 HEADER = SOURCE.with_name("avx512_tiles.h")
-FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma",
-         "-fopenmp", "-shared", "-fPIC")
 _POINTER = ctypes.c_void_p
-
-log = logging.getLogger("fastvid")
 
 
 class _Arguments(ctypes.Structure):
@@ -77,44 +65,10 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _library():
-    """The loaded library, or why there is none, of which a CPU that could use it is warned."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
-    try:
-        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-            return "this CPU has no AVX512-BF16"
-        return _declared(ctypes.CDLL(str(_compiled(shlex.split(os.environ.get("CXX", "")) or ["g++"]))))
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip() or str(error)
-        reason = f"{error.cmd[0]} cannot compile {SOURCE.name}: {said.splitlines()[-1]}"
-    except (OSError, RuntimeError, ValueError) as error:  # no compiler, no home, a folder that cannot be written, ...
-        reason = f"its library cannot be compiled or loaded: {error}"
-    log.warning("attention in bf16 takes batched products instead of this CPU's AVX512-BF16, at half the rate: %s", reason)
-    return reason
-
-
-def _compiled(compiler):
-    """The library's file, compiled unless the same source was before by the same command; whole or not there."""
-    if shutil.which(compiler[0]) is None:
-        raise RuntimeError(f"no C++ compiler is installed ({compiler[0]}; CXX names another)")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    command = "\0".join([*compiler, *FLAGS]).encode()
-    key = hashlib.sha256(b"\0".join([version, command, HEADER.read_bytes(), SOURCE.read_bytes()])).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "fastvid"
-    target = folder / f"{SOURCE.stem}-{key}.so"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            made = Path(made) / target.name
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, check=True)
-            made.replace(target)
-    for path in (folder, target):
-        found = path.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-            raise RuntimeError(f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names another "
-                               "folder")
-    return target
+    """The loaded library, or why there is none."""
+    found = avx512.load(SOURCE, HEADER, instead="attention in bf16 takes batched products instead of this CPU's "
+                                                "AVX512-BF16, at half the rate")
+    return found if isinstance(found, str) else _declared(found)
 
 
 def _declared(library):

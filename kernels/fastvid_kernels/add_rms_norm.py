@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import use_triton
+from . import avx512_rows
+from .dispatch import choose
 from .row_blocks import over_rows, row_blocks
 
 
@@ -124,13 +125,18 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
             partial_GD.sum(0).to(weight_D.dtype) if trained else None)
 
 
-def _forward(residual_ND, branch_ND, weight_D, eps, dtype):
-    """The same in plain torch; the reciprocal is [N, 1]."""
+def _forward_on_cpu(residual_ND, branch_ND, weight_D, eps, dtype, implementation):
+    """The same in C++ or plain torch; the reciprocal is [N, 1]."""
     N, D = residual_ND.shape
+    if implementation == "avx512":
+        residual_ND, branch_ND = residual_ND.contiguous(), None if branch_ND is None else branch_ND.contiguous()
     total_ND = residual_ND if branch_ND is None else residual_ND.new_empty(N, D)
     y_ND = residual_ND.new_empty(N, D, dtype=dtype)
     rstd_N1 = residual_ND.new_empty(N, 1, dtype=torch.promote_types(residual_ND.dtype, torch.float32))
-    _normalise_rows(y_ND, residual_ND, branch_ND, total_ND, rstd_N1, weight_D=_wide(weight_D), eps=eps)
+    if implementation == "avx512":
+        avx512_rows.norm_forward(residual_ND, branch_ND, _wide(weight_D).contiguous(), total_ND, y_ND, rstd_N1, eps)
+    else:
+        _normalise_rows(y_ND, residual_ND, branch_ND, total_ND, rstd_N1, weight_D=_wide(weight_D), eps=eps)
     return total_ND, y_ND, rstd_N1
 
 
@@ -144,14 +150,19 @@ def _normalise_rows(y_nD, residual_nD, branch_nD, total_nD, rstd_n1, *, weight_D
     y_nD.copy_((x_nD * inverse_n1).mul_(weight_D))
 
 
-def _backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
-    """The same in plain torch."""
+def _backward_on_cpu(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained, implementation):
+    """The same in C++ or plain torch."""
     grad_ND = torch.empty_like(total_ND, memory_format=torch.contiguous_format)
     apart = branch_dtype is not None and branch_dtype != total_ND.dtype
     grad_branch_ND = torch.empty_like(grad_ND, dtype=branch_dtype) if apart else None
     wide_D = _wide(weight_D)
     grad_weight_D = torch.zeros_like(wide_D) if trained else None
-    _backward_rows(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
+    if implementation == "avx512":
+        total_ND, grad_y_ND = total_ND.contiguous(), grad_y_ND.contiguous()
+        grad_total_ND = None if grad_total_ND is None else grad_total_ND.contiguous()
+        avx512_rows.norm_backward(total_ND, rstd_N1, wide_D.contiguous(), grad_total_ND, grad_y_ND, grad_ND)
+    else:
+        _backward_rows(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
     for rows in row_blocks(*total_ND.shape) if trained else ():
         grad_weight_D += torch.mv((_wide(grad_y_ND[rows]) * total_ND[rows]).T, rstd_N1[rows, 0])
     return (grad_ND, None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
@@ -175,12 +186,14 @@ class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due."""
 
     @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, triton_kernel):
-        ctx.triton_kernel = triton_kernel
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, implementation):
+        ctx.implementation = implementation
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.set_materialize_grads(False)
-        forward = _forward_by_kernel if triton_kernel else _forward
-        total_ND, y_ND, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
+        if implementation == "triton":
+            total_ND, y_ND, rstd = _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype)
+        else:
+            total_ND, y_ND, rstd = _forward_on_cpu(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
         ctx.save_for_backward(total_ND, rstd, weight_D)
         return total_ND, y_ND
 
@@ -193,9 +206,10 @@ class _AddRMSNorm(torch.autograd.Function):
             if grad_total_ND is not None and ctx.branch_dtype is not None:
                 grad_branch_ND = grad_total_ND.to(ctx.branch_dtype)
             return grad_total_ND, grad_branch_ND, None, None, None, None
-        backward = _backward_by_kernel if ctx.triton_kernel else _backward
-        return *backward(total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype,
-                         ctx.needs_input_grad[2]), None, None, None
+        given = total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype, ctx.needs_input_grad[2]
+        if ctx.implementation == "triton":
+            return *_backward_by_kernel(*given), None, None, None
+        return *_backward_on_cpu(*given, ctx.implementation), None, None, None
 
 
 def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
@@ -208,7 +222,8 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
         weight_D: gain, in any of these dtypes. Its gradient is computed only if it requires one.
         eps: added to the mean square.
         dtype: of the normalised rows.
-        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
+            "reference" (plain torch).
 
     Returns:
         (sum in the residual's dtype, normalised sum in `dtype`). Sums of squares and products are fp32, rounded once.
@@ -216,15 +231,15 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
         every group of rows, in a fixed order.
 
     Raises:
-        ValueError: shapes do not fit, `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: shapes do not fit, `impl` is unknown or cannot run here.
     """
     tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
     N, D = residual_ND.shape
     if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
         raise ValueError("add_rms_norm: residual and branch must be [N, D], the weight [D], found "
                          f"{[list(x.shape) for x in tensors]}")
-    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype,
-                             use_triton(impl, *tensors, name="add_rms_norm"))
+    implementation = choose(impl, *tensors, name="add_rms_norm", dtypes=[dtype, *(x.dtype for x in tensors[:-1])])
+    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
 
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference"]

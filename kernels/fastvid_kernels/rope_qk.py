@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import use_triton
+from . import avx512_rows
+from .dispatch import choose
 from .row_blocks import over_rows
 
 
@@ -35,12 +36,15 @@ def _angles(positions_N, inv_freq_h, scale):
     return angles_N1h.cos() * scale, angles_N1h.sin() * scale
 
 
-def _rotate(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
-    """Rotate `qkv_NE` into `out_NE`, which may be the same, in plain torch."""
+def _rotate_on_cpu(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse, implementation):
+    """Rotate `qkv_NE` into `out_NE`, which may be the same, in C++ or plain torch."""
     cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
-    source_NE = None if out_NE is qkv_NE else qkv_NE
-    _rotate_rows(out_NE, source_NE, cos_N1h, sin_N1h.neg_() if inverse else sin_N1h, rotated=num_heads + num_kv_heads,
-                 heads=num_heads + 2 * num_kv_heads)
+    sin_N1h = sin_N1h.neg_() if inverse else sin_N1h
+    heads = {"rotated": num_heads + num_kv_heads, "heads": num_heads + 2 * num_kv_heads}
+    if implementation == "avx512":
+        avx512_rows.rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, **heads)
+    else:
+        _rotate_rows(out_NE, None if out_NE is qkv_NE else qkv_NE, cos_N1h, sin_N1h, **heads)
 
 
 @over_rows
@@ -127,30 +131,33 @@ class _RopeQK(torch.autograd.Function):
     """Saves positions and frequencies; backward rotates the other way."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, triton_kernel):
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, implementation):
         ctx.save_for_backward(positions_N, inv_freq_h)
         ctx.settings = num_heads, num_kv_heads, scale
-        ctx.triton_kernel = triton_kernel
+        ctx.implementation = implementation
         if inplace:
             ctx.mark_dirty(qkv_NE)
-        if triton_kernel and not inplace:
-            qkv_NE = qkv_NE.contiguous()
-        out_NE = qkv_NE if inplace else torch.empty_like(qkv_NE, memory_format=torch.contiguous_format)
-        rotate = _rotate_by_kernel if triton_kernel else _rotate
-        rotate(qkv_NE, out_NE, positions_N, inv_freq_h, *ctx.settings, False)
-        return out_NE
+        return _rotated(qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False, implementation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NE):
-        positions_N, inv_freq_h = ctx.saved_tensors
-        if ctx.triton_kernel:
-            grad_NE = grad_NE.contiguous()
         # Not in place: autograd may hand the same gradient to others.
-        grad_qkv_NE = torch.empty_like(grad_NE, memory_format=torch.contiguous_format)
-        rotate = _rotate_by_kernel if ctx.triton_kernel else _rotate
-        rotate(grad_NE, grad_qkv_NE, positions_N, inv_freq_h, *ctx.settings, True)
+        grad_qkv_NE = _rotated(grad_NE, None, *ctx.saved_tensors, *ctx.settings, True, ctx.implementation)
         return grad_qkv_NE, None, None, None, None, None, None, None
+
+
+def _rotated(qkv_NE, out_NE, *rest):
+    """`qkv_NE` rotated into `out_NE`, or a new tensor."""
+    *settings, implementation = rest
+    if out_NE is None:
+        qkv_NE = qkv_NE if implementation == "torch" else qkv_NE.contiguous()
+        out_NE = torch.empty_like(qkv_NE, memory_format=torch.contiguous_format)
+    if implementation == "triton":
+        _rotate_by_kernel(qkv_NE, out_NE, *settings)
+    else:
+        _rotate_on_cpu(qkv_NE, out_NE, *settings, implementation)
+    return out_NE
 
 
 def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int,
@@ -164,14 +171,16 @@ def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: 
         num_heads, num_kv_heads: H, K.
         scale: factor on cosine and sine (YaRN's attention factor).
         inplace: write into `qkv_NE`, which must be nobody's saved tensor (a frozen linear's output is not).
-        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
+            "reference" (plain torch).
 
     Returns:
         [N, (H+2K)·d] with queries and keys rotated, values as they were; computed in fp32, rounded once.
         Saved for backward: positions and frequencies. Repeatable.
 
     Raises:
-        ValueError: shapes do not fit, strides do not allow `inplace`, `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: shapes do not fit, strides do not allow `inplace`, `impl` is unknown or cannot
+            run here.
     """
     N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
     if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
@@ -179,8 +188,8 @@ def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: 
                          f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_qk: in place needs contiguous rows, found strides {qkv_NE.stride()}")
-    triton_kernel = use_triton(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk")
-    return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, triton_kernel)
+    implementation = choose(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk", dtypes=[qkv_NE.dtype])
+    return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, implementation)
 
 
 __all__ = ["rope_qk", "rope_qk_reference"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .dispatch import use_triton
+from . import avx512_rows
+from .dispatch import choose
 from .row_blocks import over_rows
 
 
@@ -83,16 +84,18 @@ class _SwiGLU(torch.autograd.Function):
     """Saves its input and nothing else."""
 
     @staticmethod
-    def forward(ctx, gate_up_NF, triton_kernel):
+    def forward(ctx, gate_up_NF, implementation):
         ctx.save_for_backward(gate_up_NF)
-        ctx.triton_kernel = triton_kernel
+        ctx.implementation = implementation
         N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
         out_NF = gate_up_NF.new_empty(N, F)
-        if not triton_kernel:
+        if implementation == "triton":
+            BLOCK_F, blocks, grid = _tiles(N, F)
+            _swiglu_fwd_kernel[grid](gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
+        elif implementation == "avx512":
+            avx512_rows.swiglu_forward(out_NF, gate_up_NF.contiguous())
+        else:
             _forward(out_NF, gate_up_NF)
-            return out_NF
-        BLOCK_F, blocks, grid = _tiles(N, F)
-        _swiglu_fwd_kernel[grid](gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
         return out_NF
 
     @staticmethod
@@ -100,13 +103,15 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_NF):
         (gate_up_NF,) = ctx.saved_tensors
         grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
-        if ctx.triton_kernel:
+        if ctx.implementation == "triton":
             N, F = grad_NF.shape
             BLOCK_F, blocks, grid = _tiles(N, F)
             _swiglu_bwd_kernel[grid](gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F,
                                      num_warps=4)
-            return grad_gate_up_NF, None
-        _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
+        elif ctx.implementation == "avx512":
+            avx512_rows.swiglu_backward(grad_NF.contiguous(), gate_up_NF.contiguous(), grad_gate_up_NF)
+        else:
+            _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
         return grad_gate_up_NF, None
 
 
@@ -116,17 +121,18 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         gate_up_NF: [N, 2F], gate in the first half of the columns, up in the second; fp32, bf16 or fp16.
             Copied if not contiguous.
-        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
+            "reference" (plain torch).
 
     Returns:
         [N, F] in the input's dtype; computed in fp32, rounded once. Saved for backward: the input. Repeatable.
 
     Raises:
-        ValueError: the shape does not fit, `impl` is unknown, or "triton" where its kernel cannot run.
+        ValueError: the shape does not fit, `impl` is unknown or cannot run here.
     """
     if gate_up_NF.dim() != 2 or gate_up_NF.shape[1] % 2:
         raise ValueError(f"swiglu: gate_up must be [N, 2F], found {list(gate_up_NF.shape)}")
-    return _SwiGLU.apply(gate_up_NF, use_triton(impl, gate_up_NF, name="swiglu"))
+    return _SwiGLU.apply(gate_up_NF, choose(impl, gate_up_NF, name="swiglu", dtypes=[gate_up_NF.dtype]))
 
 
 __all__ = ["swiglu", "swiglu_reference"]

@@ -1,0 +1,71 @@
+"""SwiGLU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `avx512_rows.cpp`.
+
+Each function writes into its outputs what the kernel of its name computes, in one pass over the rows, where torch's
+chains take ten. Rows are dense bf16 on the CPU; nothing is checked here (`dispatch.choose`).
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from .avx512 import load
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES = {
+    "swiglu_forward": [_POINTER] * 2 + [_INT] * 3, "swiglu_backward": [_POINTER] * 3 + [_INT] * 3,
+    "norm_forward": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT], "norm_backward": [_POINTER] * 6 + [_INT] * 3,
+    "rotate": [_POINTER] * 4 + [_INT] * 5,
+}
+
+
+@functools.cache
+def _library():
+    """The loaded library, or why there is none."""
+    found = load(SOURCE, instead="norms, rotations and SwiGLU in bf16 are chains of torch's operations instead of this "
+                                 "CPU's AVX512-BF16, at a third of the speed")
+    if not isinstance(found, str):
+        for name, types in _SIGNATURES.items():
+            getattr(found, name).argtypes, getattr(found, name).restype = types, None
+    return found
+
+
+def obstacle():
+    """Why this cannot run here, or None. Compiles at the first call."""
+    found = _library()
+    return found if isinstance(found, str) else None
+
+
+def _call(name, *arguments):
+    getattr(_library(), name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments),
+                             torch.get_num_threads())
+
+
+def swiglu_forward(out_NF, gate_up_NF):
+    """`swiglu` into `out_NF`."""
+    _call("swiglu_forward", gate_up_NF, out_NF, *out_NF.shape)
+
+
+def swiglu_backward(grad_NF, gate_up_NF, grad_gate_up_NF):
+    """Its gradient into `grad_gate_up_NF`."""
+    _call("swiglu_backward", grad_NF, gate_up_NF, grad_gate_up_NF, *grad_NF.shape)
+
+
+def norm_forward(residual_ND, branch_ND, weight_D, total_ND, y_ND, rstd_N1, eps):
+    """`add_rms_norm` into `total_ND` (where there is a branch), `y_ND` and `rstd_N1` [N, 1] fp32; weight dense fp32."""
+    _call("norm_forward", residual_ND, branch_ND, weight_D, total_ND, y_ND, rstd_N1, *y_ND.shape, eps)
+
+
+def norm_backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND):
+    """The gradient of residual and branch into `grad_ND`; weight dense fp32."""
+    _call("norm_backward", total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND, *grad_ND.shape)
+
+
+def rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, *, rotated, heads):
+    """`rope_qk` of the first `rotated` of a row's `heads` heads into `out_NE`, which may be `qkv_NE`."""
+    _call("rotate", qkv_NE, out_NE, cos_N1h, sin_N1h, qkv_NE.shape[0], heads, rotated, cos_N1h.shape[2])
+
+
+__all__ = ["norm_backward", "norm_forward", "obstacle", "rotate", "swiglu_backward", "swiglu_forward"]
