@@ -77,23 +77,32 @@ def _gpus():
 
 
 def _kernels():
-    yield _package("kernels", "triton", ["triton"], "kernels run as plain torch operations; pip install triton")
+    yield _package("kernels", "triton", ["triton"], "nothing that computes can be imported; pip install triton")
+    if importlib.util.find_spec("triton") is None:
+        return
+    from fastvid_kernels.avx512_rows import obstacle
+
+    reason = obstacle()
+    yield Finding("kernels", "avx512", not reason, "" if reason else "norms, rotations and SwiGLU in bf16 on this CPU",
+                  f"torch's operations serve bf16 on the CPU instead: {reason}" if reason else "")
 
 
 def _attention():
     import torch
-
-    from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 
     gpu = torch.cuda.is_available()
     for name, distribution in FLASH_ATTENTION.items():
         yield _package("attention", name, [distribution], "torch varlen serves instead" if gpu else "wants a GPU")
     varlen = gpu and importlib.util.find_spec("torch.nn.attention.varlen") is not None
     yield Finding("attention", "torch varlen", varlen, "", "" if varlen else "wants a GPU; torch sdpa serves instead")
-    reason = avx512_obstacle()
+    yield Finding("attention", "torch sdpa", True, "one call per sample")
+    if importlib.util.find_spec("triton") is None:
+        return
+    from fastvid.model.avx512_attention import obstacle
+
+    reason = obstacle()
     yield Finding("attention", "avx512", not reason, "" if reason else "bf16 on this CPU",
                   f"torch's batched products serve bf16 on the CPU instead: {reason}" if reason else "")
-    yield Finding("attention", "torch sdpa", True, "one call per sample")
 
 
 def _video():

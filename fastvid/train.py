@@ -198,7 +198,7 @@ def loop(state):
                       row_budget=planning.row_budget(config, state.world))
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
-    with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm([log]),
+    with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
           recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver):
         metrics.message(f"operations of a step: {state.formula}" + (
             f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
