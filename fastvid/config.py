@@ -56,7 +56,7 @@ class DataConfig:
     """What decides the token ids and labels of a sample; shared by training, inspection and validation."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
-    data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files are concatenated."})
+    data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."})
     version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).")
     video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
@@ -236,7 +236,7 @@ class ExportConfig:
     """``fastvid export``: a checkpoint to the reference's or Hugging Face's format."""
 
     checkpoint: str = field(metadata={"help": "checkpoint-N folder, or an output_dir (its newest checkpoint)."})
-    output: str = field(metadata={"help": "File (projector) or folder (hf) to write."})
+    output: str = field(metadata={"help": "File (projector) or folder (llama, llava) to write."})
     format: Literal["projector", "llama", "llava"] = _flag(
         "projector", "projector: mm_projector.bin or .safetensors by ending; llama: LLaVA-1.5 layout that "
         "LlamaForCausalLM loads; llava: LlavaForConditionalGeneration.")
@@ -294,9 +294,9 @@ def parse(config_class, argv=None):
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in known:
             near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            parser.error(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    namespace = parser.parse_args(argv)
-    return config_class(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(config_class)})
+            parser.error(f"unknown flag {flag}{' in the --config file' * (flag[2:] in settings)}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    found = parser.parse_args(argv)
+    return config_class(**{f.name: getattr(found, f.name) for f in dataclasses.fields(config_class)})
 
 
 def _read_settings(parser, argv):
@@ -309,7 +309,7 @@ def _read_settings(parser, argv):
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
     except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
+        parser.error(f"--config {path} is no YAML file of flags that can be read: {' '.join(str(error).split())}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path}: expected `flag: value` lines, found {type(settings).__name__}")
     return {str(name): value for name, value in settings.items() if value is not None}

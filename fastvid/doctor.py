@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastvid import __version__
+from fastvid import __version__, host_memory
 from fastvid.config import DoctorConfig, parse
 
 DECODERS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1", "mpeg4": "MPEG-4", "mjpeg": "MJPEG"}
@@ -43,9 +43,8 @@ def examine(config: DoctorConfig) -> list[Finding]:
 
 
 def _machine(config):
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("machine", "python", True, f"{platform.python_version()}, fastvid {__version__}")
-    yield Finding("machine", "cpu", True, f"{len(os.sched_getaffinity(0))} cores, {_gib(memory)} memory")
+    yield Finding("machine", "cpu", True, f"{len(os.sched_getaffinity(0))} cores, {_gib(host_memory.total())} memory")
     for path in config.path:
         if Path(path).exists():
             free = shutil.disk_usage(path).free

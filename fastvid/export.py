@@ -75,6 +75,8 @@ def export(config):
         values[_MARK] = {"version": __version__, "format": config.format, "checkpoint": str(folder)}
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
         tokenizer.save(temporary)
+        if config.format == "llava":
+            _write_tokenizer_table(temporary)
         _write_json(temporary / "config.json", values)
         _write_json(temporary / "generation_config.json", {
             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]})
@@ -155,6 +157,14 @@ def _llama_config(starting, tokenizer, tower, dtype):
     }
 
 
+def _write_tokenizer_table(folder):
+    """tokenizer.json beside tokenizer.model: of LLaVA's, AutoTokenizer makes a table of its own otherwise, with other ids."""
+    from transformers import LlamaTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def _load_tower(tower, model):
     """The CLIP tower, fp32, for LlavaForConditionalGeneration's fixed architecture."""
     from transformers import CLIPVisionModel
@@ -165,7 +175,11 @@ def _load_tower(tower, model):
     if tower is None:
         raise ValueError("--format llava holds the vision tower, and the model's config.json names none: "
                          "give --vision_tower")
-    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
+    try:
+        vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vision_tower {tower}: neither a folder with a CLIP tower nor one that the hub gives here "
+                         f"({str(error).splitlines()[0]})") from error
     if vision.config.hidden_size != model.mm_hidden_size:
         raise ValueError(f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
                          f"{model.mm_hidden_size}: give the tower that made the features")

@@ -1,6 +1,8 @@
 """Memory of the host, where a CPU computes."""
 
 import ctypes
+import os
+from pathlib import Path
 
 # mallopt's parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -8,6 +10,20 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _KEEPING = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}
 # Large blocks are mapped by themselves. malloc's own threshold would rise with the blocks it sees, up to 32 MiB.
 _RETURNING = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 8 * 2**20, _M_TRIM_THRESHOLD: 128 * 2**10, _M_TOP_PAD: 0}
+
+# What a container's processes may use: control groups of version 2 and 1.
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def total() -> int:
+    """Bytes that processes here may use: the machine's, or the container's limit where that is less."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _LIMITS:
+        try:
+            found.append(int(path.read_text()))
+        except (OSError, ValueError):  # not there, not readable, or "max"
+            continue
+    return min(found)
 
 
 def keep_freed(keep: bool) -> bool:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastvid import host_memory
 from fastvid.heartbeat import Heartbeat
 
 # A rank that lives but does not come to a collective ends the job after this: longer than any one of them may be busy
@@ -175,7 +176,7 @@ def _memory_of_this_rank(world):
     """Its GPU's free memory, or its share of the machine's."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
+    return host_memory.total() // world.local_size
 
 
 def choose_layout(shard, world, *, decoder_is_trained, fits):

@@ -14,21 +14,21 @@ log = logging.getLogger("fastvid")
 
 # Batches differ by a few per cent: those of these steps stand for the run's.
 _STEPS_LOOKED_AT = 4
+# What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
+_FOR_COPIES = 0.75
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
             "hybrid": "the whole model is sharded over some ranks, and copied on the others",
             "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
 
 
 def checked(config):
-    """The configuration with other names for the same resolved.
+    """The configuration with older names resolved.
 
     Raises:
         ValueError: flags that contradict each other.
     """
     if config.evaluation_strategy:
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
-    if config.optim == "adamw_torch":
-        config = dataclasses.replace(config, optim="adamw")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                  "logging_steps", "save_steps", "eval_steps", "model_max_length"):
         if getattr(config, name) < 1:
@@ -46,6 +46,8 @@ def checked(config):
         raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.frozen_dtype != "auto":
         _check_frozen_dtype(config)
+    if config.shard_size is not None and config.shard != "hybrid":
+        raise ValueError(f"--shard_size {config.shard_size} is for --shard hybrid; add that, or leave it out")
     if config.eval_strategy != "no" and not config.eval_data_path:
         raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
     if config.lazy_preprocess is not None:
@@ -110,8 +112,8 @@ def plan_memory(config, model_config, loader, world):
         world: `parallel.World`.
 
     Returns:
-        (layout over ranks as `parallel.shard` takes it, recompute mode, whether to `tile` the frozen decoder: where
-        memory has room for the copies, and is not what ``--recompute full`` asks to save)
+        (layout over ranks as `parallel.shard` takes it, recompute mode, whether to `tile` the frozen decoder: not where
+        the copies would fill memory, or ``--recompute full`` asks to save it)
     """
     if frozen_dtype(config) is not None:
         quantize.check_device(config.frozen_dtype, world.device)
@@ -123,19 +125,22 @@ def plan_memory(config, model_config, loader, world):
     available = parallel.device_memory(world)
     wanted = "none" if config.recompute == "auto" else config.recompute
     replicated = memory.estimate(model_config, recompute=wanted, **options)
+    if config.shard in ("full", "hybrid") and not world.distributed:
+        log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
     layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
                                     fits=replicated.total <= available or frozen_dtype(config) is not None)
     options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
                     world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
     recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=recompute, **options)
-    tiled = recompute != "full" and _can_tile(config, layout, world)
-    if tiled:
+    tiled, said = False, ""
+    if recompute != "full" and _can_tile(config, layout, world):
         with_copies = memory.estimate(model_config, recompute=recompute, tiled=True, **options)
-        tiled = with_copies.total <= available
+        tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
-    log.info("%s of %.1f GiB; %s%s", estimate, available / 2**30, _LAYOUTS[layout],
-             "; frozen matrices are also held in the layouts that this CPU multiplies" if tiled else "")
+        said = (f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies"
+                + ("" if tiled else ", for which memory is short"))
+    log.info("%s of %.1f GiB; %s%s", estimate, available / 2**30, _LAYOUTS[layout], said)
     return layout, recompute, tiled
 
 

@@ -49,7 +49,7 @@ def draw_loss_curve(metrics_path, png_path) -> bool:
 def _draw_losses(axis, loss, evaluation):
     if loss:
         steps, values = zip(*loss)
-        smooth = smoothed(values, span=math.sqrt(len(values)) / 2)
+        smooth = smoothed(values, span=math.sqrt(len(values)))
         if smooth != list(values):
             axis.plot(steps, values, color=LOSS, alpha=0.3, linewidth=1, label="training, as logged")
         axis.plot(steps, smooth, color=LOSS, linewidth=2, marker="o" if len(loss) == 1 else None,
@@ -96,11 +96,9 @@ def _points(lines, name):
 
 
 def smoothed(values, span: float) -> list[float]:
-    """Exponential moving average over about `span` values, debiased as Adam's moments are; span <= 1: unchanged."""
-    keep = 1 - 1 / max(span, 1)
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        result.append(average / weight)
+    """Mean of each value and its neighbours, about `span` in all, as many before as after: no lag; span < 3: unchanged."""
+    result = []
+    for i in range(len(values)):
+        reach = min(int(span) // 2, i, len(values) - 1 - i) if span >= 3 else 0
+        result.append(math.fsum(values[i - reach:i + reach + 1]) / (2 * reach + 1))
     return result

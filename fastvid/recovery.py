@@ -19,7 +19,8 @@ from fastvid.model.weights import write_reference_projector
 log = logging.getLogger("fastvid")
 
 # Flags that may change when a run goes on: they decide where and how, not what is computed. A different number of
-# epochs or steps is allowed with a word about the schedule; ranks and batch sizes may be traded for each other.
+# epochs or steps is allowed with a word about the schedule; ranks and batch sizes may be traded for each other. Where
+# and how, such as with or without recomputation, sums may round in another order.
 MAY_CHANGE = {
     "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
     "recompute", "shard", "shard_size", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
@@ -150,11 +151,16 @@ def _check_same_run(folder, saved, state):
     given = asdict(state.config)
     # A version that lacked a flag did what is now the flag's default.
     before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir="")) | saved["config"]
+    for settings in (given, before):
+        settings["optim"] = settings["optim"].removesuffix("_torch")  # the reference's name of the same
     changed = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
                if name not in MAY_CHANGE and before[name] != value]
     for name, value in (("samples_per_step", state.order.samples_per_step), ("num_samples", len(state.loader.samples))):
         if saved[name] != value:
             changed.append(f"{name} was {saved[name]}, is {value}")
+    if saved["samples_per_step"] != state.order.samples_per_step and saved["world_size"] != state.world.size:
+        changed.append(f"ranks were {saved['world_size']}, are {state.world.size}: give --per_device_train_batch_size or "
+                       "--gradient_accumulation_steps that make as many samples a step")
     if state.config.policy.reference_order and saved["world_size"] != state.world.size:
         changed.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
     if changed:

@@ -127,10 +127,10 @@ def build(config, world):
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
-    if tiled:
-        model.decoder.tile()
     if loader.prefix:
         model.keep_prefix(loader.prefix)
+    if tiled:  # after what takes other parts of the matrices than steps do
+        model.decoder.tile()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,

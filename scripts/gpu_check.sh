@@ -14,9 +14,18 @@ if [[ -n ${FASTVID_VENV:-} ]]; then
   source "$FASTVID_VENV/bin/activate"
 fi
 export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
+needed=(torch triton transformers matplotlib)
+[[ ${1:-} == --train ]] || needed+=(pytest pytest_benchmark hypothesis)
+"${PYTHON:-python3}" - "${needed[@]}" <<'CHECK'
+import importlib.util, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}: FASTVID_VENV=FOLDER names an environment that has them")
+CHECK
 if [[ ${1:-} == --train ]]; then
   shift
   preset=$("${PYTHON:-python3}" -c 'import torch; print("h200-7b" if torch.cuda.is_available() else "tiny-gpu")')
+  [[ $preset == h200-7b ]] || echo "no GPU: tiny sizes, which show that everything runs and measure nothing" >&2
   mkdir -p "${OUT:=bench/results}"
   exec "${PYTHON:-python3}" bench/train_step.py --preset "$preset" --limit 500 --out "$OUT" "$@"
 fi

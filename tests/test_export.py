@@ -117,7 +117,7 @@ def test_llama_format(tmp_path, run, trainable, tied):
 
 @pytest.mark.parametrize("trainable", [{"projector", "boundary"}, ALL])
 def test_llava_format(tmp_path, run, trainable):
-    from transformers import CLIPVisionModel, LlavaForConditionalGeneration
+    from transformers import AutoTokenizer, CLIPVisionModel, LlamaTokenizer, LlavaForConditionalGeneration
 
     folder, model, tokenizer = run(trainable)
     output = tmp_path / "exported"
@@ -134,6 +134,8 @@ def test_llava_format(tmp_path, run, trainable):
     held = hf.model.vision_tower.state_dict()
     assert held.keys() == tower.keys() and all(torch.equal(held[name], tower[name]) for name in tower)
     assert hf.config.image_token_id == tokenizer.tokens.patch
+    for text in ("what is a red cat?", "USER: <vid_start> red</s>", "a  cat.\n<vid_patch> is"):
+        assert AutoTokenizer.from_pretrained(output)(text).input_ids == LlamaTokenizer.from_pretrained(output)(text).input_ids
 
 
 def test_exported_twice_is_the_same(tmp_path, run):

@@ -1,5 +1,6 @@
 """What a CPU's training does with freed memory, in a process of its own."""
 
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,18 @@ def test_memory_between_what_is_held_goes_back_when_it_is_not_kept():
     peak = {keep: float(subprocess.run([sys.executable, "-c", HOLES.format(keep=keep)], capture_output=True, text=True,
                                        check=True).stdout) for keep in (True, False)}
     assert 100 < peak[True] - peak[False] < 140  # MiB; the holes are 128
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path):
+    limits = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
+    monkeypatch.setattr(host_memory, "_LIMITS", limits)
+    machine = host_memory.total()
+    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for text, expected in (("max\n", machine), (f"{2**63 - 4096}\n", machine), (f"{2**30}\n", 2**30)):
+        for path in limits:
+            path.write_text(text)
+            assert host_memory.total() == expected
+            path.unlink()
 
 
 def test_a_library_without_the_call_is_left_alone(monkeypatch):

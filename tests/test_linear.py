@@ -1,6 +1,8 @@
 """Linear layers whose frozen weights lie in oneDNN's tiles: values and gradients against the plain product, and when."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from fastvid.model.linear import Linear, can_tile
 CPU = torch.device("cpu")
 WORLD = parallel.World(0, 1, 0, CPU, False)
 BF16 = torch.bfloat16
-tiles = pytest.mark.skipif(not can_tile(BF16, CPU), reason="oneDNN computes no bf16 on this CPU")
+DTYPES = [dtype for dtype in (BF16, torch.float32) if can_tile(dtype, CPU)]
+UNITS = {BF16: (2**-8, 1e-4), torch.float32: (2**-20, 2**-18)}  # one rounding, and what sums of fp32 add
+tiles = pytest.mark.skipif(BF16 not in DTYPES, reason="oneDNN computes no bf16 on this CPU")
+some_tiles = pytest.mark.skipif(not DTYPES, reason="this torch has no oneDNN")
 
 
 def frozen_linear(inputs, outputs, *, tiled, seed=0, dtype=BF16):
@@ -50,12 +55,12 @@ def products_of(call):
     return names
 
 
-@tiles
-@pytest.mark.parametrize("dtype, unit, floor", [(BF16, 2**-8, 1e-4), (torch.float32, 2**-20, 2**-18)], ids=str)
+@some_tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outputs", [None, slice(16), slice(16, None), slice(5, 29)], ids=str)
 @pytest.mark.parametrize("rows, inputs, width", [(1, 64, 48), (37, 64, 48), (130, 96, 176), (200, 33, 47), (0, 64, 48)])
-def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, outputs, dtype, unit, floor):
-    generator = torch.Generator().manual_seed(1)
+def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, outputs, dtype):
+    (unit, floor), generator = UNITS[dtype], torch.Generator().manual_seed(1)
     plain, tiled = (frozen_linear(inputs, width, tiled=tiled, dtype=dtype) for tiled in (False, True))
     weight = plain.weight.double()[outputs or slice(None)]
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
@@ -65,7 +70,7 @@ def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, output
     exact = value_and_gradient(lambda x: functional.linear(x, weight), x.double(), grad)
     for ours, theirs, true in zip(found, expected, exact):
         assert ours.dtype == dtype and ours.shape == true.shape
-        torch.testing.assert_close(ours.double(), true, rtol=unit, atol=floor)  # rounded once, and fp32's sums
+        torch.testing.assert_close(ours.double(), true, rtol=unit, atol=floor)
         torch.testing.assert_close(ours, theirs, rtol=2 * unit, atol=2 * floor)
 
 
@@ -78,16 +83,56 @@ def test_rows_and_gradients_may_lie_apart():
     assert all(map(torch.equal, found, expected))
 
 
+def write_weight(linear, other):
+    linear.load_state_dict(other.state_dict())
+
+
+def give_weight(linear, other):
+    linear.load_state_dict(other.state_dict(), assign=True)
+
+
+def give_parameter(linear, other):
+    linear.weight = other.weight
+
+
+def give_data(linear, other):
+    linear.weight.data = other.weight.data
+
+
 @tiles
-def test_a_weight_that_changes_is_tiled_anew():
+@pytest.mark.parametrize("change", [write_weight, give_weight, give_parameter, give_data])
+def test_a_weight_that_changes_is_tiled_anew(change):
     tiled, other = frozen_linear(64, 48, tiled=True), frozen_linear(64, 48, tiled=False, seed=2)
     x, grad = torch.randn(9, 64).to(BF16), torch.randn(9, 48).to(BF16)
     before = value_and_gradient(tiled, x, grad)
-    tiled.load_state_dict(other.state_dict())
+    change(tiled, other)
     after, expected = value_and_gradient(tiled, x, grad), value_and_gradient(other, x, grad)
     for old, new, wanted in zip(before, after, expected):
         assert not torch.equal(old, new)
         torch.testing.assert_close(new, wanted, rtol=2**-7, atol=1e-4)
+
+
+@tiles
+def test_a_weight_that_changes_before_backward_is_an_error():
+    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16, requires_grad=True)
+    y = tiled(x)
+    with torch.no_grad():
+        tiled.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified between forward and backward"):
+        y.sum().backward()
+
+
+@tiles
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))],
+                         ids=["copied", "pickled"])
+def test_a_copy_makes_its_own_tiles(duplicate):
+    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16)
+    expected = tiled(x)
+    other = duplicate(tiled)
+    assert other._tiled == {} and torch.equal(other(x), expected) and other._tiled
+    with torch.no_grad():
+        tiled.weight.zero_()
+    assert torch.equal(other(x), expected) and not tiled(x).any()
 
 
 @tiles
@@ -141,6 +186,17 @@ def losses_of(state, steps=4):
             return found
 
 
+def check_copies(decoder, allowed):
+    """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and values."""
+    linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    held = [[tiled for each in (linear._tiled or {}).values() for tiled in (each._forward, each._backward)]
+            for linear in linears]
+    assert [len(copies) for copies in held] == [
+        (4 if linear is decoder.layers[-1].qkv else 2) * allowed for linear in linears]
+    assert sum(tiled.numel() for copies in held for tiled in copies if tiled is not None) == allowed * sum(
+        2 * linear.weight.numel() for linear in linears)
+
+
 @tiles
 @pytest.mark.parametrize("more", [[], ["--bf16", "False"], ["--recompute", "selective"],
                                   ["--share_video", "--question_order", "video_first"]], ids=" ".join)
@@ -153,6 +209,7 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
             state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more), WORLD)
         names = products_of(lambda: found.append(losses_of(state)))
         assert bool(names) == allowed
+        check_copies(state.model.decoder, allowed)
     assert found[0] == pytest.approx(found[1], rel=2e-3)
     assert len(set(found[0])) == 4
 
@@ -169,11 +226,12 @@ def test_what_is_tiled(run, flags, tiled, caplog):
     linears = [module for module in state.model.modules() if isinstance(module, Linear)]
     assert {linear._tiled is not None for linear in linears if not linear.weight.requires_grad} <= {tiled}
     assert not any(linear._tiled is not None for linear in linears if linear.weight.requires_grad)
-    assert ("layouts that this CPU multiplies" in caplog.text) == tiled
+    assert ("also held in the layouts that this CPU multiplies" in caplog.text) == tiled
 
 
 @tiles
-def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch):
+def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "fastvid")
     config, found, estimate = config_of(run, "unused", "--bf16", "True", "--recompute", "none"), [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append(estimate(*a, **k)) or found[-1])
     state = train.build(config, WORLD)
@@ -181,11 +239,16 @@ def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch)
     weights = [linear.weight.nbytes for layer in state.model.decoder.layers
                for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     assert with_copies.weights - plain.weights == 2 * sum(weights)
-    for short, tiled in ((1, False), (0, True)):
-        monkeypatch.setattr(parallel, "device_memory", lambda world: with_copies.total - short)
+    for memory_of_all, tiled in ((with_copies.total - 1, False), (with_copies.total / 0.75 - 1, False),
+                                 (with_copies.total / 0.75 + 1, True)):
+        caplog.clear()
+        monkeypatch.setattr(parallel, "device_memory", lambda world: memory_of_all)
         assert (train.build(config, WORLD).model.decoder.layers[0].qkv._tiled is not None) == tiled
+        assert ("not also held in the layouts that this CPU multiplies, for which memory is short" in caplog.text) != tiled
 
 
 def test_elsewhere_products_are_plain():
     assert not can_tile(torch.float64, CPU)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not can_tile(torch.float32, CPU)
     assert not any(can_tile(dtype, torch.device("cuda")) for dtype in (BF16, torch.float32))

@@ -294,5 +294,6 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
     from fastvid.plots import smoothed
 
     assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4, 4, 4])
-    assert smoothed([1.0, 3.0], 2) == pytest.approx([1, (0.25 * 1 + 0.5 * 3) / 0.75])
-    assert smoothed([1.0, 3.0], 0.5) == [1, 3]
+    assert smoothed([1.0, 3.0, 8.0, 6.0], 3) == pytest.approx([1, 4, 17 / 3, 6])
+    assert smoothed([1.0, 3.0, 8.0, 6.0, 2.0], 5.9) == pytest.approx([1, 4, 4, 16 / 3, 2])
+    assert smoothed([1.0, 3.0, 5.0], 2.9) == [1, 3, 5] and smoothed([], 9) == []

@@ -22,6 +22,7 @@ def run(tmp_path_factory):
     (["--eval_strategy", "steps"], "needs --eval_data_path"),
     (["--logging_steps", "0"], "give 1 or more"),
     (["--report_to", "wandb", "none"], "--report_to wandb: known are tensorboard and none"),
+    (["--shard_size", "2"], "--shard_size 2 is for --shard hybrid; add that"),
     (["--peak_tflops", "0"], "--peak_tflops 0: give the device's"),
     (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
     (["--data_weights", "1", "2"], "2 numbers for 1"),
@@ -59,10 +60,13 @@ def test_a_corrupt_feature_file_costs_its_sample(run, tmp_path, caplog):
     assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats))) == 0
     assert "skipped sample clip7" in caplog.text
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["skipped_samples"] == 3  # once an epoch
+    told = start(["-m", "fastvid.train"], flags(run, tmp_path / "again", "--video_folder", str(feats))).stderr
+    assert told.count("skipped sample clip7") == 3
 
 
 def test_dry_run_stops_before_the_first_step(run, tmp_path, caplog):
-    assert train.main(flags(run, tmp_path / "out", "--dry_run")) == 0
+    assert train.main(flags(run, tmp_path / "out", "--dry_run", "--shard", "full")) == 0
+    assert "--shard full: there is one process" in caplog.text
     assert "memory per rank" in caplog.text and not (tmp_path / "out").exists()
 
 

@@ -82,7 +82,7 @@ class RowOrder:
         needed = int(rows.own[longest] + rows.shared[longest]) + rows.base
         if needed > budget:
             raise ValueError(f"--rows_per_batch {budget}: the longest sample (number {longest}, from 0) takes {needed} "
-                             "rows; give at least as many, or cut it with --model_max_length")
+                             "rows; give at least as many")
         self.counts, self.weights, self.seed, self.rows = counts, weights, seed, rows
         self.budget, self.accumulation, self.rank, self.size = budget, accumulation, rank, size
         self.samples_per_epoch = epoch_length(counts, weights)

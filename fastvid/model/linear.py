@@ -19,7 +19,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=trained)
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype), requires_grad=trained) if bias else None
-        self._tiled = None  # {(first, last) output channel: their `_Tiled`}; no checkpoint holds it
+        self._tiled = None  # {(first, last) output channel: their `_Tiled`}, or None
 
     def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
         """[N, O] in x's dtype.
@@ -36,45 +36,61 @@ class Linear(nn.Module):
         return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
 
     def tile(self) -> None:
-        """From now on, multiply by copies of the weight in the layout that the CPU's products want (`can_tile`).
+        """From now on, multiply by copies of the weight in the layout that oneDNN's products want (`can_tile`).
 
-        A plain product brings its weight into such a layout in every call, which takes a tenth of the time or more, to
-        the same bits in bf16; in fp32 it is another library's (MKL's), whose sums round in another order. Copies are made
-        when they are first needed, one for each direction, and again after the weight has changed.
+        A plain bf16 product brings its weight into that layout in every call; on CPUs with AVX512-BF16 the bits are the
+        same. A plain fp32 product is MKL's, whose sums round in another order. Copies are made when they are first
+        needed, one for each direction, and again after the weight was replaced or written to (by all but `.data.copy_`
+        and its like, which autograd does not see either).
         """
         assert not self.weight.requires_grad and self.bias is None and not isinstance(self.weight, DTensor)
         self._tiled = {}
 
     def _tiled_weight(self, outputs):
-        first, last, _ = (outputs or slice(None)).indices(self.weight.shape[0])
+        first, last, step = (outputs or slice(None)).indices(self.weight.shape[0])
+        assert step == 1
         found = self._tiled.get((first, last))
-        if found is None or found.version != self.weight._version:
-            found = self._tiled[first, last] = _Tiled(self.weight.detach()[first:last], self.weight._version)
+        if found is None or not found.holds(self.weight):
+            found = self._tiled[first, last] = _Tiled(self.weight, first, last)
         return found
+
+    def __getstate__(self):
+        """Without the copies, which nothing can copy or pickle; they are made anew."""
+        return {**super().__getstate__(), "_tiled": None if self._tiled is None else {}}
 
 
 def can_tile(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN, whose products take weights in tiles, multiplies `dtype` on `device`."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Tiled:
-    """A weight in oneDNN's tiles, which no other operation reads: for forward and for the gradient of the rows."""
+    """Rows of a weight in oneDNN's tiles, which no other operation reads: for forward and for the gradient of x."""
 
-    def __init__(self, weight_OI, version):
-        self.weight_OI, self.version = weight_OI, version
+    def __init__(self, weight, first, last):
+        self._weight, self._state, self._rows = weight, self._state_of(weight), slice(first, last)
         self._forward = self._backward = None
+
+    @staticmethod
+    def _state_of(weight):
+        return weight.data_ptr(), weight.dtype, weight._version
+
+    def holds(self, weight):
+        """Whether these are tiles of `weight` as it is."""
+        return weight is self._weight and self._state_of(weight) == self._state
 
     def forward(self, x_NI):
         if self._forward is None:
-            self._forward = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI)
+            self._forward = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach()[self._rows])
         return _product(x_NI, self._forward)
 
     def backward(self, grad_NO):
+        if not self.holds(self._weight):
+            raise RuntimeError("a frozen weight was modified between forward and backward")
         if self._backward is None:
-            self._backward = torch.ops.mkldnn._reorder_linear_weight(self.weight_OI.T.contiguous())
+            self._backward = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach()[self._rows].T.contiguous())
         return _product(grad_NO, self._backward)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+from fastvid_kernels import avx512_rows
 from fastvid_kernels.linear_cross_entropy import chunk_rows
 from fastvid_kernels.row_blocks import BLOCK_NUMBERS
 
@@ -18,7 +19,7 @@ from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
 # activations need their place.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
 # Parts whose gradient passes through the decoder.
 BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
 
@@ -164,13 +165,14 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
                "one_call_per_segment": one_call_per_segment}
     keys_values = constant_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
+    turned = size * max(map(math.prod, _matrices(c))) if tiled else 0  # on its way to tiles of the other direction
     return MemoryEstimate(
         weights=weights + keys_values, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=max(at_once,
-                    _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute),
-                    _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
+        working=turned + max(
+            at_once, _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, one_call_per_segment),
+            _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
 
 
 def _loss_bytes(c, trainable, supervised_rows, size):
@@ -183,19 +185,23 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     return rows + 4 * table, chunk * size + block + table * (size + copies)
 
 
-def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute):
-    """Temporaries of a layer at their widest, in SwiGLU's backward or attention's; what is recomputed for it; less what
-    the last layer has let go of by then."""
-    per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + size)
-    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (20 if size < 4 else 8)  # where no kernel can run
+def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, on_cpu):
+    """Temporaries of a layer at their widest, in SwiGLU's backward (a chain of torch's operations, or one) or
+    attention's; what is recomputed for it; less what the last layer has let go of by then."""
+    per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + (size if size != residual else 0))
+    chains = on_cpu and (size == 4 or avx512_rows.obstacle() is not None)
+    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (20 if size < 4 else 8) if chains else 0
     if not trainable & BELOW_THE_HEAD:
         return rows * per_row + block  # of its forward
-    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=False, rows=rows)
+    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=on_cpu and size == 2, rows=rows)
     recomputed = max(0, layer("none") - layer(recompute))
     gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
-    # In attention's backward keys and values are gathered again; their gradients, and the sum of those in fp32.
-    gathered = 4 * c.num_kv_heads * c.head_dim * (key_rows * size + (key_rows + rows if key_rows else 0))
-    return max(rows * per_row + block, gathered) + recomputed - gone
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    if on_cpu and size == 2:  # gradients: of the output and the queries; of keys and values, summed in fp32, then rounded
+        attention = rows * (size * 2 * queries + 2 * keys * (4 + size) + c.hidden_size * residual)
+    else:  # keys and values are gathered again; their gradients, and the sum of those in fp32
+        attention = 4 * keys * (key_rows * size + (key_rows + rows if key_rows else 0))
+    return max(rows * per_row + block, attention) + recomputed - gone
 
 
 def _quantized_product_bytes(c, frozen_dtype, rows, size):
