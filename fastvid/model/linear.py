@@ -70,7 +70,8 @@ class _Tiled:
     """Rows of a weight in oneDNN's tiles, which no other operation reads: for forward and for the gradient of x."""
 
     def __init__(self, weight, first, last):
-        self._weight, self._state, self._rows = weight, self._state_of(weight), slice(first, last)
+        self._weight, self._state = weight, self._state_of(weight)
+        self._rows_OI = weight.detach()[first:last]  # while it lives, no other weight has its address
         self._forward = self._backward = None
 
     @staticmethod
@@ -79,18 +80,18 @@ class _Tiled:
 
     def holds(self, weight):
         """Whether these are tiles of `weight` as it is."""
-        return weight is self._weight and self._state_of(weight) == self._state
+        return self._state_of(weight) == self._state
 
     def forward(self, x_NI):
         if self._forward is None:
-            self._forward = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach()[self._rows])
+            self._forward = torch.ops.mkldnn._reorder_linear_weight(self._rows_OI)
         return _product(x_NI, self._forward)
 
     def backward(self, grad_NO):
         if not self.holds(self._weight):
             raise RuntimeError("a frozen weight was modified between forward and backward")
         if self._backward is None:
-            self._backward = torch.ops.mkldnn._reorder_linear_weight(self._weight.detach()[self._rows].T.contiguous())
+            self._backward = torch.ops.mkldnn._reorder_linear_weight(self._rows_OI.T.contiguous())
         return _product(grad_NO, self._backward)
 
 
