@@ -86,8 +86,10 @@ class Heartbeat:
     def _end(self, reason):
         if self.stopped.is_set():
             return
-        print(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from the last "
-              "checkpoint", file=sys.stderr, flush=True)
+        # In one piece: print would let another rank's line in before its own end.
+        sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from the "
+                         "last checkpoint\n")
+        sys.stderr.flush()
         os._exit(1)
 
 

@@ -170,9 +170,9 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         weights=weights + keys_values, gradients=stored * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=turned + max(
-            at_once, _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, one_call_per_segment),
-            _quantized_product_bytes(c, frozen_dtype, rows, size)), recompute=recompute)
+        working=turned + max(at_once, _layer_working_bytes(
+            c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, one_call_per_segment,
+            _quantized_product_bytes(c, frozen_dtype, rows, size))), recompute=recompute)
 
 
 def _loss_bytes(c, trainable, supervised_rows, size):
@@ -185,14 +185,14 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     return rows + 4 * table, chunk * size + block + table * (size + copies)
 
 
-def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, on_cpu):
-    """Temporaries of a layer at their widest, in SwiGLU's backward (a chain of torch's operations, or one) or
-    attention's; what is recomputed for it; less what the last layer has let go of by then."""
+def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, on_cpu, product):
+    """Temporaries of a layer at their widest, in SwiGLU's backward (a chain of torch's operations, or one), attention's,
+    or a quantised `product`'s; what is recomputed for it; less what the last layer has let go of by then."""
     per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + (size if size != residual else 0))
     chains = on_cpu and (size == 4 or avx512_rows.obstacle() is not None)
     block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (20 if size < 4 else 8) if chains else 0
     if not trainable & BELOW_THE_HEAD:
-        return rows * per_row + block  # of its forward
+        return max(rows * per_row + block, product)  # of its forward
     layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=on_cpu and size == 2, rows=rows)
     recomputed = max(0, layer("none") - layer(recompute))
     gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
@@ -201,7 +201,7 @@ def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, re
         attention = rows * (size * 2 * queries + 2 * keys * (4 + size) + c.hidden_size * residual)
     else:  # keys and values are gathered again; their gradients, and the sum of those in fp32
         attention = 4 * keys * (key_rows * size + (key_rows + rows if key_rows else 0))
-    return max(rows * per_row + block, attention) + recomputed - gone
+    return max(rows * per_row + block, attention, product) + recomputed - gone
 
 
 def _quantized_product_bytes(c, frozen_dtype, rows, size):
