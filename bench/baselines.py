@@ -8,9 +8,11 @@ Dimensions: B samples of a micro-batch, T rows of its longest, R video rows, C c
 """
 
 import importlib.util
+import inspect
 import itertools
 import json
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,19 +46,24 @@ class Baseline:
     sorted_by_length = False
 
     def __init__(self, folder, samples, tokens, *, dtype, micro_batch, device, learning_rate):
-        if self.sorted_by_length:
-            samples = sorted(samples, key=lambda sample: len(sample[0].token_ids))
         self.tokens, self.dtype, self.device, self.learning_rate = tokens, dtype, device, learning_rate
-        parts = [samples[i:i + micro_batch] for i in range(0, len(samples), micro_batch)]
-        self.batches = [padded(part, tokens, device) for part in parts]
-        self.samples, self.rows = len(samples), sum(batch["ids"].numel() for batch in self.batches)
-        self.sample_rows = sum(int(batch["mask"].sum()) for batch in self.batches)
-        self.supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in self.batches)
         self.model, self.projector = load(folder, tokens, self.weight_dtype, self.device, self.attention())
         self.prepare()
         self.trained = [p for module in (self.model, self.projector, *self.extra()) for p in module.parameters()
                         if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0, fused=self.fused_optimizer)
+        self.take(samples, micro_batch)
+
+    def take(self, samples, micro_batch):
+        """From now on, step over these samples; the next step has learning rate 0."""
+        if self.sorted_by_length:
+            samples = sorted(samples, key=lambda sample: len(sample[0].token_ids))
+        parts = [samples[i:i + micro_batch] for i in range(0, len(samples), micro_batch)]
+        self.batches = [padded(part, self.tokens, self.device) for part in parts]
+        self.samples, self.rows = len(samples), sum(batch["ids"].numel() for batch in self.batches)
+        self.sample_rows = sum(int(batch["mask"].sum()) for batch in self.batches)
+        self.supervised = sum(int((batch["labels"] != IGNORED).sum()) for batch in self.batches)
+        self.optimizer.param_groups[0]["lr"] = 0.0
 
     def step(self):
         """(loss per supervised token, gradient norm) of one update; the first has learning rate 0."""
@@ -134,8 +141,10 @@ class Strong(Baseline):
         return self.dtype
 
     def attention(self):
-        installed = self.device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        return "flash_attention_2" if installed and self.dtype != torch.float32 else "sdpa"
+        from transformers.utils import is_flash_attn_2_available
+
+        wanted = self.device.type == "cuda" and self.dtype != torch.float32
+        return "flash_attention_2" if wanted and is_flash_attn_2_available() else "sdpa"
 
     def prepare(self):
         self.model.requires_grad_(False)
@@ -174,6 +183,57 @@ class Tuned(Strong):
 
     def boundary(self, x_TD, start, end):
         return self.pair.weight.to(self.dtype).split(1)
+
+
+class Compiled(Tuned):
+    """The same with the decoder compiled for any length."""
+
+    def prepare(self):
+        super().prepare()
+        self.model.model.compile(dynamic=True)
+
+
+class Unpadded(Tuned):
+    """What packing can make of it: samples end to end in one row without padding, each attending to itself through
+    torch's varlen attention (transformers calls what its `AttentionInterface` was given), and nothing between them.
+    """
+
+    def attention(self):
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+
+        AttentionInterface.register("fastvid_bench_varlen", varlen_attention)
+        AttentionMaskInterface.register("fastvid_bench_varlen", lambda *args, **kwargs: None)
+        return "fastvid_bench_varlen"
+
+    def loss(self, batch):
+        with self.autocast():
+            x_BTD = self.embedded(batch)
+        sizes = batch["mask"].sum(1).tolist() if "sizes" not in batch else batch["sizes"]
+        batch["sizes"] = sizes
+        bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=self.device)
+        rows = torch.cat([x_TD[:size] for x_TD, size in zip(x_BTD, sizes)])[None]
+        labels = torch.cat([row[:size] for row, size in zip(batch["labels"], sizes)])[None]
+        positions = torch.cat([torch.arange(size, device=self.device) for size in sizes])[None]
+        return self.model(inputs_embeds=rows, position_ids=positions, labels=labels, use_cache=False, num_items_in_batch=1,
+                          cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(sizes), max_length_k=max(sizes)).loss
+
+
+def varlen_attention(module, q_1HNd, k_1KNd, v_1KNd, attention_mask, scaling=None, dropout=0.0, *, cu_seq_lens_q,
+                     max_length_q, **others):
+    """transformers' attention over samples laid end to end: torch's FlashAttention on a GPU, else SDPA by segments."""
+    if q_1HNd.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (q_1HNd, k_1KNd, v_1KNd))
+        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **_causal(varlen_attn))[None], None
+    outs = [functional.scaled_dot_product_attention(q_1HNd[:, :, a:b], k_1KNd[:, :, a:b], v_1KNd[:, :, a:b], is_causal=True)
+            for a, b in pairwise(cu_seq_lens_q.tolist())]
+    return torch.cat(outs, 2).transpose(1, 2), None
+
+
+def _causal(function):
+    return {"window_size": (-1, 0)} if "window_size" in inspect.signature(function).parameters else {"is_causal": True}
 
 
 def padded(samples, tokens, device):

@@ -15,6 +15,7 @@ from fastvid_kernels.swiglu import swiglu, swiglu_reference
 from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 
 EPS, DTYPE = 1e-5, torch.bfloat16
+TYPICAL = 6640  # rows of eight samples
 BYTES = DTYPE.itemsize
 
 
@@ -46,6 +47,10 @@ def _norm_cases(N, D):
     yield Case("add_rms_norm", "backward", shapes, inputs_and_gradients,
                _ways(lambda function: Gradients(function, (0, 1)), functions),
                in_fp32(Gradients(reference, (0, 1))), 4 * N * D * BYTES)
+    trained = {name: function for name, function in functions.items() if name in ("ours", "eager", "torch.compile")}
+    yield Case("add_rms_norm", "backward, trained", shapes, inputs_and_gradients,
+               _ways(lambda function: Gradients(function, (0, 1, 2)), trained),
+               in_fp32(Gradients(reference, (0, 1, 2))), 4 * N * D * BYTES)
 
 
 def _liger_norm():
@@ -248,10 +253,13 @@ def cases(small):
         yield _loss_case(8, 50, 16)
         yield _fp8_case(7, 40)
         return
-    for width in (4096, 5120):
-        yield from _norm_cases(16384, width)
-    yield from _swiglu_cases(8192, 11008)
-    yield from _rope_cases(16384, 32, 128)
+    for rows, width in ((16384, 4096), (16384, 5120), (TYPICAL, 4096)):
+        yield from _norm_cases(rows, width)
+    for rows, width in ((8192, 11008), (TYPICAL, 11008), (8192, 13824)):
+        yield from _swiglu_cases(rows, width)
+    for rows, heads in ((16384, 32), (TYPICAL, 32), (8192, 40)):
+        yield from _rope_cases(rows, heads, 128)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
-    yield _fp8_case(16384, 4096)
+    for rows, width in ((65536, 4096), (16384, 11008), (TYPICAL, 22016)):  # residual stream, SwiGLU's output, its gradient
+        yield _fp8_case(rows, width)

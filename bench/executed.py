@@ -14,10 +14,6 @@ from torch.utils.flop_counter import flop_registry
 
 from fastvid.model.blocked_attention import blocks, segments
 
-_DENSE = {  # kernel on [B, H, T, d]: (index of q, of is_causal)
-    "_scaled_dot_product_flash_attention_for_cpu": (0, 4),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 7),
-}
 FORWARD, BACKWARD = 2, 5  # matrix products of an attention kernel
 
 
@@ -36,8 +32,8 @@ class ExecutedFlops(TorchDispatchMode):
             self.total += blocked_flops(*args)
         elif name == "_linear_pointwise":
             self.total += 2 * args[0].shape[-1] * out.numel()
-        elif name in _DENSE:
-            self.total += dense_flops(args, *_DENSE[name], products)
+        elif name.startswith("_scaled_dot_product_"):
+            self.total += dense_flops(_named(function, args, kwargs), products)
         elif "attn" in name or "attention" in name:
             self.total += varlen_flops(args, products)
         elif packet in flop_registry:
@@ -45,15 +41,19 @@ class ExecutedFlops(TorchDispatchMode):
         return out
 
 
-def dense_flops(args, first, causal_at, products):
-    """Of an attention kernel on [B, H, T, d]; its causal mask is aligned at the first row."""
-    q, k = args[first:first + 2]
-    batch, heads, queries, width = q.shape
-    keys = k.shape[-2]
+def dense_flops(arguments, products):
+    """Of an attention kernel on [B, H, T, d], by its arguments' names; its causal mask is aligned at the first row."""
+    batch, heads, queries, width = arguments["query"].shape
+    keys = arguments["key"].shape[-2]
     pairs = queries * keys
-    if len(args) > causal_at and args[causal_at]:
+    if arguments.get("is_causal"):
         pairs = sum(min(row + 1, keys) for row in range(queries))
     return 2 * batch * heads * pairs * width * products
+
+
+def _named(function, args, kwargs):
+    """A call's arguments by the names of the operation's schema."""
+    return {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
 
 
 def blocked_flops(q, k, v, q_bounds, k_bounds, *_):

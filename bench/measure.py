@@ -15,15 +15,24 @@ HEAD_START = 2_000_000
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5, torch.float8_e4m3fn: 2**-3}
 
 
+def worst_error(found, expected):
+    """Largest error of an element among a call's tensors, as `assert_agree` measures it; NaN where one is NaN."""
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    return max((_errors(a, b).max().item() for a, b in zip(found, expected) if a.numel()), default=0.0)
+
+
+def _errors(a, b):
+    a, b = a.detach().to(b.device, torch.float32), b.detach().float()
+    return (a - b).abs() / (b.abs() + b.square().mean().sqrt() + 1e-30)
+
+
 def assert_agree(found, expected, tolerance=None):
     """Compare a call's tensors with those of the plain reference in fp32 (or wider), element by element."""
     found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
     assert len(found) == len(expected), f"{len(found)} results instead of {len(expected)}"
     for place, (a, b) in enumerate(zip(found, expected)):
         assert a.shape == b.shape, f"result {place}: {list(a.shape)} instead of {list(b.shape)}"
-        limit = tolerance or TOLERANCE[a.dtype]
-        a, b = a.detach().to(b.device, torch.float32), b.detach().float()
-        error = (a - b).abs() / (b.abs() + b.square().mean().sqrt() + 1e-30)
+        limit, error = tolerance or TOLERANCE[a.dtype], _errors(a, b)
         assert bool((error <= limit).all()), (  # NaN is not below any limit
             f"result {place}: error {error.max().item():.3g} in {list(a.shape)}, at most {limit:.3g} is allowed")
 

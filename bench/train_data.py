@@ -31,8 +31,10 @@ TEMPLATE = ("A chat between a curious user and an artificial intelligence assist
 SURROUNDING = 38
 
 
-def write(folder, shape, videos, seed=0):
+def write(folder, shape, videos, seed=0, budget_videos=0):
     """Write model/, feats/ and train.json into `folder`: all samples about `videos` videos, which make one step.
+
+    And budget.json, about `budget_videos` videos, which fill batches of any budget.
 
     Weights are stored in bf16, so that every row starts from the same numbers in whatever precision it computes.
     """
@@ -42,8 +44,10 @@ def write(folder, shape, videos, seed=0):
     (folder / "model").mkdir()
     write_model(folder / "model", shape, seed)
     write_tokenizer(folder / "model", rng)
-    write_features(folder / "feats", shape, videos, seed)
+    write_features(folder / "feats", shape, max(videos, budget_videos), seed)
     (folder / "train.json").write_text(json.dumps(records(videos, rng)))
+    if budget_videos:
+        (folder / "budget.json").write_text(json.dumps(records(budget_videos, rng)))
 
 
 def records(videos, rng):

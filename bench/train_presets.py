@@ -35,11 +35,12 @@ class Row:
 
     Attributes:
         title: what it adds to the row above it.
-        kind: one of BASELINES (`bench.baselines`), or "fastvid".
+        kind: a class of `bench.baselines`, or "fastvid".
         flags: of fastvid's command line, beside those of every row.
         last_layer: the last layer computes supervised rows only.
         apart: the system prompt's keys and values are kept; rows before the first trained one get no gradient.
         micro_batch: samples of a forward pass, where it is not the preset's.
+        budget: micro-batches are filled to `--rows_per_batch`, of which there are two a step.
         full: everything is trained, not the adapter.
         rounds: timed steps, where not the preset's; 0: its loss is compared, nothing else.
         like: the row whose loss and gradient norm it must have.
@@ -52,10 +53,18 @@ class Row:
     last_layer: bool = True
     apart: bool = True
     micro_batch: int | None = None
+    budget: bool = False
     full: bool = False
     rounds: int | None = None
     like: str | None = "reference"
     tolerance: tuple[float, float] | None = None
+
+    @property
+    def model_flags(self):
+        """Those of its flags that decide what the model is made of: rows that share them can share a model."""
+        pairs = zip(self.flags, (*self.flags[1:], ""))
+        return tuple(f"{flag} {value}" for flag, value in pairs
+                     if flag in ("--recompute", "--frozen_dtype", "--attn_implementation", "--optim", "--master_dtype"))
 
 
 _NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
@@ -71,11 +80,19 @@ ROWS = {
     "last": Row("+ last layer on supervised rows", flags=(*_NONE, *_SDPA), apart=False, rounds=2),
     "apart": Row("+ system prompt kept, no gradient before the video", flags=(*_NONE, *_SDPA), rounds=2),
     "exact": Row("exact: + attention by the best kernel at hand (bf16 on a CPU: its own)", flags=_NONE),
+    "whole": Row("exact, but whole samples: no prompt kept, a gradient for every row", flags=_NONE, apart=False),
+    "exact_8448": Row("exact, batches of 8,448 rows", flags=(*_NONE, "--rows_per_batch", "8448"), budget=True, like=None),
+    "exact_16896": Row("exact, batches of 16,896 rows", flags=(*_NONE, "--rows_per_batch", "16896"), budget=True, like=None),
+    "unpadded": Row("transformers without padding: packed samples, varlen attention, Liger where installed", "unpadded",
+                    rounds=2),
+    "compiled": Row("tuned by hand, and torch.compile(dynamic=True)", "compiled", rounds=2),
     "recomputed": Row("exact, with --recompute full", flags=_ALL, rounds=2),
     "strong_video_first": Row("transformers, video first", "strong", flags=_FIRST, rounds=0, like=None),
     "shared": Row("shared: exact + video first, its rows shared by its questions", flags=(*_NONE, *_FIRST, "--share_video"),
                   micro_batch=15, like="strong_video_first"),
     "fp8": Row("exact, frozen weights in FP8", flags=(*_NONE, *_FP8), like="exact", tolerance=_ROUGHLY),
+    "fp8_16896": Row("exact, frozen weights in FP8, batches of 16,896 rows", budget=True, like=None,
+                     flags=(*_NONE, *_FP8, "--rows_per_batch", "16896")),
     "shared_fp8": Row("shared, frozen weights in FP8", flags=(*_NONE, *_FIRST, "--share_video", *_FP8), micro_batch=30,
                       like="shared", tolerance=_ROUGHLY),
     "smallest": Row("exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1),
@@ -90,6 +107,7 @@ class Preset:
 
     Attributes:
         videos: whose questions make one optimizer step.
+        budget_videos: those whose questions fill batches up to a budget of rows.
         micro_batch: most samples of a forward pass.
         rows: {dtype: names of the rows, in the ladder's order}.
         rounds: {dtype: timed steps of each row}.
@@ -100,17 +118,19 @@ class Preset:
     micro_batch: int
     rows: dict[str, tuple[str, ...]]
     rounds: dict[str, int]
+    budget_videos: int = 0
 
 
 _LADDER = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
 _BOTH = {"bf16": _LADDER, "fp32": (*BASELINES, "exact", "strong_video_first", "shared")}
-_GPU = {"bf16": ("reference", "strong", "tuned", "exact", "fp8", "strong_video_first", "shared", "shared_fp8", "full", "smallest")}
+_GPU = {"bf16": ("exact", "exact_8448", "exact_16896", "whole", "shared", "fp8", "fp8_16896", "shared_fp8", "full",
+                 "unpadded", "strong", "strong_video_first", "tuned", "reference", "smallest", "compiled")}
 _TINY = Shape(64, 2, 2, 128, 640, 24, 16)
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
 PRESETS = {
     "tiny": Preset(_TINY, 2, 8, _BOTH, {"bf16": 1, "fp32": 1}),
-    "tiny-gpu": Preset(_TINY, 4, 8, _GPU, {"bf16": 1}),
+    "tiny-gpu": Preset(_TINY, 4, 8, _GPU, {"bf16": 1}, 8),
     "cpu-110m": Preset(Shape(768, 12, 12, 2048), 2, 8, _BOTH, {"bf16": 3, "fp32": 2}),
-    "h200-7b": Preset(_7B, 4, 8, _GPU, {"bf16": 3}),
-    "h200-13b": Preset(_13B, 4, 8, {"bf16": ("tuned", "exact", "fp8", "full")}, {"bf16": 2}),
+    "gpu-7b": Preset(_7B, 4, 8, _GPU, {"bf16": 3}, 12),
+    "gpu-13b": Preset(_13B, 4, 8, {"bf16": ("tuned", "exact", "fp8", "full")}, {"bf16": 2}, 12),
 }

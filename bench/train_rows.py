@@ -30,32 +30,68 @@ class Fastvid:
     """`fastvid.train.train_step` on the state that `fastvid.train.build` makes of a training command line.
 
     The packer is called here, as the state's loader calls it, so that every row takes the same samples in the same
-    micro-batches, and so that ideas can be left out.
+    micro-batches, and so that ideas can be left out. Under a budget of rows the batches are the loader's own.
     """
 
     def __init__(self, row, folder, dtype, micro_batch):
         from fastvid import parallel, train
+
+        self.folder, self.dtype, self.train_step = folder, dtype, train.train_step
+        self.state = train.build(self._config(row, micro_batch), parallel.start())
+        self.device = self.state.world.device
+        self.starting = {name: p.detach().clone() for name, p in self._adapter(row).items()}
+        self._pack(row, micro_batch)
+
+    def take(self, row, micro_batch):
+        """Become another row with the same model: its batches, and the weights that all rows start from."""
+        from fastvid.data.batching import SampleSet, training_loader
+
+        state, config = self.state, self._config(row, micro_batch)
+        samples = SampleSet(config.data_path, state.tokenizer, state.loader.samples.features, config)
+        samples.fit(state.model.config.mm_hidden_size)
+        self.state = replace(state, config=config, loader=training_loader(config, samples, state.world), step=0)
+        with torch.no_grad():
+            for name, parameter in self._adapter(row).items():
+                parameter.copy_(self.starting[name])
+        self._pack(row, micro_batch)
+
+    def _adapter(self, row):
+        return {} if row.full else self.state.optimizer.parameters
+
+    def _config(self, row, micro_batch):
         from fastvid.config import TrainConfig, parse
-        from fastvid.data.packing import pack
 
         adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
-        self.train_step = train.train_step
-        self.state = state = train.build(parse(TrainConfig, [
-            "--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json", "--video_folder",
-            f"{folder}/feats", "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *adapter, "--bf16",
-            str(dtype == torch.bfloat16), "--max_steps", "1000", "--warmup_steps", "1", "--lr_scheduler_type",
-            "constant_with_warmup", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size",
-            str(micro_batch), "--dataloader_num_workers", "0", *row.flags]), parallel.start())
-        self.device = state.world.device
+        batch = ("--gradient_accumulation_steps", "2") if row.budget else (
+            "--per_device_train_batch_size", str(row.micro_batch or micro_batch))
+        return parse(TrainConfig, [
+            "--model_name_or_path", f"{self.folder}/model", "--data_path",
+            f"{self.folder}/{'budget' if row.budget else 'train'}.json", "--video_folder", f"{self.folder}/feats",
+            "--output_dir", f"{self.folder}/out", "--mm_use_vid_start_end", *adapter, "--bf16",
+            str(self.dtype == torch.bfloat16), "--max_steps", "1000", "--warmup_steps", "1", "--lr_scheduler_type",
+            "constant_with_warmup", "--learning_rate", str(LEARNING_RATE), "--dataloader_num_workers", "0", *batch,
+            *row.flags])
+
+    def _pack(self, row, micro_batch):
+        from fastvid.data.packing import pack
+
+        state, micro_batch = self.state, row.micro_batch or micro_batch
         samples, packing = state.loader.samples, state.loader.packing
-        if not row.apart:
-            packing = packing | {"prefix": (), "frozen": False}
-        read = [samples.read(i) for i in range(len(samples))]
-        self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, **packing)
-                        for i in range(0, len(read), micro_batch)]
+        if row.budget:
+            self.batches = state.loader.read(0)[0]
+            self.samples = sum(len(batch.sample_ids) for batch in self.batches)
+        else:
+            if not row.apart:
+                packing = packing | {"prefix": (), "frozen": False}
+            read = [samples.read(i) for i in range(len(samples))]
+            self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, **packing)
+                            for i in range(0, len(read), micro_batch)]
+            self.samples = len(read)
         if not row.last_layer:
             self.batches = [replace(batch, loss_layout=None) for batch in self.batches]
-        self.samples, self.rows = len(read), sum(batch.num_rows for batch in self.batches)
+        if self.device.type == "cuda":
+            self.batches = [batch.pin_memory() for batch in self.batches]  # as the loader does
+        self.rows = sum(batch.num_rows for batch in self.batches)
         self.sample_rows = sum(batch.sample_rows for batch in self.batches)
 
     def step(self):
@@ -71,8 +107,8 @@ class Matmul:
         return matmul_rate(self.dtype, self.device)
 
 
-def baseline(row, folder, dtype, micro_batch):
-    from bench import baselines
+def step_samples(row, folder):
+    """(tokens, samples of one optimizer step as `fastvid.data` encodes them) for a row of transformers' model."""
     from fastvid.config import TrainConfig, parse
     from fastvid.data.batching import SampleSet
     from fastvid.data.conversation import load_tokenizer
@@ -82,9 +118,17 @@ def baseline(row, folder, dtype, micro_batch):
     config = parse(TrainConfig, ["--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json",
                                  "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *row.flags])
     samples = SampleSet(config.data_path, tokenizer, FeatureFolder(f"{folder}/feats"), config)
-    return {"reference": baselines.Reference, "strong": baselines.Strong, "tuned": baselines.Tuned}[row.kind](
-        f"{folder}/model", [samples.read(i) for i in range(len(samples))], tokenizer.tokens, dtype=dtype,
-        micro_batch=micro_batch, device=default_device(), learning_rate=LEARNING_RATE)
+    return tokenizer.tokens, [samples.read(i) for i in range(len(samples))]
+
+
+def baseline(row, folder, dtype, micro_batch):
+    from bench import baselines
+
+    kinds = {"reference": baselines.Reference, "strong": baselines.Strong, "tuned": baselines.Tuned,
+             "unpadded": baselines.Unpadded, "compiled": baselines.Compiled}
+    tokens, samples = step_samples(row, folder)
+    return kinds[row.kind](f"{folder}/model", samples, tokens, dtype=dtype, micro_batch=row.micro_batch or micro_batch,
+                           device=default_device(), learning_rate=LEARNING_RATE)
 
 
 def make(name, folder, dtype, micro_batch):
@@ -92,7 +136,7 @@ def make(name, folder, dtype, micro_batch):
         return Matmul(dtype)
     row = ROWS[name]
     build = Fastvid if row.kind == "fastvid" else baseline
-    return build(row, folder, dtype, row.micro_batch or micro_batch)
+    return build(row, folder, dtype, micro_batch)
 
 
 def default_device():

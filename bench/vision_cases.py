@@ -122,8 +122,10 @@ def cases(small):
         yield from _pool_cases(2, 5, 6, 32, torch.bfloat16)
         yield _patchify_case(3, 45, 80, 28, 14)
         return
+    yield from _pool_cases(1, 100, 576, 1024, torch.float16)  # as extraction runs it
     yield from _pool_cases(8, 100, 576, 1024, torch.bfloat16)
-    yield _patchify_case(100, 720, 1280, 336, 14)
+    for height, width in ((336, 336), (720, 1280)):  # resized by the decoder, and whole
+        yield _patchify_case(400, height, width, 336, 14)
 
 
 def pool_with_numpy(x_TPC):

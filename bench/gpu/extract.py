@@ -1,0 +1,125 @@
+"""Extraction's parts: the CLIP tower, pooling, copies, and the decoders that are there.
+
+Dimensions: T frames, P patches, C channels.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+CLIP_L = SimpleNamespace(size=336, patch=14, hidden=1024, layers=24, heads=16)
+TINY = SimpleNamespace(size=28, patch=14, hidden=32, layers=3, heads=4)
+ON_GPU = torch.cuda.is_available()
+
+
+def write_tower(folder, shape):
+    """A CLIP vision tower of random weights as a Hugging Face folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(image_size=shape.size, patch_size=shape.patch, hidden_size=shape.hidden,
+                              intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
+                              num_attention_heads=shape.heads, projection_dim=16)
+    torch.manual_seed(0)
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        tower = CLIPVisionModel(config)
+    tower.cpu().save_pretrained(folder)
+
+
+def tower(small):
+    """Images per second of the tower to its last layer but one; then of whole videos, from pixels to features."""
+    from fastvid_kernels import spatio_temporal_pool
+
+    from fastvid.video.encoder import FeatureEncoder
+
+    shape, frames = (TINY, 5) if small else (CLIP_L, 100)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (frames, shape.size, shape.size, 3), generator=generator, dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as made:
+        write_tower(made, shape)
+        for dtype in (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32,):
+            encoder = FeatureEncoder(made, dtype=dtype, num_temporal=frames)
+            batch = encoder.batch_size
+            rows = torch.randn(batch, encoder.num_patches, 3 * shape.patch**2, device=encoder.device).to(dtype)
+            with torch.no_grad():
+                seconds = _timed(lambda: encoder._tower(rows), small)
+            name = f"{dtype}".removeprefix("torch.")
+            flops = batch * _tower_flops(shape)
+            yield {"row": f"tower, {name}", "images_per_second": batch / seconds, "batch": batch,
+                   "flops_per_second": flops / seconds}
+            seconds = _timed(lambda: encoder.encode(pixels), small)
+            yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds, "videos_per_second": 1 / seconds}
+            states = torch.randn(frames, encoder.num_patches, shape.hidden, device=encoder.device).half()
+            seconds = _timed(lambda: spatio_temporal_pool(states, num_temporal=frames), small)
+            yield {"row": "pooling", "seconds": seconds, "bytes_per_second": states.nbytes / seconds}
+            seconds = _timed(lambda: pixels.to(encoder.device), small)
+            yield {"row": "frames to the device", "seconds": seconds, "bytes_per_second": pixels.nbytes / seconds}
+
+
+def _tower_flops(shape):
+    """Of one image: products and attention of all layers but the last, and the patch embedding."""
+    rows = (shape.size // shape.patch) ** 2 + 1
+    layer = 2 * rows * 12 * shape.hidden**2 + 4 * rows**2 * shape.hidden
+    return (shape.layers - 1) * layer + 2 * rows * 3 * shape.patch**2 * shape.hidden
+
+
+def _timed(call, small, seconds=1.5):
+    """Median seconds of a call, the device's work included."""
+    times, begin = [], time.perf_counter()
+    for _ in range(1 if small else 3):
+        call()
+    while len(times) < (1 if small else 5) or (not small and time.perf_counter() - begin < seconds):
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _synchronize():
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def write_clip(path, *, width, height, frames, codec="libx264"):
+    """A clip of moving noise, 25 frames a second."""
+    import av
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (height // 8 + 32, width // 8 + 32, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {}
+        for i in range(frames):
+            dx, dy = 3 * i % 256, 2 * i % 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(base[dy:dy + height, dx:dx + width]), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def decoders(small):
+    """Frames per second of each decoder that is there, on a clip of H.264."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        yield {"row": "decoders", "status": "ok", "absent": f"no PyAV ({error}), which writes the clips"}
+        return
+    from fastvid.video.decode import decode
+
+    sizes = ((80, 48, 30),) if small else ((1280, 720, 500), (1920, 1080, 500))
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVID_CHECK_SCRATCH")) as made:
+        for width, height, frames in sizes:
+            path = Path(made) / f"{height}.mp4"
+            write_clip(path, width=width, height=height, frames=frames)
+            begin = time.perf_counter()
+            decode(path, size=336)
+            seconds = time.perf_counter() - begin
+            yield {"row": f"PyAV, {height}p, one clip at a time", "frames_per_second": frames / seconds,
+                   "cores": os.cpu_count()}

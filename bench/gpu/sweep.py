@@ -1,0 +1,163 @@
+"""Tiles of the kernels: every candidate is compared with fp32 and timed, at every shape of the benchmark.
+
+A candidate replaces a kernel module's `_tiles` and, where that does not give them, the warps of its launches.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from bench import kernel_rows
+from bench.measure import assert_agree, copies_needed, copy_bandwidth, time_calls
+
+POWER = triton.next_power_of_2
+WARPS = {}  # of the candidate in hand
+# Kernels with a layout of their own, which no candidate is about.
+OTHERS = ("_finish_kernel", "_map_kernel", "_boundary_bwd_kernel", "_weight_kernel")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried of a kernel.
+
+    Attributes:
+        candidates: dicts; "warps" sets launches, "chunk" the loss's chunk of logits.
+        tiles: (candidate, arguments of `_tiles`) → what `_tiles` returns.
+    """
+
+    candidates: list
+    tiles: Callable
+
+
+def _blocks(blocks, warps):
+    return [{"block": block, "warps": w} for block in blocks for w in warps if 2 <= block // (32 * w) <= 64]
+
+
+def _pool(c, B, T, P, C, itemsize):
+    blocks = triton.cdiv(P, c["block_p"])
+    runs = max(1, min(T // 8, c["programs"] // max(B * blocks * triton.cdiv(C, c["block_c"]), 1)))
+    return POWER(triton.cdiv(P, blocks)), c["block_c"], triton.cdiv(P, blocks), triton.cdiv(T, runs)
+
+
+def _grid(c, rows, width):
+    block = min(POWER(max(width, 1)), c["block"])
+    return block, triton.cdiv(width, block), (rows * triton.cdiv(width, block),)
+
+
+def _rope(c, heads, half):
+    block = min(POWER(heads), c["heads"])
+    return block, POWER(half), triton.cdiv(heads, block), c["warps"]
+
+
+SPACES = {
+    "spatio_temporal_pool": Space(
+        [{"block_p": p, "block_c": c, "warps": w, "programs": n} for p, c, w in (
+            (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 8), (32, 64, 2), (32, 128, 4), (32, 256, 8), (16, 256, 4),
+            (16, 512, 8)) for n in (512, 1056)], _pool),
+    "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)], lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
+    "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
+    "splice_video": Space(_blocks((1024, 2048, 4096), (4, 8)), _grid),
+    "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64], _rope),
+    "quantize_fp8": Space(_blocks((2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)),
+                          lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
+    "linear_cross_entropy": Space(
+        [{"block": b, "warps": w, "chunk": chunk} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
+         for chunk in (2**24, 2**25, 2**26)], lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
+    "adamw8bit_step": Space([{"blocks": b, "warps": w} for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (1, 1), (2, 1))],
+                            lambda c: (c["blocks"], c["warps"])),
+    "frame_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
+                             for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
+                            lambda c, values, frames: (min(c["block"], POWER(values)), max(1, min(c["frames"], frames)))),
+}
+
+
+def _override_warps():
+    launch = JITFunction.run
+
+    def patched(self, *args, grid, warmup, **options):
+        if WARPS and not self.fn.__name__.endswith(OTHERS):
+            options["num_warps"] = WARPS["warps"]
+        return launch(self, *args, grid=grid, warmup=warmup, **options)
+
+    if launch.__name__ != "patched":
+        JITFunction.run = patched
+
+
+def _apply(kernel, candidate):
+    module, tiles = import_module(f"fastvid_kernels.{kernel}"), SPACES[kernel].tiles
+    module._tiles = lambda *args, **options: tiles(candidate, *args, **options)
+    if "chunk" in candidate:
+        module.CHUNK_LOGITS = candidate["chunk"]
+    WARPS.clear()
+    if "warps" in candidate:
+        WARPS["warps"] = candidate["warps"]
+
+
+def _chosen(small, kernel):
+    """(cases, candidates); `small`: the first two."""
+    cases = [case for case in kernel_rows.all_cases(small) if case.kernel == kernel]
+    candidates = SPACES[kernel].candidates
+    return cases, candidates[:2] if small else candidates
+
+
+def compile_all(small, kernel):
+    """Launch every candidate once, so that the timing process finds it in Triton's cache."""
+    _override_warps()
+    cases, candidates = _chosen(small, kernel)
+    done, device = 0, kernel_rows.device()
+    for case in cases:
+        inputs = case.make(torch.Generator(device).manual_seed(0), device)
+        for candidate in candidates:
+            _apply(kernel, candidate)
+            try:
+                case.ways["ours"](*inputs)()
+                done += 1
+            except Exception as error:
+                if "CUDA error" in str(error):
+                    raise
+        if device == "cuda":
+            torch.cuda.synchronize()
+        del inputs
+    yield {"row": "compiled", "done": done, "of": len(cases) * len(candidates)}
+
+
+def measure(small, kernel):
+    """The candidates of a kernel at each shape, and which was best."""
+    _override_warps()
+    on_cuda, device = torch.cuda.is_available(), kernel_rows.device()
+    roof = copy_bandwidth(small) if on_cuda else None
+    cases, candidates = _chosen(small, kernel)
+    for case in cases:
+        copies = [case.make(torch.Generator(device).manual_seed(1), device)]
+        copies += [case.make(torch.Generator(device).manual_seed(2 + i), device) for i in range(copies_needed(copies[0]) - 1)]
+        expected = case.expected(*kernel_rows.clone(case.make(torch.Generator(device).manual_seed(0), device)))()
+        best = None
+        for candidate in candidates:
+            _apply(kernel, candidate)
+            row = {"row": f"{case.name} {json.dumps(candidate)}", "kernel": kernel, "case": case.name, "candidate": candidate}
+            try:
+                given = case.make(torch.Generator(device).manual_seed(0), device)
+                assert_agree(case.ways["ours"](*given)(), expected, case.tolerance)
+                times = time_calls(case.ways["ours"], copies, rounds=5 if small else 20, seconds=1.0, on_cuda=on_cuda)
+            except Exception as error:
+                if "CUDA error" in str(error):
+                    raise
+                yield row | {"unfit": f"{type(error).__name__}: {error}"[:200]}
+                continue
+            median = sorted(times)[len(times) // 2]
+            row |= {"seconds": median}
+            if roof and case.bytes:
+                row["percent_of_copy"] = round(100 * case.bytes / median / roof, 1)
+            yield row
+            if best is None or median < best["seconds"]:
+                best = row
+        if best:
+            yield best | {"row": f"best: {best['row']}", "best": True}
+        del copies, expected
+        if on_cuda:
+            torch.cuda.empty_cache()
