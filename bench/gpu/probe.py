@@ -111,22 +111,29 @@ def _host_copy(size):
 
 def products(small, seconds=10.0):
     """Rate of a large bf16 product in a burst and after `seconds`, and of the products of a 7B decoder layer."""
-    on_gpu = torch.cuda.is_available()
-    device, n = ("cuda", 8192) if on_gpu else ("cpu", 64)
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
-    yield {"row": "product, burst", "flops_per_second": 2 * n**3 / _median(lambda x: lambda: x @ b, [(a,)], on_gpu)}
-    if on_gpu and not small:
-        done, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < seconds:
-            for _ in range(50):
-                a @ b
-            torch.cuda.synchronize()
-            done += 50
-        rate = 2 * n**3 / _median(lambda x: lambda: x @ b, [(a,)], on_gpu)
-        yield {"row": "product, sustained", "flops_per_second": rate, "after_seconds": seconds,
-               "mean_flops_per_second": done * 2 * n**3 / (time.perf_counter() - begin), **ask_smi(DURING)}
-    del a, b
+    yield from _large_product(8192 if torch.cuda.is_available() else 64, 0.0 if small else seconds)
     yield from layer_products(small)
+
+
+def _large_product(n, seconds):
+    on_gpu = torch.cuda.is_available()
+    a, b = (torch.randn(n, n, device="cuda" if on_gpu else "cpu").to(torch.bfloat16) for _ in range(2))
+
+    def rate():
+        return 2 * n**3 / _median(lambda x: lambda: x @ b, [(a,)], on_gpu)
+
+    yield {"row": "product, burst", "flops_per_second": rate()}
+    if not on_gpu or not seconds:
+        return
+    done, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        for _ in range(50):
+            a @ b
+        torch.cuda.synchronize()
+        done += 50
+    mean = done * 2 * n**3 / (time.perf_counter() - begin)
+    yield {"row": "product, sustained", "flops_per_second": rate(), "after_seconds": seconds,
+           "mean_flops_per_second": mean, **ask_smi(DURING)}
 
 
 def layer_products(small):
