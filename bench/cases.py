@@ -78,19 +78,32 @@ def in_fp32(way):
     return lambda *inputs: way(*map(wide, inputs))
 
 
+class Later:
+    """A function that is made when it is first called: imports and compilers start only where their rows are measured."""
+
+    def __init__(self, make):
+        self.make, self.function = make, None
+
+    def __call__(self, *inputs):
+        if self.function is None:
+            self.function = self.make()
+        return self.function(*inputs)
+
+
 def with_compiled(functions):
     """`functions` with "torch.compile" of the eager one, on CUDA: on a CPU it would want a C++ compiler."""
     if torch.cuda.is_available():
-        functions["torch.compile"] = torch.compile(functions["eager"], dynamic=False)
+        functions["torch.compile"] = Later(lambda: torch.compile(functions["eager"], dynamic=False))
     return functions
 
 
-def library(name, ways, *, triton=False):
-    """`ways` (a function without arguments that makes them) if the package is installed and can run here, else none.
+def library(package, name, make, *, triton=False):
+    """{name: what `make` returns, made when it is first called} if the package is installed and can run here, else {}.
 
     It runs on a GPU; one written in Triton also where Triton is interpreted.
     """
-    return ways() if (torch.cuda.is_available() or triton and INTERPRETED) and find_spec(name) else {}
+    there = (torch.cuda.is_available() or triton and INTERPRETED) and find_spec(package)
+    return {name: Later(make)} if there else {}
 
 
 def normal(generator, device, *shape, dtype=torch.bfloat16, scale=1.0):

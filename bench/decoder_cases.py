@@ -28,7 +28,7 @@ def _norm_cases(N, D):
     functions = with_compiled({
         "ours": lambda residual, branch, weight: add_rms_norm(residual, branch, weight, EPS, DTYPE),
         "eager": lambda residual, branch, weight: add_rms_norm_reference(residual, branch, weight, EPS, DTYPE),
-    }) | library("liger_kernel", _liger_norm, triton=True) | library("quack", _quack_norm)
+    }) | library("liger_kernel", "Liger", _liger_norm, triton=True) | library("quack", "quack", _quack_norm)
 
     def reference(residual, branch, weight):
         return add_rms_norm_reference(residual, branch, weight, EPS, torch.float32)
@@ -60,7 +60,7 @@ def _liger_norm():
         y, total = LigerFusedAddRMSNormFunction.apply(branch, residual, weight, EPS, 0.0, "llama", False)
         return total, y
 
-    return {"Liger": norm}
+    return norm
 
 
 def _quack_norm():
@@ -70,13 +70,13 @@ def _quack_norm():
         y, total = rmsnorm(branch, weight, residual=residual, eps=EPS, prenorm=True)
         return total, y
 
-    return {"quack": norm}
+    return norm
 
 
 def _swiglu_cases(N, F):
     shapes = {"N": N, "F": F, "dtype": "bfloat16"}
     functions = with_compiled({"ours": swiglu, "eager": swiglu_reference})
-    functions |= library("liger_kernel", _liger_swiglu, triton=True)
+    functions |= library("liger_kernel", "Liger", _liger_swiglu, triton=True)
 
     def inputs(generator, device):
         return (normal(generator, device, N, 2 * F),)
@@ -91,7 +91,7 @@ def _swiglu_cases(N, F):
 def _liger_swiglu():
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    return {"Liger": LigerFusedGateUpSiLUMulFunction.apply}
+    return LigerFusedGateUpSiLUMulFunction.apply
 
 
 def _rope_cases(N, H, d):
@@ -118,7 +118,8 @@ def _rope_cases(N, H, d):
         return lambda *inputs: function(*inputs)[:, :2 * H * d].split(H * d, dim=1)
 
     ways = _ways(forward, _ways(queries_and_keys, in_place))
-    ways |= library("liger_kernel", lambda: _liger_rope(H, d), triton=True) | library("quack", lambda: _quack_rope(H, d))
+    ways |= library("liger_kernel", "Liger", lambda: _liger_rope(H, d), triton=True)
+    ways |= library("quack", "quack", lambda: _quack_rope(H, d))
     # Forward in place: queries and keys only. Backward writes a gradient of its own, values' included.
     yield Case("rope_qk", "forward", shapes, inputs, ways,
                in_fp32(forward(queries_and_keys(reference))), N * (2 * 2 * H * d * BYTES + 4))
@@ -140,7 +141,7 @@ def _liger_rope(H, d):
 
         return torch.no_grad()(call)
 
-    return {"Liger": prepare}
+    return prepare
 
 
 def _quack_rope(H, d):
@@ -157,7 +158,7 @@ def _quack_rope(H, d):
 
         return torch.no_grad()(call)
 
-    return {"quack": prepare}
+    return prepare
 
 
 def _splice_cases(videos, R, text, D, V):
@@ -211,7 +212,7 @@ def _loss_case(L, V, D):
         return prepare
 
     functions = with_compiled({"ours": linear_cross_entropy, "eager": linear_cross_entropy_reference})
-    functions |= library("liger_kernel", _liger_loss, triton=True) | library("quack", _quack_loss)
+    functions |= library("liger_kernel", "Liger", _liger_loss, triton=True) | library("quack", "quack", _quack_loss)
 
     def inputs(generator, device):
         return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
@@ -228,13 +229,13 @@ def _liger_loss():
     def loss(h, weight, targets):
         return LigerFusedLinearCrossEntropyFunction.apply(h, weight, targets, None, None, -100, 0.0, 0.0, "sum")
 
-    return {"Liger": loss}
+    return loss
 
 
 def _quack_loss():
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return {"quack": lambda *inputs: (chunked_linear_cross_entropy(*inputs, reduction="sum"),)}
+    return lambda *inputs: (chunked_linear_cross_entropy(*inputs, reduction="sum"),)
 
 
 def _fp8_case(N, D):

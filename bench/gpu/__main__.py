@@ -40,7 +40,7 @@ def main(argv=None):
     begin, out = time.monotonic(), arguments.out.resolve()
     results.append(out, {"stage": "run", "task": "run", "status": "ok", "row": "environment", "small": not on_gpu,
                          "stages": stages, **environment()})
-    check = Check(tasks, out, seconds=60 * arguments.minutes, ahead=3 if (os.cpu_count() or 1) >= 8 else 1,
+    check = Check(tasks, out, seconds=60 * arguments.minutes, ahead=max(1, (os.cpu_count() or 1) // 3),
                   say=lambda line: print(line, flush=True))
     outcomes = check.run()
     print(f"\n{table(outcomes)}\n{out / results.NAME}; {time.monotonic() - begin:.0f} s")

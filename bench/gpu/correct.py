@@ -1,19 +1,19 @@
-"""Whether what runs on this device computes what it must, at production shapes.
+"""Whether kernels, attention, products and the optimizer compute what they must on this device, at production shapes.
 
 Dimensions: N rows, M key rows, H query heads, K key/value heads, d channels per head.
 """
 
-import json
-import os
-import tempfile
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_reference
 
 from bench import kernel_rows
 from bench.measure import assert_agree, worst_error
+from fastvid.batch import AttentionLayout
+from fastvid.model.attention import attend, choose_implementation
+from fastvid.model.quantize import Fp8Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,8 +47,6 @@ LAYOUTS = {  # {name: [(queries, keys of the segment: None for its own rows, els
 
 def attention(small, implementation, grouped=False):
     """`attend` on segments of unequal lengths, gathered and shared keys, against fp64; errors beside eager's in bf16."""
-    from fastvid.model.attention import attend, choose_implementation
-
     heads, kv_heads, width = (4, 2 if grouped else 4, 16) if small else (32, 8 if grouped else 32, 128)
     try:
         choose_implementation(implementation, torch.device(DEVICE), torch.bfloat16, width)
@@ -83,10 +81,6 @@ def attention(small, implementation, grouped=False):
 
 def _layout(segments, small):
     """(AttentionLayout, packed rows, constant rows). Runs count constant rows first; small: a tenth of every length."""
-    from dataclasses import replace
-
-    from fastvid.batch import AttentionLayout
-
     def size(n):
         return max(1, n // 10) if small else n
 
@@ -120,8 +114,6 @@ def plain_attention(q_NHd, k_NKd, v_NKd, layout, constant):
 
 def adamw_8bit(small):
     """A step of 8-bit AdamW on the device, beside the plain step on the CPU: how many bits differ."""
-    from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_reference
-
     count = 2**12 if small else 2**22
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
@@ -138,16 +130,16 @@ def adamw_8bit(small):
         for place, name in ((0, "parameters"), (2, "first moments"), (3, "second moments"), (4, "first scales"), (5, "second scales")):
             row[f"{name} that differ"] = (found[place] != tensors[place]).float().mean().item()
         steps = max((found[place].int() - tensors[place].int()).abs().max().item() for place in (2, 3))
-        error = ((found[0].double() - tensors[0].double()).abs() / tensors[0].double().abs().clamp(min=1e-6)).max().item()
-        row |= {"codes apart": steps, "relative error": error}
-        limit = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        apart = (found[0].double() - tensors[0].double()).abs()
+        # bf16: a sum next to where the random bits turn it up or down. fp32: in parts of the largest change of a step.
+        error = (apart / tensors[0].double().abs()).max().item() if dtype == torch.bfloat16 else apart.max().item() / 1e-4
+        row |= {"codes apart": steps, "largest error": error}
+        limit = 2**-7 if dtype == torch.bfloat16 else 1e-3
         yield row | {"status": "ok" if steps <= 1 and error <= limit else "failed"}
 
 
 def fp8_product(small):
     """A frozen matrix in FP8: products and row gradients on the device's FP8 units, against the CPU's emulation."""
-    from fastvid.model.quantize import Fp8Linear
-
     rows, inputs, outputs = (16, 32, 48) if small else (512, 4096, 11008)
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(outputs, inputs, generator=generator)
@@ -164,125 +156,3 @@ def fp8_product(small):
         error = ((ours.float() - emulated.float()).norm() / emulated.float().norm()).item()
         yield {"row": name, "against the emulation": error, "status": "ok" if error <= 4e-3 else "failed",
                "against bf16": ((ours.float() - true).norm() / true.norm()).item()}
-
-
-def reference_steps(small):
-    """The five steps that were recorded of the reference: losses, gradient norms, parameters."""
-    folder = Path(os.environ.get("FASTVID_REFERENCE_DATA") or Path(__file__).resolve().parents[3] / "shared")
-    if not (folder / "golden").is_dir():
-        yield {"row": "recordings", "status": "ok", "absent": f"no recordings at {folder} (FASTVID_REFERENCE_DATA)"}
-        return
-    import importlib.util
-
-    from safetensors.torch import load_file
-
-    from fastvid import checkpoint, train
-    from fastvid.metrics import read_metrics
-
-    with tempfile.TemporaryDirectory() as made:
-        spec = importlib.util.spec_from_file_location("tiny", folder / "golden" / "tiny.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.main(made)
-        recorded = json.loads((folder / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]
-        argv, output = [word.replace("WORK", made) for word in recorded["argv"]], Path(made) / "out"
-        argv[argv.index("--output_dir") + 1] = str(output)
-        argv[argv.index("--save_strategy") + 1] = "steps"
-        code = train.main([*argv, "--parity", "reference", "--save_steps", "1"])
-        lines = read_metrics(output / "metrics.jsonl")
-        tensors, worst = load_file(folder / "golden" / "model.safetensors"), 0.0
-        for step in range(1, 6):
-            trained, prefix = checkpoint.read_full(output / f"checkpoint-{step}", "model"), f"336/train_main/after_step{step}/"
-            for name in (name for name in tensors if name.startswith(prefix)):
-                short = name.removeprefix(prefix).removeprefix("model.mm_projector.")
-                ours = "boundary.weight" if "embed" in short else f"projector.{short}"
-                worst = max(worst, (trained[ours] - tensors[name]).abs().max().item())
-        loss = max(abs(line["loss"] - true) for line, true in zip(lines, recorded["losses"], strict=True))
-        norm = max(abs(line["grad_norm"] / true - 1) for line, true in zip(lines, recorded["total_norm"], strict=True))
-        right = code == 0 and loss <= 1e-5 and norm <= 1e-5 and worst <= 1e-7
-        yield {"row": "five steps", "loss error": loss, "norm error": norm, "parameter error": worst,
-               "status": "ok" if right else "failed"}
-
-
-def one_rank_sharded(small):
-    """Full and adapter training under FSDP2 with a process group of one rank, beside the same without one."""
-    from bench import train_data
-    from bench.train_presets import PRESETS
-    from fastvid import parallel, train
-    from fastvid.config import TrainConfig, parse
-
-    with tempfile.TemporaryDirectory() as made:
-        train_data.write(made, PRESETS["tiny"].shape, 2)
-        losses = {}
-        for distributed in (False, True):
-            if distributed:
-                os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-            world = parallel.start()
-            for name, flags in (("adapter", ("--tune_mm_mlp_adapter", "True")), ("full", ())):
-                state = train.build(parse(TrainConfig, [
-                    "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
-                    f"{made}/feats", "--output_dir", f"{made}/out", "--mm_use_vid_start_end", "--bf16", "True", *flags,
-                    "--max_steps", "3", "--learning_rate", "1e-3", "--per_device_train_batch_size", "4",
-                    "--dataloader_num_workers", "0", "--shard", "full" if distributed else "none"]), world)
-                found = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
-                losses[name, distributed] = found
-        for name in ("adapter", "full"):
-            error = max(abs(a / b - 1) for a, b in zip(losses[name, True], losses[name, False], strict=True))
-            yield {"row": f"{name}, three steps", "losses": losses[name, True], "relative error": error,
-                   "status": "ok" if error <= 2e-3 else "failed"}
-        parallel.finish(world)
-
-
-def _free_port():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def extraction(small):
-    """Features of random frames on the device, in fp16 and bf16, against the CPU's in fp32."""
-    from bench.gpu.extract import write_tower
-    from fastvid.video.encoder import FeatureEncoder
-
-    shape = SimpleNamespace(size=28, patch=14, hidden=32, layers=3, heads=4) if small else SimpleNamespace(
-        size=336, patch=14, hidden=1024, layers=4, heads=16)
-    frames = torch.randint(256, (7, 45, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as made:
-        write_tower(made, shape)
-        true = FeatureEncoder(made, device="cpu", num_temporal=8).encode(frames).double()
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            found = FeatureEncoder(made, device=DEVICE, dtype=dtype, num_temporal=8).encode(frames).double()
-            there = true.norm(dim=1) > 0
-            cosine = torch.nn.functional.cosine_similarity(found[there], true[there]).min().item()
-            empty = bool((found[~there] == 0).all())
-            limit = {torch.float32: 1 - 1e-6, torch.float16: 0.9999, torch.bfloat16: 0.999}[dtype]
-            yield {"row": f"{dtype}".removeprefix("torch."), "least cosine": cosine, "empty rows are zero": empty,
-                   "status": "ok" if cosine >= limit and empty else "failed"}
-
-
-def loss_curve(small):
-    """Fifty steps of a small model in bf16 on the device beside fp32 on the CPU."""
-    from bench import train_data
-    from bench.train_presets import PRESETS
-    from fastvid import parallel, train
-    from fastvid.config import TrainConfig, parse
-
-    steps = 3 if small else 50
-    with tempfile.TemporaryDirectory() as made:
-        train_data.write(made, PRESETS["tiny"].shape, 2)
-        curves = {}
-        for device, bf16 in (("cpu", "False"), (DEVICE, "True")):
-            world = parallel.World(0, 1, 0, torch.device(device), False)
-            state = train.build(parse(TrainConfig, [
-                "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder", f"{made}/feats",
-                "--output_dir", f"{made}/out", "--mm_use_vid_start_end", "--bf16", bf16, "--max_steps", str(steps),
-                "--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0"]), world)
-            curves[bf16] = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
-        means = {key: sum(values) / len(values) for key, values in curves.items()}
-        error = abs(means["True"] / means["False"] - 1)
-        yield {"row": f"full fine-tune, {steps} steps", "bf16": means["True"], "fp32 on the CPU": means["False"],
-               "relative error of the mean": error, "last bf16": curves["True"][-1], "last fp32": curves["False"][-1],
-               "status": "ok" if error <= 5e-3 else "failed"}

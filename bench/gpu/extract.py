@@ -7,20 +7,33 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from fastvid_kernels import spatio_temporal_pool
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-CLIP_L = SimpleNamespace(size=336, patch=14, hidden=1024, layers=24, heads=16)
-TINY = SimpleNamespace(size=28, patch=14, hidden=32, layers=3, heads=4)
+from fastvid.video.encoder import FeatureEncoder
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of a CLIP vision tower: pixels of an image's and of a patch's side, channels, layers, heads."""
+
+    size: int
+    patch: int
+    hidden: int
+    layers: int
+    heads: int
+
+
+CLIP_L, TINY = Tower(336, 14, 1024, 24, 16), Tower(28, 14, 32, 3, 4)
 ON_GPU = torch.cuda.is_available()
 
 
 def write_tower(folder, shape):
     """A CLIP vision tower of random weights as a Hugging Face folder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
     config = CLIPVisionConfig(image_size=shape.size, patch_size=shape.patch, hidden_size=shape.hidden,
                               intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
                               num_attention_heads=shape.heads, projection_dim=16)
@@ -32,10 +45,6 @@ def write_tower(folder, shape):
 
 def tower(small):
     """Images per second of the tower to its last layer but one; then of whole videos, from pixels to features."""
-    from fastvid_kernels import spatio_temporal_pool
-
-    from fastvid.video.encoder import FeatureEncoder
-
     shape, frames = (TINY, 5) if small else (CLIP_L, 100)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (frames, shape.size, shape.size, 3), generator=generator, dtype=torch.uint8)

@@ -56,10 +56,10 @@ def _correct(small):
                     process=f"attention {implementation}")
     yield _task("correct", "8-bit AdamW", "adamw_8bit", 40, {"small": small})
     yield _task("correct", "FP8 product", "fp8_product", 40, {"small": small})
-    yield _task("correct", "reference's steps", "reference_steps", 60, {"small": small})
-    yield _task("correct", "one sharded rank", "one_rank_sharded", 60, {"small": small})
-    yield _task("correct", "extraction", "extraction", 40, {"small": small})
-    yield _task("correct", "loss curve", "loss_curve", 60, {"small": small})
+    yield _task("correct", "reference's steps", "reference_steps", 60, {"small": small}, module="correct_steps")
+    yield _task("correct", "one sharded rank", "one_rank_sharded", 60, {"small": small}, module="correct_steps")
+    yield _task("correct", "extraction", "extraction", 40, {"small": small}, module="correct_steps")
+    yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
 
 
 def _train(small):

@@ -8,9 +8,15 @@ import time
 from pathlib import Path
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  imported before the task's time begins
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
 
+from bench import baselines, train_rows  # noqa: F401
 from bench.executed import executed_flops
+from bench.train_data import write
 from bench.train_presets import PRESETS, ROWS
+from fastvid import train  # noqa: F401
 
 HELD = {}  # what the rows of one process share: the last row's object, by what its model is made of
 SHOWN = 25  # kernels that a profile names
@@ -22,8 +28,6 @@ def folder():
 
 def data(small, preset):
     """Write the model of random weights, features and records that all rows start from."""
-    from bench.train_data import write
-
     begin = time.perf_counter()
     write(folder(), PRESETS[preset].shape, PRESETS[preset].videos, budget_videos=PRESETS[preset].budget_videos)
     size = sum(path.stat().st_size for path in folder().rglob("*") if path.is_file())
@@ -43,8 +47,6 @@ class _Heard(logging.Handler):
 
 def row(small, preset, name, seconds=4.0):
     """One row: loss and gradient norm of a first step at learning rate 0, then `seconds` of steps, at least three."""
-    from bench import train_rows
-
     what, device, heard = ROWS[name], "cuda" if torch.cuda.is_available() else "cpu", _Heard()
     logger = logging.getLogger("fastvid")
     logger.addHandler(heard)
@@ -105,9 +107,6 @@ def _described(name, made, loss, norm, flops, times, heard, built, first):
 
 def profile(small, name):
     """Where the device's time goes in a step of the row that this process measured last."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
     (made,) = HELD.values()
     on_gpu = torch.cuda.is_available()
     with profiled(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
