@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from fastvid_kernels import spatio_temporal_pool
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from towers import write_tower
 
 from fastvid.video.decode import decode
-from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.encoder import FeatureEncoder, open_device
 from fastvid.video.sampling import frame_indices
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -197,3 +198,11 @@ def test_recordings(shared, tiny, size):
 def test_devices_that_are_not_there_are_named(tower, name):
     with pytest.raises(ValueError, match=f"--device {name} cannot be used"):
         FeatureEncoder(tower, device=name)
+
+
+def test_the_gpu_that_is_opened_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with FakeTensorMode():
+        assert open_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+        assert open_device("cpu") == torch.device("cpu") and len(current) == 1

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 BLOCK_SIZE = 256
 # Smallest scale that is divided by: the smallest normal fp32.
@@ -261,7 +261,8 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
     if param.numel() == 0:
         return
     blocks, warps = _tiles()
-    _adamw8bit_step_kernel[(triton.cdiv(absmax1.numel(), blocks),)](
+    launch(
+        _adamw8bit_step_kernel, (triton.cdiv(absmax1.numel(), blocks),),
         param, grad, state1, state2, absmax1, absmax2, _codebook(param.device), clip, skip, param.numel(), seed, step, first,
         *_factors(lr, beta1, beta2, eps, weight_decay, step), CLIP=clip is not None, SKIP=skip is not None, BLOCKS=blocks,
         num_warps=warps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import avx512_rows
-from .dispatch import choose
+from .dispatch import choose, launch
 from .row_blocks import over_rows, row_blocks
 
 
@@ -100,7 +100,8 @@ def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype):
     y_ND = residual_ND.new_empty(N, D, dtype=dtype)
     rstd_N = residual_ND.new_empty(N, dtype=torch.float32)
     BLOCK_D, num_warps = _tiles(D)
-    _add_rms_norm_fwd_kernel[(N,)](
+    launch(
+        _add_rms_norm_fwd_kernel, (N,),
         residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, y_ND, rstd_N, D,
         eps, add, BLOCK_D, num_warps=num_warps)
     return total_ND, y_ND, rstd_N
@@ -117,7 +118,8 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     groups = triton.cdiv(N, group_rows)
     partial_GD = total_ND.new_empty(groups, D, dtype=torch.float32) if trained else grad_ND
     BLOCK_D, num_warps = _tiles(D, trained)
-    _add_rms_norm_bwd_kernel[(groups,)](
+    launch(
+        _add_rms_norm_bwd_kernel, (groups,),
         total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
         grad_y_ND.contiguous(), grad_ND, grad_branch_ND, partial_GD, N, D, group_rows, grad_total_ND is not None, apart,
         trained, BLOCK_D, num_warps=num_warps)

@@ -1,4 +1,4 @@
-"""Which implementation a call takes: the Triton kernel, C++, or plain torch."""
+"""Which implementation a call takes, the Triton kernel, C++, or plain torch; and how a kernel is launched."""
 
 import os
 
@@ -22,20 +22,34 @@ def use_triton(impl, *tensors, name):
         name: of the operation, for messages.
 
     Raises:
-        ValueError: no such `impl`, or "triton" where the kernel cannot run.
+        ValueError: no such `impl`, "triton" where the kernel cannot run, or tensors of a GPU and another device.
     """
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"{name}: impl must be 'auto', 'triton' or 'reference', found {impl!r}")
     if impl == "reference":
         return False
     on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if any(tensor.device != tensors[0].device for tensor in tensors) and any(tensor.is_cuda for tensor in tensors):
+        raise ValueError(f"{name}: all tensors must lie on one device, found {_devices(tensors)}")
     if impl == "auto":
         return on_gpu or (INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1")
     if not (on_gpu or INTERPRETED):
-        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
-        raise ValueError(f"{name}: impl='triton' needs CUDA tensors, found {devices}; use impl='auto', or set "
+        raise ValueError(f"{name}: impl='triton' needs CUDA tensors, found {_devices(tensors)}; use impl='auto', or set "
                          "TRITON_INTERPRET=1 before fastvid_kernels is imported to interpret the kernel")
     return True
+
+
+def _devices(tensors):
+    return ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+
+
+def launch(kernel, grid, *arguments, **options):
+    """``kernel[grid](*arguments, **options)`` on the device of the first argument, a tensor.
+
+    Triton launches on the process's current device, whatever device the arguments' addresses are of.
+    """
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options)
 
 
 def choose(impl, *tensors, name, dtypes):
@@ -67,4 +81,4 @@ def _avx512_obstacle(tensors, dtypes):
     return avx512_rows.obstacle()
 
 
-__all__ = ["INTERPRETED", "choose", "use_triton"]
+__all__ = ["INTERPRETED", "choose", "launch", "use_triton"]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 
 def _nearest_indices(length, size, device):
@@ -150,7 +150,8 @@ def _patchify(clips, size, patch, mean, std, dtype):
         affine = _affine(mean, std, dtype)
         table = out_TPK if affine else _device_table(mean, std, dtype, device)  # the affine kernel reads none
         reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:])) for clip in clips)
-        _frame_patchify_fwd_kernel[(triton.cdiv(values, block), len(work))](
+        launch(
+            _frame_patchify_fwd_kernel, (triton.cdiv(values, block), len(work)),
             work, table, out_TPK, *(affine or (0.0,) * 6), N=size, p=patch, AFFINE=affine is not None,
             OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block, LINE=min(block, 128), num_warps=4)
     return out_TPK

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 from .row_blocks import row_blocks
 
 # Logits that exist at once: 64 MiB in bf16.
@@ -77,7 +77,8 @@ def _softmax_gradient_kernel(logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab
 
 def _softmax_gradient_triton(logits_lV, targets_l, lse_l, losses_l, gradient):
     block, warps = _tiles(logits_lV.shape[1])
-    _softmax_gradient_kernel[(logits_lV.shape[0],)](
+    launch(
+        _softmax_gradient_kernel, (logits_lV.shape[0],),
         logits_lV, targets_l, lse_l, losses_l, logits_lV.shape[1], logits_lV.stride(0), GRADIENT=gradient, BLOCK=block,
         num_warps=warps)
 

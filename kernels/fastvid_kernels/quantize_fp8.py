@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 LARGEST = tl.constexpr(448.0)
 # A row of zeros (or nearly) is divided by this part of 448, not by 0.
@@ -112,7 +112,8 @@ def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto
     scale_N = torch.empty(rows, dtype=torch.float32, device=x_ND.device) if scale is None else scale
     block, warps = _tiles(channels)
     if rows:
-        _quantize_fp8_kernel[(rows,)](
+        launch(
+            _quantize_fp8_kernel, (rows,),
             x_ND, out_ND.view(torch.uint8), scale_N, channels, x_ND.stride(0), BY_ROW=scale is None,
             ONE_TILE=block >= channels, BLOCK=block, num_warps=warps)
     return out_ND, scale_N

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import avx512_rows
-from .dispatch import choose
+from .dispatch import choose, launch
 from .row_blocks import over_rows
 
 
@@ -122,7 +122,8 @@ def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv
     row_heads = rotated + num_kv_heads
     written = rotated if out_NE is qkv_NE else row_heads
     BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
-    _rope_qk_kernel[(qkv_NE.shape[0] * blocks,)](
+    launch(
+        _rope_qk_kernel, (qkv_NE.shape[0] * blocks,),
         qkv_NE, out_NE, positions_N.contiguous(), inv_freq_h.contiguous(), scale, row_heads, rotated, written, half,
         blocks, inverse, BLOCK_A, BLOCK_h, num_warps=num_warps)
 

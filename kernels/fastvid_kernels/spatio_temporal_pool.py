@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 
 def spatio_temporal_pool_reference(x, *, num_temporal=100, frame_counts=None):
@@ -161,14 +161,16 @@ class _SpatioTemporalPool(torch.autograd.Function):
         partial_BSPC = out_BRC if final else x_BTPC.new_empty(B, S, P, C, dtype=torch.float32)
         spatial = out_BRC[:, num_temporal:] if final else partial_BSPC
         if P:
-            _spatio_temporal_pool_fwd_kernel[(K * triton.cdiv(C, block_c), S, B)](
+            launch(
+                _spatio_temporal_pool_fwd_kernel, (K * triton.cdiv(C, block_c), S, B),
                 x_BTPC, counts_B, temporal_BKTC, spatial, *x_BTPC.stride(), T, P,
                 spatial.stride(0), 0 if final else spatial.stride(1), run_frames, patches,
                 C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
         rows = num_temporal + (0 if final else P)
         block_r, block_c = 8, min(256, triton.next_power_of_2(C))
         if rows:
-            _spatio_temporal_pool_finish_kernel[(triton.cdiv(rows, block_r), triton.cdiv(C, block_c), B)](
+            launch(
+                _spatio_temporal_pool_finish_kernel, (triton.cdiv(rows, block_r), triton.cdiv(C, block_c), B),
                 temporal_BKTC, partial_BSPC, counts_B, out_BRC, T, P, num_temporal, K, 0 if final else S,
                 C=C, HAS_COUNTS=counts_B is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
         return out_BRC
@@ -184,7 +186,8 @@ class _SpatioTemporalPool(torch.autograd.Function):
             block_p, block_c = min(32, triton.next_power_of_2(P)), min(256, triton.next_power_of_2(C))
             run_frames = min(T, 16)
             grid = triton.cdiv(P, block_p) * triton.cdiv(C, block_c), triton.cdiv(T, run_frames), B
-            _spatio_temporal_pool_bwd_kernel[grid](
+            launch(
+                _spatio_temporal_pool_bwd_kernel, grid,
                 grad_BRC, counts_B, grad_BTPC, T, P, ctx.num_temporal, run_frames,
                 C=C, HAS_COUNTS=counts_B is not None, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=8)
         return grad_BTPC, None, None

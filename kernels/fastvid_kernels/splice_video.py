@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 
 def _wide(x):
@@ -94,11 +94,13 @@ def _forward(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundar
     N, D, P = token_ids_N.shape[0], table_TD.shape[1], video_PD.shape[0]
     boundaries = 0 if boundary_2D is None else boundary_rows_2V.shape[0]
     sources_N = torch.full((N,), -1, dtype=torch.int32, device=token_ids_N.device)
-    _splice_map_kernel[(triton.cdiv(max(P, boundaries), 256),)](
+    launch(
+        _splice_map_kernel, (triton.cdiv(max(P, boundaries), 256),),
         sources_N, video_rows_P.contiguous(), boundary_rows_2V.contiguous(), P, boundaries, 256, num_warps=4)
     out_ND = table_TD.new_empty(N, D, dtype=dtype)
     BLOCK_D, blocks, grid = _tiles(N, D)
-    _splice_fwd_kernel[grid](
+    launch(
+        _splice_fwd_kernel, grid,
         sources_N, token_ids_N.contiguous(), table_TD.contiguous(), video_PD.contiguous(),
         table_TD if boundary_2D is None else boundary_2D.contiguous(), out_ND, D, blocks, BLOCK_D, num_warps=4)
     return out_ND
@@ -109,8 +111,8 @@ def _video_gradient(grad_ND, video_rows_P, dtype):
     P, D = video_rows_P.shape[0], grad_ND.shape[1]
     grad_video_PD = grad_ND.new_empty(P, D, dtype=dtype)
     BLOCK_D, blocks, grid = _tiles(P, D)
-    _splice_video_bwd_kernel[grid](grad_ND.contiguous(), video_rows_P.contiguous(), grad_video_PD, D, blocks, BLOCK_D,
-                                   num_warps=4)
+    launch(_splice_video_bwd_kernel, grid, grad_ND.contiguous(), video_rows_P.contiguous(), grad_video_PD, D, blocks,
+           BLOCK_D, num_warps=4)
     return grad_video_PD
 
 
@@ -118,7 +120,8 @@ def _boundary_gradient(grad_ND, boundary_rows_2V, dtype):
     """The boundary rows' gradient by the kernel: sums over videos in a fixed order."""
     V, D = boundary_rows_2V.shape[0] // 2, grad_ND.shape[1]
     grad_boundary_2D = grad_ND.new_empty(2, D, dtype=dtype)
-    _splice_boundary_bwd_kernel[(triton.cdiv(D, 128), 2)](
+    launch(
+        _splice_boundary_bwd_kernel, (triton.cdiv(D, 128), 2),
         grad_ND.contiguous(), boundary_rows_2V.contiguous(), grad_boundary_2D, V, D, 16, 128, num_warps=4)
     return grad_boundary_2D
 

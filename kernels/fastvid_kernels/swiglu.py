@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import avx512_rows
-from .dispatch import choose
+from .dispatch import choose, launch
 from .row_blocks import over_rows
 
 
@@ -91,7 +91,7 @@ class _SwiGLU(torch.autograd.Function):
         out_NF = gate_up_NF.new_empty(N, F)
         if implementation == "triton":
             BLOCK_F, blocks, grid = _tiles(N, F)
-            _swiglu_fwd_kernel[grid](gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
+            launch(_swiglu_fwd_kernel, grid, gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
         elif implementation == "avx512":
             avx512_rows.swiglu_forward(out_NF, gate_up_NF.contiguous())
         else:
@@ -106,8 +106,8 @@ class _SwiGLU(torch.autograd.Function):
         if ctx.implementation == "triton":
             N, F = grad_NF.shape
             BLOCK_F, blocks, grid = _tiles(N, F)
-            _swiglu_bwd_kernel[grid](gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F,
-                                     num_warps=4)
+            launch(_swiglu_bwd_kernel, grid, gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks,
+                   BLOCK_F, num_warps=4)
         elif ctx.implementation == "avx512":
             avx512_rows.swiglu_backward(grad_NF.contiguous(), gate_up_NF.contiguous(), grad_gate_up_NF)
         else:
