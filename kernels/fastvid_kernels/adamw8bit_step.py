@@ -218,6 +218,24 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
     tl.store(state2_ptr + start + local, _code(_times(v, inverse), book_ptr, SIGNED=False).to(tl.uint8), mask=inside)
 
 
+def _check(param, grad, state1, state2, absmax1, absmax2, first):
+    """Raises ValueError for what the kernel would read or write past, or take for something else."""
+    blocks, floats = triton.cdiv(param.numel(), BLOCK_SIZE), (torch.float32, torch.bfloat16, torch.float16)
+    for name, x, count, dtypes in (
+            ("param", param, param.numel(), floats[:2]), ("grad", grad, param.numel(), floats),
+            ("state1", state1, param.numel(), (torch.uint8,)), ("state2", state2, param.numel(), (torch.uint8,)),
+            ("absmax1", absmax1, blocks, floats[:1]), ("absmax2", absmax2, blocks, floats[:1])):
+        if x.dtype not in dtypes:
+            raise ValueError(f"adamw8bit_step: {name} must be {' or '.join(map(str, dtypes))}, found {x.dtype}")
+        if x.numel() != count:
+            raise ValueError(f"adamw8bit_step: {name} must have {count} elements for a param of {param.numel()}, "
+                             f"found {x.numel()}")
+        if not x.is_contiguous():
+            raise ValueError(f"adamw8bit_step: {name} must be contiguous, found strides {x.stride()} of {list(x.shape)}")
+    if first % 8:
+        raise ValueError(f"adamw8bit_step: first must be a multiple of 8, found {first}")
+
+
 @torch.no_grad()
 def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, *,
                    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
@@ -246,14 +264,12 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
         impl: "auto", "triton" or "reference"; see `dispatch.use_triton`.
 
     Raises:
-        ValueError: `impl` is not available here.
+        ValueError: a dtype, size, stride or `first` that does not fit, or `impl` is not available here.
 
     Repeatable: the same bits on every run. Nothing is saved; nothing waits for the device.
     """
     tensors = [x for x in (param, grad, state1, state2, absmax1, absmax2, clip, skip) if x is not None]
-    assert all(x.is_contiguous() for x in tensors) and param.dtype in (torch.bfloat16, torch.float32)
-    assert absmax1.numel() == absmax2.numel() == triton.cdiv(param.numel(), BLOCK_SIZE) and first % 8 == 0
-    assert param.numel() == grad.numel() == state1.numel() == state2.numel()
+    _check(param, grad, state1, state2, absmax1, absmax2, first)
     if not use_triton(impl, *tensors, name="adamw8bit_step"):
         adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
                                  weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed, first=first)

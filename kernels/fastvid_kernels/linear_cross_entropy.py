@@ -1,6 +1,6 @@
 """Head and cross-entropy in one operation, on supervised rows only.
 
-Dimensions: L supervised rows, l rows of a chunk, D channels, V tokens of the vocabulary.
+Dimensions: L supervised rows, l rows of a chunk, D channels, V tokens of the vocabulary, W of a padded row of logits.
 """
 
 import torch
@@ -96,6 +96,14 @@ def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
             logits_lV[rows] = p_nV.div_(sum_n1).scatter_add_(1, targets_n1, torch.full_like(sum_n1, -1.0))
 
 
+def _add_product(total_vD, grad_lv, h_lD):
+    """total += gradᵀ·h in the total's dtype: the product of bf16 factors has fp32 sums, and they are not rounded to bf16."""
+    if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
+        torch.addmm(total_vD, grad_lv.T, h_lD, out_dtype=total_vD.dtype, out=total_vD)
+    else:  # torch's products on a CPU return their factors' dtype
+        total_vD.addmm_(_wide(grad_lv).T, _wide(h_lD))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is computed with the logits at hand, chunk by chunk, and saved instead of them."""
 
@@ -110,7 +118,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         lse_L, losses_L = (h_LD.new_empty(rows, dtype=wide) for _ in range(2))
         size = min(rows, chunk_rows(vocab_size))
         # Rows of logits begin on cache lines, whatever V: matrix products and wide loads need aligned rows.
-        buffer_lV = h_LD.new_empty(size, triton.cdiv(vocab_size, 64) * 64)[:, :vocab_size]
+        padded_lW = h_LD.new_empty(size, triton.cdiv(vocab_size, 64) * 64)
+        if not h_LD.is_cuda:  # oneDNN's products for AMX multiply what follows a row's end by 0, and NaN · 0 is NaN
+            padded_lW[:, vocab_size:] = 0
+        buffer_lV = padded_lW[:, :vocab_size]
         softmax_gradient = _softmax_gradient_triton if in_triton else _softmax_gradient_torch
         for start in range(0, rows, max(1, size)):
             chunk = slice(start, start + size)
@@ -122,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits_lV, matrix_VD, out=grad_h_LD[chunk])
             if weight_due:
                 for part_vD, grad_lv in zip(grad_weight_VD.split(2**13), logits_lV.split(2**13, dim=1)):
-                    part_vD += grad_lv.T @ h_lD
+                    _add_product(part_vD, grad_lv, h_lD)
         ctx.save_for_backward(grad_h_LD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(lse_L)
@@ -146,7 +157,8 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
     Args:
         h_LD: supervised rows after the final norm, in the compute dtype.
         weight_VD: head, in any dtype; cast to the rows' for the product. Its gradient is computed only if due.
-        targets_L: [L] int64, contiguous.
+        targets_L: [L] int64, each in 0…V−1. That is not checked, since the host would have to wait for the GPU; a target
+            outside (-100 too: leave such rows out) reads memory that is not the logits'.
         impl: "auto", "triton" or "reference"; see `dispatch.use_triton`. Matrix products are torch's everywhere; the
             kernel is what lies between them: one read of a chunk's logits and one write, over them, of their gradient.
 
@@ -157,14 +169,19 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
         head in bf16, what exists besides is a chunk of logits, 64 MiB. Repeatable.
 
     Raises:
-        ValueError: `impl` is not available here.
+        ValueError: shapes or the targets' dtype do not fit, or `impl` is not available here.
 
     The idea of computing the gradient in the forward pass, over the logits, is Liger-Kernel's (arXiv:2410.10989).
     """
+    L, D = h_LD.shape
+    if weight_VD.shape[1:] != (D,) or targets_L.shape != (L,) or targets_L.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: rows {list(h_LD.shape)}, head {list(weight_VD.shape)} and targets "
+            f"{list(targets_L.shape)} {targets_L.dtype} must be [L, D], [V, D] and [L] torch.int64")
     in_triton = use_triton(impl, h_LD, weight_VD, targets_L, name="linear_cross_entropy")
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute a trained head's gradient
         h_LD, weight_VD = h_LD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(h_LD, weight_VD, targets_L, in_triton)
+    return _LinearCrossEntropy.apply(h_LD, weight_VD, targets_L.contiguous(), in_triton)
 
 
 __all__ = ["chunk_rows", "linear_cross_entropy", "linear_cross_entropy_reference"]

@@ -242,3 +242,31 @@ def test_any_shape_of_parameter():
     shaped = [x.view(3, 256) for x in tensors[:4]] + tensors[4:]
     found, expected = run(adamw8bit_step, shaped, impl="triton"), run(adamw8bit_step, tensors, impl="triton")
     assert found[0].shape == (3, 256) and all(torch.equal(a.flatten(), b) for a, b in zip(found, expected))
+
+
+def narrower(x):
+    return x.to(torch.float16)
+
+
+@pytest.mark.parametrize("index, change, message", [
+    (0, narrower, "param must be torch.float32 or torch.bfloat16, found torch.float16"),
+    (1, lambda x: x.double(), "grad must be .* found torch.float64"),
+    (2, lambda x: x[:-1], "state1 must have 600 elements for a param of 600, found 599"),
+    (3, lambda x: x.int(), "state2 must be torch.uint8, found torch.int32"),
+    (4, lambda x: x[:2], "absmax1 must have 3 elements for a param of 600, found 2"),
+    (5, narrower, "absmax2 must be torch.float32, found torch.float16"),
+    (1, lambda x: x.repeat(2)[::2], r"grad must be contiguous, found strides \(2,\)"),
+])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_unfit_tensors_are_refused(index, change, message, impl):
+    tensors = inputs(600)
+    tensors[index] = change(tensors[index])
+    before = [x.clone() for x in tensors]
+    with pytest.raises(ValueError, match=f"^adamw8bit_step: {message}"):
+        adamw8bit_step(*tensors, **OPTIONS, impl=impl)
+    assert all(torch.equal(*pair) for pair in zip(tensors, before))
+
+
+def test_a_shard_begins_on_a_group_of_random_bits():
+    with pytest.raises(ValueError, match="first must be a multiple of 8, found 12"):
+        adamw8bit_step(*inputs(), **OPTIONS, first=12)

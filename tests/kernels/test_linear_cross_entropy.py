@@ -123,6 +123,42 @@ def test_strided_rows(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_strided_targets(impl):
+    h, weight, targets = inputs()
+    strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
+    assert not strided.is_contiguous()
+    for ours, theirs in zip(run(linear_cross_entropy, h, weight, strided, impl=impl),
+                            run(linear_cross_entropy, h, weight, targets, impl=impl)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[1:], lambda t: t.int(), lambda t: t[:, None]])
+def test_unfit_targets_are_refused(change):
+    h, weight, targets = inputs()
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: rows \[37, 16\].* \[L\] torch.int64"):
+        linear_cross_entropy(h, weight, change(targets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_trained_heads_gradient_is_summed_in_fp32(impl, dtype, small_chunks, monkeypatch):
+    """Of the chunks' logit gradients as they are, the sum of products is exact to fp32, though each factor is bf16."""
+    chunks, name = [], "_softmax_gradient_triton" if impl == "triton" else "_softmax_gradient_torch"
+    softmax_gradient = getattr(kernel_module, name)
+
+    def recording(logits_lV, *rest):
+        softmax_gradient(logits_lV, *rest)
+        chunks.append(logits_lV.double())
+
+    monkeypatch.setattr(kernel_module, name, recording)
+    h, weight, targets = inputs(200, dtype=dtype, weight_dtype=torch.float32)
+    found = run(linear_cross_entropy, h, weight, targets, scale=1.0, impl=impl)[-1]
+    exact = torch.cat(chunks).T @ h.detach().double()
+    assert len(chunks) == 20 and found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2**-21 * exact.abs().max()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_are_left_alone_and_runs_repeat(impl, small_chunks):
     h, weight, targets = inputs()
     before = h.detach().clone(), weight.detach().clone()
