@@ -60,7 +60,7 @@ def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_
     tl.store(y_ptr + row * D + columns, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "group_rows"])
 def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, grad_y_ptr, grad_residual_ptr,
                              grad_branch_ptr, partial_ptr, N, D, group_rows, GRAD_TOTAL: tl.constexpr,
                              GRAD_BRANCH: tl.constexpr, GRAD_WEIGHT: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -70,8 +70,11 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if GRAD_WEIGHT:
         grad_weight = tl.zeros([BLOCK_D], tl.float32)
-    first = group * group_rows
-    for row in tl.range(first, tl.minimum(first + group_rows, N), num_stages=3 if GRAD_WEIGHT else 1):
+    first, last = group, group + 1
+    if GRAD_WEIGHT:
+        first = group * group_rows
+        last = tl.minimum(first + group_rows, N)
+    for row in tl.range(first, last, num_stages=3 if GRAD_WEIGHT else 1):
         unit = tl.load(total_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
         if GRAD_TOTAL:  # under way while the row's mean is formed

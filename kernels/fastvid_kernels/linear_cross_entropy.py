@@ -40,7 +40,7 @@ def _tiles(vocab_size):
     return block, max(1, block // 512)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets_ptr", "lse_ptr", "losses_ptr"])
 def _softmax_gradient_kernel(logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab_size, row_stride,
                              GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits a program: log-sum-exp and loss out, the logits replaced by their gradient.

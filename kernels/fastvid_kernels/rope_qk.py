@@ -91,7 +91,7 @@ def _cos_sin(angle):
     return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, rotated_heads, written_heads, half,
                     blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
     """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""

@@ -158,7 +158,7 @@ class _SpatioTemporalPool(torch.autograd.Function):
         K, S = triton.cdiv(P, patches) if patches else 0, triton.cdiv(T, run_frames) if run_frames else 1
         temporal_BKTC = x_BTPC.new_empty(B, K, T, C, dtype=torch.float32)
         final = S == 1
-        partial_BSPC = out_BRC if final else x_BTPC.new_empty(B, S, P, C, dtype=torch.float32)
+        partial_BSPC = temporal_BKTC if final else x_BTPC.new_empty(B, S, P, C, dtype=torch.float32)
         spatial = out_BRC[:, num_temporal:] if final else partial_BSPC
         if P:
             launch(

@@ -34,7 +34,8 @@ def _tiles(rows, D):
     return BLOCK_D, blocks, (rows * blocks,)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "boundaries"],
+            do_not_specialize_on_alignment=["video_rows_ptr", "boundary_rows_ptr"])
 def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, boundaries, BLOCK: tl.constexpr):
     """Marks the packed rows that do not come from the table: p ≥ 0 for projected row p, −2 for a start, −3 for an end."""
     source = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +45,7 @@ def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, bounda
     tl.store(sources_ptr + row, -2 - source % 2, mask=source < boundaries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
 def _splice_fwd_kernel(sources_ptr, token_ids_ptr, table_ptr, video_ptr, boundary_ptr, out_ptr, D, blocks,
                        BLOCK_D: tl.constexpr):
     program = tl.program_id(0)
@@ -63,7 +64,7 @@ def _splice_fwd_kernel(sources_ptr, token_ids_ptr, table_ptr, video_ptr, boundar
     tl.store(out_ptr + row * D + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["video_rows_ptr"])
 def _splice_video_bwd_kernel(grad_ptr, video_rows_ptr, grad_video_ptr, D, blocks, BLOCK_D: tl.constexpr):
     program = tl.program_id(0)
     video_row = (program // blocks).to(tl.int64)
@@ -74,7 +75,7 @@ def _splice_video_bwd_kernel(grad_ptr, video_rows_ptr, grad_video_ptr, D, blocks
     tl.store(grad_video_ptr + video_row * D + columns, grad.to(grad_video_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["boundary_rows_ptr"])
 def _splice_boundary_bwd_kernel(grad_ptr, boundary_rows_ptr, grad_boundary_ptr, V, D, BLOCK_V: tl.constexpr,
                                 BLOCK_D: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
