@@ -9,6 +9,7 @@ vision tower, L supervised rows.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ class VideoTokens:
     end: int | None
     vocab_size: int
     added: tuple[int, ...] = ()
+
+
+def _cumulative(lengths):
+    """[0, first, first + second, …] as int32."""
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.as_tensor(lengths, dtype=torch.int32), 0, out=bounds[1:])
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,27 @@ class AttentionLayout:
     kv_rows: Tensor | None = None
     own_keys: Tensor | None = None
 
+    @cached_property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Rows of each segment's queries and keys. Whoever makes a layout knows them, and copies on a GPU keep them: there
+        the host would have to wait for the tensors."""
+        return self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
+
     @staticmethod
-    def of_lengths(lengths):
-        """Segments of `lengths` rows, each attending to its own rows."""
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        torch.cumsum(torch.as_tensor(lengths, dtype=torch.int32), 0, out=cu_seqlens[1:])
-        longest = max(lengths, default=0)
-        return AttentionLayout(cu_seqlens, longest, cu_seqlens, longest)
+    def of_lengths(lengths, key_lengths=None, kv_rows=None):
+        """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of `kv_rows`."""
+        queries = _cumulative(lengths)
+        keys, key_lengths = (queries, lengths) if key_lengths is None else (_cumulative(key_lengths), key_lengths)
+        layout = AttentionLayout(queries, max(lengths, default=0), keys, max(key_lengths, default=0), kv_rows)
+        vars(layout)["lengths"] = list(lengths), list(key_lengths)
+        return layout
+
+    def _replace(self, **tensors):
+        """The same segments, with other tensors."""
+        layout = replace(self, **tensors)
+        if "lengths" in vars(self):
+            vars(layout)["lengths"] = self.lengths
+        return layout
 
     def of_rows(self, rows):
         """Who `rows` alone attend to, so that only they need queries: one segment for each run of consecutive rows.
@@ -79,21 +101,16 @@ class AttentionLayout:
         at, last = segment[breaks[:-1]], rows[breaks[1:] - 1]
         sizes = ends[at + 1] - (bounds[at + 1] - 1 - last) - ends[at]
         keys = torch.arange(int(sizes.sum())) + (ends[at] - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
-        queries, of_keys = (AttentionLayout.of_lengths(lengths.tolist()) for lengths in (breaks.diff(), sizes))
-        return replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
-                       kv_rows=keys if self.kv_rows is None else self.kv_rows[keys])
+        return AttentionLayout.of_lengths(breaks.diff().tolist(), sizes.tolist(),
+                                          keys if self.kv_rows is None else self.kv_rows[keys])
 
     def split(self, segments):
         """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""
         rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
-        q, k = self.cu_seqlens_q.diff(), self.cu_seqlens_k.diff()
-        halves = []
-        for chosen, chosen_rows in zip((slice(segments), slice(segments, None)),
-                                       rows.tensor_split([int(self.cu_seqlens_k[segments])])):
-            queries, keys = (AttentionLayout.of_lengths(lengths[chosen].tolist()) for lengths in (q, k))
-            halves.append(replace(queries, cu_seqlens_k=keys.cu_seqlens_q, max_seqlen_k=keys.max_seqlen_q,
-                                  kv_rows=chosen_rows))
-        return tuple(halves)
+        queries, keys = self.lengths
+        halves = rows.tensor_split([int(self.cu_seqlens_k[segments])])
+        return tuple(AttentionLayout.of_lengths(queries[chosen], keys[chosen], half)
+                     for chosen, half in zip((slice(segments), slice(segments, None)), halves))
 
     def finding_own_keys(self, first):
         """The same layout with `own_keys`, if no row is shared; its queries' rows count from `first`. On the CPU."""
@@ -104,14 +121,14 @@ class AttentionLayout:
         rows = int(self.cu_seqlens_q[-1])
         if len(own) != rows or not torch.equal(own.sort().values, torch.arange(rows)):
             return self
-        return replace(self, own_keys=at[own.argsort()])
+        return self._replace(own_keys=at[own.argsort()])
 
     def map(self, function):
-        """The same layout with `function` applied to every tensor."""
+        """The same layout with `function`, which leaves values alone, applied to every tensor."""
         queries = function(self.cu_seqlens_q)
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
-        return replace(self, cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, own_keys=own_keys)
+        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, own_keys=own_keys)
 
 
 @dataclass(frozen=True)

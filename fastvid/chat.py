@@ -17,6 +17,7 @@ from fastvid.data.conversation import EncodedSample, inference_prompt, load_toke
 from fastvid.data.features import SUFFIXES, load_features
 from fastvid.data.questions import Question, list_media, read_questions
 from fastvid.data.video_tokens import read_settings
+from fastvid.model.attention_check import settle_attention
 from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
@@ -51,9 +52,11 @@ class Chat:
             self.model_config, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         if starting.makes_projector:
             raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
+        sizes, dtype = self.model_config.decoder, torch.bfloat16 if config.bf16 else torch.float32
+        attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         with torch.device("meta"):
-            self.model = VideoLlava(self.model_config, trainable=frozenset(),
-                                    compute_dtype=torch.bfloat16 if config.bf16 else torch.float32)
+            self.model = VideoLlava(self.model_config, trainable=frozenset(), compute_dtype=dtype,
+                                    attn_implementation=attention)
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         self._encoder = None

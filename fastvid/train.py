@@ -22,6 +22,7 @@ from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.metrics import Metrics
+from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
@@ -117,12 +118,15 @@ def build(config, world):
     layout, recompute, tiled = planning.plan_memory(config, model_config, loader, world)
     if world.device.type == "cpu":
         host_memory.keep_freed(recompute != "full")  # who recomputes everything is short of memory
+    sizes, dtype = model_config.decoder, planning.compute_dtype(config)
+    attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
+                                 sizes.head_dim)
     with torch.device("meta"):
         model = VideoLlava(
-            model_config, trainable=config.trainable, compute_dtype=planning.compute_dtype(config),
+            model_config, trainable=config.trainable, compute_dtype=dtype,
             trained_dtype=planning.trained_dtype(config), frozen_dtype=planning.frozen_dtype(config),
             recompute=recompute, fp32_residual=config.policy.fp32_residual,
-            attn_implementation=config.attn_implementation)
+            attn_implementation=attention)
     parallel.shard(model, world, layout, bf16=config.bf16, shard_size=config.shard_size)
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,

@@ -87,6 +87,19 @@ def test_gradients_of_segments_are_put_together_once():
     assert len(made) <= 10
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_segments_are_known_without_waiting_for_the_device(shared):
+    """Of tensors without values nothing can be read; and what was read on the CPU is what the tensors say."""
+    layout = branches((6, 1, 29), 7)[0] if shared else AttentionLayout.of_lengths([7, 1, 35])
+    for part in (layout, layout.of_rows(torch.tensor([0, 3, 4, 20, 42])), *layout.split(1)):
+        far = part.map(lambda x: x.to("meta")).map(torch.Tensor.long)
+        assert far.lengths == tuple(bounds.diff().tolist() for bounds in (part.cu_seqlens_q, part.cu_seqlens_k))
+        q, k, v = (torch.empty(rows, heads, 8, device="meta", requires_grad=True) for rows, heads in (
+            (int(part.cu_seqlens_q[-1]), 4), (43, 2), (43, 2)))
+        attend(q, k, v, far).sum().backward()
+        assert q.grad.shape == q.shape
+
+
 def test_attend_without_rows():
     q, k = torch.randn(0, 2, 8, requires_grad=True), torch.randn(0, 2, 8)
     assert attend(q, k, k, AttentionLayout.of_lengths([])).shape == (0, 2, 8)
@@ -153,7 +166,7 @@ class Machine:
     def __init__(self, monkeypatch, *, flash=None, varlen=None, capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
-        monkeypatch.setattr(attention, "_flash_function", lambda: flash)
+        monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn": flash} if flash else {})
         monkeypatch.setattr(attention, "_varlen_function", lambda: varlen)
 
     def choose(self, implementation="auto", dtype=torch.bfloat16):
@@ -208,8 +221,8 @@ class Library:
 
 
 SIGNATURES = {
-    "torch_2_10": ("_varlen", {"is_causal": True, "heads": 4}),
-    "torch_window": ("_varlen", {"window_size": (-1, 0), "heads": 4}),
+    "torch_2_10": ("_varlen", {"is_causal": True, "heads": 2}),
+    "torch_window": ("_varlen", {"window_size": (-1, 0), "heads": 2}),
     "torch_2_13": ("_varlen", {"window_size": (-1, 0), "gqa": True, "heads": 2}),
     "flash_attn_2": ("_flash", {"causal": True, "longest": (7, 7), "repeatable": False}),
     "flash_attn_4": ("_flash", {"causal": True}),
@@ -220,7 +233,8 @@ SIGNATURES = {
 def test_library_signatures(signature, monkeypatch):
     call, expected = SIGNATURES[signature]
     library = Library()
-    monkeypatch.setattr(attention, f"{call}_function", lambda: getattr(library, signature))
+    monkeypatch.setattr(attention, "_varlen_function", lambda: getattr(library, signature))
+    monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn": getattr(library, signature)})
     q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
     layout = AttentionLayout.of_lengths([7, 3])
     assert_close(getattr(attention, call)(q, k, v, layout), attention._sdpa(q, k, v, layout))
@@ -229,7 +243,7 @@ def test_library_signatures(signature, monkeypatch):
 
 def test_flash_backward_adds_in_order_where_that_is_asked_for(monkeypatch):
     library = Library()
-    monkeypatch.setattr(attention, "_flash_function", lambda: library.flash_attn_2)
+    monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn": library.flash_attn_2})
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     q = torch.randn(10, 4, 8)
     attention._flash(q, q, q, AttentionLayout.of_lengths([7, 3]))

@@ -13,6 +13,7 @@ from fastvid.chat import Chat, main
 from fastvid.data.conversation import inference_prompt
 from fastvid.data.features import save_features
 from fastvid.data.tokenizer import load_tokenizer
+from fastvid.model.attention import IMPLEMENTATIONS
 
 HIDDEN, CHANNELS, ROWS = 32, 16, 7
 
@@ -78,6 +79,10 @@ def chat(model):
     chat = Chat(model_name_or_path=str(model), max_new_tokens=6, device="cpu")
     yield chat
     chat.close()
+
+
+def test_attention_is_settled_when_the_model_is_built(chat):
+    assert {layer.attn_implementation for layer in chat.model.decoder.layers} <= {*IMPLEMENTATIONS}
 
 
 @pytest.fixture(scope="module")

@@ -164,10 +164,9 @@ def _layout(pieces, prefix):
     """Attention layout of pieces, and the rows of the constant prefix that it counts: all of them, or 0 without need."""
     lineages = [piece.lineage() for piece in pieces]
     lengths = [len(piece.ids) for piece in pieces]
-    queries = AttentionLayout.of_lengths(lengths)
     prefix = prefix if any(first.first for first, *_ in lineages) else 0
     if not prefix and all(len(lineage) == 1 for lineage in lineages):
-        return queries, 0
+        return AttentionLayout.of_lengths(lengths), 0
     starts, sizes, totals = [], [], []
     for lineage in lineages:
         runs = [(piece.row + prefix, len(piece.ids)) for piece in lineage]
@@ -176,9 +175,7 @@ def _layout(pieces, prefix):
         starts += [start for start, _ in runs]
         sizes += [size for _, size in runs]
         totals.append(sum(size for _, size in runs))
-    keys = AttentionLayout.of_lengths(totals)
-    return AttentionLayout(queries.cu_seqlens_q, queries.max_seqlen_q, keys.cu_seqlens_q, keys.max_seqlen_q,
-                           torch.from_numpy(_ranges(starts, sizes))), prefix
+    return AttentionLayout.of_lengths(lengths, totals, torch.from_numpy(_ranges(starts, sizes))), prefix
 
 
 def _supervised(chains, leaves):

@@ -7,6 +7,8 @@ S segments.
 import functools
 import importlib
 import inspect
+import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -20,12 +22,15 @@ from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention
 
+log = logging.getLogger("fastvid")
+
 # Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
-def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout, implementation: str = "auto",
-           *, constant: tuple[Tensor, Tensor] | None = None, regather: bool = True) -> Tensor:
+def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
+           implementation: str | Callable = "auto", *, constant: tuple[Tensor, Tensor] | None = None,
+           regather: bool = True) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
 
     Args:
@@ -33,7 +38,8 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
         implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "avx512" (for bfloat16 on CPUs that
             multiply it), "blocked" (batched products of matrices, for bfloat16 on any CPU), "sdpa" (one call per
-            segment), or "auto": the first of these that the tensors allow.
+            segment), or "auto": the first of these that the tensors allow. Models pass what
+            `attention_check.settle_attention` gave.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
             where the copy lives only during its layer's backward. "avx512" and "blocked" never keep one.
@@ -44,13 +50,14 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     Raises:
         ValueError: the implementation cannot serve these tensors here; says why.
     """
-    name = choose_implementation(implementation, q_NHd.device, q_NHd.dtype, q_NHd.shape[2])
+    if isinstance(implementation, str):
+        implementation = choose_implementation(implementation, q_NHd.device, q_NHd.dtype, q_NHd.shape[2])
     if q_NHd.shape[0] == 0:
         return q_NHd.clone()
     assert constant is None or layout.kv_rows is not None
-    if name in _GATHERING:
-        return _GATHERING[name](q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_rows, constant)
-    call = _CALLS[name]
+    if gathering := _GATHERING.get(implementation):
+        return gathering(q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_rows, constant)
+    call = _CALLS.get(implementation, implementation)
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
     keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
@@ -78,7 +85,7 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
     return implementation
 
 
-def _kernel_obstacle(device, dtype):
+def kernel_obstacle(device, dtype):
     """Why no FlashAttention kernel can run, or None."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
@@ -90,12 +97,12 @@ def _kernel_obstacle(device, dtype):
 
 
 def _flash_obstacle(device, dtype):
-    reason = _kernel_obstacle(device, dtype)
-    return reason or (None if _flash_function() else "no flash-attn package is installed")
+    reason = kernel_obstacle(device, dtype)
+    return reason or (None if _flash_functions() else "no flash-attn package is installed")
 
 
 def _varlen_obstacle(device, dtype):
-    reason = _kernel_obstacle(device, dtype)
+    reason = kernel_obstacle(device, dtype)
     return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
 
 
@@ -113,8 +120,10 @@ def _avx512_obstacle(channels, device, dtype):
 
 
 @functools.cache
-def _flash_function():
-    return next(filter(None, (_find(module, "flash_attn_varlen_func") for module in FLASH_MODULES)), None)
+def _flash_functions():
+    """{module: its function} of every flash-attn that is here, best first."""
+    found = {module: _find(module, "flash_attn_varlen_func") for module in FLASH_MODULES}
+    return {module: function for module, function in found.items() if function}
 
 
 @functools.cache
@@ -122,11 +131,25 @@ def _varlen_function():
     return _find("torch.nn.attention.varlen", "varlen_attn")
 
 
+def gpu_libraries() -> dict[str, Callable]:
+    """{name: function of queries, keys, values and layout} of every attention library for GPUs that is here, best first."""
+    libraries = {module: partial(_flash, function=function) for module, function in _flash_functions().items()}
+    return libraries | ({"torch's varlen_attn": _varlen} if _varlen_function() else {})
+
+
 def _find(module, name):
+    """What a module that may not be installed, or may be broken, calls `name`; None without."""
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ImportError:
+    except Exception as error:  # a library that does not fit its own libraries raises anything
+        if not (isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")):
+            log.warning("attention: %s is installed but cannot be imported: %s", module, said(error))
         return None
+
+
+def said(error):
+    """An exception in one line."""
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
 
 @functools.cache
@@ -134,8 +157,8 @@ def _arguments(function):
     return frozenset(inspect.signature(function).parameters)
 
 
-def _flash(q_NHd, k_MKd, v_MKd, layout):
-    function = _flash_function()
+def _flash(q_NHd, k_MKd, v_MKd, layout, function=None):
+    function = function or next(iter(_flash_functions().values()))
     options = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k,
                "deterministic": torch.are_deterministic_algorithms_enabled()}
     out = function(q_NHd, k_MKd, v_MKd, cu_seqlens_q=layout.cu_seqlens_q, cu_seqlens_k=layout.cu_seqlens_k, causal=True,
@@ -147,19 +170,15 @@ def _varlen(q_NHd, k_MKd, v_MKd, layout):
     function = _varlen_function()
     known = _arguments(function)  # they changed from one torch to the next
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if q_NHd.shape[1] != k_MKd.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            group = q_NHd.shape[1] // k_MKd.shape[1]
-            k_MKd, v_MKd = (x.repeat_interleave(group, dim=1) for x in (k_MKd, v_MKd))
+    if q_NHd.shape[1] != k_MKd.shape[1] and "enable_gqa" in known:  # before it was known, fewer key heads just worked
+        options["enable_gqa"] = True
     return function(q_NHd, k_MKd, v_MKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q,
                     layout.max_seqlen_k, **options)
 
 
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
     gqa = q_NHd.shape[1] != k_MKd.shape[1]
-    q_sizes, k_sizes = (bounds.diff().tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
+    q_sizes, k_sizes = layout.lengths
     outs = []
     # Split, not sliced: each slice's gradient would be a tensor of all rows.
     for q_nHd, k_mKd, v_mKd in zip(q_NHd.split(q_sizes), k_MKd.split(k_sizes), v_MKd.split(k_sizes), strict=True):

@@ -5,6 +5,7 @@ E = (H + 2K)·d columns of fused queries, keys and values, H query heads, K key/
 F channels of the feed-forward block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -133,7 +134,7 @@ class DecoderLayer(nn.Module):
     """Attention and feed-forward block."""
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, trained_dtype: torch.dtype,
-                 norm_dtype: torch.dtype, frozen_dtype: str | None, attn_implementation: str):
+                 norm_dtype: torch.dtype, frozen_dtype: str | None, attn_implementation: str | Callable):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = trained_dtype if trained else compute_dtype
@@ -220,7 +221,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
-                 frozen_dtype: str | None = None, recompute: str = "none", attn_implementation: str = "auto"):
+                 frozen_dtype: str | None = None, recompute: str = "none", attn_implementation: str | Callable = "auto"):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
         if recompute not in RECOMPUTE_MODES:

@@ -79,6 +79,5 @@ def _next_row(model, token_1, cache):
     """The row of one more text token after all those in the cache, after the final norm: [1, D]."""
     length = cache[0].length
     x_1D = model.embed.weight[token_1].to(model.residual_dtype)
-    bounds = torch.tensor([[0, 1], [0, length + 1]], dtype=torch.int32, device=token_1.device)
-    layout = AttentionLayout(bounds[0], 1, bounds[1], length + 1)
+    layout = AttentionLayout.of_lengths([1], [length + 1]).map(lambda bounds_2: bounds_2.to(token_1.device))
     return model.decoder(x_1D, torch.full_like(token_1, length), layout, cache)

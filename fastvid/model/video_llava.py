@@ -4,6 +4,7 @@ Dimensions: N packed rows, D channels of the decoder, V videos, R rows per video
 P = V·R projected rows, L supervised rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ class VideoLlava(nn.Module):
 
     def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str = "auto"):
+                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str | Callable = "auto"):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:

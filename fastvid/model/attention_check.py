@@ -1,0 +1,77 @@
+"""Which attention a model uses, settled when it is built: on a GPU the first library that proves to be right there.
+
+Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d channels per head.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fastvid.batch import AttentionLayout
+from fastvid.model.attention import attend, choose_implementation, gpu_libraries, kernel_obstacle, said
+
+log = logging.getLogger("fastvid")
+
+# How much further than SDPA in the same dtype a library's values or gradients may lie from SDPA's in fp32, as a part of
+# the largest: 4 units in bf16's last place, and as much again as SDPA. A wrong mask or head shifts them by tens of percent.
+TRUSTED = 2**-6
+
+
+def settle_attention(implementation: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
+                     channels: int) -> str | Callable:
+    """What `attend` is to use for as long as a model lives: a name, or the function of a library that passed its test.
+
+    Under "auto" on a GPU no library is trusted for being there. Each, best first, computes two small segments with the
+    model's heads, once per process. One that raises, or differs from SDPA, costs a warning, and the next is tried.
+
+    Args:
+        implementation: as of `attend`; what is named is not tested.
+        device, dtype: of the model's queries, keys and values.
+        heads, kv_heads, channels: H, K, d.
+
+    Raises:
+        ValueError: `implementation` is none, or cannot be used here.
+    """
+    if implementation != "auto" or kernel_obstacle(device, dtype):
+        return choose_implementation(implementation, device, dtype, channels)
+    return _first_that_is_right(device, dtype, heads, kv_heads, channels)
+
+
+@functools.cache
+def _first_that_is_right(device, dtype, heads, kv_heads, channels):
+    for name, call in gpu_libraries().items():
+        if not (fault := _fault(call, device, dtype, (heads, kv_heads, kv_heads), channels)):
+            return call
+        log.warning("attention: %s is not used: %s", name, fault)
+    return "sdpa"
+
+
+def _fault(call, device, dtype, heads, channels):
+    """Why a library's function cannot be trusted with such queries, keys and values, or None."""
+    layout = AttentionLayout.of_lengths([40, 133], [200, 150]).map(lambda tensor: tensor.to(device))
+    random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
+    tensors = [random(rows, count, channels).to(dtype) for rows, count in zip((173, 350, 350), heads)]
+    grad_NHd = random(173, heads[0], channels).to(dtype)
+
+    def results(function, tensors):
+        leaves = [x.requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            out_NHd = function(*leaves, layout)
+        return out_NHd, *torch.autograd.grad(out_NHd, leaves, grad_NHd.to(out_NHd.dtype))
+
+    def distances(found):
+        return [((ours - true).abs().max() / true.abs().max()).item() for ours, true in zip(found, exact)]
+
+    sdpa = partial(attend, implementation="sdpa")
+    exact = results(sdpa, [x.float() for x in tensors])
+    usual = distances(results(sdpa, [x.clone() for x in tensors]))
+    try:
+        errors = distances(results(call, tensors))
+    except Exception as error:  # whatever a broken installation raises
+        return f"it raises {said(error)}"
+    names = "values", "queries' gradients", "keys' gradients", "values' gradients"
+    return next((f"its {name} differ from SDPA's by {error:.2g} of the largest" for name, error, limit in zip(
+        names, errors, usual) if not error <= 2 * limit + TRUSTED), None)

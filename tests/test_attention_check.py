@@ -1,0 +1,168 @@
+"""`settle_attention`: which library a model's attention is left to, of such as are right, wrong, broken or absent."""
+
+import sys
+
+import pytest
+import torch
+from attention_cases import bounds
+from training_run import config_of, write_run
+
+from fastvid import parallel, train
+from fastvid.batch import AttentionLayout
+from fastvid.model import attention, attention_check
+from fastvid.model.attention import attend
+from fastvid.model.attention_check import settle_attention
+
+CPU = torch.device("cpu")
+
+
+def right(q, k, v, layout):
+    return attend(q, k, v, layout, "sdpa")
+
+
+def first_rows_aligned(q, k, v, layout):
+    """As is_causal aligns them: right only where there are as many keys as queries."""
+    outs = []
+    for q_part, k_part, v_part in zip(q.split(layout.lengths[0]), k.split(layout.lengths[1]), v.split(layout.lengths[1])):
+        parts = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
+        out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def heads_confused(q, k, v, layout):
+    return right(q, k.flip(1), v, layout)
+
+
+def not_a_number(q, k, v, layout):
+    return right(q, k, v, layout) * torch.nan
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k):
+        return k.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.1
+
+
+def keys_gradient_wrong(q, k, v, layout):
+    return right(q, WrongGradient.apply(k), v, layout)
+
+
+def raising(q, k, v, layout):
+    raise RuntimeError("CUDA error: no kernel image is available\nmore of it")
+
+
+def without_gradient(q, k, v, layout):
+    return right(q, k, v, layout).detach()
+
+
+@pytest.fixture
+def settle(monkeypatch):
+    """Chooses among pretended libraries of a GPU, for which the CPU stands in."""
+    def settle(*calls, dtype=torch.float32, heads=(4, 2)):
+        attention_check._first_that_is_right.cache_clear()
+        monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
+        monkeypatch.setattr(attention_check, "gpu_libraries", lambda: {call.__name__: call for call in calls})
+        return settle_attention("auto", CPU, dtype, *heads, 16)
+
+    yield settle
+    attention_check._first_that_is_right.cache_clear()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_library_that_is_right_is_taken(settle, dtype, heads, caplog):
+    assert settle(right, raising, dtype=dtype, heads=heads) is right
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("wrong, why", [
+    (first_rows_aligned, "its values differ from SDPA's by"),
+    (heads_confused, "its values differ from SDPA's by"),
+    (not_a_number, "its values differ from SDPA's by nan"),
+    (keys_gradient_wrong, "its keys' gradients differ from SDPA's by 0.1 of the largest"),
+    (raising, "it raises RuntimeError: CUDA error: no kernel image is available"),
+    (without_gradient, "it raises RuntimeError:"),
+])
+def test_one_that_is_wrong_leaves_it_to_the_next(settle, wrong, why, caplog):
+    assert settle(wrong, right) is right
+    message, = caplog.messages
+    assert message.startswith(f"attention: {wrong.__name__} is not used: {why}") and "\n" not in message
+
+
+def test_sdpa_serves_where_no_library_does(settle, caplog):
+    assert settle(raising, first_rows_aligned) == settle() == "sdpa"
+    assert len(caplog.messages) == 2
+
+
+def test_libraries_are_tried_once_per_process(settle, caplog):
+    tried = []
+
+    def counted(*tensors):
+        tried.append(tensors)
+        return right(*tensors)
+
+    assert settle(raising, counted) is counted and len(tried) == len(caplog.messages) == 1
+    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16) is counted and len(tried) == len(caplog.messages) == 1
+
+
+def test_what_is_named_is_not_tried(settle):
+    settle(raising)
+    assert settle_attention("sdpa", CPU, torch.float32, 4, 2, 16) == "sdpa"
+    with pytest.raises(ValueError, match="flash.*needs a CUDA device, not cpu"):
+        settle_attention("flash", CPU, torch.float32, 4, 2, 16)
+
+
+def test_on_a_cpu_nothing_is_tried():
+    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16) == "sdpa"
+    assert settle_attention("auto", CPU, torch.bfloat16, 4, 2, 16) in ("avx512", "blocked")
+
+
+def test_attend_calls_what_was_settled():
+    q, k, v = (torch.randn(rows, 2, 8) for rows in (3, 5, 5))
+    layout = AttentionLayout(bounds([3]), 3, bounds([5]), 5)
+    seen = []
+    attend(q, k, v, layout, lambda *tensors: seen.append(tensors) or q)
+    assert seen == [(q, k, v, layout)]
+
+
+def test_every_library_that_is_here_is_tried_in_order(monkeypatch):
+    monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn_interface": right, "flash_attn": raising})
+    monkeypatch.setattr(attention, "_varlen_function", lambda: right)
+    assert list(attention.gpu_libraries()) == ["flash_attn_interface", "flash_attn", "torch's varlen_attn"]
+    assert attention.gpu_libraries()["flash_attn"].keywords == {"function": raising}
+    monkeypatch.setattr(attention, "_varlen_function", lambda: None)
+    assert list(attention.gpu_libraries()) == ["flash_attn_interface", "flash_attn"]
+
+
+@pytest.mark.parametrize("source, said", [
+    ("raise RuntimeError('cutlass does not fit\\nmore')", "RuntimeError: cutlass does not fit"),
+    ("raise ImportError('undefined symbol')", "ImportError: undefined symbol"),
+    ("import package_that_is_not_here", "ModuleNotFoundError: No module named 'package_that_is_not_here'"),
+    ("other = 1", None),
+])
+def test_a_module_that_is_broken_is_noted(tmp_path, monkeypatch, caplog, source, said):
+    (tmp_path / "broken_attention.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention._find("broken_attention", "function") is None
+    sys.modules.pop("broken_attention", None)
+    assert caplog.messages == ([f"attention: broken_attention is installed but cannot be imported: {said}"] if said else [])
+
+
+@pytest.mark.parametrize("module", ["no_such_attention", "no_such_attention.cute", "torch.no_such_attention"])
+def test_a_module_that_is_absent_is_not_noted(caplog, module):
+    assert attention._find(module, "function") is None and caplog.messages == []
+
+
+def test_training_settles_it_when_the_model_is_built(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "settle_attention", lambda *given: asked.append(given) or right)
+    run = write_run(tmp_path / "run")
+    state = train.build(config_of(run, "unused"), parallel.World(0, 1, 0, CPU, False))
+    sizes = state.model.config.decoder
+    assert asked == [("auto", CPU, torch.float32, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)]
+    assert {layer.attn_implementation for layer in state.model.decoder.layers} == {right}
