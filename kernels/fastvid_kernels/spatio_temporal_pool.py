@@ -40,18 +40,23 @@ def _pool(x_TPC, num_temporal):
     return torch.cat([temporal_TC, padding_NC, spatial_PC / max(T, 1)]).to(x_TPC.dtype)
 
 
+# Programs of the forward kernel that run at once: four on each of a Hopper GPU's 132 multiprocessors, whose registers
+# hold no more.
+AT_ONCE = 4 * 132
+
+
 def _tiles(B, T, P, C, itemsize):
     """Blocks of the forward kernel: rows and channels of a tile, patches of a block, frames of a run.
 
-    A row of a tile is a cache line, a program takes few registers, and its patches are many, since each block of them
-    writes a partial sum per frame. One run of frames saves the partial sums of positions too; more runs occupy the GPU
-    when the batch is small.
+    A row of a tile is a cache line. Tiles are small enough for many warps to be in flight, and no smaller, since each
+    block of patches writes a partial sum per frame. One run of frames saves the partial sums of positions too; more runs
+    occupy the GPU when the batch is small, but never begin a second wave of programs.
     """
     block_c = min(128 // itemsize, triton.next_power_of_2(max(C, 1)))
-    blocks = max(1, triton.cdiv(P, 128))
+    blocks = max(1, triton.cdiv(P, 64))
     patches = triton.cdiv(P, blocks)
     programs = B * blocks * triton.cdiv(C, block_c)
-    runs = max(1, min(T // 8, 512 // max(programs, 1)))
+    runs = max(1, min(T // 8, AT_ONCE // max(programs, 1)))
     return triton.next_power_of_2(max(patches, 1)), block_c, patches, triton.cdiv(T, runs)
 
 
@@ -165,7 +170,8 @@ class _SpatioTemporalPool(torch.autograd.Function):
                 _spatio_temporal_pool_fwd_kernel, (K * triton.cdiv(C, block_c), S, B),
                 x_BTPC, counts_B, temporal_BKTC, spatial, *x_BTPC.stride(), T, P,
                 spatial.stride(0), 0 if final else spatial.stride(1), run_frames, patches,
-                C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4)
+                C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BLOCK_P=block_p, BLOCK_C=block_c,
+                num_warps=max(1, block_p * block_c // 512))  # 16 values a thread
         rows = num_temporal + (0 if final else P)
         block_r, block_c = 8, min(256, triton.next_power_of_2(C))
         if rows:

@@ -1,4 +1,6 @@
-"""Compiles the kernels for GPUs that are not there: ``compile_worker.py TABLE.json [NAME…]`` updates the table.
+"""Compiles the kernels for GPUs that are not there: ``compile_worker.py TABLES.json [NAME…]`` updates a table.
+
+The file holds a table for each version of Triton; the one that is installed is updated.
 
 Runs without Triton's interpreter. Every launch becomes a compilation for each architecture; of the machine code it
 records what decides speed: registers, shared memory, stack and local memory (both 0 unless registers spill), and
@@ -91,9 +93,10 @@ def main(path, *names):
     with tempfile.TemporaryDirectory() as cache:
         knobs.cache.dir = cache
         found = {name: compile_calls(PRODUCTION[name]()) for name in names or PRODUCTION}
-    table = json.loads(path.read_text()) if path.exists() else {"kernels": {}}
-    kernels = dict(sorted((table["kernels"] | found).items()))
-    path.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
+    tables = json.loads(path.read_text()) if path.exists() else {}
+    tables[triton.__version__] = dict(sorted((tables.get(triton.__version__, {}) | found).items()))
+    text = json.dumps(dict(sorted(tables.items())), indent=1, ensure_ascii=False)
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda leaf: " ".join(leaf[0].split()), text) + "\n")  # a line for each binary
 
 
 if __name__ == "__main__":

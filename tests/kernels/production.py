@@ -170,14 +170,15 @@ WIDE_STORES.add("_frame_patchify_fwd_kernel")
 
 
 def quantize_fp8_calls():
-    """Rows of a LLaMA layer: the residual stream and the feed-forward block's product."""
+    """Rows of a LLaMA layer: the residual stream, the feed-forward block's product, the gradient of gate and up."""
     from fastvid_kernels.quantize_fp8 import quantize_fp8
 
     def call(channels, scale=None):
         x = torch.empty(64, channels, dtype=torch.bfloat16)
         return lambda: quantize_fp8(x, scale, impl="triton")
 
-    return {"D=4096 bf16": call(4096), "D=11008 bf16": call(11008), "D=4096 bf16, given scale": call(4096, torch.empty(1))}
+    return {"D=4096 bf16": call(4096), "D=11008 bf16": call(11008), "D=22016 bf16": call(22016),
+            "D=4096 bf16, given scale": call(4096, torch.empty(1))}
 
 
 WIDE.add("_quantize_fp8_kernel")

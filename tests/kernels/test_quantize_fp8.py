@@ -42,9 +42,9 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 33), (3, 512), (2, 8193)])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 33), (3, 512), (2, 11008), (2, 16385)])
 def test_equals_reference(shape, dtype, scale):
-    """8193 channels: more than a tile."""
+    """16385 channels: more than a tile."""
     x = inputs(*shape, dtype)
     assert_same(quantize_fp8(x, given_scale(scale), impl="triton"), quantize_fp8_reference(x, given_scale(scale)))
 
@@ -54,6 +54,13 @@ def test_equals_reference(shape, dtype, scale):
 def test_any_shape(rows, channels, dtype, scale, seed):
     x = inputs(rows, channels, dtype, seed)
     assert_same(quantize_fp8(x, given_scale(scale), impl="triton"), quantize_fp8_reference(x, given_scale(scale)))
+
+
+@pytest.mark.parametrize("channels", [4096, 5120, 11008, 13824])
+def test_rows_of_a_layer_are_read_once(channels):
+    """They lie in registers, of which a thread has enough."""
+    block, warps = kernel_module._tiles(channels)
+    assert block >= channels and block // (32 * warps) <= 32
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -1,6 +1,7 @@
 """Pooling against float64 means, the reference's recordings and finite differences."""
 
 import hashlib
+import importlib
 import json
 
 import numpy as np
@@ -51,6 +52,17 @@ def _assert_pooled(x_TPC, num_temporal, impl):
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape_and_dtype(impl, T, P, C, extra, dtype, seed):
     _assert_pooled(_states(T, P, C, dtype=dtype, seed=seed), T + extra, impl)
+
+
+@pytest.mark.parametrize("patches", [576, 256])
+@pytest.mark.parametrize("videos", [1, 2, 8])
+def test_frames_are_cut_into_runs_only_within_one_wave(videos, patches):
+    """More programs than a GPU holds at once would leave it nearly empty at the end."""
+    module = importlib.import_module("fastvid_kernels.spatio_temporal_pool")
+    block_p, block_c, of_block, run_frames = module._tiles(videos, 100, patches, 1024, 2)
+    programs, runs = videos * -(-patches // of_block) * (1024 // block_c), -(-100 // run_frames)
+    assert runs == 1 or programs * runs <= module.AT_ONCE < programs * (runs + 1)
+    assert patches % of_block == 0 and of_block == block_p  # none of a tile's rows is masked
 
 
 @each_impl
