@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
+from fastvid_kernels.rope_keys import KeyRows
 from torch import Tensor
 
 
@@ -51,8 +52,9 @@ class AttentionLayout:
         max_seqlen_k: rows of the longest key segment.
         kv_rows: [M] int64, for each key of each segment the row that it is, counted from the first row of the batch's
             constant prefix (`PackedBatch.prefix_rows`), which the packed rows follow; None: a segment's own rows.
-        own_keys: [N] int64, where in `kv_rows` each query's own row stands, if each stands there once: the gradient of
-            the gather is then a gather too. None: unknown, or some row is a key of several segments.
+        keys: `kv_rows` with the way back: which keys each packed row is. None: unknown.
+        own_keys: [N] int64, where in `kv_rows` each row stands, if each stands there once: the gradient of a gather is then
+            a gather too. None: unknown, or some row is a key of several segments or of none.
     """
 
     cu_seqlens_q: Tensor
@@ -60,6 +62,7 @@ class AttentionLayout:
     cu_seqlens_k: Tensor
     max_seqlen_k: int
     kv_rows: Tensor | None = None
+    keys: KeyRows | None = None
     own_keys: Tensor | None = None
 
     @cached_property
@@ -112,23 +115,21 @@ class AttentionLayout:
         return tuple(AttentionLayout.of_lengths(queries[chosen], keys[chosen], half)
                      for chosen, half in zip((slice(segments), slice(segments, None)), halves))
 
-    def finding_own_keys(self, first):
-        """The same layout with `own_keys`, if no row is shared; its queries' rows count from `first`. On the CPU."""
+    def with_way_back(self, first, rows):
+        """The same layout with `keys` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`. On the CPU."""
         if self.kv_rows is None:
             return self
-        at = (self.kv_rows >= first).nonzero().flatten()
-        own = self.kv_rows[at] - first
-        rows = int(self.cu_seqlens_q[-1])
-        if len(own) != rows or not torch.equal(own.sort().values, torch.arange(rows)):
-            return self
-        return self._replace(own_keys=at[own.argsort()])
+        keys = KeyRows.of(self.kv_rows, first, rows)
+        once = torch.equal(keys.starts_N1, torch.arange(rows + 1, dtype=torch.int32))
+        return self._replace(keys=keys, own_keys=keys.places.long() if once else None)
 
     def map(self, function):
         """The same layout with `function`, which leaves values alone, applied to every tensor."""
         queries = function(self.cu_seqlens_q)
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
-        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, own_keys=own_keys)
+        places = self.keys and KeyRows(kv_rows, function(self.keys.starts_N1), function(self.keys.places))
+        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, keys=places, own_keys=own_keys)
 
 
 @dataclass(frozen=True)
@@ -197,22 +198,24 @@ class PackedBatch:
         return self.targets.numel()
 
     def parted(self):
-        """The same batch with what spares the model work: `loss_layout`, `own_keys`, `parts` if rows are frozen. On the CPU.
+        """The same batch with what spares the model work: `loss_layout`, ways back, `parts` if rows are frozen. On the CPU.
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
-        batch = replace(self, loss_layout=self.loss_layout or self.layout.of_rows(self.loss_rows),
-                        layout=self.layout.finding_own_keys(self.prefix_rows))
+        loss_layout = self.loss_layout or self.layout.of_rows(self.loss_rows)
+        batch = replace(self, loss_layout=loss_layout.with_way_back(self.prefix_rows, self.num_rows),
+                        layout=self.layout.with_way_back(self.prefix_rows, self.num_rows))
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
             return batch
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
         frozen, live = self.layout.split(segments)
-        live = live.finding_own_keys(self.prefix_rows + self.frozen_rows)
+        before, rows = self.prefix_rows + self.frozen_rows, self.num_rows - self.frozen_rows
         frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
-        return replace(batch, parts=(BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
-                                     BatchPart(live, live_loss, live.of_rows(live_loss))))
+        parts = (BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
+                 BatchPart(live.with_way_back(before, rows), live_loss, live.of_rows(live_loss).with_way_back(before, rows)))
+        return replace(batch, parts=parts)
 
     def map(self, function):
         """The same batch with `function` applied to every tensor."""

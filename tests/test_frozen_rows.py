@@ -181,7 +181,7 @@ def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
                                    (q, k, v), grad)
     assert all(map(torch.equal, torch.autograd.grad(out, (q, k, v), grad), expected))
     twice = dataclasses.replace(layout, kv_rows=layout.kv_rows.clamp(max=first), own_keys=None)
-    assert twice.finding_own_keys(first).own_keys is None
+    assert twice.with_way_back(first, len(layout.own_keys)).own_keys is None
 
 
 def test_a_batch_without_live_supervised_rows_has_no_parts():

@@ -20,7 +20,7 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
-    "fastvid.batch": {"fastvid.config"},
+    "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
     "fastvid.data": {"fastvid.config", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
     "fastvid.video": {"fastvid.config", "fastvid.batch", "fastvid.video", "fastvid_kernels"},

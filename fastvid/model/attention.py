@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from fastvid_kernels.dispatch import use_triton
+from fastvid_kernels.rope_keys import place_keys, rope_keys
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -66,6 +68,43 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         (k_NKd, keys), (v_NKd, values)))
     with _saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
+
+
+def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, float], heads: tuple[int, int],
+                   layout: AttentionLayout, implementation: Callable, *, constant: tuple[Tensor, Tensor] | None = None,
+                   queries_LHd: Tensor | None = None, recomputed: bool = False) -> Tensor:
+    """Rotary embedding and `attend` in one: keys are rotated to where segments read them.
+
+    Args:
+        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`.
+        positions_N: of its rows.
+        rope: radians per position [d/2], factor on cosine and sine.
+        heads: H, K.
+        layout: as for `attend`; with `kv_rows` its `keys` must be known.
+        implementation: function of queries, keys, values and layout.
+        constant: as for `attend`.
+        queries_LHd: rotated queries of other rows, in the place of the product's (H is 0 then).
+        recomputed: backward computes this again: the product is kept as it is, and copies of keys with it.
+
+    Returns:
+        [N, H, d], or [L, H, d]; gradients as `attend`'s.
+    """
+    (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
+    q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale,
+                                    keys=layout.keys, constant=constant, inplace=not recomputed)
+    q_NHd = q_NHd if queries_LHd is None else queries_LHd
+    if layout.keys is None or recomputed:
+        return implementation(q_NHd, k_MKd, v_MKd, layout)
+    rows = _Placed(k_MKd, partial(place_keys, qkv_NE.detach(), positions_N, inv_freq_h, num_heads, num_kv_heads, scale,
+                                  layout.keys.rows_M, constant))
+    with _saving_no_copy(rows):
+        return implementation(q_NHd, k_MKd, v_MKd, layout)
+
+
+def rotates_to_keys(implementation: str | Callable, qkv_NE: Tensor) -> Callable | None:
+    """The function of `implementation` that `attend_rotated` takes, where the kernel of `rope_keys` can run; else None."""
+    call = _CALLS.get(implementation, implementation)
+    return call if callable(call) and use_triton("auto", qkv_NE, name="rope_keys") else None
 
 
 def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype, channels: int) -> str:
@@ -231,6 +270,18 @@ class _Gathered:
         if self.again_MKd is None:
             self.again_MKd = self.copy()
         return self.again_MKd
+
+
+class _Placed:
+    """Keys and values in one allocation, made again when backward asks for them."""
+
+    def __init__(self, k_MKd, again):
+        self.storage, self.again, self.made = k_MKd.untyped_storage().data_ptr(), again, None
+
+    def backward_copy(self):
+        if self.made is None:  # once for both; it goes with the graph that asks for it
+            self.made = self.again()
+        return self.made
 
 
 class _GatherRows(torch.autograd.Function):

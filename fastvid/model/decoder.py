@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend
+from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
 from fastvid.model.linear import make_linear
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -172,7 +172,17 @@ class DecoderLayer(nn.Module):
                 if prefix is not None:
                     keys_values = tuple(map(torch.cat, zip(prefix, keys_values)))
                 prefix = keys_values
+        call = None if cache is not None else self._kernel_of_keys(live, last)
+        if call is not None:
+            return self._advance_by_kernel(call, live, prefix, rope=rope, last=last, recomputed=recomputed), frozen
         return advance(live, prefix, cache=cache)[0], frozen
+
+    def _kernel_of_keys(self, live, last):
+        """Attention for `_advance_by_kernel`, or None where that is impossible, or no row's keys are wanted any more."""
+        rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
+        if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.keys is None:
+            return None
+        return rotates_to_keys(self.attn_implementation, live.residual_ND)
 
     def _advance(self, stream, constant, *, rope, last, recomputed, cache=None):
         """(`stream` after this layer, or None if nothing of it goes on; its keys and values)."""
@@ -186,23 +196,49 @@ class DecoderLayer(nn.Module):
             qkv_NE = rotate(self.qkv(x_ND), positions_N, inv_freq, heads, kv_heads)
             q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         else:
-            rows_L, layout = stream.supervised
+            layout = stream.supervised[1]
             queries = heads * 2 * inv_freq.shape[0]
             kv_NE = rotate(self.qkv(x_ND, outputs=slice(queries, None)), positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
-            if not len(rows_L):
+            if not len(stream.supervised[0]):
                 return None, (k_NKd, v_NKd)
-            residual_ND, positions_N = take_rows(residual_ND, rows_L), positions_N.index_select(0, rows_L)
-            # Normalised again rather than taken from x: one gradient less to scatter.
-            q_LE = self.qkv(self.input_norm(residual_ND, None)[1], outputs=slice(queries))
-            q_NHd = rotate(q_LE, positions_N, inv_freq, heads, 0).unflatten(-1, (heads, -1))
+            residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
         x_NHd = attend(q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant,
                        regather=not recomputed)
+        return self._finish(stream, residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
+
+    def _advance_by_kernel(self, call, stream, constant, *, rope, last, recomputed):
+        """The same stream, where a kernel puts rotated keys into their places and `call` attends to them."""
+        (heads, kv_heads), (inv_freq, scale) = self.heads, rope
+        residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
+        positions_N, layout, q_LHd = stream.positions_N, stream.layout, None
+        options = {"constant": constant, "recomputed": recomputed}
+        if not (last and stream.supervised is not None):
+            x_NHd = attend_rotated(self.qkv(x_ND), positions_N, rope, self.heads, layout, call, **options)
+            return self._finish(stream, residual_ND, x_NHd, positions_N, layout)
+        layout = stream.supervised[1]
+        kv_NE = self.qkv(x_ND, outputs=slice(heads * 2 * inv_freq.shape[0], None))
+        rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
+        residual_ND, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
+        x_LHd = attend_rotated(kv_NE, positions_N, rope, (0, kv_heads), layout, call, queries_LHd=q_LHd, **options)
+        return self._finish(stream, residual_ND, x_LHd, positions_L, layout)
+
+    def _supervised_queries(self, stream, residual_ND, rotate, inv_freq):
+        """(residual stream, positions, queries) of the stream's supervised rows."""
+        rows_L, _ = stream.supervised
+        heads, _ = self.heads
+        residual_LD, positions_L = take_rows(residual_ND, rows_L), stream.positions_N.index_select(0, rows_L)
+        # Normalised again rather than taken from x: one gradient less to scatter.
+        q_LE = self.qkv(self.input_norm(residual_LD, None)[1], outputs=slice(heads * 2 * inv_freq.shape[0]))
+        return residual_LD, positions_L, rotate(q_LE, positions_L, inv_freq, heads, 0).unflatten(-1, (heads, -1))
+
+    def _finish(self, stream, residual_ND, x_NHd, positions_N, layout):
+        """The stream behind attention: output projection and feed-forward block."""
         residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
         branch_ND = self.down(swiglu(self.gate_up(x_ND)))
-        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised), (k_NKd, v_NKd)
+        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised)
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,272 @@
+"""Rotary embedding that puts keys and values where attention reads them: behind the rows that segments share.
+
+Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads,
+A heads of a row, d channels per head, h = d / 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import launch, use_triton
+from .rope_qk import _cos_sin, _rope_qk_kernel, rope_qk_reference
+from .rope_qk import _tiles as _rope_tiles
+
+
+class KeyRows(NamedTuple):
+    """Which rows the keys of all segments are, and the way back.
+
+    Attributes:
+        rows_M: int64, for each key the row that it is: constant rows first, then the packed ones.
+        starts_N1: [N+1] int32, where each packed row's places begin in `places`, and their end.
+        places: int32, the keys that are packed row 0, those that are row 1, …, ascending.
+    """
+
+    rows_M: Tensor
+    starts_N1: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(rows_M: Tensor, constant_rows: int, num_rows: int) -> "KeyRows":
+        """With the way back, for `num_rows` packed rows behind `constant_rows` others."""
+        order = rows_M.argsort(stable=True)
+        starts_N1 = torch.searchsorted(rows_M[order], torch.arange(num_rows + 1) + constant_rows)
+        first = int(starts_N1[0])
+        return KeyRows(rows_M, (starts_N1 - first).int(), order[first:].int())
+
+    def map(self, function):
+        """The same with `function` applied to every tensor."""
+        return KeyRows(*map(function, self))
+
+
+def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, keys=None, constant=None):
+    """`rope_keys` in plain differentiable torch."""
+    rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
+        1, (num_heads + 2 * num_kv_heads, -1))
+    q_NHd, k_NKd, v_NKd = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
+    if keys is None:
+        return q_NHd, k_NKd, v_NKd
+    constant = constant or (k_NKd[:0], v_NKd[:0])
+    return q_NHd, *(torch.cat(pair)[keys.rows_M] for pair in zip(constant, (k_NKd, v_NKd)))
+
+
+def _tiles(heads, half):
+    """(heads of a program's tile, warps): 16 pairs of channels a thread."""
+    block = min(triton.next_power_of_2(max(heads, 1)), max(1024 // triton.next_power_of_2(half), 1))
+    return block, min(max(block * triton.next_power_of_2(half) // 512, 1), 8)
+
+
+@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+def _place_keys_kernel(qkv_ptr, constant_k_ptr, constant_v_ptr, k_ptr, v_ptr, rows_ptr, positions_ptr, inv_freq_ptr, scale,
+                       C, num_heads, kv_heads, half, BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+    """Keys, then values, of a key row: copied if it is constant, else from its packed row, keys rotated."""
+    program = tl.program_id(0)
+    place = (program // (2 * BLOCKS)).to(tl.int64)
+    block = program % (2 * BLOCKS)
+    is_value = block >= BLOCKS
+    heads = block % BLOCKS * BLOCK_A + tl.arange(0, BLOCK_A)
+    channels = tl.arange(0, BLOCK_h)
+    inside = (heads < kv_heads)[:, None] & (channels < half)[None, :]
+    offsets = heads[:, None] * 2 * half + channels[None, :]
+    row = tl.load(rows_ptr + place)
+    if is_value:
+        constant_ptr = constant_v_ptr
+        out_ptr = v_ptr
+        first_head = num_heads + kv_heads
+    else:
+        constant_ptr = constant_k_ptr
+        out_ptr = k_ptr
+        first_head = num_heads
+    if row < C:
+        source_ptr = constant_ptr + row * kv_heads * 2 * half
+    else:
+        source_ptr = qkv_ptr + ((row - C) * (num_heads + 2 * kv_heads) + first_head) * 2 * half
+    first = tl.load(source_ptr + offsets, mask=inside).to(tl.float32)
+    second = tl.load(source_ptr + offsets + half, mask=inside).to(tl.float32)
+    if (row >= C) & (block < BLOCKS):
+        inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
+        cos, sin = _cos_sin(tl.load(positions_ptr + row - C).to(tl.float32) * inv_freq)
+        cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        first = turned
+    out_ptr += place * kv_heads * 2 * half
+    tl.store(out_ptr + offsets, first.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offsets + half, second.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
+def _collect_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_ptr, starts_ptr, places_ptr, positions_ptr, inv_freq_ptr,
+                    scale, q_stride, k_stride, v_stride, num_heads, kv_heads, half, Q_BLOCKS: tl.constexpr,
+                    KV_BLOCKS: tl.constexpr, GATHERED: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+    """A packed row's gradient: of queries, of keys summed over their places, both rotated back, of values summed."""
+    BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
+    program = tl.program_id(0)
+    row = (program // BLOCKS).to(tl.int64)
+    block = program % BLOCKS
+    begin = row
+    end = row + 1
+    if block < Q_BLOCKS:
+        source_ptr = grad_q_ptr
+        stride = q_stride
+        head = block * BLOCK_A
+        last = num_heads
+        first_head = head
+    else:
+        if GATHERED:
+            begin = tl.load(starts_ptr + row).to(tl.int64)
+            end = tl.load(starts_ptr + row + 1).to(tl.int64)
+        last = kv_heads
+        if block < Q_BLOCKS + KV_BLOCKS:
+            source_ptr = grad_k_ptr
+            stride = k_stride
+            head = (block - Q_BLOCKS) * BLOCK_A
+            first_head = num_heads + head
+        else:
+            source_ptr = grad_v_ptr
+            stride = v_stride
+            head = (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_A
+            first_head = num_heads + kv_heads + head
+    heads = tl.arange(0, BLOCK_A)
+    channels = tl.arange(0, BLOCK_h)
+    inside = (head + heads < last)[:, None] & (channels < half)[None, :]
+    offsets = heads[:, None] * 2 * half + channels[None, :]
+    first = tl.zeros((BLOCK_A, BLOCK_h), tl.float32)
+    second = tl.zeros((BLOCK_A, BLOCK_h), tl.float32)
+    for i in range(begin, end):
+        place = i
+        if GATHERED:
+            if block >= Q_BLOCKS:
+                place = tl.load(places_ptr + i).to(tl.int64)
+        at_ptr = source_ptr + place * stride + head * 2 * half
+        first += tl.load(at_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(at_ptr + offsets + half, mask=inside, other=0.0).to(tl.float32)
+    if block < Q_BLOCKS + KV_BLOCKS:
+        inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
+        cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
+        cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
+        turned = first * cos + second * sin
+        second = second * cos - first * sin
+        first = turned
+    grad_ptr += (row * (num_heads + 2 * kv_heads) + first_head) * 2 * half
+    tl.store(grad_ptr + offsets, first.to(grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_ptr + offsets + half, second.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def _rotate_heads(x_NE, out_NE, positions_N, inv_freq_h, scale, row_heads, rotated):
+    """The first `rotated` heads of each row of `x_NE` into `out_NE`, which is `x_NE` or has no others."""
+    half = inv_freq_h.shape[0]
+    block_a, block_h, blocks, warps = _rope_tiles(rotated, half)
+    launch(_rope_qk_kernel, (x_NE.shape[0] * blocks,), x_NE, out_NE, positions_N, inv_freq_h, scale, row_heads, rotated,
+           rotated, half, blocks, False, block_a, block_h, num_warps=warps)
+
+
+def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant):
+    """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet."""
+    half = inv_freq_h.shape[0]
+    out_2MKd = qkv_NE.new_empty(2, rows_M.shape[0], num_kv_heads, 2 * half)
+    k_CKd, v_CKd = constant or (out_2MKd[0, :0], out_2MKd[1, :0])
+    block, warps = _tiles(num_kv_heads, half)
+    blocks = triton.cdiv(num_kv_heads, block)
+    if out_2MKd.numel():
+        launch(_place_keys_kernel, (rows_M.shape[0] * 2 * blocks,), qkv_NE, k_CKd, v_CKd, *out_2MKd, rows_M, positions_N,
+               inv_freq_h, scale, k_CKd.shape[0], num_heads, num_kv_heads, half, blocks, block,
+               triton.next_power_of_2(half), num_warps=warps)
+    return out_2MKd
+
+
+class _RopeKeys(torch.autograd.Function):
+    """Saves positions, frequencies and the way back to packed rows."""
+
+    @staticmethod
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, keys, constant, inplace):
+        N, heads = qkv_NE.shape[0], num_heads + 2 * num_kv_heads
+        ctx.settings = num_heads, num_kv_heads, scale
+        ctx.shape = qkv_NE.shape
+        ctx.save_for_backward(positions_N, inv_freq_h, *(keys[1:] if keys else ()))
+        options = dict(positions_N=positions_N, inv_freq_h=inv_freq_h, scale=scale, row_heads=heads)
+        rotated = num_heads if keys else num_heads + num_kv_heads
+        out_NE = qkv_NE
+        if not inplace and rotated:
+            out_NE = qkv_NE.clone()
+        if N and rotated:
+            _rotate_heads(out_NE, out_NE, rotated=rotated, **options)
+        # Not as views that autograd follows: their gradients come back to this function.
+        q_NHd, k_NKd, v_NKd = out_NE.detach().unflatten(1, (heads, -1)).split([num_heads, num_kv_heads, num_kv_heads], 1)
+        if keys is None:
+            return q_NHd, k_NKd, v_NKd
+        k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, keys.rows_M, constant)
+        return q_NHd, k_MKd, v_MKd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd):
+        positions_N, inv_freq_h, *way_back = ctx.saved_tensors
+        num_heads, num_kv_heads, scale = ctx.settings
+        grads = [_rows_of_heads(x) for x in (grad_q_NHd, grad_k_MKd, grad_v_MKd)]
+        grad_NE = grads[1].new_empty(ctx.shape)
+        half = inv_freq_h.shape[0]
+        block, warps = _tiles(max(num_heads, num_kv_heads), half)
+        q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
+        if grad_NE.numel():
+            starts_N1, places = way_back or (positions_N, positions_N)
+            launch(_collect_kernel, (ctx.shape[0] * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places,
+                   positions_N, inv_freq_h, scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half,
+                   q_blocks, kv_blocks, bool(way_back), block, triton.next_power_of_2(half), num_warps=warps)
+        return grad_NE, None, None, None, None, None, None, None, None
+
+
+def _rows_of_heads(x):
+    """The same numbers with the heads of a row side by side, as a slice of wider rows may have them."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int, *,
+              scale: float = 1.0, keys: KeyRows | None = None, constant: tuple[Tensor, Tensor] | None = None,
+              inplace: bool = False, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Queries rotated where they lie; keys rotated and values copied to where segments read them (arXiv:2104.09864).
+
+    One pass each way: forward reads the product of the QKV projection and writes what attention reads; backward reads
+    attention's gradients and writes that product's, in which a row's keys sum over their places.
+
+    Args:
+        qkv_NE: [N, (H+2K)·d] contiguous queries, keys, values of each row; fp32, bf16 or fp16.
+        positions_N: [N] int32 or int64.
+        inv_freq_h: [d/2] fp32, radians per position. Angles, their product rounded to fp32, are at most 200,000.
+        num_heads, num_kv_heads: H (which may be 0), K.
+        scale: factor on cosine and sine (YaRN's attention factor).
+        keys: which rows the segments' keys are; None: the packed rows in order.
+        constant: keys, rotated, and values [C, K, d] that `keys` counts before the packed rows; they get no gradient.
+        inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `keys` its keys stay as they were, so that
+            `place_keys` can make the same rows of keys again.
+        impl: "auto", "reference" (plain torch) or "triton".
+
+    Returns:
+        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `keys`), computed in fp32 and rounded once. Saved for backward:
+        positions, frequencies and `keys`. Repeatable: places are summed in ascending order, in fp32.
+
+    Raises:
+        ValueError: shapes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot run here.
+    """
+    N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
+    if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
+        raise ValueError(f"rope_keys: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+                         f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
+    if keys is not None and keys.starts_N1.shape != (N + 1,):
+        raise ValueError(f"rope_keys: the way back is for {keys.starts_N1.shape[0] - 1} packed rows, found {N}")
+    if inplace and not qkv_NE.is_contiguous():
+        raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
+    tensors = [qkv_NE, positions_N, inv_freq_h, *(keys or ()), *(constant or ())]
+    if not use_triton(impl, *tensors, name="rope_keys"):
+        return rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, keys=keys,
+                                   constant=constant)
+    constant = constant and tuple(x.detach().contiguous() for x in constant)
+    return _RopeKeys.apply(qkv_NE.contiguous(), positions_N.contiguous(), inv_freq_h.contiguous(), num_heads, num_kv_heads,
+                           scale, keys, constant, inplace)
+
+
+__all__ = ["KeyRows", "place_keys", "rope_keys", "rope_keys_reference"]

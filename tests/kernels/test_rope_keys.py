@@ -1,0 +1,115 @@
+"""rope_keys: values and gradients against fp64, with keys in order, gathered, shared and behind constant rows."""
+
+import pytest
+import torch
+from fastvid_kernels.rope_keys import KeyRows, place_keys, rope_keys, rope_keys_reference
+from harness import DEVICE, DTYPES, assert_close_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+IMPLS = ["triton", "reference"]
+# rows, query heads, key heads, channels per head; the last two take several programs a row
+SHAPES = [(1, 1, 1, 2), (7, 4, 4, 8), (9, 6, 2, 6), (5, 0, 2, 4), (3, 32, 2, 128), (2, 9, 17, 200)]
+# constant rows, and what the keys are: none, each row once, some shared, some of nobody
+WAYS = {"in order": None, "each once": (0, "once"), "shared": (0, "any"), "behind constant rows": (3, "any")}
+
+
+def inputs(shape, way, dtype, seed=0):
+    rows, heads, kv_heads, channels = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(DEVICE, dtype)
+
+    qkv = normal(rows, (heads + 2 * kv_heads) * channels).requires_grad_()
+    positions = torch.randint(0, 3000, (rows,), generator=generator, dtype=torch.int32).to(DEVICE)
+    frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, device=DEVICE) / channels)
+    keys, constant, places = None, None, rows
+    if WAYS[way]:
+        count, kind = WAYS[way]
+        chosen = torch.randperm(rows, generator=generator) if kind == "once" else torch.randint(
+            0, rows + count, (2 * rows + 1,), generator=generator)
+        keys, places = KeyRows.of(chosen, count, rows).map(lambda x: x.to(DEVICE)), len(chosen)
+        constant = (normal(count, kv_heads, channels), normal(count, kv_heads, channels)) if count else None
+    grads = normal(rows, heads, channels), normal(places, kv_heads, channels), normal(places, kv_heads, channels)
+    return qkv, (positions, frequencies, heads, kv_heads), keys, constant, grads
+
+
+def exact_keys(qkv, positions, frequencies, heads, kv_heads, **options):
+    """In fp64 but for the angle, which is the product rounded to fp32."""
+    angles = (positions.float()[:, None] * frequencies).double()
+    return rope_keys_reference(qkv, torch.ones_like(positions), angles[:, None], heads, kv_heads, **options)
+
+
+def run(function, qkv, rest, grads, **options):
+    outs = function(qkv, *rest, scale=1.2, **options)
+    return *(x.detach() for x in outs), *torch.autograd.grad(outs, qkv, grads)
+
+
+def check(shape, way, dtype, impl, inplace=False, seed=0):
+    qkv, rest, keys, constant, grads = inputs(shape, way, dtype, seed)
+    found = run(lambda x, *args, **options: rope_keys(x.clone(), *args, **options), qkv, rest, grads, keys=keys,
+                constant=constant, impl=impl, inplace=inplace)
+    eager = run(rope_keys_reference, qkv, rest, grads, keys=keys, constant=constant)
+    exact = run(exact_keys, qkv.detach().double().requires_grad_(), rest, [x.double() for x in grads], keys=keys,
+                constant=constant and tuple(x.double() for x in constant))
+    for values in zip(found, exact, eager):
+        assert_close_as_eager(*values)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(impl, dtype, way, shape):
+    check(shape, way, dtype, impl)
+
+
+@given(rows=st.integers(1, 4), heads=st.integers(0, 20), kv_heads=st.integers(1, 20), half=st.integers(1, 70),
+       way=st.sampled_from(sorted(WAYS)), dtype=st.sampled_from(DTYPES), inplace=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape(rows, heads, kv_heads, half, way, dtype, inplace, seed):
+    check((rows, heads, kv_heads, 2 * half), way, dtype, "triton", inplace, seed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_place_writes_no_key_that_is_placed_again(way):
+    qkv, rest, keys, constant, _ = inputs((7, 4, 2, 8), way, torch.float32)
+    given_rows, copy = qkv.detach().clone(), qkv.detach().clone()
+    q, k, v = rope_keys(copy, *rest, keys=keys, constant=constant, inplace=True, impl="triton")
+    assert q.data_ptr() == copy.data_ptr()
+    if keys is not None:
+        assert torch.equal(copy[:, 32:], given_rows[:, 32:])
+        positions, frequencies, heads, kv_heads = rest
+        again = place_keys(copy, positions, frequencies, heads, kv_heads, 1.0, keys.rows_M, constant)
+        assert torch.equal(again, torch.stack([k, v]))
+
+
+def test_way_back_of_a_row_that_nobody_attends_to():
+    keys = KeyRows.of(torch.tensor([4, 0, 2, 4, 1]), 2, 3)
+    assert keys.starts_N1.tolist() == [0, 1, 1, 3] and keys.places.tolist() == [2, 0, 3]
+    qkv = torch.randn(3, 6, device=DEVICE, requires_grad=True)
+    constant = torch.ones(2, 1, 2, device=DEVICE), torch.ones(2, 1, 2, device=DEVICE)
+    _, k, v = rope_keys(qkv, torch.arange(3, device=DEVICE), torch.ones(1, device=DEVICE), 1, 1,
+                        keys=keys.map(lambda x: x.to(DEVICE)), constant=constant, impl="triton")
+    assert torch.equal(k[1], constant[0][0]) and torch.equal(v[4], constant[1][1])
+    (grad,) = torch.autograd.grad(v.sum(), qkv)
+    assert grad[:, 4:].tolist() == [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("change", ["rows", "positions", "way back", "strides"])
+def test_shapes_that_do_not_fit_are_refused(change):
+    qkv, rest, keys, _, _ = inputs((4, 2, 1, 4), "shared", torch.float32)
+    positions, *others = rest
+    options = {"keys": keys}
+    if change == "rows":
+        qkv = qkv[:, 1:]
+    elif change == "positions":
+        positions = positions[1:]
+    elif change == "way back":
+        options = {"keys": keys._replace(starts_N1=keys.starts_N1[1:])}
+    else:
+        qkv, options = qkv.detach().T.contiguous().T, {"inplace": True}
+    with pytest.raises(ValueError, match="rope_keys"):
+        rope_keys(qkv, positions, *others, **options)

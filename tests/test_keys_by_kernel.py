@@ -1,0 +1,97 @@
+"""Layers whose keys a kernel rotates into their places equal those that gather rotated keys."""
+
+import pytest
+import torch
+from model_cases import (
+    ADAPTER,
+    END,
+    FULL,
+    PATCH,
+    START,
+    assert_same_gradients,
+    loss_and_gradients,
+    model_config,
+    random_batch,
+    random_model,
+)
+from test_frozen_rows import cases, prepared
+
+from fastvid.batch import VideoTokens
+from fastvid.data.conversation import EncodedSample
+from fastvid.data.packing import pack
+from fastvid.model import attention
+
+KINDS = {"mha": {}, "gqa": {"config": model_config(num_kv_heads=2)}, "selective": {"recompute": "selective"},
+         "full": {"recompute": "full"}, "head": {"trainable": ADAPTER | {"head"}},
+         "one layer": {"config": model_config(num_layers=1)}}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """From now on kernels run, interpreted; and how often keys were put into their places for forward and backward."""
+    calls = {"forward": 0, "backward": 0}
+    rope_keys, place_keys = attention.rope_keys, attention.place_keys
+
+    def counted(name, function):
+        def call(*args, **options):
+            calls[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    def begin():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(attention, "rope_keys", counted("forward", rope_keys))
+        monkeypatch.setattr(attention, "place_keys", counted("backward", place_keys))
+        return calls
+
+    return begin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
+    _, batch = cases()
+    batch = batch.parted()
+    model = prepared(random_model(**KINDS[kind], attn_implementation="sdpa"))
+    expected_loss, expected = loss_and_gradients(model, batch)
+    calls = interpreted()
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, expected)
+    layers, again = len(model.decoder.layers), kind in ("selective", "full")
+    assert calls == {"forward": layers * (2 if again else 1), "backward": 0 if again else layers}
+    for name, gradient in loss_and_gradients(model, batch)[1].items():
+        assert torch.equal(gradient, found[name])
+
+
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+def test_equals_gathering_of_own_rows(trainable, interpreted):
+    batch = random_batch().parted()
+    model = random_model(trainable=trainable, attn_implementation="sdpa")
+    expected_loss, expected = loss_and_gradients(model, batch)
+    calls = interpreted()
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, expected)
+    assert calls["forward"] == len(model.decoder.layers)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_equals_gathering_of_shared_videos(frozen, interpreted):
+    """Two videos, several questions about each: rows of a video are keys of all its branches."""
+    generator, samples = torch.Generator().manual_seed(0), []
+    videos = {name: torch.randn(6, 12, generator=generator) for name in "ab"}
+    for name, length in (("a", 5), ("b", 3), ("a", 9), ("a", 2), ("b", 7)):
+        words = torch.randint(3, PATCH, (length + 4,), generator=generator).tolist()
+        ids = [5, 6, 7, 8, START, *[PATCH] * 6, END, *words]
+        samples.append((EncodedSample(name, ids, [(len(ids) - 4, len(ids))], [name]), [videos[name]]))
+    tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
+    batch = pack(samples, tokens, (6, 12), prefix=(5, 6, 7, 8), frozen=frozen, share=True)
+    assert batch.layout.keys is not None and batch.layout.own_keys is None and batch.prefix_rows == (4 if frozen else 0)
+    model = random_model(attn_implementation="sdpa")
+    model.keep_prefix([5, 6, 7, 8])
+    expected_loss, expected = loss_and_gradients(model, batch)
+    interpreted()
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, expected)
