@@ -84,7 +84,7 @@ class Fastvid:
             if not row.apart:
                 packing = packing | {"prefix": (), "frozen": False}
             read = [samples.read(i) for i in range(len(samples))]
-            self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.feature_shape, **packing)
+            self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.channels, **packing)
                             for i in range(0, len(read), micro_batch)]
             self.samples = len(read)
         if not row.last_layer:

@@ -4,8 +4,8 @@ All rows of all samples lie end to end; there is no padding and no attention mas
 to each other: a sample, or a part of one where samples share rows (a system prompt, a video) or where the rows before
 the first trained one stand apart.
 
-Dimensions: N rows, S segments, M key/value rows, V videos, R rows per video (temporal + spatial), C channels of the
-vision tower, L supervised rows.
+Dimensions: N rows, S segments, M key/value rows, V videos, P rows of all videos, C channels of the vision tower,
+L supervised rows.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -159,8 +159,8 @@ class PackedBatch:
         token_ids: [N] int64, text and placeholder ids.
         positions: [N] int32, rotary position of each row.
         layout: who attends to whom.
-        video_rows: [V·R] int64, rows that the projected video tokens fill, video by video.
-        features: [V, R, C] fp16/bf16/fp32, one entry per video in the batch.
+        video_rows: [P] int64, rows that the projected features fill, video by video; each has any number of them.
+        features: [P, C] fp16/bf16/fp32, the rows of all videos end to end.
         boundary_rows: [2V] int64, rows of <vid_start>, <vid_end>, video by video; empty without those tokens.
         loss_rows: [L] int64, rows whose output is supervised.
         targets: [L] int64, the token that each supervised row must predict.

@@ -86,7 +86,7 @@ class Chat:
         ids = inference_prompt(
             question, self.tokenizer, video_tokens=len(features_RC), use_start_end=tokens.start is not None,
             conv_mode=self.config.conv_mode, history=history, question_order=self.config.question_order)
-        batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, tuple(features_RC.shape))
+        batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, channels)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         answer = generate(
             self.model, batch.to(self.device), max_new_tokens=self.config.max_new_tokens, eos=self.tokenizer.eos,

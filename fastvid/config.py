@@ -28,6 +28,7 @@ class Policy:
         tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
             and the head (the reference does so by accident). Otherwise the projector alone.
         plain_products: matrices are multiplied as torch does it. Otherwise also as sums of another order.
+        one_video_length: every video must have as many rows as the first. Otherwise each has what its file holds.
     """
 
     mask_by_retokenizing: bool
@@ -36,11 +37,12 @@ class Policy:
     fp32_residual: bool
     tune_tables_without_start_end: bool
     plain_products: bool
+    one_video_length: bool
 
 
 POLICIES = {
-    "none": Policy(*[False] * 6),
-    "reference": Policy(*[True] * 6),
+    "none": Policy(*[False] * 7),
+    "reference": Policy(*[True] * 7),
 }
 
 
@@ -61,7 +63,8 @@ class DataConfig:
     video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
-    num_video_tokens: int | None = _flag(None, "Tokens per video. Default: read from the features, else the tower.")
+    num_video_tokens: int | None = _flag(
+        None, "Require so many rows of every video's features. Default: each video has as many as its file holds.")
     vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", so that --share_video shares more.')

@@ -9,8 +9,8 @@ from itertools import groupby
 from fastvid.config import InspectConfig, parse
 from fastvid.data.annotations import read_records
 from fastvid.data.conversation import encode_sample, load_tokenizer
-from fastvid.data.features import FeatureFolder, probe_features
-from fastvid.data.video_tokens import video_token_count
+from fastvid.data.features import FeatureFolder
+from fastvid.data.video_tokens import VideoRows, feature_channels, video_token_count
 
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
@@ -36,29 +36,30 @@ def inspect_records(config, tokenizer=None):
             raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
         records = [records[config.index]]
     features = None if config.video_folder is None else FeatureFolder(config.video_folder)
-    rows = video_token_count(
+    otherwise = video_token_count(
         config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
-    feature_fault = cache(lambda name: _feature_fault(name, features, rows))
+    video_rows = VideoRows(features, records, required=config.num_video_tokens, same=config.policy.one_video_length)
+    if config.pretrain_mm_mlp_adapter is None:  # whose own channels would count
+        video_rows.channels = feature_channels(config.model_name_or_path) or video_rows.channels
+
+    @cache
+    def look_at(name):
+        """(rows of a video, why its features cannot be used): the rows are known, or what they might be."""
+        if features is None:
+            return otherwise, None
+        try:
+            return video_rows(name), None
+        except (ValueError, OSError) as error:
+            return otherwise, str(error)
+
     for record in records:
         sample = encode_sample(
-            record, tokenizer, video_tokens=rows, use_start_end=config.mm_use_vid_start_end,
+            record, tokenizer, rows_of=lambda name: look_at(name)[0], use_start_end=config.mm_use_vid_start_end,
             max_length=config.model_max_length, policy=config.policy, version=config.version,
             question_order=config.question_order)
-        remarks = [sample.warning, sample.refused, *map(feature_fault, sample.videos)]
+        remarks = [sample.warning, sample.refused, *(look_at(name)[1] for name in sample.videos)]
         yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
                "warning": "; ".join(filter(None, remarks)) or None}
-
-
-def _feature_fault(name, features, rows):
-    """Why the features of a video cannot be used; None if they can, or if their folder is not known."""
-    if features is None:
-        return None
-    try:
-        path = features.resolve(name)
-        found = probe_features(path)[0]
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None if found == rows else f"{path} has {found} rows instead of {rows}; extract it again with this run's tower"
 
 
 def render(line, tokenizer, colour):

@@ -179,7 +179,7 @@ def explain_not_finite(state, failed):
         One line, the same on every rank.
     """
     batches, _ = state.loader.read(failed)
-    nothing = pack([], state.tokenizer.tokens, state.loader.samples.feature_shape)
+    nothing = pack([], state.tokenizer.tokens, state.loader.samples.channels)
     found = []
     for rank in range(state.world.size):
         for batch in batches:

@@ -110,7 +110,7 @@ def build(config, world):
     samples = SampleSet(config.data_path, tokenizer, features, config)
     model_config = read_model_config(
         config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
-        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.feature_shape[1] or None)
+        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
     samples.fit(model_config.mm_hidden_size)
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None

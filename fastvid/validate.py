@@ -42,8 +42,8 @@ class Report:
 def validate(config: configs.ValidateConfig) -> Report:
     """Check every record, and every feature file that they name, without stopping at what is wrong.
 
-    Features are looked at only with a `video_folder`: existence, shape and size against the header, and that all have
-    the same R and C (R = `num_video_tokens` if that is given).
+    Features are looked at only with a `video_folder`: existence, size against the header, and that all have the same C.
+    R may differ, but under `num_video_tokens`, which is then every video's, and under ``--parity reference``.
 
     Raises:
         ValueError: `video_folder` is no folder.
@@ -60,7 +60,7 @@ def validate(config: configs.ValidateConfig) -> Report:
         for index, record in enumerate(records):
             _check_record(report, seen, record, index, path)
     if config.video_folder is not None:
-        _check_features(report, config.video_folder, config.num_video_tokens)
+        _check_features(report, config)
     return report
 
 
@@ -83,12 +83,12 @@ def _check_record(report, seen, record, index, path):
                    f"{path}: record {index} (from 0, id {record['id']}): {placeholders} <video>, {len(videos)} videos")
 
 
-def _check_features(report, folder, num_video_tokens):
+def _check_features(report, config):
     from tqdm import tqdm
 
     from fastvid.data.features import FeatureFolder, MissingFeatures, probe_features
 
-    features, paths = FeatureFolder(folder), {}
+    features, paths = FeatureFolder(config.video_folder), {}
     for video, count in report.videos.items():
         try:
             paths[video] = features.resolve(video)
@@ -114,12 +114,14 @@ def _check_features(report, folder, num_video_tokens):
                 report.layouts[result] += 1
     if not found:
         return
-    R, C, _ = report.layouts.most_common(1)[0][0]
-    R = num_video_tokens or R
-    for video, layout in found.items():
-        if layout[:2] != (R, C):
-            report.add("features of another shape",
-                       f"video {video!r}: {layout[0]} × {layout[1]} instead of {R} × {C}; extract all with one tower")
+    (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
+    required = config.num_video_tokens
+    if required is None and config.policy.one_video_length:
+        (required, _), = Counter(rows for rows, channels, _ in found.values() if channels == C).most_common(1)
+    for video, (rows, channels, _) in found.items():
+        if channels != C or rows != (required or rows):
+            report.add("features of another shape", f"video {video!r}: {paths[video]} is {rows} × {channels} instead of "
+                       f"{required or 'any number'} × {C}; extract all with one tower")
 
 
 def summary(report: Report) -> str:
@@ -134,6 +136,9 @@ def summary(report: Report) -> str:
         lines.append("features    not looked at: no --video_folder")
     for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
         lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}")
+    if (others := len(report.layouts or ()) - SHOWN) > 0:
+        rows = [R for R, _, _ in report.layouts]
+        lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]

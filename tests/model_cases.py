@@ -51,8 +51,8 @@ def random_sample(generator, text=(9, 7), video=6, answer=3):
     return ids, range(len(ids) - answer - 1, len(ids) - 1)
 
 
-def pack(samples, channels=12, generator=None, video=6):
-    """PackedBatch of [(token ids, supervised rows)] with random features for every run of placeholders."""
+def pack(samples, channels=12, generator=None):
+    """PackedBatch of [(token ids, supervised rows)] with random features for every placeholder."""
     ids = [token for sample, _ in samples for token in sample]
     token_ids = torch.tensor(ids, dtype=torch.int64)
     lengths = [len(sample) for sample, _ in samples]
@@ -62,7 +62,7 @@ def pack(samples, channels=12, generator=None, video=6):
                         dtype=torch.int64)
     video_rows = (token_ids == PATCH).nonzero()[:, 0]
     starts, ends = ((token_ids == token).nonzero()[:, 0] for token in (START, END))
-    features = torch.randn(len(video_rows) // video, video, channels, generator=generator)
+    features = torch.randn(len(video_rows), channels, generator=generator)
     return PackedBatch(
         token_ids=token_ids, positions=torch.tensor(positions, dtype=torch.int32),
         layout=AttentionLayout.of_lengths(lengths), video_rows=video_rows, features=features,

@@ -60,7 +60,7 @@ def batch_of(layout, loss_rows, frozen_rows=0):
     n, rows = int(layout.cu_seqlens_q[-1]), torch.tensor(loss_rows, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
     return PackedBatch(token_ids=torch.arange(n), positions=torch.arange(n, dtype=torch.int32), layout=layout,
-                       video_rows=none, features=torch.empty(0, 0, 4), boundary_rows=none, loss_rows=rows,
+                       video_rows=none, features=torch.empty(0, 4), boundary_rows=none, loss_rows=rows,
                        targets=torch.zeros_like(rows), frozen_rows=frozen_rows)
 
 

@@ -43,7 +43,7 @@ def tokenizers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encode(tokenizers):
     def encode(record, policy=DEFAULT, use_start_end=True, video_tokens=5, max_length=2048):
-        return encode_sample(record, tokenizers[use_start_end], video_tokens=video_tokens,
+        return encode_sample(record, tokenizers[use_start_end], rows_of=lambda name: video_tokens,
                              use_start_end=use_start_end, max_length=max_length, policy=policy)
     return encode
 
@@ -76,7 +76,7 @@ def encode_recorded(llama, config, name, policy):
     tokenizer = llama[use_start_end]
     return encode_sample(
         {"id": name, **video, "conversations": RECORDED["conversations"][name]}, tokenizer, max_length=2048,
-        video_tokens=rows["video_token_len"], use_start_end=use_start_end, policy=policy), tokenizer
+        rows_of=lambda name: rows["video_token_len"], use_start_end=use_start_end, policy=policy), tokenizer
 
 
 @pytest.mark.parametrize(("config", "name"), ENTRIES)
@@ -159,20 +159,20 @@ def test_parity_spans_equal_the_arrays_of_the_reference(encode, tokenizers, mess
     text = f"{SYSTEM['vicuna_v1_1']} "
     for i, message in enumerate(messages):
         text += ("ASSISTANT:" if i % 2 else "USER:") + (f" {message}" + ("</s>" if i % 2 else " ") if message else "")
-    expected = reference_labels(text, sample.token_ids, tokenizer, tokenizer.video_ids(5), max_length)
+    expected = reference_labels(text, sample.token_ids, tokenizer, [tokenizer.video_ids(5)], max_length)
     labels = [False] * len(sample.token_ids)
     for start, end in sample.supervised:
         assert start < end
         labels[start:end] = [True] * (end - start)
     assert labels == expected
-    assert sample.token_ids == [tokenizer.bos, *tokenizer.encode(text, tokenizer.video_ids(5))][:max_length]
+    assert sample.token_ids == [tokenizer.bos, *tokenizer.encode(text, [tokenizer.video_ids(5)])][:max_length]
 
 
 @given(st.lists(st.tuples(MESSAGE, MESSAGE.filter(bool)), min_size=1, max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_default_spans_hold_each_answer_and_its_end_and_nothing_else(encode, tokenizers, turns):
     sample = encode(record(*[text for turn in turns for text in turn]), max_length=10_000)
-    tokenizer, video_ids = tokenizers[True], tokenizers[True].video_ids(5)
+    tokenizer, video_ids = tokenizers[True], [tokenizers[True].video_ids(5)]
     assert len(sample.supervised) == len(turns)
     for (start, end), (_, answer) in zip(sample.supervised, turns):
         # ":" ends the prompt's last token, and the answer is encoded after it: "▁" begins a token there.
@@ -278,7 +278,7 @@ def test_a_record_is_not_changed_by_encoding(encode):
 
 def test_unknown_template_is_an_error(tokenizers):
     with pytest.raises(ValueError, match="--version v0"):
-        encode_sample(record("a", "b"), tokenizers[True], video_tokens=5, use_start_end=True, max_length=99,
+        encode_sample(record("a", "b"), tokenizers[True], rows_of=lambda name: 5, use_start_end=True, max_length=99,
                       policy=DEFAULT, version="v0")
     with pytest.raises(ValueError, match="--conv_mode mpt"):
         inference_prompt("a", tokenizers[True], video_tokens=5, use_start_end=True, conv_mode="mpt")

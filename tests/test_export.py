@@ -73,7 +73,7 @@ def load_vocabulary(path):
 def text_batch(ids):
     empty = torch.empty(0, dtype=torch.int64)
     positions, layout = torch.arange(len(ids), dtype=torch.int32), AttentionLayout.of_lengths([len(ids)])
-    return PackedBatch(torch.tensor(ids), positions, layout, empty, torch.empty(0, 3, C), empty, empty, empty)
+    return PackedBatch(torch.tensor(ids), positions, layout, empty, torch.empty(0, C), empty, empty, empty)
 
 
 def logits(model, ids):

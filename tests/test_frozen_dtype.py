@@ -273,8 +273,7 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
     """What the estimate says of everything but the weights holds for quantised ones as it does for plain ones."""
     generator = torch.Generator().manual_seed(0)
     config = model_config(num_layers=4, **SIZES)
-    batch = pack([random_sample(generator, text=(9, 30), video=150, answer=20) for _ in range(2)], generator=generator,
-                 video=150)
+    batch = pack([random_sample(generator, text=(9, 30), video=150, answer=20) for _ in range(2)], generator=generator)
     options = {"compute_dtype": torch.bfloat16, "recompute": recompute}
     peaks, estimates = [], []
     for model, stored in ((random_model(config, **options), None),

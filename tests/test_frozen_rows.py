@@ -76,7 +76,7 @@ def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch
         ids[:PREFIX] = [5, 6, 7, 8]
     plain = pack(samples, generator=generator)
     batch = pack_frozen(samples, PREFIX, plain.features)
-    assert len(plain.features) == 4
+    assert len(plain.features) == 4 * 6
 
     config = model_config(num_kv_heads=2)
     model = random_model(config, compute_dtype=torch.bfloat16, fp32_residual=True, recompute=recompute)

@@ -102,18 +102,28 @@ def test_missing_features_are_shown_with_their_tokens_and_a_warning(model, data,
     assert bare[0]["warning"] is None and "clip.pkl" in lines[0]["warning"] and "../data.json" in lines[1]["warning"]
 
 
-def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_path):
+@pytest.mark.parametrize("more, expected", [
+    ([], None), (["--parity", "reference"], "[3, 4]"), (["--num_video_tokens", "3"], "[3, 4]")])
+def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_path, more, expected):
     folder = tmp_path / "features"
     folder.mkdir()
-    for name, rows in (("good", 3), ("short", 2)):
-        save_features(folder / f"{name}.safetensors", torch.ones(rows, 4), {})
+    for name, rows, channels in (("good", 3, 4), ("short", 2, 4), ("wide", 3, 5)):
+        save_features(folder / f"{name}.safetensors", torch.ones(rows, channels), {})
     (folder / "evil.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
-    path = data(*(record("<video>", "cat", video=name) for name in ("good", "short", "evil", "evil")))
+    path = data(*(record("<video>", "cat", video=name) for name in ("good", "short", "evil", "evil", "wide")))
     lines = inspect_records(parse(InspectConfig, [
-        "--model_name_or_path", str(model), "--data_path", str(path), "--video_folder", str(folder)]))
+        "--model_name_or_path", str(model), "--data_path", str(path), "--video_folder", str(folder), *more]))
+    lines = list(lines)
+    patch = load_tokenizer(model, False).tokens.patch
+    assert [line["input_ids"].count(patch) for line in lines] == [3, 3 if expected else 2, 3, 3, 3]
     warnings = [line["warning"] for line in lines]
-    assert warnings[0] is None and "short.safetensors has 2 rows instead of 3" in warnings[1]
+    assert warnings[0] is None
+    if expected is None:
+        assert warnings[1] is None
+    else:
+        assert f"short.safetensors: features are [2, 4], expected {expected}" in warnings[1]
     assert "names posix.system" in warnings[2] and warnings[3] == warnings[2]
+    assert f"wide.safetensors: features are [3, 5], expected {expected or '[any number, 4]'}" in warnings[4]
     assert not (tmp_path / "ran").exists()
 
 

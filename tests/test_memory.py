@@ -16,7 +16,7 @@ MODES = ["none", "selective", "full"]
 def batch(video=150, samples=2):
     generator = torch.Generator().manual_seed(0)
     samples = [random_sample(generator, text=(9, 30), video=video, answer=20) for _ in range(samples)]
-    return pack(samples, channels=24, generator=generator, video=video).parted()
+    return pack(samples, channels=24, generator=generator).parted()
 
 
 def options(rows, **changes):

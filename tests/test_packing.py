@@ -15,6 +15,7 @@ TOKENS = VideoTokens(patch=50, start=51, end=52, vocab_size=53)
 BARE = VideoTokens(patch=50, start=None, end=None, vocab_size=51)
 SYSTEM = (1, 7, 7, 3)
 ROWS = 3
+ROWS_OF = {"b": 1}  # of the other videos: ROWS
 
 
 def sample(name, ids, supervised, videos=()):
@@ -23,43 +24,53 @@ def sample(name, ids, supervised, videos=()):
 
 def features(name):
     """A video's features: its name in every place."""
-    return torch.full((ROWS, 2), float(ord(name[0])))
+    return torch.full((ROWS_OF.get(name, ROWS), 2), float(ord(name[0])))
 
 
 def test_pack_lays_samples_end_to_end():
     video = sample("v", [1, 7, 51, 50, 50, 50, 52, 8, 9, 2], [(8, 10)], ["v"])
     text = sample("t", [1, 5, 6, 2, 4, 2], [(2, 4), (5, 6)])
     rows = torch.arange(12, dtype=torch.float16).view(3, 4)
-    batch = pack([(text, []), (video, [rows])], TOKENS, (3, 4))
+    batch = pack([(text, []), (video, [rows])], TOKENS, 4)
     assert batch.token_ids.tolist() == text.token_ids + video.token_ids
     assert batch.positions.tolist() == [*range(6), *range(10)] and batch.positions.dtype == torch.int32
     assert batch.layout.cu_seqlens_q.tolist() == [0, 6, 16] and batch.layout.max_seqlen_q == 10
     assert batch.layout.cu_seqlens_k is batch.layout.cu_seqlens_q and batch.layout.kv_rows is None
     assert batch.video_rows.tolist() == [9, 10, 11] and batch.boundary_rows.tolist() == [8, 12]
     assert batch.token_ids[batch.boundary_rows].tolist() == [51, 52]
-    assert torch.equal(batch.features, rows[None])
+    assert torch.equal(batch.features, rows)
     assert batch.loss_rows.tolist() == [1, 2, 4, 13, 14]
     assert batch.targets.tolist() == [6, 2, 2, 9, 2] == batch.token_ids[batch.loss_rows + 1].tolist()
     assert batch.sample_ids == ["t", "v"]
     assert (batch.prefix_rows, batch.frozen_rows, batch.sample_rows) == (0, 0, 16)
 
 
+def test_videos_of_different_rows_lie_end_to_end():
+    ids = [1, 51, 50, 52, 51, 50, 50, 50, 50, 52, 4, 51, 50, 50, 52, 2]
+    videos = [torch.full((rows, 4), float(rows)) for rows in (1, 4, 2)]
+    batch = pack([(sample("three", ids, [(15, 16)], "abc"), videos)], TOKENS, 4)
+    assert batch.features.shape == (7, 4) and batch.features[:, 0].tolist() == [1, 4, 4, 4, 4, 2, 2]
+    assert batch.video_rows.tolist() == [2, 5, 6, 7, 8, 12, 13] and batch.boundary_rows.tolist() == [1, 3, 4, 9, 11, 14]
+    with pytest.raises(AssertionError, match="three: placeholders and features differ"):
+        pack([(sample("three", ids, [(15, 16)], "abc"), videos[:2])], TOKENS, 4)
+
+
 def test_pack_several_videos_and_mixed_precision():
     two = sample("two", [1, 51, 50, 50, 52, 51, 50, 50, 52, 2], [(9, 10)], ["a", "b"])
-    batch = pack([(two, [torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.float16)])], TOKENS, (2, 4))
+    batch = pack([(two, [torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.float16)])], TOKENS, 4)
     assert batch.video_rows.tolist() == [2, 3, 6, 7] and batch.boundary_rows.tolist() == [1, 4, 5, 8]
-    assert batch.features.dtype == torch.float32 and batch.features[:, 0, 0].tolist() == [1, 0]
+    assert batch.features.dtype == torch.float32 and batch.features[:, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_pack_without_start_and_end_tokens():
-    batch = pack([(sample("v", [1, 50, 50, 2], [(3, 4)], ["v"]), [torch.ones(2, 4)])], BARE, (2, 4))
+    batch = pack([(sample("v", [1, 50, 50, 2], [(3, 4)], ["v"]), [torch.ones(2, 4)])], BARE, 4)
     assert batch.boundary_rows.numel() == 0 and batch.video_rows.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_pack_of_nothing_is_one_row_with_a_gradient(frozen):
-    batch = pack([], TOKENS, (ROWS, 2), prefix=SYSTEM, frozen=frozen, share=True)
-    assert batch.num_rows == 1 and batch.num_supervised == 0 and batch.features.shape == (0, ROWS, 2)
+    batch = pack([], TOKENS, 2, prefix=SYSTEM, frozen=frozen, share=True)
+    assert batch.num_rows == 1 and batch.num_supervised == 0 and batch.features.shape == (0, 2)
     assert (batch.prefix_rows, batch.frozen_rows, batch.sample_rows) == (0, 0, 0)
 
 
@@ -69,7 +80,7 @@ VIDEO = [51, 50, 50, 50, 52]
 def test_frozen_rows_come_first_and_the_kept_prefix_is_not_packed():
     first = sample("f", [*SYSTEM, *VIDEO, 8, 9, 2], [(10, 12)], ["f"])
     last = sample("l", [*SYSTEM, 4, 5, *VIDEO, 9, 2], [(12, 13)], ["l"])
-    batch = pack([(first, [features("f")]), (last, [features("l")])], TOKENS, (ROWS, 2), prefix=SYSTEM, frozen=True)
+    batch = pack([(first, [features("f")]), (last, [features("l")])], TOKENS, 2, prefix=SYSTEM, frozen=True)
     assert batch.token_ids.tolist() == [4, 5, *VIDEO, 8, 9, 2, *VIDEO, 9, 2]
     assert batch.positions.tolist() == [4, 5, *range(4, 12), *range(6, 13)]
     assert (batch.prefix_rows, batch.frozen_rows, batch.sample_rows) == (4, 2, 25)
@@ -82,7 +93,7 @@ def test_frozen_rows_come_first_and_the_kept_prefix_is_not_packed():
 
 def test_a_frozen_batch_without_videos_keeps_one_sample_with_a_gradient():
     texts = [(sample(name, [*SYSTEM, 5, 6, 2], [(6, 7)]), []) for name in "ab"]
-    batch = pack(texts, TOKENS, (ROWS, 2), prefix=SYSTEM, frozen=True)
+    batch = pack(texts, TOKENS, 2, prefix=SYSTEM, frozen=True)
     assert batch.num_rows == 6 and batch.frozen_rows == 3
 
 
@@ -91,14 +102,14 @@ def test_shared_rows_stand_once():
     other = sample("d", [*SYSTEM, 4, 5, *VIDEO, 9, 2], [(12, 13)], ["v"])
     alone = sample("e", [*SYSTEM, *VIDEO, 9, 2], [(10, 11)], ["w"])
     samples = [(s, [features(s.videos[0])]) for s in (*group, other, alone)]
-    batch = pack(samples, TOKENS, (ROWS, 2), prefix=SYSTEM, share=True)
+    batch = pack(samples, TOKENS, 2, prefix=SYSTEM, share=True)
     lengths = batch.layout.cu_seqlens_q.diff().tolist()
     assert lengths == [4, 5, 3, 3, 3, 9, 7]  # system prompt, video, three branches, question first, another video
-    assert batch.features[:, 0, 0].tolist() == [*map(float, map(ord, "vvw"))]
+    assert batch.features[::ROWS, 0].tolist() == [*map(float, map(ord, "vvw"))]
     assert batch.sample_rows == 3 * 12 + 13 + 11
-    frozen = pack(samples, TOKENS, (ROWS, 2), prefix=SYSTEM, frozen=True, share=True)
+    frozen = pack(samples, TOKENS, 2, prefix=SYSTEM, frozen=True, share=True)
     assert frozen.layout.cu_seqlens_q.diff().tolist() == [2, 5, 3, 3, 3, 7, 7] and frozen.frozen_rows == 2
-    pair = pack(samples[:2], TOKENS, (ROWS, 2), prefix=SYSTEM, share=True)
+    pair = pack(samples[:2], TOKENS, 2, prefix=SYSTEM, share=True)
     assert pair.layout.cu_seqlens_q.diff().tolist() == [9, 3, 3], "who shares the video needs no cut before it"
 
 
@@ -112,8 +123,9 @@ def any_samples(draw):
         videos = draw(st.sampled_from([[], ["a"], ["a"], ["b"], ["a", "b"]]))
         marks = draw(st.sampled_from([True, True, False]))
         ids = [*(SYSTEM if draw(st.sampled_from([True, True, False])) else (1,)), *draw(texts)]
-        for at, _ in enumerate(videos):
-            ids += ([51, 50, 50, 50, 52] if marks else [50, 50, 50]) + (draw(texts) if at + 1 < len(videos) else [])
+        for at, name in enumerate(videos):
+            patches = [50] * ROWS_OF.get(name, ROWS)
+            ids += ([51, *patches, 52] if marks else patches) + (draw(texts) if at + 1 < len(videos) else [])
         ids += [*draw(texts), 2]
         starts = sorted(draw(st.sets(st.integers(1, len(ids) - 1), max_size=3)))
         spans = [(start, draw(st.integers(start + 1, end))) for start, end in zip(starts, [*starts[1:], len(ids)])]
@@ -127,7 +139,7 @@ def seen(batch, prefix):
     """Each supervised row's (what it attends to, its target): token, position and features of every key."""
     n = batch.prefix_rows
     rows = [(token, at, None) for at, token in enumerate(prefix[:n])]
-    values = dict(zip(batch.video_rows.tolist(), batch.features.flatten(0, 1)[:, 0].tolist(), strict=True))
+    values = dict(zip(batch.video_rows.tolist(), batch.features[:, 0].tolist(), strict=True))
     rows += [(token, at, values.get(row)) for row, (token, at) in enumerate(
         zip(batch.token_ids.tolist(), batch.positions.tolist(), strict=True))]
     layout = batch.layout
@@ -148,11 +160,15 @@ def seen(batch, prefix):
 @given(any_samples(), st.booleans(), st.booleans(), st.sampled_from([(), SYSTEM]))
 def test_every_row_sees_what_it_would_see_alone(given_samples, frozen, share, prefix):
     tokens, samples = given_samples
-    batch = pack(samples, tokens, (ROWS, 2), prefix=prefix, frozen=frozen, share=share)
+    batch = pack(samples, tokens, 2, prefix=prefix, frozen=frozen, share=share)
     contexts, supervised = seen(batch, prefix)
+    boundaries = list(zip(*[iter(batch.boundary_rows.tolist())] * 2))
+    assert batch.token_ids[batch.boundary_rows].tolist() == [tokens.start, tokens.end] * len(boundaries)
+    assert tokens.start is None or [row for start, end in boundaries for row in range(start + 1, end)] == \
+        batch.video_rows.tolist()
     apart = Counter()
     for one in samples:
-        apart.update(seen(pack([one], tokens, (ROWS, 2)), ())[1])
+        apart.update(seen(pack([one], tokens, 2), ())[1])
     assert supervised == apart
     starts = {tokens.patch} if tokens.start is None else {tokens.start}
     live = [any(token in starts for token, _, _ in context) for context in contexts]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data.pickled_array import read_array, write_array
+from fastvid.data.pickled_array import probe_array, read_array, write_array
 
 ARRAY = (np.arange(15, dtype=np.float16) / 7).reshape(5, 3)
 # What cPickle of Python 2 writes for np.array([[1, 2]], "f2"), and what numpy 1 writes with protocol 4 and 5.
@@ -41,6 +41,39 @@ def test_pickles_of_numpy_1(protocol):
         data = data.replace(bytes([len(module)]) + module, bytes([len(old)]) + old)
     assert b"_core" not in data
     np.testing.assert_array_equal(read_array(data), ARRAY)
+
+
+class Counting:
+    """A file that counts the bytes that are read from it."""
+
+    def __init__(self, file):
+        self.file, self.bytes = file, 0
+        self.fileno, self.tell, self.seek, self.readline = file.fileno, file.tell, file.seek, file.readline
+
+    def read(self, *size):
+        data = self.file.read(*size)
+        self.bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("dtype", ["f2", "f4", ">f4"])
+def test_the_shape_is_found_without_the_values(tmp_path, protocol, dtype):
+    array = np.arange(9000, dtype=dtype).reshape(100, 90)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(array, protocol))
+    with open(tmp_path / "a.pkl", "rb") as file:
+        counting = Counting(file)
+        assert probe_array(counting) == (100, 90, array.dtype.newbyteorder("="))
+    assert protocol not in (3, 4) or counting.bytes < 1000, "Python 3's default, and what we write"
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:9000], lambda data: data + b"more"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_cut_and_lengthened_files_have_no_shape(tmp_path, change, protocol):
+    data = pickle.dumps(np.ones((100, 90), np.float16), protocol)
+    (tmp_path / "a.pkl").write_bytes(change(data))
+    with open(tmp_path / "a.pkl", "rb") as file, pytest.raises(ValueError):
+        probe_array(file)
 
 
 def test_pickles_of_python_2():

@@ -56,7 +56,7 @@ class Trainer:
         self.batches = []
         for i in range(world.rank, SAMPLES, world.size):
             batch = pack(samples[i:i + 1], channels=256)
-            batch.features.copy_(features[i:i + 1])
+            batch.features.copy_(features[i])
             self.batches.append(batch)
 
     def step(self, step):

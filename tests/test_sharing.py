@@ -48,9 +48,9 @@ def test_the_gradient_of_a_group_is_that_of_its_samples_apart(run, mode, order):
     state = build(run, "--share_video", "--question_order", order, *mode)
     loader = state.loader
     samples = [loader.samples.read(index) for index in range(len(loader.samples))]
-    tokens, shape = state.tokenizer.tokens, loader.samples.feature_shape
-    shared = pack(samples, tokens, shape, **loader.packing)
-    apart = [pack([one], tokens, shape) for one in samples]
+    tokens, channels = state.tokenizer.tokens, loader.samples.channels
+    shared = pack(samples, tokens, channels, **loader.packing)
+    apart = [pack([one], tokens, channels) for one in samples]
     saved = sum(batch.num_rows for batch in apart) - shared.num_rows
     videos = 4 * (2 if order == "video_first" else 1) * (8 + 2)
     system = len(system_prefix(state.tokenizer)) * (SAMPLES + 2 - bool(mode))
@@ -133,7 +133,7 @@ def test_videos_at_a_questions_end_come_first(question, expected):
 
 def test_question_order_reaches_the_tokens(run):
     state = build(run)
-    options = dict(video_tokens=4, use_start_end=True, max_length=512, policy=state.config.policy)
+    options = dict(rows_of=lambda name: 4, use_start_end=True, max_length=512, policy=state.config.policy)
     last, first = (record(text, "<video>" if text.endswith("<video>") else "cat") for text in (
         "what is red\n<video>", "<video>\nwhat is red"))
     last["conversations"][1]["value"] = "cat"
@@ -147,7 +147,7 @@ def test_question_order_reaches_the_tokens(run):
 def test_a_question_is_asked_in_the_order_that_was_trained(run, order):
     tokenizer = build(run).tokenizer
     trained = encode_sample(record("what is red\n<video>", "cat", "why", "red"), tokenizer, question_order=order,
-                            video_tokens=4, use_start_end=True, max_length=512, policy=POLICIES["none"])
+                            rows_of=lambda name: 4, use_start_end=True, max_length=512, policy=POLICIES["none"])
     asked = inference_prompt("why", tokenizer, video_tokens=4, use_start_end=True, conv_mode="vicuna_v1_1",
                              history=[("what is red", "cat")], question_order=order)
     assert asked == trained.token_ids[:len(asked)] and len(asked) <= trained.supervised[1][0]

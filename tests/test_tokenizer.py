@@ -132,8 +132,16 @@ def test_white_space_is_stripped_around_video_tokens_only(kind, request):
     start, end = tokenizer.tokens.start, tokenizer.tokens.end
     assert tokenizer.encode("a \n<vid_start>\u3000 b") == [*tokenizer.encode("a"), start, *tokenizer.encode("b")]
     assert tokenizer.encode("a </s> b") == [*tokenizer.encode("a "), tokenizer.eos, *tokenizer.encode(" b")]
-    assert tokenizer.encode("a\n<video> b", [start, 7, end]) == [
+    assert tokenizer.encode("a\n<video> b", [[start, 7, end]]) == [
         *tokenizer.encode("a"), start, 7, end, *tokenizer.encode("b")]
+
+
+def test_each_video_becomes_its_own_ids_and_those_beyond_the_last_become_its(plain):
+    tokenizer = load_tokenizer(plain, True)
+    one, two = tokenizer.video_ids(3), tokenizer.video_ids(1)
+    a, b = tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.encode("<video>a<video>b<video>", [one, two]) == [*one, *a, *two, *b, *two]
+    assert len(one) == 5 and len(two) == 3
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])

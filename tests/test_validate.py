@@ -77,11 +77,25 @@ def test_several_videos_of_one_record(data):
 
 def test_features_of_another_shape(data):
     save_features(data / "features" / "c.safetensors", torch.ones(7, 3), {})
-    records = [{"id": name, "video": f"{name}.pkl", "conversations": TURNS} for name in "abc"]
+    save_features(data / "features" / "d.safetensors", torch.ones(5, 4), {})
+    records = [{"id": name, "video": f"{name}.pkl", "conversations": TURNS} for name in "abcd"]
     report = _check(data, records)
     assert report.problems == {"features of another shape": 1}
-    assert "'c.pkl': 7 × 3 instead of 5 × 3" in report.examples["features of another shape"][0]
-    assert _check(data, records, num_video_tokens=7).problems == {"features of another shape": 2}
+    assert "d.safetensors is 5 × 4 instead of any number × 3" in report.examples["features of another shape"][0]
+    report = _check(data, records, parity="reference")
+    assert report.problems == {"features of another shape": 2}
+    assert "c.safetensors is 7 × 3 instead of 5 × 3" in report.examples["features of another shape"][0]
+    assert _check(data, records, num_video_tokens=7).problems == {"features of another shape": 3}
+
+
+def test_videos_of_any_number_of_rows_are_no_problem(data):
+    for rows in range(1, 5):
+        save_features(data / "features" / f"{rows}.safetensors", torch.ones(rows, 3), {})
+    names = [*"ab", *range(1, 5)]
+    report = _check(data, [{"id": "x", "video": f"{name}.pkl", "conversations": TURNS} for name in names])
+    assert not report.problems and report.layouts.total() == 6
+    text = validate.summary(report)
+    assert "2 of 5 × 3 float16" in text and "… and 2 more shapes; 1 to 5 rows in all" in text
 
 
 def test_repeated_records_are_counted_and_no_problem(data):

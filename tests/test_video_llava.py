@@ -84,7 +84,7 @@ def recorded_batch(recorded, variant, key, *, start_end):
     # A row predicts the next row's label; a sample's first label is never predicted.
     predicted = (targets >= 0).nonzero()[:, 0]
     boundaries = [(tokens == token).nonzero()[:, 0] for token in (32001, 32002)]
-    features = torch.stack([torch.from_numpy(tiny.features(variant, i)) for i in (0, 1)])
+    features = torch.cat([torch.from_numpy(tiny.features(variant, i)) for i in (0, 1)])
     return PackedBatch(
         token_ids=tokens, positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
         layout=AttentionLayout.of_lengths(lengths), video_rows=(tokens == 32000).nonzero()[:, 0], features=features,
@@ -227,8 +227,8 @@ def test_several_videos_in_a_sample_and_mixed_samples():
     samples = [one, text, joined]
     whole = pack(samples, generator=generator)
     first, last = pack([one]), pack([joined])
-    parts = [dataclasses.replace(first, features=whole.features[:1]), pack([text]),
-             dataclasses.replace(last, features=whole.features[1:])]
+    parts = [dataclasses.replace(first, features=whole.features[:6]), pack([text]),
+             dataclasses.replace(last, features=whole.features[6:])]
     loss, together = loss_and_gradients(random_model(), whole)
     total, apart = loss_and_gradients(random_model(), *parts)
     assert loss == pytest.approx(total, rel=1e-6)

@@ -1,6 +1,6 @@
 """Records and feature files to packed batches, read ahead of the step that needs them.
 
-Dimensions: R rows per video, C channels.
+Dimensions: R rows of one video, C channels of the vision tower.
 """
 
 import logging
@@ -12,6 +12,7 @@ from fastvid.data.lengths import measure
 from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.data.packing import pack
 from fastvid.data.sharing import Groups
+from fastvid.data.video_tokens import VideoRows
 from fastvid.data.workers import Ahead
 
 log = logging.getLogger("fastvid")
@@ -32,7 +33,7 @@ class SampleSet:
 
     Attributes:
         counts: samples of each file.
-        feature_shape: (R, C) of every video; R is 0 where the set holds none.
+        rows_of: `VideoRows`: from a video's name to its rows.
     """
 
     def __init__(self, paths, tokenizer, features, config):
@@ -49,33 +50,28 @@ class SampleSet:
             self._report_bad(bad)
         if not self.records:
             raise ValueError(f"{', '.join(map(str, paths))}: no usable record")
-        self.feature_shape = self._first_feature_shape()
+        self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
+                                 same=config.policy.one_video_length)
+        if self.rows_of.fault:
+            raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
 
-    def _first_feature_shape(self):
-        reason = None
-        for record in self.records:
-            for name in record_videos(record):
-                try:
-                    return tuple(self.features.load(name)[0].shape)
-                except (ValueError, OSError) as error:
-                    reason = reason or error
-        if reason:
-            raise ValueError(f"no feature file can be read; the first one: {reason}")
-        return 0, 0
+    @property
+    def channels(self):
+        """C of all features: those of the first, or the model's since `fit`; 0 where neither is known."""
+        return self.rows_of.channels
 
-    def fit(self, channels, video_tokens=None):
-        """Check the features' shape against the model's (and another set's), before any step is made.
+    def fit(self, channels, required=None):
+        """Take features of the model's `channels` only, and check the first video's, before any step is made.
+
+        Args:
+            required: rows that the training set requires of every video, which then hold for this set; None: as it is.
 
         Raises:
-            ValueError: it is another.
+            ValueError: that video has another shape.
         """
-        rows, found = self.feature_shape
-        expected = video_tokens or self.config.num_video_tokens or rows
-        if rows and (rows, found) != (expected, channels):
-            raise ValueError(
-                f"{self.features.folder}: features are [{rows}, {found}] per video, the model and --num_video_tokens "
-                f"want [{expected}, {channels}]; extract them with this model's vision tower")
-        self.feature_shape = expected, channels
+        self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
+        if self.rows_of.first is not None:
+            self.rows_of(self.rows_of.first[0])
 
     def check_some(self, limit=64):
         """Look at some samples spread over the set.
@@ -110,7 +106,7 @@ class SampleSet:
         """Tokens of one sample; `fastvid.data.conversation.EncodedSample`."""
         config = self.config
         return encode_sample(
-            self.records[index], self.tokenizer, video_tokens=self.feature_shape[0], version=config.version,
+            self.records[index], self.tokenizer, rows_of=self.rows_of, version=config.version,
             use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy,
             question_order=config.question_order)
 
@@ -137,9 +133,9 @@ class SampleSet:
                 features, _ = self.features.load(name)
             except (ValueError, OSError) as error:
                 raise SampleSkipped(f"{sample.id}: {error}") from error
-            if tuple(features.shape) != self.feature_shape:
-                raise SampleSkipped(f"{sample.id}: {name} has shape {tuple(features.shape)}, expected "
-                                    f"{self.feature_shape}; extract it again with this run's tower")
+            if tuple(features.shape) != self.features.shape(name):
+                raise SampleSkipped(f"{sample.id}: {self.features.resolve(name)} was {list(self.features.shape(name))} when "
+                                    f"this run first looked, is {list(features.shape)} now; start the run again")
             loaded[name] = features
         return sample, [loaded[name] for name in sample.videos]
 
@@ -182,7 +178,7 @@ class Loader:
                     sample = usable[-1][0]
                     if sample.warning:
                         odd.append((sample.id, sample.warning, None))
-            batches.append(pack(usable, samples.tokenizer.tokens, samples.feature_shape, **self.packing))
+            batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
     def iterate(self, first_step=0):
@@ -234,7 +230,6 @@ def evaluation_loader(config, training, world):
     """
     trained = training.samples
     samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
-    rows, channels = trained.feature_shape
-    samples.fit(channels, rows)
+    samples.fit(trained.channels, trained.rows_of.required)
     order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
     return Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing)

@@ -1,4 +1,4 @@
-"""From a record to token ids and the spans of them that are supervised; prompts for inference. Pure functions.
+"""From a record to token ids and the spans of them that are supervised; prompts for inference.
 
 The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {answer}</s>USER: …``.
 """
@@ -47,14 +47,15 @@ class EncodedSample:
     refused: str | None = None
 
 
-def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length, policy, version="v1",
+def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, policy, version="v1",
                   question_order="reference"):
     """Token ids and supervised spans of one training record.
 
     Args:
         record: as `fastvid.data.annotations` describes it; anything else is refused, not raised.
         tokenizer: `VideoTokenizer`, loaded with the same `use_start_end`.
-        video_tokens: rows per video (temporal + spatial).
+        rows_of: from a video's name to its rows, which may differ from video to video; where it raises ValueError or
+            OSError (features that cannot be used) the record is refused.
         max_length: longest sample in tokens, BOS included; what is beyond it is cut off.
         policy: `fastvid.config.Policy`.
         version: training template.
@@ -86,7 +87,11 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
     if videos:
         texts[::2] = [ordered(question, question_order) for question in texts[::2]]
     prompt, answers = _prompt(system, texts)
-    video_ids = tokenizer.video_ids(video_tokens) if videos else None
+    try:
+        rows = [rows_of(name) for name in videos]
+    except (ValueError, OSError) as error:
+        return EncodedSample(name, videos=videos, refused=str(error))
+    video_ids = [tokenizer.video_ids(number) for number in rows] or None
     ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
     ids.insert(0, tokenizer.bos)
     length = len(ids)
@@ -98,7 +103,7 @@ def encode_sample(record, tokenizer, *, video_tokens, use_start_end, max_length,
         supervised = [(start, min(end, len(ids))) for start, end in spans if start < min(end, len(ids))]
         warning = _warning(turns, starts_with_answer, videos)
     refused = None if fault is None else describe(fault)
-    refused = refused or _video_fault(prompt, ids, tokenizer.tokens, videos, video_tokens, length)
+    refused = refused or _video_fault(prompt, ids, tokenizer.tokens, rows, length)
     # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
     if not supervised and not policy.mask_by_retokenizing:
         refused = refused or (f"no supervised token: no answer within the first {max_length} of {length} tokens "
@@ -213,14 +218,16 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
         (spans, the message that the reference prints when it masks the whole sample)
     """
     separator = f" {ASSISTANT}: "
-    spans, current = [], 1
+    spans, current, seen = [], 1, 0
     for text in prompt.split(EOS):
         parts = text.split(separator)
         if len(parts) != 2:
             break
         # The reference counts BOS in both lengths: in the first it takes off two, in the second it stands for </s>.
-        start = current + len(tokenizer.encode(parts[0] + separator, video_ids)) - 1
-        current += len(tokenizer.encode(text, video_ids)) + 1
+        left = video_ids and video_ids[min(seen, len(video_ids) - 1):]
+        start = current + len(tokenizer.encode(parts[0] + separator, left)) - 1
+        current += len(tokenizer.encode(text, left)) + 1
+        seen += text.count(VIDEO)
         if start < min(current, len(ids)):
             spans.append((start, min(current, len(ids))))
     total = sum(i != tokenizer.unk for i in ids)
@@ -237,16 +244,16 @@ def _placeholder_fault(text, tokens):
     return None
 
 
-def _video_fault(prompt, ids, tokens, videos, video_tokens, length):
-    """Why the sample's placeholders do not fit its videos; None if they do."""
-    if (fault := _placeholder_fault(prompt, tokens)) or not videos:
+def _video_fault(prompt, ids, tokens, rows, length):
+    """Why the sample's placeholders do not fit its videos, which have `rows` each; None if they do."""
+    if (fault := _placeholder_fault(prompt, tokens)) or not rows:
         return fault
     count = prompt.count(VIDEO)
-    if count != len(videos):
-        return (f"{count} {VIDEO} in the text for {len(videos)} video{'s' * (len(videos) != 1)}; "
+    if count != len(rows):
+        return (f"{count} {VIDEO} in the text for {len(rows)} video{'s' * (len(rows) != 1)}; "
                 "a record of several videos lists them as \"videos\", one for each placeholder")
     kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
-    if kept < count * (video_tokens if tokens.end is None else 1):
+    if kept < (sum(rows) if tokens.end is None else count):
         return (f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
                 "or put the video before the long text")
     return None

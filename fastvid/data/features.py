@@ -6,7 +6,7 @@ Two formats, by ending:
 
 This is the one place that opens a path which a data file names.
 
-Dimensions: R rows per video (num_temporal + P), C channels of the vision tower.
+Dimensions: R rows of one video (extraction: num_temporal + patches; any number is read), C channels of the vision tower.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data.files import atomic_file
-from fastvid.data.pickled_array import read_array, write_array
+from fastvid.data.pickled_array import probe_array, read_array, write_array
 
 SUFFIXES = (".safetensors", ".pkl")  # in the order in which a folder that has both is read
 _TENSOR = "features"
@@ -71,7 +71,7 @@ def load_features(path) -> tuple[Tensor, dict]:
         OSError: the file cannot be opened.
     """
     if _suffix(path) == ".pkl":
-        return torch.from_numpy(_read_pickle(path)), {}
+        return torch.from_numpy(_of_pickle(path, read_array, Path(path).read_bytes())), {}
     with open(path, "rb", buffering=0) as file:
         dtype, shape, header = _read_header(file, path)
         features_RC = torch.empty(shape, dtype=dtype)
@@ -81,14 +81,15 @@ def load_features(path) -> tuple[Tensor, dict]:
 
 
 def probe_features(path) -> tuple[int, int, torch.dtype]:
-    """R, C and dtype of a feature file. Reads the values of a .pkl only, which has no header.
+    """R, C and dtype of a feature file, mostly without reading its values.
 
     Raises:
         ValueError, OSError: as `load_features`.
     """
     if _suffix(path) == ".pkl":
-        array_RC = _read_pickle(path)
-        return *array_RC.shape, torch.from_numpy(array_RC).dtype
+        with open(path, "rb") as file:
+            R, C, dtype = _of_pickle(path, probe_array, file)
+        return R, C, torch.from_numpy(np.empty(0, dtype)).dtype
     with open(path, "rb", buffering=0) as file:
         dtype, shape, _ = _read_header(file, path)
     return *shape, dtype
@@ -101,11 +102,9 @@ def _suffix(path):
     return suffix
 
 
-def _read_pickle(path) -> np.ndarray:
-    with open(path, "rb") as file:
-        content = file.read()
+def _of_pickle(path, read, content):
     try:
-        return read_array(content)
+        return read(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from error
 
@@ -170,11 +169,22 @@ class FeatureFolder:
             raise ValueError(f"--video_folder {folder} is no folder; give the one that feature extraction wrote to")
         self._root = os.path.realpath(folder)
         self._listings = {"": _scan(self._root)}
+        self._shapes = {}
         self._read_as = {}  # file of a shortened name: the one video that it may stand for
 
     def load(self, name: str) -> tuple[Tensor, dict]:
         """`load_features` of the file that `name` means."""
         return load_features(self.resolve(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(R, C) of the file that `name` means. Its header is read once; later changes of the file are not seen.
+
+        Raises:
+            ValueError, OSError: as `resolve` and `load_features`; nothing is remembered.
+        """
+        if name not in self._shapes:
+            self._shapes[name] = probe_features(self.resolve(name))[:2]
+        return self._shapes[name]
 
     def resolve(self, name: str) -> Path:
         """The file that a record's `video` means.

@@ -8,7 +8,7 @@ Pieces that samples of a batch have in common stand in it once (`share`): chains
 the samples packed apart, since every row sees what it would see there. Where the backbone is frozen, the rows before the
 first trained one are pieces ahead of all others, and those of the system prompt are not in the batch at all.
 
-Dimensions: N packed rows, R rows per video, C channels of the vision tower.
+Dimensions: N packed rows, R rows of one video, C channels of the vision tower.
 """
 
 from collections import Counter
@@ -21,14 +21,14 @@ import torch
 from fastvid.batch import AttentionLayout, PackedBatch
 
 
-def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False):
+def pack(samples, tokens, channels, *, prefix=(), frozen=False, share=False):
     """Lay samples end to end.
 
     Args:
-        samples: (EncodedSample, list of [R, C] tensors) pairs. Without any, the batch is one unsupervised row, so that
+        samples: (EncodedSample, list of [R, C] tensors) pairs; R may differ from video to video. Without any, the batch is one unsupervised row, so that
             a rank with nothing to train on still takes part in every collective.
         tokens: `VideoTokens`.
-        feature_shape: (R, C) of a video's features.
+        channels: C of all features.
         prefix: ids of the system prompt (`fastvid.data.conversation.system_prefix`). A sample that does not begin with
             them is packed whole.
         frozen: the backbone is: the model keeps the keys and values of `prefix`, whose rows stay out of the batch, and
@@ -40,7 +40,7 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
     """
     chains = [Chain(sample, tokens, prefix=prefix, frozen=frozen, share=share) for sample, _ in samples]
     for chain, (sample, videos) in zip(chains, samples):
-        assert len(chain.patches) == len(videos) * feature_shape[0], f"{sample.id}: placeholders and features differ"
+        assert len(chain.patches) == sum(map(len, videos)), f"{sample.id}: placeholders and features differ"
     pieces, leaves = _tree(chains, [videos for _, videos in samples])
     if not pieces:
         pieces = [_Piece(np.zeros(1, dtype=np.int64), 0, None, [], False)]
@@ -53,9 +53,10 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
 
     ids = np.concatenate([piece.ids for piece in pieces])
     patches = np.flatnonzero(ids == tokens.patch)
-    blocks = patches.reshape(-1, feature_shape[0]) if len(patches) else np.empty((0, 1), dtype=np.int64)
-    boundaries = blocks[:, [0, -1]] + [-1, 1] if tokens.start is not None else blocks[:0]
     features = [video for piece in pieces for video in piece.videos]
+    sizes = np.array([len(video) for video in features] if tokens.start is not None else [], dtype=np.int64)
+    ends = sizes.cumsum()
+    boundaries = np.stack([patches[ends - sizes] - 1, patches[ends - 1] + 1], axis=1)
     loss_rows, targets = _supervised(chains, leaves)
     layout, prefix_rows = _layout(pieces, len(prefix))
     return PackedBatch(
@@ -63,7 +64,7 @@ def pack(samples, tokens, feature_shape, *, prefix=(), frozen=False, share=False
         positions=torch.from_numpy(_ranges([p.first for p in pieces], [len(p.ids) for p in pieces]).astype(np.int32)),
         layout=layout,
         video_rows=torch.from_numpy(patches),
-        features=_stack(features) if features else torch.empty(0, *feature_shape, dtype=torch.float16),
+        features=torch.cat(features) if features else torch.empty(0, channels, dtype=torch.float16),
         boundary_rows=torch.from_numpy(boundaries.flatten()),
         loss_rows=loss_rows,
         targets=targets,
@@ -197,10 +198,3 @@ def _ranges(starts, sizes):
     """[start, start + size) of each, one after the other; int64."""
     starts, sizes = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, sizes))
     return np.arange(sizes.sum()) + np.repeat(starts - sizes.cumsum() + sizes, sizes)
-
-
-def _stack(features):
-    """[R, C] tensors to [V, R, C]; mixed precisions (pkl beside safetensors, say) meet in fp32."""
-    if len({f.dtype for f in features}) > 1:
-        features = [f.float() for f in features]
-    return torch.stack(features)

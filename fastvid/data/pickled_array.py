@@ -6,6 +6,8 @@ inert stand-ins for numpy's functions. Every other instruction or name is an err
 but one array of floats, whose size is the file's own.
 """
 
+import io
+import os
 import pickle
 import pickletools
 
@@ -28,6 +30,7 @@ _ARGUMENTS = {  # instructions that push their own argument
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _LONGEST = 200  # instructions; numpy's own pickles have about 70
+_SHORT = 4096  # bytes that `probe_array` reads at a time; only values are longer
 
 
 class _Name(str):
@@ -41,6 +44,34 @@ class _DType:
 
 class _Array:
     shape = dtype = fortran = data = None
+
+
+class _Skipped(bytes):
+    """Stands for `size` bytes that were not read."""
+
+    def __new__(cls, size):
+        self = super().__new__(cls)
+        self.size = size
+        return self
+
+    def __len__(self):
+        return self.size
+
+
+class _Skipping:
+    """A file of `size` bytes that passes over long stretches instead of reading them."""
+
+    def __init__(self, file, size):
+        self.file, self.size = file, size
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, count):
+        if count <= _SHORT:
+            return self.file.read(count)
+        if self.file.tell() + count > self.size:
+            return b""
+        self.file.seek(count, os.SEEK_CUR)
+        return _Skipped(count)
 
 
 def write_array(array) -> bytes:
@@ -58,19 +89,44 @@ def read_array(data: bytes) -> np.ndarray:
     Raises:
         ValueError: the pickle is damaged, or holds or does anything else.
     """
+    return _materialize(_described(io.BytesIO(data), len(data)))
+
+
+def probe_array(file) -> tuple[int, int, np.dtype]:
+    """(rows, channels, dtype) of the array that `read_array` would make of an open file.
+
+    The values are passed over where they are one string of bytes, as Python 3 writes them by default; otherwise read.
+
+    Args:
+        file: binary, at its beginning.
+
+    Raises:
+        ValueError: as `read_array`.
+    """
+    size = os.fstat(file.fileno()).st_size
     try:
-        array = _follow(data)
+        return _layout(_described(_Skipping(file, size), size))
+    except ValueError:  # values of another spelling, or a fault: the whole file tells
+        file.seek(0)
+        array = read_array(file.read())
+        return *array.shape, array.dtype
+
+
+def _described(file, size):
+    """The stand-in of the array that a pickle of `size` bytes describes."""
+    try:
+        array = _follow(file, size)
     except (IndexError, KeyError, UnicodeDecodeError) as error:  # no such thing on the stack or in the memo; no text
         raise ValueError("the pickle is damaged") from error
     if isinstance(array, _Array) and isinstance(array.dtype, _DType):
-        return _materialize(array)
+        return array
     raise ValueError("the pickle does not hold a numpy array")
 
 
-def _follow(data):
-    """The stand-in that the instructions of `data` leave on the stack."""
+def _follow(file, size):
+    """The stand-in that the instructions in `file` leave on the stack."""
     stack, marks, memo = [], [], {}
-    for step, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+    for step, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         if step == _LONGEST:
             raise ValueError("the pickle is longer than that of a numpy array")
         name = opcode.name
@@ -104,8 +160,8 @@ def _follow(data):
             stack.append(memo[argument])
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise ValueError(f"the pickle holds more than a numpy array ({name} at byte {position})")
-    if position + 1 != len(data):
-        raise ValueError(f"{len(data) - position - 1} bytes follow the end of the pickle")
+    if position + 1 != size:
+        raise ValueError(f"{size - position - 1} bytes follow the end of the pickle")
     return stack.pop()
 
 
@@ -143,15 +199,21 @@ def _build(target, state):
             raise ValueError("the pickle gives a state that no numpy array of floats has")
 
 
-def _materialize(array):
-    """The numpy array that a stand-in describes; allocates only after its size has been found to be the data's."""
-    data = array.data.encode("latin-1") if isinstance(array.data, str) else array.data
-    dtype = np.dtype(array.dtype.order + array.dtype.code)
+def _layout(array):
+    """(rows, channels, dtype in this machine's byte order) of a stand-in whose shape fits its data."""
+    dtype = np.dtype(array.dtype.code)
     match array.shape:
-        case (int(rows), int(channels)) if min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(data):
-            values = np.frombuffer(data, dtype).reshape(rows, channels, order="F" if array.fortran else "C")
+        case (int(rows), int(channels)) if min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(array.data):
+            return rows, channels, dtype
         case (int(), int()):
-            raise ValueError(f"the array's shape does not fit its {len(data)} bytes of data")
+            raise ValueError(f"the array's shape does not fit its {len(array.data)} bytes of data")
         case _:
             raise ValueError("the array does not have two dimensions (rows, channels)")
-    return np.array(values, dtype=dtype.newbyteorder("="), order="C")
+
+
+def _materialize(array):
+    """The numpy array that a stand-in describes; allocates only after its size has been found to be the data's."""
+    rows, channels, dtype = _layout(array)
+    data = array.data.encode("latin-1") if isinstance(array.data, str) else array.data
+    values = np.frombuffer(data, dtype.newbyteorder(array.dtype.order))
+    return np.array(values.reshape(rows, channels, order="F" if array.fortran else "C"), dtype=dtype, order="C")

@@ -130,7 +130,7 @@ class VideoTokenizer:
         return patches if self.tokens.start is None else [self.tokens.start, *patches, self.tokens.end]
 
     def encode(self, text, video_ids=None):
-        """Ids of `text`, without BOS. With `video_ids`, each ``<video>`` in it becomes those."""
+        """Ids of `text`, without BOS; `video_ids` as `encode_marked` takes them."""
         return self.encode_marked(text, (), video_ids)[0]
 
     def encode_marked(self, text, marks, video_ids=None):
@@ -139,10 +139,11 @@ class VideoTokenizer:
         Args:
             text: with special tokens written out.
             marks: positions in `text`, ascending, at most one in each stretch between two special tokens.
-            video_ids: what each ``<video>`` becomes; None leaves it as text.
+            video_ids: what each ``<video>`` becomes, in turn; those after the last become what it does. None leaves them
+                as text.
         """
         parts = (self._cut if video_ids is None else self._cut_at_videos).split(text)
-        ids, counts, at = [], [], 0
+        ids, counts, at, videos = [], [], 0, 0
         for index, part in enumerate(parts):
             begin, at = at, at + len(part)
             if index % 2 == 0:
@@ -155,7 +156,8 @@ class VideoTokenizer:
             while len(counts) < len(marks) and marks[len(counts)] <= begin:
                 counts.append(len(ids))
             if index % 2:
-                ids += video_ids if part == VIDEO else self._special[part]
+                ids += video_ids[min(videos, len(video_ids) - 1)] if part == VIDEO else self._special[part]
+                videos += part == VIDEO
             elif part and len(counts) < len(marks) and marks[len(counts)] < begin + len(part):
                 piece_ids, count = self._backend.encode_cut(part, marks[len(counts)] - begin)
                 counts.append(len(ids) + count)

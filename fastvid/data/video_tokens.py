@@ -1,10 +1,9 @@
-"""How many rows one video takes in the prompt, and where that number is found."""
+"""How many rows each video takes in the prompt, and where that number is found."""
 
 import re
 from pathlib import Path
 
 from fastvid.data.annotations import record_videos, training_fault
-from fastvid.data.features import probe_features
 from fastvid.data.files import read_json_object
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
@@ -12,8 +11,56 @@ TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the 
 _CLIP_NAME = re.compile(r"clip-vit-\w+-patch(\d+)(?:-(\d+))?$")
 
 
+class VideoRows:
+    """How many rows each video takes: as many as its feature file holds, each its own number.
+
+    Args:
+        features: `fastvid.data.features.FeatureFolder`; None where no video is read.
+        records: training records, of which malformed ones do not count.
+        required: rows that every video must have (``--num_video_tokens``); None: any number.
+        same: every video must have as many as the first whose features can be read (`Policy.one_video_length`).
+
+    Attributes:
+        first: (name, rows) of that first video; None without one.
+        fault: why none of the videos can be read; None if one can, or none is named.
+        channels: that all features must have: those of the first, until the model's are known.
+        required: rows that every video must have; None: any number.
+
+    Raises:
+        ValueError: `required` is no number of rows.
+    """
+
+    def __init__(self, features, records, *, required=None, same=False):
+        _at_least_one(required)
+        self.features, self.first, self.fault, self.channels, self.required = features, None, None, 0, required
+        for name in _named_videos(records) if features is not None else ():
+            try:
+                rows, self.channels = features.shape(name)
+            except (ValueError, OSError) as error:  # reported where the record is used; another one may be readable
+                self.fault = self.fault or error
+                continue
+            self.first, self.fault = (name, rows), None
+            self.required = required or (rows if same else None)
+            break
+
+    def __call__(self, name):
+        """Rows of the video that a record calls `name`.
+
+        Raises:
+            ValueError, OSError: its features cannot be read, or are not those that this run takes.
+        """
+        rows, channels = self.features.shape(name)
+        if channels == self.channels and rows == (self.required or rows):
+            return rows
+        remedy = "extract them with this run's vision tower"
+        if channels == self.channels:
+            remedy += ", or let videos differ in rows (neither --num_video_tokens nor --parity reference)"
+        raise ValueError(f"{self.features.resolve(name)}: features are [{rows}, {channels}], expected "
+                         f"[{self.required or 'any number'}, {self.channels}]; {remedy}")
+
+
 def video_token_count(model_folder, vision_tower, num_video_tokens, features, records):
-    """Rows per video: temporal + spatial, the same for every video of a run; 0 where no record names a video.
+    """Rows to show for a video whose own number is not known; 0 where no record names a video.
 
     Args:
         model_folder: whose config.json may name or describe the vision tower.
@@ -26,15 +73,11 @@ def video_token_count(model_folder, vision_tower, num_video_tokens, features, re
     Raises:
         ValueError: none of these says it.
     """
+    _at_least_one(num_video_tokens)
     if num_video_tokens is not None:
-        if num_video_tokens < 1:
-            raise ValueError(f"--num_video_tokens {num_video_tokens}: a video takes at least one row")
         return num_video_tokens
-    for name in _named_videos(records) if features is not None else ():
-        try:
-            return probe_features(features.resolve(name))[0]
-        except (ValueError, OSError):  # reported where the record is used; another one may be readable
-            continue
+    if (first := VideoRows(features, records).first) is not None:
+        return first[1]
     if next(_named_videos(records), None) is None:
         return 0
     image_size, patch_size = tower_geometry(model_folder, vision_tower)
@@ -62,6 +105,19 @@ def tower_geometry(model_folder, vision_tower=None):
         raise ValueError(f"cannot tell how many tokens a video takes from {where}: give --num_video_tokens (676 for "
                          "336-pixel features, 356 for 224), --video_folder with the features, or --vision_tower with "
                          "the tower's folder") from None
+
+
+def feature_channels(model_folder):
+    """Channels of the features that a model folder's config.json asks for; None where it does not say."""
+    config = read_settings(model_folder)
+    if "mm_hidden_size" not in config and isinstance(config.get("vision_config"), dict):  # llava-hf
+        return config["vision_config"].get("hidden_size", 1024)
+    return config.get("mm_hidden_size")
+
+
+def _at_least_one(num_video_tokens):
+    if num_video_tokens is not None and num_video_tokens < 1:
+        raise ValueError(f"--num_video_tokens {num_video_tokens}: a video takes at least one row")
 
 
 def _named_videos(records):

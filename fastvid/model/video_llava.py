@@ -1,7 +1,7 @@
 """Video-ChatGPT / PG-Video-LLaVA: projector, splice, decoder, loss on supervised rows (arXiv:2306.05424, 2311.13435).
 
-Dimensions: N packed rows, D channels of the decoder, V videos, R rows per video, C channels of the vision tower,
-P = V·R projected rows, L supervised rows.
+Dimensions: N packed rows, D channels of the decoder, P projected rows of all videos, C channels of the vision tower,
+L supervised rows.
 """
 
 from collections.abc import Callable
@@ -146,7 +146,7 @@ class VideoLlava(nn.Module):
         batch = PackedBatch(
             token_ids=torch.tensor(token_ids, device=device), positions=torch.arange(rows, device=device),
             layout=AttentionLayout.of_lengths([rows]).map(lambda tensor: tensor.to(device)), video_rows=none,
-            features=torch.empty(0, 0, self.config.mm_hidden_size, device=device), boundary_rows=none, loss_rows=none,
+            features=torch.empty(0, self.config.mm_hidden_size, device=device), boundary_rows=none, loss_rows=none,
             targets=none)
         cache = [LayerCache(rows) for _ in self.decoder.layers]
         with torch.no_grad():
@@ -165,7 +165,7 @@ class VideoLlava(nn.Module):
 
     def splice(self, batch: PackedBatch, first: int = 0) -> Tensor:
         """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual dtype."""
-        video_PD = self.projector(batch.features.flatten(0, 1).to(self.compute_dtype))
+        video_PD = self.projector(batch.features.to(self.compute_dtype))
         boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
