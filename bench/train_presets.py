@@ -11,7 +11,7 @@ class Shape:
     """Sizes of a model and of its videos.
 
     Attributes:
-        video_rows, channels: of one video's features.
+        video_rows, channels: of each video's features.
     """
 
     hidden: int

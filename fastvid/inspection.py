@@ -31,10 +31,6 @@ def inspect_records(config, tokenizer=None):
     """
     tokenizer = tokenizer or load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     records = [record for path in config.data_path for record in read_records(path)]
-    if config.index is not None:
-        if not 0 <= config.index < len(records):
-            raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
-        records = [records[config.index]]
     features = None if config.video_folder is None else FeatureFolder(config.video_folder)
     otherwise = video_token_count(
         config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
@@ -52,6 +48,10 @@ def inspect_records(config, tokenizer=None):
         except (ValueError, OSError) as error:
             return otherwise, str(error)
 
+    if config.index is not None:
+        if not 0 <= config.index < len(records):
+            raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
+        records = [records[config.index]]
     for record in records:
         sample = encode_sample(
             record, tokenizer, rows_of=lambda name: look_at(name)[0], use_start_end=config.mm_use_vid_start_end,

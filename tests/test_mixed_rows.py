@@ -208,6 +208,7 @@ def test_inspect_shows_what_train_does(run, more):
         else:
             assert (line["input_ids"], line["supervised"]) == (sample.token_ids, sample.supervised)
     assert any(line["warning"] for line in lines) == bool(more)
+    assert list(inspect_records(parse(InspectConfig, flags(run, "unused", *LONG, *more, "--index", "4")))) == lines[4:5]
 
 
 @pytest.mark.parametrize("more, bad", [([], 0), (["--num_video_tokens", "356"], 3), (["--parity", "reference"], 3)],
