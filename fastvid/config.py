@@ -40,10 +40,7 @@ class Policy:
     one_video_length: bool
 
 
-POLICIES = {
-    "none": Policy(*[False] * 7),
-    "reference": Policy(*[True] * 7),
-}
+POLICIES = {"none": Policy(*[False] * 7), "reference": Policy(*[True] * 7)}
 
 
 def _flag(default, help, **metadata):
@@ -63,8 +60,7 @@ class DataConfig:
     video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
-    num_video_tokens: int | None = _flag(
-        None, "Require so many rows of every video's features. Default: each video has as many as its file holds.")
+    num_video_tokens: int | None = _flag(None, "Rows that every video must have. Default: its feature file's own number.")
     vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", so that --share_video shares more.')

@@ -131,7 +131,7 @@ def test_frozen_rows_save_their_keys_and_values_alone():
         generator = torch.Generator().manual_seed(0)
         samples = [random_sample(generator, text=(PREFIX + question, 5))]
         samples[0][0][:PREFIX] = [5, 6, 7, 8]
-        features = torch.randn(1, 6, 12)
+        features = torch.randn(6, 12)
         batch = pack_frozen(samples, PREFIX, features).parted()
         model(batch)
         with LiveBytes() as live:
