@@ -269,6 +269,31 @@ def test_first_turn_from_gpt_is_left_out(encode):
     assert "left out" in sample.warning
 
 
+@pytest.mark.parametrize("use_start_end", [True, False])
+def test_videos_of_one_sample_have_rows_of_their_own(tokenizers, use_start_end):
+    tokenizer = tokenizers[use_start_end]
+    two = record("<video> cat", "dog", "<video> or dog", "red", video=None, videos=["a", "b"])
+
+    def encoded(policy, max_length=2048, **rows):
+        return encode_sample(two, tokenizer, rows_of=rows.__getitem__, use_start_end=use_start_end,
+                             max_length=max_length, policy=policy)
+
+    sample = encoded(DEFAULT, a=5, b=2)
+    at = [i for i, token in enumerate(sample.token_ids) if token == tokenizer.tokens.patch]
+    assert len(at) == 7 and at[4] - at[0] == 4 and at[6] - at[5] == 1 and at[5] - at[4] > 1
+    assert supervised_text(sample, tokenizer) == ["dog|", "red|"] and not sample.refused
+    assert encoded(REFERENCE, a=5, b=2).supervised == sample.supervised
+    end = at[-1] + 1 + use_start_end
+    assert "a video is cut" in encoded(DEFAULT, end - 1, a=5, b=2).refused
+    assert encoded(DEFAULT, end, a=5, b=2).refused is None
+
+    def gone(name):
+        raise OSError(f"{name} is gone")
+
+    refused = encode_sample(two, tokenizer, rows_of=gone, use_start_end=use_start_end, max_length=99, policy=DEFAULT)
+    assert refused.refused == "a is gone" and refused.token_ids == [] and refused.videos == ["a", "b"]
+
+
 def test_a_record_is_not_changed_by_encoding(encode):
     given_record = record("<video>", "cat")
     before = json.dumps(given_record)
