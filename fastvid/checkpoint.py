@@ -117,7 +117,7 @@ def load_into(folder, group: str, targets: dict) -> None:
     """Copy a group's saved values into `targets`, whatever the number of ranks that saved and that load.
 
     Each rank reads only the rows that it needs. Saved tensors that no target names are left alone. Nothing is
-    copied unless everything fits.
+    copied unless everything fits; bf16 fits into fp32.
 
     Args:
         folder: a checkpoint that `newest_valid` returned.

@@ -92,7 +92,7 @@ class TrainConfig(DataConfig):
     # precision and memory
     bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")
     master_dtype: Literal["float32", "bfloat16"] = _flag(
-        "float32", "Trained weights as they are stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
+        "float32", "Trained matrices as they are stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
     frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
         "auto", "A frozen decoder's matrices. auto: as computed with; fp8: for a GPU's FP8 units (Ada, Hopper and later), "
         "for speed; int8 (half of bf16's bytes) and nf4 (a quarter, needs bitsandbytes): for memory.")

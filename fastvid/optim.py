@@ -39,7 +39,7 @@ class AdamW32:
     Args:
         pieces: {name: `Piece`}, fp32, or bf16 that is rounded stochastically.
         config: adam_beta1/2, adam_epsilon, weight_decay.
-        same_bits: weights and moments get the same bits however they are sharded, which torch alone promises for
+        same_bits: weights and moments get the same bits however they are sharded, which torch on a CPU promises for
             neighbours in a vector only.
     """
 
@@ -60,8 +60,8 @@ class AdamW32:
             # Biases and norms (the vectors) do not decay.
             chosen = {name: g for name, g in gradients.items() if (len(self.pieces[name].shape) > 1) == decays}
             options = dict(self.options, lr=lr, weight_decay=self.weight_decay if decays else 0.0, found_inf=skip)
-            together = {name: g for name, g in chosen.items()
-                        if self.pieces[name].local.dtype == torch.float32 and not self.same_bits}
+            together = {name: g for name, g in chosen.items() if self.pieces[name].local.dtype == torch.float32
+                        and not (self.same_bits and _tails_differ(self.pieces[name].local))}
             if together:
                 self._step_in_place(together, clip, options)
             for name, gradient in chosen.items():
@@ -92,6 +92,11 @@ class AdamW32:
                 moment.copy_(copy[:count])
             round_into(weights, copies[0][:count], first=piece.first + begin, seed=piece.seed, step=step + 1)
         state["step"] += 1 - options["found_inf"]
+
+
+def _tails_differ(tensor):
+    """Whether torch's fused AdamW computes elements that fill no vector otherwise; on a GPU it knows no vectors."""
+    return not tensor.is_cuda
 
 
 class Optimizer:

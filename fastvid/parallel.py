@@ -239,6 +239,9 @@ def shard(model, world, layout, *, bf16, shard_size=None):
                             for dtype in (torch.bfloat16 if bf16 else None, None))
     fp32_residual = bf16 and model.residual_dtype == torch.float32
     frozen = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype != torch.float32 for p in trained):  # a unit of FSDP2's has one dtype: vectors are whole
+        frozen |= {p for p in trained if p.ndim == 1}
     options = dict(mesh=mesh, mp_policy=precision, ignored_params=frozen)
     layers = list(model.decoder.layers) if layout != "trained" else []
     whole = options | dict(mp_policy=unrounded) if fp32_residual else options

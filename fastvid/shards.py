@@ -84,7 +84,7 @@ def write(path, shards: dict[str, LocalShard]) -> None:
 def load(paths: list, targets: dict) -> None:
     """Copy into `targets` the values that the files `paths` hold together, reading only the rows needed.
 
-    Tensors that no target names are left alone. Nothing is copied unless everything fits.
+    Tensors that no target names are left alone. Nothing is copied unless everything fits; bf16 fits into fp32.
 
     Args:
         paths: the files of all ranks that wrote.
@@ -103,7 +103,9 @@ def load(paths: list, targets: dict) -> None:
                 problems.append(f"{name} is missing")
                 continue
             saved, wanted = (pieces[0].shape, pieces[0].dtype), (shard.shape, shard.local.dtype)
-            if saved != wanted:
+            # Norms and biases of bf16 runs were once bf16, and are fp32 now.
+            widened = (pieces[0].dtype, shard.local.dtype) == (torch.bfloat16, torch.float32)
+            if saved != wanted and not (widened and saved[0] == wanted[0]):
                 problems.append(f"{name} was saved as {_describe(*saved)}, wanted {_describe(*wanted)}")
                 continue
             plan, complete = _plan(shard, pieces)

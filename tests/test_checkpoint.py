@@ -98,6 +98,18 @@ def test_what_does_not_fit_is_named_and_nothing_is_copied(tmp_path):
     assert not untouched.any()
 
 
+def test_bf16_loads_into_fp32(tmp_path):
+    """As the norms of older checkpoints do."""
+    saved = torch.randn(5).bfloat16()
+    path, found = checkpoint.save(tmp_path, 1, groups={"model": {"norm": saved}}, state={}), torch.zeros(5)
+    checkpoint.load_into(path, "model", {"norm": found})
+    assert torch.equal(found, saved.float())
+    with pytest.raises(ValueError, match=r"norm was saved as bfloat16 \[5\], wanted float32 \[6\]"):
+        checkpoint.load_into(path, "model", {"norm": torch.zeros(6)})
+    with pytest.raises(ValueError, match=r"norm was saved as bfloat16 \[5\], wanted float16 \[5\]"):
+        checkpoint.load_into(path, "model", {"norm": torch.zeros(5, dtype=torch.float16)})
+
+
 def test_a_tensor_with_a_hole_is_incomplete(tmp_path):
     pieces = {"a": LocalShard(torch.ones(2), (5,), 0)}
     path = checkpoint.save(tmp_path, 1, groups={"model": pieces}, state={})

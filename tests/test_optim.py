@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvid import optim
 from fastvid.optim import Optimizer, learning_rate
 
 
@@ -71,6 +73,33 @@ def test_step_equals_torch_clipping_and_adamw(max_norm):
         for name, p in ours.items():
             torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7)
             assert p.grad is None
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's operations, each of which is at least one launch on a GPU; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
+    """Beside 8-bit matrices, whose bits do not depend on sharding either."""
+    monkeypatch.setattr(optim, "_tails_differ", lambda tensor: False)  # as on a GPU
+    counts = []
+    for number in (1, 50):
+        vectors = {f"norm{i}": torch.nn.Parameter(torch.ones(77)) for i in range(number)}
+        optimizer = Optimizer(vectors.items(), settings(optim="adamw_8bit"), torch.device("cpu"))
+        give_gradients(vectors)
+        with Launches() as launches:
+            optimizer.step(0, 1e-2, torch.tensor(1.0))
+        counts.append(launches.count)
+        assert all((vector != 1).all() for vector in vectors.values())
+    assert counts[0] == counts[1] < 40
 
 
 @pytest.mark.parametrize("fault", ["gradient", "infinite gradient", "loss"])

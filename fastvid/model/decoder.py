@@ -139,7 +139,7 @@ class DecoderLayer(nn.Module):
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = trained_dtype if trained else compute_dtype
         linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=None if trained else frozen_dtype)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
                        trained=trained, compute_dtype=compute_dtype)
         self.input_norm = norm()
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
@@ -246,7 +246,8 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes.
-        trained: parameters require gradients and lie in `trained_dtype`; otherwise frozen, in `compute_dtype`.
+        trained: parameters require gradients, matrices in `trained_dtype` and norms in fp32; otherwise frozen, in
+            `compute_dtype`.
         compute_dtype: of matrix products.
         norm_dtype: of frozen norms; None: `compute_dtype`.
         frozen_dtype: how frozen matrices are stored, see `make_linear`; None: in `compute_dtype`.
@@ -266,7 +267,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, trained_dtype=trained_dtype,
                          norm_dtype=norm_dtype, frozen_dtype=frozen_dtype, attn_implementation=attn_implementation)
             for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=trained_dtype if trained else norm_dtype,
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)
         self.recompute = recompute
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it

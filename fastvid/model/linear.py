@@ -13,12 +13,16 @@ from fastvid.model.quantize import FORMATS
 
 
 class Linear(nn.Module):
-    """y = x·Wᵀ (+ b) in x's dtype, whatever the parameters' dtype. Without weight gradient it saves no input."""
+    """y = x·Wᵀ (+ b) in x's dtype, whatever the parameters' dtype. Without weight gradient it saves no input.
+
+    A trained bias is fp32.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False, dtype: torch.dtype, trained: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=trained)
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype), requires_grad=trained) if bias else None
+        bias_dtype = torch.float32 if trained else dtype
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=bias_dtype), requires_grad=trained) if bias else None
         self._tiled = None  # {(first, last) output channel: their `_Tiled`}, or None
 
     def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:

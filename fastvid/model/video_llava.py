@@ -50,7 +50,7 @@ class Table(nn.Module):
 class VideoLlava(nn.Module):
     """The model. Parameters are uninitialised; `fastvid.model.weights.load_weights` fills them.
 
-    Trained parameters lie in `trained_dtype` and are cast at use; frozen ones lie in `compute_dtype` and get no gradient.
+    Trained matrices lie in `trained_dtype` and are cast at use; frozen ones lie in `compute_dtype` and get no gradient.
     Frozen embeddings and norms, which autocast never rounds, lie in the residual stream's dtype.
 
     Args:
@@ -58,7 +58,8 @@ class VideoLlava(nn.Module):
         trainable: parts that get a gradient, of "projector", "boundary", "embed", "head", "decoder". "boundary" trains
             the embeddings of <vid_start> and <vid_end> as a [2, D] parameter beside the frozen table.
         compute_dtype: of matrix products.
-        trained_dtype: of trained parameters: fp32 masters, or bf16 under an optimizer that rounds stochastically.
+        trained_dtype: of trained matrices: fp32 masters, or bf16 under an optimizer that rounds stochastically. The few
+            numbers of trained norms and biases are fp32.
         frozen_dtype: how a frozen decoder's matrices are stored, see `make_linear`; None: in `compute_dtype`.
         fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
         recompute: "none", "selective" or "full"; see `Decoder`.
