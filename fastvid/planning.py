@@ -121,6 +121,7 @@ def plan_memory(config, model_config, loader, world):
         _largest_batch(loader, world), trainable=config.trainable, compute_dtype=compute_dtype(config),
         optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
         fp32_residual=config.policy.fp32_residual,
+        summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
     available = parallel.device_memory(world)
     wanted = "none" if config.recompute == "auto" else config.recompute
@@ -130,6 +131,7 @@ def plan_memory(config, model_config, loader, world):
     layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
                                     fits=replicated.total <= available or frozen_dtype(config) is not None)
     options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
+                    summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
                     world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
     recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=recompute, **options)

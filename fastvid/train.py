@@ -165,6 +165,8 @@ def train_step(state, batches):
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
+        if i < len(batches) - 1:
+            state.optimizer.accumulate()
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
     lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,
                        warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)

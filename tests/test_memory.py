@@ -114,6 +114,14 @@ def test_sharding_divides_what_is_sharded():
     assert replicated.weights - adapter.weights == pytest.approx(replicated.gradients * 7 / 8, abs=4)
 
 
+def test_gradients_that_are_sums_are_fp32():
+    config, settings = seven_billion(trainable=FULL, trained_dtype=torch.bfloat16)
+    one, sums = (estimate(config, **settings, summed=summed) for summed in (False, True))
+    assert sums.gradients == 2 * one.gradients and sums.total - one.total == one.gradients
+    masters = settings | {"trained_dtype": torch.float32}
+    assert estimate(config, **masters, summed=True) == estimate(config, **masters)
+
+
 def test_cheapest_recomputation_that_fits_is_chosen():
     config, settings = seven_billion(trainable=FULL)
     totals = [estimate(config, recompute=mode, **settings).total for mode in MODES]

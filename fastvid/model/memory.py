@@ -31,7 +31,7 @@ class MemoryEstimate:
     Attributes:
         weights: parameters as they are stored, copies in the compute dtype that live until backward, copies in tiles,
             and the constant rows' keys and values.
-        gradients: of trained parameters, in their dtype.
+        gradients: of trained parameters, in their dtype, or in fp32 where they are sums.
         optimizer: its moments.
         activations: saved for backward, and the gradients that the loss keeps until then.
         working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
@@ -121,7 +121,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
              recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
              fp32_residual: bool = False, one_call_per_segment: bool = False,
              trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-             constant_rows: int = 0, key_rows: int = 0, tiled: bool = False) -> MemoryEstimate:
+             constant_rows: int = 0, key_rows: int = 0, tiled: bool = False,
+             summed: bool = False) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
@@ -131,6 +132,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
         tiled: the decoder's matrices are there twice more (`Linear.tile`).
+        summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
         (others: as for `VideoLlava` and `saved_bytes`.)
     """
     c = config.decoder
@@ -167,7 +169,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
     turned = size * max(map(math.prod, _matrices(c))) if tiled else 0  # on its way to tiles of the other direction
     return MemoryEstimate(
-        weights=weights + keys_values, gradients=stored * trained // trained_ranks,
+        weights=weights + keys_values, gradients=(4 if summed else stored) * trained // trained_ranks,
         optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
         activations=saved_bytes(config, recompute=recompute, **options) + kept,
         working=turned + max(at_once, _layer_working_bytes(

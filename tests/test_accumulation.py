@@ -1,0 +1,104 @@
+"""Steps of several micro-batches: gradients are summed in fp32."""
+
+import pytest
+import torch
+from model_cases import ADAPTER, FULL, assert_close, model_config, random_batch, random_model
+from ranks import on_ranks
+from torch.distributed.tensor import DTensor
+from training_run import config_of, write_run
+
+from fastvid import parallel, train
+from fastvid.config import TrainConfig
+from fastvid.model import memory
+from fastvid.optim import Optimizer
+
+CPU = torch.device("cpu")
+ALONE = parallel.World(0, 1, 0, CPU, False)
+BF16 = ("--bf16", "True", "--master_dtype", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+def bf16_model(trainable=FULL):
+    return random_model(model_config(), trainable, torch.bfloat16, trained_dtype=torch.bfloat16)
+
+
+def optimizer_of(model, **settings):
+    config = TrainConfig(model_name_or_path="", data_path=[], output_dir="", **settings)
+    return Optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad], config, CPU)
+
+
+def add_in_fp64(sums, gradients):
+    for name, gradient in gradients.items():
+        sums[name] = sums.get(name, 0) + gradient.double()
+
+
+def test_gradients_of_64_micro_batches_are_summed_as_in_fp32():
+    alone, model, expected = bf16_model(), bf16_model(), {}
+    optimizer = optimizer_of(model, gradient_accumulation_steps=64)
+    for seed in range(64):
+        alone.zero_grad()
+        alone(random_batch(seed)).backward()
+        add_in_fp64(expected, {name: p.grad for name, p in alone.named_parameters()})
+        model(random_batch(seed)).backward()
+        optimizer.accumulate()
+    gradients = optimizer.gradients()
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, expected[name], 3e-6)
+
+
+@pytest.mark.parametrize("micro_batches, dtype", [(1, torch.bfloat16), (2, torch.float32)])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_only_sums_are_fp32(run, tmp_path, monkeypatch, micro_batches, dtype, optim):
+    """A single backward's gradients are updated with as they come."""
+    config = config_of(run, tmp_path, *BF16, "--optim", optim, "--gradient_accumulation_steps", str(micro_batches))
+    state, seen = train.build(config, ALONE), {}
+    for rule in state.optimizer.rules:
+        monkeypatch.setattr(rule, "step", lambda gradients, **options: seen.update(gradients))
+    train.train_step(state, state.loader.read(0)[0])
+    assert seen.keys() == state.optimizer.parameters.keys()
+    assert {gradient.dtype for gradient in seen.values() if gradient.ndim > 1} == {dtype}
+
+
+@pytest.mark.parametrize("micro_batches, size", [(1, 2), (2, 4)])
+def test_the_plan_counts_gradients_at_their_size(run, tmp_path, monkeypatch, micro_batches, size):
+    found, estimate = [], memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append(estimate(*a, **k)) or found[-1])
+    state = train.build(config_of(run, tmp_path, *BF16, "--gradient_accumulation_steps", str(micro_batches)), ALONE)
+    assert found[-1].gradients == size * sum(p.numel() for p in state.optimizer.parameters.values())
+
+
+def sums_of_a_rank(rank, layout, reduce_each):
+    """{name: (gradient that three backwards left, what they added to it in fp64, whether ranks hold it whole)}."""
+    model, world = bf16_model(ADAPTER | {"head"}), parallel.World(rank, 2, rank, CPU, True, 2)
+    parallel.shard(model, world, layout, bf16=True)
+    optimizer, expected = optimizer_of(model), {}
+
+    def left():
+        return {name: parallel.local_shard(p.grad).double() for name, p in optimizer.parameters.items()
+                if p.grad is not None}
+
+    for i in range(3):
+        parallel.set_gradient_sync(model, reduce_each or i == 2)
+        before = left()
+        model(random_batch(2 * i + rank)).backward()
+        add_in_fp64(expected, {name: gradient - before.get(name, 0) for name, gradient in left().items()})
+        if i < 2:
+            optimizer.accumulate()
+    parallel.sum_replicated_gradients(optimizer.parameters.values(), world)
+    return {name: (gradient, expected[name], not isinstance(optimizer.parameters[name], DTensor))
+            for name, gradient in optimizer.gradients().items()}
+
+
+@pytest.mark.parametrize("layout, reduce_each", [("full", True), ("full", False), ("replicated", True)])
+def test_ranks_sum_in_fp32(tmp_path, layout, reduce_each):
+    """FSDP2 alone would add up in bf16 what it reduces micro-batch by micro-batch."""
+    first, second = on_ranks(2, sums_of_a_rank, tmp_path, layout, reduce_each)
+    for name, (gradient, expected, whole) in first.items():
+        assert gradient.dtype == torch.float32 or not reduce_each
+        assert_close(gradient, expected + second[name][1] if whole else expected, 3e-6)
