@@ -156,6 +156,7 @@ def train_step(state, batches):
     *counts, waited, stop = world.sum_on_host([*mine, state.waited, state.stop_signal])
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
+    state.model.keep_casts(len(batches) > 1)
     for i, batch in enumerate(state.staging.copies(batches)):
         if config.policy.mean_of_means:
             scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
@@ -167,6 +168,7 @@ def train_step(state, batches):
         loss += share.detach()
         if i < len(batches) - 1:
             state.optimizer.accumulate()
+    state.model.keep_casts(False)
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
     lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,
                        warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)

@@ -1,10 +1,11 @@
-"""Steps of several micro-batches: gradients are summed in fp32."""
+"""Steps of several micro-batches: gradients are summed in fp32, and weights are cast once."""
 
 import pytest
 import torch
 from model_cases import ADAPTER, FULL, assert_close, model_config, random_batch, random_model
 from ranks import on_ranks
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import config_of, write_run
 
 from fastvid import parallel, train
@@ -20,6 +21,9 @@ BF16 = ("--bf16", "True", "--master_dtype", "bfloat16")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
+
+
+# --- sums
 
 
 def bf16_model(trainable=FULL):
@@ -102,3 +106,59 @@ def test_ranks_sum_in_fp32(tmp_path, layout, reduce_each):
     for name, (gradient, expected, whole) in first.items():
         assert gradient.dtype == torch.float32 or not reduce_each
         assert_close(gradient, expected + second[name][1] if whole else expected, 3e-6)
+
+
+# --- casts
+
+
+class Casts(TorchDispatchMode):
+    """Counts matrices that are cast to bf16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16 and result.ndim == 2:
+            shape = tuple(result.shape)
+            self.seen[shape] = self.seen.get(shape, 0) + 1
+        return result
+
+
+def two_steps(run, folder, *options):
+    config = config_of(run, folder, "--bf16", "True", "--tune_mm_mlp_adapter", "False", *options)
+    state = train.build(config, ALONE)
+    with Casts() as casts:
+        losses = [train.train_step(state, state.loader.read(step)[0]).loss for step in range(2)]
+    matrices = {tuple(p.shape): p for name, p in state.model.named_parameters()
+                if p.ndim == 2 and ("decoder" in name or "projector" in name)}
+    return losses, state, {shape: count for shape, count in casts.seen.items() if shape in matrices}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_casts_each_matrix_once(run, tmp_path, monkeypatch, recompute):
+    """Where nothing is recomputed; the bits are those of a cast in every micro-batch."""
+    accumulate = ("--recompute", recompute, "--gradient_accumulation_steps", "3")
+    losses, state, casts = two_steps(run, tmp_path, *accumulate)
+    *_, once = two_steps(run, tmp_path, "--recompute", recompute, "--gradient_accumulation_steps", "1")
+    assert once and casts == {shape: count * (1 if recompute == "none" else 3) for shape, count in once.items()}
+    monkeypatch.setattr(type(state.model), "keep_casts", lambda model, keep: None)
+    expected, other, more = two_steps(run, tmp_path, *accumulate)
+    assert more == {shape: 3 * count for shape, count in once.items()}
+    assert losses == expected
+    for name, parameter in state.optimizer.parameters.items():
+        assert torch.equal(parameter, other.optimizer.parameters[name])
+
+
+def test_nothing_is_kept_after_a_step(run, tmp_path):
+    _, state, _ = two_steps(run, tmp_path, "--recompute", "none", "--gradient_accumulation_steps", "2")
+    linear = state.model.decoder.layers[0].o
+    assert linear._kept is None
+    x = torch.randn(3, linear.weight.shape[1]).bfloat16()
+    linear.keep_casts(True)
+    with torch.no_grad():
+        linear(x)
+    assert linear._kept == {}  # without a graph it would serve no backward
+    first = linear(x)
+    assert first.grad_fn is not None and len(linear._kept) == 1

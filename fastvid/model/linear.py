@@ -23,6 +23,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=trained)
         bias_dtype = torch.float32 if trained else dtype
         self.bias = nn.Parameter(torch.empty(outputs, dtype=bias_dtype), requires_grad=trained) if bias else None
+        self._kept = None  # {(first, last) output channel, dtype: cast weight}, or None: cast at every use
         self._tiled = None  # {(first, last) output channel: their `_Tiled`}, or None
 
     def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
@@ -34,10 +35,29 @@ class Linear(nn.Module):
         """
         if self._tiled is not None and x_NI.dtype == self.weight.dtype:
             return _TiledProduct.apply(x_NI, self._tiled_weight(outputs))
-        weight, bias = self.weight, self.bias
-        if outputs is not None:  # before the cast, so that no more than these is cast
-            weight, bias = weight[outputs], None if bias is None else bias[outputs]
-        return functional.linear(x_NI, weight.to(x_NI.dtype), None if bias is None else bias.to(x_NI.dtype))
+        bias = self.bias
+        if bias is not None:
+            bias = (bias if outputs is None else bias[outputs]).to(x_NI.dtype)
+        return functional.linear(x_NI, self._cast_weight(outputs, x_NI.dtype), bias)
+
+    def keep_casts(self, keep: bool) -> None:
+        """Whether to cast the weight once from now on, at its first use, instead of at every use.
+
+        It must not change meanwhile. Gradients reach it as before: those of each backward are widened, then added. A
+        weight that FSDP2 shards is cast by FSDP2.
+        """
+        self._kept = {} if keep and self.weight.requires_grad and not isinstance(self.weight, DTensor) else None
+
+    def _cast_weight(self, outputs, dtype):
+        def cast():
+            return (self.weight if outputs is None else self.weight[outputs]).to(dtype)  # no more than these is cast
+
+        if self._kept is None or self.weight.dtype == dtype or not torch.is_grad_enabled():
+            return cast()
+        first, last, _ = (outputs or slice(None)).indices(self.weight.shape[0])
+        if (first, last, dtype) not in self._kept:
+            self._kept[first, last, dtype] = cast()
+        return self._kept[first, last, dtype]
 
     def tile(self) -> None:
         """From now on, multiply by copies of the weight in the layout that oneDNN's products want (`can_tile`).
@@ -60,7 +80,7 @@ class Linear(nn.Module):
 
     def __getstate__(self):
         """Without the copies, which nothing can copy or pickle; they are made anew."""
-        return {**super().__getstate__(), "_tiled": None if self._tiled is None else {}}
+        return {**super().__getstate__(), "_kept": None, "_tiled": None if self._tiled is None else {}}
 
 
 def can_tile(dtype: torch.dtype, device: torch.device) -> bool:

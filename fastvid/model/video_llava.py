@@ -157,6 +157,15 @@ class VideoLlava(nn.Module):
                 module.reshard()  # what it would keep for the backward pass
         self._prefix = [layer.buffers for layer in cache]
 
+    def keep_casts(self, keep: bool) -> None:
+        """`Linear.keep_casts` of every trained matrix; the micro-batches of a step share what they cast.
+
+        Not where layers are recomputed: there no copy lives until backward, which saves memory.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.keep_casts(keep and self.decoder.recompute == "none")
+
     def _prefix_of(self, batch):
         """Keys and values of the batch's constant prefix, by layer; None without one."""
         if not batch.prefix_rows:
