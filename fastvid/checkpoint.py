@@ -18,12 +18,13 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from fastvid import shards
+from fastvid.host_copies import HostCopies
 from fastvid.shards import LocalShard
 from fastvid.together import gather, rank_and_size, together
 
@@ -69,16 +70,21 @@ def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_l
     return write(output_dir, step, taken, total_limit=total_limit, process_group=process_group)
 
 
-def snapshot(groups: dict[str, dict], state: dict, *, memory: Snapshot | None = None, process_group=None) -> Snapshot:
+def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None = None, process_group=None) -> Snapshot:
     """The first half of `save`: copies of what this rank will write. Arguments as `save`'s.
 
     Args:
-        memory: an earlier snapshot that is written already; its memory is used again where shapes agree.
+        copies: takes the copies, over those of an earlier snapshot, which is written already: new pages cost as much
+            time as the copy. They are there after `copies.wait`. None: new memory, and they are there at once.
     """
     with together(process_group):
-        earlier = memory.groups if memory else {}
-        return Snapshot({group: shards.snapshot(tensors, earlier.get(group, {})) for group, tensors in groups.items()},
-                        json.dumps(state, indent=1))
+        parts = {group: shards.written_parts(tensors) for group, tensors in groups.items()}
+        taker = copies or HostCopies()
+        taken = taker.take({(group, name): part.local for group in parts for name, part in parts[group].items()})
+        if copies is None:
+            taker.wait()
+        return Snapshot({group: {name: replace(part, local=taken[group, name]) for name, part in parts[group].items()}
+                         for group in parts}, json.dumps(state, indent=1))
 
 
 def newest_valid(output_dir, *, on_invalid: Callable[[Path, str], None] | None = None,

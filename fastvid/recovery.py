@@ -56,12 +56,12 @@ def save(state):
     """Begin to write checkpoint-<steps done>: what was trained, the optimizer, and where the run stands.
 
     Returns:
-        Seconds that this kept the loop; the rest is written while it goes on.
+        Seconds that this kept the loop: the wait for the write before, and on a CPU the copy, which a GPU only begins.
+        Not the GPU's queue, which the loop has waited for already, to know that all is finite.
 
     Raises:
         OSError: on every rank, when the checkpoint before could not be written.
     """
-    begin = time.perf_counter()
     described = {
         "step": state.step, "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
         "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
@@ -69,6 +69,7 @@ def save(state):
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
         "torch": torch.__version__,
     }
+    begin = time.perf_counter()
     state.saver.save(
         state.config.output_dir, state.step, state=described, total_limit=state.config.save_total_limit,
         groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()})

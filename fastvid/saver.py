@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: the loop waits for a copy in host memory only."""
+"""Checkpoints that are written while training goes on: on a CPU the loop waits for a copy, on a GPU the update does."""
 
 import logging
 import threading
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from fastvid import checkpoint
+from fastvid.host_copies import HostCopies
 
 log = logging.getLogger("fastvid")
 
@@ -27,23 +28,29 @@ class Saver:
 
     def __init__(self):
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
-        self._snapshot = self._thread = self._error = None
+        self._copies = HostCopies()
+        self._thread = self._error = None
 
     def save(self, output_dir, step: int, *, groups: dict[str, dict], state: dict,
              total_limit: int | None = None) -> None:
         """Copy the tensors to the host and begin to write ``checkpoint-<step>``; arguments as `checkpoint.save`'s.
 
-        Waits for the write before this one first; its host memory is used again.
+        Waits for the write before this one first; its host memory is used again. A GPU copies while it computes: call
+        `hold` before what changes the tensors.
 
         Raises:
             OSError: on every rank; the write before this one failed, or a rank could not copy.
         """
         self.wait()
-        self._snapshot = checkpoint.snapshot(groups, state, process_group=self._group, memory=self._snapshot)
+        snapshot = checkpoint.snapshot(groups, state, process_group=self._group, copies=self._copies)
         self._thread = threading.Thread(
-            target=self._write, args=(Path(output_dir), step, self._snapshot, total_limit), name="checkpoint",
+            target=self._write, args=(Path(output_dir), step, snapshot, total_limit), name="checkpoint",
             daemon=True)  # who interrupts the wait for it leaves at once
         self._thread.start()
+
+    def hold(self) -> None:
+        """Let the GPU make the copies of the last save before what it is given next; nothing waits on the host."""
+        self._copies.hold()
 
     def wait(self) -> None:
         """Wait for the write that is under way, if one is.
@@ -60,6 +67,7 @@ class Saver:
 
     def _write(self, output_dir, step, snapshot, total_limit):
         try:
+            self._copies.wait()
             checkpoint.write(output_dir, step, snapshot, total_limit=total_limit, process_group=self._group)
         except OSError as error:
             self._error = OSError(f"checkpoint-{step} of {output_dir} could not be written, and is not there; those "

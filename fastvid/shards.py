@@ -7,7 +7,7 @@ is ever cut. Nothing is ever unpickled.
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -60,15 +60,13 @@ def held_part(tensor) -> tuple[LocalShard, bool]:
     return LocalShard(tensor.detach().to_local(), tuple(tensor.shape), offset), writes
 
 
-def snapshot(tensors: dict, memory: dict[str, LocalShard] | None = None) -> dict[str, LocalShard]:
-    """Host copies of what this rank writes of ``{name: Tensor | DTensor | LocalShard}``; training may go on meanwhile.
+def written_parts(tensors: dict) -> dict[str, LocalShard]:
+    """What this rank writes of ``{name: Tensor | DTensor | LocalShard}``, sharing its storage.
 
-    They lie in the memory of an earlier snapshot where that is given and of the same shapes: new pages cost as much
-    time as the copy. An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
+    An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
     """
     held = {name: shard for name, (shard, writes) in zip(tensors, map(held_part, tensors.values())) if writes}
-    memory = memory or {}
-    return {name: LocalShard(_host_copy(shard.local, memory.get(name)), shard.shape, shard.offset)
+    return {name: replace(shard, local=shard.local.detach().as_subclass(Tensor))
             for name, shard in held.items() if shard.local.numel() or shard.offset == 0}
 
 
@@ -138,13 +136,6 @@ class _Piece:
     dtype: torch.dtype
     offset: int
     rows: int
-
-
-def _host_copy(tensor, earlier):
-    plain = tensor.detach().as_subclass(Tensor)
-    if earlier is not None and (earlier.local.shape, earlier.local.dtype) == (plain.shape, plain.dtype):
-        return earlier.local.copy_(plain)
-    return plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _index(paths, files):

@@ -172,6 +172,7 @@ def train_step(state, batches):
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
     lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,
                        warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)
+    state.saver.hold()
     loss, norm = state.optimizer.step(state.step, lr, loss)
     # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
