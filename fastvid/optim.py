@@ -8,11 +8,12 @@ import math
 
 import torch
 import torch.distributed as dist
+from fastvid_kernels.adamw_step import adamw_step
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
-from fastvid.optim8bit import CPU_CHUNK, GPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
+from fastvid.optim8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 from fastvid.parallel import local_shard
 
 # Elements that torch's fused AdamW takes at once on any CPU; what is left over it computes otherwise, in the last bits.
@@ -32,7 +33,7 @@ def learning_rate(step, *, peak, total_steps, warmup_steps, schedule):
 
 
 class AdamW32:
-    """AdamW with fp32 moments, by torch's fused step.
+    """AdamW with fp32 moments, by torch's fused step; of bf16 weights on a GPU by `adamw_step`.
 
     `state`: {name: {"step": fp32 scalar, "exp_avg", "exp_avg_sq": fp32 of the shard's shape}}, as torch.optim.AdamW's.
 
@@ -60,13 +61,18 @@ class AdamW32:
             # Biases and norms (the vectors) do not decay.
             chosen = {name: g for name, g in gradients.items() if (len(self.pieces[name].shape) > 1) == decays}
             options = dict(self.options, lr=lr, weight_decay=self.weight_decay if decays else 0.0, found_inf=skip)
-            together = {name: g for name, g in chosen.items() if self.pieces[name].local.dtype == torch.float32
-                        and not (self.same_bits and _tails_differ(self.pieces[name].local))}
+            together = {}
+            for name, gradient in chosen.items():
+                local = self.pieces[name].local
+                # Elements that fill no vector torch computes otherwise on a CPU; on a GPU there are no vectors.
+                if local.dtype == torch.float32 and (_on_gpu(local) or not self.same_bits):
+                    together[name] = gradient
+                elif _on_gpu(local):
+                    self._step_in_kernel(name, gradient, step, clip, options)
+                else:
+                    self._step_on_copy(name, gradient, step, clip, options)
             if together:
                 self._step_in_place(together, clip, options)
-            for name, gradient in chosen.items():
-                if name not in together:
-                    self._step_on_copy(name, gradient, step, clip, options)
 
     def _step_in_place(self, gradients, clip, options):
         if clip is not None:
@@ -76,13 +82,19 @@ class AdamW32:
               *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")], [],
               [state["step"] for state in states], **options)
 
+    def _step_in_kernel(self, name, gradient, step, clip, options):
+        piece, state = self.pieces[name], self.state[name]
+        settings = {key: options[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")}
+        adamw_step(piece.local, gradient, state["exp_avg"], state["exp_avg_sq"], step=step + 1, clip=clip,
+                   skip=options["found_inf"], seed=piece.seed, first=piece.first, **settings)
+        state["step"] += 1 - options["found_inf"]
+
     def _step_on_copy(self, name, gradient, step, clip, options):
         """A chunk at a time, in fp32 and whole vectors. A skipped step leaves the copies, which round to themselves."""
         piece, state = self.pieces[name], self.state[name]
         tensors = [x.view(-1) for x in (piece.local, gradient, state["exp_avg"], state["exp_avg_sq"])]
-        chunk = GPU_CHUNK if piece.local.is_cuda else CPU_CHUNK
-        for begin in range(0, piece.local.numel(), chunk):
-            weights, _, *moments = parts = [x[begin:begin + chunk] for x in tensors]
+        for begin in range(0, piece.local.numel(), CPU_CHUNK):
+            weights, _, *moments = parts = [x[begin:begin + CPU_CHUNK] for x in tensors]
             count = len(weights)
             copies = [pad(x.float(), (0, -count % VECTOR)) for x in parts]
             if clip is not None:
@@ -94,9 +106,8 @@ class AdamW32:
         state["step"] += 1 - options["found_inf"]
 
 
-def _tails_differ(tensor):
-    """Whether torch's fused AdamW computes elements that fill no vector otherwise; on a GPU it knows no vectors."""
-    return not tensor.is_cuda
+def _on_gpu(tensor):
+    return tensor.is_cuda
 
 
 class Optimizer:

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from fastvid_kernels.adamw8bit_step import BLOCK_SIZE, adamw8bit_step, random_bits
+from fastvid_kernels.adamw8bit_step import BLOCK_SIZE, adamw8bit_step
+from fastvid_kernels.adamw_step import round_to_bf16
 from torch import Tensor
 
 from fastvid import shards
@@ -18,9 +19,8 @@ from fastvid import shards
 log = logging.getLogger("fastvid")
 
 LEAST_ELEMENTS = 4096  # bitsandbytes' limit: smaller tensors are not worth it
-# Elements that plain torch works on at a time: temporaries stay in a CPU's cache; on a GPU, where each chunk costs a
-# hundred launches, they stay under a gigabyte.
-CPU_CHUNK, GPU_CHUNK = 2**16, 2**24
+# Elements that plain torch works on at a time: temporaries stay in a CPU's cache.
+CPU_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,9 @@ def round_into(destination, values, *, first, seed, step):
         first: index of the first element in the whole tensor.
         seed, step: of the random bits.
     """
-    if destination.dtype == torch.float32:
-        destination.copy_(values)
-        return
-    begin = first // 8 * 8  # random bits come in groups of eight elements
-    bits = random_bits(begin, -(-(first - begin + len(values)) // 8) * 8, seed, step, values.device)
-    bits = bits[first - begin:first - begin + len(values)]
-    destination.copy_(((values.view(torch.int32) + bits) & -0x10000).view(torch.float32))
+    if destination.dtype == torch.bfloat16:
+        values = round_to_bf16(values, first=first, seed=seed, step=step)
+    destination.copy_(values)
 
 
 class _Paging:

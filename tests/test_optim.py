@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,7 +91,7 @@ class Launches(TorchDispatchMode):
 
 def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
     """Beside 8-bit matrices, whose bits do not depend on sharding either."""
-    monkeypatch.setattr(optim, "_tails_differ", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(optim, "_on_gpu", lambda tensor: True)
     counts = []
     for number in (1, 50):
         vectors = {f"norm{i}": torch.nn.Parameter(torch.ones(77)) for i in range(number)}
@@ -101,6 +102,39 @@ def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
         counts.append(launches.count)
         assert all((vector != 1).all() for vector in vectors.values())
     assert counts[0] == counts[1] < 40
+
+
+def test_a_bf16_matrix_takes_one_kernel_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(optim, "_on_gpu", lambda tensor: True)
+    matrices = {f"matrix{i}": torch.nn.Parameter(torch.ones(70, 1000, dtype=torch.bfloat16)) for i in range(5)}
+    optimizer = Optimizer(matrices.items(), settings(), torch.device("cpu"))
+    give_gradients(matrices)
+    launched = []
+    monkeypatch.setattr(optim, "adamw_step", lambda param, *rest, **options: launched.append(param))
+    with Launches() as launches:
+        optimizer.step(0, 1e-2, torch.tensor(1.0))
+    assert len(launched) == len(matrices) and launches.count < 40
+    assert all(state["step"] == 1 for state in optimizer.rules[0].state.values())
+
+
+@pytest.mark.parametrize("first_rows", [0, 3])
+def test_the_kernel_of_a_gpu_steps_as_the_chunks_of_a_cpu(monkeypatch, first_rows):
+    """bf16 weights with 32-bit moments, on a shard; up to where rounded sums lie at the edge of the random bits."""
+    ends = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(optim, "_on_gpu", lambda tensor: on_gpu)
+        weight = torch.nn.Parameter(parameters()["table"].detach().bfloat16())
+        optimizer = Optimizer([("weight", weight)], settings(), torch.device("cpu"))
+        optimizer.rules[0].pieces["weight"] = replace(optimizer.rules[0].pieces["weight"], first=first_rows * 101)
+        for step in range(3):
+            torch.manual_seed(step)
+            weight.grad = torch.randn_like(weight)
+            optimizer.step(step, 1e-2, torch.tensor(1.0))
+        ends.append({"weight": weight.detach(), **optimizer.state_tensors()})
+    chunks, kernel = ends
+    assert (chunks["weight"] != kernel["weight"]).float().mean() < 1e-3
+    for name, tensor in chunks.items():
+        torch.testing.assert_close(kernel[name], tensor, rtol=2**-7 if name == "weight" else 1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("fault", ["gradient", "infinite gradient", "loss"])

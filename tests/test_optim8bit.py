@@ -203,7 +203,7 @@ def test_rounding_does_not_depend_on_where_a_tensor_is_cut(begin, end):
 @pytest.mark.parametrize("name, dtype", [("adamw", torch.bfloat16), ("adamw_8bit", torch.float32)])
 def test_bits_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch, name, dtype):
     found = []
-    for chunk in (256, optim8bit.CPU_CHUNK, optim8bit.GPU_CHUNK):
+    for chunk in (256, optim8bit.CPU_CHUNK, 2**24):
         monkeypatch.setattr("fastvid.optim.CPU_CHUNK", chunk)
         optimizer, _ = optimizer_on(None, dtype, name)
         steps(optimizer, None, range(2))

@@ -85,6 +85,14 @@ MUTATIONS["adamw8bit_step"] = [
     Mutation("2**decade - 0.475)", "2**decade - 1.4)", "test_codes_are_the_nearest[False-triton]"),
     Mutation(", propagate_nan=tl.PropagateNan.ALL", "", "test_nan_stays_in_its_block[triton]"),
 ]
+MUTATIONS["adamw_step"] = [
+    Mutation("inside &= local >= -start", "inside &= local > -start", "test_equals_reference[256-5]"),
+    Mutation("tl.arange(0, BLOCKS * 256) - BEFORE", "tl.arange(0, BLOCKS * 256)", "test_sharding_changes_nothing[triton]"),
+    Mutation("first_group + start // 8", "first_group", "test_equals_reference[5000-0]"),
+    Mutation("triton.cdiv(first % 8 + param.numel()", "triton.cdiv(param.numel()", "test_equals_reference[1020-5]"),
+    Mutation("tl.sqrt(v) * scale + eps", "tl.sqrt(v + eps) * scale", "test_equals_reference[5000-0]"),
+    Mutation("if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) < 0:", "test_skip_leaves_everything[triton]"),
+]
 MUTATIONS["frame_patchify"] = [
     Mutation("mask=flat < VALUES", "mask=flat < VALUES - 1", "test_any_mean_and_deviation[dtype0-triton]"),
     Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h", "test_strides[<lambda>0-triton]"),

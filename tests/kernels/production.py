@@ -154,6 +154,26 @@ WIDE_STORES.add("_adamw8bit_step_kernel")
 PRODUCTION["adamw8bit_step"] = adamw8bit_step_calls
 
 
+def adamw_step_calls():
+    """A LLaMA layer's fused gate and up projections, of one backward and of several; a shard that begins anywhere."""
+    from fastvid_kernels.adamw_step import adamw_step
+
+    def call(elements, grad_dtype, first=0):
+        param, grad = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=grad_dtype)
+        moments = [torch.empty(elements) for _ in range(2)]
+        return lambda: adamw_step(param, grad, *moments, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1,
+                                  step=7, seed=42, first=first, clip=torch.empty(()), skip=torch.empty(()), impl="triton")
+
+    return {"22016×4096, bf16 gradient": call(22016 * 4096, torch.bfloat16),
+            "22016×4096, fp32 gradient": call(22016 * 4096, torch.float32),
+            "odd: 41×101, from the third element": call(41 * 101, torch.bfloat16, 2)}
+
+
+WIDE.add("_adamw_step_kernel")
+WIDE_STORES.add("_adamw_step_kernel")
+PRODUCTION["adamw_step"] = adamw_step_calls
+
+
 def frame_patchify():
     from fastvid_kernels import frame_patchify
 
