@@ -61,7 +61,7 @@ class AdamW32:
             # Biases and norms (the vectors) do not decay.
             chosen = {name: g for name, g in gradients.items() if (len(self.pieces[name].shape) > 1) == decays}
             options = dict(self.options, lr=lr, weight_decay=self.weight_decay if decays else 0.0, found_inf=skip)
-            together = {}
+            together, counts = {}, []
             for name, gradient in chosen.items():
                 local = self.pieces[name].local
                 # Elements that fill no vector torch computes otherwise on a CPU; on a GPU there are no vectors.
@@ -69,10 +69,13 @@ class AdamW32:
                     together[name] = gradient
                 elif _on_gpu(local):
                     self._step_in_kernel(name, gradient, step, clip, options)
+                    counts.append(self.state[name]["step"])
                 else:
                     self._step_on_copy(name, gradient, step, clip, options)
             if together:
                 self._step_in_place(together, clip, options)
+            if counts:
+                torch._foreach_add_(counts, 1 - skip)
 
     def _step_in_place(self, gradients, clip, options):
         if clip is not None:
@@ -87,7 +90,6 @@ class AdamW32:
         settings = {key: options[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")}
         adamw_step(piece.local, gradient, state["exp_avg"], state["exp_avg_sq"], step=step + 1, clip=clip,
                    skip=options["found_inf"], seed=piece.seed, first=piece.first, **settings)
-        state["step"] += 1 - options["found_inf"]
 
     def _step_on_copy(self, name, gradient, step, clip, options):
         """A chunk at a time, in fp32 and whole vectors. A skipped step leaves the copies, which round to themselves."""

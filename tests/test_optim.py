@@ -106,15 +106,17 @@ def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
 
 def test_a_bf16_matrix_takes_one_kernel_on_a_gpu(monkeypatch):
     monkeypatch.setattr(optim, "_on_gpu", lambda tensor: True)
-    matrices = {f"matrix{i}": torch.nn.Parameter(torch.ones(70, 1000, dtype=torch.bfloat16)) for i in range(5)}
-    optimizer = Optimizer(matrices.items(), settings(), torch.device("cpu"))
-    give_gradients(matrices)
-    launched = []
-    monkeypatch.setattr(optim, "adamw_step", lambda param, *rest, **options: launched.append(param))
-    with Launches() as launches:
-        optimizer.step(0, 1e-2, torch.tensor(1.0))
-    assert len(launched) == len(matrices) and launches.count < 40
-    assert all(state["step"] == 1 for state in optimizer.rules[0].state.values())
+    kernels, others = [], []
+    monkeypatch.setattr(optim, "adamw_step", lambda param, *rest, **options: kernels.append(param))
+    for number in (1, 20):
+        matrices = {f"matrix{i}": torch.nn.Parameter(torch.ones(70, 100, dtype=torch.bfloat16)) for i in range(number)}
+        optimizer = Optimizer(matrices.items(), settings(), torch.device("cpu"))
+        give_gradients(matrices)
+        with Launches() as launches:
+            optimizer.step(0, 1e-2, torch.tensor(1.0))
+        others.append(launches.count)
+        assert all(state["step"] == 1 for state in optimizer.rules[0].state.values())
+    assert len(kernels) == 1 + 20 and others[0] == others[1] < 40
 
 
 @pytest.mark.parametrize("first_rows", [0, 3])
