@@ -1,4 +1,4 @@
-"""Rows of the optimizer's kernel.
+"""Rows of the optimizer's kernels.
 
 Dimensions: E elements of a shard.
 """
@@ -7,6 +7,7 @@ from types import FunctionType
 
 import torch
 from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_reference, dynamic_map
+from fastvid_kernels.adamw_step import adamw_step, adamw_step_reference
 
 from bench.cases import Case, Later, library, normal
 
@@ -14,12 +15,12 @@ BLOCK = 256
 SETTINGS = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "step": 10}
 
 
-def _in_place(update):
-    """Way of timing an update: returns what it has written, codes aside (a tie may go either way)."""
-    def prepare(param, grad, state1, state2, absmax1, absmax2):
+def _in_place(update, written=(0, 4, 5)):
+    """Way of timing an update: returns the arguments `written` to, of 8-bit steps codes aside (a tie may go either way)."""
+    def prepare(*tensors):
         def call():
-            update(param, grad, state1, state2, absmax1, absmax2)
-            return param, absmax1, absmax2
+            update(*tensors)
+            return tuple(tensors[place] for place in written)
 
         return call
 
@@ -49,6 +50,20 @@ def _case(E, dtype):
                 _in_place(functions["eager"]), moved, tolerance=2**-7)
 
 
+def _case_of_32_bits(E):
+    """bf16 weights; torch has no step that rounds them stochastically."""
+    def inputs(generator, device):
+        moments = [normal(generator, device, E, dtype=torch.float32, scale=1e-3) for _ in range(2)]
+        return (normal(generator, device, E, dtype=torch.bfloat16, scale=0.02),
+                normal(generator, device, E, dtype=torch.bfloat16, scale=1e-3), moments[0], moments[1].square())
+
+    functions = {"ours": lambda *tensors: adamw_step(*tensors, **SETTINGS),
+                 "eager": lambda *tensors: adamw_step_reference(*tensors, **SETTINGS)}
+    ways = {name: _in_place(function, (0, 2, 3)) for name, function in functions.items()}
+    # Parameter and moments are read and written, the gradient is read.
+    return Case("adamw_step", "update", {"E": E, "dtype": "bfloat16"}, inputs, ways, ways["eager"], 22 * E, tolerance=2**-7)
+
+
 def _compiled():
     """The plain step compiled, without its tables: the compiler would make them at each call, on a CPU wrongly."""
     plain = adamw8bit_step_reference
@@ -73,3 +88,4 @@ def _bitsandbytes():
 def cases(small):
     for dtype in (torch.bfloat16, torch.float32):
         yield _case(1000 if small else 2**26, dtype)
+    yield _case_of_32_bits(1000 if small else 2**26)
