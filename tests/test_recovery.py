@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_run import config_of, flags, losses, start, write_run
 
-from fastvid import checkpoint, parallel, shards, train
+from fastvid import checkpoint, parallel, recovery, shards, train
 from fastvid.data.features import load_features, save_features
 from fastvid.metrics import read_metrics
 
@@ -123,6 +123,14 @@ def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
     stalls = {line["step"]: line.get("checkpoint_stall_seconds") for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert set(stalls) == set(range(1, 6)) and stalls[1] is stalls[2] is stalls[4] is None
     assert 0 < stalls[3] < stalls[5] and stalls[5] > 0.5
+
+
+def test_a_stall_is_the_saver_s_alone(run, tmp_path, monkeypatch):
+    """Not what the ranks, or the host and its GPU, wait for each other."""
+    state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
+    monkeypatch.setattr(recovery, "skipped_samples", lambda state: time.sleep(0.5))
+    monkeypatch.setattr(state.saver, "save", lambda *a, **k: None)
+    assert recovery.save(state) < 0.25
 
 
 def test_skipped_samples_are_counted_over_a_resume(run, tmp_path, caplog):
