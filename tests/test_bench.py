@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench import check, measure, optimizer_cases, report, roofline, vision_cases
+from bench import kernel_rows, measure, optimizer_cases, report, roofline, vision_cases
 
 GPU = {"device": "GPU X", "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14}
 COMMON = {"python": "3.12", "commit": "abc", "date": "2026-11-22", "versions": {"torch": "2.11"}, "small": False,
@@ -135,52 +134,22 @@ def test_picture_without_a_gpu_says_so(tmp_path):
 
 
 def test_every_kernel_has_cases():
-    from bench import test_kernels
-
-    assert {case.kernel for case in test_kernels.all_cases(small=False)} == set(report.KERNELS)
+    assert {case.kernel for case in kernel_rows.all_cases(small=False)} == set(report.KERNELS)
 
 
-def test_each_kernels_tests_have_a_process_of_their_own(tmp_path, monkeypatch):
-    folder = tmp_path / "tests" / "kernels"
-    folder.mkdir(parents=True)
-    for name, body in {"good": "pass", "bad": "assert False"}.items():
-        (folder / f"test_{name}.py").write_text(f"def test_it():\n    {body}\n")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    states = check.run_tests(["good", "bad", "none"], tmp_path, time.monotonic() + 100, workers=2)
-    assert states == {"good": "passed", "bad": "failed (pytest's exit code 1)",
-                      "none": "missing (tests/kernels/test_none.py)"}
-    check.merge_junit(sorted(tmp_path.glob("*.xml")), tmp_path / "all.junit")
-    assert (tmp_path / "all.junit").read_text().count("<testcase") == 2
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 
 
-def test_a_command_that_goes_on_is_interrupted(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what shall run in the background
-    try:
-        check.heed_interrupts()
-        loop = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
-        assert check.run([sys.executable, "-c", loop], 5, tmp_path / "log") is None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (tmp_path / "log").read_text() == "written\n"
-
-
-def test_command_writes_rows_of_sound_kernels(tmp_path, monkeypatch, capsys):
-    def tests(kernels, folder, deadline, workers):
-        return {"spatio_temporal_pool": "passed", "frame_patchify": "failed"}
-
-    monkeypatch.setattr(check, "run_tests", tests)
-    monkeypatch.setenv("OUT", str(tmp_path))
-    assert check.main(["--small", "--kernels", "spatio_temporal_pool,frame_patchify"]) == 1
-    (path,) = tmp_path.glob("*.json")
-    content = json.loads(path.read_text())
-    assert {r["extra_info"]["kernel"] for r in content["benchmarks"]} == {"spatio_temporal_pool"}
+def test_rows_of_pytest_benchmark(tmp_path):
+    command = [*PYTEST, "bench", "-k", "test_kernels and spatio", "--small", f"--benchmark-json={tmp_path / 'rows.json'}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ".:kernels"})
+    content = json.loads((tmp_path / "rows.json").read_text())
     ours, chain = (next(r for r in content["benchmarks"] if r["extra_info"]["way"] == way)
                    for way in ("ours", "reference's chain"))
     info = ours["extra_info"]
     assert info["times_as_fast_as_baseline"] == round(chain["stats"]["median"] / ours["stats"]["median"], 3)
     assert info["gb_per_s"] == pytest.approx(info["bytes"] / ours["stats"]["median"] / 1e9, abs=0.01)
     assert {"device", "versions", "commit", "date", "shapes"} <= info.keys() and ours["stats"]["rounds"] == 5
-    assert "frame_patchify: tests failed, 0 rows" in capsys.readouterr().out
 
 
 BREAKER = """
@@ -202,7 +171,7 @@ interpreter.repair_libdevice()
 def test_rows_of_liger_agree(tmp_path):
     """Its Triton kernels, interpreted, do the jobs that ours are compared on."""
     (tmp_path / "interpreted.py").write_text(INTERPRETER)
-    command = [*check.PYTEST, "-p", "interpreted", "bench", "-k", "agree and Liger", "--small"]
+    command = [*PYTEST, "-p", "interpreted", "bench", "-k", "agree and Liger", "--small"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:.:kernels", "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert "6 passed" in result.stdout, result.stdout
@@ -216,20 +185,14 @@ def test_row_of_bitsandbytes_agrees(dtype, monkeypatch):
     case = optimizer_cases._case(1000, dtype)
     inputs = case.make(torch.Generator().manual_seed(0), "cpu")
     expected = case.expected(*[x.clone() for x in inputs])()
-    update = optimizer_cases._in_place(optimizer_cases._bitsandbytes()["bitsandbytes"])
+    update = optimizer_cases._in_place(optimizer_cases._bitsandbytes())
     measure.assert_agree(update(*inputs)(), expected, case.tolerance)
 
 
 def test_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "breaker.py").write_text(BREAKER)
-    command = [*check.PYTEST, "-p", "breaker", "bench", "-k", "spatio or swiglu", "--small"]
+    command = [*PYTEST, "-p", "breaker", "bench", "-k", "spatio or swiglu", "--small"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:.:kernels"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     # Its forward is wrong, so neither its rows on a CPU are timed, nor do other kernels suffer.
     assert "1 failed, 7 passed, 2 skipped" in result.stdout, result.stdout
-
-
-def test_script_refuses_an_unknown_kernel():
-    result = subprocess.run(["bash", "scripts/gpu_check.sh", "--kernels", "spatio"], cwd=ROOT, capture_output=True, text=True,
-                            env=os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": ""})
-    assert result.returncode == 2 and "no kernel is called spatio" in result.stderr

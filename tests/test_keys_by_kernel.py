@@ -86,7 +86,7 @@ def test_equals_gathering_of_shared_videos(frozen, interpreted):
         ids = [5, 6, 7, 8, START, *[PATCH] * 6, END, *words]
         samples.append((EncodedSample(name, ids, [(len(ids) - 4, len(ids))], [name]), [videos[name]]))
     tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
-    batch = pack(samples, tokens, (6, 12), prefix=(5, 6, 7, 8), frozen=frozen, share=True)
+    batch = pack(samples, tokens, 12, prefix=(5, 6, 7, 8), frozen=frozen, share=True)
     assert batch.layout.keys is not None and batch.layout.own_keys is None and batch.prefix_rows == (4 if frozen else 0)
     model = random_model(attn_implementation="sdpa")
     model.keep_prefix([5, 6, 7, 8])

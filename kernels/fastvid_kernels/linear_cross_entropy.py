@@ -14,6 +14,7 @@ from .row_blocks import row_blocks
 
 # Logits that exist at once: 64 MiB in bf16.
 CHUNK_LOGITS = 2**25
+ROW = 64  # rows of logits are multiples of this many
 
 
 def _wide(x):
@@ -72,6 +73,7 @@ def _softmax_gradient_kernel(logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab
             x = tl.load(logits_ptr + tokens, mask=tokens < row_stride, other=0.0).to(wide)
             p = tl.exp(x - top) * scale
             p = tl.where(tokens == target, p - 1, p)
+            p = tl.where(tokens < vocab_size, p, 0.0)
             tl.store(logits_ptr + tokens, p.to(logits_ptr.dtype.element_ty), mask=tokens < row_stride)
 
 
@@ -96,6 +98,18 @@ def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
             logits_lV[rows] = p_nV.div_(sum_n1).scatter_add_(1, targets_n1, torch.full_like(sum_n1, -1.0))
 
 
+def _padded(weight_VD, width, dtype):
+    """The head in `dtype` with rows of zeros up to `width`: on a GPU, products of an odd number of tokens take several times
+    as long as those of the next multiple of 64."""
+    vocab_size = len(weight_VD)
+    if vocab_size == width:
+        return weight_VD.to(dtype)
+    matrix_WD = weight_VD.new_empty(width, weight_VD.shape[1], dtype=dtype)
+    matrix_WD[:vocab_size] = weight_VD
+    matrix_WD[vocab_size:] = 0
+    return matrix_WD
+
+
 def _add_product(total_vD, grad_lv, h_lD):
     """total += gradᵀ·h in the total's dtype: the product of bf16 factors has fp32 sums, and they are not rounded to bf16."""
     if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
@@ -110,30 +124,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_LD, weight_VD, targets_L, in_triton):
         rows_due, weight_due = ctx.needs_input_grad[:2]
-        matrix_VD = weight_VD.to(h_LD.dtype)
         (rows, channels), vocab_size = h_LD.shape, weight_VD.shape[0]
         wide = torch.promote_types(h_LD.dtype, torch.float32)
-        grad_h_LD = h_LD.new_empty(rows, channels) if rows_due else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if weight_due else None
-        lse_L, losses_L = (h_LD.new_empty(rows, dtype=wide) for _ in range(2))
-        size = min(rows, chunk_rows(vocab_size))
         # Rows of logits begin on cache lines, whatever V: matrix products and wide loads need aligned rows.
-        padded_lW = h_LD.new_empty(size, triton.cdiv(vocab_size, 64) * 64)
-        if not h_LD.is_cuda:  # oneDNN's products for AMX multiply what follows a row's end by 0, and NaN · 0 is NaN
-            padded_lW[:, vocab_size:] = 0
-        buffer_lV = padded_lW[:, :vocab_size]
-        softmax_gradient = _softmax_gradient_triton if in_triton else _softmax_gradient_torch
+        width = triton.cdiv(vocab_size, ROW) * ROW
+        buffer_lW = h_LD.new_empty(min(rows, chunk_rows(vocab_size)), width)
+        if in_triton:
+            matrix_UD, softmax_gradient = _padded(weight_VD, width, h_LD.dtype), _softmax_gradient_triton
+        else:
+            matrix_UD, softmax_gradient = weight_VD.to(h_LD.dtype), _softmax_gradient_torch
+            buffer_lW[:, vocab_size:] = 0  # oneDNN's products for AMX multiply it by 0, and NaN · 0 is NaN
+        used = matrix_UD.shape[0]
+        grad_h_LD = h_LD.new_empty(rows, channels) if rows_due else None
+        grad_weight_UD = torch.zeros_like(matrix_UD, dtype=wide) if weight_due else None
+        lse_L, losses_L = (h_LD.new_empty(rows, dtype=wide) for _ in range(2))
+        size = len(buffer_lW)
         for start in range(0, rows, max(1, size)):
             chunk = slice(start, start + size)
             h_lD = h_LD[chunk]
-            logits_lV = buffer_lV[:h_lD.shape[0]]
-            torch.mm(h_lD, matrix_VD.T, out=logits_lV)
-            softmax_gradient(logits_lV, targets_L[chunk], lse_L[chunk], losses_L[chunk], rows_due or weight_due)
+            logits_lU = buffer_lW[:h_lD.shape[0], :used]
+            torch.mm(h_lD, matrix_UD.T, out=logits_lU)
+            softmax_gradient(logits_lU[:, :vocab_size], targets_L[chunk], lse_L[chunk], losses_L[chunk],
+                             rows_due or weight_due)
             if rows_due:
-                torch.mm(logits_lV, matrix_VD, out=grad_h_LD[chunk])
+                torch.mm(logits_lU, matrix_UD, out=grad_h_LD[chunk])
             if weight_due:
-                for part_vD, grad_lv in zip(grad_weight_VD.split(2**13), logits_lV.split(2**13, dim=1)):
-                    _add_product(part_vD, grad_lv, h_lD)
+                for part_uD, grad_lu in zip(grad_weight_UD.split(2**13), logits_lU.split(2**13, dim=1)):
+                    _add_product(part_uD, grad_lu, h_lD)
+        grad_weight_VD = grad_weight_UD[:vocab_size] if weight_due else None
         ctx.save_for_backward(grad_h_LD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(lse_L)
@@ -166,7 +184,8 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
         (sum of -log p(target), fp32 scalar; log-sum-exp of each row's logits, [L] fp32, without gradient). Logits are
         rounded to the compute dtype as a linear layer rounds them; all after that is fp32. For L = 0 the sum is 0 and
         gradients are zeros. Saved for backward: the gradients due, of the rows and of the head (fp32); with a frozen
-        head in bf16, what exists besides is a chunk of logits, 64 MiB. Repeatable.
+        head in bf16, what exists besides is a chunk of logits, 64 MiB, and by the kernel a padded copy of the head where V is
+        no multiple of 64. Repeatable.
 
     Raises:
         ValueError: shapes or the targets' dtype do not fit, or `impl` is not available here.

@@ -204,3 +204,26 @@ def quantize_fp8_calls():
 WIDE.add("_quantize_fp8_kernel")
 WIDE_STORES.add("_quantize_fp8_kernel")
 PRODUCTION["quantize_fp8"] = quantize_fp8_calls
+
+
+def rope_keys_calls():
+    """Of LLaMA 7B, 13B and 3-8B: keys in order, and behind constant rows with some shared."""
+    from fastvid_kernels.rope_keys import KeyRows, rope_keys
+
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
+        x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)
+        positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
+        keys = KeyRows(torch.empty(rows + 8, dtype=torch.int64), torch.empty(rows + 1, dtype=torch.int32),
+                       torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
+        constant = (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2 if gathered else None
+        outs = rope_keys(x, positions, frequencies, heads, kv_heads, keys=keys, constant=constant, impl="triton")
+        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+
+    return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
+            "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
+            "no queries bf16": lambda: call(0, 32), "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+
+
+PRODUCTION["rope_keys"] = rope_keys_calls
+WIDE |= {"_place_keys_kernel", "_collect_kernel"}
+WIDE_STORES |= {"_place_keys_kernel", "_collect_kernel"}

@@ -205,8 +205,9 @@ def test_the_largest_tensor_is_a_chunk(impl, small_chunks):
     with LiveBytes() as live:
         linear_cross_entropy(h, weight, targets, impl=impl)
     assert max(size for _, size in live.storages.values()) == max(2 * chunk, h.nbytes)
-    # The kernel works in place (a chunk more is the interpreter's); plain torch holds fp32 copies.
-    assert live.peak <= h.nbytes + 3 * 4 * 200 + 2 * 2 * chunk + (12 * chunk if impl == "reference" else 0)
+    # The kernel works in place (a chunk more is the interpreter's) on a padded head; plain torch holds fp32 copies.
+    more = 12 * chunk if impl == "reference" else 2 * 64 * weight.shape[1]
+    assert live.peak <= h.nbytes + 3 * 4 * 200 + 2 * 2 * chunk + more
 
 
 def test_chunks_stay_within_their_bytes():
