@@ -87,6 +87,19 @@ def test_products_are_counted_in_functions_too():
     assert counter.total == 3 * 2 * 3 * 5 * 7 + 2 * 2 * 3 * 6 * 4
 
 
+def test_a_product_with_a_dtype_of_its_own_is_counted():
+    """As a trained head's gradient is computed on a GPU: CPUs have no such product, so a stand-in is dispatched."""
+    class AddmmOnGPU:
+        _overloadpacket = torch.ops.aten.addmm
+
+        def __call__(self, total, a, b, dtype, out):
+            return out
+
+    counter, total = ExecutedFlops(), torch.zeros(3, 5)
+    counter.__torch_dispatch__(AddmmOnGPU(), (), (total, torch.zeros(3, 4), torch.zeros(4, 5), torch.float32), {"out": total})
+    assert counter.total == 2 * 3 * 4 * 5
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_counts_what_it_computes(causal):
     q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))

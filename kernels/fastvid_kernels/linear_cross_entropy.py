@@ -115,7 +115,7 @@ def _add_product(total_vD, grad_lv, h_lD):
     if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
         torch.addmm(total_vD, grad_lv.T, h_lD, out_dtype=total_vD.dtype, out=total_vD)
     else:  # torch's products on a CPU return their factors' dtype
-        total_vD.addmm_(_wide(grad_lv).T, _wide(h_lD))
+        torch.addmm(total_vD, _wide(grad_lv).T, _wide(h_lD), out=total_vD)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
