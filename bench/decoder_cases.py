@@ -8,6 +8,7 @@ import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
+from fastvid_kernels.rope_keys import KeyRows, rope_keys, rope_keys_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
@@ -107,9 +108,7 @@ def _rope_cases(N, H, d):
                                                                               inplace=True)}
 
     def inputs(generator, device):
-        inv_freq = 10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
-        positions = torch.randint(2048, (N,), generator=generator, dtype=torch.int32, device=device)
-        return normal(generator, device, N, width), positions, inv_freq
+        return _rope_inputs(generator, device, N, H, d)
 
     def inputs_and_gradient(generator, device):
         return *inputs(generator, device), (normal(generator, device, N, width),)
@@ -125,6 +124,12 @@ def _rope_cases(N, H, d):
                in_fp32(forward(queries_and_keys(reference))), N * (2 * 2 * H * d * BYTES + 4))
     yield Case("rope_qk", "backward", shapes, inputs_and_gradient, _ways(Gradients, functions),
                in_fp32(Gradients(reference)), N * (2 * width * BYTES + 4))
+
+
+def _rope_inputs(generator, device, N, H, d):
+    inv_freq = 10000.0 ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    positions = torch.randint(2048, (N,), generator=generator, dtype=torch.int32, device=device)
+    return normal(generator, device, N, 3 * H * d), positions, inv_freq
 
 
 def _liger_rope(H, d):
@@ -159,6 +164,46 @@ def _quack_rope(H, d):
         return torch.no_grad()(call)
 
     return prepare
+
+
+def _keys_cases(H, d, shared):
+    """Eight samples behind a kept prompt; or four videos of 676 rows, and eight or seven questions about each."""
+    prompt, video, text = 34, 676, 120
+    segments = [[(0, prompt), (prompt + i * (video + text), video + text)] for i in range(8)]
+    if shared:
+        segments, row = [], prompt
+        for questions in (8, 7, 8, 7):
+            segments.append([(0, prompt), (row, video)])
+            segments += [[(0, prompt), (row, video), (row + video + i * text, text)] for i in range(questions)]
+            row += video + questions * text
+    return _placed(H, d, prompt, segments, "30 questions share 4 videos" if shared else "8 samples")
+
+
+def _placed(H, d, prompt, segments, job):
+    rows_M = torch.cat([torch.arange(size) + start for runs in segments for start, size in runs])
+    N, M = int(rows_M.max()) + 1 - prompt, len(rows_M)
+    shapes = {"N": N, "M": M, "H": H, "d": d, "dtype": "bfloat16"}
+    keys = KeyRows.of(rows_M, prompt, N)
+
+    def function(op):
+        return lambda qkv, positions, inv_freq, k, v, *keys: op(qkv, positions, inv_freq, H, H, keys=KeyRows(*keys),
+                                                                constant=(k, v))
+
+    functions = {"ours": function(rope_keys), "eager": function(rope_keys_reference)}
+
+    def inputs(generator, device):
+        qkv, positions, inv_freq = _rope_inputs(generator, device, N, H, d)
+        return qkv, positions, inv_freq, *(normal(generator, device, prompt, H, d) for _ in range(2)), *(
+            x.to(device) for x in keys)
+
+    def inputs_and_gradients(generator, device):
+        return *inputs(generator, device), tuple(normal(generator, device, rows, H, d) for rows in (N, M, M))
+
+    row = H * d * BYTES  # queries are read and written, keys and values read once and written to every place
+    yield Case("rope_keys", f"forward, {job}", shapes, inputs, _ways(forward, functions),
+               in_fp32(forward(function(rope_keys_reference))), (4 * N + 2 * M) * row)
+    yield Case("rope_keys", f"backward, {job}", shapes, inputs_and_gradients, _ways(Gradients, functions),
+               in_fp32(Gradients(function(rope_keys_reference))), (4 * N + 2 * M) * row)
 
 
 def _splice_cases(videos, R, text, D, V):
@@ -250,6 +295,7 @@ def cases(small):
         yield from _norm_cases(7, 40)
         yield from _swiglu_cases(5, 24)
         yield from _rope_cases(6, 2, 8)
+        yield from _placed(2, 8, 3, [[(0, 3), (3, 4)], [(0, 3), (3, 4), (7, 2)]], "2 samples")
         yield from _splice_cases(2, 5, 3, 16, 50)
         yield _loss_case(8, 50, 16)
         yield _fp8_case(7, 40)
@@ -260,6 +306,8 @@ def cases(small):
         yield from _swiglu_cases(rows, width)
     for rows, heads in ((16384, 32), (TYPICAL, 32), (8192, 40)):
         yield from _rope_cases(rows, heads, 128)
+    for shared in (False, True):
+        yield from _keys_cases(32, 128, shared)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
     for rows, width in ((65536, 4096), (16384, 11008), (TYPICAL, 22016)):  # residual stream, SwiGLU's output, its gradient

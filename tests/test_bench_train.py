@@ -26,7 +26,7 @@ TINY = PRESETS["tiny"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("bench")
-    train_data.write(made, TINY.shape, TINY.videos)
+    train_data.write(made, TINY.shape, TINY.videos, budget_videos=3)
     return made
 
 
@@ -50,11 +50,11 @@ def test_samples_have_the_real_lengths(tmp_path):
 
 def test_data_depend_on_the_seed_alone(tmp_path, folder):
     for name, seed in (("same", 0), ("other", 1)):
-        train_data.write(tmp_path / name, TINY.shape, TINY.videos, seed)
+        train_data.write(tmp_path / name, TINY.shape, TINY.videos, seed, 3)
     # sentencepiece writes the file's own path into tokenizer.model
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".safetensors", ".json",
                                                                                             ".vocab"))
-    assert len(files) == 9
+    assert len(files) == 11
 
     def equal(name):
         return [(tmp_path / name / file).read_bytes() == (folder / file).read_bytes() for file in files]

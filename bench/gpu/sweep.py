@@ -63,6 +63,10 @@ SPACES = {
     "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
     "splice_video": Space(_blocks((1024, 2048, 4096), (4, 8)), _grid),
     "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64], _rope),
+    "rope_keys": Space([{"heads": h, "warps": w} for h in (8, 16, 32) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 32],
+                       lambda c, heads, half: (min(POWER(heads), c["heads"]), c["warps"])),
+    "adamw_step": Space([{"blocks": b, "warps": w} for b, w in ((4, 4), (2, 2), (4, 2), (8, 4), (8, 8))],
+                        lambda c: (c["blocks"], c["warps"])),
     "quantize_fp8": Space(_blocks((2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)),
                           lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
     "linear_cross_entropy": Space(

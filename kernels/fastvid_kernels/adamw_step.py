@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adamw8bit_step import _random_tile, random_bits
-from .dispatch import use_triton
+from .dispatch import launch, use_triton
 
 
 def round_to_bf16(values_E: Tensor, *, seed: int, step: int, first: int = 0) -> Tensor:
@@ -110,7 +110,8 @@ def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     if param.numel() == 0:
         return
     blocks, warps = _tiles()
-    _adamw_step_kernel[(triton.cdiv(first % 8 + param.numel(), blocks * 256),)](
+    launch(
+        _adamw_step_kernel, (triton.cdiv(first % 8 + param.numel(), blocks * 256),),
         param, grad, exp_avg, exp_avg_sq, clip, skip, param.numel(), seed, step, first // 8,
         *_factors(lr, beta1, beta2, weight_decay, step), eps, BEFORE=first % 8, CLIP=clip is not None,
         SKIP=skip is not None, BLOCKS=blocks, num_warps=warps)
