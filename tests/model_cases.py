@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.decoder import DecoderConfig
+from fastvid.model.decoder_config import DecoderConfig
 from fastvid.model.video_llava import ModelConfig, VideoLlava
 
 ADAPTER = frozenset({"projector", "boundary"})

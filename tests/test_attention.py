@@ -10,7 +10,7 @@ from model_cases import LiveBytes, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout
-from fastvid.model import attention
+from fastvid.model import attention, gathered_keys
 from fastvid.model.attention import attend
 
 
@@ -54,7 +54,7 @@ def test_shared_gradients_are_summed_in_fp32():
     lengths = (1,) * 1000
     layout, _, _ = branches(lengths, 1)
     source = torch.zeros(1001, 1, 4, dtype=torch.bfloat16, requires_grad=True)
-    rows = attention._GatherRows.apply(source, attention._Gathered(None, source, layout.kv_rows), None, True)
+    rows = gathered_keys.GatherRows.apply(source, gathered_keys.Gathered(None, source, layout.kv_rows), None, True)
     rows.sum().backward()
     assert source.grad[0].unique().item() == 1000  # 1001, rounded once
 

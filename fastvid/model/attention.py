@@ -16,13 +16,13 @@ import torch
 from fastvid_kernels.dispatch import use_triton
 from fastvid_kernels.rope_keys import place_keys, rope_keys
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention
+from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
 
 log = logging.getLogger("fastvid")
 
@@ -62,11 +62,11 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     call = _CALLS.get(implementation, implementation)
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
-    keys, values = (_Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
+    keys, values = (Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
         constant or (None, None), (k_NKd, v_NKd)))
-    k_MKd, v_MKd = (_GatherRows.apply(own_NKd, gathered, layout.own_keys, regather) for own_NKd, gathered in (
+    k_MKd, v_MKd = (GatherRows.apply(own_NKd, gathered, layout.own_keys, regather) for own_NKd, gathered in (
         (k_NKd, keys), (v_NKd, values)))
-    with _saving_no_copy(keys, values) if regather else nullcontext():
+    with saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
 
 
@@ -95,9 +95,9 @@ def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, floa
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
     if layout.keys is None or recomputed:
         return implementation(q_NHd, k_MKd, v_MKd, layout)
-    rows = _Placed(k_MKd, partial(place_keys, qkv_NE.detach(), positions_N, inv_freq_h, num_heads, num_kv_heads, scale,
+    rows = Placed(k_MKd, partial(place_keys, qkv_NE.detach(), positions_N, inv_freq_h, num_heads, num_kv_heads, scale,
                                   layout.keys.rows_M, constant))
-    with _saving_no_copy(rows):
+    with saving_no_copy(rows):
         return implementation(q_NHd, k_MKd, v_MKd, layout)
 
 
@@ -243,86 +243,3 @@ def _last_rows_aligned(queries, keys, device):
 _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
 _GATHERING = {"avx512": avx512_attention, "blocked": blocked_attention}  # take keys from where they lie
 IMPLEMENTATIONS = ("flash", "varlen", "avx512", "blocked", "sdpa")
-
-
-class _Gathered:
-    """The rows of `constant` and then `source` that segments attend to; gathered again when backward asks for them."""
-
-    def __init__(self, constant_CKd, source_NKd, rows_M):
-        self.constant_CKd = constant_CKd
-        self.source_NKd = source_NKd.detach()
-        self.rows_M = rows_M
-        self.storage = None  # address of the copy that forward made; only forward compares it, while the copy lives
-        self.again_MKd = None
-
-    def copy(self):
-        source_NKd = self.source_NKd
-        if self.constant_CKd is not None:
-            source_NKd = torch.cat([self.constant_CKd, source_NKd])
-        return source_NKd.index_select(0, self.rows_M)
-
-    def forward_copy(self):
-        rows_MKd = self.copy()
-        self.storage = rows_MKd.untyped_storage().data_ptr()
-        return rows_MKd
-
-    def backward_copy(self):
-        if self.again_MKd is None:
-            self.again_MKd = self.copy()
-        return self.again_MKd
-
-
-class _Placed:
-    """Keys and values in one allocation, made again when backward asks for them."""
-
-    def __init__(self, k_MKd, again):
-        self.storage, self.again, self.made = k_MKd.untyped_storage().data_ptr(), again, None
-
-    def backward_copy(self):
-        if self.made is None:  # once for both; it goes with the graph that asks for it
-            self.made = self.again()
-        return self.made
-
-
-class _GatherRows(torch.autograd.Function):
-    """[N, K, d] → [M, K, d]; saves indices; backward gathers, or sums a shared row's gradients in fp32, in M's order."""
-
-    @staticmethod
-    def forward(ctx, source_NKd, gathered, own_keys_N, regather):
-        ctx.save_for_backward(gathered.rows_M, own_keys_N)
-        ctx.first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
-        ctx.shape = source_NKd.shape
-        ctx.gathered = gathered if regather else None  # which holds keys or values: not under recomputation
-        return gathered.forward_copy()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_MKd):
-        rows_M, own_keys_N = ctx.saved_tensors
-        if ctx.gathered is not None:
-            ctx.gathered.again_MKd = None  # attention's backward, its only reader, is done
-        if own_keys_N is not None:
-            return grad_MKd.index_select(0, own_keys_N), None, None, None
-        # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
-        total_RE = torch.ops.aten.embedding_dense_backward(
-            grad_MKd.flatten(1).float(), rows_M, ctx.first + ctx.shape[0], -1, False)
-        return total_RE[ctx.first:].view(ctx.shape).to(grad_MKd.dtype), None, None, None
-
-
-def _saving_no_copy(*gathered):
-    """Within this context, autograd saves a tensor that lies in a gathered one as its place there."""
-
-    def pack(tensor):
-        storage = tensor.untyped_storage().data_ptr()
-        for each in gathered:
-            if each.storage == storage:
-                return each, tensor.shape, tensor.stride(), tensor.storage_offset()
-        return tensor
-
-    def unpack(saved):
-        if isinstance(saved, Tensor):
-            return saved
-        each, shape, stride, offset = saved
-        return each.backward_copy().as_strided(shape, stride, offset)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fastvid.model import names
-from fastvid.model.decoder import DecoderConfig
+from fastvid.model.decoder_config import DecoderConfig
 from fastvid.model.projector_file import read_projector
 from fastvid.model.video_llava import ModelConfig
 from fastvid.model.weight_files import ModelFolder

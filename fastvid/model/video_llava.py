@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.decoder import Decoder, DecoderConfig, Stream, take_rows
+from fastvid.model.decoder import Decoder, Stream, take_rows
+from fastvid.model.decoder_config import DecoderConfig
 from fastvid.model.generate import LayerCache
 from fastvid.model.linear import Linear
 
