@@ -4,7 +4,7 @@ Layouts of a model over ranks:
 
 - replicated: every rank holds everything; gradients of the trained parameters are summed in one all-reduce.
 - trained parts sharded: FSDP2 shards what is trained; the frozen backbone is replicated, so that no step gathers it.
-- full: FSDP2 shards every decoder layer too.
+- full: FSDP2 shards every decoder layer too; their norms stay replicated where the residual stream alone is fp32.
 - hybrid: as full, but over the ranks of a node alone; each node holds a copy, and gradients are summed over copies.
 """
 
@@ -238,16 +238,18 @@ def shard(model, world, layout, *, bf16, shard_size=None):
     precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
                             for dtype in (torch.bfloat16 if bf16 else None, None))
     fp32_residual = bf16 and model.residual_dtype == torch.float32
-    frozen = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
+    layers = list(model.decoder.layers) if layout != "trained" else []
+    ignored = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
+    if fp32_residual:
+        # A layer's norms would need a unit of their own, which gathers at every call; and how often they are called
+        # depends on the batch, so that ranks would wait for each other for ever. They are small: every rank has them.
+        ignored |= {norm.weight for layer in layers for norm in (layer.input_norm, layer.post_norm)}
     trained = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype != torch.float32 for p in trained):  # a unit of FSDP2's has one dtype: vectors are whole
-        frozen |= {p for p in trained if p.ndim == 1}
-    options = dict(mesh=mesh, mp_policy=precision, ignored_params=frozen)
-    layers = list(model.decoder.layers) if layout != "trained" else []
+        ignored |= {p for p in trained if p.ndim == 1}
+    options = dict(mesh=mesh, mp_policy=precision, ignored_params=ignored)
     whole = options | dict(mp_policy=unrounded) if fp32_residual else options
     for layer in layers:
-        for norm in (layer.input_norm, layer.post_norm) if fp32_residual else ():
-            fully_shard(norm, **whole)
         fully_shard(layer, **options)
     fully_shard(model.projector, **options, reshard_after_forward=False)
     fully_shard(model, **whole, reshard_after_forward=False)

@@ -142,6 +142,7 @@ def precise_gradients(rank):
         model = precise(trainable, recompute)
         parallel.shard(model, world_of(rank), layout, bf16=True)
         loss, gradients = loss_and_gradients(model, random_batch())
+        parallel.sum_replicated_gradients([p for p in model.parameters() if p.requires_grad], world_of(rank))
         found.append((loss, {name: parallel.full_tensor(gradient) for name, gradient in gradients.items()}))
     return found
 
