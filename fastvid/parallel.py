@@ -229,10 +229,13 @@ def shard(model, world, layout, *, bf16, shard_size=None):
     if layout == "replicated":
         return
     size = ranks_of_a_copy(layout, world, shard_size)
-    if size == world.size:
-        mesh = dist.init_device_mesh(world.device.type, (size,))
-    else:  # torchrun numbers ranks node by node: those of a row of the mesh share one
+    # What micro-batches reduce FSDP2 adds up in fp32 before a sum over copies, else in the weights' dtype: bf16 weights
+    # have copies, be it one.
+    copies = world.size > size or any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
+    if copies:  # torchrun numbers ranks node by node: those of a row of the mesh share one
         mesh = dist.init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copies", "shards"))
+    else:
+        mesh = dist.init_device_mesh(world.device.type, (size,))
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
     precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -262,15 +265,21 @@ def shard(model, world, layout, *, bf16, shard_size=None):
             module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other
 
 
-def set_gradient_sync(model, sync):
-    """Whether the next backward reduces FSDP2's gradients over ranks (the step's last) or only adds them up.
+def set_gradient_sync(model, last, *, accumulate_whole=False):
+    """What the next backward does with FSDP2's gradients.
 
     What is not a decoder layer is gathered once per step: it stays until the step's last backward.
+
+    Args:
+        last: whether it is the step's last. Gradients are summed over copies of the model (hybrid) then alone.
+        accumulate_whole: every rank adds up the whole gradient, which takes 4 bytes per sharded parameter, and the last
+            backward reduces it. Otherwise each backward does, and a rank keeps its shard.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
+        model.set_requires_gradient_sync(last or not accumulate_whole)
+        model.set_requires_all_reduce(last)
         for module in (model, model.projector):
-            module.set_reshard_after_backward(sync, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
 
 
 def reshard(model):

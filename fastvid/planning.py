@@ -113,7 +113,8 @@ def plan_memory(config, model_config, loader, world):
 
     Returns:
         (layout over ranks as `parallel.shard` takes it, recompute mode, whether to `tile` the frozen decoder: not where
-        the copies would fill memory, or ``--recompute full`` asks to save it)
+        the copies would fill memory, or ``--recompute full`` asks to save it; whether ranks of FSDP2 add up whole
+        gradients over micro-batches, as `parallel.set_gradient_sync` takes it: where they fit)
     """
     if frozen_dtype(config) is not None:
         quantize.check_device(config.frozen_dtype, world.device)
@@ -142,8 +143,11 @@ def plan_memory(config, model_config, loader, world):
         estimate = with_copies if tiled else estimate
         said = (f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies"
                 + ("" if tiled else ", for which memory is short"))
+    accumulate_whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
+    if config.gradient_accumulation_steps > 1 and layout != "replicated" and not accumulate_whole:
+        said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
     log.info("%s of %.1f GiB; %s%s", estimate, available / 2**30, _LAYOUTS[layout], said)
-    return layout, recompute, tiled
+    return layout, recompute, tiled, accumulate_whole
 
 
 def _can_tile(config, layout, world):

@@ -39,6 +39,7 @@ class TrainState:
 
     Attributes:
         evaluation: loader of the validation set, or None.
+        accumulate_whole: see `parallel.set_gradient_sync`.
         step: optimizer steps done.
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
@@ -59,6 +60,7 @@ class TrainState:
     loss_sum: torch.Tensor
     saver: Saver
     staging: Staging
+    accumulate_whole: bool
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
@@ -115,7 +117,7 @@ def build(config, world):
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    layout, recompute, tiled = planning.plan_memory(config, model_config, loader, world)
+    layout, recompute, tiled, accumulate_whole = planning.plan_memory(config, model_config, loader, world)
     if world.device.type == "cpu":
         host_memory.keep_freed(recompute != "full")  # who recomputes everything is short of memory
     sizes, dtype = model_config.decoder, planning.compute_dtype(config)
@@ -142,7 +144,7 @@ def build(config, world):
         warmup_steps=config.warmup_steps or math.ceil(loader.order.total_steps * config.warmup_ratio),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
-        staging=Staging(world.device))
+        staging=Staging(world.device), accumulate_whole=accumulate_whole)
 
 
 def train_step(state, batches):
@@ -162,7 +164,7 @@ def train_step(state, batches):
             scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
         else:
             scale = 1 / max(1, counts.supervised)
-        parallel.set_gradient_sync(state.model, i == len(batches) - 1)
+        parallel.set_gradient_sync(state.model, i == len(batches) - 1, accumulate_whole=state.accumulate_whole)
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()

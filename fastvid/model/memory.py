@@ -68,6 +68,11 @@ def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str
     return counts
 
 
+def whole_gradient_bytes(config: ModelConfig, trainable: frozenset[str]) -> int:
+    """Bytes of a whole gradient in fp32, as a rank of FSDP2 holds it that adds up micro-batches before it reduces."""
+    return 4 * sum(count for part, count in parameter_counts(config, trainable).items() if part in trainable)
+
+
 def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int | None = None,
                 video_rows: int | None = None, compute_dtype: torch.dtype, fp32_residual: bool = False,
                 recompute: str = "none", one_call_per_segment: bool = False) -> int:
