@@ -277,8 +277,8 @@ def _due(state, strategy, every):
     """Whether the step just done is one to save or validate at."""
     if strategy == "steps":
         return state.step % every == 0
-    epoch = state.order.epoch_after
-    return strategy == "epoch" and int(epoch(state.step)) > int(epoch(state.step - 1))
+    epoch, ends = state.order.epoch_after, state.step == state.order.total_steps  # maybe within an epoch
+    return strategy == "epoch" and (ends or int(epoch(state.step)) > int(epoch(state.step - 1)))
 
 
 def _log(state, result, metrics):

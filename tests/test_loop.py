@@ -10,6 +10,7 @@ from training_run import config_of, flags, losses, write_run
 
 from fastvid import parallel, recovery, staging, train
 from fastvid.flops import Formula
+from fastvid.metrics import read_metrics
 from fastvid.model import attention, blocked_attention
 from fastvid.staging import Staging
 
@@ -103,6 +104,17 @@ def test_no_step_synchronises_the_gpu(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", train_step)
     assert train.main(flags(run, tmp_path, "--bf16", "True", "--logging_steps", "4")) == 0
     assert len(losses(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--num_train_epochs", "1.5"], [6, 9]), (["--num_train_epochs", "2"], [6, 12]),
+    # 6 micro-batches an epoch: the second epoch begins within step 2, the run ends in its midst.
+    (["--parity", "reference", "--gradient_accumulation_steps", "4", "--num_train_epochs", "2"], [2])])
+def test_validation_by_epoch_comes_at_epochs_and_at_the_end(run, tmp_path, options, expected):
+    assert train.main(flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "epoch",
+                            "--save_strategy", "no", *options)) == 0
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == expected
 
 
 # --- batches on their way

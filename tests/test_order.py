@@ -46,18 +46,37 @@ def test_reference_order_equals_the_recordings(shared):
             assert digest == saved.get("sha256_i64le", saved.get("sha256_rank0"))
 
 
-def test_reference_leftover_micro_batches_open_the_next_epoch():
-    order = reference(n=10, batch=2, accumulation=2)  # 5 micro-batches an epoch: 2 steps and one left over
-    assert order.total_steps == 6
-    assert [len(order.micro_batches(step)) for step in range(6)] == [2, 2, 3, 2, 3, 2]
-    first, second = (reference_indices(10, 0, 1, 42, epoch) for epoch in range(2))
-    assert order.micro_batches(2) == [first[8:], second[:2], second[2:4]]
+def test_reference_steps_go_on_from_one_epoch_into_the_next():
+    order = reference(n=10, batch=2, accumulation=2, epochs=2)  # 5 micro-batches an epoch
+    assert [order.micro_batches(step) for step in range(order.total_steps)] == [
+        [[4, 2], [8, 9]], [[1, 7], [0, 3]], [[5, 6], [6, 2]], [[3, 8], [5, 4]]]  # the reference's own, recorded
+    assert [order.epoch_after(step) for step in range(5)] == [0, 0.4, 0.8, 1.2, 1.6]
 
 
-def test_reference_epoch_shorter_than_an_accumulation_steps_once():
-    order = reference(n=5, batch=2, accumulation=8, epochs=2)
-    assert order.total_steps == 2
-    assert [sorted(flat(order, [step])) for step in range(2)] == [list(range(5))] * 2
+def trainer_steps(n, batch, accumulation, epochs, max_steps):
+    """The steps of Hugging Face's Trainer 4.28, as its loop makes them."""
+    per_epoch = math.ceil(n / batch)
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * max(1, per_epoch // accumulation))
+    done, waiting, seen = [], [], 0
+    for epoch in range(10**6):
+        indices = reference_indices(n, 0, 1, 42, epoch)
+        for i in range(per_epoch):
+            waiting.append(indices[i * batch:(i + 1) * batch])
+            seen += 1
+            if seen % accumulation == 0 or (per_epoch <= accumulation and i + 1 == per_epoch):
+                done.append(waiting)
+                waiting = []
+                if len(done) == steps:
+                    return done
+
+
+@pytest.mark.parametrize("epochs, max_steps", [(1, -1), (2.5, -1), (4, -1), (1, 23)])
+@pytest.mark.parametrize("n, batch, accumulation", [
+    (10, 2, 1), (10, 2, 2), (11, 2, 4), (11, 2, 5), (12, 2, 6), (5, 2, 8), (5, 1, 7), (9, 3, 4), (1, 1, 3)])
+def test_reference_steps_are_those_of_the_trainer(n, batch, accumulation, epochs, max_steps):
+    order = reference(n=n, batch=batch, accumulation=accumulation, epochs=epochs, max_steps=max_steps)
+    expected = trainer_steps(n, batch, accumulation, epochs, max_steps)
+    assert [order.micro_batches(step) for step in range(order.total_steps)] == expected
 
 
 def test_stream_covers_each_epoch_once_in_a_fresh_order():

@@ -2,7 +2,7 @@
 
 fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number of ranks. With
 a budget of rows it is `fastvid.data.row_order`'s. The reference's (``--parity reference``) is what Hugging Face's Trainer 4.28
-does: per-rank sampling, a short last batch in every epoch, leftover micro-batches that spill into the next.
+does: per-rank sampling, a short last batch in every epoch, steps that go on from one epoch into the next.
 """
 
 import math
@@ -146,34 +146,45 @@ class ReferenceOrder:
         return math.ceil(math.ceil(self.num_samples / self.size) / self.batch_size)
 
     @property
-    def steps_per_epoch(self):
-        return max(1, self.batches_per_epoch // self.accumulation)
-
-    @property
     def samples_per_step(self):
         return self.batch_size * self.accumulation * self.size
 
     @property
     def total_steps(self):
-        return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.epochs * max(1, self.batches_per_epoch // self.accumulation))
 
     def epoch_after(self, step):
         """Epochs seen once `step` steps are done."""
-        return step / self.steps_per_epoch
+        return self._micro_batches_before(step) / self.batches_per_epoch
 
     def micro_batches(self, step):
-        """This rank's samples in `step` (from 0). Micro-batches left over at an epoch's end open the next one."""
-        epoch, at = divmod(step, self.steps_per_epoch)
-        batches = self._batches(epoch)
-        # An epoch shorter than one accumulation steps once, with what it has.
-        chosen = batches[at * self.accumulation:(at + 1) * self.accumulation]
-        if at == 0 and epoch > 0 and self.batches_per_epoch > self.accumulation:
-            chosen = self._batches(epoch - 1)[self.steps_per_epoch * self.accumulation:] + chosen
-        return chosen
+        """This rank's samples in `step` (from 0): the next of the micro-batches of all epochs, laid end to end."""
+        return [self._micro_batch(i) for i in range(*map(self._micro_batches_before, (step, step + 1)))]
 
-    def _batches(self, epoch):
+    def _micro_batches_before(self, step):
+        ends = _step_ends(self.batches_per_epoch, self.accumulation)
+        rounds, at = divmod(step, len(ends))
+        return rounds * ends[-1] + (ends[at - 1] if at else 0)
+
+    def _micro_batch(self, number):
+        epoch, at = divmod(number, self.batches_per_epoch)
         indices = reference_indices(self.num_samples, self.rank, self.size, self.seed, epoch)
-        return [indices[i:i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        return indices[at * self.batch_size:(at + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=4)
+def _step_ends(batches_per_epoch, accumulation):
+    """How many micro-batches are done at the end of each step, up to where this repeats itself.
+
+    The Trainer counts micro-batches over all epochs and steps at every multiple of `accumulation`; an epoch of no more
+    than that also ends with a step.
+    """
+    if batches_per_epoch > accumulation:
+        return (accumulation,)
+    end = math.lcm(batches_per_epoch, accumulation)
+    return tuple(sorted({*range(accumulation, end + 1, accumulation), *range(batches_per_epoch, end + 1, batches_per_epoch)}))
 
 
 @lru_cache(maxsize=4)
