@@ -1,4 +1,4 @@
-"""A rank that dies is named, and the others end within seconds, wherever they wait for it.
+"""A rank that dies is named, and the others end within two minutes, wherever they wait for it.
 
 torchrun ends the ranks of the node on which one died, with a signal that a rank cannot heed while it waits for a GPU;
 of other nodes nobody ends them before the process group's own timeout. So each rank says every second that it lives,
@@ -15,7 +15,9 @@ from datetime import timedelta
 
 STORE = "rank 0 or its launcher"  # where the store lies: who is gone when it does not answer
 LOST = "heartbeat/lost"  # key under which rank 0 tells the others who has died
-EVERY, SILENCE = 1.0, 15.0  # seconds; a rank that says nothing for so long is dead, and all end within 30 s
+# Seconds; a rank that says nothing for so long is dead. Longer than C code may hold the interpreter's lock, in which no
+# thread of a living rank can speak: json holds it for half a minute over 1.5 GB of records.
+EVERY, SILENCE = 1.0, 60.0
 
 
 class Heartbeat:
