@@ -104,6 +104,7 @@ class TrainConfig(DataConfig):
         "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; hybrid "
         "shards all over --shard_size ranks and keeps a copy on each such group.")
     shard_size: int | None = _flag(None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.")
+    ddp_timeout: int = _flag(1200, "Seconds after which a rank that lives but hangs ends the job.")
     attn_implementation: Literal["auto", "flash", "varlen", "avx512", "blocked", "sdpa"] = _flag(
         "auto", "Attention: flash-attn, torch's varlen, fastvid's own for bf16 on CPUs (avx512, blocked), torch's SDPA.")
     # optimisation

@@ -3,10 +3,13 @@
 torchrun ends the ranks of the node on which one died, with a signal that a rank cannot heed while it waits for a GPU;
 of other nodes nobody ends them before the process group's own timeout. So each rank says every second that it lives,
 through the store by which the ranks met; rank 0 listens to all, the others listen to rank 0. No collective is used: it
-works while the main thread hangs in one. A rank that lives but hangs is left to the process group's timeout.
+works while the main thread hangs in one. A rank that lives but hangs is left to the process group's timeout, and shows
+where it stands when the job ends.
 """
 
+import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +21,13 @@ LOST = "heartbeat/lost"  # key under which rank 0 tells the others who has died
 # Seconds; a rank that says nothing for so long is dead. Longer than C code may hold the interpreter's lock, in which no
 # thread of a living rank can speak: json holds it for half a minute over 1.5 GB of records.
 EVERY, SILENCE = 1.0, 60.0
+
+
+def show_stacks():
+    """Have this process write where its threads stand: at SIGUSR1, and when it aborts, as a timeout of NCCL makes it."""
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
 
 
 class Heartbeat:
@@ -88,6 +98,7 @@ class Heartbeat:
     def _end(self, reason):
         if self.stopped.is_set():
             return
+        faulthandler.dump_traceback(sys.__stderr__)  # a peer may have died because this one hangs
         # In one piece: print would let another rank's line in before its own end.
         sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from the "
                          "last checkpoint\n")

@@ -1,6 +1,8 @@
-"""Memory of the host, where a CPU computes."""
+"""Memory of the host: what a CPU computes in, and Python's own garbage."""
 
+import contextlib
 import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -40,3 +42,22 @@ def keep_freed(keep: bool) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     options = _KEEPING if keep else _RETURNING
     return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in options.items())
+
+
+@contextlib.contextmanager
+def collecting_when_told():
+    """Turn Python's automatic garbage collection off, and leave what exists now out of every collection.
+
+    It would come at another moment on every rank, and look at all records of the data set each time. Who is in this
+    context calls `gc.collect` now and then.
+    """
+    automatic = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if automatic:
+            gc.enable()

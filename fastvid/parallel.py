@@ -25,10 +25,6 @@ from torch.distributed.tensor import DTensor
 from fastvid import host_memory
 from fastvid.heartbeat import Heartbeat
 
-# A rank that lives but does not come to a collective ends the job after this: longer than any one of them may be busy
-# while the others wait, as rank 0 is when it writes a 13B model.
-TIMEOUT = timedelta(minutes=20)
-
 
 @dataclass(frozen=True)
 class World:
@@ -71,8 +67,18 @@ class World:
         return said
 
 
-def start() -> World:
-    """Join the process group that torchrun describes, or stand alone without one."""
+def start(seconds: int = 1200) -> World:
+    """Join the process group that torchrun describes, or stand alone without one.
+
+    Args:
+        seconds: a rank that lives but does not come to a collective ends the job after this.
+
+    Raises:
+        ValueError: `seconds` is not positive.
+    """
+    if seconds < 1:
+        raise ValueError(f"--ddp_timeout {seconds}: give 1 second or more")
+    timeout = timedelta(seconds=seconds)
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -84,16 +90,18 @@ def start() -> World:
     if not distributed:
         return World(0, 1, local_rank, device, False)
     gc.collect()  # process groups of an earlier job in this process: a forked child that collected one would hang in it
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = store_of_this_attempt(store, rank, size)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = store_of_this_attempt(store, rank, size, timeout)
     heartbeat = Heartbeat(store, rank, size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    # With its device NCCL connects here and now, and fails here if it cannot.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout,
+                            device_id=device if device.type == "cuda" else None)
     heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return World(rank, size, local_rank, device, True, local_size, heartbeat)
 
 
-def store_of_this_attempt(store, rank, size, timeout=TIMEOUT):
+def store_of_this_attempt(store, rank, size, timeout):
     """A part of `store` that only the ranks of this attempt use; all ranks call it.
 
     torchrun's restarted ranks meet in the store of those before, where they would find addresses of the dead.
@@ -123,6 +131,7 @@ def compute_repeatably(always):
     if always:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace only
     torch.use_deterministic_algorithms(always)
+    torch.utils.deterministic.fill_uninitialized_memory = not always  # else every torch.empty is a pass over its memory
 
 
 @contextlib.contextmanager

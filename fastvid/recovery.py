@@ -23,7 +23,7 @@ log = logging.getLogger("fastvid")
 # and how, such as with or without recomputation, sums may round in another order.
 MAY_CHANGE = {
     "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
-    "recompute", "shard", "shard_size", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
+    "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
     "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume",
     "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism", "vision_tower",
     "num_video_tokens", "on_bad_sample", "per_device_train_batch_size", "gradient_accumulation_steps",

@@ -8,6 +8,7 @@ Dimensions: see `fastvid.batch`.
 """
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import flops, host_memory, parallel, planning, recovery
+from fastvid import flops, heartbeat, host_memory, parallel, planning, recovery
 from fastvid.config import TrainConfig, parse
 from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
@@ -31,6 +32,8 @@ from fastvid.saver import Saver
 from fastvid.staging import Staging
 
 log = logging.getLogger("fastvid")
+
+_COLLECT_EVERY = 200  # steps between collections of Python's garbage
 
 
 @dataclass
@@ -210,7 +213,8 @@ def loop(state):
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
-          recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver):
+          recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver,
+          host_memory.collecting_when_told()):
         metrics.message(f"operations of a step: {state.formula}" + (
             f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
         for batches in _timed(state, state.loader.iterate(state.step)):
@@ -218,6 +222,8 @@ def loop(state):
             metrics.count(result.counts)
             metrics.wait(result.waited)
             profiler.step()
+            if state.step % _COLLECT_EVERY == 0:
+                gc.collect()
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
             saves = (_due(state, config.save_strategy, config.save_steps) or stops
                      or (ends and recovery.saves_at_end(state)))
@@ -245,7 +251,8 @@ def loop(state):
 
 def train(config):
     """Run a training job; returns `loop`'s exit code."""
-    world = parallel.start()
+    heartbeat.show_stacks()
+    world = parallel.start(config.ddp_timeout)
     with parallel.speaking_once(world):
         state = build(config, world)
         if not config.dry_run:

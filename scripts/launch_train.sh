@@ -18,6 +18,9 @@ RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:29001}
 MAX_RESTARTS=${MAX_RESTARTS:-3}                    # times that the job goes on from its last checkpoint when a rank dies
 # Seconds from a stop signal to the end of the step in hand and its checkpoint. (Ranks whose peer died do not wait.)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+# NCCL's last collectives are kept, and written to a file when one of them times out (see TORCH_FR_DUMP_TEMP_FILE).
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 EPOCHS=${EPOCHS:-3}
 BATCH=${BATCH:-8}                                  # samples per GPU and micro-batch

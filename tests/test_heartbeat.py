@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -57,8 +59,10 @@ def test_a_dead_rank_is_named_by_all_others(ranks, dead):
     for process in others:
         process.join(20)
     assert [process.exitcode for process in others] == [1, 1]
-    lines = errors.read_text().splitlines()
+    said = errors.read_text().splitlines()
+    lines = [line for line in said if "error:" in line]
     assert len(lines) == 2
+    assert sum(line.endswith(" in live") for line in said) == 2  # where the main threads of the others stood
     for line in lines:
         assert f"error: rank {dead} (pid {processes[dead].pid} on " in line and "no sign of life for 2 s" in line
     for rank in {0, 1, 2} - {dead}:
@@ -135,3 +139,28 @@ def test_a_failed_collective_names_who_is_silent():
             raise RuntimeError("Connection closed by peer")
     for heartbeat in (living, dead):
         heartbeat.stop()
+
+
+HANGS = """
+import os, time
+from fastvid import heartbeat
+heartbeat.show_stacks()
+def stands_here():
+    print("ready", flush=True)
+    END
+stands_here()
+"""
+
+
+@pytest.mark.parametrize("end, code", [("time.sleep(60)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT)])
+def test_a_process_shows_where_it_stands(end, code):
+    process = subprocess.Popen([sys.executable, "-X", "faulthandler=0", "-c", HANGS.replace("END", end)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    if code == -signal.SIGKILL:  # at the signal it shows its stack, and lives on
+        process.send_signal(signal.SIGUSR1)
+        assert any("in stands_here" in line for line in iter(process.stderr.readline, ""))
+        assert process.poll() is None
+        process.kill()
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == code and ("in stands_here" in said) == (code == -signal.SIGABRT)

@@ -53,9 +53,31 @@ def test_repeatable_computation_gives_cublas_its_workspace(monkeypatch):
     try:
         parallel.compute_repeatably(True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # which would write every torch.empty
     finally:
         parallel.compute_repeatably(False)
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_group_gets_its_timeout_and_its_device(monkeypatch, gpu):
+    """With its device NCCL connects at once, where a failure is plain."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options, backend=backend))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    parallel.start(7).heartbeat.stop()
+    assert given["timeout"] == timedelta(seconds=7)
+    assert given["device_id"] == (torch.device("cuda", 3) if gpu else None)
+    assert given["backend"] == ("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def test_a_timeout_is_positive():
+    with pytest.raises(ValueError, match="--ddp_timeout 0: give 1 second or more"):
+        parallel.start(0)
 
 
 def test_ranks_leave_together(monkeypatch):
@@ -72,7 +94,8 @@ def test_the_ranks_of_an_attempt_find_nothing_of_an_earlier_one():
     store = dist.HashStore()
     for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
         with ThreadPoolExecutor(3) as pool:
-            futures = {rank: pool.submit(parallel.store_of_this_attempt, store, rank, 3) for rank in order}
+            futures = {rank: pool.submit(parallel.store_of_this_attempt, store, rank, 3, timedelta(seconds=30))
+                       for rank in order}
             stores = [futures[rank].result(30) for rank in range(3)]
         assert not any(each.check(["address"]) for each in stores)
         stores[attempt].set("address", str(attempt))

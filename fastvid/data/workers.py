@@ -1,5 +1,6 @@
 """Reading ahead in processes of their own, in the order in which the steps come."""
 
+import gc
 import io
 import logging
 import os
@@ -160,10 +161,11 @@ def _as_it_is(value):
 
 
 def _live_with_the_job(worker):
-    """End with the main process, and not before it.
+    """End with the main process, and not before it; collect garbage by itself, whatever the main process does.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole job: the main process ends its step, and then its workers.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # torch's own check comes seconds late
+    gc.enable()
