@@ -139,7 +139,6 @@ class Optimizer:
         eight_bit = config.optim in ("adamw_8bit", "paged_adamw_8bit")
         coded = {name: piece for name, piece in pieces.items() if eight_bit and takes_8_bits(piece.shape)}
         others = {name: piece for name, piece in pieces.items() if name not in coded}
-        self._sums = {}  # of the shards' gradients over micro-batches
         if config.gradient_accumulation_steps > 1 or dist.is_initialized():
             for parameter in self.parameters.values():
                 if parameter.dtype == torch.bfloat16 and not isinstance(parameter, DTensor):
@@ -147,28 +146,6 @@ class Optimizer:
         self.rules = [AdamW32(others, config, same_bits=eight_bit)]
         if eight_bit:
             self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
-
-    @torch.no_grad()
-    def accumulate(self):
-        """Call after a backward that another one follows: adds to fp32 sums the bf16 gradients that FSDP2 left.
-
-        FSDP2 reduces them in fp32, but keeps them in the parameter's dtype.
-        """
-        for name, parameter in self.parameters.items():
-            if isinstance(parameter, DTensor) and parameter.grad is not None and parameter.dtype == torch.bfloat16:
-                gradient, parameter.grad = local_shard(parameter.grad), None
-                self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient.float()
-
-    @torch.no_grad()
-    def gradients(self):
-        """{name: gradient of what this rank holds}, summed over the micro-batches since the last update.
-
-        fp32, or bf16 of a single backward.
-        """
-        found = {name: local_shard(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-        for name, total in self._sums.items():
-            found[name] = total + found[name] if name in found else total
-        return found
 
     @torch.no_grad()
     def step(self, step, lr, loss):
@@ -182,7 +159,7 @@ class Optimizer:
         Returns:
             (loss, gradient norm before clipping), both global, on the device.
         """
-        gradients, self._sums = self.gradients(), {}
+        gradients = {name: local_shard(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         loss, norm = self._global_loss_and_norm(loss, gradients)
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.failed_step.masked_fill_((self.failed_step < 0) & bad, step)

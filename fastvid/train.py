@@ -171,8 +171,6 @@ def train_step(state, batches):
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
-        if i < len(batches) - 1:
-            state.optimizer.accumulate()
     state.model.keep_casts(False)
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
     lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,

@@ -4,7 +4,6 @@ import pytest
 import torch
 from model_cases import ADAPTER, FULL, assert_close, model_config, random_batch, random_model
 from ranks import on_ranks
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import config_of, write_run
 
@@ -48,10 +47,8 @@ def test_gradients_of_64_micro_batches_are_summed_as_in_fp32():
         alone(random_batch(seed)).backward()
         add_in_fp64(expected, {name: p.grad for name, p in alone.named_parameters()})
         model(random_batch(seed)).backward()
-        optimizer.accumulate()
-    gradients = optimizer.gradients()
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
+    assert optimizer.parameters.keys() == expected.keys()
+    for name, gradient in ((name, p.grad) for name, p in optimizer.parameters.items()):
         assert gradient.dtype == torch.float32
         assert_close(gradient, expected[name], 3e-6)
 
@@ -77,35 +74,23 @@ def test_the_plan_counts_gradients_at_their_size(run, tmp_path, monkeypatch, mic
     assert found[-1].gradients == size * sum(p.numel() for p in state.optimizer.parameters.values())
 
 
-def sums_of_a_rank(rank, layout, reduce_each):
-    """{name: (gradient that three backwards left, what they added to it in fp64, whether ranks hold it whole)}."""
+def sums_of_a_rank(rank):
+    """{name: (gradient of three backwards summed over ranks, what this rank's added to it in fp64)}."""
     model, world = bf16_model(ADAPTER | {"head"}), parallel.World(rank, 2, rank, CPU, True, 2)
-    parallel.shard(model, world, layout, bf16=True)
     optimizer, expected = optimizer_of(model), {}
-
-    def left():
-        return {name: parallel.local_shard(p.grad).double() for name, p in optimizer.parameters.items()
-                if p.grad is not None}
-
     for i in range(3):
-        parallel.set_gradient_sync(model, reduce_each or i == 2)
-        before = left()
+        before = {name: p.grad.double() for name, p in optimizer.parameters.items() if p.grad is not None}
         model(random_batch(2 * i + rank)).backward()
-        add_in_fp64(expected, {name: gradient - before.get(name, 0) for name, gradient in left().items()})
-        if i < 2:
-            optimizer.accumulate()
+        add_in_fp64(expected, {name: p.grad.double() - before.get(name, 0) for name, p in optimizer.parameters.items()})
     parallel.sum_replicated_gradients(optimizer.parameters.values(), world)
-    return {name: (gradient, expected[name], not isinstance(optimizer.parameters[name], DTensor))
-            for name, gradient in optimizer.gradients().items()}
+    return {name: (p.grad, expected[name]) for name, p in optimizer.parameters.items()}
 
 
-@pytest.mark.parametrize("layout, reduce_each", [("full", True), ("full", False), ("replicated", True)])
-def test_ranks_sum_in_fp32(tmp_path, layout, reduce_each):
-    """FSDP2 alone would add up in bf16 what it reduces micro-batch by micro-batch."""
-    first, second = on_ranks(2, sums_of_a_rank, tmp_path, layout, reduce_each)
-    for name, (gradient, expected, whole) in first.items():
-        assert gradient.dtype == torch.float32 or not reduce_each
-        assert_close(gradient, expected + second[name][1] if whole else expected, 3e-6)
+def test_ranks_sum_in_fp32(tmp_path):
+    first, second = on_ranks(2, sums_of_a_rank, tmp_path)
+    for name, (gradient, expected) in first.items():
+        assert gradient.dtype == torch.float32
+        assert_close(gradient, expected + second[name][1], 3e-6)
 
 
 # --- casts

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastvid import parallel
+from fastvid import parallel, rendezvous
 
 ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
 
@@ -94,7 +94,7 @@ def test_the_ranks_of_an_attempt_find_nothing_of_an_earlier_one():
     store = dist.HashStore()
     for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
         with ThreadPoolExecutor(3) as pool:
-            futures = {rank: pool.submit(parallel.store_of_this_attempt, store, rank, 3, timedelta(seconds=30))
+            futures = {rank: pool.submit(rendezvous.store_of_this_attempt, store, rank, 3, timedelta(seconds=30))
                        for rank in order}
             stores = [futures[rank].result(30) for rank in range(3)]
         assert not any(each.check(["address"]) for each in stores)
@@ -106,4 +106,4 @@ def test_a_rank_that_does_not_come_is_named():
     store = dist.HashStore()
     store.set("greeting/1", "of an earlier attempt")
     with pytest.raises(ConnectionError, match="^ranks 1, 2 did not come within 0:00:00.2"):
-        parallel.store_of_this_attempt(store, 0, 3, timedelta(seconds=0.2))
+        rendezvous.store_of_this_attempt(store, 0, 3, timedelta(seconds=0.2))

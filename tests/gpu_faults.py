@@ -1,0 +1,28 @@
+"""Tasks of a GPU check that go wrong, for its tests."""
+
+import os
+import signal
+import time
+
+
+def fine(**arguments):
+    yield {"row": "fine", "value": 1.0}
+
+
+def raises(**arguments):
+    yield {"row": "before", "value": 1.0}
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def hangs(**arguments):
+    yield {"row": "before", "value": 1.0}
+    time.sleep(600)
+
+
+def is_killed(**arguments):
+    yield {"row": "before", "value": 1.0}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_wrong(**arguments):
+    yield {"row": "wrong", "status": "failed", "error": "error 3 in [4], at most 1 is allowed"}

@@ -1,0 +1,129 @@
+"""The GPU check: whatever a task does, the others' results are there."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from bench.gpu import results, stages
+from bench.gpu.check import Check, Task, line_of, table
+
+FAULTS = {"raises": "RuntimeError: CUDA error", "hangs": "ran past its limit", "is_killed": "killed by signal 9"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def task(name, call="fine", **options):
+    return Task("stage", name, "gpu_faults", call, **{"seconds": 60.0} | options)
+
+
+def run(tasks, folder, **options):
+    check = Check(tasks, folder, **{"seconds": 120.0, "ahead": 2, "say": lambda line: None} | options)
+    return check.run()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("process", [None, "shared"])
+def test_a_fault_costs_its_own_rows(tmp_path, fault, process):
+    tasks = [task("first", process=process), task("bad", fault, process=process, seconds=3.0), task("last", process=process)]
+    outcomes = run(tasks, tmp_path)
+    assert [outcome for outcome, _, _ in outcomes.values()][::2] == ["ok", "ok"]
+    outcome, seconds, rows = outcomes["stage", "bad"]
+    assert outcome.startswith("failed: ") and FAULTS[fault] in outcome and [row["row"] for row in rows] == ["before"]
+    assert seconds < 20
+    written = [(row["task"], row["row"], row["status"]) for row in results.read(tmp_path)]
+    assert written == [("first", "fine", "ok"), ("first", "end", "ok"), ("bad", "before", "ok"), ("bad", "end", "failed"),
+                       ("last", "fine", "ok"), ("last", "end", "ok")]
+    assert "stage bad: failed" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_wrong_result_fails_and_its_process_goes_on(tmp_path):
+    outcomes = run([task("wrong", "is_wrong", process="p"), task("next", process="p")], tmp_path)
+    assert outcomes["stage", "wrong"][0] == "failed: error 3 in [4], at most 1 is allowed"
+    assert outcomes["stage", "next"][0] == "ok" and not (tmp_path / "log.txt").exists()
+
+
+def test_a_background_task_runs_beside_others_and_is_waited_for(tmp_path):
+    tasks = [task("slow", background=True), task("beside"), task("after", after=("slow",))]
+    assert all(outcome == "ok" for outcome, _, _ in run(tasks, tmp_path).values())
+    bad = [task("slow", "raises", background=True), task("beside"), task("after", after=("slow",))]
+    outcomes = run(bad, tmp_path)
+    assert outcomes["stage", "beside"][0] == "ok"
+    assert outcomes["stage", "after"][0] == "left out: slow did not end well"
+
+
+def test_what_does_not_fit_is_left_out(tmp_path):
+    begin = time.monotonic()
+    outcomes = run([task("long", "hangs"), task("late")], tmp_path, seconds=8.0)
+    assert "ran past its limit" in outcomes["stage", "long"][0] and outcomes["stage", "late"][0] == "left out: no time"
+    assert time.monotonic() - begin < 30
+    said = table(outcomes)
+    assert "failed: 1 of 2" in said and "left out: 1 of 2" in said and "measured" not in said
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_in_every_stage_a_fault_costs_its_own_rows(tmp_path, stage):
+    """The real table: one task hangs, crashes or is killed; of the others one is run, and all are told of."""
+    tasks = stages.tasks_of([stage], small=True)
+    chosen = [i for i, task in enumerate(tasks) if not task.background or stage == "tests"][:3]
+    for fault, place in zip(FAULTS, chosen):
+        tasks[place] = dataclasses.replace(tasks[place], module="gpu_faults", call=fault, seconds=2.0, process=None)
+    kept = [task for i, task in enumerate(tasks) if i in chosen or (i > chosen[-1] and not task.after)][:4]
+    kept = [dataclasses.replace(task, after=()) for task in kept]
+    outcomes = run(kept, tmp_path)
+    assert len(outcomes) == len(kept)
+    for task_, (outcome, _, rows) in zip(kept, outcomes.values()):
+        faulty = task_.module == "gpu_faults"
+        assert outcome.startswith("failed" if faulty else "ok"), (task_.name, outcome)
+        assert len(rows) == 1 if faulty else rows or stage == "libraries"  # which have none on a CPU
+
+
+def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):
+    results.append(tmp_path, {"row": "whole", "status": "ok"})
+    with open(tmp_path / results.NAME, "a") as file:
+        file.write('{"row": "cut", "sta')
+    assert [row["row"] for row in results.read(tmp_path)] == ["whole"]
+    assert line_of({"row": "x", "status": "failed", "seconds_each": [1], "median": 0.123456789}) == (
+        "FAILED row x, median 0.12346")
+
+
+def test_tables_are_told_apart():
+    for small in (True, False):
+        tasks = stages.tasks_of(list(stages.STAGES), small=small)
+        names = [(task.stage, task.name) for task in tasks]
+        assert len(names) == len(set(names)) and {task.stage for task in tasks} == set(stages.STAGES)
+        assert names.index(("train", "data")) < names.index(("correct", "add_rms_norm"))  # written while nothing is timed
+        for task in tasks:
+            assert task.seconds <= 150 and all((task.stage, name) in names for name in task.after)
+
+
+def test_command(tmp_path):
+    command = ["bash", "scripts/gpu_check.sh", "--stages", "probe,kernels", "--tasks", "card,swiglu", "--minutes", "2",
+               "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "measured: 2 of 2" in done.stdout and "no GPU: tiny sizes" in done.stderr
+    rows = results.read(tmp_path)
+    assert rows[0]["row"] == "environment" and rows[0]["small"] and rows[0]["versions"]["torch"]
+    ours = next(row for row in rows if row.get("way") == "ours")
+    assert ours["median"] > 0 and ours["kernel"] == "swiglu" and json.dumps(rows)
+
+
+@pytest.mark.parametrize("words, said", [(("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
+                                         (("--minutes", "0"), "--minutes 0: give more than 0")])
+def test_command_refuses(words, said):
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    assert done.returncode == 2 and said in done.stderr
