@@ -44,6 +44,7 @@ def accumulated(rank, layout, shard_size, dtype, micro_batches):
                     backward(model, seed, last=False, accumulate_whole=accumulate_whole)
             kept = live.total() / sum(p.numel() for p in model.parameters())
             backward(model, seeds[-1], last=True, accumulate_whole=accumulate_whole)
+        parallel.sum_replicated_gradients(model.parameters(), world)
         gradients = {name: parallel.full_tensor(p.grad) for name, p in model.named_parameters()}
         found.append((gradients, kept, collectives.calls))
     return found
