@@ -5,10 +5,19 @@ Dimensions: N packed rows, L supervised rows, D channels, H query heads, K key/v
 
 from typing import NamedTuple
 
-# Dense bf16 TFLOP/s by a part of the name that CUDA gives the device; NVIDIA's data sheets, whose larger figures are
-# for sparse matrices. The first that fits counts.
-PEAK_BF16 = (("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0), ("GH200", 989.0), ("H200", 989.0),
-             ("A100", 312.0), ("L40S", 362.0))
+# Dense bf16 TFLOP/s, with sums in fp32, by words of the name that CUDA gives the device. Sources: NVIDIA's data sheets
+# (whose larger figures are for sparse matrices) of the data-centre cards, and its architecture white papers of GA102,
+# AD102 and GB202 for GeForce and RTX cards. The first that fits counts.
+PEAK_BF16 = (
+    ("GB300", 2500.0), ("B300", 2250.0), ("GB200", 2500.0), ("B200", 2250.0),
+    ("H200 NVL", 835.0), ("H200", 989.0), ("GH200", 989.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0),
+    ("H800 PCIe", 756.0), ("H800", 989.0), ("H20", 148.0),
+    ("A100", 312.0), ("A800", 312.0), ("A30", 165.0), ("A40", 150.0), ("A10", 125.0),
+    ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0),
+    ("RTX PRO 6000 Blackwell Workstation Edition", 503.0), ("RTX 6000 Ada Generation", 364.0), ("RTX A6000", 155.0),
+    ("GeForce RTX 5090", 209.0), ("GeForce RTX 4090", 165.0), ("GeForce RTX 3090", 71.0))
+# Other cards than the one without such a word: lower clocks, fewer units, or a slice.
+_OTHER_CARDS = ("Laptop", "Max-Q", "D", "Ti", "SUPER", "MIG")
 
 
 class StepCounts(NamedTuple):
@@ -110,7 +119,14 @@ def total(counts) -> StepCounts:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 operations per second of a GPU that `PEAK_BF16` knows, else None."""
-    return next((tera * 1e12 for part, tera in PEAK_BF16 if part.lower() in device_name.lower()), None)
+    name = " ".join(_words(device_name))
+    if any(f" {word.lower()} " in f" {name} " for word in _OTHER_CARDS):
+        return None
+    return next((tera * 1e12 for part, tera in PEAK_BF16 if f" {' '.join(_words(part))} " in f" {name} "), None)
+
+
+def _words(name):
+    return name.lower().replace("-sxm", " sxm").replace("-pcie", " pcie").split()
 
 
 def _pairs(layout, live):

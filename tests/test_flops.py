@@ -127,10 +127,27 @@ def test_a_7b_row_is_what_the_usual_count_says():
 
 
 @pytest.mark.parametrize("name, tera", [
-    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA GeForce GTX 1080", None)])
+    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB300", 2500),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("A100-SXM4-40GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA A30", 165), ("NVIDIA A40", 150),
+    ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("NVIDIA RTX A6000", 155),
+    ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503),
+    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 5090", 209)])
 def test_known_gpus_have_a_peak(name, tera):
-    assert flops.peak_flops(name) == (tera and tera * 1e12)
+    assert flops.peak_flops(name) == tera * 1e12
+
+
+@pytest.mark.parametrize("name", [
+    "NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "Tesla T4", "NVIDIA A10G", "NVIDIA A16", "NVIDIA A2", "NVIDIA L20",
+    "NVIDIA RTX A4000", "NVIDIA RTX A400", "NVIDIA RTX 4000 Ada Generation", "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 5090 D",
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GB10", "NVIDIA A100X"])
+def test_other_gpus_have_none(name):
+    """Also where a known card's name is part of theirs."""
+    assert flops.peak_flops(name) is None
 
 
 def test_parameters_are_those_of_the_model():
