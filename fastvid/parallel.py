@@ -81,6 +81,7 @@ def start(seconds: int = 1200) -> World:
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        use_expandable_segments()
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -98,6 +99,20 @@ def start(seconds: int = 1200) -> World:
     heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return World(rank, size, local_rank, device, True, local_size, heartbeat)
+
+
+def use_expandable_segments():
+    """Let the GPU's memory grow in place, where the user has not set up torch's allocator otherwise.
+
+    Each batch has another number of rows, so that freed blocks seldom fit the next one's tensors. Call before the first
+    of them.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # should torch have read its environment already
+    if tell is not None:
+        tell(os.environ["PYTORCH_ALLOC_CONF"])
 
 
 def compute_repeatably(always):

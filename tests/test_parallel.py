@@ -46,6 +46,29 @@ def test_layouts(shard, world, trained, fits, layout):
     assert parallel.choose_layout(shard, world, decoder_is_trained=trained, fits=fits) == layout
 
 
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("users", [None, *NAMES])
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, users):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    if users:
+        monkeypatch.setenv(users, "max_split_size_mb:512")
+    told = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.delenv("RANK", raising=False)
+    assert parallel.start().device.type == "cuda"
+    found = {name: os.environ[name] for name in NAMES if name in os.environ}
+    if users:
+        assert (found, told) == ({users: "max_split_size_mb:512"}, [])
+    else:
+        assert (found, told) == ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, ["expandable_segments:True"])
+
+
 def test_repeatable_computation_gives_cublas_its_workspace(monkeypatch):
     """Without it the first matrix product on a GPU raises."""
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
