@@ -62,8 +62,7 @@ class GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_MKd):
         rows_M, own_keys_N = ctx.saved_tensors
-        if ctx.gathered is not None:
-            ctx.gathered.again_MKd = None  # attention's backward, its only reader, is done
+        ctx.gathered = None  # attention's backward, its only reader, is done; this node lives until the loss is gone
         if own_keys_N is not None:
             return grad_MKd.index_select(0, own_keys_N), None, None, None
         # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
