@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import branches
 from model_cases import (
+    ADAPTER,
     FULL,
     assert_close,
     assert_same_gradients,
@@ -110,7 +111,7 @@ def test_packed_equals_one_by_one():
     assert_same_gradients(together, apart)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", 1, "full"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_shared_prefix_equals_samples_apart(recompute, kv_heads):
     config = model_config(num_kv_heads=kv_heads)
@@ -200,6 +201,22 @@ def test_recomputation_changes_no_bit(recompute, dtype):
     assert all(torch.equal(found[1][name], plain[1][name]) for name in plain[1])
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+def test_recomputing_some_layers_changes_no_bit(layers, dtype, trainable):
+    batch, config = random_batch().parted(), model_config(num_layers=4)
+    plain = loss_and_gradients(random_model(config, trainable, dtype), batch)
+    model = random_model(config, trainable, dtype, recompute=layers)
+    calls = []
+    for number, layer in enumerate(model.decoder.layers):
+        layer.post_norm.register_forward_hook(lambda *_, number=number: calls.append(number))
+    found = loss_and_gradients(model, batch)
+    assert found[0] == plain[0]
+    assert all(torch.equal(found[1][name], plain[1][name]) for name in plain[1])
+    assert calls == [*range(4), *reversed(range(layers))]  # again in backward: the first layers alone
+
+
 def test_rope_kinds_that_depend_on_the_length_are_refused():
     for kind in ("dynamic", "longrope", "mystery"):
         with pytest.raises(ValueError, match=f"rope_type '{kind}' is not supported.*default, linear, llama3 and yarn"):
@@ -217,5 +234,6 @@ def test_frequencies_survive_the_meta_device():
 
 
 def test_unknown_recompute_is_refused():
-    with pytest.raises(ValueError, match="recompute 'some': choose one of none, selective, full"):
-        Decoder(decoder_config(), trained=False, compute_dtype=torch.float32, recompute="some")
+    for given in ("some", 3, -1):
+        with pytest.raises(ValueError, match=f"recompute {given!r}: choose one of none, selective, full, or .* 0 to 2"):
+            Decoder(decoder_config(), trained=False, compute_dtype=torch.float32, recompute=given)

@@ -44,7 +44,7 @@ def prepared(model):
 
 
 KINDS = {"mha": {}, "gqa": {"config": model_config(num_kv_heads=2)}, "selective": {"recompute": "selective"},
-         "full": {"recompute": "full"}, "head": {"trainable": ADAPTER | {"head"}}, "one layer": {"config": model_config(num_layers=1)}}
+         "full": {"recompute": "full"}, "first layer": {"recompute": 1}, "head": {"trainable": ADAPTER | {"head"}}, "one layer": {"config": model_config(num_layers=1)}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +61,7 @@ def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", 1, "full"])
 def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch):
     """Prefix, frozen and live rows, as autocast leaves them; the error is at most twice that of all rows alike.
 

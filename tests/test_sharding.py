@@ -129,7 +129,8 @@ def test_bf16_weights_are_trained_sharded_as_whole(tmp_path):
 
 
 # (layout, what is trained, recomputation)
-PRECISE = [("trained", ADAPTER, "none"), ("full", ADAPTER, "none"), ("full", FULL, "none"), ("full", FULL, "full")]
+PRECISE = [("trained", ADAPTER, "none"), ("full", ADAPTER, "none"), ("full", FULL, "none"), ("full", FULL, "full"),
+           ("trained", ADAPTER, 1), ("full", ADAPTER, 1), ("full", FULL, 1)]
 
 
 def precise(trainable, recompute):

@@ -25,6 +25,19 @@ from fastvid.model.linear import make_linear
 RECOMPUTE_MODES = ("none", "selective", "full")
 
 
+def recomputed_layers(recompute: str | int, num_layers: int) -> int:
+    """How many layers, the first ones, keep nothing but their input ("selective" keeps part of every layer: 0).
+
+    Raises:
+        ValueError: `recompute` is neither a mode nor a number of so many layers.
+    """
+    whole = {"none": 0, "selective": 0, "full": num_layers}.get(recompute, recompute)
+    if not isinstance(whole, int) or not 0 <= whole <= num_layers:
+        raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the first "
+                         f"layers, 0 to {num_layers}")
+    return whole
+
+
 class RMSNorm(nn.Module):
     """Adds a branch to the residual stream, and normalises the sum into the compute dtype."""
 
@@ -205,24 +218,24 @@ class Decoder(nn.Module):
         norm_dtype: of frozen norms; None: `compute_dtype`.
         frozen_dtype: how frozen matrices are stored, see `make_linear`; None: in `compute_dtype`.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
-            matrix products and attention.
+            matrix products and attention; a number: as "full" in the first so many layers, "none" in the others.
         attn_implementation: see `attend`.
     """
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
-                 frozen_dtype: str | None = None, recompute: str = "none", attn_implementation: str | Callable = "auto"):
+                 frozen_dtype: str | None = None, recompute: str | int = "none", attn_implementation: str | Callable = "auto"):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
-        if recompute not in RECOMPUTE_MODES:
-            raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}")
+        whole = recomputed_layers(recompute, config.num_layers)
         self.layers = nn.ModuleList(
             DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, trained_dtype=trained_dtype,
                          norm_dtype=norm_dtype, frozen_dtype=frozen_dtype, attn_implementation=attn_implementation)
             for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)
-        self.recompute = recompute
+        self._selective = recompute == "selective"
+        self._recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it
 
     def forward(self, x_ND: Tensor, positions_N: Tensor, layout: AttentionLayout, cache=None, *,
@@ -242,12 +255,12 @@ class Decoder(nn.Module):
         """
         if self._rope[0].device != x_ND.device:
             self._rope = self._rope[0].to(x_ND.device), self._rope[1]
-        recomputed = self.recompute != "none" and torch.is_grad_enabled()
+        recomputed = self._recomputed if torch.is_grad_enabled() else 0
         live = Stream(x_ND, None, positions_N, layout, supervised)
         for i, layer in enumerate(self.layers):
             options = {"last": i == len(self.layers) - 1}
             constant = None if prefix is None else prefix[i]
-            if recomputed:
+            if i < recomputed:
                 # Added here, so that the layer's one saved input is the sum.
                 live, frozen = live.summed(), frozen and frozen.summed()
                 live, frozen = self._checkpointed(layer, live, frozen, self._rope, constant, **options)
@@ -267,7 +280,7 @@ class Decoder(nn.Module):
                 linear.tile()
 
     def _checkpointed(self, layer, *inputs, **options):
-        context = {"context_fn": _keep_products} if self.recompute == "selective" else {}
+        context = {"context_fn": _keep_products} if self._selective else {}
         return checkpoint(layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options,
                           **context)
 

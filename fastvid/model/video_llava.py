@@ -63,7 +63,7 @@ class VideoLlava(nn.Module):
             numbers of trained norms and biases are fp32.
         frozen_dtype: how a frozen decoder's matrices are stored, see `make_linear`; None: in `compute_dtype`.
         fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
-        recompute: "none", "selective" or "full"; see `Decoder`.
+        recompute: "none", "selective", "full" or a number of layers; see `Decoder`.
         attn_implementation: see `fastvid.model.attention.attend`.
 
     Raises:
@@ -72,7 +72,7 @@ class VideoLlava(nn.Module):
 
     def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-                 fp32_residual: bool = False, recompute: str = "none", attn_implementation: str | Callable = "auto"):
+                 fp32_residual: bool = False, recompute: str | int = "none", attn_implementation: str | Callable = "auto"):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:
