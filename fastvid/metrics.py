@@ -5,6 +5,7 @@ Nothing here waits for a device: callers hand over numbers that are on the host 
 
 import contextlib
 import json
+import logging
 import math
 import os
 import resource
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from fastvid import flops
 from fastvid.flops import StepCounts
+
+log = logging.getLogger("fastvid")
 
 REPORTERS = ("tensorboard", "none")
 
@@ -229,6 +232,23 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_taken(estimated: int) -> str:
+    """The memory that was planned, and the most that was used so far, in a line.
+
+    Warns of a GPU whose allocator had to give back what it kept, and ask again.
+
+    Args:
+        estimated: bytes.
+    """
+    said = f"memory: estimated {estimated / 2**30:.1f} GiB, peak {peak_memory() / 2**30:.1f} GiB"
+    if not torch.cuda.is_initialized():
+        return f"{said} resident, Python and its libraries included"
+    if retries := torch.cuda.memory_stats().get("num_alloc_retries", 0):
+        log.warning("GPU memory was short %d times, which costs time: the allocator had to free what it kept. Use "
+                    "--recompute with more layers, or smaller batches", retries)
+    return f"{said} allocated, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved"
 
 
 def check_reporters(names) -> None:

@@ -297,3 +297,15 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
     assert smoothed([1.0, 3.0, 8.0, 6.0], 3) == pytest.approx([1, 4, 17 / 3, 6])
     assert smoothed([1.0, 3.0, 8.0, 6.0, 2.0], 5.9) == pytest.approx([1, 4, 4, 16 / 3, 2])
     assert smoothed([1.0, 3.0, 5.0], 2.9) == [1, 3, 5] and smoothed([], 9) == []
+
+
+def test_memory_is_told_against_the_estimate(monkeypatch, caplog):
+    monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
+    assert metrics_module.memory_taken(2**30) == ("memory: estimated 1.0 GiB, peak 1.5 GiB resident, Python and its libraries "
+                                           "included")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    for retries in (0, 3):
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": retries})
+        assert metrics_module.memory_taken(2**30) == "memory: estimated 1.0 GiB, peak 1.5 GiB allocated, 2.0 GiB reserved"
+        assert ("GPU memory was short 3 times" in caplog.text) == bool(retries)
