@@ -98,8 +98,8 @@ class TrainConfig(DataConfig):
         "for speed; int8 (half of bf16's bytes) and nf4 (a quarter, needs bitsandbytes): for memory.")
     tf32: bool = _flag(False, "Allow TF32 matrix products for fp32 work on Ampere and later.")
     gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
-    recompute: Literal["auto", "none", "selective", "full"] = _flag(
-        "auto", "Recompute activations in backward; auto does so only when the memory estimate does not fit.")
+    recompute: str = _flag("auto", "Recompute activations in backward: none, selective (not matrix products), full, K (the "
+                           "first K layers); auto: as few layers as the memory estimate needs to fit.")
     shard: Literal["auto", "full", "hybrid", "none"] = _flag(
         "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; hybrid "
         "shards all over --shard_size ranks and keeps a copy on each such group.")

@@ -2,23 +2,56 @@
 
 import dataclasses
 import logging
+from typing import NamedTuple
 
 import torch
 
 from fastvid import flops, parallel
+from fastvid.data.largest import largest_steps
 from fastvid.metrics import check_reporters
 from fastvid.model import memory, quantize
+from fastvid.model.decoder import RECOMPUTE_MODES
+from fastvid.model.layer_memory import masked_pairs
 from fastvid.model.linear import can_tile
 
 log = logging.getLogger("fastvid")
 
-# Batches differ by a few per cent: those of these steps stand for the run's.
+# So many steps, those with the largest micro-batches, are read. Where they are guessed from the samples' texts, another
+# may still be larger.
 _STEPS_LOOKED_AT = 4
+_UNSEEN = 1.05
+# Of a GPU's free memory: what the allocator cannot fill because blocks differ in size, and libraries' own buffers.
+_OF_FREE_GPU = 0.92
+_COMMUNICATORS = 2**30  # NCCL's buffers, which it takes later
 # What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
 _FOR_COPIES = 0.75
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
             "hybrid": "the whole model is sharded over some ranks, and copied on the others",
             "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
+
+
+class MemoryPlan(NamedTuple):
+    """How a run uses memory.
+
+    Attributes:
+        layout: over ranks, as `parallel.shard` takes it.
+        recompute: as `fastvid.model.decoder.Decoder` takes it.
+        tiled: whether to `tile` the frozen decoder.
+        estimated: bytes of a step on one rank.
+        accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those fit
+            (`parallel.set_gradient_sync`).
+    """
+
+    layout: str
+    recompute: str | int
+    tiled: bool
+    estimated: int
+    accumulate_whole: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether whole layers are recomputed, which only a lack of memory is worth."""
+        return self.recompute not in ("none", "selective")
 
 
 def checked(config):
@@ -33,6 +66,7 @@ def checked(config):
                  "logging_steps", "save_steps", "eval_steps", "model_max_length"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
+    recompute(config)
     check_reporters(config.report_to)
     if config.peak_tflops is not None and config.peak_tflops <= 0:
         raise ValueError(f"--peak_tflops {config.peak_tflops:g}: give the device's TFLOP/s, such as 989 for an H200")
@@ -74,6 +108,20 @@ def _check_frozen_dtype(config):
                          "--shard auto or none")
 
 
+def recompute(config):
+    """``--recompute``: "auto", a mode, or a number of layers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    given = config.recompute
+    if given.isdecimal():
+        return int(given)
+    if given not in ("auto", *RECOMPUTE_MODES):
+        raise ValueError(f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first layers")
+    return given
+
+
 def frozen_dtype(config):
     """How a frozen decoder's matrices are stored, as `VideoLlava` takes it."""
     return None if config.frozen_dtype == "auto" else config.frozen_dtype
@@ -108,46 +156,66 @@ def plan_memory(config, model_config, loader, world):
     Args:
         config: `TrainConfig`.
         model_config: `fastvid.model.video_llava.ModelConfig`.
-        loader: `fastvid.data.batching.Loader`; the largest batch of the first steps, on any rank, stands for all.
+        loader: `fastvid.data.batching.Loader`; the run's largest micro-batches, on any rank, are planned for.
         world: `parallel.World`.
 
     Returns:
-        (layout over ranks as `parallel.shard` takes it, recompute mode, whether to `tile` the frozen decoder: not where
-        the copies would fill memory, or ``--recompute full`` asks to save it; whether ranks of FSDP2 add up whole
-        gradients over micro-batches, as `parallel.set_gradient_sync` takes it: where they fit)
+        `MemoryPlan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
+
+    Raises:
+        ValueError: ``--recompute`` has more layers than the model.
     """
     if frozen_dtype(config) is not None:
         quantize.check_device(config.frozen_dtype, world.device)
+    asked, layers = recompute(config), model_config.decoder.num_layers
+    if isinstance(asked, int):
+        if asked > layers:
+            raise ValueError(f"--recompute {asked}: the model has {layers} layers; give at most as many")
+        asked = {0: "none", layers: "full"}.get(asked, asked)
+    batch, found = _largest_batch(config, loader, world)
     options = dict(
-        _largest_batch(loader, world), trainable=config.trainable, compute_dtype=compute_dtype(config),
+        batch, trainable=config.trainable, compute_dtype=compute_dtype(config),
         optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
         fp32_residual=config.policy.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
-    available = parallel.device_memory(world)
-    wanted = "none" if config.recompute == "auto" else config.recompute
-    replicated = memory.estimate(model_config, recompute=wanted, **options)
+    available, of_what = _available(world)
+    wanted = "none" if asked == "auto" else asked
+    replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
         log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
     layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
                                     fits=replicated.total <= available or frozen_dtype(config) is not None)
     options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
+                    sums_replicated=world.distributed and layout == "replicated",
                     summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
                     world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
-    recompute = wanted if config.recompute != "auto" else memory.choose_recompute(available, model_config, **options)
-    estimate = memory.estimate(model_config, recompute=recompute, **options)
-    tiled, said = False, ""
-    if recompute != "full" and _can_tile(config, layout, world):
-        with_copies = memory.estimate(model_config, recompute=recompute, tiled=True, **options)
+    chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
+    estimate = memory.estimate(model_config, recompute=chosen, **options)
+    plan = MemoryPlan(layout, chosen, False, estimate.total)
+    said = ""
+    if not plan.short and _can_tile(config, layout, world):
+        with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
         tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
+        plan = plan._replace(tiled=tiled, estimated=estimate.total)
         said = (f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies"
                 + ("" if tiled else ", for which memory is short"))
-    accumulate_whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
-    if config.gradient_accumulation_steps > 1 and layout != "replicated" and not accumulate_whole:
+    whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
+    if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
-    log.info("%s of %.1f GiB; %s%s", estimate, available / 2**30, _LAYOUTS[layout], said)
-    return layout, recompute, tiled, accumulate_whole
+    log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
+    return plan._replace(accumulate_whole=whole)
+
+
+def _available(world):
+    """(Bytes that a rank may plan with, what they are of more in words)."""
+    free = parallel.device_memory(world)
+    if world.device.type != "cuda":
+        return free, ""
+    kept = _COMMUNICATORS if world.distributed else 0
+    return (int(_OF_FREE_GPU * free) - kept,
+            f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB free" + (", less 1 GiB for NCCL)" if kept else ")"))
 
 
 def _can_tile(config, layout, world):
@@ -156,18 +224,40 @@ def _can_tile(config, layout, world):
             and not config.policy.plain_products and can_tile(compute_dtype(config), world.device))
 
 
-def _largest_batch(loader, world):
-    """Rows of the largest micro-batch of the first steps, as `memory.estimate` takes them.
+def _largest_batch(config, loader, world):
+    """(Rows of the run's largest micro-batches, as `memory.estimate` takes them; how they were found, in words).
 
     Raises:
         ValueError: none of the samples looked at can be trained on.
     """
     loader.samples.check_some()
-    largest = {"rows": 1, "supervised_rows": 0, "video_rows": 0, "constant_rows": 0, "key_rows": 0}
-    for step in range(min(_STEPS_LOOKED_AT, loader.order.total_steps)):
-        for batch in loader.read(step)[0]:
-            rows = {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
-                    "video_rows": len(batch.video_rows), "constant_rows": batch.prefix_rows + batch.frozen_rows,
-                    "key_rows": 0 if batch.layout.kv_rows is None else len(batch.layout.kv_rows)}
-            largest = max(largest, rows, key=lambda found: found["rows"])
-    return max(world.gather_objects(largest), key=lambda found: found["rows"])
+    steps, known = largest_steps(loader, _STEPS_LOOKED_AT)
+    found = [rows_of(batch) for step in steps for batch in loader.read(step)[0]]
+    found += world.gather_objects(_most(found))
+    largest = _most(found)
+    if known:  # some batch of so many rows may have none that needs no gradient
+        largest["rows"] = max(largest["rows"], *world.gather_objects(int(known)))
+    if known or len(steps) == loader.order.total_steps:
+        return largest, f"the largest micro-batch has {largest['rows']:,} rows"
+    # No batch has more than its samples at their longest.
+    most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
+    share = min(_UNSEEN, most / largest["rows"])
+    largest = {name: int(number * share) for name, number in largest.items()}
+    return largest, (f"a micro-batch has at most {largest['rows']:,} rows, guessed from the length of the texts "
+                     f"({_UNSEEN - 1:.0%} above those read)")
+
+
+def _most(found):
+    """The most of each number in any of the batches."""
+    return {name: max(rows[name] for rows in found) for name in found[0]}
+
+
+def rows_of(batch):
+    """What `memory.estimate` asks about a `PackedBatch` on the host: fields of `layer_memory.BatchRows`."""
+    live = (batch.layout, batch.loss_layout) if batch.parts is None else (
+        batch.parts[1].layout, batch.parts[1].loss_layout)
+    return {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
+            "video_rows": len(batch.video_rows), "prefix_rows": batch.prefix_rows, "frozen_rows": batch.frozen_rows,
+            "key_rows": 0 if live[0].kv_rows is None else len(live[0].kv_rows), "last_key_rows": len(live[1].kv_rows),
+            "segments": len(live[0].cu_seqlens_q) - 1, "masked_pairs": masked_pairs(live[0]),
+            "last_masked_pairs": masked_pairs(live[1])}

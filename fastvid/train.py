@@ -22,7 +22,7 @@ from fastvid.config import TrainConfig, parse
 from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
-from fastvid.metrics import Metrics
+from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
@@ -34,6 +34,8 @@ from fastvid.staging import Staging
 log = logging.getLogger("fastvid")
 
 _COLLECT_EVERY = 200  # steps between collections of Python's garbage
+# The largest batch need not be among them, but what every step takes is.
+_STEPS_BEFORE_MEMORY_IS_TOLD = 3
 
 
 @dataclass
@@ -42,7 +44,7 @@ class TrainState:
 
     Attributes:
         evaluation: loader of the validation set, or None.
-        accumulate_whole: see `parallel.set_gradient_sync`.
+        plan: how the run uses memory.
         step: optimizer steps done.
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
@@ -63,7 +65,7 @@ class TrainState:
     loss_sum: torch.Tensor
     saver: Saver
     staging: Staging
-    accumulate_whole: bool
+    plan: planning.MemoryPlan
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
@@ -120,9 +122,9 @@ def build(config, world):
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    layout, recompute, tiled, accumulate_whole = planning.plan_memory(config, model_config, loader, world)
+    plan = planning.plan_memory(config, model_config, loader, world)
     if world.device.type == "cpu":
-        host_memory.keep_freed(recompute != "full")  # who recomputes everything is short of memory
+        host_memory.keep_freed(not plan.short)
     sizes, dtype = model_config.decoder, planning.compute_dtype(config)
     attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
                                  sizes.head_dim)
@@ -130,15 +132,15 @@ def build(config, world):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=dtype,
             trained_dtype=planning.trained_dtype(config), frozen_dtype=planning.frozen_dtype(config),
-            recompute=recompute, fp32_residual=config.policy.fp32_residual,
+            recompute=plan.recompute, fp32_residual=config.policy.fp32_residual,
             attn_implementation=attention)
-    parallel.shard(model, world, layout, bf16=config.bf16, shard_size=config.shard_size)
+    parallel.shard(model, world, plan.layout, bf16=config.bf16, shard_size=config.shard_size)
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)
     if loader.prefix:
         model.keep_prefix(loader.prefix)
-    if tiled:  # after what takes other parts of the matrices than steps do
+    if plan.tiled:  # after what takes other parts of the matrices than steps do
         model.decoder.tile()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
@@ -147,7 +149,7 @@ def build(config, world):
         warmup_steps=config.warmup_steps or math.ceil(loader.order.total_steps * config.warmup_ratio),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
-        staging=Staging(world.device), accumulate_whole=accumulate_whole)
+        staging=Staging(world.device), plan=plan)
 
 
 def train_step(state, batches):
@@ -167,7 +169,7 @@ def train_step(state, batches):
             scale = 1 / (max(1, batch.num_supervised) * config.gradient_accumulation_steps * world.size)
         else:
             scale = 1 / max(1, counts.supervised)
-        parallel.set_gradient_sync(state.model, i == len(batches) - 1, accumulate_whole=state.accumulate_whole)
+        parallel.set_gradient_sync(state.model, i == len(batches) - 1, accumulate_whole=state.plan.accumulate_whole)
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
@@ -215,6 +217,7 @@ def loop(state):
           host_memory.collecting_when_told()):
         metrics.message(f"operations of a step: {state.formula}" + (
             f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
+        first_step = state.step
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
             metrics.count(result.counts)
@@ -222,6 +225,8 @@ def loop(state):
             profiler.step()
             if state.step % _COLLECT_EVERY == 0:
                 gc.collect()
+            if state.step - first_step == _STEPS_BEFORE_MEMORY_IS_TOLD:
+                metrics.message(memory_taken(state.plan.estimated))
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
             saves = (_due(state, config.save_strategy, config.save_steps) or stops
                      or (ends and recovery.saves_at_end(state)))

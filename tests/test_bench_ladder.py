@@ -87,7 +87,7 @@ def test_table_goes_into_readme_between_its_comments(result, tmp_path):
 
 def test_a_row_that_fails_costs_itself_on_a_gpu_and_the_run_on_a_cpu(folder, monkeypatch):
     told, deadline = [], 1e9
-    monkeypatch.setitem(ROWS, "broken", dataclasses.replace(ROWS["exact"], flags=("--recompute", "sometimes")))
+    monkeypatch.setitem(ROWS, "broken", dataclasses.replace(ROWS["exact"], flags=("--shard", "sometimes")))
     monkeypatch.setattr(train_step, "RowProcess", InProcess)
     rows, rate = train_step.measure(["broken", "exact"], "fp32", TINY, folder, together=False, deadline=deadline,
                                     say=told.append)

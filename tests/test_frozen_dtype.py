@@ -283,7 +283,7 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
             model(batch).backward()
         peaks.append(live.peak)
         expected = estimate(config, trainable=ADAPTER, rows=batch.num_rows, supervised_rows=batch.num_supervised,
-                            video_rows=300, frozen_dtype=stored, **options)
+                            video_rows=300, frozen_dtype=stored, one_call_per_segment=True, **options)
         estimates.append(expected.total - expected.weights)
         assert expected.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and estimates[1] == pytest.approx(estimates[0], rel=0.01)

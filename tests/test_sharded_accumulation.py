@@ -99,12 +99,12 @@ def test_whole_gradients_are_added_up_where_they_fit(tmp_path, monkeypatch, capl
 
     def planned(*args):
         plans.append(plan(*args))
-        return "replicated", *plans[-1][1:]
+        return plans[-1]._replace(layout="replicated")
 
     plans = []
     monkeypatch.setattr(planning, "plan_memory", planned)
     with caplog.at_level("INFO", "fastvid"):
         state = train.build(config_of(run, tmp_path, "--gradient_accumulation_steps", "2"),
                             parallel.World(0, 1, 0, CPU, False))
-    assert plans[0][0] == "full" and state.accumulate_whole == whole
+    assert plans[0][0] == "full" and state.plan.accumulate_whole == whole
     assert ("every micro-batch's gradient is reduced" in caplog.text) != whole

@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
                             trained=trained, compute_dtype=compute_dtype)
         self._selective = recompute == "selective"
-        self._recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part
+        self.recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it
 
     def forward(self, x_ND: Tensor, positions_N: Tensor, layout: AttentionLayout, cache=None, *,
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         """
         if self._rope[0].device != x_ND.device:
             self._rope = self._rope[0].to(x_ND.device), self._rope[1]
-        recomputed = self._recomputed if torch.is_grad_enabled() else 0
+        recomputed = self.recomputed if torch.is_grad_enabled() else 0
         live = Stream(x_ND, None, positions_N, layout, supervised)
         for i, layer in enumerate(self.layers):
             options = {"last": i == len(self.layers) - 1}

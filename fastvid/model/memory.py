@@ -1,20 +1,17 @@
 """How much memory a training step takes, from what autograd saves; and which recomputation makes it fit.
 
-Dimensions: N packed rows, D channels, E = (H + 2K)·d columns of queries, keys and values, A = H·d, F channels of the
-feed-forward block, V tokens of the vocabulary, C channels of the vision tower.
+Dimensions: D channels, V tokens of the vocabulary.
 """
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 
 import torch
-from fastvid_kernels import avx512_rows
 from fastvid_kernels.linear_cross_entropy import chunk_rows
 from fastvid_kernels.row_blocks import BLOCK_NUMBERS
 
-from fastvid.model.decoder import RECOMPUTE_MODES
-from fastvid.model.quantize import matrix_bytes
+from fastvid.model.decoder import recomputed_layers
+from fastvid.model.layer_memory import BatchRows, LayerMemory, frozen_matrix_bytes, linears, matrices
 from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
@@ -22,6 +19,8 @@ from fastvid.model.video_llava import ModelConfig
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
 # Parts whose gradient passes through the decoder.
 BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
+# torch gives cuBLAS 32 MiB on Hopper (8 before), for the thread that runs forward and for that of backward.
+_CUBLAS_WORKSPACES = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class MemoryEstimate:
     Attributes:
         weights: parameters as they are stored, copies in the compute dtype that live until backward, copies in tiles,
             and the constant rows' keys and values.
-        gradients: of trained parameters, in their dtype, or in fp32 where they are sums.
+        gradients: of trained parameters, in their dtype.
         optimizer: its moments.
         activations: saved for backward, and the gradients that the loss keeps until then.
         working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
-        recompute: the mode that this is for.
+        recompute: what this is for, as `Decoder` takes it.
     """
 
     weights: int
@@ -43,7 +42,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     working: int
-    recompute: str
+    recompute: str | int
 
     @property
     def total(self) -> int:
@@ -52,7 +51,8 @@ class MemoryEstimate:
     def __str__(self):
         lines = [(f.name, getattr(self, f.name)) for f in fields(self) if f.type is int] + [("total", self.total)]
         table = "\n".join(f"  {name:<12}{size / 2**30:10.3f} GiB" for name, size in lines)
-        return f"memory per rank (recompute {self.recompute}):\n{table}"
+        layers = " layers" if isinstance(self.recompute, int) else ""
+        return f"memory per rank (recompute {self.recompute}{layers}):\n{table}"
 
 
 def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str, int]:
@@ -60,7 +60,7 @@ def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str
     c = config.decoder
     D, V = c.hidden_size, c.vocab_size
     projector = config.mm_hidden_size * D + D + (D * D + D if config.projector_type == "mlp2x_gelu" else 0)
-    counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (_linears(c) + 2 * D) + D}
+    counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (linears(c) + 2 * D) + D}
     if "boundary" in trainable:
         counts["boundary"] = 2 * D
     if not c.tie_word_embeddings:
@@ -73,75 +73,29 @@ def whole_gradient_bytes(config: ModelConfig, trainable: frozenset[str]) -> int:
     return 4 * sum(count for part, count in parameter_counts(config, trainable).items() if part in trainable)
 
 
-def saved_bytes(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int | None = None,
-                video_rows: int | None = None, compute_dtype: torch.dtype, fp32_residual: bool = False,
-                recompute: str = "none", one_call_per_segment: bool = False) -> int:
-    """Bytes of activations that wait for backward: what autograd saves, and the rows that enter the decoder.
-
-    Args:
-        rows: N, without rows before the first trained one.
-        supervised_rows: those of them that leave the last layer; None: all.
-        video_rows: those of them that are projected; None: all.
-        one_call_per_segment: attention runs on the CPU: by "sdpa", so that its output exists twice where `o` is trained,
-            or, in bf16, by "avx512" or "blocked", which save their inputs only.
-        (others: as for `VideoLlava`.)
-    """
-    c = config.decoder
-    if not trainable & BELOW_THE_HEAD:
-        return 0
-    size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
-    D = c.hidden_size
-    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, recompute, one_call_per_segment)
-    last = layer(rows, supervised_rows)
-    leaving = rows if supervised_rows is None else supervised_rows
-    projected = 0
-    if "projector" in trainable:
-        projected = config.mm_hidden_size + (2 * D if config.projector_type == "mlp2x_gelu" else 0)
-    return ((c.num_layers - 1) * layer(rows) + last + leaving * (D * residual + 4)  # the final norm's
-            + (rows if video_rows is None else video_rows) * projected * size)
-
-
-def _layer_bytes(c, trained, size, residual, recompute, twice, rows, leaving=None):
-    """Bytes that one layer saves; only `leaving` of its rows go on (None: all), as those of the last layer do."""
-    D, E, A, F = c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim, \
-        c.intermediate_size
-    norm = D * residual + 4
-    if recompute == "full":
-        return rows * D * residual
-    some = leaving is not None
-    leaving = leaving if some else rows
-    inputs_only = twice and size == 2
-    output = 0 if inputs_only and not trained and recompute == "none" else A
-    products = rows * (E - A) + leaving * (A + output + 2 * F)
-    statistics = 0 if inputs_only else leaving * 4 * c.num_heads  # attention's log-sum-exp
-    if recompute == "selective":
-        return rows * D * residual + size * (products + leaving * 2 * D) + statistics
-    inputs = rows * D + leaving * (D + F + (A if twice and not inputs_only else 0) + (D if some else 0)) if trained else 0
-    norms = rows * norm + leaving * norm * (2 if some else 1)
-    return norms + size * (products + inputs) + statistics
-
-
 def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
              compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
-             recompute: str = "none", shard_trained: bool | None = None, video_rows: int | None = None,
-             fp32_residual: bool = False, one_call_per_segment: bool = False,
-             trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-             constant_rows: int = 0, key_rows: int = 0, tiled: bool = False,
-             summed: bool = False) -> MemoryEstimate:
+             recompute: str | int = "none", shard_trained: bool | None = None, fp32_residual: bool = False,
+             one_call_per_segment: bool = False, trained_dtype: torch.dtype = torch.float32,
+             frozen_dtype: str | None = None, tiled: bool = False, sums_replicated: bool = False,
+             summed: bool = False, **more_rows: int) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
-        rows, supervised_rows, video_rows: of the largest micro-batch.
-        key_rows: keys of all its segments, where they are gathered (`AttentionLayout.kv_rows`).
-        constant_rows: rows before the first trained one, of which keys and values are held.
+        rows, supervised_rows, more_rows: of the largest micro-batch: fields of `BatchRows`.
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
+        recompute: as for `Decoder`.
+        one_call_per_segment: attention runs on the CPU (`LayerMemory.on_cpu`).
         tiled: the decoder's matrices are there twice more (`Linear.tile`).
+        sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
-        (others: as for `VideoLlava` and `saved_bytes`.)
+        (others: as for `VideoLlava`.)
     """
     c = config.decoder
     trainable = frozenset(trainable)
+    batch = BatchRows(rows, supervised_rows, **more_rows)
+    kept_layers = c.num_layers - recomputed_layers(recompute, c.num_layers)
     counts = parameter_counts(config, trainable)
     size, residual = compute_dtype.itemsize, 4 if fp32_residual else compute_dtype.itemsize
     trained = sum(count for part, count in counts.items() if part in trainable)
@@ -153,33 +107,66 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     weights = stored * trained // trained_ranks + size * frozen // frozen_ranks
     if frozen_dtype is not None:
         assert not sharded and "decoder" not in trainable
-        weights += c.num_layers * sum(matrix_bytes(frozen_dtype, *shape) - size * math.prod(shape)
-                                      for shape in _matrices(c))
+        weights += c.num_layers * (frozen_matrix_bytes(c, frozen_dtype) - size * linears(c))
     if tiled:
-        weights += 2 * size * c.num_layers * _linears(c)
+        weights += 2 * size * c.num_layers * linears(c)
     if fp32_residual and "embed" not in trainable:
         weights += (4 - size) * counts["embed"] // frozen_ranks
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
         weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder")
-        weights += size * 2 * _linears(c)
+        weights += size * 2 * linears(c)
     elif "decoder" in trainable and size < stored:
-        weights += size * _linears(c) * (c.num_layers if recompute == "none" else 1)
+        copied = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time
+        weights += size * linears(c) * copied
 
-    options = {"trainable": trainable, "rows": rows, "supervised_rows": supervised_rows,
-               "video_rows": video_rows, "compute_dtype": compute_dtype, "fp32_residual": fp32_residual,
-               "one_call_per_segment": one_call_per_segment}
-    keys_values = constant_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
+    keys_values = batch.prefix_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
-    turned = size * max(map(math.prod, _matrices(c))) if tiled else 0  # on its way to tiles of the other direction
-    return MemoryEstimate(
-        weights=weights + keys_values, gradients=(4 if summed else stored) * trained // trained_ranks,
-        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
-        activations=saved_bytes(config, recompute=recompute, **options) + kept,
-        working=turned + max(at_once, _layer_working_bytes(
-            c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, one_call_per_segment,
-            _quantized_product_bytes(c, frozen_dtype, rows, size))), recompute=recompute)
+    turned = size * max(map(math.prod, matrices(c))) if tiled else 0  # on its way to tiles of the other direction
+    layer = LayerMemory(c, batch, trained="decoder" in trainable, size=size, residual=residual, stored=stored,
+                        frozen_dtype=frozen_dtype, on_cpu=one_call_per_segment)
+    saved, backward = _decoder_bytes(layer, recompute, c.num_layers - kept_layers)
+    if not trainable & BELOW_THE_HEAD:
+        saved, backward = 0, layer.forward()
+    elif sharded and world_size > 1 and "decoder" in trainable:
+        # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.
+        backward += (size + 4) * linears(c)
+    gradients = (4 if summed else stored) * trained // trained_ranks
+    activations = saved + _projector_bytes(config, trainable, batch, size) + kept
+    working = turned + max(at_once, backward) + (0 if one_call_per_segment else _CUBLAS_WORKSPACES)
+    if sums_replicated:  # when a step's activations are gone
+        working = max(working, gradients - activations)
+    return MemoryEstimate(weights=weights + keys_values, gradients=gradients,
+                          optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
+                          activations=activations, working=working, recompute=recompute)
+
+
+def _decoder_bytes(layer, recompute, recomputed):
+    """(what all layers save, what the backward of one of them takes beyond that at the worst moment).
+
+    Args:
+        layer: `LayerMemory`.
+        recomputed: so many layers, the first ones, are recomputed whole.
+    """
+    layers = layer.config.num_layers
+    of_kept = "selective" if recompute == "selective" else "none"
+    modes = ["full"] * recomputed + [of_kept] * (layers - recomputed)
+    saved = [layer.saved(mode, last=i == layers - 1) for i, mode in enumerate(modes)]
+    # Layers alike take most in the first backward, while the others' still wait.
+    first = max(0, layers - 2)
+    worst = max(layer.backward(modes[i]) - sum(saved[i + 1:]) for i in {first, min(first, max(0, recomputed - 1))})
+    worst = max(worst, layer.backward(modes[-1], last=True))
+    rows = layer.batch.supervised_rows
+    return sum(saved) + rows * (layer.config.hidden_size * layer.residual + 4), worst  # and the final norm's
+
+
+def _projector_bytes(config, trainable, batch, size):
+    """What the projector saves."""
+    if "projector" not in trainable:
+        return 0
+    each = config.mm_hidden_size + (2 * config.decoder.hidden_size if config.projector_type == "mlp2x_gelu" else 0)
+    return (batch.rows if batch.video_rows is None else batch.video_rows) * each * size
 
 
 def _loss_bytes(c, trainable, supervised_rows, size):
@@ -192,51 +179,17 @@ def _loss_bytes(c, trainable, supervised_rows, size):
     return rows + 4 * table, chunk * size + block + table * (size + copies)
 
 
-def _layer_working_bytes(c, trainable, rows, supervised_rows, key_rows, size, residual, recompute, on_cpu, product):
-    """Temporaries of a layer at their widest, in SwiGLU's backward (a chain of torch's operations, or one), attention's,
-    or a quantised `product`'s; what is recomputed for it; less what the last layer has let go of by then."""
-    per_row = c.intermediate_size * 3 * size + c.hidden_size * (residual + (size if size != residual else 0))
-    chains = on_cpu and (size == 4 or avx512_rows.obstacle() is not None)
-    block = min(rows * c.intermediate_size, BLOCK_NUMBERS) * (20 if size < 4 else 8) if chains else 0
-    if not trainable & BELOW_THE_HEAD:
-        return max(rows * per_row + block, product)  # of its forward
-    layer = partial(_layer_bytes, c, "decoder" in trainable, size, residual, twice=on_cpu and size == 2, rows=rows)
-    recomputed = max(0, layer("none") - layer(recompute))
-    gone = layer(recompute, leaving=supervised_rows) if c.num_layers > 1 else 0
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    if on_cpu and size == 2:  # gradients: of the output and the queries; of keys and values, summed in fp32, then rounded
-        attention = rows * (size * 2 * queries + 2 * keys * (4 + size) + c.hidden_size * residual)
-    else:  # keys and values are gathered again; their gradients, and the sum of those in fp32
-        attention = 4 * keys * (key_rows * size + (key_rows + rows if key_rows else 0))
-    return max(rows * per_row + block, attention, product) + recomputed - gone
-
-
-def _quantized_product_bytes(c, frozen_dtype, rows, size):
-    """Temporaries of the gradient of the widest product with a matrix in few bits: the matrix or the rows anew."""
-    if frozen_dtype is None:
-        return 0
-    inputs, outputs = max(_matrices(c), key=math.prod)
-    made = rows * outputs if frozen_dtype == "fp8" else size * inputs * outputs
-    return made + rows * size * (inputs + outputs)
-
-
-def choose_recompute(available: int, config: ModelConfig, **options) -> str:
-    """The cheapest recomputation with which a step fits into `available` bytes; "full" if none does.
+def choose_recompute(available: int, config: ModelConfig, **options) -> str | int:
+    """The fewest recomputed layers with which a step fits into `available` bytes; "full" if all are too few.
 
     Args:
         options: as for `estimate`, without `recompute`.
+
+    Returns:
+        As `Decoder` takes it; "none" for no layer, "full" for all.
     """
-    return next((mode for mode in RECOMPUTE_MODES
-                 if estimate(config, recompute=mode, **options).total <= available), "full")
-
-
-def _matrices(c):
-    """(inputs, outputs) of one layer's matrices."""
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    D, F = c.hidden_size, c.intermediate_size
-    return (D, queries + 2 * keys), (queries, D), (D, 2 * F), (F, D)
-
-
-def _linears(c):
-    """Elements of one layer's matrices."""
-    return sum(map(math.prod, _matrices(c)))
+    layers = config.decoder.num_layers
+    for recompute in ("none", *range(1, layers)):
+        if estimate(config, recompute=recompute, **options).total <= available:
+            return recompute
+    return "full"

@@ -165,7 +165,7 @@ class VideoLlava(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.keep_casts(keep and self.decoder.recompute == "none")
+                module.keep_casts(keep and not self.decoder.recomputed)
 
     def _prefix_of(self, batch):
         """Keys and values of the batch's constant prefix, by layer; None without one."""
