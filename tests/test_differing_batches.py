@@ -47,7 +47,7 @@ def batch_of(state, index):
     """The packed micro-batch of one sample, or of none."""
     samples = state.loader.samples
     chosen = [] if index is None else [samples.read(index)]
-    return pack(chosen, samples.tokenizer.tokens, samples.feature_shape, **state.loader.packing)
+    return pack(chosen, samples.tokenizer.tokens, samples.channels, **state.loader.packing)
 
 
 def trained(rank, run, output, options, chosen):

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import statistics
 import time
 from pathlib import Path
@@ -98,9 +97,9 @@ def _described(name, made, loss, norm, flops, times, heard, built, first):
         stats = torch.cuda.memory_stats()
         row |= {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(), "retries": stats.get("num_alloc_retries", 0)}
-    totals = [re.search(r"total +([\d.]+) GiB", line) for line in heard.lines]
-    if any(totals):
-        row["estimated_bytes"] = float(next(filter(None, reversed(totals)))[1]) * 2**30
+    plan = getattr(getattr(made, "state", None), "plan", None)
+    if plan and not ROWS[name].budget:  # which is of the batches that the model was built with
+        row |= {"estimated_bytes": plan.estimated, "recompute": plan.recompute}
     said = [line for line in heard.lines if "recompute" in line or "attention" in line]
     return row | ({"said": " | ".join(line.splitlines()[0] for line in said)[:400]} if said else {})
 

@@ -33,15 +33,17 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
 
 
 def rows_by_text(samples, groups=None) -> SampleRows:
-    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes.
+    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes, and every video of it as many as the
+    longest of some: not all files are opened.
 
     Args:
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.
     """
-    videos = np.array([len(record_videos(record)) for record in samples.records]) * samples.feature_shape[0]
+    some = range(0, len(samples), max(1, len(samples) // 64))
+    rows = max((_rows_of(samples, name) for index in some for name in record_videos(samples.records[index])), default=0)
+    videos = rows * np.array([len(record_videos(record)) for record in samples.records])
     text = np.array([sum(len(turn["value"].encode()) for turn in record["conversations"])
                      for record in samples.records])
-    some = range(0, len(samples), max(1, len(samples) // 64))
     some = [(index, len(samples.encode(index).token_ids)) for index in some]
     usable = [(tokens - videos[index], text[index]) for index, tokens in some if tokens]
     per_byte = max(1, sum(tokens for tokens, _ in usable)) / max(1, sum(length for _, length in usable))
@@ -49,6 +51,13 @@ def rows_by_text(samples, groups=None) -> SampleRows:
     if groups is None:
         return SampleRows(np.minimum(own + videos, limit), np.zeros_like(own))
     return SampleRows(np.minimum(own, limit), videos, groups)
+
+
+def _rows_of(samples, name):
+    try:
+        return samples.rows_of(name)
+    except (ValueError, OSError):  # told where the sample is read
+        return 0
 
 
 def _rows(table, indices):
