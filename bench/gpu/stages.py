@@ -35,6 +35,8 @@ def tasks_of(stages, *, small):
 
 
 def _task(stage, name, call, seconds, arguments, *, module=None, process=None, background=False, after=()):
+    if arguments["small"] and not background:  # imports take longer than tiny sizes: who has the same ones shares them
+        process = module or stage
     return Task(stage, name, f"bench.gpu.{module or stage}", call, seconds, arguments, process, background, after)
 
 

@@ -250,7 +250,8 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
         positions, frequencies and `keys`. Repeatable: places are summed in ascending order, in fp32.
 
     Raises:
-        ValueError: shapes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot run here.
+        ValueError: shapes or dtypes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot run
+            here.
     """
     N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
     if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
@@ -258,6 +259,9 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
                          f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
     if keys is not None and keys.starts_N1.shape != (N + 1,):
         raise ValueError(f"rope_keys: the way back is for {keys.starts_N1.shape[0] - 1} packed rows, found {N}")
+    if constant is not None and any(x.dtype != qkv_NE.dtype for x in constant):
+        raise ValueError(f"rope_keys: constant keys and values are {constant[0].dtype} and {constant[1].dtype}, the rows "
+                         f"{qkv_NE.dtype}")
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
     tensors = [qkv_NE, positions_N, inv_freq_h, *(keys or ()), *(constant or ())]

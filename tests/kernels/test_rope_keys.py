@@ -98,7 +98,7 @@ def test_way_back_of_a_row_that_nobody_attends_to():
     assert grad[:, 4:].tolist() == [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]
 
 
-@pytest.mark.parametrize("change", ["rows", "positions", "way back", "strides"])
+@pytest.mark.parametrize("change", ["rows", "positions", "way back", "dtype", "strides"])
 def test_shapes_that_do_not_fit_are_refused(change):
     qkv, rest, keys, _, _ = inputs((4, 2, 1, 4), "shared", torch.float32)
     positions, *others = rest
@@ -109,6 +109,8 @@ def test_shapes_that_do_not_fit_are_refused(change):
         positions = positions[1:]
     elif change == "way back":
         options = {"keys": keys._replace(starts_N1=keys.starts_N1[1:])}
+    elif change == "dtype":
+        options["constant"] = (torch.zeros(1, 1, 4, dtype=torch.bfloat16, device=DEVICE),) * 2
     else:
         qkv, options = qkv.detach().T.contiguous().T, {"inplace": True}
     with pytest.raises(ValueError, match="rope_keys"):
