@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bench.roofline import GRID, INK, OURS, QUIET
-from bench.train_presets import BASELINES
+from bench.train_presets import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- ladder: python -m bench.ladder_plot -->", "<!-- end of ladder -->"
@@ -21,9 +21,13 @@ PANELS = (0.36, 0.36), (0.80, 0.17)  # left edge and width, of the figure
 
 
 def draw(result):
-    """A figure of what `bench.train_step.run` returns; rows that were only compared are left out."""
+    """A figure of what `bench.train_step.run` returns; rows that were only compared are left out.
+
+    In brackets: times the row that `result["against"]` names, else the reference's, of those that train the same on the
+    same samples.
+    """
     rows = [row for row in result["rows"] if row["seconds"]]
-    names = list(dict.fromkeys(row["row"] for row in rows))
+    names, against = list(dict.fromkeys(row["row"] for row in rows)), result.get("against", "reference")
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     height = HEAD + FOOT + ROW * len(names)
     figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor="white")
@@ -35,11 +39,11 @@ def draw(result):
                 fontsize=9.5, color=QUIET, va="center")
     box = FOOT / height, ROW * len(names) / height
     speed, memory = (figure.add_axes((left, box[0], width, box[1])) for left, width in PANELS)
-    _bars(speed, rows, names, dtypes, "samples_per_second", 1, "samples per second", 1.25)
-    _bars(memory, rows, names, dtypes, "peak_bytes", 2**30, "peak memory, GiB", 1.75)
+    _bars(speed, rows, names, dtypes, "samples_per_second", 1, "samples per second", 1.25, against)
+    _bars(memory, rows, names, dtypes, "peak_bytes", 2**30, "peak memory, GiB", 1.75, against)
     speed.set_yticks(range(len(names)), [_wrapped(_title(rows, name)) for name in names], fontsize=9.5, color=INK)
     memory.set_yticks([])
-    _legend(figure, dtypes, 0.3 / height)
+    _legend(figure, dtypes, 0.3 / height, "the reference's" if against == "reference" else "the fastest transformers row's")
     return figure
 
 
@@ -56,18 +60,18 @@ def _wrapped(title, width=48):
     return "\n".join(lines)
 
 
-def _bars(axis, rows, names, dtypes, key, unit, label, room):
+def _bars(axis, rows, names, dtypes, key, unit, label, room, against):
     thick = 0.8 / len(dtypes)
-    reference = {row["dtype"]: row[key] for row in rows if row["row"] == "reference"}
+    base = {row["dtype"]: row[key] for row in rows if row["row"] == against}
     for row in rows:
         here = [other["dtype"] for other in rows if other["row"] == row["row"]]
         at = names.index(row["row"]) + thick * (here.index(row["dtype"]) + 0.5 - len(here) / 2)
         value = row[key] / unit
-        ours = row["row"] not in BASELINES
-        axis.barh(at, value, thick * 0.9, color=COLOURS[row["dtype"], ours])
+        about = ROWS[row["row"]]
+        axis.barh(at, value, thick * 0.9, color=COLOURS[row["dtype"], about.kind == "fastvid"])
         text = f" {value:.3g}"
-        if row["dtype"] in reference and row["row"] != "reference":
-            text += f"  ({row[key] / reference[row['dtype']]:.2g}×)"
+        if row["dtype"] in base and row["row"] != against and not (about.full or about.budget):
+            text += f"  ({row[key] / base[row['dtype']]:.2g}×)"
         axis.text(value, at, text, fontsize=8.5, color=INK, va="center")
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(0, room * max(row[key] for row in rows) / unit)
@@ -79,15 +83,15 @@ def _bars(axis, rows, names, dtypes, key, unit, label, room):
         axis.spines[side].set_visible(False)
 
 
-def _legend(figure, dtypes, height):
-    """Squares in the bars' colours below the panels; in brackets behind a value: times the reference's."""
+def _legend(figure, dtypes, height, best):
+    """Squares in the bars' colours below the panels; in brackets behind a value: times what `best` names."""
     at = 0.02
     for dtype in dtypes:
         for ours, name in ((False, "transformers"), (True, "fastvid")):
             figure.text(at, height, "■", fontsize=11, color=COLOURS[dtype, ours], va="center")
             figure.text(at + 0.015, height, f"{name}, {dtype}", fontsize=9.5, color=INK, va="center")
             at += 0.14
-    figure.text(at, height, "(×: times the reference's)", fontsize=9.5, color=QUIET, va="center")
+    figure.text(at, height, f"(×: times {best})", fontsize=9.5, color=QUIET, va="center")
 
 
 def markdown(result):
@@ -122,12 +126,12 @@ def block(result):
             f"{about['date']}.\n\n{markdown(result)}")
 
 
-def into_readme(text, table):
+def into_readme(text, table, begin=BEGIN, end=END):
     """README's text with `table` between its two comments."""
-    before, _, rest = text.partition(f"{BEGIN}\n")
-    _, _, behind = rest.partition(f"{END}\n")
-    assert behind, f"README.md needs the lines {BEGIN} and {END}"
-    return f"{before}{BEGIN}\n{table}\n{END}\n{behind}"
+    before, _, rest = text.partition(f"{begin}\n")
+    _, found, behind = rest.partition(f"{end}\n")
+    assert found, f"README.md needs the lines {begin} and {end}"
+    return f"{before}{begin}\n{table}\n{end}\n{behind}"
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Print the kernels' benchmark rows as a table and draw them: python -m bench.report [FOLDER or FILE …]
 
-Reads pytest-benchmark's files, by default all in bench/results; of rows measured twice on a device the newest counts.
+Reads pytest-benchmark's files and those of GPU checks (.jsonl), by default all in bench/results; of rows measured twice
+on a device the newest counts.
 The picture goes to --png (bench/plots/kernels.png).
 """
 
@@ -8,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from bench.gpu import merge
 from bench.roofline import draw
 
 ROOT = Path(__file__).resolve().parent
@@ -18,13 +20,17 @@ COLUMNS = ("way", "median", "spread", "rate", "of the roof", "× baseline", "mem
 
 
 def read(paths):
-    """Rows of pytest-benchmark files (other JSON in a folder is passed over), without those of tiny shapes.
+    """Rows of pytest-benchmark files (other JSON in a folder is passed over) and of GPU checks, without tiny shapes.
 
     Returns:
         list of dicts: a row's extra_info with "median", "iqr" in seconds, "on_gpu".
     """
-    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
     found = {}
+    checks = [file for file in files if file.suffix == ".jsonl"]
+    for row in of_checks(merge.read(checks)) if checks else ():
+        found[row["device"], row["kernel"], row["case"], row["way"]] = row
+    files = [file for file in files if file not in checks]
     for content in sorted((json.loads(file.read_text()) for file in files), key=lambda c: c.get("datetime", "")):
         for row in content.get("benchmarks", []):
             info = row["extra_info"]
@@ -36,6 +42,19 @@ def read(paths):
     return list(found.values())
 
 
+def of_checks(cards):
+    """What `read` returns, of `bench.gpu.merge.Card`s: kernels that were timed, ours first of every case."""
+    found = []
+    for card in cards:
+        rows = [row for row in card.rows if "way" in row and "median" in row]
+        baselines = {(row["kernel"], row["case"]): row["median"] for row in rows if row["way"] == row["baseline"]}
+        order = list(dict.fromkeys((row["kernel"], row["case"]) for row in rows))
+        for row in sorted(rows, key=lambda row: (order.index((row["kernel"], row["case"])), row["way"] != "ours")):
+            slow = baselines.get((row["kernel"], row["case"]))
+            found.append(row | {"on_gpu": True, "times_as_fast_as_baseline": slow and round(slow / row["median"], 3)})
+    return found
+
+
 def table(rows):
     """The rows as text: every device's, and a line for each kernel that no GPU has run."""
     lines = []
@@ -45,7 +64,7 @@ def table(rows):
         for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in here):
             lines.append(f"{kernel}: {case}")
             cells = [_cells(row) for row in here if (row["kernel"], row["case"]) == (kernel, case)]
-            lines += _aligned([COLUMNS, *cells])
+            lines += aligned([COLUMNS, *cells])
             lines.append("")
     measured = {row["kernel"] for row in rows if row["on_gpu"]}
     lines += [f"{kernel} on a GPU: {UNMEASURED}" for kernel in KERNELS if kernel not in measured]
@@ -74,8 +93,8 @@ def percent_of_roof(row):
     """Of the copy bandwidth, or of the matrix product's rate, that were measured in the row's own run; else None."""
     if not row["on_gpu"]:
         return None
-    if "percent_of_copy" in row:
-        return row["percent_of_copy"]
+    if row["bytes"]:
+        return 100 * row["bytes"] / row["median"] / row["copy_bytes_per_second"]
     return 100 * row["tflop_per_s"] * 1e12 / row["matmul_flops_per_second"]
 
 
@@ -86,7 +105,8 @@ def duration(seconds):
     return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
 
 
-def _aligned(cells):
+def aligned(cells):
+    """Tuples of cells as lines of text, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  " + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
                              for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells]

@@ -68,7 +68,8 @@ def _dress(axis, rows, title_height):
     axis.grid(axis="x", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-    where = f"{row['device']}; torch {row['versions']['torch']}; commit {row['commit']}, {row['date']}"
+    commits = " and ".join(dict.fromkeys(other["commit"] for other in rows))
+    where = f"{row['device']}; torch {row['versions']['torch']}; commit {commits}, {max(other['date'] for other in rows)}"
     axis.figure.text(0.3 / WIDTH, title_height, where, fontsize=9, color=QUIET, va="center")
 
 

@@ -64,8 +64,13 @@ def _correct(small):
     yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
 
 
+def preset_of(small):
+    """What the training stage runs, of `bench.train_presets`."""
+    return "tiny-gpu" if small else "gpu-7b"
+
+
 def _train(small):
-    preset = "tiny-gpu" if small else "gpu-7b"
+    preset = preset_of(small)
     yield _task("train", "data", "data", 90, {"small": small, "preset": preset}, background=True)
     profiled = {"exact", "fp8", "shared_fp8", "full"}
     rows = [name for name in FASTEST_FIRST if name in PRESETS[preset].rows["bf16"]]

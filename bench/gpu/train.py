@@ -18,7 +18,7 @@ from bench.train_presets import PRESETS, ROWS
 from fastvid import train  # noqa: F401
 
 HELD = {}  # what the rows of one process share: the last row's object, by what its model is made of
-SHOWN = 25  # kernels that a profile names
+SHOWN = 80  # kernels that a profile names
 
 
 def folder():
