@@ -153,24 +153,15 @@ def answer(row, command):
         return {"loss": loss, "norm": norm, "samples": row.samples, "rows": row.rows,
                 "sample_rows": row.sample_rows, "flops": flops}
     if command == "step":
-        _synchronise(row)
         begin, worked = time.perf_counter(), time.process_time()
         loss, norm = row.step()
-        _synchronise(row)
         return {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - worked, "loss": loss,
                 "norm": norm}
     raise ValueError(f"no command is called {command!r}")
 
 
-def _synchronise(row):
-    if row.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_bytes():
-    """Largest resident memory of this process so far, or on a GPU the most that torch's allocator held."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -3,6 +3,7 @@
 Writes a model of random weights and the samples of one optimizer step into a temporary folder, starts a process for
 every row of the preset, compares losses and gradient norms, and then has the processes step in turn, round after round.
 Prints the ladder and writes {"environment", "preset", "rows", "ratios", …} as JSON. What the rows are: bench/README.md.
+It times CPUs; a GPU, which would have to hold all rows at once, is timed by scripts/gpu_check.sh --stages train.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class RowFailed(RuntimeError):
 class RowProcess:
     """A row in a process of its own (`bench.train_rows`)."""
 
-    def __init__(self, name, dtype, preset, folder, deadline):
+    def __init__(self, name, dtype, preset, folder):
         self.name = name
         self.log = open(folder / f"{dtype}_{name}.log", "w+")
         self.process = subprocess.Popen(
@@ -44,9 +44,6 @@ class RowProcess:
              "--micro_batch", str(preset.micro_batch)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])})
-        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
-        self.timer.daemon = True
-        self.timer.start()
         self.heard()
 
     def ask(self, command):
@@ -63,7 +60,6 @@ class RowProcess:
         return json.loads(line)
 
     def stop(self):
-        self.timer.cancel()
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -71,42 +67,32 @@ class RowProcess:
         self.log.close()
 
 
-def measure(names, dtype, preset, folder, *, together, deadline, say=print):
-    """The rows `names` of one dtype.
-
-    Args:
-        together: processes live side by side and step in turn (a CPU): first those of the most rounds, then the others,
-            as the memory that all of them hold would not fit. Otherwise one lives after the other (a GPU), and one that
-            fails, or that `deadline` ends, is reported and costs its own figures only.
-        deadline: of `time.monotonic`, for all rows.
+def measure(names, dtype, preset, folder, *, say=print):
+    """The rows `names` of one dtype: those of the most rounds first, then the others, as all would not fit the memory.
 
     Returns:
         (list of dicts, matrix product's FLOP per second)
+
+    Raises:
+        RowFailed: a row's process ended early.
     """
     often = [name for name in names if ROWS[name].rounds is None]
-    groups = [often, [name for name in names if name not in often]] if together else [[name] for name in names]
     rows, rates = {}, []
-    for group in filter(None, groups):
-        try:
-            found = _measure_together(["matmul", *group], dtype, preset, folder, deadline, say)
-        except RowFailed as error:
-            if together:
-                raise
-            say(f"{error}\n{group[0]} is left out")
-        else:
-            rates += found.pop("matmul")["rates"]
-            rows |= found
+    for group in filter(None, (often, [name for name in names if name not in often])):
+        found = _measure_together(["matmul", *group], dtype, preset, folder, say)
+        rates += found.pop("matmul")["rates"]
+        rows |= found
     rate = max(rates, default=math.nan)
-    return [_figures(name, dtype, rows[name], rate) for name in names if name in rows], rate
+    return [_figures(name, dtype, rows[name], rate) for name in names], rate
 
 
-def _measure_together(names, dtype, preset, folder, deadline, say):
+def _measure_together(names, dtype, preset, folder, say):
     """{name: answers of the row's process}; the processes live side by side and step in turn."""
     processes, rows = {}, {}
     try:
         for name in names:
             begin = time.perf_counter()
-            processes[name] = RowProcess(name, dtype, preset, folder, deadline)
+            processes[name] = RowProcess(name, dtype, preset, folder)
             rows[name] = processes[name].ask("first") | {"seconds": [], "cpu_seconds": [], "rates": []}
             say(f"{dtype} {name}: first step after {time.perf_counter() - begin:.0f} s")
             if not _rounds(name, preset, dtype):
@@ -211,21 +197,17 @@ def table(rows):
                                for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells)
 
 
-def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, limit=None, say=print):
+def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, say=print):
     """Everything that the JSON file holds; "faults" lists rows whose loss or gradient norm is not what it must be.
 
     Args:
         names, dtypes: what to run of the preset's; None: all.
         rounds: timed steps of each row, instead of the preset's.
         folder: where the temporary folder goes.
-        limit: seconds after which a GPU's rows are cut short.
     """
-    import torch
-
     preset, begin = PRESETS[preset_name], time.perf_counter()
     if rounds:
         preset = dataclasses.replace(preset, rounds=dict.fromkeys(preset.rounds, rounds))
-    deadline = time.monotonic() + (limit or 24 * 3600)
     rows, rates, faults = [], {}, []
     with tempfile.TemporaryDirectory(dir=folder) as made:
         made = Path(made)
@@ -234,12 +216,18 @@ def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, limit
         write(made, preset.shape, preset.videos)
         for dtype in dtypes or preset.rows:
             chosen = [name for name in preset.rows[dtype] if names is None or name in names]
-            found, rates[dtype] = measure(chosen, dtype, preset, made, deadline=deadline, say=say,
-                                          together=not torch.cuda.is_available())
+            found, rates[dtype] = measure(chosen, dtype, preset, made, say=say)
             rows += found
             faults += compare(found)
     return {"environment": environment(), "preset": preset_name, "seconds": time.perf_counter() - begin, "rows": rows,
             **summary(rows, rates), "faults": faults}
+
+
+def has_gpu():
+    """Whether torch would compute on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main(argv=None):
@@ -251,11 +239,13 @@ def main(argv=None):
     parser.add_argument("--rows", help="those to run, by name, with commas (default: the preset's)")
     parser.add_argument("--dtypes", help="bf16, fp32 or both with a comma (default: the preset's)")
     parser.add_argument("--rounds", type=int, help="timed steps of each row (default: the preset's)")
-    parser.add_argument("--limit", type=float, help="seconds after which rows on a GPU are cut short")
     parser.add_argument("--folder", help="where the temporary folder goes: the model's bf16 weights must fit")
     arguments = parser.parse_args(argv)
+    if has_gpu():
+        parser.error("this times CPUs; for this machine's GPU: bash scripts/gpu_check.sh --stages train "
+                     "(CUDA_VISIBLE_DEVICES= hides it)")
     result = run(arguments.preset, names=arguments.rows and arguments.rows.split(","), folder=arguments.folder,
-                 rounds=arguments.rounds, limit=arguments.limit, dtypes=arguments.dtypes and arguments.dtypes.split(","))
+                 rounds=arguments.rounds, dtypes=arguments.dtypes and arguments.dtypes.split(","))
     print(f"\n{json.dumps(result['environment'])}\n{table(result['rows'])}\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("environment", "rows")}, indent=1))
     target = arguments.out and arguments.out / f"train-{arguments.preset}"

@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
 
-from bench import ladder_plot, train_data, train_rows, train_step
+from bench import ladder_plot, train_data, train_step
 from bench.train_presets import PRESETS, ROWS
 
 TINY = PRESETS["tiny"]
@@ -85,18 +84,6 @@ def test_table_goes_into_readme_between_its_comments(result, tmp_path):
         ladder_plot.into_readme("# A\n", table)
 
 
-def test_a_row_that_fails_costs_itself_on_a_gpu_and_the_run_on_a_cpu(folder, monkeypatch):
-    told, deadline = [], 1e9
-    monkeypatch.setitem(ROWS, "broken", dataclasses.replace(ROWS["exact"], flags=("--shard", "sometimes")))
-    monkeypatch.setattr(train_step, "RowProcess", InProcess)
-    rows, rate = train_step.measure(["broken", "exact"], "fp32", TINY, folder, together=False, deadline=deadline,
-                                    say=told.append)
-    assert [row["row"] for row in rows] == ["exact"] and rate > 0
-    assert any("broken is left out" in line for line in told)
-    with pytest.raises(train_step.RowFailed):
-        train_step.measure(["broken"], "fp32", TINY, folder, together=True, deadline=deadline, say=told.append)
-
-
 class Scripted:
     """A row's process that answers from a script and notes who was asked."""
 
@@ -122,7 +109,7 @@ def test_rows_step_in_turn_and_the_fastest_product_counts(monkeypatch):
     Scripted.asked, Scripted.rates = [], iter([1e9, 8e9, 2e9, 3e9, 4e9, 5e9])
     preset = dataclasses.replace(TINY, rounds={"bf16": 3})
     rows, rate = train_step.measure(["reference", "kept", "exact", "strong_video_first"], "bf16", preset, None,
-                                    together=True, deadline=1e9, say=lambda line: None)
+                                    say=lambda line: None)
     assert rate == 8e9 and [row["row"] for row in rows] == ["reference", "kept", "exact", "strong_video_first"]
     assert [len(row["seconds"]) for row in rows] == [3, ROWS["kept"].rounds, 3, 0]
     assert rows[0]["matmul_share"] == pytest.approx(4e9 / 2 / 8e9) and rows[3]["samples_per_second"] is None
@@ -132,40 +119,26 @@ def test_rows_step_in_turn_and_the_fastest_product_counts(monkeypatch):
     assert all((name, "stop") in Scripted.asked for name in started)
 
 
-class InProcess:
-    """A row's commands answered by this process."""
-
-    def __init__(self, name, dtype, preset, folder, deadline):
-        try:
-            self.row = train_rows.make(name, folder, train_rows.DTYPES[dtype], preset.micro_batch)
-        except SystemExit as error:
-            raise train_step.RowFailed(f"row {name} ended with exit code {error.code}") from error
-
-    def ask(self, command):
-        return {"peak_bytes": 1, "start_bytes": 1} if command == "end" else train_rows.answer(self.row, command)
-
-    def stop(self):
-        pass
-
-
 def test_what_ends_a_rows_process_is_told(folder):
     with pytest.raises(train_step.RowFailed, match="(?s)no_such_row ended with exit code 1.*KeyError"):
-        train_step.RowProcess("no_such_row", "fp32", TINY, folder, deadline=1e9)
+        train_step.RowProcess("no_such_row", "fp32", TINY, folder)
 
 
-def test_a_row_beyond_its_time_is_ended(folder):
-    with pytest.raises(train_step.RowFailed, match="exit code -9"):
-        train_step.RowProcess("exact", "fp32", TINY, folder, deadline=time.monotonic() + 0.2)
+def test_a_gpu_is_for_the_check(monkeypatch, capsys):
+    monkeypatch.setattr(train_step, "has_gpu", lambda: True)
+    with pytest.raises(SystemExit):
+        train_step.main(["--preset", "tiny"])
+    assert "gpu_check.sh --stages train" in capsys.readouterr().err
 
 
 def test_command_writes_the_ladder(tmp_path):
-    command = ["bash", "scripts/gpu_check.sh", "--train", "--rows", "reference,exact", "--dtypes", "bf16"]
-    variables = os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": "", "OUT": str(tmp_path / "out"),
-                              "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "bench/train_step.py", "--preset", "tiny", "--rows", "reference,exact", "--dtypes", "bf16",
+               "--out", str(tmp_path)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "× reference" in done.stdout and (tmp_path / "out" / "train-tiny-gpu.png").stat().st_size > 10_000
-    written = json.loads((tmp_path / "out" / "train-tiny-gpu.json").read_text())
+    assert "× reference" in done.stdout and (tmp_path / "train-tiny.png").stat().st_size > 10_000
+    written = json.loads((tmp_path / "train-tiny.json").read_text())
     assert {"environment", "ratios", "matmul_share", "matmul_share_fp32", "memory_vs_reference"} <= written.keys()
     reference, exact = written["rows"]
     assert written["ratios"]["exact_vs_reference"] == pytest.approx(reference["seconds"][0] / exact["seconds"][0])

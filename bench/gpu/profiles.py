@@ -73,7 +73,7 @@ def _bars(axis, rows, spent, shown):
         left = 0.0
         for group, colour in shown:
             axis.barh(place, groups[group], left=left, height=0.6, color=colour, edgecolor="white", linewidth=0.5)
-            if groups[group] > 0.07 * longest:
+            if groups[group] > 0.05 * longest:
                 axis.text(left + groups[group] / 2, place, f"{100 * groups[group] / row['device_ms']:.0f} %", fontsize=8.5,
                           color="white" if group != REST[0] else INK, ha="center", va="center")
             left += groups[group]
