@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from conftest import ROOT
 
 from bench import report as kernels
 from bench.gpu import goals, ladder, merge, profiles, report
-from bench.ladder_plot import draw
+from bench.ladder_plot import draw, into_readme
 
 CARD = "NVIDIA H200"
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
@@ -272,3 +273,15 @@ def test_command_writes_everything_and_the_same_again(files, tmp_path, capsys):
     wrong = write(tmp_path / "w.jsonl", [begin("ccc"), step("tuned", 1.0, loss=12.0)])
     assert report.main([str(out / "gpu-h200.jsonl"), str(wrong), *folders]) == 1
     assert "wrong: bf16 tuned: loss 12" in (tmp_path / "bench" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("readme, part", [("README.md", report.Report.short), ("bench/README.md", report.Report.long)])
+def test_readmes_show_the_committed_results(readme, part):
+    text = (ROOT / readme).read_text()
+    stored = sorted((ROOT / "bench" / "results").glob("gpu-*.jsonl"))
+    if stored:
+        reports = [report.Report(card, ROOT / "bench" / "results", ROOT / "bench" / "plots") for card in merge.read(stored)]
+        shown = "\n\n".join(part(made, ROOT / readme) for made in reports)
+    else:
+        shown = "Not yet measured."
+    assert into_readme(text, shown, report.BEGIN, report.END) == text

@@ -9,7 +9,7 @@ from bench.train_presets import ROWS
 
 
 def of(card):
-    """A card's rows of training steps, baselines first, each in the presets' order."""
+    """A card's rows of training steps that the presets still have, baselines first, in the presets' order."""
     rows = [row for row in card.of("train") if row["row"] in ROWS and "loss" in row]
     return sorted(rows, key=lambda row: (ROWS[row["row"]].kind == "fastvid", list(ROWS).index(row["row"])))
 
