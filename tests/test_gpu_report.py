@@ -1,12 +1,13 @@
 """What is made of a GPU check's results: merged rows, the ladder, the profile's groups, the tables of goals."""
 
 import json
+import logging
 
 import pytest
 from conftest import ROOT
 
 from bench import report as kernels
-from bench.gpu import goals, ladder, merge, profiles, report
+from bench.gpu import goals, ladder, merge, profiles, report, train
 from bench.ladder_plot import draw, into_readme
 
 CARD = "NVIDIA H200"
@@ -285,3 +286,14 @@ def test_readmes_show_the_committed_results(readme, part):
     else:
         shown = "Not yet measured."
     assert into_readme(text, shown, report.BEGIN, report.END) == text
+
+
+def test_only_the_row_that_built_the_model_says_what_was_planned(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVID_CHECK_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(train, "HELD", {})
+    logger = logging.getLogger("fastvid")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    list(train.data(True, "tiny-gpu"))
+    exact, shared = (next(train.row(True, "tiny-gpu", name)) for name in ("exact", "shared"))
+    assert exact["estimated_bytes"] > 0 and "estimated_bytes" not in shared

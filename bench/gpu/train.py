@@ -53,7 +53,8 @@ def row(small, preset, name, seconds=4.0):
     begin = time.perf_counter()
     key = what.kind, what.full, what.model_flags
     made = HELD.get(key)
-    if made is None:
+    new = made is None
+    if new:
         HELD.clear()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -70,7 +71,7 @@ def row(small, preset, name, seconds=4.0):
     (loss, norm), flops = executed_flops(made.step)
     first = time.perf_counter() - begin - built
     if what.rounds == 0:
-        yield _described(name, made, loss, norm, flops, [], heard, built, first)
+        yield _described(name, made, new, loss, norm, flops, [], heard, built, first)
         return
     for _ in range(1 if small else 2):
         made.step()
@@ -81,10 +82,10 @@ def row(small, preset, name, seconds=4.0):
         made.step()
         _synchronize(device)
         times.append(time.perf_counter() - start)
-    yield _described(name, made, loss, norm, flops, times, heard, built, first)
+    yield _described(name, made, new, loss, norm, flops, times, heard, built, first)
 
 
-def _described(name, made, loss, norm, flops, times, heard, built, first):
+def _described(name, made, new, loss, norm, flops, times, heard, built, first):
     row = {"row": name, "title": ROWS[name].title, "dtype": "bf16", "loss": loss, "norm": norm, "samples": made.samples,
            "rows": made.rows, "sample_rows": made.sample_rows, "flops": flops, "build_seconds": built,
            "first_step_seconds": first, "seconds_each": times, "start_bytes": 0}
@@ -98,7 +99,7 @@ def _described(name, made, loss, norm, flops, times, heard, built, first):
         row |= {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(), "retries": stats.get("num_alloc_retries", 0)}
     plan = getattr(getattr(made, "state", None), "plan", None)
-    if plan and not ROWS[name].budget:  # which is of the batches that the model was built with
+    if plan and new and not ROWS[name].budget:  # a plan is of the batches that the model was built with
         row |= {"estimated_bytes": plan.estimated, "recompute": plan.recompute}
     said = [line for line in heard.lines if "recompute" in line or "attention" in line]
     return row | ({"said": " | ".join(line.splitlines()[0] for line in said)[:400]} if said else {})
