@@ -172,7 +172,7 @@ def extraction_lines(card):
 
 
 def short(card, made, rows):
-    """README's lines: of kernels how many are where they should be, of memory the row that is furthest off."""
+    """README's lines: of kernels how many are where they should be, of memory the first row that is off, if any is."""
     timed = [line for line in kernel_lines(card, rows) if line.goal != "—" and line.reached is not None]
     good, commits = sum(line.reached for line in timed), tuple(dict.fromkeys(c for line in timed for c in line.commits))
     kernels = Line("kernels at their share of a copy", "all cases", f"{good} of {len(timed)} cases" + (
