@@ -8,7 +8,7 @@ import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
-from fastvid_kernels.rope_keys import KeyRows, rope_keys, rope_keys_reference
+from fastvid_kernels.rope_keys import WayBack, rope_keys, rope_keys_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
@@ -183,27 +183,30 @@ def _placed(H, d, prompt, segments, job):
     rows_M = torch.cat([torch.arange(size) + start for runs in segments for start, size in runs])
     N, M = int(rows_M.max()) + 1 - prompt, len(rows_M)
     shapes = {"N": N, "M": M, "H": H, "d": d, "dtype": "bfloat16"}
-    keys = KeyRows.of(rows_M, prompt, N)
+    way_back = WayBack.of(rows_M, prompt, N)
 
-    def function(op):
-        return lambda qkv, positions, inv_freq, k, v, *keys: op(qkv, positions, inv_freq, H, H, keys=KeyRows(*keys),
-                                                                constant=(k, v))
+    def ours(qkv, positions, inv_freq, k, v, rows_M, starts, places):
+        return rope_keys(qkv, positions, inv_freq, H, H, rows_M=rows_M, way_back=WayBack(starts, places, prompt),
+                         constant=(k, v))
 
-    functions = {"ours": function(rope_keys), "eager": function(rope_keys_reference)}
+    def reference(qkv, positions, inv_freq, k, v, rows_M, *_):
+        return rope_keys_reference(qkv, positions, inv_freq, H, H, rows_M=rows_M, constant=(k, v))
+
+    functions = {"ours": ours, "eager": reference}
 
     def inputs(generator, device):
         qkv, positions, inv_freq = _rope_inputs(generator, device, N, H, d)
         return qkv, positions, inv_freq, *(normal(generator, device, prompt, H, d) for _ in range(2)), *(
-            x.to(device) for x in keys)
+            x.to(device) for x in (rows_M, way_back.starts_N1, way_back.places))
 
     def inputs_and_gradients(generator, device):
         return *inputs(generator, device), tuple(normal(generator, device, rows, H, d) for rows in (N, M, M))
 
     row = H * d * BYTES  # queries are read and written, keys and values read once and written to every place
     yield Case("rope_keys", f"forward, {job}", shapes, inputs, _ways(forward, functions),
-               in_fp32(forward(function(rope_keys_reference))), (4 * N + 2 * M) * row)
+               in_fp32(forward(reference)), (4 * N + 2 * M) * row)
     yield Case("rope_keys", f"backward, {job}", shapes, inputs_and_gradients, _ways(Gradients, functions),
-               in_fp32(Gradients(function(rope_keys_reference))), (4 * N + 2 * M) * row)
+               in_fp32(Gradients(reference)), (4 * N + 2 * M) * row)
 
 
 def _splice_cases(videos, R, text, D, V):

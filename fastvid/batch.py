@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
-from fastvid_kernels.rope_keys import KeyRows
+from fastvid_kernels.rope_keys import WayBack
 from torch import Tensor
 
 
@@ -52,7 +52,7 @@ class AttentionLayout:
         max_seqlen_k: rows of the longest key segment.
         kv_rows: [M] int64, for each key of each segment the row that it is, counted from the first row of the batch's
             constant prefix (`PackedBatch.prefix_rows`), which the packed rows follow; None: a segment's own rows.
-        keys: `kv_rows` with the way back: which keys each packed row is. None: unknown.
+        way_back: of `kv_rows`: which keys each packed row is. None: unknown.
         own_keys: [N] int64, where in `kv_rows` each row stands, if each stands there once: the gradient of a gather is then
             a gather too. None: unknown, or some row is a key of several segments or of none.
     """
@@ -62,7 +62,7 @@ class AttentionLayout:
     cu_seqlens_k: Tensor
     max_seqlen_k: int
     kv_rows: Tensor | None = None
-    keys: KeyRows | None = None
+    way_back: WayBack | None = None
     own_keys: Tensor | None = None
 
     @cached_property
@@ -116,20 +116,22 @@ class AttentionLayout:
                      for chosen, half in zip((slice(segments), slice(segments, None)), halves))
 
     def with_way_back(self, first, rows):
-        """The same layout with `keys` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`. On the CPU."""
+        """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`. On the
+        CPU.
+        """
         if self.kv_rows is None:
             return self
-        keys = KeyRows.of(self.kv_rows, first, rows)
-        once = torch.equal(keys.starts_N1, torch.arange(rows + 1, dtype=torch.int32))
-        return self._replace(keys=keys, own_keys=keys.places.long() if once else None)
+        way_back = WayBack.of(self.kv_rows, first, rows)
+        once = torch.equal(way_back.starts_N1, torch.arange(rows + 1, dtype=torch.int32))
+        return self._replace(way_back=way_back, own_keys=way_back.places.long() if once else None)
 
     def map(self, function):
         """The same layout with `function`, which leaves values alone, applied to every tensor."""
         queries = function(self.cu_seqlens_q)
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
-        places = self.keys and KeyRows(kv_rows, function(self.keys.starts_N1), function(self.keys.places))
-        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, keys=places, own_keys=own_keys)
+        way_back = self.way_back and self.way_back.map(function)
+        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back, own_keys=own_keys)
 
 
 @dataclass(frozen=True)
@@ -202,12 +204,11 @@ class PackedBatch:
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
-        loss_layout = self.loss_layout or self.layout.of_rows(self.loss_rows)
-        batch = replace(self, loss_layout=loss_layout.with_way_back(self.prefix_rows, self.num_rows),
-                        layout=self.layout.with_way_back(self.prefix_rows, self.num_rows))
+        batch = replace(self, loss_layout=self.loss_layout or self.layout.of_rows(self.loss_rows))
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
-            return batch
+            return replace(batch, layout=batch.layout.with_way_back(self.prefix_rows, self.num_rows),
+                           loss_layout=batch.loss_layout.with_way_back(self.prefix_rows, self.num_rows))
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
         frozen, live = self.layout.split(segments)

@@ -76,6 +76,26 @@ def test_equals_gathering_of_own_rows(trainable, interpreted):
     assert calls["forward"] == len(model.decoder.layers)
 
 
+@pytest.mark.parametrize("recompute", ["none", 1, "selective", "full"])
+def test_equals_gathering_of_frozen_rows_without_a_kept_prefix(recompute, interpreted):
+    """Their keys alone stand before the others', and lie in rows of their own product."""
+    generator, samples = torch.Generator().manual_seed(0), []
+    for name, length in (("a", 5), ("b", 3)):
+        words = torch.randint(3, PATCH, (length + 4,), generator=generator).tolist()
+        ids = [9, 10 + length, 11, START, *[PATCH] * 6, END, *words]
+        features = torch.randn(6, 12, generator=generator)
+        samples.append((EncodedSample(name, ids, [(len(ids) - 4, len(ids))], [name]), [features]))
+    tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
+    batch = pack(samples, tokens, 12, prefix=(5, 6), frozen=True)
+    assert batch.prefix_rows == 0 and batch.frozen_rows == 6
+    model = random_model(attn_implementation="sdpa", recompute=recompute)
+    expected_loss, expected = loss_and_gradients(model, batch)
+    interpreted()
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, expected)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_equals_gathering_of_shared_videos(frozen, interpreted):
     """Two videos, several questions about each: rows of a video are keys of all its branches."""
@@ -87,7 +107,7 @@ def test_equals_gathering_of_shared_videos(frozen, interpreted):
         samples.append((EncodedSample(name, ids, [(len(ids) - 4, len(ids))], [name]), [videos[name]]))
     tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
     batch = pack(samples, tokens, 12, prefix=(5, 6, 7, 8), frozen=frozen, share=True)
-    assert batch.layout.keys is not None and batch.layout.own_keys is None and batch.prefix_rows == (4 if frozen else 0)
+    assert (batch.parts or [batch])[-1].layout.way_back is not None and batch.prefix_rows == (4 if frozen else 0)
     model = random_model(attn_implementation="sdpa")
     model.keep_prefix([5, 6, 7, 8])
     expected_loss, expected = loss_and_gradients(model, batch)

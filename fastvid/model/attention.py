@@ -80,9 +80,9 @@ def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, floa
         positions_N: of its rows.
         rope: radians per position [d/2], factor on cosine and sine.
         heads: H, K.
-        layout: as for `attend`; with `kv_rows` its `keys` must be known.
+        layout: as for `attend`; with `kv_rows` its `way_back` must be known.
         implementation: function of queries, keys, values and layout.
-        constant: as for `attend`.
+        constant: as for `attend`; contiguous.
         queries_LHd: rotated queries of other rows, in the place of the product's (H is 0 then).
         recomputed: backward computes this again: the product is kept as it is, and copies of keys with it.
 
@@ -91,12 +91,13 @@ def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, floa
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
     q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale,
-                                    keys=layout.keys, constant=constant, inplace=not recomputed)
+                                    rows_M=layout.kv_rows, way_back=layout.way_back, constant=constant,
+                                    inplace=not recomputed)
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
-    if layout.keys is None or recomputed:
+    if layout.kv_rows is None or recomputed:
         return implementation(q_NHd, k_MKd, v_MKd, layout)
     rows = Placed(k_MKd, partial(place_keys, qkv_NE.detach(), positions_N, inv_freq_h, num_heads, num_kv_heads, scale,
-                                  layout.keys.rows_M, constant))
+                                  layout.kv_rows, constant))
     with saving_no_copy(rows):
         return implementation(q_NHd, k_MKd, v_MKd, layout)
 

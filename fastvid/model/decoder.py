@@ -135,61 +135,75 @@ class DecoderLayer(nn.Module):
         if frozen is not None:
             with torch.no_grad():
                 frozen, keys_values = advance(frozen, prefix)
-                if prefix is not None:
-                    keys_values = tuple(map(torch.cat, zip(prefix, keys_values)))
-                prefix = keys_values
-        call = None if cache is not None else self._kernel_of_keys(live, last)
+                # Copied in any case: the product that they lie in need not live until backward.
+                prefix = tuple(own.contiguous() if known is None else torch.cat([known, own])
+                               for known, own in zip(prefix or (None, None), keys_values))
+        return advance(live, prefix, cache=cache, by_kernel=cache is None)[0], frozen
+
+    def _advance(self, stream, constant, *, cache=None, by_kernel=False, **options):
+        """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places them).
+
+        Args:
+            by_kernel: let a kernel put keys into their places, if it can.
+        """
+        call = self._kernel_of_keys(stream, options["last"]) if by_kernel else None
         if call is not None:
-            return self._advance_by_kernel(call, live, prefix, rope=rope, last=last, recomputed=recomputed), frozen
-        return advance(live, prefix, cache=cache)[0], frozen
+            attended, keys_values = self._attend_by_kernel(call, stream, constant, **options)
+        else:
+            attended, keys_values = self._attend(stream, constant, cache=cache, **options)
+        residual_ND, x_NHd, positions_N, layout = attended
+        del attended
+        if x_NHd is None:
+            return None, keys_values
+        residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
+        branch_ND = self.down(swiglu(self.gate_up(x_ND)))
+        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised), keys_values
 
-    def _kernel_of_keys(self, live, last):
-        """Attention for `_advance_by_kernel`, or None where that is impossible, or no row's keys are wanted any more."""
-        rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
-        if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.keys is None:
-            return None
-        return rotates_to_keys(self.attn_implementation, live.residual_ND)
-
-    def _advance(self, stream, constant, *, rope, last, recomputed, cache=None):
-        """(`stream` after this layer, or None if nothing of it goes on; its keys and values)."""
+    def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
+        """((residual stream, attention's output or None, positions, layout) of the rows that go on, keys and values)."""
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         # In place, but not where recomputation keeps the product that would be overwritten.
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, layout = stream.positions_N, stream.layout
-        some = last and stream.supervised is not None
-        if not some:
+        if not (last and stream.supervised is not None):
             qkv_NE = rotate(self.qkv(x_ND), positions_N, inv_freq, heads, kv_heads)
             q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         else:
-            layout = stream.supervised[1]
+            rows_L, layout = stream.supervised
             queries = heads * 2 * inv_freq.shape[0]
             kv_NE = rotate(self.qkv(x_ND, outputs=slice(queries, None)), positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
-            if not len(stream.supervised[0]):
-                return None, (k_NKd, v_NKd)
+            if not len(rows_L):
+                return (None, None, None, None), (k_NKd, v_NKd)
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
         x_NHd = attend(q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant,
                        regather=not recomputed)
-        return self._finish(stream, residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
+        return (residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
 
-    def _advance_by_kernel(self, call, stream, constant, *, rope, last, recomputed):
-        """The same stream, where a kernel puts rotated keys into their places and `call` attends to them."""
+    def _attend_by_kernel(self, call, stream, constant, *, rope, last, recomputed):
+        """The same, where a kernel puts rotated keys into their places and `call` attends to them."""
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
-        positions_N, layout, q_LHd = stream.positions_N, stream.layout, None
-        options = {"constant": constant, "recomputed": recomputed}
+        positions_N, options = stream.positions_N, {"constant": constant, "recomputed": recomputed}
         if not (last and stream.supervised is not None):
-            x_NHd = attend_rotated(self.qkv(x_ND), positions_N, rope, self.heads, layout, call, **options)
-            return self._finish(stream, residual_ND, x_NHd, positions_N, layout)
+            x_NHd = attend_rotated(self.qkv(x_ND), positions_N, rope, self.heads, stream.layout, call, **options)
+            return (residual_ND, x_NHd, positions_N, stream.layout), None
         layout = stream.supervised[1]
         kv_NE = self.qkv(x_ND, outputs=slice(heads * 2 * inv_freq.shape[0], None))
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
-        residual_ND, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
+        residual_LD, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         x_LHd = attend_rotated(kv_NE, positions_N, rope, (0, kv_heads), layout, call, queries_LHd=q_LHd, **options)
-        return self._finish(stream, residual_ND, x_LHd, positions_L, layout)
+        return (residual_LD, x_LHd, positions_L, layout), None
+
+    def _kernel_of_keys(self, live, last):
+        """Attention for `_attend_by_kernel`, or None where that is impossible, or no row's keys are wanted any more."""
+        rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
+        if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.way_back is None:
+            return None
+        return rotates_to_keys(self.attn_implementation, live.residual_ND)
 
     def _supervised_queries(self, stream, residual_ND, rotate, inv_freq):
         """(residual stream, positions, queries) of the stream's supervised rows."""
@@ -199,12 +213,6 @@ class DecoderLayer(nn.Module):
         # Normalised again rather than taken from x: one gradient less to scatter.
         q_LE = self.qkv(self.input_norm(residual_LD, None)[1], outputs=slice(heads * 2 * inv_freq.shape[0]))
         return residual_LD, positions_L, rotate(q_LE, positions_L, inv_freq, heads, 0).unflatten(-1, (heads, -1))
-
-    def _finish(self, stream, residual_ND, x_NHd, positions_N, layout):
-        """The stream behind attention: output projection and feed-forward block."""
-        residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
-        branch_ND = self.down(swiglu(self.gate_up(x_ND)))
-        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised)
 
 
 class Decoder(nn.Module):

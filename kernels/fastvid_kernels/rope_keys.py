@@ -4,7 +4,7 @@ Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns 
 A heads of a row, d channels per head, h = d / 2.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,41 +17,42 @@ from .rope_qk import _cos_sin, _rope_qk_kernel, rope_qk_reference
 from .rope_qk import _tiles as _rope_tiles
 
 
-class KeyRows(NamedTuple):
-    """Which rows the keys of all segments are, and the way back.
+@dataclass(frozen=True)
+class WayBack:
+    """Which keys each packed row is.
 
     Attributes:
-        rows_M: int64, for each key the row that it is: constant rows first, then the packed ones.
         starts_N1: [N+1] int32, where each packed row's places begin in `places`, and their end.
         places: int32, the keys that are packed row 0, those that are row 1, …, ascending.
+        constant_rows: C.
     """
 
-    rows_M: Tensor
     starts_N1: Tensor
     places: Tensor
+    constant_rows: int
 
     @staticmethod
-    def of(rows_M: Tensor, constant_rows: int, num_rows: int) -> "KeyRows":
-        """With the way back, for `num_rows` packed rows behind `constant_rows` others."""
+    def of(rows_M: Tensor, constant_rows: int, num_rows: int) -> "WayBack":
+        """From the row that each key is, of `num_rows` packed rows behind the constant ones. On the CPU."""
         order = rows_M.argsort(stable=True)
         starts_N1 = torch.searchsorted(rows_M[order], torch.arange(num_rows + 1) + constant_rows)
         first = int(starts_N1[0])
-        return KeyRows(rows_M, (starts_N1 - first).int(), order[first:].int())
+        return WayBack((starts_N1 - first).int(), order[first:].int(), constant_rows)
 
     def map(self, function):
-        """The same with `function` applied to every tensor."""
-        return KeyRows(*map(function, self))
+        """The same with `function` applied to both tensors."""
+        return WayBack(function(self.starts_N1), function(self.places), self.constant_rows)
 
 
-def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, keys=None, constant=None):
+def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None, constant=None):
     """`rope_keys` in plain differentiable torch."""
     rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
         1, (num_heads + 2 * num_kv_heads, -1))
     q_NHd, k_NKd, v_NKd = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
-    if keys is None:
+    if rows_M is None:
         return q_NHd, k_NKd, v_NKd
     constant = constant or (k_NKd[:0], v_NKd[:0])
-    return q_NHd, *(torch.cat(pair)[keys.rows_M] for pair in zip(constant, (k_NKd, v_NKd)))
+    return q_NHd, *(torch.cat(pair)[rows_M] for pair in zip(constant, (k_NKd, v_NKd)))
 
 
 def _tiles(heads, half):
@@ -157,17 +158,20 @@ def _collect_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_ptr, starts_ptr, pl
     tl.store(grad_ptr + offsets + half, second.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def _rotate_heads(x_NE, out_NE, positions_N, inv_freq_h, scale, row_heads, rotated):
-    """The first `rotated` heads of each row of `x_NE` into `out_NE`, which is `x_NE` or has no others."""
+def _rotate_heads(x_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written):
+    """The first `written` heads of each row of `x_NE` to those of `out_NX`, the first `rotated` of them rotated."""
     half = inv_freq_h.shape[0]
-    block_a, block_h, blocks, warps = _rope_tiles(rotated, half)
-    launch(_rope_qk_kernel, (x_NE.shape[0] * blocks,), x_NE, out_NE, positions_N, inv_freq_h, scale, row_heads, rotated,
-           rotated, half, blocks, False, block_a, block_h, num_warps=warps)
+    if x_NE.shape[0] and written:
+        block_a, block_h, blocks, warps = _rope_tiles(written, half)
+        launch(_rope_qk_kernel, (x_NE.shape[0] * blocks,), x_NE, out_NX, positions_N, inv_freq_h, scale,
+               x_NE.shape[1] // (2 * half), out_NX.shape[1] // (2 * half), rotated, written, half, blocks, False, block_a,
+               block_h, num_warps=warps)
 
 
 def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant):
-    """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet."""
+    """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet. All contiguous."""
     half = inv_freq_h.shape[0]
+    assert all(x.is_contiguous() for x in (qkv_NE, positions_N, inv_freq_h, rows_M, *(constant or ())))
     out_2MKd = qkv_NE.new_empty(2, rows_M.shape[0], num_kv_heads, 2 * half)
     k_CKd, v_CKd = constant or (out_2MKd[0, :0], out_2MKd[1, :0])
     block, warps = _tiles(num_kv_heads, half)
@@ -183,24 +187,27 @@ class _RopeKeys(torch.autograd.Function):
     """Saves positions, frequencies and the way back to packed rows."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, keys, constant, inplace):
-        N, heads = qkv_NE.shape[0], num_heads + 2 * num_kv_heads
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace):
+        heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
         ctx.settings = num_heads, num_kv_heads, scale
         ctx.shape = qkv_NE.shape
-        ctx.save_for_backward(positions_N, inv_freq_h, *(keys[1:] if keys else ()))
-        options = dict(positions_N=positions_N, inv_freq_h=inv_freq_h, scale=scale, row_heads=heads)
-        rotated = num_heads if keys else num_heads + num_kv_heads
-        out_NE = qkv_NE
-        if not inplace and rotated:
-            out_NE = qkv_NE.clone()
-        if N and rotated:
-            _rotate_heads(out_NE, out_NE, rotated=rotated, **options)
+        ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
+        if rows_M is not None:  # keys stay as they are, and go to their places from there
+            rotated = written = num_heads
+        else:
+            rotated, written = num_heads + num_kv_heads, heads
+        if inplace:
+            torch.autograd.graph.increment_version(qkv_NE)  # so that autograd sees that it is overwritten
+            out_NX, written = qkv_NE, rotated
+        else:
+            out_NX = qkv_NE.new_empty(qkv_NE.shape[0], written * d)
+        _rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
         # Not as views that autograd follows: their gradients come back to this function.
-        q_NHd, k_NKd, v_NKd = out_NE.detach().unflatten(1, (heads, -1)).split([num_heads, num_kv_heads, num_kv_heads], 1)
-        if keys is None:
-            return q_NHd, k_NKd, v_NKd
-        k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, keys.rows_M, constant)
-        return q_NHd, k_MKd, v_MKd
+        rows_NAd = out_NX.detach().unflatten(1, (-1, d)) if out_NX.numel() else out_NX.new_empty(len(out_NX), written, d)
+        if rows_M is None:
+            return rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
+        return rows_NAd[:, :num_heads], k_MKd, v_MKd
 
     @staticmethod
     @once_differentiable
@@ -217,7 +224,7 @@ class _RopeKeys(torch.autograd.Function):
             launch(_collect_kernel, (ctx.shape[0] * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places,
                    positions_N, inv_freq_h, scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half,
                    q_blocks, kv_blocks, bool(way_back), block, triton.next_power_of_2(half), num_warps=warps)
-        return grad_NE, None, None, None, None, None, None, None, None
+        return grad_NE, None, None, None, None, None, None, None, None, None
 
 
 def _rows_of_heads(x):
@@ -226,8 +233,9 @@ def _rows_of_heads(x):
 
 
 def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int, *,
-              scale: float = 1.0, keys: KeyRows | None = None, constant: tuple[Tensor, Tensor] | None = None,
-              inplace: bool = False, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+              scale: float = 1.0, rows_M: Tensor | None = None, way_back: WayBack | None = None,
+              constant: tuple[Tensor, Tensor] | None = None, inplace: bool = False,
+              impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Queries rotated where they lie; keys rotated and values copied to where segments read them (arXiv:2104.09864).
 
     One pass each way: forward reads the product of the QKV projection and writes what attention reads; backward reads
@@ -239,38 +247,49 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
         inv_freq_h: [d/2] fp32, radians per position. Angles, their product rounded to fp32, are at most 200,000.
         num_heads, num_kv_heads: H (which may be 0), K.
         scale: factor on cosine and sine (YaRN's attention factor).
-        keys: which rows the segments' keys are; None: the packed rows in order.
-        constant: keys, rotated, and values [C, K, d] that `keys` counts before the packed rows; they get no gradient.
-        inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `keys` its keys stay as they were, so that
+        rows_M: [M] int64, the row that each key is: constant rows first, then the packed ones. Not checked, since the host
+            would have to wait for the GPU. None: the packed rows in order.
+        way_back: of `rows_M`.
+        constant: keys, rotated, and values [C, K, d] that `rows_M` counts before the packed rows; they get no gradient.
+        inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `rows_M` its keys stay as they were, so that
             `place_keys` can make the same rows of keys again.
         impl: "auto", "reference" (plain torch) or "triton".
 
     Returns:
-        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `keys`), computed in fp32 and rounded once. Saved for backward:
-        positions, frequencies and `keys`. Repeatable: places are summed in ascending order, in fp32.
+        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. Saved for backward:
+        positions, frequencies and `way_back`. Repeatable: places are summed in ascending order, in fp32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot run
             here.
     """
-    N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
-    if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
-        raise ValueError(f"rope_keys: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
-                         f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
-    if keys is not None and keys.starts_N1.shape != (N + 1,):
-        raise ValueError(f"rope_keys: the way back is for {keys.starts_N1.shape[0] - 1} packed rows, found {N}")
-    if constant is not None and any(x.dtype != qkv_NE.dtype for x in constant):
-        raise ValueError(f"rope_keys: constant keys and values are {constant[0].dtype} and {constant[1].dtype}, the rows "
-                         f"{qkv_NE.dtype}")
+    _check(qkv_NE, positions_N, 2 * inv_freq_h.shape[0], num_heads, num_kv_heads, rows_M, way_back, constant)
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
-    tensors = [qkv_NE, positions_N, inv_freq_h, *(keys or ()), *(constant or ())]
-    if not use_triton(impl, *tensors, name="rope_keys"):
-        return rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, keys=keys,
+    indices = () if rows_M is None else (rows_M, way_back.starts_N1, way_back.places)
+    if not use_triton(impl, qkv_NE, positions_N, inv_freq_h, *indices, *(constant or ()), name="rope_keys"):
+        return rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M,
                                    constant=constant)
     constant = constant and tuple(x.detach().contiguous() for x in constant)
     return _RopeKeys.apply(qkv_NE.contiguous(), positions_N.contiguous(), inv_freq_h.contiguous(), num_heads, num_kv_heads,
-                           scale, keys, constant, inplace)
+                           scale, rows_M, way_back, constant, inplace)
 
 
-__all__ = ["KeyRows", "place_keys", "rope_keys", "rope_keys_reference"]
+def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, constant):
+    """Raise ValueError unless everything fits."""
+    N = qkv_NE.shape[0]
+    if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * d) or positions_N.shape != (N,):
+        raise ValueError(f"rope_keys: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+                         f"{num_heads} + 2·{num_kv_heads} heads of {d} channels")
+    if (rows_M is None) != (way_back is None):
+        raise ValueError("rope_keys: rows_M and way_back go together")
+    if way_back is not None and way_back.starts_N1.shape != (N + 1,):
+        raise ValueError(f"rope_keys: the way back is for {way_back.starts_N1.shape[0] - 1} packed rows, found {N}")
+    expected = 0 if way_back is None else way_back.constant_rows
+    for x in constant or (qkv_NE.new_empty(0, num_kv_heads, d),):
+        if x.shape != (expected, num_kv_heads, d) or x.dtype != qkv_NE.dtype:
+            raise ValueError(f"rope_keys: constant keys and values must be [{expected}, {num_kv_heads}, {d}] in "
+                             f"{qkv_NE.dtype}, found {list(x.shape)} in {x.dtype}")
+
+
+__all__ = ["WayBack", "place_keys", "rope_keys", "rope_keys_reference"]

@@ -92,15 +92,17 @@ def _cos_sin(angle):
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
-def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, rotated_heads, written_heads, half,
-                    blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, out_heads, rotated_heads, written_heads,
+                    half, blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
     """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     heads = program % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
     channels = tl.arange(0, BLOCK_h)
     inside = (heads < written_heads)[:, None] & (channels < half)[None, :]
-    offsets = row * row_heads * 2 * half + heads[:, None] * 2 * half + channels[None, :]
+    offsets = heads[:, None] * 2 * half + channels[None, :]
+    x_ptr += row * row_heads * 2 * half
+    out_ptr += row * out_heads * 2 * half
     first = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     second = tl.load(x_ptr + offsets + half, mask=inside).to(tl.float32)
 
@@ -124,8 +126,8 @@ def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv
     BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
     launch(
         _rope_qk_kernel, (qkv_NE.shape[0] * blocks,),
-        qkv_NE, out_NE, positions_N.contiguous(), inv_freq_h.contiguous(), scale, row_heads, rotated, written, half,
-        blocks, inverse, BLOCK_A, BLOCK_h, num_warps=num_warps)
+        qkv_NE, out_NE, positions_N.contiguous(), inv_freq_h.contiguous(), scale, row_heads, row_heads, rotated,
+        written, half, blocks, inverse, BLOCK_A, BLOCK_h, num_warps=num_warps)
 
 
 class _RopeQK(torch.autograd.Function):

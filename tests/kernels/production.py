@@ -208,15 +208,17 @@ PRODUCTION["quantize_fp8"] = quantize_fp8_calls
 
 def rope_keys_calls():
     """Of LLaMA 7B, 13B and 3-8B: keys in order, and behind constant rows with some shared."""
-    from fastvid_kernels.rope_keys import KeyRows, rope_keys
+    from fastvid_kernels.rope_keys import WayBack, rope_keys
 
     def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
         x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)
         positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
-        keys = KeyRows(torch.empty(rows + 8, dtype=torch.int64), torch.empty(rows + 1, dtype=torch.int32),
-                       torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
-        constant = (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2 if gathered else None
-        outs = rope_keys(x, positions, frequencies, heads, kv_heads, keys=keys, constant=constant, impl="triton")
+        keys = {}
+        if gathered:
+            keys = {"rows_M": torch.empty(rows + 8, dtype=torch.int64),
+                    "way_back": WayBack(torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows, dtype=torch.int32), 34),
+                    "constant": (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2}
+        outs = rope_keys(x, positions, frequencies, heads, kv_heads, **keys, impl="triton")
         torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
 
     return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastvid_kernels.rope_keys import KeyRows, place_keys, rope_keys, rope_keys_reference
+from fastvid_kernels.rope_keys import WayBack, place_keys, rope_keys, rope_keys_reference
 from harness import DEVICE, DTYPES, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,12 +25,13 @@ def inputs(shape, way, dtype, seed=0):
     qkv = normal(rows, (heads + 2 * kv_heads) * channels).requires_grad_()
     positions = torch.randint(0, 3000, (rows,), generator=generator, dtype=torch.int32).to(DEVICE)
     frequencies = 1 / 10000 ** (torch.arange(0, channels, 2, device=DEVICE) / channels)
-    keys, constant, places = None, None, rows
+    keys, constant, places = {}, None, rows
     if WAYS[way]:
         count, kind = WAYS[way]
         chosen = torch.randperm(rows, generator=generator) if kind == "once" else torch.randint(
             0, rows + count, (2 * rows + 1,), generator=generator)
-        keys, places = KeyRows.of(chosen, count, rows).map(lambda x: x.to(DEVICE)), len(chosen)
+        keys, places = {"rows_M": chosen.to(DEVICE), "way_back": WayBack.of(chosen, count, rows).map(lambda x: x.to(DEVICE))}, \
+            len(chosen)
         constant = (normal(count, kv_heads, channels), normal(count, kv_heads, channels)) if count else None
     grads = normal(rows, heads, channels), normal(places, kv_heads, channels), normal(places, kv_heads, channels)
     return qkv, (positions, frequencies, heads, kv_heads), keys, constant, grads
@@ -49,10 +50,11 @@ def run(function, qkv, rest, grads, **options):
 
 def check(shape, way, dtype, impl, inplace=False, seed=0):
     qkv, rest, keys, constant, grads = inputs(shape, way, dtype, seed)
-    found = run(lambda x, *args, **options: rope_keys(x.clone(), *args, **options), qkv, rest, grads, keys=keys,
+    found = run(lambda x, *args, **options: rope_keys(x.clone(), *args, **options), qkv, rest, grads, **keys,
                 constant=constant, impl=impl, inplace=inplace)
-    eager = run(rope_keys_reference, qkv, rest, grads, keys=keys, constant=constant)
-    exact = run(exact_keys, qkv.detach().double().requires_grad_(), rest, [x.double() for x in grads], keys=keys,
+    rows_M = keys.get("rows_M")
+    eager = run(rope_keys_reference, qkv, rest, grads, rows_M=rows_M, constant=constant)
+    exact = run(exact_keys, qkv.detach().double().requires_grad_(), rest, [x.double() for x in grads], rows_M=rows_M,
                 constant=constant and tuple(x.double() for x in constant))
     for values in zip(found, exact, eager):
         assert_close_as_eager(*values)
@@ -77,41 +79,63 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, inplace, seed):
 def test_in_place_writes_no_key_that_is_placed_again(way):
     qkv, rest, keys, constant, _ = inputs((7, 4, 2, 8), way, torch.float32)
     given_rows, copy = qkv.detach().clone(), qkv.detach().clone()
-    q, k, v = rope_keys(copy, *rest, keys=keys, constant=constant, inplace=True, impl="triton")
+    q, k, v = rope_keys(copy, *rest, **keys, constant=constant, inplace=True, impl="triton")
     assert q.data_ptr() == copy.data_ptr()
-    if keys is not None:
+    if keys:
         assert torch.equal(copy[:, 32:], given_rows[:, 32:])
         positions, frequencies, heads, kv_heads = rest
-        again = place_keys(copy, positions, frequencies, heads, kv_heads, 1.0, keys.rows_M, constant)
+        again = place_keys(copy, positions, frequencies, heads, kv_heads, 1.0, keys["rows_M"], constant)
         assert torch.equal(again, torch.stack([k, v]))
 
 
+@pytest.mark.parametrize("way", ["in order", "shared"])
+def test_a_copy_is_of_queries_alone_where_keys_have_places(way):
+    qkv, rest, keys, _, _ = inputs((7, 4, 2, 8), way, torch.float32)
+    q, _, _ = rope_keys(qkv, *rest, **keys, impl="triton")
+    assert q.untyped_storage().nbytes() == 4 * 7 * (32 if keys else 64)
+
+
+def test_autograd_sees_what_is_overwritten():
+    qkv, rest, _, _, _ = inputs((7, 4, 2, 8), "in order", torch.float32)
+    rows = qkv * 2
+    squares = rows * rows  # saves them
+    q, _, _ = rope_keys(rows, *rest, inplace=True, impl="triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squares.sum() + q.sum()).backward()
+
+
 def test_way_back_of_a_row_that_nobody_attends_to():
-    keys = KeyRows.of(torch.tensor([4, 0, 2, 4, 1]), 2, 3)
-    assert keys.starts_N1.tolist() == [0, 1, 1, 3] and keys.places.tolist() == [2, 0, 3]
+    rows_M = torch.tensor([4, 0, 2, 4, 1])
+    way_back = WayBack.of(rows_M, 2, 3)
+    assert way_back.starts_N1.tolist() == [0, 1, 1, 3] and way_back.places.tolist() == [2, 0, 3]
     qkv = torch.randn(3, 6, device=DEVICE, requires_grad=True)
     constant = torch.ones(2, 1, 2, device=DEVICE), torch.ones(2, 1, 2, device=DEVICE)
-    _, k, v = rope_keys(qkv, torch.arange(3, device=DEVICE), torch.ones(1, device=DEVICE), 1, 1,
-                        keys=keys.map(lambda x: x.to(DEVICE)), constant=constant, impl="triton")
+    _, k, v = rope_keys(qkv, torch.arange(3, device=DEVICE), torch.ones(1, device=DEVICE), 1, 1, constant=constant,
+                        rows_M=rows_M.to(DEVICE), way_back=way_back.map(lambda x: x.to(DEVICE)), impl="triton")
     assert torch.equal(k[1], constant[0][0]) and torch.equal(v[4], constant[1][1])
     (grad,) = torch.autograd.grad(v.sum(), qkv)
     assert grad[:, 4:].tolist() == [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]
 
 
-@pytest.mark.parametrize("change", ["rows", "positions", "way back", "dtype", "strides"])
-def test_shapes_that_do_not_fit_are_refused(change):
-    qkv, rest, keys, _, _ = inputs((4, 2, 1, 4), "shared", torch.float32)
-    positions, *others = rest
-    options = {"keys": keys}
-    if change == "rows":
-        qkv = qkv[:, 1:]
-    elif change == "positions":
-        positions = positions[1:]
-    elif change == "way back":
-        options = {"keys": keys._replace(starts_N1=keys.starts_N1[1:])}
-    elif change == "dtype":
-        options["constant"] = (torch.zeros(1, 1, 4, dtype=torch.bfloat16, device=DEVICE),) * 2
-    else:
-        qkv, options = qkv.detach().T.contiguous().T, {"inplace": True}
+CHANGES = {
+    "rows": lambda options: {"qkv": options["qkv"][:, 1:]},
+    "positions": lambda options: {"positions": options["positions"][1:]},
+    "way back": lambda options: {"way_back": WayBack.of(options["rows_M"], 3, 5)},
+    "no way back": lambda options: {"way_back": None},
+    "constant rows that are missing": lambda options: {"constant": None},
+    "constant rows too many": lambda options: {"constant": tuple(torch.cat([x, x]) for x in options["constant"])},
+    "constant heads": lambda options: {"constant": tuple(torch.cat([x, x], 1) for x in options["constant"])},
+    "constant dtype": lambda options: {"constant": tuple(x.double() for x in options["constant"])},
+    "constant rows of nobody": lambda options: {"rows_M": None, "way_back": None},
+    "strides": lambda options: {"qkv": options["qkv"].detach().T.contiguous().T, "inplace": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_fit_is_refused(change):
+    qkv, (positions, frequencies, *heads), keys, constant, _ = inputs((4, 2, 1, 4), "behind constant rows", torch.float32)
+    options = {"qkv": qkv, "positions": positions, "constant": constant, **keys}
+    options |= CHANGES[change](options)
+    qkv, positions = options.pop("qkv"), options.pop("positions")
     with pytest.raises(ValueError, match="rope_keys"):
-        rope_keys(qkv, positions, *others, **options)
+        rope_keys(qkv, positions, frequencies, *heads, **options)
