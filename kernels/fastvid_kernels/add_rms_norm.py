@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import avx512_rows
-from .dispatch import choose, launch
+from .dispatch import choose, launch, use_triton
+from .quantize_fp8 import Fp8Rows, divided, magnitude, quantize_fp8_reference, scale_of
 from .row_blocks import over_rows, row_blocks
 
 
@@ -28,6 +29,12 @@ def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     return residual_ND, y_ND.to(dtype)
 
 
+def add_rms_norm_fp8_reference(residual_ND, branch_ND, weight_D, eps, dtype):
+    """`add_rms_norm_fp8` in plain differentiable torch."""
+    total_ND, y_ND = add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype)
+    return total_ND, Fp8Rows(y_ND, *quantize_fp8_reference(y_ND.detach()))
+
+
 def _tiles(D, summed=False):
     """Columns of a tile, which holds a whole row, and warps: 16 columns a thread, 8 where their sums are kept as well."""
     BLOCK_D = triton.next_power_of_2(max(D, 32))
@@ -43,10 +50,13 @@ def _group_rows(N):
 
 
 @triton.jit
-def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, rstd_ptr, D, eps,
-                             ADD: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, bits_ptr, scale_ptr, rstd_ptr, D, eps,
+                             ADD: tl.constexpr, FP8: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row a program; with FP8 rows go out in e4m3, and `y_ptr` only says what dtype they are rounded to before."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
+    if FP8:  # in the layout of 16-bit rows, so that the mean is summed in the same order
+        columns = tl.max_contiguous(columns, 8)
     inside = columns < D
     x = tl.load(residual_ptr + row * D + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -57,7 +67,14 @@ def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x) / D + eps)
     tl.store(rstd_ptr + row, rstd)
-    tl.store(y_ptr + row * D + columns, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    y = (x * rstd * weight).to(y_ptr.dtype.element_ty)
+    if FP8:
+        y = y.to(tl.float32)
+        scale = scale_of(tl.max(magnitude(y), 0))
+        tl.store(scale_ptr + row, scale)
+        tl.store(bits_ptr + row * D + columns, divided(y, scale), mask=inside)
+    else:
+        tl.store(y_ptr + row * D + columns, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "group_rows"])
@@ -94,20 +111,25 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
         tl.store(partial_ptr + group * D + columns, grad_weight, mask=inside)
 
 
-def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype):
-    """Sum, normalised sum and reciprocal of the root mean square, [N] fp32, by the kernel."""
+def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=False):
+    """Sum, normalised sum (`Fp8Rows` with `fp8`) and reciprocal of the root mean square, [N] fp32, by the kernel."""
     N, D = residual_ND.shape
     residual_ND = residual_ND.contiguous()
     add = branch_ND is not None
     total_ND = torch.empty_like(residual_ND) if add else residual_ND
-    y_ND = residual_ND.new_empty(N, D, dtype=dtype)
     rstd_N = residual_ND.new_empty(N, dtype=torch.float32)
+    if fp8:
+        y = Fp8Rows.empty(residual_ND, N, D, dtype)
+        pointers = y.stand_in_ND, y.bits_ND.view(torch.uint8), y.scale_N
+    else:
+        y = residual_ND.new_empty(N, D, dtype=dtype)
+        pointers = y, rstd_N, rstd_N
     BLOCK_D, num_warps = _tiles(D)
     launch(
         _add_rms_norm_fwd_kernel, (N,),
-        residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, y_ND, rstd_N, D,
-        eps, add, BLOCK_D, num_warps=num_warps)
-    return total_ND, y_ND, rstd_N
+        residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, *pointers, rstd_N, D,
+        eps, add, fp8, BLOCK_D, num_warps=num_warps)
+    return total_ND, y, rstd_N
 
 
 def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
@@ -217,6 +239,35 @@ class _AddRMSNorm(torch.autograd.Function):
         return *_backward_on_cpu(*given, ctx.implementation), None, None, None
 
 
+class _AddRMSNormFp8(_AddRMSNorm):
+    """The same by the kernel, whose rows are quantised; the stand-in's gradient is theirs."""
+
+    @staticmethod
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype):
+        ctx.implementation = "triton"
+        ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
+        ctx.set_materialize_grads(False)
+        total_ND, rows, rstd_N = _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=True)
+        ctx.save_for_backward(total_ND, rstd_N, weight_D)
+        ctx.mark_non_differentiable(rows.bits_ND, rows.scale_N)
+        return total_ND, *rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total_ND, grad_y_ND, *_):
+        return _AddRMSNorm.backward(ctx, grad_total_ND, grad_y_ND)[:-1]
+
+
+def _check_shapes(name, residual_ND, branch_ND, weight_D):
+    """The tensors among them."""
+    tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
+    N, D = residual_ND.shape
+    if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
+        raise ValueError(f"{name}: residual and branch must be [N, D], the weight [D], found "
+                         f"{[list(x.shape) for x in tensors]}")
+    return tensors
+
+
 def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
                  *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum (RMSNorm, arXiv:1910.07467).
@@ -238,13 +289,31 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
     Raises:
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
     """
-    tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
-    N, D = residual_ND.shape
-    if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
-        raise ValueError("add_rms_norm: residual and branch must be [N, D], the weight [D], found "
-                         f"{[list(x.shape) for x in tensors]}")
+    tensors = _check_shapes("add_rms_norm", residual_ND, branch_ND, weight_D)
     implementation = choose(impl, *tensors, name="add_rms_norm", dtypes=[dtype, *(x.dtype for x in tensors[:-1])])
     return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
 
 
-__all__ = ["add_rms_norm", "add_rms_norm_reference"]
+def add_rms_norm_fp8(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
+                     *, impl: str = "auto") -> tuple[Tensor, Fp8Rows]:
+    """`add_rms_norm` whose normalised rows, rounded to `dtype`, are quantised as `quantize_fp8` does before they leave.
+
+    Args:
+        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        (others: as for `add_rms_norm`.)
+
+    Returns:
+        (sum, `Fp8Rows` of the normalised sum). Bits, scales, what is saved, and gradients are those of the two
+        operations one after the other; the gradient of the rows is what reaches their stand-in, in `dtype`.
+
+    Raises:
+        ValueError: shapes do not fit, `impl` is unknown or cannot run here.
+    """
+    tensors = _check_shapes("add_rms_norm_fp8", residual_ND, branch_ND, weight_D)
+    if not use_triton(impl, *tensors, name="add_rms_norm_fp8"):
+        return add_rms_norm_fp8_reference(residual_ND, branch_ND, weight_D, eps, dtype)
+    total_ND, *rows = _AddRMSNormFp8.apply(residual_ND, branch_ND, weight_D, eps, dtype)
+    return total_ND, Fp8Rows(*rows)
+
+
+__all__ = ["add_rms_norm", "add_rms_norm_fp8", "add_rms_norm_fp8_reference", "add_rms_norm_reference"]

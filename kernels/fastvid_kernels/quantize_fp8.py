@@ -3,6 +3,8 @@
 Dimensions: N rows, D channels.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,27 @@ from .dispatch import launch, use_triton
 LARGEST = tl.constexpr(448.0)
 # A row of zeros (or nearly) is divided by this part of 448, not by 0.
 SMALLEST_SCALE = tl.constexpr(2.0**-100)
+
+
+class Fp8Rows(NamedTuple):
+    """Rows that left the kernel that made them in e4m3, on their way to a product.
+
+    Attributes:
+        stand_in_ND: what autograd differentiates in their place: of the shape and dtype of the rows before they were
+            quantised. From a kernel it takes no memory, and its values mean nothing.
+        bits_ND: float8_e4m3fn.
+        scale_N: fp32; the rows are bits · scale.
+    """
+
+    stand_in_ND: Tensor
+    bits_ND: Tensor
+    scale_N: Tensor
+
+    @staticmethod
+    def empty(like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> "Fp8Rows":
+        """Rows yet to be written, on the device of `like`; `dtype` is the stand-in's."""
+        return Fp8Rows(like.new_empty(1, dtype=dtype).expand(rows, channels),
+                       like.new_empty(rows, channels, dtype=torch.float8_e4m3fn), like.new_empty(rows, dtype=torch.float32))
 
 
 def quantize_fp8_reference(x_ND, scale=None):
@@ -53,6 +76,25 @@ def _to_e4m3(x):
 
 
 @triton.jit
+def magnitude(x):
+    """|x| of fp32 as integers of the same order, so that the maximum of a row with a NaN is a NaN."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def scale_of(top):
+    """A row's scale, from its largest `magnitude`."""
+    top = top.to(tl.float32, bitcast=True)
+    return tl.maximum(top * (1 / LARGEST), SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def divided(x, scale):
+    """Bits of x ÷ scale in e4m3."""
+    return _to_e4m3(tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, channels, row_stride, BY_ROW: tl.constexpr, ONE_TILE: tl.constexpr,
                          BLOCK: tl.constexpr):
     """One row a program; rows longer than a tile are read twice, the second time from the caches."""
@@ -63,28 +105,24 @@ def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, channels, row_stride, BY_ROW
     if ONE_TILE:
         x = tl.load(x_ptr + columns, mask=columns < channels, other=0.0).to(tl.float32)
         if BY_ROW:
-            # max of integers, so that a NaN in a row is seen: its scale is NaN.
-            top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+            top = tl.max(magnitude(x), 0)
     elif BY_ROW:
         largest = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, channels, BLOCK):
             x = tl.load(x_ptr + start + columns, mask=start + columns < channels, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
-        top = tl.max(largest, 0).to(tl.float32, bitcast=True)
+            largest = tl.maximum(largest, magnitude(x))
+        top = tl.max(largest, 0)
     if BY_ROW:
-        scale = tl.maximum(top * (1 / LARGEST), SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+        scale = scale_of(top)
         tl.store(scale_ptr + row, scale)
     else:
         scale = tl.load(scale_ptr)
-    factor = tl.div_rn(1.0, scale)
     if ONE_TILE:
-        x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(out_ptr + columns, _to_e4m3(x), mask=columns < channels)
+        tl.store(out_ptr + columns, divided(x, scale), mask=columns < channels)
     else:
         for start in range(0, channels, BLOCK):
             x = tl.load(x_ptr + start + columns, mask=start + columns < channels, other=0.0).to(tl.float32)
-            x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(out_ptr + start + columns, _to_e4m3(x), mask=start + columns < channels)
+            tl.store(out_ptr + start + columns, divided(x, scale), mask=start + columns < channels)
 
 
 @torch.no_grad()
@@ -121,4 +159,4 @@ def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto
     return out_ND, scale_N
 
 
-__all__ = ["quantize_fp8", "quantize_fp8_reference"]
+__all__ = ["Fp8Rows", "divided", "magnitude", "quantize_fp8", "quantize_fp8_reference", "scale_of"]

@@ -44,6 +44,8 @@ MUTATIONS["add_rms_norm"] = [
     Mutation("tl.store(partial_ptr + group * D + columns", "tl.store(partial_ptr + columns",
              "test_weight_gradient_over_groups_of_rows"),
     Mutation("grad += grad_total.to(tl.float32)", "grad += 0", "test_equals_reference[frozen-add-shape1-fp32-triton]"),
+    Mutation("y = (x * rstd * weight).to(y_ptr.dtype.element_ty)", "y = x * rstd * weight", "test_rows_in_e4m3[add-shape4-bf16]"),
+    Mutation("tl.store(scale_ptr + row, scale)", "tl.store(scale_ptr, scale)", "test_rows_in_e4m3[add-shape1-fp32]"),
 ]
 MUTATIONS["swiglu"] = [
     Mutation("out = gate * tl.sigmoid(gate) * up", "out = up * tl.sigmoid(up) * gate", "test_large_values_stay_finite[triton]"),
@@ -104,9 +106,9 @@ MUTATIONS["frame_patchify"] = [
 ]
 MUTATIONS["quantize_fp8"] = [
     Mutation("x_ptr += row * row_stride", "x_ptr += row * channels", "test_strided_rows[columns]"),
-    Mutation("largest = tl.maximum(largest, tl.abs(x)", "largest = tl.maximum(0, tl.abs(x)",
+    Mutation("largest = tl.maximum(largest, magnitude(x))", "largest = magnitude(x)",
              "test_a_row_uses_the_whole_range[64-triton]"),
-    Mutation("x = tl.clamp(x * factor, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)\n        tl.store(out_ptr + c",
-             "x = x * factor\n        tl.store(out_ptr + c", "test_every_number_and_every_tie[triton]"),
+    Mutation("_to_e4m3(tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL))",
+             "_to_e4m3(x * tl.div_rn(1.0, scale))", "test_every_number_and_every_tie[triton]"),
     Mutation("out_ptr += row * channels", "out_ptr += row * (channels - 1)", "test_equals_reference[shape2-dtype0-None]"),
 ]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_reference
+from fastvid_kernels.quantize_fp8 import quantize_fp8
 from harness import DEVICE, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,7 +151,73 @@ def test_auto_is_triton_on_cuda_only():
 
 
 
+def check_fp8(case, dtype, impl="triton", seed=1):
+    """Rows in e4m3 equal, to the bit, those that are quantised afterwards; so do all gradients."""
+    grads = gradients(case[0].shape, case[0].dtype, dtype, seed)
+    total, y = (implementation(impl) if impl == "triton" else add_rms_norm_reference)(*case, 1e-5, dtype)
+    bits, scale = quantize_fp8(y.detach(), impl=impl)
+    found_total, rows = add_rms_norm_fp8(*case, 1e-5, dtype, impl=impl)
+    assert torch.equal(found_total, total) and torch.equal(rows.scale_N, scale)
+    assert torch.equal(rows.bits_ND.view(torch.uint8), bits.view(torch.uint8))
+    assert rows.stand_in_ND.shape == y.shape and rows.stand_in_ND.dtype == y.dtype
+    assert not rows.bits_ND.requires_grad and not rows.scale_N.requires_grad
+    sources = [t for t in case if t is not None and t.requires_grad]
+    for pair in zip(torch.autograd.grad((found_total, rows.stand_in_ND), sources, grads),
+                    torch.autograd.grad((total, y), sources, grads)):
+        assert torch.equal(*pair)
+    return rows
+
+
+@pytest.mark.parametrize("dtypes", CASES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100), (2, 4096)])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
+def test_rows_in_e4m3(dtypes, shape, add):
+    *kinds, dtype = CASES[dtypes]
+    rows = check_fp8(inputs(*shape, *kinds, add=add, trained=add), dtype)
+    assert rows.stand_in_ND.untyped_storage().nbytes() <= 4
+
+
+@given(rows=st.integers(0, 5), channels=st.integers(1, 700), dtypes=st.sampled_from(list(CASES)), add=st.booleans(),
+       trained=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_rows_in_e4m3_of_any_shape(rows, channels, dtypes, add, trained, seed):
+    *kinds, dtype = CASES[dtypes]
+    check_fp8(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, seed=seed)
+
+
+def test_rows_in_e4m3_of_the_reference():
+    check_fp8(inputs(5, 33, *CASES["fp32"][:3]), torch.float32, "reference")
+
+
+def test_rows_in_e4m3_show_nan():
+    x, b, w = (t.detach() for t in inputs(4, 40, *[torch.bfloat16] * 3))
+    b[2, 7] = torch.nan
+    _, rows = add_rms_norm_fp8(x, b, w, 1e-5, torch.bfloat16, impl="triton")
+    assert rows.scale_N.isnan().tolist() == [False, False, True, False] and rows.bits_ND.float()[2].isnan().all()
+
+
+def test_rows_in_e4m3_save_what_the_norm_saves():
+    x, b, w = inputs(16, 32, torch.bfloat16, torch.bfloat16, torch.bfloat16, trained=False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        total, _ = add_rms_norm_fp8(x, b, w, 1e-5, torch.bfloat16, impl="triton")
+    new = [t for t in saved if t.data_ptr() not in (x.data_ptr(), b.data_ptr(), w.data_ptr())]
+    assert sorted(t.nbytes for t in new) == [16 * 4, total.nbytes]
+
+
+@pytest.mark.parametrize("pick", [0, 1], ids=["sum", "norm"])
+def test_only_one_output_of_rows_in_e4m3_used(pick):
+    case = inputs(4, 6, *[torch.float32] * 3)
+    grads = gradients((4, 6), torch.float32, torch.float32)
+    total, rows = add_rms_norm_fp8(*case, 1e-5, torch.float32, impl="triton")
+    found = torch.autograd.grad((total, rows.stand_in_ND)[pick], case[:2], grads[pick])
+    expected = torch.autograd.grad(add_rms_norm(*case, 1e-5, torch.float32, impl="triton")[pick], case[:2], grads[pick])
+    assert all(map(torch.equal, found, expected))
+
+
 def test_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="add_rms_norm_fp8: impl .* 'fast'"):
+        add_rms_norm_fp8(*inputs(4, 6, *[torch.float32] * 3), 1e-5, torch.float32, impl="fast")
     with pytest.raises(ValueError, match="add_rms_norm: impl .* 'fast'"):
         add_rms_norm(*inputs(4, 6, *[torch.float32] * 3), 1e-5, torch.float32, impl="fast")
 

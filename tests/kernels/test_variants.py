@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 # Kernels with several forms: what is known when a model is built tells them apart, or, of pooling, the run of frames.
-FORMS = {"_rope_qk_kernel": 2,  # there and back
+FORMS = {"_rope_qk_kernel": 3,  # there and back, and of queries alone
+         "_add_rms_norm_fwd_kernel": 2,  # to 16 bits, and to e4m3
          "_spatio_temporal_pool_fwd_kernel": 4, "_spatio_temporal_pool_finish_kernel": 2,  # with counts or without, and
          "_spatio_temporal_pool_bwd_kernel": 2}  # frames in one run or in several
 

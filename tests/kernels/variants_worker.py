@@ -16,9 +16,11 @@ sys.path.insert(0, str(ROOT / "kernels"))
 from compile_worker import AbsentGPU  # noqa: E402
 from fastvid_kernels import dispatch, frame_patchify, spatio_temporal_pool  # noqa: E402
 from fastvid_kernels.adamw8bit_step import adamw8bit_step  # noqa: E402
-from fastvid_kernels.add_rms_norm import add_rms_norm  # noqa: E402
+from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
+from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa: E402
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
+from fastvid_kernels.rope_keys import KeyRows, rope_keys  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
 from fastvid_kernels.swiglu import swiglu  # noqa: E402
@@ -46,15 +48,22 @@ def call_all(count, first):
     swiglu(rows(count, 2 * D), impl="triton").backward(torch.empty(count, D, dtype=BF16))
     positions, frequencies = indices(count, first, torch.int32), torch.empty(8)
     rope_qk(rows(count, 3 * D), positions, frequencies, 4, 4, impl="triton").backward(torch.empty(count, 3 * D, dtype=BF16))
+    constant = (torch.empty(7, 4, 16, dtype=BF16),) * 2
+    keys = KeyRows(indices(count + 7, first), indices(count + 1, first, torch.int32), indices(count, first, torch.int32))
+    q, k, v = rope_keys(rows(count, 3 * D), positions, frequencies, 4, 4, keys=keys, constant=constant, impl="triton")
+    torch.autograd.backward((q, k, v), [torch.empty_like(x) for x in (q, k, v)])
     boundary = torch.empty(2, D, requires_grad=True)
     spliced = splice_video(indices(count, first), torch.empty(9, D, dtype=BF16), rows(count), indices(count, first), boundary,
                            indices(2 * count, first), BF16, impl="triton")
     spliced.backward(torch.empty_like(spliced))
     linear_cross_entropy(rows(count), torch.empty(100, D, dtype=BF16), indices(count, first), impl="triton")
     quantize_fp8(torch.empty(count, D, dtype=BF16), impl="triton")
+    add_rms_norm_fp8(x, branch, weight, 1e-5, BF16, impl="triton")
     param, grad, codes, scales = (torch.empty(256, dtype=dtype) for dtype in (BF16, BF16, torch.uint8, torch.float32))
     adamw8bit_step(param, grad, codes, codes, scales[:1], scales[:1], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
                    weight_decay=0.1, step=count, seed=2**40 + first, first=8 * count, impl="triton")
+    adamw_step(param, grad, torch.empty(256), torch.empty(256), lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1,
+               step=count, seed=2**40 + first, first=8 * count, impl="triton")
     frames = torch.empty(min(count, 100), 40, 40, 3, dtype=torch.uint8)
     frame_patchify(frames, size=28, patch=14, mean=(0.5,) * 3, std=(0.5,) * 3, impl="triton")
     for counts in (None, [len(frames)]):
