@@ -11,8 +11,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import avx512_rows
-from .dispatch import choose, launch
+from .dispatch import choose, launch, use_triton
+from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
 from .row_blocks import over_rows
+
+# Channels of the longest tile that `swiglu_fp8` and its gradient hold in registers.
+LONGEST_FP8_ROW = 16384
 
 
 def _wide(x):
@@ -26,11 +30,45 @@ def swiglu_reference(gate_up_NF):
     return (functional.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)
 
 
+def swiglu_fp8_reference(gate_up_NF):
+    """`swiglu_fp8` in plain torch."""
+    return quantize_fp8_reference(swiglu_reference(gate_up_NF))
+
+
+def swiglu_backward_fp8_reference(gate_up_NF, grad_NF):
+    """`swiglu_backward_fp8` in plain torch."""
+    grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
+    _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
+    return quantize_fp8_reference(grad_gate_up_NF)
+
+
 def _tiles(N, F):
     """Columns of a program, programs per row, grid: 8 columns a thread, one 16-byte load of each 16-bit operand."""
     BLOCK_F = min(triton.next_power_of_2(max(F, 1)), 1024)
     blocks = triton.cdiv(F, BLOCK_F)
     return BLOCK_F, blocks, (N * blocks,)
+
+
+def _fp8_tiles(F, backward):
+    """(channels of a tile, warps) with which a whole row lies in registers, where a thread has enough; else None.
+
+    Forward takes 32 channels a thread. Backward, which has three numbers of each and makes two, takes 16.
+    """
+    BLOCK_F = triton.next_power_of_2(max(F, 512))
+    return (BLOCK_F, BLOCK_F // (512 if backward else 1024) or 1) if BLOCK_F <= LONGEST_FP8_ROW else None
+
+
+@triton.jit
+def _product(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _gradients(gate, up, grad):
+    """Of gate and up."""
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
 @triton.jit
@@ -42,7 +80,7 @@ def _swiglu_fwd_kernel(gate_up_ptr, out_ptr, F, blocks, BLOCK_F: tl.constexpr):
     gate_ptr = gate_up_ptr + row * 2 * F
     gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
     up = tl.load(gate_ptr + F + columns, mask=inside).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
+    out = _product(gate, up)
     tl.store(out_ptr + row * F + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -56,12 +94,45 @@ def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, blocks, BLOCK
     gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
     up = tl.load(gate_ptr + F + columns, mask=inside).to(tl.float32)
     grad = tl.load(grad_ptr + row * F + columns, mask=inside).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    grad_gate, grad_up = _gradients(gate, up, grad)
     grad_gate_ptr = grad_gate_up_ptr + row * 2 * F
     tl.store(grad_gate_ptr + columns, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_gate_ptr + F + columns, (grad * silu).to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_gate_ptr + F + columns, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_fp8_fwd_kernel(gate_up_ptr, bits_ptr, scale_ptr, F, BLOCK_F: tl.constexpr):
+    """One row a program, rounded to the dtype that it would have in memory, then quantised."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_F)
+    inside = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F
+    gate = tl.load(gate_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F + columns, mask=inside, other=0.0).to(tl.float32)
+    out = _product(gate, up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    scale = scale_of(tl.max(magnitude(out), 0))
+    tl.store(scale_ptr + row, scale)
+    tl.store(bits_ptr + row * F + columns, divided(out, scale), mask=inside)
+
+
+@triton.jit
+def _swiglu_fp8_bwd_kernel(gate_up_ptr, grad_ptr, bits_ptr, scale_ptr, F, BLOCK_F: tl.constexpr):
+    """The gradient's row likewise: both halves have one scale."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_F)
+    inside = columns < F
+    gate_ptr = gate_up_ptr + row * 2 * F
+    gate = tl.load(gate_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + F + columns, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * F + columns, mask=inside, other=0.0).to(tl.float32)
+    grad_gate, grad_up = _gradients(gate, up, grad)
+    grad_gate = grad_gate.to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    grad_up = grad_up.to(gate_up_ptr.dtype.element_ty).to(tl.float32)
+    scale = scale_of(tl.max(tl.maximum(magnitude(grad_gate), magnitude(grad_up)), 0))
+    tl.store(scale_ptr + row, scale)
+    bits_ptr += row * 2 * F
+    tl.store(bits_ptr + columns, divided(grad_gate, scale), mask=inside)
+    tl.store(bits_ptr + F + columns, divided(grad_up, scale), mask=inside)
 
 
 @over_rows
@@ -78,6 +149,14 @@ def _backward(grad_nF, gate_up_nF, grad_gate_up_nF):
     gate_nF, up_nF = _wide(gate_up_nF).chunk(2, 1)  # the whole row at once: rows of a part are slower to convert
     grad_gate_up_nF[:, F:] = functional.silu(gate_nF).mul_(grad_nF)
     grad_gate_up_nF[:, :F] = torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF)
+
+
+def _backward_by_kernel(gate_up_NF, grad_NF):
+    grad_gate_up_NF = torch.empty_like(gate_up_NF)
+    N, F = grad_NF.shape
+    BLOCK_F, blocks, grid = _tiles(N, F)
+    launch(_swiglu_bwd_kernel, grid, gate_up_NF, grad_NF, grad_gate_up_NF, F, blocks, BLOCK_F, num_warps=4)
+    return grad_gate_up_NF
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -102,13 +181,10 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NF):
         (gate_up_NF,) = ctx.saved_tensors
-        grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
         if ctx.implementation == "triton":
-            N, F = grad_NF.shape
-            BLOCK_F, blocks, grid = _tiles(N, F)
-            launch(_swiglu_bwd_kernel, grid, gate_up_NF.contiguous(), grad_NF.contiguous(), grad_gate_up_NF, F, blocks,
-                   BLOCK_F, num_warps=4)
-        elif ctx.implementation == "avx512":
+            return _backward_by_kernel(gate_up_NF.contiguous(), grad_NF.contiguous()), None
+        grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
+        if ctx.implementation == "avx512":
             avx512_rows.swiglu_backward(grad_NF.contiguous(), gate_up_NF.contiguous(), grad_gate_up_NF)
         else:
             _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
@@ -135,4 +211,66 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
     return _SwiGLU.apply(gate_up_NF, choose(impl, gate_up_NF, name="swiglu", dtypes=[gate_up_NF.dtype]))
 
 
-__all__ = ["swiglu", "swiglu_reference"]
+def _empty_fp8(like, channels):
+    """(bits, scales) of as many rows, yet to be written."""
+    return like.new_empty(len(like), channels, dtype=torch.float8_e4m3fn), like.new_empty(len(like), dtype=torch.float32)
+
+
+@torch.no_grad()
+def swiglu_fp8(gate_up_NF: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """`swiglu` whose rows are quantised as `quantize_fp8` does before they leave.
+
+    Args:
+        gate_up_NF: as for `swiglu`.
+        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+
+    Returns:
+        (float8_e4m3fn [N, F], scale [N] fp32), the bits of the two operations one after the other; no gradient follows.
+
+    Raises:
+        ValueError: `impl` is unknown or cannot run here.
+    """
+    if not use_triton(impl, gate_up_NF, name="swiglu_fp8"):
+        return swiglu_fp8_reference(gate_up_NF)
+    N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+    tiles = _fp8_tiles(F, backward=False)
+    if tiles is None:
+        return quantize_fp8(swiglu(gate_up_NF, impl=impl), impl=impl)
+    bits_NF, scale_N = _empty_fp8(gate_up_NF, F)
+    if N:
+        launch(_swiglu_fp8_fwd_kernel, (N,), gate_up_NF.contiguous(), bits_NF.view(torch.uint8), scale_N, F, tiles[0],
+               num_warps=tiles[1])
+    return bits_NF, scale_N
+
+
+@torch.no_grad()
+def swiglu_backward_fp8(gate_up_NF: Tensor, grad_NF: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """The gradient of `swiglu`, quantised likewise before it leaves.
+
+    Args:
+        gate_up_NF: what `swiglu` got, [N, 2F].
+        grad_NF: the gradient of what it returned, [N, F].
+        impl: as for `swiglu_fp8`.
+
+    Returns:
+        (float8_e4m3fn [N, 2F], scale [N] fp32): the gradient of `gate_up_NF`, rounded to its dtype, then quantised.
+
+    Raises:
+        ValueError: `impl` is unknown or cannot run here.
+    """
+    if not use_triton(impl, gate_up_NF, grad_NF, name="swiglu_backward_fp8"):
+        return swiglu_backward_fp8_reference(gate_up_NF, grad_NF)
+    N, F = grad_NF.shape
+    tiles = _fp8_tiles(F, backward=True)
+    gate_up_NF, grad_NF = gate_up_NF.contiguous(), grad_NF.contiguous()
+    if tiles is None:
+        return quantize_fp8(_backward_by_kernel(gate_up_NF, grad_NF), impl=impl)
+    bits_NF, scale_N = _empty_fp8(gate_up_NF, 2 * F)
+    if N:
+        launch(_swiglu_fp8_bwd_kernel, (N,), gate_up_NF, grad_NF, bits_NF.view(torch.uint8), scale_N, F, tiles[0],
+               num_warps=tiles[1])
+    return bits_NF, scale_N
+
+
+__all__ = ["swiglu", "swiglu_backward_fp8", "swiglu_backward_fp8_reference", "swiglu_fp8", "swiglu_fp8_reference",
+           "swiglu_reference"]

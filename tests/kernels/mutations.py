@@ -48,12 +48,17 @@ MUTATIONS["add_rms_norm"] = [
     Mutation("tl.store(scale_ptr + row, scale)", "tl.store(scale_ptr, scale)", "test_rows_in_e4m3[add-shape1-fp32]"),
 ]
 MUTATIONS["swiglu"] = [
-    Mutation("out = gate * tl.sigmoid(gate) * up", "out = up * tl.sigmoid(up) * gate", "test_large_values_stay_finite[triton]"),
-    Mutation("silu * (1 - sigmoid))", "silu)", "test_equals_reference[shape1-torch.float32-triton]"),
+    Mutation("return gate * tl.sigmoid(gate) * up", "return up * tl.sigmoid(up) * gate", "test_large_values_stay_finite[triton]"),
+    Mutation("silu * (1 - sigmoid)), grad * silu", "silu), grad * silu", "test_equals_reference[shape1-torch.float32-triton]"),
     Mutation("out.to(out_ptr.dtype.element_ty), mask=inside", "out.to(out_ptr.dtype.element_ty), mask=columns < F - 1",
              "test_equals_reference[shape1-torch.float32-triton]"),
     Mutation("tl.store(grad_gate_ptr + F + columns", "tl.store(grad_gate_ptr + columns",
              "test_equals_reference[shape1-torch.float32-triton]"),
+    Mutation("_product(gate, up).to(gate_up_ptr.dtype.element_ty).to(tl.float32)", "_product(gate, up)",
+             "test_rows_in_e4m3[shape4-torch.bfloat16]"),
+    Mutation("tl.maximum(magnitude(grad_gate), magnitude(grad_up))", "magnitude(grad_up)",
+             "test_rows_in_e4m3[shape1-torch.float32]"),
+    Mutation("    bits_ptr += row * 2 * F\n", "    bits_ptr += row * F\n", "test_rows_in_e4m3[shape1-torch.float32]"),
 ]
 MUTATIONS["rope_qk"] = [
     Mutation("r -= turns * 0.00011730194091796875", "r -= turns * 0.000117302", "test_far_positions"),

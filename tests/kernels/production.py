@@ -79,7 +79,12 @@ PRODUCTION["add_rms_norm"] = add_rms_norm
 
 def swiglu():
     """Of a 7B and a 13B decoder."""
-    from fastvid_kernels.swiglu import swiglu
+    from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8
+
+    def to_fp8(channels, dtype=torch.bfloat16, rows=8192):
+        x = torch.empty(rows, 2 * channels, dtype=dtype)
+        swiglu_fp8(x, impl="triton")
+        swiglu_backward_fp8(x, torch.empty(rows, channels, dtype=dtype), impl="triton")
 
     def call(channels, dtype=torch.bfloat16, rows=8192):
         x = torch.empty(rows, 2 * channels, dtype=dtype, requires_grad=True)
@@ -87,7 +92,9 @@ def swiglu():
         out.backward(torch.empty_like(out))
 
     return {"F=11008 bf16": lambda: call(11008), "F=13824 bf16": lambda: call(13824),
-            "F=11008 fp32": lambda: call(11008, torch.float32), "odd: F=33 fp16": lambda: call(33, torch.float16)}
+            "F=11008 fp32": lambda: call(11008, torch.float32), "odd: F=33 fp16": lambda: call(33, torch.float16),
+            "F=11008 bf16, to fp8": lambda: to_fp8(11008), "F=13824 bf16, to fp8": lambda: to_fp8(13824),
+            "odd: F=33 fp16, to fp8": lambda: to_fp8(33, torch.float16)}
 
 
 PRODUCTION["swiglu"] = swiglu
@@ -233,3 +240,5 @@ def rope_keys_calls():
 PRODUCTION["rope_keys"] = rope_keys_calls
 WIDE |= {"_place_keys_kernel", "_collect_kernel"}
 WIDE_STORES |= {"_place_keys_kernel", "_collect_kernel"}
+WIDE |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
+WIDE_STORES |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}

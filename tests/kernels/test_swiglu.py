@@ -1,8 +1,10 @@
 """swiglu: values and gradients against fp64, what it saves."""
 
+import fastvid_kernels.swiglu as kernel_module
 import pytest
 import torch
-from fastvid_kernels.swiglu import swiglu, swiglu_reference
+from fastvid_kernels.quantize_fp8 import quantize_fp8
+from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8, swiglu_reference
 from harness import DEVICE, DTYPES, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +93,70 @@ def test_auto_is_triton_on_cuda_only():
     x, grad = inputs(3, 50, torch.float32)
     expected = run(lambda x: swiglu(x, impl="triton" if DEVICE == "cuda" else "reference"), x, grad)
     assert all(torch.equal(*pair) for pair in zip(run(swiglu, x, grad), expected))
+
+
+def check_fp8(x, grad, impl="triton"):
+    """Rows and gradients in e4m3 equal, to the bit, those of the kernels that are quantised afterwards."""
+    before = x.detach().clone(), grad.clone()
+    plain = run(lambda x: swiglu(x, impl=impl), x, grad)
+    for found, rows in zip((swiglu_fp8(x, impl=impl), swiglu_backward_fp8(x, grad, impl=impl)), plain):
+        bits, scale = quantize_fp8(rows, impl=impl)
+        assert found[0].dtype == torch.float8_e4m3fn and found[0].is_contiguous() and not found[0].requires_grad
+        assert torch.equal(found[0].view(torch.uint8), bits.view(torch.uint8)) and torch.equal(found[1], scale)
+    assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (0, 16), (64, 128), (2, 2500), (2, 11008)])
+def test_rows_in_e4m3(dtype, shape):
+    check_fp8(*inputs(*shape, dtype))
+
+
+@given(rows=st.integers(0, 5), channels=st.integers(1, 2100), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_rows_in_e4m3_of_any_shape(rows, channels, dtype, seed):
+    check_fp8(*inputs(rows, channels, dtype, seed))
+
+
+def test_rows_in_e4m3_of_the_reference():
+    check_fp8(*inputs(5, 33, torch.bfloat16), "reference")
+
+
+def test_rows_that_registers_cannot_hold_are_quantised_afterwards(monkeypatch):
+    monkeypatch.setattr(kernel_module, "LONGEST_FP8_ROW", 512)
+    for name in ("_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"):
+        monkeypatch.setattr(kernel_module, name, None)
+    check_fp8(*inputs(3, 700, torch.bfloat16))
+
+
+@pytest.mark.parametrize("channels", [11008, 13824])
+def test_rows_of_a_layer_lie_in_registers(channels):
+    for backward, most in ((False, 32), (True, 16)):
+        block, warps = kernel_module._fp8_tiles(channels, backward)
+        assert block >= channels and block // (32 * warps) <= most
+
+
+def test_rows_in_e4m3_of_strided_input_and_gradient():
+    x, grad = inputs(6, 4, torch.float32)
+    check_fp8(x.detach().T.contiguous().T.requires_grad_(), grad[:1].expand(6, -1))
+
+
+@pytest.mark.parametrize("where", ["gate", "up", "gradient"])
+def test_rows_in_e4m3_show_nan(where):
+    x, grad = inputs(4, 40, torch.bfloat16)
+    x = x.detach()
+    {"gate": x[:, :40], "up": x[:, 40:], "gradient": grad}[where][2, 7] = torch.nan
+    rows = [swiglu_backward_fp8(x, grad, impl="triton")]
+    rows += [swiglu_fp8(x, impl="triton")] if where != "gradient" else []
+    for bits, scale in rows:
+        assert scale.isnan().tolist() == [False, False, True, False] and bits.float()[2].isnan().all()
+
+
+def test_unknown_implementation_of_rows_in_e4m3_is_refused():
+    with pytest.raises(ValueError, match="swiglu_fp8: impl .* 'fast'"):
+        swiglu_fp8(torch.randn(2, 4), impl="fast")
+    with pytest.raises(ValueError, match="swiglu_backward_fp8: impl .* 'fast'"):
+        swiglu_backward_fp8(torch.randn(2, 4), torch.randn(2, 2), impl="fast")
 
 
 def test_unknown_implementation_is_refused():

@@ -23,7 +23,7 @@ from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
 from fastvid_kernels.rope_keys import KeyRows, rope_keys  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
-from fastvid_kernels.swiglu import swiglu  # noqa: E402
+from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -59,6 +59,8 @@ def call_all(count, first):
     linear_cross_entropy(rows(count), torch.empty(100, D, dtype=BF16), indices(count, first), impl="triton")
     quantize_fp8(torch.empty(count, D, dtype=BF16), impl="triton")
     add_rms_norm_fp8(x, branch, weight, 1e-5, BF16, impl="triton")
+    swiglu_fp8(torch.empty(count, 2 * D, dtype=BF16), impl="triton")
+    swiglu_backward_fp8(torch.empty(count, 2 * D, dtype=BF16), torch.empty(count, D, dtype=BF16), impl="triton")
     param, grad, codes, scales = (torch.empty(256, dtype=dtype) for dtype in (BF16, BF16, torch.uint8, torch.float32))
     adamw8bit_step(param, grad, codes, codes, scales[:1], scales[:1], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
                    weight_decay=0.1, step=count, seed=2**40 + first, first=8 * count, impl="triton")
