@@ -10,7 +10,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from fastvid_kernels.add_rms_norm import add_rms_norm
+from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
+from fastvid_kernels.dispatch import use_triton
+from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
 from fastvid.model.decoder_config import DecoderConfig, rotary_frequencies
+from fastvid.model.fp8_block import gate_up_swiglu
 from fastvid.model.linear import make_linear
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -39,16 +42,22 @@ def recomputed_layers(recompute: str | int, num_layers: int) -> int:
 
 
 class RMSNorm(nn.Module):
-    """Adds a branch to the residual stream, and normalises the sum into the compute dtype."""
+    """Adds a branch to the residual stream, and normalises the sum into the compute dtype.
 
-    def __init__(self, channels: int, eps: float, *, dtype: torch.dtype, trained: bool, compute_dtype: torch.dtype):
+    `for_fp8`: the rows' only readers are FP8 products, so that they are `Fp8Rows` where kernels run.
+    """
+
+    def __init__(self, channels: int, eps: float, *, dtype: torch.dtype, trained: bool, compute_dtype: torch.dtype,
+                 for_fp8: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, dtype=dtype), requires_grad=trained)
         self.eps = eps
         self.compute_dtype = compute_dtype
+        self.for_fp8 = for_fp8
 
     def forward(self, residual_ND, branch_ND):
-        return add_rms_norm(residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype)
+        fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
+        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype)
 
 
 class Stream(NamedTuple):
@@ -104,9 +113,10 @@ class DecoderLayer(nn.Module):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = trained_dtype if trained else compute_dtype
-        linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=None if trained else frozen_dtype)
+        frozen_dtype = None if trained else frozen_dtype
+        linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=frozen_dtype)
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
-                       trained=trained, compute_dtype=compute_dtype)
+                       trained=trained, compute_dtype=compute_dtype, for_fp8=frozen_dtype == "fp8")
         self.input_norm = norm()
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
         self.o = linear(heads * d, config.hidden_size)
@@ -156,8 +166,8 @@ class DecoderLayer(nn.Module):
         if x_NHd is None:
             return None, keys_values
         residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
-        branch_ND = self.down(swiglu(self.gate_up(x_ND)))
-        return Stream(residual_ND, branch_ND, positions_N, layout, stream.supervised), keys_values
+        h_NF = gate_up_swiglu(x_ND, self.gate_up) if isinstance(x_ND, Fp8Rows) else swiglu(self.gate_up(x_ND))
+        return Stream(residual_ND, self.down(h_NF), positions_N, layout, stream.supervised), keys_values
 
     def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
         """((residual stream, attention's output or None, positions, layout) of the rows that go on, keys and values)."""

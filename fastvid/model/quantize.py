@@ -2,7 +2,7 @@
 
 - "fp8": each matrix twice in e4m3, once for each product (y = x·Wᵀ and its gradient g·W), with a scale per column of
   that product; rows of x and g are quantised as they come (arXiv:2209.05433). FP8 units multiply; on a CPU the same
-  quantised values are multiplied in fp32. As many bytes as bf16.
+  quantised values are multiplied in fp32. As many bytes as bf16. A kernel may have quantised rows already (`Fp8Rows`).
 - "int8": a scale per row, the weights of LLM.int8() (arXiv:2208.07339); multiplied in the compute dtype, so that
   outliers of x need no care, and no search for them waits for the GPU. Half the bytes.
 - "nf4": blocks of 64 with scales that are themselves quantised (QLoRA, arXiv:2305.14314), by bitsandbytes; multiplied
@@ -15,7 +15,7 @@ import importlib.util
 import logging
 
 import torch
-from fastvid_kernels.quantize_fp8 import quantize_fp8
+from fastvid_kernels.quantize_fp8 import Fp8Rows, quantize_fp8
 from torch import Tensor, nn
 
 log = logging.getLogger("fastvid")
@@ -89,11 +89,39 @@ class Fp8Linear(QuantizedLinear):
         w_IO, scale_I = quantize_fp8(weight_OI.T)
         self._hold(w_OI=w_OI, scale_O=scale_O, w_IO=w_IO, scale_I=scale_I)
 
+    def forward(self, x_NI: Tensor | Fp8Rows, *, outputs: slice | None = None) -> Tensor:
+        """The same, also of rows in e4m3: in the dtype of their stand-in, which gets their gradient."""
+        if isinstance(x_NI, Fp8Rows):
+            return _ProductOfFp8.apply(*x_NI, self, outputs or slice(None))
+        return super().forward(x_NI, outputs=outputs)
+
     def product(self, x_NI, outputs):
-        return scaled_product(*quantize_fp8(x_NI), self.w_OI[outputs], self.scale_O[outputs], x_NI.dtype)
+        return self.product_of_fp8(*quantize_fp8(x_NI), outputs, x_NI.dtype)
 
     def gradient(self, g_NO, outputs):
-        return scaled_product(*quantize_fp8(g_NO), self.w_IO[:, outputs], self.scale_I, g_NO.dtype)
+        return self.gradient_of_fp8(*quantize_fp8(g_NO), outputs, g_NO.dtype)
+
+    def product_of_fp8(self, bits_NI: Tensor, scale_N: Tensor, outputs: slice, dtype: torch.dtype) -> Tensor:
+        """`product` in `dtype` of rows as `quantize_fp8` returns them."""
+        return scaled_product(bits_NI, scale_N, self.w_OI[outputs], self.scale_O[outputs], dtype)
+
+    def gradient_of_fp8(self, bits_NO: Tensor, scale_N: Tensor, outputs: slice, dtype: torch.dtype) -> Tensor:
+        """`gradient` in `dtype` of rows as `quantize_fp8` returns them."""
+        return scaled_product(bits_NO, scale_N, self.w_IO[:, outputs], self.scale_I, dtype)
+
+
+class _ProductOfFp8(torch.autograd.Function):
+    """The product of rows in e4m3. Saves nothing either."""
+
+    @staticmethod
+    def forward(ctx, stand_in_NI, bits_NI, scale_N, matrix, outputs):
+        ctx.matrix, ctx.outputs = matrix, outputs
+        return matrix.product_of_fp8(bits_NI, scale_N, outputs, stand_in_NI.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_NO):
+        return ctx.matrix.gradient(g_NO, ctx.outputs), None, None, None, None
 
 
 def scaled_product(a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor, dtype: torch.dtype) -> Tensor:

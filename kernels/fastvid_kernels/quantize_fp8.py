@@ -33,9 +33,14 @@ class Fp8Rows(NamedTuple):
     scale_N: Tensor
 
     @staticmethod
+    def stand_in(like: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+        """One of `shape`, on the device of `like`; its dtype too if none is given."""
+        return like.new_empty(1, dtype=dtype).expand(shape)
+
+    @staticmethod
     def empty(like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> "Fp8Rows":
         """Rows yet to be written, on the device of `like`; `dtype` is the stand-in's."""
-        return Fp8Rows(like.new_empty(1, dtype=dtype).expand(rows, channels),
+        return Fp8Rows(Fp8Rows.stand_in(like, (rows, channels), dtype),
                        like.new_empty(rows, channels, dtype=torch.float8_e4m3fn), like.new_empty(rows, dtype=torch.float32))
 
 
