@@ -117,3 +117,12 @@ MUTATIONS["quantize_fp8"] = [
              "_to_e4m3(x * tl.div_rn(1.0, scale))", "test_every_number_and_every_tie[triton]"),
     Mutation("out_ptr += row * channels", "out_ptr += row * (channels - 1)", "test_equals_reference[shape2-dtype0-None]"),
 ]
+MUTATIONS["rope_keys"] = [
+    Mutation("(row - C) * (num_heads", "row * (num_heads", "test_equals_reference[shape1-behind constant rows-torch.float32-triton]"),
+    Mutation("if (row >= C) & (block < BLOCKS):", "if row >= C:", "test_equals_reference[shape1-shared-torch.float32-triton]"),
+    Mutation("second = second * cos - first * sin", "second = second * cos + first * sin",
+             "test_equals_reference[shape1-in order-torch.float32-triton]"),
+    Mutation("place = tl.load(places_ptr + i).to(tl.int64)", "place = i",
+             "test_equals_reference[shape1-shared-torch.float32-triton]"),
+    Mutation("torch.autograd.graph.increment_version(qkv_NE)", "pass", "test_autograd_sees_what_is_overwritten"),
+]

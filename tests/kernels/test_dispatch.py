@@ -59,13 +59,16 @@ ELSEWHERE = {
     "splice_video": lambda: (rows(9, dtype=torch.int64), rows(9, 8), rows(2, 8), rows(2, dtype=torch.int64),
                              rows(2, 8, device="cuda:1"), rows(2, dtype=torch.int64), torch.bfloat16),
     "linear_cross_entropy": lambda: (rows(2, 8), rows(9, 8), rows(2, dtype=torch.int64, device="cuda:1")),
+    "rope_keys": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
     "quantize_fp8": lambda: (rows(2, 8), rows(1, dtype=torch.float32, device="cuda:1")),
     "spatio_temporal_pool": None,
     "adamw8bit_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.uint8) for _ in range(2)),
                                *(rows(1, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
+    "adamw_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
     "frame_patchify": lambda: ([rows(1, 4, 4, 3, dtype=torch.uint8, device=f"cuda:{i}") for i in (0, 0, 1)],),
 }
-OPTIONS = {"adamw8bit_step": {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1},
+ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+OPTIONS = {"adamw8bit_step": ADAM, "adamw_step": ADAM,
            "frame_patchify": {"size": 4, "patch": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}}
 
 

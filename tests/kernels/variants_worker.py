@@ -20,7 +20,7 @@ from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa: E402
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
-from fastvid_kernels.rope_keys import KeyRows, rope_keys  # noqa: E402
+from fastvid_kernels.rope_keys import WayBack, rope_keys  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
 from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8  # noqa: E402
@@ -49,9 +49,10 @@ def call_all(count, first):
     positions, frequencies = indices(count, first, torch.int32), torch.empty(8)
     rope_qk(rows(count, 3 * D), positions, frequencies, 4, 4, impl="triton").backward(torch.empty(count, 3 * D, dtype=BF16))
     constant = (torch.empty(7, 4, 16, dtype=BF16),) * 2
-    keys = KeyRows(indices(count + 7, first), indices(count + 1, first, torch.int32), indices(count, first, torch.int32))
-    q, k, v = rope_keys(rows(count, 3 * D), positions, frequencies, 4, 4, keys=keys, constant=constant, impl="triton")
-    torch.autograd.backward((q, k, v), [torch.empty_like(x) for x in (q, k, v)])
+    way_back = WayBack(indices(count + 1, first, torch.int32), indices(count, first, torch.int32), 7)
+    outputs = rope_keys(rows(count, 3 * D), positions, frequencies, 4, 4, rows_M=indices(count + 7, first), way_back=way_back,
+                        constant=constant, inplace=True, impl="triton")
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     boundary = torch.empty(2, D, requires_grad=True)
     spliced = splice_video(indices(count, first), torch.empty(9, D, dtype=BF16), rows(count), indices(count, first), boundary,
                            indices(2 * count, first), BF16, impl="triton")
