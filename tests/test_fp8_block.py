@@ -91,20 +91,20 @@ def test_equals_products_that_quantise(kind, which, quantised):
     found = loss_and_gradients(model, batch)
     fused = len(quantised)
     products_quantise(model)
+    model.keep_prefix(PREFIX)
     quantised.clear()
     assert_same_bits(found, loss_and_gradients(model, batch))
     assert 0 < fused < len(quantised)
 
 
-def test_four_of_a_layers_eight_factors_are_quantised_by_products(quantised):
-    """The inputs of o; the gradients of what down, o and qkv put out."""
+def test_three_of_a_layers_eight_factors_are_quantised_by_products(quantised):
+    """The inputs of o; the gradients of what down and o put out."""
     batch = alike()
     model = prepared(config=model_config(num_layers=LAYERS))
     D, N = 32, batch.num_rows
     quantised.clear()
     loss_and_gradients(model, batch)
-    assert quantised.count((N, D)) == LAYERS * 3 and quantised.count((N, 3 * D)) == LAYERS
-    assert len(quantised) == LAYERS * 4
+    assert quantised == [(N, D)] * LAYERS * 3
 
 
 def test_saves_what_is_saved_where_products_quantise():

@@ -22,6 +22,7 @@ from fastvid.batch import AttentionLayout
 from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention
+from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
 
 log = logging.getLogger("fastvid")
@@ -70,13 +71,14 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
         return call(q_NHd, k_MKd, v_MKd, layout)
 
 
-def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, float], heads: tuple[int, int],
+def attend_rotated(qkv_NE: Tensor | Fp8Product, positions_N: Tensor, rope: tuple[Tensor, float], heads: tuple[int, int],
                    layout: AttentionLayout, implementation: Callable, *, constant: tuple[Tensor, Tensor] | None = None,
                    queries_LHd: Tensor | None = None, recomputed: bool = False) -> Tensor:
     """Rotary embedding and `attend` in one: keys are rotated to where segments read them.
 
     Args:
-        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`.
+        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`; see
+            `product_to_rotate`.
         positions_N: of its rows.
         rope: radians per position [d/2], factor on cosine and sine.
         heads: H, K.
@@ -90,9 +92,13 @@ def attend_rotated(qkv_NE: Tensor, positions_N: Tensor, rope: tuple[Tensor, floa
         [N, H, d], or [L, H, d]; gradients as `attend`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
-    q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale,
-                                    rows_M=layout.kv_rows, way_back=layout.way_back, constant=constant,
-                                    inplace=not recomputed)
+    settings = positions_N, inv_freq_h, num_heads, num_kv_heads
+    options = {"scale": scale, "rows_M": layout.kv_rows, "way_back": layout.way_back, "constant": constant,
+               "inplace": not recomputed}
+    if isinstance(qkv_NE, Fp8Product):
+        qkv_NE, q_NHd, k_MKd, v_MKd = qkv_NE.rope_keys(*settings, **options)
+    else:
+        q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, *settings, **options)
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
     if layout.kv_rows is None or recomputed:
         return implementation(q_NHd, k_MKd, v_MKd, layout)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
 from fastvid.model.decoder_config import DecoderConfig, rotary_frequencies
-from fastvid.model.fp8_block import gate_up_swiglu
+from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
 from fastvid.model.linear import make_linear
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -199,10 +199,11 @@ class DecoderLayer(nn.Module):
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, options = stream.positions_N, {"constant": constant, "recomputed": recomputed}
         if not (last and stream.supervised is not None):
-            x_NHd = attend_rotated(self.qkv(x_ND), positions_N, rope, self.heads, stream.layout, call, **options)
+            qkv_NE = product_to_rotate(x_ND, self.qkv)
+            x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, call, **options)
             return (residual_ND, x_NHd, positions_N, stream.layout), None
         layout = stream.supervised[1]
-        kv_NE = self.qkv(x_ND, outputs=slice(heads * 2 * inv_freq.shape[0], None))
+        kv_NE = product_to_rotate(x_ND, self.qkv, slice(heads * 2 * inv_freq.shape[0], None))
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
         residual_LD, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         x_LHd = attend_rotated(kv_NE, positions_N, rope, (0, kv_heads), layout, call, queries_LHd=q_LHd, **options)

@@ -1,11 +1,17 @@
 """Pieces of a frozen layer whose rows and gradients go from the kernel that makes them to an FP8 product in e4m3.
 
-Dimensions: N rows, D channels, F channels of the feed-forward block.
+Dimensions: N rows, M key rows, D channels, F channels of the feed-forward block, E = (H + 2K)·d columns of queries, keys
+and values, H query heads, K key/value heads, d channels per head.
 """
+
+from typing import NamedTuple
 
 import torch
 from fastvid_kernels.quantize_fp8 import Fp8Rows
+from fastvid_kernels.rope_keys import rope_keys
+from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvid.model.quantize import Fp8Linear
@@ -17,6 +23,7 @@ class _GateUpSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stand_in_ND, bits_ND, scale_N, gate_up):
         ctx.gate_up = gate_up
+        ctx.set_materialize_grads(False)  # of bits and scales, which have none
         gate_up_NF = gate_up.product_of_fp8(bits_ND, scale_N, slice(None), stand_in_ND.dtype)
         ctx.save_for_backward(gate_up_NF)
         bits_NF, scale_N = swiglu_fp8(gate_up_NF)
@@ -42,3 +49,52 @@ def gate_up_swiglu(x_ND: Fp8Rows, gate_up: Fp8Linear) -> Fp8Rows:
         Rows [N, F]. Saved for backward: the product of `gate_up`.
     """
     return Fp8Rows(*_GateUpSwiGLU.apply(*x_ND, gate_up))
+
+
+class _RotatedProduct(torch.autograd.Function):
+    """Saves what `rope_keys` does: positions, frequencies and the way back to packed rows."""
+
+    @staticmethod
+    def forward(ctx, stand_in_ND, bits_ND, scale_N, qkv, outputs, positions_N, inv_freq_h, heads, scale, options):
+        ctx.set_materialize_grads(False)
+        qkv_NE = qkv.product_of_fp8(bits_ND, scale_N, outputs, stand_in_ND.dtype)
+        q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, positions_N, inv_freq_h, *heads, scale=scale, **options)
+        ctx.settings = qkv, outputs, scale, q_NHd.shape
+        way_back = options["way_back"]
+        ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
+        ctx.mark_non_differentiable(qkv_NE)
+        return qkv_NE, q_NHd, k_MKd, v_MKd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_q_NHd, grad_k_MKd, grad_v_MKd):
+        positions_N, inv_freq_h, *way_back = ctx.saved_tensors
+        qkv, outputs, scale, queries = ctx.settings
+        if grad_q_NHd is None:  # nobody wanted the queries, of which there may be none
+            grad_q_NHd = grad_k_MKd.new_zeros(queries)
+        rows = rope_keys_backward_fp8(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale=scale,
+                                      way_back=tuple(way_back) or None)
+        return qkv.gradient_of_fp8(*rows, outputs, grad_k_MKd.dtype), *[None] * 9
+
+
+class Fp8Product(NamedTuple):
+    """The product of `qkv` that is yet to be made, by the operation that also rotates it.
+
+    Attributes:
+        x_ND: rows [N, D].
+        qkv: the matrix of queries, keys and values.
+        outputs: the product's columns.
+    """
+
+    x_ND: Fp8Rows
+    qkv: Fp8Linear
+    outputs: slice = slice(None)
+
+    def rope_keys(self, positions_N, inv_freq_h, *heads, scale, **options) -> tuple[Tensor, ...]:
+        """(product [N, E] without gradient, and, to the bit, `rope_keys` of it), whose gradient goes back in e4m3."""
+        return _RotatedProduct.apply(*self.x_ND, self.qkv, self.outputs, positions_N, inv_freq_h, heads, scale, options)
+
+
+def product_to_rotate(x_ND: Tensor | Fp8Rows, qkv, outputs: slice = slice(None)) -> Tensor | Fp8Product:
+    """What `attend_rotated` takes for `qkv(x, outputs=outputs)`."""
+    return Fp8Product(x_ND, qkv, outputs) if isinstance(x_ND, Fp8Rows) else qkv(x_ND, outputs=outputs)

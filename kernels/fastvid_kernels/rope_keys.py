@@ -183,14 +183,28 @@ def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, 
     return out_2MKd
 
 
+def collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale, way_back):
+    """The gradient [N, E] of `rope_keys`, by the kernel; `way_back` is (starts, places), or nothing without."""
+    grads = [rows_of_heads(x) for x in (grad_q_NHd, grad_k_MKd, grad_v_MKd)]
+    N, half, (num_heads, num_kv_heads) = positions_N.shape[0], inv_freq_h.shape[0], (x.shape[1] for x in grads[:2])
+    grad_NE = grads[1].new_empty(N, (num_heads + 2 * num_kv_heads) * 2 * half)
+    block, warps = _tiles(max(num_heads, num_kv_heads), half)
+    q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
+    if grad_NE.numel():
+        starts_N1, places = way_back or (positions_N, positions_N)
+        launch(_collect_kernel, (N * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places, positions_N, inv_freq_h,
+               scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half, q_blocks, kv_blocks, bool(way_back), block,
+               triton.next_power_of_2(half), num_warps=warps)
+    return grad_NE
+
+
 class _RopeKeys(torch.autograd.Function):
     """Saves positions, frequencies and the way back to packed rows."""
 
     @staticmethod
     def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace):
         heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
-        ctx.settings = num_heads, num_kv_heads, scale
-        ctx.shape = qkv_NE.shape
+        ctx.scale = scale
         ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
         if rows_M is not None:  # keys stay as they are, and go to their places from there
             rotated = written = num_heads
@@ -213,21 +227,11 @@ class _RopeKeys(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd):
         positions_N, inv_freq_h, *way_back = ctx.saved_tensors
-        num_heads, num_kv_heads, scale = ctx.settings
-        grads = [_rows_of_heads(x) for x in (grad_q_NHd, grad_k_MKd, grad_v_MKd)]
-        grad_NE = grads[1].new_empty(ctx.shape)
-        half = inv_freq_h.shape[0]
-        block, warps = _tiles(max(num_heads, num_kv_heads), half)
-        q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
-        if grad_NE.numel():
-            starts_N1, places = way_back or (positions_N, positions_N)
-            launch(_collect_kernel, (ctx.shape[0] * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places,
-                   positions_N, inv_freq_h, scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half,
-                   q_blocks, kv_blocks, bool(way_back), block, triton.next_power_of_2(half), num_warps=warps)
+        grad_NE = collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, ctx.scale, way_back)
         return grad_NE, None, None, None, None, None, None, None, None, None
 
 
-def _rows_of_heads(x):
+def rows_of_heads(x):
     """The same numbers with the heads of a row side by side, as a slice of wider rows may have them."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
@@ -292,4 +296,4 @@ def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, co
                              f"{qkv_NE.dtype}, found {list(x.shape)} in {x.dtype}")
 
 
-__all__ = ["WayBack", "place_keys", "rope_keys", "rope_keys_reference"]
+__all__ = ["WayBack", "collect", "place_keys", "rope_keys", "rope_keys_reference", "rows_of_heads"]

@@ -126,3 +126,15 @@ MUTATIONS["rope_keys"] = [
              "test_equals_reference[shape1-shared-torch.float32-triton]"),
     Mutation("torch.autograd.graph.increment_version(qkv_NE)", "pass", "test_autograd_sees_what_is_overwritten"),
 ]
+MUTATIONS["rope_keys_fp8"] = [
+    Mutation("top = tl.maximum(top, _largest(q1, q2))", "top = _largest(k1, k2)",
+             "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]"),
+    Mutation("turned = first * cos + second * sin", "turned = first * cos - second * sin",
+             "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]"),
+    Mutation("    bits_ptr += num_heads * 2 * half\n", "    bits_ptr += kv_heads * 2 * half\n",
+             "test_is_the_gradient_quantised_afterwards[shape8-in order-torch.float32]"),
+    Mutation("return turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)", "return turned, second",
+             "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.bfloat16]"),
+    Mutation("place = tl.load(places_ptr + i).to(tl.int64)", "place = i",
+             "test_is_the_gradient_quantised_afterwards[shape6-shared-torch.float32]"),
+]

@@ -242,3 +242,23 @@ WIDE |= {"_place_keys_kernel", "_collect_kernel"}
 WIDE_STORES |= {"_place_keys_kernel", "_collect_kernel"}
 WIDE |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
 WIDE_STORES |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
+
+
+def rope_keys_fp8_calls():
+    """Of LLaMA 7B, 13B and 3-8B: keys in order, and with some shared."""
+    from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
+
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
+        way_back = (torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
+        grads = [torch.empty(rows, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
+        rope_keys_backward_fp8(*grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2), way_back=way_back,
+                               impl="triton")
+
+    return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
+            "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
+            "no queries bf16": lambda: call(0, 32), "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+
+
+PRODUCTION["rope_keys_fp8"] = rope_keys_fp8_calls
+WIDE.add("_collect_fp8_kernel")
+WIDE_STORES.add("_collect_fp8_kernel")

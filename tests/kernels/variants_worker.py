@@ -21,6 +21,7 @@ from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa:
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
 from fastvid_kernels.rope_keys import WayBack, rope_keys  # noqa: E402
+from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
 from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8  # noqa: E402
@@ -53,6 +54,8 @@ def call_all(count, first):
     outputs = rope_keys(rows(count, 3 * D), positions, frequencies, 4, 4, rows_M=indices(count + 7, first), way_back=way_back,
                         constant=constant, inplace=True, impl="triton")
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    places = way_back.starts_N1, way_back.places
+    rope_keys_backward_fp8(*outputs, positions, frequencies, way_back=places, impl="triton")
     boundary = torch.empty(2, D, requires_grad=True)
     spliced = splice_video(indices(count, first), torch.empty(9, D, dtype=BF16), rows(count), indices(count, first), boundary,
                            indices(2 * count, first), BF16, impl="triton")

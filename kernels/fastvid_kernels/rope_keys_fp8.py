@@ -1,0 +1,158 @@
+"""The gradient of `rope_keys` in e4m3, as the FP8 product behind it reads it.
+
+Dimensions: N packed rows, M key rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads, A heads of a tile,
+d channels per head, h = d / 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import launch, use_triton
+from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
+from .rope_keys import collect, rows_of_heads
+from .rope_qk import _cos_sin, rope_qk_reference
+
+# Pairs of channels of the largest tile (of queries, keys or values) of which three lie in registers.
+LARGEST_TILE = 8192
+
+
+def rope_keys_backward_fp8_reference(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, *, scale=1.0,
+                                     way_back=None):
+    """`rope_keys_backward_fp8` in plain torch."""
+    dtype, pairs = grad_k_MKd.dtype, [grad_k_MKd.float(), grad_v_MKd.float()]
+    if way_back is not None:
+        starts_N1, places = way_back
+        own = torch.repeat_interleave(starts_N1.diff())
+        pairs = [x.new_zeros(len(positions_N), *x.shape[1:]).index_add_(0, own, x[places]) for x in pairs]
+    grad_NE = torch.cat([grad_q_NHd.float(), *pairs], 1).flatten(1)
+    heads, kv_heads = grad_q_NHd.shape[1], grad_k_MKd.shape[1]
+    return quantize_fp8_reference(rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads, scale).to(dtype))
+
+
+def _tiles(heads, kv_heads, half):
+    """(heads of the queries' tile, of the others', pairs of a head, warps): 16 pairs a thread of each tile; or None."""
+    block_q, block_k, block_h = (triton.next_power_of_2(max(n, 1)) for n in (heads, kv_heads, half))
+    largest = max(block_q, block_k) * block_h
+    return (block_q, block_k, block_h, max(largest // 512, 1)) if largest <= LARGEST_TILE else None
+
+
+@triton.jit
+def _halves(ptr, offsets, inside, half):
+    first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + offsets + half, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turned_back(first, second, cos, sin, dtype: tl.constexpr):
+    """Rounded to `dtype`."""
+    turned = first * cos + second * sin
+    second = second * cos - first * sin
+    return turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _largest(first, second):
+    return tl.max(tl.max(tl.maximum(magnitude(first), magnitude(second)), 1), 0)
+
+
+@triton.jit
+def _store(bits_ptr, first, second, scale, offsets, inside, half):
+    tl.store(bits_ptr + offsets, divided(first, scale), mask=inside)
+    tl.store(bits_ptr + offsets + half, divided(second, scale), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
+def _collect_fp8_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, bits_ptr, scale_ptr, starts_ptr, places_ptr, positions_ptr,
+                        inv_freq_ptr, factor, q_stride, k_stride, v_stride, num_heads, kv_heads, half,
+                        QUERIES: tl.constexpr, GATHERED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                        BLOCK_h: tl.constexpr):
+    """A packed row's whole gradient, rounded to the dtype that it would have in memory, then quantised with one scale."""
+    dtype: tl.constexpr = grad_k_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK_h)
+    inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
+    cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
+    cos, sin = (cos * factor)[None, :], (sin * factor)[None, :]
+    if QUERIES:  # under way while keys and values are summed
+        q_heads = tl.arange(0, BLOCK_Q)
+        q_inside = (q_heads < num_heads)[:, None] & (channels < half)[None, :]
+        q_offsets = q_heads[:, None] * 2 * half + channels[None, :]
+        q1, q2 = _halves(grad_q_ptr + row * q_stride, q_offsets, q_inside, half)
+    heads = tl.arange(0, BLOCK_K)
+    inside = (heads < kv_heads)[:, None] & (channels < half)[None, :]
+    offsets = heads[:, None] * 2 * half + channels[None, :]
+    k1 = tl.zeros((BLOCK_K, BLOCK_h), tl.float32)
+    k2 = tl.zeros((BLOCK_K, BLOCK_h), tl.float32)
+    v1 = tl.zeros((BLOCK_K, BLOCK_h), tl.float32)
+    v2 = tl.zeros((BLOCK_K, BLOCK_h), tl.float32)
+    begin = row
+    end = row + 1
+    if GATHERED:
+        begin = tl.load(starts_ptr + row).to(tl.int64)
+        end = tl.load(starts_ptr + row + 1).to(tl.int64)
+    for i in range(begin, end):
+        place = i
+        if GATHERED:
+            place = tl.load(places_ptr + i).to(tl.int64)
+        first, second = _halves(grad_k_ptr + place * k_stride, offsets, inside, half)
+        k1 += first
+        k2 += second
+        first, second = _halves(grad_v_ptr + place * v_stride, offsets, inside, half)
+        v1 += first
+        v2 += second
+    k1, k2 = _turned_back(k1, k2, cos, sin, dtype)
+    v1, v2 = v1.to(dtype).to(tl.float32), v2.to(dtype).to(tl.float32)
+    top = tl.maximum(_largest(k1, k2), _largest(v1, v2))
+    if QUERIES:
+        q1, q2 = _turned_back(q1, q2, cos, sin, dtype)
+        top = tl.maximum(top, _largest(q1, q2))
+    scale = scale_of(top)
+    tl.store(scale_ptr + row, scale)
+    bits_ptr += row * (num_heads + 2 * kv_heads) * 2 * half
+    if QUERIES:
+        _store(bits_ptr, q1, q2, scale, q_offsets, q_inside, half)
+    bits_ptr += num_heads * 2 * half
+    _store(bits_ptr, k1, k2, scale, offsets, inside, half)
+    _store(bits_ptr + kv_heads * 2 * half, v1, v2, scale, offsets, inside, half)
+
+
+@torch.no_grad()
+def rope_keys_backward_fp8(grad_q_NHd: Tensor, grad_k_MKd: Tensor, grad_v_MKd: Tensor, positions_N: Tensor,
+                           inv_freq_h: Tensor, *, scale: float = 1.0, way_back: tuple[Tensor, Tensor] | None = None,
+                           impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """The gradient of `rope_keys`, quantised as `quantize_fp8` does before it leaves.
+
+    Args:
+        grad_q_NHd: gradient of the queries [N, H, d]; H may be 0. fp32, bf16 or fp16.
+        grad_k_MKd, grad_v_MKd: of the keys and values [M, K, d], in the same dtype.
+        positions_N, inv_freq_h, scale: as for `rope_keys`.
+        way_back: `starts_N1` and `places` of its way back; None: the packed rows in order.
+        impl: "auto", "triton" or "reference" (plain torch).
+
+    Returns:
+        (float8_e4m3fn [N, E], scale [N] fp32): the product's gradient, rounded to the dtype of the others, then quantised.
+
+    Raises:
+        ValueError: `impl` is unknown or cannot run here.
+    """
+    grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
+    if not use_triton(impl, *grads, positions_N, inv_freq_h, *(way_back or ()), name="rope_keys_backward_fp8"):
+        return rope_keys_backward_fp8_reference(*grads, positions_N, inv_freq_h, scale=scale, way_back=way_back)
+    N, half, (heads, kv_heads) = positions_N.shape[0], inv_freq_h.shape[0], (x.shape[1] for x in grads[:2])
+    tiles = _tiles(heads, kv_heads, half)
+    if tiles is None:
+        return quantize_fp8(collect(*grads, positions_N, inv_freq_h, scale, way_back), impl=impl)
+    *blocks, warps = tiles
+    grads = [rows_of_heads(x) for x in grads]
+    bits_NE = grad_k_MKd.new_empty(N, (heads + 2 * kv_heads) * 2 * half, dtype=torch.float8_e4m3fn)
+    scale_N = grad_k_MKd.new_empty(N, dtype=torch.float32)
+    if N:
+        launch(_collect_fp8_kernel, (N,), *grads, bits_NE.view(torch.uint8), scale_N, *(way_back or (positions_N,) * 2),
+               positions_N, inv_freq_h, scale, *(x.stride(0) for x in grads), heads, kv_heads, half, heads > 0,
+               bool(way_back), *blocks, num_warps=warps)
+    return bits_NE, scale_N
+
+
+__all__ = ["rope_keys_backward_fp8", "rope_keys_backward_fp8_reference"]
