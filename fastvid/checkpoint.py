@@ -75,7 +75,7 @@ def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None 
 
     Args:
         copies: takes the copies, over those of an earlier snapshot, which is written already: new pages cost as much
-            time as the copy. They are there after `copies.wait`. None: new memory, and they are there at once.
+            time as the copy. `write` takes it too, and waits for them. None: new memory, and they are there at once.
     """
     with together(process_group):
         parts = {group: shards.written_parts(tensors) for group, tensors in groups.items()}
@@ -150,13 +150,20 @@ def read_state(folder) -> dict:
     return json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
 
 
-def write(output_dir, step: int, snapshot: Snapshot, *, total_limit: int | None = None, process_group=None) -> Path:
-    """The second half of `save`. Touches no device and nothing that training changes: fit for another thread."""
+def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | None = None,
+          total_limit: int | None = None, process_group=None) -> Path:
+    """The second half of `save`. Touches nothing that training changes: fit for another thread.
+
+    Args:
+        copies: what took the snapshot's copies, if they are still being made: they are waited for.
+    """
     output_dir, (rank, world_size) = Path(output_dir), rank_and_size(process_group)
     temporary, final = output_dir / f".checkpoint-{step}.tmp", output_dir / f"checkpoint-{step}"
     written = {}
     try:
         with together(process_group):
+            if copies is not None:
+                copies.wait()
             if rank == 0:
                 _put_back(output_dir)
                 for leftover in [*output_dir.glob(".checkpoint-*.tmp"), *output_dir.glob(".checkpoint-*.replaced")]:

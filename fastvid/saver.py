@@ -67,8 +67,8 @@ class Saver:
 
     def _write(self, output_dir, step, snapshot, total_limit):
         try:
-            self._copies.wait()
-            checkpoint.write(output_dir, step, snapshot, total_limit=total_limit, process_group=self._group)
+            checkpoint.write(output_dir, step, snapshot, copies=self._copies, total_limit=total_limit,
+                             process_group=self._group)
         except OSError as error:
             self._error = OSError(f"checkpoint-{step} of {output_dir} could not be written, and is not there; those "
                                   f"before it are. {error}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_run import config_of, write_run
 
-from fastvid import checkpoint, host_copies, parallel, train
+from fastvid import checkpoint, host_copies, parallel, shards, train
 from fastvid.host_copies import HostCopies
 from fastvid.saver import Saver
 
@@ -129,8 +129,8 @@ def test_memory_that_cannot_be_page_locked_serves_all_the_same(cuda, monkeypatch
 
 
 def test_a_file_is_written_when_its_copies_are_made(cuda, tmp_path, monkeypatch):
-    write = checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *a, **k: (cuda.diary.append("writes"), write(*a, **k))[1])
+    write = shards.write
+    monkeypatch.setattr(shards, "write", lambda *a: (cuda.diary.append("writes"), write(*a))[1])
     with Saver() as saver:
         saver.save(tmp_path, 1, groups={"model": {"weight": torch.ones(3)}}, state={})
     assert cuda.diary[-2:] == ["host waits for the copies", "writes"]

@@ -1,6 +1,7 @@
 """Checkpoints written while training goes on."""
 
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ranks import on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from fastvid import checkpoint, shards
+from fastvid import saver as saver_module
 from fastvid.saver import Saver
 
 PATIENCE = 30  # seconds until a test that waits for a thread has failed
@@ -164,3 +166,35 @@ def test_one_rank_s_full_disk_ends_both(tmp_path):
     said = on_ranks(2, train_and_save, tmp_path, tmp_path / "out", "full")
     assert len(set(said)) == 1 and "checkpoint-1 of" in said[0] and "rank 1: OSError" in said[0]
     assert checkpoint.newest_valid(tmp_path / "out") is None
+
+
+def save_without_copies(rank, folder, kind):
+    """The types and texts of what ends two saves; of the first, rank 1's GPU does not make the copies."""
+    saver_module.PATIENCE = timedelta(seconds=PATIENCE)  # of what never comes
+    saver, said = Saver(), []
+
+    def broken():
+        raise kind("an illegal memory access was encountered")
+
+    if rank == 1:
+        saver._copies.wait = broken
+    for step in (1, 2):
+        save(saver, folder, step, {"weight": torch.ones(3)})
+        try:
+            saver.wait()
+            said.append(None)
+        except Exception as error:
+            said.append((type(error), str(error)))
+        saver._copies.__dict__.pop("wait", None)
+    return said
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
+def test_copies_that_one_rank_cannot_make_end_the_write_on_both(tmp_path, kind):
+    """Whatever the error is: the other rank does not wait for what never comes."""
+    said = on_ranks(2, save_without_copies, tmp_path, tmp_path / "out", kind)
+    assert [first[0] for first, _ in said] == [OSError, kind]
+    assert all("illegal memory access" in first[1] for first, _ in said)
+    assert f"rank 1: {kind.__name__}" in said[0][0][1]
+    assert [second for _, second in said] == [None, None]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
