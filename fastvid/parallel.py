@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fastvid import host_memory
 from fastvid.heartbeat import Heartbeat
-from fastvid.rendezvous import store_of_this_attempt
+from fastvid.rendezvous import mesh_of, store_of_this_attempt
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class World:
         distributed: whether a process group exists.
         local_size: ranks on this node.
         heartbeat: by which the ranks know of each other's death, or None.
+        timeout: of a collective; None: whatever the process group has.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class World:
     distributed: bool
     local_size: int = 1
     heartbeat: Heartbeat | None = None
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -98,7 +100,7 @@ def start(seconds: int = 1200) -> World:
                             device_id=device if device.type == "cuda" else None)
     heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return World(rank, size, local_rank, device, True, local_size, heartbeat)
+    return World(rank, size, local_rank, device, True, local_size, heartbeat, timeout)
 
 
 def use_expandable_segments():
@@ -215,7 +217,7 @@ def ranks_of_a_copy(layout, world, shard_size=None):
     return size
 
 
-def shard(model, world, layout, *, bf16, shard_size=None):
+def shard(model, world, layout, *, bf16, shard_size=None, adds_up_shards=False):
     """Shard `model` (on the meta device) over the ranks, in place, as `layout` says.
 
     Gradients are summed, not averaged: the loss is already divided by the global count of supervised tokens.
@@ -223,17 +225,15 @@ def shard(model, world, layout, *, bf16, shard_size=None):
 
     Args:
         shard_size: see `ranks_of_a_copy`.
+        adds_up_shards: whether micro-batches before a step's last reduce gradients, too (`set_gradient_sync`).
     """
     if layout == "replicated":
         return
     size = ranks_of_a_copy(layout, world, shard_size)
-    # What micro-batches reduce FSDP2 adds up in fp32 before a sum over copies, else in the weights' dtype: bf16 weights
-    # have copies, be it one.
-    copies = world.size > size or any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
-    if copies:  # torchrun numbers ranks node by node: those of a row of the mesh share one
-        mesh = dist.init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copies", "shards"))
-    else:
-        mesh = dist.init_device_mesh(world.device.type, (size,))
+    # What micro-batches reduce FSDP2 adds up in fp32 before a sum over copies, else in the weights' dtype: then bf16
+    # weights have copies, be it one.
+    below_fp32 = any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
+    mesh = mesh_of(world, size, copies=world.size > size or (adds_up_shards and below_fp32))
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
     precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,4 +1,4 @@
-"""Where the ranks of one attempt meet."""
+"""Where the ranks of one attempt meet, and the groups that they form."""
 
 import time
 import uuid
@@ -29,3 +29,21 @@ def store_of_this_attempt(store, rank, size, timeout):
                 store.set(f"attempt/{store.get(f'greeting/{other}').decode()}", me)
         time.sleep(0.05)
     return dist.PrefixStore(me, store)
+
+
+def mesh_of(world, size, *, copies):
+    """The mesh of ranks over which a model is sharded; all ranks call it.
+
+    Args:
+        world: `fastvid.parallel.World`.
+        size: ranks that hold one copy of the model.
+        copies: whether the mesh has a dimension of copies before that of shards, be there one copy.
+    """
+    if copies:  # torchrun numbers ranks node by node: those of a row of the mesh share one
+        mesh = dist.init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copies", "shards"))
+    else:
+        mesh = dist.init_device_mesh(world.device.type, (size,))
+    if world.timeout:
+        for group in mesh.get_all_groups():  # which torch makes with a timeout of its own
+            dist.distributed_c10d._set_pg_timeout(world.timeout, group)
+    return mesh

@@ -134,7 +134,8 @@ def build(config, world):
             trained_dtype=planning.trained_dtype(config), frozen_dtype=planning.frozen_dtype(config),
             recompute=plan.recompute, fp32_residual=config.policy.fp32_residual,
             attn_implementation=attention)
-    parallel.shard(model, world, plan.layout, bf16=config.bf16, shard_size=config.shard_size)
+    parallel.shard(model, world, plan.layout, bf16=config.bf16, shard_size=config.shard_size,
+                   adds_up_shards=config.gradient_accumulation_steps > 1 and not plan.accumulate_whole)
     model.to_empty(device=world.device)
     load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
                  seed=config.seed)

@@ -1,6 +1,7 @@
 """What all ranks must decide alike, and what repeatable computation asks for."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 
 from fastvid import parallel, rendezvous
 
@@ -130,3 +132,25 @@ def test_a_rank_that_does_not_come_is_named():
     store.set("greeting/1", "of an earlier attempt")
     with pytest.raises(ConnectionError, match="^ranks 1, 2 did not come within 0:00:00.2"):
         rendezvous.store_of_this_attempt(store, 0, 3, timedelta(seconds=0.2))
+
+
+def seconds_in_a_mesh(rank, size, copies):
+    """How long rank 0 waits in each group of a mesh for ranks that do not come; those leave when it has."""
+    world, waited = parallel.World(rank, 4, rank, torch.device("cpu"), True, timeout=timedelta(seconds=2)), []
+    mesh = rendezvous.mesh_of(world, size, copies=copies)
+    for name in mesh.mesh_dim_names or (0,):
+        if rank == 0 and mesh.get_group(name).size() > 1:
+            begin = time.monotonic()
+            with pytest.raises(RuntimeError, match="[Tt]imed out"):
+                dist.all_reduce(torch.ones(()), group=mesh.get_group(name))
+            waited.append(time.monotonic() - begin)
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"done/{rank}", "")
+    store.wait([f"done/{other}" for other in range(4)], timedelta(seconds=60))
+    return waited
+
+
+@pytest.mark.parametrize("size, copies, groups", [(2, True, 2), (4, True, 1), (4, False, 1)])
+def test_the_groups_of_a_mesh_have_the_run_s_timeout(tmp_path, size, copies, groups):
+    waited = on_ranks(4, seconds_in_a_mesh, tmp_path, size, copies)[0]
+    assert len(waited) == groups and all(1.5 < seconds < 20 for seconds in waited), waited

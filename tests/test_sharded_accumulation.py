@@ -6,6 +6,7 @@ import torch.distributed as dist
 from model_cases import FULL, LiveBytes, assert_close, model_config, random_batch, random_model
 from ranks import on_ranks
 from test_sharding import Collectives
+from torch.distributed.tensor import DTensor
 from training_run import config_of, write_run
 
 from fastvid import parallel, planning, train
@@ -16,11 +17,12 @@ MICRO_BATCHES = 3
 LAYOUTS = [(2, "full", None), (2, "trained", None), (4, "hybrid", 2)]
 
 
-def model_of(layout="replicated", world=None, shard_size=None, dtype=torch.float32):
+def model_of(layout="replicated", world=None, shard_size=None, dtype=torch.float32, adds_up_shards=False):
     model = random_model(model_config(hidden_size=64, intermediate_size=128, head_dim=16), FULL, compute_dtype=dtype,
                          trained_dtype=dtype)
     if world:
-        parallel.shard(model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size)
+        parallel.shard(model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size,
+                       adds_up_shards=adds_up_shards)
     return model
 
 
@@ -35,7 +37,7 @@ def accumulated(rank, layout, shard_size, dtype, micro_batches):
     world = parallel.World(rank, size, rank, CPU, True, 2)
     found = []
     for accumulate_whole in (False, True):
-        model = model_of(layout, world, shard_size, dtype)
+        model = model_of(layout, world, shard_size, dtype, adds_up_shards=not accumulate_whole)
         seeds = [rank + size * i for i in range(micro_batches)]
         for _ in range(2):  # FSDP2 sets itself up in the first step
             model.zero_grad()
@@ -88,6 +90,31 @@ def test_bf16_gradients_are_summed_in_fp32(tmp_path):
                 rounded = exact.to(torch.bfloat16).double()
                 error, least = ((x - exact).norm() for x in (gradients[name].double(), rounded))
                 assert error <= 1.01 * least, name
+
+
+def sums_over_copies(rank, run, output):
+    """Per way to train in bf16 weights: (all-reduces of a step, whether the mesh has copies)."""
+    said, world = [], parallel.World(rank, 2, rank, CPU, True, 2)
+    for accumulation, gib in ((1, 1), (2, 1), (2, 0)):  # with 1 GiB whole gradients fit
+        parallel.device_memory = lambda world: gib * 2**30
+        state = train.build(config_of(
+            run, output, "--tune_mm_mlp_adapter", "False", "--shard", "full", "--bf16", "True", "--master_dtype",
+            "bfloat16", "--gradient_accumulation_steps", str(accumulation), "--per_device_train_batch_size", "1",
+            "--dataloader_num_workers", "0"), world)
+        steps = state.loader.iterate(0)
+        train.train_step(state, next(steps)[1])
+        with Collectives() as collectives:
+            train.train_step(state, next(steps)[1])
+        meshes = {p.device_mesh.ndim for p in state.model.parameters() if isinstance(p, DTensor)}
+        said.append((collectives.calls["allreduce"], meshes))
+    return said
+
+
+def test_bf16_weights_have_copies_only_where_shards_of_gradients_are_added_up(tmp_path):
+    """A copy alone has nobody to sum with, and yet each unit of FSDP2 would, every step."""
+    for once, whole, each in on_ranks(2, sums_over_copies, tmp_path, write_run(tmp_path / "run"), tmp_path / "out"):
+        assert once[1] == whole[1] == {1} and each[1] == {2}
+        assert once[0] == whole[0] < each[0]
 
 
 @pytest.mark.parametrize("gib, whole", [(1, True), (0, False)])
