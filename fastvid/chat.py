@@ -22,7 +22,7 @@ from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
 from fastvid.video.decode_worker import DecodeWorker
-from fastvid.video.encoder import FeatureEncoder, open_device
+from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import VIDEO_SUFFIXES
 
 MEDIA_SUFFIXES = (*SUFFIXES, *sorted(VIDEO_SUFFIXES))  # in the order in which one of several files is taken
@@ -253,6 +253,7 @@ def main(argv=None):
         questions = [Question(name, file, text) for name, file in files.items() for text in config.question]
     for fault in faults:
         print(f"fastvid chat: error: {fault}", file=sys.stderr)
+    make_current(open_device(config.device))
     chat = Chat(config)
     try:
         if typed:

@@ -26,7 +26,7 @@ from fastvid.config import ExtractConfig, parse
 from fastvid.data.features import load_features, save_features
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode_worker import DecodeWorker
-from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import Manifest
 from fastvid.video.sampling import frame_indices
@@ -261,7 +261,9 @@ def _default_device():
 
 def main(argv=None) -> int:
     """``fastvid extract``."""
-    summary = extract(parse(ExtractConfig, argv))
+    config = parse(ExtractConfig, argv)
+    make_current(open_device(config.device or _default_device()))
+    summary = extract(config)
     print(summary)
     return summary.exit_code
 

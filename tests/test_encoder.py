@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from towers import write_tower
 
 from fastvid.video.decode import decode
-from fastvid.video.encoder import FeatureEncoder, open_device
+from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.sampling import frame_indices
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -200,9 +200,31 @@ def test_devices_that_are_not_there_are_named(tower, name):
         FeatureEncoder(tower, device=name)
 
 
-def test_the_gpu_that_is_opened_becomes_the_current_one(monkeypatch):
+def test_opening_a_gpu_leaves_the_current_one_alone(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     with FakeTensorMode():
-        assert open_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
-        assert open_device("cpu") == torch.device("cpu") and len(current) == 1
+        assert open_device("cuda:1") == torch.device("cuda:1") and current == []
+    for name in ("cuda:1", "cpu"):
+        make_current(torch.device(name))
+    assert current == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("command", ["chat", "extract"])
+def test_a_command_makes_its_gpu_the_current_one(tmp_path, monkeypatch, command):
+    """Before the library is called, and from --device."""
+    (tmp_path / "a.mp4").touch()
+    current, module = [], importlib.import_module(f"fastvid.{command}")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(module, "open_device", torch.device)
+
+    def begins(config):
+        current.append(config.device)
+        raise ValueError("begins")
+
+    monkeypatch.setattr(module, {"chat": "Chat", "extract": "extract"}[command], begins)
+    flags = {"chat": ["--model_name_or_path", "m", "--video", str(tmp_path / "a.mp4"), "--question", "why?"],
+             "extract": ["--video_dir_path", str(tmp_path), "--clip_feat_path", str(tmp_path)]}[command]
+    with pytest.raises(ValueError, match="begins"):
+        module.main([*flags, "--device", "cuda:1"])
+    assert current == [torch.device("cuda:1"), "cuda:1"]

@@ -16,20 +16,26 @@ from torch.nn.functional import linear
 
 
 def open_device(name=None) -> torch.device:
-    """The torch device that a user means; by default a GPU if there is one. A GPU becomes the process's current device.
+    """The torch device that a user means; by default a GPU if there is one.
 
     Raises:
         ValueError: this machine, or this build of torch, has no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.empty(0, device=name).device
-        if device.type == "cuda":  # else each process would open a context, and pin memory, on the first GPU as well
-            torch.cuda.set_device(device)
-        return device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); cpu can be used everywhere") from error
+
+
+def make_current(device):
+    """Make a GPU the process's current one: else it would open a context, and pin memory, on the first GPU as well.
+
+    For commands, whose process is their own: a library's caller chooses his own current GPU.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class FeatureEncoder:
