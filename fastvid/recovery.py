@@ -5,7 +5,7 @@ import itertools
 import logging
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from fastvid import __version__, checkpoint, parallel
 from fastvid.config import ExportConfig, TrainConfig
 from fastvid.data.batching import pack
+from fastvid.data.order import REFERENCE_ORDER_VERSION
 from fastvid.export import export
 from fastvid.model.weights import write_reference_projector
 
@@ -67,7 +68,7 @@ def save(state):
         "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
-        "torch": torch.__version__,
+        "torch": torch.__version__, "reference_order": REFERENCE_ORDER_VERSION,
     }
     begin = time.perf_counter()
     state.saver.save(
@@ -167,8 +168,21 @@ def _check_same_run(folder, saved, state):
     if changed:
         raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags, choose "
                          "another --output_dir, or start over in this one with --resume never")
+    if state.config.policy.reference_order:
+        _check_reference_order(folder, saved, before, state.order)
     if any(before[name] != given[name] for name in ("num_train_epochs", "max_steps")):
         log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
+
+
+def _check_reference_order(folder, saved, settings, order):
+    accumulation = settings["gradient_accumulation_steps"]
+    order = replace(order, batch_size=settings["per_device_train_batch_size"], accumulation=accumulation)
+    if not order.goes_on_from(saved.get("reference_order", 1), saved["step"]):
+        raise ValueError(
+            f"{folder} was written when --parity reference with --gradient_accumulation_steps {accumulation} had another "
+            "order of samples, in which each epoch was cut into steps by itself: going on from it would repeat some and "
+            "leave out others. Start over with --resume never, choose another --output_dir, or go on with the version "
+            "of fastvid that wrote it")
 
 
 def explain_not_finite(state, failed):

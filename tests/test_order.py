@@ -79,6 +79,30 @@ def test_reference_steps_are_those_of_the_trainer(n, batch, accumulation, epochs
     assert [order.micro_batches(step) for step in range(order.total_steps)] == expected
 
 
+def first_version(order, step):
+    """The micro-batches of a step as version 1 of the order chose them."""
+    def of(epoch):
+        indices = reference_indices(order.num_samples, order.rank, order.size, order.seed, epoch)
+        return [indices[i:i + order.batch_size] for i in range(0, len(indices), order.batch_size)]
+
+    steps_per_epoch = max(1, order.batches_per_epoch // order.accumulation)
+    epoch, at = divmod(step, steps_per_epoch)
+    chosen = of(epoch)[at * order.accumulation:(at + 1) * order.accumulation]
+    if at == 0 and epoch > 0 and order.batches_per_epoch > order.accumulation:
+        chosen = of(epoch - 1)[steps_per_epoch * order.accumulation:] + chosen
+    return chosen
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 8), st.integers(0, 12))
+def test_an_older_order_is_gone_on_from_where_it_took_the_same_samples(n, batch, accumulation, step):
+    order = reference(n=n, batch=batch, accumulation=accumulation)
+    older, ours = ([tuple(batch) for i in range(step) for batch in find(i)] for find in (
+        lambda i: first_version(order, i), order.micro_batches))
+    assert order.goes_on_from(1, step) == (older == ours)
+    assert order.goes_on_from(2, step)
+
+
 def test_stream_covers_each_epoch_once_in_a_fresh_order():
     order = stream(batch=3, accumulation=1)
     samples = flat(order)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -159,6 +160,31 @@ def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch)
         train.main([*argv, "--max_steps", "4", "--share_video"])
     assert train.main([*argv, "--max_steps", "4"]) == 0
     assert set(losses(tmp_path)) == {1, 2, 3, 4}
+
+
+def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatch):
+    """12 samples in steps of 2 x 5: the first step of either order takes the same, the third does not."""
+    def reference(output, accumulation=5):
+        return flags(run, tmp_path / output, "--save_steps", "1", "--parity", "reference", "--per_device_train_batch_size",
+                     "1", "--gradient_accumulation_steps", str(accumulation), "--lr_scheduler_type", "constant")
+
+    for argv in (reference("out"), reference("same", 1)):
+        assert train.main([*argv, "--max_steps", "3"]) == 0
+    read = checkpoint.read_state
+
+    def read_older(folder):
+        state = read(folder)
+        assert state.pop("reference_order") == 2
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", read_older)
+    with pytest.raises(ValueError, match="checkpoint-3 was written when .*accumulation_steps 5 had another order of "
+                                         "samples.* Start over with --resume never"):
+        train.main([*reference("out"), "--max_steps", "4"])
+    for number in (2, 3):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{number}")
+    for argv in (reference("out"), reference("same", 1)):
+        assert train.main([*argv, "--max_steps", "4"]) == 0
 
 
 def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):

@@ -16,6 +16,10 @@ from fastvid.data.epochs import epoch_indices, epoch_length
 from fastvid.data.row_order import RowOrder
 from fastvid.data.sharing import Groups
 
+# 1: each epoch is cut into steps by itself, and what is left over is put before the next one's first step.
+# 2: steps go on from one epoch into the next.
+REFERENCE_ORDER_VERSION = 2
+
 
 def training_order(config, counts, rank, size, *, groups=None, measure=None):
     """The order of a training run.
@@ -162,6 +166,17 @@ class ReferenceOrder:
     def micro_batches(self, step):
         """This rank's samples in `step` (from 0): the next of the micro-batches of all epochs, laid end to end."""
         return [self._micro_batch(i) for i in range(*map(self._micro_batches_before, (step, step + 1)))]
+
+    def goes_on_from(self, version, step):
+        """Whether `step` steps of that version of the order took the samples that this one's take."""
+        if version == REFERENCE_ORDER_VERSION:
+            return True
+        steps_per_epoch = max(1, self.batches_per_epoch // self.accumulation)
+        epoch, at = divmod(step, steps_per_epoch)
+        taken = epoch * self.batches_per_epoch + at * self.accumulation
+        if epoch and not at and self.batches_per_epoch > self.accumulation:
+            taken -= self.batches_per_epoch % self.accumulation  # the next step's
+        return taken == self._micro_batches_before(step)
 
     def _micro_batches_before(self, step):
         ends = _step_ends(self.batches_per_epoch, self.accumulation)
