@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-from bench.gpu import results, stages
+from bench.gpu import correct_steps, results, stages
 from bench.gpu.check import Check, Task, line_of, table
 
 FAULTS = {"raises": "RuntimeError: CUDA error", "hangs": "ran past its limit", "is_killed": "killed by signal 9"}
@@ -87,6 +88,24 @@ def test_in_every_stage_a_fault_costs_its_own_rows(tmp_path, stage):
         faulty = task_.module == "gpu_faults"
         assert outcome.startswith("failed" if faulty else "ok"), (task_.name, outcome)
         assert len(rows) == 1 if faulty else rows or stage == "libraries"  # which have none on a CPU
+
+
+def test_two_sharded_ranks_train_as_one_process():
+    rows = list(correct_steps.two_sharded_ranks(True))
+    if torch.cuda.device_count() == 1:
+        assert [row["absent"] for row in rows] == ["one GPU"]
+        return
+    assert [(row["row"], row["status"], len(row["losses"])) for row in rows] == [
+        ("full, two ranks", "ok", 3), ("hybrid, two ranks", "ok", 3)], rows
+
+
+def test_two_ranks_that_cannot_start_are_said():
+    assert "invalid int value: 'many'" in correct_steps._torchrun(2, ["--max_steps", "many"], seconds=60)
+
+
+def test_ranks_of_one_gpu_are_absent(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(correct_steps.two_sharded_ranks(True)) == [{"row": "two ranks", "absent": "one GPU"}]
 
 
 def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from bench import train_data
 from bench.gpu.extract import CLIP_L, TINY, write_tower
+from bench.harness import ROOT
 from bench.train_presets import PRESETS
 from fastvid import checkpoint, parallel, train
 from fastvid.config import TrainConfig, parse
@@ -78,6 +81,54 @@ def one_rank_sharded(small):
             yield {"row": f"{name}, three steps", "losses": losses[name, True], "relative error": error,
                    "status": "ok" if error <= 2e-3 else "failed"}
         parallel.finish(world)
+
+
+def two_sharded_ranks(small):
+    """Three steps of a full fine-tune in bf16 weights by two ranks of torchrun, beside one process."""
+    if torch.cuda.device_count() == 1:
+        yield {"row": "two ranks", "absent": "one GPU"}
+        return
+    with tempfile.TemporaryDirectory() as made:
+        train_data.write(made, PRESETS["tiny"].shape, 2)
+        flags = [
+            "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
+            f"{made}/feats", "--mm_use_vid_start_end", "--bf16", "True", "--master_dtype", "bfloat16", "--max_steps", "3",
+            "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0",
+            "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "--ddp_timeout", "40"]
+        state = train.build(parse(TrainConfig, [*flags, "--output_dir", f"{made}/one", "--shard", "none",
+                                                "--per_device_train_batch_size", "4"]),
+                            parallel.World(0, 1, 0, torch.device(DEVICE), False))
+        steps = [train.train_step(state, batches) for _, batches in state.loader.iterate()]
+        for layout, *size in (("full",), ("hybrid", "--shard_size", "2")):
+            output = f"{made}/{layout}"
+            said = _torchrun(2, [*flags, "--output_dir", output, "--shard", layout, *size,
+                                 "--per_device_train_batch_size", "2"], seconds=60)
+            row = {"row": f"{layout}, two ranks"}
+            if said:
+                yield row | {"status": "failed", "error": said}
+                continue
+            lines = list(zip(read_metrics(Path(output) / "metrics.jsonl"), steps, strict=True))
+            loss = max(abs(line["loss"] / step.loss.item() - 1) for line, step in lines)
+            norm = max(abs(line["grad_norm"] / step.gradient_norm.item() - 1) for line, step in lines)
+            yield row | {"losses": [line["loss"] for line, _ in lines], "relative error": loss, "norm error": norm,
+                         "status": "ok" if loss <= 2e-3 and norm <= 0.03 else "failed"}
+
+
+def _torchrun(ranks, flags, seconds):
+    """Run a training job; what it wrote last where it failed, or None."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
+               "fastvid.train", *flags]
+    with tempfile.TemporaryFile("w+", errors="replace") as log, subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as launcher:
+        try:
+            code = launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # its ranks are in sessions of their own: it ends them
+            code = launcher.wait()
+        log.seek(0)
+        text = log.read()
+    said = text.rpartition("Traceback (most recent call last)")[0] or text  # the last one is the launcher's own
+    return f"torchrun ended with code {code}: {said[-1200:]}" if code else None
 
 
 def _free_port():

@@ -60,6 +60,7 @@ def _correct(small):
     yield _task("correct", "FP8 product", "fp8_product", 40, {"small": small})
     yield _task("correct", "reference's steps", "reference_steps", 60, {"small": small}, module="correct_steps")
     yield _task("correct", "one sharded rank", "one_rank_sharded", 60, {"small": small}, module="correct_steps")
+    yield _task("correct", "two sharded ranks", "two_sharded_ranks", 150, {"small": small}, module="correct_steps")
     yield _task("correct", "extraction", "extraction", 40, {"small": small}, module="correct_steps")
     yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
 
