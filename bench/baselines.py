@@ -215,8 +215,9 @@ class Unpadded(Tuned):
         rows = torch.cat([x_TD[:size] for x_TD, size in zip(x_BTD, sizes)])[None]
         labels = torch.cat([row[:size] for row, size in zip(batch["labels"], sizes)])[None]
         positions = torch.cat([torch.arange(size, device=self.device) for size in sizes])[None]
-        return self.model(inputs_embeds=rows, position_ids=positions, labels=labels, use_cache=False, num_items_in_batch=1,
-                          cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=max(sizes), max_length_k=max(sizes)).loss
+        return self.model(inputs_embeds=rows, position_ids=positions, labels=labels, use_cache=False,
+                          num_items_in_batch=1, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
+                          max_length_q=max(sizes), max_length_k=max(sizes)).loss
 
 
 def varlen_attention(module, q_1HNd, k_1KNd, v_1KNd, attention_mask, scaling=None, dropout=0.0, *, cu_seq_lens_q,
@@ -226,8 +227,10 @@ def varlen_attention(module, q_1HNd, k_1KNd, v_1KNd, attention_mask, scaling=Non
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (q_1HNd, k_1KNd, v_1KNd))
-        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **_causal(varlen_attn))[None], None
-    outs = [functional.scaled_dot_product_attention(q_1HNd[:, :, a:b], k_1KNd[:, :, a:b], v_1KNd[:, :, a:b], is_causal=True)
+        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+                           **_causal(varlen_attn))[None], None
+    outs = [functional.scaled_dot_product_attention(q_1HNd[:, :, a:b], k_1KNd[:, :, a:b], v_1KNd[:, :, a:b],
+                                                    is_causal=True)
             for a, b in pairwise(cu_seq_lens_q.tolist())]
     return torch.cat(outs, 2).transpose(1, 2), None
 

@@ -79,7 +79,8 @@ def in_fp32(way):
 
 
 class Later:
-    """A function that is made when it is first called: imports and compilers start only where their rows are measured."""
+    """A function that is made when it is first called: imports and compilers start only where their rows are
+    measured."""
 
     def __init__(self, make):
         self.make, self.function = make, None

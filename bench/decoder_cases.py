@@ -133,7 +133,8 @@ def _rope_inputs(generator, device, N, H, d):
 
 
 def _liger_rope(H, d):
-    """With the cosines and sines of all rows at hand. It wants queries and keys apart: it copies them out of their rows."""
+    """With the cosines and sines of all rows at hand. It wants queries and keys apart: it copies them out of their
+    rows."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     def prepare(qkv, positions, inv_freq):
@@ -246,7 +247,8 @@ def _splice_cases(videos, R, text, D, V):
 
 
 def _loss_case(L, V, D):
-    """Forward and backward with a frozen head as one job: the gradient of the rows is computed while their logits are there."""
+    """Forward and backward with a frozen head as one job: the gradient of the rows is computed while their logits are
+    there."""
     def both(function):
         def prepare(h, weight, targets):
             h = h.detach().requires_grad_()
@@ -313,5 +315,6 @@ def cases(small):
         yield from _keys_cases(32, 128, shared)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
-    for rows, width in ((65536, 4096), (16384, 11008), (TYPICAL, 22016)):  # residual stream, SwiGLU's output, its gradient
+    # residual stream, SwiGLU's output, its gradient
+    for rows, width in ((65536, 4096), (16384, 11008), (TYPICAL, 22016)):
         yield _fp8_case(rows, width)

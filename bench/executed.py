@@ -1,9 +1,9 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
 What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, and oneDNN's linear layer, inside
-autograd Functions too, and attention kernels, of whose score matrix a causal one computes the part up to the diagonal (of
-batched products: their blocks). A backward computes the scores again, and that counts: the machine does it. Element-wise
-work counts as nothing.
+autograd Functions too, and attention kernels, of whose score matrix a causal one computes the part up to the diagonal
+(of batched products: their blocks). A backward computes the scores again, and that counts: the machine does it.
+Element-wise work counts as nothing.
 """
 
 import time
@@ -60,7 +60,8 @@ def _named(function, args, kwargs):
 def blocked_flops(q, k, v, q_bounds, k_bounds, *_):
     """Of the forward of `fastvid.model.blocked_attention`, on packed [N, H, d] rows."""
     pairs = sum((queries.stop - queries.start) * keys
-                for segment, (run,) in segments(q_bounds, k_bounds) for queries, keys in blocks(segment, run.stop - run.start))
+                for segment, (run,) in segments(q_bounds, k_bounds)
+                for queries, keys in blocks(segment, run.stop - run.start))
     return 2 * q.shape[1] * q.shape[2] * pairs * FORWARD
 
 

@@ -1,7 +1,7 @@
 """The training benchmark as a picture and as README's table: python -m bench.ladder_plot FILE
 
-FILE is what bench/train_step.py wrote. The picture goes to bench/plots/train_step.png, the table into README.md, between
-its two `ladder` comments.
+FILE is what bench/train_step.py wrote. The picture goes to bench/plots/train_step.png, the table into README.md,
+between its two `ladder` comments.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def draw(result):
     _bars(memory, rows, names, dtypes, "peak_bytes", 2**30, "peak memory, GiB", 1.75, against)
     speed.set_yticks(range(len(names)), [_wrapped(_title(rows, name)) for name in names], fontsize=9.5, color=INK)
     memory.set_yticks([])
-    _legend(figure, dtypes, 0.3 / height, "the reference's" if against == "reference" else "the fastest transformers row's")
+    _legend(figure, dtypes, 0.3 / height,
+            "the reference's" if against == "reference" else "the fastest transformers row's")
     return figure
 
 
@@ -122,7 +123,8 @@ def block(result):
     """What README says of a result: the picture, where it was measured, the table."""
     about = result["environment"]
     return (f"![samples per second and memory of each row](bench/plots/train_step.png)\n\n{about['device']}; torch "
-            f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit {about['commit']}, "
+            f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit "
+            f"{about['commit']}, "
             f"{about['date']}.\n\n{markdown(result)}")
 
 

@@ -16,7 +16,8 @@ SETTINGS = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay
 
 
 def _in_place(update, written=(0, 4, 5)):
-    """Way of timing an update: returns the arguments `written` to, of 8-bit steps codes aside (a tie may go either way)."""
+    """Way of timing an update: returns the arguments `written` to, of 8-bit steps codes aside (a tie may go either
+    way)."""
     def prepare(*tensors):
         def call():
             update(*tensors)
@@ -35,8 +36,8 @@ def _case(E, dtype):
         def scales(largest):
             return largest * (0.5 + 0.5 * torch.rand(-(-E // BLOCK), generator=generator, device=device))
 
-        return (normal(generator, device, E, dtype=dtype, scale=0.02), normal(generator, device, E, dtype=dtype, scale=1e-3),
-                codes(), codes(), scales(1e-3), scales(1e-6))
+        return (normal(generator, device, E, dtype=dtype, scale=0.02),
+                normal(generator, device, E, dtype=dtype, scale=1e-3), codes(), codes(), scales(1e-3), scales(1e-6))
 
     functions = {"ours": lambda *tensors: adamw8bit_step(*tensors, **SETTINGS),
                  "eager": lambda *tensors: adamw8bit_step_reference(*tensors, **SETTINGS)}
@@ -61,7 +62,8 @@ def _case_of_32_bits(E):
                  "eager": lambda *tensors: adamw_step_reference(*tensors, **SETTINGS)}
     ways = {name: _in_place(function, (0, 2, 3)) for name, function in functions.items()}
     # Parameter and moments are read and written, the gradient is read.
-    return Case("adamw_step", "update", {"E": E, "dtype": "bfloat16"}, inputs, ways, ways["eager"], 22 * E, tolerance=2**-7)
+    return Case("adamw_step", "update", {"E": E, "dtype": "bfloat16"}, inputs, ways, ways["eager"], 22 * E,
+                tolerance=2**-7)
 
 
 def _compiled():

@@ -28,7 +28,8 @@ def draw(rows):
     figure.text(0.3 / WIDTH, 1 - 0.38 / total, "fastvid's kernels", fontsize=16, fontweight="bold", color=INK,
                 va="center")
     if not gpu:
-        figure.text(0.3 / WIDTH, 1 - 0.72 / total, "On a GPU: not yet measured.", fontsize=10.5, color=ROOF, va="center")
+        figure.text(0.3 / WIDTH, 1 - 0.72 / total, "On a GPU: not yet measured.", fontsize=10.5, color=ROOF,
+                    va="center")
     top = total - TITLE - (0 if gpu else 0.3)
     for (draw_panel, chosen), height in zip(panels, heights):
         box = (LEFT / WIDTH, (top - height + 0.5) / total, 1 - (LEFT + RIGHT) / WIDTH, (height - EDGE) / total)
@@ -69,7 +70,8 @@ def _dress(axis, rows, title_height):
     axis.set_axisbelow(True)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     commits = " and ".join(dict.fromkeys(other["commit"] for other in rows))
-    where = f"{row['device']}; torch {row['versions']['torch']}; commit {commits}, {max(other['date'] for other in rows)}"
+    where = (f"{row['device']}; torch {row['versions']['torch']}; commit {commits}, "
+             f"{max(other['date'] for other in rows)}")
     axis.figure.text(0.3 / WIDTH, title_height, where, fontsize=9, color=QUIET, va="center")
 
 
@@ -100,8 +102,9 @@ def _against_roof(axis, groups, rate, roof, unit, label, roof_name):
     axis.set_xlim(0, max(height, *(row[rate] for ways in groups.values() for row in ways.values())) * 1.04)
     axis.set_xlabel(f"{label} (bar: ours)", color=QUIET, fontsize=9, loc="left", labelpad=2)
     if drawn:
-        axis.legend(drawn.values(), drawn, loc="upper right", bbox_to_anchor=(1.0, -0.32 / _inches(axis)), frameon=False,
-                    borderaxespad=0, ncols=len(drawn), fontsize=8.5, labelcolor=INK, handletextpad=0.1, columnspacing=1.2)
+        axis.legend(drawn.values(), drawn, loc="upper right", bbox_to_anchor=(1.0, -0.32 / _inches(axis)),
+                    frameon=False, borderaxespad=0, ncols=len(drawn), fontsize=8.5, labelcolor=INK,
+                    handletextpad=0.1, columnspacing=1.2)
 
 
 def _inches(axis):
@@ -125,4 +128,5 @@ def _ratios(axis, groups):
     axis.axvline(1, color=ROOF, linewidth=1.5)
     axis.text(1, -0.66, "reference", color=ROOF, fontsize=8.5, ha="center", va="bottom")
     axis.set_xlim(0, largest * 1.04)
-    axis.set_xlabel("times as fast as the reference's code on this CPU", color=QUIET, fontsize=9, loc="left", labelpad=2)
+    axis.set_xlabel("times as fast as the reference's code on this CPU", color=QUIET, fontsize=9, loc="left",
+                    labelpad=2)

@@ -1,4 +1,5 @@
-"""What a training step is measured on: a model folder of random weights, a tokenizer, records and features, all by seed.
+"""What a training step is measured on: a model folder of random weights, a tokenizer, records and features, all by
+seed.
 
 Lengths. VideoInstruct-100K asks about 13.3 thousand videos 100 thousand times: 7.5 questions a video, here 8 and 7 in
 turn. Of a sample's 830 rows on average 676 are the video's and 75 supervised (answer and `</s>`); those two means were
@@ -119,7 +120,8 @@ def _fastest():
 
 
 def write_tokenizer(folder, rng):
-    """A small byte-pair tokenizer, with a piece for each of WORDS; ids beyond its own stay unused rows of the tables."""
+    """A small byte-pair tokenizer, with a piece for each of WORDS; ids beyond its own stay unused rows of the
+    tables."""
     import sentencepiece
 
     texts = [TEMPLATE.format(q=" ".join(rng.choices(WORDS, k=20)), a=" ".join(rng.choices(WORDS, k=60)))

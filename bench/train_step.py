@@ -1,4 +1,5 @@
-"""A training step against transformers', one idea after the other: python bench/train_step.py --preset cpu-110m --json F
+"""A training step against transformers', one idea after the other:
+python bench/train_step.py --preset cpu-110m --json F
 
 Writes a model of random weights and the samples of one optimizer step into a temporary folder, starts a process for
 every row of the preset, compares losses and gradient norms, and then has the processes step in turn, round after round.

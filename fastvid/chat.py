@@ -80,8 +80,8 @@ class Chat:
         """`ask` about the [R, C] features of a video."""
         channels = self.model_config.mm_hidden_size
         if features_RC.dim() != 2 or features_RC.shape[1] != channels:
-            raise ValueError(f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they were "
-                             "made with another vision tower")
+            raise ValueError(f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
+                             "were made with another vision tower")
         tokens = self.tokenizer.tokens
         ids = inference_prompt(
             question, self.tokenizer, video_tokens=len(features_RC), use_start_end=tokens.start is not None,

@@ -60,10 +60,10 @@ class DataConfig:
     video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
-    num_video_tokens: int | None = _flag(None, "Rows that every video must have. Default: its feature file's own number.")
+    num_video_tokens: int | None = _flag(None, "Rows that every video must have. Default: its feature file's own.")
     vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
     question_order: Literal["reference", "video_first"] = _flag(
-        "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", so that --share_video shares more.')
+        "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", for --share_video to share more.')
     parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
 
     @property
@@ -92,21 +92,21 @@ class TrainConfig(DataConfig):
     # precision and memory
     bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")
     master_dtype: Literal["float32", "bfloat16"] = _flag(
-        "float32", "Trained matrices as they are stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
+        "float32", "Trained matrices as stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
     frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
-        "auto", "A frozen decoder's matrices. auto: as computed with; fp8: for a GPU's FP8 units (Ada, Hopper and later), "
-        "for speed; int8 (half of bf16's bytes) and nf4 (a quarter, needs bitsandbytes): for memory.")
+        "auto", "A frozen decoder's matrices. auto: as computed with; fp8: for a GPU's FP8 units (Ada, Hopper and "
+        "later), for speed; int8 (half of bf16's bytes) and nf4 (a quarter, needs bitsandbytes): for memory.")
     tf32: bool = _flag(False, "Allow TF32 matrix products for fp32 work on Ampere and later.")
     gradient_checkpointing: bool = _flag(False, "Accepted: means --recompute auto.")
-    recompute: str = _flag("auto", "Recompute activations in backward: none, selective (not matrix products), full, K (the "
-                           "first K layers); auto: as few layers as the memory estimate needs to fit.")
+    recompute: str = _flag("auto", "Recompute activations in backward: none, selective (not matrix products), full, K "
+                           "(the first K layers); auto: as few layers as the memory estimate needs to fit.")
     shard: Literal["auto", "full", "hybrid", "none"] = _flag(
-        "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; hybrid "
-        "shards all over --shard_size ranks and keeps a copy on each such group.")
+        "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; "
+        "hybrid shards all over --shard_size ranks and keeps a copy on each such group.")
     shard_size: int | None = _flag(None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.")
     ddp_timeout: int = _flag(1200, "Seconds after which a rank that lives but hangs ends the job.")
     attn_implementation: Literal["auto", "flash", "varlen", "avx512", "blocked", "sdpa"] = _flag(
-        "auto", "Attention: flash-attn, torch's varlen, fastvid's own for bf16 on CPUs (avx512, blocked), torch's SDPA.")
+        "auto", "Attention: flash-attn, torch's varlen, ours for bf16 on CPUs (avx512, blocked), or torch's SDPA.")
     # optimisation
     num_train_epochs: float = _flag(3.0, "Passes over the data.")
     max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.")
@@ -142,7 +142,7 @@ class TrainConfig(DataConfig):
     report_to: list[str] = _flag(["tensorboard"], "tensorboard or none; metrics.jsonl is always written.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
     peak_tflops: float | None = _flag(
-        None, "Peak TFLOP/s of one device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
+        None, "Peak TFLOP/s of a device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
     profile: bool = _flag(False, "Record three steps after three of warm-up into output_dir/profile: a trace of the "
                           "operators, and on a GPU what lies in its memory.")
     dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
@@ -290,11 +290,11 @@ def parse(config_class, argv=None):
     given = {flag[2:].replace("-", "_") for flag in flags}
     argv = [word for name, value in settings.items() if name not in given for word in _words(name, value)] + argv
     known = list(parser._option_string_actions)
-    for word in argv:
-        flag = word.partition("=")[0]
+    for flag in (word.partition("=")[0] for word in argv):
         if flag.startswith("--") and flag not in known:
             near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            parser.error(f"unknown flag {flag}{' in the --config file' * (flag[2:] in settings)}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+            parser.error(f"unknown flag {flag}{' in the --config file' * (flag[2:] in settings)}"
+                         + (f"; did you mean {near[0]}?" if near else "; see --help"))
     found = parser.parse_args(argv)
     return config_class(**{f.name: getattr(found, f.name) for f in dataclasses.fields(config_class)})
 

@@ -158,7 +158,8 @@ def _llama_config(starting, tokenizer, tower, dtype):
 
 
 def _write_tokenizer_table(folder):
-    """tokenizer.json beside tokenizer.model: of LLaVA's, AutoTokenizer makes a table of its own otherwise, with other ids."""
+    """tokenizer.json beside tokenizer.model: of LLaVA's, AutoTokenizer makes a table of its own otherwise, with other
+    ids."""
     from transformers import LlamaTokenizer
 
     if not (folder / "tokenizer.json").is_file():

@@ -24,7 +24,8 @@ EVERY, SILENCE = 1.0, 60.0
 
 
 def show_stacks():
-    """Have this process write where its threads stand: at SIGUSR1, and when it aborts, as a timeout of NCCL makes it."""
+    """Have this process write where its threads stand: at SIGUSR1, and when it aborts, as a timeout of NCCL makes
+    it."""
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     if not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
@@ -100,8 +101,8 @@ class Heartbeat:
             return
         faulthandler.dump_traceback(sys.__stderr__)  # a peer may have died because this one hangs
         # In one piece: print would let another rank's line in before its own end.
-        sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from the "
-                         "last checkpoint\n")
+        sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from "
+                         "the last checkpoint\n")
         sys.stderr.flush()
         os._exit(1)
 

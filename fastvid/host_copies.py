@@ -24,7 +24,8 @@ class HostCopies:
         self._stream = self._copied = None
 
     def take(self, tensors: dict) -> dict:
-        """{key: copy of the tensor}, contiguous, in the memory of the copies before if their shapes and dtypes agree."""
+        """{key: copy of the tensor}, contiguous, in the memory of the copies before if their shapes and dtypes
+        agree."""
         device = _gpu_of(tensors)
         if _layout(tensors) != _layout(self._copies):
             self._copies = {}  # let go of before there is more

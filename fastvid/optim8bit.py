@@ -83,8 +83,10 @@ class AdamW8bit:
             scales = len(piece.local), math.prod(piece.shape[1:]) // BLOCK_SIZE
             self.state[name] = {
                 key: zeros(shape, dtype=dtype, device=piece.local.device)
-                for key, shape, dtype in (("state1", piece.local.shape, torch.uint8), ("absmax1", scales, torch.float32),
-                                          ("state2", piece.local.shape, torch.uint8), ("absmax2", scales, torch.float32))}
+                for key, shape, dtype in (("state1", piece.local.shape, torch.uint8),
+                                          ("absmax1", scales, torch.float32),
+                                          ("state2", piece.local.shape, torch.uint8),
+                                          ("absmax2", scales, torch.float32))}
 
     def step(self, gradients, *, step, lr, clip, skip):
         """Update in place; see `adamw8bit_step`.

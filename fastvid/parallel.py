@@ -112,7 +112,8 @@ def use_expandable_segments():
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         return
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # should torch have read its environment already
+    # Should torch have read its environment already.
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if tell is not None:
         tell(os.environ["PYTORCH_ALLOC_CONF"])
 
@@ -212,8 +213,8 @@ def ranks_of_a_copy(layout, world, shard_size=None):
         return 1 if layout == "replicated" else world.size
     size = shard_size or world.local_size
     if size < 2 or world.size % size:
-        raise ValueError(f"--shard hybrid over copies of {size} of {world.size} ranks: give a --shard_size of 2 or more "
-                         "that divides the number of ranks, or --shard full")
+        raise ValueError(f"--shard hybrid over copies of {size} of {world.size} ranks: give a --shard_size of 2 or "
+                         "more that divides the number of ranks, or --shard full")
     return size
 
 
@@ -236,7 +237,8 @@ def shard(model, world, layout, *, bf16, shard_size=None, adds_up_shards=False):
     mesh = mesh_of(world, size, copies=world.size > size or (adds_up_shards and below_fp32))
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
-    precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                                 cast_forward_inputs=False)
                             for dtype in (torch.bfloat16 if bf16 else None, None))
     fp32_residual = bf16 and model.residual_dtype == torch.float32
     layers = list(model.decoder.layers) if layout != "trained" else []

@@ -38,8 +38,8 @@ class MemoryPlan(NamedTuple):
         recompute: as `fastvid.model.decoder.Decoder` takes it.
         tiled: whether to `tile` the frozen decoder.
         estimated: bytes of a step on one rank.
-        accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those fit
-            (`parallel.set_gradient_sync`).
+        accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those
+            fit (`parallel.set_gradient_sync`).
     """
 
     layout: str
@@ -118,7 +118,8 @@ def recompute(config):
     if given.isdecimal():
         return int(given)
     if given not in ("auto", *RECOMPUTE_MODES):
-        raise ValueError(f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first layers")
+        raise ValueError(f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first "
+                         "layers")
     return given
 
 

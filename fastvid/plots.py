@@ -96,7 +96,8 @@ def _points(lines, name):
 
 
 def smoothed(values, span: float) -> list[float]:
-    """Mean of each value and its neighbours, about `span` in all, as many before as after: no lag; span < 3: unchanged."""
+    """Mean of each value and its neighbours, about `span` in all, as many before as after: no lag; span < 3:
+    unchanged."""
     result = []
     for i in range(len(values)):
         reach = min(int(span) // 2, i, len(values) - 1 - i) if span >= 3 else 0

@@ -24,10 +24,10 @@ log = logging.getLogger("fastvid")
 # and how, such as with or without recomputation, sums may round in another order.
 MAY_CHANGE = {
     "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
-    "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size", "evaluation_strategy",
-    "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "resume",
-    "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism", "vision_tower",
-    "num_video_tokens", "on_bad_sample", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size",
+    "evaluation_strategy", "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps",
+    "save_total_limit", "resume", "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism",
+    "vision_tower", "num_video_tokens", "on_bad_sample", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps",
 }
 # What this run would otherwise overwrite, drop or take for its own.
@@ -161,8 +161,8 @@ def _check_same_run(folder, saved, state):
         if saved[name] != value:
             changed.append(f"{name} was {saved[name]}, is {value}")
     if saved["samples_per_step"] != state.order.samples_per_step and saved["world_size"] != state.world.size:
-        changed.append(f"ranks were {saved['world_size']}, are {state.world.size}: give --per_device_train_batch_size or "
-                       "--gradient_accumulation_steps that make as many samples a step")
+        changed.append(f"ranks were {saved['world_size']}, are {state.world.size}: give --per_device_train_batch_size "
+                       "or --gradient_accumulation_steps that make as many samples a step")
     if state.config.policy.reference_order and saved["world_size"] != state.world.size:
         changed.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
     if changed:
@@ -179,10 +179,10 @@ def _check_reference_order(folder, saved, settings, order):
     order = replace(order, batch_size=settings["per_device_train_batch_size"], accumulation=accumulation)
     if not order.goes_on_from(saved.get("reference_order", 1), saved["step"]):
         raise ValueError(
-            f"{folder} was written when --parity reference with --gradient_accumulation_steps {accumulation} had another "
-            "order of samples, in which each epoch was cut into steps by itself: going on from it would repeat some and "
-            "leave out others. Start over with --resume never, choose another --output_dir, or go on with the version "
-            "of fastvid that wrote it")
+            f"{folder} was written when --parity reference with --gradient_accumulation_steps {accumulation} had "
+            "another order of samples, in which each epoch was cut into steps by itself: going on from it would repeat "
+            "some and leave out others. Start over with --resume never, choose another --output_dir, or go on with the "
+            "version of fastvid that wrote it")
 
 
 def explain_not_finite(state, failed):

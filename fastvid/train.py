@@ -1,4 +1,6 @@
-"""The training job: set-up, then the loop. Launch with ``torchrun -m fastvid.train`` or plain ``python -m fastvid.train``.
+"""The training job: set-up, then the loop.
+
+Launch with ``torchrun -m fastvid.train`` or plain ``python -m fastvid.train``.
 
     state = build(config, parallel.start())
     for _, batches in state.loader.iterate(state.step):

@@ -120,8 +120,9 @@ def _check_features(report, config):
         (required, _), = Counter(rows for rows, channels, _ in found.values() if channels == C).most_common(1)
     for video, (rows, channels, _) in found.items():
         if channels != C or rows != (required or rows):
-            report.add("features of another shape", f"video {video!r}: {paths[video]} is {rows} × {channels} instead of "
-                       f"{required or 'any number'} × {C}; extract all with one tower")
+            report.add("features of another shape",
+                       f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
+                       f"× {C}; extract all with one tower")
 
 
 def summary(report: Report) -> str:

@@ -17,8 +17,9 @@ PATCH, START, END = 97, 98, 99
 
 
 def decoder_config(**changes):
-    settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
-                    "head_dim": 8, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4,
+                "num_kv_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-5,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
                     "max_position_embeddings": 256, "tie_word_embeddings": False}
     return DecoderConfig(**{**settings, **changes})
 

@@ -15,7 +15,8 @@ TRAINING = {"id": "v_1", "video": "v_1.pkl",
             "conversations": [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]}
 
 json_text = st.text(st.characters(), max_size=20)  # surrogates included: "\ud83c" alone is legal JSON
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | json_text, lambda inner: st.lists(inner, max_size=3))
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | json_text,
+                           lambda inner: st.lists(inner, max_size=3))
 json_records = st.lists(st.dictionaries(json_text, json_values, max_size=4), max_size=5)
 
 

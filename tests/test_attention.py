@@ -37,8 +37,8 @@ def test_gathered_keys_are_not_kept_for_backward():
 def test_constant_keys_come_before_the_packed_rows(regather):
     layout, _, _ = branches((3,) * 4, 5)
     q, k, v = (torch.randn(17, 4, 8) for _ in range(3))
-    layout = dataclasses.replace(layout, cu_seqlens_q=layout.cu_seqlens_q[1:] - 5, cu_seqlens_k=layout.cu_seqlens_k[1:] - 5,
-                                 kv_rows=layout.kv_rows[5:])
+    layout = dataclasses.replace(layout, cu_seqlens_q=layout.cu_seqlens_q[1:] - 5,
+                                 cu_seqlens_k=layout.cu_seqlens_k[1:] - 5, kv_rows=layout.kv_rows[5:])
     whole = [x.clone().requires_grad_() for x in (q[5:], k, v)]
     own = [x[5:].clone().requires_grad_() for x in (q, k, v)]
     expected = attend(*whole, layout)
@@ -122,7 +122,8 @@ def plain_attention(q, k, v, layout):
     """Segment by segment, with the whole matrix of scores."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     outs = []
-    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.tolist()) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))):
+    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.tolist())
+                                    for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))):
         rows = torch.arange(k0, k1) if layout.kv_rows is None else layout.kv_rows[k0:k1]
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[rows]) * q.shape[-1] ** -0.5
         hidden = torch.ones(q1 - q0, k1 - k0, device=q.device).tril(k1 - k0 - q1 + q0) == 0

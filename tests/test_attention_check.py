@@ -23,7 +23,8 @@ def right(q, k, v, layout):
 def first_rows_aligned(q, k, v, layout):
     """As is_causal aligns them: right only where there are as many keys as queries."""
     outs = []
-    for q_part, k_part, v_part in zip(q.split(layout.lengths[0]), k.split(layout.lengths[1]), v.split(layout.lengths[1])):
+    for q_part, k_part, v_part in zip(q.split(layout.lengths[0]), k.split(layout.lengths[1]),
+                                      v.split(layout.lengths[1])):
         parts = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
         out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
         outs.append(out[0].transpose(0, 1))
@@ -150,7 +151,8 @@ def test_a_module_that_is_broken_is_noted(tmp_path, monkeypatch, caplog, source,
     monkeypatch.syspath_prepend(tmp_path)
     assert attention._find("broken_attention", "function") is None
     sys.modules.pop("broken_attention", None)
-    assert caplog.messages == ([f"attention: broken_attention is installed but cannot be imported: {said}"] if said else [])
+    assert caplog.messages == ([f"attention: broken_attention is installed but cannot be imported: {said}"] if said
+                               else [])
 
 
 @pytest.mark.parametrize("module", ["no_such_attention", "no_such_attention.cute", "torch.no_such_attention"])

@@ -11,7 +11,8 @@ from fastvid.model import attention, avx512_attention
 from fastvid.model.decoder import _keep_products, attend
 
 # Where it ought to compile and does not, the tests fail.
-if (lacking := avx512_attention.obstacle()) and any(x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")):
+if (lacking := avx512_attention.obstacle()) and any(
+        x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")):
     pytest.skip(f"attention for AVX512-BF16: {lacking}", allow_module_level=True)
 
 BF16 = torch.bfloat16
@@ -179,9 +180,10 @@ def test_scores_far_apart_leave_all_to_the_greatest(size, channels):
 @pytest.mark.parametrize("change, message", [
     ({"k": (slice(19),)}, "do not fit each other"), ({"v": (slice(None), slice(1))}, "do not fit each other"),
     ({"q": (slice(None), slice(None), slice(8))}, "do not fit each other"),
-    ({"q_bounds": [0, 3]}, "segments of"), ({"q_bounds": [0, 9, 4, 9]}, "segments of"), ({"k_bounds": [0, 5]}, "segments of"),
-    ({"kv_rows": list(range(24)) + [25]}, "within the 25 rows"), ({"kv_rows": [-1] + list(range(24))}, "within the 25 rows"),
-    ({"kv_rows": None}, "need kv_rows"),
+    ({"q_bounds": [0, 3]}, "segments of"), ({"q_bounds": [0, 9, 4, 9]}, "segments of"),
+    ({"k_bounds": [0, 5]}, "segments of"),
+    ({"kv_rows": list(range(24)) + [25]}, "within the 25 rows"),
+    ({"kv_rows": [-1] + list(range(24))}, "within the 25 rows"), ({"kv_rows": None}, "need kv_rows"),
 ])
 def test_what_would_be_read_out_of_bounds_is_refused(change, message):
     q, k, v, _ = inputs(([9], [20]), 2, 2, 16, BF16)

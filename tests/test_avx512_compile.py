@@ -1,4 +1,5 @@
-"""Attention for AVX512-BF16 is compiled when it is first needed: where it cannot be, another serves and the reason is told."""
+"""Attention for AVX512-BF16 is compiled when it is first needed: where it cannot be, another serves and the reason is
+told."""
 
 import os
 import shutil

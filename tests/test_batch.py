@@ -28,7 +28,8 @@ def keys_of(layout):
     found, (q, k) = [], (bounds.tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     rows = list(range(k[-1])) if layout.kv_rows is None else layout.kv_rows.tolist()
     for segment in range(len(q) - 1):
-        found += [rows[k[segment]:k[segment + 1] - (q[segment + 1] - 1 - row)] for row in range(*q[segment:segment + 2])]
+        found += [rows[k[segment]:k[segment + 1] - (q[segment + 1] - 1 - row)]
+                  for row in range(*q[segment:segment + 2])]
     assert layout.max_seqlen_q == max([b - a for a, b in zip(q, q[1:])], default=0)
     assert layout.max_seqlen_k == max([b - a for a, b in zip(k, k[1:])], default=0)
     assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
@@ -43,7 +44,8 @@ def test_chosen_rows_attend_to_what_they_did(layout, data):
     chosen = layout.of_rows(torch.tensor(rows, dtype=torch.int64))
     assert keys_of(chosen) == [every[row] for row in rows]
     assert chosen.kv_rows.dtype == torch.int64 and len(chosen.kv_rows) == chosen.cu_seqlens_k[-1]
-    runs = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1 or row in layout.cu_seqlens_q.tolist()]
+    runs = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1
+            or row in layout.cu_seqlens_q.tolist()]
     assert len(chosen.cu_seqlens_q) == len(runs) + 1, "one segment for each run"
 
 

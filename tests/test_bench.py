@@ -46,7 +46,8 @@ def test_replayed_times_are_those_measured():
 
 def test_calls_are_timed_round_by_round_on_copies_in_turn():
     seen = []
-    times = measure.time_calls(lambda x: lambda: seen.append(x) or time.sleep(0.002), [(1,), (2,)], rounds=5, on_cuda=False)
+    times = measure.time_calls(lambda x: lambda: seen.append(x) or time.sleep(0.002), [(1,), (2,)], rounds=5,
+                               on_cuda=False)
     assert len(times) == 5 and min(times) >= 0.002
     assert seen == [1, 2, 1, 2, 1, 2, 1]  # both once before the rounds
 
@@ -99,7 +100,8 @@ def test_newest_row_counts_and_tiny_shapes_do_not(tmp_path):
     (tmp_path / "conversion.json").write_text('{"environment": {}, "rows": [{"records": 1}]}')
     rows = report.read([tmp_path])
     assert {(r["kernel"], r["way"], r["median"]) for r in rows} == {
-        ("swiglu", "ours", 1e-4), ("swiglu", "eager", 2e-4), ("linear_cross_entropy", "ours", 1e-3), ("rope_qk", "ours", 1.0)}
+        ("swiglu", "ours", 1e-4), ("swiglu", "eager", 2e-4), ("linear_cross_entropy", "ours", 1e-3),
+        ("rope_qk", "ours", 1.0)}
 
 
 def test_table_shows_rates_and_what_is_not_measured(tmp_path):
@@ -141,7 +143,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=
 
 
 def test_rows_of_pytest_benchmark(tmp_path):
-    command = [*PYTEST, "bench", "-k", "test_kernels and spatio", "--small", f"--benchmark-json={tmp_path / 'rows.json'}"]
+    command = [*PYTEST, "bench", "-k", "test_kernels and spatio", "--small",
+               f"--benchmark-json={tmp_path / 'rows.json'}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ".:kernels"})
     content = json.loads((tmp_path / "rows.json").read_text())
     ours, chain = (next(r for r in content["benchmarks"] if r["extra_info"]["way"] == way)

@@ -132,8 +132,8 @@ def test_a_gpu_is_for_the_check(monkeypatch, capsys):
 
 
 def test_command_writes_the_ladder(tmp_path):
-    command = [sys.executable, "bench/train_step.py", "--preset", "tiny", "--rows", "reference,exact", "--dtypes", "bf16",
-               "--out", str(tmp_path)]
+    command = [sys.executable, "bench/train_step.py", "--preset", "tiny", "--rows", "reference,exact", "--dtypes",
+               "bf16", "--out", str(tmp_path)]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr

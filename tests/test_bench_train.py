@@ -31,10 +31,12 @@ def folder(tmp_path_factory):
 
 
 def test_samples_have_the_real_lengths(tmp_path):
-    """830 rows and 75 supervised on average, 7.5 questions a video, system text as long as LLaMA's tokenizer makes it."""
+    """830 rows and 75 supervised on average, 7.5 questions a video, system text as long as LLaMA's tokenizer makes
+    it."""
     train_data.write(tmp_path, Shape(16, 1, 2, 16, 640), videos=4)
     tokenizer = load_tokenizer(str(tmp_path / "model"), True)
-    config = TrainConfig(str(tmp_path / "model"), [str(tmp_path / "train.json")], output_dir="", mm_use_vid_start_end=True)
+    config = TrainConfig(str(tmp_path / "model"), [str(tmp_path / "train.json")], output_dir="",
+                         mm_use_vid_start_end=True)
     samples = SampleSet(config.data_path, tokenizer, FeatureFolder(tmp_path / "feats"), config)
     encoded = [samples.encode(i) for i in range(len(samples))]
     assert len(encoded) == 4 * 7.5 and not any(sample.refused for sample in encoded)
@@ -96,7 +98,8 @@ def test_a_product_with_a_dtype_of_its_own_is_counted():
             return out
 
     counter, total = ExecutedFlops(), torch.zeros(3, 5)
-    counter.__torch_dispatch__(AddmmOnGPU(), (), (total, torch.zeros(3, 4), torch.zeros(4, 5), torch.float32), {"out": total})
+    counter.__torch_dispatch__(AddmmOnGPU(), (), (total, torch.zeros(3, 4), torch.zeros(4, 5), torch.float32),
+                               {"out": total})
     assert counter.total == 2 * 3 * 4 * 5
 
 
@@ -148,7 +151,8 @@ def first(name, folder, dtype="fp32", micro_batch=8):
 
 @pytest.fixture(scope="module")
 def firsts(folder):
-    names = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first", "shared")
+    names = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first",
+             "shared")
     return {name: first(name, folder) for name in names}
 
 
@@ -170,7 +174,8 @@ def test_another_loss_or_gradient_is_a_fault(firsts, change):
 
 
 def test_without_the_reference_rows_must_equal_each_other(firsts):
-    rows = [{"row": name, "dtype": "fp32", **firsts[name]} for name in ("strong", "exact", "strong_video_first", "shared")]
+    rows = [{"row": name, "dtype": "fp32", **firsts[name]}
+            for name in ("strong", "exact", "strong_video_first", "shared")]
     assert list(train_step.compare(rows)) == []
     rows[1]["norm"] *= 1.001
     (fault,) = train_step.compare(rows)

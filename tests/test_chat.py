@@ -33,7 +33,8 @@ def make_model(tmp_path_factory):
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
-    bpe.train_from_iterator(["You are a large assistant. USER: what who is? ASSISTANT: plays cards"], trainers.BpeTrainer(
+    bpe.train_from_iterator(["You are a large assistant. USER: what who is? ASSISTANT: plays cards"],
+                            trainers.BpeTrainer(
         vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
 
     def make(name, *, tokens=True, projector=True, channels=CHANNELS, **settings):
@@ -255,7 +256,8 @@ def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, f
 
 
 def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features, tmp_path, capsys):
-    pairs = [("a", "who is?"), ("clip.mp4", "what is?"), ("a.pkl", "<vid_patch>"), ("../videos/a", "?"), ("a", "what is?")]
+    pairs = [("a", "who is?"), ("clip.mp4", "what is?"), ("a.pkl", "<vid_patch>"), ("../videos/a", "?"),
+             ("a", "what is?")]
     path = questions_file(tmp_path, *pairs)
     assert main(flags(model, "--video", folder, "--questions_file", path)) == 1
     out, err = capsys.readouterr()

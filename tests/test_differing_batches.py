@@ -90,7 +90,8 @@ def test_ranks_with_other_kinds_of_batches_train_as_one_process(run, tmp_path, c
                 saved = checkpoint.read_full(folder, group)
                 assert saved.keys() == ours.keys()
                 for name, tensor in ours.items():
-                    torch.testing.assert_close(saved[name], tensor.detach(), rtol=1e-6, atol=1e-8)  # half a bit of a weight of 0.2
+                    # Half a bit of a weight of 0.2.
+                    torch.testing.assert_close(saved[name], tensor.detach(), rtol=1e-6, atol=1e-8)
     eval_loss = train.evaluate(state)
     for *_, evaluated, said in found:
         assert evaluated == pytest.approx(eval_loss, rel=1e-6)

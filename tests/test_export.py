@@ -135,7 +135,8 @@ def test_llava_format(tmp_path, run, trainable):
     assert held.keys() == tower.keys() and all(torch.equal(held[name], tower[name]) for name in tower)
     assert hf.config.image_token_id == tokenizer.tokens.patch
     for text in ("what is a red cat?", "USER: <vid_start> red</s>", "a  cat.\n<vid_patch> is"):
-        assert AutoTokenizer.from_pretrained(output)(text).input_ids == LlamaTokenizer.from_pretrained(output)(text).input_ids
+        assert (AutoTokenizer.from_pretrained(output)(text).input_ids
+                == LlamaTokenizer.from_pretrained(output)(text).input_ids)
 
 
 def test_exported_twice_is_the_same(tmp_path, run):

@@ -219,7 +219,8 @@ def folder(tmp_path):
     ("two.1.pkl", "two.1.safetensors"), ("two.2", "two.2.safetensors"),
     ("cut.3.pkl", "cut.pkl"), ("cut.3.mp4", "cut.pkl"),
     ("sub/s.pkl", "sub/s.pkl"), ("sub//deep/./d.pkl", "sub/deep/d.safetensors"),
-    ("link_in.pkl", "link_in.pkl"), ("folder_in/s", "folder_in/s.pkl"), ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
+    ("link_in.pkl", "link_in.pkl"), ("folder_in/s", "folder_in/s.pkl"),
+    ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
 ])
 def test_names_that_mean_a_file(folder, name, file):
     assert FeatureFolder(folder).resolve(name) == folder / file
@@ -227,8 +228,8 @@ def test_names_that_mean_a_file(folder, name, file):
 
 @pytest.mark.parametrize("name", [
     "", ".", "./.", "absent.pkl", "A.pkl", "absent/a.pkl", "a.pkl/a.pkl", "notes.txt", "notes", "sub", "sub/",
-    "directory.pkl", "link_loop.pkl", "link_broken.pkl", "nul\0.pkl", "~/a.pkl", "\ud83c.pkl", "\ud83c/a.pkl", "one.3.pkl", "a.2/a.pkl", "new.3.pkl",
-    "sub\\s.pkl", "*.pkl", "x" * 5000,
+    "directory.pkl", "link_loop.pkl", "link_broken.pkl", "nul\0.pkl", "~/a.pkl", "\ud83c.pkl", "\ud83c/a.pkl",
+    "one.3.pkl", "a.2/a.pkl", "new.3.pkl", "sub\\s.pkl", "*.pkl", "x" * 5000,
 ])
 def test_names_that_mean_nothing(folder, name):
     with pytest.raises(MissingFeatures, match=r"has no features in .*fastvid extract.*filter_for_missing_videos"):
@@ -236,10 +237,12 @@ def test_names_that_mean_nothing(folder, name):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("/etc/passwd", "absolute"), ("//etc/passwd", "absolute"), ("../outside/secret.pkl", r'has "\.\."'), ("..", r'has "\.\."'),
-    ("sub/../a.pkl", r'has "\.\."'), ("sub/../../outside/secret.pkl", r'has "\.\."'),
-    ("link_out.pkl", "a link that leads out of"), ("link_out", "a link that leads out of"), ("link_up", "a link that leads out of"),
-    ("folder_out/secret.pkl", "its folder folder_out is a link that leads out of"), ("sub/chain.pkl", "a link that leads out of"),
+    ("/etc/passwd", "absolute"), ("//etc/passwd", "absolute"), ("../outside/secret.pkl", r'has "\.\."'),
+    ("..", r'has "\.\."'), ("sub/../a.pkl", r'has "\.\."'), ("sub/../../outside/secret.pkl", r'has "\.\."'),
+    ("link_out.pkl", "a link that leads out of"), ("link_out", "a link that leads out of"),
+    ("link_up", "a link that leads out of"),
+    ("folder_out/secret.pkl", "its folder folder_out is a link that leads out of"),
+    ("sub/chain.pkl", "a link that leads out of"),
     ("folder_prefix/x.pkl", "its folder folder_prefix is a link that leads out of"),
 ])
 def test_names_that_leave_the_folder(folder, name, reason):

@@ -140,8 +140,8 @@ def test_known_gpus_have_a_peak(name, tera):
 
 
 @pytest.mark.parametrize("name", [
-    "NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "Tesla T4", "NVIDIA A10G", "NVIDIA A16", "NVIDIA A2", "NVIDIA L20",
-    "NVIDIA RTX A4000", "NVIDIA RTX A400", "NVIDIA RTX 4000 Ada Generation", "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "Tesla T4", "NVIDIA A10G", "NVIDIA A16", "NVIDIA A2",
+    "NVIDIA L20", "NVIDIA RTX A4000", "NVIDIA RTX A400", "NVIDIA RTX 4000 Ada Generation", "NVIDIA GeForce RTX 4090 D",
     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 5090 D",
     "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA RTX PRO 6000 Blackwell Server Edition",
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GB10", "NVIDIA A100X"])

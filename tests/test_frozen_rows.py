@@ -44,7 +44,8 @@ def prepared(model):
 
 
 KINDS = {"mha": {}, "gqa": {"config": model_config(num_kv_heads=2)}, "selective": {"recompute": "selective"},
-         "full": {"recompute": "full"}, "first layer": {"recompute": 1}, "head": {"trainable": ADAPTER | {"head"}}, "one layer": {"config": model_config(num_layers=1)}}
+         "full": {"recompute": "full"}, "first layer": {"recompute": 1}, "head": {"trainable": ADAPTER | {"head"}},
+         "one layer": {"config": model_config(num_layers=1)}}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,15 +37,16 @@ def run(tasks, folder, **options):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("process", [None, "shared"])
 def test_a_fault_costs_its_own_rows(tmp_path, fault, process):
-    tasks = [task("first", process=process), task("bad", fault, process=process, seconds=3.0), task("last", process=process)]
+    tasks = [task("first", process=process), task("bad", fault, process=process, seconds=3.0),
+             task("last", process=process)]
     outcomes = run(tasks, tmp_path)
     assert [outcome for outcome, _, _ in outcomes.values()][::2] == ["ok", "ok"]
     outcome, seconds, rows = outcomes["stage", "bad"]
     assert outcome.startswith("failed: ") and FAULTS[fault] in outcome and [row["row"] for row in rows] == ["before"]
     assert seconds < 20
     written = [(row["task"], row["row"], row["status"]) for row in results.read(tmp_path)]
-    assert written == [("first", "fine", "ok"), ("first", "end", "ok"), ("bad", "before", "ok"), ("bad", "end", "failed"),
-                       ("last", "fine", "ok"), ("last", "end", "ok")]
+    assert written == [("first", "fine", "ok"), ("first", "end", "ok"), ("bad", "before", "ok"),
+                       ("bad", "end", "failed"), ("last", "fine", "ok"), ("last", "end", "ok")]
     assert "stage bad: failed" in (tmp_path / "log.txt").read_text()
 
 
@@ -122,7 +123,8 @@ def test_tables_are_told_apart():
         tasks = stages.tasks_of(list(stages.STAGES), small=small)
         names = [(task.stage, task.name) for task in tasks]
         assert len(names) == len(set(names)) and {task.stage for task in tasks} == set(stages.STAGES)
-        assert names.index(("train", "data")) < names.index(("correct", "add_rms_norm"))  # written while nothing is timed
+        # Written while nothing is timed.
+        assert names.index(("train", "data")) < names.index(("correct", "add_rms_norm"))
         for task in tasks:
             assert task.seconds <= 150 and all((task.stage, name) in names for name in task.after)
 
@@ -140,7 +142,8 @@ def test_command(tmp_path):
     assert ours["median"] > 0 and ours["kernel"] == "swiglu" and json.dumps(rows)
 
 
-@pytest.mark.parametrize("words, said", [(("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
+@pytest.mark.parametrize("words, said",
+                         [(("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
                                          (("--minutes", "0"), "--minutes 0: give more than 0")])
 def test_command_refuses(words, said):
     done = subprocess.run([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT, capture_output=True, text=True,

@@ -32,24 +32,24 @@ CARD_ROW = probed("card", driver_version="580.1", memory_bytes=100 * 2**30)
 
 
 def timed(kernel, way, median, *, stage="kernels", bytes=4e8, case="forward N=1", **more):
-    row = {"stage": stage, "task": kernel, "status": "ok", "at": 1.0, "row": f"{case} {way}", "kernel": kernel, "case": case,
-           "way": way, "median": median, "iqr": median / 50, "rounds": 50, "small": False, "device": CARD,
-           "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14, "baseline": "eager", "bytes": bytes, "flops": 0,
-           "peak_extra_mib": 1.0, "gb_per_s": round(bytes / median / 1e9, 2)}
+    row = {"stage": stage, "task": kernel, "status": "ok", "at": 1.0, "row": f"{case} {way}", "kernel": kernel,
+           "case": case, "way": way, "median": median, "iqr": median / 50, "rounds": 50, "small": False, "device": CARD,
+           "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14, "baseline": "eager", "bytes": bytes,
+           "flops": 0, "peak_extra_mib": 1.0, "gb_per_s": round(bytes / median / 1e9, 2)}
     return row | {"percent_of_copy": round(100 * bytes / median / 4e12, 1)} | more
 
 
 def step(name, seconds, *, rows=24_000, loss=11.0, flops=4e14, **more):
     times = [seconds] * 3 if seconds else []
     row = {"stage": "train", "task": name, "status": "ok", "at": 9.0, "row": name, "title": f"title of {name}",
-           "dtype": "bf16", "loss": loss, "norm": 15.0, "samples": 30, "rows": rows, "sample_rows": 24_000, "flops": flops,
-           "seconds_each": times, "start_bytes": 0, "peak_bytes": 40 * 2**30}
+           "dtype": "bf16", "loss": loss, "norm": 15.0, "samples": 30, "rows": rows, "sample_rows": 24_000,
+           "flops": flops, "seconds_each": times, "start_bytes": 0, "peak_bytes": 40 * 2**30}
     return row | ({"seconds": seconds} if seconds else {}) | more
 
 
 def profiled(name, device_ms, names):
-    return {"stage": "train", "task": f"{name} profile", "status": "ok", "row": name, "device_ms": device_ms, "launches": 99,
-            "kernels": names}
+    return {"stage": "train", "task": f"{name} profile", "status": "ok", "row": name, "device_ms": device_ms,
+            "launches": 99, "kernels": names}
 
 
 def best(seconds, block):
@@ -60,19 +60,22 @@ def best(seconds, block):
 
 FIRST = [
     begin("aaa"), CARD_ROW, probed("product, burst", flops_per_second=8e14),
-    probed("product, sustained", flops_per_second=6e14), probed("products of a layer, 8448 rows, fp8", flops_per_second=1.5e15),
+    probed("product, sustained", flops_per_second=6e14),
+    probed("products of a layer, 8448 rows, fp8", flops_per_second=1.5e15),
     timed("swiglu", "ours", 2e-4), timed("swiglu", "eager", 4e-4), end("kernels", "swiglu"),
     step("exact", 2.0, estimated_bytes=39 * 2**30), end("train", "exact"),
-    end("train", "reference", "failed", "ran past its limit"), end("extract", "tower", "left_out", "no time"), best(7e-5, 256),
-    {"stage": "correct", "task": "AdamW", "status": "failed", "row": "float32", "at": 1.0},
+    end("train", "reference", "failed", "ran past its limit"), end("extract", "tower", "left_out", "no time"),
+    best(7e-5, 256), {"stage": "correct", "task": "AdamW", "status": "failed", "row": "float32", "at": 1.0},
     end("correct", "AdamW", "failed", "float32"),
 ]
 SECOND = [
     begin("bbb", "2026-01-02"), timed("swiglu", "ours", 1e-4), timed("swiglu", "Liger", 1.25e-4, stage="libraries"),
-    step("exact", 1.0, estimated_bytes=30 * 2**30), step("exact_8448", 0.5, rows=13_000, sample_rows=13_500, samples=16),
+    step("exact", 1.0, estimated_bytes=30 * 2**30),
+    step("exact_8448", 0.5, rows=13_000, sample_rows=13_500, samples=16),
     step("tuned", 1.25), step("strong", 1.5), step("strong_video_first", None), step("shared", 0.4, rows=6000),
     step("shared_fp8", 0.2, rows=6000), step("fp8", 0.7), step("full", 1.6, flops=9.6e14),
-    profiled("exact", 100.0, [["nvjet_sm90_tst", 50.0, 9], ["void pytorch_flash::flash_fwd_kernel<cutlass::bf16>", 20.0, 3]]),
+    profiled("exact", 100.0,
+             [["nvjet_sm90_tst", 50.0, 9], ["void pytorch_flash::flash_fwd_kernel<cutlass::bf16>", 20.0, 3]]),
     end("train", "reference", "left_out", "no time"),
     best(8e-5, 512),
 ]
@@ -86,7 +89,8 @@ def write(path, rows, cut=""):
 
 @pytest.fixture
 def files(tmp_path):
-    return [write(tmp_path / "a" / "results.jsonl", FIRST), write(tmp_path / "b.jsonl", SECOND, '{"stage": "train", "ro')]
+    return [write(tmp_path / "a" / "results.jsonl", FIRST),
+            write(tmp_path / "b.jsonl", SECOND, '{"stage": "train", "ro')]
 
 
 @pytest.fixture
@@ -104,16 +108,19 @@ def test_the_later_row_counts_and_says_where_it_is_from(card):
     row = only(card.rows, row="forward N=1 ours")
     assert (row["median"], row["commit"], row["driver"], row["date"]) == (1e-4, "bbb", None, "2026-01-02")
     assert only(card.rows, row="forward N=1 eager")["commit"] == "aaa"  # which no later run timed
-    assert only(card.rows, row="card") | {"driver": "580.1", "card": CARD, "versions": VERSIONS} == only(card.rows, row="card")
+    assert only(card.rows, row="card") | {"driver": "580.1", "card": CARD,
+                                          "versions": VERSIONS} == only(card.rows, row="card")
     assert not any("at" in row or row["row"] in ("end", "environment") for row in card.rows)
     assert card.slug == "h200"
 
 
 def test_failures_are_kept_apart_until_they_are_measured(card, files, tmp_path):
-    assert [(row["task"], row["row"]) for row in card.failed] == [("reference", "end"), ("AdamW", "float32"), ("AdamW", "end")]
+    assert [(row["task"], row["row"]) for row in card.failed] == [("reference", "end"), ("AdamW", "float32"),
+                                                                  ("AdamW", "end")]
     assert [row["task"] for row in card.left_out] == ["tower"]  # the reference failed before it was left out
     assert card.why_missing("train", "reference") == " (failed: ran past its limit)"
-    third = [begin("ccc"), step("reference", 3.0), end("train", "reference"), {**FIRST[-2], "status": "ok"}, end("correct", "AdamW")]
+    third = [begin("ccc"), step("reference", 3.0), end("train", "reference"), {**FIRST[-2], "status": "ok"},
+             end("correct", "AdamW")]
     (mended,) = merge.read([*files, write(tmp_path / "c.jsonl", third)])
     assert mended.failed == [] and only(mended.rows, task="AdamW")["commit"] == "ccc"
     failing = [begin("ddd"), step("exact", 9.0, status="failed"), end("train", "exact", "failed", "killed")]
@@ -150,7 +157,8 @@ def test_roofs_come_from_the_rows_own_run_first(card):
 def test_ladder_is_a_file_of_train_step(card, tmp_path):
     made = ladder.result(card)
     names = [row["row"] for row in made["rows"]]
-    assert names == ["strong", "tuned", "strong_video_first", "exact", "exact_8448", "shared", "fp8", "shared_fp8", "full"]
+    assert names == ["strong", "tuned", "strong_video_first", "exact", "exact_8448", "shared", "fp8", "shared_fp8",
+                     "full"]
     exact = only(made["rows"], row="exact")
     assert (exact["samples_per_second"], exact["seconds"], exact["spread"]) == (30.0, [1.0] * 3, 0.0)
     assert exact["matmul_share"] == pytest.approx(4e14 / 8e14) and exact["sustained_share"] == pytest.approx(4 / 6)
@@ -223,7 +231,8 @@ def test_goals_say_what_falls_short_and_what_is_missing(card):
     full = lines["7B full fine-tune"]
     assert full.reached and full.measured.startswith("600 TFLOP/s, 60.6 %")
     (memory,) = goals.memory_lines(card, made)
-    assert memory.reached is False and memory.measured == "40.0 GiB, +33.3 % — **falls short**" and memory.share == "40 % of the memory"
+    assert (memory.reached is False and memory.measured == "40.0 GiB, +33.3 % — **falls short**"
+            and memory.share == "40 % of the memory")
     assert next(goals.extraction_lines(card)).measured == "not measured (left out: no time)"
     swiglu, *others = [line for line in goals.kernel_lines(card, rows) if "swiglu" in line.what]
     assert others == [] and swiglu.reached and swiglu.share == "100 %" and swiglu.commits == ("bbb",)
@@ -241,7 +250,8 @@ def test_speeds_meant_for_another_card_are_no_goals(tmp_path):
 def test_kernels_table_reads_a_checks_rows(files, tmp_path, card):
     stored = write(tmp_path / "results" / "gpu-h200.jsonl", merge.lines(card))
     rows = kernels.read([stored.parent])
-    assert [(row["way"], row["times_as_fast_as_baseline"]) for row in rows] == [("ours", 4.0), ("eager", 1.0), ("Liger", 3.2)]
+    assert [(row["way"], row["times_as_fast_as_baseline"])
+            for row in rows] == [("ours", 4.0), ("eager", 1.0), ("Liger", 3.2)]
     assert "swiglu on a GPU" not in kernels.table(rows) and "driver" not in kernels.table(rows)
 
 
@@ -259,8 +269,8 @@ def test_command_writes_everything_and_the_same_again(files, tmp_path, capsys):
     folders = ["--out", str(out), "--plots", str(plots), "--readme", str(tmp_path / "README.md")]
     assert report.main([*map(str, files), *folders]) == 0
     names = {path.name for folder in (out, plots) for path in folder.iterdir()}
-    assert names == {"gpu-h200.jsonl", "train-gpu-7b-h200.json", "sweep-h200.txt", "train_step-h200.png", "kernels-h200.png",
-                     "step-h200.png"}
+    assert names == {"gpu-h200.jsonl", "train-gpu-7b-h200.json", "sweep-h200.txt", "train_step-h200.png",
+                     "kernels-h200.png", "step-h200.png"}
     texts = [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "bench")]
     assert all("old" not in text and text.endswith(f"{report.END}\nrest\n") for text in texts)
     assert "(bench/plots/train_step-h200.png)" in texts[0] and "(plots/step-h200.png)" in texts[1]
@@ -281,7 +291,8 @@ def test_readmes_show_the_committed_results(readme, part):
     text = (ROOT / readme).read_text()
     stored = sorted((ROOT / "bench" / "results").glob("gpu-*.jsonl"))
     if stored:
-        reports = [report.Report(card, ROOT / "bench" / "results", ROOT / "bench" / "plots") for card in merge.read(stored)]
+        reports = [report.Report(card, ROOT / "bench" / "results", ROOT / "bench" / "plots")
+                   for card in merge.read(stored)]
         shown = "\n\n".join(part(made, ROOT / readme) for made in reports)
     else:
         shown = "Not yet measured."

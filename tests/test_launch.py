@@ -11,7 +11,8 @@ from conftest import ROOT
 COMMANDS = {
     "torchrun": 'echo "torchrun $*" >> "$CALLS"; echo "restarts after ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT}" >> "$CALLS"\n'
                 'echo "keeps $TORCH_FR_BUFFER_SIZE collectives, dump $TORCH_NCCL_DUMP_ON_TIMEOUT" >> "$CALLS"\n'
-                'trap "echo torchrun stops >> $CALLS; exit ${ENDS:-143}" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep 0.1; done',
+                'trap "echo torchrun stops >> $CALLS; exit ${ENDS:-143}" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep '
+                '0.1; done',
     "srun": 'echo "srun $1 $2" >> "$CALLS"; shift 2; exec "$@"',
     "scontrol": 'if [[ $1 == show ]]; then printf "gpu07\\ngpu09\\n"; else echo "scontrol $*" >> "$CALLS"; fi',
 }
@@ -49,7 +50,8 @@ def test_one_machine(launch):
 
 @pytest.mark.parametrize("script", ["launch_train.sh", "launch_train.slurm"])
 @pytest.mark.parametrize("given, kept", [
-    ({}, "2000 collectives, dump 1"), ({"TORCH_FR_BUFFER_SIZE": "9", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, "9 collectives, dump 0"),
+    ({}, "2000 collectives, dump 1"),
+    ({"TORCH_FR_BUFFER_SIZE": "9", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, "9 collectives, dump 0"),
     ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, "7 collectives, dump 1")])
 def test_nccl_keeps_its_last_collectives(launch, script, given, kept):
     assert launch(script, **(SLURM if script.endswith("slurm") else {}), **given).wait(20) == 0

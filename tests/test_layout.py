@@ -26,8 +26,8 @@ MAY_IMPORT = {
     "fastvid.video": {"fastvid.config", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
     "fastvid.model": {"fastvid.config", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
 }
-TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops", "profiling",
-         "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
+TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
+         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}

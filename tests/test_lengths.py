@@ -68,7 +68,8 @@ def test_ranks_and_processes_measure_alike(run, processes):
     assert np.array_equal(one.own, state.order.rows.own) and one.digest == state.order.rows.digest
     for rank in range(3):
         lengths.measure(state.loader.samples, Rank(rank), packing=state.loader.packing, processes=processes)
-        assert np.array_equal(found[rank][:, 0], one.own[rank::3]) and np.array_equal(found[rank][:, 1], one.shared[rank::3])
+        assert (np.array_equal(found[rank][:, 0], one.own[rank::3])
+                and np.array_equal(found[rank][:, 1], one.shared[rank::3]))
 
 
 def test_a_budget_below_the_longest_sample_is_refused(run):
@@ -77,7 +78,8 @@ def test_a_budget_below_the_longest_sample_is_refused(run):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("options", [BUDGET, ["--share_video"], [*BUDGET, "--share_video", "--question_order", "video_first"]],
+@pytest.mark.parametrize("options",
+                         [BUDGET, ["--share_video"], [*BUDGET, "--share_video", "--question_order", "video_first"]],
                          ids=["rows", "shared", "rows, shared"])
 def test_batches_are_the_same_for_any_workers_and_after_a_restart_at_any_step(run, options):
     state = build(run, *options)
@@ -85,7 +87,8 @@ def test_batches_are_the_same_for_any_workers_and_after_a_restart_at_any_step(ru
     assert len(plain) == state.order.total_steps
     for workers in (0, 1, 4):
         for first in range(0, len(plain), 1 if workers == 0 else len(plain) - 1):
-            loader = Loader(state.loader.samples, build(run, *options).order, workers=workers, packing=state.loader.packing)
+            loader = Loader(state.loader.samples, build(run, *options).order, workers=workers,
+                            packing=state.loader.packing)
             for (step, found), (expected_step, expected) in zip(loader.iterate(first), plain[first:], strict=True):
                 assert step == expected_step and len(found) == len(expected)
                 for a, b in zip(found, expected):

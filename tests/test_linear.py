@@ -1,4 +1,5 @@
-"""Linear layers whose frozen weights lie in oneDNN's tiles: values and gradients against the plain product, and when."""
+"""Linear layers whose frozen weights lie in oneDNN's tiles: values and gradients against the plain product, and
+when."""
 
 import copy
 import logging
@@ -187,7 +188,8 @@ def losses_of(state, steps=4):
 
 
 def check_copies(decoder, allowed):
-    """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and values."""
+    """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and
+    values."""
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     held = [[tiled for each in (linear._tiled or {}).values() for tiled in (each._forward, each._backward)]
             for linear in linears]
@@ -206,7 +208,8 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
         with monkeypatch.context() as patch:
             if not allowed:
                 patch.setattr("fastvid.planning.can_tile", lambda *_: False)
-            state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more), WORLD)
+            state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more),
+                                WORLD)
         names = products_of(lambda: found.append(losses_of(state)))
         assert bool(names) == allowed
         check_copies(state.model.decoder, allowed)
@@ -217,7 +220,8 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
 @tiles
 @pytest.mark.parametrize("flags, tiled", [
     (["--bf16", "True"], True), (["--bf16", "True", "--recompute", "selective"], True),
-    (["--bf16", "True", "--recompute", "full"], False), ([], True), (["--parity", "reference"], False), (["--bf16", "True", "--frozen_dtype", "int8"], False),
+    (["--bf16", "True", "--recompute", "full"], False), ([], True), (["--parity", "reference"], False),
+    (["--bf16", "True", "--frozen_dtype", "int8"], False),
     (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
 ])
 def test_what_is_tiled(run, flags, tiled, caplog):
@@ -244,7 +248,8 @@ def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch,
         caplog.clear()
         monkeypatch.setattr(parallel, "device_memory", lambda world: memory_of_all)
         assert (train.build(config, WORLD).model.decoder.layers[0].qkv._tiled is not None) == tiled
-        assert ("not also held in the layouts that this CPU multiplies, for which memory is short" in caplog.text) != tiled
+        assert ("not also held in the layouts that this CPU multiplies, for which memory is "
+                "short" in caplog.text) != tiled
 
 
 def test_elsewhere_products_are_plain():

@@ -165,8 +165,8 @@ def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
     metrics.close()
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.33 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of peak), "
-        "data wait 25.0%, ETA 08:00",
+        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.33 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of "
+        "peak), data wait 25.0%, ETA 08:00",
         "step 20/100, eval_loss 1.5",
         "saved checkpoint-20",
     ]
@@ -301,11 +301,13 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
 
 def test_memory_is_told_against_the_estimate(monkeypatch, caplog):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
-    assert metrics_module.memory_taken(2**30) == ("memory: estimated 1.0 GiB, peak 1.5 GiB resident, Python and its libraries "
+    assert metrics_module.memory_taken(2**30) == ("memory: estimated 1.0 GiB, peak 1.5 GiB resident, Python and its "
+                                                  "libraries "
                                            "included")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
     for retries in (0, 3):
         monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": retries})
-        assert metrics_module.memory_taken(2**30) == "memory: estimated 1.0 GiB, peak 1.5 GiB allocated, 2.0 GiB reserved"
+        assert metrics_module.memory_taken(2**30) == (
+            "memory: estimated 1.0 GiB, peak 1.5 GiB allocated, 2.0 GiB reserved")
         assert ("GPU memory was short 3 times" in caplog.text) == bool(retries)

@@ -146,7 +146,8 @@ def refused(state):
 def test_features_of_other_channels_cost_their_samples_with_file_and_shapes(run, bad):
     found = refused(build(run, "--video_folder", str(bad)))
     assert sorted(found) == [6, 7, 8, 12]
-    assert all(f"{bad}/clip2.safetensors: features are [20, {CHANNELS + 1}], expected [any number, {CHANNELS}]" in reason
+    assert all(f"{bad}/clip2.safetensors: features are [20, {CHANNELS + 1}], expected [any number, "
+               f"{CHANNELS}]" in reason
                for reason in found.values())
 
 

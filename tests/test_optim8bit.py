@@ -1,4 +1,5 @@
-"""8-bit AdamW on shards: the same bits on any number of ranks, bitsandbytes' state, and bf16 weights that are rounded."""
+"""8-bit AdamW on shards: the same bits on any number of ranks, bitsandbytes' state, and bf16 weights that are
+rounded."""
 
 import logging
 import shutil
@@ -37,7 +38,8 @@ def test_who_gets_8_bits(shape, eight_bit):
 # --- sharding
 
 # Uneven rows, fewer rows than ranks, rows that are no whole blocks, vectors.
-SHAPES = {"uneven": (33, 256), "few": (3, 1536), "odd": (41, 101), "vector": (77,), "norm": (4096,), "table": (130, 512)}
+SHAPES = {"uneven": (33, 256), "few": (3, 1536), "odd": (41, 101), "vector": (77,), "norm": (4096,),
+          "table": (130, 512)}
 
 
 def values(name, step):
@@ -170,7 +172,8 @@ def test_follows_adamw_with_32_bits():
 
 @pytest.mark.parametrize("optim, shape", [("adamw", (64, 100)), ("adamw_8bit", (64, 256)), ("adamw_8bit", (6400,))])
 def test_bf16_weights_move_by_less_than_their_unit(optim, shape):
-    """A hundred updates of 1e-4 each on weights of 1, whose units are 2^-8 and 2^-7: rounded to the nearest, all lost."""
+    """A hundred updates of 1e-4 each on weights of 1, whose units are 2^-8 and 2^-7: rounded to the nearest, all
+    lost."""
     weight = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
     optimizer = Optimizer([("weight", weight)], settings(optim, weight_decay=0.0, max_grad_norm=0.0), CPU)
     for step in range(100):

@@ -34,7 +34,8 @@ def flat(order, steps=None):
 def test_reference_order_equals_the_recordings(shared):
     recorded = json.loads((shared / "golden" / "order.json").read_text())
     assert [flat(reference(), range(5 * e, 5 * e + 5)) for e in range(3)] == recorded["single_n10_epochs3"]
-    assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)] for epoch in range(2)] == recorded["dist_n10_w2"]
+    assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)]
+            for epoch in range(2)] == recorded["dist_n10_w2"]
     assert [reference_indices(10, rank, 4, 42, 0) for rank in range(4)] == recorded["dist_n10_w4_e0"]
     for name, epochs in recorded["big"].items():
         kind, n, *size = name.split("_")
@@ -152,7 +153,8 @@ def test_weights_are_checked():
 @pytest.mark.parametrize("flag, value", [("rows_per_batch", 4096), ("share_video", True),
                                          ("question_order", "video_first")])
 def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
-    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1,
+                  gradient_accumulation_steps=1,
                   data_weights=[], rows_per_batch=None, share_video=False, question_order="reference")
     config = SimpleNamespace(policy=POLICIES["reference"], **{**config, flag: value})
     with pytest.raises(ValueError, match=f"--{flag}: the reference has none; leave it out with --parity reference"):
@@ -160,7 +162,8 @@ def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)]))
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=60),
+       st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)]))
 def test_groups_stay_together_in_every_way_to_make_a_step(of, ways):
     size, accumulation, batch = ways
     groups = Groups(np.array(of))

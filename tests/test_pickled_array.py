@@ -17,14 +17,16 @@ from fastvid.data.pickled_array import probe_array, read_array, write_array
 
 ARRAY = (np.arange(15, dtype=np.float16) / 7).reshape(5, 3)
 # What cPickle of Python 2 writes for np.array([[1, 2]], "f2"), and what numpy 1 writes with protocol 4 and 5.
-PYTHON2 = (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01K\x01K\x02"
-           b"\x86cnumpy\ndtype\nq\x04U\x02f2K\x00K\x01\x87Rq\x05(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+PYTHON2 = (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03"
+           b"(K\x01K\x01K\x02\x86cnumpy\ndtype\nq\x04U\x02f2K\x00K\x01\x87Rq\x05"
+           b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
            b"U\x04\x00<\x00@tb.")
 
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("array", [
-    ARRAY, ARRAY.astype(">f2"), np.asfortranarray(ARRAY), ARRAY.astype(np.float32), ARRAY.astype(">f4").T, ARRAY[::2, ::2],
+    ARRAY, ARRAY.astype(">f2"), np.asfortranarray(ARRAY), ARRAY.astype(np.float32), ARRAY.astype(">f4").T,
+    ARRAY[::2, ::2],
 ], ids=["f2", "big-endian", "fortran", "f4", "big-endian transposed", "strided"])
 def test_numpys_pickles_of_all_protocols(array, protocol):
     read = read_array(pickle.dumps(array, protocol))

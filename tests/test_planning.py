@@ -14,7 +14,8 @@ from fastvid.model.linear import Linear
 
 PLAN = planning.plan_memory
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}
+SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "num_hidden_layers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,12 @@ def measured(state, batches):
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("data", DATA)
 def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, recompute):
-    """Never more, and hardly less. Attention of bf16 rows makes its keys' and values' gradients in fp32 where `LiveBytes`
-    does not look."""
+    """Never more, and hardly less. Attention of bf16 rows makes its keys' and values' gradients in fp32 where
+    `LiveBytes` does not look."""
     found, estimate = [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append((a, k)) or estimate(*a, **k))
-    state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", bf16, "--recompute", recompute,
-                                  *DATA[data], *TRAINED[trained]), WORLD)
+    state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", bf16, "--recompute",
+                                  recompute, *DATA[data], *TRAINED[trained]), WORLD)
     arguments, options = found[-1]
     batch = max(state.loader.read(0)[0] + state.loader.read(1)[0], key=lambda batch: batch.num_rows - batch.frozen_rows)
     expected = estimate(*arguments, **{**options, **planning.rows_of(batch)})
@@ -88,8 +89,8 @@ def test_layers_recomputed_by_hand(run, given, chosen, caplog):
 
 
 @pytest.mark.parametrize("given, message", [
-    ("4", "--recompute 4: the model has 3 layers"), ("some", "--recompute some: give auto, none, selective, full, or how"),
-    ("-1", "--recompute -1: give auto")])
+    ("4", "--recompute 4: the model has 3 layers"),
+    ("some", "--recompute some: give auto, none, selective, full, or how"), ("-1", "--recompute -1: give auto")])
 def test_other_recomputation_is_refused(run, given, message):
     with pytest.raises(ValueError, match=message):
         train.build(config_of(run, "unused", f"--recompute={given}"), WORLD)
@@ -129,11 +130,13 @@ def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, caplog):
     records[last]["conversations"][1]["value"] = " ".join(["running"] * 60)
     (folder / "train.json").write_text(json.dumps(records))
     found = []
-    monkeypatch.setattr(memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
+    monkeypatch.setattr(memory, "estimate",
+                        lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
     state = train.build(config, WORLD)
     most = max(batch.num_rows - batch.frozen_rows for step in range(40) for batch in state.loader.read(step)[0])
     assert most <= found[-1]["rows"] <= 1.06 * most
-    assert ("guessed from the length of the texts (5% above those read)" in caplog.text) == ("--rows_per_batch" not in data)
+    assert ("guessed from the length of the texts (5% above those "
+            "read)" in caplog.text) == ("--rows_per_batch" not in data)
 
 
 def test_the_peak_is_told_after_three_steps(run, tmp_path, capsys):

@@ -165,7 +165,8 @@ def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch)
 def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatch):
     """12 samples in steps of 2 x 5: the first step of either order takes the same, the third does not."""
     def reference(output, accumulation=5):
-        return flags(run, tmp_path / output, "--save_steps", "1", "--parity", "reference", "--per_device_train_batch_size",
+        return flags(run, tmp_path / output, "--save_steps", "1", "--parity", "reference",
+                     "--per_device_train_batch_size",
                      "1", "--gradient_accumulation_steps", str(accumulation), "--lr_scheduler_type", "constant")
 
     for argv in (reference("out"), reference("same", 1)):

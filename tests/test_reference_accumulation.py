@@ -1,4 +1,5 @@
-"""Accumulation under --parity reference: two epochs of five micro-batches in steps of two, as the reference records them."""
+"""Accumulation under --parity reference: two epochs of five micro-batches in steps of two, as the reference records
+them."""
 
 import json
 import math
@@ -23,7 +24,8 @@ def argv(shared, tiny):
     """The recorded command line, but for accumulation and epochs; the output folder comes last."""
     recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]["argv"]
     argv = [word.replace("WORK", str(tiny)) for word in recorded]
-    for flag, value in (("--gradient_accumulation_steps", "2"), ("--num_train_epochs", "2"), ("--save_strategy", "steps")):
+    for flag, value in (("--gradient_accumulation_steps", "2"), ("--num_train_epochs", "2"),
+                        ("--save_strategy", "steps")):
         argv[argv.index(flag) + 1] = value
     return [*argv, "--parity", "reference", "--save_steps", "1", "--output_dir"]
 
@@ -72,7 +74,8 @@ def test_a_resumed_run_is_the_straight_one(argv, straight, tmp_path, done):
     shutil.copytree(straight / f"checkpoint-{done}", tmp_path / f"checkpoint-{done}")
     shutil.copy(straight / "metrics.jsonl", tmp_path)
     assert train.main([*argv, str(tmp_path)]) == 0
-    ours, theirs = ([line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (tmp_path, straight))
+    ours, theirs = ([line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+                    for folder in (tmp_path, straight))
     assert ours == theirs
     for group in ("model", "optimizer"):
         found, expected = (checkpoint.read_full(folder / "checkpoint-4", group) for folder in (tmp_path, straight))

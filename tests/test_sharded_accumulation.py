@@ -67,7 +67,8 @@ def test_sums_over_micro_batches_are_one_process_s(tmp_path, ranks, layout, shar
 def test_a_rank_keeps_its_shard_between_micro_batches(tmp_path, ranks, layout, shard_size):
     for found in on_ranks(ranks, accumulated, tmp_path, layout, shard_size, torch.float32, MICRO_BATCHES):
         (_, shard, reduced), (_, whole, accumulated_whole) = found
-        assert shard == pytest.approx(2, rel=0.02) and whole == pytest.approx(4, rel=0.02)  # bytes: of two ranks, one half
+        # Bytes: of two ranks, one half.
+        assert shard == pytest.approx(2, rel=0.02) and whole == pytest.approx(4, rel=0.02)
         # Copies of the model speak in the last micro-batch alone.
         assert "allreduce" not in reduced and reduced["reduce_scatter"] > 0
         assert not accumulated_whole.keys() & {"allreduce", "reduce_scatter"}

@@ -134,7 +134,8 @@ PRECISE = [("trained", ADAPTER, "none"), ("full", ADAPTER, "none"), ("full", FUL
 
 
 def precise(trainable, recompute):
-    return random_model(model_config(num_kv_heads=2), trainable, torch.bfloat16, fp32_residual=True, recompute=recompute)
+    return random_model(model_config(num_kv_heads=2), trainable, torch.bfloat16, fp32_residual=True,
+                        recompute=recompute)
 
 
 def precise_gradients(rank):
@@ -166,7 +167,8 @@ def test_copies_must_fill_the_ranks():
     assert parallel.ranks_of_a_copy("hybrid", parallel.World(0, 8, 0, CPU, True, 4)) == 4
     assert [parallel.ranks_of_a_copy(layout, world) for layout in ("replicated", "trained", "full")] == [1, 6, 6]
     for shard_size in (None, 1):
-        with pytest.raises(ValueError, match=f"copies of {shard_size or 4} of 6 ranks: give a --shard_size of 2 or more"):
+        with pytest.raises(ValueError,
+                           match=f"copies of {shard_size or 4} of 6 ranks: give a --shard_size of 2 or more"):
             parallel.ranks_of_a_copy("hybrid", world, shard_size)
 
 
@@ -183,7 +185,8 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._overloadpacket.__name__
-            kind = next((kind for kind in ("allgather", "reduce_scatter", "allreduce", "barrier") if kind in name), None)
+            kind = next((kind for kind in ("allgather", "reduce_scatter", "allreduce", "barrier") if kind in name),
+                        None)
             assert kind, f"{name} is not counted"
             size = max(sum(t.nbytes for t in _tensors(argument)) for argument in args)
             share = (dist.get_world_size() - 1) / dist.get_world_size()

@@ -123,9 +123,10 @@ def test_spread_cuts_a_group_only_where_no_batch_has_room():
 # --- the order of question and video
 
 @pytest.mark.parametrize("question, expected", [
-    ("what is it\n<video>", "<video>\nwhat is it"), ("<video>\nwhat", "<video>\nwhat"), ("what <video> ", "<video>\nwhat"),
-    ("two\n<video>\n<video>", "<video>\n<video>\ntwo"), ("see <video> here", "see <video> here"), ("<video>", "<video>"),
-    ("<video> or\n<video>", "<video> or\n<video>"), ("plain", "plain"), ("", "")])
+    ("what is it\n<video>", "<video>\nwhat is it"), ("<video>\nwhat", "<video>\nwhat"),
+    ("what <video> ", "<video>\nwhat"),
+    ("two\n<video>\n<video>", "<video>\n<video>\ntwo"), ("see <video> here", "see <video> here"),
+    ("<video>", "<video>"), ("<video> or\n<video>", "<video> or\n<video>"), ("plain", "plain"), ("", "")])
 def test_videos_at_a_questions_end_come_first(question, expected):
     assert ordered(question, "video_first") == expected
     assert ordered(question, "reference") == question
@@ -138,7 +139,8 @@ def test_question_order_reaches_the_tokens(run):
         "what is red\n<video>", "<video>\nwhat is red"))
     last["conversations"][1]["value"] = "cat"
     encoded = [encode_sample(r, state.tokenizer, question_order=order, **options)
-               for r, order in ((last, "reference"), (last, "video_first"), (first, "reference"), (first, "video_first"))]
+               for r, order in ((last, "reference"), (last, "video_first"), (first, "reference"),
+                                (first, "video_first"))]
     assert encoded[0].token_ids != encoded[1].token_ids
     assert encoded[1] == encoded[2] == encoded[3] and encoded[1].refused is None
 

@@ -225,8 +225,10 @@ def test_another_name_of_the_same_optimizer_is_resumed(run, tmp_path, caplog):
 
 def test_going_on_with_other_ranks_names_what_to_give(run, straight, monkeypatch):
     read = checkpoint.read_state
-    monkeypatch.setattr(checkpoint, "read_state", lambda folder: read(folder) | {"world_size": 2, "samples_per_step": 4})
-    with pytest.raises(ValueError, match="samples_per_step was 4, is 2; ranks were 2, are 1: give --per_device_train_batch"):
+    monkeypatch.setattr(checkpoint, "read_state",
+                        lambda folder: read(folder) | {"world_size": 2, "samples_per_step": 4})
+    with pytest.raises(ValueError,
+                       match="samples_per_step was 4, is 2; ranks were 2, are 1: give --per_device_train_batch"):
         train.main(flags(run, straight))
 
 

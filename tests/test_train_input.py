@@ -17,7 +17,8 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end", "False", "--freeze_mm_mlp_adapter"], "nothing would be"),
+    (["--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end", "False", "--freeze_mm_mlp_adapter"],
+     "nothing would be"),
     (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
     (["--eval_strategy", "steps"], "needs --eval_data_path"),
     (["--logging_steps", "0"], "give 1 or more"),

@@ -19,8 +19,8 @@ def data(tmp_path):
     (tmp_path / "features").mkdir()
     for name in ("a.safetensors", "b.pkl"):
         save_features(tmp_path / "features" / name, torch.ones(5, 3, dtype=torch.float16), {})
-    records = [{"id": "a", "video": "a.pkl", "conversations": TURNS}, {"id": "b", "video": "b.pkl", "conversations": TURNS},
-               {"id": "t", "conversations": TEXT}]
+    records = [{"id": "a", "video": "a.pkl", "conversations": TURNS},
+               {"id": "b", "video": "b.pkl", "conversations": TURNS}, {"id": "t", "conversations": TEXT}]
     (tmp_path / "train.json").write_text(json.dumps(records))
     return tmp_path
 
@@ -28,7 +28,8 @@ def data(tmp_path):
 def _check(folder, records=None, **settings):
     if records is not None:
         (folder / "train.json").write_text(json.dumps(records))
-    return validate.validate(ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "features"), **settings))
+    return validate.validate(ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "features"),
+                                            **settings))
 
 
 def test_good_data(data, capsys):
@@ -52,7 +53,8 @@ def test_the_references_records_and_features(tiny):
     ([], "malformed record", r"train.json: record 0 (from 0): the record is a list"),
     ({"id": "x"}, "malformed record, field 'conversations'", "record 0 (from 0): field 'conversations'"),
     ({"id": "x", "conversations": TURNS}, "<video> placeholders and videos differ in number", "1 <video>, 0 videos"),
-    ({"id": "x", "video": "a.pkl", "conversations": TEXT}, "<video> placeholders and videos differ in number", "id x): 0 <video>"),
+    ({"id": "x", "video": "a.pkl", "conversations": TEXT}, "<video> placeholders and videos differ in number",
+     "id x): 0 <video>"),
     ({"id": "x", "video": "a.pkl", "conversations": TURNS * 2}, "<video> placeholders and videos differ in number",
      "2 <video>, 1 videos"),
     ({"id": "x", "video": "absent.pkl", "conversations": TURNS}, "features missing", "'absent.pkl' has no features"),
@@ -133,9 +135,10 @@ def test_a_safetensors_file_is_not_read_beyond_its_header(data, monkeypatch):
 
 
 def test_the_data_flags_of_a_training_command(data):
-    flags = ["--model_name_or_path", "llava", "--version", "v1", "--data_path", "x.json", "y.jsonl", "--video_folder", "f",
-             "--mm_use_vid_start_end", "--model_max_length", "2048"]
+    flags = ["--model_name_or_path", "llava", "--version", "v1", "--data_path", "x.json", "y.jsonl", "--video_folder",
+             "f", "--mm_use_vid_start_end", "--model_max_length", "2048"]
     config = parse(ValidateConfig, flags)
     train = parse(TrainConfig, [*flags, "--output_dir", "out"])
-    for name in ("model_name_or_path", "version", "data_path", "video_folder", "mm_use_vid_start_end", "model_max_length"):
+    for name in ("model_name_or_path", "version", "data_path", "video_folder", "mm_use_vid_start_end",
+                 "model_max_length"):
         assert getattr(config, name) == getattr(train, name)

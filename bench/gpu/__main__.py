@@ -1,7 +1,7 @@
 """Measure fastvid on this machine's GPU, whatever crashes or hangs on the way: python -m bench.gpu
 
-Results go to FOLDER/results.jsonl, one by one. The last lines printed are a table of what was measured, what failed, and
-what was left out. Without a GPU the same tasks run at tiny sizes, which shows that they work, and measures nothing.
+Results go to FOLDER/results.jsonl, one by one. The last lines printed are a table of what was measured, what failed,
+and what was left out. Without a GPU the same tasks run at tiny sizes, which shows that they work, and measures nothing.
 """
 
 import argparse

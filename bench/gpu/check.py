@@ -1,8 +1,8 @@
 """How the GPU check runs its tasks, whatever crashes or hangs on the way.
 
-Every task runs in a process of its own (some share one, where they share a model), with a limit of its own. Every result
-is appended to FOLDER/results.jsonl when it exists. A task that fails, hangs or kills its process costs its own rows
-alone.
+Every task runs in a process of its own (some share one, where they share a model), with a limit of its own. Every
+result is appended to FOLDER/results.jsonl when it exists. A task that fails, hangs or kills its process costs its own
+rows alone.
 """
 
 import json
@@ -61,8 +61,8 @@ class Worker:
         self.log = open(tempfile.mkstemp(dir=scratch, suffix=".log")[1], "w+", errors="replace")
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.gpu.worker", module, str(folder)], cwd=ROOT, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            [sys.executable, "-m", "bench.gpu.worker", module, str(folder)], cwd=ROOT, text=True,
+            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FASTVID_CHECK_SCRATCH": str(scratch)})
         threading.Thread(target=self._listen, daemon=True).start()
         self.ready = False
@@ -263,7 +263,8 @@ def table(outcomes):
     found = {kind: [] for kind in kinds}
     for (stage, name), (outcome, seconds, rows) in outcomes.items():
         kind, _, why = outcome.partition(": ")
-        text = f"{stage} {name}" + (f" ({len(rows)} rows)" if kind == "ok" else f": {why.splitlines()[0][:120] if why else ''}")
+        text = f"{stage} {name}" + (f" ({len(rows)} rows)" if kind == "ok"
+                                    else f": {why.splitlines()[0][:120] if why else ''}")
         found[kind].append(text)
     lines = [f"{kinds[kind]}: {len(found[kind])} of {len(outcomes)}" + "".join(
         f"\n  {text}" for text in found[kind]) for kind in kinds if found[kind]]

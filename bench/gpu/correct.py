@@ -46,7 +46,8 @@ LAYOUTS = {  # {name: [(queries, keys of the segment: None for its own rows, els
 
 
 def attention(small, implementation, grouped=False):
-    """`attend` on segments of unequal lengths, gathered and shared keys, against fp64; errors beside eager's in bf16."""
+    """`attend` on segments of unequal lengths, gathered and shared keys, against fp64; errors beside eager's in
+    bf16."""
     heads, kv_heads, width = (4, 2 if grouped else 4, 16) if small else (32, 8 if grouped else 32, 128)
     try:
         choose_implementation(implementation, torch.device(DEVICE), torch.bfloat16, width)
@@ -58,7 +59,8 @@ def attention(small, implementation, grouped=False):
         generator = torch.Generator(DEVICE).manual_seed(0)
         q, k, v, grad = (torch.randn(n, h, width, generator=generator, device=DEVICE).bfloat16() for n, h in (
             (rows, heads), (rows, kv_heads), (rows, kv_heads), (rows, heads)))
-        kept = tuple(torch.randn(constant, kv_heads, width, generator=generator, device=DEVICE).bfloat16() for _ in range(2))
+        kept = tuple(torch.randn(constant, kv_heads, width, generator=generator, device=DEVICE).bfloat16()
+                     for _ in range(2))
 
         def run(function, dtype):
             leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -67,7 +69,8 @@ def attention(small, implementation, grouped=False):
 
         moved = layout.map(lambda tensor: tensor.to(DEVICE))
         options = {"constant": None} if not constant else {}
-        ours = run(lambda q, k, v, c: attend(q, k, v, moved, implementation, **({"constant": c} | options)), torch.bfloat16)
+        ours = run(lambda q, k, v, c: attend(q, k, v, moved, implementation, **({"constant": c} | options)),
+                   torch.bfloat16)
         exact = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.float64)
         eager = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.bfloat16)
         row = {"row": f"{implementation}, {name}{', grouped heads' if grouped else ''}", "status": "ok"}
@@ -127,12 +130,14 @@ def adamw_8bit(small):
         adamw8bit_step_reference(*tensors, **options)
         found = [x.cpu() for x in there]
         row = {"row": f"{dtype}".removeprefix("torch.")}
-        for place, name in ((0, "parameters"), (2, "first moments"), (3, "second moments"), (4, "first scales"), (5, "second scales")):
+        for place, name in ((0, "parameters"), (2, "first moments"), (3, "second moments"), (4, "first scales"),
+                            (5, "second scales")):
             row[f"{name} that differ"] = (found[place] != tensors[place]).float().mean().item()
         steps = max((found[place].int() - tensors[place].int()).abs().max().item() for place in (2, 3))
         apart = (found[0].double() - tensors[0].double()).abs()
         # bf16: a sum next to where the random bits turn it up or down. fp32: in parts of the largest change of a step.
-        error = (apart / tensors[0].double().abs()).max().item() if dtype == torch.bfloat16 else apart.max().item() / 1e-4
+        error = ((apart / tensors[0].double().abs()).max().item() if dtype == torch.bfloat16
+                 else apart.max().item() / 1e-4)
         row |= {"codes apart": steps, "largest error": error}
         limit = 2**-7 if dtype == torch.bfloat16 else 1e-3
         yield row | {"status": "ok" if steps <= 1 and error <= limit else "failed"}
@@ -143,7 +148,8 @@ def fp8_product(small):
     rows, inputs, outputs = (16, 32, 48) if small else (512, 4096, 11008)
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(outputs, inputs, generator=generator)
-    x, g = torch.randn(rows, inputs, generator=generator).bfloat16(), torch.randn(rows, outputs, generator=generator).bfloat16()
+    x, g = (torch.randn(rows, inputs, generator=generator).bfloat16(),
+            torch.randn(rows, outputs, generator=generator).bfloat16())
     found = {}
     for device in ("cpu", DEVICE):
         layer = Fp8Linear(inputs, outputs)

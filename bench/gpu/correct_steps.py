@@ -46,7 +46,8 @@ def reference_steps(small):
         lines = read_metrics(output / "metrics.jsonl")
         tensors, worst = load_file(folder / "golden" / "model.safetensors"), 0.0
         for step in range(1, 6):
-            trained, prefix = checkpoint.read_full(output / f"checkpoint-{step}", "model"), f"336/train_main/after_step{step}/"
+            trained, prefix = (checkpoint.read_full(output / f"checkpoint-{step}", "model"),
+                               f"336/train_main/after_step{step}/")
             for name in (name for name in tensors if name.startswith(prefix)):
                 short = name.removeprefix(prefix).removeprefix("model.mm_projector.")
                 ours = "boundary.weight" if "embed" in short else f"projector.{short}"
@@ -92,8 +93,8 @@ def two_sharded_ranks(small):
         train_data.write(made, PRESETS["tiny"].shape, 2)
         flags = [
             "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
-            f"{made}/feats", "--mm_use_vid_start_end", "--bf16", "True", "--master_dtype", "bfloat16", "--max_steps", "3",
-            "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0",
+            f"{made}/feats", "--mm_use_vid_start_end", "--bf16", "True", "--master_dtype", "bfloat16", "--max_steps",
+            "3", "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0",
             "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "--ddp_timeout", "40"]
         state = train.build(parse(TrainConfig, [*flags, "--output_dir", f"{made}/one", "--shard", "none",
                                                 "--per_device_train_batch_size", "4"]),
@@ -119,7 +120,9 @@ def _torchrun(ranks, flags, seconds):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
                "fastvid.train", *flags]
     with tempfile.TemporaryFile("w+", errors="replace") as log, subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as launcher:
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"},
+    ) as launcher:
         try:
             code = launcher.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -163,9 +166,11 @@ def loss_curve(small):
         for device, bf16 in (("cpu", "False"), (DEVICE, "True")):
             world = parallel.World(0, 1, 0, torch.device(device), False)
             state = train.build(parse(TrainConfig, [
-                "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder", f"{made}/feats",
+                "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
+                f"{made}/feats",
                 "--output_dir", f"{made}/out", "--mm_use_vid_start_end", "--bf16", bf16, "--max_steps", str(steps),
-                "--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0"]), world)
+                "--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--dataloader_num_workers",
+                "0"]), world)
             curves[bf16] = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
         means = {key: sum(values) / len(values) for key, values in curves.items()}
         error = abs(means["True"] / means["False"] - 1)

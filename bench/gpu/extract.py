@@ -61,7 +61,8 @@ def tower(small):
             yield {"row": f"tower, {name}", "images_per_second": batch / seconds, "batch": batch,
                    "flops_per_second": flops / seconds}
             seconds = _timed(lambda: encoder.encode(pixels), small)
-            yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds, "videos_per_second": 1 / seconds}
+            yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds,
+                   "videos_per_second": 1 / seconds}
             states = torch.randn(frames, encoder.num_patches, shape.hidden, device=encoder.device).half()
             seconds = _timed(lambda: spatio_temporal_pool(states, num_temporal=frames), small)
             yield {"row": "pooling", "seconds": seconds, "bytes_per_second": states.nbytes / seconds}

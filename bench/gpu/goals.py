@@ -88,7 +88,8 @@ def training_lines(card, made):
         made: `ladder.result`, or None.
     """
     for what, key, least, aim, unit, task, family in (
-            ("7B adapter, bf16, exact", "rows_per_second", 22_000, 24_000, "rows/s", "exact", dict(fp8=False, shared=False)),
+            ("7B adapter, bf16, exact", "rows_per_second", 22_000, 24_000, "rows/s", "exact",
+             dict(fp8=False, shared=False)),
             ("7B adapter, FP8", "rows_per_second", 33_000, 36_000, "rows/s", "fp8", dict(fp8=True, shared=False)),
             ("7B adapter, FP8, shared video first", "samples_per_second", 125, 167, "samples/s", "shared_fp8",
              dict(fp8=True, shared=True))):
@@ -113,7 +114,8 @@ def training_lines(card, made):
 
 def _share(card, row):
     """Of the card's product in the row's precision, and the rows that both come from."""
-    key, name, text = ("fp8_share", "fp8", "an FP8") if ladder.in_fp8(row["row"]) else ("matmul_share", "burst", "a bf16")
+    key, name, text = (
+        ("fp8_share", "fp8", "an FP8") if ladder.in_fp8(row["row"]) else ("matmul_share", "burst", "a bf16"))
     roof = card.roof(name, row)[1]
     return (f"{100 * row[key]:.0f} % of {text} product", row, roof) if roof else ("", row)
 
@@ -135,7 +137,8 @@ def _ratio_line(card, made, title, task, least, least_best, **family):
         reached = None  # of half of a goal nothing is said
     cells = [f"{value:.2f} ×" if value else f"not measured{card.why_missing('train', name)}"
              for value, name in zip(times, ("reference", "tuned"))]
-    return _line(what, goal, reached, f"{cells[0]} / {cells[1]} (`{ours['row']}`" + (f" and `{best['row']}`)" if best else ")"),
+    return _line(what, goal, reached,
+                 f"{cells[0]} / {cells[1]} (`{ours['row']}`" + (f" and `{best['row']}`)" if best else ")"),
                  "", ours, *filter(None, (reference, best)))
 
 
@@ -145,7 +148,8 @@ def memory_lines(card, made):
     planned = [row for row in made["rows"] if "estimated_bytes" in row] if made else []
     for row in planned:
         apart = 100 * (row["peak_bytes"] / row["estimated_bytes"] - 1)
-        yield _line(f"peak memory, `{row['row']}`", f"within {MEMORY} % of the plan's {row['estimated_bytes'] / 2**30:.1f} GiB",
+        yield _line(f"peak memory, `{row['row']}`",
+                    f"within {MEMORY} % of the plan's {row['estimated_bytes'] / 2**30:.1f} GiB",
                     abs(apart) <= MEMORY, f"{row['peak_bytes'] / 2**30:.1f} GiB, {apart:+.1f} %",
                     f"{100 * row['peak_bytes'] / held:.0f} % of the memory" if held else "", row)
     if not planned:

@@ -17,9 +17,9 @@ def of(card):
 def result(card):
     """What the JSON file holds; None without a row. "against" names the strongest row of transformers' model.
 
-    `matmul_share` is of a large bf16 product in a burst, `sustained_share` of the same after ten seconds, `fp8_share` of a
-    layer's products in FP8, for rows that multiply so: each of the row's own run where that measured it, else of another
-    run on the card; None where none did. "roofs": {name: (FLOP/s, commit)} of the newest row.
+    `matmul_share` is of a large bf16 product in a burst, `sustained_share` of the same after ten seconds, `fp8_share`
+    of a layer's products in FP8, for rows that multiply so: each of the row's own run where that measured it, else of
+    another run on the card; None where none did. "roofs": {name: (FLOP/s, commit)} of the newest row.
     """
     rows = [_figures(row, card) for row in of(card)]
     if not rows:
@@ -30,7 +30,8 @@ def result(card):
     roofs = {name: (rate, row["commit"]) for name in ("burst", "sustained", "fp8")
              for rate, row in (card.roof(name, newest),) if rate}
     burst = roofs.get("burst", (None,))[0]
-    return {"environment": about, "preset": preset_of(small=False), "rows": rows, **train_step.summary(rows, {"bf16": burst}),
+    return {"environment": about, "preset": preset_of(small=False), "rows": rows,
+            **train_step.summary(rows, {"bf16": burst}),
             "ratios": ratios(rows), "against": strongest(rows), "roofs": roofs,
             "faults": list(train_step.compare(rows))}
 
@@ -39,8 +40,10 @@ def _figures(row, card):
     row = dict(row)
     times = row.pop("seconds_each")
     median = statistics.median(times) if times else None
-    roofs = {"matmul_share": "burst", "sustained_share": "sustained", **({"fp8_share": "fp8"} if in_fp8(row["row"]) else {})}
-    rates = {f"{name}_per_second": median and row[name] / median for name in ("samples", "rows", "sample_rows", "flops")}
+    roofs = {"matmul_share": "burst", "sustained_share": "sustained",
+             **({"fp8_share": "fp8"} if in_fp8(row["row"]) else {})}
+    rates = {f"{name}_per_second": median and row[name] / median
+             for name in ("samples", "rows", "sample_rows", "flops")}
     done = rates["flops_per_second"]
     shares = {key: card.roof(name, row)[0] for key, name in roofs.items()}
     return row | rates | {key: done and rate and done / rate for key, rate in shares.items()} | {
@@ -88,7 +91,8 @@ def table(result):
             _percent(row["sustained_share"]), _percent(row.get("fp8_share")), f"{row['peak_bytes'] / 2**30:.1f} GiB",
             *(_times(result["ratios"].get(f"{row['row']}_vs_{name}")) for name in baselines), f"`{row['commit']}`"]))
     names = {"burst": "bf16 product in a burst", "sustained": "after ten seconds", "fp8": "a layer's FP8 products"}
-    roofs = ", ".join(f"{names[name]} {rate / 1e12:,.0f} TFLOP/s (`{commit}`)" for name, (rate, commit) in result["roofs"].items())
+    roofs = ", ".join(f"{names[name]} {rate / 1e12:,.0f} TFLOP/s (`{commit}`)"
+                      for name, (rate, commit) in result["roofs"].items())
     return "\n".join([*lines, *(["", f"{roofs}."] if roofs else [])])
 
 

@@ -50,8 +50,8 @@ class Card:
         """(FLOP/s that the probe measured, the row that says so), of the run of `row` before another; (None, None).
 
         Args:
-            name: "burst" or "sustained": a large bf16 product; "fp8": the fastest products of a layer in FP8. Where a run
-                has no probe, the bf16 product that its kernels were compared with is its burst.
+            name: "burst" or "sustained": a large bf16 product; "fp8": the fastest products of a layer in FP8. Where a
+                run has no probe, the bf16 product that its kernels were compared with is its burst.
         """
         end = "fp8" if name == "fp8" else f"product, {name}"
         found = [other for other in self.of("probe") if other["row"].endswith(end)]

@@ -89,7 +89,8 @@ def copies(small):
     yield {"row": "copy", "bytes_per_second": copy_bandwidth(small)}
     for pinned in (True, False):
         size = 2**28
-        host, device = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), torch.empty(size, dtype=torch.uint8, device="cuda")
+        host, device = (torch.empty(size, dtype=torch.uint8, pin_memory=pinned),
+                        torch.empty(size, dtype=torch.uint8, device="cuda"))
         host.fill_(1)
         for name, target, source in (("host to device", device, host), ("device to host", host, device)):
             times = []

@@ -10,8 +10,8 @@ from bench.roofline import GRID, INK, QUIET
 GROUPS = (
     ("attention", r"flash|fmha|attention", "#7048e8"),
     ("matrix products", r"nvjet|cutlass|gemm|gemv|splitk", "#1f6feb"),
-    ("gathering keys", r"CatArray|gather|index|compute_grad_weight|sum_and_scatter|radix_?sort|place_keys|_collect_kernel",
-     "#d9480f"),
+    ("gathering keys",
+     r"CatArray|gather|index|compute_grad_weight|sum_and_scatter|radix_?sort|place_keys|_collect_kernel", "#d9480f"),
     ("norms", r"rms_norm", "#2f9e44"),
     ("SwiGLU", r"swiglu", "#66a80f"),
     ("rotary", r"rope", "#0b7285"),
@@ -74,8 +74,8 @@ def _bars(axis, rows, spent, shown):
         for group, colour in shown:
             axis.barh(place, groups[group], left=left, height=0.6, color=colour, edgecolor="white", linewidth=0.5)
             if groups[group] > 0.05 * longest:
-                axis.text(left + groups[group] / 2, place, f"{100 * groups[group] / row['device_ms']:.0f} %", fontsize=8.5,
-                          color="white" if group != REST[0] else INK, ha="center", va="center")
+                axis.text(left + groups[group] / 2, place, f"{100 * groups[group] / row['device_ms']:.0f} %",
+                          fontsize=8.5, color="white" if group != REST[0] else INK, ha="center", va="center")
             left += groups[group]
     axis.set_yticks(range(len(rows)), [row["row"] for row in rows], fontsize=10, color=INK)
     axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -95,10 +95,11 @@ def _table(figure, rows, spent, shown, steps, top, height):
     lines = [(group, colour, [_cell(groups[group], row["device_ms"]) for row, groups in zip(rows, spent)])
              for group, colour in shown]
     lines += [("all kernels", None, [_cell(row["device_ms"], row["device_ms"], row["launches"]) for row in rows]),
-              ("step by the clock", None, [f"{1e3 * steps[row['row']]:,.0f} ms" if row["row"] in steps else "" for row in rows])]
+              ("step by the clock", None,
+               [f"{1e3 * steps[row['row']]:,.0f} ms" if row["row"] in steps else "" for row in rows])]
     for x, row in zip(columns, rows):
-        figure.text(x / WIDTH, (top + 0.05) / height, row["row"], fontsize=9.5, fontweight="bold", color=INK, ha="right",
-                    va="center")
+        figure.text(x / WIDTH, (top + 0.05) / height, row["row"], fontsize=9.5, fontweight="bold", color=INK,
+                    ha="right", va="center")
     for place, (name, colour, cells) in enumerate(lines):
         y = (top - CELLS * (place + 1)) / height
         if colour:
@@ -107,8 +108,9 @@ def _table(figure, rows, spent, shown, steps, top, height):
         for x, cell in zip(columns, cells):
             figure.text(x / WIDTH, y, cell, fontsize=9.5, color=INK if colour else QUIET, ha="right", va="center")
     named = " and ".join(str(count) for count in sorted({len(row["kernels"]) for row in rows}))
-    figure.text(0.3 / WIDTH, (top - CELLS * (len(lines) + 1)) / height, f"{REST[0].capitalize()} holds what no group is for, "
-                f"and every kernel beyond the {named} longest. A dash: none of those.", fontsize=8.5, color=QUIET, va="center")
+    figure.text(0.3 / WIDTH, (top - CELLS * (len(lines) + 1)) / height,
+                f"{REST[0].capitalize()} holds what no group is for, and every kernel beyond the {named} longest. A "
+                "dash: none of those.", fontsize=8.5, color=QUIET, va="center")
 
 
 def _cell(milliseconds, total, launches=None):

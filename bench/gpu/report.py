@@ -1,9 +1,9 @@
 """What GPU checks measured, as files, pictures and READMEs' tables: python -m bench.gpu.report FILE …
 
-Takes results.jsonl files in the order of their runs, or what it wrote itself (bench/results/gpu-CARD.jsonl) and newer ones.
-Writes of each card the rows, the training ladder, the sweep's best and pictures, and into README.md and bench/README.md
-between their `gpu` comments what was to be reached beside what was. The exit code is 1 where a training row's loss or
-gradient norm is wrong.
+Takes results.jsonl files in the order of their runs, or what it wrote itself (bench/results/gpu-CARD.jsonl) and newer
+ones. Writes of each card the rows, the training ladder, the sweep's best and pictures, and into README.md and
+bench/README.md between their `gpu` comments what was to be reached beside what was. The exit code is 1 where a training
+row's loss or gradient norm is wrong.
 """
 
 import argparse
@@ -30,7 +30,8 @@ def sweep(card, rows):
         cells.append((
             f"{row['kernel']} {row['case']}", kernels.duration(row["seconds"]), _percent(row.get("percent_of_copy")),
             kernels.duration(today["median"]) if today else "not measured",
-            _percent(today.get("percent_of_copy")) if today else "", f"{today['median'] / row['seconds']:.2f}" if today else "",
+            _percent(today.get("percent_of_copy")) if today else "",
+            f"{today['median'] / row['seconds']:.2f}" if today else "",
             " ".join(f"{key}={value}" for key, value in row["candidate"].items()),
             ", ".join(dict.fromkeys([row["commit"], *([today["commit"]] if today else [])]))))
     return "\n".join(kernels.aligned(cells)) + "\n" if len(cells) > 1 else ""
@@ -61,7 +62,8 @@ def where(card, rows):
     drivers = sorted({row["driver"] for row in card.rows if row["driver"]})
     versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "triton", "transformers"))
     driver = f"driver {' and '.join(drivers)}; " if drivers else ""
-    return f"{card.name}; {driver}{versions}; {' and '.join(sorted({row['date'] for row in rows}))}; commits in the table."
+    return (f"{card.name}; {driver}{versions}; {' and '.join(sorted({row['date'] for row in rows}))}; "
+            "commits in the table.")
 
 
 class Report:
@@ -124,8 +126,8 @@ class Report:
 
     def _shown(self, readme, name):
         path = self.picture(name)
-        titles = {"train_step": "samples per second and memory of each row", "step": "where a training step's time goes",
-                  "kernels": "kernels against a copy and a matrix product"}
+        titles = {"train_step": "samples per second and memory of each row",
+                  "step": "where a training step's time goes", "kernels": "kernels against a copy and a matrix product"}
         return f"![{titles[name]}]({os.path.relpath(path, Path(readme).parent)})" if path.exists() else ""
 
 
@@ -134,7 +136,8 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results.jsonl, the newest last")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of rows and ladders")
     parser.add_argument("--plots", type=Path, default=ROOT / "bench" / "plots", help="folder of pictures")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="bench/README.md beside it gets the long tables")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md",
+                        help="bench/README.md beside it gets the long tables")
     arguments = parser.parse_args(argv)
     try:
         cards = merge.read(arguments.files)
@@ -146,7 +149,8 @@ def main(argv=None):
     for report in reports:
         report.write()
         print(report.text(), end="\n\n")
-    for readme, part in ((arguments.readme, Report.short), (arguments.readme.parent / "bench" / "README.md", Report.long)):
+    for readme, part in ((arguments.readme, Report.short),
+                         (arguments.readme.parent / "bench" / "README.md", Report.long)):
         text = "\n\n".join(part(report, readme) for report in reports)
         readme.write_text(ladder_plot.into_readme(readme.read_text(), text, BEGIN, END))
     return 1 if any(report.faults() for report in reports) else 0

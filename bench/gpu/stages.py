@@ -1,4 +1,5 @@
-"""The table of the GPU check: which tasks each stage has, in the order in which they matter, and how long they may take."""
+"""The table of the GPU check: which tasks each stage has, in the order in which they matter, and how long they may
+take."""
 
 import ctypes
 
@@ -78,7 +79,8 @@ def _train(small):
     for name in rows:
         row = ROWS[name]
         process = " ".join((row.kind, *row.model_flags, *(["full"] if row.full else [])))
-        limit, seconds = (150, 20.0 if name == "exact" else 4.0) if row.kind == "compiled" or name == "exact" else (75, 4.0)
+        limit, seconds = (
+            (150, 20.0 if name == "exact" else 4.0) if row.kind == "compiled" or name == "exact" else (75, 4.0))
         yield _task("train", name, "row", limit, {"small": small, "preset": preset, "name": name, "seconds": seconds},
                     process=process, after=("data",))
         if name in profiled:
@@ -94,7 +96,8 @@ def _kernels(small):
 def _libraries(small):
     """The same jobs by torch.compile and by the libraries that are installed."""
     for kernel in KERNELS:
-        yield _task("libraries", kernel, "rows", 100, {"small": small, "kernel": kernel, "others": True}, module="kernels")
+        yield _task("libraries", kernel, "rows", 100, {"small": small, "kernel": kernel, "others": True},
+                    module="kernels")
 
 
 def _sweep(small):

@@ -57,12 +57,14 @@ def _rope(c, heads, half):
 SPACES = {
     "spatio_temporal_pool": Space(
         [{"block_p": p, "block_c": c, "warps": w, "programs": n} for p, c, w in (
-            (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 8), (32, 64, 2), (32, 128, 4), (32, 256, 8), (16, 256, 4),
-            (16, 512, 8)) for n in (512, 1056)], _pool),
-    "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)], lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
+            (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 8), (32, 64, 2), (32, 128, 4), (32, 256, 8),
+            (16, 256, 4), (16, 512, 8)) for n in (512, 1056)], _pool),
+    "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)],
+                          lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
     "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
     "splice_video": Space(_blocks((1024, 2048, 4096), (4, 8)), _grid),
-    "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64], _rope),
+    "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64],
+                     _rope),
     "rope_keys": Space([{"heads": h, "warps": w} for h in (8, 16, 32) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 32],
                        lambda c, heads, half: (min(POWER(heads), c["heads"]), c["warps"])),
     "adamw_step": Space([{"blocks": b, "warps": w} for b, w in ((4, 4), (2, 2), (4, 2), (8, 4), (8, 8))],
@@ -70,13 +72,16 @@ SPACES = {
     "quantize_fp8": Space(_blocks((2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)),
                           lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
     "linear_cross_entropy": Space(
-        [{"block": b, "warps": w, "chunk": chunk} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
+        [{"block": b, "warps": w, "chunk": chunk}
+         for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
          for chunk in (2**24, 2**25, 2**26)], lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
-    "adamw8bit_step": Space([{"blocks": b, "warps": w} for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (1, 1), (2, 1))],
+    "adamw8bit_step": Space([{"blocks": b, "warps": w}
+                             for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (1, 1), (2, 1))],
                             lambda c: (c["blocks"], c["warps"])),
     "frame_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
                              for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
-                            lambda c, values, frames: (min(c["block"], POWER(values)), max(1, min(c["frames"], frames)))),
+                            lambda c, values, frames: (min(c["block"], POWER(values)),
+                                                       max(1, min(c["frames"], frames)))),
 }
 
 
@@ -138,12 +143,14 @@ def measure(small, kernel):
     cases, candidates = _chosen(small, kernel)
     for case in cases:
         copies = [case.make(torch.Generator(device).manual_seed(1), device)]
-        copies += [case.make(torch.Generator(device).manual_seed(2 + i), device) for i in range(copies_needed(copies[0]) - 1)]
+        copies += [case.make(torch.Generator(device).manual_seed(2 + i), device)
+                   for i in range(copies_needed(copies[0]) - 1)]
         expected = case.expected(*kernel_rows.clone(case.make(torch.Generator(device).manual_seed(0), device)))()
         best = None
         for candidate in candidates:
             _apply(kernel, candidate)
-            row = {"row": f"{case.name} {json.dumps(candidate)}", "kernel": kernel, "case": case.name, "candidate": candidate}
+            row = {"row": f"{case.name} {json.dumps(candidate)}", "kernel": kernel, "case": case.name,
+                   "candidate": candidate}
             try:
                 given = case.make(torch.Generator(device).manual_seed(0), device)
                 assert_agree(case.ways["ours"](*given)(), expected, case.tolerance)

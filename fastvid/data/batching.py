@@ -134,8 +134,8 @@ class SampleSet:
             except (ValueError, OSError) as error:
                 raise SampleSkipped(f"{sample.id}: {error}") from error
             if tuple(features.shape) != self.features.shape(name):
-                raise SampleSkipped(f"{sample.id}: {self.features.resolve(name)} was {list(self.features.shape(name))} when "
-                                    f"this run first looked, is {list(features.shape)} now; start the run again")
+                raise SampleSkipped(f"{sample.id}: {self.features.resolve(name)} was {list(self.features.shape(name))} "
+                                    f"when this run first looked, is {list(features.shape)} now; start the run again")
             loaded[name] = features
         return sample, [loaded[name] for name in sample.videos]
 

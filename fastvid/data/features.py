@@ -6,7 +6,8 @@ Two formats, by ending:
 
 This is the one place that opens a path which a data file names.
 
-Dimensions: R rows of one video (extraction: num_temporal + patches; any number is read), C channels of the vision tower.
+Dimensions: R rows of one video (extraction: num_temporal + patches; any number is read), C channels of the vision
+tower.
 """
 
 import json
@@ -123,13 +124,14 @@ def _read_header(file, path):
         header = json.loads(table.pop("__metadata__", {}).get("header", "{}"))
         dtype, shape = str(table[_TENSOR]["dtype"]), table[_TENSOR]["shape"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{path} is no feature file: its header is damaged or has no "{_TENSOR}"; {_REMEDY}') from error
+        raise ValueError(f'{path} is no feature file: its header is damaged or has no "{_TENSOR}"; '
+                         f'{_REMEDY}') from error
     match shape:
         case [int(R), int(C)] if min(R, C) > 0 and dtype in _DTYPES:
             expected = R * C * _DTYPES[dtype].itemsize
         case _:
-            raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, not {shape} in {dtype}; "
-                             f"{_REMEDY}")
+            raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, not {shape} in "
+                             f"{dtype}; {_REMEDY}")
     if len(table) != 1 or size - 8 - length != expected:
         raise ValueError(f"{path} holds {size - 8 - length} bytes of values instead of {expected}; {_REMEDY}")
     return _DTYPES[dtype], (R, C), header
@@ -241,8 +243,9 @@ class FeatureFolder:
         """`file`, if no other video has been read from it: a cut name must not give one video another's features."""
         owner = self._read_as.setdefault((inner, file), stem)
         if owner != stem:
-            raise ValueError(f"video {name!r}: {owner} and {stem} would both be read from {self.folder / inner / file}, "
-                             "whose name is cut at the first dot; extract them again (fastvid extract)")
+            raise ValueError(f"video {name!r}: {owner} and {stem} would both be read from "
+                             f"{self.folder / inner / file}, whose name is cut at the first dot; extract them again "
+                             "(fastvid extract)")
         return file
 
     def _list(self, inner):

@@ -1,4 +1,5 @@
-"""Which steps of a run have the largest micro-batches: from the samples' rows, or else from the lengths of their texts."""
+"""Which steps of a run have the largest micro-batches: from the samples' rows, or else from the lengths of their
+texts."""
 
 import heapq
 
@@ -20,8 +21,8 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
         most: only the first so many steps are looked at.
 
     Returns:
-        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the samples' are
-        not known: then the steps were chosen by the bytes of their texts.
+        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the samples'
+        are not known: then the steps were chosen by the bytes of their texts.
     """
     order = loader.order
     known = isinstance(order, RowOrder)
@@ -33,8 +34,8 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
 
 
 def rows_by_text(samples, groups=None) -> SampleRows:
-    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes, and every video of it as many as the
-    longest of some: not all files are opened.
+    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes, and every video of it as many as
+    the longest of some: not all files are opened.
 
     Args:
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.

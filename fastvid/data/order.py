@@ -1,7 +1,8 @@
 """Which samples each step trains on: a pure function of seed, epoch and step, so that resuming needs only the step.
 
-fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number of ranks. With
-a budget of rows it is `fastvid.data.row_order`'s. The reference's (``--parity reference``) is what Hugging Face's Trainer 4.28
+fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number of ranks.
+With a budget of rows it is `fastvid.data.row_order`'s. The reference's (``--parity reference``) is what Hugging Face's
+Trainer 4.28
 does: per-rank sampling, a short last batch in every epoch, steps that go on from one epoch into the next.
 """
 
@@ -37,7 +38,8 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None):
     """
     weights = tuple(config.data_weights)
     if weights and len(weights) != len(counts):
-        raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one each")
+        raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one "
+                         "each")
     if config.policy.reference_order:
         _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
@@ -107,7 +109,8 @@ class StreamOrder:
         return min(step * self.samples_per_step, self._total_samples()) / self.samples_per_epoch
 
     def micro_batches(self, step):
-        """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every rank."""
+        """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every
+        rank."""
         first = step * self.samples_per_step
         samples = self._stream(first, min(first + self.samples_per_step, self._total_samples()))
         width = self.batch_size * self.size
@@ -199,7 +202,8 @@ def _step_ends(batches_per_epoch, accumulation):
     if batches_per_epoch > accumulation:
         return (accumulation,)
     end = math.lcm(batches_per_epoch, accumulation)
-    return tuple(sorted({*range(accumulation, end + 1, accumulation), *range(batches_per_epoch, end + 1, batches_per_epoch)}))
+    return tuple(sorted({*range(accumulation, end + 1, accumulation),
+                         *range(batches_per_epoch, end + 1, batches_per_epoch)}))
 
 
 @lru_cache(maxsize=4)

@@ -4,9 +4,9 @@ A sample's rows are a chain of pieces, each of which attends to its ancestors an
 
     system prompt ← text before the video ← video ← question and answer
 
-Pieces that samples of a batch have in common stand in it once (`share`): chains become a tree, whose gradient is that of
-the samples packed apart, since every row sees what it would see there. Where the backbone is frozen, the rows before the
-first trained one are pieces ahead of all others, and those of the system prompt are not in the batch at all.
+Pieces that samples of a batch have in common stand in it once (`share`): chains become a tree, whose gradient is that
+of the samples packed apart, since every row sees what it would see there. Where the backbone is frozen, the rows before
+the first trained one are pieces ahead of all others, and those of the system prompt are not in the batch at all.
 
 Dimensions: N packed rows, R rows of one video, C channels of the vision tower.
 """
@@ -25,8 +25,8 @@ def pack(samples, tokens, channels, *, prefix=(), frozen=False, share=False):
     """Lay samples end to end.
 
     Args:
-        samples: (EncodedSample, list of [R, C] tensors) pairs; R may differ from video to video. Without any, the batch is one unsupervised row, so that
-            a rank with nothing to train on still takes part in every collective.
+        samples: (EncodedSample, list of [R, C] tensors) pairs; R may differ from video to video. Without any, the batch
+            is one unsupervised row, so that a rank with nothing to train on still takes part in every collective.
         tokens: `VideoTokens`.
         channels: C of all features.
         prefix: ids of the system prompt (`fastvid.data.conversation.system_prefix`). A sample that does not begin with
@@ -126,12 +126,14 @@ class Chain:
 
     @property
     def rows(self):
-        """(rows that it alone needs, rows of the video that it may share); those of a shared system prompt are neither."""
+        """(rows that it alone needs, rows of the video that it may share); those of a shared system prompt are
+        neither."""
         *before, last = [0, self.kept, *self.shareable]
         return len(self.ids) - last, last - max(before) if last == self.video_end else 0
 
     def pieces(self, shared):
-        """(first, end, whether it holds the videos, whether it is frozen) of each piece, cut at `shared` and where due."""
+        """(first, end, whether it holds the videos, whether it is frozen) of each piece, cut at `shared` and where
+        due."""
         cuts = {self.kept, len(self.ids), *shared, *([self.live] if self.live > self.kept else [])}
         for first, end in pairwise(sorted(cuts)):
             yield first, end, first < self.video_end <= end, end <= self.live
@@ -162,7 +164,8 @@ def _tree(chains, videos):
 
 
 def _layout(pieces, prefix):
-    """Attention layout of pieces, and the rows of the constant prefix that it counts: all of them, or 0 without need."""
+    """Attention layout of pieces, and the rows of the constant prefix that it counts: all of them, or 0 without
+    need."""
     lineages = [piece.lineage() for piece in pieces]
     lengths = [len(piece.ids) for piece in pieces]
     prefix = prefix if any(first.first for first, *_ in lineages) else 0

@@ -203,7 +203,8 @@ def _layout(array):
     """(rows, channels, dtype in this machine's byte order) of a stand-in whose shape fits its data."""
     dtype = np.dtype(array.dtype.code)
     match array.shape:
-        case (int(rows), int(channels)) if min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(array.data):
+        case (int(rows), int(channels)) if (
+                min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(array.data)):
             return rows, channels, dtype
         case (int(), int()):
             raise ValueError(f"the array's shape does not fit its {len(array.data)} bytes of data")

@@ -1,8 +1,8 @@
 """Batches by a budget of rows: a pure function of the samples' rows, the seed, the epoch and the step.
 
-Shuffled samples go into the first batch that has room for them, a window of some thousand at a time. The window's batches,
-sorted by rows, are cut into steps, so that what the ranks do side by side takes them equally long, and the steps are shuffled.
-What fills no whole step opens the next window; an epoch's last step is spread over all ranks.
+Shuffled samples go into the first batch that has room for them, a window of some thousand at a time. The window's
+batches, sorted by rows, are cut into steps, so that what the ranks do side by side takes them equally long, and the
+steps are shuffled. What fills no whole step opens the next window; an epoch's last step is spread over all ranks.
 """
 
 import heapq
@@ -42,7 +42,8 @@ class SampleRows:
         return zlib.crc32(self.own.tobytes() + self.shared.tobytes() + groups)
 
     def units(self, indices, capacity):
-        """[(rows, samples)] of what stays together: a group, or a part of one where it has more than `capacity` rows."""
+        """[(rows, samples)] of what stays together: a group, or a part of one where it has more than `capacity`
+        rows."""
         own, shared = self.own[indices].tolist(), self.shared[indices].tolist()
         indices = indices.tolist()
         if self.groups is None:
@@ -105,7 +106,8 @@ class RowOrder:
         return (epoch * self.samples_per_epoch + int(self._done[epoch][at])) / self.samples_per_epoch
 
     def micro_batches(self, step):
-        """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every rank."""
+        """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every
+        rank."""
         epoch, at = self._locate(step)
         batches = self._epochs[epoch][at]
         rounds = [batches[i:i + self.size] for i in range(0, len(batches), self.size)]

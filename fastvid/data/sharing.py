@@ -1,7 +1,7 @@
 """Samples that have a video in common: who shares rows with whom, and how they stay together.
 
-A group is samples whose prompts are the same up to the end of their (last) video: in a batch, `pack` computes those rows
-once. In the reference's data every other question stands before its video, and shares it with none.
+A group is samples whose prompts are the same up to the end of their (last) video: in a batch, `pack` computes those
+rows once. In the reference's data every other question stands before its video, and shares it with none.
 """
 
 from dataclasses import dataclass

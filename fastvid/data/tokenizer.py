@@ -139,8 +139,8 @@ class VideoTokenizer:
         Args:
             text: with special tokens written out.
             marks: positions in `text`, ascending, at most one in each stretch between two special tokens.
-            video_ids: what each ``<video>`` becomes, in turn; those after the last become what it does. None leaves them
-                as text.
+            video_ids: what each ``<video>`` becomes, in turn; those after the last become what it does. None leaves
+                them as text.
         """
         parts = (self._cut if video_ids is None else self._cut_at_videos).split(text)
         ids, counts, at, videos = [], [], 0, 0
@@ -253,7 +253,8 @@ def _added_tokens(folder):
     """Ids of the tokens that a folder's files add to its vocabulary, and (lstrip, rstrip) where they say so."""
     ids = {token: int(i) for token, i in read_json_object(folder / "added_tokens.json").items()}
     entries = [{"id": int(i), **entry}
-               for i, entry in read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items()]
+               for i, entry in read_json_object(folder / "tokenizer_config.json").get(
+                   "added_tokens_decoder", {}).items()]
     entries += read_json_object(folder / "tokenizer.json").get("added_tokens", [])
     flags = {}
     for entry in entries:

@@ -47,7 +47,8 @@ class Ahead:
             generator=torch.Generator())  # a draw from the global one would depend on the number of processes
 
     def map(self, numbers):
-        """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends it.
+        """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends
+        it.
 
         Raises:
             ChildProcessError: a process has died, or none could be started.
@@ -87,8 +88,8 @@ class _ForkedProcess(ForkProcess):
             child.kill()
             child.wait()
             log.info("a process to read data hung before it began, and is replaced")
-        raise ChildProcessError(f"{len(_SIGN_OF_LIFE)} processes to read data with hung before they began, the last for "
-                                f"{seconds:g} s; --dataloader_num_workers 0 needs none")
+        raise ChildProcessError(f"{len(_SIGN_OF_LIFE)} processes to read data with hung before they began, the last "
+                                f"for {seconds:g} s; --dataloader_num_workers 0 needs none")
 
     def run(self):
         os.write(self.begun, b".")

@@ -109,7 +109,8 @@ def attend_rotated(qkv_NE: Tensor | Fp8Product, positions_N: Tensor, rope: tuple
 
 
 def rotates_to_keys(implementation: str | Callable, qkv_NE: Tensor) -> Callable | None:
-    """The function of `implementation` that `attend_rotated` takes, where the kernel of `rope_keys` can run; else None."""
+    """The function of `implementation` that `attend_rotated` takes, where the kernel of `rope_keys` can run; else
+    None."""
     call = _CALLS.get(implementation, implementation)
     return call if callable(call) and use_triton("auto", qkv_NE, name="rope_keys") else None
 
@@ -121,7 +122,8 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
         ValueError: `implementation` is none, or cannot be used here.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, "
+                         f"{', '.join(IMPLEMENTATIONS)}")
     obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "avx512": partial(_avx512_obstacle, channels),
                 "blocked": _bf16_cpu_obstacle}
     if implementation == "auto":
@@ -178,7 +180,8 @@ def _varlen_function():
 
 
 def gpu_libraries() -> dict[str, Callable]:
-    """{name: function of queries, keys, values and layout} of every attention library for GPUs that is here, best first."""
+    """{name: function of queries, keys, values and layout} of every attention library for GPUs that is here, best
+    first."""
     libraries = {module: partial(_flash, function=function) for module, function in _flash_functions().items()}
     return libraries | ({"torch's varlen_attn": _varlen} if _varlen_function() else {})
 

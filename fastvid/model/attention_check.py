@@ -16,7 +16,8 @@ from fastvid.model.attention import attend, choose_implementation, gpu_libraries
 log = logging.getLogger("fastvid")
 
 # How much further than SDPA in the same dtype a library's values or gradients may lie from SDPA's in fp32, as a part of
-# the largest: 4 units in bf16's last place, and as much again as SDPA. A wrong mask or head shifts them by tens of percent.
+# the largest: 4 units in bf16's last place, and as much again as SDPA. A wrong mask or head shifts them by tens of
+# percent.
 TRUSTED = 2**-6
 
 

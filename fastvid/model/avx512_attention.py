@@ -94,8 +94,8 @@ def _check(rows, q_bounds, k_bounds, kv_rows, constant_in_pairs):
     total = len(k_RKd) if kv_rows is None else len(kv_rows)
     if len(queries) != len(keys) or (queries < 0).any() or (queries > keys).any() or q_bounds[0] or k_bounds[0] or (
             q_bounds[-1] != len(q_NHd) or k_bounds[-1] != total):
-        raise ValueError(f"avx512 attention: segments of {queries.tolist()} queries and {keys.tolist()} keys do not fit "
-                         f"{len(q_NHd)} and {total} rows, or have more queries than keys")
+        raise ValueError(f"avx512 attention: segments of {queries.tolist()} queries and {keys.tolist()} keys do not "
+                         f"fit {len(q_NHd)} and {total} rows, or have more queries than keys")
     held = len(k_RKd) + (len(constant[0]) if constant else 0)
     if kv_rows is None:
         if constant:

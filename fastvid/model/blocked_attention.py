@@ -1,11 +1,12 @@
 """Causal attention on the CPU as batched matrix products, block of queries by block of queries.
 
-PyTorch's SDPA kernel for the CPU computes bf16 at a third of the rate of its matrix products. Here a block's products go
-through them whole, keys that no query of the block may see are left out, and backward computes a block's probabilities
-again, so that nothing but queries, keys and values is saved (as in arXiv:2205.14135; a block here sees all its keys).
+PyTorch's SDPA kernel for the CPU computes bf16 at a third of the rate of its matrix products. Here a block's products
+go through them whole, keys that no query of the block may see are left out, and backward computes a block's
+probabilities again, so that nothing but queries, keys and values is saved (as in arXiv:2205.14135; a block here sees
+all its keys).
 
-Dimensions: N query rows, R rows that are keys and values, C constant rows before those, H query heads, K key/value heads,
-G = H / K, d channels per head; n query rows of a block, m key rows that they see.
+Dimensions: N query rows, R rows that are keys and values, C constant rows before those, H query heads, K key/value
+heads, G = H / K, d channels per head; n query rows of a block, m key rows that they see.
 """
 
 from itertools import pairwise
@@ -53,7 +54,8 @@ def _runs(rows_m):
 
 
 def blocks(queries, keys):
-    """(rows of the queries, how many of the segment's `keys` keys the last of them sees) of every block, longest first."""
+    """(rows of the queries, how many of the segment's `keys` keys the last of them sees) of every block, longest
+    first."""
     for start in reversed(range(queries.start, queries.stop, BLOCK_QUERIES)):
         stop = min(start + BLOCK_QUERIES, queries.stop)
         yield slice(start, stop), keys - queries.stop + stop
@@ -150,8 +152,8 @@ def _backward(grad_NHd, q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, consta
 
 # One operation, by whose name selective recomputation keeps its result.
 _LIBRARY = torch.library.Library("fastvid", "DEF")
-_LIBRARY.define("blocked_attention(Tensor q, Tensor k, Tensor v, SymInt[] q_bounds, SymInt[] k_bounds, Tensor? kv_rows, "
-                "Tensor? constant_k, Tensor? constant_v) -> Tensor")
+_LIBRARY.define("blocked_attention(Tensor q, Tensor k, Tensor v, SymInt[] q_bounds, SymInt[] k_bounds, Tensor? "
+                "kv_rows, Tensor? constant_k, Tensor? constant_v) -> Tensor")
 _LIBRARY.impl("blocked_attention", _forward, "CPU")
 
 

@@ -48,7 +48,8 @@ class Placed:
 
 
 class GatherRows(torch.autograd.Function):
-    """[N, K, d] → [M, K, d]; saves indices; backward gathers, or sums a shared row's gradients in fp32, in M's order."""
+    """[N, K, d] → [M, K, d]; saves indices; backward gathers, or sums a shared row's gradients in fp32, in M's
+    order."""
 
     @staticmethod
     def forward(ctx, source_NKd, gathered, own_keys_N, regather):

@@ -189,8 +189,8 @@ class LayerMemory:
         gone = queries * (D * self.residual + 4 + size * (2 * F + (D + F if self.trained else 0)))
         gradients = size * (2 * queries * A + 2 * keys * B)  # of the output and the queries; of keys and values
         again = size * 2 * gathered * B if regathers else 0
-        # Gradients of shared keys are summed in fp32: of K and then of V the rows widened, their sums, and on a GPU parts
-        # of those.
+        # Gradients of shared keys are summed in fp32: of K and then of V the rows widened, their sums, and on a GPU
+        # parts of those.
         total = 4 * B * (rows + batch.frozen_rows + batch.prefix_rows) if gathered else 0
         total = 2 * total + (0 if size == 4 else 4 * B * gathered) + (0 if self.on_cpu else 4 * B * gathered // 10)
         if self._inputs_only:

@@ -115,7 +115,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
-        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder")
+        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items()
+                       if part != "decoder")
         weights += size * 2 * linears(c)
     elif "decoder" in trainable and size < stored:
         copied = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time

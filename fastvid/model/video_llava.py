@@ -72,7 +72,8 @@ class VideoLlava(nn.Module):
 
     def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-                 fp32_residual: bool = False, recompute: str | int = "none", attn_implementation: str | Callable = "auto"):
+                 fp32_residual: bool = False, recompute: str | int = "none",
+                 attn_implementation: str | Callable = "auto"):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:
@@ -125,14 +126,16 @@ class VideoLlava(nn.Module):
         if batch.parts is None:
             return self.decoder(self.splice(batch), batch.positions, batch.layout, prefix=prefix,
                                 supervised=(batch.loss_rows, batch.loss_layout))
-        assert not self.trainable & {"embed", "decoder"}, "no row is frozen where its embedding or the decoder is trained"
+        assert not self.trainable & {"embed", "decoder"}, (
+            "no row is frozen where its embedding or the decoder is trained")
         frozen, live = batch.parts
         first = batch.frozen_rows
         words_FD = self.embed.weight[batch.token_ids[:first]].to(self.residual_dtype)
         return self.decoder(
             self.splice(batch, first), batch.positions[first:], live.layout, prefix=prefix,
             supervised=(live.loss_rows, live.loss_layout),
-            frozen=Stream(words_FD, None, batch.positions[:first], frozen.layout, (frozen.loss_rows, frozen.loss_layout)))
+            frozen=Stream(words_FD, None, batch.positions[:first], frozen.layout,
+                          (frozen.loss_rows, frozen.loss_layout)))
 
     def keep_prefix(self, token_ids) -> None:
         """Compute once what each layer attends to in the text with which all samples begin, and keep it.
@@ -175,7 +178,8 @@ class VideoLlava(nn.Module):
         return self._prefix
 
     def splice(self, batch: PackedBatch, first: int = 0) -> Tensor:
-        """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual dtype."""
+        """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual
+        dtype."""
         video_PD = self.projector(batch.features.to(self.compute_dtype))
         boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
         rows = (batch.video_rows, batch.boundary_rows)

@@ -73,8 +73,8 @@ def _factors(lr, beta1, beta2, eps, weight_decay, step):
             (rest2 / (1 - beta2**step)) ** 0.5 / size, eps / size)
 
 
-def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, lr, beta1, beta2, eps, weight_decay, step,
-                             clip=None, skip=None, seed=0, first=0):
+def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, lr, beta1, beta2, eps, weight_decay,
+                             step, clip=None, skip=None, seed=0, first=0):
     """`adamw8bit_step` in plain torch, whole tensors at a time."""
     count, blocks = param.numel(), absmax1.numel()
 
@@ -112,9 +112,9 @@ def _tiles():
 
 @functools.cache
 def _codebook(device):
-    """What the kernel looks up, [1536] fp32: the values of the signed and of the unsigned type, beginning with code 128,
-    since codes are read as signed bytes; their thresholds, that below a code in its place; and for either type the slopes
-    and the offsets of `_code`'s lines.
+    """What the kernel looks up, [1536] fp32: the values of the signed and of the unsigned type, beginning with code
+    128, since codes are read as signed bytes; their thresholds, that below a code in its place; and for either type the
+    slopes and the offsets of `_code`'s lines.
     """
     maps = [dynamic_map(signed) for signed in (True, False)]
     bounds = [torch.cat([torch.tensor([-torch.inf]), (values[1:] + values[:-1]) / 2]) for values in maps]
@@ -129,8 +129,8 @@ def _code(x, book_ptr, SIGNED: tl.constexpr):
     """Code of the dynamic type's value nearest to x in [-1, 1] or [0, 1]: as many thresholds lie below x.
 
     As a function of |x|, a code's distance from zero's is linear in each decade. The decade is guessed from the bits of
-    |x|, nearly its logarithm; near a decade's end its neighbour's line serves too. The line, minus the middle of what it
-    may err (-0.25 to 1.2), leaves two codes, which one threshold tells apart. NaN becomes some code.
+    |x|, nearly its logarithm; near a decade's end its neighbour's line serves too. The line, minus the middle of what
+    it may err (-0.25 to 1.2), leaves two codes, which one threshold tells apart. NaN becomes some code.
     """
     TYPE: tl.constexpr = 0 if SIGNED else 1
     lines_ptr = book_ptr + (1024 + TYPE * 256) + tl.arange(0, 128)
@@ -231,7 +231,8 @@ def _check(param, grad, state1, state2, absmax1, absmax2, first):
             raise ValueError(f"adamw8bit_step: {name} must have {count} elements for a param of {param.numel()}, "
                              f"found {x.numel()}")
         if not x.is_contiguous():
-            raise ValueError(f"adamw8bit_step: {name} must be contiguous, found strides {x.stride()} of {list(x.shape)}")
+            raise ValueError(f"adamw8bit_step: {name} must be contiguous, found strides {x.stride()} of "
+                             f"{list(x.shape)}")
     if first % 8:
         raise ValueError(f"adamw8bit_step: first must be a multiple of 8, found {first}")
 
@@ -252,8 +253,8 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
         grad: E elements, bf16, fp16 or fp32.
         state1, state2: codes of the first and second moment, uint8, updated: indices into `dynamic_map(True)` and
             `dynamic_map(False)`.
-        absmax1, absmax2: [B] fp32, scale of each block of 256 elements, updated. All four as bitsandbytes' AdamW8bit keeps
-            them under these names; zeros are the state before the first step.
+        absmax1, absmax2: [B] fp32, scale of each block of 256 elements, updated. All four as bitsandbytes' AdamW8bit
+            keeps them under these names; zeros are the state before the first step.
         lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW's.
         step: number of this update, from 1.
         clip: fp32 scalar on the device that gradients are multiplied by.
@@ -271,17 +272,18 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
     tensors = [x for x in (param, grad, state1, state2, absmax1, absmax2, clip, skip) if x is not None]
     _check(param, grad, state1, state2, absmax1, absmax2, first)
     if not use_triton(impl, *tensors, name="adamw8bit_step"):
-        adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                                 weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed, first=first)
+        adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, lr=lr, beta1=beta1, beta2=beta2,
+                                 eps=eps, weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed,
+                                 first=first)
         return
     if param.numel() == 0:
         return
     blocks, warps = _tiles()
     launch(
         _adamw8bit_step_kernel, (triton.cdiv(absmax1.numel(), blocks),),
-        param, grad, state1, state2, absmax1, absmax2, _codebook(param.device), clip, skip, param.numel(), seed, step, first,
-        *_factors(lr, beta1, beta2, eps, weight_decay, step), CLIP=clip is not None, SKIP=skip is not None, BLOCKS=blocks,
-        num_warps=warps)
+        param, grad, state1, state2, absmax1, absmax2, _codebook(param.device), clip, skip, param.numel(), seed, step,
+        first, *_factors(lr, beta1, beta2, eps, weight_decay, step), CLIP=clip is not None, SKIP=skip is not None,
+        BLOCKS=blocks, num_warps=warps)
 
 
 __all__ = ["BLOCK_SIZE", "adamw8bit_step", "adamw8bit_step_reference", "dynamic_map", "random_bits"]

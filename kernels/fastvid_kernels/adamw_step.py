@@ -47,9 +47,9 @@ def _tiles():
 
 
 @triton.jit(do_not_specialize=["step", "seed", "first_group"])
-def _adamw_step_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, clip_ptr, skip_ptr, count, seed, step, first_group,
-                       rest1, decay2, rest2, keep, size, scale, eps, BEFORE: tl.constexpr, CLIP: tl.constexpr,
-                       SKIP: tl.constexpr, BLOCKS: tl.constexpr):
+def _adamw_step_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, clip_ptr, skip_ptr, count, seed, step,
+                       first_group, rest1, decay2, rest2, keep, size, scale, eps, BEFORE: tl.constexpr,
+                       CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
     """BEFORE: elements of the first group of eight, which random bits are for, that lie before the shard."""
     if SKIP:
         if tl.load(skip_ptr) != 0:
@@ -75,9 +75,9 @@ def _adamw_step_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, clip_pt
 
 
 @torch.no_grad()
-def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float, beta2: float,
-               eps: float, weight_decay: float, step: int, clip: Tensor | None = None, skip: Tensor | None = None,
-               seed: int = 0, first: int = 0, impl: str = "auto") -> None:
+def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float,
+               beta2: float, eps: float, weight_decay: float, step: int, clip: Tensor | None = None,
+               skip: Tensor | None = None, seed: int = 0, first: int = 0, impl: str = "auto") -> None:
     """AdamW (arXiv:1711.05101) of bf16 weights that are rounded stochastically, in place and in one pass.
 
     All is computed in fp32. All tensors are contiguous and of one shape, on one device.

@@ -36,7 +36,8 @@ def add_rms_norm_fp8_reference(residual_ND, branch_ND, weight_D, eps, dtype):
 
 
 def _tiles(D, summed=False):
-    """Columns of a tile, which holds a whole row, and warps: 16 columns a thread, 8 where their sums are kept as well."""
+    """Columns of a tile, which holds a whole row, and warps: 16 columns a thread, 8 where their sums are kept as
+    well."""
     BLOCK_D = triton.next_power_of_2(max(D, 32))
     return BLOCK_D, min(max(BLOCK_D // 256, 1), 32) if summed else min(max(BLOCK_D // 512, 1), 16)
 

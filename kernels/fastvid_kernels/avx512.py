@@ -62,8 +62,8 @@ def _compiled(compiler, source, headers):
     for path in (folder, target):
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-            raise RuntimeError(f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names another "
-                               "folder")
+            raise RuntimeError(f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names "
+                               "another folder")
     return target
 
 

@@ -106,7 +106,8 @@ def _source(position, length, N: tl.constexpr):
 @triton.jit
 def _frame_patchify_fwd_kernel(
         work_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
-        N: tl.constexpr, p: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr, LINE: tl.constexpr):
+        N: tl.constexpr, p: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+        LINE: tl.constexpr):
     """A block of output values of each frame of one work item; addresses within a frame are computed once."""
     G: tl.constexpr = N // p
     K: tl.constexpr = 3 * p * p
@@ -149,7 +150,8 @@ def _patchify(clips, size, patch, mean, std, dtype):
         work = _work(clips, frames)
         affine = _affine(mean, std, dtype)
         table = out_TPK if affine else _device_table(mean, std, dtype, device)  # the affine kernel reads none
-        reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:])) for clip in clips)
+        reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:]))
+                    for clip in clips)
         launch(
             _frame_patchify_fwd_kernel, (triton.cdiv(values, block), len(work)),
             work, table, out_TPK, *(affine or (0.0,) * 6), N=size, p=patch, AFFINE=affine is not None,

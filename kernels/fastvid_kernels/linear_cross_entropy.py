@@ -99,8 +99,8 @@ def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
 
 
 def _padded(weight_VD, width, dtype):
-    """The head in `dtype` with rows of zeros up to `width`: on a GPU, products of an odd number of tokens take several times
-    as long as those of the next multiple of 64."""
+    """The head in `dtype` with rows of zeros up to `width`: on a GPU, products of an odd number of tokens take several
+    times as long as those of the next multiple of 64."""
     vocab_size = len(weight_VD)
     if vocab_size == width:
         return weight_VD.to(dtype)
@@ -111,7 +111,8 @@ def _padded(weight_VD, width, dtype):
 
 
 def _add_product(total_vD, grad_lv, h_lD):
-    """total += gradᵀ·h in the total's dtype: the product of bf16 factors has fp32 sums, and they are not rounded to bf16."""
+    """total += gradᵀ·h in the total's dtype: the product of bf16 factors has fp32 sums, and they are not rounded to
+    bf16."""
     if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
         torch.addmm(total_vD, grad_lv.T, h_lD, out_dtype=total_vD.dtype, out=total_vD)
     else:  # torch's products on a CPU return their factors' dtype
@@ -175,8 +176,8 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
     Args:
         h_LD: supervised rows after the final norm, in the compute dtype.
         weight_VD: head, in any dtype; cast to the rows' for the product. Its gradient is computed only if due.
-        targets_L: [L] int64, each in 0…V−1. That is not checked, since the host would have to wait for the GPU; a target
-            outside (-100 too: leave such rows out) reads memory that is not the logits'.
+        targets_L: [L] int64, each in 0…V−1. That is not checked, since the host would have to wait for the GPU; a
+            target outside (-100 too: leave such rows out) reads memory that is not the logits'.
         impl: "auto", "triton" or "reference"; see `dispatch.use_triton`. Matrix products are torch's everywhere; the
             kernel is what lies between them: one read of a chunk's logits and one write, over them, of their gradient.
 
@@ -184,8 +185,8 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
         (sum of -log p(target), fp32 scalar; log-sum-exp of each row's logits, [L] fp32, without gradient). Logits are
         rounded to the compute dtype as a linear layer rounds them; all after that is fp32. For L = 0 the sum is 0 and
         gradients are zeros. Saved for backward: the gradients due, of the rows and of the head (fp32); with a frozen
-        head in bf16, what exists besides is a chunk of logits, 64 MiB, and by the kernel a padded copy of the head where V is
-        no multiple of 64. Repeatable.
+        head in bf16, what exists besides is a chunk of logits, 64 MiB, and by the kernel a padded copy of the head
+        where V is no multiple of 64. Repeatable.
 
     Raises:
         ValueError: shapes or the targets' dtype do not fit, or `impl` is not available here.

@@ -56,8 +56,8 @@ def quantize_fp8_reference(x_ND, scale=None):
 
 
 def _tiles(channels):
-    """(channels of a tile, warps): a row of up to 16384 stays in registers, 16 or 32 values per thread; longer rows pass
-    in tiles of 8192, of which the last wastes less."""
+    """(channels of a tile, warps): a row of up to 16384 stays in registers, 16 or 32 values per thread; longer rows
+    pass in tiles of 8192, of which the last wastes less."""
     block = triton.next_power_of_2(channels)
     block = block if block <= 16384 else 8192
     return block, max(1, min(16, block // 512))
@@ -142,8 +142,8 @@ def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto
             arithmetic, to the same bits.
 
     Returns:
-        (float8_e4m3fn [N, D], contiguous; scale [N] fp32, or the one given): x ≈ out · scale. Rounded once from fp32, to
-        nearest even; NaN stays NaN; in a row with infinity or NaN the scale says so. Repeatable. Nothing is
+        (float8_e4m3fn [N, D], contiguous; scale [N] fp32, or the one given): x ≈ out · scale. Rounded once from fp32,
+        to nearest even; NaN stays NaN; in a row with infinity or NaN the scale says so. Repeatable. Nothing is
         saved: it has no gradient.
 
     Raises:

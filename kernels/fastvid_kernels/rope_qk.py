@@ -140,7 +140,8 @@ class _RopeQK(torch.autograd.Function):
         ctx.implementation = implementation
         if inplace:
             ctx.mark_dirty(qkv_NE)
-        return _rotated(qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False, implementation)
+        return _rotated(qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False,
+                        implementation)
 
     @staticmethod
     @once_differentiable

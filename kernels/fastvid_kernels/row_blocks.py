@@ -1,4 +1,5 @@
-"""Chains of elementwise operations in plain torch, block of rows by block of rows: what lies between stays in the cache."""
+"""Chains of elementwise operations in plain torch, block of rows by block of rows: what lies between stays in the
+cache."""
 
 import functools
 

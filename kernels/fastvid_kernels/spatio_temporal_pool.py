@@ -49,8 +49,8 @@ def _tiles(B, T, P, C, itemsize):
     """Blocks of the forward kernel: rows and channels of a tile, patches of a block, frames of a run.
 
     A row of a tile is a cache line. Tiles are small enough for many warps to be in flight, and no smaller, since each
-    block of patches writes a partial sum per frame. One run of frames saves the partial sums of positions too; more runs
-    occupy the GPU when the batch is small, but never begin a second wave of programs.
+    block of patches writes a partial sum per frame. One run of frames saves the partial sums of positions too; more
+    runs occupy the GPU when the batch is small, but never begin a second wave of programs.
     """
     block_c = min(128 // itemsize, triton.next_power_of_2(max(C, 1)))
     blocks = max(1, triton.cdiv(P, 64))
@@ -143,7 +143,8 @@ def _spatio_temporal_pool_bwd_kernel(
     spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     for t in range(first, tl.minimum(first + run_frames, T)):
         is_real = t < count
-        temporal = tl.load(grad_BRC_ptr + t * C + c, mask=(c < C) & is_real, other=0.0).to(tl.float32) / P.to(tl.float32)
+        temporal = (tl.load(grad_BRC_ptr + t * C + c, mask=(c < C) & is_real, other=0.0).to(tl.float32)
+                    / P.to(tl.float32))
         grad = tl.where(is_real, spatial + temporal[None, :], 0.0)
         tl.store(grad_BTPC_ptr + (video * T + t) * P * C + offsets, grad.to(grad_BTPC_ptr.dtype.element_ty), mask=mask)
 

@@ -37,7 +37,8 @@ def _tiles(rows, D):
 @triton.jit(do_not_specialize=["P", "boundaries"],
             do_not_specialize_on_alignment=["video_rows_ptr", "boundary_rows_ptr"])
 def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, boundaries, BLOCK: tl.constexpr):
-    """Marks the packed rows that do not come from the table: p ≥ 0 for projected row p, −2 for a start, −3 for an end."""
+    """Marks the packed rows that do not come from the table: p ≥ 0 for projected row p, −2 for a start, −3 for an
+    end."""
     source = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(video_rows_ptr + source, mask=source < P, other=0)
     tl.store(sources_ptr + row, source, mask=source < P)

@@ -96,7 +96,8 @@ def main(path, *names):
     tables = json.loads(path.read_text()) if path.exists() else {}
     tables[triton.__version__] = dict(sorted((tables.get(triton.__version__, {}) | found).items()))
     text = json.dumps(dict(sorted(tables.items())), indent=1, ensure_ascii=False)
-    path.write_text(re.sub(r"\{[^{}]*\}", lambda leaf: " ".join(leaf[0].split()), text) + "\n")  # a line for each binary
+    # A line for each binary.
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda leaf: " ".join(leaf[0].split()), text) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import torch
 from fastvid_kernels.dispatch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-assert DEVICE == "cuda" or INTERPRETED, "fastvid_kernels was imported before tests/conftest.py could have it interpreted"
+assert DEVICE == "cuda" or INTERPRETED, (
+    "fastvid_kernels was imported before tests/conftest.py could have it interpreted")
 if INTERPRETED:
     interpreter.repair()
 

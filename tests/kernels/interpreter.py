@@ -1,8 +1,8 @@
 """Repairs of Triton's interpreter, which gets bfloat16 silently wrong and float arguments not at all.
 
 It keeps bfloat16 as uint16 and then truncates where hardware rounds to nearest even, adds the bits of two numbers as
-integers, and hands floats to kernels unwrapped. Conversions here go through torch. NaN is to hardware the integer 0, and
-the lesser of two numbers, unless it is told otherwise. Not repaired: reductions of bfloat16 and atomics on it, so a
+integers, and hands floats to kernels unwrapped. Conversions here go through torch. NaN is to hardware the integer 0,
+and the lesser of two numbers, unless it is told otherwise. Not repaired: reductions of bfloat16 and atomics on it, so a
 kernel widens what it loads first, as on the GPU.
 """
 

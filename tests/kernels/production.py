@@ -41,7 +41,8 @@ def linear_cross_entropy_calls():
     def call(vocabulary, rows=4, channels=16):
         h = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.zeros(rows, dtype=torch.int64)
-        return lambda: linear_cross_entropy(h, torch.empty(vocabulary, channels, dtype=torch.bfloat16), targets, impl="triton")
+        return lambda: linear_cross_entropy(h, torch.empty(vocabulary, channels, dtype=torch.bfloat16), targets,
+                                            impl="triton")
 
     return {f"V={vocabulary} bf16": call(vocabulary) for vocabulary in (32003, 128259)}
 
@@ -128,8 +129,8 @@ def splice_video():
         boundary_rows = torch.empty(2 * videos if boundary else 0, dtype=torch.int64)
         out = splice_video(
             torch.empty(rows, dtype=torch.int64), torch.empty(32003, channels, dtype=torch.bfloat16), video,
-            torch.empty(videos * 676, dtype=torch.int64), torch.empty(2, channels, requires_grad=True) if boundary else None,
-            boundary_rows, dtype, impl="triton")
+            torch.empty(videos * 676, dtype=torch.int64),
+            torch.empty(2, channels, requires_grad=True) if boundary else None, boundary_rows, dtype, impl="triton")
         out.backward(torch.empty_like(out))
 
     return {"D=4096 bf16": lambda: call(4096), "D=5120 bf16": lambda: call(5120),
@@ -173,7 +174,8 @@ def adamw_step_calls():
         param, grad = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=grad_dtype)
         moments = [torch.empty(elements) for _ in range(2)]
         return lambda: adamw_step(param, grad, *moments, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1,
-                                  step=7, seed=42, first=first, clip=torch.empty(()), skip=torch.empty(()), impl="triton")
+                                  step=7, seed=42, first=first, clip=torch.empty(()), skip=torch.empty(()),
+                                  impl="triton")
 
     return {"22016×4096, bf16 gradient": call(22016 * 4096, torch.bfloat16),
             "22016×4096, fp32 gradient": call(22016 * 4096, torch.float32),
@@ -234,7 +236,8 @@ def rope_keys_calls():
 
     return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
             "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
-            "no queries bf16": lambda: call(0, 32), "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+            "no queries bf16": lambda: call(0, 32),
+            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
 
 
 PRODUCTION["rope_keys"] = rope_keys_calls

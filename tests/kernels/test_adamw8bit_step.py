@@ -62,7 +62,8 @@ def test_equals_reference(count, dtype):
 def test_any_shape_and_step(count, dtype, grad_dtype, step, seed):
     tensors = inputs(count, dtype, grad_dtype, seed)
     options = {"step": step, "seed": seed, "clip": torch.tensor(0.3, device=DEVICE), "first": 8 * seed}
-    assert_same(run(adamw8bit_step, tensors, impl="triton", **options), run(adamw8bit_step_reference, tensors, **options))
+    assert_same(run(adamw8bit_step, tensors, impl="triton", **options),
+                run(adamw8bit_step_reference, tensors, **options))
 
 
 def test_maps_are_those_of_bitsandbytes():
@@ -180,7 +181,8 @@ def test_same_bits_again_and_nothing_behind_the_end(impl, dtype):
     tensors = inputs(1000, dtype)
     first, second = (run(adamw8bit_step, tensors, impl=impl) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    longer = [torch.nn.functional.pad(x, (0, 1000), value=255 if x.dtype == torch.uint8 else torch.nan) for x in tensors]
+    longer = [torch.nn.functional.pad(x, (0, 1000), value=255 if x.dtype == torch.uint8 else torch.nan)
+              for x in tensors]
     found = [x[:len(old)] for x, old in zip(longer, tensors)]
     adamw8bit_step(*found, **OPTIONS, impl=impl)
     assert all(map(torch.equal, (found[0], *found[2:]), first)) and torch.equal(found[1], tensors[1])

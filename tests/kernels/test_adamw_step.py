@@ -60,7 +60,8 @@ def test_follows_torch(impl):
     param, grad, *moments = inputs(3000, torch.float32)
     weight = torch.nn.Parameter(param.float())
     optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1, eps=1e-2)
-    optimizer.state[weight] = {"step": torch.tensor(2.0), "exp_avg": moments[0].clone(), "exp_avg_sq": moments[1].clone()}
+    optimizer.state[weight] = {"step": torch.tensor(2.0), "exp_avg": moments[0].clone(),
+                               "exp_avg_sq": moments[1].clone()}
     for step in range(3, 6):
         weight.grad = grad / step
         with torch.no_grad():

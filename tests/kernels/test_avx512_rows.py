@@ -1,4 +1,5 @@
-"""What AVX512-BF16 computes of SwiGLU, RMSNorm and rotary embedding: the kernels' own checks, edges, and when it serves."""
+"""What AVX512-BF16 computes of SwiGLU, RMSNorm and rotary embedding: the kernels' own checks, edges, and when it
+serves."""
 
 import pytest
 import test_add_rms_norm as norm
@@ -55,7 +56,8 @@ def test_any_shape(rows, width, heads, kv_heads, add, trained, seed):
 def results(given, impl):
     """Every value and gradient of the three on `given`: (swiglu's, norm's, rope's) inputs and output gradients."""
     (x, grad), (case, grads), (qkv, rest, qkv_grad) = given
-    return (*swiglu.run(lambda x: fused(x, impl=impl), x, grad), *norm.run(norm.implementation(impl), *case, BF16, grads),
+    return (*swiglu.run(lambda x: fused(x, impl=impl), x, grad),
+            *norm.run(norm.implementation(impl), *case, BF16, grads),
             *rope.run(rope_qk, qkv, rest, qkv_grad, impl=impl))
 
 
@@ -148,7 +150,8 @@ def test_auto_takes_it_for_bf16_alone(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     calls, call = [], avx512_rows._call
     monkeypatch.setattr(avx512_rows, "_call", lambda *given: calls.append(given) or call(*given))
-    for dtype, impl, taken in ((BF16, "auto", 1), (torch.float32, "auto", 0), (BF16, "reference", 0), (BF16, "avx512", 1)):
+    for dtype, impl, taken in ((BF16, "auto", 1), (torch.float32, "auto", 0), (BF16, "reference", 0),
+                               (BF16, "avx512", 1)):
         calls.clear()
         CALLS[name](impl, dtype)
         assert len(calls) == taken, (dtype, impl)

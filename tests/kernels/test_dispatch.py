@@ -9,7 +9,8 @@ from conftest import ROOT
 from fastvid_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-FILES = [path for path in sorted((ROOT / "kernels" / "fastvid_kernels").glob("*.py")) if "@triton.jit" in path.read_text()]
+FILES = [path for path in sorted((ROOT / "kernels" / "fastvid_kernels").glob("*.py"))
+         if "@triton.jit" in path.read_text()]
 
 
 @pytest.fixture

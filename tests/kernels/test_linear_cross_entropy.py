@@ -40,8 +40,8 @@ def run(function, h, weight, targets, scale=0.37, **options):
 
 def check(h, weight, targets, **options):
     """Against fp64 on the same logits, which a linear layer rounds: no further away than twice eager torch."""
-    found, eager = run(linear_cross_entropy, h, weight, targets, **options), run(linear_cross_entropy_reference, h, weight,
-                                                                                targets)
+    found, eager = (run(linear_cross_entropy, h, weight, targets, **options),
+                    run(linear_cross_entropy_reference, h, weight, targets))
     exact = run(linear_cross_entropy_reference, h.detach().double().requires_grad_(),
                 weight.detach().to(h.dtype).double().requires_grad_(weight.requires_grad), targets)
     assert found[0].dtype == found[1].dtype == torch.float32 and not found[1].requires_grad

@@ -33,7 +33,8 @@ def run_test(test, kernels, log):
 def server():
     import torch
 
-    # A process has one server. Other tests want one that does not interpret, so this one is theirs no longer than needed.
+    # A process has one server. Other tests want one that does not interpret, so this one is theirs no longer than
+    # needed.
     shared, context = forkserver._forkserver, multiprocessing.get_context("forkserver")
     shared._stop()
     others = shared._preload_modules

@@ -126,7 +126,8 @@ def test_a_frozen_matrix_multiplies_the_kernels_bits(monkeypatch):
     """The matrix and its transpose, rows, and a gradient that is a part of wider rows."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:
         pytest.skip("no FP8 units")
-    weight, x, wider = (inputs(*shape, torch.bfloat16, seed) for seed, shape in enumerate([(96, 64), (9, 64), (9, 200)]))
+    weight, x, wider = (inputs(*shape, torch.bfloat16, seed)
+                        for seed, shape in enumerate([(96, 64), (9, 64), (9, 200)]))
 
     def results(impl):
         monkeypatch.setattr(quantize, "quantize_fp8", partial(quantize_fp8, impl=impl))

@@ -79,7 +79,8 @@ def test_batch_reads_nothing_behind_the_real_frames(impl, counts, as_tensor):
     x = _states(len(counts), 17, 6, 7)
     for video, count in zip(x, counts):
         video[count:] = float("nan")
-    out = spatio_temporal_pool(x, num_temporal=20, frame_counts=torch.tensor(counts) if as_tensor else counts, impl=impl)
+    out = spatio_temporal_pool(x, num_temporal=20, frame_counts=torch.tensor(counts) if as_tensor else counts,
+                               impl=impl)
     assert out.shape == (len(counts), 26, 7)
     for video, count, pooled in zip(x, counts, out):
         assert (pooled[count:20] == 0).all()

@@ -24,4 +24,5 @@ def test_row_counts_and_offsets_make_no_variants():
     assert differing == {}
     assert {name: len(forms) for name, forms in found.items()} == dict.fromkeys(found, 1) | FORMS
     sources = [path.read_text() for path in (Path(__file__).parents[2] / "kernels" / "fastvid_kernels").glob("*.py")]
-    assert set(found) == {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(\s*\w+_ptr", source, re.M)}
+    assert set(found) == {name for source in sources
+                          for name in re.findall(r"^def (_\w+_kernel)\(\s*\w+_ptr", source, re.M)}
