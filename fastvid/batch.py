@@ -1,8 +1,8 @@
 """PackedBatch: the one structure that crosses from the data to the model.
 
-All rows of all samples lie end to end; there is no padding and no attention mask. A segment is a run of rows that attend
-to each other: a sample, or a part of one where samples share rows (a system prompt, a video) or where the rows before
-the first trained one stand apart.
+All rows of all samples lie end to end; there is no padding and no attention mask. A segment is a run of rows that
+attend to each other: a sample, or a part of one where samples share rows (a system prompt, a video) or where the rows
+before the first trained one stand apart.
 
 Dimensions: N rows, S segments, M key/value rows, V videos, P rows of all videos, C channels of the vision tower,
 L supervised rows.
@@ -53,8 +53,8 @@ class AttentionLayout:
         kv_rows: [M] int64, for each key of each segment the row that it is, counted from the first row of the batch's
             constant prefix (`PackedBatch.prefix_rows`), which the packed rows follow; None: a segment's own rows.
         way_back: of `kv_rows`: which keys each packed row is. None: unknown.
-        own_keys: [N] int64, where in `kv_rows` each row stands, if each stands there once: the gradient of a gather is then
-            a gather too. None: unknown, or some row is a key of several segments or of none.
+        own_keys: [N] int64, where in `kv_rows` each row stands, if each stands there once: the gradient of a gather is
+            then a gather too. None: unknown, or some row is a key of several segments or of none.
     """
 
     cu_seqlens_q: Tensor
@@ -67,13 +67,15 @@ class AttentionLayout:
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Rows of each segment's queries and keys. Whoever makes a layout knows them, and copies on a GPU keep them: there
-        the host would have to wait for the tensors."""
+        """Rows of each segment's queries and keys. Whoever makes a layout knows them, and copies on a GPU keep them:
+        there the host would have to wait for the tensors."""
         return self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
 
     @staticmethod
     def of_lengths(lengths, key_lengths=None, kv_rows=None):
-        """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of `kv_rows`."""
+        """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of
+        `kv_rows`.
+        """
         queries = _cumulative(lengths)
         keys, key_lengths = (queries, lengths) if key_lengths is None else (_cumulative(key_lengths), key_lengths)
         layout = AttentionLayout(queries, max(lengths, default=0), keys, max(key_lengths, default=0), kv_rows)
@@ -116,8 +118,8 @@ class AttentionLayout:
                      for chosen, half in zip((slice(segments), slice(segments, None)), halves))
 
     def with_way_back(self, first, rows):
-        """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`. On the
-        CPU.
+        """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`.
+        On the CPU.
         """
         if self.kv_rows is None:
             return self
@@ -131,7 +133,8 @@ class AttentionLayout:
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
         way_back = self.way_back and self.way_back.map(function)
-        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back, own_keys=own_keys)
+        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back,
+                             own_keys=own_keys)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,8 @@ class PackedBatch:
         return self.targets.numel()
 
     def parted(self):
-        """The same batch with what spares the model work: `loss_layout`, ways back, `parts` if rows are frozen. On the CPU.
+        """The same batch with what spares the model work: `loss_layout`, ways back, `parts` if rows are frozen. On the
+        CPU.
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
@@ -215,7 +219,8 @@ class PackedBatch:
         before, rows = self.prefix_rows + self.frozen_rows, self.num_rows - self.frozen_rows
         frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
         parts = (BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
-                 BatchPart(live.with_way_back(before, rows), live_loss, live.of_rows(live_loss).with_way_back(before, rows)))
+                 BatchPart(live.with_way_back(before, rows), live_loss,
+                           live.of_rows(live_loss).with_way_back(before, rows)))
         return replace(batch, parts=parts)
 
     def map(self, function):

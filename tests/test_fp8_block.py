@@ -54,7 +54,8 @@ def prepared(**options):
 def alike(frozen=False):
     """Few rows, because an interpreter is slow; all alike, or with the prefix kept and the frozen rows apart."""
     generator = torch.Generator().manual_seed(0)
-    samples = [random_sample(generator, **shape) for shape in ({"text": (5, 1), "video": 2}, {"text": (4, 1), "video": 1, "answer": 2})]
+    samples = [random_sample(generator, **shape) for shape in ({"text": (5, 1), "video": 2},
+                                                               {"text": (4, 1), "video": 1, "answer": 2})]
     for ids, _ in samples:
         ids[:len(PREFIX)] = PREFIX
     plain = pack_alike(samples, generator=generator)
@@ -111,7 +112,8 @@ def test_saves_what_is_saved_where_products_quantise():
     def saved(model):
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x):
+                lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x,
+                lambda x: x):
             loss = model(alike(frozen=True))
         assert loss.requires_grad
         return sum(sizes.values())

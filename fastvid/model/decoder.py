@@ -36,8 +36,8 @@ def recomputed_layers(recompute: str | int, num_layers: int) -> int:
     """
     whole = {"none": 0, "selective": 0, "full": num_layers}.get(recompute, recompute)
     if not isinstance(whole, int) or not 0 <= whole <= num_layers:
-        raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the first "
-                         f"layers, 0 to {num_layers}")
+        raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the "
+                         f"first layers, 0 to {num_layers}")
     return whole
 
 
@@ -57,7 +57,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, residual_ND, branch_ND):
         fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
-        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype)
+        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(residual_ND, branch_ND, self.weight, self.eps,
+                                                           self.compute_dtype)
 
 
 class Stream(NamedTuple):
@@ -68,7 +69,8 @@ class Stream(NamedTuple):
         branch_ND: what the last block adds to it; None: nothing, or added already.
         positions_N: rotary positions.
         layout: who attends to whom.
-        supervised: (rows [L], ascending; who they attend to): the only rows that the last layer must put out; None: all.
+        supervised: (rows [L], ascending; who they attend to): the only rows that the last layer must put out; None:
+            all.
     """
 
     residual_ND: Tensor
@@ -151,7 +153,8 @@ class DecoderLayer(nn.Module):
         return advance(live, prefix, cache=cache, by_kernel=cache is None)[0], frozen
 
     def _advance(self, stream, constant, *, cache=None, by_kernel=False, **options):
-        """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places them).
+        """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places
+        them).
 
         Args:
             by_kernel: let a kernel put keys into their places, if it can.
@@ -170,7 +173,9 @@ class DecoderLayer(nn.Module):
         return Stream(residual_ND, self.down(h_NF), positions_N, layout, stream.supervised), keys_values
 
     def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
-        """((residual stream, attention's output or None, positions, layout) of the rows that go on, keys and values)."""
+        """((residual stream, attention's output or None, positions, layout) of the rows that go on, keys and
+        values).
+        """
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         # In place, but not where recomputation keeps the product that would be overwritten.
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
@@ -243,7 +248,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
                  trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
-                 frozen_dtype: str | None = None, recompute: str | int = "none", attn_implementation: str | Callable = "auto"):
+                 frozen_dtype: str | None = None, recompute: str | int = "none",
+                 attn_implementation: str | Callable = "auto"):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
         whole = recomputed_layers(recompute, config.num_layers)

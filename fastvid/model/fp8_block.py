@@ -1,7 +1,7 @@
 """Pieces of a frozen layer whose rows and gradients go from the kernel that makes them to an FP8 product in e4m3.
 
-Dimensions: N rows, M key rows, D channels, F channels of the feed-forward block, E = (H + 2K)·d columns of queries, keys
-and values, H query heads, K key/value heads, d channels per head.
+Dimensions: N rows, M key rows, D channels, F channels of the feed-forward block, E = (H + 2K)·d columns of queries,
+keys and values, H query heads, K key/value heads, d channels per head.
 """
 
 from typing import NamedTuple

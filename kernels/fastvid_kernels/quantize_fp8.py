@@ -41,7 +41,8 @@ class Fp8Rows(NamedTuple):
     def empty(like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> "Fp8Rows":
         """Rows yet to be written, on the device of `like`; `dtype` is the stand-in's."""
         return Fp8Rows(Fp8Rows.stand_in(like, (rows, channels), dtype),
-                       like.new_empty(rows, channels, dtype=torch.float8_e4m3fn), like.new_empty(rows, dtype=torch.float32))
+                       like.new_empty(rows, channels, dtype=torch.float8_e4m3fn),
+                       like.new_empty(rows, dtype=torch.float32))
 
 
 def quantize_fp8_reference(x_ND, scale=None):

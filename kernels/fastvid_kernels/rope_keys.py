@@ -1,7 +1,7 @@
 """Rotary embedding that puts keys and values where attention reads them: behind the rows that segments share.
 
-Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads,
-A heads of a row, d channels per head, h = d / 2.
+Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns of a row, H query heads, K key/value
+heads, A heads of a row, d channels per head, h = d / 2.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class WayBack:
         return WayBack(function(self.starts_N1), function(self.places), self.constant_rows)
 
 
-def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None, constant=None):
+def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None,
+                        constant=None):
     """`rope_keys` in plain differentiable torch."""
     rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
         1, (num_heads + 2 * num_kv_heads, -1))
@@ -62,8 +63,9 @@ def _tiles(heads, half):
 
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
-def _place_keys_kernel(qkv_ptr, constant_k_ptr, constant_v_ptr, k_ptr, v_ptr, rows_ptr, positions_ptr, inv_freq_ptr, scale,
-                       C, num_heads, kv_heads, half, BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+def _place_keys_kernel(qkv_ptr, constant_k_ptr, constant_v_ptr, k_ptr, v_ptr, rows_ptr, positions_ptr, inv_freq_ptr,
+                       scale, C, num_heads, kv_heads, half, BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr,
+                       BLOCK_h: tl.constexpr):
     """Keys, then values, of a key row: copied if it is constant, else from its packed row, keys rotated."""
     program = tl.program_id(0)
     place = (program // (2 * BLOCKS)).to(tl.int64)
@@ -164,12 +166,14 @@ def _rotate_heads(x_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written
     if x_NE.shape[0] and written:
         block_a, block_h, blocks, warps = _rope_tiles(written, half)
         launch(_rope_qk_kernel, (x_NE.shape[0] * blocks,), x_NE, out_NX, positions_N, inv_freq_h, scale,
-               x_NE.shape[1] // (2 * half), out_NX.shape[1] // (2 * half), rotated, written, half, blocks, False, block_a,
-               block_h, num_warps=warps)
+               x_NE.shape[1] // (2 * half), out_NX.shape[1] // (2 * half), rotated, written, half, blocks, False,
+               block_a, block_h, num_warps=warps)
 
 
 def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant):
-    """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet. All contiguous."""
+    """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet. All
+    contiguous.
+    """
     half = inv_freq_h.shape[0]
     assert all(x.is_contiguous() for x in (qkv_NE, positions_N, inv_freq_h, rows_M, *(constant or ())))
     out_2MKd = qkv_NE.new_empty(2, rows_M.shape[0], num_kv_heads, 2 * half)
@@ -177,8 +181,8 @@ def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, 
     block, warps = _tiles(num_kv_heads, half)
     blocks = triton.cdiv(num_kv_heads, block)
     if out_2MKd.numel():
-        launch(_place_keys_kernel, (rows_M.shape[0] * 2 * blocks,), qkv_NE, k_CKd, v_CKd, *out_2MKd, rows_M, positions_N,
-               inv_freq_h, scale, k_CKd.shape[0], num_heads, num_kv_heads, half, blocks, block,
+        launch(_place_keys_kernel, (rows_M.shape[0] * 2 * blocks,), qkv_NE, k_CKd, v_CKd, *out_2MKd, rows_M,
+               positions_N, inv_freq_h, scale, k_CKd.shape[0], num_heads, num_kv_heads, half, blocks, block,
                triton.next_power_of_2(half), num_warps=warps)
     return out_2MKd
 
@@ -192,9 +196,9 @@ def collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale, 
     q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
     if grad_NE.numel():
         starts_N1, places = way_back or (positions_N, positions_N)
-        launch(_collect_kernel, (N * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places, positions_N, inv_freq_h,
-               scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half, q_blocks, kv_blocks, bool(way_back), block,
-               triton.next_power_of_2(half), num_warps=warps)
+        launch(_collect_kernel, (N * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places, positions_N,
+               inv_freq_h, scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half, q_blocks, kv_blocks,
+               bool(way_back), block, triton.next_power_of_2(half), num_warps=warps)
     return grad_NE
 
 
@@ -202,7 +206,8 @@ class _RopeKeys(torch.autograd.Function):
     """Saves positions, frequencies and the way back to packed rows."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace):
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant,
+                inplace):
         heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
         ctx.scale = scale
         ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
@@ -217,7 +222,7 @@ class _RopeKeys(torch.autograd.Function):
             out_NX = qkv_NE.new_empty(qkv_NE.shape[0], written * d)
         _rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
         # Not as views that autograd follows: their gradients come back to this function.
-        rows_NAd = out_NX.detach().unflatten(1, (-1, d)) if out_NX.numel() else out_NX.new_empty(len(out_NX), written, d)
+        rows_NAd = out_NX.detach().view(len(out_NX), out_NX.shape[1] // d, d)
         if rows_M is None:
             return rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
         k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
@@ -251,21 +256,21 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
         inv_freq_h: [d/2] fp32, radians per position. Angles, their product rounded to fp32, are at most 200,000.
         num_heads, num_kv_heads: H (which may be 0), K.
         scale: factor on cosine and sine (YaRN's attention factor).
-        rows_M: [M] int64, the row that each key is: constant rows first, then the packed ones. Not checked, since the host
-            would have to wait for the GPU. None: the packed rows in order.
+        rows_M: [M] int64, the row that each key is: constant rows first, then the packed ones. Not checked, since the
+            host would have to wait for the GPU. None: the packed rows in order.
         way_back: of `rows_M`.
         constant: keys, rotated, and values [C, K, d] that `rows_M` counts before the packed rows; they get no gradient.
-        inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `rows_M` its keys stay as they were, so that
-            `place_keys` can make the same rows of keys again.
+        inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `rows_M` its keys stay as they were, so
+            that `place_keys` can make the same rows of keys again.
         impl: "auto", "reference" (plain torch) or "triton".
 
     Returns:
-        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. Saved for backward:
-        positions, frequencies and `way_back`. Repeatable: places are summed in ascending order, in fp32.
+        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. Saved for
+        backward: positions, frequencies and `way_back`. Repeatable: places are summed in ascending order, in fp32.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot run
-            here.
+        ValueError: shapes or dtypes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot
+            run here.
     """
     _check(qkv_NE, positions_N, 2 * inv_freq_h.shape[0], num_heads, num_kv_heads, rows_M, way_back, constant)
     if inplace and not qkv_NE.is_contiguous():
@@ -275,8 +280,8 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
         return rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M,
                                    constant=constant)
     constant = constant and tuple(x.detach().contiguous() for x in constant)
-    return _RopeKeys.apply(qkv_NE.contiguous(), positions_N.contiguous(), inv_freq_h.contiguous(), num_heads, num_kv_heads,
-                           scale, rows_M, way_back, constant, inplace)
+    return _RopeKeys.apply(qkv_NE.contiguous(), positions_N.contiguous(), inv_freq_h.contiguous(), num_heads,
+                           num_kv_heads, scale, rows_M, way_back, constant, inplace)
 
 
 def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, constant):

@@ -1,7 +1,7 @@
 """The gradient of `rope_keys` in e4m3, as the FP8 product behind it reads it.
 
-Dimensions: N packed rows, M key rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads, A heads of a tile,
-d channels per head, h = d / 2.
+Dimensions: N packed rows, M key rows, E = (H + 2K)·d columns of a row, H query heads, K key/value heads, A heads of a
+tile, d channels per head, h = d / 2.
 """
 
 import torch
@@ -28,7 +28,8 @@ def rope_keys_backward_fp8_reference(grad_q_NHd, grad_k_MKd, grad_v_MKd, positio
         pairs = [x.new_zeros(len(positions_N), *x.shape[1:]).index_add_(0, own, x[places]) for x in pairs]
     grad_NE = torch.cat([grad_q_NHd.float(), *pairs], 1).flatten(1)
     heads, kv_heads = grad_q_NHd.shape[1], grad_k_MKd.shape[1]
-    return quantize_fp8_reference(rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads, scale).to(dtype))
+    return quantize_fp8_reference(rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads,
+                                                    scale).to(dtype))
 
 
 def _tiles(heads, kv_heads, half):
@@ -68,7 +69,9 @@ def _collect_fp8_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, bits_ptr, scale_ptr,
                         inv_freq_ptr, factor, q_stride, k_stride, v_stride, num_heads, kv_heads, half,
                         QUERIES: tl.constexpr, GATHERED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
                         BLOCK_h: tl.constexpr):
-    """A packed row's whole gradient, rounded to the dtype that it would have in memory, then quantised with one scale."""
+    """A packed row's whole gradient, rounded to the dtype that it would have in memory, then quantised with one
+    scale.
+    """
     dtype: tl.constexpr = grad_k_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK_h)
@@ -132,7 +135,8 @@ def rope_keys_backward_fp8(grad_q_NHd: Tensor, grad_k_MKd: Tensor, grad_v_MKd: T
         impl: "auto", "triton" or "reference" (plain torch).
 
     Returns:
-        (float8_e4m3fn [N, E], scale [N] fp32): the product's gradient, rounded to the dtype of the others, then quantised.
+        (float8_e4m3fn [N, E], scale [N] fp32): the product's gradient, rounded to the dtype of the others, then
+        quantised.
 
     Raises:
         ValueError: `impl` is unknown or cannot run here.

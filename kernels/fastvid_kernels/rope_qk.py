@@ -92,7 +92,8 @@ def _cos_sin(angle):
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
-def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, out_heads, rotated_heads, written_heads,
+def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, out_heads, rotated_heads,
+                    written_heads,
                     half, blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
     """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""
     program = tl.program_id(0)

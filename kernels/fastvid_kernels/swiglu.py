@@ -213,7 +213,8 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
 
 def _empty_fp8(like, channels):
     """(bits, scales) of as many rows, yet to be written."""
-    return like.new_empty(len(like), channels, dtype=torch.float8_e4m3fn), like.new_empty(len(like), dtype=torch.float32)
+    bits_NC = like.new_empty(len(like), channels, dtype=torch.float8_e4m3fn)
+    return bits_NC, like.new_empty(len(like), dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -44,12 +44,15 @@ MUTATIONS["add_rms_norm"] = [
     Mutation("tl.store(partial_ptr + group * D + columns", "tl.store(partial_ptr + columns",
              "test_weight_gradient_over_groups_of_rows"),
     Mutation("grad += grad_total.to(tl.float32)", "grad += 0", "test_equals_reference[frozen-add-shape1-fp32-triton]"),
-    Mutation("y = (x * rstd * weight).to(y_ptr.dtype.element_ty)", "y = x * rstd * weight", "test_rows_in_e4m3[add-shape4-bf16]"),
+    Mutation("y = (x * rstd * weight).to(y_ptr.dtype.element_ty)", "y = x * rstd * weight",
+             "test_rows_in_e4m3[add-shape4-bf16]"),
     Mutation("tl.store(scale_ptr + row, scale)", "tl.store(scale_ptr, scale)", "test_rows_in_e4m3[add-shape1-fp32]"),
 ]
 MUTATIONS["swiglu"] = [
-    Mutation("return gate * tl.sigmoid(gate) * up", "return up * tl.sigmoid(up) * gate", "test_large_values_stay_finite[triton]"),
-    Mutation("silu * (1 - sigmoid)), grad * silu", "silu), grad * silu", "test_equals_reference[shape1-torch.float32-triton]"),
+    Mutation("return gate * tl.sigmoid(gate) * up", "return up * tl.sigmoid(up) * gate",
+             "test_large_values_stay_finite[triton]"),
+    Mutation("silu * (1 - sigmoid)), grad * silu", "silu), grad * silu",
+             "test_equals_reference[shape1-torch.float32-triton]"),
     Mutation("out.to(out_ptr.dtype.element_ty), mask=inside", "out.to(out_ptr.dtype.element_ty), mask=columns < F - 1",
              "test_equals_reference[shape1-torch.float32-triton]"),
     Mutation("tl.store(grad_gate_ptr + F + columns", "tl.store(grad_gate_ptr + columns",
@@ -72,7 +75,8 @@ MUTATIONS["rope_qk"] = [
 ]
 MUTATIONS["splice_video"] = [
     Mutation("-2 - source % 2", "-2", "test_rows_come_from_where_they_should[triton]"),
-    Mutation("mask=source < boundaries)", "mask=source < boundaries + 1)", "test_rows_come_from_where_they_should[triton]"),
+    Mutation("mask=source < boundaries)", "mask=source < boundaries + 1)",
+             "test_rows_come_from_where_they_should[triton]"),
     Mutation("row = tl.load(video_rows_ptr + video_row).to(tl.int64)", "row = video_row",
              "test_equals_reference[(False, True, True)-2-boundary-float32-float32-float32-float32-triton]"),
     Mutation("for first in range(0, V, BLOCK_V)", "for first in range(0, BLOCK_V, BLOCK_V)",
@@ -94,7 +98,8 @@ MUTATIONS["adamw8bit_step"] = [
 ]
 MUTATIONS["adamw_step"] = [
     Mutation("inside &= local >= -start", "inside &= local > -start", "test_equals_reference[256-5]"),
-    Mutation("tl.arange(0, BLOCKS * 256) - BEFORE", "tl.arange(0, BLOCKS * 256)", "test_sharding_changes_nothing[triton]"),
+    Mutation("tl.arange(0, BLOCKS * 256) - BEFORE", "tl.arange(0, BLOCKS * 256)",
+             "test_sharding_changes_nothing[triton]"),
     Mutation("first_group + start // 8", "first_group", "test_equals_reference[5000-0]"),
     Mutation("triton.cdiv(first % 8 + param.numel()", "triton.cdiv(param.numel()", "test_equals_reference[1020-5]"),
     Mutation("tl.sqrt(v) * scale + eps", "tl.sqrt(v + eps) * scale", "test_equals_reference[5000-0]"),
@@ -102,12 +107,14 @@ MUTATIONS["adamw_step"] = [
 ]
 MUTATIONS["frame_patchify"] = [
     Mutation("mask=flat < VALUES", "mask=flat < VALUES - 1", "test_any_mean_and_deviation[dtype0-triton]"),
-    Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h", "test_strides[<lambda>0-triton]"),
+    Mutation("row * stride_h + column * stride_w", "row * stride_w + column * stride_h",
+             "test_strides[<lambda>0-triton]"),
     Mutation("(first + f) * VALUES", "f * VALUES", "test_clips_of_several_sizes[triton]"),
     Mutation("scale = tl.div_rn(length.to(tl.float32), N * 1.0)", "scale = length.to(tl.float32) * (1 / N)",
              "test_bit_identical_to_the_chain[dtype0-62-76-28-14-triton]"),
     Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
-    Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2", "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
+    Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2",
+             "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
 ]
 MUTATIONS["quantize_fp8"] = [
     Mutation("x_ptr += row * row_stride", "x_ptr += row * channels", "test_strided_rows[columns]"),
@@ -115,11 +122,14 @@ MUTATIONS["quantize_fp8"] = [
              "test_a_row_uses_the_whole_range[64-triton]"),
     Mutation("_to_e4m3(tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL))",
              "_to_e4m3(x * tl.div_rn(1.0, scale))", "test_every_number_and_every_tie[triton]"),
-    Mutation("out_ptr += row * channels", "out_ptr += row * (channels - 1)", "test_equals_reference[shape2-dtype0-None]"),
+    Mutation("out_ptr += row * channels", "out_ptr += row * (channels - 1)",
+             "test_equals_reference[shape2-dtype0-None]"),
 ]
 MUTATIONS["rope_keys"] = [
-    Mutation("(row - C) * (num_heads", "row * (num_heads", "test_equals_reference[shape1-behind constant rows-torch.float32-triton]"),
-    Mutation("if (row >= C) & (block < BLOCKS):", "if row >= C:", "test_equals_reference[shape1-shared-torch.float32-triton]"),
+    Mutation("(row - C) * (num_heads", "row * (num_heads",
+             "test_equals_reference[shape1-behind constant rows-torch.float32-triton]"),
+    Mutation("if (row >= C) & (block < BLOCKS):", "if row >= C:",
+             "test_equals_reference[shape1-shared-torch.float32-triton]"),
     Mutation("second = second * cos - first * sin", "second = second * cos + first * sin",
              "test_equals_reference[shape1-in order-torch.float32-triton]"),
     Mutation("place = tl.load(places_ptr + i).to(tl.int64)", "place = i",

@@ -228,8 +228,9 @@ def rope_keys_calls():
         positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
         keys = {}
         if gathered:
+            starts, places = torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
             keys = {"rows_M": torch.empty(rows + 8, dtype=torch.int64),
-                    "way_back": WayBack(torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows, dtype=torch.int32), 34),
+                    "way_back": WayBack(starts, places, 34),
                     "constant": (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2}
         outs = rope_keys(x, positions, frequencies, heads, kv_heads, **keys, impl="triton")
         torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
@@ -252,14 +253,17 @@ def rope_keys_fp8_calls():
     from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 
     def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
-        way_back = (torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
+        way_back = (torch.empty(rows + 1, dtype=torch.int32),
+                    torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
         grads = [torch.empty(rows, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
-        rope_keys_backward_fp8(*grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2), way_back=way_back,
+        rope_keys_backward_fp8(*grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2),
+                               way_back=way_back,
                                impl="triton")
 
     return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
             "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
-            "no queries bf16": lambda: call(0, 32), "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+            "no queries bf16": lambda: call(0, 32),
+            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
 
 
 PRODUCTION["rope_keys_fp8"] = rope_keys_fp8_calls

@@ -30,8 +30,8 @@ def inputs(shape, way, dtype, seed=0):
         count, kind = WAYS[way]
         chosen = torch.randperm(rows, generator=generator) if kind == "once" else torch.randint(
             0, rows + count, (2 * rows + 1,), generator=generator)
-        keys, places = {"rows_M": chosen.to(DEVICE), "way_back": WayBack.of(chosen, count, rows).map(lambda x: x.to(DEVICE))}, \
-            len(chosen)
+        way_back, places = WayBack.of(chosen, count, rows).map(lambda x: x.to(DEVICE)), len(chosen)
+        keys = {"rows_M": chosen.to(DEVICE), "way_back": way_back}
         constant = (normal(count, kv_heads, channels), normal(count, kv_heads, channels)) if count else None
     grads = normal(rows, heads, channels), normal(places, kv_heads, channels), normal(places, kv_heads, channels)
     return qkv, (positions, frequencies, heads, kv_heads), keys, constant, grads
@@ -133,7 +133,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_does_not_fit_is_refused(change):
-    qkv, (positions, frequencies, *heads), keys, constant, _ = inputs((4, 2, 1, 4), "behind constant rows", torch.float32)
+    qkv, (positions, frequencies, *heads), keys, constant, _ = inputs((4, 2, 1, 4), "behind constant rows",
+                                                                      torch.float32)
     options = {"qkv": qkv, "positions": positions, "constant": constant, **keys}
     options |= CHANGES[change](options)
     qkv, positions = options.pop("qkv"), options.pop("positions")

@@ -24,14 +24,16 @@ def check(grads, positions, frequencies, way_back):
     before = [x.clone() for x in grads]
     grad = collect(*grads, positions, frequencies, 1.2, way_back)
     bits, scale = quantize_fp8(grad, impl="triton")
-    found, found_scale = rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back, impl="triton")
+    found, found_scale = rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back,
+                                                impl="triton")
     assert found.dtype == torch.float8_e4m3fn and found.is_contiguous() and torch.equal(found_scale, scale)
     assert torch.equal(found.float(), bits.float())
     assert all(map(torch.equal, grads, before))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, way", [*((shape, way) for shape in SHAPES for way in WAYS), ((0, 4, 2, 8), "in order")])
+@pytest.mark.parametrize("shape, way", [*((shape, way) for shape in SHAPES for way in WAYS),
+                                        ((0, 4, 2, 8), "in order")])
 def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
     check(*arguments(shape, way, dtype))
 
@@ -47,7 +49,8 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
 def test_reference(way):
     grads, positions, frequencies, way_back = arguments((7, 4, 2, 8), way, torch.float32)
     (ours, our_scale), (theirs, their_scale) = (
-        rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back, impl=impl) for impl in ("triton", "reference"))
+        rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back,
+                               impl=impl) for impl in ("triton", "reference"))
     torch.testing.assert_close(our_scale, their_scale, rtol=1e-5, atol=0)
     assert ours.shape == theirs.shape
     # What is rounded differs in its last bits, so that a rare number becomes its neighbour in e4m3.
