@@ -16,7 +16,6 @@ from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvid.batch import AttentionLayout
@@ -24,6 +23,7 @@ from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
 from fastvid.model.decoder_config import DecoderConfig, rotary_frequencies
 from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
 from fastvid.model.linear import make_linear
+from fastvid.model.rows import take_rows
 
 RECOMPUTE_MODES = ("none", "selective", "full")
 
@@ -84,27 +84,6 @@ class Stream(NamedTuple):
         if self.branch_ND is None:
             return self
         return self._replace(residual_ND=self.residual_ND + self.branch_ND, branch_ND=None)
-
-
-class _TakeRows(torch.autograd.Function):
-    """Distinct rows of x; backward copies, where that of an index would add: repeatable on every device."""
-
-    @staticmethod
-    def forward(ctx, x_ND, rows_L):
-        ctx.save_for_backward(rows_L)
-        ctx.num_rows = x_ND.shape[0]
-        return x_ND.index_select(0, rows_L)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_LD):
-        (rows_L,) = ctx.saved_tensors
-        return grad_LD.new_zeros(ctx.num_rows, grad_LD.shape[1]).index_copy_(0, rows_L, grad_LD), None
-
-
-def take_rows(x_ND: Tensor, rows_L: Tensor) -> Tensor:
-    """Rows `rows_L`, all different, of x: [L, D]. Saves the indices."""
-    return _TakeRows.apply(x_ND, rows_L)
 
 
 class DecoderLayer(nn.Module):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.decoder import Decoder, Stream, take_rows
+from fastvid.model.decoder import Decoder, Stream
 from fastvid.model.decoder_config import DecoderConfig
 from fastvid.model.generate import LayerCache
 from fastvid.model.linear import Linear
+from fastvid.model.rows import take_rows
 
 PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
 

@@ -52,8 +52,7 @@ def _group_rows(N):
 
 @triton.jit
 def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, bits_ptr, scale_ptr, rstd_ptr, D,
-                             eps,
-                             ADD: tl.constexpr, FP8: tl.constexpr, BLOCK_D: tl.constexpr):
+                             eps, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row a program; with FP8 rows go out in e4m3, and `y_ptr` only says what dtype they are rounded to before."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -130,8 +129,7 @@ def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=False):
     launch(
         _add_rms_norm_fwd_kernel, (N,),
         residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, *pointers, rstd_N,
-        D,
-        eps, add, fp8, BLOCK_D, num_warps=num_warps)
+        D, eps, add, fp8, BLOCK_D, num_warps=num_warps)
     return total_ND, y, rstd_N
 
 

@@ -61,6 +61,8 @@ ELSEWHERE = {
                              rows(2, 8, device="cuda:1"), rows(2, dtype=torch.int64), torch.bfloat16),
     "linear_cross_entropy": lambda: (rows(2, 8), rows(9, 8), rows(2, dtype=torch.int64, device="cuda:1")),
     "rope_keys": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
+    "rope_keys_fp8": lambda: (*(rows(2, 1, 8) for _ in range(3)), rows(2, dtype=torch.int32),
+                              rows(4, dtype=torch.float32, device="cuda:1")),
     "quantize_fp8": lambda: (rows(2, 8), rows(1, dtype=torch.float32, device="cuda:1")),
     "spatio_temporal_pool": None,
     "adamw8bit_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.uint8) for _ in range(2)),
@@ -73,11 +75,14 @@ OPTIONS = {"adamw8bit_step": ADAM, "adamw_step": ADAM,
            "frame_patchify": {"size": 4, "patch": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}}
 
 
+FUNCTIONS = {"rope_keys_fp8": "rope_keys_backward_fp8"}
+
+
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("name", [name for name, arguments in ELSEWHERE.items() if arguments])
 def test_tensors_of_two_gpus_are_refused(name, impl):
-    function = getattr(importlib.import_module(f"fastvid_kernels.{name}"), name)
-    with FakeTensorMode(), pytest.raises(ValueError, match=f"{name}: .* one device, found cuda:0, cuda:1"):
+    function = getattr(importlib.import_module(f"fastvid_kernels.{name}"), FUNCTIONS.get(name, name))
+    with FakeTensorMode(), pytest.raises(ValueError, match=f"{FUNCTIONS.get(name, name)}: .* one device, found cuda:0, cuda:1"):
         function(*ELSEWHERE[name](), impl=impl, **OPTIONS.get(name, {}))
 
 
