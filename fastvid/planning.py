@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ from fastvid.model.linear import can_tile
 
 log = logging.getLogger("fastvid")
 
-# So many steps, those with the largest micro-batches, are read. Where they are guessed from the samples' texts, another
-# may still be larger.
+# So many steps, those with the largest micro-batches, are read, and as many of those with most keys. Where they are
+# guessed from the samples' texts, another may still be larger.
 _STEPS_LOOKED_AT = 4
 _UNSEEN = 1.05
 # Of a GPU's free memory: what the allocator cannot fill because blocks differ in size, and libraries' own buffers.
 _OF_FREE_GPU = 0.92
-_COMMUNICATORS = 2**30  # NCCL's buffers, which it takes later
+# NCCL's buffers: its communicator is there, but takes most of them at the first collective of a kind, and sharding over a
+# part of the ranks makes further communicators.
+_COMMUNICATORS = 2**30
 # What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
 _FOR_COPIES = 0.75
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
@@ -151,7 +154,7 @@ def row_budget(config, world):
     return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
 
 
-def plan_memory(config, model_config, loader, world):
+def plan_memory(config, model_config, loader, world, attention):
     """Choose what ``--shard`` and ``--recompute`` leave open, and how to multiply; say what a step will take.
 
     Args:
@@ -159,6 +162,7 @@ def plan_memory(config, model_config, loader, world):
         model_config: `fastvid.model.video_llava.ModelConfig`.
         loader: `fastvid.data.batching.Loader`; the run's largest micro-batches, on any rank, are planned for.
         world: `parallel.World`.
+        attention: as `attention_check.settle_attention` settled it.
 
     Returns:
         `MemoryPlan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
@@ -179,7 +183,7 @@ def plan_memory(config, model_config, loader, world):
         optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
         fp32_residual=config.policy.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
-        frozen_dtype=frozen_dtype(config), one_call_per_segment=world.device.type == "cpu")
+        frozen_dtype=frozen_dtype(config), on_cpu=world.device.type == "cpu", one_call_per_segment=attention == "sdpa")
     available, of_what = _available(world)
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
@@ -243,8 +247,8 @@ def _largest_batch(config, loader, world):
     # No batch has more than its samples at their longest.
     most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
     share = min(_UNSEEN, most / largest["rows"])
-    largest = {name: int(number * share) for name, number in largest.items()}
-    return largest, (f"a micro-batch has at most {largest['rows']:,} rows, guessed from the length of the texts "
+    largest = {name: math.ceil(number * share) for name, number in largest.items()}
+    return largest, (f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the texts "
                      f"({_UNSEEN - 1:.0%} above those read)")
 
 

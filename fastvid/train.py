@@ -124,12 +124,12 @@ def build(config, world):
     loader = training_loader(config, samples, world)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    plan = planning.plan_memory(config, model_config, loader, world)
-    if world.device.type == "cpu":
-        host_memory.keep_freed(not plan.short)
     sizes, dtype = model_config.decoder, planning.compute_dtype(config)
     attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
                                  sizes.head_dim)
+    plan = planning.plan_memory(config, model_config, loader, world, attention)
+    if world.device.type == "cpu":
+        host_memory.keep_freed(not plan.short)
     with torch.device("meta"):
         model = VideoLlava(
             model_config, trainable=config.trainable, compute_dtype=dtype,

@@ -231,7 +231,7 @@ def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     config = config_of(run, tmp_path / "out", "--bf16", "True", "--frozen_dtype", "fp8")
     with pytest.raises(ValueError, match="RTX 3090"):
-        planning.plan_memory(config, None, None, world)
+        planning.plan_memory(config, None, None, world, "sdpa")
 
 
 # --- memory
@@ -283,7 +283,7 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
             model(batch).backward()
         peaks.append(live.peak)
         expected = estimate(config, trainable=ADAPTER, rows=batch.num_rows, supervised_rows=batch.num_supervised,
-                            video_rows=300, frozen_dtype=stored, one_call_per_segment=True, **options)
+                            video_rows=300, frozen_dtype=stored, on_cpu=True, **options)
         estimates.append(expected.total - expected.weights)
         assert expected.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and estimates[1] == pytest.approx(estimates[0], rel=0.01)

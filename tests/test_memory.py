@@ -1,12 +1,32 @@
 """The memory estimate against what a step really holds, and the choice of recomputation."""
 
 import dataclasses
+import importlib
+import pkgutil
+import sys
 
+import fastvid_kernels
 import pytest
 import torch
-from model_cases import ADAPTER, FULL, LiveBytes, model_config, pack, random_model, random_sample
+from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
+from model_cases import (
+    ADAPTER,
+    END,
+    FULL,
+    PATCH,
+    START,
+    LiveBytes,
+    model_config,
+    pack,
+    random_model,
+    random_sample,
+)
 
-from fastvid.model.memory import choose_recompute, estimate, parameter_counts
+from fastvid.batch import VideoTokens
+from fastvid.data import packing
+from fastvid.data.conversation import EncodedSample
+from fastvid.model.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
+from fastvid.planning import rows_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
          "head_dim": 16}
@@ -23,7 +43,8 @@ def batch(video=150, samples=2):
 def options(rows, **changes):
     settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False}
     return {**settings, **changes, "rows": rows.num_rows, "supervised_rows": rows.num_supervised,
-            "video_rows": len(rows.video_rows), "one_call_per_segment": True}
+            "video_rows": len(rows.video_rows), "on_cpu": True,
+            "one_call_per_segment": {**settings, **changes}["compute_dtype"] == torch.float32}
 
 
 @pytest.mark.parametrize("recompute", MODES)
@@ -71,6 +92,67 @@ def test_total_where_tables_and_logits_are_large(tied, dtype, trainable):
     config = model_config(mm_hidden_size=24, **{**SIZES, "num_layers": 1, "vocab_size": 20000,
                                                 "tie_word_embeddings": tied})
     check_total(config, batch(30), recompute="none", compute_dtype=dtype, trainable=trainable)
+
+
+@pytest.fixture
+def kernels_of_nothing(monkeypatch):
+    """Tensors are made as on a GPU, whose kernels are launched; here they write nothing."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in pkgutil.iter_modules(fastvid_kernels.__path__, "fastvid_kernels."):
+        module = importlib.import_module(module.name)
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", lambda *arguments, **options: None)
+
+
+def videos_of_questions(questions, *, frozen, share):
+    """Two videos of 120 rows behind a system prompt, so many questions about each."""
+    generator, samples, prefix = torch.Generator().manual_seed(0), [], [5, 6, 7, 8]
+    for name in "ab":
+        features_RC = torch.randn(120, 24, generator=generator)
+        for i in range(questions):
+            words = torch.randint(3, PATCH, (6 + i % 3,), generator=generator).tolist()
+            ids = [*prefix, START, *[PATCH] * 120, END, *words]
+            samples.append((EncodedSample(name, ids, [(len(ids) - 4, len(ids))], [name]), [features_RC]))
+    tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
+    return packing.pack(samples, tokens, 24, prefix=prefix, frozen=frozen, share=share), prefix
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["own rows", "prefix", "shared", "prefix, shared", "full, own rows", "full, shared"])
+def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind, dtype, recompute):
+    """As on a GPU in fp32, or without a library that can be trusted."""
+    frozen, share, trainable = "prefix" in kind, "shared" in kind, FULL if "full" in kind else ADAPTER
+    rows, prefix = videos_of_questions(8 if share else 1, frozen=frozen, share=share)
+    model = random_model(CONFIG, trainable, dtype, recompute=recompute, attn_implementation="sdpa")
+    if frozen:
+        model.keep_prefix(prefix)
+    model(rows).backward()
+    with LiveBytes() as live:
+        model(rows).backward()
+    expected = estimate(CONFIG, trainable=trainable, compute_dtype=dtype, recompute=recompute, one_call_per_segment=True,
+                        **rows_of(rows))
+    constant = sum(x.nbytes for layer in model._prefix or () for x in layer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    taken = sum(p.nbytes for p in model.parameters()) + constant + 3 * 4 * trained + live.peak
+    assert taken <= expected.total - _CUBLAS_WORKSPACES <= 1.12 * taken
+
+
+@pytest.mark.parametrize("vocab_size", [4032, 4003])
+@pytest.mark.parametrize("trainable", [ADAPTER, ADAPTER | {"head"}], ids=["frozen", "trained"])
+def test_the_head_is_padded_where_kernels_run(kernels_of_nothing, monkeypatch, trainable, vocab_size):
+    """Losses and log-sum-exps, 8 bytes a row, are not planned. Products for a trained head widen no factor on a GPU."""
+    module = sys.modules[linear_cross_entropy.__module__]
+    monkeypatch.setattr(module, "_add_product", lambda *tensors: None)
+    config = model_config(mm_hidden_size=24, **{**SIZES, "vocab_size": vocab_size, "num_layers": 1})
+    head_VD = torch.randn(vocab_size, 64, dtype=torch.float32 if "head" in trainable else torch.bfloat16)
+    h_LD, targets_L = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True), torch.zeros(40, dtype=torch.int64)
+    head_VD.requires_grad_("head" in trainable)
+    with LiveBytes() as live:
+        loss, _ = linear_cross_entropy(h_LD, head_VD, targets_L)
+        loss.backward()
+    kept, at_once = _loss_bytes(config.decoder, trainable, 40, 2, on_cpu=False)
+    assert live.peak - 10 * 40 <= kept + at_once <= (1.02 if trainable == ADAPTER else 1.2) * live.peak
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -138,19 +220,19 @@ def test_as_few_layers_are_recomputed_as_fit(trainable):
 
 
 def test_a_gpu_takes_more_than_the_tensors_of_the_model():
-    """FlashAttention sums the queries' gradient in fp32; cuBLAS has its workspaces; shared keys' gradients are
-    summed."""
+    """FlashAttention sums the queries' gradient in fp32; cuBLAS has its workspaces. Shared keys' gradients are summed in
+    registers, beside copies of keys and values that backward has made again before."""
     config, settings = seven_billion()
-    gpu, cpu = (estimate(config, recompute="full", one_call_per_segment=on_cpu, **settings) for on_cpu in (False, True))
+    gpu, cpu = (estimate(config, recompute="full", on_cpu=on_cpu, **settings) for on_cpu in (False, True))
     assert gpu.working - cpu.working >= 64 * 2**20
     rows, keys, width = settings["rows"], 28_000, 4096
     shared = estimate(config, **settings, key_rows=keys, last_key_rows=keys, segments=40)
     gradients = 2 * (2 * rows + 2 * keys) * width
     own = rows * (2 * width + 4 + 2 * (2 * 11008)) - rows * width * 2  # of the feed-forward block, which is gone
     last = estimate(config, **settings, last_key_rows=keys).working - 64 * 2**20
-    assert shared.working - 64 * 2**20 >= gradients - own + max(
-        2 * 2 * keys * width + 4 * rows * width, 4 * keys * width)
-    assert last >= 2 * 2 * keys * width + 4 * keys * width
+    assert shared.working - 64 * 2**20 >= gradients + max(2 * 2 * keys * width + 4 * rows * width, 4 * keys * width) - own
+    keys_and_values = 2 * 2 * keys * width
+    assert 0.98 * 2 * keys_and_values <= last <= 2 * keys_and_values
 
 
 def test_gradients_of_copies_are_summed_in_a_flat_one():

@@ -78,8 +78,9 @@ class LayerMemory:
         trained: its parameters get gradients.
         size, residual, stored: bytes of a number in the compute dtype, the residual stream and a parameter's gradient.
         frozen_dtype: how frozen matrices are stored; None: in the compute dtype.
-        on_cpu: attention runs on the CPU: by "sdpa", so that its output exists twice where `o` is trained, or, in bf16,
-            by "avx512" or "blocked", which save their inputs only. Otherwise by FlashAttention 2, which takes most.
+        on_cpu: the model runs on the CPU.
+        one_call_per_segment: attention is "sdpa", so that its output exists twice where `o` is trained. Otherwise it is, on
+            the CPU, "avx512" or "blocked", which save their inputs only; on a GPU FlashAttention 2, which takes most.
     """
 
     config: DecoderConfig
@@ -90,6 +91,7 @@ class LayerMemory:
     stored: int
     frozen_dtype: str | None
     on_cpu: bool
+    one_call_per_segment: bool
 
     @property
     def _widths(self):
@@ -99,7 +101,7 @@ class LayerMemory:
     @property
     def _inputs_only(self):
         """Whether attention takes keys from where they lie, and saves neither a copy nor its output."""
-        return self.on_cpu and self.size == 2
+        return self.on_cpu and not self.one_call_per_segment
 
     def saved(self, recompute: str, *, last: bool = False) -> int:
         """Bytes that wait for backward, with the layer recomputed as "none", "selective" or "full".
@@ -122,17 +124,22 @@ class LayerMemory:
         statistics = 0 if inputs_only else leaving * 4 * self.config.num_heads  # attention's log-sum-exp
         if recompute == "selective":  # which makes masks again
             return rows * D * self.residual + size * (products + leaving * 2 * D) + statistics + before
-        twice = A if self.on_cpu and not inputs_only else 0
+        twice = A if self.one_call_per_segment else 0
         inputs = rows * D + leaving * (D + F + twice + (D if last else 0)) if self.trained else 0
         norm = D * self.residual + 4
         norms = (rows + leaving * (2 if last else 1)) * norm
-        return norms + size * (products + inputs) + statistics + self._mask(last) + before
+        return norms + size * (products + inputs) + statistics + self._of_segments(last) + before
 
-    def _mask(self, last):
-        """Of a segment with more keys than queries, where torch's own attention on the CPU needs one."""
-        if not self.on_cpu or self._inputs_only:
+    def _of_segments(self, last):
+        """Of segments with more keys than queries: masks, or queries and outputs of up to a quarter more rows."""
+        if not self.one_call_per_segment:
             return 0
-        return self.size * (self.batch.last_masked_pairs if last else self.batch.masked_pairs)
+        batch = self.batch
+        queries, gathered, masked = (batch.supervised_rows, batch.last_key_rows, batch.last_masked_pairs) if last else (
+            batch.rows, batch.key_rows, batch.masked_pairs)
+        # On the CPU they stand in the place of the queries, which on a GPU lie in one tensor with keys and values.
+        more = queries * self._widths[1] * 3 // 2 if gathered and not self.on_cpu else 0
+        return self.size * (masked + more)
 
     def backward(self, recompute: str, *, last: bool = False) -> int:
         """Most bytes that its backward takes beyond what the layer had saved.
@@ -189,19 +196,21 @@ class LayerMemory:
         gone = queries * (D * self.residual + 4 + size * (2 * F + (D + F if self.trained else 0)))
         gradients = size * (2 * queries * A + 2 * keys * B)  # of the output and the queries; of keys and values
         again = size * 2 * gathered * B if regathers else 0
-        # Gradients of shared keys are summed in fp32: of K and then of V the rows widened, their sums, and on a GPU
-        # parts of those.
-        total = 4 * B * (rows + batch.frozen_rows + batch.prefix_rows) if gathered else 0
-        total = 2 * total + (0 if size == 4 else 4 * B * gathered) + (0 if self.on_cpu else 4 * B * gathered // 10)
         if self._inputs_only:
-            taken = size * 2 * queries * A + 2 * rows * B * (4 + size)
-        elif self.on_cpu:  # each segment's, and all of them
-            taken = gradients + max(again + size * max(queries * A, keys * B), total)
+            return size * 2 * queries * A + 2 * rows * B * (4 + size) - gone
+        if self.one_call_per_segment:  # each segment's, and all of them, when a GPU's copies of keys are gone
+            joined = size * max(queries * A, keys * B)
+            call = again + joined if self.on_cpu else max(again, joined)
         else:  # the queries' in fp32 until all blocks of keys are done; with fewer heads of keys, theirs for each head
-            kernel = 4 * A * (queries + _FLASH_BLOCK * batch.segments) + 8 * self.config.num_heads * queries
-            kernel += size * 2 * keys * A if A != B else 0
-            taken = gradients + max(again + kernel, total)
-        return taken - gone
+            call = again + 4 * A * (queries + _FLASH_BLOCK * batch.segments) + 8 * self.config.num_heads * queries
+            call += size * 2 * keys * A if A != B else 0
+        if not self.on_cpu:  # rope_keys' kernel sums shared keys' in registers, when the output's is gone
+            summed = size * (rows * ((0 if last else A) + 2 * B) - queries * A)
+        elif gathered:  # in fp32: of K and then of V the rows widened, and their sums
+            summed = 2 * 4 * B * (rows + batch.frozen_rows + batch.prefix_rows) + (0 if size == 4 else 4 * B * gathered)
+        else:
+            summed = 0
+        return gradients + max(call, summed) - gone
 
     def _keys_and_values(self):
         """Of the last layer's keys and values, when nothing else of the layer is left but its first norm's."""

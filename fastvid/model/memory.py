@@ -1,13 +1,13 @@
 """How much memory a training step takes, from what autograd saves; and which recomputation makes it fit.
 
-Dimensions: D channels, V tokens of the vocabulary.
+Dimensions: D channels, V tokens of the vocabulary, W of a padded row of logits.
 """
 
 import math
 from dataclasses import dataclass, fields
 
 import torch
-from fastvid_kernels.linear_cross_entropy import chunk_rows
+from fastvid_kernels.linear_cross_entropy import ROW, chunk_rows
 from fastvid_kernels.row_blocks import BLOCK_NUMBERS
 
 from fastvid.model.decoder import recomputed_layers
@@ -32,7 +32,8 @@ class MemoryEstimate:
             and the constant rows' keys and values.
         gradients: of trained parameters, in their dtype.
         optimizer: its moments.
-        activations: saved for backward, and the gradients that the loss keeps until then.
+        activations: saved for backward, with the projector's matrices in the compute dtype, and the gradients that the loss
+            keeps until then.
         working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
         recompute: what this is for, as `Decoder` takes it.
     """
@@ -76,7 +77,7 @@ def whole_gradient_bytes(config: ModelConfig, trainable: frozenset[str]) -> int:
 def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
              compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
              recompute: str | int = "none", shard_trained: bool | None = None, fp32_residual: bool = False,
-             one_call_per_segment: bool = False, trained_dtype: torch.dtype = torch.float32,
+             on_cpu: bool = False, one_call_per_segment: bool = False, trained_dtype: torch.dtype = torch.float32,
              frozen_dtype: str | None = None, tiled: bool = False, sums_replicated: bool = False,
              summed: bool = False, **more_rows: int) -> MemoryEstimate:
     """Memory of one rank's step.
@@ -86,7 +87,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         sharded: FSDP2 shards every part over `world_size` ranks.
         shard_trained: it shards the trained parts; None: as `sharded`.
         recompute: as for `Decoder`.
-        one_call_per_segment: attention runs on the CPU (`LayerMemory.on_cpu`).
+        on_cpu, one_call_per_segment: as `LayerMemory` takes them.
         tiled: the decoder's matrices are there twice more (`Linear.tile`).
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
@@ -104,6 +105,7 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     trained_ranks, frozen_ranks = (world_size if flag else 1 for flag in (shard_trained, sharded))
 
     stored = trained_dtype.itemsize
+    copied = size * counts["projector"] if "projector" in trainable and size < stored else 0  # its matrices, until backward
     weights = stored * trained // trained_ranks + size * frozen // frozen_ranks
     if frozen_dtype is not None:
         assert not sharded and "decoder" not in trainable
@@ -115,18 +117,17 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
-        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items()
-                       if part != "decoder")
-        weights += size * 2 * linears(c)
+        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder")
+        weights += size * 2 * linears(c) - copied
     elif "decoder" in trainable and size < stored:
-        copied = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time
-        weights += size * linears(c) * copied
+        layers = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time
+        weights += size * linears(c) * layers
 
     keys_values = batch.prefix_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
-    kept, at_once = _loss_bytes(c, trainable, supervised_rows, size)
+    kept, at_once = _loss_bytes(c, trainable, supervised_rows, size, on_cpu)
     turned = size * max(map(math.prod, matrices(c))) if tiled else 0  # on its way to tiles of the other direction
     layer = LayerMemory(c, batch, trained="decoder" in trainable, size=size, residual=residual, stored=stored,
-                        frozen_dtype=frozen_dtype, on_cpu=one_call_per_segment)
+                        frozen_dtype=frozen_dtype, on_cpu=on_cpu, one_call_per_segment=one_call_per_segment)
     saved, backward = _decoder_bytes(layer, recompute, c.num_layers - kept_layers)
     if not trainable & BELOW_THE_HEAD:
         saved, backward = 0, layer.forward()
@@ -134,8 +135,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
         # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.
         backward += (size + 4) * linears(c)
     gradients = (4 if summed else stored) * trained // trained_ranks
-    activations = saved + _projector_bytes(config, trainable, batch, size) + kept
-    working = turned + max(at_once, backward) + (0 if one_call_per_segment else _CUBLAS_WORKSPACES)
+    activations = saved + _projector_bytes(config, trainable, batch, size) + copied + kept
+    working = turned + max(at_once, backward) + (0 if on_cpu else _CUBLAS_WORKSPACES)
     if sums_replicated:  # when a step's activations are gone
         working = max(working, gradients - activations)
     return MemoryEstimate(weights=weights + keys_values, gradients=gradients,
@@ -170,14 +171,18 @@ def _projector_bytes(config, trainable, batch, size):
     return (batch.rows if batch.video_rows is None else batch.video_rows) * each * size
 
 
-def _loss_bytes(c, trainable, supervised_rows, size):
+def _loss_bytes(c, trainable, supervised_rows, size, on_cpu):
     """What the loss keeps until backward, and what exists at once while it is computed."""
-    chunk = min(supervised_rows, chunk_rows(c.vocab_size)) * c.vocab_size
-    table = c.vocab_size * c.hidden_size if ("embed" if c.tie_word_embeddings else "head") in trainable else 0
+    V, D = c.vocab_size, c.hidden_size
+    width = -(-V // ROW) * ROW
+    chunk = min(supervised_rows, chunk_rows(V)) * width
+    trained = ("embed" if c.tie_word_embeddings else "head") in trainable
+    table, padded = V * D * trained, 0 if on_cpu or width == V else width * D  # the kernel's copy of the head
     copies = size if size < 4 else 0  # of a trained head
     rows = supervised_rows * c.hidden_size * size if trainable & BELOW_THE_HEAD else 0
-    block = min(chunk, BLOCK_NUMBERS) * (12 if size < 4 else 8)  # where no kernel can run
-    return rows + 4 * table, chunk * size + block + table * (size + copies)
+    block = min(chunk, BLOCK_NUMBERS) * (12 if size < 4 else 8) if on_cpu else 0  # where no kernel can run
+    # A trained head's copy goes before its gradient is scaled.
+    return rows + 4 * max(table, padded * trained), chunk * size + block + max(table * (size + copies), padded * size)
 
 
 def choose_recompute(available: int, config: ModelConfig, **options) -> str | int:
