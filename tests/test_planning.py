@@ -1,6 +1,8 @@
 """The memory that a dry run prints, against what the run's batches really take."""
 
+import dataclasses
 import json
+import random
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from model_cases import LiveBytes
 from training_run import config_of, write_run
 
 from fastvid import parallel, planning, train
+from fastvid.data import largest
+from fastvid.data.features import save_features
 from fastvid.model import memory
 from fastvid.model.linear import Linear
 
@@ -28,7 +32,8 @@ def run(tmp_path_factory):
 TRAINED = {"adapter": [], "full": ["--tune_mm_mlp_adapter", "False"]}
 DATA = {"samples": ["--per_device_train_batch_size", "6"], "rows": ["--rows_per_batch", "1500"],
         "shared": ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
-        "reference": ["--per_device_train_batch_size", "6", "--parity", "reference"]}
+        "reference": ["--per_device_train_batch_size", "6", "--parity", "reference"],
+        "sdpa": ["--rows_per_batch", "1500", "--attn_implementation", "sdpa"]}
 
 
 def measured(state, batches):
@@ -118,25 +123,86 @@ def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
     assert planning._available(WORLD) == (100 * 2**30, "")
 
 
+@pytest.mark.parametrize("videos", ["alike", "mixed", "some opened"])
 @pytest.mark.parametrize("data", [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"],
                                   ["--rows_per_batch", "420"]], ids=["text", "lengths"])
-def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, caplog):
-    """One sample is much longer than all others, and no batch of the first steps holds it."""
+def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog):
+    """One sample is much longer than all others, and no batch of the first steps holds it. Videos of several lengths add
+    less than its text."""
     caplog.set_level("INFO", "fastvid")
     folder = write_run(tmp_path / "run", **SIZES)
     records = json.loads((folder / "train.json").read_text())
+    if videos != "alike":
+        for i in range(0, len(records), 4):
+            save_features(folder / "feats" / f"clip{i}.safetensors", torch.zeros(150, training_run.CHANNELS), {})
+    if videos == "some opened":
+        monkeypatch.setattr(largest, "_MOST_VIDEOS", len(records) // 2)
     config = config_of(folder, "unused", "--dataloader_num_workers", "0", "--max_steps", "40", *data)
     last = train.build(config, WORLD).order.micro_batches(7)[0][0]
-    records[last]["conversations"][1]["value"] = " ".join(["running"] * 60)
+    records[last]["conversations"][1]["value"] = " ".join(["running"] * (60 if videos == "alike" else 110))
     (folder / "train.json").write_text(json.dumps(records))
     found = []
     monkeypatch.setattr(memory, "estimate",
                         lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
     state = train.build(config, WORLD)
-    most = max(batch.num_rows - batch.frozen_rows for step in range(40) for batch in state.loader.read(step)[0])
-    assert most <= found[-1]["rows"] <= 1.06 * most
-    assert ("guessed from the length of the texts (5% above those "
-            "read)" in caplog.text) == ("--rows_per_batch" not in data)
+    batches = [batch for step in range(40) for batch in state.loader.read(step)[0]]
+    most = max(batch.num_rows - batch.frozen_rows for batch in batches)
+    guessed = "--rows_per_batch" not in data
+    assert most <= found[-1]["rows"] <= (1.06 * most if guessed else max(batch.num_rows for batch in batches))
+    assert ("rows, guessed from the length of the texts (5% above those read)" in caplog.text) == guessed
+    assert f"the largest micro-batch has {'about ' if guessed else ''}{found[-1]['rows']}" in caplog.text
+
+
+def test_videos_of_several_lengths_are_looked_at(tmp_path):
+    """A few long videos decide, whose texts are short: their batch is among those read."""
+    folder = write_run(tmp_path / "run", **SIZES)
+    records = json.loads((folder / "train.json").read_text())
+    rng = random.Random(0)
+    for i, record in enumerate(records):
+        save_features(folder / "feats" / f"clip{i}.safetensors", torch.zeros(150 if i == 7 else 10 + i % 3 * 20,
+                                                                             training_run.CHANNELS), {})
+    records[7]["conversations"][1]["value"] = "red"
+    records = [records[i % len(records)] | {"id": str(i)} for i in range(60)]
+    rng.shuffle(records)
+    (folder / "train.json").write_text(json.dumps(records))
+    config = config_of(folder, "unused", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "4",
+                       "--num_train_epochs", "4")
+    state = train.build(config, WORLD)
+    rows = [max(batch.num_rows for batch in state.loader.read(step)[0]) for step in range(state.order.total_steps)]
+    steps, _ = largest.largest_steps(state.loader, 4)
+    assert max(rows) == max(rows[step] for step in steps) and len(steps) < len(rows) // 4
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
+    """All batches have about as many rows. In some all samples share one video, so that its rows are everybody's keys."""
+    folder = write_run(tmp_path / "run", **SIZES)
+    asked = [{"from": "human", "value": "<video>\nwhat is it?"}, {"from": "gpt", "value": "a red cat"}]
+    for i in range(36):
+        save_features(folder / "feats" / f"clip{i}.safetensors", torch.zeros(190, training_run.CHANNELS), {})
+    (folder / "train.json").write_text(json.dumps([
+        {"id": str(i), "video": f"clip{max(0, i - 11)}.safetensors", "conversations": asked} for i in range(47)]))
+    config = config_of(folder, "unused", "--dataloader_num_workers", "0", "--rows_per_batch", "700", "--share_video",
+                       *TRAINED[trained])
+    state = train.build(config, WORLD)
+    steps, _ = largest.largest_steps(state.loader, 4)
+    found = [max(planning.rows_of(batch)["key_rows"] for batch in state.loader.read(step)[0])
+             for step in range(state.order.total_steps)]
+    assert max(found[step] for step in steps) == max(found) > 2 * sorted(found)[len(found) // 2]
+    assert len(steps) < len(found)
+
+
+@pytest.mark.parametrize("settled, per_segment", [("sdpa", True), ("varlen", False), (print, False)])
+def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, per_segment):
+    """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment."""
+    found = []
+    monkeypatch.setattr(memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
+    monkeypatch.setattr(parallel, "device_memory", lambda _: 2**40)
+    config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
+    state = train.build(config, WORLD)
+    world = dataclasses.replace(WORLD, device=torch.device("cuda"))
+    planning.plan_memory(config, state.model.config, state.loader, world, settled)
+    assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is per_segment
 
 
 def test_the_peak_is_told_after_three_steps(run, tmp_path, capsys):

@@ -1,7 +1,11 @@
-"""Which steps of a run have the largest micro-batches: from the samples' rows, or else from the lengths of their
-texts."""
+"""Which steps of a run have the largest micro-batches: from the samples' rows, or else from about as many.
+
+Where no budget of rows had all samples tokenized, a sample's rows are those of its videos, whose headers are read, and a
+share of its text's bytes.
+"""
 
 import heapq
+import math
 
 import numpy as np
 
@@ -10,48 +14,64 @@ from fastvid.data.row_order import RowOrder, SampleRows
 
 # Beyond these, a run's steps are of the same kind; looking at them takes a second or two.
 _MOST_STEPS = 20_000
+_MOST_VIDEOS = 5_000  # whose headers are read, which takes about as long
 
 
 def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int], int | None]:
-    """The steps whose largest micro-batch of this rank has most rows.
+    """The steps whose largest micro-batch of this rank has most rows, and those where one has most keys.
+
+    Where samples share rows or attend to a constant prefix, batches of as many rows differ in keys, several times.
 
     Args:
         loader: `fastvid.data.batching.Loader`.
-        count: steps wanted, at most.
+        count: steps wanted for each, at most.
         most: only the first so many steps are looked at.
 
     Returns:
-        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the samples'
-        are not known: then the steps were chosen by the bytes of their texts.
+        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the samples' are
+        not known: then the steps were chosen by `rows_by_text`.
     """
-    order = loader.order
+    order, packing = loader.order, loader.packing
     known = isinstance(order, RowOrder)
     table = order.rows if known else rows_by_text(loader.samples, getattr(order, "groups", None))
-    steps = range(min(order.total_steps, most))
-    rows = (max((_rows(table, batch) for batch in order.micro_batches(step)), default=0) for step in steps)
-    largest = heapq.nlargest(count, zip(rows, steps))
-    return [step for _, step in largest], largest[0][0] + table.base if known else None
+    prefix = len(packing.get("prefix", ())) if packing.get("share") or packing.get("frozen") else 0
+    found = []
+    for step in range(min(order.total_steps, most)):
+        sizes = [_sizes(table, batch, prefix) for batch in order.micro_batches(step)] or [(0, 0)]
+        found.append((*map(max, zip(*sizes)), step))
+    by_rows, by_keys = (heapq.nlargest(count, found, key=lambda each, i=i: each[i]) for i in (0, 1))
+    steps = dict.fromkeys(step for *_, step in by_rows + by_keys)
+    return list(steps), by_rows[0][0] + table.base if known else None
 
 
 def rows_by_text(samples, groups=None) -> SampleRows:
-    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes, and every video of it as many as
-    the longest of some: not all files are opened.
+    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes.
 
     Args:
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.
     """
-    some = range(0, len(samples), max(1, len(samples) // 64))
-    rows = max((_rows_of(samples, name) for index in some for name in record_videos(samples.records[index])), default=0)
-    videos = rows * np.array([len(record_videos(record)) for record in samples.records])
+    videos = _video_rows(samples)
     text = np.array([sum(len(turn["value"].encode()) for turn in record["conversations"])
                      for record in samples.records])
-    some = [(index, len(samples.encode(index).token_ids)) for index in some]
-    usable = [(tokens - videos[index], text[index]) for index, tokens in some if tokens]
-    per_byte = max(1, sum(tokens for tokens, _ in usable)) / max(1, sum(length for _, length in usable))
-    own, limit = text * per_byte, samples.config.model_max_length
+    limit, tokens, length = samples.config.model_max_length, 0, 0
+    for index in range(0, len(samples), max(1, len(samples) // 64)):
+        sample = samples.encode(index)
+        if 0 < len(sample.token_ids) < limit:  # what is cut tells nothing
+            tokens += len(sample.token_ids) - sum(_rows_of(samples, name) for name in sample.videos)
+            length += text[index]
+    own = text * (tokens / length) if length else np.full(len(samples), float(limit))
     if groups is None:
         return SampleRows(np.minimum(own + videos, limit), np.zeros_like(own))
     return SampleRows(np.minimum(own, limit), videos, groups)
+
+
+def _video_rows(samples):
+    """Rows of each sample's videos. Of more than `_MOST_VIDEOS` some files are opened; others count as the longest of those."""
+    named = [record_videos(record) for record in samples.records]
+    distinct = list(dict.fromkeys(name for names in named for name in names))
+    known = {name: _rows_of(samples, name) for name in distinct[::max(1, math.ceil(len(distinct) / _MOST_VIDEOS))]}
+    longest = max(known.values(), default=0)
+    return np.array([sum(known.get(name, longest) for name in names) for names in named])
 
 
 def _rows_of(samples, name):
@@ -61,10 +81,13 @@ def _rows_of(samples, name):
         return 0
 
 
-def _rows(table, indices):
-    """Rows of a micro-batch."""
-    own = table.own[indices].sum()
+def _sizes(table, indices, prefix):
+    """(rows of a micro-batch, keys that its segments attend to, `prefix` constant ones each)."""
+    own, shared = table.own[indices].sum(), table.shared[indices]
+    keys = own + shared.sum() + prefix * len(indices)
     if table.groups is None:
-        return own + table.shared[indices].sum()
-    _, first = np.unique(table.groups.of[indices], return_index=True)
-    return own + table.shared[indices][first].sum()
+        return own + shared.sum(), keys
+    _, first, samples = np.unique(table.groups.of[indices], return_index=True, return_counts=True)
+    shared = shared[first]
+    apart = (samples > 1) & (shared > 0)  # what several samples share is a segment of its own
+    return own + shared.sum(), keys + shared[apart].sum() + prefix * apart.sum()
