@@ -23,8 +23,8 @@ _STEPS_LOOKED_AT = 4
 _UNSEEN = 1.05
 # Of a GPU's free memory: what the allocator cannot fill because blocks differ in size, and libraries' own buffers.
 _OF_FREE_GPU = 0.92
-# NCCL's buffers: its communicator is there, but takes most of them at the first collective of a kind, and sharding over a
-# part of the ranks makes further communicators.
+# NCCL's buffers: its communicator is there, but takes most of them at the first collective of a kind, and sharding
+# over a part of the ranks makes further communicators.
 _COMMUNICATORS = 2**30
 # What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
 _FOR_COPIES = 0.75
@@ -248,8 +248,8 @@ def _largest_batch(config, loader, world):
     most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
     share = min(_UNSEEN, most / largest["rows"])
     largest = {name: math.ceil(number * share) for name, number in largest.items()}
-    return largest, (f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the texts "
-                     f"({_UNSEEN - 1:.0%} above those read)")
+    return largest, (f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the "
+                     f"texts ({_UNSEEN - 1:.0%} above those read)")
 
 
 def _most(found):

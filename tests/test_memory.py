@@ -130,7 +130,8 @@ def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind,
     model(rows).backward()
     with LiveBytes() as live:
         model(rows).backward()
-    expected = estimate(CONFIG, trainable=trainable, compute_dtype=dtype, recompute=recompute, one_call_per_segment=True,
+    expected = estimate(CONFIG, trainable=trainable, compute_dtype=dtype, recompute=recompute,
+                        one_call_per_segment=True,
                         **rows_of(rows))
     constant = sum(x.nbytes for layer in model._prefix or () for x in layer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -220,8 +221,8 @@ def test_as_few_layers_are_recomputed_as_fit(trainable):
 
 
 def test_a_gpu_takes_more_than_the_tensors_of_the_model():
-    """FlashAttention sums the queries' gradient in fp32; cuBLAS has its workspaces. Shared keys' gradients are summed in
-    registers, beside copies of keys and values that backward has made again before."""
+    """FlashAttention sums the queries' gradient in fp32; cuBLAS has its workspaces. Shared keys' gradients are summed
+    in registers, beside copies of keys and values that backward has made again before."""
     config, settings = seven_billion()
     gpu, cpu = (estimate(config, recompute="full", on_cpu=on_cpu, **settings) for on_cpu in (False, True))
     assert gpu.working - cpu.working >= 64 * 2**20
@@ -230,7 +231,8 @@ def test_a_gpu_takes_more_than_the_tensors_of_the_model():
     gradients = 2 * (2 * rows + 2 * keys) * width
     own = rows * (2 * width + 4 + 2 * (2 * 11008)) - rows * width * 2  # of the feed-forward block, which is gone
     last = estimate(config, **settings, last_key_rows=keys).working - 64 * 2**20
-    assert shared.working - 64 * 2**20 >= gradients + max(2 * 2 * keys * width + 4 * rows * width, 4 * keys * width) - own
+    assert shared.working - 64 * 2**20 >= gradients + max(2 * 2 * keys * width + 4 * rows * width,
+                                                          4 * keys * width) - own
     keys_and_values = 2 * 2 * keys * width
     assert 0.98 * 2 * keys_and_values <= last <= 2 * keys_and_values
 

@@ -127,8 +127,8 @@ def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
 @pytest.mark.parametrize("data", [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"],
                                   ["--rows_per_batch", "420"]], ids=["text", "lengths"])
 def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog):
-    """One sample is much longer than all others, and no batch of the first steps holds it. Videos of several lengths add
-    less than its text."""
+    """One sample is much longer than all others, and no batch of the first steps holds it. Videos of several lengths
+    add less than its text."""
     caplog.set_level("INFO", "fastvid")
     folder = write_run(tmp_path / "run", **SIZES)
     records = json.loads((folder / "train.json").read_text())
@@ -175,7 +175,9 @@ def test_videos_of_several_lengths_are_looked_at(tmp_path):
 
 @pytest.mark.parametrize("trained", TRAINED)
 def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
-    """All batches have about as many rows. In some all samples share one video, so that its rows are everybody's keys."""
+    """All batches have about as many rows. In some all samples share one video, so that its rows are everybody's
+    keys.
+    """
     folder = write_run(tmp_path / "run", **SIZES)
     asked = [{"from": "human", "value": "<video>\nwhat is it?"}, {"from": "gpt", "value": "a red cat"}]
     for i in range(36):
@@ -196,7 +198,8 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
 def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, per_segment):
     """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment."""
     found = []
-    monkeypatch.setattr(memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
+    monkeypatch.setattr(memory, "estimate", lambda *a, estimate=memory.estimate,
+                        **k: found.append(k) or estimate(*a, **k))
     monkeypatch.setattr(parallel, "device_memory", lambda _: 2**40)
     config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
     state = train.build(config, WORLD)

@@ -1,7 +1,7 @@
 """Which steps of a run have the largest micro-batches: from the samples' rows, or else from about as many.
 
-Where no budget of rows had all samples tokenized, a sample's rows are those of its videos, whose headers are read, and a
-share of its text's bytes.
+Where no budget of rows had all samples tokenized, a sample's rows are those of its videos, whose headers are read, and
+a share of its text's bytes.
 """
 
 import heapq
@@ -28,8 +28,8 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
         most: only the first so many steps are looked at.
 
     Returns:
-        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the samples' are
-        not known: then the steps were chosen by `rows_by_text`.
+        (steps, most rows of a micro-batch, those that need no gradient included). The rows are None where the
+        samples' are not known: then the steps were chosen by `rows_by_text`.
     """
     order, packing = loader.order, loader.packing
     known = isinstance(order, RowOrder)
@@ -66,7 +66,9 @@ def rows_by_text(samples, groups=None) -> SampleRows:
 
 
 def _video_rows(samples):
-    """Rows of each sample's videos. Of more than `_MOST_VIDEOS` some files are opened; others count as the longest of those."""
+    """Rows of each sample's videos. Of more than `_MOST_VIDEOS` some files are opened; others count as the longest of
+    those.
+    """
     named = [record_videos(record) for record in samples.records]
     distinct = list(dict.fromkeys(name for names in named for name in names))
     known = {name: _rows_of(samples, name) for name in distinct[::max(1, math.ceil(len(distinct) / _MOST_VIDEOS))]}

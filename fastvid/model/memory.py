@@ -32,8 +32,8 @@ class MemoryEstimate:
             and the constant rows' keys and values.
         gradients: of trained parameters, in their dtype.
         optimizer: its moments.
-        activations: saved for backward, with the projector's matrices in the compute dtype, and the gradients that the loss
-            keeps until then.
+        activations: saved for backward, with the projector's matrices in the compute dtype, and the gradients that the
+            loss keeps until then.
         working: the largest temporaries: a chunk of logits, or one layer's, with what it recomputes.
         recompute: what this is for, as `Decoder` takes it.
     """
@@ -105,7 +105,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     trained_ranks, frozen_ranks = (world_size if flag else 1 for flag in (shard_trained, sharded))
 
     stored = trained_dtype.itemsize
-    copied = size * counts["projector"] if "projector" in trainable and size < stored else 0  # its matrices, until backward
+    # The projector's matrices, until backward.
+    copied = size * counts["projector"] if "projector" in trainable and size < stored else 0
     weights = stored * trained // trained_ranks + size * frozen // frozen_ranks
     if frozen_dtype is not None:
         assert not sharded and "decoder" not in trainable
@@ -117,7 +118,8 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
-        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder")
+        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items()
+                       if part != "decoder")
         weights += size * 2 * linears(c) - copied
     elif "decoder" in trainable and size < stored:
         layers = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time

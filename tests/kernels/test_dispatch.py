@@ -82,7 +82,8 @@ FUNCTIONS = {"rope_keys_fp8": "rope_keys_backward_fp8"}
 @pytest.mark.parametrize("name", [name for name, arguments in ELSEWHERE.items() if arguments])
 def test_tensors_of_two_gpus_are_refused(name, impl):
     function = getattr(importlib.import_module(f"fastvid_kernels.{name}"), FUNCTIONS.get(name, name))
-    with FakeTensorMode(), pytest.raises(ValueError, match=f"{FUNCTIONS.get(name, name)}: .* one device, found cuda:0, cuda:1"):
+    with FakeTensorMode(), pytest.raises(ValueError,
+                                         match=f"{FUNCTIONS.get(name, name)}: .* one device, found cuda:0, cuda:1"):
         function(*ELSEWHERE[name](), impl=impl, **OPTIONS.get(name, {}))
 
 
