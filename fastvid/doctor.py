@@ -121,9 +121,9 @@ def _video():
 
 def _optional():
     yield _package("optional", "bitsandbytes", ["bitsandbytes"], "no --frozen_dtype nf4 and no "
-                   "--optim paged_adamw_8bit; pip install 'fastvid[gpu]'")
+                   "--optim paged_adamw_8bit; pip install -c constraints.txt '.[gpu]'")
     yield _package("optional", "liger-kernel", ["liger-kernel"], "nothing yet: the benchmarks compare with its "
-                   "kernels; pip install 'fastvid[gpu]'")
+                   "kernels; pip install -c constraints.txt '.[gpu]'")
     yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
                    "pip install tensorboard")
     yield _package("optional", "matplotlib", ["matplotlib"], "no picture of the loss curve; pip install matplotlib")

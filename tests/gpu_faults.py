@@ -24,5 +24,9 @@ def is_killed(**arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_absent(**arguments):
+    yield {"row": "library", "absent": "no such library"}
+
+
 def is_wrong(**arguments):
     yield {"row": "wrong", "status": "failed", "error": "error 3 in [4], at most 1 is allowed"}

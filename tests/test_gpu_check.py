@@ -56,6 +56,13 @@ def test_a_wrong_result_fails_and_its_process_goes_on(tmp_path):
     assert outcomes["stage", "next"][0] == "ok" and not (tmp_path / "log.txt").exists()
 
 
+def test_what_a_machine_has_not_is_told_apart(tmp_path):
+    outcomes = run([task("one", "is_absent"), task("two")], tmp_path)
+    assert [outcome for outcome, _, _ in outcomes.values()] == ["absent: no such library", "ok"]
+    assert [row["status"] for row in results.read(tmp_path) if row["row"] == "end"] == ["absent", "ok"]
+    assert "measured: 1 of 2" in table(outcomes) and "not to be had here: 1 of 2" in table(outcomes)
+
+
 def test_a_background_task_runs_beside_others_and_is_waited_for(tmp_path):
     tasks = [task("slow", background=True), task("beside"), task("after", after=("slow",))]
     assert all(outcome == "ok" for outcome, _, _ in run(tasks, tmp_path).values())
@@ -87,8 +94,8 @@ def test_in_every_stage_a_fault_costs_its_own_rows(tmp_path, stage):
     assert len(outcomes) == len(kept)
     for task_, (outcome, _, rows) in zip(kept, outcomes.values()):
         faulty = task_.module == "gpu_faults"
-        assert outcome.startswith("failed" if faulty else "ok"), (task_.name, outcome)
-        assert len(rows) == 1 if faulty else rows or stage == "libraries"  # which have none on a CPU
+        assert outcome.startswith("failed" if faulty else ("ok", "absent")), (task_.name, outcome)
+        assert len(rows) == 1 if faulty else rows
 
 
 def test_two_sharded_ranks_train_as_one_process():
@@ -144,7 +151,8 @@ def test_command(tmp_path):
 
 @pytest.mark.parametrize("words, said",
                          [(("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
-                                         (("--minutes", "0"), "--minutes 0: give more than 0")])
+                                         (("--minutes", "0"), "--minutes 0: give more than 0"),
+                                         (("--tasks", "swiglu,nosuch"), "no task of these stages has nosuch in its")])
 def test_command_refuses(words, said):
     done = subprocess.run([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})

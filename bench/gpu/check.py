@@ -143,7 +143,7 @@ class Check:
         self.waiting = []  # (module of a process group, its tasks, its worker or None)
 
     def run(self):
-        """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "failed: …", "left out: …"."""
+        """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "absent: …", "failed: …", "left out: …"."""
         with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool:
             self.scratch = scratch
             groups = [[tasks, None] for tasks in _groups(self.tasks)]
@@ -204,6 +204,8 @@ class Check:
 
     def _note(self, task, outcome, seconds, rows):
         bad = [row for row in rows if row.get("status") != "ok"]
+        if outcome == "ok" and rows and all("absent" in row for row in rows):
+            outcome = f"absent: {rows[0]['absent']}"
         if outcome == "ok" and bad:
             outcome = "failed: " + "; ".join(str(row.get("error", row.get("row", ""))) for row in bad)[:500]
         self.outcomes[task.stage, task.name] = outcome, seconds, rows
@@ -258,8 +260,8 @@ def line_of(row):
 
 
 def table(outcomes):
-    """What was measured, what failed, and what was left out."""
-    kinds = {"ok": "measured", "failed": "failed", "left out": "left out"}
+    """What was measured, what this machine has not, what failed, and what was left out."""
+    kinds = {"ok": "measured", "absent": "not to be had here", "failed": "failed", "left out": "left out"}
     found = {kind: [] for kind in kinds}
     for (stage, name), (outcome, seconds, rows) in outcomes.items():
         kind, _, why = outcome.partition(": ")

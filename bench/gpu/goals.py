@@ -68,11 +68,12 @@ def kernel_lines(card, rows):
 
 
 def _family(made, *, fp8, shared):
-    """The timed adapter rows of fastvid, whatever their batches."""
+    """The timed adapter rows of fastvid that a user's flags can make, whatever their batches."""
     for row in made["rows"] if made else ():
         about = ROWS[row["row"]]
         flags = " ".join(about.flags)
-        if row["seconds"] and about.kind == "fastvid" and not about.full and "--recompute none" in flags and (
+        ours = row["seconds"] and about.kind == "fastvid" and about.apart and not about.full
+        if ours and "--recompute none" in flags and (
                 ("fp8" in flags) == fp8 and ("--share_video" in flags) == shared):
             yield row
 

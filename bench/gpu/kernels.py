@@ -10,7 +10,6 @@ OURS = ("ours", "eager")
 
 def rows(small, kernel, others=False):
     """Rows of one kernel: ours and eager torch, or the `others`: torch.compile and libraries."""
-    torch.set_grad_enabled(True)
     info = {"small": small}
     if torch.cuda.is_available():
         info |= {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy_bandwidth(small),
@@ -19,6 +18,8 @@ def rows(small, kernel, others=False):
     pairs = [(case, way) for case in cases for way in case.ways
              if (way in OURS) != others and (way != "reference's chain" or small)]
     pairs.sort(key=lambda pair: pair[1] in kernel_rows.LAST)
+    if not pairs:
+        yield {"row": kernel, "absent": "no library that does this job is installed, or none can run here"}
     for case, way in pairs:
         label = {"row": f"{case.name} {way}", "kernel": kernel, "case": case.name, "way": way}
         try:

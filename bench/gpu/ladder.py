@@ -93,7 +93,9 @@ def table(result):
     names = {"burst": "bf16 product in a burst", "sustained": "after ten seconds", "fp8": "a layer's FP8 products"}
     roofs = ", ".join(f"{names[name]} {rate / 1e12:,.0f} TFLOP/s (`{commit}`)"
                       for name, (rate, commit) in result["roofs"].items())
-    return "\n".join([*lines, *(["", f"{roofs}."] if roofs else [])])
+    said = ("× compares the rows of whole samples per second, as batches of a budget have other samples. "
+            + (f"Roofs: {roofs}." if roofs else ""))
+    return "\n".join([*lines, "", said.strip()])
 
 
 def _line(cells):

@@ -5,15 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from bench.harness import ROOT
 
 DRAWN = "any_shape or any_size or any_packing"  # tests of drawn shapes: each shape is compiled anew on a GPU
-TINY = "shape or stride"
 
 
 def unit_tests(small, kernel, seconds):
     """tests/kernels of one kernel, without those of drawn shapes; at `small`, one that is quick."""
+    if missing := [name for name in ("pytest", "pytest_timeout", "hypothesis") if find_spec(name) is None]:
+        yield {"row": kernel, "absent": f"{', '.join(missing)} is not installed"}
+        return
     chosen = ["-k", f"not ({DRAWN})"] if not small else ["-k", "refuse or unknown or error"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *chosen,
                f"tests/kernels/test_{kernel}.py"]
@@ -23,8 +26,9 @@ def unit_tests(small, kernel, seconds):
               for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", last[0])}
     good = found.returncode in (0, 5)
     row = {"row": kernel, **counts, "code": found.returncode, "status": "ok" if good else "failed"}
-    yield row if good else row | {
-        "error": "\n".join(re.findall(r"^(?:FAILED|ERROR|E  ).*", found.stdout, re.M))[-1500:]}
+    said = "\n".join(re.findall(r"^(?:FAILED|ERROR|E  ).*", found.stdout, re.M))
+    said = said or found.stdout[-700:] + found.stderr[-700:]
+    yield row if good else row | {"error": said[-1500:]}
 
 
 def sanitizer(small, tool, seconds):

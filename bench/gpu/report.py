@@ -143,14 +143,18 @@ def main(argv=None):
         cards = merge.read(arguments.files)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    readmes = (arguments.readme, Report.short), (arguments.readme.parent / "bench" / "README.md", Report.long)
+    for readme, _ in readmes:
+        if not readme.is_file() or BEGIN not in readme.read_text():
+            parser.error(f"{readme} is no file with the line {BEGIN}; --readme names a copy of README.md beside which "
+                         "bench/README.md lies")
     reports = [Report(card, arguments.out, arguments.plots) for card in cards]
     for folder in (arguments.out, arguments.plots):
         folder.mkdir(parents=True, exist_ok=True)
     for report in reports:
         report.write()
         print(report.text(), end="\n\n")
-    for readme, part in ((arguments.readme, Report.short),
-                         (arguments.readme.parent / "bench" / "README.md", Report.long)):
+    for readme, part in readmes:
         text = "\n\n".join(part(report, readme) for report in reports)
         readme.write_text(ladder_plot.into_readme(readme.read_text(), text, BEGIN, END))
     return 1 if any(report.faults() for report in reports) else 0
