@@ -64,7 +64,7 @@ def trained(rank, run, output, options, chosen):
     found.append(train.evaluate(state))
     poisoned = batch_of(state, ANOTHER)
     if rank == 1:
-        poisoned.features[0, 3, 2] = math.nan
+        poisoned.features[3, 2] = math.nan
     state.loader.read = lambda step: ([poisoned], [])
     found.append(recovery.explain_not_finite(state, 3))
     return found
