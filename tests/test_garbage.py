@@ -82,11 +82,12 @@ SHARDED = [["--tune_mm_mlp_adapter", "False"], ["--tune_mm_mlp_adapter", "False"
 
 def counts_of_a_rank(rank, run, output):
     world = parallel.World(rank, 2, rank, torch.device("cpu"), True, 2)
-    return [tensors_after_steps(train.build(config_of(run, output, "--dataloader_num_workers", "0", *options), world))
-            for options in SHARDED]
+    return [tensors_after_steps(train.build(config_of(run, output, "--dataloader_num_workers", "0", *options), world),
+                                steps=12) for options in SHARDED]
 
 
 def test_nor_does_a_sharded_one(run, tmp_path):
+    """A step's last collective may hold its tensor a moment longer, in gloo's thread; what is left behind adds up."""
     for found in on_ranks(2, counts_of_a_rank, tmp_path, run, tmp_path / "out"):
         for counts in found:
-            assert len(set(counts[2:])) == 1, counts
+            assert min(counts[7:]) <= min(counts[2:7]), counts
