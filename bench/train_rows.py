@@ -59,7 +59,8 @@ class Fastvid:
         return {} if row.full else self.state.optimizer.parameters
 
     def _config(self, row, micro_batch):
-        from fastvid.config import TrainConfig, parse
+        from fastvid.config import TrainConfig
+        from fastvid.flags import parse
 
         adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
         batch = ("--gradient_accumulation_steps", "2") if row.budget else (
@@ -109,10 +110,11 @@ class Matmul:
 
 def step_samples(row, folder):
     """(tokens, samples of one optimizer step as `fastvid.data` encodes them) for a row of transformers' model."""
-    from fastvid.config import TrainConfig, parse
+    from fastvid.config import TrainConfig
     from fastvid.data.batching import SampleSet
     from fastvid.data.conversation import load_tokenizer
     from fastvid.data.features import FeatureFolder
+    from fastvid.flags import parse
 
     tokenizer = load_tokenizer(f"{folder}/model", True)
     config = parse(TrainConfig, ["--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json",

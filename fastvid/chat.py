@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from fastvid import checkpoint
-from fastvid.config import ChatConfig, parse
+from fastvid.config import ChatConfig
 from fastvid.data.batching import pack
 from fastvid.data.conversation import EncodedSample, inference_prompt, load_tokenizer
 from fastvid.data.features import SUFFIXES, load_features
 from fastvid.data.questions import Question, list_media, read_questions
 from fastvid.data.video_tokens import read_settings
+from fastvid.flags import parse
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fastvid import config as configs
 from fastvid.data import annotations
+from fastvid.flags import parse
 
 LISTED = 20  # dropped records that are named one by one
 
@@ -42,7 +43,7 @@ def convert(config: configs.ConvertConfig) -> Conversion:
 
 
 def main(argv=None) -> int:
-    config = configs.parse(configs.ConvertConfig, argv)
+    config = parse(configs.ConvertConfig, argv)
     done = convert(config)
     if done.dropped:
         print(f"{config.input_json_file}: {len(done.dropped)} malformed records dropped:", file=sys.stderr)

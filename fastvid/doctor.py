@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from fastvid import __version__, host_memory
-from fastvid.config import DoctorConfig, parse
+from fastvid.config import DoctorConfig
+from fastvid.flags import parse
 
 DECODERS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1", "mpeg4": "MPEG-4", "mjpeg": "MJPEG"}
 FLASH_ATTENTION = {"flash-attn 2": "flash-attn", "flash-attn 3": "flash-attn-3", "flash-attn 4": "flash-attn-4"}

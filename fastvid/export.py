@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from fastvid import __version__, checkpoint
-from fastvid.config import ExportConfig, parse
+from fastvid.config import ExportConfig
 from fastvid.data.tokenizer import load_tokenizer
+from fastvid.flags import parse
 from fastvid.model.names import llava_hf_name
 from fastvid.model.weight_files import CheckpointTensors
 from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 import fastvid
-from fastvid.config import ExtractConfig, parse
+from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features, save_features
+from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode_worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device

@@ -6,11 +6,12 @@ import sys
 from functools import cache
 from itertools import groupby
 
-from fastvid.config import InspectConfig, parse
+from fastvid.config import InspectConfig
 from fastvid.data.annotations import read_records
 from fastvid.data.conversation import encode_sample, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.data.video_tokens import VideoRows, feature_channels, video_token_count
+from fastvid.flags import parse
 
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 

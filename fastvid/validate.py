@@ -8,6 +8,7 @@ from multiprocessing.pool import ThreadPool
 
 from fastvid import config as configs
 from fastvid.data import annotations
+from fastvid.flags import parse
 
 SHOWN = 3  # examples of each kind of problem
 READERS = 16  # threads that open feature files: on a network file system waiting is most of the work
@@ -150,7 +151,7 @@ def summary(report: Report) -> str:
 
 
 def main(argv=None) -> int:
-    report = validate(configs.parse(configs.ValidateConfig, argv))
+    report = validate(parse(configs.ValidateConfig, argv))
     print(summary(report))
     return 1 if report.problems else 0
 

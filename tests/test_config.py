@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from fastvid import config as configs
-from fastvid.config import ChatConfig, ConvertConfig, ExtractConfig, InspectConfig, TrainConfig, parse
+from fastvid.config import ChatConfig, ConvertConfig, ExtractConfig, InspectConfig, TrainConfig
+from fastvid.flags import parse
 
 REFERENCE = shlex.split("""
     --model_name_or_path llava --version v1 --data_path train.json --video_folder features --tune_mm_mlp_adapter True

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastvid.data.files import atomic_file, read_json_object
+from fastvid.files import atomic_file, read_json_object, shown, wrong_content
 
 
 def test_a_written_file_replaces_the_old_one(tmp_path):
@@ -33,7 +33,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    program = ("import os, signal, sys\nfrom fastvid.data.files import atomic_file\n"
+    program = ("import os, signal, sys\nfrom fastvid.files import atomic_file\n"
                "with atomic_file(sys.argv[1]) as file:\n"
                "    file.write(b'ne'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -101,3 +101,31 @@ def test_json_objects_are_read_missing_or_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="config.json is no JSON object"):
             read_json_object(path)
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    (b"\x1f\x8b\x08\x00rest", "gunzip"),
+    (b"\n<!DOCTYPE html><html>", "web page"),
+    (b"", "is empty"),
+])
+def test_what_is_not_the_file_is_named(tmp_path, content, said):
+    (tmp_path / "a").write_bytes(content)
+    assert said in wrong_content(tmp_path / "a")
+
+
+def test_other_content_is_not_judged(tmp_path):
+    (tmp_path / "a").write_bytes(b"[]")
+    assert wrong_content(tmp_path / "a") is None
+
+
+def test_pipes_and_folders_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe" in wrong_content(tmp_path / "pipe")
+    assert "folder" in wrong_content(tmp_path)
+    assert "No such file" in wrong_content(tmp_path / "absent")
+
+
+def test_odd_names_are_shown_escaped():
+    assert shown("a b.mp4") == "a b.mp4"
+    assert shown("a\x1b[31m\n") == r"'a\x1b[31m\n'"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import ROOT, SHARED
 
-from fastvid.config import InspectConfig, parse
+from fastvid.config import InspectConfig
 from fastvid.data.conversation import load_tokenizer
 from fastvid.data.features import save_features
+from fastvid.flags import parse
 from fastvid.inspection import inspect_records, main, render
 
 RECORDING = SHARED / "golden" / "tokens.json"

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = {"fastvid": ROOT / "fastvid", "fastvid_kernels": ROOT / "kernels" / "fastvid_kernels"}
-LONGEST_FILE = 320
+LONGEST_FILE = 400  # a limit to be far from: about 300 lines are a sign to look for a second subject
 
 COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "export", "doctor"}
 # Which of our modules the modules below a name may import. A name stands for everything below it; `fastvid` itself
@@ -20,15 +20,18 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
+    "fastvid.flags": {"fastvid.config", "fastvid.files"},
+    "fastvid.files": set(),
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
-    "fastvid.data": {"fastvid.config", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
+    "fastvid.data": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
-    "fastvid.video": {"fastvid.config", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
-    "fastvid.model": {"fastvid.config", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
+    "fastvid.video": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
+    "fastvid.model": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
          "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
-MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvid.{tool}" for tool in TOOLS)}
+               for name in TOOLS}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
 MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
@@ -139,7 +142,7 @@ def test_what_the_rules_allow():
     sources = {"fastvid": "", "fastvid.data": "", "fastvid.recovery": "from fastvid.export import export",
                "fastvid.chat": "from fastvid import __version__, data\nif __name__ == '__main__':\n"
                                "    from fastvid.cli import run",
-               "fastvid.export": "from fastvid.data import files", "fastvid.cli": "import fastvid.chat"}
+               "fastvid.export": "from fastvid.data import features", "fastvid.cli": "import fastvid.chat"}
     assert list(faults(sources, ["fastvid", "fastvid.data"])) == []
 
 

@@ -8,12 +8,13 @@ from model_cases import assert_same_gradients, loss_and_gradients
 from training_run import CHANNELS, SAMPLES, config_of, flags, losses, write_run
 
 from fastvid import parallel, train, validate
-from fastvid.config import InspectConfig, ValidateConfig, parse
+from fastvid.config import InspectConfig, ValidateConfig
 from fastvid.data import features
 from fastvid.data.batching import SampleSet
 from fastvid.data.conversation import load_tokenizer, system_prefix
 from fastvid.data.features import save_features
 from fastvid.data.packing import pack
+from fastvid.flags import parse
 from fastvid.inspection import inspect_records
 from fastvid.metrics import read_metrics
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastvid import checkpoint, parallel, train
-from fastvid.config import TrainConfig, parse
+from fastvid.config import TrainConfig
+from fastvid.flags import parse
 from fastvid.metrics import read_metrics
 
 # Of the reference's own run (336-pixel folders, learning rate 2e-5, warm-up .03); losses as its log prints them.

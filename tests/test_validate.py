@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastvid import validate
-from fastvid.config import TrainConfig, ValidateConfig, parse
+from fastvid.config import TrainConfig, ValidateConfig
 from fastvid.data.features import save_features
+from fastvid.flags import parse
 
 TURNS = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
 TEXT = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT
 from weight_folders import CONFIG, write_folder
 
-from fastvid.config import TrainConfig, parse
+from fastvid.config import TrainConfig
 from fastvid.data.features import save_features
+from fastvid.flags import parse
 from fastvid.metrics import read_metrics
 
 PIECES, ROWS, CHANNELS, SAMPLES = 300, 8, CONFIG["mm_hidden_size"], 12

@@ -20,7 +20,8 @@ from bench.gpu.extract import CLIP_L, TINY, write_tower
 from bench.harness import ROOT
 from bench.train_presets import PRESETS
 from fastvid import checkpoint, parallel, train
-from fastvid.config import TrainConfig, parse
+from fastvid.config import TrainConfig
+from fastvid.flags import parse
 from fastvid.metrics import read_metrics
 from fastvid.video.encoder import FeatureEncoder
 

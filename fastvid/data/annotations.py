@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from fastvid.data.files import atomic_file
+from fastvid.files import atomic_file
 
 _JSON_KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
 

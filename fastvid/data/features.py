@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.data.files import atomic_file
 from fastvid.data.pickled_array import probe_array, read_array, write_array
+from fastvid.files import atomic_file
 
 SUFFIXES = (".safetensors", ".pkl")  # in the order in which a folder that has both is read
 _TENSOR = "features"

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
-from fastvid.data.files import read_json_object
+from fastvid.files import read_json_object
 
 VIDEO = "<video>"
 PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fastvid.data.annotations import record_videos, training_fault
-from fastvid.data.files import read_json_object
+from fastvid.files import read_json_object
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336 and its like say their patch and image size (224 where none is said).

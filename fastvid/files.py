@@ -1,8 +1,9 @@
-"""Files that are whole or absent, and JSON objects that are or are not there."""
+"""Files that are whole or absent, JSON objects that are or are not there, and files that are not what they seem."""
 
 import json
 import os
 import secrets
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,3 +50,32 @@ def read_json_object(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
+
+
+def wrong_content(path) -> str | None:
+    """Why a file cannot hold what its name says, as far as its first bytes tell, with the remedy; None if it may.
+
+    A part of a sentence that begins after the file's name. Opens regular files only: a pipe would wait for ever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return "is a folder, not a file" if stat.S_ISDIR(mode) else "is no regular file (a pipe or a device)"
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return ("is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` in its folder, or download it "
+                "again with `hf download`")
+    if head.startswith(b"\x1f\x8b"):
+        return "is packed with gzip; unpack it with `gunzip`"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page (HTML), not the file itself; download it again"
+    return None if head else "is empty; download or write it again"
+
+
+def shown(value) -> str:
+    """A name or text from the outside as messages show it: quotation marks only where it needs to be escaped."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
