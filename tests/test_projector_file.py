@@ -104,9 +104,12 @@ def test_projector_files_that_do_not_serve(tmp_path):
 
     refused({"model.embed_tokens.weight": torch.ones(2, D)}, "p.bin holds no projector")
     refused({name: state[name] for name in state if "0.bias" not in name}, r"p.bin lacks model.mm_projector.0.bias")
-    refused(state | {"model.mm_projector.4.weight": torch.ones(1)}, "p.bin holds more than a projector")
+    refused(state | {"model.mm_projector.4.weight": torch.ones(1)}, "an mlp3x_gelu projector .*4.weight.*not computed")
+    refused(state | {"model.mm_projector.6.bias": torch.ones(1)}, "an mlp4x_gelu projector")
+    refused(state | {"model.mm_projector.net.0.weight": torch.ones(1)}, "a projector of another kind .*net.0.weight")
+    refused(state | {"model.norm.weight": torch.ones(1)}, "p.bin holds more than a projector .*--model_name_or_path")
     refused(state | {"model.mm_projector.2.weight": torch.ones(D, 2)}, r"p.bin: projector.2.weight is \[24, 2\]")
-    refused(state | {"model.embed_tokens.weight": torch.ones(V, D)}, "it lacks rows 41 and 42")
+    refused(state | {"model.embed_tokens.weight": torch.ones(V, D)}, r"is \[40, 24\], the tokenizer .* 43 tokens")
     refused(state | {"model.embed_tokens.weight": torch.ones(2, 3)}, "start and end embeddings is")
     with pytest.raises(ValueError, match="nowhere.bin does not exist"):
         load(folder, projector=tmp_path / "nowhere.bin")

@@ -96,6 +96,18 @@ def probe_features(path) -> tuple[int, int, torch.dtype]:
     return *shape, dtype
 
 
+def feature_header(path) -> dict:
+    """What a feature file says it was made of and with, without reading its values; {} for .pkl.
+
+    Raises:
+        ValueError, OSError: as `load_features`.
+    """
+    if _suffix(path) == ".pkl":
+        return {}
+    with open(path, "rb", buffering=0) as file:
+        return _read_header(file, path)[2]
+
+
 def _suffix(path):
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -122,6 +134,7 @@ def _read_header(file, path):
     try:
         table = json.loads(file.read(length))
         header = json.loads(table.pop("__metadata__", {}).get("header", "{}"))
+        header = header if isinstance(header, dict) else {}
         dtype, shape = str(table[_TENSOR]["dtype"]), table[_TENSOR]["shape"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is no feature file: its header is damaged or has no "{_TENSOR}"; '
@@ -187,6 +200,10 @@ class FeatureFolder:
         if name not in self._shapes:
             self._shapes[name] = probe_features(self.resolve(name))[:2]
         return self._shapes[name]
+
+    def header(self, name: str) -> dict:
+        """`feature_header` of the file that `name` means."""
+        return feature_header(self.resolve(name))
 
     def resolve(self, name: str) -> Path:
         """The file that a record's `video` means.
