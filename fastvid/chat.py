@@ -154,8 +154,8 @@ class Chat:
         """Refuse a feature file whose header contradicts the weights."""
         made, trained = Provenance.of(header), self.trained
         if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
-            raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} was "
-                             f"trained on ({trained.tower}); extract it with that one")
+            raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
+                             f"was trained on ({trained.tower}); extract it with that one")
         if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
             raise ValueError(f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
                              f"{trained.num_frames}; extract it with that")

@@ -82,8 +82,8 @@ class TrainConfig(DataConfig):
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
     freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
     freeze_mm_mlp_adapter: bool = _flag(False, "Freeze the projector.")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector to start from: .bin, .safetensors, a checkpoint folder "
-                                               "or the --output_dir of its training.")
+    pretrain_mm_mlp_adapter: str | None = _flag(
+        None, "Projector to start from: .bin, .safetensors, a checkpoint folder or the --output_dir of its training.")
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
     # precision and memory
     bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")

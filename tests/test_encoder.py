@@ -213,7 +213,7 @@ def test_opening_a_gpu_leaves_the_current_one_alone(monkeypatch):
 @pytest.mark.parametrize("command", ["chat", "extract"])
 def test_a_command_makes_its_gpu_the_current_one(tmp_path, monkeypatch, command):
     """Before the library is called, and from --device."""
-    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.mp4").write_bytes(b"a video")
     current, module = [], importlib.import_module(f"fastvid.{command}")
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(module, "open_device", torch.device)

@@ -144,6 +144,12 @@ def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change
     else:
         draw(videos / "a.mp4", 9)
     capfd.readouterr()
+    if again:
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"1 feature files of other settings.*{why}.*--overwrite True"):
+            extract(job(videos, **again))
+        assert file.read_bytes() == before
+        again["overwrite"] = True
     summary = extract(job(videos, **again))
     assert (summary.extracted, summary.skipped) == (1, 0)
     message = capfd.readouterr().err
@@ -154,7 +160,9 @@ def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change
 def test_pickles_of_unknown_origin_are_made_again(job, tmp_path, capfd):
     extract(job(format="pkl"))
     (tmp_path / "features" / "manifest.jsonl").unlink()
-    assert extract(job(format="pkl")).extracted == 3
+    with pytest.raises(ValueError, match="3 feature files of other settings .*tower_revision unknown"):
+        extract(job(format="pkl"))
+    assert extract(job(format="pkl", overwrite=True)).extracted == 3
     assert "tower_revision unknown" in capfd.readouterr().err
 
 

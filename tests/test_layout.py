@@ -33,6 +33,7 @@ TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", 
          "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders",
                                    *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
 MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}

@@ -27,7 +27,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             load(folder)
     folder = write_folder(tmp_path / "pointer", state)
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+    with pytest.raises(ValueError, match="model.safetensors is a git-lfs pointer"):
         load(folder)
     folder = write_folder(tmp_path / "lacks", state, files=2)
     index = folder / "model.safetensors.index.json"

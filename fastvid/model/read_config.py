@@ -53,7 +53,7 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
         num_layers=llama.num_hidden_layers, num_heads=llama.num_attention_heads,
         num_kv_heads=llama.num_key_value_heads, head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps,
         rope_parameters=dict(llama.rope_parameters), max_position_embeddings=llama.max_position_embeddings,
-        tie_word_embeddings=_is_tied(folder, llama.tie_word_embeddings or values.get("tie_word_embeddings")))
+        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")))
     try:
         rotary_frequencies(decoder)
     except ValueError as error:
@@ -101,7 +101,7 @@ def _llama_config(path, values, text):
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _is_tied(folder, described):
+def _is_tied(path, described):
     """Whether head and embedding are one table: as config.json says, unless the weights hold two that differ.
 
     transformers 5 has it so; before, it left such a head out.
@@ -109,14 +109,14 @@ def _is_tied(folder, described):
     if not described:
         return False
     try:
-        weights = ModelFolder(folder)
+        weights = ModelFolder(path.parent)
     except ValueError:  # without weights a folder still tells a model's size
         return True
     head, table = (weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    if head is None or table is None or torch.equal(head, table):
+    if head is None or table is None or head.shape != table.shape or torch.equal(head, table.to(head.dtype)):
         return True
-    log.warning("%s ties head and embedding (tie_word_embeddings), and its weights hold two that differ: both are taken",
-                folder / "config.json")
+    log.warning("%s ties head and embedding (tie_word_embeddings), but the weights hold two that differ: both count",
+                path)
     return False
 
 
