@@ -16,7 +16,7 @@ import torch
 
 from fastvid import __version__, checkpoint, provenance
 from fastvid.config import ExportConfig
-from fastvid.data.tokenizer import load_tokenizer
+from fastvid.data.tokenizer import PATCH, load_tokenizer
 from fastvid.files import shown
 from fastvid.find import checkpoint_folder
 from fastvid.flags import parse
@@ -25,7 +25,7 @@ from fastvid.model.names import llava_hf_name
 from fastvid.model.weight_files import CheckpointTensors
 from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector
 from fastvid.provenance import EXPORT_MARK, KEY
-from fastvid.video.encoder import load_tower
+from fastvid.video.encoder import load_tower, processor_settings
 from fastvid.video.tower import check_tower, choose_tower
 
 SHARD_BYTES = 5_000_000_000
@@ -85,6 +85,7 @@ def export(config):
         tokenizer.save(temporary)
         if config.format == "llava":
             _write_tokenizer_table(temporary)
+            _write_processor(temporary, tower, vision.config)
         _write_json(temporary / "config.json", values)
         _write_json(temporary / "generation_config.json", {
             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]})
@@ -180,6 +181,22 @@ def _write_tokenizer_table(folder):
 
     if not (folder / "tokenizer.json").is_file():
         LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _write_processor(folder, tower, vision):
+    """What AutoProcessor makes a LlavaProcessor of: the tower's image processor, and which token a picture's rows take.
+    """
+    side = vision.image_size
+    image = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
+             "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
+             "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
+             "do_normalize": True, "do_convert_rgb": True}
+    told = {key: value for key, value in processor_settings(tower).items()
+            if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")}
+    _write_json(folder / "preprocessor_config.json", image | told)
+    _write_json(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "image_token": PATCH,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
 
 
 def _load_tower(tower, model):

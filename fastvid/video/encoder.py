@@ -71,7 +71,8 @@ class FeatureEncoder:
         self.image_size, self.patch_size = model.config.image_size, model.config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.hidden_size = model.config.hidden_size
-        self.mean, self.std = _pixel_statistics(tower)
+        settings = processor_settings(tower)
+        self.mean, self.std = settings["image_mean"], settings["image_std"]
         self.revision = revisions(tower)[0]
 
         embeddings = model.embeddings
@@ -154,8 +155,8 @@ def _files(tower):
     return [path for name in names if os.path.lexists(path := os.path.join(tower, name))]
 
 
-def _pixel_statistics(tower):
-    """Mean and standard deviation per channel: those of the tower's preprocessor_config.json, else CLIP's."""
+def processor_settings(tower):
+    """A tower's preprocessor_config.json; "image_mean" and "image_std" per channel are CLIP's where it has none."""
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -163,4 +164,4 @@ def _pixel_statistics(tower):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(tower)
     except OSError:
         settings = {}
-    return settings.get("image_mean", OPENAI_CLIP_MEAN), settings.get("image_std", OPENAI_CLIP_STD)
+    return {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, **settings}
