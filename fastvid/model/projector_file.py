@@ -85,6 +85,18 @@ def _boundary_rows(path, table, tokens):
     return table[[tokens.start, tokens.end]]
 
 
+def _order_metadata(path):
+    """Sort the metadata of a .safetensors file in its place: the library's order differs from process to process."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same text in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def save_tensors(path, tensors, provenance=None):
     """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all.
 
@@ -106,6 +118,7 @@ def save_tensors(path, tensors, provenance=None):
         else:
             held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
             save_file(tensors, temporary, metadata={"format": "pt", **held})
+            _order_metadata(temporary)
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
