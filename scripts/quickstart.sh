@@ -78,7 +78,6 @@ step "chat about clips that training never saw"
 for clip in held_out_first_red_blue_00 held_out_left_blue_red_00; do
   question=$([[ $clip == *first* ]] && echo "Which colour comes first?" || echo "Which colour is on the left?")
   say_and_do fastvid chat --model_name_or_path "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" \
-    --vision_tower "$OUT/tower_b" --num_frames 16 --conv_mode vicuna_v1_1 \
     --video "$OUT/videos/$clip.mp4" --question "$question"
 done
 

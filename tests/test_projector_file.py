@@ -66,6 +66,23 @@ def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable)
     assert torch.equal(model.head.weight, load(folder).head.weight)
 
 
+@pytest.mark.parametrize("rows, fits", [(2, True), (V + 3, True), (64, True), (128, True), (256, True), (V + 6, False),
+                                        (1, False), (192, False)])
+def test_a_table_of_another_tokenizer_is_refused(tmp_path, rows, fits):
+    """Two rows, or the tokenizer's own number, which may be padded to a multiple of 64, 128 or 256."""
+    state = llava_state()
+    table = torch.randn(rows, D)
+    torch.save({"model.embed_tokens.weight": table,
+                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    if not fits:
+        with pytest.raises(ValueError, match=rf"p.bin: .* is \[{rows}, 24\], the tokenizer .* has 43 tokens"):
+            read_projector(tmp_path / "p.bin", TOKENS)
+        read_projector(tmp_path / "p.bin", VideoTokens(V, None, None, V + 1, (V,)))  # whose rows are not asked for
+    else:
+        found = read_projector(tmp_path / "p.bin", TOKENS)["boundary.weight"]
+        assert torch.equal(found, table if rows == 2 else table[[V + 1, V + 2]])
+
+
 def test_projector_from_a_checkpoint_folder(tmp_path):
     state, trained = llava_state(), our_state(llava_state())
     trained = {name: tensor + 1 for name, tensor in trained.items() if name.startswith("projector.")}

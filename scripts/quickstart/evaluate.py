@@ -43,9 +43,7 @@ def main():
 
     questions = [json.loads(line) for line in (arguments.out / "held_out.jsonl").read_text().splitlines()]
     folder = FeatureFolder(arguments.features)
-    # The prompt that training used; Chat's default is the other one that the reference's inference has.
-    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, conv_mode="vicuna_v1_1",
-                max_new_tokens=8)
+    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, max_new_tokens=8)
 
     result = {"name": arguments.name}
     for family, turn in (("first", reverse_time), ("left", mirror)):
