@@ -52,7 +52,7 @@ class Chat:
         self.device = open_device(config.device)
         projector = None if config.projector is None else projector_path(config.projector, "--projector")
         self.weights = str(projector or config.model_name_or_path)
-        self.trained = of_weights(self.weights)
+        self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
         self.config = config = self._as_trained(config)
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
         tokens, seed = self.tokenizer.tokens, _seed(projector)
@@ -177,6 +177,15 @@ class Chat:
             check_tower(tower, self.trained, self.weights)
             self._encoder = encoder
         return self._encoder
+
+
+def _trained_on(given, weights):
+    """The Provenance of weights, or of the checkpoint beside a projector file of an older version, which holds none."""
+    trained = of_weights(weights)
+    if trained == Provenance() and weights.is_file() and Path(given).is_dir():
+        newest = checkpoint.newest_valid(given)
+        return trained if newest is None else of_weights(newest)
+    return trained
 
 
 def _seed(projector):

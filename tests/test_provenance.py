@@ -122,6 +122,28 @@ def test_weights_that_tell_nothing_are_asked_as_the_reference_asks(made, tmp_pat
     assert chat._loaded_encoder().revision == revisions(made / "tower_a")[0]
 
 
+def test_an_older_output_dir_tells_the_prompt(made, tmp_path):
+    """Its projector file tells nothing, and the checkpoint beside it has only flags."""
+    state = checkpoint.read_state(made / "out" / "checkpoint-1")
+    del state["provenance"]
+    tensors = checkpoint.read_full(made / "out" / "checkpoint-1", "model")
+    checkpoint.save(tmp_path, 1, groups={"model": tensors}, state=state)
+    torch.save(torch.load(made / "out" / "mm_projector.bin", weights_only=True), tmp_path / "mm_projector.bin")
+    chat = ask(made, tmp_path)
+    assert chat.weights.endswith("mm_projector.bin") and chat.trained.tower is None
+    assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
+        "vicuna_v1_1", "video_first", 100)
+
+
+def test_a_frame_count_that_gives_other_rows_is_refused(made, tmp_path):
+    """Features without headers tell their rows alone."""
+    tensors = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
+    save_tensors(tmp_path / "p.bin", tensors, Provenance(rows=ROWS))
+    with pytest.raises(ValueError, match=f"--num_frames 100 .* 104 rows, .* of {ROWS}: --num_frames {FRAMES}"):
+        ask(made, tmp_path / "p.bin").features(made / "clip.mp4")
+    assert ask(made, tmp_path / "p.bin", num_frames=FRAMES).features(made / "clip.mp4").shape == (ROWS, CHANNELS)
+
+
 def test_an_export_holds_the_tower_of_the_features(made, tmp_path):
     export.export(ExportConfig(str(made / "out"), str(tmp_path / "hf"), "llava"))
     held = load_file(tmp_path / "hf" / "model.safetensors")
