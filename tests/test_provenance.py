@@ -210,8 +210,8 @@ def test_text_alone_keeps_what_it_started_from(made, tmp_path):
     records = [{"id": str(i), "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a cat"}]}
                for i in range(4)]
     (tmp_path / "text.json").write_text(json.dumps(records))
-    argv = flags(made, tmp_path / "out", "--max_steps", "1", "--data_path", str(tmp_path / "text.json"),
-                 "--pretrain_mm_mlp_adapter", str(made / "out"))
+    argv = flags(made, tmp_path / "out", "--max_steps", "1", "--pretrain_mm_mlp_adapter", str(made / "out"))
+    argv[argv.index("--data_path") + 1] = str(tmp_path / "text.json")
     assert train.main(argv) == 0
     found, before = of_weights(tmp_path / "out" / "mm_projector.bin"), of_weights(made / "out" / "mm_projector.bin")
     assert (found.tower_revision, found.num_frames) == (before.tower_revision, before.num_frames) != (None, None)
