@@ -82,7 +82,8 @@ class TrainConfig(DataConfig):
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
     freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
     freeze_mm_mlp_adapter: bool = _flag(False, "Freeze the projector.")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector weights to start from (.bin or .safetensors).")
+    pretrain_mm_mlp_adapter: str | None = _flag(
+        None, "Projector to start from: .bin, .safetensors, a checkpoint folder or the --output_dir of its training.")
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
     # precision and memory
     bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")
@@ -191,8 +192,10 @@ class ExtractConfig:
     video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
     clip_feat_path: str = field(metadata={"help": "Folder that receives one feature file per video."})
     infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.")
-    llava: Literal["1.1", "1.5"] = _flag("1.5", "1.1: 224-pixel tower (Video-ChatGPT); 1.5: 336-pixel.")
+    llava: Literal["1.1", "1.5"] | None = _flag(
+        None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    overwrite: bool = _flag(False, "Replace feature files that were made with other settings, or nobody knows which.")
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
     num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
     dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
@@ -208,19 +211,28 @@ class ChatConfig:
     """``fastvid chat``: questions about videos."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
-    projector: str | None = _flag(None, "Trained projector (.bin, .safetensors or a checkpoint folder).")
+    projector: str | None = _flag(
+        None, "Trained projector: .bin, .safetensors, a checkpoint folder, or the --output_dir of its training.")
     video: str | None = _flag(None, "A video, a feature file, or a folder of either.")
     question: list[str] = _flag([], "Questions (repeat the flag, or several after one).")
-    questions_file: str | None = _flag(None, "JSONL of {video, question}; answers are printed as JSONL.")
-    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the model's own setting.")
-    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] = _flag(
-        "pg-video-llava", "System text and template of the prompt.")
-    question_order: Literal["reference", "video_first"] = _flag(
-        "reference", "Where the video stands in the prompt; reference: after the question. As the model was trained.")
+    questions_file: str | None = _flag(
+        None, "JSONL or JSON of {video, question}, or a question file of the reference's benchmarks; answers are "
+        "printed as JSONL, a line for each record.")
+    vision_tower: str | None = _flag(
+        None, "CLIP tower (hub id or folder). Default: the one that made the features the weights were trained on, or "
+        "the model's own setting.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
+        None, "System text and template of the prompt. Default: as the weights were trained; pg-video-llava, as the "
+        "reference asks, where they do not tell.")
+    question_order: Literal["reference", "video_first"] | None = _flag(
+        None, "Where the video stands in the prompt; reference: after the question. Default: as the weights were "
+        "trained; reference where they do not tell.")
     mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
     temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.")
     max_new_tokens: int = _flag(1024, "Longest answer.")
-    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
+    num_frames: int | None = _flag(
+        None, "Frames per video, and temporal rows of the features. Default: as the weights were trained; 100 where "
+        "they do not tell.")
     bf16: bool = _flag(False, "Compute in bf16.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
     seed: int = _flag(0, "Seed of sampling.")
@@ -236,7 +248,8 @@ class ExportConfig:
         "projector", "projector: mm_projector.bin or .safetensors by ending; llama: LLaVA-1.5 layout that "
         "LlamaForCausalLM loads; llava: LlavaForConditionalGeneration.")
     model_name_or_path: str | None = _flag(None, "Starting weights. Default: those the checkpoint was trained from.")
-    vision_tower: str | None = _flag(None, "Tower to include (format llava). Default: the model's own setting.")
+    vision_tower: str | None = _flag(
+        None, "Tower to include (format llava). Default: the one that made the features of the training.")
     dtype: Literal["float32", "bfloat16", "float16"] = _flag("float32", "Precision of the exported weights.")
 
 

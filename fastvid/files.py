@@ -46,8 +46,10 @@ def read_json_object(path):
     """
     if not path.is_file():
         return {}
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
 

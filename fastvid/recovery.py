@@ -69,6 +69,7 @@ def save(state):
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
         "torch": torch.__version__, "reference_order": REFERENCE_ORDER_VERSION,
+        "provenance": state.loader.samples.provenance.to_json(),
     }
     begin = time.perf_counter()
     state.saver.save(
@@ -141,7 +142,7 @@ def write_results(state):
     for path in paths if state.world.is_main else ():
         write_reference_projector(
             path, trained, config.model_name_or_path, state.tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
-            projector_type=config.mm_projector_type, seed=config.seed)
+            projector_type=config.mm_projector_type, seed=config.seed, provenance=state.loader.samples.provenance)
     return paths
 
 

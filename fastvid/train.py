@@ -10,10 +10,12 @@ Dimensions: see `fastvid.batch`.
 """
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
 import time
+from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -23,6 +25,7 @@ from fastvid.config import TrainConfig
 from fastvid.data.batching import SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import load_tokenizer
 from fastvid.data.features import FeatureFolder
+from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
@@ -52,6 +55,10 @@ def build(config, world):
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
     config = planning.checked(config)
+    if config.pretrain_mm_mlp_adapter is not None:
+        found = projector_path(config.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
+        if found != Path(config.pretrain_mm_mlp_adapter):
+            config = dataclasses.replace(config, pretrain_mm_mlp_adapter=str(found))
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     parallel.compute_repeatably(config.full_determinism)
 

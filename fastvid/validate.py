@@ -22,6 +22,8 @@ class Report:
         records: records read; `text_only` of them name no video; `duplicates` of them repeat an earlier one.
         videos: records by video.
         layouts: feature files by (R, C, dtype); None if they were not looked at.
+        makers: feature files by (tower, its revision, frames per video), as far as their headers tell.
+        formats: feature files by ending.
         problems: by kind, how many; and the first few, in words.
     """
 
@@ -31,6 +33,8 @@ class Report:
     duplicates: int = 0
     videos: Counter = field(default_factory=Counter)
     layouts: Counter | None = None
+    makers: Counter = field(default_factory=Counter)
+    formats: Counter = field(default_factory=Counter)
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -87,7 +91,8 @@ def _check_record(report, seen, record, index, path):
 def _check_features(report, config):
     from tqdm import tqdm
 
-    from fastvid.data.features import FeatureFolder, MissingFeatures, probe_features
+    from fastvid.data.features import FeatureFolder, MissingFeatures, feature_header, probe_features
+    from fastvid.provenance import Provenance
 
     features, paths = FeatureFolder(config.video_folder), {}
     for video, count in report.videos.items():
@@ -100,7 +105,7 @@ def _check_features(report, config):
 
     def probe(path):
         try:
-            return probe_features(path)
+            return probe_features(path), Provenance.of(feature_header(path))
         except (ValueError, OSError) as error:
             return error
 
@@ -111,10 +116,14 @@ def _check_features(report, config):
             if isinstance(result, Exception):
                 report.add("features unreadable", str(result))
             else:
-                found[video] = result
-                report.layouts[result] += 1
+                found[video], made = result
+                report.layouts[found[video]] += 1
+                report.formats[paths[video].suffix] += 1
+                if made.tower_revision is not None:
+                    report.makers[made.tower, made.tower_revision, made.num_frames] += 1
     if not found:
         return
+    _check_towers(report)
     (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
     required = config.num_video_tokens
     if required is None and config.policy.one_video_length:
@@ -124,6 +133,20 @@ def _check_features(report, config):
             report.add("features of another shape",
                        f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
                        f"× {C}; extract all with one tower")
+
+
+def _check_towers(report):
+    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most."""
+    towers = Counter()
+    for (tower, revision, _), count in report.makers.items():
+        towers[revision] += count
+    (most, _), *others = towers.most_common() or [(None, 0)]
+    names = {revision: tower for tower, revision, _ in report.makers}
+    for revision, count in others:
+        report.problems["features of another vision tower"] += count
+        report.examples.setdefault("features of another vision tower", []).append(
+            f"{count:,} of {names[revision]} ({revision[:19]}…), {towers[most]:,} of {names[most]} ({most[:19]}…): "
+            "extract all with one tower (fastvid extract --overwrite True)")
 
 
 def summary(report: Report) -> str:
@@ -138,13 +161,18 @@ def summary(report: Report) -> str:
         lines.append("features    not looked at: no --video_folder")
     for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
         lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}")
+    if len(report.formats) > 1:
+        counts = ", ".join(f"{count:,} {ending}" for ending, count in report.formats.most_common())
+        lines.append(f"formats     {counts}")
+    for (tower, revision, frames), count in report.makers.most_common(SHOWN):
+        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]
-        if count > SHOWN:
+        if count > len(report.examples[kind]) >= SHOWN:
             lines.append(f"    … and {count - SHOWN:,} more")
     total = sum(report.problems.values())
     return "\n".join([*lines, f"{total:,} problem{'s' * (total != 1)}" if total else "nothing wrong"])

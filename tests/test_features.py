@@ -1,5 +1,6 @@
 """Feature files and the folder that holds them."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -305,3 +306,17 @@ def test_load_reads_the_file_that_a_name_means(tmp_path):
     save_features(tmp_path / "v.safetensors", FEATURES, HEADER)
     loaded, header = FeatureFolder(tmp_path).load("v.pkl")
     assert torch.equal(loaded, FEATURES) and header == HEADER
+
+
+def test_a_pickles_header_is_what_the_manifest_says_of_that_very_file(tmp_path):
+    for name in ("a.pkl", "sub/b.pkl", "c.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_features(tmp_path / name, torch.ones(2, 3), {"tower": "own"})
+    lines = [{"video": f"{name}.mp4", "file": f"{name}.pkl", "tower": "t",
+              "sha256": hashlib.sha256((tmp_path / f"{name}.pkl").read_bytes()).hexdigest()} for name in ("a", "sub/b")]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = FeatureFolder(tmp_path)
+    assert [folder.header(name)["tower"] for name in ("a", "sub/b.mp4", "c")] == ["t", "t", "own"]
+    save_features(tmp_path / "a.pkl", torch.zeros(2, 3), {})
+    assert folder.header("a") == {}
+    assert FeatureFolder(tmp_path / "sub").header("b") == {}

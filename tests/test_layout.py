@@ -22,16 +22,18 @@ MAY_IMPORT = {
     "fastvid.config": set(),
     "fastvid.flags": {"fastvid.config", "fastvid.files"},
     "fastvid.files": set(),
+    "fastvid.provenance": {"fastvid.files"},
+    "fastvid.folders": {"fastvid.files"},
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
-    "fastvid.data": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
-    "fastvid.video": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
-    "fastvid.model": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
+    **{f"fastvid.{room}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.provenance", "fastvid.batch",
+                           f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
-MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvid.{tool}" for tool in TOOLS)}
-               for name in TOOLS}
+         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find"}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders",
+                                   *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
 MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}

@@ -44,6 +44,26 @@ def test_good_data(data, capsys):
     assert "2 of 5 × 3 float16" in out and out.endswith("nothing wrong\n")
 
 
+def test_towers_frames_and_formats_are_counted(data, capsys):
+    """Two towers are a problem; one tower's name may be spelt in two ways, and its frames may differ."""
+    records = []
+    for number, (tower, revision, frames) in enumerate([
+            ("x", "sha256:aa", 16), ("x", "sha256:aa", 16), ("./x", "sha256:aa", 8), ("y", "sha256:bb", 16)]):
+        save_features(data / "features" / f"{number}.safetensors", torch.ones(5, 3, dtype=torch.float16),
+                      {"tower": tower, "tower_revision": revision, "num_frames": frames})
+        records.append({"id": "a", "video": f"{number}.pkl", "conversations": TURNS})
+    records.append({"id": "b", "video": "b.pkl", "conversations": TURNS})
+    report = _check(data, records)
+    assert report.problems == {"features of another vision tower": 1}
+    assert report.makers == {("x", "sha256:aa", 16): 2, ("./x", "sha256:aa", 8): 1, ("y", "sha256:bb", 16): 1}
+    assert report.formats == {".safetensors": 4, ".pkl": 1}
+    text = validate.summary(report)
+    assert "4 .safetensors, 1 .pkl" in text and "2 x (sha256:aa…), 16 frames" in text
+    example, = report.examples["features of another vision tower"]
+    assert example.startswith("1 of y (sha256:bb…), 3 of ") and "--overwrite True" in example
+    assert not _check(data, records[:3]).problems
+
+
 def test_the_references_records_and_features(tiny):
     folder = tiny / "data336"
     report = validate.validate(ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "feats")))

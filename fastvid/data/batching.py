@@ -4,10 +4,12 @@ Dimensions: R rows of one video, C channels of the vision tower.
 """
 
 import logging
+from dataclasses import replace
 from functools import partial
 
+from fastvid import provenance
 from fastvid.data.annotations import check_record, read_records, record_videos
-from fastvid.data.conversation import encode_sample, system_prefix
+from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample, system_prefix
 from fastvid.data.lengths import measure
 from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.data.packing import pack
@@ -34,7 +36,10 @@ class SampleSet:
     Attributes:
         counts: samples of each file.
         rows_of: `VideoRows`: from a video's name to its rows.
+        provenance: `Provenance` of what is trained on this set; of its features since `fit`.
     """
+
+    HEADERS = 64  # feature files whose headers are looked at before the first step, spread over the set
 
     def __init__(self, paths, tokenizer, features, config):
         self.tokenizer, self.features, self.config = tokenizer, features, config
@@ -54,6 +59,9 @@ class SampleSet:
                                  same=config.policy.one_video_length)
         if self.rows_of.fault:
             raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
+        self.provenance = provenance.Provenance(
+            conv_mode=TRAINING_TEMPLATES.get(config.version), question_order=config.question_order,
+            use_start_end=config.mm_use_vid_start_end)
 
     @property
     def channels(self):
@@ -72,6 +80,30 @@ class SampleSet:
         self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
         if self.rows_of.first is not None:
             self.rows_of(self.rows_of.first[0])
+        self._look_at_headers()
+
+    def _look_at_headers(self):
+        """Note what some of the features were made with, and say so if several towers made them."""
+        names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
+        for name in names[::max(1, len(names) // self.HEADERS)]:
+            try:
+                looked_at.append((self.features.shape(name)[0], self.features.header(name)))
+            except (ValueError, OSError):  # reported where the record is used
+                continue
+        found, towers = provenance.of_features(looked_at)
+        if found.tower is None and not towers:
+            # Features without headers were made with the tower that the user names; without any video, what training
+            # starts from goes on to hold.
+            started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
+            found = replace(found, tower=self.config.vision_tower) if names else started
+        if len(towers) > 1:
+            log.warning("features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
+                        "`fastvid extract --overwrite True` makes them anew", len(towers),
+                        ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
+                                  in towers.most_common()))
+        prompt = self.provenance
+        self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
+                                  use_start_end=prompt.use_start_end)
 
     def check_some(self, limit=64):
         """Look at some samples spread over the set.
@@ -130,12 +162,16 @@ class SampleSet:
             if name in loaded:
                 continue
             try:
-                features, _ = self.features.load(name)
+                features, header = self.features.load(name)
             except (ValueError, OSError) as error:
                 raise SampleSkipped(f"{sample.id}: {error}") from error
             if tuple(features.shape) != self.features.shape(name):
                 raise SampleSkipped(f"{sample.id}: {self.features.resolve(name)} was {list(self.features.shape(name))} "
                                     f"when this run first looked, is {list(features.shape)} now; start the run again")
+            made, expected = provenance.Provenance.of(header), self.provenance.tower_revision
+            if expected and made.tower_revision not in (None, expected):
+                sample = replace(sample, warning=f"its features are of the tower {made.tower} "
+                                                 f"({made.tower_revision[:19]}…), not of {self.provenance.tower}")
             loaded[name] = features
         return sample, [loaded[name] for name in sample.videos]
 

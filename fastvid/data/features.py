@@ -10,9 +10,11 @@ Dimensions: R rows of one video (extraction: num_temporal + patches; any number 
 tower.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from fastvid.data.pickled_array import probe_array, read_array, write_array
 from fastvid.files import atomic_file
+from fastvid.video.manifest import read_files
 
 SUFFIXES = (".safetensors", ".pkl")  # in the order in which a folder that has both is read
 _TENSOR = "features"
@@ -31,6 +34,19 @@ _REMEDY = "delete it and extract it again (fastvid extract)"
 
 class MissingFeatures(ValueError):
     """A record's video has no feature file."""
+
+
+def feature_bytes(path, features_RC: Tensor, header: dict) -> bytes:
+    """What `save_features` writes to `path`."""
+    from safetensors.torch import save
+
+    if features_RC.dim() != 2 or not features_RC.numel() or features_RC.dtype not in _DTYPES.values():
+        raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, "
+                         f"not {list(features_RC.shape)} in {str(features_RC.dtype).removeprefix('torch.')}")
+    features_RC = features_RC.detach().cpu().contiguous()
+    if _suffix(path) == ".pkl":
+        return write_array(features_RC.to(torch.float16).numpy())
+    return save({_TENSOR: features_RC}, metadata={"header": json.dumps(header)})
 
 
 def save_features(path, features_RC: Tensor, header: dict):
@@ -44,17 +60,7 @@ def save_features(path, features_RC: Tensor, header: dict):
     Raises:
         ValueError: another ending, or no such tensor.
     """
-    from safetensors.torch import save
-
-    if features_RC.dim() != 2 or not features_RC.numel() or features_RC.dtype not in _DTYPES.values():
-        raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, "
-                         f"not {list(features_RC.shape)} in {str(features_RC.dtype).removeprefix('torch.')}")
-    features_RC = features_RC.detach().cpu().contiguous()
-    suffix = _suffix(path)
-    if suffix == ".pkl":
-        content = write_array(features_RC.to(torch.float16).numpy())
-    else:
-        content = save({_TENSOR: features_RC}, metadata={"header": json.dumps(header)})
+    content = feature_bytes(path, features_RC, header)
     with atomic_file(path) as file:
         file.write(content)
 
@@ -96,6 +102,18 @@ def probe_features(path) -> tuple[int, int, torch.dtype]:
     return *shape, dtype
 
 
+def feature_header(path) -> dict:
+    """What a feature file says it was made of and with, without reading its values; {} for .pkl.
+
+    Raises:
+        ValueError, OSError: as `load_features`.
+    """
+    if _suffix(path) == ".pkl":
+        return {}
+    with open(path, "rb", buffering=0) as file:
+        return _read_header(file, path)[2]
+
+
 def _suffix(path):
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -122,6 +140,7 @@ def _read_header(file, path):
     try:
         table = json.loads(file.read(length))
         header = json.loads(table.pop("__metadata__", {}).get("header", "{}"))
+        header = header if isinstance(header, dict) else {}
         dtype, shape = str(table[_TENSOR]["dtype"]), table[_TENSOR]["shape"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is no feature file: its header is damaged or has no "{_TENSOR}"; '
@@ -187,6 +206,20 @@ class FeatureFolder:
         if name not in self._shapes:
             self._shapes[name] = probe_features(self.resolve(name))[:2]
         return self._shapes[name]
+
+    def header(self, name: str) -> dict:
+        """`feature_header` of the file that `name` means; of a .pkl what the manifest says of that very file."""
+        path = self.resolve(name)
+        if path.suffix != ".pkl":
+            return feature_header(path)
+        entry = self._manifest.get(path.relative_to(self.folder).as_posix(), {})
+        with open(path, "rb") as file:
+            same = "sha256" in entry and hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return entry if same else {}
+
+    @cached_property
+    def _manifest(self):
+        return read_files(self.folder)
 
     def resolve(self, name: str) -> Path:
         """The file that a record's `video` means.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastvid.data.annotations import record_videos, training_fault
 from fastvid.files import read_json_object
+from fastvid.folders import model_folder
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336 and its like say their patch and image size (224 where none is said).
@@ -128,4 +129,4 @@ def _named_videos(records):
 
 def read_settings(folder):
     """A model or tower folder's config.json; empty where there is none."""
-    return read_json_object(Path(folder) / "config.json")
+    return read_json_object(model_folder(folder) / "config.json")

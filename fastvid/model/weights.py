@@ -257,7 +257,8 @@ def trained_tensor(name, starting, trained) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42):
+def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42,
+                              provenance=None):
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
@@ -267,6 +268,7 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
         path: ends in .bin (torch.save) or .safetensors.
         trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
         base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
+        provenance: `Provenance` that goes into the file.
 
     Raises:
         ValueError: as `read_model_config`, and for another ending.
@@ -277,4 +279,4 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
     for ours, theirs in projector_parts(starting.config.projector_type).items():
         state[theirs] = trained_tensor(ours, starting, trained)
     # Copies, because torch.save writes all that lies behind a view.
-    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()})
+    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, provenance)
