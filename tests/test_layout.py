@@ -20,7 +20,8 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
-    "fastvid.flags": {"fastvid.config", "fastvid.files"},
+    "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
+    "fastvid.foreign_flags": set(),
     "fastvid.files": set(),
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
     "fastvid.data": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
@@ -34,7 +35,7 @@ MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvi
                for name in TOOLS}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
-MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
+MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS | {"flags"}}
 # recovery is the half of training that keeps things, and a full fine-tune ends with an export.
 ALSO = {("fastvid.recovery", "fastvid.export")}
 
