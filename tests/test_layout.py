@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "fastvid.model": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
+         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvid.{tool}" for tool in TOOLS)}
                for name in TOOLS}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
@@ -49,7 +49,10 @@ HOMES = {
     "flash_attn_interface": ("fastvid.model.attention",),
     "liger_kernel": ("fastvid.model.decoder",),
     "matplotlib": ("fastvid.plots",),
-    "tensorboard": ("fastvid.metrics",),
+    "tensorboard": ("fastvid.reporters",),
+    "trackio": ("fastvid.reporters",),
+    "wandb": ("fastvid.reporters",),
+    "mlflow": ("fastvid.reporters",),
 }
 
 
