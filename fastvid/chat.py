@@ -242,6 +242,8 @@ def main(argv=None):
         raise ValueError(f"--video {path} does not exist")
     if config.question and config.questions_file:
         raise ValueError("give --question or --questions_file, not both")
+    if any(not question.strip() for question in config.question):
+        raise ValueError("--question is empty; give one (an unset shell variable is empty too)")
     typed = not config.question and config.questions_file is None
     if typed and (path.is_dir() or not sys.stdin.isatty()):
         raise ValueError("give --question or --questions_file (questions are typed at a terminal, about one video)")

@@ -178,7 +178,8 @@ class TrainConfig(DataConfig):
     adam_beta1: float = _flag(0.9, "AdamW beta 1.", at_least=0, below=1)
     adam_beta2: float = _flag(0.999, "AdamW beta 2.", at_least=0, below=1)
     adam_epsilon: float = _flag(1e-8, "AdamW epsilon.", at_least=1e-30, at_most=1)
-    max_grad_norm: float = _flag(1.0, "Clip the global gradient norm to this; 0 does not clip.", at_least=0)
+    max_grad_norm: float = _flag(
+        1.0, "Clip the global gradient norm to this; 0 does not clip.", at_least=0, at_most=10**9)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _flag(
         "cosine", "Learning-rate schedule after warm-up.")
     warmup_ratio: float = _flag(0.0, "Warm-up steps as a share of all steps.", at_least=0, at_most=1)
@@ -208,7 +209,7 @@ class TrainConfig(DataConfig):
     disable_tqdm: bool = _flag(False, "No progress bar.")
     peak_tflops: float | None = _flag(
         None, "Peak TFLOP/s of a device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.",
-        above=0)
+        above=0, at_most=10**9)
     profile: bool = _flag(False, "Record three steps after three of warm-up into output_dir/profile: a trace of the "
                           "operators, and on a GPU what lies in its memory.")
     dry_run: bool = _flag(False, "Check flags and files, print what would be trained and the memory it takes, and stop "
