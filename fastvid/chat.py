@@ -235,7 +235,7 @@ def converse(chat, video):
 def main(argv=None):
     """The command line; returns the exit code: 1 if something could not be answered."""
     config = parse(ChatConfig, argv)
-    if config.video is None:
+    if not config.video:
         raise ValueError("give --video: a video, a feature file, or a folder of them")
     path = Path(config.video)
     if not path.exists():
