@@ -40,7 +40,7 @@ def dry_run_lines(config, model_config, tokenizer, total_steps) -> list[str]:
         lines.append(f"weights: those of {config.model_name_or_path} fit the model")
     else:
         lines.append(f"weights: {config.model_name_or_path} holds none yet; training needs them")
-    return [*lines, f"dry run: {total_steps:,} steps would follow"]
+    return [*lines, f"dry run: steps that would follow: {total_steps:,}"]
 
 
 def _samples(config, loader, world):

@@ -159,10 +159,7 @@ def chosen(names) -> list[str]:
     names = [name.lower() for name in names]
     if unknown := [name for name in names if name not in (*REPORTERS, "all", "none")]:
         raise ValueError(f"--report_to {' '.join(unknown)}: known are {', '.join(REPORTERS)}, all and none")
-    if "none" in names:
-        if len(names) > 1:
-            raise ValueError(f"--report_to {' '.join(names)}: none goes alone")
-        return []
+    names = [name for name in names if name != "none"]  # beside others it means nothing
     if "all" in names:
         return [name for name, reporter in REPORTERS.items() if _installed(reporter.package)]
     for name in names:

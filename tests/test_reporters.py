@@ -50,7 +50,7 @@ def test_figures_are_named_by_kind_and_finite():
 
 @pytest.mark.parametrize("names, expected", [
     (["none"], []), (["None"], []), ([], []), (["TensorBoard"], ["tensorboard"]),
-    (["tensorboard", "tensorboard"], ["tensorboard"])])
+    (["none", "tensorboard"], ["tensorboard"]), (["tensorboard", "tensorboard"], ["tensorboard"])])
 def test_names(names, expected):
     assert chosen(names) == expected
 
@@ -62,13 +62,9 @@ def test_all_are_those_that_are_installed(stand_in, monkeypatch):
     assert chosen(["all"]) == ["tensorboard", "wandb"]
 
 
-@pytest.mark.parametrize("names, message", [
-    (["neptune"], "--report_to neptune: known are tensorboard, trackio, wandb, mlflow, all and none"),
-    (["none", "wandb"], "none goes alone"),
-])
-def test_names_that_mean_nothing(names, message):
-    with pytest.raises(ValueError, match=message):
-        chosen(names)
+def test_a_name_that_means_nothing():
+    with pytest.raises(ValueError, match="--report_to neptune: known are tensorboard, trackio, wandb, mlflow, all and"):
+        chosen(["wandb", "neptune"])
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb", "mlflow"])

@@ -77,11 +77,20 @@ def test_a_dry_run_wants_no_weights(run, tmp_path, caplog):
     shutil.copytree(run / "model", model, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*index*"))
     argv = flags(run, tmp_path / "out", "--dry_run", "--model_name_or_path", str(model))
     assert train.main([*argv, "--memory", "3 GB"]) == 0
-    assert f"{model} holds none yet" in caplog.text and "dry run: 18 steps would follow" in caplog.text
+    assert f"{model} holds none yet" in caplog.text and "dry run: steps that would follow: 18" in caplog.text
     assert f"{0.92 * 3e9 / 2**30:.1f} GiB (92% of 2.8 GiB that --memory names)" in caplog.text
     caplog.clear()
     assert train.main([*argv, "--memory", "1.5GiB"]) == 0 and "more than there is" not in caplog.text
     assert train.main([*argv, "--memory", "0.02GiB"]) == 0 and "more than there is" in caplog.text
+
+
+@pytest.mark.parametrize("options, of_cpu", [
+    (["--dry_run"], True), (["--dry_run", "--memory", "24GiB"], False), (["--memory", "24GiB"], True)])
+def test_a_dry_run_with_memory_plans_for_a_gpu(run, tmp_path, monkeypatch, options, of_cpu):
+    found, estimate = [], planning.memory.estimate
+    monkeypatch.setattr(planning.memory, "estimate", lambda *a, **k: found.append(k["on_cpu"]) or estimate(*a, **k))
+    train.prepare(config_of(run, tmp_path / "out", "--attn_implementation", "sdpa", *options), parallel.start())
+    assert set(found) == {of_cpu}
 
 
 def test_a_dry_run_refuses_weights_that_do_not_fit(run, tmp_path):
