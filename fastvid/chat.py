@@ -295,7 +295,7 @@ def converse(chat, video):
 def main(argv=None):
     """The command line; returns the exit code: 1 if something could not be answered."""
     config = parse(ChatConfig, argv)
-    if config.video is None:
+    if not config.video:
         raise ValueError("give --video: a video, a feature file, or a folder of them")
     if is_url(config.video):
         raise ValueError(f"--video {shown(config.video)} is a URL: download the video and give its path")
@@ -306,6 +306,8 @@ def main(argv=None):
         raise ValueError(f"--video {path} {fault}")
     if config.question and config.questions_file:
         raise ValueError("give --question or --questions_file, not both")
+    if any(not question.strip() for question in config.question):
+        raise ValueError("--question is empty; give one (an unset shell variable is empty too)")
     typed = not config.question and config.questions_file is None
     if typed and (path.is_dir() or not sys.stdin.isatty()):
         raise ValueError("give --question or --questions_file (questions are typed at a terminal, about one video)")

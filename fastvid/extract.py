@@ -113,9 +113,6 @@ def extract(config: ExtractConfig) -> Summary:
         ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting, or feature
             files made with other settings.
     """
-    if not 0 <= config.max_failures <= 1 or config.timeout <= 0:
-        raise ValueError(f"--max_failures ({config.max_failures}) must lie in [0, 1] and --timeout ({config.timeout}) "
-                         "must be above 0")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}")
     encoder = FeatureEncoder(

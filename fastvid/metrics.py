@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, a progress bar, and rates.
+"""What a run tells about itself: metrics.jsonl, reporters, a progress bar, and rates.
 
 Nothing here waits for a device: callers hand over numbers that are on the host already.
 """
@@ -16,12 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastvid import flops
+from fastvid import flops, reporters
 from fastvid.flops import StepCounts
 
 log = logging.getLogger("fastvid")
-
-REPORTERS = ("tensorboard", "none")
 
 
 class Metrics:
@@ -40,6 +38,7 @@ class Metrics:
     """
 
     def __init__(self, output_dir, *, total_steps: int, start_step: int = 0, report_to=("tensorboard",),
+                 run_name: str | None = None, project: str | None = None, flags: dict | None = None,
                  progress: bool = True, rank: int = 0, peak_flops: float | None = None, row_budget: int | None = None):
         """Start the clock.
 
@@ -47,20 +46,25 @@ class Metrics:
             output_dir: made if missing.
             total_steps: steps of the whole run, those before a resume included.
             start_step: steps done before; lines after it are dropped from metrics.jsonl (0: all lines).
-            report_to: "tensorboard" or "none"; metrics.jsonl is always written.
-            progress: show a bar where stderr is a terminal; otherwise a plain line per `log`.
+            report_to: names of `reporters.REPORTERS`, "all" or "none"; metrics.jsonl is always written.
+            run_name: in reports and in the picture; None: the name of `output_dir`.
+            project: that reports belong to.
+            flags: of the run, for reports.
+            progress: show a bar where stderr is a terminal, below the plain line that each `log` prints.
             rank: of this process.
             peak_flops: floating-point operations per second of all devices together, to state `mfu` against.
             row_budget: rows that one step of all ranks could take, to state `budget_fill` against.
 
         Raises:
-            ValueError: an unknown reporter.
+            ValueError: a reporter that cannot be had.
         """
-        check_reporters(report_to)
+        reporters.chosen(report_to)
         self.path = Path(output_dir) / "metrics.jsonl"
+        self.name = run_name or Path(output_dir).resolve().name
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
         self.peak_flops, self.row_budget = peak_flops, row_budget
-        self._bar = self._file = self._tensorboard = None
+        self._bar = self._file = None
+        self._reporters = {}
         self._loss = math.nan
         self._run = self._window = _Window()
         if rank == 0:
@@ -68,9 +72,9 @@ class Metrics:
             losses = [line["loss"] for line in _keep_lines(self.path, start_step) if line.get("loss") is not None]
             self._loss = losses[-1] if losses else math.nan
             self._file = open(self.path, "a", encoding="utf-8")
-            if "tensorboard" in report_to:
-                self._tensorboard = self._open_tensorboard()
-            if progress and sys.stderr.isatty():
+            run = reporters.Run(self.path.parent, flags or {}, self.name, project, start_step)
+            self._reporters = reporters.open_reporters(report_to, run, self.message)
+            if progress and sys.stderr.isatty() and _columns():
                 form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
                 self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form)
         self._run, self._window = _Window(), _Window()
@@ -119,10 +123,7 @@ class Metrics:
         if self.rank == 0:
             self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
             self._file.flush()
-            if self._tensorboard is not None:
-                for name, value in line.items():
-                    tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-                    self._tensorboard.add_scalar(tag, value, step)
+            self._report(step, line)
             self._show(line)
         return line
 
@@ -135,6 +136,8 @@ class Metrics:
 
     def summary(self) -> str:
         """The run so far (since a resume) in one line."""
+        if not self._run.steps and self.start_step >= self.total_steps:
+            return f"all {self.total_steps:,} steps were done before, final loss {self._loss:.4f}"
         run, rates = self._run, self._run.rates(self.peak_flops)
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
         return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
@@ -147,30 +150,37 @@ class Metrics:
             return
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         self._file.close()
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = None
+        for name in list(self._reporters):
+            with self._only_told(name):
+                self._reporters[name].close()
+        self._reporters = {}
         try:
             from fastvid.plots import draw_loss_curve
         except ImportError as error:
             self.message(f"no loss_curve.png: {error}; pip install matplotlib")
             return
-        draw_loss_curve(self.path, self.path.with_name("loss_curve.png"))
+        draw_loss_curve(self.path, self.path.with_name("loss_curve.png"), self.name)
 
-    def _open_tensorboard(self):
+    def _report(self, step, line):
+        for name in list(self._reporters):
+            with self._only_told(name):
+                self._reporters[name].log(step, reporters.figures(line))
+
+    @contextlib.contextmanager
+    def _only_told(self, name):
+        """A reporter that fails (a lost network, a full disk) is left out from then on; the run goes on."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            self.message(f"no TensorBoard: {error}; pip install tensorboard, or --report_to none")
-            return None
-        return SummaryWriter(self.path.parent / "tensorboard", purge_step=self.start_step + 1, flush_secs=10)
+            yield
+        except Exception as error:  # each has errors of its own
+            del self._reporters[name]
+            self.message(f"--report_to {name} has failed and is left out from here on: {' '.join(str(error).split())}")
 
     def _show(self, line):
         rates = _readable(line)
         if self._bar is not None and "loss" in line:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rates}")
-            return
+            self._bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
         shown = [f"{name} {line[name]:.4g}" for name in ("epoch", "loss", "eval_loss", "learning_rate") if name in line]
         if "loss" in line:
             left = self.total_steps - line["step"]
@@ -251,10 +261,12 @@ def memory_taken(estimated: int) -> str:
     return f"{said} allocated, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved"
 
 
-def check_reporters(names) -> None:
-    """Raise ValueError for a name in `names` that is none of `REPORTERS`."""
-    if unknown := set(names) - set(REPORTERS):
-        raise ValueError(f"--report_to {' '.join(sorted(unknown))}: known are {' and '.join(REPORTERS)}")
+def _columns():
+    """Of stderr's terminal. Some say 0: on them a bar is nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80
 
 
 def read_metrics(path) -> list[dict]:

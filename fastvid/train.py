@@ -16,20 +16,21 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import flops, heartbeat, host_memory, parallel, planning, recovery
+from fastvid import flops, heartbeat, host_memory, overview, parallel, planning, recovery
 from fastvid.config import TrainConfig
-from fastvid.data.batching import SampleSet, evaluation_loader, training_loader
-from fastvid.data.conversation import load_tokenizer
+from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
+from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
-from fastvid.model.video_llava import VideoLlava
+from fastvid.model.video_llava import ModelConfig, VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
 from fastvid.profiling import Profiler
@@ -44,15 +45,27 @@ _COLLECT_EVERY = 200  # steps between collections of Python's garbage
 _STEPS_BEFORE_MEMORY_IS_TOLD = 3
 
 
-def build(config, world):
-    """Set up a run: data, model, optimizer, loader; weights loaded and sharded, nothing resumed yet.
+class Prepared(NamedTuple):
+    """What a run is made of before there is a model: see `TrainState`; `attention` is that which was settled."""
+
+    config: TrainConfig
+    tokenizer: VideoTokenizer
+    model_config: ModelConfig
+    loader: Loader
+    evaluation: Loader | None
+    attention: str
+    plan: planning.MemoryPlan
+
+
+def prepare(config, world):
+    """Check the flags, read the data, and plan; say what the run consists of.
 
     Args:
         config: `TrainConfig`.
         world: `parallel.start()`.
 
     Raises:
-        ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
+        ValueError: a flag, file or sample that cannot be used, with the remedy.
     """
     config = planning.checked(config)
     if config.pretrain_mm_mlp_adapter is not None:
@@ -70,12 +83,30 @@ def build(config, world):
         projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
     samples.fit(model_config.mm_hidden_size)
     loader = training_loader(config, samples, world)
+    config = planning.with_whole_steps(config, loader.order.total_steps)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
     sizes, dtype = model_config.decoder, planning.compute_dtype(config)
     attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
                                  sizes.head_dim)
+    for line in overview.overview(config, model_config, loader, world, attention):
+        log.info("%s", line)
     plan = planning.plan_memory(config, model_config, loader, world, attention)
+    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
+
+
+def build(config, world):
+    """Set up a run: data, model, optimizer, loader; weights loaded and sharded, nothing resumed yet.
+
+    Args:
+        config: `TrainConfig`.
+        world: `parallel.start()`.
+
+    Raises:
+        ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
+    """
+    config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
+    dtype = planning.compute_dtype(config)
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)
     with torch.device("meta"):
@@ -97,7 +128,7 @@ def build(config, world):
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
-        warmup_steps=config.warmup_steps or math.ceil(loader.order.total_steps * config.warmup_ratio),
+        warmup_steps=planning.warmup_steps(config, loader.order.total_steps),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
         staging=Staging(world.device), plan=plan)
@@ -158,7 +189,8 @@ def loop(state):
     """
     config, order = state.config, state.order
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
-                      report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
+                      report_to=config.report_to, run_name=config.run_name, project=config.project,
+                      flags=dataclasses.asdict(config), progress=not config.disable_tqdm, rank=state.world.rank,
                       peak_flops=planning.peak_flops(config, state.world),
                       row_budget=planning.row_budget(config, state.world))
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
@@ -166,8 +198,6 @@ def loop(state):
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
           recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver,
           host_memory.collecting_when_told()):
-        metrics.message(f"operations of a step: {state.formula}" + (
-            f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
         first_step = state.step
         for batches in _timed(state, state.loader.iterate(state.step)):
             result = train_step(state, batches)
@@ -208,8 +238,12 @@ def train(config):
     heartbeat.show_stacks()
     world = parallel.start(config.ddp_timeout)
     with parallel.speaking_once(world):
-        state = build(config, world)
-        if not config.dry_run:
+        if config.dry_run:
+            _, tokenizer, model_config, loader, *_ = prepare(config, world)
+            for line in overview.dry_run_lines(config, model_config, tokenizer, loader.order.total_steps):
+                log.info("%s", line)
+        else:
+            state = build(config, world)
             recovery.resume(state)
     code = 0 if config.dry_run else loop(state)
     parallel.finish(world)

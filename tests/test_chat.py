@@ -241,6 +241,12 @@ def test_one_question_prints_the_answer_alone(chat, model, folder, features, cap
     assert capsys.readouterr().out == chat.ask_features(features, "what is?") + "\n"
 
 
+@pytest.mark.parametrize("question", ["", "  "])
+def test_an_empty_question_is_refused(model, folder, question):
+    with pytest.raises(ValueError, match="--question is empty"):
+        main(flags(model, "--video", folder / "a.safetensors", "--question", "what is?", "--question", question))
+
+
 def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, folder, capsys, monkeypatch):
     made = []
     features_of = Chat.features

@@ -311,8 +311,9 @@ def test_ranks_share_the_videos(job, mixed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"max_failures": 1.5}, "max_failures"), ({"timeout": 0.0}, "timeout"), ({"num_frames": 0}, "at least 1"),
-    ({"infer_batch": 0}, "at least 1"), ({"vision_tower": "/nowhere"}, "hf download")])
+    ({"max_failures": 1.5}, "max_failures"), ({"timeout": 0.0}, "timeout"), ({"num_frames": 0}, "--num_frames 0"),
+    ({"infer_batch": 0}, "--infer_batch 0"), ({"decode_workers": -1}, "--decode_workers -1"),
+    ({"vision_tower": "/nowhere"}, "hf download")])
 def test_settings_that_cannot_be(job, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         extract(job(**options))

@@ -20,7 +20,8 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
-    "fastvid.flags": {"fastvid.config", "fastvid.files"},
+    "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
+    "fastvid.foreign_flags": set(),
     "fastvid.files": set(),
     "fastvid.provenance": {"fastvid.files"},
     "fastvid.folders": {"fastvid.files"},
@@ -30,13 +31,13 @@ MAY_IMPORT = {
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find"}
+         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders",
                                    *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
-MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
+MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS | {"flags"}}
 # recovery is the half of training that keeps things, and a full fine-tune ends with an export.
 ALSO = {("fastvid.recovery", "fastvid.export")}
 
@@ -50,7 +51,10 @@ HOMES = {
     "flash_attn_interface": ("fastvid.model.attention",),
     "liger_kernel": ("fastvid.model.decoder",),
     "matplotlib": ("fastvid.plots",),
-    "tensorboard": ("fastvid.metrics",),
+    "tensorboard": ("fastvid.reporters",),
+    "trackio": ("fastvid.reporters",),
+    "wandb": ("fastvid.reporters",),
+    "mlflow": ("fastvid.reporters",),
 }
 
 

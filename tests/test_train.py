@@ -274,12 +274,12 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
             torch.testing.assert_close(kept[name], before[name], rtol=1e-4, atol=1e-6)
 
 
-def test_rates_of_a_run(straight, run, tmp_path, capsys):
+def test_rates_of_a_run(straight, run, tmp_path, caplog):
     first = read_metrics(straight / "metrics.jsonl")[0]
     assert first["padding_share"] == 0 and first["shared_row_share"] >= 0 and 0 <= first["data_wait_share"] < 1
     assert first["tflops_per_second"] > 0 and "mfu" not in first
     assert train.main(flags(run, tmp_path, "--max_steps", "1", "--peak_tflops", "0.5")) == 0
-    assert "peak 0.5 TFLOP/s" in capsys.readouterr().err
+    assert "peak 0.5 TFLOP/s" in caplog.text
     [line] = read_metrics(tmp_path / "metrics.jsonl")
     assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5) and "budget_fill" not in line
 

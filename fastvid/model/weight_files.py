@@ -80,10 +80,15 @@ class ModelFolder(Mapping):
         ValueError: names the folder or file that cannot be read.
     """
 
+    @staticmethod
+    def file_of(folder) -> Path | None:
+        """The file that holds a folder's weights, or lists those that do; None where there is none."""
+        return next((Path(folder) / name for name in _MODEL_FILES if (Path(folder) / name).is_file()), None)
+
     def __init__(self, folder):
         self.folder = model_folder(folder)
         self._open = {}
-        path = next((self.folder / name for name in _MODEL_FILES if (self.folder / name).is_file()), None)
+        path = self.file_of(folder)
         if path is None:
             raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}")
         keys = self._read_index(path) if path.suffix == ".json" else dict.fromkeys(self._file(path), path)

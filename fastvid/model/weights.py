@@ -56,6 +56,11 @@ class StartingWeights:
                                 and projector_type(self.folder) != config.projector_type)
         self._rows = {}
 
+    @staticmethod
+    def exist(folder) -> bool:
+        """Whether a model's folder holds weights in any form."""
+        return ModelFolder.file_of(folder) is not None
+
     def check(self):
         """Compare names, shapes and dtypes of the files' tensors with the model's, before anything is copied.
 
