@@ -77,7 +77,12 @@ class TrainConfig(DataConfig):
     lazy_preprocess: bool | None = _flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     share_video: bool = _flag(False, "Keep a video's samples together and compute the rows they have in common once.")
     dataloader_num_workers: int = _flag(2, "Processes that read and pack ahead of the step; 0 does so in line.")
-    on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
+    on_bad_sample: Literal["error", "skip"] = _flag(
+        "error", "Records that cannot be trained on, found at start-up (malformed, of images or audio, without an "
+        "answer, without features): end the run, or skip leaves them out. What shows only when a sample is read "
+        "(damaged features, a video that --model_max_length cuts) is skipped and told either way: --max_skipped.")
+    max_skipped: float = _flag(
+        0.25, "Largest share of samples that may be skipped while training; the run ends where there are more.")
     # what is trained
     tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
     freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
@@ -171,7 +176,8 @@ class InspectConfig(TrainConfig):
 class ConvertConfig:
     """``fastvid convert``: VideoInstruct JSON to training JSON."""
 
-    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL: records of q, a, video_id."})
+    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL (records of q, a, video_id); or, with "
+                                           "--clip_feature_path, a training JSON to filter."})
     output_json_file: str = field(metadata={"help": "Training JSON (or JSONL, by its ending)."})
     clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
     on_bad: Literal["error", "drop"] = _flag("error", "What a malformed record does; drops are counted and listed.")
@@ -182,6 +188,7 @@ class ValidateConfig(DataConfig):
     """``fastvid validate``: takes the data flags of the training command; checks records and feature files."""
 
     model_name_or_path: str | None = field(default=None, kw_only=True, metadata={"help": "Accepted, and not read."})
+    quick: bool = _flag(False, "Read the headers of feature files only: not their values, which may be NaN.")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def checked(config):
     check_reporters(config.report_to)
     if config.peak_tflops is not None and config.peak_tflops <= 0:
         raise ValueError(f"--peak_tflops {config.peak_tflops:g}: give the device's TFLOP/s, such as 989 for an H200")
+    if not 0 <= config.max_skipped <= 1:
+        raise ValueError(f"--max_skipped {config.max_skipped:g}: give a share of the samples, from 0 to 1")
     if not config.trainable:
         raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
                          "--mm_use_vid_start_end there are no start and end embeddings to tune")

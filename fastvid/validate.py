@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 
 from fastvid import config as configs
-from fastvid.data import annotations
+from fastvid.data.annotations import Remarks, examine
+from fastvid.data.records import place, read_records
+from fastvid.data.styles import record_videos
+from fastvid.files import shown
 from fastvid.flags import parse
 
 SHOWN = 3  # examples of each kind of problem
@@ -23,6 +26,7 @@ class Report:
         videos: records by video.
         layouts: feature files by (R, C, dtype); None if they were not looked at.
         problems: by kind, how many; and the first few, in words.
+        remarks: what training leaves out, changes or makes up in records that it takes.
     """
 
     files: int = 0
@@ -33,6 +37,7 @@ class Report:
     layouts: Counter | None = None
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    remarks: Remarks = field(default_factory=Remarks)
 
     def add(self, kind, message):
         self.problems[kind] += 1
@@ -43,8 +48,9 @@ class Report:
 def validate(config: configs.ValidateConfig) -> Report:
     """Check every record, and every feature file that they name, without stopping at what is wrong.
 
-    Features are looked at only with a `video_folder`: existence, size against the header, and that all have the same C.
-    R may differ, but under `num_video_tokens`, which is then every video's, and under ``--parity reference``.
+    A record is a problem where training would refuse it or skip it. Features are read only with a `video_folder`, and
+    under `quick` their headers alone: all must have the same C. R may differ, but under `num_video_tokens`, which is
+    then every video's, and under ``--parity reference``.
 
     Raises:
         ValueError: `video_folder` is no folder.
@@ -54,42 +60,43 @@ def validate(config: configs.ValidateConfig) -> Report:
     for path in config.data_path:
         report.files += 1
         try:
-            records = annotations.read_records(path)
+            records = read_records(path)
         except ValueError as error:
             report.add("unreadable data file", str(error))
             continue
-        for index, record in enumerate(records):
-            _check_record(report, seen, record, index, path)
+        if not records:
+            report.add("data file without a record", shown(path))
+        for number, record in enumerate(records):
+            _check_record(report, seen, record, number, path, config)
     if config.video_folder is not None:
         _check_features(report, config)
     return report
 
 
-def _check_record(report, seen, record, index, path):
+def _check_record(report, seen, record, number, path, config):
     report.records += 1
-    fault = annotations.training_fault(record)
-    if fault is not None:
-        kind = f"malformed record, field '{fault[0]}'" if fault[0] else "malformed record"
-        report.add(kind, f"{path}: record {index} (from 0): {annotations.describe(fault)}")
+    found = examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
+    if found.fault is not None:
+        report.add(found.fault.kind, f"{place(path, number)}: {found.fault.text}")
         return
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
     report.duplicates += digest in seen
     seen.add(digest)
-    videos = annotations.record_videos(record)
+    videos = record_videos(found.record)
     report.videos.update(videos)
     report.text_only += not videos
-    placeholders = sum(turn["value"].count("<video>") for turn in record["conversations"])
-    if placeholders != len(videos):
-        report.add("<video> placeholders and videos differ in number",
-                   f"{path}: record {index} (from 0, id {record['id']}): {placeholders} <video>, {len(videos)} videos")
+    report.remarks.add(found.remarks, path, number)
 
 
 def _check_features(report, config):
     from tqdm import tqdm
 
-    from fastvid.data.features import FeatureFolder, MissingFeatures, probe_features
+    from fastvid.data.features import FeatureFolder, MissingFeatures, load_features, probe_features
 
     features, paths = FeatureFolder(config.video_folder), {}
+    if not report.videos and features.empty:
+        report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
+                                       "record names a video")
     for video, count in report.videos.items():
         try:
             paths[video] = features.resolve(video)
@@ -100,6 +107,8 @@ def _check_features(report, config):
 
     def probe(path):
         try:
+            if not config.quick:
+                load_features(path)
             return probe_features(path)
         except (ValueError, OSError) as error:
             return error
@@ -141,6 +150,7 @@ def summary(report: Report) -> str:
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
+    lines += [f"remark      {line}" for line in report.remarks.lines()]
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]

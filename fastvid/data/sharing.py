@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvid.data.annotations import record_videos
 from fastvid.data.conversation import ordered
+from fastvid.data.styles import record_videos
 from fastvid.data.tokenizer import VIDEO
 
 
