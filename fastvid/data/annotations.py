@@ -82,7 +82,7 @@ def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examine
         remarks.append(f"{VIDEO} in a record without a video: it stays text")
     if record_videos(read) and (other := next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)):
         remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
-    return Examined(read, fault, remarks)
+    return Examined(read, fault, [] if fault else remarks)
 
 
 def examine_file(path, config):

@@ -63,7 +63,7 @@ class SampleSet:
         if bad:
             self._report_bad(bad)
         if not self.records:
-            raise ValueError(f"{', '.join(map(str, paths))}: no usable record; fastvid validate says why of each")
+            raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
         self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
                                  same=config.policy.one_video_length)
         if self.rows_of.fault:
@@ -118,6 +118,8 @@ class SampleSet:
 
     def _report_bad(self, bad):
         first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+        if not self.records:
+            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate lists them all):\n  {first}")
         if self.config.on_bad_sample == "error":
             raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
         log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)

@@ -70,7 +70,8 @@ def write_records(path, records):
 
 def _text(path):
     if not str(path).startswith(_OPEN_ALREADY) and (reason := wrong_content(path)):
-        raise ValueError(f"{shown(path)} {reason}; {_what_to_give(path)}")
+        remedy = "" if Path(path).is_file() else f"; {_what_to_give(path)}"
+        raise ValueError(f"{shown(path)} {reason}{remedy}")
     try:
         data = Path(path).read_bytes()
         for beginning, reason in _BEGINNINGS.items():
@@ -128,7 +129,7 @@ def _unwrapped(wrapping, path):
     """The records in a file's only object, where it wraps them; else that object."""
     lists = {name: value for name, value in wrapping.items()
              if isinstance(value, list) and all(isinstance(record, dict) for record in value)}
-    filled = {name: value for name, value in lists.items() if value} or lists
+    filled = {name: value for name, value in lists.items() if value or name == "data"}
     if len(filled) > 1:
         raise ValueError(f"{shown(path)} holds several lists of records ({', '.join(map(shown, filled))}); write the "
                          "one to use to a file of its own")
