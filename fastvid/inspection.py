@@ -51,10 +51,13 @@ def inspect_records(config, tokenizer=None):
         """(rows of a video, why its features cannot be used): the rows are known, or what they might be."""
         if features is None:
             return otherwise, None
+        rows = otherwise
         try:
-            return video_rows(name), None
+            rows = video_rows(name)
+            features.load(name)  # as training does: values may be damaged, or NaN
         except (ValueError, OSError) as error:
-            return otherwise, str(error)
+            return rows, str(error)
+        return rows, None
 
     if config.index is not None:
         if not 0 <= config.index < len(records):
