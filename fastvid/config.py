@@ -187,8 +187,11 @@ class ConvertConfig:
 class ValidateConfig(DataConfig):
     """``fastvid validate``: takes the data flags of the training command; checks records and feature files."""
 
-    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={"help": "Accepted, and not read."})
-    quick: bool = _flag(False, "Read the headers of feature files only: not their values, which may be NaN.")
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Folder whose tokenizer tells which samples --model_max_length cuts (with --video_folder). Default: "
+                "none, and tokens are not counted."})
+    quick: bool = _flag(
+        False, "Read the headers of feature files only, not their values, which may be NaN; count no tokens.")
 
 
 @dataclass(frozen=True)

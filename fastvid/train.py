@@ -249,7 +249,7 @@ def _too_many_skipped(state, result):
     if result.drawn < min(_DRAWN_BEFORE_JUDGED, len(state.loader.samples)) or result.skipped <= limit * result.drawn:
         return None
     return (f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
-            "what the lines above name (fastvid validate lists all), or raise --max_skipped")
+            "what the lines above name, or raise --max_skipped")
 
 
 def _log(state, result, metrics):

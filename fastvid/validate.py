@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from fastvid import config as configs
 from fastvid.data.annotations import Remarks, examine
@@ -56,7 +57,7 @@ def validate(config: configs.ValidateConfig) -> Report:
         ValueError: `video_folder` is no folder.
         OSError: a data file cannot be opened.
     """
-    report, seen = Report(), set()
+    report, seen, kept = Report(), set(), []
     for path in config.data_path:
         report.files += 1
         try:
@@ -67,18 +68,22 @@ def validate(config: configs.ValidateConfig) -> Report:
         if not records:
             report.add("data file without a record", shown(path))
         for number, record in enumerate(records):
-            _check_record(report, seen, record, number, path, config)
+            if (read := _check_record(report, seen, record, number, path, config)) is not None:
+                kept.append((path, number, read))
     if config.video_folder is not None:
-        _check_features(report, config)
+        rows = _check_features(report, config)
+        if config.model_name_or_path is not None and not config.quick and Path(config.model_name_or_path).is_dir():
+            _check_lengths(report, config, kept, rows)
     return report
 
 
 def _check_record(report, seen, record, number, path, config):
+    """The record as training reads it; None where it is at fault."""
     report.records += 1
     found = examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
     if found.fault is not None:
         report.add(found.fault.kind, f"{place(path, number)}: {found.fault.text}")
-        return
+        return None
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
     report.duplicates += digest in seen
     seen.add(digest)
@@ -86,9 +91,11 @@ def _check_record(report, seen, record, number, path, config):
     report.videos.update(videos)
     report.text_only += not videos
     report.remarks.add(found.remarks, path, number)
+    return found.record
 
 
 def _check_features(report, config):
+    """Rows of the videos whose features can be used."""
     from tqdm import tqdm
 
     from fastvid.data.features import FeatureFolder, MissingFeatures, load_features, probe_features
@@ -123,16 +130,44 @@ def _check_features(report, config):
                 found[video] = result
                 report.layouts[result] += 1
     if not found:
-        return
+        return {}
     (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
     required = config.num_video_tokens
     if required is None and config.policy.one_video_length:
         (required, _), = Counter(rows for rows, channels, _ in found.values() if channels == C).most_common(1)
+    usable = {}
     for video, (rows, channels, _) in found.items():
-        if channels != C or rows != (required or rows):
+        if channels == C and rows == (required or rows):
+            usable[video] = rows
+        else:
             report.add("features of another shape",
                        f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
                        f"× {C}; extract all with one tower")
+    return usable
+
+
+def _check_lengths(report, config, kept, rows):
+    """Encode the samples, as training does, whose videos have `rows`: what is too long is cut, or skipped."""
+    from tqdm import tqdm
+
+    from fastvid.data.conversation import encode_sample, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    except ValueError as error:
+        report.add("no tokenizer", str(error))
+        return
+    told = set(report.remarks.counts)
+    for path, number, record in tqdm(kept, "tokens", unit=" samples", disable=None):
+        if not all(video in rows for video in record_videos(record)):
+            continue  # told already
+        sample = encode_sample(
+            record, tokenizer, rows_of=rows.__getitem__, use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length, policy=config.policy, version=config.version,
+            question_order=config.question_order)
+        if sample.refused:
+            report.add("samples longer than --model_max_length", f"{place(path, number)}: {sample.refused}")
+        report.remarks.add([each for each in sample.remarks if each not in told], path, number)
 
 
 def summary(report: Report) -> str:
@@ -146,7 +181,8 @@ def summary(report: Report) -> str:
     if report.layouts is None:
         lines.append("features    not looked at: no --video_folder")
     for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
-        lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}")
+        rounded = ", rounded to float32" * (str(dtype) == "torch.float64")
+        lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}{rounded}")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")

@@ -88,6 +88,26 @@ def test_training_validation_and_inspection_refuse_the_same_records(run, tmp_pat
             assert inspected[number]["warning"].split("; ")[-1] in example
 
 
+def test_validation_with_a_tokenizer_finds_the_samples_that_are_cut(run, tmp_path, capsys):
+    state = train.build(config_of(run, "unused"), WORLD)
+    samples = [state.loader.samples.encode(index) for index in range(SAMPLES)]
+    longest = max(len(sample.token_ids) for sample in samples)
+    argv = ["--data_path", str(run / "train.json"), "--video_folder", str(run / "feats"), "--model_name_or_path",
+            str(run / "model"), "--mm_use_vid_start_end"]
+    assert validate.main(argv) == 0 and "cut to" not in capsys.readouterr().out
+    assert validate.main([*argv, "--model_max_length", str(longest - 1)]) == 0
+    cut = sum(len(sample.token_ids) == longest for sample in samples)
+    assert f"{cut} record{'s' * (cut > 1)}: cut to its first {longest - 1} tokens" in capsys.readouterr().out
+    earliest = sorted(sample.supervised[0][0] for sample in samples)
+    assert validate.main([*argv, "--model_max_length", str(earliest[3])]) == 1
+    refused = sum(start >= earliest[3] for start in earliest)
+    assert f"samples longer than --model_max_length: {refused}\n" in capsys.readouterr().out
+    assert validate.main([*argv, "--model_max_length", str(earliest[3]), "--quick"]) == 0
+    (tmp_path / "empty").mkdir()
+    assert validate.main([*argv, "--model_name_or_path", str(tmp_path / "empty")]) == 1
+    assert "no tokenizer: 1\n" in capsys.readouterr().out
+
+
 def test_all_records_at_fault_end_a_run_whatever_the_flag(run, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{**GOOD, "conversations": turns(ASK)}] * 2))

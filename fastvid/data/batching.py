@@ -119,7 +119,8 @@ class SampleSet:
     def _report_bad(self, bad):
         first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
         if not self.records:
-            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate lists them all):\n  {first}")
+            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n"
+                             f"  {first}")
         if self.config.on_bad_sample == "error":
             raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
         log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
@@ -262,7 +263,7 @@ def training_loader(config, samples, world):
                    frozen=config.trainable <= {"projector", "boundary"})
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(
-        config, samples.counts, world.rank, world.size, groups=groups,
+        config, samples.counts, world.rank, world.size, groups=groups, name=samples.name,
         measure=partial(measure, samples, world, packing=packing, groups=groups,
                         processes=config.dataloader_num_workers, progress=not config.disable_tqdm))
     return Loader(samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda",
