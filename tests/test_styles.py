@@ -69,6 +69,6 @@ def test_the_rest_is_named(record, reason):
 
 
 def test_placeholders_of_another_spelling_are_read_only_where_they_are_the_only_ones():
-    for asked in ("<image> or <video>", "<image> <image>", "<image> <Image>"):
-        read, remarks = canonical({"video": "v", "conversations": pairs(asked, "blue")})
+    for videos, asked in ((["v"], "<image> or <video>"), (["v"], "<image> <image>"), (["v", "w"], "<image> <Image>")):
+        read, remarks = canonical({"videos": videos, "conversations": pairs(asked, "blue")})
         assert read["conversations"][0]["value"] == asked and not remarks
