@@ -105,8 +105,8 @@ def train_step(state, batches):
     """
     config, world = state.config, state.world
     mine = flops.total(map(state.formula.counts, batches))
-    *counts, waited, stop, drawn, skipped = world.sum_on_host(
-        [*mine, state.waited, state.stop_signal, state.loader.drawn, state.loader.skipped])
+    *counts, drawn, skipped, waited, stop = world.sum_on_host(
+        [*mine, state.loader.drawn, state.loader.skipped, state.waited, state.stop_signal])
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
     state.model.keep_casts(len(batches) > 1)
