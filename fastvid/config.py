@@ -138,7 +138,13 @@ class TrainConfig(DataConfig):
     share_video: bool = _flag(False, "Keep a video's samples together and compute the rows they have in common once.")
     dataloader_num_workers: int = _flag(
         2, "Processes that read and pack ahead of the step; 0 does so in line.", at_least=0, at_most=1000)
-    on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
+    on_bad_sample: Literal["error", "skip"] = _flag(
+        "error", "Records that cannot be trained on, found at start-up (malformed, of images or audio, without an "
+        "answer, without features): end the run, or skip leaves them out. What shows only when a sample is read "
+        "(damaged features, a video that --model_max_length cuts) is skipped and told either way: --max_skipped.")
+    max_skipped: float = _flag(
+        0.25, "Largest share of samples that may be skipped while training; the run ends where there are more.",
+        at_least=0, at_most=1)
     tune_mm_mlp_adapter: bool = _flag(
         False, "Train the projector and the start/end embeddings only.", group="what is trained")
     freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
@@ -246,7 +252,8 @@ class InspectConfig(TrainConfig):
 class ConvertConfig(_Checked):
     """VideoInstruct JSON to training JSON."""
 
-    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL: records of q, a, video_id."})
+    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL (records of q, a, video_id); or, with "
+                                           "--clip_feature_path, a training JSON to filter."})
     output_json_file: str = field(metadata={
         "help": "Training JSON (or JSONL, by its ending).", "writes": "file"})
     clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
@@ -257,7 +264,11 @@ class ConvertConfig(_Checked):
 class ValidateConfig(DataConfig):
     """Check training records and their feature files. Takes the data flags of the training command."""
 
-    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={"help": "Accepted, and not read."})
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Folder whose tokenizer tells which samples --model_max_length cuts (with --video_folder). Default: "
+                "none, and tokens are not counted."})
+    quick: bool = _flag(
+        False, "Read the headers of feature files only, not their values, which may be NaN; count no tokens.")
 
 
 @dataclass(frozen=True)

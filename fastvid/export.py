@@ -16,7 +16,8 @@ import torch
 
 from fastvid import __version__, checkpoint, provenance
 from fastvid.config import ExportConfig
-from fastvid.data.tokenizer import PATCH, load_tokenizer
+from fastvid.data.names import PATCH
+from fastvid.data.tokenizer import load_tokenizer
 from fastvid.files import shown
 from fastvid.find import checkpoint_folder
 from fastvid.flags import parse

@@ -28,8 +28,8 @@ MAY_CHANGE = {
     "evaluation_strategy", "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "resume", "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism",
     "run_name", "project", "memory",
-    "vision_tower", "num_video_tokens", "on_bad_sample", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "max_steps",
+    "vision_tower", "num_video_tokens", "on_bad_sample", "max_skipped", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps",
 }
 # What this run would otherwise overwrite, drop or take for its own.
 LEFT_BY_A_RUN = ("checkpoint-*", "metrics.jsonl", "tensorboard", "reporters.json", "loss_curve.png", "profile",

@@ -64,6 +64,7 @@ class StepResult:
         counts: samples, rows, operations and so on.
         waited: seconds that a rank waited for data before it, on average.
         stop_signal: the signal that asked any rank to stop, or 0.
+        drawn: samples drawn since this process began, on all ranks; `skipped` of them could not be used.
     """
 
     loss: torch.Tensor
@@ -72,3 +73,5 @@ class StepResult:
     counts: flops.StepCounts
     waited: float
     stop_signal: int
+    drawn: int
+    skipped: int

@@ -43,6 +43,7 @@ log = logging.getLogger("fastvid")
 _COLLECT_EVERY = 200  # steps between collections of Python's garbage
 # The largest batch need not be among them, but what every step takes is.
 _STEPS_BEFORE_MEMORY_IS_TOLD = 3
+_DRAWN_BEFORE_JUDGED = 64  # samples, before the share of those that are skipped says something
 
 
 class Prepared(NamedTuple):
@@ -142,7 +143,8 @@ def train_step(state, batches):
     """
     config, world = state.config, state.world
     mine = flops.total(map(state.formula.counts, batches))
-    *counts, waited, stop = world.sum_on_host([*mine, state.waited, state.stop_signal])
+    *counts, drawn, skipped, waited, stop = world.sum_on_host(
+        [*mine, state.loader.drawn, state.loader.skipped, state.waited, state.stop_signal])
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
     state.model.keep_casts(len(batches) > 1)
@@ -165,7 +167,7 @@ def train_step(state, batches):
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
     stop_signal = max(world.gather_objects(state.stop_signal)) if stop else 0
-    return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal)
+    return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal, int(drawn), int(skipped))
 
 
 @torch.no_grad()
@@ -222,14 +224,20 @@ def loop(state):
                 with metrics.paused():
                     eval_loss = evaluate(state)
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
-            if saves:
+            too_many = _too_many_skipped(state, result)
+            if saves or too_many:
                 metrics.stall(recovery.save(state))
+            if too_many:
+                raise ValueError(too_many)
             if stops:
                 metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 return 128 + result.stop_signal
         for path in recovery.write_results(state):
             metrics.message(f"wrote {path}")
-        metrics.message(metrics.summary())
+        remarks, skipped = state.loader.account(state.world)
+        for remark in remarks:
+            metrics.message(remark)
+        metrics.message(f"{metrics.summary()}, {skipped}")
     return 0
 
 
@@ -274,6 +282,15 @@ def _due(state, strategy, every):
         return state.step % every == 0
     epoch, ends = state.order.epoch_after, state.step == state.order.total_steps  # maybe within an epoch
     return strategy == "epoch" and (ends or int(epoch(state.step)) > int(epoch(state.step - 1)))
+
+
+def _too_many_skipped(state, result):
+    """Why the run ends, where more samples are skipped than may be; None otherwise."""
+    limit = state.config.max_skipped
+    if result.drawn < min(_DRAWN_BEFORE_JUDGED, len(state.loader.samples)) or result.skipped <= limit * result.drawn:
+        return None
+    return (f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
+            "what the lines above name, or raise --max_skipped")
 
 
 def _log(state, result, metrics):

@@ -73,19 +73,25 @@ def test_the_references_records_and_features(tiny):
 @pytest.mark.parametrize(("record", "kind", "example"), [
     ([], "malformed record", r"train.json: record 0 (from 0): the record is a list"),
     ({"id": "x"}, "malformed record, field 'conversations'", "record 0 (from 0): field 'conversations'"),
-    ({"id": "x", "conversations": TURNS}, "<video> placeholders and videos differ in number", "1 <video>, 0 videos"),
     ({"id": "x", "video": "a.pkl", "conversations": TEXT}, "<video> placeholders and videos differ in number",
-     "id x): 0 <video>"),
+     "0 <video> in the text for 1 video"),
     ({"id": "x", "video": "a.pkl", "conversations": TURNS * 2}, "<video> placeholders and videos differ in number",
-     "2 <video>, 1 videos"),
+     "2 <video> in the text for 1 video"),
+    ({"id": "x", "image": "a.jpg", "conversations": TEXT}, "records of something else than videos and text", "'image'"),
+    ({"id": "x", "video": "a.pkl", "conversations": TURNS[:1]}, "no answer", "no turn from gpt with an answer"),
+    ({"id": "x", "video": "nan.pkl", "conversations": TURNS}, "features unreadable", "nan.pkl holds NaN or infinity"),
+    ({"id": "x", "video": "lfs.pkl", "conversations": TURNS}, "features unreadable", "lfs.pkl is a git-lfs pointer"),
     ({"id": "x", "video": "absent.pkl", "conversations": TURNS}, "features missing", "'absent.pkl' has no features"),
     ({"id": "x", "video": "../a.pkl", "conversations": TURNS}, "features refused", "'../a.pkl' is refused"),
-    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features unreadable", "torn.safetensors is cut short"),
+    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features unreadable",
+     "torn.safetensors: it is cut short"),
     ({"id": "x", "video": "evil.pkl", "conversations": TURNS}, "features unreadable", "names os.system"),
 ])
 def test_each_kind_of_problem(data, capsys, record, kind, example):
     (data / "features" / "torn.safetensors").write_bytes(b"\xff\xff\0\0\0\0\0\0{")
     (data / "features" / "evil.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (data / "features" / "lfs.pkl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    save_features(data / "features" / "nan.pkl", torch.tensor([[1.0, float("nan"), 2.0]]), {})
     (data / "train.json").write_text(json.dumps([record]))
     assert validate.main(["--data_path", str(data / "train.json"), "--video_folder", str(data / "features")]) == 1
     out = capsys.readouterr().out
@@ -148,11 +154,37 @@ def test_without_a_folder_features_are_not_looked_at(data):
     assert not report.problems and "not looked at: no --video_folder" in validate.summary(report)
 
 
-def test_a_safetensors_file_is_not_read_beyond_its_header(data, monkeypatch):
+def test_quick_reads_headers_alone(data, monkeypatch):
     from fastvid.data import features
 
     monkeypatch.setattr(features.torch, "empty", lambda *a, **k: pytest.fail("values were read"))
-    assert _check(data, [{"id": "a", "video": "a.pkl", "conversations": TURNS}]).layouts == {(5, 3, torch.float16): 1}
+    found = _check(data, [{"id": "a", "video": "a.pkl", "conversations": TURNS}], quick=True)
+    assert found.layouts == {(5, 3, torch.float16): 1} and not found.problems
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), [
+    ("train.json", "[]", "data file without a record"), ("train.json", "", "unreadable data file"),
+    ("train.jsonl", "", "unreadable data file"), ("train.json", '{"data": []}', "data file without a record"),
+])
+def test_nothing_is_a_problem(data, capsys, name, content, kind):
+    (data / name).write_text(content)
+    assert validate.main(["--data_path", str(data / name)]) == 1
+    assert f"{kind}: 1\n" in capsys.readouterr().out
+
+
+def test_a_folder_without_features_is_a_problem(data, tmp_path):
+    (tmp_path / "none").mkdir()
+    (data / "text.json").write_text(json.dumps([{"conversations": TEXT}]))
+    config = ValidateConfig([str(data / "text.json")], video_folder=str(tmp_path / "none"))
+    assert validate.validate(config).problems == {"features missing": 1}
+
+
+def test_what_is_left_out_of_records_is_counted_and_no_problem(data):
+    system = {"id": 1, "video": "a.pkl", "conversations": TURNS, "system": "Answer in French."}
+    report = _check(data, [system, {**system, "id": 2}, {"conversations": TURNS}])
+    assert not report.problems and report.text_only == 1
+    text = validate.summary(report)
+    assert "2 records: field 'system' is not used (first: " in text and "1 record: <video> in a record without" in text
 
 
 def test_the_data_flags_of_a_training_command(data):

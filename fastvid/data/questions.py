@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvid.data.annotations import read_records
+from fastvid.data.records import read_records
 from fastvid.files import shown
 from fastvid.folders import is_url
 

@@ -13,12 +13,10 @@ import shutil
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
+from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
 from fastvid.files import read_json_object, wrong_content
 from fastvid.folders import model_folder
 
-VIDEO = "<video>"
-PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 

@@ -1,9 +1,10 @@
 """How many rows each video takes in the prompt, and where that number is found."""
 
+import contextlib
 import re
 from pathlib import Path
 
-from fastvid.data.annotations import record_videos, training_fault
+from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.files import read_json_object
 from fastvid.folders import model_folder
 
@@ -123,8 +124,8 @@ def _at_least_one(num_video_tokens):
 
 def _named_videos(records):
     for record in records:
-        if training_fault(record) is None:
-            yield from record_videos(record)
+        with contextlib.suppress(Unreadable):
+            yield from record_videos(canonical(record)[0])
 
 
 def read_settings(folder):
