@@ -181,10 +181,14 @@ class Loader:
             batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
-    def iterate(self, first_step=0):
-        """Yield (step, micro-batches) up to the order's end; say what was skipped, and each kind of warning once."""
+    def iterate(self, first_step=0, stopped=lambda: False):
+        """Yield (step, micro-batches) up to the order's end; say what was skipped, and each kind of warning once.
+
+        Args:
+            stopped: ends a long wait, see `Ahead.map`.
+        """
         steps = range(first_step, self.order.total_steps)
-        for step, (batches, odd) in zip(steps, self._ahead.map(steps)):
+        for step, (batches, odd) in zip(steps, self._ahead.map(steps, stopped)):
             for sample_id, warning, skipped in odd:
                 self._report(sample_id, warning, skipped)
             yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
