@@ -9,11 +9,9 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,8 +20,10 @@ import numpy as np
 import torch
 
 import fastvid
+from fastvid import signals
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features, save_features
+from fastvid.files import remove_left_over
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode_worker import DecodeWorker
@@ -95,7 +95,8 @@ def extract(config: ExtractConfig) -> Summary:
     """Write the features of every video below a folder that has none yet.
 
     A feature file counts as done if it is whole and was made from the same file by the same tower with the same
-    settings. A video that fails costs a line in the manifest. SIGINT and SIGTERM end the run after the video in hand.
+    settings. A video that fails costs a line in the manifest. SIGINT, SIGTERM and SIGHUP end the run after the video in
+    hand.
 
     Raises:
         ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting.
@@ -110,6 +111,7 @@ def extract(config: ExtractConfig) -> Summary:
         dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
         num_temporal=config.num_frames)
     Path(config.clip_feat_path).mkdir(parents=True, exist_ok=True)
+    remove_left_over(config.clip_feat_path)
     manifest = Manifest(config.clip_feat_path)
     try:
         return _Extraction(config, encoder, manifest).run(videos)
@@ -141,7 +143,8 @@ class _Extraction:
         def read_ahead(count):
             ahead.extend((video, pool.submit(self._prepare, video)) for video in islice(todo, count))
 
-        with _stop_on_signal() as stop, _progress(len(videos)) as bar:
+        stop = []
+        with signals.noted(stop.append), _progress(len(videos)) as bar:
             try:
                 read_ahead(len(self.workers))
                 while ahead and not stop:
@@ -227,25 +230,6 @@ class _Extraction:
             self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **self.settings,
                                  source_bytes=piece.source["source_bytes"])
         bar.update()
-
-
-@contextmanager
-def _stop_on_signal():
-    """A list that SIGINT or SIGTERM puts itself into, once; the second one acts as ever."""
-    stop, previous = [], {}
-
-    def note(number, _frame):
-        stop.append(number)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        previous.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _progress(total):
