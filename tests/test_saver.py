@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, shards
+from fastvid import checkpoint, found, shards
 from fastvid import saver as saver_module
 from fastvid.saver import Saver
 
@@ -23,10 +23,10 @@ class Gate:
         self.reached, self.open = threading.Event(), threading.Event()
         write = shards.write
 
-        def gated(path, held):
+        def gated(path, held, mark):
             self.reached.set()
             assert self.open.wait(PATIENCE)
-            write(path, held)
+            write(path, held, mark)
 
         monkeypatch.setattr(shards, "write", gated)
 
@@ -74,10 +74,10 @@ def full_disk(monkeypatch):
     """No checkpoint but number 1 can be written."""
     write = shards.write
 
-    def full(path, held):
+    def full(path, held, mark):
         if "checkpoint-1." not in str(path):
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     monkeypatch.setattr(shards, "write", full)
 
@@ -131,13 +131,13 @@ def train_and_save(rank, folder, kind):
     """Rank 1's disk is slow, or full; meanwhile both go on with collectives of their own."""
     steps_done, reached, write, saved = threading.Event(), threading.Event(), shards.write, []
 
-    def hindered(path, held):
+    def hindered(path, held, mark):
         if rank == 1 and kind == "slow":
             reached.set()
             assert steps_done.wait(PATIENCE)
         if rank == 1 and kind == "full":
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     shards.write = hindered
     weight = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])
@@ -150,7 +150,7 @@ def train_and_save(rank, folder, kind):
                 total = torch.ones(())
                 dist.all_reduce(total)
                 weight._local_tensor.add_(total)
-                saved.append(checkpoint._steps(folder))
+                saved.append(found.steps(folder))
             steps_done.set()
     except OSError as error:
         return str(error)
