@@ -44,7 +44,7 @@ class Chat:
         self.config = config = config or ChatConfig(**settings)
         self.device = open_device(config.device)
         projector = None if config.projector is None else _projector_path(Path(config.projector))
-        run = {} if config.projector is None else _training_config(Path(config.projector))
+        run = {} if config.projector is None else _training_config(Path(config.projector), projector)
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, run, projector))
         tokens, seed = self.tokenizer.tokens, run.get("seed", 42)
         self.model_config = read_model_config(
@@ -122,23 +122,23 @@ class Chat:
 
 def _projector_path(path):
     """The file or checkpoint folder that ``--projector`` means; of an --output_dir what training left at its end."""
-    if path.is_file() or (path / "checksums.json").is_file():
+    if path.is_file():
         return path
     for name in _PROJECTOR_FILES:
         if (path / name).is_file():
             return path / name
-    found = checkpoint.newest_valid(path) if path.is_dir() else None
+    found = checkpoint.named(path)
     if found is None:
         raise ValueError(f"--projector {path}: neither a projector file (.bin, .safetensors) nor a checkpoint-N folder "
                          "or an --output_dir that holds one")
     return found
 
 
-def _training_config(path):
-    """The flags of the run that left `path`, as far as a checkpoint tells."""
+def _training_config(path, projector):
+    """The flags of the run that left `path`, of which `projector` is used, as far as a checkpoint tells."""
     if not path.is_dir():
         return {}
-    folder = path if (path / "checksums.json").is_file() else checkpoint.newest_valid(path)
+    folder = projector if projector.is_dir() else checkpoint.newest_valid(path)
     return {} if folder is None else checkpoint.read_state(folder).get("config", {})
 
 

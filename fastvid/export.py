@@ -88,10 +88,8 @@ def export(config):
 
 
 def _checkpoint_folder(path):
-    """The checkpoint that `path` is, or the newest valid one in it."""
-    if (path / "checksums.json").is_file():
-        return path
-    folder = checkpoint.newest_valid(path)
+    """The checkpoint that `path` is, or the newest valid one in it; verified."""
+    folder = checkpoint.named(path)
     if folder is None:
         raise ValueError(f"--checkpoint {path}: neither a checkpoint-N folder nor an --output_dir that holds one")
     return folder

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
     "fastvid.flags": {"fastvid.config", "fastvid.files"},
-    "fastvid.files": set(),
+    "fastvid.processes": set(),
+    "fastvid.signals": set(),
+    "fastvid.files": {"fastvid.processes"},
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
     "fastvid.data": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
@@ -29,9 +31,9 @@ MAY_IMPORT = {
     "fastvid.model": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
-MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvid.{tool}" for tool in TOOLS)}
-               for name in TOOLS}
+         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "run_lock", "found"}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.processes",
+                                   *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
 MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}

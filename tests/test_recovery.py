@@ -102,10 +102,10 @@ def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next(run, tmp_path, monkeypatch):
     write = shards.write
 
-    def full(path, held):
+    def full(path, held, mark):
         if "checkpoint-8." in str(path):
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     monkeypatch.setattr(shards, "write", full)
     with pytest.raises(OSError, match="checkpoint-8 of .*No space left"):
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next(run, tm
 def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
     """A write that ends one second later keeps the next save waiting, and that is said."""
     write = shards.write
-    monkeypatch.setattr(shards, "write", lambda path, held: (time.sleep(1), write(path, held)))
+    monkeypatch.setattr(shards, "write", lambda *a: (time.sleep(1), write(*a)))
     assert train.main(flags(run, tmp_path, "--max_steps", "5", "--save_steps", "2")) == 0
     stalls = {line["step"]: line.get("checkpoint_stall_seconds") for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert set(stalls) == set(range(1, 6)) and stalls[1] is stalls[2] is stalls[4] is None

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fastvid.files import naming
 from fastvid.model.names import projector_parts, projector_type, standard_name
 from fastvid.model.weight_files import CheckpointTensors, open_tensors
 
@@ -80,13 +82,17 @@ def save_tensors(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".bin":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            if path.suffix == ".bin":
+                with open(temporary, "wb") as file:  # torch's own writer raises RuntimeError where the disk is full
+                    torch.save(tensors, file)
+            else:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
