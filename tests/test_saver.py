@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on."""
 
+import os
 import threading
 from datetime import timedelta
 
@@ -14,6 +15,12 @@ from fastvid import saver as saver_module
 from fastvid.saver import Saver
 
 PATIENCE = 30  # seconds until a test that waits for a thread has failed
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A failed write is tried again without delay."""
+    monkeypatch.setattr(saver_module, "RETRY_AFTER", 0.0)
 
 
 class Gate:
@@ -100,6 +107,35 @@ def test_a_failed_write_is_reported_at_the_next_save_or_the_end(tmp_path, full_d
     saver.wait()  # said once
 
 
+def test_what_failed_is_known_before_anyone_asks(tmp_path, full_disk, caplog):
+    """The file, the reason, what is needed, and what to do; tried twice."""
+    saver = Saver()
+    save(saver, tmp_path, 2, {"weight": torch.ones(300_000)})
+    saver._thread.join(PATIENCE)
+    assert saver.failed and not saver.has(2)
+    assert caplog.text.count("checkpoint-2 could not be written, and is tried again") == 1
+    with pytest.raises(OSError, match=r"\.checkpoint-2\.tmp/model-00000-of-00001.*It takes 1\.2 MB, \S+ MB are free in "
+                                      r".*: free some.*--save_total_limit.* the same command again"):
+        saver.wait()
+    assert not saver.failed and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync", "mkdir"])
+def test_a_write_that_fails_once_is_made_again(tmp_path, monkeypatch, caplog, call):
+    real, failures = getattr(os, call), iter([True])
+
+    def stumbles(*args, **options):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, call, stumbles)
+    with Saver() as saver:
+        save(saver, tmp_path, 1, {"weight": torch.ones(3)})
+    assert weight_of(checkpoint.newest_valid(tmp_path)) == [1, 1, 1] and saver.has(1)
+    assert "Input/output error" in caplog.text and "tried again" in caplog.text
+
+
 def test_an_error_in_training_is_not_hidden_by_one_in_writing(tmp_path, full_disk, caplog):
     with pytest.raises(KeyError, match="training"), Saver() as saver:
         save(saver, tmp_path, 2, {"weight": torch.ones(3)})
@@ -127,8 +163,31 @@ def test_a_defect_keeps_its_type(tmp_path, monkeypatch):
 # Several ranks
 
 
+def fail_once_on_rank_one(rank, folder):
+    saver_module.RETRY_AFTER = 0.0
+    write, failures = shards.write, iter([rank == 1])
+
+    def hindered(path, held, mark):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        write(path, held, mark)
+
+    shards.write = hindered
+    weight = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with Saver() as saver:
+        save(saver, folder, 1, {"weight": weight})
+        saver.wait()
+        return saver.has(1)
+
+
+def test_both_ranks_try_again_where_one_failed(tmp_path):
+    assert on_ranks(2, fail_once_on_rank_one, tmp_path, tmp_path / "out") == [True, True]
+    assert weight_of(checkpoint.newest_valid(tmp_path / "out")) == [0, 1, 2, 3]
+
+
 def train_and_save(rank, folder, kind):
     """Rank 1's disk is slow, or full; meanwhile both go on with collectives of their own."""
+    saver_module.RETRY_AFTER = 0.0
     steps_done, reached, write, saved = threading.Event(), threading.Event(), shards.write, []
 
     def hindered(path, held, mark):
@@ -171,6 +230,7 @@ def test_one_rank_s_full_disk_ends_both(tmp_path):
 def save_without_copies(rank, folder, kind):
     """The types and texts of what ends two saves; of the first, rank 1's GPU does not make the copies."""
     saver_module.PATIENCE = timedelta(seconds=PATIENCE)  # of what never comes
+    saver_module.RETRY_AFTER = 0.0
     saver, said = Saver(), []
 
     def broken():

@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.reduction import DupFd
@@ -83,7 +84,12 @@ class Ahead:
         results = self._start()
         try:
             for _ in range(len(self._numbers)):
-                yield _next(results, stopped).opened()
+                parcel = _next(results, stopped)
+                try:
+                    value = parcel.opened()
+                except _Gone as error:
+                    raise _dead(results, error) from error
+                yield value
         finally:
             # Not left to the garbage collector: the traceback of an error keeps the iterator until the interpreter's
             # exit, which would wait for processes that heed no signal.
@@ -91,6 +97,7 @@ class Ahead:
 
     def _start(self):
         try:
+            _Fork().Queue().close()  # torch prints a traceback of its own where it fails to make one
             results = iter(self._loader)
         except OSError as error:
             raise ChildProcessError(
@@ -146,12 +153,20 @@ def _next(results, stopped):
                 if stopped():
                     raise Stopped from None
                 continue
-            codes = sorted({process.exitcode for process in results._workers if process.exitcode})
-            died = f"exit code {', '.join(map(str, codes))}" if codes else " ".join(str(error).split())
-            raise ChildProcessError(
-                f"a process that reads data has died ({died}); it may have run out of memory: fewer "
-                "--dataloader_num_workers need less, 0 needs none. Start the same command again to go on from the "
-                "last checkpoint") from error
+            raise _dead(results, error) from error
+
+
+def _dead(results, error):
+    """What to say of a process of a DataLoader's iterator that is dead, as `error` shows."""
+    deadline = time.monotonic() + _LOOKS_UP
+    while not (codes := {process.exitcode for process in results._workers if process.exitcode}):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    died = f"exit code {', '.join(map(str, sorted(codes)))}" if codes else " ".join(str(error).split())
+    return ChildProcessError(
+        f"a process that reads data has died ({died}); it may have run out of memory: fewer --dataloader_num_workers "
+        "need less, 0 needs none. Start the same command again to go on from the last checkpoint")
 
 
 def _end(results):
@@ -203,7 +218,9 @@ class _Parcel:
         try:
             descriptor = self.file.detach()
         except (OSError, EOFError) as error:
-            raise _cannot_send(error, self.size) from error
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise _cannot_send(error, self.size) from error
+            raise _Gone(str(error)) from error
         try:
             memory = mmap.mmap(descriptor, self.size)
         finally:
@@ -221,6 +238,10 @@ class _Parcel:
             return _Opened(self.opened(pin=True))
         except Exception as error:
             return _Failure(error)
+
+
+class _Gone(Exception):
+    """The process that sent a parcel is dead, and its parcel with it."""
 
 
 class _Opened:
