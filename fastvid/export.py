@@ -26,13 +26,14 @@ SHARD_BYTES = 5_000_000_000
 _MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
 
 
-def export(config):
+def export(config, *, verify=True):
     """Write what ``--format`` asks for; whole or not at all.
 
     Tensors are read, merged, cast and written one after the other: at most one shard (5 GB) is held in memory.
 
     Args:
         config: ExportConfig.
+        verify: compare the checkpoint with its checksums before. Not for one that this process has just written.
 
     Returns:
         list of Path: the files written.
@@ -40,7 +41,7 @@ def export(config):
     Raises:
         ValueError: names the checkpoint, folder, file or tensor that cannot be used, and the remedy.
     """
-    folder = _checkpoint_folder(Path(config.checkpoint))
+    folder = _checkpoint_folder(Path(config.checkpoint)) if verify else Path(config.checkpoint)
     run = _training_config(folder)
     base, output = config.model_name_or_path or run["model_name_or_path"], Path(config.output)
     tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])

@@ -3,6 +3,7 @@
 Nothing here changes a folder: a training run may be writing to it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ _OURS = re.compile(r"checksums\.json|state\.json|(model|optimizer)-00000-of-\d{5
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
-def newest_valid(output_dir, *, process_group=None) -> Path | None:
+def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
     """The checkpoint of the highest number whose files are all as they were written; None where there are none.
 
     Under torch.distributed every rank calls it: each verifies a part of the files, and all get the same answer. Rank 0
@@ -33,38 +34,42 @@ def newest_valid(output_dir, *, process_group=None) -> Path | None:
     Args:
         output_dir: may be missing.
         process_group: of all ranks, for messages between them.
+        alone: this process alone looks, whatever its ranks.
 
     Raises:
         ValueError: on every rank; there are checkpoints, and none of them is valid. Names each, and why.
         OSError: on every rank, when rank 0 cannot read the folder.
     """
     output_dir, candidates, foreign = Path(output_dir), None, []
-    rank, _ = rank_and_size(process_group)
-    with together(process_group):
+    rank, size = (0, 1) if alone else rank_and_size(process_group)
+    with contextlib.nullcontext() if alone else together(process_group):
         if rank == 0:
             candidates = sorted(steps(output_dir), reverse=True)
             foreign = [step for step in candidates if is_foreign(output_dir / f"checkpoint-{step}")]
-    candidates, foreign = gather((candidates, foreign), process_group)[0]
+    if not alone:
+        candidates, foreign = gather((candidates, foreign), process_group)[0]
     if foreign:
         log.warning("%s in %s: not written by fastvid, left alone",
                     ", ".join(f"checkpoint-{step}" for step in foreign), output_dir)
     faults = {}
     for step in (step for step in candidates if step not in foreign):
         path = output_dir / f"checkpoint-{step}"
-        fault = _fault_over_ranks(path, process_group)
-        if fault is None:
+        found = [fault(path, rank, size)] if alone else gather(fault(path, rank, size), process_group)
+        if not any(found):
             for damaged, why in faults.items():
                 log.warning("%s is passed over: %s", damaged, why)
             return path
-        faults[path] = fault
+        faults[path] = next(filter(None, found))
     if faults:
         raise ValueError("; ".join(f"{path} is damaged: {why}" for path, why in faults.items())
                          + f". No other checkpoint in {output_dir} is valid")
     return None
 
 
-def named(path, *, process_group=None) -> Path | None:
+def named(path) -> Path | None:
     """The checkpoint folder that a user names, verified, or the newest valid one in it; None if it is neither.
+
+    Each process verifies for itself.
 
     Raises:
         ValueError: it is damaged; names the file, and the remedy.
@@ -74,12 +79,11 @@ def named(path, *, process_group=None) -> Path | None:
         return None
     if is_foreign(path) or not os.listdir(path):
         try:
-            return newest_valid(path, process_group=process_group)
+            return newest_valid(path, alone=True)
         except ValueError as error:
             raise ValueError(f"{error}: restore one of them") from error
-    fault = _fault_over_ranks(path, process_group)
-    if fault is not None:
-        raise ValueError(f"{path} is damaged: {fault}; restore this checkpoint from a copy, or name another one")
+    if why := fault(path):
+        raise ValueError(f"{path} is damaged: {why}; restore this checkpoint from a copy, or name another one")
     return path
 
 
@@ -152,11 +156,6 @@ def read_checksums(folder) -> dict:
         return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-
-
-def _fault_over_ranks(path, process_group):
-    faults = gather(fault(path, *rank_and_size(process_group)), process_group)
-    return next((why for why in faults if why), None)
 
 
 def _check_files(folder, expected):

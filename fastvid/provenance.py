@@ -107,8 +107,8 @@ def _pieces(tensor: Tensor):
     if content.nbytes <= _WHOLE:
         return [_bytes(content)]
     length = _WHOLE // _PIECES // width
-    step = (len(content) - length) // (_PIECES - 1)
-    return [_bytes(content[begin:begin + length]) for begin in range(0, step * _PIECES, step)]
+    begins = [(len(content) - length) * i // (_PIECES - 1) for i in range(_PIECES)]
+    return [_bytes(content[begin:begin + length]) for begin in begins]
 
 
 def _bytes(flat):

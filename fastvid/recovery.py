@@ -177,7 +177,7 @@ def write_results(state):
         state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
             export(ExportConfig(checkpoint=str(output / f"checkpoint-{state.step}"), output=str(output / "model"),
-                                format="llama", dtype="bfloat16" if config.bf16 else "float32"))
+                                format="llama", dtype="bfloat16" if config.bf16 else "float32"), verify=False)
         return [output / "model"]
     trained = {name: parallel.full_tensor(p) for name, p in state.optimizer.parameters.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
