@@ -84,8 +84,7 @@ def save_tensors(path, tensors):
     try:
         with naming(path):
             if path.suffix == ".bin":
-                with open(temporary, "wb") as file:  # torch's own writer raises RuntimeError where the disk is full
-                    torch.save(tensors, file)
+                _save_pickle(tensors, temporary)
             else:
                 save_file(tensors, temporary, metadata={"format": "pt"})
             temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
@@ -96,3 +95,14 @@ def save_tensors(path, tensors):
         raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_pickle(tensors, path):
+    """``torch.save`` that raises an OSError, such as of a full disk, as one: torch puts a RuntimeError in its place."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
