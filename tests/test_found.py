@@ -41,6 +41,13 @@ def test_what_others_wrote_is_told_and_never_removed(tmp_path, caplog):
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-6"
 
 
+def test_what_others_wrote_does_not_count(tmp_path):
+    foreign(tmp_path, 3)
+    for step in (2, 4, 5):
+        save_step(tmp_path, step, total_limit=3)
+    assert names_in(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-5"]
+
+
 @pytest.mark.parametrize("kind", ["foreign", "file", "pipe", "dead link", "folder"])
 def test_what_is_in_the_way_of_a_save_stays(tmp_path, kind):
     path = tmp_path / "checkpoint-2"
@@ -78,6 +85,15 @@ def test_only_regular_files_are_opened(tmp_path, name, other):
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-5"
     with pytest.raises(ValueError, match=f"checkpoint-10 is damaged: .*{name}"):
         checkpoint.named(tmp_path / "checkpoint-10")
+
+
+def test_a_pipe_of_the_right_size_is_not_opened(tmp_path):
+    path = save_step(tmp_path, 5)
+    checksums = json.loads((path / "checksums.json").read_text())
+    checksums["files"]["empty"] = {"bytes": 0, "sha256": ""}
+    (path / "checksums.json").write_text(json.dumps(checksums))
+    os.mkfifo(path / "empty")
+    assert found.fault(path) == "empty is no regular file"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "dead link", "empty folder"])
