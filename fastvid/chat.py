@@ -183,7 +183,10 @@ def _trained_on(given, weights):
     """The Provenance of weights, or of the checkpoint beside a projector file of an older version, which holds none."""
     trained = of_weights(weights)
     if trained == Provenance() and weights.is_file() and Path(given).is_dir():
-        newest = checkpoint.newest_valid(given)
+        try:
+            newest = checkpoint.newest_valid(given)
+        except ValueError:  # damaged, and not what is used
+            newest = None
         return trained if newest is None else of_weights(newest)
     return trained
 

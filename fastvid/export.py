@@ -32,13 +32,14 @@ from fastvid.video.tower import check_tower, choose_tower
 SHARD_BYTES = 5_000_000_000
 
 
-def export(config):
+def export(config, *, verify=True):
     """Write what ``--format`` asks for; whole or not at all.
 
     Tensors are read, merged, cast and written one after the other: at most one shard (5 GB) is held in memory.
 
     Args:
         config: ExportConfig.
+        verify: compare the checkpoint with its checksums before. Not for one that this process has just written.
 
     Returns:
         list of Path: the files written.
@@ -46,7 +47,7 @@ def export(config):
     Raises:
         ValueError: names the checkpoint, folder, file or tensor that cannot be used, and the remedy.
     """
-    folder = checkpoint_folder(config.checkpoint)
+    folder = checkpoint_folder(config.checkpoint) if verify else Path(config.checkpoint)
     run, trained_on = _training_config(folder), provenance.of_weights(folder)
     base, output = _base(folder, config.model_name_or_path, run["model_name_or_path"]), Path(config.output)
     tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])

@@ -9,11 +9,9 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,10 +20,11 @@ import numpy as np
 import torch
 
 import fastvid
+from fastvid import signals
 from fastvid.config import ExtractConfig
 from fastvid.data.features import feature_bytes, load_features
 from fastvid.earlier_features import difference, made_by_manifest, refuse_other_settings, settings_of
-from fastvid.files import atomic_file
+from fastvid.files import atomic_file, remove_left_over
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode_worker import DecodeWorker
@@ -106,8 +105,8 @@ def extract(config: ExtractConfig) -> Summary:
 
     A feature file counts as done if it is whole and was made from the same file by the same tower with the same
     settings. One that is damaged, or whose video has changed, is made again; one that was made with other settings only
-    with `config.overwrite`. A video that fails costs a line in the manifest. SIGINT and SIGTERM end the run after the
-    video in hand.
+    with `config.overwrite`. A video that fails costs a line in the manifest. SIGINT, SIGTERM and SIGHUP end the run
+    after the video in hand.
 
     Raises:
         ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting, or feature
@@ -121,6 +120,7 @@ def extract(config: ExtractConfig) -> Summary:
         num_temporal=config.num_frames)
     refuse_other_settings(config, videos, settings_of(config, encoder))
     Path(config.clip_feat_path).mkdir(parents=True, exist_ok=True)
+    remove_left_over(config.clip_feat_path)
     manifest = Manifest(config.clip_feat_path)
     try:
         summary = _Extraction(config, encoder, manifest).run(videos[rank::world])
@@ -158,7 +158,8 @@ class _Extraction:
         def read_ahead(count):
             ahead.extend((video, pool.submit(self._prepare, video)) for video in islice(todo, count))
 
-        with _stop_on_signal() as stop, _progress(len(videos)) as bar:
+        stop = []
+        with signals.noted(stop.append), _progress(len(videos)) as bar:
             try:
                 read_ahead(len(self.workers))
                 while ahead and not stop:
@@ -266,25 +267,6 @@ class _Extraction:
             summary.padded += piece.info.frames < self.config.num_frames
             self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made)
         bar.update()
-
-
-@contextmanager
-def _stop_on_signal():
-    """A list that SIGINT or SIGTERM puts itself into, once; the second one acts as ever."""
-    stop, previous = [], {}
-
-    def note(number, _frame):
-        stop.append(number)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        previous.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _progress(total):

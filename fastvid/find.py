@@ -10,15 +10,13 @@ _PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")  # in the or
 
 
 def checkpoint_folder(path) -> Path:
-    """The checkpoint that `path` is, or the newest valid one in it.
+    """The checkpoint that `path` is, or the newest valid one in it; verified.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = Path(path)
-    if (path / "checksums.json").is_file():
-        return path
-    folder = None if path.is_file() else checkpoint.newest_valid(path)
+    folder = checkpoint.named(path)
     if folder is None:
         hint = "; a projector file is chat's --projector or train's --pretrain_mm_mlp_adapter" * path.is_file()
         raise ValueError(f"--checkpoint {path}: neither a checkpoint-N folder nor an --output_dir that holds one{hint}")
@@ -28,18 +26,20 @@ def checkpoint_folder(path) -> Path:
 def projector_path(path, flag) -> Path:
     """The projector file or checkpoint folder that a flag means: of an --output_dir what training left at its end.
 
+    A checkpoint is verified.
+
     Raises:
-        ValueError: there is none; a URL.
+        ValueError: there is none; it is damaged; a URL.
     """
     if is_url(path):
         raise ValueError(f"{flag} {shown(path)} is a URL: download the file and give its path")
     path = Path(path)
-    if path.is_file() or (path / "checksums.json").is_file():
+    if path.is_file():
         return path
     for name in _PROJECTOR_FILES:
         if (path / name).is_file():
             return path / name
-    found = checkpoint.newest_valid(path) if path.is_dir() else None
+    found = checkpoint.named(path)
     if found is None:
         raise ValueError(f"{flag} {path}: neither a projector file (.bin, .safetensors) nor a checkpoint-N folder "
                          "or an --output_dir that holds one")

@@ -4,6 +4,7 @@ Nothing here waits for a device: callers hand over numbers that are on the host 
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fastvid import flops, reporters
+from fastvid.files import naming
 from fastvid.flops import StepCounts
 
 log = logging.getLogger("fastvid")
@@ -35,6 +37,7 @@ class Metrics:
             ``shared_row_share`` (rows saved because samples share them); ``budget_fill`` (of the row budget, if there
             is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib`` (rank
             0's GPU memory, without a GPU its resident set, since the process began).
+        unheard: whether the reader of stderr (a pipe's other end, a terminal) is gone. Nothing more is printed then.
     """
 
     def __init__(self, output_dir, *, total_steps: int, start_step: int = 0, report_to=("tensorboard",),
@@ -64,7 +67,7 @@ class Metrics:
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
         self.peak_flops, self.row_budget = peak_flops, row_budget
         self._bar = self._file = None
-        self._reporters = {}
+        self._reporters, self.unheard = {}, False
         self._loss = math.nan
         self._run = self._window = _Window()
         if rank == 0:
@@ -84,7 +87,7 @@ class Metrics:
         for window in (self._run, self._window):
             window.add(counts)
         if self._bar is not None:
-            self._bar.update()
+            self._say(self._bar.update)
 
     def wait(self, seconds: float) -> None:
         """The step loop has waited for data."""
@@ -121,8 +124,10 @@ class Metrics:
             line |= self._window.rates(self.peak_flops, self.row_budget)
             self._window = _Window()
         if self.rank == 0:
-            self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
-            self._file.flush()
+            with naming(self.path):
+                text = json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False)
+                self._file.write(text + "\n")
+                self._file.flush()
             self._report(step, line)
             self._show(line)
         return line
@@ -130,15 +135,25 @@ class Metrics:
     def message(self, text: str) -> None:
         """Print a line on rank 0's stderr, above the bar."""
         if self.rank == 0 and self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._say(self._bar.write, text, file=sys.stderr)
         elif self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            self._say(print, text, file=sys.stderr, flush=True)
+
+    def _say(self, function, *arguments, **options):
+        """Print. A run does not end where it cannot be heard: it learns so, and decides."""
+        if self.unheard:
+            return
+        try:
+            function(*arguments, **options)
+        except OSError as error:  # another one, such as a full disk behind `2> log`, costs this line
+            self.unheard = error.errno in (errno.EPIPE, errno.EIO)
 
     def summary(self) -> str:
         """The run so far (since a resume) in one line."""
-        if not self._run.steps and self.start_step >= self.total_steps:
-            return f"all {self.total_steps:,} steps were done before, final loss {self._loss:.4f}"
         run, rates = self._run, self._run.rates(self.peak_flops)
+        if not run.steps and self.start_step:
+            return (f"all {self.start_step:,} steps are done already, final loss {self._loss:.4f}; --resume never "
+                    "starts over, more --max_steps or --num_train_epochs go on")
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
         return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
                 f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "
@@ -149,7 +164,7 @@ class Metrics:
         if self._file is None:
             return
         if self._bar is not None:
-            self._bar.close()
+            self._say(self._bar.close)
         self._file.close()
         self._file = self._bar = None
         for name in list(self._reporters):
@@ -161,7 +176,10 @@ class Metrics:
         except ImportError as error:
             self.message(f"no loss_curve.png: {error}; pip install matplotlib")
             return
-        draw_loss_curve(self.path, self.path.with_name("loss_curve.png"), self.name)
+        try:
+            draw_loss_curve(self.path, self.path.with_name("loss_curve.png"), self.name)
+        except OSError as error:  # a full disk: the numbers are in metrics.jsonl
+            self.message(f"no loss_curve.png: {error}")
 
     def _report(self, step, line):
         for name in list(self._reporters):
@@ -180,7 +198,7 @@ class Metrics:
     def _show(self, line):
         rates = _readable(line)
         if self._bar is not None and "loss" in line:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
+            self._say(self._bar.set_postfix_str, f"loss {line['loss']:.4f}", refresh=False)
         shown = [f"{name} {line[name]:.4g}" for name in ("epoch", "loss", "eval_loss", "learning_rate") if name in line]
         if "loss" in line:
             left = self.total_steps - line["step"]
@@ -286,7 +304,7 @@ def _keep_lines(path, last_step):
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())

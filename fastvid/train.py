@@ -14,18 +14,32 @@ import dataclasses
 import gc
 import logging
 import math
+import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import flops, heartbeat, host_memory, overview, parallel, planning, recovery
+from fastvid import (
+    diagnosis,
+    flops,
+    heartbeat,
+    host_memory,
+    overview,
+    parallel,
+    planning,
+    recovery,
+    run_lock,
+    signals,
+)
 from fastvid.config import TrainConfig
 from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
+from fastvid.data.workers import Stopped
 from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
@@ -136,15 +150,19 @@ def build(config, world):
 
 
 def train_step(state, batches):
-    """One optimizer step over `batches`, this rank's micro-batches.
+    """One optimizer step over `batches`, this rank's micro-batches; None where it was stopped while it waited for them.
 
     Returns:
-        `StepResult`; no number in it has waited for the device.
+        `StepResult`; no number in it has waited for the device. None, and no rank makes the step, where a rank has no
+        batches, or has seen that a checkpoint could not be written.
     """
     config, world = state.config, state.world
-    mine = flops.total(map(state.formula.counts, batches))
-    *counts, drawn, skipped, waited, stop = world.sum_on_host(
-        [*mine, state.loader.drawn, state.loader.skipped, state.waited, state.stop_signal])
+    mine = flops.total(map(state.formula.counts, batches or ()))
+    halted = batches is None or state.saver.failed
+    *counts, drawn, skipped, waited, halted, stop = world.sum_on_host(
+        [*mine, state.loader.drawn, state.loader.skipped, state.waited, halted, state.stop_signal])
+    if halted:
+        return None
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
     state.model.keep_casts(len(batches) > 1)
@@ -172,14 +190,21 @@ def train_step(state, batches):
 
 @torch.no_grad()
 def evaluate(state):
-    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token."""
-    total, supervised = torch.zeros((), dtype=torch.float64, device=state.world.device), 0
-    for _, batches in state.evaluation.iterate():
-        for batch in state.staging.copies(batches):
-            total += state.model(batch)
-            supervised += batch.num_supervised
+    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token.
+
+    None where a rank is to stop: who sends SIGTERM does not wait for the rest.
+    """
+    world = state.world
+    total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    with contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
+        for batches in _timed(state, steps):
+            if world.sum_on_host([state.stop_signal or batches is None])[0]:
+                return None
+            for batch in state.staging.copies(batches):
+                total += state.model(batch)
+                supervised += batch.num_supervised
     parallel.reshard(state.model)
-    total, supervised = state.world.sum_on_host([total.item(), supervised])
+    total, supervised = world.sum_on_host([total.item(), supervised])
     return total / supervised if supervised else math.nan
 
 
@@ -198,11 +223,14 @@ def loop(state):
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
-          recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver,
+          signals.noted(partial(_note_stop, state)), parallel.naming_the_dead(state.world), state.saver,
           host_memory.collecting_when_told()):
         first_step = state.step
-        for batches in _timed(state, state.loader.iterate(state.step)):
+        for batches in _timed(state, state.loader.iterate(state.step, lambda: state.stop_signal)):
             result = train_step(state, batches)
+            if result is None:
+                state.saver.wait()  # raises what could not be written, if that is why
+                return _stop(state, metrics)
             metrics.count(result.counts)
             metrics.wait(result.waited)
             profiler.step()
@@ -217,21 +245,26 @@ def loop(state):
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
                 return _end_not_finite(state, failed, metrics)
+            if (saves or ends) and (broken := diagnosis.broken_by_an_update(state)):
+                metrics.message(f"training ends after step {state.step}: {broken}")
+                return 1
             if logs:
                 _log(state, result, metrics)
-            # Who sends SIGTERM does not wait for a validation.
             if state.evaluation and not stops and _due(state, config.eval_strategy, config.eval_steps):
                 with metrics.paused():
                     eval_loss = evaluate(state)
+                if eval_loss is None:
+                    return _stop(state, metrics)
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
+            if stops:
+                return _stop(state, metrics)
             too_many = _too_many_skipped(state, result)
             if saves or too_many:
                 metrics.stall(recovery.save(state))
             if too_many:
                 raise ValueError(too_many)
-            if stops:
-                metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
-                return 128 + result.stop_signal
+            if metrics.unheard:
+                state.stop_signal = state.stop_signal or signal.SIGPIPE
         for path in recovery.write_results(state):
             metrics.message(f"wrote {path}")
         remarks, skipped = state.loader.account(state.world)
@@ -245,16 +278,19 @@ def train(config):
     """Run a training job; returns `loop`'s exit code."""
     heartbeat.show_stacks()
     world = parallel.start(config.ddp_timeout)
-    with parallel.speaking_once(world):
-        if config.dry_run:
+    if config.dry_run:
+        with parallel.speaking_once(world):
             _, tokenizer, model_config, loader, *_ = prepare(config, world)
             for line in overview.dry_run_lines(config, model_config, tokenizer, loader.order.total_steps):
                 log.info("%s", line)
-        else:
+        parallel.finish(world)
+        return 0
+    with run_lock.held(config.output_dir, world):
+        with parallel.speaking_once(world):
             state = build(config, world)
             recovery.resume(state)
-    code = 0 if config.dry_run else loop(state)
-    parallel.finish(world)
+        code = loop(state)
+        parallel.finish(world)
     return code
 
 
@@ -266,14 +302,37 @@ def main(argv=None):
 
 
 def _timed(state, steps):
-    """The batches of each step; `state.waited` is how long the loop waited for them."""
+    """The batches of each step; `state.waited` is how long the loop waited for them. None after a wait that a signal
+    ended."""
     while True:
-        begin = time.perf_counter()
-        _, batches = next(steps, (None, None))
-        state.waited = time.perf_counter() - begin
-        if batches is None:
+        begin, batches = time.perf_counter(), None
+        try:
+            _, batches = next(steps)
+        except StopIteration:
             return
+        except Stopped:
+            pass
+        state.waited = time.perf_counter() - begin
         yield batches
+
+
+def _note_stop(state, number):
+    state.stop_signal = number
+
+
+def _stop(state, metrics):
+    """Keep the state after the last step, and give up as a signal asked; all ranks together."""
+    number = max(state.world.gather_objects(state.stop_signal))
+    if (failed := int(state.optimizer.failed_step)) >= 0:
+        return _end_not_finite(state, failed, metrics)
+    if broken := diagnosis.broken_by_an_update(state):
+        metrics.message(f"training ends after step {state.step}: {broken}")
+        return 1
+    if not state.saver.has(state.step):
+        metrics.stall(recovery.save(state))
+    state.saver.wait()
+    metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
+    return 128 + number
 
 
 def _due(state, strategy, every):
@@ -307,9 +366,14 @@ def _end_not_finite(state, failed, metrics):
     """Keep the state before step `failed` (from 0), say what made it non-finite, and give up."""
     state.step = failed
     state.optimizer.failed_step.fill_(-1)
-    recovery.save(state)
-    metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
-                    + recovery.explain_not_finite(state, failed))
+    said = f"step {failed + 1} is not finite; "
+    if broken := diagnosis.broken_by_an_update(state):
+        metrics.message(said + broken)
+        return 1
+    if not state.saver.has(state.step):
+        recovery.save(state)
+    metrics.message(f"{said}no parameter or moment has changed since the step before it. "
+                    + diagnosis.explain_not_finite(state, failed))
     return 1
 
 

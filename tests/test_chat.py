@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from checkpoint_cases import flip_a_bit
 
 from fastvid import chat as chat_module
 from fastvid import checkpoint
@@ -204,6 +205,9 @@ def test_every_form_of_a_trained_projector_is_read(make_model, tmp_path):
         loaded = Chat(model_name_or_path=str(model), projector=str(path), device="cpu").model
         torch.testing.assert_close(loaded.projector[0].weight.detach(),
                                    projector_state(scale=2.0)["model.mm_projector.weight"], rtol=0, atol=0)
+    flip_a_bit(next((run / "checkpoint-10").glob("model-*")))
+    with pytest.raises(ValueError, match="checkpoint-10 is damaged: the sha256 of model-00000"):
+        Chat(model_name_or_path=str(model), projector=str(run / "checkpoint-10"), device="cpu")
     with pytest.raises(ValueError, match="give the trained one with --projector"):
         Chat(model_name_or_path=str(model), device="cpu")
     with pytest.raises(ValueError, match="neither a projector file"):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from checkpoint_cases import flip_a_bit
 from conftest import ROOT
 from safetensors.torch import load_file
 from weight_folders import C, D, llava_state, load, write_folder
@@ -188,6 +189,15 @@ def test_output_dir_means_its_newest_valid_checkpoint(tmp_path, run):
     assert torch.equal(written["model.mm_projector.0.bias"], trained["projector.0.bias"])
     with pytest.raises(ValueError, match="neither a checkpoint-N folder nor an --output_dir"):
         export.export(ExportConfig(str(tmp_path / "tower"), str(tmp_path / "p.bin")))
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, run):
+    folder, _, _ = run({"projector"})
+    flip_a_bit(next(folder.glob("model-*")))
+    for named in (folder, folder.parent):
+        with pytest.raises(ValueError, match="the sha256 of model-00000-of-00001.safetensors"):
+            export.export(ExportConfig(checkpoint=str(named), output=str(tmp_path / "p.bin")))
+    assert not (tmp_path / "p.bin").exists()
 
 
 def test_pretrained_projector_and_frozen_projector(tmp_path, run):

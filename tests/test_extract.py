@@ -19,6 +19,7 @@ from towers import write_tower
 
 import fastvid
 from fastvid import extract as module
+from fastvid import processes
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
 from fastvid.extract import Summary, extract, main
@@ -103,10 +104,12 @@ def test_a_rerun_does_what_is_missing(job, tmp_path, format):
     assert (summary.extracted, summary.skipped, summary.exit_code) == (0, 3, 0)
     assert _state(features) == before
     (features / f"a.{format}").unlink()
+    (features / f".{processes.machine()}-{2**22 + 5}-00000000.tmp").write_text("left by a killed process")
     summary = extract(job(format=format))
     assert (summary.extracted, summary.skipped) == (1, 2)
     assert [name for name, when in _state(features).items() if when != before[name]] in (
         [f"a.{format}", "manifest.jsonl"], ["manifest.jsonl", f"a.{format}"])
+    assert not list(features.glob(".*"))
 
 
 def test_the_references_format(job, tmp_path):

@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "fastvid.config": set(),
     "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
     "fastvid.foreign_flags": set(),
-    "fastvid.files": set(),
+    "fastvid.processes": set(),
+    "fastvid.signals": set(),
+    "fastvid.files": {"fastvid.processes"},
     "fastvid.provenance": {"fastvid.files"},
     "fastvid.folders": {"fastvid.files"},
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
@@ -31,8 +33,9 @@ MAY_IMPORT = {
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find"}
-MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders",
+         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find",
+         "run_lock", "found"}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.processes",
                                    *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}

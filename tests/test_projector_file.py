@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
+import sys
 
 import pytest
 import torch
+from ranks import FORKS
 from safetensors.torch import load_file, save_file
 from weight_folders import (
     ADAPTER,
@@ -23,6 +26,7 @@ from weight_folders import (
 
 from fastvid import checkpoint
 from fastvid.batch import VideoTokens
+from fastvid.model.projector_file import save_tensors
 from fastvid.model.weights import read_model_config, read_projector, write_reference_projector
 
 
@@ -224,3 +228,20 @@ def test_another_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match="out.pt: a projector file ends in .bin"):
         write_reference_projector(tmp_path / "out.pt", {}, folder, TOKENS)
     assert not (tmp_path / "out.pt").exists()
+
+
+def write_with_little_room(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        save_tensors(path, {"a": torch.ones(10_000)})
+    except OSError as error:
+        sys.exit(0 if str(path) in str(error) and "File too large" in str(error) else 2)
+    sys.exit(1)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, ending):
+    child = FORKS.Process(target=write_with_little_room, args=(tmp_path / f"p{ending}",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and list(tmp_path.iterdir()) == []

@@ -247,10 +247,14 @@ class Loader:
             batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
-    def iterate(self, first_step=0):
-        """Yield (step, micro-batches) up to the order's end; name each skipped sample and each kind of remark once."""
+    def iterate(self, first_step=0, stopped=lambda: False):
+        """Yield (step, micro-batches) up to the order's end; name each skipped sample and each kind of remark once.
+
+        Args:
+            stopped: ends a long wait, see `Ahead.map`.
+        """
         steps = range(first_step, self.order.total_steps)
-        for step, (batches, odd) in zip(steps, self._ahead.map(steps)):
+        for step, (batches, odd) in zip(steps, self._ahead.map(steps, stopped)):
             for index, remarks, skipped in odd:
                 self._report(index, remarks, skipped)
             self.drawn += sum(map(len, self.order.micro_batches(step)))

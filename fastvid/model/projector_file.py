@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fastvid.files import naming
 from fastvid.model.names import projector_parts, projector_type, standard_name
 from fastvid.model.weight_files import CheckpointTensors, open_tensors
 from fastvid.provenance import KEY, add_to_bin
@@ -111,17 +113,31 @@ def save_tensors(path, tensors, provenance=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".bin":
-            torch.save(tensors, temporary)
-            if provenance is not None:
-                add_to_bin(temporary, provenance)
-        else:
-            held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
-            save_file(tensors, temporary, metadata={"format": "pt", **held})
-            _order_metadata(temporary)
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            if path.suffix == ".bin":
+                _save_pickle(tensors, temporary)
+                if provenance is not None:
+                    add_to_bin(temporary, provenance)
+            else:
+                held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
+                save_file(tensors, temporary, metadata={"format": "pt", **held})
+                _order_metadata(temporary)
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_pickle(tensors, path):
+    """``torch.save`` that raises an OSError, such as of a full disk, as one: torch puts a RuntimeError in its place."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
