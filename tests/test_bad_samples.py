@@ -122,11 +122,13 @@ def test_remarks_on_records_are_told_once_with_their_number(run, tmp_path, caplo
     records = json.loads((run / "train.json").read_text())
     for record in records[3:5]:
         record["system"] = "Answer in French."
+    records[5]["conversations"][1]["value"] = "the</s>cat"
     (tmp_path / "train.json").write_text(json.dumps(records))
     state = train.build(config_of(run, "unused", "--data_path", str(tmp_path / "train.json")), WORLD)
     list(state.loader.iterate())
     said = [line for line in caplog.text.splitlines() if "'system' is not used" in line]
     assert len(said) == 1 and "2 records: field" in said[0] and "record 3 (from 0)" in said[0]
+    assert caplog.text.count('the text holds "</s>"') == 1  # by the record alone, and not again by its sample
 
 
 def test_features_that_are_not_finite_cost_their_sample_with_file_and_remedy(run, feats, tmp_path, caplog, capsys):

@@ -129,7 +129,7 @@ def test_what_is_there_without_a_manifest_is_noted(job, tmp_path):
 @pytest.mark.parametrize("change, why", [
     ("num_frames", "num_frames 6, not 5"),
     ("tower", "tower_revision"),
-    ("cut", "delete it and extract it again"),
+    ("cut", "extract it again (fastvid extract)"),
     ("source", "source_bytes"),
 ])
 def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change, why):
