@@ -159,11 +159,6 @@ def test_too_many_skipped_samples_end_the_run_and_keep_its_work(run, feats, tmp_
         assert train.main(argv) == 0
 
 
-def test_a_share_of_skipped_samples_is_a_share(run):
-    with pytest.raises(ValueError, match="--max_skipped 2: give a share"):
-        train.build(config_of(run, "unused", "--max_skipped", "2"), WORLD)
-
-
 def test_cut_samples_and_rounded_features_are_told_once_and_counted_at_the_end(run, feats, tmp_path, caplog, capsys):
     (feats / "clip0.safetensors").unlink()
     np.save(feats / "clip0.npy", np.ones((ROWS, CHANNELS)))

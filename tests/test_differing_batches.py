@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from training_run import config_of, write_run
 
-from fastvid import checkpoint, parallel, recovery, train
+from fastvid import checkpoint, diagnosis, parallel, recovery, train
 from fastvid.data.packing import pack
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def trained(rank, run, output, options, chosen):
     if rank == 1:
         poisoned.features[3, 2] = math.nan
     state.loader.read = lambda step: ([poisoned], [])
-    found.append(recovery.explain_not_finite(state, 3))
+    found.append(diagnosis.explain_not_finite(state, 3))
     return found
 
 

@@ -11,6 +11,7 @@ from model_cases import LiveBytes
 from training_run import config_of, write_run
 
 from fastvid import parallel, planning, train
+from fastvid.config import TrainConfig
 from fastvid.data import largest
 from fastvid.data.features import save_features
 from fastvid.model import memory
@@ -117,10 +118,11 @@ def test_auto_recomputes_as_few_layers_as_fit(run, monkeypatch, caplog):
 def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
     world = parallel.World(0, 1, 0, torch.device("cuda"), distributed)
     monkeypatch.setattr(parallel, "device_memory", lambda _: 100 * 2**30)
-    available, said = planning._available(world)
+    config = TrainConfig("", [], output_dir="")
+    available, said = planning._available(config, world)
     assert available == 92 * 2**30 - distributed * 2**30
     assert "92% of 100.0 GiB free" in said and ("less 1 GiB for NCCL" in said) == distributed
-    assert planning._available(WORLD) == (100 * 2**30, "")
+    assert planning._available(config, WORLD) == (100 * 2**30, "")
 
 
 @pytest.mark.parametrize("videos", ["alike", "mixed", "some opened"])

@@ -88,7 +88,7 @@ class ModelFolder(Mapping):
     def __init__(self, folder):
         self.folder = model_folder(folder)
         self._open = {}
-        path = self.file_of(folder)
+        path = self.file_of(self.folder)
         if path is None:
             raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}")
         keys = self._read_index(path) if path.suffix == ".json" else dict.fromkeys(self._file(path), path)
