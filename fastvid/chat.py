@@ -22,7 +22,7 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
-from fastvid.video.decode_worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import VIDEO_SUFFIXES
 

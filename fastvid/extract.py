@@ -26,7 +26,7 @@ from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features, save_features
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
-from fastvid.video.decode_worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import Manifest

@@ -1,6 +1,6 @@
 """Decoding in a process of its own, so that a file that crashes or hangs FFmpeg costs that file and nothing else.
 
-The process is started as ``python -m fastvid.video.decode_worker`` rather than through multiprocessing, which would
+The process is started as ``python -m fastvid.video.decode.worker`` rather than through multiprocessing, which would
 run the user's main script again. It gets requests as JSON and answers with JSON and the frames' bytes; nothing that
 comes from it is unpickled. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
 ends when the other end of its pipe closes, so that it does not outlive its parent.
@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from fastvid.video.decode import DecodeError, VideoInfo, decode
+from fastvid.video.decode.info import DecodeError, VideoInfo
+from fastvid.video.decode.pyav import decode
 
 
 class DecodeWorker:
