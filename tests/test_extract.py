@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from clips import draw
+from clips import draw, endless
 from conftest import ROOT
 from towers import write_tower
 
@@ -189,7 +189,7 @@ def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path)
 
 def test_a_hang_costs_one_video(job, mixed):
     (mixed / "c.mp4").unlink()
-    os.mkfifo(mixed / "c.mp4")
+    endless(mixed / "c.mp4")
     summary = extract(job(mixed, timeout=3.0))
     assert summary.extracted == 3 and "longer than 3 s" in dict(summary.failures)["c.mp4"]
 
@@ -230,7 +230,7 @@ def _start(job, videos, *flags):
 
 def test_ctrl_c_ends_it_after_the_video_in_hand(job, mixed, tmp_path):
     (mixed / "c.mp4").unlink()
-    os.mkfifo(mixed / "c.mp4")
+    endless(mixed / "c.mp4")
     previous = signal.getsignal(signal.SIGINT)
     threading.Timer(2.0, os.kill, [os.getpid(), signal.SIGINT]).start()
     summary = extract(job(mixed))
@@ -243,7 +243,7 @@ def test_ctrl_c_ends_it_after_the_video_in_hand(job, mixed, tmp_path):
 def test_interrupted_and_run_again(job, mixed, tmp_path, number, code):
     """The third video never comes: what was done before is kept, the rest is done by the next run."""
     (mixed / "c.mp4").unlink()
-    os.mkfifo(mixed / "c.mp4")
+    endless(mixed / "c.mp4")
     process = _start(job, mixed)
     for _ in range(1200):
         if "b.mp4" in read_manifest(tmp_path / "features") or process.poll() is not None:

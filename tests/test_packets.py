@@ -33,7 +33,7 @@ STREAMS = {
 
 
 def scanned(path):
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream, _):
         return scan(container, stream)
 
 
@@ -96,7 +96,7 @@ def test_layers_above_refer_to_what_theirs_do_not(tmp_path, pictures):
 def test_units_that_do_not_fill_their_packet_are_left_to_the_decoder(tmp_path):
     path = draw(tmp_path / "a.mp4", 30, options={"x264-params": "keyint=10"})
     content = bytearray(path.read_bytes())
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream, _):
         packets = [p for p in container.demux(stream) if p.size]
     content[packets[20].pos:packets[20].pos + 4] = bytes(4)
     path.write_bytes(content)

@@ -13,22 +13,37 @@ from fastvid.video.decode.info import DecodeError
 
 # Containers of recorded video. Playlists (HLS, DASH, concat), which name other files and addresses, are not among them.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,dv,mxf,nut,rm,wtv,yuv4mpegpipe,h264,hevc,m4v,mpegvideo"
+# What FFmpeg says of damage in no other way. Containers also complain of what has nothing to do with pictures, and
+# decoders of remarks beside them and of what encoders forgot.
+_OF_CONTAINERS = ("invalid as first byte",)
+_NOT_OF_PICTURES = ("SEI", "APP fields", "no frame!", "co located POCs", "mmco:")
 _STRAIGHT = 5  # degrees off a right angle that players, too, round away: phones write such matrices
 
 
 @contextmanager
 def open_video(path):
-    """The container and its best video stream, covers of audio files left out; FFmpeg's errors become DecodeError.
+    """The container, its best video stream, and what FFmpeg says of damage; its errors become DecodeError.
 
-    Opens regular files only: a pipe would wait for ever.
+    FFmpeg shows something in place of what is missing, and marks not every such frame: the third value, called, gives
+    the complaints so far. Its log is one for the whole process: two videos at a time are told of each other's damage.
+
+    Covers of audio files are no video streams. Opens regular files only: a pipe would wait for ever.
     """
-    import av
-
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DecodeError(path, wrong_content(path))
     except OSError as error:
         raise DecodeError(path, f"cannot be opened as a video ({error.strerror})") from error
+    with _log() as lines:  # until the container is closed, and its decoder's threads with it
+        with _opened(path) as container:
+            stream = _best(path, container)
+            yield container, stream, lambda: list(_complaints(lines, container, stream))
+
+
+@contextmanager
+def _opened(path):
+    import av
+
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         container = av.open(f"file:{path}", container_options=options)
@@ -38,16 +53,45 @@ def open_video(path):
                           ) from error
     try:
         with container:
-            stream = container.streams.best("video")
-            if stream is not None and _is_cover(stream):
-                stream = next((other for other in container.streams.video if not _is_cover(other)), None)
-            if stream is None:
-                raise DecodeError(path, "has no video stream")
-            if stream.codec_context is None:
-                raise DecodeError(path, "FFmpeg has no decoder for its codec")
-            yield container, stream
+            yield container
     except av.FFmpegError as error:
         raise DecodeError(path, f"does not decode to its end ({error.strerror})") from error
+
+
+def _best(path, container):
+    """The stream that FFmpeg thinks best, of those that are videos."""
+    stream = container.streams.best("video")
+    if stream is not None and _is_cover(stream):
+        stream = next((other for other in container.streams.video if not _is_cover(other)), None)
+    if stream is None:
+        raise DecodeError(path, "has no video stream")
+    if stream.codec_context is None:
+        raise DecodeError(path, "FFmpeg has no decoder for its codec")
+    return stream
+
+
+@contextmanager
+def _log():
+    """FFmpeg's log lines of errors, (level, part, text), as they come, repeated ones too."""
+    import av.logging
+
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    try:
+        with av.logging.Capture(local=False) as lines:
+            yield lines
+    finally:
+        av.logging.set_skip_repeated(skips)
+        av.logging.set_level(level)
+
+
+def _complaints(lines, container, stream):
+    """The texts among FFmpeg's log lines that speak of damage to the stream."""
+    for _, part, text in lines:
+        of_pictures = part == stream.codec_context.name and not any(words in text for words in _NOT_OF_PICTURES)
+        if of_pictures or part == container.format.name and any(words in text for words in _OF_CONTAINERS):
+            yield " ".join(text.split())
 
 
 def _is_cover(stream):

@@ -87,13 +87,13 @@ def _check_numbers(path, wanted, frames):
 
 def _packets(path):
     """`packets.scan` of a video."""
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream, _):
         return scan(container, stream)
 
 
 def _count_by_index(path):
     """Frames as the container's index says; packets counted where it says nothing. Fast, and wrong for some files."""
-    with open_video(path) as (container, stream):
+    with open_video(path) as (container, stream, _):
         if stream.frames:
             return max(stream.frames - sum(entry.is_discard for entry in stream.index_entries), 0)
         return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
@@ -114,7 +114,7 @@ class _Pass:
         rows = _rows_by_frame(wanted)
         at = {time: rows.get(number) for number, time in enumerate(packets.frame_times.tolist())}
         expected, came, filled, picture = int((keep & packets.shown).sum()), 0, 0, None
-        with open_video(self.path) as (container, stream):
+        with open_video(self.path) as (container, stream, complaints):
             refuse_cut(self.path, container, stream)
             sent = (packet for number, packet in enumerate(p for p in container.demux(stream) if p.size)
                     if keep[number])
@@ -126,14 +126,14 @@ class _Pass:
                 if at[frame.pts]:
                     picture.take(frame, at[frame.pts])
                     filled += 1
-        if picture is None or came != expected or filled != len(rows):
-            return None
+            if picture is None or came != expected or filled != len(rows) or complaints():
+                return None
         return picture.frames, replace(picture.info, frames=packets.frames)
 
     def whole(self, wanted):
         """(frames, VideoInfo) of those of the frames `wanted` that exist, from every packet."""
         rows, picture, total, corrupt, interlaced = _rows_by_frame(wanted), None, 0, 0, False
-        with open_video(self.path) as (container, stream):
+        with open_video(self.path) as (container, stream, complaints):
             refuse_cut(self.path, container, stream)
             sent = _Sent(container, stream)
             for frame in self._decoded(stream, sent):
@@ -144,16 +144,18 @@ class _Pass:
                 total, corrupt = total + 1, corrupt + frame.is_corrupt
                 interlaced |= frame.interlaced_frame
             sent.refuse_cut(self.path)
+            said = complaints()
         if picture is None:
             raise DecodeError(self.path, "no frame decodes")
         # A packet of interlaced video may hold one field of a frame.
         missing = 0 if interlaced and total <= sent.shown <= 2 * total else abs(sent.shown - total)
-        damaged = max(corrupt, missing, sent.corrupt)
+        damaged = max(corrupt, missing, sent.corrupt, bool(said))
         if damaged and not self.allow_damaged:
             raise DecodeError(self.path, "is damaged: " + (
                 f"{corrupt} of {total} frames decode with errors" if corrupt
                 else f"{sent.shown} packets decode to {total} frames" if missing
-                else f"{sent.corrupt} of {sent.shown} packets are incomplete"))
+                else f"{sent.corrupt} of {sent.shown} packets are incomplete" if sent.corrupt
+                else said[0]))
         return picture.frames, replace(picture.info, frames=total, damaged=damaged)
 
     def _decoded(self, stream, packets):
