@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# The whole path of a Video-ChatGPT model on a small task, on any machine: bash scripts/quickstart.sh
+# The whole path of a Video-ChatGPT model on a small task, on any machine: bash scripts/quickstart.sh [--compare]
 #
 # Draws clips whose content is known, builds small models, converts, extracts features, trains in two stages (one of
 # them killed half-way), exports, asks about clips that training never saw, and prints how many answers are right.
 # Needs Python 3.11, two cores and ten minutes; the network only to install packages.
+# --compare goes on for as long again: stage 2 with shared videos and with the video first in every prompt, and a base
+# that has learned the video first, to show what each of the two costs in right answers.
 #
 # Variables: those of environment.sh, OUT (where everything goes: quickstart/) and SEED (0).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-quickstart} SEED=${SEED:-0} SECONDS=0
+case ${1:-} in
+  "") compare= ;;
+  --compare) compare=1 ;;
+  *) echo "quickstart.sh: unknown flag $1; the only one is --compare" >&2; exit 2 ;;
+esac
 export OMP_NUM_THREADS=1 # two processes of two threads each on two cores are four times slower
 
 step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
@@ -39,8 +46,9 @@ step "stage 1: train everything, as LLaVA was; killed half-way, then run again"
 stage1=(
   torchrun --standalone --nproc_per_node=2 scripts/train.py
   --model_name_or_path "$OUT/llava_base" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
-  --mm_use_vid_start_end --output_dir "$OUT/stage1" --max_steps 500 --per_device_train_batch_size 16
+  --mm_use_vid_start_end --max_steps 500 --per_device_train_batch_size 16
   --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 2 --seed "$SEED"
+  --output_dir "$OUT/stage1"
 )
 echo "+ ${stage1[*]}"
 "${stage1[@]}" &
@@ -64,13 +72,16 @@ say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "after stage 1" \
 step "stage 2: adapt the projector alone to another tower, with PG-Video-LLaVA's flags"
 say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "other tower, before stage 2" \
   --model "$OUT/llava" --features "$OUT/features_b"
-say_and_do torchrun --standalone --nproc_per_node=2 scripts/train.py \
-  --model_name_or_path "$OUT/llava" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b" \
-  --tune_mm_mlp_adapter True --mm_use_vid_start_end --output_dir "$OUT/stage2" --num_train_epochs 6 \
-  --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no" \
-  --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0. \
-  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048 \
+stage2=(
+  torchrun --standalone --nproc_per_node=2 scripts/train.py
+  --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b"
+  --tune_mm_mlp_adapter True --mm_use_vid_start_end --num_train_epochs 6
+  --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no"
+  --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0.
+  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 10 --model_max_length 2048
   --gradient_checkpointing True --lazy_preprocess True --seed "$SEED"
+)
+say_and_do "${stage2[@]}" --model_name_or_path "$OUT/llava" --output_dir "$OUT/stage2"
 say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "after stage 2" \
   --model "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" --features "$OUT/features_b"
 
@@ -84,4 +95,30 @@ done
 
 step "results"
 python scripts/quickstart/report.py "$OUT"
+
+if [[ $compare ]]; then
+  step "compare: a base that has learned the video first"
+  say_and_do "${stage1[@]}" --question_order video_first --share_video True --output_dir "$OUT/stage1_video_first"
+  say_and_do fastvid export --checkpoint "$OUT/stage1_video_first" --format llama --output "$OUT/llava_video_first"
+
+  ask() { # ask NAME MODEL FEATURES ORDER [more flags]
+    say_and_do python scripts/quickstart/evaluate.py "$OUT" --results compare.jsonl --name "$1" \
+      --model "$OUT/$2" --features "$OUT/$3" --question_order "$4" "${@:5}"
+  }
+  ask "base of stage 1" llava features_a reference
+  ask "base of stage 1, asked video first" llava features_a video_first
+  ask "base that learned video first" llava_video_first features_a video_first
+
+  step "compare: stage 2 with shared videos and with the video first"
+  adapt() { # adapt NAME BASE ORDER [more flags]
+    say_and_do "${stage2[@]}" --model_name_or_path "$OUT/$2" --question_order "$3" --output_dir "$OUT/compare/$1" "${@:4}"
+    ask "$1" "$2" features_b "$3" --projector "$OUT/compare/$1/mm_projector.bin"
+  }
+  adapt "adapter" llava reference
+  adapt "adapter, shared" llava reference --share_video True
+  adapt "adapter, video first" llava video_first
+  adapt "adapter, video first, shared" llava video_first --share_video True
+  adapt "the same on the base that learned it" llava_video_first video_first --share_video True
+  python scripts/quickstart/report.py "$OUT" --compare
+fi
 echo "time: $((SECONDS / 60)) min $((SECONDS % 60)) s"

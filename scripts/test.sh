@@ -6,4 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes of two threads each on two cores are four times slower
-exec python -m pytest "$@"
+several=(-n auto --maxprocesses 8 --dist loadgroup)
+for argument in "$@"; do
+  [[ $argument == tests/* ]] && several=() # a few files are done before further processes are ready
+done
+exec python -m pytest "${several[@]}" "$@"

@@ -1,8 +1,10 @@
 """Fixtures shared by all tests."""
 
+import functools
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def pytest_configure():
         for module in pkgutil.iter_modules(package.__path__, "fastvid_kernels."):
             importlib.import_module(module.name)
         importlib.import_module("triton.experimental.gluon")  # by the first launch otherwise, and that is too late
+
+
+def pytest_collection_modifyitems(items):
+    """Under ``-n`` a file's tests stay together, for their fixtures; so do all that start ranks, which fill cores."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ranks" if _starts_ranks(item.path) else item.module.__name__))
+
+
+@functools.cache
+def _starts_ranks(path):
+    return re.search(r"\bon_ranks\b|torchrun|\branks=", path.read_text()) is not None
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ KINDS = {"mha": {}, "gqa": {"config": model_config(**SIZES)}, "bf16": {"compute_
          "fp32 residual": {"compute_dtype": torch.bfloat16, "fp32_residual": True},
          "selective": {"recompute": "selective"}, "full": {"recompute": "full"},
          "one layer": {"config": model_config(num_layers=1)}}
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture(autouse=True)

@@ -60,8 +60,9 @@ def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
     assert_same_gradients(found, expected)
     layers, again = len(model.decoder.layers), kind in ("selective", "full")
     assert calls == {"forward": layers * (2 if again else 1), "backward": 0 if again else layers}
-    for name, gradient in loss_and_gradients(model, batch)[1].items():
-        assert torch.equal(gradient, found[name])
+    if kind == "mha":  # once: an interpreter is slow
+        for name, gradient in loss_and_gradients(model, batch)[1].items():
+            assert torch.equal(gradient, found[name])
 
 
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])

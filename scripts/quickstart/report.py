@@ -1,6 +1,8 @@
 """Print the table of ``OUT/results.jsonl`` and judge it; the exit code is 1 if a figure falls short.
 
-    python report.py OUT
+    python report.py OUT [--compare]
+
+With --compare it prints ``OUT/compare.jsonl``, what shared videos and the video first cost, and judges nothing.
 """
 
 import argparse
@@ -11,10 +13,26 @@ from pathlib import Path
 LEAST_RIGHT, MOST_TURNED = 0.90, 0.10
 
 
+def compare(out):
+    """Print how many answers each way of training gets right."""
+    row = "{:<38}{:>14}{:>14}".format
+    print(row("right answers of the same questions", "first?", "left?"))
+    for line in (out / "compare.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        print(row(result["name"], *("{:.0f} of {}".format(result[family]["right"] * result[family]["questions"],
+                                                           result[family]["questions"])
+                                    for family in ("first", "left"))))
+    return 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--compare", action="store_true")
+    arguments = parser.parse_args()
+    out = arguments.out
+    if arguments.compare:
+        return compare(out)
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
     row = "{:<28}{:>12}{:>16}{:>12}{:>12}".format
