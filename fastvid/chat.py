@@ -6,6 +6,7 @@ Dimensions: R rows of a video (temporal + spatial), C channels of the vision tow
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,17 +18,22 @@ from fastvid.data.conversation import EncodedSample, inference_prompt, load_toke
 from fastvid.data.features import SUFFIXES, load_features
 from fastvid.data.questions import Question, list_media, read_questions
 from fastvid.data.video_tokens import read_settings
+from fastvid.files import shown
+from fastvid.find import projector_path
 from fastvid.flags import parse
+from fastvid.folders import is_url, model_folder
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
+from fastvid.provenance import Provenance, agreed, of_weights, same_tower
+from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
-from fastvid.video.listing import VIDEO_SUFFIXES
+from fastvid.video.listing import VIDEO_SUFFIXES, no_video
+from fastvid.video.tower import check_tower, choose_tower
 
 MEDIA_SUFFIXES = (*SUFFIXES, *sorted(VIDEO_SUFFIXES))  # in the order in which one of several files is taken
-_PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 
 
 class Chat:
@@ -41,18 +47,23 @@ class Chat:
     """
 
     def __init__(self, config=None, **settings):
-        self.config = config = config or ChatConfig(**settings)
+        config = config or ChatConfig(**settings)
+        config = replace(config, model_name_or_path=str(model_folder(config.model_name_or_path)))
         self.device = open_device(config.device)
-        projector = None if config.projector is None else _projector_path(Path(config.projector))
-        run = {} if config.projector is None else _training_config(Path(config.projector))
-        self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, run, projector))
-        tokens, seed = self.tokenizer.tokens, run.get("seed", 42)
+        projector = None if config.projector is None else projector_path(config.projector, "--projector")
+        self.weights = str(projector or config.model_name_or_path)
+        self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
+        self.config = config = self._as_trained(config)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
+        tokens, seed = self.tokenizer.tokens, _seed(projector)
         self.model_config = read_model_config(
             config.model_name_or_path, vocab_size=tokens.vocab_size, projector=projector)
         starting = StartingWeights(
             self.model_config, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         if starting.makes_projector:
             raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
+        if config.vision_tower is not None and Path(config.vision_tower).is_dir():
+            check_tower(config.vision_tower, self.trained, self.weights)
         sizes, dtype = self.model_config.decoder, torch.bfloat16 if config.bf16 else torch.float32
         attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         with torch.device("meta"):
@@ -62,6 +73,17 @@ class Chat:
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         self._encoder = None
         self._worker = DecodeWorker()
+
+    def _as_trained(self, config):
+        """The configuration with what the weights tell about their training.
+
+        Raises:
+            ValueError: a flag says otherwise.
+        """
+        told = {name: agreed(f"--{name}", getattr(config, name), getattr(self.trained, name), otherwise, self.weights)
+                for name, otherwise in (("conv_mode", "pg-video-llava"), ("question_order", "reference"),
+                                        ("num_frames", 100))}
+        return replace(config, **told)
 
     def ask(self, video, question, history=()):
         """The answer to a question about a video.
@@ -95,13 +117,48 @@ class Chat:
         return self.tokenizer.decode(answer).strip()
 
     def features(self, video):
-        """[R, C] features of a video, or those that lie in a feature file."""
+        """[R, C] features of a video, or those that lie in a feature file.
+
+        Raises:
+            ValueError: no video, or features of another tower or size than the weights were trained on.
+            OSError: the file cannot be read.
+        """
+        if is_url(video):
+            raise ValueError(f"{shown(video)} is a URL: download the video and give its path")
         if Path(video).suffix in SUFFIXES:
-            return load_features(video)[0]
-        encoder = self._loaded_encoder()
-        frames, _ = self._worker.decode(
-            str(video), num_frames=self.config.num_frames, size=encoder.image_size)
-        return encoder.encode(frames)
+            features_RC, header = load_features(video)
+            self._check_made_alike(video, header)
+        else:
+            encoder = self._loaded_encoder()
+            self._check_rows(f"{video} with --num_frames {self.config.num_frames} and this tower",
+                             self.config.num_frames + encoder.num_patches)
+            try:
+                frames, _ = self._worker.decode(
+                    str(video), num_frames=self.config.num_frames, size=encoder.image_size)
+            except DecodeError as error:
+                raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
+            features_RC = encoder.encode(frames)
+        self._check_rows(video, len(features_RC))
+        return features_RC
+
+    def _check_rows(self, what, rows):
+        """Refuse features of another number of rows than all that the weights were trained on."""
+        trained = self.trained.rows
+        if trained is not None and rows != trained:
+            frames = trained - rows + self.config.num_frames
+            remedy = f"--num_frames {frames}, or " if self.trained.num_frames is None and frames > 0 else ""
+            raise ValueError(f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
+                             f"{remedy}the tower and the frames of training")
+
+    def _check_made_alike(self, file, header):
+        """Refuse a feature file whose header contradicts the weights."""
+        made, trained = Provenance.of(header), self.trained
+        if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
+            raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
+                             f"was trained on ({trained.tower}); extract it with that one")
+        if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
+            raise ValueError(f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
+                             f"{trained.num_frames}; extract it with that")
 
     def close(self):
         """End the process that decodes."""
@@ -109,46 +166,44 @@ class Chat:
 
     def _loaded_encoder(self):
         if self._encoder is None:
-            tower = self.config.vision_tower or self.model_config.vision_tower
+            tower = choose_tower(
+                self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
             if tower is None:
                 raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
             encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.config.num_frames)
             if encoder.hidden_size != self.model_config.mm_hidden_size:
                 raise ValueError(f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
                                  f"{self.model_config.mm_hidden_size}: give the tower that made the features")
+            check_tower(tower, self.trained, self.weights)
             self._encoder = encoder
         return self._encoder
 
 
-def _projector_path(path):
-    """The file or checkpoint folder that ``--projector`` means; of an --output_dir what training left at its end."""
-    if path.is_file() or (path / "checksums.json").is_file():
-        return path
-    for name in _PROJECTOR_FILES:
-        if (path / name).is_file():
-            return path / name
-    found = checkpoint.newest_valid(path) if path.is_dir() else None
-    if found is None:
-        raise ValueError(f"--projector {path}: neither a projector file (.bin, .safetensors) nor a checkpoint-N folder "
-                         "or an --output_dir that holds one")
-    return found
+def _trained_on(given, weights):
+    """The Provenance of weights, or of the checkpoint beside a projector file of an older version, which holds none."""
+    trained = of_weights(weights)
+    if trained == Provenance() and weights.is_file() and Path(given).is_dir():
+        try:
+            newest = checkpoint.newest_valid(given)
+        except ValueError:  # damaged, and not what is used
+            newest = None
+        return trained if newest is None else of_weights(newest)
+    return trained
 
 
-def _training_config(path):
-    """The flags of the run that left `path`, as far as a checkpoint tells."""
-    if not path.is_dir():
-        return {}
-    folder = path if (path / "checksums.json").is_file() else checkpoint.newest_valid(path)
-    return {} if folder is None else checkpoint.read_state(folder).get("config", {})
+def _seed(projector):
+    """That of the run that saved a checkpoint: of the rows that it did not train."""
+    if projector is None or not projector.is_dir():
+        return 42
+    return checkpoint.read_state(projector).get("config", {}).get("seed", 42)
 
 
-def _use_start_end(config, run, projector):
-    """Whether prompts have <vid_start> and <vid_end>: as told, else as the run had it, else where they have rows."""
-    told = (config.mm_use_vid_start_end, run.get("mm_use_vid_start_end"),
-            read_settings(config.model_name_or_path).get("mm_use_vid_start_end"))
-    for value in told:
-        if value is not None:
-            return value
+def _use_start_end(config, trained, projector):
+    """Whether prompts have <vid_start> and <vid_end>: as told, else as trained, else where they have rows."""
+    told = agreed("--mm_use_vid_start_end", config.mm_use_vid_start_end, trained.use_start_end,
+                  read_settings(config.model_name_or_path).get("mm_use_vid_start_end"), projector)
+    if told is not None:
+        return told
     tokens = load_tokenizer(config.model_name_or_path, None).tokens
     if tokens.start is not None or projector is None:
         return tokens.start is not None
@@ -159,22 +214,38 @@ def _use_start_end(config, run, projector):
         raise ValueError(f"{error}. If it was trained without them: --mm_use_vid_start_end False") from error
 
 
-def answer_all(chat, questions, *, as_json):
-    """Print an answer to each question on stdout, in order, with progress on stderr.
+def answer_all(chat, questions, known, *, as_json):
+    """Print what is answered to each question on stdout, in order, with progress on stderr.
 
     A video's features are made once, whatever the number of its questions. What cannot be answered costs one line on
     stderr: one for a bad video, or one for a question.
 
     Args:
-        as_json: print {"video", "question", "answer"}; otherwise the answer alone, below its question if there are
-            several.
+        questions: list of Question. One with a `fault` has no file to look at.
+        known: {path: [R, C] features} of files that were looked at before.
+        as_json: print a JSON line for each (`Question.line`), with "error" where there is no answer; otherwise the
+            answer below its question.
 
     Returns:
         whether all were answered.
     """
     from tqdm import tqdm
 
-    left, known, complete = Counter(question.path for question in questions), {}, True
+    left, known, complete = Counter(question.path for question in questions), dict(known), True
+
+    def features_of(question):
+        """The features, or why there are none."""
+        if question.path not in known:
+            try:
+                known[question.path] = chat.features(question.path)
+            except (ValueError, OSError) as error:
+                known[question.path] = error
+                complain(error)
+        features = known[question.path]
+        left[question.path] -= 1
+        if not left[question.path]:
+            del known[question.path]
+        return features
 
     def complain(error):
         nonlocal complete
@@ -183,29 +254,21 @@ def answer_all(chat, questions, *, as_json):
 
     hidden = len(questions) < 2 or not sys.stderr.isatty()
     for question in tqdm(questions, desc="chat", unit=" questions", disable=hidden, file=sys.stderr):
-        if question.path not in known:
-            try:
-                known[question.path] = chat.features(question.path)
-            except (ValueError, OSError) as error:
-                known[question.path] = None
-                complain(error)
-        features = known[question.path]
-        left[question.path] -= 1
-        if not left[question.path]:
-            known[question.path] = None
-        if features is None:
-            continue
-        try:
-            answer = chat.ask_features(features, question.text)
-        except ValueError as error:
-            complain(f"{question.path}: {error}")
-            continue
-        if as_json:
-            line = json.dumps({"video": question.video, "question": question.text, "answer": answer},
-                              ensure_ascii=False)
+        answers, fault = [], question.fault
+        if fault is not None:
+            complain(fault)
+        elif isinstance(features := features_of(question), Exception):
+            fault = features
         else:
-            line = answer if len(questions) == 1 else f"{question.text}\n{answer}\n"
-        tqdm.write(line, file=sys.stdout)
+            try:
+                answers = [chat.ask_features(features, text) for text in question.texts]
+            except ValueError as error:
+                fault = f"{question.path}: {error}"
+                complain(fault)
+        if as_json and (fault is None or question.record is not None):
+            tqdm.write(json.dumps(question.line(answers, fault), ensure_ascii=False), file=sys.stdout)
+        elif fault is None:
+            tqdm.write(f"{question.texts[0]}\n{answers[0]}\n", file=sys.stdout)
         sys.stdout.flush()
     return complete
 
@@ -235,33 +298,42 @@ def converse(chat, video):
 def main(argv=None):
     """The command line; returns the exit code: 1 if something could not be answered."""
     config = parse(ChatConfig, argv)
-    if config.video is None:
+    if not config.video:
         raise ValueError("give --video: a video, a feature file, or a folder of them")
+    if is_url(config.video):
+        raise ValueError(f"--video {shown(config.video)} is a URL: download the video and give its path")
     path = Path(config.video)
     if not path.exists():
         raise ValueError(f"--video {path} does not exist")
+    if not path.is_dir() and (fault := no_video(path)):
+        raise ValueError(f"--video {path} {fault}")
     if config.question and config.questions_file:
         raise ValueError("give --question or --questions_file, not both")
+    if any(not question.strip() for question in config.question):
+        raise ValueError("--question is empty; give one (an unset shell variable is empty too)")
     typed = not config.question and config.questions_file is None
     if typed and (path.is_dir() or not sys.stdin.isatty()):
         raise ValueError("give --question or --questions_file (questions are typed at a terminal, about one video)")
 
-    files, faults = list_media(path, MEDIA_SUFFIXES), []
+    files = list_media(path, MEDIA_SUFFIXES)
     if config.questions_file is not None:
-        folder = path if path.is_dir() else None
-        questions, faults = read_questions(config.questions_file, files, MEDIA_SUFFIXES, folder)
+        questions = read_questions(config.questions_file, files, MEDIA_SUFFIXES, path if path.is_dir() else None)
+        if all(question.fault for question in questions):
+            raise ValueError(f"none of the {len(questions)} questions can be asked; the first: {questions[0].fault}")
     else:
-        questions = [Question(name, file, text) for name, file in files.items() for text in config.question]
-    for fault in faults:
-        print(f"fastvid chat: error: {fault}", file=sys.stderr)
+        questions = [Question(name, file, (text,)) for name, file in files.items() for text in config.question]
     make_current(open_device(config.device))
     chat = Chat(config)
     try:
         if typed:
             converse(chat, path)
             return 0
+        known = {} if path.is_dir() else {path: chat.features(path)}
+        if known and len(config.question) == 1:
+            print(chat.ask_features(known[path], config.question[0]))
+            return 0
         as_json = path.is_dir() or config.questions_file is not None
-        return 0 if answer_all(chat, questions, as_json=as_json) and not faults else 1
+        return 0 if answer_all(chat, questions, known, as_json=as_json) else 1
     finally:
         chat.close()
 

@@ -6,30 +6,37 @@ A checkpoint is the folder ``<output_dir>/checkpoint-<step>``:
 - ``state.json``: the caller's JSON state, as rank 0 gave it.
 - ``checksums.json``: ``{"format": 1, "files": {name: {"bytes": size, "sha256": digest}}}`` of all of the above.
 
+Files of groups are marked, in their metadata, with the run and the step that wrote them, where the state names a "run".
+
 It is written as ``.checkpoint-<step>.tmp``, synced to the disk, and renamed. One of the same step that is in the way is
-set aside as ``.checkpoint-<step>.replaced`` and put back if the process dies before the new one has its name.
+set aside as ``.checkpoint-<step>.replaced`` and put back if the process dies before the new one has its name. What is
+in the way and is no valid checkpoint of ours stays, as ``checkpoint-<step>.aside-1``.
 """
 
-import hashlib
+import contextlib
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fastvid import shards
+from fastvid import found, shards
+from fastvid.files import naming
+from fastvid.found import named, newest_valid
 from fastvid.host_copies import HostCopies
 from fastvid.shards import LocalShard
 from fastvid.together import gather, rank_and_size, together
 
-__all__ = ["LocalShard", "Snapshot", "save", "snapshot", "write", "newest_valid", "load_into", "read_full",
-           "read_state"]
+__all__ = ["LocalShard", "Snapshot", "save", "snapshot", "write", "tidy", "named", "newest_valid", "load_into",
+           "read_full", "read_state"]
+
+log = logging.getLogger("fastvid")
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,17 @@ class Snapshot:
     Attributes:
         groups: ``{group: {name: LocalShard}}``.
         state: JSON text.
+        run: what the state calls the run, or None.
     """
 
     groups: dict[str, dict[str, LocalShard]]
     state: str
+    run: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of this rank's tensors."""
+        return sum(shard.local.nbytes for held in self.groups.values() for shard in held.values())
 
 
 def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None,
@@ -56,7 +70,8 @@ def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_l
             DTensor (sharded on dimension 0, replicated, or both) or a `LocalShard` each rank's rows. Any dtype.
         state: JSON values; rank 0's is written.
         total_limit: checkpoints to keep, this one included (None, 0: all). The lowest numbers go first; numbers above
-            `step` belong to a run that was started over and go before them.
+            `step` belong to a run that was started over and go before them. What is damaged, or was not written by
+            fastvid, is neither counted nor removed.
         process_group: of all ranks, for messages between them; best one that works on the CPU (gloo).
 
     Returns:
@@ -84,39 +99,7 @@ def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None 
         if copies is None:
             taker.wait()
         return Snapshot({group: {name: replace(part, local=taken[group, name]) for name, part in parts[group].items()}
-                         for group in parts}, json.dumps(state, indent=1))
-
-
-def newest_valid(output_dir, *, on_invalid: Callable[[Path, str], None] | None = None,
-                 process_group=None) -> Path | None:
-    """The checkpoint of the highest number whose files are all as they were written; None without one.
-
-    Under torch.distributed every rank calls it: each verifies a part of the files, and all get the same answer.
-
-    Args:
-        output_dir: may be missing.
-        on_invalid: called on rank 0 with each damaged checkpoint that is passed over, and why. Default: a warning.
-        process_group: as for `save`.
-
-    Raises:
-        OSError: on every rank, when rank 0 cannot read the folder.
-    """
-    output_dir = Path(output_dir)
-    rank, world_size = rank_and_size(process_group)
-    steps = None
-    with together(process_group):
-        if rank == 0:
-            _put_back(output_dir)
-            steps = sorted(_steps(output_dir), reverse=True)
-    for step in gather(steps, process_group)[0]:
-        path = output_dir / f"checkpoint-{step}"
-        faults = gather(_fault(path, rank, world_size), process_group)
-        fault = next((fault for fault in faults if fault), None)
-        if fault is None:
-            return path
-        if rank == 0:
-            (on_invalid or _warn_invalid)(path, fault)
-    return None
+                         for group in parts}, json.dumps(state, indent=1), state.get("run"))
 
 
 def load_into(folder, group: str, targets: dict) -> None:
@@ -151,11 +134,12 @@ def read_state(folder) -> dict:
 
 
 def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | None = None,
-          total_limit: int | None = None, process_group=None) -> Path:
+          total_limit: int | None = None, process_group=None, written_before=()) -> Path:
     """The second half of `save`. Touches nothing that training changes: fit for another thread.
 
     Args:
         copies: what took the snapshot's copies, if they are still being made: they are waited for.
+        written_before: steps whose checkpoints this process wrote: they are removed without being verified again.
     """
     output_dir, (rank, world_size) = Path(output_dir), rank_and_size(process_group)
     temporary, final = output_dir / f".checkpoint-{step}.tmp", output_dir / f"checkpoint-{step}"
@@ -165,9 +149,7 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
             if copies is not None:
                 copies.wait()
             if rank == 0:
-                _put_back(output_dir)
-                for leftover in [*output_dir.glob(".checkpoint-*.tmp"), *output_dir.glob(".checkpoint-*.replaced")]:
-                    _remove(leftover)
+                tidy(output_dir)
                 temporary.mkdir(parents=True)
         with together(process_group):
             if not temporary.is_dir():
@@ -176,21 +158,34 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
             for group, held in snapshot.groups.items():
                 if held or rank == 0:  # rank 0's file says that the group exists, be it empty
                     path = temporary / f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
-                    shards.write(path, held)
-                    _sync(path)
-                    written[path.name] = _measure(path)
+                    mark = {} if snapshot.run is None else {"run": snapshot.run, "step": str(step)}
+                    with _naming(path):
+                        shards.write(path, held, mark)
+                        _sync(path)
+                        written[path.name] = found.measure(path)
         files = {name: entry for part in gather(written, process_group) for name, entry in part.items()}
         with together(process_group):
             if rank == 0:
                 _commit(temporary, final, files, snapshot.state)
                 if total_limit is not None and total_limit > 0:
-                    _prune(output_dir, step, total_limit)
+                    _prune(output_dir, step, total_limit, written_before)
     finally:
         if rank == 0:
-            _put_back(output_dir)
-            if temporary.exists():
-                _remove(temporary)
+            with contextlib.suppress(OSError):  # the other ranks know nothing of it; the next save tries again
+                tidy(output_dir)
     return final
+
+
+def tidy(output_dir):
+    """Undo or finish what a save left that died. For the one run that writes to the folder."""
+    for path in output_dir.glob(".checkpoint-*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if os.path.lexists(final):
+            _remove(path)
+        else:
+            os.rename(path, final)
+    for path in output_dir.glob(".checkpoint-*.tmp"):
+        _remove(path)
 
 
 def _commit(temporary, final, files, state_text):
@@ -201,104 +196,79 @@ def _commit(temporary, final, files, state_text):
             raise FileNotFoundError(f"{path} was written by another rank and is not seen by rank 0: "
                                     "--output_dir must be on a file system that all ranks share")
     state_path, checksums_path = temporary / "state.json", temporary / "checksums.json"
-    state_path.write_text(state_text, encoding="utf-8")
-    files = {**files, state_path.name: _measure(state_path)}
-    checksums_path.write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
+    with naming(state_path):
+        state_path.write_text(state_text, encoding="utf-8")
+        files = {**files, state_path.name: found.measure(state_path)}
+    with naming(checksums_path):
+        checksums_path.write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
     for path in (state_path, checksums_path, temporary):
         _sync(path)
     replaced = final.with_name(f".{final.name}.replaced")
-    if final.exists():
-        os.rename(final, replaced)
+    if os.path.lexists(final):
+        if (fault := found.fault(final)) is None:
+            os.rename(final, replaced)
+        else:
+            _set_aside(final, fault)
     os.rename(temporary, final)
     _sync(final.parent)
     if replaced.exists():
         _remove(replaced)
 
 
-def _put_back(output_dir):
-    """Undo a replacement that died between setting the old folder aside and naming the new one."""
-    for path in output_dir.glob(".checkpoint-*.replaced"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():
-            os.rename(path, final)
+def _set_aside(path, fault):
+    """Free the name of what is no valid checkpoint: it may be all that is left of one, or somebody else's."""
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    log.warning("%s was in the way of a checkpoint and is now %s: %s", path, aside.name, fault)
 
 
-def _prune(output_dir, step, total_limit):
-    others = sorted((other for other in _steps(output_dir) if other != step), key=lambda other: (other < step, other))
+def _prune(output_dir, step, total_limit, written_before):
+    others = [other for other in found.steps(output_dir)
+              if other != step and found.is_whole(output_dir / f"checkpoint-{other}")]
+    others.sort(key=lambda other: (other < step, other))
     for other in others[:max(0, len(others) - (total_limit - 1))]:
         path = output_dir / f"checkpoint-{other}"
+        if path.is_symlink() or (other not in written_before and found.fault(path) is not None):
+            continue  # damaged
         doomed = path.with_name(f".{path.name}.tmp")  # a removal that dies half-way leaves no damaged checkpoint
         os.rename(path, doomed)
         _remove(doomed)
 
 
-def _remove(folder):
-    """Delete a folder; one that a reader still holds open (NFS) stays until the next save, with a warning."""
+def _remove(path):
+    """Delete a folder or a file; what cannot be deleted (NFS: a reader holds it open) stays until the next save."""
     try:
-        shutil.rmtree(folder)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError as error:
-        warnings.warn(f"{folder} could not be removed: {error}", stacklevel=2)
+        log.warning("%s could not be removed: %s", path, error)
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """`files.naming`, for the errors of safetensors too."""
+    try:
+        with naming(path):
+            yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _measure(path):
-    with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _steps(output_dir):
-    """Numbers of the checkpoint folders, valid or not."""
-    paths = output_dir.iterdir() if output_dir.is_dir() else []
-    found = [(re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name), path) for path in paths]
-    return [int(match[1]) for match, path in found if match and path.is_dir()]
-
-
-def _read_checksums(folder):
-    """{file name: {"bytes", "sha256"}} of a checkpoint folder. The names come from a file: look them up, never join."""
-    path = Path(folder) / "checksums.json"
-    try:
-        files = json.loads(path.read_bytes())["files"]
-        return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a checkpoint, or not a complete one") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-
-
-def _fault(folder, rank=0, world_size=1):
-    """Why a checkpoint is not valid, or None. Of `world_size` ranks that share the hashing this one is `rank`."""
-    try:
-        expected = _read_checksums(folder)
-        here = set(os.listdir(folder))
-        for name, entry in expected.items():
-            if name not in here:
-                return f"{name} is missing"
-            if (size := os.path.getsize(folder / name)) != entry["bytes"]:
-                return f"{name} has {size} bytes, {entry['bytes']} were written"
-        share = sorted(expected)[rank::world_size]
-        with ThreadPoolExecutor(4) as pool:
-            for name, measured in zip(share, pool.map(lambda name: _measure(folder / name), share)):
-                if measured != expected[name]:
-                    return f"{name} is damaged: its sha256 is not the one that was written"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _group_files(folder, group):
     pattern = re.compile(re.escape(group) + r"-\d{5}-of-\d{5}\.safetensors")
-    paths = [Path(folder) / name for name in sorted(_read_checksums(folder)) if pattern.fullmatch(name)]
+    paths = [Path(folder) / name for name in sorted(found.read_checksums(folder)) if pattern.fullmatch(name)]
     if not paths:
         raise ValueError(f"{folder} holds no {group!r} tensors")
     return paths
-
-
-def _warn_invalid(path, fault):
-    warnings.warn(f"{path} is passed over: {fault}", stacklevel=3)

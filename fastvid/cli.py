@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NoReturn
 
-from fastvid import __version__
+from fastvid import __version__, flags
 
 # name: (module of fastvid, its line in --help), in the order in which a user meets them
 COMMANDS = {
@@ -21,21 +21,32 @@ COMMANDS = {
 }
 
 
+# What starting the same command again does not mend. Of other OSErrors (a full disk, a lost connection) it may.
+_MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+
+
 def run(command: str, argv=None) -> NoReturn:
     """Run one command and exit with its code; the entry point of scripts and of ``python -m fastvid.<module>``.
 
-    A user's mistake (``ValueError``, ``OSError``) becomes one line on stderr and code 2, Ctrl-C code 130.
-    ``FASTVID_TRACEBACK=1`` shows where the error came from.
+    Flags are looked at before the command is imported, which takes seconds. A user's mistake (``ValueError``,
+    ``OSError``) becomes one line on stderr and code 2, Ctrl-C code 130. ``FASTVID_TRACEBACK=1`` shows where the error
+    came from. Where ``FASTVID_MISTAKE`` names a file (scripts/launch_train.sh does so), the first process that meets
+    a mistake writes its line there; others keep silent about theirs, and those that torchrun starts again end at once.
 
     Args:
         command: a name of `COMMANDS`.
         argv: its flags; None reads ``sys.argv``.
     """
+    if os.path.exists(os.environ.get("FASTVID_MISTAKE") or ""):
+        sys.exit(2)
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names need not be UTF-8
-    sys.argv = [f"fastvid {command}", *argv]  # argparse names the program after it
+    sys.argv = [f"fastvid {command}", *argv]  # a process that it starts is named after it
+    module = f"fastvid.{COMMANDS[command][0]}"
     try:
-        code = importlib.import_module(f"fastvid.{COMMANDS[command][0]}").main(argv)
+        if module not in sys.modules:
+            flags.parse(flags.config_of(command), argv)
+        code = importlib.import_module(module).main(argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
@@ -45,7 +56,7 @@ def run(command: str, argv=None) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("FASTVID_TRACEBACK") == "1":
             raise
-        print(f"fastvid {command}: error: {error}", file=sys.stderr)
+        _tell(f"fastvid {command}: error: {error}", mistake=isinstance(error, _MISTAKES))
         code = 2
     if "RANK" in os.environ:
         # One of torchrun's: threads of gloo may outlive the process group (DTensor's caches hold it), and one that
@@ -54,6 +65,18 @@ def run(command: str, argv=None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _tell(line, mistake):
+    """Print an error; of a mistake that all ranks make, the first one does."""
+    path = os.environ.get("FASTVID_MISTAKE")
+    if mistake and path:
+        try:
+            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+        except FileExistsError:
+            return
+    print(line, file=sys.stderr)
 
 
 def main(argv=None) -> NoReturn:

@@ -1,11 +1,15 @@
 """What every command accepts: one frozen dataclass per command. `fastvid.flags` fills them.
 
 Flags keep the names of the reference's command line (and so of transformers' ``TrainingArguments``) wherever the
-reference has one.
+reference has one. A number states its range where it is declared; every dataclass checks its numbers when it is made.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,75 @@ POLICIES = {"none": Policy(*[False] * 7), "reference": Policy(*[True] * 7)}
 
 
 def _flag(default, help, **metadata):
-    """A dataclass field with its ``--help`` text."""
+    """A dataclass field.
+
+    Args:
+        help: its ``--help`` text.
+        metadata: "at_least", "above", "at_most" and "below" are a number's range (of a list, each number's); "group"
+            begins a group of ``--help``; "writes" says that a "file" or a "folder" is made there; "whole_from" is the
+            number from which on only whole ones mean something.
+    """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def _steps(default, help, **metadata):
+    """A field that counts steps: below 1, and above 0, it is a share of all steps."""
+    return _flag(default, help + "; below 1: a share of all steps.", whole_from=1, **metadata)
+
+
+def range_fault(value, metadata) -> str | None:
+    """The range of a number, in words, if `value` lies outside of it.
+
+    Whole numbers are at most `LARGEST` where nothing else is stated, and no number is nan or infinite.
+    """
+    low, above = metadata.get("at_least"), metadata.get("above")
+    high, below = metadata.get("at_most"), metadata.get("below")
+    if high is None and below is None and isinstance(value, int):
+        high = LARGEST
+    whole = metadata.get("whole_from", math.inf)
+    if (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            and (low is None or value >= low) and (above is None or value > above)
+            and (high is None or value <= high) and (below is None or value < below)
+            and (value < whole or value == int(value))):
+        return None
+    lower = f"{low:g} or more" if low is not None else f"more than {above:g}" if above is not None else "a number"
+    upper = "" if high is None and below is None else (
+        f", at most {high:,}" if high is not None else f", less than {below:g}")
+    share = f"; {whole} and more are whole numbers" if whole < math.inf else ""
+    return lower + upper + share
+
+
+class _Checked:
+    """Numbers are checked against the ranges that their flags state, however the configuration is made."""
+
+    def __post_init__(self):
+        for flag in dataclasses.fields(self):
+            value = getattr(self, flag.name)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            for number in numbers if has_range(flag) and value is not None else ():
+                if fault := range_fault(number, flag.metadata):
+                    raise ValueError(f"--{flag.name} {number}: give {fault}")
+
+
+def has_range(flag) -> bool:
+    """Whether a field of these dataclasses is a number, or a list of numbers, whose range is checked."""
+    return any(name in flag.metadata for name in ("at_least", "above", "at_most", "below"))
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """What decides the token ids and labels of a sample; shared by training, inspection and validation."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
     data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."})
-    version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).")
+    version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).", group="data and model")
     video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
-    model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.")
-    num_video_tokens: int | None = _flag(None, "Rows that every video must have. Default: its feature file's own.")
+    model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
+    num_video_tokens: int | None = _flag(
+        None, "Rows that every video must have. Default: its feature file's own.", at_least=1)
     vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", for --share_video to share more.')
@@ -68,24 +124,36 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """``fastvid.train``: the reference's training flags and fastvid's own."""
+    """Train. All that it tells goes to stderr (`2>&1 | tee log` keeps it), its figures to --output_dir/metrics.jsonl.
 
-    output_dir: str = field(kw_only=True, metadata={"help": "Checkpoints, metrics and the final weights go here."})
-    # data
-    data_weights: list[float] = _flag([], "Passes over each --data_path file per epoch (fractions sample).")
-    eval_data_path: list[str] = _flag([], "Validation JSON or JSONL.")
+    Flags of PG-Video-LLaVA, Video-ChatGPT and transformers' TrainingArguments that change nothing here are accepted.
+    """
+
+    output_dir: str = field(kw_only=True, metadata={
+        "help": "Checkpoints, metrics and the final weights go here.", "writes": "folder"})
+    data_weights: list[float] = _flag(
+        [], "Passes over each --data_path file per epoch (fractions sample).", at_least=0, at_most=10**6)
+    eval_data_path: list[str] = _flag([], "Validation JSON or JSONL; when: --eval_strategy.")
     lazy_preprocess: bool | None = _flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     share_video: bool = _flag(False, "Keep a video's samples together and compute the rows they have in common once.")
-    dataloader_num_workers: int = _flag(2, "Processes that read and pack ahead of the step; 0 does so in line.")
-    on_bad_sample: Literal["error", "skip"] = _flag("error", "At start-up: malformed records and missing features.")
-    # what is trained
-    tune_mm_mlp_adapter: bool = _flag(False, "Train the projector and the start/end embeddings only.")
+    dataloader_num_workers: int = _flag(
+        2, "Processes that read and pack ahead of the step; 0 does so in line.", at_least=0, at_most=1000)
+    on_bad_sample: Literal["error", "skip"] = _flag(
+        "error", "Records that cannot be trained on, found at start-up (malformed, of images or audio, without an "
+        "answer, without features): end the run, or skip leaves them out. What shows only when a sample is read "
+        "(damaged features, a video that --model_max_length cuts) is skipped and told either way: --max_skipped.")
+    max_skipped: float = _flag(
+        0.25, "Largest share of samples that may be skipped while training; the run ends where there are more.",
+        at_least=0, at_most=1)
+    tune_mm_mlp_adapter: bool = _flag(
+        False, "Train the projector and the start/end embeddings only.", group="what is trained")
     freeze_backbone: bool = _flag(False, "Freeze the decoder; train the embedding table and the head.")
     freeze_mm_mlp_adapter: bool = _flag(False, "Freeze the projector.")
-    pretrain_mm_mlp_adapter: str | None = _flag(None, "Projector weights to start from (.bin or .safetensors).")
+    pretrain_mm_mlp_adapter: str | None = _flag(
+        None, "Projector to start from: .bin, .safetensors, a checkpoint folder or the --output_dir of its training.")
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
-    # precision and memory
-    bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.")
+    bf16: bool = _flag(False, "Compute in bf16 over --master_dtype weights; without it everything is fp32.",
+                       group="precision and memory")
     master_dtype: Literal["float32", "bfloat16"] = _flag(
         "float32", "Trained matrices as stored: float32 masters, or bfloat16 with stochastic rounding (--bf16).")
     frozen_dtype: Literal["auto", "fp8", "int8", "nf4"] = _flag(
@@ -98,49 +166,62 @@ class TrainConfig(DataConfig):
     shard: Literal["auto", "full", "hybrid", "none"] = _flag(
         "auto", "FSDP2 sharding over ranks; auto shards what is trained and replicates a frozen backbone that fits; "
         "hybrid shards all over --shard_size ranks and keeps a copy on each such group.")
-    shard_size: int | None = _flag(None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.")
-    ddp_timeout: int = _flag(1200, "Seconds after which a rank that lives but hangs ends the job.")
+    shard_size: int | None = _flag(
+        None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.", at_least=1)
+    ddp_timeout: int = _flag(1200, "Seconds after which a rank that lives but hangs ends the job.", at_least=1)
     attn_implementation: Literal["auto", "flash", "varlen", "avx512", "blocked", "sdpa"] = _flag(
         "auto", "Attention: flash-attn, torch's varlen, ours for bf16 on CPUs (avx512, blocked), or torch's SDPA.")
-    # optimisation
-    num_train_epochs: float = _flag(3.0, "Passes over the data.")
-    max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.")
-    per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.")
+    num_train_epochs: float = _flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
+    max_steps: int = _flag(
+        -1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)
+    per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.", at_least=1)
     rows_per_batch: int | None = _flag(
-        None, "Rows per rank and micro-batch, packed full; instead of --per_device_train_batch_size.")
-    per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.")
-    gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.")
-    learning_rate: float = _flag(5e-5, "Peak learning rate.")
-    weight_decay: float = _flag(0.0, "AdamW weight decay (not applied to biases and norms).")
-    adam_beta1: float = _flag(0.9, "AdamW beta 1.")
-    adam_beta2: float = _flag(0.999, "AdamW beta 2.")
-    adam_epsilon: float = _flag(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = _flag(1.0, "Clip the global gradient norm to this; 0 does not clip.")
+        None, "Rows per rank and micro-batch, packed full; instead of --per_device_train_batch_size.", at_least=1)
+    per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.", at_least=1)
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.", at_least=1)
+    learning_rate: float = _flag(5e-5, "Peak learning rate.", at_least=0, at_most=100)
+    weight_decay: float = _flag(
+        0.0, "AdamW weight decay (not applied to biases and norms).", at_least=0, at_most=100)
+    adam_beta1: float = _flag(0.9, "AdamW beta 1.", at_least=0, below=1)
+    adam_beta2: float = _flag(0.999, "AdamW beta 2.", at_least=0, below=1)
+    adam_epsilon: float = _flag(1e-8, "AdamW epsilon.", at_least=1e-30, at_most=1)
+    max_grad_norm: float = _flag(
+        1.0, "Clip the global gradient norm to this; 0 does not clip.", at_least=0, at_most=10**9)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _flag(
         "cosine", "Learning-rate schedule after warm-up.")
-    warmup_ratio: float = _flag(0.0, "Warm-up steps as a share of all steps.")
-    warmup_steps: int = _flag(0, "Warm-up steps; overrides --warmup_ratio when positive.")
-    optim: Literal["adamw", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = _flag(
-        "adamw", "adamw (adamw_torch is the reference's name for it); adamw_8bit keeps moments in 8 bits, in blocks of "
-        "256; paged_adamw_8bit also lets them move to the host while the GPU is full (needs bitsandbytes).")
-    seed: int = _flag(42, "Seed of the sample order and of new weights.")
+    warmup_ratio: float = _flag(0.0, "Warm-up steps as a share of all steps.", at_least=0, at_most=1)
+    warmup_steps: int | float = _steps(0, "Warm-up steps; overrides --warmup_ratio when positive", at_least=0)
+    optim: Literal["adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = _flag(
+        "adamw", "adamw (adamw_torch and adamw_torch_fused are other names for it); adamw_8bit keeps moments in 8 "
+        "bits, in blocks of 256; paged_adamw_8bit also lets them move to the host while the GPU is full (needs "
+        "bitsandbytes).")
+    seed: int = _flag(42, "Seed of the sample order and of new weights.", at_least=0, at_most=2**63 - 1)
     full_determinism: bool = _flag(False, "Deterministic CUDA kernels only; a CPU always is.")
-    # logging, validation, saving
-    evaluation_strategy: Literal["no", "steps", "epoch"] | None = _flag(None, "Older name of --eval_strategy.")
-    eval_strategy: Literal["no", "steps", "epoch"] = _flag("no", "When to validate.")
-    eval_steps: int = _flag(500, "Steps between validations.")
-    logging_steps: int = _flag(10, "Steps between log lines.")
+    evaluation_strategy: Literal["no", "steps", "epoch"] | None = _flag(
+        None, "Older name of --eval_strategy.", group="validation, saving, logging")
+    eval_strategy: Literal["auto", "no", "steps", "epoch"] = _flag(
+        "auto", "When to validate. auto: after each epoch where there is --eval_data_path.")
+    eval_steps: int | float = _steps(500, "Steps between validations", above=0)
+    logging_steps: int | float = _steps(10, "Steps between log lines", above=0)
     save_strategy: Literal["no", "steps", "epoch"] = _flag("steps", "When to save a checkpoint.")
-    save_steps: int = _flag(500, "Steps between checkpoints.")
-    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints.")
+    save_steps: int | float = _steps(500, "Steps between checkpoints", above=0)
+    save_total_limit: int | None = _flag(None, "Keep this many newest checkpoints.", at_least=1)
     resume: Literal["auto", "never"] = _flag("auto", "auto: go on from the newest valid checkpoint in --output_dir.")
-    report_to: list[str] = _flag(["tensorboard"], "tensorboard or none; metrics.jsonl is always written.")
+    report_to: list[str] = _flag(["tensorboard"], "tensorboard, wandb, mlflow, trackio; all (those that are "
+                                 "installed) or none. metrics.jsonl is always written.")
+    run_name: str | None = _flag(None, "Name of the run where it is reported and in loss_curve.png. Default: that of "
+                                 "--output_dir.")
+    project: str | None = _flag(None, "Project (wandb, trackio) or experiment (mlflow) that the run belongs to. "
+                                "Default: as their own variables say, else fastvid.")
     disable_tqdm: bool = _flag(False, "No progress bar.")
     peak_tflops: float | None = _flag(
-        None, "Peak TFLOP/s of a device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.")
+        None, "Peak TFLOP/s of a device, against which utilisation (mfu) is stated. Default: a known GPU's dense bf16.",
+        above=0, at_most=10**9)
     profile: bool = _flag(False, "Record three steps after three of warm-up into output_dir/profile: a trace of the "
                           "operators, and on a GPU what lies in its memory.")
-    dry_run: bool = _flag(False, "Build everything, print the memory estimate, and stop before the first step.")
+    dry_run: bool = _flag(False, "Check flags and files, print what would be trained and the memory it takes, and stop "
+                          "before the first step. The model's folder need not hold weights.")
+    memory: str | None = _flag(None, "Plan as if each device had so much free memory: 24GiB, 80GB.")
 
     @property
     def trainable(self) -> frozenset[str]:
@@ -160,75 +241,95 @@ class TrainConfig(DataConfig):
 
 @dataclass(frozen=True)
 class InspectConfig(TrainConfig):
-    """``fastvid inspect``: takes the training command line; shows what the model will see."""
+    """Show what the model will see of each sample, the supervised tokens in colour. Takes a training command line."""
 
     output_dir: str = field(default="", kw_only=True, metadata={"help": "Ignored: accepted with a training command."})
-    index: int | None = _flag(None, "Show this record only.")
+    index: int | None = _flag(None, "Show this record only.", at_least=0, group="what is shown")
     json: bool = _flag(False, "One JSON line per record.")
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
-    """``fastvid convert``: VideoInstruct JSON to training JSON."""
+class ConvertConfig(_Checked):
+    """VideoInstruct JSON to training JSON."""
 
-    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL: records of q, a, video_id."})
-    output_json_file: str = field(metadata={"help": "Training JSON (or JSONL, by its ending)."})
+    input_json_file: str = field(metadata={"help": "VideoInstruct JSON or JSONL (records of q, a, video_id); or, with "
+                                           "--clip_feature_path, a training JSON to filter."})
+    output_json_file: str = field(metadata={
+        "help": "Training JSON (or JSONL, by its ending).", "writes": "file"})
     clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
     on_bad: Literal["error", "drop"] = _flag("error", "What a malformed record does; drops are counted and listed.")
 
 
 @dataclass(frozen=True)
 class ValidateConfig(DataConfig):
-    """``fastvid validate``: takes the data flags of the training command; checks records and feature files."""
+    """Check training records and their feature files. Takes the data flags of the training command."""
 
-    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={"help": "Accepted, and not read."})
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Folder whose tokenizer tells which samples --model_max_length cuts (with --video_folder). Default: "
+                "none, and tokens are not counted."})
+    quick: bool = _flag(
+        False, "Read the headers of feature files only, not their values, which may be NaN; count no tokens.")
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
-    """``fastvid extract``: videos to feature files."""
+class ExtractConfig(_Checked):
+    """Videos to feature files."""
 
     video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
-    clip_feat_path: str = field(metadata={"help": "Folder that receives one feature file per video."})
-    infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.")
-    llava: Literal["1.1", "1.5"] = _flag("1.5", "1.1: 224-pixel tower (Video-ChatGPT); 1.5: 336-pixel.")
+    clip_feat_path: str = field(metadata={
+        "help": "Folder that receives one feature file per video.", "writes": "folder"})
+    infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.", at_least=1)
+    llava: Literal["1.1", "1.5"] | None = _flag(
+        None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    overwrite: bool = _flag(False, "Replace feature files that were made with other settings, or nobody knows which.")
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
-    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
+    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.", at_least=1, at_most=100_000)
     dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
         None, "Precision of the tower. Default: float16 on a GPU, float32 on a CPU.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
-    max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.")
-    timeout: float = _flag(600.0, "Seconds after which a video's decoding is given up.")
-    decode_workers: int | None = _flag(None, "Decoders that run ahead of the tower. Default: one per four cores.")
+    max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
+    timeout: float = _flag(
+        600.0, "Seconds after which a video's decoding is given up.", above=0, at_most=10**8)
+    decode_workers: int | None = _flag(
+        None, "Decoders that run ahead of the tower. Default: one per four cores.", at_least=1, at_most=1000)
 
 
 @dataclass(frozen=True)
-class ChatConfig:
-    """``fastvid chat``: questions about videos."""
+class ChatConfig(_Checked):
+    """Ask questions about videos."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
-    projector: str | None = _flag(None, "Trained projector (.bin, .safetensors or a checkpoint folder).")
+    projector: str | None = _flag(
+        None, "Trained projector: .bin, .safetensors, a checkpoint folder, or the --output_dir of its training.")
     video: str | None = _flag(None, "A video, a feature file, or a folder of either.")
     question: list[str] = _flag([], "Questions (repeat the flag, or several after one).")
-    questions_file: str | None = _flag(None, "JSONL of {video, question}; answers are printed as JSONL.")
-    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the model's own setting.")
-    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] = _flag(
-        "pg-video-llava", "System text and template of the prompt.")
-    question_order: Literal["reference", "video_first"] = _flag(
-        "reference", "Where the video stands in the prompt; reference: after the question. As the model was trained.")
+    questions_file: str | None = _flag(
+        None, "JSONL or JSON of {video, question}, or a question file of the reference's benchmarks; answers are "
+        "printed as JSONL, a line for each record.")
+    vision_tower: str | None = _flag(
+        None, "CLIP tower (hub id or folder). Default: the one that made the features the weights were trained on, or "
+        "the model's own setting.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
+        None, "System text and template of the prompt. Default: as the weights were trained; pg-video-llava, as the "
+        "reference asks, where they do not tell.")
+    question_order: Literal["reference", "video_first"] | None = _flag(
+        None, "Where the video stands in the prompt; reference: after the question. Default: as the weights were "
+        "trained; reference where they do not tell.")
     mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
-    temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.")
-    max_new_tokens: int = _flag(1024, "Longest answer.")
-    num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.")
+    temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.", at_least=0, at_most=1000)
+    max_new_tokens: int = _flag(1024, "Longest answer.", at_least=1)
+    num_frames: int | None = _flag(
+        None, "Frames per video, and temporal rows of the features. Default: as the weights were trained; 100 where "
+        "they do not tell.", at_least=1, at_most=100_000)
     bf16: bool = _flag(False, "Compute in bf16.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
-    seed: int = _flag(0, "Seed of sampling.")
+    seed: int = _flag(0, "Seed of sampling.", at_least=0, at_most=2**63 - 1)
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """``fastvid export``: a checkpoint to the reference's or Hugging Face's format."""
+class ExportConfig(_Checked):
+    """A checkpoint to the reference's or Hugging Face's format."""
 
     checkpoint: str = field(metadata={"help": "checkpoint-N folder, or an output_dir (its newest checkpoint)."})
     output: str = field(metadata={"help": "File (projector) or folder (llama, llava) to write."})
@@ -236,13 +337,14 @@ class ExportConfig:
         "projector", "projector: mm_projector.bin or .safetensors by ending; llama: LLaVA-1.5 layout that "
         "LlamaForCausalLM loads; llava: LlavaForConditionalGeneration.")
     model_name_or_path: str | None = _flag(None, "Starting weights. Default: those the checkpoint was trained from.")
-    vision_tower: str | None = _flag(None, "Tower to include (format llava). Default: the model's own setting.")
+    vision_tower: str | None = _flag(
+        None, "Tower to include (format llava). Default: the one that made the features of the training.")
     dtype: Literal["float32", "bfloat16", "float16"] = _flag("float32", "Precision of the exported weights.")
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
-    """``fastvid doctor``: what this machine has, and what each absence costs."""
+class DoctorConfig(_Checked):
+    """What this machine has, and what each absence costs."""
 
     path: list[str] = _flag(["."], "Folders whose free disk space to show.")
     json: bool = _flag(False, "Print JSON.")

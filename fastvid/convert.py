@@ -1,59 +1,93 @@
-"""``fastvid convert``: VideoInstruct JSON to training JSON."""
+"""``fastvid convert``: VideoInstruct JSON to training JSON; and a training JSON to its records that have features."""
 
+import os
 import sys
-from dataclasses import dataclass
 
 from fastvid import config as configs
-from fastvid.data import annotations
+from fastvid.data import instructions
+from fastvid.data.names import SUFFIXES, VIDEO_SUFFIXES, stem
+from fastvid.data.records import read_records, write_records
+from fastvid.files import shown
 from fastvid.flags import parse
 
-LISTED = 20  # dropped records that are named one by one
+LISTED = 20  # records left out that are named one by one
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did.
-
-    Attributes:
-        total: records read.
-        retained: records written.
-        dropped: malformed records left out, as (index, field, reason).
-    """
-
-    total: int
-    retained: int
-    dropped: list[tuple[int, str, str]]
-
-    @property
-    def without_features(self) -> int:
-        return self.total - self.retained - len(self.dropped)
-
-
-def convert(config: configs.ConvertConfig) -> Conversion:
+def convert(config: configs.ConvertConfig) -> instructions.Converted:
     """Convert one file to another; the output appears whole or not at all.
 
+    A file of training records keeps those whose videos have features.
+
     Raises:
-        ValueError: a malformed record under on_bad="error"; a file that is no JSON; a feature folder that is none.
+        ValueError: a malformed record under on_bad="error"; a file that is no JSON; a feature folder that is none; no
+            record would be left.
     """
-    ids = None if config.clip_feature_path is None else annotations.feature_ids(config.clip_feature_path)
-    records = annotations.read_records(config.input_json_file)
-    converted, dropped = annotations.convert_records(records, ids, config.on_bad, config.input_json_file)
-    annotations.write_records(config.output_json_file, converted)
-    return Conversion(len(records), len(converted), dropped)
+    path, folder = config.input_json_file, config.clip_feature_path
+    ids = None if folder is None else instructions.feature_ids(folder)
+    records = read_records(path)
+    if not records:
+        raise ValueError(f"{shown(path)} holds no record; nothing was written")
+    if all(isinstance(record, dict) and "conversations" in record for record in records):
+        if folder is None:
+            raise ValueError(f"{shown(path)} holds training records already, which need no conversion; with "
+                             "--clip_feature_path those are kept whose videos have features")
+        from fastvid.data.features import FeatureFolder
+
+        done = instructions.keep_those_with_features(records, FeatureFolder(folder), config.on_bad, path)
+    else:
+        done = instructions.convert_records(records, ids, config.on_bad, path)
+    if not done.records:
+        raise ValueError(f"none of the {len(records):,} records of {shown(path)} is left, so nothing was written: "
+                         + _why_none(done, folder, ids))
+    write_records(config.output_json_file, done.records)
+    return done
+
+
+def _why_none(done, folder, ids):
+    """The likely reason for which every record was left out, and what to do."""
+    if not done.absent:
+        index, *fault = done.dropped[0]
+        return f"all are malformed; record {index} (from 0): {instructions.describe(fault)}"
+    wanted, files = shown(done.absent[0][1]), sorted(os.listdir(folder))
+    if not ids:
+        videos = [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
+        found = f"; it holds {shown((videos or files)[0])}" if files else "; it is empty"
+        remedy = "; extract the features of the videos first (fastvid extract)" if videos else ""
+        return (f"--clip_feature_path {shown(folder)} holds no feature file ({', '.join(SUFFIXES)}){found}{remedy}")
+    names = [name for name in files if stem(name) != name] or sorted(ids)
+    return (f"--clip_feature_path {shown(folder)} holds features of other videos: the first wanted is {wanted}, the "
+            f"first found {shown(names[0])}; give the folder that holds these records' features")
+
+
+def _tell(config, done):
+    """What was left out or is unusual, on stderr."""
+    lines = []
+    if done.dropped:
+        lines.append(f"{shown(config.input_json_file)}: {len(done.dropped)} malformed records dropped:")
+        lines += _listed(done.dropped, instructions.describe)
+    if done.absent:
+        lines.append(f"{len(done.absent)} records left out: no features in {shown(config.clip_feature_path)}:")
+        lines += _listed(done.absent, lambda named: shown(named[0]))
+    if done.shortened:
+        lines.append(f'{done.shortened} records: the ending of "video_id" is left out, as names of features have none')
+    for what, count in done.empty.items():
+        if count:
+            remedy = "; training leaves them out with --on_bad_sample skip" if what == "answer" else ""
+            lines.append(f"{count} records have an empty {what}{remedy}")
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+
+
+def _listed(left_out, describe):
+    lines = [f"  record {index} (from 0): {describe(why)}" for index, *why in left_out[:LISTED]]
+    more = len(left_out) - LISTED
+    return lines + [f"  … and {more} more"] * (more > 0)
 
 
 def main(argv=None) -> int:
     config = parse(configs.ConvertConfig, argv)
     done = convert(config)
-    if done.dropped:
-        print(f"{config.input_json_file}: {len(done.dropped)} malformed records dropped:", file=sys.stderr)
-        for index, *fault in done.dropped[:LISTED]:
-            print(f"  record {index} (from 0): {annotations.describe(fault)}", file=sys.stderr)
-        if len(done.dropped) > LISTED:
-            print(f"  … and {len(done.dropped) - LISTED} more", file=sys.stderr)
-    if done.without_features:
-        print(f"{done.without_features} records left out: no features in {config.clip_feature_path}", file=sys.stderr)
-    print(f"Total annotations retained: {done.retained}")  # the reference's line
+    _tell(config, done)
+    print(f"Total annotations retained: {len(done.records)}")  # the reference's line
     return 0
 
 

@@ -127,6 +127,8 @@ def _optional():
                    "kernels; pip install -c constraints.txt '.[gpu]'")
     yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
                    "pip install tensorboard")
+    for name in ("trackio", "wandb", "mlflow"):
+        yield _package("optional", name, [name], f"no --report_to {name}; pip install {name}")
     yield _package("optional", "matplotlib", ["matplotlib"], "no picture of the loss curve; pip install matplotlib")
 
 

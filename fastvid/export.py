@@ -9,30 +9,37 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from fastvid import __version__, checkpoint
+from fastvid import __version__, checkpoint, provenance
 from fastvid.config import ExportConfig
+from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
+from fastvid.files import shown
+from fastvid.find import checkpoint_folder
 from fastvid.flags import parse
+from fastvid.folders import model_folder
 from fastvid.model.names import llava_hf_name
 from fastvid.model.weight_files import CheckpointTensors
 from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector
+from fastvid.provenance import EXPORT_MARK, KEY
+from fastvid.video.encoder import load_tower, processor_settings
+from fastvid.video.tower import check_tower, choose_tower
 
 SHARD_BYTES = 5_000_000_000
-_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
 
 
-def export(config):
+def export(config, *, verify=True):
     """Write what ``--format`` asks for; whole or not at all.
 
     Tensors are read, merged, cast and written one after the other: at most one shard (5 GB) is held in memory.
 
     Args:
         config: ExportConfig.
+        verify: compare the checkpoint with its checksums before. Not for one that this process has just written.
 
     Returns:
         list of Path: the files written.
@@ -40,9 +47,9 @@ def export(config):
     Raises:
         ValueError: names the checkpoint, folder, file or tensor that cannot be used, and the remedy.
     """
-    folder = _checkpoint_folder(Path(config.checkpoint))
-    run = _training_config(folder)
-    base, output = config.model_name_or_path or run["model_name_or_path"], Path(config.output)
+    folder = checkpoint_folder(config.checkpoint) if verify else Path(config.checkpoint)
+    run, trained_on = _training_config(folder), provenance.of_weights(folder)
+    base, output = _base(folder, config.model_name_or_path, run["model_name_or_path"]), Path(config.output)
     tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])
     if json.loads(json.dumps(asdict(tokenizer.tokens))) != run["tokens"]:
         raise ValueError(f"{base} has other ids for the video tokens than {folder} was trained with: give the folder "
@@ -51,17 +58,17 @@ def export(config):
     start = {"tokens": tokenizer.tokens, "projector": run["pretrain_mm_mlp_adapter"],
              "projector_type": run["mm_projector_type"], "seed": run["seed"]}
     if config.format == "projector":
-        write_reference_projector(output, trained, base, **start)
+        write_reference_projector(output, trained, base, **start, provenance=trained_on)
         return [output]
 
-    for source in (folder, Path(base)):
+    for source in (folder, base):
         if output.resolve() == source.resolve():
             raise ValueError(f"--output {output} is what the export is made of; choose another folder")
     _refuse_foreign(output)
     starting = trained_weights(base, trained, **start)
     starting.check()
     _check_trained(folder, starting, trained)
-    tower = config.vision_tower or run["vision_tower"] or starting.config.vision_tower
+    tower = _tower(config, trained_on, folder, run["vision_tower"] or starting.config.vision_tower)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -71,13 +78,16 @@ def export(config):
         values = _llama_config(starting, tokenizer, tower, config.dtype)
         if config.format == "llava":
             vision = _load_tower(tower, starting.config)
+            check_tower(tower, trained_on, folder)
             tensors = _llava_tensors(tensors, vision)
             values = _llava_config(values, vision, tokenizer.tokens)
-        values[_MARK] = {"version": __version__, "format": config.format, "checkpoint": str(folder)}
+        values[EXPORT_MARK] = {"version": __version__, "format": config.format, "checkpoint": str(folder),
+                               KEY: replace(trained_on, tower=tower).to_json()}
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
         tokenizer.save(temporary)
         if config.format == "llava":
             _write_tokenizer_table(temporary)
+            _write_processor(temporary, tower, vision.config)
         _write_json(temporary / "config.json", values)
         _write_json(temporary / "generation_config.json", {
             "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]})
@@ -87,14 +97,22 @@ def export(config):
     return sorted(path for path in output.iterdir() if path.is_file())
 
 
-def _checkpoint_folder(path):
-    """The checkpoint that `path` is, or the newest valid one in it."""
-    if (path / "checksums.json").is_file():
-        return path
-    folder = checkpoint.newest_valid(path)
-    if folder is None:
-        raise ValueError(f"--checkpoint {path}: neither a checkpoint-N folder nor an --output_dir that holds one")
-    return folder
+def _base(folder, given, recorded):
+    """The model folder to export over: the given one, else the one that the checkpoint's training started from."""
+    if given is None and not Path(recorded).is_dir():
+        raise ValueError(f"{folder}: training started from {shown(recorded)}, which is not here: give that folder with "
+                         "--model_name_or_path")
+    return model_folder(given or recorded)
+
+
+def _tower(config, trained_on, folder, otherwise):
+    """The tower that an export names, or holds (format llava): that of the features."""
+    try:
+        return choose_tower(config.vision_tower, trained_on, folder, otherwise)
+    except ValueError:
+        if config.format == "llava" or config.vision_tower is not None:
+            raise
+        return trained_on.tower  # only named; chat looks for it
 
 
 def _training_config(folder):
@@ -167,21 +185,31 @@ def _write_tokenizer_table(folder):
         LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def _write_processor(folder, tower, vision):
+    """What AutoProcessor makes a LlavaProcessor of: the tower's image processor, and which token a picture's rows take.
+    """
+    side = vision.image_size
+    image = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
+             "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
+             "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
+             "do_normalize": True, "do_convert_rgb": True}
+    told = {key: value for key, value in processor_settings(tower).items()
+            if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")}
+    _write_json(folder / "preprocessor_config.json", image | told)
+    _write_json(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "image_token": PATCH,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
+
+
 def _load_tower(tower, model):
     """The CLIP tower, fp32, for LlavaForConditionalGeneration's fixed architecture."""
-    from transformers import CLIPVisionModel
-
     if model.projector_type != "mlp2x_gelu":
         raise ValueError("LlavaForConditionalGeneration has an mlp2x_gelu projector, this model a "
                          f"{model.projector_type} one: export it with --format llama")
     if tower is None:
         raise ValueError("--format llava holds the vision tower, and the model's config.json names none: "
                          "give --vision_tower")
-    try:
-        vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--vision_tower {tower}: neither a folder with a CLIP tower nor one that the hub gives here "
-                         f"({str(error).splitlines()[0]})") from error
+    vision = load_tower(tower, torch.float32)
     if vision.config.hidden_size != model.mm_hidden_size:
         raise ValueError(f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
                          f"{model.mm_hidden_size}: give the tower that made the features")
@@ -240,7 +268,7 @@ def _refuse_foreign(output):
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = _MARK in json.loads((output / "config.json").read_text(encoding="utf-8"))
+        ours = EXPORT_MARK in json.loads((output / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
     if not ours:

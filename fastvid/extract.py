@@ -9,11 +9,9 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,13 +20,16 @@ import numpy as np
 import torch
 
 import fastvid
+from fastvid import signals
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features, save_features
+from fastvid.data.features import feature_bytes, load_features
+from fastvid.earlier_features import difference, made_by_manifest, refuse_other_settings, settings_of
+from fastvid.files import atomic_file, remove_left_over
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
-from fastvid.video.listing import find_videos
+from fastvid.video.listing import find_videos, no_video
 from fastvid.video.manifest import Manifest
 from fastvid.video.sampling import frame_indices
 
@@ -41,7 +42,9 @@ class Summary:
 
     Attributes:
         total: videos found; extracted, skipped: how many were made, or were there already.
+        padded: videos of fewer than --num_frames frames.
         failures: (video, reason) of each that could not be extracted.
+        notes: what a user should know of the job, a line each.
         seconds: wall time.
         interrupted: the signal that ended it early, or None.
         max_failures: the share of failures that is put up with.
@@ -51,6 +54,8 @@ class Summary:
     max_failures: float
     extracted: int = 0
     skipped: int = 0
+    padded: int = 0
+    notes: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: int | None = None
@@ -66,6 +71,10 @@ class Summary:
         rate = self.extracted / max(self.seconds, 1e-9)
         lines = [f"{self.extracted} extracted, {self.skipped} there already, {len(self.failures)} failed of "
                  f"{self.total} videos in {self.seconds:.1f} s ({rate:.2f} videos/s)"]
+        lines += self.notes
+        if self.padded:
+            lines.append(f"{self.padded} of them have fewer frames than --num_frames: the rest of their temporal rows "
+                         "is zero")
         if self.exit_code == 1:
             lines.append(f"more than --max_failures {self.max_failures:g} of them failed: the exit code is 1")
         if self.interrupted:
@@ -95,26 +104,34 @@ def extract(config: ExtractConfig) -> Summary:
     """Write the features of every video below a folder that has none yet.
 
     A feature file counts as done if it is whole and was made from the same file by the same tower with the same
-    settings. A video that fails costs a line in the manifest. SIGINT and SIGTERM end the run after the video in hand.
+    settings. One that is damaged, or whose video has changed, is made again; one that was made with other settings only
+    with `config.overwrite`. A video that fails costs a line in the manifest. SIGINT, SIGTERM and SIGHUP end the run
+    after the video in hand.
 
     Raises:
-        ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting.
+        ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting, or feature
+            files made with other settings.
     """
-    if not 0 <= config.max_failures <= 1 or config.timeout <= 0:
-        raise ValueError(f"--max_failures ({config.max_failures}) must lie in [0, 1] and --timeout ({config.timeout}) "
-                         "must be above 0")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    videos = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}")[rank::world]
+    videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}")
     encoder = FeatureEncoder(
-        config.vision_tower or TOWERS[config.llava], device=config.device or _default_device(),
+        _tower(config), device=config.device or _default_device(),
         dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
         num_temporal=config.num_frames)
+    refuse_other_settings(config, videos, settings_of(config, encoder))
     Path(config.clip_feat_path).mkdir(parents=True, exist_ok=True)
+    remove_left_over(config.clip_feat_path)
     manifest = Manifest(config.clip_feat_path)
     try:
-        return _Extraction(config, encoder, manifest).run(videos)
+        summary = _Extraction(config, encoder, manifest).run(videos[rank::world])
     finally:
         manifest.close()
+    if rank == 0 and others:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+        summary.notes.append(f"{others.total()} files are no videos by their endings and were left out ({kinds})")
+    if rank == 0 and config.llava is not None and config.vision_tower is not None:
+        summary.notes.append(f"--llava {config.llava} has no effect beside --vision_tower")
+    return summary
 
 
 class _Extraction:
@@ -122,9 +139,9 @@ class _Extraction:
 
     def __init__(self, config, encoder, manifest):
         self.config, self.encoder, self.manifest = config, encoder, manifest
-        self.settings = {"tower_revision": encoder.revision, "image_size": encoder.image_size,
-                         "patch_size": encoder.patch_size, "num_frames": config.num_frames}
-        self.header = {"tower": config.vision_tower or TOWERS[config.llava], **self.settings,
+        self.folder, self.settings = Path(config.clip_feat_path), settings_of(config, encoder)
+        tower = _tower(config)
+        self.header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                        "dtype": str(encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         count = config.decode_workers or max(1, os.cpu_count() // 4 // processes)
@@ -141,7 +158,8 @@ class _Extraction:
         def read_ahead(count):
             ahead.extend((video, pool.submit(self._prepare, video)) for video in islice(todo, count))
 
-        with _stop_on_signal() as stop, _progress(len(videos)) as bar:
+        stop = []
+        with signals.noted(stop.append), _progress(len(videos)) as bar:
             try:
                 read_ahead(len(self.workers))
                 while ahead and not stop:
@@ -167,37 +185,52 @@ class _Extraction:
         start, worker = time.perf_counter(), self.idle.get()
         try:
             source = {"source": video.name, "source_bytes": video.path.stat().st_size}
-            redo = self._why_again(video, source)
+            redo, foreign = self._why_again(video, source)
             if redo == "":
                 return _Piece(skip=True)
+            if foreign and not self.config.overwrite:
+                return _Piece(failure=f"{redo}; remove it, or replace such files with --overwrite True")
             frames, info = worker.decode(video.path, num_frames=self.config.num_frames, size=self.encoder.image_size)
             with open(video.path, "rb") as file:
                 source["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         except DecodeError as error:
-            return _Piece(failure=error.reason, seconds=time.perf_counter() - start)
+            return _Piece(failure=self._reason(video, error), seconds=time.perf_counter() - start)
         except OSError as error:
             return _Piece(failure=f"cannot be read ({error.strerror})", seconds=time.perf_counter() - start)
         finally:
             self.idle.put(worker)
         return _Piece(frames, info, source, time.perf_counter() - start, redo)
 
+    @staticmethod
+    def _reason(video, error):
+        """What is wrong with a video that cannot be decoded."""
+        return (no_video(video.path) if video.path.is_file() else None) or error.reason
+
     def _why_again(self, video, source):
-        """Why an existing feature file does not do; "" if it does, None if there is none."""
+        """(why an existing feature file does not do, whether it may be of worth to somebody).
+
+        The reason is "" if the file does, None if there is none.
+        """
         if not video.output.exists():
-            return None
+            return None, False
         try:
             features_RC, made = load_features(video.output)
         except ValueError as error:
-            return str(error)
-        made = made or self.manifest.entries.get(video.name, {})
-        expected = {**self.settings, "source_bytes": source["source_bytes"]}
-        for name, value in expected.items():
-            if made.get(name) != value:
-                return f"{video.output} was made with {name} {made.get(name, 'unknown')}, not {value}"
+            return str(error), False
+        if not made:
+            made = made_by_manifest(video, video.output, self.folder, self.manifest.files, self.manifest.entries)
+            digest = made.get("sha256")
+            if digest is not None and digest != hashlib.sha256(video.output.read_bytes()).hexdigest():
+                return f"{video.output} is not the file that the manifest tells of", True
+        if other := difference(made, self.settings):
+            return f"{video.output} was made with {other}", True
+        if made.get("source_bytes") != source["source_bytes"]:
+            return (f"{video.output} was made with source_bytes {made.get('source_bytes', 'unknown')}, not "
+                    f"{source['source_bytes']}"), False
         rows = self.config.num_frames + self.encoder.num_patches
         if features_RC.shape != (rows, self.encoder.hidden_size):
-            return f"{video.output} holds {list(features_RC.shape)} values"
-        return ""
+            return f"{video.output} holds {list(features_RC.shape)} values", False
+        return "", False
 
     def _finish(self, video, piece, summary, bar):
         """Tower, feature file, manifest line."""
@@ -222,30 +255,18 @@ class _Extraction:
             chosen = {"total_frames": piece.info.frames,
                       "frame_indices": frame_indices(piece.info.frames, self.config.num_frames)}
             header = {**self.header, **piece.source, **chosen, "video": asdict(piece.info)}
-            save_features(video.output, features_RC, header)
+            content = feature_bytes(video.output, features_RC, header)
+            made = {"file": video.output.relative_to(self.folder).as_posix(), "format": self.config.format,
+                    "tower": self.header["tower"], **self.settings, "source_bytes": piece.source["source_bytes"],
+                    "sha256": hashlib.sha256(content).hexdigest()}
+            if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
+                self.manifest.append(video.name, "writing", **made)
+            with atomic_file(video.output) as file:
+                file.write(content)
             summary.extracted += 1
-            self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **self.settings,
-                                 source_bytes=piece.source["source_bytes"])
+            summary.padded += piece.info.frames < self.config.num_frames
+            self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made)
         bar.update()
-
-
-@contextmanager
-def _stop_on_signal():
-    """A list that SIGINT or SIGTERM puts itself into, once; the second one acts as ever."""
-    stop, previous = [], {}
-
-    def note(number, _frame):
-        stop.append(number)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        previous.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _progress(total):
@@ -254,6 +275,10 @@ def _progress(total):
     rank = int(os.environ.get("RANK", 0))
     return tqdm(total=total, unit="video", desc="extract", disable=rank > 0, dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
+def _tower(config):
+    return config.vision_tower or TOWERS[config.llava or "1.5"]
 
 
 def _default_device():

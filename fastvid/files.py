@@ -2,10 +2,17 @@
 
 import json
 import os
+import re
 import secrets
 import stat
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from fastvid import processes
+
+_LEFT_OVER = re.compile(r"\.(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{8,16}\.tmp")
+_DAY = 86400.0
 
 
 @contextmanager
@@ -26,16 +33,45 @@ def atomic_file(path):
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ValueError(f"{path}: the folder {target.parent} does not exist; create it first")
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the target's name may be as long as allowed
+    # Short, for the target's name may be as long as allowed; says whose it is (`remove_left_over`).
+    temporary = target.with_name(f".{processes.machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with naming(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path):
+    """A block in which `path` is written: its OSErrors, which say a file's name only where it was opened, name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+
+
+def remove_left_over(folder):
+    """Remove temporary files of `atomic_file` below a folder whose process is dead; of other machines those a day old.
+    """
+    here = processes.machine()
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            match = _LEFT_OVER.fullmatch(name)
+            if match is None:
+                continue
+            path = Path(parent, name)
+            with suppress(OSError):  # another process was faster, or may and this one may not
+                dead = match[1] == here and processes.started(int(match[2])) is None
+                if dead or time.time() - path.lstat().st_mtime > _DAY:
+                    path.unlink()
 
 
 def read_json_object(path):
@@ -46,8 +82,10 @@ def read_json_object(path):
     """
     if not path.is_file():
         return {}
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
 

@@ -1,24 +1,32 @@
 """The parser of every command: a command line and a YAML file to one of `fastvid.config`'s dataclasses.
 
-``transformers.HfArgumentParser`` reads the flags; ``--config run.yaml`` supplies defaults that the command line
-overrides.
+It reads flags as ``transformers.HfArgumentParser`` does, which takes seconds to import: ``--flag``, ``--flag True``,
+``--flag=value``, dashes for underscores, lists of several values. ``--config run.yaml`` supplies defaults that the
+command line overrides. All mistakes of a command line are told at once.
 """
 
-import argparse
 import dataclasses
 import difflib
+import logging
+import os
+import re
+import shutil
 import sys
+import textwrap
+import types
+import typing
+from pathlib import Path
 
+from fastvid import config
+from fastvid.files import shown
+from fastvid.foreign_flags import MEANING, SYNONYMS
 
-class _Store(argparse.Action):
-    """Store a value; a list flag that is given again on the command line adds to what it was given before."""
+log = logging.getLogger("fastvid")
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = namespace.__dict__.setdefault("_given", set())
-        if isinstance(values, list) and self.dest in given:
-            values = getattr(namespace, self.dest) + values
-        given.add(self.dest)
-        setattr(namespace, self.dest, values)
+_TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
+          "no": False, "false": False, "f": False, "n": False, "0": False}
+_NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
+_IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
 
 
 def parse(config_class, argv=None):
@@ -29,49 +37,204 @@ def parse(config_class, argv=None):
         argv: arguments without the program's name; None reads ``sys.argv``.
 
     Raises:
-        SystemExit: code 2 and one line that names an unknown flag and its nearest known one, or a bad value.
+        SystemExit: code 2 and one line that names every flag that cannot be used, with its remedy; code 0 after
+            ``--help``.
     """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def add_argument(self, *names, **options):
-            return super().add_argument(*names, **{"action": _Store, **options})
-
     argv = list(sys.argv[1:] if argv is None else argv)
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = Parser(config_class, allow_abbrev=False, usage=usage, description=config_class.__doc__)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it.")
-
-    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    settings = _read_settings(parser, argv) if "--config" in flags else {}
-    given = {flag[2:].replace("-", "_") for flag in flags}
-    argv = [word for name, value in settings.items() if name not in given for word in _words(name, value)] + argv
-    known = list(parser._option_string_actions)
-    for flag in (word.partition("=")[0] for word in argv):
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            parser.error(f"unknown flag {flag}{' in the --config file' * (flag[2:] in settings)}"
-                         + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    found = parser.parse_args(argv)
-    return config_class(**{f.name: getattr(found, f.name) for f in dataclasses.fields(config_class)})
+    if {"-h", "--help"} & set(argv):
+        print(help_text(config_class))
+        raise SystemExit(0)
+    try:
+        filled = _filled(config_class, argv)
+        _check_places(filled)
+        return filled
+    except ValueError as error:
+        print(f"fastvid {_command(config_class)}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
-def _read_settings(parser, argv):
-    """The YAML file behind ``--config``, as a dict of flag names and values."""
+def config_of(command):
+    """The dataclass of a command's flags."""
+    return getattr(config, f"{command.capitalize()}Config")
+
+
+def _filled(config_class, argv):
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    foreign = MEANING if issubclass(config_class, config.DataConfig) else {}
+    given, stray = _split(argv)
+    faults = [f"unexpected argument {shown(word)}" for word in stray]
+    below = _read_settings(given.pop("config")) if "config" in given else {}
+    values, accepted = {}, []
+    for name, (spelled, times) in (below | given).items():
+        where = " in the --config file" * (name in below and name not in given)
+        if name in fields:
+            try:
+                values[name] = _value(fields[name].type, times)
+            except ValueError as error:
+                faults.append(f"{spelled}{where}: {error}")
+        elif name not in foreign:
+            faults.append(f"unknown flag {spelled}{where}{_hint(name, fields)}")
+        elif foreign[name].refuses(times[-1]):
+            value = "".join(f" {shown(word)}" for word in times[-1])
+            faults.append(f"{spelled}{value}{where}: {foreign[name].remedy}")
+        else:
+            accepted.append(spelled + (f" ({foreign[name].note})" if foreign[name].note else ""))
+    missing = [f"--{name}" for name, field in fields.items() if _required(field) and name not in values
+               and not any(f"--{name}" in fault for fault in faults)]
+    if missing:
+        faults.append(f"give {' and '.join(missing)}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    filled = config_class(**values)
+    if accepted and os.environ.get("RANK", "0") == "0":
+        log.info("accepted, and change nothing here: %s", ", ".join(accepted))
+    return filled
+
+
+def _split(argv):
+    """({flag's name: (flag as written, for each time that it was given the words after it)}, words before any flag)."""
+    given, stray, last = {}, [], None
+    for word in argv:
+        if _IS_FLAG.match(word):
+            spelled, sign, value = word.partition("=")
+            last = spelled[2:].replace("-", "_")
+            given.setdefault(last, (spelled, []))[1].append([value] if sign else [])
+        elif last is None:
+            stray.append(word)
+        else:
+            given[last][1][-1].append(word)
+    return given, stray
+
+
+def _read_settings(given):
+    """The YAML file behind ``--config``, as `_split` gives flags."""
     import yaml
 
-    at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--config")
-    path = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
+    path = " ".join(given[1][-1])
     try:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} is no YAML file of flags that can be read: {' '.join(str(error).split())}")
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {shown(path)} is no YAML file of flags that can be read: "
+                         f"{' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        parser.error(f"--config {path}: expected `flag: value` lines, found {type(settings).__name__}")
-    return {str(name): value for name, value in settings.items() if value is not None}
+        raise ValueError(f"--config {shown(path)}: expected `flag: value` lines, found {type(settings).__name__}")
+    return {str(name).replace("-", "_"): (
+        f"--{name}", [[str(word) for word in (value if isinstance(value, list) else [value])]])
+        for name, value in settings.items() if value is not None}
 
 
-def _words(name, value):
-    """The command-line words that say what one YAML line says."""
-    return [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+def _value(kind, times):
+    """The value of a flag.
+
+    Args:
+        kind: type of the dataclass's field.
+        times: for each time that it was given, the words after it.
+    """
+    kind, optional = _without_none(kind)
+    if typing.get_origin(kind) is list:
+        words = [word for words in times for word in words]
+        if not words:
+            raise ValueError("give one value or more")
+        return [_converted(typing.get_args(kind)[0], word) for word in words]
+    words = times[-1]
+    if not words and kind is bool:
+        return True
+    if len(words) != 1:
+        raise ValueError("give a value" if not words else
+                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}")
+    if optional and kind is not str and words[0].lower() in ("none", "null"):
+        return None
+    return _converted(kind, words[0])
+
+
+def _converted(kind, word):
+    if typing.get_origin(kind) is typing.Literal:
+        if word not in typing.get_args(kind):
+            raise ValueError(f"{shown(word)} is none of {', '.join(typing.get_args(kind))}")
+        return word
+    if kind is str:
+        return word
+    if kind is bool:
+        if word.lower() not in _TRUTH:
+            raise ValueError(f"{shown(word)} is neither True nor False")
+        return _TRUTH[word.lower()]
+    for number in (int, float) if kind == int | float else (kind,):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    raise ValueError(f"{shown(word)} is no {'whole ' * (kind is int)}number")
+
+
+def _without_none(kind):
+    """(The type without None, whether None was one of it)."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    rest = [part for part in parts if part is not type(None)]
+    return (rest[0] if len(rest) == 1 else kind), len(rest) < len(parts)
+
+
+def _required(field):
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _hint(name, fields):
+    """What an unknown flag may have meant: another word for a flag of this command, or one with a letter wrong."""
+    near = [flag for flag in SYNONYMS.get(name, ()) if flag in fields]
+    near = near or difflib.get_close_matches(name, fields, n=1, cutoff=_NEAR)
+    return f", did you mean --{near[0]}?" if near else ", see --help"
+
+
+def _check_places(filled):
+    """Look at the paths that a command will write to, before it has done its work."""
+    for field in dataclasses.fields(filled):
+        kind, value = field.metadata.get("writes"), getattr(filled, field.name)
+        if kind is None or not value:
+            continue
+        path = Path(value)
+        if kind == "file" and path.is_dir():
+            raise ValueError(f"--{field.name} {shown(path)} is a folder; name a file in it")
+        for folder in ([path] if kind == "folder" else []) + list(path.parents):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--{field.name} {shown(path)}: {shown(folder)} is a file, not a folder; name another")
+
+
+def _command(config_class):
+    return config_class.__name__.removesuffix("Config").lower()
+
+
+def help_text(config_class) -> str:
+    """What ``--help`` prints: the required flags, then the others in their groups, each once."""
+    width = min(shutil.get_terminal_size().columns or 80, 110)
+    groups = {"required": [], "flags": []}
+    group = "flags"
+    for field in dataclasses.fields(config_class):
+        group = field.metadata.get("group", group)
+        groups.setdefault("required" if _required(field) else group, []).append(field)
+    lines = [f"usage: fastvid {_command(config_class)} [flags]", ""]
+    for paragraph in config_class.__doc__.strip().split("\n\n"):
+        lines += [*textwrap.wrap(" ".join(paragraph.split()), width), ""]
+    for title, members in groups.items():
+        if members:
+            lines += [f"{title}:", *(line for field in members for line in _help_of(field, width)), ""]
+    lines += ["others:", "  --config FILE", *textwrap.wrap(
+        "YAML file of flags; the command line overrides it. Dashes may stand for underscores in flags.",
+        width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)
+
+
+def _help_of(field, width):
+    kind, _ = _without_none(field.type)
+    several = " ..." if typing.get_origin(kind) is list else ""
+    kind = typing.get_args(kind)[0] if several else kind
+    if typing.get_origin(kind) is typing.Literal:
+        value = "|".join(typing.get_args(kind))
+    else:
+        value = {bool: "[True|False]", str: "TEXT", int: "N"}.get(kind, "X")
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = " ".join(map(str, default)) if isinstance(default, list) else default
+    text = field.metadata["help"]
+    if not _required(field) and default not in (None, "", False) and "Default:" not in text:
+        text += f" Default: {default}."
+    return [f"  --{field.name} {value}{several}",
+            *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]

@@ -101,10 +101,18 @@ class Heartbeat:
             return
         faulthandler.dump_traceback(sys.__stderr__)  # a peer may have died because this one hangs
         # In one piece: print would let another rank's line in before its own end.
-        sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. Start the same command again to go on from "
-                         "the last checkpoint\n")
+        sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. {what_follows()}\n")
         sys.stderr.flush()
         os._exit(1)
+
+
+def what_follows() -> str:
+    """What becomes of a job that has lost a rank: torchrun may start it again by itself."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if count < most:
+        return (f"torchrun, if it lives, starts the job again (restart {count + 1} of {most}), which goes on from the "
+                "last checkpoint")
+    return "Start the same command again to go on from the last checkpoint"
 
 
 def _describe(rank, value):

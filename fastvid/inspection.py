@@ -1,17 +1,20 @@
 """``fastvid inspect``: what the model will see of each record, and which of it is supervised."""
 
 import json
+import logging
 import os
 import sys
 from functools import cache
 from itertools import groupby
 
 from fastvid.config import InspectConfig
-from fastvid.data.annotations import read_records
 from fastvid.data.conversation import encode_sample, load_tokenizer
 from fastvid.data.features import FeatureFolder
-from fastvid.data.video_tokens import VideoRows, feature_channels, video_token_count
+from fastvid.data.records import read_records
+from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, video_token_count
 from fastvid.flags import parse
+
+log = logging.getLogger("fastvid")
 
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
@@ -31,10 +34,14 @@ def inspect_records(config, tokenizer=None):
         ValueError: files that cannot be read, or no way to tell how many tokens a video takes.
     """
     tokenizer = tokenizer or load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
-    records = [record for path in config.data_path for record in read_records(path)]
+    numbered = [numbered for path in config.data_path for numbered in enumerate(read_records(path))]
+    records = [record for _, record in numbered]
     features = None if config.video_folder is None else FeatureFolder(config.video_folder)
     otherwise = video_token_count(
         config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
+    if features is None and config.num_video_tokens is None and otherwise:
+        log.warning("videos are shown with %d rows each, a guess from the vision tower and %d frames: --video_folder "
+                    "tells each one's own", otherwise, TEMPORAL)
     video_rows = VideoRows(features, records, required=config.num_video_tokens, same=config.policy.one_video_length)
     if config.pretrain_mm_mlp_adapter is None:  # whose own channels would count
         video_rows.channels = feature_channels(config.model_name_or_path) or video_rows.channels
@@ -44,20 +51,23 @@ def inspect_records(config, tokenizer=None):
         """(rows of a video, why its features cannot be used): the rows are known, or what they might be."""
         if features is None:
             return otherwise, None
+        rows = otherwise
         try:
-            return video_rows(name), None
+            rows = video_rows(name)
+            features.load(name)  # as training does: values may be damaged, or NaN
         except (ValueError, OSError) as error:
-            return otherwise, str(error)
+            return rows, str(error)
+        return rows, None
 
     if config.index is not None:
         if not 0 <= config.index < len(records):
             raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
-        records = [records[config.index]]
-    for record in records:
+        numbered = [numbered[config.index]]
+    for number, record in numbered:
         sample = encode_sample(
             record, tokenizer, rows_of=lambda name: look_at(name)[0], use_start_end=config.mm_use_vid_start_end,
             max_length=config.model_max_length, policy=config.policy, version=config.version,
-            question_order=config.question_order)
+            question_order=config.question_order, number=number)
         remarks = [sample.warning, sample.refused, *(look_at(name)[1] for name in sample.videos)]
         yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
                "warning": "; ".join(filter(None, remarks)) or None}

@@ -1,9 +1,10 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, a progress bar, and rates.
+"""What a run tells about itself: metrics.jsonl, reporters, a progress bar, and rates.
 
 Nothing here waits for a device: callers hand over numbers that are on the host already.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -16,12 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastvid import flops
+from fastvid import flops, reporters
+from fastvid.files import naming
 from fastvid.flops import StepCounts
 
 log = logging.getLogger("fastvid")
-
-REPORTERS = ("tensorboard", "none")
 
 
 class Metrics:
@@ -37,9 +37,11 @@ class Metrics:
             ``shared_row_share`` (rows saved because samples share them); ``budget_fill`` (of the row budget, if there
             is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib`` (rank
             0's GPU memory, without a GPU its resident set, since the process began).
+        unheard: whether the reader of stderr (a pipe's other end, a terminal) is gone. Nothing more is printed then.
     """
 
     def __init__(self, output_dir, *, total_steps: int, start_step: int = 0, report_to=("tensorboard",),
+                 run_name: str | None = None, project: str | None = None, flags: dict | None = None,
                  progress: bool = True, rank: int = 0, peak_flops: float | None = None, row_budget: int | None = None):
         """Start the clock.
 
@@ -47,20 +49,25 @@ class Metrics:
             output_dir: made if missing.
             total_steps: steps of the whole run, those before a resume included.
             start_step: steps done before; lines after it are dropped from metrics.jsonl (0: all lines).
-            report_to: "tensorboard" or "none"; metrics.jsonl is always written.
-            progress: show a bar where stderr is a terminal; otherwise a plain line per `log`.
+            report_to: names of `reporters.REPORTERS`, "all" or "none"; metrics.jsonl is always written.
+            run_name: in reports and in the picture; None: the name of `output_dir`.
+            project: that reports belong to.
+            flags: of the run, for reports.
+            progress: show a bar where stderr is a terminal, below the plain line that each `log` prints.
             rank: of this process.
             peak_flops: floating-point operations per second of all devices together, to state `mfu` against.
             row_budget: rows that one step of all ranks could take, to state `budget_fill` against.
 
         Raises:
-            ValueError: an unknown reporter.
+            ValueError: a reporter that cannot be had.
         """
-        check_reporters(report_to)
+        reporters.chosen(report_to)
         self.path = Path(output_dir) / "metrics.jsonl"
+        self.name = run_name or Path(output_dir).resolve().name
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
         self.peak_flops, self.row_budget = peak_flops, row_budget
-        self._bar = self._file = self._tensorboard = None
+        self._bar = self._file = None
+        self._reporters, self.unheard = {}, False
         self._loss = math.nan
         self._run = self._window = _Window()
         if rank == 0:
@@ -68,9 +75,9 @@ class Metrics:
             losses = [line["loss"] for line in _keep_lines(self.path, start_step) if line.get("loss") is not None]
             self._loss = losses[-1] if losses else math.nan
             self._file = open(self.path, "a", encoding="utf-8")
-            if "tensorboard" in report_to:
-                self._tensorboard = self._open_tensorboard()
-            if progress and sys.stderr.isatty():
+            run = reporters.Run(self.path.parent, flags or {}, self.name, project, start_step)
+            self._reporters = reporters.open_reporters(report_to, run, self.message)
+            if progress and sys.stderr.isatty() and _columns():
                 form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
                 self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=form)
         self._run, self._window = _Window(), _Window()
@@ -80,7 +87,7 @@ class Metrics:
         for window in (self._run, self._window):
             window.add(counts)
         if self._bar is not None:
-            self._bar.update()
+            self._say(self._bar.update)
 
     def wait(self, seconds: float) -> None:
         """The step loop has waited for data."""
@@ -117,25 +124,36 @@ class Metrics:
             line |= self._window.rates(self.peak_flops, self.row_budget)
             self._window = _Window()
         if self.rank == 0:
-            self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
-            self._file.flush()
-            if self._tensorboard is not None:
-                for name, value in line.items():
-                    tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-                    self._tensorboard.add_scalar(tag, value, step)
+            with naming(self.path):
+                text = json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False)
+                self._file.write(text + "\n")
+                self._file.flush()
+            self._report(step, line)
             self._show(line)
         return line
 
     def message(self, text: str) -> None:
         """Print a line on rank 0's stderr, above the bar."""
         if self.rank == 0 and self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._say(self._bar.write, text, file=sys.stderr)
         elif self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            self._say(print, text, file=sys.stderr, flush=True)
+
+    def _say(self, function, *arguments, **options):
+        """Print. A run does not end where it cannot be heard: it learns so, and decides."""
+        if self.unheard:
+            return
+        try:
+            function(*arguments, **options)
+        except OSError as error:  # another one, such as a full disk behind `2> log`, costs this line
+            self.unheard = error.errno in (errno.EPIPE, errno.EIO)
 
     def summary(self) -> str:
         """The run so far (since a resume) in one line."""
         run, rates = self._run, self._run.rates(self.peak_flops)
+        if not run.steps and self.start_step:
+            return (f"all {self.start_step:,} steps are done already, final loss {self._loss:.4f}; --resume never "
+                    "starts over, more --max_steps or --num_train_epochs go on")
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
         return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
                 f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "
@@ -146,31 +164,41 @@ class Metrics:
         if self._file is None:
             return
         if self._bar is not None:
-            self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._say(self._bar.close)
         self._file.close()
-        self._file = self._bar = self._tensorboard = None
+        self._file = self._bar = None
+        for name in list(self._reporters):
+            with self._only_told(name):
+                self._reporters[name].close()
+        self._reporters = {}
         try:
             from fastvid.plots import draw_loss_curve
         except ImportError as error:
             self.message(f"no loss_curve.png: {error}; pip install matplotlib")
             return
-        draw_loss_curve(self.path, self.path.with_name("loss_curve.png"))
-
-    def _open_tensorboard(self):
         try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            self.message(f"no TensorBoard: {error}; pip install tensorboard, or --report_to none")
-            return None
-        return SummaryWriter(self.path.parent / "tensorboard", purge_step=self.start_step + 1, flush_secs=10)
+            draw_loss_curve(self.path, self.path.with_name("loss_curve.png"), self.name)
+        except OSError as error:  # a full disk: the numbers are in metrics.jsonl
+            self.message(f"no loss_curve.png: {error}")
+
+    def _report(self, step, line):
+        for name in list(self._reporters):
+            with self._only_told(name):
+                self._reporters[name].log(step, reporters.figures(line))
+
+    @contextlib.contextmanager
+    def _only_told(self, name):
+        """A reporter that fails (a lost network, a full disk) is left out from then on; the run goes on."""
+        try:
+            yield
+        except Exception as error:  # each has errors of its own
+            del self._reporters[name]
+            self.message(f"--report_to {name} has failed and is left out from here on: {' '.join(str(error).split())}")
 
     def _show(self, line):
         rates = _readable(line)
         if self._bar is not None and "loss" in line:
-            self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {rates}")
-            return
+            self._say(self._bar.set_postfix_str, f"loss {line['loss']:.4f}", refresh=False)
         shown = [f"{name} {line[name]:.4g}" for name in ("epoch", "loss", "eval_loss", "learning_rate") if name in line]
         if "loss" in line:
             left = self.total_steps - line["step"]
@@ -251,10 +279,12 @@ def memory_taken(estimated: int) -> str:
     return f"{said} allocated, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved"
 
 
-def check_reporters(names) -> None:
-    """Raise ValueError for a name in `names` that is none of `REPORTERS`."""
-    if unknown := set(names) - set(REPORTERS):
-        raise ValueError(f"--report_to {' '.join(sorted(unknown))}: known are {' and '.join(REPORTERS)}")
+def _columns():
+    """Of stderr's terminal. Some say 0: on them a bar is nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80
 
 
 def read_metrics(path) -> list[dict]:
@@ -274,7 +304,7 @@ def _keep_lines(path, last_step):
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with naming(path), open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())

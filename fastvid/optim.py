@@ -4,10 +4,12 @@ The optimizer sees plain local tensors, never DTensors: torch's fused AdamW runs
 kernel that knows nothing of sharding.
 """
 
+import logging
 import math
 
 import torch
 import torch.distributed as dist
+from fastvid_kernels.adamw8bit_step import BLOCK_SIZE
 from fastvid_kernels.adamw_step import adamw_step
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
@@ -15,6 +17,8 @@ from torch.optim.adamw import adamw
 
 from fastvid.optim8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 from fastvid.parallel import local_shard
+
+log = logging.getLogger("fastvid")
 
 # Elements that torch's fused AdamW takes at once on any CPU; what is left over it computes otherwise, in the last bits.
 VECTOR = 64
@@ -145,6 +149,8 @@ class Optimizer:
                     parameter.grad_dtype = torch.float32
         self.rules = [AdamW32(others, config, same_bits=eight_bit)]
         if eight_bit:
+            log.info("8-bit moments: %d of %d tensors (matrices whose rows are a multiple of %d); fp32 for the others",
+                     len(coded), len(pieces), BLOCK_SIZE)
             self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
 
     @torch.no_grad()

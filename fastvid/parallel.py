@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastvid import host_memory
-from fastvid.heartbeat import Heartbeat
+from fastvid.heartbeat import Heartbeat, what_follows
 from fastvid.rendezvous import mesh_of, store_of_this_attempt
 
 
@@ -75,12 +75,14 @@ def start(seconds: int = 1200) -> World:
         seconds: a rank that lives but does not come to a collective ends the job after this.
 
     Raises:
-        ValueError: `seconds` is not positive.
+        ValueError: `seconds` is not positive; this is one of several processes that know nothing of each other.
     """
     if seconds < 1:
         raise ValueError(f"--ddp_timeout {seconds}: give 1 second or more")
     timeout = timedelta(seconds=seconds)
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not distributed:
+        _check_alone()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         use_expandable_segments()
@@ -101,6 +103,25 @@ def start(seconds: int = 1200) -> World:
     heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return World(rank, size, local_rank, device, True, local_size, heartbeat, timeout)
+
+
+# Variables by which launchers other than torchrun number the processes that they start, and the number of processes.
+_LAUNCHERS = (("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("srun", "SLURM_PROCID", "SLURM_NTASKS"),
+              ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_RANK", "PMI_SIZE"))
+
+
+def _check_alone():
+    """Refuse to be one of several processes that each take themselves for the only one."""
+    for launcher, rank, size in _LAUNCHERS:
+        if int(os.environ.get(size, 1)) < 2 or rank not in os.environ:
+            continue
+        said = (f"{launcher} started {os.environ[size]} processes ({size}), and none knows of the others (RANK is not "
+                f"set): each would train alone. Start one torchrun per node ({launcher} torchrun … -m fastvid.train, "
+                "scripts/launch_train.slurm)")
+        if size == "SLURM_NTASKS" and os.environ[rank] == "0":  # or the batch script's own process
+            logging.getLogger("fastvid").warning("if %s; if this is the only one, all is well", said)
+            return
+        raise ValueError(said)
 
 
 def use_expandable_segments():
@@ -164,8 +185,7 @@ def naming_the_dead(world):
         dead = world.heartbeat.silent_ranks() if world.heartbeat else []
         if not dead:
             raise
-        raise ConnectionError(f"rank {world.rank} lost {', '.join(dead)}. Start the same command again to go on from "
-                              "the last checkpoint") from error
+        raise ConnectionError(f"rank {world.rank} lost {', '.join(dead)}. {what_follows()}") from error
 
 
 def device_memory(world):

@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import math
+import re
 from typing import NamedTuple
 
 import torch
 
-from fastvid import flops, parallel
+from fastvid import flops, parallel, reporters
 from fastvid.data.largest import largest_steps
-from fastvid.metrics import check_reporters
+from fastvid.files import shown
 from fastvid.model import memory, quantize
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.model.layer_memory import masked_pairs
@@ -65,14 +66,11 @@ def checked(config):
     """
     if config.evaluation_strategy:
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                 "logging_steps", "save_steps", "eval_steps", "model_max_length"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: give 1 or more")
+    if config.eval_strategy == "auto":
+        config = dataclasses.replace(config, eval_strategy="epoch" if config.eval_data_path else "no")
     recompute(config)
-    check_reporters(config.report_to)
-    if config.peak_tflops is not None and config.peak_tflops <= 0:
-        raise ValueError(f"--peak_tflops {config.peak_tflops:g}: give the device's TFLOP/s, such as 989 for an H200")
+    given_memory(config)
+    reporters.chosen(config.report_to)
     if not config.trainable:
         raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
                          "--mm_use_vid_start_end there are no start and end embeddings to tune")
@@ -94,6 +92,36 @@ def checked(config):
     if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
         log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
     return config
+
+
+def with_whole_steps(config, total_steps):
+    """The configuration with shares of all steps (those below 1) as numbers of steps, but for the warm-up's."""
+    names = ("logging_steps", "eval_steps", "save_steps")
+    return dataclasses.replace(config, **{name: _whole(getattr(config, name), total_steps) for name in names})
+
+
+def warmup_steps(config, total_steps) -> int:
+    """Steps of the warm-up."""
+    return _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+
+
+def _whole(steps, total_steps):
+    return math.ceil(steps * total_steps) if steps < 1 else int(steps)
+
+
+def given_memory(config) -> int | None:
+    """Bytes that ``--memory`` names, or None.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if config.memory is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|G)", config.memory, flags=re.IGNORECASE)
+    size = float(found[1]) * (10**9 if found[2].lower() == "gb" else 2**30) if found else 0
+    if size < 2**20:
+        raise ValueError(f"--memory {shown(config.memory)}: give a device's free memory, such as 24GiB or 80GB")
+    return int(size)
 
 
 def _check_frozen_dtype(config):
@@ -178,13 +206,16 @@ def plan_memory(config, model_config, loader, world, attention):
             raise ValueError(f"--recompute {asked}: the model has {layers} layers; give at most as many")
         asked = {0: "none", layers: "full"}.get(asked, asked)
     batch, found = _largest_batch(config, loader, world)
+    # A dry run plans for a GPU that this machine need not have.
+    other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
+    of_gpu = other or world.device.type == "cuda"
     options = dict(
         batch, trainable=config.trainable, compute_dtype=compute_dtype(config),
         optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
         fp32_residual=config.policy.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
-        frozen_dtype=frozen_dtype(config), on_cpu=world.device.type == "cpu", one_call_per_segment=attention == "sdpa")
-    available, of_what = _available(world)
+        frozen_dtype=frozen_dtype(config), on_cpu=not of_gpu, one_call_per_segment=attention == "sdpa" and not other)
+    available, of_what = _available(config, world)
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
@@ -199,7 +230,7 @@ def plan_memory(config, model_config, loader, world, attention):
     estimate = memory.estimate(model_config, recompute=chosen, **options)
     plan = MemoryPlan(layout, chosen, False, estimate.total)
     said = ""
-    if not plan.short and _can_tile(config, layout, world):
+    if not plan.short and not other and _can_tile(config, layout, world):
         with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
         tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
@@ -210,17 +241,22 @@ def plan_memory(config, model_config, loader, world, attention):
     if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
     log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
+    if estimate.total > available:
+        log.warning("a step takes more than there is: try smaller batches, --bf16 True, --shard full on more ranks, "
+                    "--optim adamw_8bit --master_dtype bfloat16, or of a frozen decoder --frozen_dtype nf4")
     return plan._replace(accumulate_whole=whole)
 
 
-def _available(world):
+def _available(config, world):
     """(Bytes that a rank may plan with, what they are of more in words)."""
-    free = parallel.device_memory(world)
-    if world.device.type != "cuda":
+    given = given_memory(config)
+    free = given or parallel.device_memory(world)
+    if world.device.type != "cuda" and not given:
         return free, ""
     kept = _COMMUNICATORS if world.distributed else 0
     return (int(_OF_FREE_GPU * free) - kept,
-            f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB free" + (", less 1 GiB for NCCL)" if kept else ")"))
+            f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB {'that --memory names' if given else 'free'}"
+            + (", less 1 GiB for NCCL)" if kept else ")"))
 
 
 def _can_tile(config, layout, world):

@@ -1,20 +1,20 @@
-"""What a training run keeps: its checkpoints, how it goes on from one, and what a non-finite step was made of."""
+"""What a training run keeps: its checkpoints, and how it goes on from one."""
 
-import contextlib
 import itertools
 import logging
-import signal
+import os
 import time
+import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from fastvid import __version__, checkpoint, parallel
+from fastvid import __version__, checkpoint, content, parallel
 from fastvid.config import ExportConfig, TrainConfig
-from fastvid.data.batching import pack
 from fastvid.data.order import REFERENCE_ORDER_VERSION
 from fastvid.export import export
+from fastvid.model.finite import not_finite
 from fastvid.model.weights import write_reference_projector
 
 log = logging.getLogger("fastvid")
@@ -27,30 +27,14 @@ MAY_CHANGE = {
     "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size",
     "evaluation_strategy", "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "resume", "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism",
-    "vision_tower", "num_video_tokens", "on_bad_sample", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "max_steps",
+    "run_name", "project", "memory",
+    "vision_tower", "num_video_tokens", "on_bad_sample", "max_skipped", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps",
 }
 # What this run would otherwise overwrite, drop or take for its own.
-LEFT_BY_A_RUN = ("checkpoint-*", "metrics.jsonl", "tensorboard", "loss_curve.png", "profile", "mm_projector.*", "model")
-
-
-@contextlib.contextmanager
-def stop_signals(state):
-    """Note SIGTERM and SIGINT in `state.stop_signal`, so that the step in hand ends and is saved.
-
-    A second SIGINT interrupts at once.
-    """
-    def note(number, frame):
-        if number == signal.SIGINT and state.stop_signal:
-            raise KeyboardInterrupt
-        state.stop_signal = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+RESULTS = ("mm_projector.*", "model")
+LEFT_BY_A_RUN = ("checkpoint-*", "metrics.jsonl", "tensorboard", "reporters.json", "loss_curve.png", "profile",
+                 *RESULTS)
 
 
 def save(state):
@@ -69,6 +53,8 @@ def save(state):
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
         "torch": torch.__version__, "reference_order": REFERENCE_ORDER_VERSION,
+        "provenance": state.loader.samples.provenance.to_json(),
+        "run": state.run, "content": _content(state) if state.world.is_main else None,
     }
     begin = time.perf_counter()
     state.saver.save(
@@ -86,36 +72,96 @@ def resume(state):
     """Go on from the newest valid checkpoint of the output folder, if there is one.
 
     Raises:
-        ValueError: that checkpoint belongs to a run that computes something else.
+        ValueError: that checkpoint belongs to a run that computes something else; there are checkpoints, and none of
+            them is valid.
     """
+    _on_main(state, lambda: _content(state))
     if state.config.resume == "never":
-        _set_aside(state)
-        return
-    folder = checkpoint.newest_valid(state.config.output_dir)
+        _on_main(state, lambda: _set_aside(state.config, LEFT_BY_A_RUN))
+    folder = None if state.config.resume == "never" else _newest(state)
     if folder is None:
+        state.run = state.world.gather_objects(uuid.uuid4().hex)[0]
+        _on_main(state, lambda: _set_aside_results(state.config))
         return
     saved = checkpoint.read_state(folder)
     _check_same_run(folder, saved, state)
+    tensors = {**state.optimizer.parameters, **state.optimizer.state_tensors()}
     checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
+    if broken := [name for names in state.world.gather_objects(not_finite(tensors)) for name in names]:
+        raise ValueError(f"{folder}: {broken[0]} is not finite (NaN or infinity), and no step can go on from it. Move "
+                         "this folder away to go on from the checkpoint before it, or start over with --resume never")
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
     state.skipped_before = saved.get("skipped", 0)
+    state.run = saved.get("run") or state.world.gather_objects(uuid.uuid4().hex)[0]
     log.warning("resumed from %s", folder)
 
 
-def _set_aside(state):
-    """Move what an earlier run left out of this run's way: into previous-1/, previous-2/, …"""
+def _newest(state):
+    """The checkpoint to go on from, or None. What a save left that died is cleared away before."""
     output = Path(state.config.output_dir)
-    found = sorted(path for pattern in LEFT_BY_A_RUN for path in output.glob(pattern))
-    if found and state.world.is_main:
-        number = next(n for n in itertools.count(1) if not (output / f"previous-{n}").exists())
-        aside = output / f"previous-{number}"
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
-        log.warning("--resume never: moved %s of an earlier run to %s", ", ".join(path.name for path in found), aside)
-    state.world.gather_objects(None)  # nobody saves before they are out of the way
+    _on_main(state, lambda: checkpoint.tidy(output))
+    try:
+        return checkpoint.newest_valid(output)
+    except ValueError as damaged:
+        raise ValueError(f"{damaged}. Restore one of them from a copy, or start over with --resume never, which moves "
+                         "them aside") from damaged
+
+
+def _content(state):
+    """`content.content_of` of this run; computed once."""
+    if state.content is None:
+        state.content = content.content_of(state)
+    return state.content
+
+
+def _on_main(state, function):
+    """What `function` returns on rank 0, or raises there of a user's mistakes, on every rank."""
+    value = error = None
+    if state.world.is_main:
+        try:
+            value = function()
+        except (ValueError, OSError) as caught:
+            error = caught
+    value, error = state.world.gather_objects((value, error))[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _set_aside_results(config):
+    """Move away the results of another run, or of another program, that this one would write over at its end."""
+    if any(path for pattern in RESULTS for path in Path(config.output_dir).glob(pattern)):
+        _set_aside(config, [pattern for pattern in LEFT_BY_A_RUN if pattern != "checkpoint-*"])
+
+
+def _set_aside(config, patterns):
+    """Move what is left of an earlier run out of this run's way: into previous-1/, previous-2/, …"""
+    output = Path(config.output_dir)
+    found = sorted({path for pattern in patterns for path in output.glob(pattern)})
+    _check_not_in_use(found, config)
+    if not found:
+        return
+    number = next(n for n in itertools.count(1) if not os.path.lexists(output / f"previous-{n}"))
+    aside = output / f"previous-{number}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    log.warning("%smoved %s of an earlier run to %s", "--resume never: " * (config.resume == "never"),
+                ", ".join(path.name for path in found), aside)
+
+
+def _check_not_in_use(found, config):
+    """Refuse to move what this run reads."""
+    given = {"model_name_or_path": [config.model_name_or_path], "data_path": config.data_path,
+             "eval_data_path": config.eval_data_path, "video_folder": [config.video_folder],
+             "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter]}
+    for flag, paths in given.items():
+        for path in filter(None, paths):
+            if any(Path(path).resolve().is_relative_to(old.resolve()) for old in found):
+                raise ValueError(f"--{flag} {path} lies in --output_dir {config.output_dir}, among what an earlier run "
+                                 "left and this one would move aside or write over: choose another --output_dir")
 
 
 def saves_at_end(state):
@@ -134,14 +180,14 @@ def write_results(state):
         state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
             export(ExportConfig(checkpoint=str(output / f"checkpoint-{state.step}"), output=str(output / "model"),
-                                format="llama", dtype="bfloat16" if config.bf16 else "float32"))
+                                format="llama", dtype="bfloat16" if config.bf16 else "float32"), verify=False)
         return [output / "model"]
     trained = {name: parallel.full_tensor(p) for name, p in state.optimizer.parameters.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
     for path in paths if state.world.is_main else ():
         write_reference_projector(
             path, trained, config.model_name_or_path, state.tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
-            projector_type=config.mm_projector_type, seed=config.seed)
+            projector_type=config.mm_projector_type, seed=config.seed, provenance=state.loader.samples.provenance)
     return paths
 
 
@@ -156,7 +202,8 @@ def _check_same_run(folder, saved, state):
     for settings in (given, before):
         settings["optim"] = settings["optim"].removesuffix("_torch")  # the reference's name of the same
     changed = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
-               if name not in MAY_CHANGE and before[name] != value]
+               if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value]
+    changed += [f"{what} is not the same" for what in _changed_content(folder, saved, before, given, state)]
     for name, value in (("samples_per_step", state.order.samples_per_step), ("num_samples", len(state.loader.samples))):
         if saved[name] != value:
             changed.append(f"{name} was {saved[name]}, is {value}")
@@ -166,12 +213,22 @@ def _check_same_run(folder, saved, state):
     if state.config.policy.reference_order and saved["world_size"] != state.world.size:
         changed.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
     if changed:
-        raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags, choose "
-                         "another --output_dir, or start over in this one with --resume never")
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags and files, "
+                         "choose another --output_dir, or start over in this one with --resume never")
     if state.config.policy.reference_order:
         _check_reference_order(folder, saved, before, state.order)
     if any(before[name] != given[name] for name in ("num_train_epochs", "max_steps")):
         log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
+
+
+def _changed_content(folder, saved, before, given, state):
+    """What the run is made of now and was not made of before, in words; the same on every rank."""
+    if saved.get("content") is None:
+        if moved := [f"--{name}" for name in content.FLAGS if before[name] != given[name]]:
+            log.warning("%s was written by a version that did not note what files hold: whether %s still means the "
+                        "same is not checked", folder, ", ".join(moved))
+        return []
+    return _on_main(state, lambda: content.changes(saved["content"], _content(state), state.config))
 
 
 def _check_reference_order(folder, saved, settings, order):
@@ -183,36 +240,3 @@ def _check_reference_order(folder, saved, settings, order):
             "another order of samples, in which each epoch was cut into steps by itself: going on from it would repeat "
             "some and leave out others. Start over with --resume never, choose another --output_dir, or go on with the "
             "version of fastvid that wrote it")
-
-
-def explain_not_finite(state, failed):
-    """Name the rank and the samples that made step `failed` non-finite.
-
-    Computes the step's micro-batches again, one at a time over all ranks, with the parameters as they were before it.
-
-    Returns:
-        One line, the same on every rank.
-    """
-    batches, _ = state.loader.read(failed)
-    nothing = pack([], state.tokenizer.tokens, state.loader.samples.channels)
-    found = []
-    for rank in range(state.world.size):
-        for batch in batches:
-            mine = batch if rank == state.world.rank else nothing
-            loss = state.model(mine.to(state.world.device)) / max(1, batch.num_supervised)
-            loss.backward()
-            finite = bool(torch.isfinite(loss.detach()))
-            gradients = all(torch.isfinite(parallel.local_shard(p.grad)).all().item()
-                            for p in state.optimizer.parameters.values() if p.grad is not None)
-            for parameter in state.optimizer.parameters.values():
-                parameter.grad = None
-            found.append((finite, gradients, batch.sample_ids))
-    said = state.world.gather_objects(found)
-    lines = []
-    for i in range(len(found)):
-        rank = i // len(batches)
-        finite, _, sample_ids = said[rank][i]
-        if not (finite and all(seen[i][1] for seen in said)):
-            what = "gradient" if finite else "loss"
-            lines.append(f"rank {rank}: non-finite {what}, samples {', '.join(sample_ids)}")
-    return "; ".join(lines) or "no micro-batch is non-finite on its own: the sum over ranks and micro-batches is"

@@ -70,12 +70,12 @@ def written_parts(tensors: dict) -> dict[str, LocalShard]:
             for name, shard in held.items() if shard.local.numel() or shard.offset == 0}
 
 
-def write(path, shards: dict[str, LocalShard]) -> None:
-    """Write a snapshot to one safetensors file, as readable for others as its folder is."""
+def write(path, shards: dict[str, LocalShard], mark: dict[str, str] | None = None) -> None:
+    """Write a snapshot to one safetensors file, as readable for others as its folder is; `mark` joins its metadata."""
     places = {name: {"shape": shard.shape, "offset": shard.offset} for name, shard in shards.items()
               if shard.shape != tuple(shard.local.shape)}
     save_file({name: shard.local for name, shard in shards.items()}, path,
-              {"format": "pt", "shards": json.dumps(places)})
+              {"format": "pt", "shards": json.dumps(places), **(mark or {})})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
 
 

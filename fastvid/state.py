@@ -24,9 +24,11 @@ class TrainState:
         step: optimizer steps done.
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
-        stop_signal: signal that asked this rank to stop, or 0.
+        stop_signal: signal that asked this rank to stop, or 0. SIGPIPE: nobody reads what it prints any more.
         waited: seconds that this rank has waited for the data of the next step.
         skipped_before: samples that were skipped, on all ranks, before the run was resumed.
+        run: by which checkpoints of this run are known, however often it is resumed.
+        content: on rank 0 what the run is made of (`fastvid.content`), once that was asked.
     """
 
     config: TrainConfig
@@ -47,6 +49,8 @@ class TrainState:
     stop_signal: int = 0
     waited: float = 0.0
     skipped_before: int = 0
+    run: str | None = None
+    content: dict | None = None
 
     @property
     def order(self):
@@ -64,6 +68,7 @@ class StepResult:
         counts: samples, rows, operations and so on.
         waited: seconds that a rank waited for data before it, on average.
         stop_signal: the signal that asked any rank to stop, or 0.
+        drawn: samples drawn since this process began, on all ranks; `skipped` of them could not be used.
     """
 
     loss: torch.Tensor
@@ -72,3 +77,5 @@ class StepResult:
     counts: flops.StepCounts
     waited: float
     stop_signal: int
+    drawn: int
+    skipped: int

@@ -10,23 +10,41 @@ Dimensions: see `fastvid.batch`.
 """
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
+import signal
 import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import flops, heartbeat, host_memory, parallel, planning, recovery
+from fastvid import (
+    diagnosis,
+    flops,
+    heartbeat,
+    host_memory,
+    overview,
+    parallel,
+    planning,
+    recovery,
+    run_lock,
+    signals,
+)
 from fastvid.config import TrainConfig
-from fastvid.data.batching import SampleSet, evaluation_loader, training_loader
-from fastvid.data.conversation import load_tokenizer
+from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
+from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
+from fastvid.data.workers import Stopped
+from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
-from fastvid.model.video_llava import VideoLlava
+from fastvid.model.video_llava import ModelConfig, VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
 from fastvid.optim import Optimizer, learning_rate
 from fastvid.profiling import Profiler
@@ -39,6 +57,57 @@ log = logging.getLogger("fastvid")
 _COLLECT_EVERY = 200  # steps between collections of Python's garbage
 # The largest batch need not be among them, but what every step takes is.
 _STEPS_BEFORE_MEMORY_IS_TOLD = 3
+_DRAWN_BEFORE_JUDGED = 64  # samples, before the share of those that are skipped says something
+
+
+class Prepared(NamedTuple):
+    """What a run is made of before there is a model: see `TrainState`; `attention` is that which was settled."""
+
+    config: TrainConfig
+    tokenizer: VideoTokenizer
+    model_config: ModelConfig
+    loader: Loader
+    evaluation: Loader | None
+    attention: str
+    plan: planning.MemoryPlan
+
+
+def prepare(config, world):
+    """Check the flags, read the data, and plan; say what the run consists of.
+
+    Args:
+        config: `TrainConfig`.
+        world: `parallel.start()`.
+
+    Raises:
+        ValueError: a flag, file or sample that cannot be used, with the remedy.
+    """
+    config = planning.checked(config)
+    if config.pretrain_mm_mlp_adapter is not None:
+        found = projector_path(config.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
+        if found != Path(config.pretrain_mm_mlp_adapter):
+            config = dataclasses.replace(config, pretrain_mm_mlp_adapter=str(found))
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    parallel.compute_repeatably(config.full_determinism)
+
+    tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    features = FeatureFolder(config.video_folder) if config.video_folder else None
+    samples = SampleSet(config.data_path, tokenizer, features, config)
+    model_config = read_model_config(
+        config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
+        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
+    samples.fit(model_config.mm_hidden_size)
+    loader = training_loader(config, samples, world)
+    config = planning.with_whole_steps(config, loader.order.total_steps)
+    evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
+
+    sizes, dtype = model_config.decoder, planning.compute_dtype(config)
+    attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
+                                 sizes.head_dim)
+    for line in overview.overview(config, model_config, loader, world, attention):
+        log.info("%s", line)
+    plan = planning.plan_memory(config, model_config, loader, world, attention)
+    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
 
 
 def build(config, world):
@@ -51,24 +120,8 @@ def build(config, world):
     Raises:
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
-    config = planning.checked(config)
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    parallel.compute_repeatably(config.full_determinism)
-
-    tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
-    features = FeatureFolder(config.video_folder) if config.video_folder else None
-    samples = SampleSet(config.data_path, tokenizer, features, config)
-    model_config = read_model_config(
-        config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
-        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
-    samples.fit(model_config.mm_hidden_size)
-    loader = training_loader(config, samples, world)
-    evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
-
-    sizes, dtype = model_config.decoder, planning.compute_dtype(config)
-    attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
-                                 sizes.head_dim)
-    plan = planning.plan_memory(config, model_config, loader, world, attention)
+    config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
+    dtype = planning.compute_dtype(config)
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)
     with torch.device("meta"):
@@ -90,21 +143,26 @@ def build(config, world):
     return TrainState(
         config=config, world=world, tokenizer=tokenizer, model=model,
         optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
-        warmup_steps=config.warmup_steps or math.ceil(loader.order.total_steps * config.warmup_ratio),
+        warmup_steps=planning.warmup_steps(config, loader.order.total_steps),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
         staging=Staging(world.device), plan=plan)
 
 
 def train_step(state, batches):
-    """One optimizer step over `batches`, this rank's micro-batches.
+    """One optimizer step over `batches`, this rank's micro-batches; None where it was stopped while it waited for them.
 
     Returns:
-        `StepResult`; no number in it has waited for the device.
+        `StepResult`; no number in it has waited for the device. None, and no rank makes the step, where a rank has no
+        batches, or has seen that a checkpoint could not be written.
     """
     config, world = state.config, state.world
-    mine = flops.total(map(state.formula.counts, batches))
-    *counts, waited, stop = world.sum_on_host([*mine, state.waited, state.stop_signal])
+    mine = flops.total(map(state.formula.counts, batches or ()))
+    halted = batches is None or state.saver.failed
+    *counts, drawn, skipped, waited, halted, stop = world.sum_on_host(
+        [*mine, state.loader.drawn, state.loader.skipped, state.waited, halted, state.stop_signal])
+    if halted:
+        return None
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
     state.model.keep_casts(len(batches) > 1)
@@ -127,19 +185,26 @@ def train_step(state, batches):
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
     stop_signal = max(world.gather_objects(state.stop_signal)) if stop else 0
-    return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal)
+    return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal, int(drawn), int(skipped))
 
 
 @torch.no_grad()
 def evaluate(state):
-    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token."""
-    total, supervised = torch.zeros((), dtype=torch.float64, device=state.world.device), 0
-    for _, batches in state.evaluation.iterate():
-        for batch in state.staging.copies(batches):
-            total += state.model(batch)
-            supervised += batch.num_supervised
+    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token.
+
+    None where a rank is to stop: who sends SIGTERM does not wait for the rest.
+    """
+    world = state.world
+    total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    with contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
+        for batches in _timed(state, steps):
+            if world.sum_on_host([state.stop_signal or batches is None])[0]:
+                return None
+            for batch in state.staging.copies(batches):
+                total += state.model(batch)
+                supervised += batch.num_supervised
     parallel.reshard(state.model)
-    total, supervised = state.world.sum_on_host([total.item(), supervised])
+    total, supervised = world.sum_on_host([total.item(), supervised])
     return total / supervised if supervised else math.nan
 
 
@@ -151,19 +216,21 @@ def loop(state):
     """
     config, order = state.config, state.order
     metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
-                      report_to=config.report_to, progress=not config.disable_tqdm, rank=state.world.rank,
+                      report_to=config.report_to, run_name=config.run_name, project=config.project,
+                      flags=dataclasses.asdict(config), progress=not config.disable_tqdm, rank=state.world.rank,
                       peak_flops=planning.peak_flops(config, state.world),
                       row_budget=planning.row_budget(config, state.world))
     profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
-          recovery.stop_signals(state), parallel.naming_the_dead(state.world), state.saver,
+          signals.noted(partial(_note_stop, state)), parallel.naming_the_dead(state.world), state.saver,
           host_memory.collecting_when_told()):
-        metrics.message(f"operations of a step: {state.formula}" + (
-            f"; peak {metrics.peak_flops / 1e12:,.6g} TFLOP/s" if metrics.peak_flops else ""))
         first_step = state.step
-        for batches in _timed(state, state.loader.iterate(state.step)):
+        for batches in _timed(state, state.loader.iterate(state.step, lambda: state.stop_signal)):
             result = train_step(state, batches)
+            if result is None:
+                state.saver.wait()  # raises what could not be written, if that is why
+                return _stop(state, metrics)
             metrics.count(result.counts)
             metrics.wait(result.waited)
             profiler.step()
@@ -178,21 +245,32 @@ def loop(state):
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
                 return _end_not_finite(state, failed, metrics)
+            if (saves or ends) and (broken := diagnosis.broken_by_an_update(state)):
+                metrics.message(f"training ends after step {state.step}: {broken}")
+                return 1
             if logs:
                 _log(state, result, metrics)
-            # Who sends SIGTERM does not wait for a validation.
             if state.evaluation and not stops and _due(state, config.eval_strategy, config.eval_steps):
                 with metrics.paused():
                     eval_loss = evaluate(state)
+                if eval_loss is None:
+                    return _stop(state, metrics)
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
-            if saves:
-                metrics.stall(recovery.save(state))
             if stops:
-                metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
-                return 128 + result.stop_signal
+                return _stop(state, metrics)
+            too_many = _too_many_skipped(state, result)
+            if saves or too_many:
+                metrics.stall(recovery.save(state))
+            if too_many:
+                raise ValueError(too_many)
+            if metrics.unheard:
+                state.stop_signal = state.stop_signal or signal.SIGPIPE
         for path in recovery.write_results(state):
             metrics.message(f"wrote {path}")
-        metrics.message(metrics.summary())
+        remarks, skipped = state.loader.account(state.world)
+        for remark in remarks:
+            metrics.message(remark)
+        metrics.message(f"{metrics.summary()}, {skipped}")
     return 0
 
 
@@ -200,12 +278,19 @@ def train(config):
     """Run a training job; returns `loop`'s exit code."""
     heartbeat.show_stacks()
     world = parallel.start(config.ddp_timeout)
-    with parallel.speaking_once(world):
-        state = build(config, world)
-        if not config.dry_run:
+    if config.dry_run:
+        with parallel.speaking_once(world):
+            _, tokenizer, model_config, loader, *_ = prepare(config, world)
+            for line in overview.dry_run_lines(config, model_config, tokenizer, loader.order.total_steps):
+                log.info("%s", line)
+        parallel.finish(world)
+        return 0
+    with run_lock.held(config.output_dir, world):
+        with parallel.speaking_once(world):
+            state = build(config, world)
             recovery.resume(state)
-    code = 0 if config.dry_run else loop(state)
-    parallel.finish(world)
+        code = loop(state)
+        parallel.finish(world)
     return code
 
 
@@ -217,14 +302,37 @@ def main(argv=None):
 
 
 def _timed(state, steps):
-    """The batches of each step; `state.waited` is how long the loop waited for them."""
+    """The batches of each step; `state.waited` is how long the loop waited for them. None after a wait that a signal
+    ended."""
     while True:
-        begin = time.perf_counter()
-        _, batches = next(steps, (None, None))
-        state.waited = time.perf_counter() - begin
-        if batches is None:
+        begin, batches = time.perf_counter(), None
+        try:
+            _, batches = next(steps)
+        except StopIteration:
             return
+        except Stopped:
+            pass
+        state.waited = time.perf_counter() - begin
         yield batches
+
+
+def _note_stop(state, number):
+    state.stop_signal = number
+
+
+def _stop(state, metrics):
+    """Keep the state after the last step, and give up as a signal asked; all ranks together."""
+    number = max(state.world.gather_objects(state.stop_signal))
+    if (failed := int(state.optimizer.failed_step)) >= 0:
+        return _end_not_finite(state, failed, metrics)
+    if broken := diagnosis.broken_by_an_update(state):
+        metrics.message(f"training ends after step {state.step}: {broken}")
+        return 1
+    if not state.saver.has(state.step):
+        metrics.stall(recovery.save(state))
+    state.saver.wait()
+    metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
+    return 128 + number
 
 
 def _due(state, strategy, every):
@@ -233,6 +341,15 @@ def _due(state, strategy, every):
         return state.step % every == 0
     epoch, ends = state.order.epoch_after, state.step == state.order.total_steps  # maybe within an epoch
     return strategy == "epoch" and (ends or int(epoch(state.step)) > int(epoch(state.step - 1)))
+
+
+def _too_many_skipped(state, result):
+    """Why the run ends, where more samples are skipped than may be; None otherwise."""
+    limit = state.config.max_skipped
+    if result.drawn < min(_DRAWN_BEFORE_JUDGED, len(state.loader.samples)) or result.skipped <= limit * result.drawn:
+        return None
+    return (f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
+            "what the lines above name, or raise --max_skipped")
 
 
 def _log(state, result, metrics):
@@ -249,9 +366,14 @@ def _end_not_finite(state, failed, metrics):
     """Keep the state before step `failed` (from 0), say what made it non-finite, and give up."""
     state.step = failed
     state.optimizer.failed_step.fill_(-1)
-    recovery.save(state)
-    metrics.message(f"step {failed + 1} is not finite; no parameter or moment has changed since the step before it. "
-                    + recovery.explain_not_finite(state, failed))
+    said = f"step {failed + 1} is not finite; "
+    if broken := diagnosis.broken_by_an_update(state):
+        metrics.message(said + broken)
+        return 1
+    if not state.saver.has(state.step):
+        recovery.save(state)
+    metrics.message(f"{said}no parameter or moment has changed since the step before it. "
+                    + diagnosis.explain_not_finite(state, failed))
     return 1
 
 

@@ -5,9 +5,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from fastvid import config as configs
-from fastvid.data import annotations
+from fastvid.data.annotations import Remarks, examine
+from fastvid.data.records import place, read_records
+from fastvid.data.styles import record_videos
+from fastvid.files import shown
 from fastvid.flags import parse
 
 SHOWN = 3  # examples of each kind of problem
@@ -22,7 +26,10 @@ class Report:
         records: records read; `text_only` of them name no video; `duplicates` of them repeat an earlier one.
         videos: records by video.
         layouts: feature files by (R, C, dtype); None if they were not looked at.
+        makers: feature files by (tower, its revision, frames per video), as far as their headers tell.
+        formats: feature files by ending.
         problems: by kind, how many; and the first few, in words.
+        remarks: what training leaves out, changes or makes up in records that it takes.
     """
 
     files: int = 0
@@ -31,8 +38,11 @@ class Report:
     duplicates: int = 0
     videos: Counter = field(default_factory=Counter)
     layouts: Counter | None = None
+    makers: Counter = field(default_factory=Counter)
+    formats: Counter = field(default_factory=Counter)
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    remarks: Remarks = field(default_factory=Remarks)
 
     def add(self, kind, message):
         self.problems[kind] += 1
@@ -43,53 +53,62 @@ class Report:
 def validate(config: configs.ValidateConfig) -> Report:
     """Check every record, and every feature file that they name, without stopping at what is wrong.
 
-    Features are looked at only with a `video_folder`: existence, size against the header, and that all have the same C.
-    R may differ, but under `num_video_tokens`, which is then every video's, and under ``--parity reference``.
+    A record is a problem where training would refuse it or skip it. Features are read only with a `video_folder`, and
+    under `quick` their headers alone: all must have the same C. R may differ, but under `num_video_tokens`, which is
+    then every video's, and under ``--parity reference``.
 
     Raises:
         ValueError: `video_folder` is no folder.
         OSError: a data file cannot be opened.
     """
-    report, seen = Report(), set()
+    report, seen, kept = Report(), set(), []
     for path in config.data_path:
         report.files += 1
         try:
-            records = annotations.read_records(path)
+            records = read_records(path)
         except ValueError as error:
             report.add("unreadable data file", str(error))
             continue
-        for index, record in enumerate(records):
-            _check_record(report, seen, record, index, path)
+        if not records:
+            report.add("data file without a record", shown(path))
+        for number, record in enumerate(records):
+            if (read := _check_record(report, seen, record, number, path, config)) is not None:
+                kept.append((path, number, read))
     if config.video_folder is not None:
-        _check_features(report, config)
+        rows = _check_features(report, config)
+        if config.model_name_or_path is not None and not config.quick and Path(config.model_name_or_path).is_dir():
+            _check_lengths(report, config, kept, rows)
     return report
 
 
-def _check_record(report, seen, record, index, path):
+def _check_record(report, seen, record, number, path, config):
+    """The record as training reads it; None where it is at fault."""
     report.records += 1
-    fault = annotations.training_fault(record)
-    if fault is not None:
-        kind = f"malformed record, field '{fault[0]}'" if fault[0] else "malformed record"
-        report.add(kind, f"{path}: record {index} (from 0): {annotations.describe(fault)}")
-        return
+    found = examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
+    if found.fault is not None:
+        report.add(found.fault.kind, f"{place(path, number)}: {found.fault.text}")
+        return None
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
     report.duplicates += digest in seen
     seen.add(digest)
-    videos = annotations.record_videos(record)
+    videos = record_videos(found.record)
     report.videos.update(videos)
     report.text_only += not videos
-    placeholders = sum(turn["value"].count("<video>") for turn in record["conversations"])
-    if placeholders != len(videos):
-        report.add("<video> placeholders and videos differ in number",
-                   f"{path}: record {index} (from 0, id {record['id']}): {placeholders} <video>, {len(videos)} videos")
+    report.remarks.add(found.remarks, path, number)
+    return found.record
 
 
 def _check_features(report, config):
+    """Rows of the videos whose features can be used."""
     from tqdm import tqdm
 
-    from fastvid.data.features import FeatureFolder, MissingFeatures, probe_features
+    from fastvid.data.features import FeatureFolder, MissingFeatures, feature_header, load_features, probe_features
+    from fastvid.provenance import Provenance
 
     features, paths = FeatureFolder(config.video_folder), {}
+    if not report.videos and features.empty:
+        report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
+                                       "record names a video")
     for video, count in report.videos.items():
         try:
             paths[video] = features.resolve(video)
@@ -100,7 +119,9 @@ def _check_features(report, config):
 
     def probe(path):
         try:
-            return probe_features(path)
+            if not config.quick:
+                load_features(path)
+            return probe_features(path), Provenance.of(feature_header(path))
         except (ValueError, OSError) as error:
             return error
 
@@ -111,19 +132,65 @@ def _check_features(report, config):
             if isinstance(result, Exception):
                 report.add("features unreadable", str(result))
             else:
-                found[video] = result
-                report.layouts[result] += 1
+                found[video], made = result
+                report.layouts[found[video]] += 1
+                report.formats[paths[video].suffix] += 1
+                if made.tower_revision is not None:
+                    report.makers[made.tower, made.tower_revision, made.num_frames] += 1
     if not found:
-        return
+        return {}
+    _check_towers(report)
     (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
     required = config.num_video_tokens
     if required is None and config.policy.one_video_length:
         (required, _), = Counter(rows for rows, channels, _ in found.values() if channels == C).most_common(1)
+    usable = {}
     for video, (rows, channels, _) in found.items():
-        if channels != C or rows != (required or rows):
+        if channels == C and rows == (required or rows):
+            usable[video] = rows
+        else:
             report.add("features of another shape",
                        f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
                        f"× {C}; extract all with one tower")
+    return usable
+
+
+def _check_lengths(report, config, kept, rows):
+    """Encode the samples, as training does, whose videos have `rows`: what is too long is cut, or skipped."""
+    from tqdm import tqdm
+
+    from fastvid.data.conversation import encode_sample, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    except ValueError as error:
+        report.add("no tokenizer", str(error))
+        return
+    told = set(report.remarks.counts)
+    for path, number, record in tqdm(kept, "tokens", unit=" samples", disable=None):
+        if not all(video in rows for video in record_videos(record)):
+            continue  # told already
+        sample = encode_sample(
+            record, tokenizer, rows_of=rows.__getitem__, use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length, policy=config.policy, version=config.version,
+            question_order=config.question_order)
+        if sample.refused:
+            report.add("samples longer than --model_max_length", f"{place(path, number)}: {sample.refused}")
+        report.remarks.add([each for each in sample.remarks if each not in told], path, number)
+
+
+def _check_towers(report):
+    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most."""
+    towers = Counter()
+    for (tower, revision, _), count in report.makers.items():
+        towers[revision] += count
+    (most, _), *others = towers.most_common() or [(None, 0)]
+    names = {revision: tower for tower, revision, _ in report.makers}
+    for revision, count in others:
+        report.problems["features of another vision tower"] += count
+        report.examples.setdefault("features of another vision tower", []).append(
+            f"{count:,} of {names[revision]} ({revision[:19]}…), {towers[most]:,} of {names[most]} ({most[:19]}…): "
+            "extract all with one tower (fastvid extract --overwrite True)")
 
 
 def summary(report: Report) -> str:
@@ -137,14 +204,21 @@ def summary(report: Report) -> str:
     if report.layouts is None:
         lines.append("features    not looked at: no --video_folder")
     for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
-        lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}")
+        rounded = ", rounded to float32" * (str(dtype) == "torch.float64")
+        lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}{rounded}")
+    if len(report.formats) > 1:
+        counts = ", ".join(f"{count:,} {ending}" for ending, count in report.formats.most_common())
+        lines.append(f"formats     {counts}")
+    for (tower, revision, frames), count in report.makers.most_common(SHOWN):
+        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
+    lines += [f"remark      {line}" for line in report.remarks.lines()]
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]
-        if count > SHOWN:
+        if count > len(report.examples[kind]) >= SHOWN:
             lines.append(f"    … and {count - SHOWN:,} more")
     total = sum(report.problems.values())
     return "\n".join([*lines, f"{total:,} problem{'s' * (total != 1)}" if total else "nothing wrong"])

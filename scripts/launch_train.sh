@@ -34,7 +34,7 @@ else
   rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-fastvid}")
 fi
 
-exec torchrun --nproc_per_node "$NPROC_PER_NODE" --max_restarts "$MAX_RESTARTS" "${rendezvous[@]}" "$(dirname "${BASH_SOURCE[0]}")/train.py" \
+flags=(
   --model_name_or_path "$MODEL" \
   --version v1 \
   --data_path "$DATA" \
@@ -61,3 +61,14 @@ exec torchrun --nproc_per_node "$NPROC_PER_NODE" --max_restarts "$MAX_RESTARTS" 
   --gradient_checkpointing True \
   --lazy_preprocess True \
   "$@"
+)
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# A wrong flag is told at once; what else a restart does not mend is kept in a file, where torchrun's restarts find it and
+# end. It is told again when torchrun has ended, below its own report: then the other end of descriptor 9 is closed.
+python3 -c 'import sys; sys.path.insert(0, sys.argv.pop(1)); from fastvid import flags; flags.parse(flags.config_of("train"))' \
+  "$here/.." "${flags[@]}"
+FASTVID_MISTAKE=$(mktemp -d)/mistake
+export FASTVID_MISTAKE
+exec 9> >(trap "" INT TERM HUP; cat; [[ ! -f $FASTVID_MISTAKE ]] || cat "$FASTVID_MISTAKE" >&2; rm -rf "${FASTVID_MISTAKE%/*}")
+exec torchrun --nproc_per_node "$NPROC_PER_NODE" --max_restarts "$MAX_RESTARTS" "${rendezvous[@]}" "$here/train.py" "${flags[@]}"

@@ -89,7 +89,6 @@ step "chat about clips that training never saw"
 for clip in held_out_first_red_blue_00 held_out_left_blue_red_00; do
   question=$([[ $clip == *first* ]] && echo "Which colour comes first?" || echo "Which colour is on the left?")
   say_and_do fastvid chat --model_name_or_path "$OUT/llava" --projector "$OUT/stage2/mm_projector.bin" \
-    --vision_tower "$OUT/tower_b" --num_frames 16 --conv_mode vicuna_v1_1 \
     --video "$OUT/videos/$clip.mp4" --question "$question"
 done
 
@@ -101,18 +100,17 @@ if [[ $compare ]]; then
   say_and_do "${stage1[@]}" --question_order video_first --share_video True --output_dir "$OUT/stage1_video_first"
   say_and_do fastvid export --checkpoint "$OUT/stage1_video_first" --format llama --output "$OUT/llava_video_first"
 
-  ask() { # ask NAME MODEL FEATURES ORDER [more flags]
+  ask() { # ask NAME MODEL FEATURES [more flags]: in the order in which it was trained
     say_and_do python scripts/quickstart/evaluate.py "$OUT" --results compare.jsonl --name "$1" \
-      --model "$OUT/$2" --features "$OUT/$3" --question_order "$4" "${@:5}"
+      --model "$OUT/$2" --features "$OUT/$3" "${@:4}"
   }
-  ask "base of stage 1" llava features_a reference
-  ask "base of stage 1, asked video first" llava features_a video_first
-  ask "base that learned video first" llava_video_first features_a video_first
+  ask "base of stage 1" llava features_a
+  ask "base that learned video first" llava_video_first features_a
 
   step "compare: stage 2 with shared videos and with the video first"
   adapt() { # adapt NAME BASE ORDER [more flags]
     say_and_do "${stage2[@]}" --model_name_or_path "$OUT/$2" --question_order "$3" --output_dir "$OUT/compare/$1" "${@:4}"
-    ask "$1" "$2" features_b "$3" --projector "$OUT/compare/$1/mm_projector.bin"
+    ask "$1" "$2" features_b --projector "$OUT/compare/$1/mm_projector.bin"
   }
   adapt "adapter" llava reference
   adapt "adapter, shared" llava reference --share_video True

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from checkpoint_cases import flip_a_bit
 
 from fastvid import chat as chat_module
 from fastvid import checkpoint
@@ -204,6 +205,9 @@ def test_every_form_of_a_trained_projector_is_read(make_model, tmp_path):
         loaded = Chat(model_name_or_path=str(model), projector=str(path), device="cpu").model
         torch.testing.assert_close(loaded.projector[0].weight.detach(),
                                    projector_state(scale=2.0)["model.mm_projector.weight"], rtol=0, atol=0)
+    flip_a_bit(next((run / "checkpoint-10").glob("model-*")))
+    with pytest.raises(ValueError, match="checkpoint-10 is damaged: the sha256 of model-00000"):
+        Chat(model_name_or_path=str(model), projector=str(run / "checkpoint-10"), device="cpu")
     with pytest.raises(ValueError, match="give the trained one with --projector"):
         Chat(model_name_or_path=str(model), device="cpu")
     with pytest.raises(ValueError, match="neither a projector file"):
@@ -241,6 +245,12 @@ def test_one_question_prints_the_answer_alone(chat, model, folder, features, cap
     assert capsys.readouterr().out == chat.ask_features(features, "what is?") + "\n"
 
 
+@pytest.mark.parametrize("question", ["", "  "])
+def test_an_empty_question_is_refused(model, folder, question):
+    with pytest.raises(ValueError, match="--question is empty"):
+        main(flags(model, "--video", folder / "a.safetensors", "--question", "what is?", "--question", question))
+
+
 def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, folder, capsys, monkeypatch):
     made = []
     features_of = Chat.features
@@ -262,13 +272,55 @@ def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features
     assert main(flags(model, "--video", folder, "--questions_file", path)) == 1
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["video"] for line in lines] == ["a", "clip.mp4", "a"]
-    assert [lines[0]["answer"], lines[2]["answer"]] == [
+    assert [line["video"] for line in lines] == [video for video, _ in pairs]
+    assert [lines[0]["answer"], lines[4]["answer"]] == [
         chat.ask_features(features, text) for text in ("who is?", "what is?")]
+    assert ["error" in line for line in lines] == [False, False, True, True, False]
+    assert "holds <vid_patch>" in lines[2]["error"] and "record 3" in lines[3]["error"]
     assert "record 3" in err and "holds <vid_patch>" in err
     for pairs, code in (([("a", "who is?")], 0), ([("a", "who is?"), ("unknown", "who is?")], 1)):
         path = questions_file(tmp_path, *pairs)
         assert main(flags(model, "--video", folder, "--questions_file", path)) == code
+    with pytest.raises(ValueError, match="none of the 1 questions can be asked; the first: .*'unknown'"):
+        main(flags(model, "--video", folder, "--questions_file", questions_file(tmp_path, ("unknown", "who is?"))))
+
+
+def test_a_test_of_consistency_is_one_line(chat, model, folder, features, tmp_path, capsys):
+    path = tmp_path / "consistency.json"
+    path.write_text(json.dumps([{"video_name": "a", "Q1": "who is?", "Q2": "what is?", "A": "cards"},
+                                {"video_name": "bad", "Q1": "who is?", "Q2": "what is?", "A": "cards"}]))
+    assert main(flags(model, "--video", folder, "--questions_file", path)) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [first["pred1"], first["pred2"]] == first["answer"] == [
+        chat.ask_features(features, text) for text in ("who is?", "what is?")]
+    assert second["A"] == "cards" and "cannot be opened" in second["error"]
+
+
+def test_what_is_no_video_is_told_before_anything_is_loaded(folder, tmp_path):
+    pictures = {"a.png": b"\x89PNG\r\n\x1a\n", "b.mp4": b"\xff\xd8\xff\xe0", "c.webp": b"RIFF\0\0\0\0WEBPVP8 "}
+    for name, content in pictures.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"--video .*{name} is an image, not a video"):
+            main(flags("no model", "--video", tmp_path / name, "--question", "what is?"))
+    (tmp_path / "d.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="d.mp4 is a git-lfs pointer"):
+        main(flags("no model", "--video", tmp_path / "d.mp4", "--question", "what is?"))
+    with pytest.raises(ValueError, match="--video https://example.com/a.mp4 is a URL: download"):
+        main(flags("no model", "--video", "https://example.com/a.mp4", "--question", "what is?"))
+
+
+def test_pictures_in_a_folder_cost_a_line_each(model, folder, capsys):
+    (folder / "bad.mp4").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    assert main(flags(model, "--video", folder, "--question", "what is?")) == 1
+    assert "bad.mp4 is an image, not a video" in capsys.readouterr().err
+
+
+def test_one_bad_video_is_the_users_mistake(model, folder):
+    for questions in (["what is?"], ["what is?", "who is?"]):
+        with pytest.raises(ValueError, match="bad.mp4.*cannot be opened"):
+            main(flags(model, "--video", folder / "bad.mp4", "--question", *questions))
+    with pytest.raises(ValueError, match="holds <vid_end>"):
+        main(flags(model, "--video", folder / "a.safetensors", "--question", "<vid_end>"))
 
 
 def test_questions_typed_at_a_terminal_keep_their_history(chat, model, folder, features, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step, tensors_of
 from ranks import FORKS
 
-from fastvid import checkpoint, shards
+from fastvid import checkpoint, found, shards
 from fastvid.checkpoint import LocalShard
 from fastvid.host_copies import HostCopies
 
@@ -131,18 +131,14 @@ def cut_short(path):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, os.unlink])
 @pytest.mark.parametrize("name", ["model-00000-of-00001.safetensors", "state.json", "checksums.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage, caplog):
     save_step(tmp_path, 5)
     damage(save_step(tmp_path, 10) / name)
-    reports = []
-    found = checkpoint.newest_valid(tmp_path, on_invalid=lambda path, reason: reports.append((path.name, reason)))
-    assert_holds(found, 5)
-    [(path, reason)] = reports
-    assert path == "checkpoint-10" and name in reason
+    assert_holds(checkpoint.newest_valid(tmp_path), 5)
+    [told] = caplog.messages
+    assert re.search(f"checkpoint-10 is passed over: .*{name}", told)
     if damage is cut_short and name != "checksums.json":
-        assert re.search(r"has \d+ bytes, \d+ were written", reason)
-    with pytest.warns(UserWarning, match=f"checkpoint-10 is passed over: .*{name}"):
-        checkpoint.newest_valid(tmp_path)
+        assert re.search(r"has \d+ bytes, \d+ were written", told)
     save_step(tmp_path, 10)
     assert_holds(checkpoint.newest_valid(tmp_path), 10)
 
@@ -159,10 +155,10 @@ def test_no_name_in_the_checksums_leads_out_of_the_folder(tmp_path):
     outside = tmp_path / "model-00009-of-00010.safetensors"
     outside.write_bytes(b"secret")
     checksums = json.loads((path / "checksums.json").read_text())
-    checksums["files"][f"../{outside.name}"] = checkpoint._measure(outside)
+    checksums["files"][f"../{outside.name}"] = found.measure(outside)
     (path / "checksums.json").write_text(json.dumps(checksums))
-    with pytest.warns(UserWarning, match="is missing"):
-        assert checkpoint.newest_valid(tmp_path) is None
+    with pytest.raises(ValueError, match="checkpoint-1 is damaged: .*is missing"):
+        checkpoint.newest_valid(tmp_path)
     assert_same(checkpoint.read_full(path, "model"), tensors_of(1))
 
 
@@ -239,11 +235,13 @@ def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
         child.start()
         child.join(60)
         assert child.exitcode in (0, -signal.SIGKILL)
-        found = checkpoint.newest_valid(folder)
-        assert found is not None, f"killed before call {fatal}"
-        assert found.name in (f"checkpoint-{before[-1]}", f"checkpoint-{step}")
-        assert all(checkpoint._fault(path) is None for path in folder.glob("checkpoint-*"))
-        assert_holds(found, int(found.name.removeprefix("checkpoint-")))
+        checkpoint.tidy(folder)
+        assert not [name for name in names_in(folder) if name.startswith(".")]
+        newest = checkpoint.newest_valid(folder)
+        assert newest is not None, f"killed before call {fatal}"
+        assert newest.name in (f"checkpoint-{before[-1]}", f"checkpoint-{step}")
+        assert all(found.fault(path) is None for path in folder.glob("checkpoint-*"))
+        assert_holds(newest, int(newest.name.removeprefix("checkpoint-")))
         save_step(folder, step, total_limit=2)
         kept = sorted({*before, step})[-2:]
         assert names_in(folder) == [f"checkpoint-{kept_step}" for kept_step in kept]

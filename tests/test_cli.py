@@ -149,3 +149,41 @@ def test_a_rank_leaves_without_taking_the_interpreter_down(rank):
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**ENVIRONMENT, **rank})
     assert found.returncode == 3 and found.stdout.split("\n")[0] == "done"
     assert ("taken down" in found.stdout) == (not rank)
+
+
+@pytest.mark.parametrize("error, kept", [
+    (ValueError("--version v9"), True), (FileNotFoundError(2, "No such file", "x.json"), True),
+    (ConnectionError("rank 1 lost rank 0"), False), (OSError(28, "No space left on device"), False)])
+def test_what_a_restart_does_not_mend_is_kept_for_it(command, error, kept, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mistake"
+    monkeypatch.setenv("FASTVID_MISTAKE", str(file))
+    command(raising(error))
+    assert code_of(cli.run, "train", []) == 2
+    line = f"fastvid train: error: {error}\n"
+    assert capsys.readouterr().err == line and file.exists() == kept
+    assert not kept or file.read_text() == line
+    command(lambda argv: pytest.fail("tried again") if kept else 0)
+    assert code_of(cli.run, "train", []) == (2 if kept else 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_of_a_mistake_that_all_ranks_make_one_is_told(command, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "mistake"
+    monkeypatch.setenv("FASTVID_MISTAKE", str(file))
+
+    def main(argv):
+        file.write_text("another rank's")
+        raise ValueError("--version v9")
+
+    command(main)
+    assert code_of(cli.run, "train", []) == 2
+    assert capsys.readouterr().err == "" and file.read_text() == "another rank's"
+
+
+@pytest.mark.parametrize("argv, code, word", [(["--help"], 0, "usage: "), (["--learning_rat", "1"], 2, "did you mean")])
+def test_flags_are_looked_at_before_anything_heavy_is_imported(argv, code, word):
+    script = ("import sys\nfrom fastvid.cli import main\n"
+              f"try:\n    main(['train', *{argv}])\nexcept SystemExit as exit:\n    assert exit.code == {code}\n"
+              "heavy = {'torch', 'transformers', 'numpy', 'av'} & set(sys.modules)\nassert not heavy, heavy")
+    found = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert found.returncode == 0 and word in found.stdout + found.stderr

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shlex
 
@@ -85,6 +86,59 @@ def test_an_unknown_flag_names_the_nearest(flag, near, capsys):
     name = flag.partition("=")[0]
     assert f"unknown flag {name}" in message
     assert near is None or message.endswith(f"did you mean {near}?")
+
+
+@pytest.mark.parametrize("config_class", CLASSES, ids=lambda config_class: config_class.__name__)
+def test_every_number_states_its_range(config_class):
+    """Broken by a new flag that is a number and says nothing of what it may be. Whole ones have a largest anyway."""
+    for field in dataclasses.fields(config_class):
+        lower, upper = {"at_least", "above"} & set(field.metadata), {"at_most", "below"} & set(field.metadata)
+        if re.search(r"\bint\b|\bfloat\b", str(field.type)):
+            assert lower and (upper or "int" in str(field.type)), field.name
+
+
+REQUIRED = {TrainConfig: TRAIN, ConvertConfig: ["--input_json_file", "a", "--output_json_file", "b"],
+            ExtractConfig: ["--video_dir_path", "a", "--clip_feat_path", "b"], ChatConfig: TRAIN[:2],
+            InspectConfig: TRAIN[:4], configs.ExportConfig: ["--checkpoint", "a", "--output", "b"],
+            configs.ValidateConfig: TRAIN[2:4], configs.DoctorConfig: []}
+NUMBERS = [(config_class, field) for config_class in REQUIRED for field in dataclasses.fields(config_class)
+           if configs.has_range(field)]
+
+
+@pytest.mark.parametrize("config_class, field", NUMBERS, ids=lambda value: getattr(value, "name", None) or
+                         value.__name__)
+def test_no_number_is_out_of_its_range(config_class, field, capsys):
+    """Both ends, from the command line and in Python, and what no number may be."""
+    low, above, high, below = (field.metadata.get(name) for name in ("at_least", "above", "at_most", "below"))
+    whole = "float" not in str(field.type)
+    bad = [low - 1 if low is not None else above, high + 1 if high is not None else below or 2**31, 2**64, -2**63]
+    bad += [] if whole else [float("nan"), float("inf"), -float("inf")]
+    for value in bad:
+        message = error_of(capsys, config_class, [*REQUIRED[config_class], f"--{field.name}", str(value)])
+        assert f"--{field.name} " in message and "give " in message, message
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"learning_rate": -1}, "--learning_rate -1: give 0 or more"),
+    ({"warmup_ratio": 3}, "--warmup_ratio 3: .*at most 1"),
+    ({"adam_beta2": 1.0}, "--adam_beta2 1.0: .*less than 1"), ({"max_grad_norm": math.nan}, "--max_grad_norm nan"),
+    ({"num_train_epochs": 0}, "--num_train_epochs 0: give more than 0"), ({"seed": -1}, "--seed -1: give 0 or more"),
+    ({"seed": 2**63}, "--seed 9223372036854775808"), ({"dataloader_num_workers": -1}, "--dataloader_num_workers -1"),
+    ({"warmup_steps": -5}, "--warmup_steps -5"), ({"save_steps": 1.5}, "--save_steps 1.5: .*whole numbers"),
+    ({"save_steps": 0}, "--save_steps 0: give more than 0"), ({"weight_decay": "x"}, "--weight_decay x"),
+    ({"data_weights": [1, math.inf]}, "--data_weights inf"), ({"bf16": True, "per_device_train_batch_size": True},
+                                                              "--per_device_train_batch_size True"),
+])
+def test_numbers_are_checked_in_python_too(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("m", ["d"], output_dir="o", **settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {"learning_rate": 0}, {"warmup_ratio": 1}, {"save_steps": 0.5}, {"save_steps": 3.0}, {"seed": 2**63 - 1},
+    {"max_grad_norm": 0}, {"weight_decay": 0.1}, {"max_steps": -1}, {"adam_beta1": 0}, {"save_total_limit": None}])
+def test_the_ends_of_ranges_are_in_them(settings):
+    TrainConfig("m", ["d"], output_dir="o", **settings)
 
 
 @pytest.mark.parametrize("argv, word", [

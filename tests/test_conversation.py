@@ -224,7 +224,8 @@ def test_several_videos_need_a_list_of_them(encode, tokenizers):
     (record("<video>", "see <vid_patch>"), "holds <vid_patch>"),
     (record("<video>", "see <vid_end>"), "holds <vid_end>"),
     (record("What", "see <vid_patch>", video=None), "holds <vid_patch>"),
-    ({**record("<video>", "cat"), "id": 7}, "field 'id'"),
+    (record("<image>", "cat", video=None), "the text holds <image>"),
+    ({**record("What", "cat", video=None), "image": "a.jpg"}, "field 'image': only videos and text"),
 ])
 def test_refused_records_still_show_their_tokens(encode, bad, reason):
     sample = encode(bad)
@@ -238,7 +239,8 @@ def test_refused_records_still_show_their_tokens(encode, bad, reason):
     ({"id": "r", "video": 3, "conversations": record("a", "b")["conversations"]}, "video"),
     ({"id": "r", "conversations": [{"from": "human", "value": "a"}] * 2}, "turn 1 is from human again"),
     ({"id": "r", "conversations": [{"from": "gpt", "value": "a"}] * 2}, "turn 1 is from gpt again"),
-    ({"id": "r", "conversations": [{"from": "system", "value": "a"}]}, "turn 0"),
+    ({"id": "r", "conversations": [{"from": "system", "value": "a"}]}, "no turn from human or gpt"),
+    ({"id": "r", "conversations": [{"from": "tool", "value": "a"}]}, 'turn 0 is from "tool"'),
     ({"id": "r", "conversations": [{"from": "human", "value": None}]}, "turn 0"),
 ])
 def test_records_without_a_conversation_are_refused_without_tokens(encode, bad, reason):

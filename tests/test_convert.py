@@ -22,14 +22,14 @@ def _run(command, *flags, cwd):
                           check=False)
 
 
-@pytest.mark.parametrize("output", ["pgvl_convert", "pgvl_filter_a", "pgvl_filter_empty_dir"])
+@pytest.mark.parametrize("output", ["pgvl_convert", "pgvl_filter_a"])
 @pytest.mark.parametrize("form", ["json", "jsonl"])
 def test_the_reference_recordings(shared, tmp_path, capsys, output, form):
     golden = json.loads((shared / "golden" / "convert.json").read_text())
     expected = golden["outputs"][output]
     flags = ["--input_json_file", str(tmp_path / f"in.{form}"), "--output_json_file", str(tmp_path / "out.json")]
     if output != "pgvl_convert":
-        names = golden["feature_dirs"]["fa" if output == "pgvl_filter_a" else "fempty"]
+        names = golden["feature_dirs"]["fa"]
         (tmp_path / "features").mkdir()
         for name in names:
             (tmp_path / "features" / name).touch()
@@ -54,7 +54,9 @@ def test_scripts_run_from_a_checkout_in_any_folder(tmp_path, script):
     done = _run([str(ROOT / "scripts" / script)], "--input_json_file", "in.json", "--output_json_file", "out.json",
                 "--clip_feature_path", "features", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "Total annotations retained: 1\n"), done.stderr
-    assert done.stderr == "29 records left out: no features in features\n"
+    lines = done.stderr.splitlines()
+    assert lines[0] == "29 records left out: no features in features:" and lines[-1] == "  … and 9 more"
+    assert lines[1:5] == [f"  record {i} (from 0): v_{i}" for i in (0, 1, 2, 4)] and len(lines) == 22
     assert json.loads((tmp_path / "out.json").read_text()) == [{
         "id": "v_3", "video": "v_3.pkl",
         "conversations": [{"from": "human", "value": "<video>\nQuestion 3?"}, {"from": "gpt", "value": "Answer 3."}]}]
@@ -88,7 +90,7 @@ def test_drops_are_counted_and_listed(tmp_path, capsys):
     assert lines[1:21] == [f"  record {i} (from 0): field 'video_id' is missing" for i in range(2, 22)]
     assert lines[21:] == ["  … and 4 more"]
     done = convert.convert(ConvertConfig(flags[1], flags[3], on_bad="drop"))
-    assert (done.total, done.retained, len(done.dropped), done.without_features) == (26, 2, 24, 0)
+    assert (len(done.records), len(done.dropped), len(done.absent)) == (2, 24, 0)
     assert done.dropped[-1] == (25, "", "is null, not an object")
 
 
@@ -104,3 +106,54 @@ def test_a_missing_feature_folder_is_an_error(tmp_path):
         convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json"),
                       "--clip_feature_path", str(tmp_path / "absent")])
     assert not (tmp_path / "out.json").exists()
+
+
+TRAINING = [{"id": f"v_{i}", "video": f"v_{i}.pkl", "conversations": [{"from": "human", "value": "<video>"},
+                                                                     {"from": "gpt", "value": "a"}]} for i in range(3)]
+
+
+@pytest.mark.parametrize(("records", "files", "message"), [
+    (RECORDS, [], "holds no feature file .*; it is empty"),
+    (RECORDS, ["v_0.mp4", "notes"], "it holds v_0.mp4; extract the features of the videos first"),
+    (RECORDS, ["w_7.pkl", "manifest.jsonl"], r"first wanted is v_0, the first found w_7\.pkl"),
+    (TRAINING, ["w_7.pkl"], r"first wanted is v_0\.pkl, the first found w_7\.pkl"),
+    (TRAINING, None, "holds training records already.*--clip_feature_path"),
+    ([], None, "holds no record"),
+    ([{"q": "?"}], None, "all are malformed; record 0 .from 0.: field 'a' is missing"),
+])
+@pytest.mark.parametrize("same", [True, False])
+def test_an_empty_result_is_an_error_with_its_reason(tmp_path, records, files, message, same):
+    given = tmp_path / "in.json"
+    given.write_text(json.dumps(records))
+    flags = ["--input_json_file", str(given), "--output_json_file", str(given if same else tmp_path / "out.json"),
+             "--on_bad", "drop"]
+    if files is not None:
+        (tmp_path / "features").mkdir()
+        for name in files:
+            (tmp_path / "features" / name).touch()
+        flags += ["--clip_feature_path", str(tmp_path / "features")]
+    with pytest.raises(ValueError, match=message):
+        convert.main(flags)
+    assert json.loads(given.read_text()) == records and not (tmp_path / "out.json").exists()
+
+
+def test_a_training_file_is_filtered_by_its_features(tmp_path, capsys):
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "v_1.safetensors").touch()
+    (tmp_path / "in.json").write_text(json.dumps(TRAINING))
+    assert convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file",
+                         str(tmp_path / "out.json"), "--clip_feature_path", str(tmp_path / "features")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == TRAINING[1:2]
+    out, err = capsys.readouterr()
+    assert out == "Total annotations retained: 1\n" and "record 2 (from 0): v_2.pkl" in err
+
+
+def test_empty_texts_and_endings_are_told(tmp_path, capsys):
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "v_1.safetensors").touch()
+    (tmp_path / "in.json").write_text(json.dumps([{"q": "", "a": "", "video_id": "v_1.mp4"}]))
+    convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json"),
+                  "--clip_feature_path", str(tmp_path / "features")])
+    err = capsys.readouterr().err
+    assert "1 records have an empty question" in err and "1 records have an empty answer; training" in err
+    assert '1 records: the ending of "video_id" is left out' in err

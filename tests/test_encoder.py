@@ -210,10 +210,18 @@ def test_opening_a_gpu_leaves_the_current_one_alone(monkeypatch):
     assert current == [torch.device("cuda:1")]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_towers_file_that_is_not_the_file(tmp_path, name):
+    write_tower(tmp_path / "tower", layers=1)
+    (tmp_path / "tower" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer"):
+        FeatureEncoder(tmp_path / "tower", device="cpu")
+
+
 @pytest.mark.parametrize("command", ["chat", "extract"])
 def test_a_command_makes_its_gpu_the_current_one(tmp_path, monkeypatch, command):
     """Before the library is called, and from --device."""
-    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.mp4").write_bytes(b"a video")
     current, module = [], importlib.import_module(f"fastvid.{command}")
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(module, "open_device", torch.device)

@@ -5,6 +5,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from checkpoint_cases import flip_a_bit
+from conftest import ROOT
 from safetensors.torch import load_file
 from weight_folders import C, D, llava_state, load, write_folder
 
@@ -45,7 +47,7 @@ def run(tmp_path, tokenizer_model):
                  for name, tensor in llava_state(kind, dtype, tied).items()}
         config = {"model_type": "llava", "hidden_size": D, "intermediate_size": 44, "num_hidden_layers": 2,
                   "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows, "rms_norm_eps": 1e-5,
-                  "max_position_embeddings": 128, "mm_hidden_size": C, "mm_projector_type": kind,
+                  "max_position_embeddings": 256, "mm_hidden_size": C, "mm_projector_type": kind,
                   "mm_vision_tower": str(tmp_path / "tower"), "tie_word_embeddings": tied}
         base = write_folder(tmp_path / "base", state, config, files=2)
         (base / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
@@ -117,7 +119,14 @@ def test_llama_format(tmp_path, run, trainable, tied):
 
 @pytest.mark.parametrize("trainable", [{"projector", "boundary"}, ALL])
 def test_llava_format(tmp_path, run, trainable):
-    from transformers import AutoTokenizer, CLIPVisionModel, LlamaTokenizer, LlavaForConditionalGeneration
+    from PIL import Image
+    from transformers import (
+        AutoProcessor,
+        AutoTokenizer,
+        CLIPVisionModel,
+        LlamaTokenizer,
+        LlavaForConditionalGeneration,
+    )
 
     folder, model, tokenizer = run(trainable)
     output = tmp_path / "exported"
@@ -134,6 +143,11 @@ def test_llava_format(tmp_path, run, trainable):
     held = hf.model.vision_tower.state_dict()
     assert held.keys() == tower.keys() and all(torch.equal(held[name], tower[name]) for name in tower)
     assert hf.config.image_token_id == tokenizer.tokens.patch
+    processor = AutoProcessor.from_pretrained(output)
+    picture = Image.new("RGB", (40, 30), "red")
+    inputs = processor(images=picture, text="<vid_patch> what is it?", return_tensors="pt")
+    assert (inputs.input_ids == tokenizer.tokens.patch).sum() == 4 and inputs.pixel_values.shape == (1, 3, 28, 28)
+    assert hf(**inputs).logits.isfinite().all()
     for text in ("what is a red cat?", "USER: <vid_start> red</s>", "a  cat.\n<vid_patch> is"):
         assert (AutoTokenizer.from_pretrained(output)(text).input_ids
                 == LlamaTokenizer.from_pretrained(output)(text).input_ids)
@@ -175,6 +189,15 @@ def test_output_dir_means_its_newest_valid_checkpoint(tmp_path, run):
     assert torch.equal(written["model.mm_projector.0.bias"], trained["projector.0.bias"])
     with pytest.raises(ValueError, match="neither a checkpoint-N folder nor an --output_dir"):
         export.export(ExportConfig(str(tmp_path / "tower"), str(tmp_path / "p.bin")))
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, run):
+    folder, _, _ = run({"projector"})
+    flip_a_bit(next(folder.glob("model-*")))
+    for named in (folder, folder.parent):
+        with pytest.raises(ValueError, match="the sha256 of model-00000-of-00001.safetensors"):
+            export.export(ExportConfig(checkpoint=str(named), output=str(tmp_path / "p.bin")))
+    assert not (tmp_path / "p.bin").exists()
 
 
 def test_pretrained_projector_and_frozen_projector(tmp_path, run):
@@ -267,6 +290,35 @@ def test_the_tower_must_fit(tmp_path, run):
                                      image_size=28, patch_size=14)).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="wide has 12 channels, the projector takes 10"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "wide")))
+
+
+def test_the_processor_is_the_towers(tmp_path, run):
+    from transformers import AutoProcessor
+
+    folder, _, _ = run({"projector", "boundary"})
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "feature_extractor_type": "CLIPProcessor"}))
+    export.export(ExportConfig(str(folder), str(tmp_path / "exported"), "llava"))
+    image = AutoProcessor.from_pretrained(tmp_path / "exported").image_processor
+    assert (list(image.image_mean), list(image.image_std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+
+
+def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, capsys):
+    from fastvid.chat import Chat
+    from fastvid.data.features import save_features
+
+    folder, _, _ = run({"projector", "boundary"})
+    (tmp_path / "features").mkdir()
+    save_features(tmp_path / "features" / "clip.safetensors", torch.randn(6, C).half(), {})
+    export.export(ExportConfig(str(folder), str(tmp_path / "exported-hf"), "llava"))
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(text.split("```python\n")[1].split("```")[0].replace("max_new_tokens=64", "max_new_tokens=9"), {})
+    chat = Chat(model_name_or_path="exported-hf", max_new_tokens=9, device="cpu")
+    assert chat.config.conv_mode == "vicuna_v1_1"
+    answer = chat.ask("features/clip.safetensors", "What happens in this video?")
+    assert capsys.readouterr().out.strip() == answer != ""
 
 
 def test_the_command_prints_what_it_wrote(tmp_path, run, capsys):

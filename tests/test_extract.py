@@ -19,6 +19,7 @@ from towers import write_tower
 
 import fastvid
 from fastvid import extract as module
+from fastvid import processes
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
 from fastvid.extract import Summary, extract, main
@@ -103,10 +104,12 @@ def test_a_rerun_does_what_is_missing(job, tmp_path, format):
     assert (summary.extracted, summary.skipped, summary.exit_code) == (0, 3, 0)
     assert _state(features) == before
     (features / f"a.{format}").unlink()
+    (features / f".{processes.machine()}-{2**22 + 5}-00000000.tmp").write_text("left by a killed process")
     summary = extract(job(format=format))
     assert (summary.extracted, summary.skipped) == (1, 2)
     assert [name for name, when in _state(features).items() if when != before[name]] in (
         [f"a.{format}", "manifest.jsonl"], ["manifest.jsonl", f"a.{format}"])
+    assert not list(features.glob(".*"))
 
 
 def test_the_references_format(job, tmp_path):
@@ -126,7 +129,7 @@ def test_what_is_there_without_a_manifest_is_noted(job, tmp_path):
 @pytest.mark.parametrize("change, why", [
     ("num_frames", "num_frames 6, not 5"),
     ("tower", "tower_revision"),
-    ("cut", "delete it and extract it again"),
+    ("cut", "extract it again (fastvid extract)"),
     ("source", "source_bytes"),
 ])
 def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change, why):
@@ -144,6 +147,12 @@ def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change
     else:
         draw(videos / "a.mp4", 9)
     capfd.readouterr()
+    if again:
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"1 feature files of other settings.*{why}.*--overwrite True"):
+            extract(job(videos, **again))
+        assert file.read_bytes() == before
+        again["overwrite"] = True
     summary = extract(job(videos, **again))
     assert (summary.extracted, summary.skipped) == (1, 0)
     message = capfd.readouterr().err
@@ -154,8 +163,107 @@ def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change
 def test_pickles_of_unknown_origin_are_made_again(job, tmp_path, capfd):
     extract(job(format="pkl"))
     (tmp_path / "features" / "manifest.jsonl").unlink()
-    assert extract(job(format="pkl")).extracted == 3
+    with pytest.raises(ValueError, match="3 feature files of other settings .*tower_revision unknown"):
+        extract(job(format="pkl"))
+    assert extract(job(format="pkl", overwrite=True)).extracted == 3
     assert "tower_revision unknown" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])
+def test_features_of_two_formats_do_not_vouch_for_each_other(job, tmp_path, first, second):
+    """A folder of one tower's features takes no other tower's, in whatever format; of one tower it takes both."""
+    extract(job(format=first))
+    other = str(write_tower(tmp_path / "other", seed=1))
+    before = _state(tmp_path / "features")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=f"3 feature files of another format .*a.{first} was made with tower_rev"):
+            extract(job(format=second, vision_tower=other, overwrite=overwrite))
+    assert _state(tmp_path / "features") == before
+    assert extract(job(format=second)).extracted == 3 and extract(job(format=first)).skipped == 3
+
+
+def test_a_pickle_that_the_manifest_does_not_tell_of_is_kept(job, made, tmp_path):
+    """One of another tower, put over the folder's own."""
+    extract(job(format="pkl"))
+    file = tmp_path / "features" / "a.pkl"
+    array = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(array + 1))
+    changed = file.read_bytes()
+    summary = extract(job(format="pkl", max_failures=1.0))
+    assert (summary.skipped, len(summary.failures)) == (2, 1) and file.read_bytes() == changed
+    assert "a.pkl is not the file that the manifest tells of; remove it, or" in summary.failures[0][1]
+    assert extract(job(format="pkl", overwrite=True)).extracted == 1
+    assert np.array_equal(pickle.loads(file.read_bytes()), array)
+
+
+def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatch):
+    """Killed after the file and before its last line."""
+    append = module.Manifest.append
+
+    def killed(self, video, status, **more):
+        if status == "ok":
+            raise KeyboardInterrupt
+        append(self, video, status, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Manifest, "append", killed)
+        extract(job(format="pkl"))
+    assert len(list((tmp_path / "features").glob("*.pkl"))) == 1
+    summary = extract(job(format="pkl"))
+    assert (summary.extracted, summary.skipped) == (2, 1)
+    entry = read_manifest(tmp_path / "features")["a.mp4"]
+    assert entry["status"] == "skipped"
+
+
+def test_an_older_manifest_vouches_where_one_file_can_be_meant(job, tmp_path):
+    extract(job(format="pkl"))
+    manifest = tmp_path / "features" / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(
+        json.dumps({name: value for name, value in line.items() if name not in ("file", "format", "tower", "sha256")})
+        + "\n" for line in lines if line["status"] == "ok"))
+    assert extract(job(format="pkl")).skipped == 3
+
+
+def test_the_manifest_tells_of_each_file(job, tmp_path):
+    extract(job())
+    entry = read_manifest(tmp_path / "features")["sub/a.mp4"]
+    content = (tmp_path / "features" / "sub" / "a.safetensors").read_bytes()
+    assert (entry["file"], entry["format"], entry["sha256"]) == (
+        "sub/a.safetensors", "safetensors", hashlib.sha256(content).hexdigest())
+    assert entry["tower"] == job().vision_tower and entry["num_frames"] == 6
+
+
+def test_what_has_no_effect_or_is_left_out_costs_a_line(job, made, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    draw(videos / "short.mp4", 4), draw(videos / "long.mp4", 8)
+    for name in ("a.jpg", "b.JPG", "notes.txt", ".hidden.txt"):
+        (videos / name).touch()
+    summary = str(extract(job(videos, llava="1.1")))
+    assert "1 of them have fewer frames than --num_frames" in summary
+    assert "3 files are no videos by their endings and were left out (2 .jpg, 1 .txt)" in summary
+    assert "--llava 1.1 has no effect beside --vision_tower" in summary
+    for file in (tmp_path / "features").iterdir():
+        file.unlink()
+    quiet = str(extract(job(made / "videos", num_frames=4)))
+    assert "left out" not in quiet and "no effect" not in quiet and "fewer frames" not in quiet
+
+
+def test_a_failure_names_what_is_no_video(job, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    draw(videos / "a.mp4", 4)
+    (videos / "b.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (videos / "c.mp4").write_bytes(b"\x89PNG\r\n\x1a\n")
+    failures = dict(extract(job(videos)).failures)
+    assert "git-lfs pointer" in failures["b.mp4"] and "is an image" in failures["c.mp4"]
+
+
+def test_a_tower_is_named_by_its_whole_path(job, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    extract(job(vision_tower="tower"))
+    assert load_features(tmp_path / "features" / "a.safetensors")[1]["tower"] == str(made / "tower")
 
 
 def test_a_bad_video_costs_one_line(job, mixed, tmp_path, capsys):
@@ -206,8 +314,9 @@ def test_ranks_share_the_videos(job, mixed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"max_failures": 1.5}, "max_failures"), ({"timeout": 0.0}, "timeout"), ({"num_frames": 0}, "at least 1"),
-    ({"infer_batch": 0}, "at least 1"), ({"vision_tower": "/nowhere"}, "hf download")])
+    ({"max_failures": 1.5}, "max_failures"), ({"timeout": 0.0}, "timeout"), ({"num_frames": 0}, "--num_frames 0"),
+    ({"infer_batch": 0}, "--infer_batch 0"), ({"decode_workers": -1}, "--decode_workers -1"),
+    ({"vision_tower": "/nowhere"}, "hf download")])
 def test_settings_that_cannot_be(job, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         extract(job(**options))

@@ -1,5 +1,6 @@
 """Feature files and the folder that holds them."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -90,12 +91,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     assert os.listdir(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("name", ["v.npy", "v", "v.safetensors.tmp"])
+@pytest.mark.parametrize("name", ["v.npz", "v", "v.safetensors.tmp"])
 def test_other_endings_are_refused(tmp_path, name):
     (tmp_path / name).touch()
-    for action in (load_features, probe_features, lambda path: save_features(path, FEATURES, {})):
-        with pytest.raises(ValueError, match=r"a feature file ends in \.safetensors or \.pkl"):
+    for action in (load_features, probe_features):
+        with pytest.raises(ValueError, match=r"a feature file ends in \.safetensors, \.pkl, \.npy or \.pt"):
             action(tmp_path / name)
+    for path in (tmp_path / name, tmp_path / "v.npy"):
+        with pytest.raises(ValueError, match=r"a feature file ends in \.safetensors or \.pkl"):
+            save_features(path, FEATURES, {})
 
 
 @pytest.mark.parametrize("tensor", [FEATURES[0], FEATURES[None], FEATURES[:0], FEATURES.double(), FEATURES.int()])
@@ -115,7 +119,6 @@ def _entry(shape, dtype="F16", size=12):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "cut short"),
     (b"\x10\0\0", "cut short"),
     (struct.pack("<Q", 2**62) + b"{}", "cut short"),
     (_safetensors(b"{" + b" " * 40), "header is damaged"),
@@ -173,13 +176,117 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
     save_features(path, FEATURES, {})
     read_header = features._read_header
 
-    def read_and_cut(file, name):
-        result = read_header(file, name)
+    def read_and_cut(file):
+        result = read_header(file)
         os.truncate(path, path.stat().st_size - 4)
         return result
 
     monkeypatch.setattr(features, "_read_header", read_and_cut)
     with pytest.raises(ValueError, match="cut short while it was read"):
+        load_features(path)
+
+
+# What other programs write, and what is no feature file
+
+
+def _write(path, values):
+    if path.suffix == ".npy":
+        np.save(path, values.numpy())
+    elif path.suffix == ".pt":
+        torch.save(values, path)
+    elif path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(values.numpy()))
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"features": values}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_arrays_of_other_programs_are_read_and_float64_is_rounded(tmp_path, suffix, dtype):
+    path = _write(tmp_path / f"v{suffix}", FEATURES.to(dtype))
+    loaded, header = load_features(path)
+    assert loaded.dtype == (torch.float32 if dtype == torch.float64 else dtype) and header == {}
+    assert torch.equal(loaded, FEATURES.to(dtype).to(loaded.dtype)) and loaded.is_contiguous()
+    assert probe_features(path) == (5, 3, dtype)
+    assert FeatureFolder(tmp_path).dtype("v") == dtype and FeatureFolder(tmp_path).shape("v") == (5, 3)
+
+
+def test_other_layouts_of_npy_and_pt(tmp_path):
+    np.save(tmp_path / "v.npy", np.asfortranarray(FEATURES.numpy().astype(">f4")))
+    assert torch.equal(load_features(tmp_path / "v.npy")[0], FEATURES)
+    np.lib.format.write_array(open(tmp_path / "w.npy", "wb"), FEATURES.numpy(), version=(2, 0))
+    assert torch.equal(load_features(tmp_path / "w.npy")[0], FEATURES)
+    torch.save(torch.nn.Parameter(FEATURES.bfloat16().T), tmp_path / "v.pt")
+    loaded, _ = load_features(tmp_path / "v.pt")
+    assert torch.equal(loaded, FEATURES.bfloat16().T) and type(loaded) is torch.Tensor and not loaded.requires_grad
+    torch.save(FEATURES, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_features(tmp_path / "w.pt")[0], FEATURES)
+    assert probe_features(tmp_path / "w.pt") == (5, 3, torch.float32)
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    ({"features": FEATURES}, "holds a dict, not a plain tensor"), ([FEATURES], "holds a list"),
+    (FEATURES[None], r"holds \[1, 5, 3\] in float32"), (FEATURES.int(), "in int32"),
+    (FEATURES.to_sparse(), "not a plain tensor"), (FEATURES[:1, :1].expand(4000, 4000), "fewer values than its shape"),
+    (os.system, "asks for more than a tensor; refused"),
+])
+def test_other_contents_of_pt_are_refused_with_what_to_store(tmp_path, value, message):
+    torch.save(value, tmp_path / "v.pt")
+    for read in (load_features, probe_features):
+        with pytest.raises(ValueError, match=rf"v\.pt: .*{message}.*fastvid extract"):
+            read(tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize(("array", "message"), [
+    (np.ones((2, 3), np.int8), "dtype is int8"), (np.ones(3, np.float16), r"shape is \[3\]"),
+    (np.ones((0, 3), np.float16), r"shape is \[0, 3\]"), (np.array([["a"]], object), "dtype is object"),
+])
+def test_other_contents_of_npy_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "v.npy", array, allow_pickle=True)
+    for read in (load_features, probe_features):
+        with pytest.raises(ValueError, match=rf"v\.npy: .*{message}.*store the .rows, channels. array itself"):
+            read(tmp_path / "v.npy")
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.pt"])
+def test_damaged_npy_and_pt_are_named(tmp_path, name):
+    whole = _write(tmp_path / name, FEATURES).read_bytes()
+    for size in (3, 60, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:size])
+        for read in (load_features, probe_features):
+            with pytest.raises(ValueError, match=rf"{name}: .*fastvid extract"):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", features.SUFFIXES)
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer"),
+    (b"\x1f\x8b\x08\0more", "is packed with gzip"), (b"<html></html>", "is a web page"),
+])
+def test_what_is_no_feature_file_is_called_by_name(tmp_path, suffix, content, message):
+    (tmp_path / f"v{suffix}").write_bytes(content)
+    for read in (load_features, probe_features):
+        with pytest.raises(ValueError, match=rf"v{suffix} {message}"):
+            read(tmp_path / f"v{suffix}")
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "v.pkl")
+    with pytest.raises(ValueError, match=r"v\.pkl is no regular file"):
+        load_features(tmp_path / "v.pkl")
+
+
+@pytest.mark.parametrize("suffix", features.SUFFIXES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_named_with_file_row_and_remedy(tmp_path, suffix, value):
+    bad = FEATURES.half()
+    bad[3, 1] = value
+    path = _write(tmp_path / f"v{suffix}", bad)
+    assert probe_features(path) == (5, 3, torch.float16)
+    with pytest.raises(ValueError, match=rf"v{suffix} holds NaN or infinity, first in row 3 .*fastvid extract"):
         load_features(path)
 
 
@@ -193,7 +300,8 @@ def folder(tmp_path):
     for path in ("inside/sub/deep", "outside"):
         (tmp_path / path).mkdir(parents=True)
     for name in ("a.pkl", "both.pkl", "both.safetensors", "new.safetensors", "cut.pkl", "one.2.safetensors",
-                 "two.1.safetensors", "two.2.safetensors", "sub/s.pkl", "sub/deep/d.safetensors", "notes.txt"):
+                 "two.1.safetensors", "two.2.safetensors", "sub/s.pkl", "sub/deep/d.safetensors", "notes.txt",
+                 "three.npy", "three.pt", "four.pt", "five.npz", "five.mp4"):
         (inside / name).touch()
     (outside / "secret.pkl").touch()
     (inside / "directory.pkl").mkdir()
@@ -219,6 +327,7 @@ def folder(tmp_path):
     ("two.1.pkl", "two.1.safetensors"), ("two.2", "two.2.safetensors"),
     ("cut.3.pkl", "cut.pkl"), ("cut.3.mp4", "cut.pkl"),
     ("sub/s.pkl", "sub/s.pkl"), ("sub//deep/./d.pkl", "sub/deep/d.safetensors"),
+    ("three", "three.npy"), ("three.mp4", "three.npy"), ("three.pt", "three.pt"), ("four.pkl", "four.pt"),
     ("link_in.pkl", "link_in.pkl"), ("folder_in/s", "folder_in/s.pkl"),
     ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
 ])
@@ -229,10 +338,20 @@ def test_names_that_mean_a_file(folder, name, file):
 @pytest.mark.parametrize("name", [
     "", ".", "./.", "absent.pkl", "A.pkl", "absent/a.pkl", "a.pkl/a.pkl", "notes.txt", "notes", "sub", "sub/",
     "directory.pkl", "link_loop.pkl", "link_broken.pkl", "nul\0.pkl", "~/a.pkl", "\ud83c.pkl", "\ud83c/a.pkl",
-    "one.3.pkl", "a.2/a.pkl", "new.3.pkl", "sub\\s.pkl", "*.pkl", "x" * 5000,
+    "five", "https://x.org/a.pkl", "one.3.pkl", "a.2/a.pkl", "new.3.pkl", "sub\\s.pkl", "*.pkl", "x" * 5000,
 ])
 def test_names_that_mean_nothing(folder, name):
     with pytest.raises(MissingFeatures, match=r"has no features in .*fastvid extract.*filter_for_missing_videos"):
+        FeatureFolder(folder).resolve(name)
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("five.pkl", r"five\.npz lies there, but is not in a format that is read \(\.safetensors, \.pkl, \.npy, \.pt\)"),
+    ("five", "five.mp4 lies there, but is a video"), ("https://x.org/a.pkl", "is a URL"),
+    ("sub\\s.pkl", "written with /"), ("absent", "--on_bad_sample skip"),
+])
+def test_what_lies_there_instead_is_told(folder, name, hint):
+    with pytest.raises(MissingFeatures, match=hint):
         FeatureFolder(folder).resolve(name)
 
 
@@ -305,3 +424,17 @@ def test_load_reads_the_file_that_a_name_means(tmp_path):
     save_features(tmp_path / "v.safetensors", FEATURES, HEADER)
     loaded, header = FeatureFolder(tmp_path).load("v.pkl")
     assert torch.equal(loaded, FEATURES) and header == HEADER
+
+
+def test_a_pickles_header_is_what_the_manifest_says_of_that_very_file(tmp_path):
+    for name in ("a.pkl", "sub/b.pkl", "c.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_features(tmp_path / name, torch.ones(2, 3), {"tower": "own"})
+    lines = [{"video": f"{name}.mp4", "file": f"{name}.pkl", "tower": "t",
+              "sha256": hashlib.sha256((tmp_path / f"{name}.pkl").read_bytes()).hexdigest()} for name in ("a", "sub/b")]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = FeatureFolder(tmp_path)
+    assert [folder.header(name)["tower"] for name in ("a", "sub/b.mp4", "c")] == ["t", "t", "own"]
+    save_features(tmp_path / "a.pkl", torch.zeros(2, 3), {})
+    assert folder.header("a") == {}
+    assert FeatureFolder(tmp_path / "sub").header("b") == {}

@@ -1,12 +1,14 @@
 """Atomic writing: after whatever happens a name leads to the old file or to the whole new one."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from fastvid.files import atomic_file, read_json_object, shown, wrong_content
+from fastvid import processes
+from fastvid.files import atomic_file, naming, read_json_object, remove_left_over, shown, wrong_content
 
 
 def test_a_written_file_replaces_the_old_one(tmp_path):
@@ -129,3 +131,38 @@ def test_pipes_and_folders_are_not_opened(tmp_path):
 def test_odd_names_are_shown_escaped():
     assert shown("a b.mp4") == "a b.mp4"
     assert shown("a\x1b[31m\n") == r"'a\x1b[31m\n'"
+
+
+KILLED = """
+import os, signal, sys
+from fastvid.files import atomic_file
+with atomic_file(sys.argv[1]) as file:
+    file.write(b"part")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "sub").mkdir()
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "sub" / "a.safetensors")], env={
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    [left] = (tmp_path / "sub").iterdir()
+    assert re.fullmatch(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.tmp", left.name)
+    here, me = processes.machine(), os.getpid()
+    kept = [f".{here}-{me}-00000000.tmp", f".00000000-{2**22 + 5}-00000000.tmp", ".0123456789abcdef.tmp", ".notes.tmp"]
+    for name in [*kept, ".0123456789abcde0.tmp"]:
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / ".0123456789abcde0.tmp", (0, 0))  # of years ago, and of a version that named no process
+    remove_left_over(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "sub"])
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+def test_a_write_that_fails_names_its_file(tmp_path):
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*b.json'"), \
+            atomic_file(tmp_path / "b.json"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="^its own words$"), naming("a"):
+        raise OSError("its own words")
+    with pytest.raises(FileNotFoundError, match="'other'"), naming("a"):
+        open("other")

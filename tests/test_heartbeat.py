@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from fastvid import parallel
-from fastvid.heartbeat import Heartbeat
+from fastvid.heartbeat import Heartbeat, what_follows
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["torch.distributed"])
@@ -164,3 +165,14 @@ def test_a_process_shows_where_it_stands(end, code):
         process.kill()
     said = process.communicate(timeout=20)[1]
     assert process.returncode == code and ("in stands_here" in said) == (code == -signal.SIGABRT)
+
+
+@pytest.mark.parametrize("count, most, said", [
+    (None, None, "Start the same command again"), ("0", "3", r"torchrun, .* starts the job again \(restart 1 of 3\)"),
+    ("3", "3", "Start the same command again")])
+def test_what_follows_is_said(monkeypatch, count, most, said):
+    for name, value in (("RESTART_COUNT", count), ("MAX_RESTARTS", most)):
+        monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
+        if value is not None:
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    assert re.match(said, what_follows())

@@ -128,6 +128,29 @@ def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_guessed_number_of_rows_is_said(model, data, caplog):
+    flags = ["--model_name_or_path", str(model), "--data_path", str(data(record("<video>", "cat")))]
+    list(inspect_records(parse(InspectConfig, flags)))
+    assert "356 rows each, a guess" in caplog.text and "--video_folder" in caplog.text
+    caplog.clear()
+    list(inspect_records(parse(InspectConfig, [*flags, "--num_video_tokens", "3"])))
+    assert not caplog.text
+
+
+def test_values_that_are_not_finite_are_a_warning(model, data, tmp_path):
+    save_features(tmp_path / "clip.safetensors", torch.full((3, 4), float("nan")), {})
+    flags = ["--model_name_or_path", str(model), "--data_path", str(data(record("<video>", "cat"))), "--video_folder",
+             str(tmp_path)]
+    line, = inspect_records(parse(InspectConfig, flags))
+    assert "clip.safetensors holds NaN or infinity" in line["warning"] and line["input_ids"]
+
+
+def test_records_without_an_id_are_named_by_their_number(model, data):
+    path = data(*({key: value for key, value in record("<video>", "cat").items() if key != "id"} for _ in range(3)))
+    flags = ["--model_name_or_path", str(model), "--data_path", str(path), "--index", "2"]
+    assert [line["id"] for line in inspect_records(parse(InspectConfig, flags))] == ["2"]
+
+
 def test_index_counts_over_all_files(model, data):
     paths = [str(data(record("<video>", "a", id=name), name=f"{name}.json")) for name in ("first", "second")]
     flags = ["--model_name_or_path", str(model), "--data_path", *paths, "--index"]

@@ -28,9 +28,9 @@ def launch(tmp_path):
         path.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
 
-    def start(script, *flags, **variables):
+    def start(script, *flags, stderr=None, text=None, **variables):
         return subprocess.Popen(["bash", str(ROOT / "scripts" / script), *flags], env=environment | variables,
-                                cwd=tmp_path)
+                                cwd=tmp_path, stderr=stderr, text=text)
 
     start.calls = tmp_path / "calls"
     return start
@@ -86,3 +86,34 @@ def test_a_slurm_job_that_was_done_when_its_time_was_over_is_not_queued_again(la
     stop(job, launch.calls)
     assert job.wait(20) == 0
     assert launch.calls.read_text().splitlines()[-1] == "torchrun stops"
+
+
+# Stands for torchrun, whose restarts are as many as it is told, with two ranks that meet the same mistake.
+RESTARTS = """while [[ $1 != *.py ]]; do [[ $1 != --max_restarts ]] || restarts=$2; shift; done
+for attempt in $(seq 0 "$restarts"); do
+  echo "attempt" >> "$CALLS"
+  for rank in 0 1; do RANK=$rank python3 "$@"; done
+done
+echo "torchrun's own report" >&2; exit 1
+"""
+
+
+def test_a_wrong_flag_is_told_before_torchrun_starts(launch):
+    job = launch("launch_train.sh", "--learning_rat", "1", "--fp16", "True", stderr=subprocess.PIPE, text=True)
+    [line] = job.communicate(timeout=20)[1].splitlines()
+    assert job.returncode == 2 and not launch.calls.exists()
+    assert "unknown flag --learning_rat, did you mean --learning_rate?" in line and "--bf16 True" in line
+
+
+def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
+    (tmp_path / "bin" / "torchrun").write_text(f"#!/usr/bin/env bash\n{RESTARTS}")
+    begin = time.monotonic()
+    job = launch("launch_train.sh", MODEL=str(tmp_path / "nowhere"), MAX_RESTARTS="9", TMPDIR=str(tmp_path),
+                 stderr=subprocess.PIPE, text=True)
+    lines = job.communicate(timeout=60)[1].splitlines()
+    assert job.returncode == 1 and launch.calls.read_text().count("attempt") == 10
+    assert lines[-2] == "torchrun's own report"
+    assert lines[-1].startswith("fastvid train: error: ") and str(tmp_path / "nowhere") in lines[-1]
+    assert sum("error: " in line for line in lines) == 2, "once when it is met, by one rank, and once at the end"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
+    assert time.monotonic() - begin < 40

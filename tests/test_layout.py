@@ -20,21 +20,27 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
     "fastvid.config": set(),
-    "fastvid.flags": {"fastvid.config", "fastvid.files"},
-    "fastvid.files": set(),
+    "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
+    "fastvid.foreign_flags": set(),
+    "fastvid.processes": set(),
+    "fastvid.signals": set(),
+    "fastvid.files": {"fastvid.processes"},
+    "fastvid.provenance": {"fastvid.files"},
+    "fastvid.folders": {"fastvid.files"},
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
-    "fastvid.data": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.data", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
-    "fastvid.video": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.video", "fastvid_kernels"},
-    "fastvid.model": {"fastvid.config", "fastvid.files", "fastvid.batch", "fastvid.model", "fastvid_kernels"},
+    **{f"fastvid.{room}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.provenance", "fastvid.batch",
+                           f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous"}
-MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", *(f"fastvid.{tool}" for tool in TOOLS)}
-               for name in TOOLS}
+         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find",
+         "run_lock", "found"}
+MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.processes",
+                                   *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}
-MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS}
+MAY_IMPORT["fastvid.cli"] = {f"fastvid.{name}" for name in COMMANDS | {"flags"}}
 # recovery is the half of training that keeps things, and a full fine-tune ends with an export.
 ALSO = {("fastvid.recovery", "fastvid.export")}
 
@@ -48,7 +54,10 @@ HOMES = {
     "flash_attn_interface": ("fastvid.model.attention",),
     "liger_kernel": ("fastvid.model.decoder",),
     "matplotlib": ("fastvid.plots",),
-    "tensorboard": ("fastvid.metrics",),
+    "tensorboard": ("fastvid.reporters",),
+    "trackio": ("fastvid.reporters",),
+    "wandb": ("fastvid.reporters",),
+    "mlflow": ("fastvid.reporters",),
 }
 
 

@@ -73,7 +73,8 @@ def test_ranks_and_processes_measure_alike(run, processes):
 
 
 def test_a_budget_below_the_longest_sample_is_refused(run):
-    with pytest.raises(ValueError, match=r"--rows_per_batch 30: the longest sample \(number \d+, from 0\) takes"):
+    with pytest.raises(ValueError, match=r"--rows_per_batch 30: the longest sample, clip\d+ \(.*train\.json: "
+                                         r"record \d+ .from 0.\), takes"):
         build(run, "--rows_per_batch", "30")
 
 

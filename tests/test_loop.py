@@ -42,8 +42,8 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
         (blocked_attention, "_backward"), (Formula, "counts"), (recovery, "write_results")])
     batches = state.loader.iterate
 
-    def iterate(first):
-        ahead = batches(first)
+    def iterate(first, stopped):
+        ahead = batches(first, stopped)
         while True:
             with reads.not_counted():
                 step = next(ahead, None)

@@ -1,13 +1,21 @@
 """Metrics: exact lines, honest rates, and a log that survives a kill and a resume."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 
 import matplotlib
 import pytest
 import torch
+from conftest import ROOT
 
 from fastvid import metrics as metrics_module
 from fastvid.flops import StepCounts
@@ -147,7 +155,8 @@ def test_peak_memory_is_in_bytes():
 def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
     open_metrics(tmp_path).log(100, {"loss": 0.25})
     open_metrics(tmp_path, start_step=100).log(100, {"eval_loss": 0.5})
-    assert "final loss 0.2500" in open_metrics(tmp_path, start_step=100).summary()
+    assert open_metrics(tmp_path, start_step=100).summary().startswith(
+        "all 100 steps are done already, final loss 0.2500")
 
 
 # What the user sees
@@ -181,8 +190,39 @@ def test_on_a_terminal_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypat
     metrics.close()
     err = capsys.readouterr().err
     assert " 40/100 [" in err
-    assert re.search(r"41%\|.* 41/100 \[.*, loss 1.2500, [\d.,]+ samples/s, [\d,]+ rows/s, 0 TFLOP/s", err)
-    assert "a message\n" in err and "step 41/100" not in err
+    assert re.search(r"41%\|.* 41/100 \[[^]]*, loss 1.2500\]", err)
+    assert "a message\n" in err and re.search(r"step 41/100, loss 1.25, .*, ETA [\d:]+\n", err)
+
+
+def on_a_terminal(columns, tmp_path):
+    """What a run of one log line shows on a terminal of so many columns."""
+    program = ("import sys; from fastvid.flops import StepCounts; from fastvid.metrics import Metrics\n"
+               "m = Metrics(sys.argv[1], total_steps=10, report_to=[])\n"
+               "m.count(StepCounts(8, 600, 10)); m.log(1, {'loss': 1.25}); m.close()")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=theirs, cwd=ROOT, env={
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    return shown.decode()
+
+
+def test_a_bar_fits_the_terminal_and_lines_stay(tmp_path):
+    shown = on_a_terminal(80, tmp_path)
+    assert "step 1/10, loss 1.25, " in shown
+    bars = [part for part in re.split(r"[\r\n]", shown) if "%|" in part]
+    assert any("loss 1.2500" in bar for bar in bars) and max(map(len, bars)) <= 80
+
+
+def test_a_terminal_of_no_columns_shows_lines(tmp_path):
+    shown = on_a_terminal(0, tmp_path)
+    assert "step 1/10, loss 1.25, " in shown and "%|" not in shown
 
 
 def test_progress_can_be_turned_off(tmp_path, monkeypatch, capsys):
@@ -223,14 +263,14 @@ def test_a_missing_package_costs_one_line(tmp_path, monkeypatch, capsys, missing
 
 
 def test_an_unknown_reporter_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--report_to wandb: known are tensorboard and none"):
-        open_metrics(tmp_path, report_to=["wandb", "none"])
+    with pytest.raises(ValueError, match="--report_to neptune: known are tensorboard"):
+        open_metrics(tmp_path, report_to=["neptune", "none"])
 
 
 # The picture
 
 
-def drawn(monkeypatch, path):
+def drawn(monkeypatch, path, name=None):
     """The figure that `draw_loss_curve` saves, and its picture's pixels."""
     from matplotlib.figure import Figure
     from matplotlib.image import imread
@@ -241,7 +281,7 @@ def drawn(monkeypatch, path):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure),
                                                                         savefig(figure, *args, **kw)))
     png = path.with_suffix(".png")
-    assert draw_loss_curve(path, png)
+    assert draw_loss_curve(path, png, name)
     return figures[0], imread(png)
 
 
@@ -265,6 +305,28 @@ def test_the_curve_shows_all_that_was_logged(tmp_path, monkeypatch):
     assert list(validation.get_xdata()) == [50, 100]
     assert list(rates.lines[0].get_ydata()) == [line["learning_rate"] for line in lines[:100]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.png"]
+
+
+@pytest.mark.parametrize("last, scale", [(0.5, "linear"), (0.05, "log"), (0.0, "linear")])
+def test_a_loss_that_falls_far_is_on_a_log_axis(tmp_path, monkeypatch, last, scale):
+    lines = [{"step": step, "loss": value} for step, value in enumerate((2.0, 1.0, last))]
+    figure, _ = drawn(monkeypatch, write_lines(tmp_path / "metrics.jsonl", lines))
+    assert figure.axes[0].get_yscale() == scale
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_picture_names_its_run_and_cuts_no_label(tmp_path, monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    lines = [{"step": step, "loss": 2.0, "learning_rate": 0.00019} for step in (1, 2)]
+    path = write_lines(tmp_path / "metrics.jsonl", lines)
+    figure, _ = drawn(monkeypatch, path, "stage_2 of $x$")
+    title = figure.texts[0]
+    assert title.get_text().replace("\\", "") == "Training loss of stage_2 of $x$"
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for text in (title, *(axis.yaxis.label for axis in figure.axes)):
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0 and box.x1 <= 900
 
 
 @pytest.mark.filterwarnings("error")

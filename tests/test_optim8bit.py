@@ -35,6 +35,15 @@ def test_who_gets_8_bits(shape, eight_bit):
     assert takes_8_bits(shape) == eight_bit
 
 
+@pytest.mark.parametrize("optim, told", [("adamw_8bit", ["8-bit moments: 1 of 3 tensors"]), ("adamw", [])])
+def test_how_many_get_8_bits_is_told(caplog, optim, told):
+    named = [(str(i), torch.nn.Parameter(torch.ones(shape))) for i, shape in enumerate([(16, 256), (64, 100), (4096,)])]
+    with caplog.at_level(logging.INFO):
+        Optimizer(named, settings(optim), CPU)
+    assert [message.partition(" (")[0] for message in caplog.messages] == told
+    assert all("multiple of 256" in message for message in caplog.messages)
+
+
 # --- sharding
 
 # Uneven rows, fewer rows than ranks, rows that are no whole blocks, vectors.

@@ -154,3 +154,22 @@ def seconds_in_a_mesh(rank, size, copies):
 def test_the_groups_of_a_mesh_have_the_run_s_timeout(tmp_path, size, copies, groups):
     waited = on_ranks(4, seconds_in_a_mesh, tmp_path, size, copies)[0]
     assert len(waited) == groups and all(1.5 < seconds < 20 for seconds in waited), waited
+
+
+@pytest.mark.parametrize("variables", [
+    {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}])
+def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="(srun|mpirun) started [24] processes.*torchrun"):
+        parallel.start()
+
+
+def test_one_process_of_a_launcher_trains(monkeypatch, caplog):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.start().size == 1 and not caplog.text
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # a batch script's own process, or the first of two
+    assert parallel.start().size == 1 and "srun started 2 processes" in caplog.text

@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
+import sys
 
 import pytest
 import torch
+from ranks import FORKS
 from safetensors.torch import load_file, save_file
 from weight_folders import (
     ADAPTER,
@@ -23,6 +26,7 @@ from weight_folders import (
 
 from fastvid import checkpoint
 from fastvid.batch import VideoTokens
+from fastvid.model.projector_file import save_tensors
 from fastvid.model.weights import read_model_config, read_projector, write_reference_projector
 
 
@@ -66,6 +70,23 @@ def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable)
     assert torch.equal(model.head.weight, load(folder).head.weight)
 
 
+@pytest.mark.parametrize("rows, fits", [(2, True), (V + 3, True), (64, True), (128, True), (256, True), (V + 6, False),
+                                        (1, False), (192, False)])
+def test_a_table_of_another_tokenizer_is_refused(tmp_path, rows, fits):
+    """Two rows, or the tokenizer's own number, which may be padded to a multiple of 64, 128 or 256."""
+    state = llava_state()
+    table = torch.randn(rows, D)
+    torch.save({"model.embed_tokens.weight": table,
+                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    if not fits:
+        with pytest.raises(ValueError, match=rf"p.bin: .* is \[{rows}, 24\], the tokenizer .* has 43 tokens"):
+            read_projector(tmp_path / "p.bin", TOKENS)
+        read_projector(tmp_path / "p.bin", VideoTokens(V, None, None, V + 1, (V,)))  # whose rows are not asked for
+    else:
+        found = read_projector(tmp_path / "p.bin", TOKENS)["boundary.weight"]
+        assert torch.equal(found, table if rows == 2 else table[[V + 1, V + 2]])
+
+
 def test_projector_from_a_checkpoint_folder(tmp_path):
     state, trained = llava_state(), our_state(llava_state())
     trained = {name: tensor + 1 for name, tensor in trained.items() if name.startswith("projector.")}
@@ -104,9 +125,12 @@ def test_projector_files_that_do_not_serve(tmp_path):
 
     refused({"model.embed_tokens.weight": torch.ones(2, D)}, "p.bin holds no projector")
     refused({name: state[name] for name in state if "0.bias" not in name}, r"p.bin lacks model.mm_projector.0.bias")
-    refused(state | {"model.mm_projector.4.weight": torch.ones(1)}, "p.bin holds more than a projector")
+    refused(state | {"model.mm_projector.4.weight": torch.ones(1)}, "an mlp3x_gelu projector .*4.weight.*not computed")
+    refused(state | {"model.mm_projector.6.bias": torch.ones(1)}, "an mlp4x_gelu projector")
+    refused(state | {"model.mm_projector.net.0.weight": torch.ones(1)}, "a projector of another kind .*net.0.weight")
+    refused(state | {"model.norm.weight": torch.ones(1)}, "p.bin holds more than a projector .*--model_name_or_path")
     refused(state | {"model.mm_projector.2.weight": torch.ones(D, 2)}, r"p.bin: projector.2.weight is \[24, 2\]")
-    refused(state | {"model.embed_tokens.weight": torch.ones(V, D)}, "it lacks rows 41 and 42")
+    refused(state | {"model.embed_tokens.weight": torch.ones(V, D)}, r"is \[40, 24\], the tokenizer .* 43 tokens")
     refused(state | {"model.embed_tokens.weight": torch.ones(2, 3)}, "start and end embeddings is")
     with pytest.raises(ValueError, match="nowhere.bin does not exist"):
         load(folder, projector=tmp_path / "nowhere.bin")
@@ -204,3 +228,20 @@ def test_another_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match="out.pt: a projector file ends in .bin"):
         write_reference_projector(tmp_path / "out.pt", {}, folder, TOKENS)
     assert not (tmp_path / "out.pt").exists()
+
+
+def write_with_little_room(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        save_tensors(path, {"a": torch.ones(10_000)})
+    except OSError as error:
+        sys.exit(0 if str(path) in str(error) and "File too large" in str(error) else 2)
+    sys.exit(1)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, ending):
+    child = FORKS.Process(target=write_with_little_room, args=(tmp_path / f"p{ending}",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and list(tmp_path.iterdir()) == []

@@ -2,7 +2,19 @@
 
 
 import pytest
-from weight_folders import CONFIG, HF_CONFIG, LLAMA, C, D, V, llava_state, new_hf_names, old_hf_names, write_folder
+from weight_folders import (
+    CONFIG,
+    HF_CONFIG,
+    LLAMA,
+    C,
+    D,
+    V,
+    llava_state,
+    load,
+    new_hf_names,
+    old_hf_names,
+    write_folder,
+)
 
 from fastvid.model.weights import read_model_config
 
@@ -88,6 +100,8 @@ def test_rope_settings_of_both_generations(tmp_path, old, new):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type = 'mlp3x_gelu' is not computed"),
     ({"hidden_size": "wide"}, "config.json: .*hidden_size"),
+    ({"mm_video_tower": "LanguageBind/Video_merge"}, "mm_video_tower = 'LanguageBind/Video_merge' is not computed"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_type 'dynamic'"),
 ])
 def test_what_is_not_computed_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -99,6 +113,9 @@ def test_folders_without_a_usable_config(tmp_path):
         read_model_config("liuhaotian/llava-v1.5-7b")
     with pytest.raises(ValueError, match="config.json does not exist"):
         read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="config.json is a git-lfs pointer"):
+        read_model_config(tmp_path)
     for content in ("{", "[]"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match="config.json .*download it again"):
@@ -109,3 +126,36 @@ def test_folders_without_a_usable_config(tmp_path):
                                     HF_CONFIG | {"text_config": LLAMA | {"tie_word_embeddings": True}}])
 def test_tied_tables(tmp_path, config):
     assert read(tmp_path, config, llava_state(tied=True)).decoder.tie_word_embeddings
+
+
+@pytest.mark.parametrize("changed, tied", [(0.0, True), (1.0, False)])
+def test_a_head_beside_tied_tables(tmp_path, caplog, changed, tied):
+    """A head that differs is the model's, as transformers 5 has it; one that does not costs no memory."""
+    from transformers import LlamaForCausalLM
+
+    state = llava_state()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + changed
+    config = {**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
+              "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": C}
+    assert read(tmp_path, config, state).decoder.tie_word_embeddings is tied
+    assert ("hold two that differ" in caplog.text) is not tied
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "m0")
+    assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) is tied
+    assert (theirs.lm_head.weight == state["lm_head.weight"]).all()
+    ours = load(tmp_path / "m0")
+    head = ours.embed.weight if tied else ours.head.weight
+    assert (head[:V] == state["lm_head.weight"]).all()
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    before = read(tmp_path, CONFIG)
+    path = tmp_path / "m0" / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_model_config(tmp_path / "m0") == before
+
+
+def test_a_projector_of_another_kind_in_the_weights_is_named(tmp_path):
+    state = llava_state() | {"model.mm_projector.4.weight": llava_state()["model.mm_projector.2.weight"]}
+    config = {"model_type": "llama", **LLAMA}
+    with pytest.raises(ValueError, match="mm_projector_type = 'mlp3x_gelu' is not computed"):
+        read(tmp_path, config, state)

@@ -5,14 +5,20 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from checkpoint_cases import flip_a_bit
+from conftest import ROOT
 from training_run import config_of, flags, losses, start, write_run
 
-from fastvid import checkpoint, parallel, recovery, shards, train
+from fastvid import checkpoint, parallel, processes, recovery, run_lock, saver, shards, train
+from fastvid.data.batching import Loader
 from fastvid.data.features import load_features, save_features
 from fastvid.metrics import read_metrics
 
@@ -93,24 +99,36 @@ def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
     (tmp_path / "feats").mkdir()
     for path in (run / "feats").iterdir():
         features, header = load_features(path)
-        save_features(tmp_path / "feats" / path.name, features.fill_(torch.inf), header)
+        save_features(tmp_path / "feats" / path.name, features.float().fill_(3e38), header)
     argv = flags(run, tmp_path / "out", "--video_folder", str(tmp_path / "feats"), "--save_strategy", "no")
     assert train.main(argv) == 1
     assert checkpoint.newest_valid(tmp_path / "out").name == "checkpoint-0"
 
 
-def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next(run, tmp_path, monkeypatch):
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(run, tmp_path, monkeypatch):
+    """Not at the next save; what was computed until then would be thrown away."""
+    monkeypatch.setattr(saver, "RETRY_AFTER", 0.0)
+    step, wait = train.train_step, threading.Event().wait
+
+    def train_step(state, batches):
+        result = step(state, batches)
+        if state.step == 8 and result is not None:  # saved after this: give it the time of a step
+            state.saver.save = lambda *a, save=state.saver.save, **k: (save(*a, **k), wait(1.0))
+        return result
+
+    monkeypatch.setattr(train, "train_step", train_step)
     write = shards.write
 
-    def full(path, held):
+    def full(path, held, mark):
         if "checkpoint-8." in str(path):
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     monkeypatch.setattr(shards, "write", full)
     with pytest.raises(OSError, match="checkpoint-8 of .*No space left"):
         train.main(flags(run, tmp_path))
-    assert max(losses(tmp_path)) == 12 and checkpoint.newest_valid(tmp_path).name == "checkpoint-4"
+    assert max(losses(tmp_path)) == 8 and checkpoint.newest_valid(tmp_path).name == "checkpoint-4"
+    monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(OSError, match="checkpoint-8 of .*No space left"):
         train.main(flags(run, tmp_path, "--max_steps", "8"))
     assert (tmp_path / "mm_projector.bin").is_file()  # the run's own result is there all the same
@@ -119,7 +137,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next(run, tm
 def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
     """A write that ends one second later keeps the next save waiting, and that is said."""
     write = shards.write
-    monkeypatch.setattr(shards, "write", lambda path, held: (time.sleep(1), write(path, held)))
+    monkeypatch.setattr(shards, "write", lambda *a: (time.sleep(1), write(*a)))
     assert train.main(flags(run, tmp_path, "--max_steps", "5", "--save_steps", "2")) == 0
     stalls = {line["step"]: line.get("checkpoint_stall_seconds") for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert set(stalls) == set(range(1, 6)) and stalls[1] is stalls[2] is stalls[4] is None
@@ -237,3 +255,143 @@ def test_a_run_goes_on_on_other_ranks_and_layouts(run, tmp_path):
     found, expected = losses(tmp_path / "out"), losses(tmp_path / "straight")
     assert found.keys() == expected.keys() == set(range(1, 10))
     assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_data_is_waited_for_saves_what_is_done(run, tmp_path, monkeypatch, number):
+    """A process that reads hangs: no step will come."""
+    read, main = Loader.read, os.getpid()
+
+    def hangs(loader, step):
+        if step == 2 and os.getpid() != main:
+            os.kill(main, number)
+            time.sleep(1000)
+        return read(loader, step)
+
+    monkeypatch.setattr(Loader, "read", hangs)
+    begin = time.monotonic()
+    argv = flags(run, tmp_path, "--save_strategy", "no", "--dataloader_num_workers", "1")
+    assert train.main(argv) == 128 + number
+    assert checkpoint.newest_valid(tmp_path).name in ("checkpoint-1", "checkpoint-2")
+    assert time.monotonic() - begin < 30
+
+
+def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
+    evaluate, looked = train.evaluate, []
+
+    def evaluating(state):
+        def iterate(*args):
+            for step, batches in type(state.evaluation).iterate(state.evaluation, *args):
+                looked.append(step)
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield step, batches
+
+        state.evaluation.iterate = iterate
+        return evaluate(state)
+
+    monkeypatch.setattr(train, "evaluate", evaluating)
+    argv = flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps", "--eval_steps",
+                 "3", "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "0")
+    assert train.main(argv) == 128 + signal.SIGTERM
+    assert looked == [0] and checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+    assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
+
+
+def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
+    saved, save = [], recovery.save
+    monkeypatch.setattr(recovery, "save", lambda state: (saved.append(state.step), save(state))[1])
+    step = train.train_step
+
+    def train_step(state, batches):
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return step(state, None)
+        return step(state, batches)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert train.main(flags(run, tmp_path)) == 128 + signal.SIGTERM
+    assert saved == [4]
+
+
+def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path):
+    program = "import sys; from fastvid.cli import run; run('train', sys.argv[1:])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program,
+                           *flags(run, tmp_path, "--save_strategy", "no")], stderr=writing, timeout=120,
+                          env=environment)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert checkpoint.newest_valid(tmp_path) is not None
+
+
+# --- damage
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(run, tmp_path, caplog):
+    argv = flags(run, tmp_path, "--max_steps", "4", "--save_total_limit", "1")
+    assert train.main(argv) == 0
+    path = tmp_path / "checkpoint-4" / "model-00000-of-00001.safetensors"
+    flip_a_bit(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged: .*model-00000.*Restore.*--resume never"):
+        train.main(argv)
+    assert path.read_bytes() == before
+    assert train.main([*argv, "--resume", "never"]) == 0  # the remedy
+    assert (tmp_path / "previous-1" / "checkpoint-4" / path.name).read_bytes() == before
+    assert "moved" in caplog.text
+
+
+def test_left_over_folders_are_cleared_at_the_start(run, tmp_path):
+    argv = flags(run, tmp_path, "--max_steps", "4")
+    assert train.main(argv) == 0
+    (tmp_path / ".checkpoint-9.tmp").mkdir()
+    (tmp_path / "checkpoint-4").rename(tmp_path / ".checkpoint-4.replaced")
+    assert train.main(argv) == 0
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-4"]
+
+
+def test_results_of_others_are_moved_not_written_over(run, tmp_path):
+    (tmp_path / "mm_projector.bin").write_bytes(b"theirs")
+    (tmp_path / "model").mkdir()
+    assert train.main(flags(run, tmp_path, "--max_steps", "1")) == 0
+    assert (tmp_path / "previous-1" / "mm_projector.bin").read_bytes() == b"theirs"
+    assert (tmp_path / "previous-1" / "model").is_dir() and (tmp_path / "mm_projector.bin").stat().st_size > 6
+
+
+@pytest.mark.parametrize("options", [[], ["--resume", "never"]])
+def test_what_the_run_reads_is_not_moved(run, tmp_path, options):
+    shutil.copytree(run / "model", tmp_path / "model")
+    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path}/model lies in --output_dir"):
+        train.main(flags(run, tmp_path, "--model_name_or_path", str(tmp_path / "model"), *options))
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_a_named_checkpoint_to_start_from_is_verified(run, tmp_path):
+    assert train.main(flags(run, tmp_path, "--max_steps", "4")) == 0
+    flip_a_bit(tmp_path / "checkpoint-4" / "optimizer-00000-of-00001.safetensors")
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged: .*optimizer-00000"):
+        train.main(flags(run, tmp_path / "second", "--pretrain_mm_mlp_adapter", str(tmp_path / "checkpoint-4")))
+
+
+def test_a_run_that_is_done_says_so(run, tmp_path, capfd):
+    argv = flags(run, tmp_path, "--max_steps", "4")
+    assert train.main(argv) == 0
+    capfd.readouterr()
+    assert train.main(argv) == 0
+    assert "all 4 steps are done already" in capfd.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+    lock = {"host": "here", "pid": os.getppid(), "machine": processes.machine(),
+            "started": processes.started(os.getppid())}
+    (tmp_path / run_lock.NAME).write_text(json.dumps(lock))
+    with pytest.raises(ValueError, match=f"another run is writing .* process {os.getppid()} on here"):
+        train.main(flags(run, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [run_lock.NAME]
+    assert train.main(flags(run, tmp_path, "--dry_run")) == 0  # which writes nothing

@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on."""
 
+import os
 import threading
 from datetime import timedelta
 
@@ -9,11 +10,17 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, shards
+from fastvid import checkpoint, found, shards
 from fastvid import saver as saver_module
 from fastvid.saver import Saver
 
 PATIENCE = 30  # seconds until a test that waits for a thread has failed
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A failed write is tried again without delay."""
+    monkeypatch.setattr(saver_module, "RETRY_AFTER", 0.0)
 
 
 class Gate:
@@ -23,10 +30,10 @@ class Gate:
         self.reached, self.open = threading.Event(), threading.Event()
         write = shards.write
 
-        def gated(path, held):
+        def gated(path, held, mark):
             self.reached.set()
             assert self.open.wait(PATIENCE)
-            write(path, held)
+            write(path, held, mark)
 
         monkeypatch.setattr(shards, "write", gated)
 
@@ -74,10 +81,10 @@ def full_disk(monkeypatch):
     """No checkpoint but number 1 can be written."""
     write = shards.write
 
-    def full(path, held):
+    def full(path, held, mark):
         if "checkpoint-1." not in str(path):
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     monkeypatch.setattr(shards, "write", full)
 
@@ -98,6 +105,35 @@ def test_a_failed_write_is_reported_at_the_next_save_or_the_end(tmp_path, full_d
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-1"
     saver.wait()  # said once
+
+
+def test_what_failed_is_known_before_anyone_asks(tmp_path, full_disk, caplog):
+    """The file, the reason, what is needed, and what to do; tried twice."""
+    saver = Saver()
+    save(saver, tmp_path, 2, {"weight": torch.ones(300_000)})
+    saver._thread.join(PATIENCE)
+    assert saver.failed and not saver.has(2)
+    assert caplog.text.count("checkpoint-2 could not be written, and is tried again") == 1
+    with pytest.raises(OSError, match=r"\.checkpoint-2\.tmp/model-00000-of-00001.*It takes 1\.2 MB, \S+ MB are free in "
+                                      r".*: free some.*--save_total_limit.* the same command again"):
+        saver.wait()
+    assert not saver.failed and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync", "mkdir"])
+def test_a_write_that_fails_once_is_made_again(tmp_path, monkeypatch, caplog, call):
+    real, failures = getattr(os, call), iter([True])
+
+    def stumbles(*args, **options):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, call, stumbles)
+    with Saver() as saver:
+        save(saver, tmp_path, 1, {"weight": torch.ones(3)})
+    assert weight_of(checkpoint.newest_valid(tmp_path)) == [1, 1, 1] and saver.has(1)
+    assert "Input/output error" in caplog.text and "tried again" in caplog.text
 
 
 def test_an_error_in_training_is_not_hidden_by_one_in_writing(tmp_path, full_disk, caplog):
@@ -127,17 +163,40 @@ def test_a_defect_keeps_its_type(tmp_path, monkeypatch):
 # Several ranks
 
 
+def fail_once_on_rank_one(rank, folder):
+    saver_module.RETRY_AFTER = 0.0
+    write, failures = shards.write, iter([rank == 1])
+
+    def hindered(path, held, mark):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        write(path, held, mark)
+
+    shards.write = hindered
+    weight = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with Saver() as saver:
+        save(saver, folder, 1, {"weight": weight})
+        saver.wait()
+        return saver.has(1)
+
+
+def test_both_ranks_try_again_where_one_failed(tmp_path):
+    assert on_ranks(2, fail_once_on_rank_one, tmp_path, tmp_path / "out") == [True, True]
+    assert weight_of(checkpoint.newest_valid(tmp_path / "out")) == [0, 1, 2, 3]
+
+
 def train_and_save(rank, folder, kind):
     """Rank 1's disk is slow, or full; meanwhile both go on with collectives of their own."""
+    saver_module.RETRY_AFTER = 0.0
     steps_done, reached, write, saved = threading.Event(), threading.Event(), shards.write, []
 
-    def hindered(path, held):
+    def hindered(path, held, mark):
         if rank == 1 and kind == "slow":
             reached.set()
             assert steps_done.wait(PATIENCE)
         if rank == 1 and kind == "full":
             raise OSError(28, "No space left on device")
-        write(path, held)
+        write(path, held, mark)
 
     shards.write = hindered
     weight = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])
@@ -150,7 +209,7 @@ def train_and_save(rank, folder, kind):
                 total = torch.ones(())
                 dist.all_reduce(total)
                 weight._local_tensor.add_(total)
-                saved.append(checkpoint._steps(folder))
+                saved.append(found.steps(folder))
             steps_done.set()
     except OSError as error:
         return str(error)
@@ -171,6 +230,7 @@ def test_one_rank_s_full_disk_ends_both(tmp_path):
 def save_without_copies(rank, folder, kind):
     """The types and texts of what ends two saves; of the first, rank 1's GPU does not make the copies."""
     saver_module.PATIENCE = timedelta(seconds=PATIENCE)  # of what never comes
+    saver_module.RETRY_AFTER = 0.0
     saver, said = Saver(), []
 
     def broken():

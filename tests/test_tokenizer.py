@@ -206,6 +206,9 @@ def test_transformers_reads_a_saved_tokenizer_alike(shared, tmp_path):
     (None, None, "holds no tokenizer.model or tokenizer.json"),
     ("tokenizer.model", b"no model", "tokenizer.model is no sentencepiece model"),
     ("tokenizer.json", b"{", "tokenizer.json is no tokenizer file"),
+    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.model is a git-lfs pointer"),
+    ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a git-lfs pointer"),
+    ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1\n", "config.json is a git-lfs pointer"),
     ("tokenizer_config.json", b"[1]", "tokenizer_config.json is no JSON object"),
 ])
 def test_unusable_folder_is_an_error_that_names_the_file(plain, tmp_path, name, content, message):

@@ -44,6 +44,26 @@ def test_good_data(data, capsys):
     assert "2 of 5 × 3 float16" in out and out.endswith("nothing wrong\n")
 
 
+def test_towers_frames_and_formats_are_counted(data, capsys):
+    """Two towers are a problem; one tower's name may be spelt in two ways, and its frames may differ."""
+    records = []
+    for number, (tower, revision, frames) in enumerate([
+            ("x", "sha256:aa", 16), ("x", "sha256:aa", 16), ("./x", "sha256:aa", 8), ("y", "sha256:bb", 16)]):
+        save_features(data / "features" / f"{number}.safetensors", torch.ones(5, 3, dtype=torch.float16),
+                      {"tower": tower, "tower_revision": revision, "num_frames": frames})
+        records.append({"id": "a", "video": f"{number}.pkl", "conversations": TURNS})
+    records.append({"id": "b", "video": "b.pkl", "conversations": TURNS})
+    report = _check(data, records)
+    assert report.problems == {"features of another vision tower": 1}
+    assert report.makers == {("x", "sha256:aa", 16): 2, ("./x", "sha256:aa", 8): 1, ("y", "sha256:bb", 16): 1}
+    assert report.formats == {".safetensors": 4, ".pkl": 1}
+    text = validate.summary(report)
+    assert "4 .safetensors, 1 .pkl" in text and "2 x (sha256:aa…), 16 frames" in text
+    example, = report.examples["features of another vision tower"]
+    assert example.startswith("1 of y (sha256:bb…), 3 of ") and "--overwrite True" in example
+    assert not _check(data, records[:3]).problems
+
+
 def test_the_references_records_and_features(tiny):
     folder = tiny / "data336"
     report = validate.validate(ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "feats")))
@@ -53,19 +73,25 @@ def test_the_references_records_and_features(tiny):
 @pytest.mark.parametrize(("record", "kind", "example"), [
     ([], "malformed record", r"train.json: record 0 (from 0): the record is a list"),
     ({"id": "x"}, "malformed record, field 'conversations'", "record 0 (from 0): field 'conversations'"),
-    ({"id": "x", "conversations": TURNS}, "<video> placeholders and videos differ in number", "1 <video>, 0 videos"),
     ({"id": "x", "video": "a.pkl", "conversations": TEXT}, "<video> placeholders and videos differ in number",
-     "id x): 0 <video>"),
+     "0 <video> in the text for 1 video"),
     ({"id": "x", "video": "a.pkl", "conversations": TURNS * 2}, "<video> placeholders and videos differ in number",
-     "2 <video>, 1 videos"),
+     "2 <video> in the text for 1 video"),
+    ({"id": "x", "image": "a.jpg", "conversations": TEXT}, "records of something else than videos and text", "'image'"),
+    ({"id": "x", "video": "a.pkl", "conversations": TURNS[:1]}, "no answer", "no turn from gpt with an answer"),
+    ({"id": "x", "video": "nan.pkl", "conversations": TURNS}, "features unreadable", "nan.pkl holds NaN or infinity"),
+    ({"id": "x", "video": "lfs.pkl", "conversations": TURNS}, "features unreadable", "lfs.pkl is a git-lfs pointer"),
     ({"id": "x", "video": "absent.pkl", "conversations": TURNS}, "features missing", "'absent.pkl' has no features"),
     ({"id": "x", "video": "../a.pkl", "conversations": TURNS}, "features refused", "'../a.pkl' is refused"),
-    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features unreadable", "torn.safetensors is cut short"),
+    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features unreadable",
+     "torn.safetensors: it is cut short"),
     ({"id": "x", "video": "evil.pkl", "conversations": TURNS}, "features unreadable", "names os.system"),
 ])
 def test_each_kind_of_problem(data, capsys, record, kind, example):
     (data / "features" / "torn.safetensors").write_bytes(b"\xff\xff\0\0\0\0\0\0{")
     (data / "features" / "evil.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    (data / "features" / "lfs.pkl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    save_features(data / "features" / "nan.pkl", torch.tensor([[1.0, float("nan"), 2.0]]), {})
     (data / "train.json").write_text(json.dumps([record]))
     assert validate.main(["--data_path", str(data / "train.json"), "--video_folder", str(data / "features")]) == 1
     out = capsys.readouterr().out
@@ -128,11 +154,37 @@ def test_without_a_folder_features_are_not_looked_at(data):
     assert not report.problems and "not looked at: no --video_folder" in validate.summary(report)
 
 
-def test_a_safetensors_file_is_not_read_beyond_its_header(data, monkeypatch):
+def test_quick_reads_headers_alone(data, monkeypatch):
     from fastvid.data import features
 
     monkeypatch.setattr(features.torch, "empty", lambda *a, **k: pytest.fail("values were read"))
-    assert _check(data, [{"id": "a", "video": "a.pkl", "conversations": TURNS}]).layouts == {(5, 3, torch.float16): 1}
+    found = _check(data, [{"id": "a", "video": "a.pkl", "conversations": TURNS}], quick=True)
+    assert found.layouts == {(5, 3, torch.float16): 1} and not found.problems
+
+
+@pytest.mark.parametrize(("name", "content", "kind"), [
+    ("train.json", "[]", "data file without a record"), ("train.json", "", "unreadable data file"),
+    ("train.jsonl", "", "unreadable data file"), ("train.json", '{"data": []}', "data file without a record"),
+])
+def test_nothing_is_a_problem(data, capsys, name, content, kind):
+    (data / name).write_text(content)
+    assert validate.main(["--data_path", str(data / name)]) == 1
+    assert f"{kind}: 1\n" in capsys.readouterr().out
+
+
+def test_a_folder_without_features_is_a_problem(data, tmp_path):
+    (tmp_path / "none").mkdir()
+    (data / "text.json").write_text(json.dumps([{"conversations": TEXT}]))
+    config = ValidateConfig([str(data / "text.json")], video_folder=str(tmp_path / "none"))
+    assert validate.validate(config).problems == {"features missing": 1}
+
+
+def test_what_is_left_out_of_records_is_counted_and_no_problem(data):
+    system = {"id": 1, "video": "a.pkl", "conversations": TURNS, "system": "Answer in French."}
+    report = _check(data, [system, {**system, "id": 2}, {"conversations": TURNS}])
+    assert not report.problems and report.text_only == 1
+    text = validate.summary(report)
+    assert "2 records: field 'system' is not used (first: " in text and "1 record: <video> in a record without" in text
 
 
 def test_the_data_flags_of_a_training_command(data):

@@ -25,10 +25,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         file.write_bytes(file.read_bytes()[:-1000])
         with pytest.raises(ValueError, match=f"{file.name} cannot be read"):
             load(folder)
-    folder = write_folder(tmp_path / "pointer", state)
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
-        load(folder)
+    for name, ending, files in (("model.safetensors", "safetensors", 1), ("pytorch_model.bin", "bin", 1),
+                                ("pytorch_model.bin.index.json", "bin", 2), ("config.json", "bin", 1),
+                                ("pytorch_model-00002-of-00002.bin", "bin", 2)):
+        folder = write_folder(tmp_path / f"pointer-{name}", state, ending=ending, files=files)
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer"):
+            load(folder)
     folder = write_folder(tmp_path / "lacks", state, files=2)
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model.norm.weight", "model.layers.0.mlp.gate_proj.weight_"))

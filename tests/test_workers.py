@@ -1,6 +1,10 @@
 """Reading ahead in processes: the same results in the same order, signals, death."""
 
+import errno
 import os
+import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fastvid.data.workers import Ahead
+from fastvid.data import workers
+from fastvid.data.workers import Ahead, Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # as many as the machine has cores
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -73,7 +78,7 @@ def test_an_error_in_a_process_is_raised_here():
 
 def test_signals_to_the_whole_job_leave_the_processes_alone():
     def signalled(number):
-        for sent in (signal.SIGINT, signal.SIGTERM):
+        for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), sent)
         return number
 
@@ -87,14 +92,111 @@ def test_a_dead_process_is_named():
         time.sleep(0.02)
         return number
 
-    try:
-        list(Ahead(dies, 2).map(range(20)))
-    except ChildProcessError as error:
-        assert "--dataloader_num_workers" in str(error)
-    except RuntimeError as error:  # torch's own signal handler, where it came first
-        assert "DataLoader worker (pid" in str(error)
-    else:
-        pytest.fail("nobody noticed")
+    found = []
+    with pytest.raises(ChildProcessError, match="exit code -9.*--dataloader_num_workers"):
+        for number in Ahead(dies, 2).map(range(20)):
+            found.append(number)
+            time.sleep(0.2)  # a step: the death is not told in its midst
+    assert found == list(range(len(found))) and len(found) <= 4
+
+
+# What cannot be sent
+
+
+class Own(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+@pytest.mark.parametrize("raised, expected", [
+    (MemoryError(), (ChildProcessError, "--dataloader_num_workers")), (Own("odd", 2), (RuntimeError, "Own: odd")),
+    (type("Local", (Exception,), {})("local"), (RuntimeError, "Local: local")),
+    (ValueError("file.pkl: is empty"), (ValueError, "^file.pkl: is empty$"))])
+def test_an_exception_that_cannot_be_sent_is_told_all_the_same(raised, expected):
+    def fails(number):
+        raise raised
+
+    with pytest.raises(expected[0], match=expected[1]) as caught:
+        list(Ahead(fails, 1).map(range(2)))
+    assert "in fails" in str(caught.value.__cause__)  # where it was raised
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error():
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
+        list(Ahead(lambda number: lambda: None, 2).map(range(4)))
+
+
+def test_too_many_open_files_are_named():
+    def crowded(number):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), 4096))
+        held = []
+        while True:
+            try:
+                held.append(os.dup(0))
+            except OSError:
+                return results(number), held
+
+    with pytest.raises(ChildProcessError, match="Too many open files.*ulimit -n.*--dataloader_num_workers 0"):
+        list(Ahead(crowded, 1).map(range(2)))
+
+
+def test_a_full_memory_is_named(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workers, "_memory", full)
+    with pytest.raises(ChildProcessError, match=r"/dev/shm has \S+ MiB .*docker run --shm-size.*_num_workers"):
+        list(Ahead(results, 2).map(range(2)))
+
+
+def test_a_full_shm_at_the_start_is_named(monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workers._Fork, "Queue", full)
+    with pytest.raises(ChildProcessError, match="/dev/shm has .*--shm-size.*--dataloader_num_workers 0"):
+        list(Ahead(results, 2).map(range(2)))
+
+
+def test_a_system_without_such_memory_uses_a_temporary_file(monkeypatch):
+    def none(name):
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(os, "memfd_create", none)
+    assert all(same(a, results(number)) for number, a in enumerate(Ahead(results, 2).map(range(3))))
+
+
+SMALL_SHM = """
+import torch
+from fastvid.data.workers import Ahead
+print(sum(len(large) for large in Ahead(lambda number: torch.zeros(3_000_000), 2).map(range(8))))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root")
+def test_a_small_shm_does_not_matter():
+    """Containers have 64 MB; here 1 MB, for batches of 12."""
+    script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "{sys.executable}" -W ignore -c "$0"'
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script, SMALL_SHM], capture_output=True, text=True,
+                          env=ENVIRONMENT, timeout=60)
+    if "mount" in done.stderr:
+        pytest.skip(f"no mount: {done.stderr}")
+    assert done.stdout.split() == ["24000000"], done
+
+
+def test_a_long_wait_ends_when_it_is_told_to():
+    def hangs(number):
+        if number == 2:
+            time.sleep(1000)
+        return os.getpid()
+
+    begin, found = time.monotonic(), []
+    with pytest.raises(Stopped):
+        for pid in Ahead(hangs, 1).map(range(5), lambda: time.monotonic() - begin > 0.5):
+            found.append(pid)
+    assert len(found) == 2 and time.monotonic() - begin < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0], 0)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ConnectionError, EOFError])

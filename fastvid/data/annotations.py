@@ -1,194 +1,189 @@
-"""Records of questions and answers: VideoInstruct's, and those that training reads.
+"""Training records: what training, validation and inspection make of one, the same for all three.
 
-VideoInstruct:  {"q": …, "a": …, "video_id": …}
-training:       {"id": …, "video": "name.pkl", "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}, …]}
-                with "videos": [names] instead of "video" for several videos, and neither for text alone.
+{"id": …, "video": "name.pkl", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}
 
-Either kind lies in a JSON array or in JSONL (one record per line).
+with "videos": [names] instead of "video" for several videos, and neither for text alone. `fastvid.data.styles` reads
+what other trainers write.
 """
 
-import json
-import os
-from pathlib import Path
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from fastvid.files import atomic_file
+from fastvid.config import Policy
+from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, UNK, VIDEO
+from fastvid.data.records import place, read_records
+from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.files import shown
 
-_JSON_KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+_MOST_LINES = 20  # kinds of remarks that are told
+_OTHER_MEDIA = re.compile(
+    r"(image|img|photo|picture|audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?",
+    re.IGNORECASE)
+_OTHER_PLACEHOLDER = re.compile(
+    r"<(image|img|audio|sound|speech)>|<\|(image|audio|image_pad|audio_pad|vision_start)\|>", re.IGNORECASE)
+_NAMES_A_VIDEO = re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE)
 
 
-def read_records(path) -> list[dict]:
-    """The records of a JSON array or JSONL file; which of the two it is shows in its first character.
+class Fault(NamedTuple):
+    """Why a record cannot be trained on.
 
-    Lines end at "\\n" only: texts may hold U+2028 and its like. A byte-order mark and blank lines are skipped.
-
-    Raises:
-        ValueError: naming the file that cannot be read, or the line of what is no JSON or no UTF-8.
+    Attributes:
+        kind: heads a list of records of the kind.
+        text: of this record, as part of a sentence.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of a JSON or JSONL file") from error
-    first = text.lstrip()[:1]
-    if first == "[":
-        return _parse(text, path)
-    if not first and Path(path).suffix != ".jsonl":
-        raise ValueError(f"{path} is empty: expected a JSON array or one JSON object per line")
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line and not line.isspace():
-            records.append(_parse(line, path, number))
-    return records
+
+    kind: str
+    text: str
 
 
-def _parse(text, path, number=None):
-    """The value of a JSON text, which is the whole of a file or its line `number`."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "" if number is None else "; expected a JSON array or one JSON object per line"
-        raise ValueError(f"{path}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        where = path if number is None else f"{path}: line {number}"
-        raise ValueError(f"{where} is not what a data file can hold ({error})") from error
+@dataclass(frozen=True)
+class Examined:
+    """What is made of one record.
+
+    Attributes:
+        record: in the form of `fastvid.data.styles`; None where it is no conversation.
+        fault: why it cannot be trained on; None if it can, as far as record and flags tell.
+        remarks: what is left out, changed or unusual; the same text for each record of the same kind.
+    """
+
+    record: dict | None
+    fault: Fault | None
+    remarks: list[str]
 
 
-def write_records(path, records):
-    """Write JSONL if `path` ends in .jsonl, else one JSON array as ``json.dump`` writes it by default; atomically."""
-    with atomic_file(path) as file:
-        if Path(path).suffix == ".jsonl":
-            file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records)
-        else:
-            file.write(json.dumps(records).encode("ascii"))
-
-
-def convert_records(records, feature_ids=None, on_bad="error", path="records"):
-    """VideoInstruct records to training records, as the reference's two scripts do.
-
-    The video stands after the question of records with an even index and before that of the others; the index counts
-    the records given, left-out ones included.
-    Source: scripts/convert_instruction_json_to_training_format.py and filter_for_missing_videos.py of PG-Video-LLaVA.
+def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examined:
+    """What training makes of a record, which needs neither tokenizer nor features.
 
     Args:
-        feature_ids: keep only records whose `video_id` is one of these; None keeps all.
-        on_bad: "error" or "drop": what a malformed record does.
-        path: the file that the records come from, for messages.
-
-    Returns:
-        (training records, dropped records as (index, field, reason)).
-
-    Raises:
-        ValueError: a malformed record under on_bad="error", naming file, index, field and remedy.
+        record: any JSON value; it is not changed.
+        number: of the record in its file.
+        policy: `fastvid.config.Policy`.
+        use_start_end: <vid_start> and <vid_end> are placeholders of the model.
     """
-    converted, dropped = [], []
-    for index, record in enumerate(records):
-        fault = _instruction_fault(record)
-        if fault is not None:
-            if on_bad == "error":
-                raise ValueError(f"{path}: record {index} (from 0): {describe(fault)}; "
-                                 "mend it, or leave malformed records out with --on_bad drop")
-            dropped.append((index, *fault))
-            continue
-        name = record["video_id"]
-        if feature_ids is not None and name not in feature_ids:
-            continue
-        question = f"{record['q']}\n<video>" if index % 2 == 0 else f"<video>\n{record['q']}"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["a"]}]
-        converted.append({"id": name, "video": f"{name}.pkl", "conversations": turns})
-    return converted, dropped
-
-
-def feature_ids(folder) -> set[str]:
-    """Ids of the videos whose features lie in `folder`: file names up to their first dot, as the reference has it.
-
-    For fastvid's own files, whose names are never cut, also the whole name without .safetensors; those in sub-folders
-    are named as records name them, "sub/name".
-
-    Raises:
-        ValueError: `folder` is no folder.
-    """
-    if not os.path.isdir(folder):
-        raise ValueError(f"--clip_feature_path {folder} is no folder; give the one that feature extraction wrote to")
-    names = os.listdir(folder)
-    ids = {name.partition(".")[0] for name in names}
-    for where, _, files in os.walk(folder):
-        inner = os.path.relpath(where, folder)
-        for name in files:
-            stem, suffix = os.path.splitext(name)
-            if suffix == ".safetensors" or suffix == ".pkl" and inner != ".":
-                ids.add(os.path.normpath(os.path.join(inner, stem)))
-    return ids
-
-
-def check_record(record, index, path) -> str | None:
-    """Why a *training* record is malformed, naming file, index and field; None if it is well-formed."""
-    fault = training_fault(record)
-    return None if fault is None else f"{path}: record {index} (from 0): {describe(fault)}"
-
-
-def record_videos(record) -> list[str]:
-    """The videos of a well-formed training record, in the order of its <video> placeholders."""
-    if record.get("videos") is not None:
-        return record["videos"]
-    return [] if record.get("video") is None else [record["video"]]
-
-
-def training_fault(record):
-    """(field, reason) of what is wrong with a training record; None if it is well-formed. No field: the whole of it."""
-    if not isinstance(record, dict):
-        return "", f"is {_kind(record)}, not an object"
-    if "id" not in record:
-        return "id", "is missing"
-    if not isinstance(record["id"], str):
-        return "id", f"is {_kind(record['id'])}, not text"
-    for name in ("video", "videos"):
-        videos = record.get(name)
-        listed = [videos] if name == "video" else videos
-        if videos is None:
-            continue
-        if not isinstance(listed, list) or not all(isinstance(video, str) and video for video in listed):
-            return name, f"is not {'a file name' if name == 'video' else 'a list of file names'}"
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return "conversations", "is not a list of turns with at least one"
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
-            return "conversations", f"turn {number} does not say that it is \"from\": \"human\" or \"gpt\""
-        if not isinstance(turn.get("value"), str):
-            return "conversations", f"turn {number} has no text as \"value\""
-        if half := half_character(turn["value"]):
-            return "conversations", f"turn {number} holds {half}"
-    return None
-
-
-def half_character(text) -> str | None:
-    """What part of a character `text` holds, which JSON can write and no tokenizer can read; None if it is sound."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"{ascii(text[error.start])}, half of a surrogate pair, which is no character"
+        read, remarks = canonical(record, number)
+    except Unreadable as fault:
+        kind = f"malformed record, field '{fault.field}'" if fault.field else "malformed record"
+        where = f"field '{fault.field}'" if fault.field else "the record"
+        return Examined(None, Fault(kind, f"{where} {fault.reason}"), [])
+    texts, fault = asked_and_answered(read), None
+    for found in (_other_medium(record, texts), _placeholder_fault(texts, use_start_end), _video_fault(read, texts)):
+        fault = fault or found
+    # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
+    if not policy.mask_by_retokenizing:
+        if not any(texts[1::2]):
+            fault = fault or Fault("no answer", "no supervised token: no turn from gpt with an answer")
+        remarks += _supervised_as_written(texts)
+    if len(texts) < len(read["conversations"]):
+        remarks.append("the first turn is from gpt: it is left out")
+    if not record_videos(read) and any(VIDEO in text for text in texts):
+        remarks.append(f"{VIDEO} in a record without a video: it stays text")
+    if record_videos(read) and (other := next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)):
+        remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
+    return Examined(read, fault, [] if fault else remarks)
+
+
+def examine_file(path, config):
+    """Yield what training makes of each record of a data file, in order.
+
+    Args:
+        config: `fastvid.config.DataConfig`.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    for number, record in enumerate(read_records(path)):
+        yield examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
+
+
+@dataclass
+class Remarks:
+    """Remarks about records, by kind: how many there are of each, and the first record."""
+
+    counts: Counter = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, remarks, path, number):
+        for remark in remarks:
+            self.counts[remark] += 1
+            self.first.setdefault(remark, place(path, number))
+
+    def lines(self) -> list[str]:
+        """One line per kind."""
+        lines = [f"{count:,} record{'s' * (count != 1)}: {remark} (first: {self.first[remark]})"
+                 for remark, count in self.counts.most_common(_MOST_LINES)]
+        more = len(self.counts) - len(lines)
+        return lines + [f"… and {more} more kinds of remarks"] * (more > 0)
+
+
+def asked_and_answered(record) -> list[str]:
+    """The questions and answers in turn; what gpt says before the first question is left out."""
+    turns = record["conversations"]
+    return [turn["value"] for turn in turns[turns[0]["from"] == "gpt":]]
+
+
+def placeholder_in(texts, use_start_end) -> str | None:
+    """Why texts cannot stand beside a video's placeholders; None if they can."""
+    for token in (PATCH, START, END) if use_start_end else (PATCH,):
+        if any(token in text for text in texts):
+            return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
     return None
 
 
-def _instruction_fault(record):
-    """(field, reason) of what is wrong with a VideoInstruct record; None if it is well-formed."""
-    if not isinstance(record, dict):
-        return "", f"is {_kind(record)}, not an object"
-    for name in ("q", "a", "video_id"):
-        if name not in record:
-            training = " (this is a training record already)" if "conversations" in record else ""
-            return name, f"is missing{training}"
-        if not isinstance(record[name], str):
-            return name, f"is {_kind(record[name])}, not text"
-    return None if record["video_id"] else ("video_id", "is empty")
+def _placeholder_fault(texts, use_start_end):
+    found = placeholder_in(texts, use_start_end)
+    return found and Fault("the model's own placeholders in the text", found)
 
 
-def describe(fault):
-    """A (field, reason) as part of a sentence."""
-    field, reason = fault
-    return f"field '{field}' {reason}" if field else f"the record {reason}"
+def _other_medium(record, texts):
+    """The fault of a record that is about something else than videos and text."""
+    videos = record.get("video") or record.get("videos")
+    placeholder = next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)
+    for name, value in record.items():
+        if not value or not isinstance(value, (str, list, dict)):
+            continue
+        if _OTHER_MEDIA.fullmatch(name) and (placeholder or not videos):
+            return Fault("records of something else than videos and text",
+                         f"field '{shown(name)}': only videos and text are trained on; leave the record out")
+        if not videos and _NAMES_A_VIDEO.fullmatch(name):
+            return Fault("the video's name in another field",
+                         f"field '{shown(name)}' is not read; a record names its video in 'video'")
+    if placeholder and not videos:
+        return Fault("records of something else than videos and text",
+                     f"the text holds {placeholder[0]}, but the record names no video: only videos and text are "
+                     "trained on; leave the record out")
+    return None
 
 
-def _kind(value):
-    return _JSON_KINDS.get(type(value), "a number")
+def _video_fault(record, texts):
+    """The fault of a record whose placeholders do not fit its videos."""
+    videos = len(record_videos(record))
+    count = sum(text.count(VIDEO) for text in texts)
+    if not videos or count == videos:
+        return None
+    said = f"{count} {VIDEO} in the text for {videos} video{'s' * (videos != 1)}"
+    left_out = VIDEO in record["conversations"][0]["value"] and len(texts) < len(record["conversations"])
+    if count > videos:
+        remedy = 'a record of several videos lists them as "videos", one for each placeholder'
+    elif left_out:
+        remedy = f"the first turn is from gpt and left out; put {VIDEO} into the question"
+    else:
+        remedy = f"put {VIDEO} into the question" + ", once for each video" * (videos > 1)
+        others = Counter(match[0] for text in texts for match in _OTHER_PLACEHOLDER.finditer(text))
+        remedy += "".join(f" (it holds {number} {other})" for other, number in others.items())
+    return Fault(f"{VIDEO} placeholders and videos differ in number", f"{said}; {remedy}")
+
+
+def _supervised_as_written(texts):
+    """What makes the reference mask the whole sample."""
+    for what, found in (
+        (f'the text holds "{EOS}"', any(EOS in text for text in texts)),
+        (f'the text holds "{UNK}"', any(UNK in text for text in texts)),
+        (f'the text holds " {ASSISTANT}: "', any(f" {ASSISTANT}: " in text for text in texts)),
+        ("a question is empty", any(not text for text in texts[::2])),
+    ):
+        if found:
+            yield f"{what}: its answers are supervised as written (--parity reference leaves the sample out)"
+            return

@@ -4,22 +4,29 @@ Dimensions: R rows of one video, C channels of the vision tower.
 """
 
 import logging
+from dataclasses import replace
 from functools import partial
 
-from fastvid.data.annotations import check_record, read_records, record_videos
-from fastvid.data.conversation import encode_sample, system_prefix
+import torch
+
+from fastvid import provenance
+from fastvid.data.annotations import Remarks, examine_file
+from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample, system_prefix
 from fastvid.data.lengths import measure
 from fastvid.data.order import EvaluationOrder, training_order
 from fastvid.data.packing import pack
+from fastvid.data.records import place
 from fastvid.data.sharing import Groups
+from fastvid.data.styles import record_videos
 from fastvid.data.video_tokens import VideoRows
 from fastvid.data.workers import Ahead
+from fastvid.files import shown
 
 log = logging.getLogger("fastvid")
 
 
 class SampleSkipped(ValueError):
-    """Why one sample cannot be trained on: the sample's id, then the reason."""
+    """Why one sample cannot be trained on."""
 
 
 class SampleSet:
@@ -32,28 +39,42 @@ class SampleSet:
         config: `TrainConfig`.
 
     Attributes:
+        records: as `fastvid.data.styles.canonical` writes them.
         counts: samples of each file.
+        remarks: `Remarks` about the records, told by the first process that reads them.
         rows_of: `VideoRows`: from a video's name to its rows.
+        provenance: `Provenance` of what is trained on this set; of its features since `fit`.
     """
+
+    HEADERS = 64  # feature files whose headers are looked at before the first step, spread over the set
 
     def __init__(self, paths, tokenizer, features, config):
         self.tokenizer, self.features, self.config = tokenizer, features, config
-        self.records, self.counts, bad = [], [], []
-        for path in paths:
-            kept = []
-            for index, record in enumerate(read_records(path)):
-                reason = check_record(record, index, path) or self._missing_feature(record, index, path)
-                (bad if reason else kept).append(reason or record)
-            self.records += kept
-            self.counts.append(len(kept))
+        self.paths, self.records, self.counts, self.remarks = list(paths), [], [], Remarks()
+        self._numbers, bad = [], []
+        for path in self.paths:
+            before = len(self.records)
+            for number, found in enumerate(examine_file(path, config)):
+                if reason := found.fault.text if found.fault else self._missing_feature(found.record):
+                    bad.append(f"{place(path, number)}: {reason}")
+                    continue
+                self.records.append(found.record)
+                self._numbers.append(number)
+                self.remarks.add(found.remarks, path, number)
+            self.counts.append(len(self.records) - before)
+        for line in self.remarks.lines():
+            log.warning("%s", line)
         if bad:
             self._report_bad(bad)
         if not self.records:
-            raise ValueError(f"{', '.join(map(str, paths))}: no usable record")
+            raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
         self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
                                  same=config.policy.one_video_length)
         if self.rows_of.fault:
             raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
+        self.provenance = provenance.Provenance(
+            conv_mode=TRAINING_TEMPLATES.get(config.version), question_order=config.question_order,
+            use_start_end=config.mm_use_vid_start_end)
 
     @property
     def channels(self):
@@ -72,6 +93,30 @@ class SampleSet:
         self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
         if self.rows_of.first is not None:
             self.rows_of(self.rows_of.first[0])
+        self._look_at_headers()
+
+    def _look_at_headers(self):
+        """Note what some of the features were made with, and say so if several towers made them."""
+        names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
+        for name in names[::max(1, len(names) // self.HEADERS)]:
+            try:
+                looked_at.append((self.features.shape(name)[0], self.features.header(name)))
+            except (ValueError, OSError):  # reported where the record is used
+                continue
+        found, towers = provenance.of_features(looked_at)
+        if found.tower is None and not towers:
+            # Features without headers were made with the tower that the user names; without any video, what training
+            # starts from goes on to hold.
+            started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
+            found = replace(found, tower=self.config.vision_tower) if names else started
+        if len(towers) > 1:
+            log.warning("features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
+                        "`fastvid extract --overwrite True` makes them anew", len(towers),
+                        ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
+                                  in towers.most_common()))
+        prompt = self.provenance
+        self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
+                                  use_start_end=prompt.use_start_end)
 
     def check_some(self, limit=64):
         """Look at some samples spread over the set.
@@ -81,23 +126,35 @@ class SampleSet:
         """
         samples = [self.encode(index) for index in range(0, len(self), max(1, len(self) // limit))]
         if all(sample.refused for sample in samples):
-            raise ValueError(f"none of {len(samples)} samples looked at can be trained on; the first, {samples[0].id}: "
+            raise ValueError(f"none of {len(samples)} samples looked at can be trained on; the first, {self.name(0)}: "
                              f"{samples[0].refused}")
 
-    def _missing_feature(self, record, index, path):
+    def name(self, index) -> str:
+        """How messages name a sample: its id, and its record in its file."""
+        first = 0
+        for path, count in zip(self.paths, self.counts):
+            if index < first + count:
+                break
+            first += count
+        return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
+
+    def _missing_feature(self, record):
         try:
             for name in record_videos(record):
                 if self.features is None:
-                    return f"{path}: record {index} names a video ({name}); give its folder with --video_folder"
+                    return f"names a video ({shown(name)}); give its folder with --video_folder"
                 self.features.resolve(name)
         except (ValueError, OSError) as error:
-            return f"{path}: record {index}: {error}"
+            return str(error)
 
     def _report_bad(self, bad):
-        shown = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+        first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+        if not self.records:
+            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n"
+                             f"  {first}")
         if self.config.on_bad_sample == "error":
-            raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {shown}")
-        log.warning("%d records left out:\n  %s", len(bad), shown)
+            raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
+        log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
 
     def __len__(self):
         return len(self.records)
@@ -124,19 +181,25 @@ class SampleSet:
         """
         sample = self.encode(index)
         if sample.refused:
-            raise SampleSkipped(f"{sample.id}: {sample.refused}")
+            raise SampleSkipped(sample.refused)
         loaded = {} if loaded is None else loaded
         for name in sample.videos:
             if name in loaded:
                 continue
             try:
-                features, _ = self.features.load(name)
+                features, header = self.features.load(name)
             except (ValueError, OSError) as error:
-                raise SampleSkipped(f"{sample.id}: {error}") from error
+                raise SampleSkipped(str(error)) from error
             if tuple(features.shape) != self.features.shape(name):
-                raise SampleSkipped(f"{sample.id}: {self.features.resolve(name)} was {list(self.features.shape(name))} "
-                                    f"when this run first looked, is {list(features.shape)} now; start the run again")
+                raise SampleSkipped(f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
+                                    f"run first looked, is {list(features.shape)} now; start the run again")
+            made, expected = provenance.Provenance.of(header), self.provenance.tower_revision
+            if expected and made.tower_revision not in (None, expected):
+                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the tower {made.tower} "
+                                                  f"({made.tower_revision[:19]}…), not of {self.provenance.tower}"])
             loaded[name] = features
+        if any(self.features.dtype(name) == torch.float64 for name in sample.videos):
+            sample = replace(sample, remarks=[*sample.remarks, "its features are float64: rounded to float32"])
         return sample, [loaded[name] for name in sample.videos]
 
 
@@ -152,20 +215,22 @@ class Loader:
 
     Attributes:
         prefix: ids of the system prompt, which the batches leave out and whose keys and values the model must keep.
-        skipped: samples skipped so far.
+        drawn: samples drawn so far; `skipped` of them could not be used.
+        unusable: indices of the skipped samples.
+        remarks: by kind, the indices of the samples that a remark was made about.
     """
 
-    MESSAGES = 10  # skipped samples and warnings shown one by one; the rest are only counted
+    MESSAGES = 10  # skipped samples and remarks told one by one; the rest are only counted
 
     def __init__(self, samples, order, *, workers=2, pin=False, packing=None):
         self.samples, self.order, self.pin, self.packing = samples, order, pin, packing or {}
         self.prefix = self.packing.get("prefix", ()) if self.packing.get("frozen") else ()
-        self.skipped = 0
-        self.warnings = set()
+        self.drawn = self.skipped = 0
+        self.unusable, self.remarks = set(), {}
         self._ahead = Ahead(self.read, workers, pin=pin)
 
     def read(self, step):
-        """This rank's packed micro-batches of one step, and (sample id, warning, why it was skipped) of odd samples."""
+        """This rank's packed micro-batches of one step, and (index, remarks, why it was skipped) of odd samples."""
         samples, batches, odd = self.samples, [], []
         for indices in self.order.micro_batches(step):
             usable, loaded = [], {}
@@ -173,31 +238,53 @@ class Loader:
                 try:
                     usable.append(samples.read(index, loaded))
                 except SampleSkipped as error:
-                    odd.append(("", None, str(error)))
+                    odd.append((index, [], str(error)))
                 else:
-                    sample = usable[-1][0]
-                    if sample.warning:
-                        odd.append((sample.id, sample.warning, None))
+                    # What the record alone tells was told when it was read.
+                    remarks = [each for each in usable[-1][0].remarks if each not in samples.remarks.counts]
+                    if remarks:
+                        odd.append((index, remarks, None))
             batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
-    def iterate(self, first_step=0):
-        """Yield (step, micro-batches) up to the order's end; say what was skipped, and each kind of warning once."""
+    def iterate(self, first_step=0, stopped=lambda: False):
+        """Yield (step, micro-batches) up to the order's end; name each skipped sample and each kind of remark once.
+
+        Args:
+            stopped: ends a long wait, see `Ahead.map`.
+        """
         steps = range(first_step, self.order.total_steps)
-        for step, (batches, odd) in zip(steps, self._ahead.map(steps)):
-            for sample_id, warning, skipped in odd:
-                self._report(sample_id, warning, skipped)
+        for step, (batches, odd) in zip(steps, self._ahead.map(steps, stopped)):
+            for index, remarks, skipped in odd:
+                self._report(index, remarks, skipped)
+            self.drawn += sum(map(len, self.order.micro_batches(step)))
             yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
 
-    def _report(self, sample_id, warning, skipped):
+    def account(self, world) -> tuple[list[str], str]:
+        """What became of the samples of all ranks since this process began; every rank calls it.
+
+        Returns:
+            (one line for each kind of remark, how many samples were skipped)
+        """
+        unusable, remarks = set(), {}
+        for theirs, made in world.gather_objects((self.unusable, self.remarks)):
+            unusable |= theirs
+            for remark, indices in made.items():
+                remarks.setdefault(remark, set()).update(indices)
+        lines = [f"{len(indices):,} of {len(self.samples):,} samples: {remark}" for remark, indices in remarks.items()]
+        return lines, f"{len(unusable):,} of {len(self.samples):,} samples skipped"
+
+    def _report(self, index, remarks, skipped):
         if skipped:
             self.skipped += 1
-            if self.skipped <= self.MESSAGES:
-                last = " (further ones are counted, not shown)" if self.skipped == self.MESSAGES else ""
-                log.warning("skipped sample %s%s", skipped, last)
-        elif warning not in self.warnings and len(self.warnings) < self.MESSAGES:
-            self.warnings.add(warning)
-            log.warning("sample %s: %s (said once per kind)", sample_id, warning)
+            if index not in self.unusable and len(self.unusable) < self.MESSAGES:
+                last = " (further ones are counted, not shown)" * (len(self.unusable) == self.MESSAGES - 1)
+                log.warning("skipped sample %s: %s%s", self.samples.name(index), skipped, last)
+            self.unusable.add(index)
+        for remark in remarks:
+            if remark not in self.remarks and len(self.remarks) < self.MESSAGES:
+                log.warning("sample %s: %s (said once; counted at the end)", self.samples.name(index), remark)
+            self.remarks.setdefault(remark, set()).add(index)
 
 
 def training_loader(config, samples, world):
@@ -215,7 +302,7 @@ def training_loader(config, samples, world):
                    frozen=config.trainable <= {"projector", "boundary"})
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(
-        config, samples.counts, world.rank, world.size, groups=groups,
+        config, samples.counts, world.rank, world.size, groups=groups, name=samples.name,
         measure=partial(measure, samples, world, packing=packing, groups=groups,
                         processes=config.dataloader_num_workers, progress=not config.disable_tqdm))
     return Loader(samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda",

@@ -5,13 +5,13 @@ The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {ans
 
 from dataclasses import dataclass, field
 
-from fastvid.data.annotations import describe, half_character, record_videos, training_fault
-from fastvid.data.tokenizer import END, EOS, PATCH, START, UNK, VIDEO, VideoTokenizer, load_tokenizer
+from fastvid.data.annotations import asked_and_answered, examine, placeholder_in
+from fastvid.data.names import ASSISTANT, EOS, USER, VIDEO
+from fastvid.data.styles import half_character, record_videos
+from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
 
 __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
 
-USER, ASSISTANT = "USER", "ASSISTANT"
-_ROLES = {"human": USER, "gpt": ASSISTANT}
 _VIDEO_SYSTEM = (
     "You are able to understand the video content that the user provides, and assist the user with a variety of tasks "
     "using natural language.Follow the instructions carefully and explain your answers in detail based on the "
@@ -34,7 +34,7 @@ class EncodedSample:
         token_ids: BOS first, each video's placeholders written out; empty where the record allows none to be made.
         supervised: [start, end) of the tokens that are to be predicted.
         videos: names of the videos, in the order of their placeholders.
-        warning: what a reader of a report should know; the same text for each sample of the same kind, or the
+        remarks: what a reader of a report should know; the same text for each sample of the same kind, or the
             reference's own message when labels are found as the reference finds them.
         refused: why training cannot use the sample; None if it can.
     """
@@ -43,12 +43,17 @@ class EncodedSample:
     token_ids: list[int] = field(default_factory=list)
     supervised: list[tuple[int, int]] = field(default_factory=list)
     videos: list[str] = field(default_factory=list)
-    warning: str | None = None
+    remarks: list[str] = field(default_factory=list)
     refused: str | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """All remarks as one text; None without any."""
+        return "; ".join(self.remarks) or None
 
 
 def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, policy, version="v1",
-                  question_order="reference"):
+                  question_order="reference", number=0):
     """Token ids and supervised spans of one training record.
 
     Args:
@@ -60,6 +65,7 @@ def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, poli
         policy: `fastvid.config.Policy`.
         version: training template.
         question_order: "reference" or "video_first" (`ordered`).
+        number: of the record in its file, which names one without an id.
 
     Returns:
         EncodedSample
@@ -69,28 +75,19 @@ def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, poli
     """
     system = _system(version)
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
-    name = str(record.get("id", "")) if isinstance(record, dict) else ""
-    fault = training_fault(record)
-    if fault is not None and (fault[0] != "id" or training_fault({**record, "id": ""}) is not None):
-        return EncodedSample(name, refused=describe(fault))
-    turns = record["conversations"]
-    starts_with_answer = turns[0]["from"] == "gpt"
-    turns = turns[starts_with_answer:]
-    videos = list(record_videos(record))
-    for number, turn in enumerate(turns):
-        if turn["from"] != ("human", "gpt")[number % 2]:
-            return EncodedSample(name, videos=videos, refused=(
-                f"field 'conversations' turn {number + starts_with_answer} is from {turn['from']} again; "
-                "human and gpt must take turns"))
-
-    texts = [turn["value"] for turn in turns]
+    examined = examine(record, number, policy=policy, use_start_end=use_start_end)
+    if examined.record is None:
+        name = record.get("id", number) if isinstance(record, dict) else ""
+        return EncodedSample(str(name), refused=examined.fault.text)
+    record, remarks = examined.record, examined.remarks
+    name, videos, texts = record["id"], list(record_videos(record)), asked_and_answered(record)
     if videos:
         texts[::2] = [ordered(question, question_order) for question in texts[::2]]
     prompt, answers = _prompt(system, texts)
     try:
         rows = [rows_of(name) for name in videos]
     except (ValueError, OSError) as error:
-        return EncodedSample(name, videos=videos, refused=str(error))
+        return EncodedSample(name, videos=videos, refused=examined.fault.text if examined.fault else str(error))
     video_ids = [tokenizer.video_ids(number) for number in rows] or None
     ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
     ids.insert(0, tokenizer.bos)
@@ -98,18 +95,18 @@ def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, poli
     del ids[max_length:]
     if policy.mask_by_retokenizing:
         supervised, warning = _reference_spans(prompt, ids, tokenizer, video_ids, max_length)
+        remarks = [warning] if warning else []
     else:
         spans = [(start + 1, end + 1) for start, end in zip(marks[::2], marks[1::2])]
         supervised = [(start, min(end, len(ids))) for start, end in spans if start < min(end, len(ids))]
-        warning = _warning(turns, starts_with_answer, videos)
-    refused = None if fault is None else describe(fault)
-    refused = refused or _video_fault(prompt, ids, tokenizer.tokens, rows, length)
-    # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
-    if not supervised and not policy.mask_by_retokenizing:
+    refused = examined.fault and examined.fault.text
+    refused = refused or _cut_video(prompt, ids, tokenizer.tokens, rows, length)
+    if length > max_length and not supervised and not policy.mask_by_retokenizing:
         refused = refused or (f"no supervised token: no answer within the first {max_length} of {length} tokens "
-                              "(--model_max_length)" if length > max_length and answers else
-                              "no supervised token: no turn from gpt with an answer")
-    return EncodedSample(name, ids, supervised, videos, warning, refused)
+                              "(--model_max_length)")
+    if length > max_length and not refused and not policy.mask_by_retokenizing:
+        remarks = [*remarks, f"cut to its first {max_length} tokens (--model_max_length)"]
+    return EncodedSample(name, ids, supervised, videos, remarks, refused)
 
 
 def ordered(question, question_order):
@@ -168,7 +165,7 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
     questions = [asked for asked, _ in history] + [question]
     answers = [answer for _, answer in history]
     for text in (*questions, *answers, transcript or ""):
-        if fault := _placeholder_fault(text, tokenizer.tokens):
+        if fault := placeholder_in([text], use_start_end):
             raise ValueError(f"question {question!r}: {fault}")
         if half := half_character(text):
             raise ValueError(f"question {question!r}: the text holds {half}")
@@ -236,42 +233,12 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
     return spans, None
 
 
-def _placeholder_fault(text, tokens):
-    """Why `text` cannot stand beside a video's placeholders; None if it can."""
-    for token in (PATCH, START, END) if tokens.start is not None else (PATCH,):
-        if token in text:
-            return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
-    return None
-
-
-def _video_fault(prompt, ids, tokens, rows, length):
-    """Why the sample's placeholders do not fit its videos, which have `rows` each; None if they do."""
-    if (fault := _placeholder_fault(prompt, tokens)) or not rows:
-        return fault
-    count = prompt.count(VIDEO)
-    if count != len(rows):
-        return (f"{count} {VIDEO} in the text for {len(rows)} video{'s' * (len(rows) != 1)}; "
-                "a record of several videos lists them as \"videos\", one for each placeholder")
+def _cut_video(prompt, ids, tokens, rows, length):
+    """Why the videos, which have `rows` each, are not whole in `ids`; None if they are."""
+    if not rows:
+        return None
     kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
-    if kept < (sum(rows) if tokens.end is None else count):
+    if kept < (sum(rows) if tokens.end is None else prompt.count(VIDEO)):
         return (f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
                 "or put the video before the long text")
-    return None
-
-
-def _warning(turns, starts_with_answer, videos):
-    """What differs from the reference in this sample, which masks the whole of it; the same text for each kind."""
-    texts = [turn["value"] for turn in turns]
-    for what, found in (
-        (f'the text holds "{EOS}"', any(EOS in text for text in texts)),
-        (f'the text holds "{UNK}"', any(UNK in text for text in texts)),
-        (f'the text holds " {ASSISTANT}: "', any(f" {ASSISTANT}: " in text for text in texts)),
-        ("a question is empty", any(not text for text in texts[::2])),
-    ):
-        if found:
-            return f"{what}: its answers are supervised as written (--parity reference leaves the sample out)"
-    if starts_with_answer:
-        return "the first turn is from gpt: it is left out"
-    if not videos and any(VIDEO in text for text in texts):
-        return f"{VIDEO} in a record without a video: it stays text"
     return None

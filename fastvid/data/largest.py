@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from fastvid.data.annotations import record_videos
 from fastvid.data.row_order import RowOrder, SampleRows
+from fastvid.data.styles import record_videos
 
 # Beyond these, a run's steps are of the same kind; looking at them takes a second or two.
 _MOST_STEPS = 20_000

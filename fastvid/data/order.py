@@ -22,7 +22,7 @@ from fastvid.data.sharing import Groups
 REFERENCE_ORDER_VERSION = 2
 
 
-def training_order(config, counts, rank, size, *, groups=None, measure=None):
+def training_order(config, counts, rank, size, *, groups=None, measure=None, name=None):
     """The order of a training run.
 
     Args:
@@ -31,6 +31,7 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None):
         rank, size: this process among all.
         groups: `fastvid.data.sharing.Groups` of samples that stay together; None where none do.
         measure: finds the samples' rows (`fastvid.data.row_order.SampleRows`); called for --rows_per_batch alone.
+        name: of a sample, by its index, for messages.
 
     Raises:
         ValueError: --data_weights that do not go with the files, a sample longer than --rows_per_batch, or what the
@@ -50,7 +51,7 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None):
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
     run |= dict(counts=tuple(counts), weights=weights)
     if config.rows_per_batch:
-        return RowOrder(rows=measure(), budget=config.rows_per_batch, **run)
+        return RowOrder(rows=measure(), budget=config.rows_per_batch, name=name, **run)
     return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
 
 

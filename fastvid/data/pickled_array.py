@@ -28,9 +28,14 @@ _ARGUMENTS = {  # instructions that push their own argument
     "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
     "BYTEARRAY8", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
 }
+_OTHERS = {"EMPTY_DICT": "a dict", "DICT": "a dict", "EMPTY_LIST": "a list", "LIST": "a list", "EMPTY_SET": "a set"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _LONGEST = 200  # instructions; numpy's own pickles have about 70
 _SHORT = 4096  # bytes that `probe_array` reads at a time; only values are longer
+
+
+class OtherContent(ValueError):
+    """A sound file that holds something else than an array [R, C] of floats."""
 
 
 class _Name(str):
@@ -84,10 +89,11 @@ def write_array(array) -> bytes:
 
 
 def read_array(data: bytes) -> np.ndarray:
-    """The array [R, C] that a pickle holds, float16 or float32, of any protocol and byte order; a copy in C order.
+    """The array [R, C] that a pickle holds, of floats of 2, 4 or 8 bytes in any protocol and byte order; a copy in C
+    order.
 
     Raises:
-        ValueError: the pickle is damaged, or holds or does anything else.
+        ValueError: the pickle is damaged, or holds or does anything else (`OtherContent`).
     """
     return _materialize(_described(io.BytesIO(data), len(data)))
 
@@ -120,15 +126,15 @@ def _described(file, size):
         raise ValueError("the pickle is damaged") from error
     if isinstance(array, _Array) and isinstance(array.dtype, _DType):
         return array
-    raise ValueError("the pickle does not hold a numpy array")
+    raise OtherContent("the pickle does not hold a numpy array")
 
 
 def _follow(file, size):
     """The stand-in that the instructions in `file` leave on the stack."""
     stack, marks, memo = [], [], {}
-    for step, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+    for step, (opcode, argument, position) in enumerate(_instructions(file)):
         if step == _LONGEST:
-            raise ValueError("the pickle is longer than that of a numpy array")
+            raise OtherContent("the pickle is longer than that of a numpy array")
         name = opcode.name
         if name in _ARGUMENTS:
             stack.append(argument)
@@ -158,16 +164,27 @@ def _follow(file, size):
             memo[len(memo)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
+        elif name in _OTHERS:
+            raise OtherContent(f"the pickle holds {_OTHERS[name]}, not a numpy array")
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"the pickle holds more than a numpy array ({name} at byte {position})")
+            raise OtherContent(f"the pickle holds more than a numpy array ({name} at byte {position})")
     if position + 1 != size:
         raise ValueError(f"{size - position - 1} bytes follow the end of the pickle")
     return stack.pop()
 
 
+def _instructions(file):
+    try:
+        yield from pickletools.genops(file)
+    except ValueError as error:
+        raise ValueError(f"the pickle is damaged or cut short ({error})") from error
+
+
 def _named(name):
+    if name.startswith("torch._utils _rebuild_"):
+        raise OtherContent("the pickle holds a torch tensor, not a numpy array")
     if name not in _NAMES:
-        raise ValueError(f"the pickle names {name.replace(' ', '.')}, which is no part of a numpy array; refused")
+        raise OtherContent(f"the pickle names {name.replace(' ', '.')}, which is no part of a numpy array; refused")
     return _Name(_NAMES[name])
 
 
@@ -177,8 +194,9 @@ def _call(function, arguments):
             case "reconstruct", _Name("ndarray"), (0,), b"b" | "b":
                 return _Array()
             case "dtype", str(code), _, _:
-                if code not in ("f2", "f4"):
-                    raise ValueError(f"the array's dtype is {code[:20]!r}, not float16 (f2) or float32 (f4)")
+                if code not in ("f2", "f4", "f8"):
+                    raise OtherContent(f"the array's dtype is {code[:20]!r}, not float16 (f2), float32 (f4) or float64 "
+                                       "(f8)")
                 return _DType(code)
             case "encode", str(text), "latin1":  # how protocols before 3 spell bytes; Python 2 leaves them as text
                 return text
@@ -209,7 +227,7 @@ def _layout(array):
         case (int(), int()):
             raise ValueError(f"the array's shape does not fit its {len(array.data)} bytes of data")
         case _:
-            raise ValueError("the array does not have two dimensions (rows, channels)")
+            raise OtherContent("the array does not have two dimensions (rows, channels)")
 
 
 def _materialize(array):

@@ -70,6 +70,7 @@ class RowOrder:
         budget: rows of a micro-batch, at most.
         accumulation: micro-batches per step and rank.
         rank, size: this process among all. A step's samples depend on `size` × `accumulation` alone.
+        name: of a sample, by its index, for messages.
 
     Attributes:
         total_steps: of the run.
@@ -78,12 +79,13 @@ class RowOrder:
         ValueError: a sample has more rows than `budget`.
     """
 
-    def __init__(self, *, counts, weights, epochs, max_steps, rows, budget, accumulation, rank, size, seed):
+    def __init__(self, *, counts, weights, epochs, max_steps, rows, budget, accumulation, rank, size, seed, name=None):
         longest = int((rows.own + rows.shared).argmax())
         needed = int(rows.own[longest] + rows.shared[longest]) + rows.base
         if needed > budget:
-            raise ValueError(f"--rows_per_batch {budget}: the longest sample (number {longest}, from 0) takes {needed} "
-                             "rows; give at least as many")
+            raise ValueError(f"--rows_per_batch {budget}: the longest sample, "
+                             f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} rows; give at "
+                             "least as many")
         self.counts, self.weights, self.seed, self.rows = counts, weights, seed, rows
         self.budget, self.accumulation, self.rank, self.size = budget, accumulation, rank, size
         self.samples_per_epoch = epoch_length(counts, weights)

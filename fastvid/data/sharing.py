@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvid.data.annotations import record_videos
 from fastvid.data.conversation import ordered
-from fastvid.data.tokenizer import VIDEO
+from fastvid.data.names import VIDEO
+from fastvid.data.styles import record_videos
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,10 @@ import shutil
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
-from fastvid.files import read_json_object
+from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
+from fastvid.files import read_json_object, wrong_content
+from fastvid.folders import model_folder
 
-VIDEO = "<video>"
-PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -27,6 +26,8 @@ class _SentencePiece:
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
 
+        if fault := wrong_content(path):
+            raise ValueError(f"{path} {fault}")
         try:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except RuntimeError as error:
@@ -65,6 +66,8 @@ class _TokenizerJson:
     def __init__(self, path):
         from tokenizers import Tokenizer, normalizers
 
+        if fault := wrong_content(path):
+            raise ValueError(f"{path} {fault}")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for whatever it cannot read
@@ -219,7 +222,7 @@ def load_tokenizer(folder, use_start_end):
     Raises:
         ValueError: no tokenizer in the folder, or one without <s> or </s>, which the template writes.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     if (folder / "tokenizer.model").is_file():
         backend = _SentencePiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():

@@ -1,10 +1,12 @@
 """How many rows each video takes in the prompt, and where that number is found."""
 
+import contextlib
 import re
 from pathlib import Path
 
-from fastvid.data.annotations import record_videos, training_fault
+from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.files import read_json_object
+from fastvid.folders import model_folder
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336 and its like say their patch and image size (224 where none is said).
@@ -122,10 +124,10 @@ def _at_least_one(num_video_tokens):
 
 def _named_videos(records):
     for record in records:
-        if training_fault(record) is None:
-            yield from record_videos(record)
+        with contextlib.suppress(Unreadable):
+            yield from record_videos(canonical(record)[0])
 
 
 def read_settings(folder):
     """A model or tower folder's config.json; empty where there is none."""
-    return read_json_object(Path(folder) / "config.json")
+    return read_json_object(model_folder(folder) / "config.json")

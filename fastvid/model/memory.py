@@ -16,7 +16,8 @@ from fastvid.model.video_llava import ModelConfig
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
 # activations need their place.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2 + 8 / 256,
+                   "paged_adamw_8bit": 0}
 # Parts whose gradient passes through the decoder.
 BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
 # torch gives cuBLAS 32 MiB on Hopper (8 before), for the thread that runs forward and for that of backward.

@@ -19,6 +19,7 @@ _RENAMES = [
     (re.compile(r"^mm_projector\."), "model.mm_projector."),
 ]
 # A tower travels apart from the model; inverse frequencies are computed; LLaVA-1.6's image_newline serves images only.
+_PROJECTOR = "model.mm_projector."
 _NOT_NEEDED = re.compile(r"(^|\.)vision_tower\.|\.rotary_emb\.inv_freq$|(^|\.)image_newline$")
 
 
@@ -45,10 +46,19 @@ def llava_hf_name(name: str) -> str:
 
 
 def projector_type(names) -> str | None:
-    """"linear" or "mlp2x_gelu", whichever LLaVA's projector tensors among `names` belong to; None without any."""
-    if "model.mm_projector.weight" in names:
+    """The kind of projector that LLaVA's tensors among `names` make, in LLaVA's words; None without any.
+
+    "linear" and "mlp2x_gelu" are computed; "mlp3x_gelu" and so on, and "unknown" of tensors of another form, are not.
+    """
+    tails = {name.removeprefix(_PROJECTOR) for name in names if name.startswith(_PROJECTOR)}
+    if not tails:
+        return None
+    if tails & {"weight", "bias"}:
         return "linear"
-    return "mlp2x_gelu" if any(name.startswith("model.mm_projector.") for name in names) else None
+    layers = [re.fullmatch(r"(\d+)\.(weight|bias)", tail) for tail in tails]
+    if None in layers:
+        return "unknown"
+    return f"mlp{max(2, *(int(layer[1]) // 2 + 1 for layer in layers))}x_gelu"
 
 
 def projector_parts(projector_type: str) -> dict[str, str]:

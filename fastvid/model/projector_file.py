@@ -4,14 +4,18 @@ The reference's form is ``mm_projector.bin``: the whole embedding table, of whic
 projector (Video-LLaVA 0c8810f, VideoChatGPTTrainer._save).
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fastvid.files import naming
 from fastvid.model.names import projector_parts, projector_type, standard_name
 from fastvid.model.weight_files import CheckpointTensors, open_tensors
+from fastvid.provenance import KEY, add_to_bin
 
 
 def read_projector(path, tokens=None) -> dict[str, Tensor]:
@@ -32,9 +36,11 @@ def read_projector(path, tokens=None) -> dict[str, Tensor]:
     names = set(tensors)
     other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")))
     if other:
-        raise ValueError(f"{path} holds more than a projector ({other[0]}, …): it is a checkpoint of a larger part of "
-                         f"the model. Export it (fastvid export --checkpoint {path} --format llama --output FOLDER) "
-                         "and start from that folder.")
+        larger = f"{path} holds more than a projector ({other[0]}, …): it is "
+        if not path.is_dir():
+            raise ValueError(larger + "a model's weights. Give the folder that it belongs to as --model_name_or_path")
+        raise ValueError(f"{larger}a checkpoint of a larger part of the model. Export it (fastvid export --checkpoint "
+                         f"{path} --format llama --output FOLDER) and start from that folder.")
     found = {name: tensors[name] for name in names if name.startswith("projector.")}
     if tokens is not None and tokens.start is not None:
         if "boundary.weight" in names:
@@ -52,6 +58,11 @@ def _by_our_names(path):
     if kind is None:
         raise ValueError(f"{path} holds no projector (mm_projector.weight, or mm_projector.0 and .2): "
                          f"found {', '.join(list(file)[:4]) or 'nothing'}")
+    if kind not in ("linear", "mlp2x_gelu"):
+        odd = next(name for name in keys if name.startswith("model.mm_projector.") and name not in
+                   projector_parts("mlp2x_gelu").values())
+        what = f"an {kind} projector" if kind != "unknown" else "a projector of another kind"
+        raise ValueError(f"{path} holds {what} ({keys[odd]}, …), which is not computed; only linear and mlp2x_gelu are")
     ours = {theirs: name for name, theirs in projector_parts(kind).items()}
     ours["model.embed_tokens.weight"] = "embed.weight"
     missing = sorted(theirs for theirs in projector_parts(kind).values() if theirs not in keys)
@@ -61,17 +72,39 @@ def _by_our_names(path):
 
 
 def _boundary_rows(path, table, tokens):
-    """[2, D]: start and end of an embedding table that is whole, or that holds just those two rows."""
+    """[2, D]: start and end of an embedding table that is whole, or that holds just those two rows.
+
+    A table that is whole has a row for each token, or as many as a multiple of 64, 128 or 256 that tables are padded
+    to. Any other was trained with another tokenizer, whose start and end tokens have other rows.
+    """
     if table.dim() == 2 and table.shape[0] == 2:
         return table
-    if table.dim() != 2 or table.shape[0] <= max(tokens.start, tokens.end):
-        raise ValueError(f"{path}: model.embed_tokens.weight is {list(table.shape)}: it lacks rows {tokens.start} and "
-                         f"{tokens.end} of <vid_start> and <vid_end>; it was trained on another model folder")
+    whole = {tokens.vocab_size} | {-(-tokens.vocab_size // multiple) * multiple for multiple in (64, 128, 256)}
+    if table.dim() != 2 or table.shape[0] not in whole:
+        raise ValueError(f"{path}: model.embed_tokens.weight is {list(table.shape)}, the tokenizer of the model folder "
+                         f"has {tokens.vocab_size} tokens: it was trained on another model folder, whose <vid_start> "
+                         "and <vid_end> have other rows; give that one as --model_name_or_path")
     return table[[tokens.start, tokens.end]]
 
 
-def save_tensors(path, tensors):
-    """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all."""
+def _order_metadata(path):
+    """Sort the metadata of a .safetensors file in its place: the library's order differs from process to process."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same text in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def save_tensors(path, tensors, provenance=None):
+    """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all.
+
+    Args:
+        provenance: `fastvid.provenance.Provenance` to keep in it; the tensors are the same without.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -80,13 +113,31 @@ def save_tensors(path, tensors):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".bin":
-            torch.save(tensors, temporary)
-        else:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            if path.suffix == ".bin":
+                _save_pickle(tensors, temporary)
+                if provenance is not None:
+                    add_to_bin(temporary, provenance)
+            else:
+                held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
+                save_file(tensors, temporary, metadata={"format": "pt", **held})
+                _order_metadata(temporary)
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save_pickle(tensors, path):
+    """``torch.save`` that raises an OSError, such as of a full disk, as one: torch puts a RuntimeError in its place."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

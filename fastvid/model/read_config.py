@@ -1,16 +1,23 @@
 """A model folder's config.json, in every form that users hold, as a ModelConfig."""
 
 import json
-from pathlib import Path
+import logging
 
+import torch
+
+from fastvid.files import wrong_content
+from fastvid.folders import model_folder
 from fastvid.model import names
-from fastvid.model.decoder_config import DecoderConfig
+from fastvid.model.decoder_config import DecoderConfig, rotary_frequencies
 from fastvid.model.projector_file import read_projector
 from fastvid.model.video_llava import ModelConfig
 from fastvid.model.weight_files import ModelFolder
 
+log = logging.getLogger("fastvid")
+
 # LLaMA and Vicuna; LLaVA (1.0 and 1.5 "llava", later "llava_llama") and llava-hf ("llava"); the reference.
 _MODEL_TYPES = ("llama", "llava", "llava_llama", "videochatgpt", "video_chatgpt")
+_PROJECTORS = ("linear", "mlp2x_gelu")
 # What would change the computation, with the only value that we compute.
 _COMPUTED = {
     "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "sliding_window": (None,),
@@ -35,7 +42,8 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
     Raises:
         ValueError: names the file and the value that is missing, malformed, or not computed by this model.
     """
-    path = Path(folder) / "config.json"
+    folder = model_folder(folder)
+    path = folder / "config.json"
     values = _read_json(path)
     text = values.get("text_config") or values
     llama = _llama_config(path, values, text)
@@ -45,8 +53,12 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
         num_layers=llama.num_hidden_layers, num_heads=llama.num_attention_heads,
         num_kv_heads=llama.num_key_value_heads, head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps,
         rope_parameters=dict(llama.rope_parameters), max_position_embeddings=llama.max_position_embeddings,
-        tie_word_embeddings=bool(llama.tie_word_embeddings or values.get("tie_word_embeddings")))
-    kind, width = _projector(Path(folder), path, values, projector, projector_type)
+        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")))
+    try:
+        rotary_frequencies(decoder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    kind, width = _projector(folder, path, values, projector, projector_type)
     return ModelConfig(decoder=decoder, mm_hidden_size=width or mm_hidden_size or 1024, projector_type=kind,
                        vision_tower=values.get("mm_vision_tower"), initializer_range=llama.initializer_range)
 
@@ -56,8 +68,10 @@ def _read_json(path):
         raise ValueError(f"{path.parent} is no folder: download the model (hf download) and give its folder")
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {path.parent} is not a model folder")
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -77,10 +91,33 @@ def _llama_config(path, values, text):
         for section in (values, text):
             if section.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"{path}: {key} = {section[key]!r} is not computed; only {allowed[0]!r} is")
+    for tower in ("mm_video_tower", "mm_image_tower"):
+        if values.get(tower):
+            raise ValueError(f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
+                             "PKU's Video-LLaVA); only features of a CLIP tower (mm_vision_tower) are")
     try:
         return LlamaConfig.from_dict({key: value for key, value in text.items() if key != "model_type"})
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _is_tied(path, described):
+    """Whether head and embedding are one table: as config.json says, unless the weights hold two that differ.
+
+    transformers 5 has it so; before, it left such a head out.
+    """
+    if not described:
+        return False
+    try:
+        weights = ModelFolder(path.parent)
+    except ValueError:  # without weights a folder still tells a model's size
+        return True
+    head, table = (weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or table is None or head.shape != table.shape or torch.equal(head, table.to(head.dtype)):
+        return True
+    log.warning("%s ties head and embedding (tie_word_embeddings), but the weights hold two that differ: both count",
+                path)
+    return False
 
 
 def _projector(folder, path, values, file, wanted):
@@ -98,11 +135,12 @@ def _projector(folder, path, values, file, wanted):
     if described is None or width is None:
         weights = ModelFolder(folder)
         found = names.projector_type(weights)
-        if found:
+        if found is not None:
             described = described or found
+        if found in _PROJECTORS:
             width = width or weights[names.projector_parts(found)["projector.0.weight"]].shape[1]
     # LLaVA's own builder takes a projector that nothing describes for a linear one.
     kind = wanted or described or "linear"
-    if kind not in ("linear", "mlp2x_gelu"):
+    if kind not in _PROJECTORS:
         raise ValueError(f"{path}: mm_projector_type = {kind!r} is not computed; only 'linear' and 'mlp2x_gelu' are")
     return kind, width

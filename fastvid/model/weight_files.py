@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastvid.files import wrong_content
+from fastvid.folders import model_folder
 from fastvid.model.names import standard_name
 
 # Index or single file, in the order in which a folder is searched.
@@ -50,6 +52,8 @@ def open_tensors(path) -> Mapping[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the folder's download is incomplete, or its name is misspelt")
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
     try:
         if path.suffix == ".safetensors":
             return _SafetensorsFile(path)
@@ -76,10 +80,15 @@ class ModelFolder(Mapping):
         ValueError: names the folder or file that cannot be read.
     """
 
+    @staticmethod
+    def file_of(folder) -> Path | None:
+        """The file that holds a folder's weights, or lists those that do; None where there is none."""
+        return next((Path(folder) / name for name in _MODEL_FILES if (Path(folder) / name).is_file()), None)
+
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder = model_folder(folder)
         self._open = {}
-        path = next((self.folder / name for name in _MODEL_FILES if (self.folder / name).is_file()), None)
+        path = self.file_of(folder)
         if path is None:
             raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}")
         keys = self._read_index(path) if path.suffix == ".json" else dict.fromkeys(self._file(path), path)
@@ -88,8 +97,10 @@ class ModelFolder(Mapping):
 
     def _read_index(self, path):
         """{key: file} of a sharded folder."""
+        if fault := wrong_content(path):
+            raise ValueError(f"{path} {fault}")
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"]
             keys = {key: self.folder / name for key, name in files.items()}
             own = all(Path(name).name == name for name in files.values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:

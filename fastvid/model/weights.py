@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from fastvid.model.finite import not_finite
 from fastvid.model.names import projector_parts, projector_type, tensor_parts
 from fastvid.model.projector_file import read_projector, save_tensors
 from fastvid.model.quantize import QuantizedLinear
@@ -56,6 +57,11 @@ class StartingWeights:
                                 and projector_type(self.folder) != config.projector_type)
         self._rows = {}
 
+    @staticmethod
+    def exist(folder) -> bool:
+        """Whether a model's folder holds weights in any form."""
+        return ModelFolder.file_of(folder) is not None
+
     def check(self):
         """Compare names, shapes and dtypes of the files' tensors with the model's, before anything is copied.
 
@@ -86,6 +92,18 @@ class StartingWeights:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. "
                              "Complete the download, or take the projector file that belongs to this model.")
+
+    def refuse_not_finite(self, name: str):
+        """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
+        sources = ([(self.projector_path, name, self.projector[name])] if name in self.projector else
+                   [(self.folder.paths[part], part, self.folder[part]) for part, _ in self.parts.get(name, ())
+                    if part in self.folder])
+        for path, part, tensor in sources:
+            if count := int((~torch.isfinite(tensor)).sum()):
+                raise ValueError(f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "
+                                 "infinity), and nothing can be computed from them; download it again, or take weights "
+                                 "of an earlier step")
+        raise ValueError(f"{self.folder.folder}: {name} is not finite (NaN or infinity) in the precision of this run")
 
     def pieces(self, name: str) -> list[Tensor]:
         """The CPU tensors that lie one under the other in our tensor `name`, in the precision they are stored in.
@@ -177,6 +195,7 @@ def load_weights(model, folder, *, tokens, projector=None, seed=42):
 
     Raises:
         ValueError: names missing, mis-shaped and unexpected tensors, their file and the remedy; nothing was copied.
+            Or tensors with values that are not finite.
     """
     starting = StartingWeights(model.config, folder, tokens=tokens, projector=projector, seed=seed)
     starting.check()
@@ -188,8 +207,12 @@ def load_weights(model, folder, *, tokens, projector=None, seed=42):
             _fill(parameter, starting.pieces(name))
         for name, linear in model.named_modules():
             if isinstance(linear, QuantizedLinear):
-                pieces = starting.pieces(f"{name}.weight")
-                linear.quantize_(torch.cat([piece.to(model.embed.weight.device) for piece in pieces]))
+                weight = torch.cat([piece.to(model.embed.weight.device) for piece in starting.pieces(f"{name}.weight")])
+                if not_finite({name: weight}):
+                    starting.refuse_not_finite(f"{name}.weight")
+                linear.quantize_(weight)
+    for name in not_finite(dict(model.named_parameters())):
+        starting.refuse_not_finite(name)
 
 
 def _fill(parameter, pieces):
@@ -257,7 +280,8 @@ def trained_tensor(name, starting, trained) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42):
+def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42,
+                              provenance=None):
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
@@ -267,6 +291,7 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
         path: ends in .bin (torch.save) or .safetensors.
         trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
         base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
+        provenance: `Provenance` that goes into the file.
 
     Raises:
         ValueError: as `read_model_config`, and for another ending.
@@ -277,4 +302,4 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
     for ours, theirs in projector_parts(starting.config.projector_type).items():
         state[theirs] = trained_tensor(ours, starting, trained)
     # Copies, because torch.save writes all that lies behind a view.
-    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()})
+    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, provenance)

@@ -6,13 +6,14 @@ The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (22
 ``CLIPVisionModel`` in fp16, pooled.
 """
 
-import hashlib
 import os
-from pathlib import Path
 
 import torch
 from fastvid_kernels import frame_patchify, spatio_temporal_pool
 from torch.nn.functional import linear
+
+from fastvid.files import wrong_content
+from fastvid.video.tower import is_path, revisions
 
 
 def open_device(name=None) -> torch.device:
@@ -66,12 +67,13 @@ class FeatureEncoder:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
-        model = _load(tower, self.dtype)
+        model = load_tower(tower, self.dtype)
         self.image_size, self.patch_size = model.config.image_size, model.config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.hidden_size = model.config.hidden_size
-        self.mean, self.std = _pixel_statistics(tower)
-        self.revision = _revision(tower)
+        settings = processor_settings(tower)
+        self.mean, self.std = settings["image_mean"], settings["image_std"]
+        self.revision = revisions(tower)[0]
 
         embeddings = model.embeddings
         position_1PC = embeddings.position_embedding.weight
@@ -117,16 +119,24 @@ class FeatureEncoder:
         return states[:count]
 
 
-def _load(tower, dtype):
-    """The vision tower in evaluation mode, on the CPU."""
+def load_tower(tower, dtype):
+    """The CLIPVisionModel of a folder or hub id, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: it is missing or damaged, or is no CLIP vision tower.
+    """
+    from safetensors import SafetensorError
     from transformers import CLIPVisionModel, logging
 
+    for path in _files(tower):
+        if fault := wrong_content(path):
+            raise ValueError(f"{path} {fault}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # otherwise a CLIP model's unused text tower is listed weight by weight
     try:
         model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        meant_a_folder = _is_path(tower) or os.path.isdir(os.path.dirname(tower))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
         hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
         raise ValueError(
             f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
@@ -139,12 +149,14 @@ def _load(tower, dtype):
     return model.eval()
 
 
-def _is_path(tower):
-    return os.path.isdir(tower) or os.fspath(tower).startswith((".", "/", "~")) or os.fspath(tower).count("/") > 1
+def _files(tower):
+    """Configuration and weights of a tower's folder; of a hub id none."""
+    names = ("config.json", "model.safetensors", "pytorch_model.bin")
+    return [path for name in names if os.path.lexists(path := os.path.join(tower, name))]
 
 
-def _pixel_statistics(tower):
-    """Mean and standard deviation per channel: those of the tower's preprocessor_config.json, else CLIP's."""
+def processor_settings(tower):
+    """A tower's preprocessor_config.json; "image_mean" and "image_std" per channel are CLIP's where it has none."""
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -152,18 +164,4 @@ def _pixel_statistics(tower):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(tower)
     except OSError:
         settings = {}
-    return settings.get("image_mean", OPENAI_CLIP_MEAN), settings.get("image_std", OPENAI_CLIP_STD)
-
-
-def _revision(tower):
-    """The hub's commit, or the hash of a folder's configuration and weights."""
-    from transformers.utils import cached_file
-
-    if not os.path.isdir(tower):
-        return Path(cached_file(tower, "config.json")).parent.name  # in the hub's cache, snapshots/COMMIT/config.json
-    digest = hashlib.sha256()
-    for path in sorted(Path(tower).iterdir()):
-        if path.name in ("config.json", "preprocessor_config.json") or path.suffix in (".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return "sha256:" + digest.hexdigest()
+    return {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, **settings}

@@ -1,5 +1,9 @@
 """The manifest of an extraction: one JSON line per video, with what became of it.
 
+A line about a feature file ("file") says what it was made with, and its "sha256". It vouches for that very file only:
+of two formats in one folder each has its own lines. A pickle, which has no header, gets a line ahead of the file
+("writing"), so that one whose extraction is killed is known as well.
+
 Lines are appended by single writes to a file opened with O_APPEND, so the processes of one machine share it, and a
 line that a crash has torn is skipped when reading and closed off when writing. A later line about a video replaces an
 earlier one.
@@ -18,11 +22,12 @@ class Manifest:
     Attributes:
         path: the file.
         entries: the last entry of each video, by name.
+        files: the last entry about each feature file, by its path in the folder.
     """
 
     def __init__(self, folder):
         self.path = Path(folder) / NAME
-        self.entries = read_manifest(folder)
+        self.entries, self.files = read_manifest(folder), read_files(folder)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
@@ -33,14 +38,16 @@ class Manifest:
 
         Args:
             video: name relative to the folder of videos.
-            status: "ok", "failed" or "skipped".
+            status: "ok", "failed" or "skipped"; "writing" while a pickle is on its way.
             reason: why, unless ok.
             frames: frames of the whole video.
             seconds: spent on it.
-            more: whatever else belongs to it.
+            more: whatever else belongs to it, such as the "file" that it became.
         """
         entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds, **more}
         self.entries[video] = entry
+        if "file" in entry:
+            self.files[entry["file"]] = entry
         os.write(self._file, json.dumps(entry).encode() + b"\n")
 
     def close(self):
@@ -49,13 +56,20 @@ class Manifest:
 
 def read_manifest(folder) -> dict[str, dict]:
     """The last entry of each video, by name; {} where there is no manifest. Torn lines are skipped."""
+    return {entry["video"]: entry for entry in _entries(folder)}
+
+
+def read_files(folder) -> dict[str, dict]:
+    """The last entry about each feature file, by its path in the folder; {} where there is no manifest."""
+    return {entry["file"]: entry for entry in _entries(folder) if isinstance(entry.get("file"), str)}
+
+
+def _entries(folder):
     path = Path(folder) / NAME
-    entries = {}
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
-                entries[entry["video"]] = entry
-            except (ValueError, KeyError, TypeError):  # torn by a crash
-                continue
-    return entries
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            if isinstance(entry["video"], str):
+                yield entry
+        except (ValueError, KeyError, TypeError):  # torn by a crash
+            continue

@@ -1,7 +1,7 @@
 """Ask a model about the held-out clips, and count the answers that are right to the letter.
 
     python evaluate.py OUT --name "after stage 1" --model FOLDER --features FOLDER [--projector FILE]
-        [--question_order video_first] [--results compare.jsonl]
+        [--results compare.jsonl]
 
 appends one line to ``OUT/results.jsonl``. Beside the plain questions it asks each family about its clips with one kind
 of video token turned around: the temporal tokens in reverse order, the spatial grid mirrored. The clip then shows the
@@ -40,15 +40,12 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--features", required=True)
     parser.add_argument("--projector")
-    parser.add_argument("--question_order", default="reference", help="as the model was trained")
     parser.add_argument("--results", default="results.jsonl", help="file in OUT that takes the line")
     arguments = parser.parse_args()
 
     questions = [json.loads(line) for line in (arguments.out / "held_out.jsonl").read_text().splitlines()]
     folder = FeatureFolder(arguments.features)
-    # The prompt that training used; Chat's default is the other one that the reference's inference has.
-    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, conv_mode="vicuna_v1_1",
-                question_order=arguments.question_order, max_new_tokens=8)
+    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, max_new_tokens=8)
 
     result = {"name": arguments.name}
     for family, turn in (("first", reverse_time), ("left", mirror)):

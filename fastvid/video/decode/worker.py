@@ -82,8 +82,8 @@ class DecodeWorker:
 
 def serve(connection):
     """Answer requests until the other end closes. Interrupts are the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=[connection.fileno()], daemon=True).start()
     while True:
         try:

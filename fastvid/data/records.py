@@ -1,0 +1,143 @@
+"""Data files: JSON arrays, JSONL (one record per line), and objects that hold the records one level down."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from fastvid.files import atomic_file, shown, wrong_content
+
+log = logging.getLogger("fastvid")
+
+# Fields of the records that this package reads: an object with one of them is a record, not a wrapping of records.
+_OF_RECORDS = {"conversations", "conversation", "messages", "query", "QA", "instruction", "q", "Q", "question", "video",
+               "videos", "video_id", "video_name", "image", "images", "audio"}
+_BEGINNINGS = {b"PAR1": "is a Parquet file, which is not read; write its records as JSONL",
+               b"PK\x03\x04": "is a zip archive; unpack it"}
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+_OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
+
+
+def place(path, index) -> str:
+    """How all messages name a record: the file, and the record's number in it, counted from 0."""
+    return f"{shown(path)}: record {index} (from 0)"
+
+
+def kind_of(value) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS.get(type(value), "a number")
+
+
+def read_records(path) -> list:
+    """The records of a data file; which kind of file it is shows in its content.
+
+    Lines end at "\\n" only: texts may hold U+2028 and its like. A byte-order mark and blank lines are skipped. An
+    object around the records, such as {"data": [records]} or {id: record}, is taken off, and that is said.
+
+    Raises:
+        ValueError: naming the file that cannot be read, or the line of what is no JSON or no UTF-8.
+    """
+    text = _text(path)
+    first = text.lstrip()[:1]
+    if first == "[":
+        return _parse(text, path)
+    if not first:
+        raise ValueError(f"{shown(path)} is empty: expected a JSON array or one JSON object per line")
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            records.append(_parse(line, path, number))
+        except ValueError:
+            if records or (whole := _object(text)) is None:
+                raise
+            records.append(whole)  # one object over several lines
+            break
+    if len(records) == 1 and isinstance(records[0], dict) and not _OF_RECORDS & records[0].keys():
+        return _unwrapped(records[0], path)
+    return records
+
+
+def write_records(path, records):
+    """Write JSONL if `path` ends in .jsonl, else one JSON array as ``json.dump`` writes it by default; atomically."""
+    with atomic_file(path) as file:
+        if Path(path).suffix == ".jsonl":
+            file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records)
+        else:
+            file.write(json.dumps(records).encode("ascii"))
+
+
+def _text(path):
+    if not str(path).startswith(_OPEN_ALREADY) and (reason := wrong_content(path)):
+        remedy = "" if Path(path).is_file() else f"; {_what_to_give(path)}"
+        raise ValueError(f"{shown(path)} {reason}{remedy}")
+    try:
+        data = Path(path).read_bytes()
+        for beginning, reason in _BEGINNINGS.items():
+            if data.startswith(beginning):
+                raise ValueError(f"{shown(path)} {reason}")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path)}: byte {error.start} is not UTF-8 ({error.reason}); save the file as "
+                         "UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read ({error.strerror}); {_what_to_give(path)}") from error
+
+
+def _what_to_give(path):
+    """The remedy for a path that is no data file."""
+    name, path = str(path), Path(path)
+    pieces = [piece.strip() for piece in name.split(",")]
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+        return f"give the data files in it{': ' * bool(files)}{', '.join(map(shown, files[:5]))}"
+    if len(pieces) > 1 and not path.exists():
+        return f"give several files with spaces between them: {shown(' '.join(pieces))}"
+    if re.search(r"[*?\[]", name) and not path.exists():
+        return "write a pattern without quotation marks, so that the shell puts the files' names in its place"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".json", ".jsonl") and not path.parent.exists():
+        return f"download a data set of the hub first (hf download {name} --repo-type dataset), and give its JSON file"
+    return "give the path of a JSON or JSONL file"
+
+
+def _parse(text, path, number=None):
+    """The value of a JSON text, which is the whole of a file or its line `number`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "" if number is None else "; expected a JSON array or one JSON object per line"
+        if Path(path).suffix in (".yaml", ".yml"):
+            hint = "; YAML is no data file: give the JSON files that it lists"
+        raise ValueError(f"{shown(path)}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}"
+                         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        where = shown(path) if number is None else f"{shown(path)}: line {number}"
+        raise ValueError(f"{where} is not what a data file can hold ({error})") from error
+
+
+def _object(text):
+    """The one object that a text is; None if it is not."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _unwrapped(wrapping, path):
+    """The records in a file's only object, where it wraps them; else that object."""
+    lists = {name: value for name, value in wrapping.items()
+             if isinstance(value, list) and all(isinstance(record, dict) for record in value)}
+    filled = {name: value for name, value in lists.items() if value or name == "data"}
+    if len(filled) > 1:
+        raise ValueError(f"{shown(path)} holds several lists of records ({', '.join(map(shown, filled))}); write the "
+                         "one to use to a file of its own")
+    if filled:
+        (name, records), = filled.items()
+        log.warning('%s: the records are those under "%s"', shown(path), shown(name))
+        return records
+    if wrapping and all(isinstance(record, dict) for record in wrapping.values()):
+        log.warning("%s: one object of records by name; the names are their ids", shown(path))
+        return [{"id": name, **record} for name, record in wrapping.items()]
+    return [wrapping]

@@ -1,0 +1,174 @@
+"""Where trained weights come from: what decides whether their answers are right, and travels with them.
+
+A model answers rightly about features of the tower and the frame count that it was trained on, asked in the prompt of
+its training. Feature headers and flags say what these were. They are kept
+
+- in a checkpoint's state.json, as "provenance";
+- in the metadata of ``mm_projector.safetensors``;
+- in ``mm_projector.bin``, as a member of the zip file that torch.save writes. Its tensors are the reference's: neither
+  torch.load nor the reference sees the member;
+- in the config.json of an export, below "fastvid_export".
+
+Weights of others have none. What is read here may come from anywhere: it is checked, and nothing of it is executed.
+"""
+
+import json
+import zipfile
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "of_features", "of_state", "of_weights",
+           "same_tower"]
+
+KEY = "provenance"
+EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
+_MEMBER = "fastvid/provenance.json"
+_MOST_BYTES = 1 << 20  # of a state.json, a header or a member: more is not ours
+_TEMPLATES = {"v1": "vicuna_v1_1"}  # older checkpoints know the flag --version
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a model was trained on and with; None where nothing tells.
+
+    Attributes:
+        tower: CLIP tower of the features, folder or hub id.
+        tower_revision: what identifies its weights (`fastvid.video.tower.revisions`).
+        num_frames: frames per video, which are the features' temporal rows.
+        rows: rows of every video; None also where videos differ.
+        conv_mode: template of the prompts.
+        question_order: "reference" or "video_first".
+        use_start_end: whether <vid_start> and <vid_end> stood around a video.
+    """
+
+    tower: str | None = None
+    tower_revision: str | None = None
+    num_frames: int | None = None
+    rows: int | None = None
+    conv_mode: str | None = None
+    question_order: str | None = None
+    use_start_end: bool | None = None
+
+    @classmethod
+    def of(cls, values):
+        """From what JSON held; what is of another type than it must be is left out."""
+        kinds = {"num_frames": int, "rows": int, "use_start_end": bool}
+        found = values if isinstance(values, dict) else {}
+        return cls(**{f.name: found[f.name] for f in fields(cls)
+                      if type(found.get(f.name)) is kinds.get(f.name, str)})
+
+    def to_json(self):
+        """{name: value} of what is known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def of_features(looked_at):
+    """(Provenance, {(tower, revision): how many}) of feature files, as far as their headers tell.
+
+    A tower is known by its revision; of several spellings of its name the first counts.
+
+    Args:
+        looked_at: (rows, header) of each file. A header may be empty.
+
+    Returns:
+        The Provenance holds what all files with a header agree about: of several towers it names none.
+    """
+    towers, frames, names = Counter(), set(), {}
+    for _, header in looked_at:
+        made = Provenance.of(header)
+        if made.tower_revision is not None:
+            name = names.setdefault(made.tower_revision, made.tower)
+            towers[name, made.tower_revision] += 1
+            frames.add(made.num_frames)
+    rows = {number for number, _ in looked_at}
+    tower, revision = None, None
+    if len(towers) == 1:
+        (tower, revision), = towers
+        if tower is not None and Path(tower).is_dir():
+            tower = str(Path(tower).absolute())
+    return Provenance(tower, revision, frames.pop() if len(frames) == 1 else None,
+                      rows.pop() if len(rows) == 1 else None), towers
+
+
+def of_weights(path):
+    """The Provenance that a projector file, a checkpoint, a model folder or an export holds; empty without one.
+
+    A file that cannot be read has none: whoever loads its weights says what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return Provenance.of(json.loads(_safetensors_metadata(path).get(KEY, "{}")))
+        if path.is_file():
+            return _of_bin(path)
+        if (path / "state.json").is_file():
+            return of_state(json.loads((path / "state.json").read_text(encoding="utf-8")))
+        if (path / "config.json").is_file():
+            values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            return Provenance.of(values.get(EXPORT_MARK, {}).get(KEY))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, zipfile.BadZipFile):
+        pass
+    return Provenance()
+
+
+def of_state(state):
+    """The Provenance in a checkpoint's state. An older one's flags tell the prompt, and nothing tells the features."""
+    flags = state.get("config", {})
+    version = flags.get("version")
+    told = Provenance.of({"question_order": flags.get("question_order"), "conv_mode": _TEMPLATES.get(version, version),
+                          "use_start_end": flags.get("mm_use_vid_start_end")})
+    return replace(told, **Provenance.of(state.get(KEY)).to_json())
+
+
+def add_to_bin(path, provenance):
+    """Put `provenance` into a file that torch.save wrote, beside the tensors, which stay where they are."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        # The date is ZipInfo's fixed one, so that the same weights make the same file.
+        archive.writestr(zipfile.ZipInfo(f"{root}/{_MEMBER}"), json.dumps(provenance.to_json()))
+
+
+def _of_bin(path):
+    if not zipfile.is_zipfile(path):
+        return Provenance()
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith(f"/{_MEMBER}") and member.file_size <= _MOST_BYTES:
+                return Provenance.of(json.loads(archive.read(member)))
+    return Provenance()
+
+
+def _safetensors_metadata(path):
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(length, 100 * _MOST_BYTES)))["__metadata__"]
+
+
+def same_tower(recorded, found):
+    """Whether the tower that `recorded` identifies is the one that has the revisions `found`.
+
+    None where nothing tells: a hub's commit and a digest of files cannot be compared. Only the first of `found`, by
+    which the tower is mostly known, can tell another one: a hub's copy may lack files that a download has.
+    """
+    if recorded is None or recorded in found:
+        return None if recorded is None else True
+    return False if found[0].startswith("sha256:") == recorded.startswith("sha256:") else None
+
+
+def agreed(flag, given, trained, otherwise, weights):
+    """The value of a flag: as given, else as trained where the weights tell, else `otherwise`.
+
+    Args:
+        flag: its name, with dashes.
+        given: what the user said; None if nothing.
+        trained: what the weights say; None if nothing.
+        weights: path of the weights, for the message.
+
+    Raises:
+        ValueError: the user and the weights contradict each other.
+    """
+    if given is not None and trained is not None and given != trained:
+        raise ValueError(f"{flag} {given}: {weights} was trained with {trained}, and would answer wrongly; "
+                         f"leave {flag} out")
+    return next((value for value in (given, trained) if value is not None), otherwise)

@@ -1,0 +1,285 @@
+"""What decides whether answers are right goes from features and flags into the weights, and comes back from there."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+from clips import draw
+from safetensors.torch import load_file
+from training_run import CHANNELS, ROWS, flags, write_run
+
+from fastvid import chat as chat_module
+from fastvid import checkpoint, export, provenance, train
+from fastvid.chat import Chat
+from fastvid.config import ExportConfig
+from fastvid.data.features import load_features, save_features
+from fastvid.model.projector_file import save_tensors
+from fastvid.provenance import Provenance, agreed, of_features, of_weights, same_tower
+from fastvid.video.tower import revisions
+
+FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
+DIGEST, OTHER = "sha256:aa", "sha256:bb"
+SOME = Provenance("some/tower é\n\x7f\"", DIGEST, 16, 32, "vicuna_v1_1", "video_first", True)
+
+
+def write_clip_tower(folder, seed):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(seed)
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=8, num_hidden_layers=2,
+                                     num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
+    return folder
+
+
+def mark(file, tower, frames=FRAMES):
+    """Give a feature file the header that extraction with `tower` gives."""
+    features, _ = load_features(file)
+    save_features(file, features, {"tower": str(tower), "tower_revision": revisions(tower)[0], "num_frames": frames})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with model/, tower_a, tower_b, features of tower_b, and out/, what a step of adapter training left."""
+    folder = write_run(tmp_path_factory.mktemp("made"))
+    for seed, name in enumerate(("tower_a", "tower_b")):
+        write_clip_tower(folder / name, seed)
+    config = json.loads((folder / "model" / "config.json").read_text()) | {"mm_vision_tower": str(folder / "tower_a")}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    for file in (folder / "feats").iterdir():
+        mark(file, folder / "tower_b")
+    draw(folder / "clip.mp4", 6)
+    assert train.main(flags(folder, folder / "out", "--max_steps", "1", "--question_order", "video_first")) == 0
+    return folder
+
+
+def ask(made, weights="out/mm_projector.bin", **settings):
+    return Chat(model_name_or_path=str(made / "model"), projector=str(made / weights), max_new_tokens=2, device="cpu",
+                **settings)
+
+
+def test_training_notes_it_in_all_that_it_writes(made):
+    expected = Provenance(str(made / "tower_b"), revisions(made / "tower_b")[0], FRAMES, ROWS, "vicuna_v1_1",
+                          "video_first", True)
+    for path in ("out/mm_projector.bin", "out/mm_projector.safetensors", "out/checkpoint-1"):
+        assert of_weights(made / path) == expected
+    tensors = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
+    same = load_file(made / "out" / "mm_projector.safetensors")
+    assert tensors.keys() == same.keys() and all(torch.equal(tensors[name], same[name]) for name in same)
+
+
+def test_chat_asks_as_the_weights_were_trained(made):
+    for weights in ("out", "out/mm_projector.safetensors"):
+        chat = ask(made, weights)
+        assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
+            "vicuna_v1_1", "video_first", FRAMES)
+    assert chat.features(made / "clip.mp4").shape == (ROWS, CHANNELS)
+    named = ask(made, vision_tower=str(made / "tower_b"), num_frames=FRAMES, conv_mode="vicuna_v1_1",
+                question_order="video_first", mm_use_vid_start_end=True)
+    assert torch.equal(named.features(made / "clip.mp4"), chat.features(made / "clip.mp4"))
+    assert named.ask(made / "clip.mp4", "what") == chat.ask(made / "clip.mp4", "what")
+    chat.close(), named.close()
+
+
+@pytest.mark.parametrize("flag, value, trained", [
+    ("num_frames", 100, str(FRAMES)), ("conv_mode", "pg-video-llava", "vicuna_v1_1"),
+    ("question_order", "reference", "video_first"), ("mm_use_vid_start_end", False, "True"),
+])
+def test_a_flag_that_contradicts_the_weights_is_refused(made, flag, value, trained):
+    with pytest.raises(ValueError, match=rf"--{flag} {value}: .*mm_projector.bin was trained with {trained}"):
+        ask(made, **{flag: value})
+
+
+def test_another_tower_is_refused_whatever_its_name(made, tmp_path):
+    with pytest.raises(ValueError, match="--vision_tower .*tower_a is another tower"):
+        ask(made, vision_tower=str(made / "tower_a"))
+    (tmp_path / "another_name").symlink_to(made / "tower_b")
+    chat = ask(made, vision_tower=str(tmp_path / "another_name"))
+    assert chat.features(made / "clip.mp4").shape == (ROWS, CHANNELS)
+    chat.close()
+
+
+@pytest.mark.parametrize("header, rows, message", [
+    ({"tower": "x", "tower_revision": OTHER}, ROWS, "made by another tower"),
+    ({"num_frames": FRAMES + 1}, ROWS, f"--num_frames {FRAMES + 1}, .* was trained with {FRAMES}"),
+    ({}, ROWS + 3, f"{ROWS + 3} rows, .* was trained on features of {ROWS}"),
+])
+def test_a_feature_file_that_contradicts_the_weights_is_refused(made, tmp_path, header, rows, message):
+    file = tmp_path / "a.safetensors"
+    save_features(file, torch.ones(rows, CHANNELS, dtype=torch.float16), header)
+    with pytest.raises(ValueError, match=message):
+        chat_module.main(["--model_name_or_path", str(made / "model"), "--projector", str(made / "out"), "--video",
+                          str(file), "--question", "what"])
+    save_features(file, torch.ones(ROWS, CHANNELS, dtype=torch.float16), {})
+    ask(made).ask(file, "what")
+
+
+def test_weights_that_tell_nothing_are_asked_as_the_reference_asks(made, tmp_path):
+    torch.save(torch.load(made / "out" / "mm_projector.bin", weights_only=True), tmp_path / "theirs.bin")
+    chat = ask(made, tmp_path / "theirs.bin")
+    assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
+        "pg-video-llava", "reference", 100)
+    assert chat._loaded_encoder().revision == revisions(made / "tower_a")[0]
+
+
+def test_an_older_output_dir_tells_the_prompt(made, tmp_path):
+    """Its projector file tells nothing, and the checkpoint beside it has only flags."""
+    state = checkpoint.read_state(made / "out" / "checkpoint-1")
+    del state["provenance"]
+    tensors = checkpoint.read_full(made / "out" / "checkpoint-1", "model")
+    checkpoint.save(tmp_path, 1, groups={"model": tensors}, state=state)
+    torch.save(torch.load(made / "out" / "mm_projector.bin", weights_only=True), tmp_path / "mm_projector.bin")
+    chat = ask(made, tmp_path)
+    assert chat.weights.endswith("mm_projector.bin") and chat.trained.tower is None
+    assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
+        "vicuna_v1_1", "video_first", 100)
+
+
+def test_a_frame_count_that_gives_other_rows_is_refused(made, tmp_path):
+    """Features without headers tell their rows alone."""
+    tensors = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
+    save_tensors(tmp_path / "p.bin", tensors, Provenance(rows=ROWS))
+    with pytest.raises(ValueError, match=f"--num_frames 100 .* 104 rows, .* of {ROWS}: --num_frames {FRAMES}"):
+        ask(made, tmp_path / "p.bin").features(made / "clip.mp4")
+    assert ask(made, tmp_path / "p.bin", num_frames=FRAMES).features(made / "clip.mp4").shape == (ROWS, CHANNELS)
+
+
+def test_an_export_holds_the_tower_of_the_features(made, tmp_path):
+    export.export(ExportConfig(str(made / "out"), str(tmp_path / "hf"), "llava"))
+    held = load_file(tmp_path / "hf" / "model.safetensors")
+    tower = load_file(made / "tower_b" / "model.safetensors")
+    name = "embeddings.class_embedding"
+    (mine,), (theirs,) = ([t for key, t in tensors.items() if key.endswith(name)] for tensors in (held, tower))
+    assert torch.equal(mine, theirs)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["mm_vision_tower"] == str(made / "tower_b")
+    assert of_weights(tmp_path / "hf") == of_weights(made / "out" / "checkpoint-1")
+    for format in ("llava", "llama"):
+        with pytest.raises(ValueError, match="tower_a is another tower"):
+            export.export(ExportConfig(str(made / "out"), str(tmp_path / "x"), format,
+                                       vision_tower=str(made / "tower_a")))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tower_that_is_gone_is_asked_for(made, tmp_path):
+    state = checkpoint.read_state(made / "out" / "checkpoint-1")
+    state["provenance"]["tower"] = str(tmp_path / "gone")
+    tensors = checkpoint.read_full(made / "out" / "checkpoint-1", "model")
+    folder = checkpoint.save(tmp_path / "run", 1, groups={"model": tensors}, state=state)
+    with pytest.raises(ValueError, match="gone .* is not to be found: give its folder with --vision_tower"):
+        export.export(ExportConfig(str(folder), str(tmp_path / "hf"), "llava"))
+    export.export(ExportConfig(str(folder), str(tmp_path / "llama"), "llama"))
+    given = {"vision_tower": str(made / "tower_b")}
+    export.export(ExportConfig(str(folder), str(tmp_path / "hf"), "llava", **given))
+    (tmp_path / "gone").symlink_to(made / "tower_b")  # a name that is there again
+    export.export(ExportConfig(str(folder), str(tmp_path / "hf"), "llava"))
+
+
+def test_an_exported_projector_keeps_it(made, tmp_path):
+    export.export(ExportConfig(str(made / "out"), str(tmp_path / "p.bin")))
+    assert of_weights(tmp_path / "p.bin") == of_weights(made / "out" / "checkpoint-1") != Provenance()
+
+
+def test_features_of_two_towers_are_told_before_the_first_step(made, tmp_path, caplog):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for number, file in enumerate(sorted((made / "feats").iterdir())):
+        (feats / file.name).write_bytes(file.read_bytes())
+        if number % 3 == 0:
+            mark(feats / file.name, made / "tower_a")
+    more = ("--max_steps", "1", "--video_folder", str(feats))
+    assert train.main(flags(made, tmp_path / "out", *more)) == 0
+    line, = [record.getMessage() for record in caplog.records if "vision towers" in record.getMessage()]
+    assert "features of 2 vision towers" in line and "8 of" in line and "4 of" in line
+    found = of_weights(tmp_path / "out" / "mm_projector.bin")
+    assert found.tower_revision is None and found.num_frames == FRAMES
+
+
+def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog, monkeypatch):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for file in (made / "feats").iterdir():
+        (feats / file.name).write_bytes(file.read_bytes())
+    mark(feats / "clip5.safetensors", made / "tower_a")
+    monkeypatch.setattr("fastvid.data.batching.SampleSet.HEADERS", 2)
+    assert train.main(flags(made, tmp_path / "out", "--video_folder", str(feats), "--num_train_epochs", "1")) == 0
+    assert "features are of the tower" in caplog.text and "vision towers" not in caplog.text
+
+
+def test_text_alone_keeps_what_it_started_from(made, tmp_path):
+    records = [{"id": str(i), "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a cat"}]}
+               for i in range(4)]
+    (tmp_path / "text.json").write_text(json.dumps(records))
+    argv = flags(made, tmp_path / "out", "--max_steps", "1", "--pretrain_mm_mlp_adapter", str(made / "out"))
+    argv[argv.index("--data_path") + 1] = str(tmp_path / "text.json")
+    assert train.main(argv) == 0
+    found, before = of_weights(tmp_path / "out" / "mm_projector.bin"), of_weights(made / "out" / "mm_projector.bin")
+    assert (found.tower_revision, found.num_frames) == (before.tower_revision, before.num_frames) != (None, None)
+    assert found.question_order == "reference"
+
+
+def test_what_all_headers_agree_about():
+    one = {"tower": "t", "tower_revision": DIGEST, "num_frames": 16}
+    found, towers = of_features([(32, one), (32, one | {"tower": "spelt/otherwise"}), (32, {})])
+    assert found == Provenance("t", DIGEST, 16, 32) and towers == {("t", DIGEST): 2}
+    found, towers = of_features([(32, one), (48, one | {"num_frames": 32}), (32, {"source": "x"})])
+    assert found == Provenance("t", DIGEST) and towers == {("t", DIGEST): 2}
+    found, towers = of_features([(32, one), (32, one | {"tower_revision": OTHER})])
+    assert found == Provenance(num_frames=16, rows=32) and len(towers) == 2
+    assert of_features([]) == (Provenance(), {})
+
+
+@pytest.mark.parametrize("recorded, found, same", [
+    (DIGEST, (DIGEST,), True), (DIGEST, (OTHER,), False), (DIGEST, (OTHER, "c" * 40), False), (None, (DIGEST,), None),
+    ("c" * 40, (DIGEST, "c" * 40), True), ("c" * 40, (DIGEST,), None), (DIGEST, ("c" * 40, OTHER), None),
+    (DIGEST, ("c" * 40, DIGEST), True), ("d" * 40, ("c" * 40, DIGEST), False),
+])
+def test_a_tower_is_known_by_its_content(recorded, found, same):
+    assert same_tower(recorded, found) is same
+
+
+def test_a_flag_and_what_is_known():
+    assert agreed("--x", None, None, 3, "w") == 3 and agreed("--x", None, 4, 3, "w") == 4
+    assert agreed("--x", 4, 4, 3, "w") == 4 and agreed("--x", 5, None, 3, "w") == 5
+    assert agreed("--x", False, None, True, "w") is False
+    with pytest.raises(ValueError, match="--x 5: w was trained with 4"):
+        agreed("--x", 5, 4, 3, "w")
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_a_projector_file_keeps_it_beside_its_tensors(tmp_path, ending):
+    tensors = {"a": torch.randn(300, 40), "b": torch.randn(3)}
+    paths = [tmp_path / f"{name}.{ending}" for name in ("with", "again/with", "without")]
+    for path, held in zip(paths, (SOME, SOME, None)):
+        save_tensors(path, tensors, held)
+    assert of_weights(paths[0]) == SOME and of_weights(paths[2]) == Provenance()
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    for mapped in (True, False) if ending == "bin" else ():
+        loaded = torch.load(paths[0], weights_only=True, mmap=mapped)
+        assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"\x80\x02}q\x00.", b"PK\x05\x06" + bytes(18)])
+@pytest.mark.parametrize("name", ["p.bin", "p.safetensors", "p/config.json", "p/state.json"])
+def test_what_cannot_be_read_tells_nothing(tmp_path, name, content):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    assert of_weights(file if file.suffix != ".json" else file.parent) == Provenance()
+    assert of_weights(tmp_path / "nowhere") == Provenance()
+
+
+def test_values_of_other_types_are_left_out(tmp_path):
+    assert Provenance.of(None) == Provenance.of([1]) == Provenance()
+    odd = {"tower": ["x"], "num_frames": True, "rows": "7", "use_start_end": 1, "more": 2}
+    assert Provenance.of(odd) == Provenance()
+    assert Provenance.of({**SOME.to_json(), "rows": 7.5}).rows is None
+    with zipfile.ZipFile(tmp_path / "p.bin", "w") as file:
+        file.writestr(f"p/{provenance._MEMBER}", json.dumps({"tower": 3, "num_frames": 16}))
+    assert of_weights(tmp_path / "p.bin") == Provenance(num_frames=16)
+
+
+def test_an_older_checkpoint_tells_the_prompt(tmp_path):
+    flags = {"version": "v1", "question_order": "video_first", "mm_use_vid_start_end": False}
+    folder = checkpoint.save(tmp_path, 1, groups={"model": {"a": torch.ones(1)}}, state={"config": flags})
+    assert of_weights(folder) == Provenance(conv_mode="vicuna_v1_1", question_order="video_first", use_start_end=False)

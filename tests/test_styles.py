@@ -1,0 +1,74 @@
+"""Other trainers' records: what is read, and what is named."""
+
+import pytest
+
+from fastvid.data.styles import Unreadable, canonical
+
+READ = {"id": "0", "video": "a.mp4",
+        "conversations": [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}]}
+
+
+def pairs(*texts, role="from", text="value", names=("human", "gpt")):
+    return [{role: names[i % 2], text: said} for i, said in enumerate(texts)]
+
+
+@pytest.mark.parametrize(("record", "remark"), [
+    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("user", "assistant"))}, "user and"),
+    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("Human", "GPT"))}, "user and"),
+    ({"video": ["a.mp4"], "conversations": pairs("<video>\nWhich?", "blue")}, "field 'video' is a list"),
+    ({"videos": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue")}, "field 'videos' is one name"),
+    ({"video": "a.mp4", "conversations": pairs("<image>\nWhich?", "blue")}, "<image> is read as <video>"),
+    ({"video": "a.mp4", "conversations": pairs("<Video>\nWhich?", "blue")}, "<Video> is read as <video>"),
+    ({"video": "a.mp4", "conversation": pairs("<video>\nWhich?", "blue")}, "field 'conversation' is read"),
+    ({"video": "a.mp4", "conversations": [{"from": "system", "value": "Be short."}, *READ["conversations"]]},
+     "the first turn, from system, is left out"),
+    ({"videos": ["a.mp4"], "query": "<video>\nWhich?", "response": "blue"}, "fields 'query' and 'response'"),
+    ({"videos": ["a.mp4"], "instruction": "<video>", "input": "Which?", "output": "blue"}, "fields 'instruction'"),
+    ({"video": "a.mp4", "QA": [{"i": "", "q": "Which?", "a": "blue"}]}, "with <video> before the first question"),
+])
+def test_what_is_unmistakably_meant_is_read_with_a_remark(record, remark):
+    read, remarks = canonical(record)
+    assert read == READ and len(remarks) == 1 and remark in remarks[0]
+
+
+def test_messages_of_role_and_content():
+    said = pairs("<video>\nWhich?", "blue", role="role", text="content", names=("user", "assistant"))
+    read, remarks = canonical({"messages": [{"role": "system", "content": ""}, *said], "videos": ["a.mp4"]})
+    assert read == READ and len(remarks) == 2 and "field 'messages' is read" in remarks[0]
+
+
+def test_a_number_is_taken_as_its_digits():
+    for value, text in ((3, "3"), (0.5, "0.5"), (10**400, "1" + "0" * 400)):
+        read, remarks = canonical({"conversations": pairs("How many?", value)})
+        assert read["conversations"][1]["value"] == text and len(remarks) == 1
+
+
+def test_history_comes_first():
+    read, _ = canonical({"query": "b", "response": "c", "history": [["<video>", "a"]], "videos": ["v"]})
+    assert [turn["value"] for turn in read["conversations"]] == ["<video>", "a", "b", "c"]
+
+
+def test_later_questions_of_video_chat2():
+    read, remarks = canonical({"video": "v", "QA": [{"i": "Look.", "q": "A?", "a": 1},
+                                                {"i": "x", "q": "B?", "a": "b"}]})
+    assert [turn["value"] for turn in read["conversations"]] == ["<video>\nLook.\nA?", "1", "B?", "b"]
+    assert any("field 'i' of a later entry" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize(("record", "reason"), [
+    ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "list of parts"),
+    ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
+    ({"query": None, "response": "b"}, "no text as .query."),
+    ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
+    ({"Q": "a", "A": "b", "video_name": "c"}, "the record has Q, A, video_name"),
+    ({}, "no fields"),
+])
+def test_the_rest_is_named(record, reason):
+    with pytest.raises(Unreadable, match=reason):
+        canonical(record)
+
+
+def test_placeholders_of_another_spelling_are_read_only_where_they_are_the_only_ones():
+    for videos, asked in ((["v"], "<image> or <video>"), (["v"], "<image> <image>"), (["v", "w"], "<image> <Image>")):
+        read, remarks = canonical({"videos": videos, "conversations": pairs(asked, "blue")})
+        assert read["conversations"][0]["value"] == asked and not remarks
