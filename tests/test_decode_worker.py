@@ -1,5 +1,6 @@
 """A decoder in a process of its own: the same frames; crashes and hangs cost one video."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from clips import draw, endless
 
 from fastvid.video.decode import DecodeError, decode
-from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker, limit
 
 
 @pytest.fixture
@@ -43,9 +44,9 @@ def test_a_bad_file_costs_nothing_else(tmp_path, worker):
 
 def test_what_takes_too_long_is_given_up(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
-    worker.timeout = 1.0
+    worker.timeout = 0.3
     start = time.monotonic()
-    with pytest.raises(DecodeError, match="took longer than 1 s"):
+    with pytest.raises(DecodeError, match="took longer than 0.3 s"):
         worker.decode(endless(tmp_path / "endless.mp4"))
     assert time.monotonic() - start < 20
     worker.timeout = 60
@@ -82,7 +83,7 @@ def test_interrupts_are_left_to_the_parent(tmp_path, worker):
 def test_ends_with_its_parent(tmp_path, busy):
     draw(tmp_path / "a.mp4")
     endless(tmp_path / "endless.mp4")
-    code = ("import os, sys, threading\nfrom fastvid.video.decode.worker import DecodeWorker\n"
+    code = ("import os, sys, threading\nfrom fastvid.video.decode.worker import DecodeWorker, limit\n"
             "worker = DecodeWorker()\nworker.decode('a.mp4')\nprint(worker._process.pid, flush=True)\n"
             "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('endless.mp4')")
     done = subprocess.run([sys.executable, "-c", code, *["busy"] * busy], capture_output=True, text=True,
@@ -94,3 +95,13 @@ def test_ends_with_its_parent(tmp_path, busy):
         time.sleep(0.1)
     os.kill(int(done.stdout), 9)
     pytest.fail("the decoder outlived its parent")
+
+
+@pytest.mark.parametrize("duration, seconds", [(0, 600), (-1, 600), (7200, 6000), (60, 660), (1e12, 6000)])
+def test_the_time_out_counts_the_videos_own_length(duration, seconds):
+    assert limit(600, duration) == seconds
+
+
+def test_the_files_own_digest(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4")
+    assert worker.decode_and_hash(path)[2] == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -80,6 +80,18 @@ def probe(path, *, max_pixels=MAX_PIXELS) -> VideoInfo:
     return _Pass(path, None, max_pixels).whole([])[1]
 
 
+def duration(path) -> float:
+    """Seconds that a video lasts, as its container says; 0 if it does not.
+
+    Raises:
+        DecodeError: it cannot be opened.
+    """
+    import av
+
+    with open_video(path) as (container, _, _):
+        return (container.duration or 0) / av.time_base
+
+
 def _check_numbers(path, wanted, frames):
     if any(not 0 <= i < frames for i in wanted):
         raise DecodeError(path, f"holds {frames} frames; asked for {min(wanted)} … {max(wanted)}")
@@ -160,6 +172,8 @@ class _Pass:
 
     def _decoded(self, stream, packets):
         """Frames of some packets of a stream, in display order."""
+        import av
+
         codec = stream.codec_context
         if codec.width * codec.height > self.max_pixels:
             raise DecodeError(self.path, f"its picture of {codec.width}×{codec.height} is over the limit of "
@@ -168,7 +182,11 @@ class _Pass:
         # Holds for pictures that grow within the stream, too.
         codec.options = {"max_pixels": str(self.max_pixels)}
         for packet in packets:
-            yield from packet.decode()
+            try:
+                yield from packet.decode()
+            except av.InvalidDataError:
+                if not self.allow_damaged:
+                    raise
         yield from codec.decode(None)
 
 
