@@ -18,7 +18,7 @@ from fastvid.data.conversation import EncodedSample, inference_prompt, load_toke
 from fastvid.data.features import SUFFIXES, load_features
 from fastvid.data.questions import Question, list_media, read_questions
 from fastvid.data.video_tokens import read_settings
-from fastvid.files import shown
+from fastvid.files import VIDEO_SUFFIXES, shown
 from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.folders import is_url, model_folder
@@ -28,12 +28,12 @@ from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
 from fastvid.provenance import Provenance, agreed, of_weights, same_tower
 from fastvid.video.decode import DecodeError
-from fastvid.video.decode_worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
-from fastvid.video.listing import VIDEO_SUFFIXES, no_video
+from fastvid.video.listing import no_video
 from fastvid.video.tower import check_tower, choose_tower
 
-MEDIA_SUFFIXES = (*SUFFIXES, *sorted(VIDEO_SUFFIXES))  # in the order in which one of several files is taken
+MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
 
 
 class Chat:

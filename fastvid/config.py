@@ -282,6 +282,9 @@ class ExtractConfig(_Checked):
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders.")
+    allow_damaged: bool = _flag(False, "Take videos of which frames are missing or decode with errors; each one's "
+                                "header counts them.")
     overwrite: bool = _flag(False, "Replace feature files that were made with other settings, or nobody knows which.")
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
     num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.", at_least=1, at_most=100_000)
@@ -290,9 +293,11 @@ class ExtractConfig(_Checked):
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
     max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
     timeout: float = _flag(
-        600.0, "Seconds after which a video's decoding is given up.", above=0, at_most=10**8)
+        600.0, "Seconds after which a video's decoding is given up; a second more for each that it lasts, up to ten "
+        "times as many.", above=0, at_most=10**8)
     decode_workers: int | None = _flag(
-        None, "Decoders that run ahead of the tower. Default: one per four cores.", at_least=1, at_most=1000)
+        None, "Processes that decode ahead of the tower, which share the cores. Default: one for each core, at most "
+        "16.", at_least=1, at_most=1000)
 
 
 @dataclass(frozen=True)

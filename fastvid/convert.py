@@ -5,9 +5,9 @@ import sys
 
 from fastvid import config as configs
 from fastvid.data import instructions
-from fastvid.data.names import SUFFIXES, VIDEO_SUFFIXES, stem
+from fastvid.data.names import SUFFIXES, stem
 from fastvid.data.records import read_records, write_records
-from fastvid.files import shown
+from fastvid.files import VIDEO_SUFFIXES, shown
 from fastvid.flags import parse
 
 LISTED = 20  # records left out that are named one by one

@@ -4,14 +4,14 @@ Decoding runs ahead of the tower in processes of its own. Under torchrun every r
 ranks share nothing but the output folder, so they need no process group.
 """
 
+import errno
 import hashlib
 import os
 import queue
 import signal
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,16 @@ from fastvid.earlier_features import difference, made_by_manifest, refuse_other_
 from fastvid.files import atomic_file, remove_left_over
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
-from fastvid.video.decode_worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import find_videos, no_video
 from fastvid.video.manifest import Manifest
 from fastvid.video.sampling import frame_indices
 
+_MOST_WORKERS = 16
+_DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged puts up with
+# A full disk costs every video that is still to come.
+_NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-patch14-336"}
 
 
@@ -43,6 +47,7 @@ class Summary:
     Attributes:
         total: videos found; extracted, skipped: how many were made, or were there already.
         padded: videos of fewer than --num_frames frames.
+        damaged: videos that were taken although frames of them are missing or decode with errors.
         failures: (video, reason) of each that could not be extracted.
         notes: what a user should know of the job, a line each.
         seconds: wall time.
@@ -55,6 +60,7 @@ class Summary:
     extracted: int = 0
     skipped: int = 0
     padded: int = 0
+    damaged: int = 0
     notes: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
@@ -75,6 +81,8 @@ class Summary:
         if self.padded:
             lines.append(f"{self.padded} of them have fewer frames than --num_frames: the rest of their temporal rows "
                          "is zero")
+        if self.damaged:
+            lines.append(f"{self.damaged} of them are damaged, and were taken as they are (--allow_damaged)")
         if self.exit_code == 1:
             lines.append(f"more than --max_failures {self.max_failures:g} of them failed: the exit code is 1")
         if self.interrupted:
@@ -113,7 +121,8 @@ def extract(config: ExtractConfig) -> Summary:
             files made with other settings.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}")
+    videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}",
+                                 follow_links=config.follow_links)
     encoder = FeatureEncoder(
         _tower(config), device=config.device or _default_device(),
         dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
@@ -127,8 +136,12 @@ def extract(config: ExtractConfig) -> Summary:
     finally:
         manifest.close()
     if rank == 0 and others:
+        links = others.pop("links", 0)
+        if links:
+            summary.notes.append(f"{links} links were left out; --follow_links True follows them")
         kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
-        summary.notes.append(f"{others.total()} files are no videos by their endings and were left out ({kinds})")
+        if others:
+            summary.notes.append(f"{others.total()} files are no videos by their endings and were left out ({kinds})")
     if rank == 0 and config.llava is not None and config.vision_tower is not None:
         summary.notes.append(f"--llava {config.llava} has no effect beside --vision_tower")
     return summary
@@ -144,7 +157,9 @@ class _Extraction:
         self.header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                        "dtype": str(encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        count = config.decode_workers or max(1, os.cpu_count() // 4 // processes)
+        cores = max(1, len(os.sched_getaffinity(0)) // processes)
+        count = config.decode_workers or min(_MOST_WORKERS, cores)
+        self.threads = max(1, cores // count)
         self.workers = [DecodeWorker(config.timeout) for _ in range(count)]
         self.idle = queue.SimpleQueue()
         for worker in self.workers:
@@ -152,25 +167,27 @@ class _Extraction:
 
     def run(self, videos) -> Summary:
         summary = Summary(total=len(videos), max_failures=self.config.max_failures)
-        start, todo, ahead = time.perf_counter(), iter(videos), deque()
+        start, todo, ahead = time.perf_counter(), iter(videos), {}
         pool = ThreadPoolExecutor(len(self.workers), thread_name_prefix="decode")
 
         def read_ahead(count):
-            ahead.extend((video, pool.submit(self._prepare, video)) for video in islice(todo, count))
+            ahead.update((pool.submit(self._prepare, video), video) for video in islice(todo, count))
 
         stop = []
         with signals.noted(stop.append), _progress(len(videos)) as bar:
             try:
-                read_ahead(len(self.workers))
+                # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits
+                # for a slow one.
+                read_ahead(2 * len(self.workers))
                 while ahead and not stop:
-                    video, future = ahead[0]
-                    if wait([future], timeout=0.1).done:
-                        ahead.popleft()
+                    for future in wait(ahead, timeout=0.1, return_when=FIRST_COMPLETED).done:
+                        if stop:
+                            break
                         read_ahead(1)
-                        self._finish(video, future.result(), summary, bar)
+                        self._finish(ahead.pop(future), future.result(), summary, bar)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                while not all(future.done() for _, future in ahead):
+                while not all(future.done() for future in ahead):
                     for worker in self.workers:
                         worker.kill()
                     time.sleep(0.01)
@@ -182,6 +199,8 @@ class _Extraction:
 
     def _prepare(self, video) -> _Piece:
         """Runs in a thread of the pool."""
+        if video.fault:
+            return _Piece(failure=video.fault)
         start, worker = time.perf_counter(), self.idle.get()
         try:
             source = {"source": video.name, "source_bytes": video.path.stat().st_size}
@@ -190,9 +209,9 @@ class _Extraction:
                 return _Piece(skip=True)
             if foreign and not self.config.overwrite:
                 return _Piece(failure=f"{redo}; remove it, or replace such files with --overwrite True")
-            frames, info = worker.decode(video.path, num_frames=self.config.num_frames, size=self.encoder.image_size)
-            with open(video.path, "rb") as file:
-                source["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            frames, info, source["source_sha256"] = worker.decode_and_hash(
+                video.path, num_frames=self.config.num_frames, size=self.encoder.image_size, threads=self.threads,
+                allow_damaged=self.config.allow_damaged)
         except DecodeError as error:
             return _Piece(failure=self._reason(video, error), seconds=time.perf_counter() - start)
         except OSError as error:
@@ -204,7 +223,8 @@ class _Extraction:
     @staticmethod
     def _reason(video, error):
         """What is wrong with a video that cannot be decoded."""
-        return (no_video(video.path) if video.path.is_file() else None) or error.reason
+        hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
+        return (no_video(video.path) if video.path.is_file() else None) or error.reason + hint
 
     def _why_again(self, video, source):
         """(why an existing feature file does not do, whether it may be of worth to somebody).
@@ -247,26 +267,41 @@ class _Extraction:
             if self.manifest.entries.get(video.name, {}).get("status") not in ("ok", "skipped"):
                 self.manifest.append(video.name, "skipped", reason=f"{video.output.name} is there already")
         elif failure:
-            summary.failures.append((video.name, failure))
-            self.manifest.append(video.name, "failed", reason=failure, seconds=seconds)
-            bar.set_postfix(failed=len(summary.failures), refresh=False)
+            self._fail(video, failure, seconds, summary, bar)
         else:
-            video.output.parent.mkdir(parents=True, exist_ok=True)
-            chosen = {"total_frames": piece.info.frames,
-                      "frame_indices": frame_indices(piece.info.frames, self.config.num_frames)}
-            header = {**self.header, **piece.source, **chosen, "video": asdict(piece.info)}
-            content = feature_bytes(video.output, features_RC, header)
-            made = {"file": video.output.relative_to(self.folder).as_posix(), "format": self.config.format,
-                    "tower": self.header["tower"], **self.settings, "source_bytes": piece.source["source_bytes"],
-                    "sha256": hashlib.sha256(content).hexdigest()}
-            if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
-                self.manifest.append(video.name, "writing", **made)
-            with atomic_file(video.output) as file:
-                file.write(content)
-            summary.extracted += 1
-            summary.padded += piece.info.frames < self.config.num_frames
-            self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made)
+            try:
+                self._write(video, piece, features_RC, seconds)
+            except OSError as error:
+                if error.errno in _NOTHING_MORE_FITS:
+                    raise
+                self._fail(video, f"its features cannot be written ({error.strerror}: {error.filename})", seconds,
+                           summary, bar)
+            else:
+                summary.extracted += 1
+                summary.padded += piece.info.frames < self.config.num_frames
+                summary.damaged += piece.info.damaged > 0
         bar.update()
+
+    def _fail(self, video, failure, seconds, summary, bar):
+        summary.failures.append((video.name, failure))
+        self.manifest.append(video.name, "failed", reason=failure, seconds=seconds)
+        bar.set_postfix(failed=len(summary.failures), refresh=False)
+
+    def _write(self, video, piece, features_RC, seconds):
+        """A video's feature file and its line in the manifest."""
+        video.output.parent.mkdir(parents=True, exist_ok=True)
+        chosen = {"total_frames": piece.info.frames,
+                  "frame_indices": frame_indices(piece.info.frames, self.config.num_frames)}
+        header = {**self.header, **piece.source, **chosen, "video": asdict(piece.info)}
+        content = feature_bytes(video.output, features_RC, header)
+        made = {"file": video.output.relative_to(self.folder).as_posix(), "format": self.config.format,
+                "tower": self.header["tower"], **self.settings, "source_bytes": piece.source["source_bytes"],
+                "sha256": hashlib.sha256(content).hexdigest()}
+        if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
+            self.manifest.append(video.name, "writing", **made)
+        with atomic_file(video.output) as file:
+            file.write(content)
+        self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made)
 
 
 def _progress(total):

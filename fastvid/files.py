@@ -1,5 +1,6 @@
 """Files that are whole or absent, JSON objects that are or are not there, and files that are not what they seem."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,13 @@ from pathlib import Path
 
 from fastvid import processes
 
+# Endings of recorded video, of which FFmpeg's containers are known (`fastvid.video.decode.container`).
+VIDEO_SUFFIXES = (
+    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif", ".ts", ".mts",
+    ".m2ts", ".ogv", ".vob", ".asf", ".mxf", ".divx", ".f4v", ".y4m", ".ivf", ".3g2", ".wtv", ".nut", ".rm", ".rmvb",
+    ".m1v", ".m2v", ".mpe", ".qt", ".dv", ".h264", ".264", ".h265", ".265", ".hevc")
+
+LONGEST_NAME = 255  # bytes, on the file systems of Linux
 _LEFT_OVER = re.compile(r"\.(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{8,16}\.tmp")
 _DAY = 86400.0
 
@@ -45,6 +53,15 @@ def atomic_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def name_of(stem, suffix) -> str:
+    """`stem` + `suffix`, with a stem that leaves no room for the suffix cut, and told from others by its digest."""
+    content = stem.encode(errors="surrogatepass")  # a record's name may be one that no file can have
+    if len(content) + len(suffix) <= LONGEST_NAME:
+        return stem + suffix
+    mark = f"~{hashlib.sha256(content).hexdigest()[:12]}"
+    return content[:LONGEST_NAME - len(mark) - len(suffix)].decode(errors="ignore") + mark + suffix
 
 
 @contextmanager

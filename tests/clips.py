@@ -1,5 +1,6 @@
 """Clips drawn for tests: every frame shows its own number, so that a decoded frame says which one it is."""
 
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -49,4 +50,11 @@ def draw(path, frames=10, *, codec="libx264", size=(64, 48), options=None, times
                 frame.pts, frame.time_base = times[i], Fraction(1, 600)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def endless(path):
+    """Write a clip of a terabyte, all but its beginning a hole: looking for the next frame takes minutes."""
+    draw(path.with_suffix(".mpg"), codec="mpeg2video").rename(path)
+    os.truncate(path, 1 << 40)
     return path

@@ -1,5 +1,6 @@
 """Decoding of drawn clips, whose frames show their numbers, and of real ones."""
 
+import os
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from clips import draw, number, numbered
 
-from fastvid.video import decode as module
 from fastvid.video.decode import DecodeError, decode, probe
+from fastvid.video.decode import pyav as module
 from fastvid.video.sampling import frame_indices, nearest_indices
 
 B_FRAMES = {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}
@@ -46,7 +47,7 @@ def test_frames_by_number_in_display_order(tmp_path, name, options):
 
 @pytest.mark.parametrize("believed", [0, 1, 9, 200])
 def test_a_count_that_lies_changes_nothing(tmp_path, monkeypatch, believed):
-    path = draw(tmp_path / "a.mp4", 40)
+    path = draw(tmp_path / "a.mp4", 40, codec="mpeg4")
     expected, info = decode(path, num_frames=16)
     monkeypatch.setattr(module, "_count_by_index", lambda path: believed)
     frames, again = decode(path, num_frames=16)
@@ -55,28 +56,50 @@ def test_a_count_that_lies_changes_nothing(tmp_path, monkeypatch, believed):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Grows by one with every pass over a video."""
-    done, decode_pass = [], module._decode_pass
-    monkeypatch.setattr(module, "_decode_pass", lambda *a: done.append(1) or decode_pass(*a))
+    """Names of the passes over a video."""
+    done = []
+    for name in ("some", "whole"):
+        def counted(*a, _name=name, _function=getattr(module._Pass, name)):
+            done.append(_name)
+            return _function(*a)
+
+        monkeypatch.setattr(module._Pass, name, counted)
     return done
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
-def test_one_pass_is_enough(tmp_path, passes, name):
-    decode(draw(tmp_path / name, 60, options=B_FRAMES))
-    assert len(passes) == 1
+@pytest.mark.parametrize("name, options", [
+    ("a.mp4", {}), ("a.mkv", {}), ("a.ts", {}), ("a.mp4", {"codec": "libx265"}),
+    ("a.webm", {"codec": "libvpx-vp9"}), ("a.webm", {"codec": "libvpx"}),
+    ("a.avi", {"codec": "mjpeg", "pixels": "yuvj420p"}),
+])
+def test_needed_packets_are_enough(tmp_path, passes, name, options):
+    decode(draw(tmp_path / name, 60, options=B_FRAMES if "codec" not in options else {}, **options))
+    assert passes == ["some"]
 
 
-def test_one_pass_is_enough_for_discarded_frames(shared, passes):
+def test_needed_packets_are_enough_for_discarded_frames(shared, passes):
     decode(shared / "videos" / "discard_first_keyframe.mp4")
-    assert len(passes) == 1
+    assert passes == ["some"]
 
 
-def test_wanted_frames_alone_are_converted(tmp_path, monkeypatch):
-    converted = []
-    convert = module._pixels
-    monkeypatch.setattr(module, "_pixels", lambda *a: converted.append(1) or convert(*a))
-    frames, _ = decode(draw(tmp_path / "a.mkv", 60), num_frames=5)
+@pytest.mark.parametrize("options", [
+    {"codec": "mpeg4"}, {"times": [0, *range(48, 24 * 59 + 48, 24)]},  # a picture is missing, or was late
+])
+def test_every_packet_is_decoded_where_the_needed_ones_are_not_certain(tmp_path, passes, options):
+    frames, info = decode(draw(tmp_path / "a.mp4", 60, **options))
+    assert passes == ["whole"] and _numbers(frames) == frame_indices(60)
+
+
+def test_one_pass_is_enough_for_the_whole(tmp_path, passes):
+    decode(draw(tmp_path / "a.mkv", 60, codec="mpeg4"))
+    assert passes == ["whole"]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_wanted_frames_alone_are_converted(tmp_path, monkeypatch, codec):
+    converted, take = [], module._Picture.take
+    monkeypatch.setattr(module._Picture, "take", lambda *a: converted.append(1) or take(*a))
+    frames, _ = decode(draw(tmp_path / "a.mkv", 60, codec=codec), num_frames=5)
     assert len(converted) == len(frames) == 5
 
 
@@ -215,8 +238,10 @@ def _text(content):
 
 @pytest.mark.parametrize("make, reason", [
     (lambda path: None, "No such file"),
-    (lambda path: path.mkdir(), "Is a directory"),
-    (_text(b""), "cannot be opened as a video"),
+    (lambda path: path.mkdir(), "is a folder"),
+    (_text(b""), "it is empty"),
+    (_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git-lfs pointer"),
+    (lambda path: os.mkfifo(path), "no regular file"),
     (_text(b"no video at all\n" * 99), "cannot be opened as a video"),
     (_sound, "no video stream"),
     (lambda path: path.write_bytes(draw(path.with_suffix(".mov")).read_bytes()[:800]), "cannot be opened as a video"),

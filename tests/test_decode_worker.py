@@ -1,5 +1,6 @@
 """A decoder in a process of its own: the same frames; crashes and hangs cost one video."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -8,10 +9,10 @@ import threading
 import time
 
 import pytest
-from clips import draw
+from clips import draw, endless
 
 from fastvid.video.decode import DecodeError, decode
-from fastvid.video.decode_worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker, limit
 
 
 @pytest.fixture
@@ -41,13 +42,12 @@ def test_a_bad_file_costs_nothing_else(tmp_path, worker):
     assert worker._process is process
 
 
-def test_a_hang_is_given_up(tmp_path, worker):
-    os.mkfifo(tmp_path / "hangs.mp4")  # opening it waits for a writer
+def test_what_takes_too_long_is_given_up(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
-    worker.timeout = 1.0
+    worker.timeout = 0.3
     start = time.monotonic()
-    with pytest.raises(DecodeError, match="took longer than 1 s"):
-        worker.decode(tmp_path / "hangs.mp4")
+    with pytest.raises(DecodeError, match="took longer than 0.3 s"):
+        worker.decode(endless(tmp_path / "endless.mp4"))
     assert time.monotonic() - start < 20
     worker.timeout = 60
     assert len(worker.decode(path)[0]) == 10
@@ -63,11 +63,10 @@ def test_a_crash_costs_one_video(tmp_path, worker):
 
 
 def test_killed_while_another_thread_waits(tmp_path, worker):
-    os.mkfifo(tmp_path / "hangs.mp4")
     worker.decode(draw(tmp_path / "a.mp4"))
     threading.Timer(0.3, worker.kill).start()
     with pytest.raises(DecodeError, match="SIGKILL"):
-        worker.decode(tmp_path / "hangs.mp4")
+        worker.decode(endless(tmp_path / "endless.mp4"))
 
 
 def test_interrupts_are_left_to_the_parent(tmp_path, worker):
@@ -80,14 +79,14 @@ def test_interrupts_are_left_to_the_parent(tmp_path, worker):
     assert worker._process is process
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_ends_with_its_parent(tmp_path, hangs):
+@pytest.mark.parametrize("busy", [False, True])
+def test_ends_with_its_parent(tmp_path, busy):
     draw(tmp_path / "a.mp4")
-    os.mkfifo(tmp_path / "hangs.mp4")
-    code = ("import os, sys, threading\nfrom fastvid.video.decode_worker import DecodeWorker\n"
+    endless(tmp_path / "endless.mp4")
+    code = ("import os, sys, threading\nfrom fastvid.video.decode.worker import DecodeWorker, limit\n"
             "worker = DecodeWorker()\nworker.decode('a.mp4')\nprint(worker._process.pid, flush=True)\n"
-            "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('hangs.mp4')")
-    done = subprocess.run([sys.executable, "-c", code, *["hangs"] * hangs], capture_output=True, text=True,
+            "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('endless.mp4')")
+    done = subprocess.run([sys.executable, "-c", code, *["busy"] * busy], capture_output=True, text=True,
                           cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
     status = f"/proc/{int(done.stdout)}/status"
     for _ in range(100):
@@ -96,3 +95,13 @@ def test_ends_with_its_parent(tmp_path, hangs):
         time.sleep(0.1)
     os.kill(int(done.stdout), 9)
     pytest.fail("the decoder outlived its parent")
+
+
+@pytest.mark.parametrize("duration, seconds", [(0, 600), (-1, 600), (7200, 6000), (60, 660), (1e12, 6000)])
+def test_the_time_out_counts_the_videos_own_length(duration, seconds):
+    assert limit(600, duration) == seconds
+
+
+def test_the_files_own_digest(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4")
+    assert worker.decode_and_hash(path)[2] == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,7 +1,10 @@
 """Which files are videos, and what their feature files are called."""
 
+import os
+
 import pytest
 
+from fastvid.data.features import FeatureFolder
 from fastvid.video.listing import find_videos
 
 
@@ -12,32 +15,56 @@ def _touch(folder, *names):
 
 
 def test_names(tmp_path):
-    _touch(tmp_path, "b.mp4", "a.MKV", "dup.2.mp4", "dup.3.mp4", "sub/a.webm")
+    _touch(tmp_path, "b.mp4", "a.MKV", "c.m2ts", "dup.2.mp4", "dup.3.mp4", "sub/a.webm", "..odd/d.mp4")
     _touch(tmp_path, "notes.txt", ".hidden.mp4", ".cache/c.mp4")
     videos, others = find_videos(tmp_path, "out", ".safetensors")
     assert others == {".txt": 1}
     assert [(video.name, str(video.output)) for video in videos] == [
-        ("a.MKV", "out/a.safetensors"), ("b.mp4", "out/b.safetensors"), ("dup.2.mp4", "out/dup.2.safetensors"),
+        ("..odd/d.mp4", "out/..odd/d.safetensors"),
+        ("a.MKV", "out/a.safetensors"), ("b.mp4", "out/b.safetensors"),
+        ("c.m2ts", "out/c.safetensors"), ("dup.2.mp4", "out/dup.2.safetensors"),
         ("dup.3.mp4", "out/dup.3.safetensors"), ("sub/a.webm", "out/sub/a.safetensors")]
     assert all(video.path == tmp_path / video.name for video in videos)
 
 
-def test_videos_that_would_share_a_file(tmp_path):
-    _touch(tmp_path, "sub/a.mp4", "sub/a.avi")
-    with pytest.raises(ValueError, match=r"a\.avi and .*a\.mp4 would both be written to out/sub/a\.pkl; rename"):
-        find_videos(tmp_path, "out", ".pkl")
+def test_videos_that_would_share_a_file_have_none(tmp_path):
+    _touch(tmp_path, "sub/a.mp4", "sub/a.avi", "sub/b.mp4")
+    faults = {video.name: video.fault for video in find_videos(tmp_path, "out", ".pkl")[0]}
+    assert "sub/a.mp4 would be written to a.pkl as well; rename" in faults["sub/a.avi"]
+    assert "sub/a.avi" in faults["sub/a.mp4"] and faults["sub/b.mp4"] is None
 
 
-def test_links_to_folders_are_followed_once(tmp_path):
-    _touch(tmp_path, "elsewhere/a.mp4", "videos/b.mp4")
+def test_a_name_that_leaves_no_room_for_the_ending_is_cut(tmp_path):
+    """And found again by the name that records give the video."""
+    names = [f"{'é' * 121}{last}.mp4" for last in ("", "ab", "ac")]
+    _touch(tmp_path, *names)
+    outputs = {video.name: video.output for video in find_videos(tmp_path, tmp_path, ".safetensors")[0]}
+    assert outputs[names[0]].name == names[0].replace(".mp4", ".safetensors")
+    assert len(set(outputs.values())) == 3 and all(len(os.fsencode(path.name)) <= 255 for path in outputs.values())
+    for path in outputs.values():
+        path.touch()
+    folder = FeatureFolder(tmp_path)
+    for name, path in outputs.items():
+        assert folder.resolve(name) == folder.resolve(name.removesuffix(".mp4")) == path
+
+
+def test_links_are_followed_where_the_user_says_so(tmp_path):
+    _touch(tmp_path, "elsewhere/a.mp4", "elsewhere/c.mp4", "videos/b.mp4")
     (tmp_path / "videos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "videos" / "loop").symlink_to(tmp_path / "videos")
-    assert [video.name for video in find_videos(tmp_path / "videos", "out", ".pkl")[0]] == ["b.mp4", "link/a.mp4"]
+    (tmp_path / "videos" / "c.mp4").symlink_to(tmp_path / "elsewhere" / "c.mp4")
+    videos, others = find_videos(tmp_path / "videos", "out", ".pkl")
+    assert [video.name for video in videos] == ["b.mp4"] and others == {"links": 3}
+    videos, others = find_videos(tmp_path / "videos", "out", ".pkl", follow_links=True)
+    assert [video.name for video in videos] == ["b.mp4", "c.mp4", "link/a.mp4", "link/c.mp4"] and not others
+    (tmp_path / "videos" / "b.mp4").unlink()
+    with pytest.raises(ValueError, match="3 links are not followed without --follow_links"):
+        find_videos(tmp_path / "videos", "out", ".pkl")
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         find_videos(tmp_path / "nowhere", "out", ".pkl")
     _touch(tmp_path, "notes.txt")
-    with pytest.raises(ValueError, match="no videos"):
+    with pytest.raises(ValueError, match="no file in it ends as a video"):
         find_videos(tmp_path, "out", ".pkl")

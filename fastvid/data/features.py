@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvid.data.names import SUFFIXES, VIDEO_SUFFIXES, stem
+from fastvid.data.names import SUFFIXES, stem
 from fastvid.data.other_arrays import probe_npy, probe_pt, read_npy, read_pt
 from fastvid.data.pickled_array import OtherContent, probe_array, read_array, write_array
-from fastvid.files import atomic_file, shown, wrong_content
+from fastvid.files import VIDEO_SUFFIXES, atomic_file, name_of, shown, wrong_content
 from fastvid.video.manifest import read_files
 
 _TENSOR = "features"
@@ -300,7 +300,7 @@ class FeatureFolder:
     def _match(self, listing, inner, base, name):
         """The name, in the listed folder, of the file that `base` means; None if there is none."""
         short = stem(base)
-        for file in (base, *(short + suffix for suffix in SUFFIXES)):
+        for file in (base, *(name_of(short, suffix) for suffix in SUFFIXES)):
             if file in listing.files:
                 return self._claim(inner, file, stem(file), name)
         whole = listing.stems_by_id.get(short, ())

@@ -6,10 +6,10 @@
 import os
 from dataclasses import dataclass, field
 
-from fastvid.data.names import SUFFIXES, VIDEO_SUFFIXES
+from fastvid.data.names import SUFFIXES
 from fastvid.data.records import kind_of, place
 from fastvid.data.styles import Unreadable, canonical, record_videos
-from fastvid.files import shown
+from fastvid.files import VIDEO_SUFFIXES, shown
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 import os
 
+from fastvid.files import VIDEO_SUFFIXES
+
 VIDEO = "<video>"  # in a record's text, where a video's rows go
 PATCH, START, END = "<vid_patch>", "<vid_start>", "<vid_end>"  # of the model
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 USER, ASSISTANT = "USER", "ASSISTANT"  # the template's roles
 SUFFIXES = (".safetensors", ".pkl", ".npy", ".pt")  # of feature files, in the order in which one of several is read
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif")
 
 
 def stem(name) -> str:

@@ -2,13 +2,10 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvid.files import wrong_content
-
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif"}
-
+from fastvid.files import VIDEO_SUFFIXES, name_of, wrong_content
 
 _OURS = (".safetensors", ".pkl", ".jsonl")  # what extraction writes may lie beside the videos
 # How pictures begin. An animated GIF is a video.
@@ -17,11 +14,19 @@ _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 
 @dataclass(frozen=True)
 class Video:
-    """A video to be extracted: its file, its name relative to the folder of videos, and its feature file."""
+    """A video to be extracted.
+
+    Attributes:
+        path: its file.
+        name: relative to the folder of videos.
+        output: its feature file.
+        fault: why it can have none; None if it can.
+    """
 
     path: Path
     name: str
     output: Path
+    fault: str | None = None
 
 
 def no_video(path) -> str | None:
@@ -38,39 +43,54 @@ def no_video(path) -> str | None:
     return None
 
 
-def find_videos(folder, output_folder, suffix) -> tuple[list[Video], Counter]:
+def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[list[Video], Counter]:
     """The videos below `folder` by their endings, sorted by name; feature files mirror its sub-folders.
 
-    Links to folders are followed, each folder once. Hidden files and folders are left out.
+    Hidden files and folders are left out; links only where they are followed, and then each folder once.
 
     Returns:
-        (videos, {ending: how many other files have it})
+        (videos, {ending, or "links": how many other files there are of it})
 
     Raises:
-        ValueError: there is no such folder or no video in it, or two videos differ in their endings alone.
+        ValueError: there is no such folder or no video in it.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"--video_dir_path {folder}: no such folder")
     videos, others, seen = {}, Counter(), set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for where, folders, files in os.walk(folder, followlinks=follow_links):
+        folders[:] = [name for name in folders if not _hidden(name)]
         if os.path.realpath(where) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
+        links = [] if follow_links else [name for name in folders if os.path.islink(os.path.join(where, name))]
+        others["links"] += len(links)
         for file in sorted(files):
             path = Path(where, file)
-            if file.startswith("."):
+            if _hidden(file):
                 continue
             if path.suffix.lower() not in VIDEO_SUFFIXES:
                 if path.suffix not in _OURS:
                     others[path.suffix.lower() or "no ending"] += 1
-                continue
-            name = path.relative_to(folder)
-            video = Video(path, name.as_posix(), Path(output_folder, name.with_name(name.stem + suffix)))
-            other = videos.setdefault(video.output, video)
-            if other is not video:
-                raise ValueError(f"{other.path} and {path} would both be written to {video.output}; rename one of them")
+            elif path.is_symlink() and not follow_links:
+                others["links"] += 1
+            else:
+                name = path.relative_to(folder)
+                output = Path(output_folder, name.with_name(name_of(name.stem, suffix)))
+                videos.setdefault(output, []).append(Video(path, name.as_posix(), output))
+    others = +others
     if not videos:
-        raise ValueError(f"--video_dir_path {folder}: no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) in it")
-    return sorted(videos.values(), key=lambda video: video.name), others
+        links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
+        raise ValueError(f"--video_dir_path {folder}: no file in it ends as a video does (.mp4, .mkv, …){links}")
+    return sorted((replace(video, fault=_fault(video, same)) for same in videos.values() for video in same),
+                  key=lambda video: video.name), others
+
+
+def _hidden(name):
+    return name.startswith(".") and not name.startswith("..")
+
+
+def _fault(video, same):
+    """Why a video can have no feature file: another one of `same` would have it as well."""
+    other = next((one for one in same if one is not video), None)
+    return other and f"{other.name} would be written to {video.output.name} as well; rename one of them"

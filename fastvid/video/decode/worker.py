@@ -1,11 +1,12 @@
 """Decoding in a process of its own, so that a file that crashes or hangs FFmpeg costs that file and nothing else.
 
-The process is started as ``python -m fastvid.video.decode_worker`` rather than through multiprocessing, which would
+The process is started as ``python -m fastvid.video.decode.worker`` rather than through multiprocessing, which would
 run the user's main script again. It gets requests as JSON and answers with JSON and the frames' bytes; nothing that
 comes from it is unpickled. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
 ends when the other end of its pipe closes, so that it does not outlive its parent.
 """
 
+import hashlib
 import json
 import os
 import select
@@ -19,7 +20,10 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from fastvid.video.decode import DecodeError, VideoInfo, decode
+from fastvid.video.decode.info import DecodeError, VideoInfo
+from fastvid.video.decode.pyav import decode, duration
+
+_MOST_TIMES = 10  # the time-out, of a video that says that it lasts for years
 
 
 class DecodeWorker:
@@ -34,11 +38,18 @@ class DecodeWorker:
         self._process = self._connection = None
 
     def decode(self, path, **options):
-        """`fastvid.video.decode.decode(path, **options)`; a crash or time-out is a DecodeError, too."""
+        """`fastvid.video.decode.decode(path, **options)`; a crash or time-out is a DecodeError, too.
+
+        The time-out counts the video's own length as well.
+        """
+        return self.decode_and_hash(path, **options, digest=False)[:2]
+
+    def decode_and_hash(self, path, *, digest=True, **options):
+        """(frames, VideoInfo, SHA-256 of the file in hexadecimal, or None) of a video; otherwise as `decode`."""
         if self._process is None:
             self._start()
         try:
-            request = {"path": os.fspath(path), "options": options, "timeout": self.timeout}
+            request = {"path": os.fspath(path), "options": options, "timeout": self.timeout, "digest": digest}
             self._connection.send_bytes(json.dumps(request).encode())
             reply = json.loads(self._connection.recv_bytes())
             if "reason" in reply:
@@ -47,7 +58,7 @@ class DecodeWorker:
             self._connection.recv_bytes_into(frames.reshape(-1))
         except (EOFError, OSError) as error:
             raise DecodeError(path, self._cause_of_death()) from error
-        return frames, VideoInfo(**reply["info"])
+        return frames, VideoInfo(**reply["info"]), reply["sha256"]
 
     def kill(self):
         """End the process, whatever it is doing: a `decode` that waits for it in another thread fails."""
@@ -74,9 +85,14 @@ class DecodeWorker:
         code = self._process.wait()
         self.close()
         if code == -signal.SIGALRM:
-            return f"decoding took longer than {self.timeout:g} s"
+            return f"decoding took longer than {self.timeout:g} s and its own length"
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"the decoder crashed ({name})"
+
+
+def limit(timeout, duration):
+    """Seconds that a video's decoding may take: the time-out and the video's own length, if that is to be believed."""
+    return min(timeout + max(0.0, duration), _MOST_TIMES * timeout)
 
 
 def serve(connection):
@@ -89,19 +105,33 @@ def serve(connection):
             request = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+        timeout, path = request["timeout"], request["path"]
+        signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            frames, info = decode(request["path"], **request["options"])
+            signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
+            frames, info = decode(path, **request["options"])
+            digest = _sha256(path) if request["digest"] else None
         except DecodeError as error:
             frames, reply = None, {"reason": error.reason}
         except MemoryError:
             frames, reply = None, {"reason": "not enough memory to decode it"}
+        except OSError as error:
+            frames, reply = None, {"reason": f"cannot be read ({error.strerror})"}
         else:
-            reply = {"shape": frames.shape, "info": asdict(info)}
+            reply = {"shape": frames.shape, "info": asdict(info), "sha256": digest}
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send_bytes(json.dumps(reply).encode())
         if frames is not None:
             connection.send_bytes(frames.reshape(-1))
+
+
+def _sha256(path):
+    """None of a file that is mostly holes, of which reading says nothing and takes its time."""
+    there = os.stat(path)
+    if 512 * there.st_blocks < there.st_size / 2:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _end_with_parent(pipe):

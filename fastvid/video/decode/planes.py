@@ -1,0 +1,83 @@
+"""Decoded samples to RGB, bit for bit as swscale's default conversion gives it: only the pixels that are wanted.
+
+Of 8-bit 4:2:0 pictures of even height the conversion is an integer function of one pixel's Y, U and V, with the chroma
+sample of the nearest whole pair: ``u[row // 2, column // 2]``. The numbers are those of libswscale's tables, which are
+BT.601's, BT.709's and so on in 16-bit fixed point; all 2²⁴ triples of every one of them are tested.
+"""
+
+import functools
+
+import numpy as np
+
+# FFmpeg's number of a colour space (libavutil/pixfmt.h): its row below. 2 is that of pictures that name none.
+_SPACES = {1: "709", 2: "601", 4: "fcc", 5: "601", 6: "601", 7: "240m", 9: "2020"}
+# Per colour space, of limited and of full range: what V adds to red, U to blue, U to green, V to green; in 1/65536.
+_FACTORS = {
+    "601": ((13075, 16525, -3209, -6660), (11485, 14516, -2819, -5850)),
+    "709": ((14686, 17305, -1747, -4366), (12901, 15201, -1534, -3835)),
+    "2020": ((13752, 17545, -1535, -5328), (12080, 15412, -1348, -4680)),
+    "240m": ((14697, 17029, -2113, -4445), (12911, 14958, -1856, -3904)),
+    "fcc": ((13056, 16600, -3095, -6639), (11469, 14582, -2718, -5831)),
+}
+_LUMA = ((9539, 128), (8192, 0))  # factor in 1/65536 of 8·Y less the offset, of limited and of full range
+
+
+def factors(colour_space, full_range):
+    """(luma factor, luma offset, V to red, U to blue, U to green, V to green) of a conversion.
+
+    Args:
+        colour_space: FFmpeg's number (AVColorSpace).
+        full_range: whether samples fill 0 … 255.
+
+    Raises:
+        KeyError: another colour space.
+    """
+    return *_LUMA[full_range], *_FACTORS[_SPACES[colour_space]][full_range]
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(colour_space, full_range):
+    """int32 tables of 256: of luma, and what V adds to red, U to blue, U to green and V to green."""
+    luma, offset, *chroma = factors(colour_space, full_range)
+    value = np.arange(256, dtype=np.int64)
+    return ((8 * value - offset) * luma >> 16).astype(np.int16), *(
+        (8 * (value - 128) * factor >> 16).astype(np.int16) for factor in chroma)
+
+
+def to_rgb(y, u, v, colour_space, full_range):
+    """RGB of samples, bit for bit as swscale has it.
+
+    Args:
+        y, u, v: uint8 arrays of one shape.
+        colour_space, full_range: as `factors` takes them.
+
+    Returns:
+        [..., 3] uint8.
+    """
+    luma, v_red, u_blue, u_green, v_green = _tables(colour_space, full_range)
+    grey, rgb = luma[y], np.empty((*y.shape, 3), np.uint8)
+    for channel, added in enumerate((v_red[v], u_green[u] + v_green[v], u_blue[u])):
+        np.clip(grey + added, 0, 255, out=rgb[..., channel], casting="unsafe")
+    return rgb
+
+
+def can_gather(frame):
+    """Whether `gather` gives PyAV's own bytes of a decoded frame."""
+    return (frame.format.name in ("yuv420p", "yuvj420p") and frame.height % 2 == 0
+            and int(frame.colorspace) in _SPACES)
+
+
+def gather(frame, rows, columns):
+    """RGB of some pixels of a decoded frame.
+
+    Args:
+        frame: `av.VideoFrame` for which `can_gather`.
+        rows, columns: int64 arrays that broadcast together: where the pixels lie in the stored picture.
+
+    Returns:
+        [..., 3] uint8.
+    """
+    y, u, v = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes)
+    chroma = rows >> 1, columns >> 1
+    full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
+    return to_rgb(y[rows, columns], u[chroma], v[chroma], int(frame.colorspace), full_range)
