@@ -48,7 +48,8 @@ def save(state):
         OSError: on every rank, when the checkpoint before could not be written.
     """
     described = {
-        "step": state.step, "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
+        "step": state.step, "total_steps": state.order.total_steps,
+        "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
         "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
@@ -79,12 +80,14 @@ def resume(state):
     if state.config.resume == "never":
         _on_main(state, lambda: _set_aside(state.config, LEFT_BY_A_RUN))
     folder = None if state.config.resume == "never" else _newest(state)
+    saved = folder and checkpoint.read_state(folder)
+    if folder is not None and not _goes_on(folder, saved, state):
+        _on_main(state, lambda: _set_aside(state.config, LEFT_BY_A_RUN))
+        folder = None
     if folder is None:
         state.run = state.world.gather_objects(uuid.uuid4().hex)[0]
         _on_main(state, lambda: _set_aside_results(state.config))
         return
-    saved = checkpoint.read_state(folder)
-    _check_same_run(folder, saved, state)
     tensors = {**state.optimizer.parameters, **state.optimizer.state_tensors()}
     checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
@@ -195,30 +198,42 @@ def _is_adapter(state):
     return state.config.trainable <= {"projector", "boundary"}
 
 
-def _check_same_run(folder, saved, state):
+def _goes_on(folder, saved, state):
+    """Whether this run goes on from a checkpoint: True; or False where that is the end of a run on other files.
+
+    Raises:
+        ValueError: it belongs to another run, which has not come to its end or computes something else.
+    """
     given = asdict(state.config)
     # A version that lacked a flag did what is now the flag's default.
     before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir="")) | saved["config"]
     for settings in (given, before):
         settings["optim"] = settings["optim"].removesuffix("_torch")  # the reference's name of the same
-    changed = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
-               if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value]
-    changed += [f"{what} is not the same" for what in _changed_content(folder, saved, before, given, state)]
-    for name, value in (("samples_per_step", state.order.samples_per_step), ("num_samples", len(state.loader.samples))):
-        if saved[name] != value:
-            changed.append(f"{name} was {saved[name]}, is {value}")
-    if saved["samples_per_step"] != state.order.samples_per_step and saved["world_size"] != state.world.size:
-        changed.append(f"ranks were {saved['world_size']}, are {state.world.size}: give --per_device_train_batch_size "
-                       "or --gradient_accumulation_steps that make as many samples a step")
+    flags = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
+             if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value]
+    if saved["samples_per_step"] != state.order.samples_per_step:
+        flags.append(f"samples_per_step was {saved['samples_per_step']}, is {state.order.samples_per_step}")
+        if saved["world_size"] != state.world.size:
+            flags.append(f"ranks were {saved['world_size']}, are {state.world.size}: give "
+                         "--per_device_train_batch_size or --gradient_accumulation_steps that make as many samples a "
+                         "step")
     if state.config.policy.reference_order and saved["world_size"] != state.world.size:
-        changed.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
-    if changed:
-        raise ValueError(f"{folder} belongs to another run: {'; '.join(changed)}. Go on with the same flags and files, "
-                         "choose another --output_dir, or start over in this one with --resume never")
+        flags.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
+    files = [f"{what} is not the same" for what in _changed_content(folder, saved, before, given, state)]
+    if saved["num_samples"] != len(state.loader.samples):
+        files.append(f"num_samples was {saved['num_samples']}, is {len(state.loader.samples)}")
+    another_length = any(before[name] != given[name] for name in ("num_train_epochs", "max_steps"))
+    if files and not flags and not another_length and saved["step"] == saved.get("total_steps"):
+        log.warning("%s is the end of a finished run on other files: %s", folder, "; ".join(files))
+        return False
+    if flags or files:
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(flags + files)}. Go on with the same flags and "
+                         "files, choose another --output_dir, or start over in this one with --resume never")
     if state.config.policy.reference_order:
         _check_reference_order(folder, saved, before, state.order)
-    if any(before[name] != given[name] for name in ("num_train_epochs", "max_steps")):
+    if another_length:
         log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
+    return True
 
 
 def _changed_content(folder, saved, before, given, state):

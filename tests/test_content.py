@@ -106,6 +106,20 @@ def test_other_content_at_the_same_place_is_refused(moved, change, named):
     assert go_on(run, output, "--resume", "never") == 0
 
 
+@pytest.mark.parametrize("change", [change_texts, change_features, change_weights, change_projector])
+def test_a_finished_run_on_other_files_is_moved_aside(moved, change, caplog):
+    """Nothing of it goes on, and nothing of it is lost."""
+    run, output = moved
+    assert go_on(run, output) == 0
+    ended = {path.name: path.read_bytes() for path in output.glob("mm_projector.*")}
+    change(run)
+    assert go_on(run, output) == 0
+    assert "is the end of a finished run on other files" in caplog.text and "is not the same" in caplog.text
+    assert {path.name: path.read_bytes() for path in (output / "previous-1").glob("mm_projector.*")} == ended
+    assert (output / "previous-1" / "checkpoint-6").is_dir() and (output / "checkpoint-6").is_dir()
+    assert (output / "mm_projector.bin").read_bytes() != ended["mm_projector.bin"]
+
+
 def test_a_checkpoint_without_notes_of_content_is_taken(moved, monkeypatch, caplog):
     run, output = moved
     read = checkpoint.read_state
