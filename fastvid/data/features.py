@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data.names import SUFFIXES, stem
-from fastvid.data.other_arrays import probe_npy, probe_pt, read_npy, read_pt
+from fastvid.data.other_arrays import ending_by_content, probe_npy, probe_pt, read_npy, read_pt
 from fastvid.data.pickled_array import OtherContent, probe_array, read_array, write_array
 from fastvid.files import VIDEO_SUFFIXES, atomic_file, name_of, shown, wrong_content
 from fastvid.video.manifest import read_files
@@ -136,6 +136,9 @@ def _read_file(path, read):
         except ValueError as error:
             if reason := wrong_content(path):
                 raise ValueError(f"{shown(path)} {reason}") from error
+            if (ending := ending_by_content(path)) not in (None, suffix):
+                remedy = f"name it {shown(Path(path).stem)}{ending}" if ending in SUFFIXES else _STORE
+                raise ValueError(f"{shown(path)} holds what a {ending} file does; {remedy}") from error
             remedy = _STORE if isinstance(error, OtherContent) else _REMEDY
             raise ValueError(f"{shown(path)}: {error}; {remedy}") from error
 
@@ -351,6 +354,9 @@ class FeatureFolder:
 def _what_is(name):
     if name.lower().endswith(VIDEO_SUFFIXES):
         return "a video"
+    before, ending = os.path.splitext(name)
+    if ending == ".pth" or ending.lower() in SUFFIXES:
+        return f"not read under this ending: name it {shown(before)}{'.pt' if ending == '.pth' else ending.lower()}"
     return f"not in a format that is read ({', '.join(SUFFIXES)})"
 
 
