@@ -19,13 +19,14 @@ from pathlib import Path
 
 from fastvid import config
 from fastvid.files import shown
-from fastvid.foreign_flags import MEANING, SYNONYMS
+from fastvid.foreign_flags import MEANING, SYNONYMS, VALUES
 
 log = logging.getLogger("fastvid")
 
 _TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
           "no": False, "false": False, "f": False, "n": False, "0": False}
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
+_LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
 
 
@@ -69,7 +70,7 @@ def _filled(config_class, argv):
         where = " in the --config file" * (name in below and name not in given)
         if name in fields:
             try:
-                values[name] = _value(fields[name].type, times)
+                values[name] = _value(fields[name].type, _our_values(name, times))
             except ValueError as error:
                 faults.append(f"{spelled}{where}: {error}")
         elif name not in foreign:
@@ -120,8 +121,14 @@ def _read_settings(given):
     if not isinstance(settings, dict):
         raise ValueError(f"--config {shown(path)}: expected `flag: value` lines, found {type(settings).__name__}")
     return {str(name).replace("-", "_"): (
-        f"--{name}", [[str(word) for word in (value if isinstance(value, list) else [value])]])
-        for name, value in settings.items() if value is not None}
+        f"--{name}", [[str(word) for word in (value if isinstance(value, list) and value else [value])]])
+        for name, value in settings.items() if value is not None and (value != [] or name in VALUES)}
+
+
+def _our_values(name, times):
+    """The words after a flag, those of other trainers in fastvid's."""
+    ours = VALUES.get(name, {})
+    return [[ours.get(word, word) for word in words] for words in times]
 
 
 def _value(kind, times):
@@ -141,8 +148,9 @@ def _value(kind, times):
     if not words and kind is bool:
         return True
     if len(words) != 1:
+        hint = "; a flag begins with two hyphens (--)" * any(map(_LIKE_A_FLAG.match, words))
         raise ValueError("give a value" if not words else
-                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}")
+                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}{hint}")
     if optional and kind is not str and words[0].lower() in ("none", "null"):
         return None
     return _converted(kind, words[0])
@@ -164,7 +172,7 @@ def _converted(kind, word):
             return number(word)
         except ValueError:
             continue
-    raise ValueError(f"{shown(word)} is no {'whole ' * (kind is int)}number")
+    raise ValueError(f"{shown(word) or 'an empty text'} is no {'whole ' * (kind is int)}number")
 
 
 def _without_none(kind):
