@@ -16,13 +16,20 @@ def model_folder(path) -> Path:
     """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot.
 
     Raises:
-        ValueError: a URL; a folder that training wrote, which holds no whole model, with what to give instead; a cache
-            folder of several snapshots. Whatever else is wrong with a folder its readers say.
+        ValueError: a URL; a file; a LoRA adapter; a folder that training wrote, which holds no whole model, with what
+            to give instead; a cache folder of several snapshots. Whatever else is wrong with a folder its readers say.
     """
     if is_url(path):
         raise ValueError(f"{shown(path)} is a URL; --model_name_or_path takes a folder on this machine "
                          "(`hf download NAME --local-dir FOLDER` makes one)")
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{shown(folder)} is a file, where a model's folder is wanted (`hf download NAME --local-dir "
+                         "FOLDER` makes one)")
+    if (folder / "adapter_config.json").is_file() and not [*folder.glob("model*.safetensors"),
+                                                           *folder.glob("pytorch_model*.bin")]:
+        raise ValueError(f"{shown(folder)} is a LoRA adapter, which is not computed: merge it into its base model, and "
+                         "give the folder of that")
     if (folder / "config.json").exists() or not folder.is_dir():
         return folder
     if folder.name.startswith("models--") and (folder / "snapshots").is_dir():

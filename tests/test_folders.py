@@ -109,3 +109,16 @@ def test_the_model_that_training_started_from_may_be_elsewhere(made, tmp_path, m
     with pytest.raises(ValueError, match="training started from model, which is not here: .*--model_name_or_path"):
         export.main(argv)
     assert export.main([*argv, "--model_name_or_path", str(made / "model")]) == 0
+
+
+def test_what_is_no_model_folder_is_named(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="m.gguf is a file, where a model's folder is wanted"):
+        model_folder(file)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter, .* merge it into its base model"):
+        model_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert model_folder(tmp_path) == tmp_path

@@ -24,6 +24,7 @@ __all__ = ["StartingWeights", "load_weights", "read_model_config", "read_project
            "trained_weights", "write_reference_projector"]
 
 log = logging.getLogger("fastvid")
+_QUANTISED = (".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".weight_scale")  # AWQ and its like
 _TABLES = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
 
 
@@ -90,8 +91,12 @@ class StartingWeights:
                      if name not in expected]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            remedy = "Complete the download, or take the projector file that belongs to this model."
+            if any("quantised" in problem for problem in problems) or any(
+                    name.endswith(_QUANTISED) for name in self.folder):
+                remedy = "These are quantised weights: take the folder of the model that they were made of."
             raise ValueError(f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. "
-                             "Complete the download, or take the projector file that belongs to this model.")
+                             f"{remedy}")
 
     def refuse_not_finite(self, name: str):
         """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
