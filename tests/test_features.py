@@ -348,9 +348,15 @@ def test_names_that_mean_nothing(folder, name):
 @pytest.mark.parametrize(("name", "hint"), [
     ("five.pkl", r"five\.npz lies there, but is not in a format that is read \(\.safetensors, \.pkl, \.npy, \.pt\)"),
     ("five", "five.mp4 lies there, but is a video"), ("https://x.org/a.pkl", "is a URL"),
+    ("link_broken.pkl", "link_broken.pkl lies there, but is a link that leads nowhere"),
+    ("packed.mp4", "packed.pkl.gz lies there, but is packed with gzip: unpack it"),
+    ("loud", "loud.PKL lies there, but is not read under this ending: name it loud.pkl"),
+    ("older", "older.pth lies there, but is not read under this ending: name it older.pt"),
     ("sub\\s.pkl", "written with /"), ("absent", "--on_bad_sample skip"),
 ])
 def test_what_lies_there_instead_is_told(folder, name, hint):
+    for other in ("packed.pkl.gz", "loud.PKL", "older.pth"):
+        (folder / other).write_bytes(b"x")
     with pytest.raises(MissingFeatures, match=hint):
         FeatureFolder(folder).resolve(name)
 
