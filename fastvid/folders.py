@@ -13,7 +13,8 @@ def is_url(value) -> bool:
 
 
 def model_folder(path) -> Path:
-    """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot.
+    """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot; of several
+    the one that the hub calls main.
 
     Raises:
         ValueError: a URL; a file; a LoRA adapter; a folder that training wrote, which holds no whole model, with what
@@ -51,10 +52,16 @@ def model_folder(path) -> Path:
 
 
 def _snapshot(folder):
-    """The one snapshot in a ``models--*/snapshots`` folder of the hub's cache."""
+    """The snapshot in a ``models--*/snapshots`` folder of the hub's cache."""
     found = sorted(path for path in folder.iterdir() if path.is_dir())
     if len(found) == 1:
         return found[0]
+    try:
+        main = folder / (folder.parent / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = None
+    if main in found:
+        return main
     if not found:
         raise ValueError(f"{folder} is empty: download the model again (`hf download NAME`)")
     raise ValueError(f"{folder} holds {len(found)} snapshots of the model: give one of them, such as {found[0]}")

@@ -8,7 +8,7 @@ import pytest
 from test_config import CLASSES, TRAIN, error_of
 
 from fastvid.config import ConvertConfig, ExtractConfig, TrainConfig
-from fastvid.flags import parse
+from fastvid.flags import _PLACES, parse
 from fastvid.foreign_flags import MEANING, SYNONYMS, VALUES
 
 
@@ -154,6 +154,15 @@ def test_values_are_read_as_transformers_reads_them():
         [theirs] = HfArgumentParser(same).parse_args_into_dataclasses([*TRAIN, *line.split()])
         ours = parse(TrainConfig, [*TRAIN, *line.split()])
         assert {field.name: getattr(ours, field.name) for field in fields} == vars(theirs), line
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--data_path", "--video_folder", "--pretrain_mm_mlp_adapter"])
+def test_an_empty_path_is_refused(flag, capsys):
+    assert f"{flag}: is empty, as of a variable that is not set" in error_of(capsys, TrainConfig, [*TRAIN, flag, ""])
+
+
+def test_flags_of_places_are_there():
+    assert _PLACES <= {field.name for config_class in CLASSES for field in dataclasses.fields(config_class)}
 
 
 def test_places_to_write_are_looked_at_first(tmp_path, capsys):

@@ -111,6 +111,16 @@ def test_the_model_that_training_started_from_may_be_elsewhere(made, tmp_path, m
     assert export.main([*argv, "--model_name_or_path", str(made / "model")]) == 0
 
 
+def test_of_several_snapshots_the_hubs_main_is_taken(made, tmp_path):
+    folder = cached(tmp_path, made / "model", "x", "y")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("y\n")
+    assert model_folder(folder) == folder / "snapshots" / "y"
+    (folder / "refs" / "main").write_text("../../elsewhere")
+    with pytest.raises(ValueError, match="holds 2 snapshots"):
+        model_folder(folder)
+
+
 def test_what_is_no_model_folder_is_named(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
