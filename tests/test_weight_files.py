@@ -22,6 +22,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"holds no weights: .*{reason}"):
             load(empty)
         (empty / name).unlink()
+    (empty / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ValueError, match="model.safetensors is a link that leads nowhere"):
+        load(empty)
     folder = write_folder(tmp_path / "gone", state, files=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors does not exist"):

@@ -78,6 +78,9 @@ def open_tensors(path) -> Mapping[str, Tensor]:
 
 def other_weights(folder) -> str | None:
     """What lies in a folder instead of weights that are read, with the remedy; None where nothing is known."""
+    for name in _MODEL_FILES:
+        if (Path(folder) / name).is_symlink():
+            return f"{name} is a link that leads nowhere: download the model again (`hf download`)"
     for pattern, reason in _OTHER_FILES:
         if found := sorted(Path(folder).glob(pattern)):
             return reason.format(found[0].name)

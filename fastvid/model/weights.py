@@ -103,6 +103,8 @@ class StartingWeights:
         sources = ([(self.projector_path, name, self.projector[name])] if name in self.projector else
                    [(self.folder.paths[part], part, self.folder[part]) for part, _ in self.parts.get(name, ())
                     if part in self.folder])
+        if name in ("embed.weight", "boundary.weight") and "boundary.weight" in self.projector:
+            sources.append((self.projector_path, "the start and end embeddings", self.projector["boundary.weight"]))
         for path, part, tensor in sources:
             if count := int((~torch.isfinite(tensor)).sum()):
                 raise ValueError(f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "
