@@ -205,6 +205,8 @@ def _check_places(filled):
         kind, value = field.metadata.get("writes"), getattr(filled, field.name)
         if kind is None or not value:
             continue
+        if "://" in value:
+            raise ValueError(f"--{field.name} {shown(value)} is a URL; name a place on this machine")
         path = Path(value)
         if kind == "file" and path.is_dir():
             raise ValueError(f"--{field.name} {shown(path)} is a folder; name a file in it")

@@ -168,6 +168,8 @@ def test_flags_of_places_are_there():
 def test_places_to_write_are_looked_at_first(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("x")
+    assert "--output_dir s3://b/x is a URL; name a place" in error_of(
+        capsys, TrainConfig, [*TRAIN[:4], "--output_dir", "s3://b/x"])
     for place in (file, file / "below"):
         message = error_of(capsys, TrainConfig, [*TRAIN[:4], "--output_dir", str(place)])
         assert f"--output_dir {place}: {file} is a file, not a folder" in message
