@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import no_video
-from fastvid.video.tower import check_tower, choose_tower
+from fastvid.video.tower import check_tower, choose_tower, revisions
 
 MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
 
@@ -156,9 +157,19 @@ class Chat:
         if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
             raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
                              f"was trained on ({trained.tower}); extract it with that one")
+        if trained.tower_revision is None and made.tower_revision and self._given_revisions and (
+                same_tower(made.tower_revision, self._given_revisions) is False):
+            raise ValueError(f"{file} was made by another tower ({made.tower}) than --vision_tower "
+                             f"{self.config.vision_tower}; extract it with that one, or leave --vision_tower out")
         if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
             raise ValueError(f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
                              f"{trained.num_frames}; extract it with that")
+
+    @cached_property
+    def _given_revisions(self):
+        """What identifies the folder that --vision_tower names; nothing where it names none."""
+        tower = self.config.vision_tower
+        return revisions(tower) if tower and Path(tower).is_dir() else ()
 
     def close(self):
         """End the process that decodes."""

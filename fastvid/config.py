@@ -174,11 +174,11 @@ class TrainConfig(DataConfig):
     num_train_epochs: float = _flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
     max_steps: int = _flag(
         -1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)
-    per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.", at_least=1)
+    per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.", at_least=1, at_most=10_000)
     rows_per_batch: int | None = _flag(
         None, "Rows per rank and micro-batch, packed full; instead of --per_device_train_batch_size.", at_least=1)
-    per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.", at_least=1)
-    gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.", at_least=1)
+    per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.", at_least=1, at_most=10_000)
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=10_000)
     learning_rate: float = _flag(5e-5, "Peak learning rate.", at_least=0, at_most=100)
     weight_decay: float = _flag(
         0.0, "AdamW weight decay (not applied to biases and norms).", at_least=0, at_most=100)

@@ -15,6 +15,8 @@ def checkpoint_folder(path) -> Path:
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    if is_url(path):
+        raise ValueError(f"--checkpoint {shown(path)} is a URL: download the checkpoint's folder and give its path")
     path = Path(path)
     folder = checkpoint.named(path)
     if folder is None:

@@ -19,13 +19,18 @@ from pathlib import Path
 
 from fastvid import config
 from fastvid.files import shown
-from fastvid.foreign_flags import MEANING, SYNONYMS
+from fastvid.foreign_flags import MEANING, SYNONYMS, VALUES
 
 log = logging.getLogger("fastvid")
 
 _TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
           "no": False, "false": False, "f": False, "n": False, "0": False}
+_PLACES = {  # flags of which an empty text would mean the folder that a command is started in
+    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "eval_data_path", "input_json_file",
+    "model_name_or_path", "output", "output_dir", "output_json_file", "path", "pretrain_mm_mlp_adapter", "projector",
+    "questions_file", "video", "video_dir_path", "video_folder", "vision_tower"}
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
+_LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
 
 
@@ -69,7 +74,9 @@ def _filled(config_class, argv):
         where = " in the --config file" * (name in below and name not in given)
         if name in fields:
             try:
-                values[name] = _value(fields[name].type, times)
+                values[name] = _value(fields[name].type, _our_values(name, times))
+                if name in _PLACES and "" in (values[name] if isinstance(values[name], list) else [values[name]]):
+                    raise ValueError("is empty, as of a variable that is not set; give a path, or leave the flag out")
             except ValueError as error:
                 faults.append(f"{spelled}{where}: {error}")
         elif name not in foreign:
@@ -120,8 +127,14 @@ def _read_settings(given):
     if not isinstance(settings, dict):
         raise ValueError(f"--config {shown(path)}: expected `flag: value` lines, found {type(settings).__name__}")
     return {str(name).replace("-", "_"): (
-        f"--{name}", [[str(word) for word in (value if isinstance(value, list) else [value])]])
-        for name, value in settings.items() if value is not None}
+        f"--{name}", [[str(word) for word in (value if isinstance(value, list) and value else [value])]])
+        for name, value in settings.items() if value is not None and (value != [] or name in VALUES)}
+
+
+def _our_values(name, times):
+    """The words after a flag, those of other trainers in fastvid's."""
+    ours = VALUES.get(name, {})
+    return [[ours.get(word, word) for word in words] for words in times]
 
 
 def _value(kind, times):
@@ -141,8 +154,9 @@ def _value(kind, times):
     if not words and kind is bool:
         return True
     if len(words) != 1:
+        hint = "; a flag begins with two hyphens (--)" * any(map(_LIKE_A_FLAG.match, words))
         raise ValueError("give a value" if not words else
-                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}")
+                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}{hint}")
     if optional and kind is not str and words[0].lower() in ("none", "null"):
         return None
     return _converted(kind, words[0])
@@ -164,7 +178,7 @@ def _converted(kind, word):
             return number(word)
         except ValueError:
             continue
-    raise ValueError(f"{shown(word)} is no {'whole ' * (kind is int)}number")
+    raise ValueError(f"{shown(word) or 'an empty text'} is no {'whole ' * (kind is int)}number")
 
 
 def _without_none(kind):
@@ -191,6 +205,8 @@ def _check_places(filled):
         kind, value = field.metadata.get("writes"), getattr(filled, field.name)
         if kind is None or not value:
             continue
+        if "://" in value:
+            raise ValueError(f"--{field.name} {shown(value)} is a URL; name a place on this machine")
         path = Path(value)
         if kind == "file" and path.is_dir():
             raise ValueError(f"--{field.name} {shown(path)} is a folder; name a file in it")

@@ -13,16 +13,24 @@ def is_url(value) -> bool:
 
 
 def model_folder(path) -> Path:
-    """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot.
+    """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot; of several
+    the one that the hub calls main.
 
     Raises:
-        ValueError: a URL; a folder that training wrote, which holds no whole model, with what to give instead; a cache
-            folder of several snapshots. Whatever else is wrong with a folder its readers say.
+        ValueError: a URL; a file; a LoRA adapter; a folder that training wrote, which holds no whole model, with what
+            to give instead; a cache folder of several snapshots. Whatever else is wrong with a folder its readers say.
     """
     if is_url(path):
         raise ValueError(f"{shown(path)} is a URL; --model_name_or_path takes a folder on this machine "
                          "(`hf download NAME --local-dir FOLDER` makes one)")
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f"{shown(folder)} is a file, where a model's folder is wanted (`hf download NAME --local-dir "
+                         "FOLDER` makes one)")
+    if (folder / "adapter_config.json").is_file() and not [*folder.glob("model*.safetensors"),
+                                                           *folder.glob("pytorch_model*.bin")]:
+        raise ValueError(f"{shown(folder)} is a LoRA adapter, which is not computed: merge it into its base model, and "
+                         "give the folder of that")
     if (folder / "config.json").exists() or not folder.is_dir():
         return folder
     if folder.name.startswith("models--") and (folder / "snapshots").is_dir():
@@ -44,10 +52,16 @@ def model_folder(path) -> Path:
 
 
 def _snapshot(folder):
-    """The one snapshot in a ``models--*/snapshots`` folder of the hub's cache."""
+    """The snapshot in a ``models--*/snapshots`` folder of the hub's cache."""
     found = sorted(path for path in folder.iterdir() if path.is_dir())
     if len(found) == 1:
         return found[0]
+    try:
+        main = folder / (folder.parent / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = None
+    if main in found:
+        return main
     if not found:
         raise ValueError(f"{folder} is empty: download the model again (`hf download NAME`)")
     raise ValueError(f"{folder} holds {len(found)} snapshots of the model: give one of them, such as {found[0]}")

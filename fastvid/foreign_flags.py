@@ -3,7 +3,7 @@
 `MEANING` holds every flag that fastvid has not of the reference's and Video-ChatGPT's ``train.py``, of
 ``transformers.TrainingArguments`` (4.28 to 5.23), and the best known of LLaVA's and of other trainers. Most of them
 change nothing here, or nothing at the value that scripts give them; with any other value they are refused, with what to
-do instead. `SYNONYMS` are other words for flags that fastvid has.
+do instead. `SYNONYMS` are other words for flags that fastvid has, `VALUES` for values of those.
 """
 
 from typing import NamedTuple
@@ -20,16 +20,20 @@ class Meaning(NamedTuple):
         harmless: values, in lower case, that change nothing, beside those that say no and a zero.
         note: what to know about it though it changes nothing.
         zero: whether 0 says no.
+        inverted: it is "no" that would change the result, and nothing else.
     """
 
     remedy: str = ""
     harmless: tuple[str, ...] = ()
     note: str = ""
     zero: bool = True
+    inverted: bool = False
 
     def refuses(self, words) -> bool:
         """Whether the flag cannot be had with this value: the words after it, of which none stand for True."""
         value = " ".join(words).strip().lower() if words else "true"
+        if self.inverted:
+            return value in _OFF or value == "0"
         if not self.remedy or value in _OFF or value in self.harmless:
             return False
         try:
@@ -126,6 +130,28 @@ MEANING = {
     "bits": Meaning("use --frozen_dtype nf4 (4 bits) or int8 (8)", ("16", "32")),
     "load_in_4bit": Meaning("use --frozen_dtype nf4"), "load_in_8bit": Meaning("use --frozen_dtype int8"),
     "quantization_bit": Meaning("use --frozen_dtype nf4 (4 bits) or int8 (8)"),
+    "mm_newline_position": Meaning(_NO_SUCH), "mm_resampler_type": Meaning(_NO_SUCH),
+    "mm_spatial_pool_mode": Meaning(_NO_SUCH), "mm_spatial_pool_stride": Meaning(_NO_SUCH),
+    "add_time_instruction": Meaning(_NO_SUCH), "unfreeze_language_model": Meaning(
+        "leave it out: the decoder is trained unless --tune_mm_mlp_adapter True or --freeze_backbone True"),
+    **_without_effect("verbose_logging"),
+    # LLaMA-Factory's and ms-swift's.
+    **_without_effect("""
+        preprocessing_num_workers preprocessing_batch_size overwrite_cache plot_loss trust_remote_code dataset_num_proc
+        use_fast_tokenizer use_hf lazy_tokenize load_from_cache_file check_model model_author model_revision
+        target_modules modules_to_save lora_modules quant_method image_max_pixels image_min_pixels padding_free"""),
+    **dict.fromkeys("freeze_vision_tower freeze_vit".split(), Meaning(_TOWER, inverted=True)),
+    **dict.fromkeys("train_type tuner_type sft_type".split(), Meaning(_LORA, ("full",))),
+    **dict.fromkeys("""video_fps fps fps_max_frames nframes frames_upbound max_frames_num video_maxlen video_max_pixels
+                    force_sample""".split(), Meaning("leave it out: fastvid extract --num_frames decides which frames "
+                                                     "are seen")),
+    **dict.fromkeys("val_size split_dataset_ratio".split(), Meaning("give the records to validate on to "
+                                                                    "--eval_data_path")),
+    "stage": Meaning("fastvid trains on the answers given (sft), leave it out", ("sft",)),
+    "max_samples": Meaning("use --data_weights, which takes a share of each file"),
+    "dataset_dir": Meaning("give --data_path the paths of the files"),
+    "system": Meaning("leave it out: the template has a system text of its own"),
+    "neat_packing": Meaning(_LENGTH), "deepspeed_config": Meaning(_SHARD),
     "nproc_per_node": Meaning("give it to torchrun: torchrun --nproc_per_node N -m fastvid.train …"),
     "num_gpus": Meaning("start ranks with torchrun: torchrun --nproc_per_node N -m fastvid.train …", ("1",)),
 }
@@ -160,8 +186,8 @@ SYNONYMS = {word: flags.split() for words, flags in {
     "workers num_workers n_workers dataloader_workers": "dataloader_num_workers decode_workers",
     "precision torch_dtype dtype mixed_precision amp half use_bf16 bfloat16": "bf16 dtype",
     "quantization quantize quant": "frozen_dtype",
-    "attention attn flash_attn use_flash_attn use_flash_attention use_flash_attention_2 attention_implementation":
-        "attn_implementation",
+    "attention attn attn_impl attention_implementation flash_attn use_flash_attn use_flash_attention "
+    "use_flash_attention_2": "attn_implementation",
     "wandb use_wandb report log_with logger tensorboard": "report_to", "wandb_project project_name": "project",
     "wandb_name wandb_run_name name exp_name experiment_name": "run_name",
     "template conv_template conv_version prompt_template chat_template": "version conv_mode",
@@ -169,7 +195,16 @@ SYNONYMS = {word: flags.split() for words, flags in {
     "clip tower mm_vision_tower vision_encoder clip_model video_tower": "vision_tower",
     "frames n_frames num_segments max_frames": "num_frames",
     "projector mm_projector adapter pretrain_projector mm_projector_path": "projector pretrain_mm_mlp_adapter",
+    "freeze_multi_modal_projector freeze_aligner freeze_projector": "freeze_mm_mlp_adapter",
+    "freeze_llm freeze_language_model tune_projector": "tune_mm_mlp_adapter",
     "random_seed": "seed", "device_map": "device shard", "zero_stage": "shard", "save_limit": "save_total_limit",
     "log_interval log_every logging_interval": "logging_steps", "save_interval save_every": "save_steps",
     "eval_interval eval_every": "eval_steps", "packing pack": "rows_per_batch",
 }.items() for word in words.split()}
+
+# Another word: values of fastvid's flags.
+VALUES = {
+    "optim": {"adamw_hf": "adamw", "adamw_apex_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"},
+    "attn_implementation": {"flash_attention_2": "flash", "eager": "sdpa"},
+    "report_to": {"[]": "none"},
+}

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fastvid import flops, reporters
-from fastvid.files import naming
+from fastvid.files import naming, shown, wrong_content
 from fastvid.flops import StepCounts
 
 log = logging.getLogger("fastvid")
@@ -59,10 +59,13 @@ class Metrics:
             row_budget: rows that one step of all ranks could take, to state `budget_fill` against.
 
         Raises:
-            ValueError: a reporter that cannot be had.
+            ValueError: a reporter that cannot be had; something else lies in the place of metrics.jsonl.
         """
         reporters.chosen(report_to)
         self.path = Path(output_dir) / "metrics.jsonl"
+        if self.path.exists() and not self.path.is_file():  # a pipe would wait for ever
+            raise ValueError(f"{shown(self.path)} {wrong_content(self.path)}; move it away, or choose another "
+                             "--output_dir")
         self.name = run_name or Path(output_dir).resolve().name
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
         self.peak_flops, self.row_budget = peak_flops, row_budget

@@ -65,6 +65,9 @@ def checked(config):
         ValueError: flags that contradict each other.
     """
     if config.evaluation_strategy:
+        if config.eval_strategy not in ("auto", config.evaluation_strategy):
+            raise ValueError(f"--evaluation_strategy {config.evaluation_strategy} is the older name of --eval_strategy "
+                             f"{config.eval_strategy}, and differs; leave one out")
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
     if config.eval_strategy == "auto":
         config = dataclasses.replace(config, eval_strategy="epoch" if config.eval_data_path else "no")
@@ -102,7 +105,11 @@ def with_whole_steps(config, total_steps):
 
 def warmup_steps(config, total_steps) -> int:
     """Steps of the warm-up."""
-    return _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+    steps = _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+    if steps > total_steps and config.lr_scheduler_type != "constant":
+        log.warning("--warmup_steps %s: the run ends after %s, before the learning rate has reached --learning_rate",
+                    f"{steps:,}", f"{total_steps:,}")
+    return steps
 
 
 def _whole(steps, total_steps):

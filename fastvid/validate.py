@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -55,7 +56,7 @@ def validate(config: configs.ValidateConfig) -> Report:
 
     A record is a problem where training would refuse it or skip it. Features are read only with a `video_folder`, and
     under `quick` their headers alone: all must have the same C. R may differ, but under `num_video_tokens`, which is
-    then every video's, and under ``--parity reference``.
+    then every video's, and under ``--parity reference``. Where there is a model's folder, C is that of its config.json.
 
     Raises:
         ValueError: `video_folder` is no folder.
@@ -103,6 +104,7 @@ def _check_features(report, config):
     from tqdm import tqdm
 
     from fastvid.data.features import FeatureFolder, MissingFeatures, feature_header, load_features, probe_features
+    from fastvid.data.video_tokens import feature_channels
     from fastvid.provenance import Provenance
 
     features, paths = FeatureFolder(config.video_folder), {}
@@ -141,9 +143,13 @@ def _check_features(report, config):
         return {}
     _check_towers(report)
     (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
+    if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
+        with suppress(ValueError):  # told where its tokenizer is read
+            C = feature_channels(config.model_name_or_path) or C
     required = config.num_video_tokens
     if required is None and config.policy.one_video_length:
-        (required, _), = Counter(rows for rows, channels, _ in found.values() if channels == C).most_common(1)
+        rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
+        required = max(rows_of_C, key=rows_of_C.get, default=None)
     usable = {}
     for video, (rows, channels, _) in found.items():
         if channels == C and rows == (required or rows):

@@ -85,6 +85,13 @@ def test_any_id_is_a_name(given, name):
     ({"video": None, "conversations": turns("<audio> What?", "That.")}, "records of something else", "<audio>"),
     ({"image": "a.jpg", "conversations": turns("<video> <image>", "That.")}, "records of something else", "'image'"),
     ({"video": None, "video_path": "a.mp4"}, "the video's name in another field", "'video_path'"),
+    *[({"video": None, "conversations": turns(f"{spelled}\nWhat?", "That.")}, "records of something else",
+       "the text holds")
+      for spelled in ("<ImageHere>", "<|image_1|>", "<im_start>", "<image_placeholder>", "<audio_pad>")],
+    ({"video": None, "clip": "a.MP4"}, "the video's name in another field", "'clip'"),
+    ({"video": None, "media": ["a.pkl"]}, "the video's name in another field", "'media'"),
+    ({"video": None, "depth": "a.png", "conversations": turns("<depth> What?", "That.")}, "records of something else",
+     "'depth'"),
     ({"conversations": turns("What?", "That.")}, "<video> placeholders", "0 <video> .* put <video> into the question"),
     ({"conversations": turns("<video><video>", "That.")}, "<video> placeholders", '2 <video> .* "videos"'),
     ({"conversations": turns("<image><image>", "That.")}, "<video> placeholders", r"holds 2 <image>"),
@@ -120,6 +127,8 @@ def test_what_depends_on_flags():
     ({"conversations": turns("hello", "<video>", "That.", first="gpt")}, "the first turn is from gpt: it is left out"),
     ({"video": None}, "<video> in a record without a video: it stays text"),
     ({"conversations": turns("<video> or <image>", "That.")}, "<image> in the text of a record with a video"),
+    ({"conversations": turns("What?", "<video>")}, "<video> stands in an answer"),
+    ({"video": None, "source": "a.mp4", "conversations": turns("What?", "That.")}, "field 'source' is not used"),
     ({"conversations": turns("<video>", "That.", "", "That.")}, "a question is empty"),
 ])
 def test_what_is_left_out_or_unusual_is_remarked(change, remark):

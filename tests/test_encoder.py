@@ -148,6 +148,13 @@ def test_a_missing_tower_says_how_to_get_it(tmp_path):
         FeatureEncoder(str(tmp_path / "nowhere"))
 
 
+def test_an_address_or_a_file_is_no_tower(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for tower, what in ((tmp_path / "model.safetensors", "a file"), ("https://huggingface.co/a/b", "a URL")):
+        with pytest.raises(ValueError, match=f"--vision_tower {tower} is {what}; give the tower's folder"):
+            FeatureEncoder(str(tower), device="cpu")
+
+
 def test_the_hub_id_is_in_the_command(monkeypatch):
     from transformers import CLIPVisionModel
 

@@ -348,9 +348,15 @@ def test_names_that_mean_nothing(folder, name):
 @pytest.mark.parametrize(("name", "hint"), [
     ("five.pkl", r"five\.npz lies there, but is not in a format that is read \(\.safetensors, \.pkl, \.npy, \.pt\)"),
     ("five", "five.mp4 lies there, but is a video"), ("https://x.org/a.pkl", "is a URL"),
+    ("link_broken.pkl", "link_broken.pkl lies there, but is a link that leads nowhere"),
+    ("packed.mp4", "packed.pkl.gz lies there, but is packed with gzip: unpack it"),
+    ("loud", "loud.PKL lies there, but is not read under this ending: name it loud.pkl"),
+    ("older", "older.pth lies there, but is not read under this ending: name it older.pt"),
     ("sub\\s.pkl", "written with /"), ("absent", "--on_bad_sample skip"),
 ])
 def test_what_lies_there_instead_is_told(folder, name, hint):
+    for other in ("packed.pkl.gz", "loud.PKL", "older.pth"):
+        (folder / other).write_bytes(b"x")
     with pytest.raises(MissingFeatures, match=hint):
         FeatureFolder(folder).resolve(name)
 
@@ -438,3 +444,21 @@ def test_a_pickles_header_is_what_the_manifest_says_of_that_very_file(tmp_path):
     save_features(tmp_path / "a.pkl", torch.zeros(2, 3), {})
     assert folder.header("a") == {}
     assert FeatureFolder(tmp_path / "sub").header("b") == {}
+
+
+def test_a_file_of_another_ending_is_named_by_its_content(tmp_path, recwarn):
+    numbers = FEATURES.numpy()
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(numbers))
+    np.save(tmp_path / "a.npy", numbers)
+    np.savez(tmp_path / "a.npz", numbers)
+    torch.save(FEATURES, tmp_path / "a.pt")
+    torch.save(FEATURES, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_features(tmp_path / "a.safetensors", FEATURES, HEADER)
+    for kept in sorted(tmp_path.iterdir()):
+        for ending in {".pkl", ".npy", ".pt", ".safetensors"} - {kept.suffix}:
+            path = tmp_path / f"b{ending}"
+            path.write_bytes(kept.read_bytes())
+            remedy = "store the" if kept.suffix == ".npz" else f"name it b{kept.suffix}"
+            with pytest.raises(ValueError, match=rf"b{ending} holds what a {kept.suffix} file does; {remedy}"):
+                load_features(path)
+    assert not recwarn

@@ -8,8 +8,8 @@ import pytest
 from test_config import CLASSES, TRAIN, error_of
 
 from fastvid.config import ConvertConfig, ExtractConfig, TrainConfig
-from fastvid.flags import parse
-from fastvid.foreign_flags import MEANING, SYNONYMS
+from fastvid.flags import _PLACES, parse
+from fastvid.foreign_flags import MEANING, SYNONYMS, VALUES
 
 
 @pytest.mark.parametrize("flag, meant", [
@@ -36,7 +36,7 @@ def test_suggestions_are_flags_of_the_command(capsys):
 def test_remedies_name_flags_that_are_there():
     known = {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
     named = {flag for meaning in MEANING.values() for flag in re.findall(r"--\w+", meaning.remedy + meaning.note)}
-    assert named - known == {"--checkpoint", "--nproc_per_node"}  # fastvid export's, and torchrun's
+    assert named - known == {"--checkpoint", "--num_frames", "--nproc_per_node"}  # export's, extract's, torchrun's
 
 
 def test_all_mistakes_are_told_at_once(capsys):
@@ -57,7 +57,9 @@ HARMLESS = """--logging_first_step True --overwrite_output_dir True --dataloader
     --resume_from_checkpoint True --gradient_checkpointing_kwargs {'use_reentrant':False} --fp16 False --fsdp ''
     --deepspeed none --label_smoothing_factor 0.0 --neftune_noise_alpha None --bits 16 --mm_vision_select_layer -2
     --lora_enable False --group_by_length False --push_to_hub no --train_sampling_strategy random --optim
-    adamw_torch_fused --save_total_limit None --tf32 True --auto_find_batch_size False"""
+    adamw_torch_fused --save_total_limit None --tf32 True --auto_find_batch_size False --stage sft
+    --freeze_vision_tower True --freeze_vit true --tuner_type full --trust_remote_code True --target_modules all-linear
+    --val_size 0"""
 
 
 def test_what_changes_nothing_is_accepted_in_one_line(caplog):
@@ -88,6 +90,10 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
     ("--mm_use_im_start_end", "--mm_use_vid_start_end"),
     ("--no_cuda True", "CUDA_VISIBLE_DEVICES="), ("--dataloader_drop_last True", "leave it out"),
     ("--mm_projector_lr 2e-5", "--learning_rate"), ("--per_gpu_train_batch_size 4", "--per_device_train_batch_size"),
+    ("--freeze_vision_tower False", "vision tower is not trained"), ("--freeze_vit false", "tower is not trained"),
+    ("--train_type lora", "no LoRA"), ("--frames_upbound 32", "--num_frames"), ("--stage dpo", "sft"),
+    ("--val_size 0.1", "--eval_data_path"), ("--max_samples 1000", "--data_weights"),
+    ("--mm_spatial_pool_stride 2", "leave it out"), ("--dataset_dir data", "--data_path"),
     ("--load_best_model_at_end True", "fastvid export"), ("--adafactor True", "--optim adamw_8bit"),
 ])
 def test_what_would_change_the_result_is_refused_with_a_remedy(flags, remedy, capsys):
@@ -115,6 +121,24 @@ def test_every_flag_of_the_trainers_is_known():
     assert set(reference.split()) <= known
 
 
+def test_values_of_other_trainers_are_read(tmp_path):
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    for name, values in VALUES.items():
+        for theirs, ours in values.items():
+            read = getattr(parse(TrainConfig, [*TRAIN, f"--{name}", theirs]), name)
+            assert read == ([ours] if kinds[name] == list[str] else ours)
+    settings = tmp_path / "run.yaml"
+    settings.write_text("report_to: []\neval_data_path: []\noptim: adamw_bnb_8bit\n")
+    read = parse(TrainConfig, [*TRAIN, "--config", str(settings)])
+    assert (read.report_to, read.eval_data_path, read.optim) == (["none"], [], "adamw_8bit")
+
+
+@pytest.mark.parametrize("word", ["-seed", "\u2014-seed", "\u2013seed"])
+def test_a_flag_of_another_dash_is_told(word, capsys):
+    message = error_of(capsys, TrainConfig, [*TRAIN, word, "3"])
+    assert f"unexpected argument {word}, 3; a flag begins with two hyphens (--)" in message
+
+
 def test_values_are_read_as_transformers_reads_them():
     """The parser against HfArgumentParser on the same dataclass and words."""
     from transformers import HfArgumentParser
@@ -132,9 +156,20 @@ def test_values_are_read_as_transformers_reads_them():
         assert {field.name: getattr(ours, field.name) for field in fields} == vars(theirs), line
 
 
+@pytest.mark.parametrize("flag", ["--output_dir", "--data_path", "--video_folder", "--pretrain_mm_mlp_adapter"])
+def test_an_empty_path_is_refused(flag, capsys):
+    assert f"{flag}: is empty, as of a variable that is not set" in error_of(capsys, TrainConfig, [*TRAIN, flag, ""])
+
+
+def test_flags_of_places_are_there():
+    assert _PLACES <= {field.name for config_class in CLASSES for field in dataclasses.fields(config_class)}
+
+
 def test_places_to_write_are_looked_at_first(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("x")
+    assert "--output_dir s3://b/x is a URL; name a place" in error_of(
+        capsys, TrainConfig, [*TRAIN[:4], "--output_dir", "s3://b/x"])
     for place in (file, file / "below"):
         message = error_of(capsys, TrainConfig, [*TRAIN[:4], "--output_dir", str(place)])
         assert f"--output_dir {place}: {file} is a file, not a folder" in message

@@ -6,7 +6,7 @@ from training_run import flags, write_run
 from fastvid import chat, export, train
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
-from fastvid.find import projector_path
+from fastvid.find import checkpoint_folder, projector_path
 from fastvid.folders import model_folder
 from fastvid.model.read_config import read_model_config
 from fastvid.model.weight_files import ModelFolder
@@ -109,3 +109,31 @@ def test_the_model_that_training_started_from_may_be_elsewhere(made, tmp_path, m
     with pytest.raises(ValueError, match="training started from model, which is not here: .*--model_name_or_path"):
         export.main(argv)
     assert export.main([*argv, "--model_name_or_path", str(made / "model")]) == 0
+
+
+def test_a_checkpoints_address_is_told():
+    with pytest.raises(ValueError, match="--checkpoint https://a.b/c is a URL: download"):
+        checkpoint_folder("https://a.b/c")
+
+
+def test_of_several_snapshots_the_hubs_main_is_taken(made, tmp_path):
+    folder = cached(tmp_path, made / "model", "x", "y")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("y\n")
+    assert model_folder(folder) == folder / "snapshots" / "y"
+    (folder / "refs" / "main").write_text("../../elsewhere")
+    with pytest.raises(ValueError, match="holds 2 snapshots"):
+        model_folder(folder)
+
+
+def test_what_is_no_model_folder_is_named(tmp_path):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="m.gguf is a file, where a model's folder is wanted"):
+        model_folder(file)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a LoRA adapter, .* merge it into its base model"):
+        model_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert model_folder(tmp_path) == tmp_path

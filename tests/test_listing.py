@@ -63,7 +63,13 @@ def test_links_are_followed_where_the_user_says_so(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
+    for given, what in ((tmp_path / "a.mp4", f"is a file; give the folder that it lies in, {tmp_path}"),
+                        ("https://a.b/c", "is a URL: download the videos")):
+        (tmp_path / "a.mp4").touch()
+        with pytest.raises(ValueError, match=what):
+            find_videos(given, tmp_path, ".pkl")
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(ValueError, match="does not exist; give the folder of the videos"):
         find_videos(tmp_path / "nowhere", "out", ".pkl")
     _touch(tmp_path, "notes.txt")
     with pytest.raises(ValueError, match="no file in it ends as a video"):

@@ -78,6 +78,15 @@ def test_a_new_run_starts_a_new_log(tmp_path):
     assert steps_in(open_metrics(tmp_path).path) == []
 
 
+def test_what_is_no_file_is_not_written_to(tmp_path):
+    (tmp_path / "a" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "metrics.jsonl")
+    for name, what in (("a", "is a folder, not a file"), ("b", "is no regular file")):
+        with pytest.raises(ValueError, match=f"{name}/metrics.jsonl {what}.*; move it away"):
+            open_metrics(tmp_path / name)
+
+
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
     metrics = open_metrics(tmp_path / "out", rank=1)
     metrics.count(StepCounts(4, 100, 10))

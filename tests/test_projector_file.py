@@ -87,6 +87,15 @@ def test_a_table_of_another_tokenizer_is_refused(tmp_path, rows, fits):
         assert torch.equal(found, table if rows == 2 else table[[V + 1, V + 2]])
 
 
+def test_start_and_end_embeddings_that_are_not_finite_are_the_projector_files(tmp_path):
+    state = llava_state()
+    folder = write_folder(tmp_path / "m", state)
+    torch.save({"model.embed_tokens.weight": torch.full((2, D), torch.nan),
+                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    with pytest.raises(ValueError, match=r"p\.bin: 48 of 48 values of the start and end embeddings are not finite"):
+        load(folder, projector=tmp_path / "p.bin")
+
+
 def test_projector_from_a_checkpoint_folder(tmp_path):
     state, trained = llava_state(), our_state(llava_state())
     trained = {name: tensor + 1 for name, tensor in trained.items() if name.startswith("projector.")}

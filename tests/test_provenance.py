@@ -122,6 +122,15 @@ def test_weights_that_tell_nothing_are_asked_as_the_reference_asks(made, tmp_pat
     assert chat._loaded_encoder().revision == revisions(made / "tower_a")[0]
 
 
+def test_features_of_another_tower_than_the_given_one_are_refused(made, tmp_path):
+    torch.save(torch.load(made / "out" / "mm_projector.bin", weights_only=True), tmp_path / "theirs.bin")
+    file = tmp_path / "a.safetensors"
+    save_features(file, torch.ones(ROWS, CHANNELS, dtype=torch.float16), {"tower": "x", "tower_revision": OTHER})
+    with pytest.raises(ValueError, match="a.safetensors was made by another tower .x. than --vision_tower .*tower_a"):
+        ask(made, tmp_path / "theirs.bin", vision_tower=str(made / "tower_a")).features(file)
+    assert ask(made, tmp_path / "theirs.bin").features(file).shape == (ROWS, CHANNELS)
+
+
 def test_an_older_output_dir_tells_the_prompt(made, tmp_path):
     """Its projector file tells nothing, and the checkpoint beside it has only flags."""
     state = checkpoint.read_state(made / "out" / "checkpoint-1")

@@ -19,6 +19,13 @@ def pairs(*texts, role="from", text="value", names=("human", "gpt")):
     ({"videos": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue")}, "field 'videos' is one name"),
     ({"video": "a.mp4", "conversations": pairs("<image>\nWhich?", "blue")}, "<image> is read as <video>"),
     ({"video": "a.mp4", "conversations": pairs("<Video>\nWhich?", "blue")}, "<Video> is read as <video>"),
+    *[({"video": "a.mp4", "conversations": pairs(f"{spelled}\nWhich?", "blue")}, f"{spelled} is read as <video>")
+      for spelled in ("<Video><VideoHere></Video>", "<video></video>", "<VideoHere>", "<vid>", "<video/>", "< video >",
+                      "<video_placeholder>", "<|vision_start|><|video_pad|><|vision_end|>", "<|video|>")],
+    ({"video": "a.mp4", "question": "<video>\nWhich?", "answer": "blue"}, "fields 'question' and 'answer'"),
+    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("human ", "gpt"))}, "user and"),
+    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "start": 3.5}, "field 'start' is not used"),
+    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "loss": False}, "field 'loss' is not used"),
     ({"video": "a.mp4", "conversation": pairs("<video>\nWhich?", "blue")}, "field 'conversation' is read"),
     ({"video": "a.mp4", "conversations": [{"from": "system", "value": "Be short."}, *READ["conversations"]]},
      "the first turn, from system, is left out"),
@@ -62,6 +69,10 @@ def test_later_questions_of_video_chat2():
     ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
     ({"Q": "a", "A": "b", "video_name": "c"}, "the record has Q, A, video_name"),
     ({}, "no fields"),
+    ({"conversations": [{"from": "human", "text": "a"}]}, r"no text as .value. \(it has from, text\)"),
+    ({"conversations": '[{"from": "human"}]'}, "not a list of turns with at least one, but text"),
+    ({"video": {"path": "a.mp4"}}, "not a file name, but an object"),
+    ({"videos": [{"path": "a.mp4"}]}, "not a list of file names, but holds an object"),
 ])
 def test_the_rest_is_named(record, reason):
     with pytest.raises(Unreadable, match=reason):

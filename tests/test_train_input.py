@@ -22,6 +22,7 @@ def run(tmp_path_factory):
      "nothing would be"),
     (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
     (["--eval_strategy", "steps"], "needs --eval_data_path"),
+    (["--eval_strategy", "steps", "--evaluation_strategy", "no"], "older name of --eval_strategy steps, and differs"),
     (["--report_to", "neptune"], "--report_to neptune: known are tensorboard"),
     (["--memory", "24"], "--memory 24: give a device's free memory, such as 24GiB"),
     (["--shard_size", "2"], "--shard_size 2 is for --shard hybrid; add that"),

@@ -117,6 +117,15 @@ def test_features_of_another_shape(data):
     assert _check(data, records, num_video_tokens=7).problems == {"features of another shape": 3}
 
 
+@pytest.mark.parametrize("parity", ["none", "reference"])
+def test_features_of_other_channels_than_the_models(data, parity):
+    (data / "model").mkdir()
+    (data / "model" / "config.json").write_text('{"mm_hidden_size": 5}')
+    report = _check(data, model_name_or_path=str(data / "model"), parity=parity)
+    assert report.problems["features of another shape"] == 2
+    assert "5 × 3 instead of any number × 5" in report.examples["features of another shape"][0]
+
+
 def test_videos_of_any_number_of_rows_are_no_problem(data):
     for rows in range(1, 5):
         save_features(data / "features" / f"{rows}.safetensors", torch.ones(rows, 3), {})

@@ -15,6 +15,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         empty.mkdir()
         (empty / "config.json").write_text(json.dumps(CONFIG))
         load(empty)
+    for name, reason in (("m-q4.gguf", "m-q4.gguf is of llama.cpp"), ("consolidated.00.pth", "of Meta's release"),
+                         ("model.safetensors.incomplete", "its download has not ended"),
+                         ("model-00001-of-00002.safetensors", "model.safetensors.index.json lists them")):
+        (empty / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match=f"holds no weights: .*{reason}"):
+            load(empty)
+        (empty / name).unlink()
+    (empty / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(ValueError, match="model.safetensors is a link that leads nowhere"):
+        load(empty)
     folder = write_folder(tmp_path / "gone", state, files=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors does not exist"):

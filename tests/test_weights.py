@@ -179,6 +179,9 @@ BROKEN = {
                          "model.safetensors: model.layers.2.mlp.up_proj.weight is unexpected"),
     "biases": (lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(D)}),
                "q_proj.bias is unexpected"),
+    "quantised without a word in config.json": (
+        lambda s: s.update({"model.layers.0.self_attn.q_proj.qweight": torch.ones(D, dtype=torch.int32)}),
+        "q_proj.qweight is unexpected.*These are quantised weights: take the folder of the model"),
     "quantised": (lambda s: s.update({"model.norm.weight": torch.ones(D, dtype=torch.int8)}),
                   "model.norm.weight is torch.int8: quantised"),
 }

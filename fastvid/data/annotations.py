@@ -12,17 +12,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastvid.config import Policy
-from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, UNK, VIDEO
+from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, SUFFIXES, UNK, VIDEO
 from fastvid.data.records import place, read_records
 from fastvid.data.styles import Unreadable, canonical, record_videos
-from fastvid.files import shown
+from fastvid.files import VIDEO_SUFFIXES, shown
 
 _MOST_LINES = 20  # kinds of remarks that are told
 _OTHER_MEDIA = re.compile(
     r"(image|img|photo|picture|audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?",
     re.IGNORECASE)
 _OTHER_PLACEHOLDER = re.compile(
-    r"<(image|img|audio|sound|speech)>|<\|(image|audio|image_pad|audio_pad|vision_start)\|>", re.IGNORECASE)
+    r"<(image|img|audio|sound|speech)([_-]?(here|pad|placeholder|token|start|end|\d+))?>|<im_(start|patch|end)>"
+    r"|<\|(image|audio|vision)(_?(pad|placeholder|start|end|\d+))?\|>", re.IGNORECASE)
+_TAG = re.compile(r"<\|?[A-Za-z]\w*\|?>")
+_FILES_OF_OTHERS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac", ".ogg", ".m4a",
+                    ".ply", ".pcd")
 _NAMES_A_VIDEO = re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE)
 
 
@@ -80,6 +84,8 @@ def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examine
         remarks.append("the first turn is from gpt: it is left out")
     if not record_videos(read) and any(VIDEO in text for text in texts):
         remarks.append(f"{VIDEO} in a record without a video: it stays text")
+    if record_videos(read) and any(VIDEO in text for text in texts[1::2]):
+        remarks.append(f"{VIDEO} stands in an answer, not in a question")
     if record_videos(read) and (other := next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)):
         remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
     return Examined(read, fault, [] if fault else remarks)
@@ -150,6 +156,16 @@ def _other_medium(record, texts):
         if not videos and _NAMES_A_VIDEO.fullmatch(name):
             return Fault("the video's name in another field",
                          f"field '{shown(name)}' is not read; a record names its video in 'video'")
+    for name, value in record.items() if not videos and any(map(_TAG.search, texts[::2])) else ():
+        for file in value if isinstance(value, list) else [value]:
+            if not isinstance(file, str) or name == "id":
+                continue
+            if file.lower().endswith((*VIDEO_SUFFIXES, *SUFFIXES[:2])):
+                return Fault("the video's name in another field",
+                             f"field '{shown(name)}' is not read; a record names its video in 'video'")
+            if file.lower().endswith(_FILES_OF_OTHERS):
+                return Fault("records of something else than videos and text",
+                             f"field '{shown(name)}': only videos and text are trained on; leave the record out")
     if placeholder and not videos:
         return Fault("records of something else than videos and text",
                      f"the text holds {placeholder[0]}, but the record names no video: only videos and text are "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data.names import SUFFIXES, stem
-from fastvid.data.other_arrays import probe_npy, probe_pt, read_npy, read_pt
+from fastvid.data.other_arrays import ending_by_content, probe_npy, probe_pt, read_npy, read_pt
 from fastvid.data.pickled_array import OtherContent, probe_array, read_array, write_array
 from fastvid.files import VIDEO_SUFFIXES, atomic_file, name_of, shown, wrong_content
 from fastvid.video.manifest import read_files
@@ -136,6 +136,9 @@ def _read_file(path, read):
         except ValueError as error:
             if reason := wrong_content(path):
                 raise ValueError(f"{shown(path)} {reason}") from error
+            if (ending := ending_by_content(path)) not in (None, suffix):
+                remedy = f"name it {shown(Path(path).stem)}{ending}" if ending in SUFFIXES else _STORE
+                raise ValueError(f"{shown(path)} holds what a {ending} file does; {remedy}") from error
             remedy = _STORE if isinstance(error, OtherContent) else _REMEDY
             raise ValueError(f"{shown(path)}: {error}; {remedy}") from error
 
@@ -191,13 +194,13 @@ class _Listing:
         files: names of feature files, and whether each is a symbolic link.
         stems_by_id: the reference's short id (name up to its first dot) to the names, without ending, that share it.
         folders: names of sub-folders.
-        others: of a name without ending, the files that are not read.
+        others: of a name without ending, the files that are not read, each with the reason where its name shows none.
     """
 
     files: dict[str, bool] = field(default_factory=dict)
     stems_by_id: dict[str, set[str]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
-    others: dict[str, list[str]] = field(default_factory=dict)
+    others: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
 
 class FeatureFolder:
@@ -333,8 +336,8 @@ class FeatureFolder:
         return real == self._root or real.startswith(os.path.join(self._root, ""))
 
     def _missing(self, name, listing, base=""):
-        hint = "".join(f"; {shown(other)} lies there, but is {_what_is(other)}"
-                       for other in listing.others.get(stem(base), [])[:3])
+        hint = "".join(f"; {shown(other)} lies there, but is {what or _what_is(other)}"
+                       for other, what in listing.others.get(stem(base), [])[:3])
         if "://" in name:
             hint += "; it is a URL, and must be downloaded first"
         elif "\\" in name:
@@ -349,8 +352,13 @@ class FeatureFolder:
 
 
 def _what_is(name):
+    if name.endswith(".gz"):
+        return "packed with gzip: unpack it with `gunzip`"
     if name.lower().endswith(VIDEO_SUFFIXES):
         return "a video"
+    before, ending = os.path.splitext(name)
+    if ending == ".pth" or ending.lower() in SUFFIXES:
+        return f"not read under this ending: name it {shown(before)}{'.pt' if ending == '.pth' else ending.lower()}"
     return f"not in a format that is read ({', '.join(SUFFIXES)})"
 
 
@@ -362,11 +370,13 @@ def _scan(folder):
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 listing.folders.add(entry.name)
             elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
-                continue
+                what = "a link that leads nowhere" if is_link else "no regular file"
+                listing.others.setdefault(stem(entry.name), []).append((entry.name, what))
             elif entry.name.endswith(SUFFIXES):
                 listing.files[entry.name] = is_link
                 whole = stem(entry.name)
                 listing.stems_by_id.setdefault(whole.partition(".")[0], set()).add(whole)
             else:
-                listing.others.setdefault(os.path.splitext(entry.name)[0], []).append(entry.name)
+                whole = os.path.splitext(entry.name.removesuffix(".gz"))[0]
+                listing.others.setdefault(whole, []).append((entry.name, ""))
     return listing

@@ -11,6 +11,8 @@ from fastvid.data.records import kind_of, place
 from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.files import VIDEO_SUFFIXES, shown
 
+_OF_TRAINING = ("conversations", "messages", "conversation", "query", "QA")  # fields of training records
+
 
 @dataclass
 class Converted:
@@ -141,7 +143,8 @@ def _fault(record):
         return "", f"is {kind_of(record)}, not an object"
     for name in ("q", "a", "video_id"):
         if name not in record:
-            training = " (this is a training record already)" if "conversations" in record else ""
+            kind = next(filter(record.__contains__, _OF_TRAINING), None)
+            training = f' (this is a training record already: it has "{kind}"; train reads it so)' if kind else ""
             return name, f"is missing{training}"
         if not isinstance(record[name], str):
             return name, f"is {kind_of(record[name])}, not text"

@@ -44,7 +44,7 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
     if config.policy.reference_order:
         _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
-        raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample")
+        raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
     run = dict(epochs=config.num_train_epochs, max_steps=config.max_steps, rank=rank, size=size, seed=config.seed,
                accumulation=config.gradient_accumulation_steps)
     if config.policy.reference_order:

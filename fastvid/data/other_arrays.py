@@ -5,6 +5,8 @@ Dimensions: R rows of one video, C channels of the vision tower.
 
 import os
 import pickle
+import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from fastvid.data.pickled_array import OtherContent
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ZIP = b"PK\x03\x04"  # how torch.save has written since 1.6
+_OLD_PT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before
 
 
 def probe_npy(file) -> tuple[int, int, np.dtype]:
@@ -57,6 +60,24 @@ def read_pt(file) -> Tensor:
     return _pt_tensor(file, mapped=False).detach().clone(memory_format=torch.contiguous_format)
 
 
+def ending_by_content(path) -> str | None:
+    """The ending that a file's content asks for: .safetensors, .pkl, .npy, .npz or .pt; None where it does not tell."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head.startswith(b"\x93NUMPY"):
+        return ".npy"
+    if head.startswith(_ZIP):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError):
+            return None
+        return ".npz" if names and all(name.endswith(".npy") for name in names) else ".pt"
+    if head.startswith(b"\x80"):
+        return ".pt" if head.startswith(_OLD_PT) else ".pkl"
+    return ".safetensors" if head[8:9] == b"{" and head[5:8] == b"\0\0\0" else None
+
+
 def _npy_header(file):
     """(R, C, dtype, order of the values) of an open .npy file."""
     try:
@@ -81,7 +102,8 @@ def _pt_tensor(file, mapped):
     file.seek(0)
     options = {"mmap": True} if mapped and zipped else {}
     try:
-        value = torch.load(file.name if options else file, map_location="cpu", weights_only=True, **options)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks about what it then refuses
+            value = torch.load(file.name if options else file, map_location="cpu", weights_only=True, **options)
     except pickle.UnpicklingError as error:
         raise OtherContent("its pickle is damaged, or asks for more than a tensor; refused") from error
     except Exception as error:  # whatever torch meets in a damaged file

@@ -17,7 +17,15 @@ _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
           "bot": "gpt"}
 _TURN = {"from", "value", "role", "content"}
 _FORM = '"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]'
-_PLACEHOLDER = re.compile(r"<(?:image|video)>", re.IGNORECASE)
+# Placeholders of a video as trainers spell them, with what they put around one; the longest first.
+_PLACEHOLDER = re.compile(
+    r"<\|vision_start\|><\|(?:image|video)_pad\|><\|vision_end\|>"
+    r"|<(?:video|vid)>\s*<(?:video|vid|image)_?here>\s*</(?:video|vid)>|<(?:video|vid)>\s*</(?:video|vid)>"
+    r"|< ?(?:image|video|vid)(?:[_-]?(?:here|pad|placeholder|token))? ?/?>|<\|(?:image|video)(?:_pad)?\|>",
+    re.IGNORECASE)
+# Numbers and truth values of a record that would change what is trained, where they were used.
+_WOULD_CHANGE = re.compile(
+    r"((clip|segment|video)_?)?(start|end|begin)_?(time|sec|second|frame)?s?|(loss_?)?weight|loss", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
@@ -56,7 +64,8 @@ def canonical(record, number=0):
         turns = _with_placeholders(turns, len(names), remarks)
     used |= {"id", "video", "videos"}
     for name, value in record.items():
-        if name not in used and value and isinstance(value, (str, list, dict)):
+        telling = isinstance(value, (str, list, dict)) and value or value is not None and _WOULD_CHANGE.fullmatch(name)
+        if name not in used and telling:
             remarks.append(f"field '{shown(name)}' is not used")
     name = record.get("id")
     if not isinstance(name, (str, int, float)) or isinstance(name, bool):
@@ -89,7 +98,7 @@ def _videos(record, remarks):
             remarks.append("field 'video' is a list: its names are taken as \"videos\"")
     elif video is not None:
         if not isinstance(video, str) or not video:
-            raise Unreadable("video", "is not a file name")
+            raise Unreadable("video", "is not a file name" + (f", but {kind_of(video)}" if video != "" else " (empty)"))
         video = [video]
     if isinstance(videos, str) and videos:
         remarks.append("field 'videos' is one name: it is taken as \"video\"")
@@ -97,7 +106,9 @@ def _videos(record, remarks):
     for field, names in (("video", video), ("videos", videos)):
         if names is not None and not (
                 isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
-            raise Unreadable(field, "is not a list of file names")
+            what = next((kind_of(name) for name in names if not isinstance(name, str)), "an empty text") if isinstance(
+                names, list) else kind_of(names)
+            raise Unreadable(field, f"is not a list of file names, but {'holds ' * isinstance(names, list)}{what}")
     if video and videos and video != videos:
         remarks.append("field 'video' is not used beside 'videos'")
     return videos or video or []
@@ -110,7 +121,8 @@ def _conversation(record, remarks):
             if field != "conversations":
                 remarks.append(f"field '{field}' is read as \"conversations\"")
             return _turns(record[field], field, remarks), {field}
-    for question, answer, more in (("query", "response", None), ("instruction", "output", "input")):
+    for question, answer, more in (("query", "response", None), ("instruction", "output", "input"),
+                                   ("question", "answer", None)):
         if question in record and answer in record:
             remarks.append(f"fields '{question}' and '{answer}' are read as \"conversations\"")
             return _question_and_answer(record, question, answer, more, remarks), {question, answer, more, "history"}
@@ -127,7 +139,8 @@ def _conversation(record, remarks):
 
 def _turns(listed, field, remarks):
     if not isinstance(listed, list) or not listed:
-        raise Unreadable(field, "is not a list of turns with at least one")
+        what = "" if isinstance(listed, list) else f", but {kind_of(listed)}"
+        raise Unreadable(field, f"is not a list of turns with at least one{what}")
     turns = []
     for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
@@ -135,9 +148,12 @@ def _turns(listed, field, remarks):
         given = turn.get("from", turn.get("role"))
         if not isinstance(given, str):
             raise Unreadable(field, f"turn {number} does not say that it is \"from\": \"human\" or \"gpt\"")
-        role = _ROLES.get(given.lower())
+        role = _ROLES.get(given.strip().lower())
         key = "value" if "value" in turn or "content" not in turn else "content"
-        text = _text(turn.get(key), field, f"turn {number}", key, remarks)
+        if key not in turn:
+            fields = ", ".join(shown(name) for name in list(turn)[:8])
+            raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')
+        text = _text(turn[key], field, f"turn {number}", key, remarks)
         if role is None and given.lower() == "system" and not turns:
             if text:
                 _add(remarks, "the first turn, from system, is left out: the template has a system text of its own")
@@ -194,10 +210,8 @@ def _video_chat2(record, remarks):
 def _with_placeholders(turns, count, remarks):
     """The turns with <video> for another spelling of the placeholder, where that is the only one."""
     asked = turns[turns[0]["from"] == "gpt":]
-    if any(VIDEO in turn["value"] for turn in asked):
-        return turns
-    found = [match for turn in asked for match in _PLACEHOLDER.findall(turn["value"])]
-    if len(found) != count or len(set(found)) != 1:
+    found = [match[0] for turn in asked for match in _PLACEHOLDER.finditer(turn["value"])]
+    if VIDEO in found or len(found) != count or len(set(found)) != 1:
         return turns
     remarks.append(f"{found[0]} is read as {VIDEO}, the placeholder of the record's video")
     return [{**turn, "value": turn["value"].replace(found[0], VIDEO)} for turn in turns]

@@ -25,6 +25,10 @@ _COMPUTED = {
     "projector_hidden_act": ("gelu",),
 }
 
+# The largest sizes that are believed.
+_SIZES = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "head_dim": 100_000,
+          "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000}
+
 
 def read_model_config(folder, *, projector_type=None, vocab_size=None, projector=None, mm_hidden_size=None):
     """The ModelConfig of a LLaMA, Vicuna, LLaVA, llava-hf, Video-ChatGPT, PG-Video-LLaVA or exported folder.
@@ -90,7 +94,13 @@ def _llama_config(path, values, text):
     for key, allowed in _COMPUTED.items():
         for section in (values, text):
             if section.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"{path}: {key} = {section[key]!r} is not computed; only {allowed[0]!r} is")
+                remedy = "; give the folder of the model that it was made of" * (key == "quantization_config")
+                raise ValueError(f"{path}: {key} = {section[key]!r} is not computed; only {allowed[0]!r} is{remedy}")
+    for key, most in _SIZES.items():
+        value = text.get(key)
+        if isinstance(value, int | float) and not 1 <= value <= most:
+            raise ValueError(f"{path}: {key} = {value!r} is no size of a model (1 to {most:,}); download the file "
+                             "again")
     for tower in ("mm_video_tower", "mm_image_tower"):
         if values.get(tower):
             raise ValueError(f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "

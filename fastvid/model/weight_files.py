@@ -19,6 +19,13 @@ from fastvid.folders import model_folder
 from fastvid.model.names import standard_name
 
 # Index or single file, in the order in which a folder is searched.
+_OTHER_FILES = (
+    ("*.gguf", "{} is of llama.cpp, which is not read: give the folder of the model that it was made of"),
+    ("consolidated*.pth", "{} is of Meta's release, which is not read: give the folder that transformers reads"),
+    ("*.incomplete", "{} shows that its download has not ended: download it again (`hf download`)"),
+    ("*-of-*.safetensors", "{} is one of several, and model.safetensors.index.json lists them: download that too"),
+    ("*-of-*.bin", "{} is one of several, and pytorch_model.bin.index.json lists them: download that too"),
+)
 _MODEL_FILES = ("model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -69,6 +76,17 @@ def open_tensors(path) -> Mapping[str, Tensor]:
     return tensors
 
 
+def other_weights(folder) -> str | None:
+    """What lies in a folder instead of weights that are read, with the remedy; None where nothing is known."""
+    for name in _MODEL_FILES:
+        if (Path(folder) / name).is_symlink():
+            return f"{name} is a link that leads nowhere: download the model again (`hf download`)"
+    for pattern, reason in _OTHER_FILES:
+        if found := sorted(Path(folder).glob(pattern)):
+            return reason.format(found[0].name)
+    return None
+
+
 class ModelFolder(Mapping):
     """{LLaVA's name: tensor} of a model folder: single or sharded, safetensors or .bin, LLaVA's or llava-hf's keys.
 
@@ -90,7 +108,8 @@ class ModelFolder(Mapping):
         self._open = {}
         path = self.file_of(self.folder)
         if path is None:
-            raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}")
+            raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}; "
+                             f"{other_weights(self.folder) or 'download the model again (`hf download`)'}")
         keys = self._read_index(path) if path.suffix == ".json" else dict.fromkeys(self._file(path), path)
         self._keys = {name: key for key in keys if (name := standard_name(key)) is not None}
         self.paths = {name: keys[key] for name, key in self._keys.items()}

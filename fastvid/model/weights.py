@@ -24,6 +24,7 @@ __all__ = ["StartingWeights", "load_weights", "read_model_config", "read_project
            "trained_weights", "write_reference_projector"]
 
 log = logging.getLogger("fastvid")
+_QUANTISED = (".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".weight_scale")  # AWQ and its like
 _TABLES = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
 
 
@@ -90,14 +91,20 @@ class StartingWeights:
                      if name not in expected]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            remedy = "Complete the download, or take the projector file that belongs to this model."
+            if any("quantised" in problem for problem in problems) or any(
+                    name.endswith(_QUANTISED) for name in self.folder):
+                remedy = "These are quantised weights: take the folder of the model that they were made of."
             raise ValueError(f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. "
-                             "Complete the download, or take the projector file that belongs to this model.")
+                             f"{remedy}")
 
     def refuse_not_finite(self, name: str):
         """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
         sources = ([(self.projector_path, name, self.projector[name])] if name in self.projector else
                    [(self.folder.paths[part], part, self.folder[part]) for part, _ in self.parts.get(name, ())
                     if part in self.folder])
+        if name in ("embed.weight", "boundary.weight") and "boundary.weight" in self.projector:
+            sources.append((self.projector_path, "the start and end embeddings", self.projector["boundary.weight"]))
         for path, part, tensor in sources:
             if count := int((~torch.isfinite(tensor)).sum()):
                 raise ValueError(f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "

@@ -12,7 +12,8 @@ import torch
 from fastvid_kernels import frame_patchify, spatio_temporal_pool
 from torch.nn.functional import linear
 
-from fastvid.files import wrong_content
+from fastvid.files import shown, wrong_content
+from fastvid.folders import is_url
 from fastvid.video.tower import is_path, revisions
 
 
@@ -128,6 +129,9 @@ def load_tower(tower, dtype):
     from safetensors import SafetensorError
     from transformers import CLIPVisionModel, logging
 
+    if is_url(tower) or os.path.isfile(tower):
+        what = "a URL" if is_url(tower) else "a file"
+        raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
     for path in _files(tower):
         if fault := wrong_content(path):
             raise ValueError(f"{path} {fault}")

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvid.files import VIDEO_SUFFIXES, name_of, wrong_content
+from fastvid.files import VIDEO_SUFFIXES, name_of, shown, wrong_content
 
 _OURS = (".safetensors", ".pkl", ".jsonl")  # what extraction writes may lie beside the videos
 # How pictures begin. An animated GIF is a video.
@@ -55,7 +55,10 @@ def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[l
         ValueError: there is no such folder or no video in it.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"--video_dir_path {folder}: no such folder")
+        what = ("is a URL: download the videos and give their folder" if "://" in str(folder) else
+                f"is a file; give the folder that it lies in, {shown(os.path.dirname(folder) or '.')}"
+                if os.path.isfile(folder) else "does not exist; give the folder of the videos")
+        raise ValueError(f"--video_dir_path {shown(folder)} {what}")
     videos, others, seen = {}, Counter(), set()
     for where, folders, files in os.walk(folder, followlinks=follow_links):
         folders[:] = [name for name in folders if not _hidden(name)]
