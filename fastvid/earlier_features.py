@@ -4,10 +4,11 @@ Features take hours: those of other settings are not replaced unless the user sa
 tower pass for one of another.
 """
 
+import hashlib
+import os
 from pathlib import Path
 
-from fastvid.data.features import SUFFIXES, feature_header
-from fastvid.video.manifest import read_files, read_manifest
+from fastvid.data.features import SUFFIXES, feature_header, probe_features
 
 
 def settings_of(config, encoder) -> dict:
@@ -16,61 +17,117 @@ def settings_of(config, encoder) -> dict:
             "num_frames": config.num_frames}
 
 
-def difference(made, settings) -> str | None:
-    """How settings noted in a header or manifest differ from a job's, in words; None if they do not."""
-    for name, value in settings.items():
-        if made.get(name) != value:
-            return f"{name} {made.get(name, 'unknown')}, not {value}"
-    return None
+class EarlierFeatures:
+    """What lies in the folder that an extraction writes to, by listings, headers and the manifest; no tensor is read.
 
-
-def made_by_manifest(video, path, folder, files, entries) -> dict:
-    """The manifest's entry about a feature file without a header; {} if it does not speak of that very file.
+    A line of the manifest vouches for the very file that it was written about, which still has its size and its time.
+    Of another one the header tells; of a pickle, which has none, its digest must be the manifest's.
 
     Args:
-        video: `fastvid.video.listing.Video`.
-        path: its feature file.
-        folder: where the features and the manifest lie.
-        files, entries: as `Manifest` has them. An entry of an older version names no file; it counts where only one
-            file can be meant.
+        config: `ExtractConfig`.
+        settings: of this job (`settings_of`).
+        shape: [rows, channels] of its features.
+        manifest: `Manifest` of the folder.
     """
-    entry = files.get(path.relative_to(folder).as_posix())
-    if entry is not None:
-        return entry
-    entry = entries.get(video.name, {})
-    return {} if "file" in entry or any(other.exists() for other in _other_formats(path)) else entry
+
+    def __init__(self, config, settings, shape, manifest):
+        self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
+        self.settings, self.shape, self.manifest = settings, list(shape), manifest
+        self._names = {}  # of the files in each folder of features
+
+    def refuse_other_settings(self, videos):
+        """Refuse a job whose folder holds features of its videos that were made with other settings.
+
+        ``--overwrite`` lets it replace its own format's; those of another format would stay, and training may read
+        them.
+
+        Raises:
+            ValueError: says how many there are, of what, and what to do.
+        """
+        mine, others = [], []
+        for video in videos:
+            for path in self._there(video.output):
+                found = mine if path == video.output else others
+                try:
+                    made = self._vouched(path) or feature_header(path) or self._by_manifest(video, path)
+                except (ValueError, OSError):  # damaged: made again
+                    continue
+                if why := self._difference(made):
+                    found.append(f"{path} was made with {why}")
+        if others:
+            raise ValueError(f"{self.folder} holds {len(others)} feature files of another format and other settings, "
+                             f"which training might read instead ({others[0]}); choose another --clip_feat_path, or "
+                             "remove them")
+        if mine and not self.overwrite:
+            raise ValueError(f"{self.folder} holds {len(mine)} feature files of other settings ({mine[0]}); choose "
+                             "another --clip_feat_path, or replace them with --overwrite True")
+
+    def why_again(self, video, source_bytes):
+        """(why a video's feature file does not do, whether it may be of worth to somebody).
+
+        The reason is "" if the file does, None if there is none.
+        """
+        path = video.output
+        if path not in self._there(path):
+            return None, False
+        made = self._vouched(path)
+        try:
+            shape = made["shape"] if made else list(probe_features(path)[:2])
+            made = made or feature_header(path)
+        except (ValueError, OSError) as error:
+            return str(error), False
+        if not made:
+            made = self._by_manifest(video, path)
+            digest = made.get("sha256")
+            if digest is not None and digest != hashlib.sha256(path.read_bytes()).hexdigest():
+                return f"{path} is not the file that the manifest tells of", True
+        if other := self._difference(made):
+            return f"{path} was made with {other}", True
+        if made.get("source_bytes") != source_bytes:
+            return f"{path} was made with source_bytes {made.get('source_bytes', 'unknown')}, not {source_bytes}", False
+        if shape != self.shape:
+            return f"{path} holds {shape} values", False
+        return "", False
+
+    def _there(self, output) -> list[Path]:
+        """The feature files, of any format, that a video has; `output` is that of this job's."""
+        folder, name = os.path.split(output)
+        if folder not in self._names:
+            self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        names, stem = self._names[folder], name.removesuffix(output.suffix)
+        return [output if suffix == output.suffix else output.with_name(stem + suffix) for suffix in SUFFIXES
+                if stem + suffix in names]
+
+    def _named(self, path):
+        """A file's name in the manifest."""
+        return os.fspath(path).removeprefix(os.path.join(self.folder, ""))
+
+    def _vouched(self, path) -> dict:
+        """The manifest's line about a file that is as it was when the line was written; {} without one."""
+        entry = self.manifest.files.get(self._named(path), {})
+        return entry if "written" in entry and entry["written"] == written(path) else {}
+
+    def _by_manifest(self, video, path) -> dict:
+        """The manifest's entry about a file without a header; {} if it does not speak of that very file.
+
+        An entry of an older version names no file; it counts where only one file can be meant.
+        """
+        entry = self.manifest.files.get(self._named(path))
+        if entry is not None:
+            return entry
+        entry = self.manifest.entries.get(video.name, {})
+        return {} if "file" in entry or len(self._there(video.output)) > 1 else entry
+
+    def _difference(self, made) -> str | None:
+        """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
+        for name, value in self.settings.items():
+            if made.get(name) != value:
+                return f"{name} {made.get(name, 'unknown')}, not {value}"
+        return None
 
 
-def refuse_other_settings(config, videos, settings):
-    """Refuse a job whose folder holds features of its videos that were made with other settings.
+def written(path) -> list[int]:
+    """What the manifest notes of a file that was just written: its bytes and its time in nanoseconds."""
+    there = os.stat(path)
+    return [there.st_size, there.st_mtime_ns]
 
-    ``--overwrite`` lets it replace its own format's; those of another format would stay, and training may read them.
-
-    Raises:
-        ValueError: says how many there are, of what, and what to do.
-    """
-    folder = Path(config.clip_feat_path)
-    files, entries = read_files(folder), read_manifest(folder)
-    mine, others = [], []
-    for video in videos:
-        for path, found in [(video.output, mine), *((other, others) for other in _other_formats(video.output))]:
-            if not path.exists():
-                continue
-            try:
-                made = feature_header(path) or made_by_manifest(video, path, folder, files, entries)
-            except (ValueError, OSError):  # damaged: made again
-                continue
-            if why := difference(made, settings):
-                found.append(f"{path} was made with {why}")
-    if others:
-        raise ValueError(f"{folder} holds {len(others)} feature files of another format and other settings, which "
-                         f"training might read instead ({others[0]}); choose another --clip_feat_path, or remove them")
-    if mine and not config.overwrite:
-        raise ValueError(f"{folder} holds {len(mine)} feature files of other settings ({mine[0]}); choose another "
-                         "--clip_feat_path, or replace them with --overwrite True")
-
-
-def _other_formats(path):
-    """What the same video's features are called in the other formats."""
-    stem = path.name.removesuffix(path.suffix)
-    return [path.with_name(stem + suffix) for suffix in SUFFIXES if suffix != path.suffix]

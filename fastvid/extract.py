@@ -22,8 +22,8 @@ import torch
 import fastvid
 from fastvid import signals
 from fastvid.config import ExtractConfig
-from fastvid.data.features import feature_bytes, load_features
-from fastvid.earlier_features import difference, made_by_manifest, refuse_other_settings, settings_of
+from fastvid.data.features import feature_bytes
+from fastvid.earlier_features import EarlierFeatures, settings_of, written
 from fastvid.files import atomic_file, remove_left_over
 from fastvid.flags import parse
 from fastvid.video.decode import DecodeError, VideoInfo
@@ -97,14 +97,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One video, ready for the tower; or why there is nothing to do (`skip`) or to be done (`failure`)."""
+    """One video, ready for the tower; or why nothing can be done (`failure`)."""
 
     frames: np.ndarray | None = None
     info: VideoInfo | None = None
     source: dict | None = None
     seconds: float = 0.0
-    redo: str | None = None
-    skip: bool = False
     failure: str | None = None
 
 
@@ -117,8 +115,8 @@ def extract(config: ExtractConfig) -> Summary:
     after the video in hand.
 
     Raises:
-        ValueError: no videos, videos whose feature files would have one name, an unusable tower or setting, or feature
-            files made with other settings.
+        ValueError: no videos, an unusable tower or setting, or feature files made with other settings.
+        OSError: the disk is full.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}",
@@ -127,12 +125,14 @@ def extract(config: ExtractConfig) -> Summary:
         _tower(config), device=config.device or _default_device(),
         dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
         num_temporal=config.num_frames)
-    refuse_other_settings(config, videos, settings_of(config, encoder))
-    Path(config.clip_feat_path).mkdir(parents=True, exist_ok=True)
-    remove_left_over(config.clip_feat_path)
     manifest = Manifest(config.clip_feat_path)
+    earlier = EarlierFeatures(config, settings_of(config, encoder),
+                              (config.num_frames + encoder.num_patches, encoder.hidden_size), manifest)
+    earlier.refuse_other_settings(videos)
+    remove_left_over(config.clip_feat_path)
     try:
-        summary = _Extraction(config, encoder, manifest).run(videos[rank::world])
+        manifest.open()
+        summary = _Extraction(config, encoder, manifest, earlier).run(videos[rank::world])
     finally:
         manifest.close()
     if rank == 0 and others:
@@ -150,8 +150,8 @@ def extract(config: ExtractConfig) -> Summary:
 class _Extraction:
     """The pipeline: `workers` decoders ahead of one tower."""
 
-    def __init__(self, config, encoder, manifest):
-        self.config, self.encoder, self.manifest = config, encoder, manifest
+    def __init__(self, config, encoder, manifest, earlier):
+        self.config, self.encoder, self.manifest, self.earlier = config, encoder, manifest, earlier
         self.folder, self.settings = Path(config.clip_feat_path), settings_of(config, encoder)
         tower = _tower(config)
         self.header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
@@ -167,14 +167,15 @@ class _Extraction:
 
     def run(self, videos) -> Summary:
         summary = Summary(total=len(videos), max_failures=self.config.max_failures)
-        start, todo, ahead = time.perf_counter(), iter(videos), {}
+        start, ahead = time.perf_counter(), {}
         pool = ThreadPoolExecutor(len(self.workers), thread_name_prefix="decode")
 
         def read_ahead(count):
-            ahead.update((pool.submit(self._prepare, video), video) for video in islice(todo, count))
+            ahead.update((pool.submit(self._prepare, *piece), piece[0]) for piece in islice(todo, count))
 
         stop = []
         with signals.noted(stop.append), _progress(len(videos)) as bar:
+            todo = self._to_do(videos, summary, bar)
             try:
                 # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits
                 # for a slow one.
@@ -197,28 +198,44 @@ class _Extraction:
         summary.seconds = time.perf_counter() - start
         return summary
 
-    def _prepare(self, video) -> _Piece:
-        """Runs in a thread of the pool."""
-        if video.fault:
-            return _Piece(failure=video.fault)
+    def _to_do(self, videos, summary, bar):
+        """(video, its source, why it is made again) of those that have no features yet."""
+        for video in videos:
+            fault = video.fault
+            if fault is None:
+                try:
+                    source = {"source": video.name, "source_bytes": video.path.stat().st_size}
+                    redo, foreign = self.earlier.why_again(video, source["source_bytes"])
+                except OSError as error:
+                    fault = f"cannot be read ({error.strerror})"
+                else:
+                    if foreign and not self.config.overwrite:
+                        fault = f"{redo}; remove it, or replace such files with --overwrite True"
+            if fault is not None:
+                self._fail(video, fault, 0.0, summary, bar)
+            elif redo == "":
+                summary.skipped += 1
+                if self.manifest.entries.get(video.name, {}).get("status") not in ("ok", "skipped"):
+                    self.manifest.append(video.name, "skipped", reason=f"{video.output.name} is there already")
+            else:
+                if redo:
+                    bar.write(f"{video.name}: extracted again: {redo}", file=sys.stderr)
+                yield video, source
+                continue
+            bar.update()
+
+    def _prepare(self, video, source) -> _Piece:
+        """Decode one video; runs in a thread of the pool."""
         start, worker = time.perf_counter(), self.idle.get()
         try:
-            source = {"source": video.name, "source_bytes": video.path.stat().st_size}
-            redo, foreign = self._why_again(video, source)
-            if redo == "":
-                return _Piece(skip=True)
-            if foreign and not self.config.overwrite:
-                return _Piece(failure=f"{redo}; remove it, or replace such files with --overwrite True")
             frames, info, source["source_sha256"] = worker.decode_and_hash(
                 video.path, num_frames=self.config.num_frames, size=self.encoder.image_size, threads=self.threads,
                 allow_damaged=self.config.allow_damaged)
         except DecodeError as error:
             return _Piece(failure=self._reason(video, error), seconds=time.perf_counter() - start)
-        except OSError as error:
-            return _Piece(failure=f"cannot be read ({error.strerror})", seconds=time.perf_counter() - start)
         finally:
             self.idle.put(worker)
-        return _Piece(frames, info, source, time.perf_counter() - start, redo)
+        return _Piece(frames, info, source, time.perf_counter() - start)
 
     @staticmethod
     def _reason(video, error):
@@ -226,47 +243,15 @@ class _Extraction:
         hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
         return (no_video(video.path) if video.path.is_file() else None) or error.reason + hint
 
-    def _why_again(self, video, source):
-        """(why an existing feature file does not do, whether it may be of worth to somebody).
-
-        The reason is "" if the file does, None if there is none.
-        """
-        if not video.output.exists():
-            return None, False
-        try:
-            features_RC, made = load_features(video.output)
-        except ValueError as error:
-            return str(error), False
-        if not made:
-            made = made_by_manifest(video, video.output, self.folder, self.manifest.files, self.manifest.entries)
-            digest = made.get("sha256")
-            if digest is not None and digest != hashlib.sha256(video.output.read_bytes()).hexdigest():
-                return f"{video.output} is not the file that the manifest tells of", True
-        if other := difference(made, self.settings):
-            return f"{video.output} was made with {other}", True
-        if made.get("source_bytes") != source["source_bytes"]:
-            return (f"{video.output} was made with source_bytes {made.get('source_bytes', 'unknown')}, not "
-                    f"{source['source_bytes']}"), False
-        rows = self.config.num_frames + self.encoder.num_patches
-        if features_RC.shape != (rows, self.encoder.hidden_size):
-            return f"{video.output} holds {list(features_RC.shape)} values", False
-        return "", False
-
     def _finish(self, video, piece, summary, bar):
         """Tower, feature file, manifest line."""
         start, failure = time.perf_counter(), piece.failure
-        if piece.redo:
-            bar.write(f"{video.name}: extracted again: {piece.redo}", file=sys.stderr)
         if piece.frames is not None:
             features_RC = self.encoder.encode(piece.frames)
             if not features_RC.isfinite().all():
                 failure = f"its features are not finite in {self.header['dtype']}; try another --dtype"
         seconds = round(piece.seconds + time.perf_counter() - start, 3)
-        if piece.skip:
-            summary.skipped += 1
-            if self.manifest.entries.get(video.name, {}).get("status") not in ("ok", "skipped"):
-                self.manifest.append(video.name, "skipped", reason=f"{video.output.name} is there already")
-        elif failure:
+        if failure:
             self._fail(video, failure, seconds, summary, bar)
         else:
             try:
@@ -301,7 +286,8 @@ class _Extraction:
             self.manifest.append(video.name, "writing", **made)
         with atomic_file(video.output) as file:
             file.write(content)
-        self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made)
+        self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made,
+                             shape=list(features_RC.shape), written=written(video.output))
 
 
 def _progress(total):

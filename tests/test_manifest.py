@@ -9,6 +9,7 @@ from fastvid.video.manifest import Manifest, read_manifest
 def test_lines_and_entries(tmp_path):
     assert read_manifest(tmp_path) == {}
     manifest = Manifest(tmp_path)
+    manifest.open()
     manifest.append("a.mp4", "failed", reason="no", seconds=1.5)
     manifest.append("b/ü.mp4", "ok", frames=7, seconds=2.0, num_frames=4)
     manifest.append("a.mp4", "ok", frames=9)
@@ -25,6 +26,7 @@ def test_torn_lines(tmp_path):
         (tmp_path / "manifest.jsonl").write_bytes(whole + torn)
         assert list(read_manifest(tmp_path)) == ["a.mp4"]
         manifest = Manifest(tmp_path)
+        manifest.open()
         manifest.append("c.mp4", "ok")
         manifest.close()
         assert list(read_manifest(tmp_path)) == ["a.mp4", "c.mp4"]
@@ -32,6 +34,7 @@ def test_torn_lines(tmp_path):
 
 def _write(folder, writer):
     manifest = Manifest(folder)
+    manifest.open()
     for i in range(200):
         manifest.append(f"{writer}-{i}", "ok", reason="x" * 50)
     manifest.close()

@@ -68,25 +68,28 @@ def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[l
         seen.add(os.path.realpath(where))
         links = [] if follow_links else [name for name in folders if os.path.islink(os.path.join(where, name))]
         others["links"] += len(links)
+        inner = os.path.relpath(where, folder)
+        inner = "" if inner == "." else inner
         for file in sorted(files):
-            path = Path(where, file)
+            stem, ending = os.path.splitext(file)
             if _hidden(file):
                 continue
-            if path.suffix.lower() not in VIDEO_SUFFIXES:
-                if path.suffix not in _OURS:
-                    others[path.suffix.lower() or "no ending"] += 1
-            elif path.is_symlink() and not follow_links:
+            if ending.lower() not in VIDEO_SUFFIXES:
+                if ending not in _OURS:
+                    others[ending.lower() or "no ending"] += 1
+            elif not follow_links and os.path.islink(os.path.join(where, file)):
                 others["links"] += 1
             else:
-                name = path.relative_to(folder)
-                output = Path(output_folder, name.with_name(name_of(name.stem, suffix)))
-                videos.setdefault(output, []).append(Video(path, name.as_posix(), output))
+                output = os.path.join(output_folder, inner, name_of(stem, suffix))
+                videos.setdefault(output, []).append(
+                    Video(Path(where, file), os.path.join(inner, file), Path(output)))
     others = +others
     if not videos:
         links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
         raise ValueError(f"--video_dir_path {folder}: no file in it ends as a video does (.mp4, .mkv, …){links}")
-    return sorted((replace(video, fault=_fault(video, same)) for same in videos.values() for video in same),
-                  key=lambda video: video.name), others
+    found = [replace(video, fault=_fault(video, same)) if len(same) > 1 else video
+             for same in videos.values() for video in same]
+    return sorted(found, key=lambda video: video.name), others
 
 
 def _hidden(name):
@@ -95,5 +98,5 @@ def _hidden(name):
 
 def _fault(video, same):
     """Why a video can have no feature file: another one of `same` would have it as well."""
-    other = next((one for one in same if one is not video), None)
-    return other and f"{other.name} would be written to {video.output.name} as well; rename one of them"
+    other = next(one for one in same if one is not video)
+    return f"{other.name} would be written to {video.output.name} as well; rename one of them"

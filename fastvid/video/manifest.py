@@ -17,7 +17,7 @@ NAME = "manifest.jsonl"
 
 
 class Manifest:
-    """Appends to ``manifest.jsonl`` in a folder; knows what it said when it was opened.
+    """What ``manifest.jsonl`` in a folder says; once it is opened, more can be said.
 
     Attributes:
         path: the file.
@@ -26,8 +26,16 @@ class Manifest:
     """
 
     def __init__(self, folder):
-        self.path = Path(folder) / NAME
-        self.entries, self.files = read_manifest(folder), read_files(folder)
+        self.path, self._file = Path(folder) / NAME, None
+        self.entries, self.files = {}, {}
+        for entry in _entries(folder):
+            self.entries[entry["video"]] = entry
+            if isinstance(entry.get("file"), str):
+                self.files[entry["file"]] = entry
+
+    def open(self):
+        """Make the folder and the file where they are missing, and close off a torn line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
@@ -42,7 +50,8 @@ class Manifest:
             reason: why, unless ok.
             frames: frames of the whole video.
             seconds: spent on it.
-            more: whatever else belongs to it, such as the "file" that it became.
+            more: whatever else belongs to it: the "file" that it became, its "sha256", and as it was "written" (bytes
+                and time in nanoseconds).
         """
         entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds, **more}
         self.entries[video] = entry
@@ -51,7 +60,9 @@ class Manifest:
         os.write(self._file, json.dumps(entry).encode() + b"\n")
 
     def close(self):
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def read_manifest(folder) -> dict[str, dict]:
