@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from fastvid.data.annotations import record_videos
+from fastvid.data.styles import record_videos
 from fastvid.folders import model_folder
 from fastvid.model.projector_file import read_projector
 from fastvid.model.weight_files import ModelFolder
