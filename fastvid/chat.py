@@ -89,7 +89,7 @@ class Chat:
         """The answer to a question about a video.
 
         Args:
-            video: path of a video, or of a feature file (.safetensors, .pkl).
+            video: path of a video, or of a feature file.
             question: text.
             history: (question, answer) turns that came before.
 
@@ -184,7 +184,7 @@ def _trained_on(given, weights):
     trained = of_weights(weights)
     if trained == Provenance() and weights.is_file() and Path(given).is_dir():
         try:
-            newest = checkpoint.newest_valid(given)
+            newest = checkpoint.newest_valid(given, alone=True)
         except ValueError:  # damaged, and not what is used
             newest = None
         return trained if newest is None else of_weights(newest)

@@ -15,7 +15,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvid.data.records import read_records
+from fastvid.data.records import place, read_records
 from fastvid.files import shown
 from fastvid.folders import is_url
 
@@ -128,7 +128,7 @@ def read_questions(path, files, suffixes, folder=None) -> list[Question]:
     records = read_records(path)
     if not records:
         raise ValueError(f"--questions_file {path} is empty: it holds no question")
-    return [question(record, f"{path}: record {index} (from 0)") for index, record in enumerate(records)]
+    return [question(record, place(path, index)) for index, record in enumerate(records)]
 
 
 def _one_or_list(values):
