@@ -40,7 +40,6 @@ from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.data.workers import Stopped
-from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
@@ -51,6 +50,7 @@ from fastvid.profiling import Profiler
 from fastvid.saver import Saver
 from fastvid.staging import Staging
 from fastvid.state import StepResult, TrainState
+from fastvid.trained_paths import projector_path
 
 log = logging.getLogger("fastvid")
 
