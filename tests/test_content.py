@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_run import flags, losses, write_run
 
 from fastvid import checkpoint, content, train
+from fastvid.config import TrainConfig
 from fastvid.data.features import load_features, save_features
 
 
@@ -134,7 +134,8 @@ def test_a_pipe_is_not_read_again_and_not_compared(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "a.json").write_text("[]")
     of_pipe, of_file = content._of_file(tmp_path / "pipe"), content._of_file(tmp_path / "a.json")
-    config, rest = SimpleNamespace(data_path=["a.json"]), {"features": [], "model": {}}
+    config = TrainConfig("model", ["a.json"], output_dir="out")
+    rest = {"features": [], "weights": "0", "tokenizer": "0", "projector": None, "model": {}}
     assert of_pipe is None and of_file
     for was, now in ((of_pipe, of_file), (of_file, of_pipe)):
         assert content.changes({"data": [was], **rest}, {"data": [now], **rest}, config) == []
