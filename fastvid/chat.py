@@ -20,7 +20,6 @@ from fastvid.data.features import SUFFIXES, load_features
 from fastvid.data.questions import Question, list_media, read_questions
 from fastvid.data.video_tokens import read_settings
 from fastvid.files import VIDEO_SUFFIXES, shown
-from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.folders import is_url, model_folder
 from fastvid.model.attention_check import settle_attention
@@ -28,6 +27,7 @@ from fastvid.model.generate import generate
 from fastvid.model.video_llava import VideoLlava
 from fastvid.model.weights import StartingWeights, load_weights, read_model_config, read_projector
 from fastvid.provenance import Provenance, agreed, of_weights, same_tower
+from fastvid.trained_paths import projector_path
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
@@ -90,7 +90,7 @@ class Chat:
         """The answer to a question about a video.
 
         Args:
-            video: path of a video, or of a feature file (.safetensors, .pkl).
+            video: path of a video, or of a feature file.
             question: text.
             history: (question, answer) turns that came before.
 
@@ -195,7 +195,7 @@ def _trained_on(given, weights):
     trained = of_weights(weights)
     if trained == Provenance() and weights.is_file() and Path(given).is_dir():
         try:
-            newest = checkpoint.newest_valid(given)
+            newest = checkpoint.newest_valid(given, alone=True)
         except ValueError:  # damaged, and not what is used
             newest = None
         return trained if newest is None else of_weights(newest)

@@ -26,9 +26,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastvid import found, shards
+from fastvid import checkpoint_folders, shards
+from fastvid.checkpoint_folders import named, newest_valid
 from fastvid.files import naming
-from fastvid.found import named, newest_valid
 from fastvid.host_copies import HostCopies
 from fastvid.shards import LocalShard
 from fastvid.together import gather, rank_and_size, together
@@ -162,7 +162,7 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
                     with _naming(path):
                         shards.write(path, held, mark)
                         _sync(path)
-                        written[path.name] = found.measure(path)
+                        written[path.name] = checkpoint_folders.measure(path)
         files = {name: entry for part in gather(written, process_group) for name, entry in part.items()}
         with together(process_group):
             if rank == 0:
@@ -198,14 +198,14 @@ def _commit(temporary, final, files, state_text):
     state_path, checksums_path = temporary / "state.json", temporary / "checksums.json"
     with naming(state_path):
         state_path.write_text(state_text, encoding="utf-8")
-        files = {**files, state_path.name: found.measure(state_path)}
+        files = {**files, state_path.name: checkpoint_folders.measure(state_path)}
     with naming(checksums_path):
         checksums_path.write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
     for path in (state_path, checksums_path, temporary):
         _sync(path)
     replaced = final.with_name(f".{final.name}.replaced")
     if os.path.lexists(final):
-        if (fault := found.fault(final)) is None:
+        if (fault := checkpoint_folders.fault(final)) is None:
             os.rename(final, replaced)
         else:
             _set_aside(final, fault)
@@ -224,12 +224,12 @@ def _set_aside(path, fault):
 
 
 def _prune(output_dir, step, total_limit, written_before):
-    others = [other for other in found.steps(output_dir)
-              if other != step and found.is_whole(output_dir / f"checkpoint-{other}")]
+    others = [other for other in checkpoint_folders.steps(output_dir)
+              if other != step and checkpoint_folders.is_whole(output_dir / f"checkpoint-{other}")]
     others.sort(key=lambda other: (other < step, other))
     for other in others[:max(0, len(others) - (total_limit - 1))]:
         path = output_dir / f"checkpoint-{other}"
-        if path.is_symlink() or (other not in written_before and found.fault(path) is not None):
+        if path.is_symlink() or (other not in written_before and checkpoint_folders.fault(path) is not None):
             continue  # damaged
         doomed = path.with_name(f".{path.name}.tmp")  # a removal that dies half-way leaves no damaged checkpoint
         os.rename(path, doomed)
@@ -268,7 +268,8 @@ def _sync(path):
 
 def _group_files(folder, group):
     pattern = re.compile(re.escape(group) + r"-\d{5}-of-\d{5}\.safetensors")
-    paths = [Path(folder) / name for name in sorted(found.read_checksums(folder)) if pattern.fullmatch(name)]
+    names = sorted(filter(pattern.fullmatch, checkpoint_folders.read_checksums(folder)))
+    paths = [Path(folder) / name for name in names]
     if not paths:
         raise ValueError(f"{folder} holds no {group!r} tensors")
     return paths

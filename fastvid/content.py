@@ -7,11 +7,12 @@ another file, another model or other features are noticed, a single changed valu
 import hashlib
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastvid.data.annotations import record_videos
+from fastvid.data.styles import record_videos
 from fastvid.folders import model_folder
 from fastvid.model.projector_file import read_projector
 from fastvid.model.weight_files import ModelFolder
@@ -53,7 +54,7 @@ def changes(saved: dict, now: dict, config) -> list[str]:
     found = []
     if len(saved.get("data", ())) == len(now["data"]):
         found += [f"the content of --data_path {path}" for path, was, is_ in zip(
-            config.data_path, saved["data"], now["data"]) if was != is_]
+            config.data_path, saved["data"], now["data"]) if was != is_ and None not in (was, is_)]
     elif "data" in saved:
         found.append(f"the number of --data_path files ({len(saved['data'])} before, {len(now['data'])} now)")
     for was, is_ in zip(saved.get("features", ()), now["features"]):
@@ -72,6 +73,9 @@ def changes(saved: dict, now: dict, config) -> list[str]:
 
 
 def _of_file(path):
+    """None of a pipe, which can be read once."""
+    if not Path(path).is_file():
+        return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

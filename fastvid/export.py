@@ -19,13 +19,13 @@ from fastvid.config import ExportConfig
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.files import shown
-from fastvid.find import checkpoint_folder
 from fastvid.flags import parse
 from fastvid.folders import model_folder
 from fastvid.model.names import llava_hf_name
 from fastvid.model.weight_files import CheckpointTensors
 from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector
 from fastvid.provenance import EXPORT_MARK, KEY
+from fastvid.trained_paths import checkpoint_folder
 from fastvid.video.encoder import load_tower, processor_settings
 from fastvid.video.tower import check_tower, choose_tower
 

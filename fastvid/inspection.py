@@ -60,7 +60,7 @@ def inspect_records(config, tokenizer=None):
         return rows, None
 
     if config.index is not None:
-        if not 0 <= config.index < len(records):
+        if config.index >= len(records):
             raise ValueError(f"--index {config.index}: the data hold records 0 to {len(records) - 1}")
         numbered = [numbered[config.index]]
     for number, record in numbered:

@@ -24,7 +24,8 @@ __all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "of_featu
 KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
 _MEMBER = "fastvid/provenance.json"
-_MOST_BYTES = 1 << 20  # of a state.json, a header or a member: more is not ours
+_MOST_BYTES = 1 << 20  # of a member of a zip file: more is not ours
+_LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _TEMPLATES = {"v1": "vicuna_v1_1"}  # older checkpoints know the flag --version
 
 
@@ -142,7 +143,7 @@ def _of_bin(path):
 def _safetensors_metadata(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, 100 * _MOST_BYTES)))["__metadata__"]
+        return json.loads(file.read(min(length, _LONGEST_HEADER)))["__metadata__"]
 
 
 def same_tower(recorded, found):

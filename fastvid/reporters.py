@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+KEPT = "reporters.json"
+
 
 class Run(NamedTuple):
     """What a run tells of itself.
@@ -36,14 +38,13 @@ class Run(NamedTuple):
         return self.project or os.environ.get(variable) or "fastvid"
 
     def kept(self) -> dict:
-        """What reporters kept of the run that goes on; empty for a new one."""
-        path = self.folder / "reporters.json"
-        with contextlib.suppress(ValueError, OSError):
-            return dict(json.loads(path.read_text())) if self.start_step else {}
+        """What reporters kept of the run; empty where there is nothing that can be read."""
+        with contextlib.suppress(ValueError, TypeError, OSError):
+            return dict(json.loads((self.folder / KEPT).read_text()))
         return {}
 
     def keep(self, **values) -> None:
-        (self.folder / "reporters.json").write_text(json.dumps(self.kept() | values) + "\n")
+        (self.folder / KEPT).write_text(json.dumps(self.kept() | values) + "\n")
 
 
 class TensorBoard:
@@ -181,6 +182,8 @@ def open_reporters(names, run: Run, say) -> dict:
         ValueError: as `chosen`; or a reporter that cannot begin, such as one that wants an account.
     """
     opened = {}
+    if not run.start_step:
+        (run.folder / KEPT).unlink(missing_ok=True)  # of a run before this one
     for name in chosen(names):
         try:
             opened[name] = REPORTERS[name](run)

@@ -40,7 +40,6 @@ from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.data.workers import Stopped
-from fastvid.find import projector_path
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
@@ -51,6 +50,7 @@ from fastvid.profiling import Profiler
 from fastvid.saver import Saver
 from fastvid.staging import Staging
 from fastvid.state import StepResult, TrainState
+from fastvid.trained_paths import projector_path
 
 log = logging.getLogger("fastvid")
 
@@ -224,9 +224,10 @@ def loop(state):
                         active=config.profile and state.world.is_main)
     with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
           signals.noted(partial(_note_stop, state)), parallel.naming_the_dead(state.world), state.saver,
-          host_memory.collecting_when_told()):
+          host_memory.collecting_when_told(),
+          contextlib.closing(state.loader.iterate(state.step, lambda: state.stop_signal)) as steps):
         first_step = state.step
-        for batches in _timed(state, state.loader.iterate(state.step, lambda: state.stop_signal)):
+        for batches in _timed(state, steps):
             result = train_step(state, batches)
             if result is None:
                 state.saver.wait()  # raises what could not be written, if that is why
@@ -239,7 +240,8 @@ def loop(state):
             if state.step - first_step == _STEPS_BEFORE_MEMORY_IS_TOLD:
                 metrics.message(memory_taken(state.plan.estimated))
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
-            saves = (_due(state, config.save_strategy, config.save_steps) or stops
+            too_many = _too_many_skipped(state, result)
+            saves = (_due(state, config.save_strategy, config.save_steps) or stops or too_many
                      or (ends and recovery.saves_at_end(state)))
             # Not where a signal stops: the window since the last line is saved, and goes on with the run.
             logs = state.step % config.logging_steps == 0 or ends
@@ -258,8 +260,7 @@ def loop(state):
                 metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
             if stops:
                 return _stop(state, metrics)
-            too_many = _too_many_skipped(state, result)
-            if saves or too_many:
+            if saves:
                 metrics.stall(recovery.save(state))
             if too_many:
                 raise ValueError(too_many)

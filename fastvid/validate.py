@@ -60,9 +60,10 @@ def validate(config: configs.ValidateConfig) -> Report:
 
     Raises:
         ValueError: `video_folder` is no folder.
-        OSError: a data file cannot be opened.
     """
     report, seen, kept = Report(), set(), []
+    counts_tokens = (config.video_folder is not None and config.model_name_or_path is not None and not config.quick
+                     and Path(config.model_name_or_path).is_dir())
     for path in config.data_path:
         report.files += 1
         try:
@@ -73,11 +74,12 @@ def validate(config: configs.ValidateConfig) -> Report:
         if not records:
             report.add("data file without a record", shown(path))
         for number, record in enumerate(records):
-            if (read := _check_record(report, seen, record, number, path, config)) is not None:
+            read = _check_record(report, seen, record, number, path, config)
+            if read is not None and counts_tokens:
                 kept.append((path, number, read))
     if config.video_folder is not None:
         rows = _check_features(report, config)
-        if config.model_name_or_path is not None and not config.quick and Path(config.model_name_or_path).is_dir():
+        if counts_tokens:
             _check_lengths(report, config, kept, rows)
     return report
 
@@ -103,7 +105,7 @@ def _check_features(report, config):
     """Rows of the videos whose features can be used."""
     from tqdm import tqdm
 
-    from fastvid.data.features import FeatureFolder, MissingFeatures, feature_header, load_features, probe_features
+    from fastvid.data.features import FeatureFolder, MissingFeatures, describe_features, load_features
     from fastvid.data.video_tokens import feature_channels
     from fastvid.provenance import Provenance
 
@@ -123,7 +125,8 @@ def _check_features(report, config):
         try:
             if not config.quick:
                 load_features(path)
-            return probe_features(path), Provenance.of(feature_header(path))
+            layout, header = describe_features(path)
+            return layout, Provenance.of(header)
         except (ValueError, OSError) as error:
             return error
 

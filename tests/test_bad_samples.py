@@ -159,6 +159,20 @@ def test_too_many_skipped_samples_end_the_run_and_keep_its_work(run, feats, tmp_
         assert train.main(argv) == 0
 
 
+def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_finite(run, feats, tmp_path, capsys):
+    for i in range(SAMPLES):
+        path = feats / f"clip{i}.safetensors"
+        if i < 4:
+            path.write_bytes(b"torn")
+        else:
+            save_features(path, torch.full((ROWS, CHANNELS), 3e38), {})  # finite, and too large for the projector
+    assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats), "--logging_steps", "100",
+                            "--save_strategy", "no", "--dataloader_num_workers", "0")) == 1
+    assert "is not finite; " in capsys.readouterr().err
+    kept = [path for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert len(kept) == 1 and kept[0].name < "checkpoint-6"
+
+
 def test_cut_samples_and_rounded_features_are_told_once_and_counted_at_the_end(run, feats, tmp_path, caplog, capsys):
     (feats / "clip0.safetensors").unlink()
     np.save(feats / "clip0.npy", np.ones((ROWS, CHANNELS)))

@@ -12,7 +12,7 @@ import torch
 from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step, tensors_of
 from ranks import FORKS
 
-from fastvid import checkpoint, found, shards
+from fastvid import checkpoint, checkpoint_folders, shards
 from fastvid.checkpoint import LocalShard
 from fastvid.host_copies import HostCopies
 
@@ -155,7 +155,7 @@ def test_no_name_in_the_checksums_leads_out_of_the_folder(tmp_path):
     outside = tmp_path / "model-00009-of-00010.safetensors"
     outside.write_bytes(b"secret")
     checksums = json.loads((path / "checksums.json").read_text())
-    checksums["files"][f"../{outside.name}"] = found.measure(outside)
+    checksums["files"][f"../{outside.name}"] = checkpoint_folders.measure(outside)
     (path / "checksums.json").write_text(json.dumps(checksums))
     with pytest.raises(ValueError, match="checkpoint-1 is damaged: .*is missing"):
         checkpoint.newest_valid(tmp_path)
@@ -240,7 +240,7 @@ def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
         newest = checkpoint.newest_valid(folder)
         assert newest is not None, f"killed before call {fatal}"
         assert newest.name in (f"checkpoint-{before[-1]}", f"checkpoint-{step}")
-        assert all(found.fault(path) is None for path in folder.glob("checkpoint-*"))
+        assert all(checkpoint_folders.fault(path) is None for path in folder.glob("checkpoint-*"))
         assert_holds(newest, int(newest.name.removeprefix("checkpoint-")))
         save_step(folder, step, total_limit=2)
         kept = sorted({*before, step})[-2:]

@@ -8,7 +8,7 @@ from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step
 from ranks import on_ranks
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, found, shards
+from fastvid import checkpoint, checkpoint_folders, shards
 from fastvid.checkpoint import LocalShard
 
 
@@ -171,7 +171,7 @@ def test_a_defect_keeps_its_type_on_its_rank_and_stops_the_others(tmp_path):
 
 def look(rank, folder):
     reports = []
-    found.log.warning = lambda *told: reports.append(told[0] % told[1:])
+    checkpoint_folders.log.warning = lambda *told: reports.append(told[0] % told[1:])
     newest = checkpoint.newest_valid(folder)
     return newest and newest.name, reports
 

@@ -1,6 +1,7 @@
 """A run is known by what its files hold, wherever they lie."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_run import flags, losses, write_run
 
 from fastvid import checkpoint, content, train
+from fastvid.config import TrainConfig
 from fastvid.data.features import load_features, save_features
 
 
@@ -140,6 +142,18 @@ def test_the_run_keeps_its_name(moved):
     before = checkpoint.read_state(output / "checkpoint-4")["run"]
     assert go_on(run, output, "--save_steps", "6") == 0
     assert len(before) == 32 and checkpoint.read_state(output / "checkpoint-6")["run"] == before
+
+
+def test_a_pipe_is_not_read_again_and_not_compared(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.json").write_text("[]")
+    of_pipe, of_file = content._of_file(tmp_path / "pipe"), content._of_file(tmp_path / "a.json")
+    config = TrainConfig("model", ["a.json"], output_dir="out")
+    rest = {"features": [], "weights": "0", "tokenizer": "0", "projector": None, "model": {}}
+    assert of_pipe is None and of_file
+    for was, now in ((of_pipe, of_file), (of_file, of_pipe)):
+        assert content.changes({"data": [was], **rest}, {"data": [now], **rest}, config) == []
+    assert len(content.changes({"data": ["0"], **rest}, {"data": [of_file], **rest}, config)) == 1
 
 
 @pytest.mark.parametrize("at", [0, 700_000, 1_499_999])

@@ -6,10 +6,10 @@ from training_run import flags, write_run
 from fastvid import chat, export, train
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
-from fastvid.find import checkpoint_folder, projector_path
 from fastvid.folders import model_folder
 from fastvid.model.read_config import read_model_config
 from fastvid.model.weight_files import ModelFolder
+from fastvid.trained_paths import checkpoint_folder, projector_path
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ MAY_IMPORT = {
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }
 TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", "metrics", "plots", "flops",
-         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous", "find",
-         "run_lock", "found"}
+         "reporters", "profiling", "saver", "staging", "host_copies", "together", "host_memory", "rendezvous",
+         "run_lock", "checkpoint_folders", "trained_paths"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.processes",
                                    *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
 MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}

@@ -1,5 +1,7 @@
 """The packets that wanted frames need, and the same pictures from them as from all."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from clips import draw
@@ -91,6 +93,31 @@ def test_layers_above_refer_to_what_theirs_do_not(tmp_path, pictures):
     codec, options = STREAMS["hevc layers.mp4"]
     packets = scanned(draw(tmp_path / "a.mp4", codec=codec, options=options, size=(128, 96), pictures=pictures))
     assert 0 < packets.skippable.sum() < 120
+
+
+class Packet(bytes):
+    """What `scan` asks of a packet that holds these units."""
+
+    is_corrupt = is_discard = is_keyframe = False
+    size, pts = property(len), 0
+
+
+def h264(*packets):
+    """`scan` of packets of H.264 units, one frame after the other."""
+    parts = [Packet(b"".join(b"\0\0\1" + unit for unit in units)) for units in packets]
+    for pts, part in enumerate(parts):
+        part.pts = pts
+    codec = SimpleNamespace(codec=SimpleNamespace(canonical_name="h264"), extradata=None)
+    return scan(SimpleNamespace(demux=lambda stream: parts), SimpleNamespace(codec_context=codec))
+
+
+def test_parameter_sets_that_come_later_are_left_to_the_decoder():
+    sequence, picture, other = b"\x67\x42\x00", b"\x68\xce\x01", b"\x68\xce\x02"
+    first, next_, unreferred = b"\x65\x88", b"\x61\x88", b"\x01\x88"
+    assert h264([sequence, picture, first], [next_], [sequence, picture, first]).frames == 3
+    assert h264([sequence, picture, other, first], [next_], [other, first]).frames == 3
+    assert h264([sequence, picture, first], [other, unreferred], [next_]) is None
+    assert h264([first], [next_], [sequence, picture, first]) is None  # the container's own may be others
 
 
 def test_units_that_do_not_fill_their_packet_are_left_to_the_decoder(tmp_path):

@@ -185,6 +185,18 @@ def run_apart(program, folder):
     assert result.stdout == ""
 
 
+def test_what_several_keep_is_kept_and_not_that_of_a_run_before(tmp_path):
+    run = run_of(tmp_path)
+    (tmp_path / "reporters.json").write_text('{"wandb": "old"}')
+    open_reporters([], run, pytest.fail)
+    assert run.kept() == {}
+    run.keep(wandb="1")
+    run.keep(mlflow="2")
+    assert run_of(tmp_path, 5).kept() == {"wandb": "1", "mlflow": "2"}
+    (tmp_path / "reporters.json").write_text("[1]")
+    assert run.kept() == {}
+
+
 def test_one_that_cannot_begin_is_an_error_with_a_remedy(stand_in, tmp_path):
     def refuse(**options):
         raise RuntimeError("api_key not configured\n(no-tty)")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, found, shards
+from fastvid import checkpoint, checkpoint_folders, shards
 from fastvid import saver as saver_module
 from fastvid.saver import Saver
 
@@ -209,7 +209,7 @@ def train_and_save(rank, folder, kind):
                 total = torch.ones(())
                 dist.all_reduce(total)
                 weight._local_tensor.add_(total)
-                saved.append(found.steps(folder))
+                saved.append(checkpoint_folders.steps(folder))
             steps_done.set()
     except OSError as error:
         return str(error)

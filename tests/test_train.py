@@ -1,6 +1,7 @@
 """Training: the reference's recorded runs, ranks and sharding, interruption, non-finite steps."""
 
 import json
+import multiprocessing
 import os
 import signal
 
@@ -272,6 +273,17 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
         for name in before:
             assert kept[name].isfinite().all()
             torch.testing.assert_close(kept[name], before[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_defect_ends_the_processes_that_read_ahead(run, tmp_path, monkeypatch):
+    def defect(state, batches):
+        assert multiprocessing.active_children()
+        raise RuntimeError("defect")
+
+    monkeypatch.setattr(train, "train_step", defect)
+    with pytest.raises(RuntimeError, match="defect") as raised:
+        train.main(flags(run, tmp_path, "--dataloader_num_workers", "2"))
+    assert raised.tb and not multiprocessing.active_children()  # while the traceback is held
 
 
 def test_rates_of_a_run(straight, run, tmp_path, caplog):

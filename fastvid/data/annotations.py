@@ -27,6 +27,8 @@ _OTHER_PLACEHOLDER = re.compile(
 _TAG = re.compile(r"<\|?[A-Za-z]\w*\|?>")
 _FILES_OF_OTHERS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac", ".ogg", ".m4a",
                     ".ply", ".pcd")
+_SEPARATOR = f" {ASSISTANT}: "
+_READ = {"id", "video", "videos", "conversations"}  # fields of every training record
 _NAMES_A_VIDEO = re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE)
 
 
@@ -72,21 +74,24 @@ def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examine
         kind = f"malformed record, field '{fault.field}'" if fault.field else "malformed record"
         where = f"field '{fault.field}'" if fault.field else "the record"
         return Examined(None, Fault(kind, f"{where} {fault.reason}"), [])
-    texts, fault = asked_and_answered(read), None
-    for found in (_other_medium(record, texts), _placeholder_fault(texts, use_start_end), _video_fault(read, texts)):
-        fault = fault or found
+    texts, videos = asked_and_answered(read), len(record_videos(read))
+    whole = "\n".join(texts)  # no placeholder holds a line's end
+    other = _OTHER_PLACEHOLDER.search(whole)
+    fault = _other_medium(record, texts[::2], other) or _placeholder_fault(whole, use_start_end)
+    if videos and not fault and whole.count(VIDEO) != videos:
+        fault = _video_fault(read, texts)
     # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
     if not policy.mask_by_retokenizing:
         if not any(texts[1::2]):
             fault = fault or Fault("no answer", "no supervised token: no turn from gpt with an answer")
-        remarks += _supervised_as_written(texts)
+        remarks += _supervised_as_written(texts, whole)
     if len(texts) < len(read["conversations"]):
         remarks.append("the first turn is from gpt: it is left out")
-    if not record_videos(read) and any(VIDEO in text for text in texts):
+    if not videos and VIDEO in whole:
         remarks.append(f"{VIDEO} in a record without a video: it stays text")
-    if record_videos(read) and any(VIDEO in text for text in texts[1::2]):
+    if videos and any(VIDEO in text for text in texts[1::2]):
         remarks.append(f"{VIDEO} stands in an answer, not in a question")
-    if record_videos(read) and (other := next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)):
+    if videos and other:
         remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
     return Examined(read, fault, [] if fault else remarks)
 
@@ -130,25 +135,29 @@ def asked_and_answered(record) -> list[str]:
     return [turn["value"] for turn in turns[turns[0]["from"] == "gpt":]]
 
 
-def placeholder_in(texts, use_start_end) -> str | None:
-    """Why texts cannot stand beside a video's placeholders; None if they can."""
+def placeholder_in(text, use_start_end) -> str | None:
+    """Why a text cannot stand beside a video's placeholders; None if it can."""
     for token in (PATCH, START, END) if use_start_end else (PATCH,):
-        if any(token in text for text in texts):
+        if token in text:
             return f"the text holds {token}, which is the model's own placeholder; take it out of the text"
     return None
 
 
-def _placeholder_fault(texts, use_start_end):
-    found = placeholder_in(texts, use_start_end)
+def _placeholder_fault(text, use_start_end):
+    found = placeholder_in(text, use_start_end)
     return found and Fault("the model's own placeholders in the text", found)
 
 
-def _other_medium(record, texts):
-    """The fault of a record that is about something else than videos and text."""
+def _other_medium(record, questions, placeholder):
+    """The fault of a record that is about something else than videos and text.
+
+    Args:
+        questions: its texts; only one with a tag of some kind asks about a file that a field may name.
+        placeholder: match of a placeholder of something else in its texts; None without one.
+    """
     videos = record.get("video") or record.get("videos")
-    placeholder = next(filter(None, map(_OTHER_PLACEHOLDER.search, texts)), None)
     for name, value in record.items():
-        if not value or not isinstance(value, (str, list, dict)):
+        if name in _READ or not value or not isinstance(value, (str, list, dict)):
             continue
         if _OTHER_MEDIA.fullmatch(name) and (placeholder or not videos):
             return Fault("records of something else than videos and text",
@@ -156,7 +165,7 @@ def _other_medium(record, texts):
         if not videos and _NAMES_A_VIDEO.fullmatch(name):
             return Fault("the video's name in another field",
                          f"field '{shown(name)}' is not read; a record names its video in 'video'")
-    for name, value in record.items() if not videos and any(map(_TAG.search, texts[::2])) else ():
+    for name, value in record.items() if not videos and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:
             if not isinstance(file, str) or name == "id":
                 continue
@@ -174,11 +183,8 @@ def _other_medium(record, texts):
 
 
 def _video_fault(record, texts):
-    """The fault of a record whose placeholders do not fit its videos."""
-    videos = len(record_videos(record))
-    count = sum(text.count(VIDEO) for text in texts)
-    if not videos or count == videos:
-        return None
+    """The fault of a record whose placeholders are not as many as its videos."""
+    videos, count = len(record_videos(record)), sum(text.count(VIDEO) for text in texts)
     said = f"{count} {VIDEO} in the text for {videos} video{'s' * (videos != 1)}"
     left_out = VIDEO in record["conversations"][0]["value"] and len(texts) < len(record["conversations"])
     if count > videos:
@@ -192,13 +198,13 @@ def _video_fault(record, texts):
     return Fault(f"{VIDEO} placeholders and videos differ in number", f"{said}; {remedy}")
 
 
-def _supervised_as_written(texts):
-    """What makes the reference mask the whole sample."""
+def _supervised_as_written(texts, whole):
+    """What makes the reference mask the whole sample; `whole` is the texts in one."""
     for what, found in (
-        (f'the text holds "{EOS}"', any(EOS in text for text in texts)),
-        (f'the text holds "{UNK}"', any(UNK in text for text in texts)),
-        (f'the text holds " {ASSISTANT}: "', any(f" {ASSISTANT}: " in text for text in texts)),
-        ("a question is empty", any(not text for text in texts[::2])),
+        (f'the text holds "{EOS}"', EOS in whole),
+        (f'the text holds "{UNK}"', UNK in whole),
+        (f'the text holds " {ASSISTANT}: "', _SEPARATOR in whole),
+        ("a question is empty", "" in texts[::2]),
     ):
         if found:
             yield f"{what}: its answers are supervised as written (--parity reference leaves the sample out)"

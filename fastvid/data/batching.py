@@ -51,11 +51,12 @@ class SampleSet:
     def __init__(self, paths, tokenizer, features, config):
         self.tokenizer, self.features, self.config = tokenizer, features, config
         self.paths, self.records, self.counts, self.remarks = list(paths), [], [], Remarks()
-        self._numbers, bad = [], []
+        self._numbers, bad, found_before = [], [], set()
         for path in self.paths:
             before = len(self.records)
             for number, found in enumerate(examine_file(path, config)):
-                if reason := found.fault.text if found.fault else self._missing_feature(found.record):
+                if reason := found.fault.text if found.fault else self._missing_feature(
+                        found.record, found_before):
                     bad.append(f"{place(path, number)}: {reason}")
                     continue
                 self.records.append(found.record)
@@ -138,12 +139,15 @@ class SampleSet:
             first += count
         return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
 
-    def _missing_feature(self, record):
+    def _missing_feature(self, record, found_before):
+        """Why features of a record are not to be had, or None; `found_before` are videos that have some."""
         try:
             for name in record_videos(record):
                 if self.features is None:
                     return f"names a video ({shown(name)}); give its folder with --video_folder"
-                self.features.resolve(name)
+                if name not in found_before:
+                    self.features.resolve(name)
+                    found_before.add(name)
         except (ValueError, OSError) as error:
             return str(error)
 

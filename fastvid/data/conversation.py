@@ -165,7 +165,7 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
     questions = [asked for asked, _ in history] + [question]
     answers = [answer for _, answer in history]
     for text in (*questions, *answers, transcript or ""):
-        if fault := placeholder_in([text], use_start_end):
+        if fault := placeholder_in(text, use_start_end):
             raise ValueError(f"question {question!r}: {fault}")
         if half := half_character(text):
             raise ValueError(f"question {question!r}: the text holds {half}")

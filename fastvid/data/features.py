@@ -100,7 +100,16 @@ def probe_features(path) -> tuple[int, int, torch.dtype]:
     Raises:
         ValueError, OSError: as `load_features`, but for values.
     """
-    return _read_file(path, _probe)
+    return describe_features(path)[0]
+
+
+def describe_features(path) -> tuple[tuple[int, int, torch.dtype], dict]:
+    """What `probe_features` and `feature_header` tell of a feature file, which is opened once.
+
+    Raises:
+        ValueError, OSError: as `probe_features`.
+    """
+    return _read_file(path, _describe)
 
 
 def _load(file, suffix):
@@ -115,14 +124,14 @@ def _load(file, suffix):
     return (read_npy if suffix == ".npy" else read_pt)(file), {}
 
 
-def _probe(file, suffix):
+def _describe(file, suffix):
     if suffix == ".safetensors":
-        dtype, shape, _ = _read_header(file)
-        return *shape, dtype
+        dtype, shape, header = _read_header(file)
+        return (*shape, dtype), header
     if suffix == ".pt":
-        return probe_pt(file)
+        return probe_pt(file), {}
     R, C, dtype = (probe_array if suffix == ".pkl" else probe_npy)(file)
-    return R, C, torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+    return (R, C, torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype), {}
 
 
 def _read_file(path, read):

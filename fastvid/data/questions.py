@@ -15,7 +15,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvid.data.records import read_records
+from fastvid.data.names import stem
+from fastvid.data.records import place, read_records
 from fastvid.files import shown
 from fastvid.folders import is_url
 
@@ -92,15 +93,15 @@ def read_questions(path, files, suffixes, folder=None) -> list[Question]:
     """
     by_stem = {}
     for name in sorted(files, key=lambda name: (_rank(name, suffixes), name)):
-        by_stem.setdefault(_stem(name, suffixes), name)
+        by_stem.setdefault(stem(name), name)
     only = next(iter(files)) if len(files) == 1 else None
 
     def find(video):
         if video in files:
             return video
-        stem = _stem(video, suffixes)
-        head, _, tail = stem.rpartition("/")
-        return by_stem.get(stem) or by_stem.get(f"{head}/v_{tail}".lstrip("/"))
+        asked = stem(video)
+        head, _, tail = asked.rpartition("/")
+        return by_stem.get(asked) or by_stem.get(f"{head}/v_{tail}".lstrip("/"))
 
     def question(record, where):
         if not isinstance(record, dict):
@@ -128,7 +129,7 @@ def read_questions(path, files, suffixes, folder=None) -> list[Question]:
     records = read_records(path)
     if not records:
         raise ValueError(f"--questions_file {path} is empty: it holds no question")
-    return [question(record, f"{path}: record {index} (from 0)") for index, record in enumerate(records)]
+    return [question(record, place(path, index)) for index, record in enumerate(records)]
 
 
 def _one_or_list(values):
@@ -142,8 +143,3 @@ def _inside(path, folder):
 def _rank(name, suffixes):
     suffix = Path(name).suffix.lower()
     return suffixes.index(suffix) if suffix in suffixes else len(suffixes)
-
-
-def _stem(name, suffixes):
-    """`name` without its ending, if it is one of `suffixes`."""
-    return name.removesuffix(Path(name).suffix) if _rank(name, suffixes) < len(suffixes) else name

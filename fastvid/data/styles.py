@@ -165,8 +165,8 @@ def _turns(listed, field, remarks):
             _add(remarks, "roles such as user and assistant are read as human and gpt")
         if turns and turns[-1]["from"] == role:
             raise Unreadable(field, f"turn {number} is from {given} again; human and gpt must take turns")
-        for name, value in turn.items():
-            if name not in _TURN and value is not None:
+        for name in turn.keys() - _TURN:
+            if turn[name] is not None:
                 _add(remarks, f"field '{shown(name)}' of a turn is not used")
         turns.append({"from": role, "value": text})
     if not turns:
@@ -219,6 +219,8 @@ def _with_placeholders(turns, count, remarks):
 
 def _text(value, field, where, key, remarks):
     """A text, or a number written as one."""
+    if isinstance(value, str) and value.isascii():
+        return value
     before = f"{where} " if where else ""
     if isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and math.isfinite(value):
         _add(remarks, "a number stands where a text is wanted: its digits are taken")

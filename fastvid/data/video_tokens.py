@@ -27,13 +27,9 @@ class VideoRows:
         fault: why none of the videos can be read; None if one can, or none is named.
         channels: that all features must have: those of the first, until the model's are known.
         required: rows that every video must have; None: any number.
-
-    Raises:
-        ValueError: `required` is no number of rows.
     """
 
     def __init__(self, features, records, *, required=None, same=False):
-        _at_least_one(required)
         self.features, self.first, self.fault, self.channels, self.required = features, None, None, 0, required
         for name in _named_videos(records) if features is not None else ():
             try:
@@ -75,7 +71,6 @@ def video_token_count(model_folder, vision_tower, num_video_tokens, features, re
     Raises:
         ValueError: none of these says it.
     """
-    _at_least_one(num_video_tokens)
     if num_video_tokens is not None:
         return num_video_tokens
     if (first := VideoRows(features, records).first) is not None:
@@ -115,11 +110,6 @@ def feature_channels(model_folder):
     if "mm_hidden_size" not in config and isinstance(config.get("vision_config"), dict):  # llava-hf
         return config["vision_config"].get("hidden_size", 1024)
     return config.get("mm_hidden_size")
-
-
-def _at_least_one(num_video_tokens):
-    if num_video_tokens is not None and num_video_tokens < 1:
-        raise ValueError(f"--num_video_tokens {num_video_tokens}: a video takes at least one row")
 
 
 def _named_videos(records):

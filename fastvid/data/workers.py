@@ -122,7 +122,9 @@ class _ForkedProcess(ForkProcess):
             sign, process.begun = os.pipe()
             try:
                 child = ForkProcess._Popen(process)
-                if select.select([sign], [], [], seconds)[0]:
+                came = select.poll()  # select.select takes no descriptor from 1024 on
+                came.register(sign, select.POLLIN)
+                if came.poll(1000 * seconds):
                     return child
             finally:
                 os.close(process.begun)

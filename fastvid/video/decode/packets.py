@@ -6,7 +6,8 @@ the headers of the packets, so that a pass over the container, without decoding,
 
 Left alone are streams of which that is not certain (`scan` then gives None, and every packet is decoded): other codecs
 than those named here; pictures without times of their own, or unevenly spaced ones, among which one may be missing;
-units that do not fill their packet; parameters that change on the way.
+units that do not fill their packet; parameter sets beyond those of the first packet, which one that is left out may
+have brought.
 
 H.264: ITU-T H.264, 7.3.1 (unit headers) and 7.4.1; HEVC: ITU-T H.265, 7.3.1.2; VP8: RFC 6386, 9.1.
 """
@@ -82,9 +83,9 @@ def scan(container, stream) -> Packets | None:
             picture = units(parts)
             if picture is None:
                 return None
-            clean, layer, referred, own_parameters = picture
-            parameters = parameters or own_parameters
-            if own_parameters and own_parameters != parameters:
+            clean, layer, referred, own = picture
+            parameters = own if parameters is None else parameters
+            if not own <= parameters:
                 return None
         rows.append((packet.pts, clean, layer, referred, shown))
     if not rows:
@@ -128,8 +129,8 @@ def _units(data, length_bytes):
 
 
 def _h264(units):
-    """(clean, layer, referred, parameters) of one H.264 packet; None without a picture that can be told."""
-    clean, referred, slices, parameters = False, False, 0, []
+    """(clean, layer, referred, parameter sets) of one H.264 packet; None without a picture that can be told."""
+    clean, referred, slices, parameters = False, False, 0, set()
     for unit in units:
         if not unit or unit[0] & 0x80:
             return None
@@ -140,14 +141,14 @@ def _h264(units):
             referred |= bool(unit[0] & 0x60)
         elif kind in (2, 3, 4, 20, 21):  # parted data; further views
             return None
-        elif kind == 7:
-            parameters.append(bytes(unit).rstrip(b"\0"))
+        elif kind in (7, 8, 13, 15):
+            parameters.add(bytes(unit).rstrip(b"\0"))
     return (clean, 0, referred, parameters) if slices else None
 
 
 def _hevc(units):
     """As `_h264`, of HEVC."""
-    clean, layer, referred, slices, parameters = False, 0, False, 0, []
+    clean, layer, referred, slices, parameters = False, 0, False, 0, set()
     for unit in units:
         if len(unit) < 2 or unit[0] & 0x80:
             return None
@@ -159,8 +160,8 @@ def _hevc(units):
             clean |= kind in (19, 20)
             layer = max(layer, (unit[1] & 7) - 1)
             referred |= kind > 14 or kind % 2 == 1
-        elif kind == 33:
-            parameters.append(bytes(unit).rstrip(b"\0"))
+        elif kind in (32, 33, 34):
+            parameters.add(bytes(unit).rstrip(b"\0"))
     return (clean, layer, referred, parameters) if slices else None
 
 

@@ -64,7 +64,7 @@ def to_rgb(y, u, v, colour_space, full_range):
 def can_gather(frame):
     """Whether `gather` gives PyAV's own bytes of a decoded frame."""
     return (frame.format.name in ("yuv420p", "yuvj420p") and frame.height % 2 == 0
-            and int(frame.colorspace) in _SPACES)
+            and int(frame.colorspace) in _SPACES and all(plane.line_size > 0 for plane in frame.planes))
 
 
 def gather(frame, rows, columns):

@@ -123,6 +123,8 @@ class _Pass:
 
     def some(self, wanted, packets, keep):
         """(frames, VideoInfo) of the frames `wanted`, from the packets marked in `keep`; None if any fails to come."""
+        import av
+
         rows = _rows_by_frame(wanted)
         at = {time: rows.get(number) for number, time in enumerate(packets.frame_times.tolist())}
         expected, came, filled, picture = int((keep & packets.shown).sum()), 0, 0, None
@@ -130,14 +132,17 @@ class _Pass:
             refuse_cut(self.path, container, stream)
             sent = (packet for number, packet in enumerate(p for p in container.demux(stream) if p.size)
                     if keep[number])
-            for frame in self._decoded(stream, sent):
-                picture = picture or _Picture.of(frame, container, stream, self, len(wanted))
-                if frame.is_corrupt or frame.pts not in at or not picture.alike(frame):
-                    return None
-                came += 1
-                if at[frame.pts]:
-                    picture.take(frame, at[frame.pts])
-                    filled += 1
+            try:
+                for frame in self._decoded(stream, sent):
+                    picture = picture or _Picture.of(frame, container, stream, self, len(wanted))
+                    if frame.is_corrupt or frame.pts not in at or not picture.alike(frame):
+                        return None
+                    came += 1
+                    if at[frame.pts]:
+                        picture.take(frame, at[frame.pts])
+                        filled += 1
+            except av.InvalidDataError:  # every packet tells whether the video is damaged
+                return None
             if picture is None or came != expected or filled != len(rows) or complaints():
                 return None
         return picture.frames, replace(picture.info, frames=packets.frames)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_cases import flip_a_bit, names_in, save_step
 
-from fastvid import checkpoint, found
+from fastvid import checkpoint, checkpoint_folders
 
 SHARD = "model-00000-of-00001.safetensors"
 
@@ -93,7 +93,7 @@ def test_a_pipe_of_the_right_size_is_not_opened(tmp_path):
     checksums["files"]["empty"] = {"bytes": 0, "sha256": ""}
     (path / "checksums.json").write_text(json.dumps(checksums))
     os.mkfifo(path / "empty")
-    assert found.fault(path) == "empty is no regular file"
+    assert checkpoint_folders.fault(path) == "empty is no regular file"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "dead link", "empty folder"])
@@ -121,7 +121,8 @@ def test_a_damaged_one_of_the_same_step_is_set_aside(tmp_path, caplog):
     flip_a_bit(save_step(tmp_path, 4) / SHARD)
     save_step(tmp_path, 4, total_limit=1)
     assert names_in(tmp_path) == ["checkpoint-4", "checkpoint-4.aside-1"]
-    assert found.fault(tmp_path / "checkpoint-4") is None and "sha256" in found.fault(tmp_path / "checkpoint-4.aside-1")
+    assert checkpoint_folders.fault(tmp_path / "checkpoint-4") is None
+    assert "sha256" in checkpoint_folders.fault(tmp_path / "checkpoint-4.aside-1")
     assert "checkpoint-4.aside-1" in caplog.text
 
 
@@ -141,17 +142,17 @@ def test_a_link_to_a_checkpoint_is_not_removed(tmp_path):
 @pytest.mark.parametrize("name", [SHARD, "optimizer-00000-of-00001.safetensors", "state.json"])
 def test_a_checkpoint_of_two_runs_or_steps_is_not_valid(tmp_path, other, name):
     path, second = save_of_run(tmp_path / "a", 4, "a"), save_of_run(tmp_path / "b", other[1], other[0])
-    assert found.fault(path) is None
+    assert checkpoint_folders.fault(path) is None
     shutil.copy(second / name, path / name)
     checksums = json.loads((path / "checksums.json").read_text())
-    checksums["files"][name] = found.measure(path / name)
+    checksums["files"][name] = checkpoint_folders.measure(path / name)
     (path / "checksums.json").write_text(json.dumps(checksums))
-    assert "are of two runs or steps" in found.fault(path)
+    assert "are of two runs or steps" in checkpoint_folders.fault(path)
 
 
 def test_an_older_one_has_no_marks(tmp_path):
     path = checkpoint.save(tmp_path, 4, groups={"model": {"a": torch.ones(3)}}, state={"step": 4})
-    assert found.fault(path) is None
+    assert checkpoint_folders.fault(path) is None
 
 
 # Named ones
