@@ -165,8 +165,11 @@ class Metrics:
             return
         if self._bar is not None:
             self._say(self._bar.close)
-        self._file.close()
-        self._file = self._bar = None
+        file, self._file, self._bar = self._file, None, None
+        try:
+            file.close()
+        except OSError as error:  # a full disk; not instead of what ends the run, which says more
+            self.message(f"{self.path} lacks its last lines: {error}")
         for name in list(self._reporters):
             with self._only_told(name):
                 self._reporters[name].close()
@@ -301,6 +304,8 @@ def read_metrics(path) -> list[dict]:
 
 def _keep_lines(path, last_step):
     """Drop the lines of steps after `last_step`, and any torn one, and return the others; no kill loses a line."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise ValueError(f"{path} is no regular file, and no log of a run: remove it")
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
     temporary = path.with_name(f".{path.name}.tmp")

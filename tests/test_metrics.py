@@ -78,6 +78,13 @@ def test_a_new_run_starts_a_new_log(tmp_path):
     assert steps_in(open_metrics(tmp_path).path) == []
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_waited_for(tmp_path, put):
+    put(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl is no regular file.* remove it"):
+        open_metrics(tmp_path, start_step=4)
+
+
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
     metrics = open_metrics(tmp_path / "out", rank=1)
     metrics.count(StepCounts(4, 100, 10))
@@ -150,6 +157,17 @@ def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
 def test_peak_memory_is_in_bytes():
     held = torch.ones(50 * 2**20, dtype=torch.uint8)
     assert 2**26 < peak_memory() < 2**40 and held[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as Linux plays it")
+def test_a_full_disk_is_told_once_by_name(tmp_path, capsys):
+    """What `close` cannot write either does not take the place of the error that ends the run."""
+    metrics = open_metrics(tmp_path)
+    metrics._file.close()
+    metrics._file = open("/dev/full", "a")
+    with pytest.raises(OSError, match=f"No space left.*{metrics.path}"), contextlib.closing(metrics):
+        metrics.log(1, {"loss": 1.0})
+    assert f"{metrics.path} lacks its last lines" in capsys.readouterr().err
 
 
 def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
