@@ -370,6 +370,19 @@ def test_close_draws_over_resumes_and_nothing_without_a_loss(tmp_path, monkeypat
     assert list(figure.axes[0].lines[0].get_xdata()) == [10, 20, 25]
 
 
+def test_a_picture_that_does_not_fit_is_told_by_name(tmp_path, monkeypatch, capsys):
+    def savefig(figure, path, **options):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    metrics = open_metrics(tmp_path)
+    metrics.log(1, {"loss": 1.0})
+    metrics.close()
+    assert f"No space left on device: '{tmp_path}/loss_curve.png'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
     from fastvid.plots import smoothed
 
