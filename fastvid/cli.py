@@ -39,6 +39,7 @@ def run(command: str, argv=None) -> NoReturn:
     """
     if os.path.exists(os.environ.get("FASTVID_MISTAKE") or ""):
         sys.exit(2)
+    _open_closed_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names need not be UTF-8
     sys.argv = [f"fastvid {command}", *argv]  # a process that it starts is named after it
@@ -65,6 +66,20 @@ def run(command: str, argv=None) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_closed_streams():
+    """Open on /dev/null what a daemon starts its programs without: the next file would get the number of stderr."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+                os.set_inheritable(number, True)
+            stream = open(number, mode, closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def _tell(line, mistake):

@@ -37,6 +37,7 @@ class Metrics:
             ``shared_row_share`` (rows saved because samples share them); ``budget_fill`` (of the row budget, if there
             is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib`` (rank
             0's GPU memory, without a GPU its resident set, since the process began).
+        evaluated_step: the last before `start_step` that has a validation's line, on rank 0; 0: none.
         unheard: whether the reader of stderr (a pipe's other end, a terminal) is gone. Nothing more is printed then.
     """
 
@@ -71,12 +72,14 @@ class Metrics:
         self.peak_flops, self.row_budget = peak_flops, row_budget
         self._bar = self._file = None
         self._reporters, self.unheard = {}, False
-        self._loss = math.nan
+        self._loss, self.evaluated_step = math.nan, 0
         self._run = self._window = _Window()
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            losses = [line["loss"] for line in _keep_lines(self.path, start_step) if line.get("loss") is not None]
+            kept = _keep_lines(self.path, start_step)
+            losses = [line["loss"] for line in kept if line.get("loss") is not None]
             self._loss = losses[-1] if losses else math.nan
+            self.evaluated_step = max((line["step"] for line in kept if "eval_loss" in line), default=0)
             self._file = open(self.path, "a", encoding="utf-8")
             run = reporters.Run(self.path.parent, flags or {}, self.name, project, start_step)
             self._reporters = reporters.open_reporters(report_to, run, self.message)
@@ -168,8 +171,11 @@ class Metrics:
             return
         if self._bar is not None:
             self._say(self._bar.close)
-        self._file.close()
-        self._file = self._bar = None
+        file, self._file, self._bar = self._file, None, None
+        try:
+            file.close()
+        except OSError as error:  # a full disk; not instead of what ends the run, which says more
+            self.message(f"{self.path} lacks its last lines: {error}")
         for name in list(self._reporters):
             with self._only_told(name):
                 self._reporters[name].close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from fastvid.files import naming
 from fastvid.metrics import read_metrics
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -47,8 +48,12 @@ def draw_loss_curve(metrics_path, png_path, name: str | None = None) -> bool:
     figure.align_ylabels(axes)
 
     temporary = Path(png_path).with_name(f".{Path(png_path).name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, png_path)
+    try:
+        with naming(png_path):
+            figure.savefig(temporary, format="png")
+            os.replace(temporary, png_path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 

@@ -227,6 +227,10 @@ def loop(state):
           host_memory.collecting_when_told(),
           contextlib.closing(state.loader.iterate(state.step, lambda: state.stop_signal)) as steps):
         first_step = state.step
+        # What a signal ended before its validation was done goes on with that.
+        left_out = first_step > 0 and _validation_due(state) and metrics.evaluated_step < first_step
+        if state.world.gather_objects(left_out)[0] and not _validate(state, metrics):
+            return _stop(state, metrics)
         for batches in _timed(state, steps):
             result = train_step(state, batches)
             if result is None:
@@ -252,12 +256,8 @@ def loop(state):
                 return 1
             if logs:
                 _log(state, result, metrics)
-            if state.evaluation and not stops and _due(state, config.eval_strategy, config.eval_steps):
-                with metrics.paused():
-                    eval_loss = evaluate(state)
-                if eval_loss is None:
-                    return _stop(state, metrics)
-                metrics.log(state.step, {"epoch": order.epoch_after(state.step), "eval_loss": eval_loss})
+            if not stops and _validation_due(state) and not _validate(state, metrics):
+                return _stop(state, metrics)
             if stops:
                 return _stop(state, metrics)
             if saves:
@@ -342,6 +342,20 @@ def _due(state, strategy, every):
         return state.step % every == 0
     epoch, ends = state.order.epoch_after, state.step == state.order.total_steps  # maybe within an epoch
     return strategy == "epoch" and (ends or int(epoch(state.step)) > int(epoch(state.step - 1)))
+
+
+def _validation_due(state):
+    return state.evaluation is not None and _due(state, state.config.eval_strategy, state.config.eval_steps)
+
+
+def _validate(state, metrics):
+    """Log the loss over the validation set; whether no signal ended that."""
+    with metrics.paused():
+        eval_loss = evaluate(state)
+    if eval_loss is None:
+        return False
+    metrics.log(state.step, {"epoch": state.order.epoch_after(state.step), "eval_loss": eval_loss})
+    return True
 
 
 def _too_many_skipped(state, result):

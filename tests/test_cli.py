@@ -74,6 +74,29 @@ def test_unknown_command(typed, hint, capsys):
     assert error.count("\n") == 1
 
 
+CLOSED = """
+import os, sys, types
+from fastvid import cli
+def main(argv):
+    print("lost")
+    print("lost", file=sys.stderr)
+    import faulthandler
+    faulthandler.enable(sys.__stderr__)
+    return 0 if os.open(os.devnull, os.O_RDONLY) > 2 and os.get_inheritable(2) else 3
+sys.modules["fastvid.train"] = types.ModuleType("fastvid.train")
+sys.modules["fastvid.train"].main = main
+cli.run("train", [])
+"""
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_command_runs_without_streams(closing):
+    """As daemons start them; no file that is opened later becomes one of them."""
+    shell = f'exec "$0" -c "$1" {closing}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, CLOSED], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("code", [0, 1, 143])
 def test_the_code_of_a_command_is_the_exit_code(command, code):
     command(lambda argv: code)

@@ -78,13 +78,13 @@ def test_a_new_run_starts_a_new_log(tmp_path):
     assert steps_in(open_metrics(tmp_path).path) == []
 
 
-def test_what_is_no_file_is_not_written_to(tmp_path):
-    (tmp_path / "a" / "metrics.jsonl").mkdir(parents=True)
-    (tmp_path / "b").mkdir()
-    os.mkfifo(tmp_path / "b" / "metrics.jsonl")
-    for name, what in (("a", "is a folder, not a file"), ("b", "is no regular file")):
-        with pytest.raises(ValueError, match=f"{name}/metrics.jsonl {what}.*; move it away"):
-            open_metrics(tmp_path / name)
+@pytest.mark.parametrize("put, what", [
+    (os.mkfifo, "is no regular file"), (os.mkdir, "is a folder, not a file"),
+    (lambda path: os.symlink("/dev/zero", path), "is no regular file")])
+def test_what_is_no_file_is_not_waited_for(tmp_path, put, what):
+    put(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=f"metrics.jsonl {what}.*; move it away"):
+        open_metrics(tmp_path, start_step=4)
 
 
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
@@ -159,6 +159,17 @@ def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
 def test_peak_memory_is_in_bytes():
     held = torch.ones(50 * 2**20, dtype=torch.uint8)
     assert 2**26 < peak_memory() < 2**40 and held[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as Linux plays it")
+def test_a_full_disk_is_told_once_by_name(tmp_path, capsys):
+    """What `close` cannot write either does not take the place of the error that ends the run."""
+    metrics = open_metrics(tmp_path)
+    metrics._file.close()
+    metrics._file = open("/dev/full", "a")
+    with pytest.raises(OSError, match=f"No space left.*{metrics.path}"), contextlib.closing(metrics):
+        metrics.log(1, {"loss": 1.0})
+    assert f"{metrics.path} lacks its last lines" in capsys.readouterr().err
 
 
 def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
@@ -359,6 +370,19 @@ def test_close_draws_over_resumes_and_nothing_without_a_loss(tmp_path, monkeypat
     assert (tmp_path / "loss_curve.png").exists()
     figure, _ = drawn(monkeypatch, metrics.path)
     assert list(figure.axes[0].lines[0].get_xdata()) == [10, 20, 25]
+
+
+def test_a_picture_that_does_not_fit_is_told_by_name(tmp_path, monkeypatch, capsys):
+    def savefig(figure, path, **options):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    metrics = open_metrics(tmp_path)
+    metrics.log(1, {"loss": 1.0})
+    metrics.close()
+    assert f"No space left on device: '{tmp_path}/loss_curve.png'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():

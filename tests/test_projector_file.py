@@ -232,6 +232,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, ending)
     assert path.read_bytes() == before and {entry.name for entry in tmp_path.iterdir()} == {"m", path.name}
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_nothing_stays_of_a_write_that_was_killed(tmp_path, monkeypatch, kind):
+    """safetensors writes under a name of its own, beside the one that it is given."""
+    path, left = tmp_path / "mm_projector.safetensors", tmp_path / ".mm_projector.safetensors.tmp"
+
+    def interrupted(tensors, to, metadata):
+        to.with_name(".tmpAbCdEf").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("safetensors.torch.save_file", interrupted)
+        save_tensors(path, {"one": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+    if kind == "folder":
+        left.mkdir()
+    (left / ".tmpAbCdEf" if kind == "folder" else left).touch()  # a killed process's; as versions before left it
+    save_tensors(path, {"one": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_another_ending_is_refused(tmp_path):
     folder = write_folder(tmp_path / "m", llava_state())
     with pytest.raises(ValueError, match="out.pt: a projector file ends in .bin"):

@@ -300,6 +300,31 @@ def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
     assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
 
 
+def test_a_validation_that_a_signal_ended_is_made_up_for(run, tmp_path, monkeypatch):
+    argv = flags(run, tmp_path / "out", "--max_steps", "6", "--eval_data_path", str(run / "train.json"),
+                 "--eval_strategy", "steps", "--eval_steps", "3", "--dataloader_num_workers", "0")
+    assert train.main([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
+    evaluate, calls = train.evaluate, []
+
+    def stopped(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(state)
+
+    def counted(state):
+        calls.append(state.step)
+        return evaluate(state)
+
+    monkeypatch.setattr(train, "evaluate", stopped)
+    assert train.main(argv) == 128 + signal.SIGTERM
+    assert train.main(argv) == 128 + signal.SIGTERM  # still at it
+    monkeypatch.setattr(train, "evaluate", counted)
+    assert train.main(argv) == 0
+    found, expected = ([(line["step"], line["eval_loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl")
+                        if "eval_loss" in line] for name in ("out", "straight"))
+    assert calls == [3, 6] and found == expected
+    assert train.main(argv) == 0 and calls == [3, 6]  # all is done
+
+
 def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
     saved, save = [], recovery.save
     monkeypatch.setattr(recovery, "save", lambda state: (saved.append(state.step), save(state))[1])

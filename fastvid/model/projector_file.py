@@ -6,6 +6,7 @@ projector (Video-LLaVA 0c8810f, VideoChatGPTTrainer._save).
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -111,9 +112,13 @@ def save_tensors(path, tensors, provenance=None):
     if path.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"{path}: a projector file ends in .bin (the reference's form) or .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A folder, for safetensors writes under a name of its own, which would stay beside `path` for ever after a kill.
+    folder = path.with_name(f".{path.name}.tmp")
+    temporary = folder / path.name
     try:
         with naming(path):
+            _remove(folder)
+            folder.mkdir()
             if path.suffix == ".bin":
                 _save_pickle(tensors, temporary)
                 if provenance is not None:
@@ -129,7 +134,15 @@ def save_tensors(path, tensors, provenance=None):
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(folder)
+
+
+def _remove(path):
+    """A folder; or a file, as versions left that wrote beside it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _save_pickle(tensors, path):
