@@ -70,7 +70,7 @@ def test_unreadable_files_are_named_with_the_line(tmp_path, content, message):
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "is empty"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer.*git lfs pull"),
-    (gzip.compress(b"[]"), "is packed with gzip.*gunzip"),
+    (gzip.compress(b"[]", mtime=0), "is packed with gzip.*gunzip"),
     (b"<!DOCTYPE html><html></html>", "is a web page"),
     (b"PAR1....", "is a Parquet file"),
     (b"PK\x03\x04....", "is a zip archive"),
