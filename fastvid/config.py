@@ -351,5 +351,5 @@ class ExportConfig(_Checked):
 class DoctorConfig(_Checked):
     """What this machine has, and what each absence costs."""
 
-    path: list[str] = _flag(["."], "Folders whose free disk space to show.")
+    path: list[str] = _flag(["."], "Folders whose free disk space to show. Default: the current one.")
     json: bool = _flag(False, "Print JSON.")

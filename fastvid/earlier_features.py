@@ -122,7 +122,8 @@ class EarlierFeatures:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
         for name, value in self.settings.items():
             if made.get(name) != value:
-                return f"{name} {made.get(name, 'unknown')}, not {value}"
+                of = f" (of {made['tower']})" if name == "tower_revision" and made.get("tower") else ""
+                return f"{name} {made.get(name, 'unknown')}{of}, not {value}"
         return None
 
 

@@ -7,7 +7,9 @@
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +31,14 @@ from fastvid.trained_paths import checkpoint_folder
 from fastvid.video.encoder import load_tower, processor_settings
 from fastvid.video.tower import check_tower, choose_tower
 
+log = logging.getLogger("fastvid")
+
 SHARD_BYTES = 5_000_000_000
+# What an export of any format may consist of.
+_EXPORTED = re.compile(
+    r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.model|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|preprocessor_config\.json|processor_config\.json")
 
 
 def export(config, *, verify=True):
@@ -264,15 +273,19 @@ def _write_json(path, values):
 
 
 def _refuse_foreign(output):
-    """Only an empty folder or an earlier export of ours may be replaced."""
+    """Only an empty folder or an earlier export of ours, with nothing beside it, may be replaced; which is told."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
-        ours = EXPORT_MARK in json.loads((output / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise ValueError(f"--output {output} exists and is not an export of fastvid's; choose another folder")
+        earlier = json.loads((output / "config.json").read_text(encoding="utf-8"))[EXPORT_MARK]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--output {output} exists and is not an export of fastvid's; choose another folder") from None
+    if others := sorted(path.name for path in output.iterdir() if not _EXPORTED.fullmatch(path.name)):
+        raise ValueError(f"--output {output} also holds {', '.join(map(shown, others[:3]))}, which would go with the "
+                         "export there; move it away, or choose another folder")
+    told = earlier if isinstance(earlier, dict) else {}
+    log.warning("%s holds an earlier export (format %s, of %s), which is replaced", output,
+                told.get("format", "unknown"), told.get("checkpoint", "an unknown checkpoint"))
 
 
 def _give_name(temporary, output):

@@ -311,7 +311,8 @@ def main(argv=None) -> int:
     config = parse(ExtractConfig, argv)
     make_current(open_device(config.device or _default_device()))
     summary = extract(config)
-    print(summary)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    print(f"rank {os.environ.get('RANK', 0)} of {ranks}: {summary}" if ranks > 1 else summary)
     return summary.exit_code
 
 

@@ -158,8 +158,8 @@ class Metrics:
         """The run so far (since a resume) in one line."""
         run, rates = self._run, self._run.rates(self.peak_flops)
         if not run.steps and self.start_step:
-            return (f"all {self.start_step:,} steps are done already, final loss {self._loss:.4f}; --resume never "
-                    "starts over, more --max_steps or --num_train_epochs go on")
+            return (f"all {self.start_step:,} steps are done already (final loss {self._loss:.4f}): give more "
+                    "--max_steps or --num_train_epochs to go on, or --resume never to start over")
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
         return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
                 f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "

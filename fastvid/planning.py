@@ -249,9 +249,22 @@ def plan_memory(config, model_config, loader, world, attention):
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
     log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
     if estimate.total > available:
-        log.warning("a step takes more than there is: try smaller batches, --bf16 True, --shard full on more ranks, "
-                    "--optim adamw_8bit --master_dtype bfloat16, or of a frozen decoder --frozen_dtype nf4")
+        log.warning("a step takes more than there is: try %s", ", ".join(_smaller(config, layout)))
     return plan._replace(accumulate_whole=whole)
+
+
+def _smaller(config, layout):
+    """What a run might do to take less memory, of what it does not do yet."""
+    trained = "decoder" in config.trainable
+    yield "smaller batches"
+    if not config.bf16:
+        yield "--bf16 True"
+    if trained and not (config.optim.endswith("8bit") and config.master_dtype == "bfloat16"):
+        yield "--optim adamw_8bit --master_dtype bfloat16"
+    if frozen_dtype(config) is None and layout != "full":
+        yield "--shard full on more ranks"
+    if not trained and config.frozen_dtype != "nf4":
+        yield "--frozen_dtype nf4"
 
 
 def _available(config, world):

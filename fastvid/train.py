@@ -51,6 +51,7 @@ from fastvid.saver import Saver
 from fastvid.staging import Staging
 from fastvid.state import StepResult, TrainState
 from fastvid.trained_paths import projector_path
+from fastvid.video.tower import check_features
 
 log = logging.getLogger("fastvid")
 
@@ -97,6 +98,7 @@ def prepare(config, world):
         config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
         projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
     samples.fit(model_config.mm_hidden_size)
+    check_features(config.vision_tower, samples.provenance, config.video_folder)
     loader = training_loader(config, samples, world)
     config = planning.with_whole_steps(config, loader.order.total_steps)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None

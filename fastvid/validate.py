@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ def _check_features(report, config):
                     report.makers[made.tower, made.tower_revision, made.num_frames] += 1
     if not found:
         return {}
-    _check_towers(report)
+    _check_towers(report, config.vision_tower)
     (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
     if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
         with suppress(ValueError):  # told where its tokenizer is read
@@ -153,14 +154,16 @@ def _check_features(report, config):
     if required is None and config.policy.one_video_length:
         rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
         required = max(rows_of_C, key=rows_of_C.get, default=None)
-    usable = {}
+    usable, remedy = {}, "extract all with one tower"
+    if config.num_video_tokens is not None:
+        remedy += f", or leave --num_video_tokens {config.num_video_tokens} out"
     for video, (rows, channels, _) in found.items():
         if channels == C and rows == (required or rows):
             usable[video] = rows
         else:
             report.add("features of another shape",
                        f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
-                       f"× {C}; extract all with one tower")
+                       f"× {C}; {remedy}")
     return usable
 
 
@@ -188,8 +191,23 @@ def _check_lengths(report, config, kept, rows):
         report.remarks.add([each for each in sample.remarks if each not in told], path, number)
 
 
-def _check_towers(report):
-    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most."""
+def _check_towers(report, wanted):
+    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
+
+    So are those of another one than `wanted`, where that is a folder.
+    """
+    if wanted is not None and os.path.isdir(wanted):
+        from fastvid.provenance import same_tower
+        from fastvid.video.tower import revisions
+
+        known = revisions(wanted)
+        for (tower, revision, _), count in report.makers.items():
+            if same_tower(revision, known) is False:
+                kind = "features of another tower than --vision_tower"
+                report.problems[kind] += count
+                report.examples.setdefault(kind, []).append(
+                    f"{count:,} of {tower} ({revision[:19]}…): leave --vision_tower {shown(wanted)} out, or give that "
+                    "one")
     towers = Counter()
     for (tower, revision, _), count in report.makers.items():
         towers[revision] += count

@@ -236,15 +236,20 @@ def test_shards_and_index(tmp_path, run, monkeypatch):
     assert torch.equal(hf.model.layers[1].self_attn.q_proj.weight, q.to(torch.bfloat16))
 
 
-def test_what_may_be_replaced(tmp_path, run, monkeypatch):
+def test_what_may_be_replaced(tmp_path, run, monkeypatch, caplog):
     folder, _, _ = run({"projector", "boundary"})
     output = tmp_path / "exported"
     output.mkdir()
     config = ExportConfig(str(folder), str(output), "llama")
     export.export(config)
-    (output / "stray").touch()
+    (output / "notes.txt").touch()
+    with pytest.raises(ValueError, match="exported also holds notes.txt, which would go"):
+        export.export(config)
+    (output / "notes.txt").unlink()
+    (output / "model-00001-of-00002.safetensors").touch()
     export.export(config)
-    assert not (output / "stray").exists(), "an export of ours is replaced whole"
+    assert not (output / "model-00001-of-00002.safetensors").exists(), "an export of ours is replaced whole"
+    assert f"holds an earlier export (format llama, of {folder}), which is replaced" in caplog.text
     before = sorted(path.name for path in tmp_path.iterdir())
 
     def fails(*args):

@@ -176,7 +176,7 @@ def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
     open_metrics(tmp_path).log(100, {"loss": 0.25})
     open_metrics(tmp_path, start_step=100).log(100, {"eval_loss": 0.5})
     assert open_metrics(tmp_path, start_step=100).summary().startswith(
-        "all 100 steps are done already, final loss 0.2500")
+        "all 100 steps are done already (final loss 0.2500)")
 
 
 # What the user sees

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from training_run import CHANNELS, ROWS, flags, write_run
 
 from fastvid import chat as chat_module
-from fastvid import checkpoint, export, provenance, train
+from fastvid import checkpoint, export, provenance, train, validate
 from fastvid.chat import Chat
-from fastvid.config import ExportConfig
+from fastvid.config import ExportConfig, ValidateConfig
 from fastvid.data.features import load_features, save_features
+from fastvid.flags import parse
 from fastvid.model.projector_file import save_tensors
 from fastvid.provenance import Provenance, agreed, of_features, of_weights, same_tower
 from fastvid.video.tower import revisions
@@ -202,6 +203,22 @@ def test_features_of_two_towers_are_told_before_the_first_step(made, tmp_path, c
     assert "features of 2 vision towers" in line and "8 of" in line and "4 of" in line
     found = of_weights(tmp_path / "out" / "mm_projector.bin")
     assert found.tower_revision is None and found.num_frames == FRAMES
+
+
+@pytest.mark.parametrize("command", ["train", "validate"])
+def test_training_with_a_tower_that_did_not_make_the_features_is_refused(made, tmp_path, command):
+    for name in ("tower_b", "tower_a"):
+        argv = flags(made, tmp_path / name, "--max_steps", "1", "--vision_tower", str(made / name))
+        if command == "validate":
+            report = validate.validate(parse(ValidateConfig, [
+                "--data_path", str(made / "train.json"), "--video_folder", str(made / "feats"),
+                "--vision_tower", str(made / name)]))
+            assert ("features of another tower than --vision_tower" in report.problems) == (name == "tower_a")
+        elif name == "tower_b":
+            assert train.main(argv) == 0
+        else:
+            with pytest.raises(ValueError, match="--vision_tower .*tower_a is another tower .*tower_b"):
+                train.main(argv)
 
 
 def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog, monkeypatch):

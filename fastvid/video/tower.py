@@ -60,6 +60,25 @@ def check_tower(tower, trained, weights, flag="--vision_tower"):
                          f"trained on, {_described(trained)}; give that one")
 
 
+def check_features(tower, made, folder):
+    """Refuse a tower's folder that is not the one that made some features; a hub id is not looked at.
+
+    Args:
+        tower: ``--vision_tower``, or None.
+        made: Provenance of the features.
+        folder: where they lie, for the message.
+
+    Raises:
+        ValueError: it is another one.
+        OSError: as `revisions`.
+    """
+    if tower is None or made.tower_revision is None or not os.path.isdir(tower):
+        return
+    if same_tower(made.tower_revision, revisions(tower)) is False:
+        raise ValueError(f"--vision_tower {shown(tower)} is another tower than the one that made the features in "
+                         f"--video_folder {shown(folder)}, {_described(made)}; leave the flag out, or give that one")
+
+
 def choose_tower(given, trained, weights, otherwise=None):
     """The tower to use: the given one, else that of the features that `weights` were trained on.
 
