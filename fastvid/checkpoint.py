@@ -130,7 +130,9 @@ def read_full(folder, group: str) -> dict[str, Tensor]:
 
 def read_state(folder) -> dict:
     """The `state` that was saved (as JSON has it: tuples are lists, keys are strings)."""
-    return json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+    path = Path(folder) / "state.json"
+    with naming(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | None = None,
