@@ -23,7 +23,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastvid import found, shards
@@ -161,7 +160,7 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
                 if held or rank == 0:  # rank 0's file says that the group exists, be it empty
                     path = temporary / f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
                     mark = {} if snapshot.run is None else {"run": snapshot.run, "step": str(step)}
-                    with _naming(path):
+                    with shards.naming_tensors(path):
                         shards.write(path, held, mark)
                         _sync(path)
                         written[path.name] = found.measure(path)
@@ -247,16 +246,6 @@ def _remove(path):
             path.unlink()
     except OSError as error:
         log.warning("%s could not be removed: %s", path, error)
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """`files.naming`, for the errors of safetensors too."""
-    try:
-        with naming(path):
-            yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
 
 
 def _sync(path):
