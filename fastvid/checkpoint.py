@@ -23,7 +23,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastvid import checkpoint_folders, shards
@@ -130,7 +129,9 @@ def read_full(folder, group: str) -> dict[str, Tensor]:
 
 def read_state(folder) -> dict:
     """The `state` that was saved (as JSON has it: tuples are lists, keys are strings)."""
-    return json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+    path = Path(folder) / "state.json"
+    with naming(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | None = None,
@@ -159,7 +160,7 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
                 if held or rank == 0:  # rank 0's file says that the group exists, be it empty
                     path = temporary / f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
                     mark = {} if snapshot.run is None else {"run": snapshot.run, "step": str(step)}
-                    with _naming(path):
+                    with shards.naming_tensors(path):
                         shards.write(path, held, mark)
                         _sync(path)
                         written[path.name] = checkpoint_folders.measure(path)
@@ -245,16 +246,6 @@ def _remove(path):
             path.unlink()
     except OSError as error:
         log.warning("%s could not be removed: %s", path, error)
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """`files.naming`, for the errors of safetensors too."""
-    try:
-        with naming(path):
-            yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
 
 
 def _sync(path):

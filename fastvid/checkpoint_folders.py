@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fastvid.files import shown, wrong_content
+from fastvid.files import naming, shown, wrong_content
 from fastvid.together import gather, rank_and_size, together
 
 log = logging.getLogger("fastvid")
@@ -136,7 +136,7 @@ def fault(folder, rank=0, world_size=1) -> str | None:
 
 def measure(path) -> dict:
     """{"bytes", "sha256"} of a file."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -152,7 +152,8 @@ def read_checksums(folder) -> dict:
     if wrong := wrong_content(path):
         raise ValueError(f"{path} {wrong}")
     try:
-        files = json.loads(path.read_bytes())["files"]
+        with naming(path):
+            files = json.loads(path.read_bytes())["files"]
         return {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
@@ -175,7 +176,8 @@ def _check_files(folder, expected):
 
 def _check_marks(folder, expected):
     """Whether all files are of one run and step. Those of versions that did not mark them are taken as they are."""
-    state = json.loads((folder / "state.json").read_bytes())
+    with naming(folder / "state.json"):
+        state = json.loads((folder / "state.json").read_bytes())
     run = state.get("run") if isinstance(state, dict) else None
     for name in expected:
         if _SHARD.fullmatch(name):
@@ -184,5 +186,7 @@ def _check_marks(folder, expected):
                     found = file.metadata() or {}
             except SafetensorError as error:
                 raise ValueError(f"{shown(name)} is no safetensors file ({error})") from error
+            except OSError as error:
+                raise ValueError(f"{shown(name)} cannot be read ({error})") from error
             if run is not None and (found.get("run"), found.get("step")) != (run, str(state.get("step"))):
                 raise ValueError(f"{shown(name)} and state.json are of two runs or steps")

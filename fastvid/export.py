@@ -20,13 +20,14 @@ from fastvid import __version__, checkpoint, provenance
 from fastvid.config import ExportConfig
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.files import shown
+from fastvid.files import naming, shown
 from fastvid.flags import parse
 from fastvid.folders import model_folder
 from fastvid.model.names import llava_hf_name
 from fastvid.model.weight_files import CheckpointTensors
 from fastvid.model.weights import trained_tensor, trained_weights, write_reference_projector
 from fastvid.provenance import EXPORT_MARK, KEY
+from fastvid.shards import naming_tensors
 from fastvid.trained_paths import checkpoint_folder
 from fastvid.video.encoder import load_tower, processor_settings
 from fastvid.video.tower import check_tower, choose_tower
@@ -190,8 +191,11 @@ def _write_tokenizer_table(folder):
     ids."""
     from transformers import LlamaTokenizer
 
-    if not (folder / "tokenizer.json").is_file():
-        LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        table = LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str(pretty=True)
+        with naming(path):
+            path.write_text(table, encoding="utf-8")
 
 
 def _write_processor(folder, tower, vision):
@@ -247,7 +251,8 @@ def _write_weights(folder, tensors):
 
     def flush():
         path = folder / f"shard-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
+        with naming_tensors(path):
+            save_file(pending, path, metadata={"format": "pt"})
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
         shards.append((path, list(pending), size))
 
@@ -269,7 +274,8 @@ def _write_weights(folder, tensors):
 
 
 def _write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _refuse_foreign(output):
@@ -291,7 +297,7 @@ def _refuse_foreign(output):
 def _give_name(temporary, output):
     """Put the finished folder in its place; an earlier export there goes only now."""
     for path in temporary.iterdir():
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             os.fsync(file.fileno())
     replaced = output.with_name(f".{output.name}.replaced")
     if output.exists():

@@ -299,7 +299,7 @@ def _columns():
 def read_metrics(path) -> list[dict]:
     """The lines of a metrics.jsonl; what is no complete line (the process was killed while it wrote) is left out."""
     lines = []
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         for text in file:
             with contextlib.suppress(ValueError):
                 line = json.loads(text)

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fastvid.files import naming
+
 
 @dataclass(frozen=True)
 class LocalShard:
@@ -68,6 +70,16 @@ def written_parts(tensors: dict) -> dict[str, LocalShard]:
     held = {name: shard for name, (shard, writes) in zip(tensors, map(held_part, tensors.values())) if writes}
     return {name: replace(shard, local=shard.local.detach().as_subclass(Tensor))
             for name, shard in held.items() if shard.local.numel() or shard.offset == 0}
+
+
+@contextlib.contextmanager
+def naming_tensors(path):
+    """`files.naming`, for the errors of safetensors too, which are OSErrors then."""
+    try:
+        with naming(path):
+            yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def write(path, shards: dict[str, LocalShard], mark: dict[str, str] | None = None) -> None:

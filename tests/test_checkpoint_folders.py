@@ -180,3 +180,22 @@ def test_looking_changes_nothing(tmp_path):
     assert names_in(tmp_path) == before
     checkpoint.tidy(tmp_path)
     assert names_in(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that no read succeeds on, as Linux has one")
+@pytest.mark.parametrize("read", [checkpoint_folders.measure, lambda path: checkpoint.read_state(path.parent)])
+def test_a_read_that_fails_names_the_file(tmp_path, read):
+    path = tmp_path / "state.json"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+        read(path)
+
+
+def test_a_tensor_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def fails(path, framework):
+        raise OSError("Input/output error (os error 5)")
+
+    save_step(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_folders, "safe_open", fails)
+    assert checkpoint_folders.fault(tmp_path / "checkpoint-1").startswith(
+        "model-00000-of-00001.safetensors cannot be read (Input/")

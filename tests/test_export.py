@@ -1,18 +1,24 @@
 """fastvid export: the reference's projector file, LLaVA-1.5's layout, llava-hf's layout."""
 
 import json
+import os
+import resource
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_cases import flip_a_bit
 from conftest import ROOT
+from ranks import FORKS
 from safetensors.torch import load_file
 from weight_folders import C, D, llava_state, load, write_folder
 
 from fastvid import checkpoint, export
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.config import ExportConfig, TrainConfig
+from fastvid.data import tokenizer
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.model.weights import read_model_config
 
@@ -234,6 +240,31 @@ def test_shards_and_index(tmp_path, run, monkeypatch):
     assert not report["missing_keys"] and hf.dtype == torch.bfloat16
     q = model.decoder.layers[1].qkv.weight[:D]
     assert torch.equal(hf.model.layers[1].self_attn.q_proj.weight, q.to(torch.bfloat16))
+
+
+def export_with_little_room(settings):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        export.export(settings)
+    except OSError as error:
+        sys.exit(0 if f"{settings.output}" in str(error).replace("/.", "/") and "File too large" in str(error) else 2)
+    sys.exit(1)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, run):
+    folder, _, _ = run({"projector", "boundary"})
+    child = FORKS.Process(target=export_with_little_room,
+                          args=(ExportConfig(str(folder), str(tmp_path / "exported"), "llama"),))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and not list(tmp_path.glob("*exported*"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as Linux plays it")
+@pytest.mark.parametrize("write", [export._write_json, tokenizer._write_json])
+def test_json_that_does_not_fit_is_told_by_name(write):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write(Path("/dev/full"), {})
 
 
 def test_what_may_be_replaced(tmp_path, run, monkeypatch, caplog):

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+
+import pytest
 
 from fastvid.video.manifest import Manifest, read_manifest
 
@@ -30,6 +33,16 @@ def test_torn_lines(tmp_path):
         manifest.append("c.mp4", "ok")
         manifest.close()
         assert list(read_manifest(tmp_path)) == ["a.mp4", "c.mp4"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as Linux plays it")
+def test_a_full_disk_is_told_by_name(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.close()
+    manifest._file = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(OSError, match=f"No space left on device: '{manifest.path}'"):
+        manifest.append("a.mp4", "ok")
+    manifest.close()
 
 
 def _write(folder, writer):

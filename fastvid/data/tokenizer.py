@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastvid.batch import VideoTokens
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
-from fastvid.files import read_json_object, wrong_content
+from fastvid.files import naming, read_json_object, wrong_content
 from fastvid.folders import model_folder
 
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -267,4 +267,5 @@ def _added_tokens(folder):
 
 
 def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

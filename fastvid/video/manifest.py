@@ -13,6 +13,8 @@ import json
 import os
 from pathlib import Path
 
+from fastvid.files import naming
+
 NAME = "manifest.jsonl"
 
 
@@ -37,9 +39,10 @@ class Manifest:
         """Make the folder and the file where they are missing, and close off a torn line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+        with naming(self.path):
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                os.write(self._file, b"\n")
 
     def append(self, video, status, *, reason=None, frames=None, seconds=None, **more):
         """Record what became of one video.
@@ -57,7 +60,8 @@ class Manifest:
         self.entries[video] = entry
         if "file" in entry:
             self.files[entry["file"]] = entry
-        os.write(self._file, json.dumps(entry).encode() + b"\n")
+        with naming(self.path):
+            os.write(self._file, json.dumps(entry).encode() + b"\n")
 
     def close(self):
         if self._file is not None:
@@ -77,7 +81,9 @@ def read_files(folder) -> dict[str, dict]:
 
 def _entries(folder):
     path = Path(folder) / NAME
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    with naming(path):
+        lines = path.read_bytes().splitlines() if path.exists() else ()
+    for line in lines:
         try:
             entry = json.loads(line)
             if isinstance(entry["video"], str):
