@@ -210,7 +210,7 @@ def test_every_form_of_a_trained_projector_is_read(make_model, tmp_path):
         Chat(model_name_or_path=str(model), projector=str(run / "checkpoint-10"), device="cpu")
     with pytest.raises(ValueError, match="give the trained one with --projector"):
         Chat(model_name_or_path=str(model), device="cpu")
-    with pytest.raises(ValueError, match="neither a projector file"):
+    with pytest.raises(ValueError, match="nothing does not exist; give a projector"):
         Chat(model_name_or_path=str(model), device="cpu", projector=str(tmp_path / "nothing"))
 
 

@@ -133,7 +133,8 @@ def load_tower(tower, dtype):
         what = "a URL" if is_url(tower) else "a file"
         raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
     if is_path(tower) and not os.path.isdir(tower):
-        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, or its name on the hub")
+        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
+                         "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes")
     for path in _files(tower):
         if fault := wrong_content(path):
             raise ValueError(f"{path} {fault}")
