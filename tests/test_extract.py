@@ -401,7 +401,8 @@ def test_a_slow_video_holds_up_no_other(job, mixed, tmp_path):
     endless(mixed / "0.mp4")
     summary = extract(job(mixed, decode_workers=2, timeout=0.5))
     lines = [json.loads(line) for line in (tmp_path / "features" / "manifest.jsonl").read_text().splitlines()]
-    assert [line["video"] for line in lines if line["video"] != "c.mp4"] == ["a.mp4", "b.mp4", "d.mp4", "0.mp4"]
+    *others, last = (line["video"] for line in lines if line["video"] != "c.mp4")
+    assert last == "0.mp4" and set(others) == {"a.mp4", "b.mp4", "d.mp4"}  # two that are ready at once come as it may
     assert "longer than 0.5 s" in dict(summary.failures)["0.mp4"]
 
 
