@@ -313,7 +313,8 @@ def _keep_lines(path, last_step):
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
     temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # never opened: it may be a pipe, or a link
+    with naming(path), open(temporary, "x", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())

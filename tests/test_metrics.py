@@ -87,6 +87,13 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, put, what):
         open_metrics(tmp_path, start_step=4)
 
 
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_lies_in_the_way_of_the_rewrite_is_not_opened(tmp_path, put):
+    put(tmp_path / ".metrics.jsonl.tmp")
+    open_metrics(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
     metrics = open_metrics(tmp_path / "out", rank=1)
     metrics.count(StepCounts(4, 100, 10))
