@@ -1,5 +1,9 @@
 """Videos of which a part is missing or wrong: refused, or counted by who takes them as they are."""
 
+import os
+import subprocess
+import sys
+
 import av
 import numpy as np
 import pytest
@@ -125,3 +129,21 @@ def test_matrices_as_players_read_them(tmp_path, matrix, rotation):
     path = draw(tmp_path / "a.mp4",
                 turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
     assert probe(path).rotation == rotation
+
+
+REFUSED = """
+import sys
+from fastvid.video.decode import DecodeError, decode
+for _ in range(300):
+    try:
+        decode(sys.argv[1], threads=8)
+    except DecodeError as error:
+        assert "turned by 30" in str(error)
+"""
+
+
+def test_a_video_that_is_left_while_threads_decode_it_waits_for_nothing(tmp_path):
+    """Threads that have something to log want Python's lock, which closing their decoder must not hold."""
+    path = draw(tmp_path / "a.mp4", 60, size=(320, 240), turn=lambda stream: stream.set_display_rotation(30))
+    subprocess.run([sys.executable, "-c", REFUSED, str(path)], check=True, timeout=120,
+                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})

@@ -37,7 +37,12 @@ def open_video(path):
     with _log() as lines:  # until the container is closed, and its decoder's threads with it
         with _opened(path) as container:
             stream = _best(path, container)
-            yield container, stream, lambda: list(_complaints(lines, container, stream))
+            try:
+                yield container, stream, lambda: list(_complaints(lines, container, stream))
+            finally:
+                # A decoder that is closed waits for its threads while it holds Python's lock, and one of them that has
+                # something to log waits for that. This lets the lock go, and afterwards none of them has any work.
+                stream.codec_context.flush_buffers()
 
 
 @contextmanager
