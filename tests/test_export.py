@@ -304,6 +304,7 @@ def test_what_cannot_be_exported(tmp_path, run):
     with pytest.raises(ValueError, match="has an mlp2x_gelu projector, this model a linear one.*--format llama"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava"))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
+    assert export.export(ExportConfig(str(folder), str(tmp_path / "as told"), "llama"))
     state = checkpoint.read_state(folder)
     other = checkpoint.save(tmp_path / "o", 1, groups={"model": {"decoder.norm.weight": torch.ones(3)}}, state=state)
     with pytest.raises(ValueError, match=r"decoder.norm.weight is \[3\], which does not fit .*base"):

@@ -1,13 +1,18 @@
-"""What messages tell a user to do can be done: the flags, commands and scripts that they name are there."""
+"""What messages tell a user to do can be done: what they name is there, and training starts once it was done.
+
+Remedies of other commands are tried where their mistakes are tested.
+"""
 
 import ast
 import dataclasses
+import json
 import re
 
 import pytest
 from conftest import ROOT
+from training_run import flags, write_run
 
-from fastvid import config
+from fastvid import config, train
 from fastvid.cli import COMMANDS
 
 # Of other programs: torchrun, pip, hf, docker.
@@ -37,3 +42,59 @@ def test_what_is_named_is_there(pattern, known):
     named = {(file, word) for file, text in texts() for word in re.findall(pattern, text)}
     assert len(named) > 1
     assert {(file, word) for file, word in named if word not in known} == set()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    records = json.loads((folder / "train.json").read_text())
+    (folder / "missing.json").write_text(json.dumps([*records, {**records[0], "video": "nowhere"}]))
+    (folder / "image.json").write_text(json.dumps([*records, {**records[0], "image": "a.jpg", "video": None}]))
+    return folder
+
+
+# (flags of a mistake, what is said, the same flags as mended by what it says)
+TRAINING = [
+    ("--master_dtype bfloat16", "add --bf16 True", "--master_dtype bfloat16 --bf16 True"),
+    ("--frozen_dtype fp8", "add --bf16 True", "--frozen_dtype fp8 --bf16 True"),
+    ("--frozen_dtype int8 --tune_mm_mlp_adapter False", "leave the flag out", "--tune_mm_mlp_adapter False"),
+    ("--frozen_dtype int8 --tune_mm_mlp_adapter False", "--tune_mm_mlp_adapter True",
+     "--frozen_dtype int8 --tune_mm_mlp_adapter True"),
+    ("--frozen_dtype int8 --parity reference", "leave one of the two out", "--parity reference"),
+    ("--frozen_dtype int8 --shard full", "use --shard auto or none", "--frozen_dtype int8 --shard none"),
+    ("--shard_size 2", "for --shard hybrid; add that, or leave it out", "--shard_size 2 --shard hybrid"),
+    ("--eval_strategy steps", "needs --eval_data_path", "--eval_strategy steps --eval_data_path {run}/train.json"),
+    ("--eval_strategy epoch --evaluation_strategy no", "leave one out", "--evaluation_strategy no"),
+    ("--weight_decay 0.1 --parity reference", "set it to 0", "--weight_decay 0 --parity reference"),
+    ("--freeze_mm_mlp_adapter True --mm_use_vid_start_end False", "without --mm_use_vid_start_end",
+     "--freeze_mm_mlp_adapter True --mm_use_vid_start_end True"),
+    ("--recompute 99", "the model has 2 layers; give at most as many", "--recompute 2"),
+    ("--recompute many", "give auto, none, selective, full", "--recompute selective"),
+    ("--memory 80", "such as 24GiB or 80GB", "--memory 80GB"),
+    ("--report_to figures", "known are tensorboard", "--report_to tensorboard"),
+    ("--rows_per_batch 30", "give at least as many", "--rows_per_batch 300"),
+    ("--num_video_tokens 9", "let videos differ in rows .neither --num_video_tokens", ""),
+    ("--data_weights 1 2", "give one each", "--data_weights 1"),
+    ("--data_weights 0", "give a larger one", "--data_weights 1"),
+    ("--share_video True --parity reference", "leave it out with --parity reference", "--parity reference"),
+    ("--data_path {run}/missing.json", "--on_bad_sample skip", "--data_path {run}/missing.json --on_bad_sample skip"),
+    ("--data_path {run}/image.json", "--on_bad_sample skip", "--data_path {run}/image.json --on_bad_sample skip"),
+    ("--video_folder {run}/model/config.json", "give the one that feature extraction wrote to",
+     "--video_folder {run}/feats"),
+    ("--model_name_or_path {run}", "its model is .*/model: give that", "--model_name_or_path {run}/model"),
+    ("--fp16 True", "--bf16", "--bf16 True"),
+    ("--deepspeed zero3.json", "--shard", "--shard full"),
+    ("--bits 4", "--frozen_dtype nf4", "--frozen_dtype nf4"),
+    ("--learning_rate -1", "give 0 or more", "--learning_rate 0"),
+]
+
+
+@pytest.mark.parametrize("mistake, said, mended", TRAINING)
+def test_training_starts_once_a_mistake_was_mended_as_told(run, tmp_path, mistake, said, mended, capsys):
+    def attempt(words):
+        return train.main(flags(run, tmp_path / "out", "--dry_run", *words.format(run=run).split()))
+
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        attempt(mistake)
+    assert re.search(said, f"{refused.value} {capsys.readouterr().err}")
+    assert attempt(mended) == 0
