@@ -127,11 +127,13 @@ def test_mean_of_means_weighs_micro_batches_alike(run, tmp_path):
 # --- interruption
 
 KILL_IN_STEP = """
-import os, signal, sys
+import os, signal, sys, time
 from fastvid import train
 step = train.train_step
 def train_step(state, batches):
     if state.step == 6:
+        while not os.path.exists(os.path.join(state.config.output_dir, "checkpoint-4")):
+            time.sleep(0.01)  # it is written beside the steps, which may be faster
         os.kill(os.getpid(), signal.SIGKILL)
     return step(state, batches)
 train.train_step = train_step
