@@ -8,7 +8,7 @@ from training_run import flags, losses, start, write_run
 from fastvid import train
 
 KILL_ONE = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 
 from fastvid import train
@@ -19,6 +19,8 @@ step = train.train_step
 
 def train_step(state, batches):
     if state.step == 6 and state.world.rank == 1 and not killed.exists():
+        while not Path(state.config.output_dir, "checkpoint-4").exists():
+            time.sleep(0.01)  # it is written beside the steps, which may be faster
         killed.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)
     return step(state, batches)
