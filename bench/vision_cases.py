@@ -1,15 +1,18 @@
-"""Rows of the two kernels around the CLIP tower, and the reference's CPU code that they replace.
+"""Rows of the kernels around and within the CLIP tower, and the reference's CPU code that they replace.
 
-Dimensions: B videos, T frames, P patches, C channels, N temporal rows, H×W decoded pixels, S tower pixels per side.
+Dimensions: B videos, T frames, P patches, C and F channels, R rows of all images, N temporal rows, H×W decoded
+pixels, S tower pixels per side.
 """
 
 import numpy as np
 import torch
+from fastvid_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from fastvid_kernels.frame_patchify import frame_patchify, frame_patchify_reference
+from fastvid_kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool
 from PIL import Image
 
-from bench.cases import Case, Gradients, forward, in_fp32, normal, with_compiled
+from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 
 NUM_TEMPORAL = 100
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -116,16 +119,51 @@ def _clip_processor(size):
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
+def _layer_norm_case(R, C, dtype):
+    functions = with_compiled({"ours": lambda *given: add_layer_norm(*given, 1e-5),
+                               "eager": lambda *given: add_layer_norm_reference(*given, 1e-5)})
+    functions |= library("liger_kernel", "Liger", _liger_layer_norm, triton=True)
+    return Case(
+        "add_layer_norm", "forward", {"R": R, "C": C, "dtype": str(dtype).removeprefix("torch.")},
+        lambda generator, device: tuple(normal(generator, device, *shape, dtype=dtype)
+                                        for shape in ((R, C), (R, C), (C,), (C,))),
+        {name: forward(function) for name, function in functions.items()},
+        in_fp32(forward(functions["eager"])), 4 * R * C * dtype.itemsize)
+
+
+def _liger_layer_norm():
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    def norm(residual, branch, weight, bias):
+        total = residual + branch
+        return total, LigerLayerNormFunction.apply(total, weight, bias, 1e-5)
+
+    return norm
+
+
+def _quick_gelu_case(R, F, dtype):
+    functions = with_compiled({"ours": quick_gelu, "eager": lambda x: x * torch.sigmoid(1.702 * x)})
+    return Case(
+        "quick_gelu", "forward", {"R": R, "F": F, "dtype": str(dtype).removeprefix("torch.")},
+        lambda generator, device: (normal(generator, device, R, F, dtype=dtype),),
+        {name: forward(function) for name, function in functions.items()},
+        in_fp32(forward(quick_gelu_reference)), 2 * R * F * dtype.itemsize)
+
+
 def cases(small):
     """Rows on a GPU; their small shapes are checked on a CPU."""
     if small:
         yield from _pool_cases(2, 5, 6, 32, torch.bfloat16)
         yield _patchify_case(3, 45, 80, 28, 14)
+        yield _layer_norm_case(5, 32, torch.float16)
+        yield _quick_gelu_case(5, 64, torch.float16)
         return
     yield from _pool_cases(1, 100, 576, 1024, torch.float16)  # as extraction runs it
     yield from _pool_cases(8, 100, 576, 1024, torch.bfloat16)
     for height, width in ((336, 336), (720, 1280)):  # resized by the decoder, and whole
         yield _patchify_case(400, height, width, 336, 14)
+    yield _layer_norm_case(25 * 577, 1024, torch.float16)  # a pass of the tower
+    yield _quick_gelu_case(25 * 577, 4096, torch.float16)
 
 
 def pool_with_numpy(x_TPC):

@@ -32,7 +32,7 @@ from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import no_video
-from fastvid.video.tower import check_tower, choose_tower, revisions
+from fastvid.video.towers.choice import check_tower, choose_tower, revisions
 
 MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
 

@@ -29,8 +29,8 @@ from fastvid.model.weights import trained_tensor, trained_weights, write_referen
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.shards import naming_tensors
 from fastvid.trained_paths import checkpoint_folder
-from fastvid.video.encoder import load_tower, processor_settings
-from fastvid.video.tower import check_tower, choose_tower
+from fastvid.video.towers.choice import check_tower, choose_tower
+from fastvid.video.towers.clip import load_tower, processor_settings
 
 log = logging.getLogger("fastvid")
 

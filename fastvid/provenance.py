@@ -35,7 +35,7 @@ class Provenance:
 
     Attributes:
         tower: CLIP tower of the features, folder or hub id.
-        tower_revision: what identifies its weights (`fastvid.video.tower.revisions`).
+        tower_revision: what identifies its weights (`fastvid.video.towers.choice.revisions`).
         num_frames: frames per video, which are the features' temporal rows.
         rows: rows of every video; None also where videos differ.
         conv_mode: template of the prompts.

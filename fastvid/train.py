@@ -51,7 +51,7 @@ from fastvid.saver import Saver
 from fastvid.staging import Staging
 from fastvid.state import StepResult, TrainState
 from fastvid.trained_paths import projector_path
-from fastvid.video.tower import check_features
+from fastvid.video.towers.choice import check_features
 
 log = logging.getLogger("fastvid")
 

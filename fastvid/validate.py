@@ -198,7 +198,7 @@ def _check_towers(report, wanted):
     """
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.provenance import same_tower
-        from fastvid.video.tower import revisions
+        from fastvid.video.towers.choice import revisions
 
         known = revisions(wanted)
         for (tower, revision, _), count in report.makers.items():

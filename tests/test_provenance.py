@@ -17,7 +17,7 @@ from fastvid.data.features import load_features, save_features
 from fastvid.flags import parse
 from fastvid.model.projector_file import save_tensors
 from fastvid.provenance import Provenance, agreed, of_features, of_weights, same_tower
-from fastvid.video.tower import revisions
+from fastvid.video.towers.choice import revisions
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 DIGEST, OTHER = "sha256:aa", "sha256:bb"

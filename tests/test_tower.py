@@ -6,7 +6,7 @@ import pytest
 from towers import write_tower
 
 from fastvid.provenance import Provenance
-from fastvid.video.tower import check_tower, choose_tower, is_path, revisions
+from fastvid.video.towers.choice import check_tower, choose_tower, is_path, revisions
 
 COMMIT = "0123456789" * 4
 

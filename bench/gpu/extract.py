@@ -3,6 +3,7 @@
 Dimensions: T frames, P patches, C channels.
 """
 
+import copy
 import os
 import statistics
 import tempfile
@@ -15,6 +16,7 @@ from fastvid_kernels import spatio_temporal_pool
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.towers.clip import load_tower
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def write_tower(folder, shape):
     torch.manual_seed(0)
     with torch.device("cuda" if ON_GPU else "cpu"):
         tower = CLIPVisionModel(config)
+        with torch.no_grad():  # fresh biases are zero, and gains one: left out or swapped, they would not be missed
+            for parameter in tower.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
     tower.cpu().save_pretrained(folder)
 
 
@@ -52,14 +58,17 @@ def tower(small):
         write_tower(made, shape)
         for dtype in (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32,):
             encoder = FeatureEncoder(made, dtype=dtype, num_temporal=frames)
-            batch = encoder.batch_size
+            batch, name = encoder.batch_size, f"{dtype}".removeprefix("torch.")
             rows = torch.randn(batch, encoder.num_patches, 3 * shape.patch**2, device=encoder.device).to(dtype)
-            with torch.no_grad():
-                seconds = _timed(lambda: encoder._tower(rows), small)
-            name = f"{dtype}".removeprefix("torch.")
-            flops = batch * _tower_flops(shape)
-            yield {"row": f"tower, {name}", "images_per_second": batch / seconds, "batch": batch,
-                   "flops_per_second": flops / seconds}
+            images = torch.nn.functional.fold(rows.float().transpose(1, 2), shape.size, shape.patch,
+                                              stride=shape.patch).to(dtype)
+            model, flops = load_tower(made, dtype).to(encoder.device), batch * _tower_flops(shape)
+            yield {"row": f"tower's error beside transformers', {name}", **_errors(encoder.tower, model, rows, images)}
+            for who, call in (("tower", lambda: encoder.tower.states(rows)),
+                              ("transformers' layers", lambda: _their_states(model, images))):
+                seconds = _timed(call, small)
+                yield {"row": f"{who}, {name}", "images_per_second": batch / seconds, "batch": batch,
+                       "flops_per_second": flops / seconds}
             seconds = _timed(lambda: encoder.encode(pixels), small)
             yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds,
                    "videos_per_second": 1 / seconds}
@@ -68,6 +77,23 @@ def tower(small):
             yield {"row": "pooling", "seconds": seconds, "bytes_per_second": states.nbytes / seconds}
             seconds = _timed(lambda: pixels.to(encoder.device), small)
             yield {"row": "frames to the device", "seconds": seconds, "bytes_per_second": pixels.nbytes / seconds}
+
+
+@torch.no_grad()
+def _their_states(model, images):
+    """The tower's states by transformers' layers, without the one that is not needed."""
+    states = model.pre_layrnorm(model.embeddings(images))
+    for layer in model.encoder.layers[:-1]:
+        states = layer(states, None)
+    return states[:, 1:]
+
+
+def _errors(tower, model, rows, images, some=4):
+    """How far the states of some images, by us and by transformers, are from transformers' in fp32."""
+    exact = _their_states(copy.deepcopy(model).float(), images[:some].float())
+    ours, theirs = ((states.float() - exact).norm().item() / exact.norm().item()
+                    for states in (tower.states(rows[:some]), _their_states(model, images[:some])))
+    return {"relative_error": ours, "theirs": theirs, "status": "ok" if ours <= 1.5 * theirs + 1e-6 else "failed"}
 
 
 def _tower_flops(shape):

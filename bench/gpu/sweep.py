@@ -62,6 +62,8 @@ SPACES = {
     "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)],
                           lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
     "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
+    "add_layer_norm": Space([{"warps": w} for w in (1, 2, 4, 8)], lambda c, D: (POWER(max(D, 32)), c["warps"])),
+    "quick_gelu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), lambda c: c["block"]),
     "splice_video": Space(_blocks((1024, 2048, 4096), (4, 8)), _grid),
     "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64],
                      _rope),

@@ -3,18 +3,14 @@
 Dimensions: T frames, B frames per pass, P patches per frame, K pixel values per patch, C channels.
 
 The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (224): ``hidden_states[-2][:, 1:]`` of
-``CLIPVisionModel`` in fp16, pooled.
+``CLIPVisionModel``, pooled, up to the rounding of 16 bits (`fastvid.video.towers.clip`).
 """
-
-import os
 
 import torch
 from fastvid_kernels import frame_patchify, spatio_temporal_pool
-from torch.nn.functional import linear
 
-from fastvid.files import shown, wrong_content
-from fastvid.folders import is_url
-from fastvid.video.tower import is_path, revisions
+from fastvid.video.towers.choice import revisions
+from fastvid.video.towers.clip import ClipTower
 
 
 def open_device(name=None) -> torch.device:
@@ -54,7 +50,7 @@ class FeatureEncoder:
         num_temporal: most frames per video, and temporal rows of the features.
 
     Attributes:
-        image_size, patch_size: pixels; num_patches: P; hidden_size: C.
+        tower: the `ClipTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
@@ -68,21 +64,10 @@ class FeatureEncoder:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
-        model = load_tower(tower, self.dtype)
-        self.image_size, self.patch_size = model.config.image_size, model.config.patch_size
-        self.num_patches = (self.image_size // self.patch_size) ** 2
-        self.hidden_size = model.config.hidden_size
-        settings = processor_settings(tower)
-        self.mean, self.std = settings["image_mean"], settings["image_std"]
+        self.tower = ClipTower(tower, self.device, self.dtype)
+        self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
+        self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
         self.revision = revisions(tower)[0]
-
-        embeddings = model.embeddings
-        position_1PC = embeddings.position_embedding.weight
-        self._patch_weight_CK = embeddings.patch_embedding.weight.flatten(1).to(self.device)
-        self._class_row_C = (embeddings.class_embedding + position_1PC[0]).detach().to(self.device)
-        self._position_PC = position_1PC[1:].detach().to(self.device)
-        self._first_norm = model.pre_layrnorm.to(self.device)
-        self._layers = model.encoder.layers[:-1].to(self.device)
 
     @torch.no_grad()
     def encode(self, frames):
@@ -104,71 +89,12 @@ class FeatureEncoder:
                                  device=self.device)
         for part_BHW3, states_BPC in zip(frames.split(self.batch_size), states_TPC.split(self.batch_size)):
             patches_BPK = frame_patchify(part_BHW3.to(self.device), size=self.image_size, patch=self.patch_size,
-                                         mean=self.mean, std=self.std, dtype=torch.float16).to(self.dtype)
-            states_BPC.copy_(self._tower(patches_BPK)[:, 1:])
+                                         mean=self.tower.mean, std=self.tower.std, dtype=torch.float16).to(self.dtype)
+            states_BPC.copy_(self._states(patches_BPK))
         return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
 
-    def _tower(self, patches_BPK):
-        """States [B, 1 + P, C] after the last layer but one."""
+    def _states(self, patches_BPK):
+        """The tower's states [B, P, C] of at most a pass's frames."""
         count, padded = len(patches_BPK), patches_BPK.new_zeros(self.batch_size, *patches_BPK.shape[1:])
         padded[:count] = patches_BPK
-        patch_rows = linear(padded, self._patch_weight_CK) + self._position_PC
-        class_rows = self._class_row_C.expand(self.batch_size, 1, -1)
-        states = self._first_norm(torch.cat([class_rows, patch_rows], dim=1))
-        for layer in self._layers:
-            states = layer(states, None)
-        return states[:count]
-
-
-def load_tower(tower, dtype):
-    """The CLIPVisionModel of a folder or hub id, in evaluation mode, on the CPU.
-
-    Raises:
-        ValueError: it is missing or damaged, or is no CLIP vision tower.
-    """
-    from safetensors import SafetensorError
-    from transformers import CLIPVisionModel, logging
-
-    if is_url(tower) or os.path.isfile(tower):
-        what = "a URL" if is_url(tower) else "a file"
-        raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
-    if is_path(tower) and not os.path.isdir(tower):
-        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
-                         "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes")
-    for path in _files(tower):
-        if fault := wrong_content(path):
-            raise ValueError(f"{path} {fault}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # otherwise a CLIP model's unused text tower is listed weight by weight
-    try:
-        model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
-        hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
-        raise ValueError(
-            f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
-            f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"{tower!r} is not a CLIP vision tower: it has no weights for "
-                         f"{', '.join(sorted(info['missing_keys'])[:3])}, …")
-    return model.eval()
-
-
-def _files(tower):
-    """Configuration and weights of a tower's folder; of a hub id none."""
-    names = ("config.json", "model.safetensors", "pytorch_model.bin")
-    return [path for name in names if os.path.lexists(path := os.path.join(tower, name))]
-
-
-def processor_settings(tower):
-    """A tower's preprocessor_config.json; "image_mean" and "image_std" per channel are CLIP's where it has none."""
-    from transformers.image_processing_base import ImageProcessingMixin
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(tower)
-    except OSError:
-        settings = {}
-    return {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, **settings}
+        return self.tower.states(padded)[:count]

@@ -1,6 +1,6 @@
-// What lies between a decoder's matrix products, on bf16 rows end to end: SwiGLU, RMSNorm, rotary embedding.
+// What lies between a model's matrix products, on bf16 rows end to end: SwiGLU, quick-GELU, RMSNorm, rotary embedding.
 //
-// Each row is one thread's, is read once, computed in fp32, and rounded once. Numbers below 2**-126 round to 0.
+// Each row, or run of 16 elements, is one thread's, is read once, computed in fp32, and rounded once. Numbers below 2**-126 round to 0.
 
 #include <avx512.h>
 
@@ -42,6 +42,17 @@ void swiglu_forward(const bf16* gate_up, bf16* out, int64_t N, int64_t F, int64_
             const __m512 gate = read(gates + c, some);
             write(out + row * F + c, some, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), read(ups + c, some)));
         }
+    }
+}
+
+// x, out: any number of elements.
+void quick_gelu(const bf16* x, bf16* out, int64_t elements, int64_t threads) {
+    const __m512 steepness = _mm512_set1_ps(1.702f);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < elements; i += 16) {
+        const __mmask16 some = lanes(elements - i);
+        const __m512 value = read(x + i, some);
+        write(out + i, some, _mm512_mul_ps(value, sigmoid(_mm512_mul_ps(value, steepness))));
     }
 }
 

@@ -1,4 +1,4 @@
-"""SwiGLU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `avx512_rows.cpp`.
+"""SwiGLU, quick-GELU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `avx512_rows.cpp`.
 
 Each function writes into its outputs what the kernel of its name computes, in one pass over the rows, where torch's
 chains take ten. Rows are dense bf16 on the CPU; nothing is checked here (`dispatch.choose`).
@@ -15,6 +15,7 @@ from .avx512 import load
 SOURCE = Path(__file__).with_suffix(".cpp")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
+    "quick_gelu": [_POINTER] * 2 + [_INT] * 2,
     "swiglu_forward": [_POINTER] * 2 + [_INT] * 3, "swiglu_backward": [_POINTER] * 3 + [_INT] * 3,
     "norm_forward": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT], "norm_backward": [_POINTER] * 6 + [_INT] * 3,
     "rotate": [_POINTER] * 4 + [_INT] * 5,
@@ -24,8 +25,8 @@ _SIGNATURES = {
 @functools.cache
 def _library():
     """The loaded library, or why there is none."""
-    found = load(SOURCE, instead="norms, rotations and SwiGLU in bf16 are chains of torch's operations instead of this "
-                                 "CPU's AVX512-BF16, at a third of the speed")
+    found = load(SOURCE, instead="norms, rotations, SwiGLU and quick-GELU in bf16 are chains of torch's operations "
+                                 "instead of this CPU's AVX512-BF16, at a third of the speed")
     if not isinstance(found, str):
         for name, types in _SIGNATURES.items():
             getattr(found, name).argtypes, getattr(found, name).restype = types, None
@@ -41,6 +42,11 @@ def obstacle():
 def _call(name, *arguments):
     getattr(_library(), name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments),
                              torch.get_num_threads())
+
+
+def quick_gelu(out, x):
+    """`quick_gelu` into `out`."""
+    _call("quick_gelu", x, out, x.numel())
 
 
 def swiglu_forward(out_NF, gate_up_NF):
@@ -68,4 +74,4 @@ def rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, *, rotated, heads):
     _call("rotate", qkv_NE, out_NE, cos_N1h, sin_N1h, qkv_NE.shape[0], heads, rotated, cos_N1h.shape[2])
 
 
-__all__ = ["norm_backward", "norm_forward", "obstacle", "rotate", "swiglu_backward", "swiglu_forward"]
+__all__ = ["norm_backward", "norm_forward", "obstacle", "quick_gelu", "rotate", "swiglu_backward", "swiglu_forward"]

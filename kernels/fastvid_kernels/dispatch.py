@@ -43,6 +43,16 @@ def _devices(tensors):
     return ", ".join(sorted({str(tensor.device) for tensor in tensors}))
 
 
+def refuse_gradients(*tensors, name):
+    """Refuse to compute what a gradient would have to come back through, for operations that have none.
+
+    Raises:
+        ValueError: gradients are on, and a tensor requires one.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{name} has no gradient, and one of its inputs requires one; call it under torch.no_grad()")
+
+
 def launch(kernel, grid, *arguments, **options):
     """``kernel[grid](*arguments, **options)`` on the device of the first argument, a tensor.
 
@@ -81,4 +91,4 @@ def _avx512_obstacle(tensors, dtypes):
     return avx512_rows.obstacle()
 
 
-__all__ = ["INTERPRETED", "choose", "launch", "use_triton"]
+__all__ = ["INTERPRETED", "choose", "launch", "refuse_gradients", "use_triton"]

@@ -63,6 +63,27 @@ MUTATIONS["swiglu"] = [
              "test_rows_in_e4m3[shape1-torch.float32]"),
     Mutation("    bits_ptr += row * 2 * F\n", "    bits_ptr += row * F\n", "test_rows_in_e4m3[shape1-torch.float32]"),
 ]
+MUTATIONS["add_layer_norm"] = [
+    Mutation("centred = tl.where(inside, x - tl.sum(x) / D, 0.0)", "centred = x - tl.sum(x) / D",
+             "test_equals_reference[(5, 33)-no branch-torch.float32-triton]"),
+    Mutation("tl.sum(centred * centred) / D", "(tl.sum(x * x) / D - tl.sum(x) / D * (tl.sum(x) / D))",
+             "test_rows_far_from_zero[triton]"),
+    Mutation(" / D + eps)", " / D + 1e-5)", "test_the_variance_counts[triton]"),
+    Mutation("        x = total.to(tl.float32)", "        x = x + branch",
+             "test_the_norm_is_that_of_the_rounded_sum[triton]"),
+    Mutation("y = centred * rstd * weight + bias", "y = centred * rstd * weight",
+             "test_a_constant_row_is_the_offset[triton]"),
+    Mutation("tl.store(total_ptr + row * D + columns", "tl.store(total_ptr + columns",
+             "test_equals_reference[(5, 33)-add-torch.float32-triton]"),
+    Mutation("branch_ND.contiguous() if add", "branch_ND if add", "test_strided_inputs_are_left_alone[triton]"),
+]
+MUTATIONS["quick_gelu"] = [
+    Mutation("x * tl.sigmoid(1.702 * x)", "x * tl.sigmoid(1.7 * x)",
+             "test_equals_reference[(5, 33)-torch.float32-triton]"),
+    Mutation("inside = place < elements", "inside = place < elements - 1",
+             "test_equals_reference[(5, 33)-torch.float32-triton]"),
+    Mutation("    x = x.contiguous()\n", "", "test_strided_input_is_left_alone[triton]"),
+]
 MUTATIONS["rope_qk"] = [
     Mutation("r -= turns * 0.00011730194091796875", "r -= turns * 0.000117302", "test_far_positions"),
     Mutation("tl.where((quarter == 1) | (quarter == 2), -cos, cos)", "tl.where(quarter == 2, -cos, cos)",

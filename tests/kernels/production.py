@@ -199,6 +199,42 @@ def frame_patchify():
 
 
 PRODUCTION["frame_patchify"] = frame_patchify
+
+
+def add_layer_norm_calls():
+    """Of CLIP ViT-L/14 and of SigLIP so400m, a pass of 25 images."""
+    from fastvid_kernels.add_layer_norm import add_layer_norm
+
+    def call(channels, dtype=torch.float16, rows=25 * 577, add=True):
+        x, branch = (torch.empty(rows, channels, dtype=dtype) for _ in range(2))
+        weight = torch.empty(channels, dtype=dtype)
+        return lambda: add_layer_norm(x, branch if add else None, weight, weight, 1e-5, impl="triton")
+
+    return {"D=1024 fp16": call(1024), "D=1024 bf16": call(1024, torch.bfloat16),
+            "D=1152 fp16": call(1152), "D=1024 fp16, no branch": call(1024, add=False),
+            "odd: D=33 fp32": call(33, torch.float32, 3)}
+
+
+PRODUCTION["add_layer_norm"] = add_layer_norm_calls
+WIDE.add("_add_layer_norm_kernel")
+WIDE_STORES.add("_add_layer_norm_kernel")
+
+
+def quick_gelu_calls():
+    """Of CLIP ViT-L/14, a pass of 25 images."""
+    from fastvid_kernels.quick_gelu import quick_gelu
+
+    def call(dtype, *shape):
+        return lambda: quick_gelu(torch.empty(shape, dtype=dtype), impl="triton")
+
+    return {"25 images of 577 rows, F=4096, fp16": call(torch.float16, 25 * 577, 4096),
+            "25 images of 577 rows, F=4096, bf16": call(torch.bfloat16, 25 * 577, 4096),
+            "odd: 33 elements fp32": call(torch.float32, 33)}
+
+
+PRODUCTION["quick_gelu"] = quick_gelu_calls
+WIDE.add("_quick_gelu_kernel")
+WIDE_STORES.add("_quick_gelu_kernel")
 WIDE_STORES.add("_frame_patchify_fwd_kernel")
 
 

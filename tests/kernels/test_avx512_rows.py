@@ -8,6 +8,7 @@ import test_swiglu as swiglu
 import torch
 from fastvid_kernels import avx512_rows
 from fastvid_kernels.add_rms_norm import add_rms_norm
+from fastvid_kernels.quick_gelu import quick_gelu
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu as fused
 from hypothesis import given, settings
@@ -140,6 +141,7 @@ CALLS = {
     "swiglu": lambda impl, dtype: fused(torch.randn(3, 8).to(dtype), impl=impl),
     "add_rms_norm": lambda impl, dtype: add_rms_norm(*(t.detach() for t in norm.inputs(3, 8, dtype, dtype, BF16)), 1e-5,
                                                      BF16, impl=impl)[1],
+    "quick_gelu": lambda impl, dtype: quick_gelu(torch.randn(3, 8).to(dtype), impl=impl),
     "rope_qk": lambda impl, dtype: rope_qk(*rope.inputs(3, 2, 1, 8, dtype), impl=impl),
 }
 

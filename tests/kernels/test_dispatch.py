@@ -65,6 +65,8 @@ ELSEWHERE = {
                               rows(4, dtype=torch.float32, device="cuda:1")),
     "quantize_fp8": lambda: (rows(2, 8), rows(1, dtype=torch.float32, device="cuda:1")),
     "spatio_temporal_pool": None,
+    "quick_gelu": None,
+    "add_layer_norm": lambda: (rows(2, 8), rows(2, 8), rows(8), rows(8, device="cuda:1"), 1e-5),
     "adamw8bit_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.uint8) for _ in range(2)),
                                *(rows(1, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
     "adamw_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),

@@ -18,9 +18,11 @@ from compile_worker import AbsentGPU  # noqa: E402
 from fastvid_kernels import dispatch, frame_patchify, spatio_temporal_pool  # noqa: E402
 from fastvid_kernels.adamw8bit_step import adamw8bit_step  # noqa: E402
 from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
+from fastvid_kernels.add_layer_norm import add_layer_norm  # noqa: E402
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa: E402
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
+from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
 from fastvid_kernels.rope_keys import WayBack, rope_keys  # noqa: E402
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
@@ -75,6 +77,9 @@ def call_all(count, first):
     adamw_step(param, grad, torch.empty(256), torch.empty(256), lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
                weight_decay=0.1,
                step=count, seed=2**40 + first, first=8 * count, impl="triton")
+    states = torch.empty(count, D, dtype=BF16)
+    add_layer_norm(states, states, states[0], states[0], 1e-5, impl="triton")
+    quick_gelu(states, impl="triton")
     frames = torch.empty(min(count, 100), 40, 40, 3, dtype=torch.uint8)
     frame_patchify(frames, size=28, patch=14, mean=(0.5,) * 3, std=(0.5,) * 3, impl="triton")
     for counts in (None, [len(frames)]):

@@ -1,0 +1,1 @@
+"""Vision towers: which one is used, and how it computes."""

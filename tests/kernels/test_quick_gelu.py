@@ -1,0 +1,105 @@
+"""quick_gelu: values against fp64, and no gradient."""
+
+import pytest
+import torch
+from fastvid_kernels import avx512_rows
+from fastvid_kernels.quick_gelu import quick_gelu, quick_gelu_reference
+from harness import DEVICE, DTYPES, assert_close_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+IMPLS = ["triton", "reference"]
+
+
+def inputs(shape, dtype, seed=0):
+    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE, dtype)
+
+
+def check(x, impl):
+    assert_close_as_eager(quick_gelu(x, impl=impl), quick_gelu_reference(x.double()), quick_gelu_reference(x))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (5, 33), (2, 3, 700)], ids=str)
+def test_equals_reference(impl, dtype, shape):
+    check(inputs(shape, dtype), impl)
+
+
+@given(elements=st.integers(0, 3000), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_any_size(elements, dtype, seed):
+    check(inputs(elements, dtype, seed), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_is_the_activation_of_transformers(dtype):
+    from transformers.activations import ACT2FN
+
+    x = inputs((40, 50), dtype)
+    tolerance = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 2**-9, "atol": 2**-12}
+    torch.testing.assert_close(quick_gelu(x, impl="reference"), ACT2FN["quick_gelu"](x), **tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_values_stay_finite(impl):
+    assert quick_gelu(torch.tensor([-500.0, 500.0, 0.0], device=DEVICE), impl=impl).tolist() == [0.0, 500.0, 0.0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_input_is_left_alone(impl):
+    wide = inputs((6, 9), torch.float32)
+    before, view = wide.clone(), wide[:, 2:7].T
+    assert torch.equal(quick_gelu(view, impl=impl), quick_gelu(view.contiguous(), impl=impl))
+    assert torch.equal(wide, before)
+
+
+def test_auto_takes_the_kernel_on_a_gpu_and_torch_elsewhere():
+    x = inputs((5, 33), torch.float32)
+    assert torch.equal(quick_gelu(x), quick_gelu(x, impl="triton" if DEVICE == "cuda" else "reference"))
+
+
+@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
+def test_in_cpp_on_any_number_of_threads():
+    x, before, found = inputs((30, 70), torch.bfloat16), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(quick_gelu(x, impl="avx512"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
+@pytest.mark.parametrize("elements", [0, 1, 15, 16, 17, 33, 1100])
+def test_in_cpp(elements):
+    check(inputs(elements, torch.bfloat16), "avx512")
+
+
+@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -3e38])
+def test_in_cpp_what_is_no_common_number(value):
+    x = torch.tensor([value, 1.0], dtype=torch.bfloat16)
+    torch.testing.assert_close(quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0,
+                               equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_is_refused(impl):
+    x = inputs((2, 3), torch.float32).requires_grad_()
+    with pytest.raises(ValueError, match=r"quick_gelu has no gradient, .*torch.no_grad\(\)"):
+        quick_gelu(x, impl=impl)
+    with torch.no_grad():
+        quick_gelu(x, impl=impl)
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="quick_gelu: x must be floating-point, found torch.int64"):
+        quick_gelu(torch.arange(3))
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="quick_gelu: impl .* 'fast'"):
+        quick_gelu(torch.randn(2), impl="fast")

@@ -1,0 +1,123 @@
+"""The fused tower against transformers' own layers."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from fastvid.video.towers import clip
+from fastvid.video.towers.clip import ClipTower
+
+CPU = torch.device("cpu")
+
+
+def written(folder, activation="quick_gelu", layers=4):
+    config = CLIPVisionConfig(
+        image_size=42, patch_size=14, hidden_size=48, intermediate_size=80, num_hidden_layers=layers,
+        num_attention_heads=3, layer_norm_eps=1e-3, hidden_act=activation)
+    torch.manual_seed(0)
+    model = CLIPVisionModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def theirs(model, patches_BPK):
+    """hidden_states[-2] without its first row; patches are embedded by a matrix, whose sums a convolution rounds
+    otherwise."""
+    parts = model.embeddings
+    patches_BPK = patches_BPK.to(parts.class_embedding.dtype)
+    class_row, position = parts.class_embedding, parts.position_embedding.weight
+    rows = torch.nn.functional.linear(patches_BPK, parts.patch_embedding.weight.flatten(1)) + position[1:]
+    states = model.pre_layrnorm(torch.cat([(class_row + position[0]).expand(len(rows), 1, -1), rows], 1))
+    for layer in model.encoder.layers[:-1]:
+        states = layer(states, None)
+    return states[:, 1:]
+
+
+def patches():
+    return torch.randn(5, 9, 3 * 14 * 14, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+def test_in_fp32_the_bits_are_those_of_transformers(tmp_path, activation):
+    model = written(tmp_path, activation)
+    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+
+
+def test_as_a_whole(tmp_path):
+    model = written(tmp_path)
+    pixels = torch.nn.functional.fold(patches().transpose(1, 2), 42, 14, stride=14)
+    expected = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(ClipTower(tmp_path, CPU, torch.float32).states(patches()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_the_error_is_hardly_larger_than_that_of_transformers(tmp_path, dtype):
+    model = written(tmp_path)
+    exact = theirs(copy.deepcopy(model).double(), patches())
+    found = ClipTower(tmp_path, CPU, dtype).states(patches().to(dtype))
+    assert found.dtype == dtype
+    error, their_error = ((x.double() - exact).norm() for x in (found, theirs(model.to(dtype), patches())))
+    assert error <= 1.2 * their_error
+
+
+def test_the_last_layer_is_left_out(tmp_path):
+    """Of one layer, the states are the embedded patches."""
+    model = written(tmp_path, layers=1)
+    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+
+
+def test_images_do_not_see_each_other(tmp_path):
+    written(tmp_path)
+    tower = ClipTower(tmp_path, CPU, torch.float32)
+    before, other = tower.states(patches()), patches()
+    other[3] = 0
+    after = tower.states(other)
+    assert torch.equal(after[[0, 1, 2, 4]], before[[0, 1, 2, 4]]) and not torch.equal(after[3], before[3])
+
+
+def test_states_want_no_gradient(tmp_path):
+    """Nothing of the tower is kept for a backward pass, even where gradients are on."""
+    written(tmp_path)
+    with torch.enable_grad():
+        states = ClipTower(tmp_path, CPU, torch.float32).states(patches().requires_grad_())
+    assert not states.requires_grad
+
+
+def test_only_the_tensors_that_it_needs_stay_alive(tmp_path, monkeypatch):
+    written(tmp_path)
+    loaded, load = [], clip.load_tower
+
+    def remembered(*given):
+        model = load(*given)
+        loaded.extend(map(weakref.ref, (model, *model.parameters())))
+        return model
+
+    monkeypatch.setattr(clip, "load_tower", remembered)
+    tower = ClipTower(tmp_path, CPU, torch.float32)
+    gc.collect()
+    assert len(loaded) > 50 and all(reference() is None for reference in loaded)
+    assert not tower.states(patches()).requires_grad
+
+
+def test_an_activation_with_weights_of_its_own(tmp_path):
+    model = written(tmp_path, "prelu")
+    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_by_the_kernels(tmp_path, monkeypatch, dtype):
+    """On a GPU, or interpreted."""
+    model = written(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = ClipTower(tmp_path, device, dtype).states(patches().to(device, dtype)).cpu()
+    exact = theirs(copy.deepcopy(model).double(), patches())
+    error, their_error = ((x.double() - exact).norm() for x in (found, theirs(model.to(dtype), patches())))
+    assert error <= 1.2 * their_error
