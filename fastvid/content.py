@@ -63,7 +63,9 @@ def changes(saved: dict, now: dict, config) -> list[str]:
             break
     for name, said in (("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
                        ("tokenizer", f"the tokenizer in --model_name_or_path {config.model_name_or_path}"),
-                       ("projector", f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}")):
+                       ("projector", f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"
+                        if config.pretrain_mm_mlp_adapter else
+                        "the projector to start from (--pretrain_mm_mlp_adapter is not given now)")):
         if name in saved and saved[name] != now[name]:
             found.append(said)
     was, is_ = _flat(saved.get("model", {})), _flat(now["model"])
