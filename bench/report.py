@@ -13,7 +13,7 @@ from bench.gpu import merge
 from bench.roofline import draw
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ("spatio_temporal_pool", "frame_patchify", "add_layer_norm", "quick_gelu", "splice_video",
+KERNELS = ("spatio_temporal_pool", "frame_patchify", "yuv_patchify", "add_layer_norm", "quick_gelu", "splice_video",
            "add_rms_norm", "rope_qk", "rope_keys", "swiglu", "linear_cross_entropy", "adamw8bit_step", "adamw_step",
            "quantize_fp8")
 UNMEASURED = "not yet measured"

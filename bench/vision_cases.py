@@ -4,18 +4,23 @@ Dimensions: B videos, T frames, P patches, C and F channels, R rows of all image
 pixels, S tower pixels per side.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from fastvid_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from fastvid_kernels.frame_patchify import frame_patchify, frame_patchify_reference
+from fastvid_kernels.patch_rows import row_length
 from fastvid_kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool
+from fastvid_kernels.yuv_patchify import yuv_patchify, yuv_to_rgb
 from PIL import Image
 
 from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 
 NUM_TEMPORAL = 100
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BT709 = (9539, 128, 14686, 17305, -1747, -4366)  # of `yuv_patchify`'s conversions
 SECTOR = 32  # bytes that memory hands over at once
 
 
@@ -53,22 +58,70 @@ def _pool_cases(B, T, P, C, dtype):
 
 def patchify_in_torch(frames_THW3, size, patch, dtype):
     """Patch rows by operations on whole tensors, as one writes them in torch."""
-    T, H, W, _ = frames_THW3.shape
+    _, H, W, _ = frames_THW3.shape
     device, grid = frames_THW3.device, size // patch
     rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
                      .clamp(max=n - 1)[:grid * patch] for n in (H, W))
-    mean, std = (torch.tensor(v, device=device) for v in (MEAN, STD))
-    pixels = ((frames_THW3[:, rows[:, None], columns].float() / 255 - mean) / std).to(dtype)
-    return pixels.view(T, grid, patch, grid, patch, 3).permute(0, 1, 3, 5, 2, 4).reshape(T, grid * grid, -1)
+    return _normalised_patches(frames_THW3[:, rows[:, None], columns], patch, dtype)
 
 
-def sampled_bytes(height, width, size, patch):
-    """Bytes of the sectors of a contiguous frame that hold a sampled pixel."""
+def _normalised_patches(pixels_TSS3, patch, dtype):
+    """Patch rows of sampled bytes."""
+    T, grid = len(pixels_TSS3), pixels_TSS3.shape[1] // patch
+    mean, std = (torch.tensor(v, device=pixels_TSS3.device) for v in (MEAN, STD))
+    pixels = ((pixels_TSS3.float() / 255 - mean) / std).to(dtype)
+    used = pixels.view(T, grid, patch, grid, patch, 3).transpose(2, 3).reshape(T, grid * grid, -1)
+    return torch.nn.functional.pad(used, (0, row_length(patch) - used.shape[2]))
+
+
+def _surfaces(surfaces_THW):
+    """[(Y, U, V)] of NV12 surfaces [T, 3·H/2, W]."""
+    height = surfaces_THW.shape[1] * 2 // 3
+    chroma = surfaces_THW[:, height:].unflatten(2, (-1, 2))
+    return list(zip(surfaces_THW[:, :height].unbind(), chroma[..., 0].unbind(), chroma[..., 1].unbind()))
+
+
+def yuv_in_torch(surfaces_THW, size, patch, dtype):
+    """Patch rows of NV12 surfaces by operations on whole tensors, as one writes them in torch."""
+    device, height, width = surfaces_THW.device, surfaces_THW.shape[1] * 2 // 3, surfaces_THW.shape[2]
+    rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
+                     .clamp(max=n - 1)[:size // patch * patch] for n in (height, width))
+    chroma = surfaces_THW[:, height:].unflatten(2, (-1, 2))[:, rows[:, None] // 2, columns // 2]
+    rgb = yuv_to_rgb(surfaces_THW[:, rows[:, None], columns], chroma[..., 0], chroma[..., 1], BT709)
+    return _normalised_patches(rgb, patch, dtype)
+
+
+def _yuv_case(T, H, W, size, patch, dtype=torch.float16):
+    def ours(impl):
+        def way(surfaces):
+            frames = _surfaces(surfaces)
+            return torch.no_grad()(partial(yuv_patchify, frames, [BT709] * T, size=size, patch=patch, mean=MEAN,
+                                           std=STD, dtype=dtype if impl == "auto" else torch.float32, impl=impl))
+
+        return way
+
+    whole = with_compiled({"eager": lambda surfaces: yuv_in_torch(surfaces, size, patch, dtype)})
+    grid = size // patch
+    read = sampled_bytes(H, W, size, patch, 1) + sampled_bytes(H, W, size, patch, 1, halved=True)
+    return Case(
+        "yuv_patchify", "forward", {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
+        lambda generator, device: (_frames(generator, device, T, H * 3 // 2, W),),
+        {"ours": ours("auto")} | {name: forward(function) for name, function in whole.items()}, ours("reference"),
+        T * (read + dtype.itemsize * grid**2 * row_length(patch)))
+
+
+def sampled_bytes(height, width, size, patch, item=3, *, halved=False):
+    """Bytes of the sectors of a contiguous picture of `item` bytes a pixel that hold a sampled pixel.
+
+    `halved`: of the chroma of NV12, whose rows are as long, and half as many.
+    """
     kept = size // patch * patch
     rows, columns = (np.minimum(np.floor(np.arange(kept, dtype=np.float32) * (np.float32(n) / np.float32(size))), n - 1)
                      .astype(np.int64) for n in (height, width))
-    first = (np.unique(rows)[:, None] * width + np.unique(columns)) * 3
-    return SECTOR * np.unique(np.concatenate([first // SECTOR, (first + 2) // SECTOR])).size
+    if halved:
+        rows, columns = rows // 2, columns // 2 * 2
+    first = (np.unique(rows)[:, None] * width + np.unique(columns)) * item
+    return SECTOR * np.unique(np.concatenate([first // SECTOR, (first + item - 1 + halved) // SECTOR])).size
 
 
 def _frames(generator, device, *shape):
@@ -88,7 +141,7 @@ def _patchify_case(T, H, W, size, patch, dtype=torch.float16):
         lambda generator, device: (_frames(generator, device, T, H, W, 3),), ways,
         forward(lambda frames: frame_patchify_reference(frames, size=size, patch=patch, mean=MEAN, std=STD,
                                                         dtype=torch.float32)),
-        T * (sampled_bytes(H, W, size, patch) + dtype.itemsize * 3 * (grid * patch) ** 2))
+        T * (sampled_bytes(H, W, size, patch) + dtype.itemsize * grid**2 * row_length(patch)))
 
 
 def _chain(size, patch, dtype):
@@ -109,8 +162,10 @@ def _chain(size, patch, dtype):
 
 
 def _patch_rows(values_T3SS, patch):
-    """The same rows as frame_patchify's: what the tower's convolution does with the pixels first."""
-    return torch.nn.functional.unfold(values_T3SS, patch, stride=patch).transpose(1, 2)
+    """The same rows as frame_patchify's."""
+    used = torch.nn.functional.unfold(values_T3SS, patch, stride=patch).transpose(1, 2)
+    used = used.unflatten(2, (3, -1)).transpose(2, 3).flatten(2)
+    return torch.nn.functional.pad(used, (0, row_length(patch) - used.shape[2]))
 
 
 def _clip_processor(size):
@@ -155,6 +210,7 @@ def cases(small):
     if small:
         yield from _pool_cases(2, 5, 6, 32, torch.bfloat16)
         yield _patchify_case(3, 45, 80, 28, 14)
+        yield _yuv_case(3, 46, 80, 28, 14)
         yield _layer_norm_case(5, 32, torch.float16)
         yield _quick_gelu_case(5, 64, torch.float16)
         return
@@ -162,6 +218,7 @@ def cases(small):
     yield from _pool_cases(8, 100, 576, 1024, torch.bfloat16)
     for height, width in ((336, 336), (720, 1280)):  # resized by the decoder, and whole
         yield _patchify_case(400, height, width, 336, 14)
+    yield _yuv_case(100, 720, 1280, 336, 14)
     yield _layer_norm_case(25 * 577, 1024, torch.float16)  # a pass of the tower
     yield _quick_gelu_case(25 * 577, 4096, torch.float16)
 

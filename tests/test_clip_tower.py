@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from fastvid_kernels.patch_rows import embedding_matrix, row_length
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.towers import clip
@@ -32,8 +33,9 @@ def theirs(model, patches_BPK):
     otherwise."""
     parts = model.embeddings
     patches_BPK = patches_BPK.to(parts.class_embedding.dtype)
+    matrix_CK = embedding_matrix(parts.patch_embedding.weight)
     class_row, position = parts.class_embedding, parts.position_embedding.weight
-    rows = torch.nn.functional.linear(patches_BPK, parts.patch_embedding.weight.flatten(1)) + position[1:]
+    rows = torch.nn.functional.linear(patches_BPK, matrix_CK) + position[1:]
     states = model.pre_layrnorm(torch.cat([(class_row + position[0]).expand(len(rows), 1, -1), rows], 1))
     for layer in model.encoder.layers[:-1]:
         states = layer(states, None)
@@ -41,7 +43,14 @@ def theirs(model, patches_BPK):
 
 
 def patches():
-    return torch.randn(5, 9, 3 * 14 * 14, generator=torch.Generator().manual_seed(1))
+    used = torch.randn(5, 9, 3 * 14 * 14, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.pad(used, (0, row_length(14) - used.shape[2]))
+
+
+def pictures(patches_BPK):
+    """[B, 3, 42, 42] that patches are cut from."""
+    pixels = patches_BPK[..., :3 * 14 * 14].reshape(5, 3, 3, 14, 14, 3)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(5, 3, 42, 42)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
@@ -52,8 +61,7 @@ def test_in_fp32_the_bits_are_those_of_transformers(tmp_path, activation):
 
 def test_as_a_whole(tmp_path):
     model = written(tmp_path)
-    pixels = torch.nn.functional.fold(patches().transpose(1, 2), 42, 14, stride=14)
-    expected = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    expected = model(pictures(patches()), output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(ClipTower(tmp_path, CPU, torch.float32).states(patches()), expected)
 
 

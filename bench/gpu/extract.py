@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastvid_kernels import spatio_temporal_pool
+from fastvid_kernels import frame_patchify, spatio_temporal_pool
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.encoder import FeatureEncoder
@@ -59,9 +59,9 @@ def tower(small):
         for dtype in (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32,):
             encoder = FeatureEncoder(made, dtype=dtype, num_temporal=frames)
             batch, name = encoder.batch_size, f"{dtype}".removeprefix("torch.")
-            rows = torch.randn(batch, encoder.num_patches, 3 * shape.patch**2, device=encoder.device).to(dtype)
-            images = torch.nn.functional.fold(rows.float().transpose(1, 2), shape.size, shape.patch,
-                                              stride=shape.patch).to(dtype)
+            rows = frame_patchify(pixels[:batch].to(encoder.device), size=shape.size, patch=shape.patch,
+                                  mean=encoder.tower.mean, std=encoder.tower.std, dtype=dtype)
+            images = _pictures(rows, shape)
             model, flops = load_tower(made, dtype).to(encoder.device), batch * _tower_flops(shape)
             yield {"row": f"tower's error beside transformers', {name}", **_errors(encoder.tower, model, rows, images)}
             for who, call in (("tower", lambda: encoder.tower.states(rows)),
@@ -94,6 +94,13 @@ def _errors(tower, model, rows, images, some=4):
     ours, theirs = ((states.float() - exact).norm().item() / exact.norm().item()
                     for states in (tower.states(rows[:some]), _their_states(model, images[:some])))
     return {"relative_error": ours, "theirs": theirs, "status": "ok" if ours <= 1.5 * theirs + 1e-6 else "failed"}
+
+
+def _pictures(rows, shape):
+    """[B, 3, size, size] that patch rows were cut from."""
+    grid, patch = shape.size // shape.patch, shape.patch
+    pixels = rows[..., :3 * patch**2].reshape(-1, grid, grid, patch, patch, 3)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, shape.size, shape.size)
 
 
 def _tower_flops(shape):

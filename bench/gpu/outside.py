@@ -42,7 +42,7 @@ def sanitizer(small, tool, seconds):
     done = _run(command, seconds)
     text = done.stdout + done.stderr
     launched = sum(line.startswith(("spatio", "frame", "splice", "add_", "rope", "swiglu", "linear", "quantize",
-                                    "quick", "adamw"))
+                                    "quick", "yuv", "adamw"))
                    for line in text.splitlines())
     summary = re.findall(r"ERROR SUMMARY.*|RACECHECK SUMMARY.*", text)
     row = {"row": tool, "cases": launched, "summary": summary[-1:] or None, "code": done.returncode}

@@ -80,6 +80,9 @@ SPACES = {
     "adamw8bit_step": Space([{"blocks": b, "warps": w}
                              for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (1, 1), (2, 1))],
                             lambda c: (c["blocks"], c["warps"])),
+    "yuv_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
+                           for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
+                          lambda c, values, frames: (min(c["block"], POWER(values)), max(1, min(c["frames"], frames)))),
     "frame_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
                              for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
                             lambda c, values, frames: (min(c["block"], POWER(values)),

@@ -1,6 +1,6 @@
 """Frames to features: patchify → CLIP tower up to its last layer but one → spatio-temporal pooling.
 
-Dimensions: T frames, B frames per pass, P patches per frame, K pixel values per patch, C channels.
+Dimensions: T frames, B frames per pass, P patches per frame, K values of a patch row, C channels.
 
 The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (224): ``hidden_states[-2][:, 1:]`` of
 ``CLIPVisionModel``, pooled, up to the rounding of 16 bits (`fastvid.video.towers.clip`).

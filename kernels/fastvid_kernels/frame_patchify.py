@@ -1,37 +1,19 @@
 """Decoded frames to normalised patch rows: what lies between a decoder and a CLIP tower's first matrix product.
 
 Dimensions: T frames, H×W decoded pixels, N tower pixels per side, p pixels per patch side, G = N // p patches per
-side, P = G² patches, K = 3·p·p values per patch.
+side, P = G² patches, K values per patch row (`patch_rows.row_length`).
 
 F frames of one work item of the kernel.
 
 The pixels are those of PG-Video-LLaVA's feature script (nearest resize, then CLIPImageProcessor), bit for bit.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from .dispatch import launch, use_triton
-
-
-def _nearest_indices(length, size, device):
-    """Source pixel of each of `size` pixels, in float32 as ``torch.nn.functional.interpolate`` computes it."""
-    scale = torch.tensor(length, dtype=torch.float32) / size
-    source = torch.floor(torch.arange(size, dtype=torch.float32) * scale).long()
-    return source.clamp(max=length - 1).to(device)
-
-
-def _pixel_table(mean, std, dtype, device):
-    """[3 · 256] value of each byte in each channel: x/255 rounded to float32, (x − mean)/std in float32, then `dtype`.
-
-    A table is exact; v·(1/255), which compilers and GPUs make of v/255, is not.
-    """
-    value = (torch.arange(256, dtype=torch.float64) / 255).float()
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
-    return ((value - mean) / std).to(device, dtype).flatten()
+from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
 
 
 def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.float16):
@@ -41,40 +23,15 @@ def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.floa
                           for clip in frames])
     T, H, W, _ = frames.shape
     grid = size // patch
-    rows = _nearest_indices(H, size, frames.device)[:grid * patch, None]
-    columns = _nearest_indices(W, size, frames.device)[:grid * patch]
-    source = (rows * W + columns).flatten()
-    table = _pixel_table(mean, std, dtype, frames.device)
-    channel = 256 * torch.arange(3, dtype=torch.int32, device=frames.device)[:, None, None]
-    out_TPK = torch.empty(T, grid * grid, 3 * patch * patch, dtype=dtype, device=frames.device)
+    rows = nearest_indices(H, size, frames.device)[:grid * patch, None]
+    columns = nearest_indices(W, size, frames.device)[:grid * patch]
+    source = (rows * W + columns).view(grid, patch, grid, patch).transpose(1, 2).flatten()
+    table = pixel_table(mean, std, dtype, frames.device)
+    out_TPK = torch.empty(T, grid * grid, row_length(patch), dtype=dtype, device=frames.device)
     for frame_HW3, out_PK in zip(frames, out_TPK):
-        pixels = frame_HW3.reshape(H * W, 3).index_select(0, source).view(grid, patch, grid, patch, 3)
-        pixels = pixels.permute(0, 2, 4, 1, 3).int() + channel
-        torch.index_select(table, 0, pixels.flatten(), out=out_PK.view(-1))
+        pixels = frame_HW3.reshape(H * W, 3).index_select(0, source)
+        look_up(table, pixels.view(grid * grid, -1), out_PK)
     return out_TPK
-
-
-@functools.lru_cache(maxsize=8)
-def _device_table(mean, std, dtype, device):
-    """`_pixel_table`, kept: copying it to a GPU waits for the GPU."""
-    return _pixel_table(mean, std, dtype, device)
-
-
-@functools.lru_cache(maxsize=8)
-def _affine(mean, std, dtype):
-    """Scale and offset of each channel whose v·scale + offset in float32, rounded to `dtype`, is the table; else None.
-
-    Tried on all 768 entries, with the product rounded and unrounded before the sum, since a compiler may fuse them.
-    """
-    value = torch.arange(256, dtype=torch.float64)
-    mean64, std64 = (torch.tensor(v, dtype=torch.float32).double()[:, None] for v in (mean, std))
-    scale, offset = (1 / (255 * std64)).float(), (-mean64 / std64).float()
-    fused = (value * scale.double() + offset.double()).float()
-    rounded = value.float() * scale + offset
-    table = _pixel_table(mean, std, dtype, "cpu").view(3, 256)
-    if torch.equal(fused.to(dtype), table) and torch.equal(rounded.to(dtype), table):
-        return *scale.flatten().tolist(), *offset.flatten().tolist()
-    return None
 
 
 def _tiles(values, frames):
@@ -97,7 +54,7 @@ def _work(clips, frames):
 
 
 @triton.jit
-def _source(position, length, N: tl.constexpr):
+def source_pixel(position, length, N: tl.constexpr):
     """Nearest source pixel, as ``interpolate`` computes it in float32."""
     scale = tl.div_rn(length.to(tl.float32), N * 1.0)
     return tl.minimum(tl.floor(position.to(tl.float32) * scale).to(tl.int32), length - 1)
@@ -106,11 +63,10 @@ def _source(position, length, N: tl.constexpr):
 @triton.jit
 def _frame_patchify_fwd_kernel(
         work_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
-        N: tl.constexpr, p: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
-        LINE: tl.constexpr):
+        N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
+        BLOCK: tl.constexpr, LINE: tl.constexpr):
     """A block of output values of each frame of one work item; addresses within a frame are computed once."""
     G: tl.constexpr = N // p
-    K: tl.constexpr = 3 * p * p
     VALUES: tl.constexpr = G * G * K
     work_ptr += tl.program_id(1).to(tl.int64) * 9
     frame_ptr = tl.load(work_ptr).to(tl.pointer_type(tl.uint8))
@@ -121,11 +77,11 @@ def _frame_patchify_fwd_kernel(
     start = tl.program_id(0) * BLOCK
     # Loads lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
     value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
-    mask = value < VALUES
     cell, k = value // K, value % K
-    channel, pixel = k // (p * p), k % (p * p)
-    row = _source((cell // G) * p + pixel // p, H, N)
-    column = _source((cell % G) * p + pixel % p, W, N)
+    mask = (value < VALUES) & (k < 3 * p * p)
+    pixel, channel = k // 3, k % 3
+    row = source_pixel((cell // G) * p + pixel // p, H, N)
+    column = source_pixel((cell % G) * p + pixel % p, W, N)
     source = row * stride_h + column * stride_w + channel * stride_c
     if AFFINE:
         scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
@@ -134,7 +90,7 @@ def _frame_patchify_fwd_kernel(
     for f in range(0, count):
         byte = tl.load(frame_ptr + f * stride_t + source, mask=mask, other=0)
         if AFFINE:
-            out = (byte.to(tl.float32) * scale + offset).to(out_ptr.dtype.element_ty)
+            out = tl.where(mask, byte.to(tl.float32) * scale + offset, 0.0).to(out_ptr.dtype.element_ty)
         else:
             out = tl.load(table_ptr + channel * 256 + byte.to(tl.int32), mask=mask, other=0.0)
         tl.store(out_ptr + (first + f) * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
@@ -143,27 +99,28 @@ def _frame_patchify_fwd_kernel(
 def _patchify(clips, size, patch, mean, std, dtype):
     """Launch the kernel on a list of clips."""
     device, total, grid = clips[0].device, sum(map(len, clips)), size // patch
-    out_TPK = torch.empty(total, grid * grid, 3 * patch * patch, dtype=dtype, device=device)
+    out_TPK = torch.empty(total, grid * grid, row_length(patch), dtype=dtype, device=device)
     if total:
         values = out_TPK[0].numel()
         block, frames = _tiles(values, max(map(len, clips)))
         work = _work(clips, frames)
-        affine = _affine(mean, std, dtype)
-        table = out_TPK if affine else _device_table(mean, std, dtype, device)  # the affine kernel reads none
+        numbers = affine(mean, std, dtype)
+        table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
         reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:]))
                     for clip in clips)
         launch(
             _frame_patchify_fwd_kernel, (triton.cdiv(values, block), len(work)),
-            work, table, out_TPK, *(affine or (0.0,) * 6), N=size, p=patch, AFFINE=affine is not None,
-            OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block, LINE=min(block, 128), num_warps=4)
+            work, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
+            AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block,
+            LINE=min(block, 128), num_warps=4)
     return out_TPK
 
 
 def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl="auto"):
     """Frames resized to the tower's size, normalised, cut into patches.
 
-    A row holds its patch in the order of a convolution kernel (channel, row, column), so the tower's patch embedding
-    is ``out @ conv.weight.reshape(C, -1).T``. Patches go row by row; pixels that do not fill a patch are left out, as
+    A row holds its patch as `patch_rows` lays it out, so the tower's patch embedding is
+    ``out @ embedding_matrix(conv.weight).T``. Patches go row by row; pixels that do not fill a patch are left out, as
     the convolution leaves them. No gradient: frames are bytes.
 
     Args:
@@ -176,7 +133,7 @@ def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl=
         impl: "auto", "reference" (plain torch) or "triton".
 
     Returns:
-        [T, P, 3·p·p] in `dtype`, contiguous.
+        [T, P, K] in `dtype`, contiguous.
 
     Raises:
         ValueError: a shape, size or `impl` that does not fit.

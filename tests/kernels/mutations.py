@@ -134,8 +134,24 @@ MUTATIONS["frame_patchify"] = [
     Mutation("scale = tl.div_rn(length.to(tl.float32), N * 1.0)", "scale = length.to(tl.float32) * (1 / N)",
              "test_bit_identical_to_the_chain[dtype0-62-76-28-14-triton]"),
     Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
+    Mutation("offset, 0.0)", "offset, offset)", "test_bit_identical_to_the_chain[dtype1-61-35-30-7-triton]"),
     Mutation("tl.where(channel == 1, scale_1, scale_2)", "scale_2",
              "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]"),
+]
+MUTATIONS["yuv_patchify"] = [
+    Mutation("- dark", "", "test_every_conversion[1-False-triton]"),
+    Mutation("(u * u_factor >> 16) + (v * v_factor >> 16)", "(u * u_factor + v * v_factor >> 16)",
+             "test_every_conversion[1-False-triton]"),
+    Mutation("tl.minimum(tl.maximum(byte, 0), 255)", "tl.minimum(byte, 255)", "test_samples_at_the_ends[0-triton]"),
+    Mutation("tl.minimum(tl.maximum(byte, 0), 255)", "tl.maximum(byte, 0)", "test_samples_at_the_ends[255-triton]"),
+    Mutation("uv_at = (row >> 1) * uv_row", "uv_at = ((row + 1) >> 1) * uv_row",
+             "test_every_conversion[6-True-triton]"),
+    Mutation("frame if frame[1].stride() == frame[2].stride() else", "frame if frame else",
+             "test_strides[turned and expanded-triton]"),
+    Mutation("channel == 1, v_green, 0)", "channel == 1, v_green, v_green)", "test_every_conversion[6-True-triton]"),
+    Mutation("offset, 0.0)", "offset, offset)", "test_the_bits_of_converted_frames[62-35-30-7-torch.float16-triton]"),
+    Mutation("return y.stride(), u.stride()", "return y.stride(), y.stride()", "test_strides[a surface-triton]"),
+    Mutation("done + count - first)", "done + count - first - 1)", "test_frames_of_several_videos[triton]"),
 ]
 MUTATIONS["quantize_fp8"] = [
     Mutation("x_ptr += row * row_stride", "x_ptr += row * channels", "test_strided_rows[columns]"),

@@ -71,10 +71,12 @@ ELSEWHERE = {
                                *(rows(1, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
     "adamw_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
     "frame_patchify": lambda: ([rows(1, 4, 4, 3, dtype=torch.uint8, device=f"cuda:{i}") for i in (0, 0, 1)],),
+    "yuv_patchify": lambda: ([tuple(rows(*shape, dtype=torch.uint8, device=f"cuda:{i}")
+                                    for shape in ((4, 4), (2, 2), (2, 2))) for i in (0, 1)], [(1,) * 6] * 2),
 }
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
-OPTIONS = {"adamw8bit_step": ADAM, "adamw_step": ADAM,
-           "frame_patchify": {"size": 4, "patch": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}}
+PATCHES = {"size": 4, "patch": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+OPTIONS = {"adamw8bit_step": ADAM, "adamw_step": ADAM, "frame_patchify": PATCHES, "yuv_patchify": PATCHES}
 
 
 FUNCTIONS = {"rope_keys_fp8": "rope_keys_backward_fp8"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastvid_kernels import frame_patchify
-from fastvid_kernels.frame_patchify import _affine
+from fastvid_kernels.patch_rows import affine, embedding_matrix, row_length
 from harness import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,10 +26,11 @@ def _frames(*shape, seed=0):
 
 
 def _pixels(rows_TPK, size, patch):
-    """[T, 3, N, N] pictures that patch rows were cut from."""
-    grid = size // patch
-    rows = rows_TPK.view(-1, grid, grid, 3, patch, patch)
-    return rows.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, grid * patch, grid * patch)
+    """[T, 3, N, N] pictures that patch rows were cut from; what fills the rows up is zero."""
+    grid, used = size // patch, 3 * patch * patch
+    assert (rows_TPK[..., used:] == 0).all()
+    rows = rows_TPK[..., :used].reshape(-1, grid, grid, patch, patch, 3)
+    return rows.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * patch, grid * patch)
 
 
 def _direct(frames, size, mean, std):
@@ -43,7 +44,7 @@ def _direct(frames, size, mean, std):
 def _assert_as_the_chain(frames, size, patch, dtype, impl, options=CLIP):
     rows = frame_patchify(frames, size=size, patch=patch, dtype=dtype, impl=impl, **options)
     whole = size // patch * patch
-    assert rows.dtype == dtype and rows.shape == (len(frames), (size // patch) ** 2, 3 * patch * patch)
+    assert rows.dtype == dtype and rows.shape == (len(frames), (size // patch) ** 2, row_length(patch))
     expected = _direct(frames.cpu(), size, **options)[:, :, :whole, :whole].to(dtype)
     assert torch.equal(_pixels(rows.cpu(), size, patch), expected)
 
@@ -90,7 +91,7 @@ def test_the_convolution_becomes_a_product(impl):
     rows = frame_patchify(frames, size=30, patch=7, dtype=torch.float32, impl=impl, **CLIP).double().cpu()
     weight = torch.randn(5, 3, 7, 7, dtype=torch.float64)
     expected = conv2d(_direct(frames.cpu(), 30, **CLIP).double(), weight, stride=7).flatten(2).transpose(1, 2)
-    assert torch.allclose(rows @ weight.reshape(5, -1).T, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(rows @ embedding_matrix(weight).T, expected, rtol=1e-12, atol=1e-12)
 
 
 @each_impl
@@ -108,6 +109,11 @@ def test_strides(impl, strided):
     assert torch.equal(rows, frame_patchify(frames.contiguous(), size=28, patch=14, impl="reference", **CLIP))
     assert rows.is_contiguous() and len(rows) == len(frames)
     assert torch.equal(frames, before)
+
+
+@pytest.mark.parametrize("patch, length", [(1, 8), (2, 16), (7, 152), (14, 592), (16, 768), (32, 3072)])
+def test_rows_are_multiples_of_eight(patch, length):
+    assert row_length(patch) == length
 
 
 @pytest.mark.parametrize("frames, options, message", [
@@ -130,8 +136,8 @@ def test_refuses_no_clips():
 
 @pytest.mark.parametrize("dtype, holds", [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)])
 def test_scale_and_offset_replace_the_table_where_they_equal_it(dtype, holds):
-    assert (_affine(**CLIP, dtype=dtype) is not None) == holds
-    assert _affine(**ODD, dtype=dtype) is None
+    assert (affine(**CLIP, dtype=dtype) is not None) == holds
+    assert affine(**ODD, dtype=dtype) is None
 
 
 @each_impl
@@ -142,7 +148,7 @@ def test_pixel_values_of_the_recordings(shared, impl):
             (torch.float32, np.array([[int(v, 16) for v in row] for row in recorded["lut_f32_hex"]], np.uint32)),
             (torch.float16, np.array(recorded["lut_f16"], np.float16).view(np.uint16))):
         rows = frame_patchify(frames.to(DEVICE), size=16, patch=16, dtype=dtype, impl=impl, **CLIP).cpu()
-        assert (rows.view(3, 256).numpy().view(expected.dtype) == expected).all()
+        assert (rows.view(256, 3).T.contiguous().numpy().view(expected.dtype) == expected).all()
 
 
 def test_nearest_maps_of_the_recordings(shared):

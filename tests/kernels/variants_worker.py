@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
 from compile_worker import AbsentGPU  # noqa: E402
-from fastvid_kernels import dispatch, frame_patchify, spatio_temporal_pool  # noqa: E402
+from fastvid_kernels import dispatch, frame_patchify, spatio_temporal_pool, yuv_patchify  # noqa: E402
 from fastvid_kernels.adamw8bit_step import adamw8bit_step  # noqa: E402
 from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
 from fastvid_kernels.add_layer_norm import add_layer_norm  # noqa: E402
@@ -82,6 +82,9 @@ def call_all(count, first):
     quick_gelu(states, impl="triton")
     frames = torch.empty(min(count, 100), 40, 40, 3, dtype=torch.uint8)
     frame_patchify(frames, size=28, patch=14, mean=(0.5,) * 3, std=(0.5,) * 3, impl="triton")
+    y, half = torch.empty(40, 40, dtype=torch.uint8), torch.empty(20, 20, dtype=torch.uint8)
+    yuv_patchify([(y, half, half)] * len(frames), [(1,) * 6] * len(frames), size=28, patch=14, mean=(0.5,) * 3,
+                 std=(0.5,) * 3, impl="triton")
     for counts in (None, [len(frames)]):
         states = torch.empty(1, len(frames), 5, D, dtype=BF16, requires_grad=True)
         pooled = spatio_temporal_pool(states, frame_counts=counts, impl="triton")

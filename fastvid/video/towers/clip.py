@@ -1,6 +1,6 @@
 """CLIP's vision tower on Hugging Face's weights, up to its last layer but one.
 
-Dimensions: B images, P patches of an image, S = 1 + P rows of an image, K pixel values of a patch, C channels,
+Dimensions: B images, P patches of an image, S = 1 + P rows of an image, K values of a patch row, C channels,
 N = B · S.
 
 The states are ``hidden_states[-2][:, 1:]`` of ``CLIPVisionModel``, as PG-Video-LLaVA and Video-ChatGPT take them. In
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from fastvid_kernels.add_layer_norm import add_layer_norm
+from fastvid_kernels.patch_rows import embedding_matrix
 from fastvid_kernels.quick_gelu import quick_gelu
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -68,7 +69,7 @@ class ClipTower:
 
         embeddings = model.embeddings
         position_SC = embeddings.position_embedding.weight
-        self._patch_weight_CK = embeddings.patch_embedding.weight.detach().flatten(1).to(device)
+        self._patch_weight_CK = embedding_matrix(embeddings.patch_embedding.weight.detach()).to(device)
         self._class_row_C = (embeddings.class_embedding + position_SC[0]).to(device)
         self._position_PC = position_SC[1:].detach().to(device)
         self._first_norm = held(model.pre_layrnorm)
@@ -86,7 +87,7 @@ class ClipTower:
         """[B, P, C] states after the last layer but one, without the class row's: a view.
 
         Args:
-            patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
+            patches_BPK: patch rows as `frame_patchify` and `yuv_patchify` make them, in the tower's dtype.
         """
         B, C = len(patches_BPK), self.hidden_size
         rows_BSC = patches_BPK.new_empty(B, 1 + self.num_patches, C)

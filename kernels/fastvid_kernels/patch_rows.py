@@ -1,0 +1,75 @@
+"""Rows of pixels, a patch each: their layout, the matrix that embeds them, and the values that bytes become.
+
+A row holds its patch pixel by pixel, row after row, the three channels of a pixel side by side as decoders and cameras
+have them: 3·p·p numbers, then zeros up to a multiple of 8. So runs of it are runs of the picture, and a row of 16-bit
+numbers begins at a multiple of 16 bytes, as matrix products on a GPU want it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def row_length(patch: int) -> int:
+    """K: numbers in the row of a patch of `patch` × `patch` pixels."""
+    return -(-3 * patch * patch // 8) * 8
+
+
+def embedding_matrix(weight_C3pp: Tensor) -> Tensor:
+    """[C, K] matrix by which rows are embedded, of the convolution's weight [C, 3, p, p]: ``rows @ matrix.T``."""
+    C, _, p, _ = weight_C3pp.shape
+    return torch.nn.functional.pad(weight_C3pp.permute(0, 2, 3, 1).reshape(C, -1), (0, row_length(p) - 3 * p * p))
+
+
+def nearest_indices(length, size, device):
+    """Source pixel of each of `size` pixels, in float32 as ``torch.nn.functional.interpolate`` computes it."""
+    scale = torch.tensor(length, dtype=torch.float32) / size
+    source = torch.floor(torch.arange(size, dtype=torch.float32) * scale).long()
+    return source.clamp(max=length - 1).to(device)
+
+
+def pixel_table(mean, std, dtype, device):
+    """[3 · 256] value of each byte in each channel: x/255 rounded to float32, (x − mean)/std in float32, then `dtype`.
+
+    A table is exact; v·(1/255), which compilers and GPUs make of v/255, is not.
+    """
+    value = (torch.arange(256, dtype=torch.float64) / 255).float()
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None] for v in (mean, std))
+    return ((value - mean) / std).to(device, dtype).flatten()
+
+
+@functools.lru_cache(maxsize=8)
+def device_table(mean, std, dtype, device):
+    """`pixel_table`, kept: copying it to a GPU waits for the GPU."""
+    return pixel_table(mean, std, dtype, device)
+
+
+@functools.lru_cache(maxsize=8)
+def affine(mean, std, dtype):
+    """Scale and offset of each channel whose v·scale + offset in float32, rounded to `dtype`, is the table; else None.
+
+    Tried on all 768 entries, with the product rounded and unrounded before the sum, since a compiler may fuse them.
+    """
+    value = torch.arange(256, dtype=torch.float64)
+    mean64, std64 = (torch.tensor(v, dtype=torch.float32).double()[:, None] for v in (mean, std))
+    scale, offset = (1 / (255 * std64)).float(), (-mean64 / std64).float()
+    fused = (value * scale.double() + offset.double()).float()
+    rounded = value.float() * scale + offset
+    table = pixel_table(mean, std, dtype, "cpu").view(3, 256)
+    if torch.equal(fused.to(dtype), table) and torch.equal(rounded.to(dtype), table):
+        return *scale.flatten().tolist(), *offset.flatten().tolist()
+    return None
+
+
+def look_up(table, bytes_PK, out_PK):
+    """Put the values of bytes [P, 3·p·p] into rows [P, K], zeros behind them."""
+    wanted = bytes_PK.shape[1]
+    places_PK = torch.full(out_PK.shape, len(table), dtype=torch.int32, device=out_PK.device)  # of the zero
+    channels = 256 * torch.arange(3, dtype=torch.int32, device=out_PK.device).repeat(wanted // 3)
+    torch.add(bytes_PK, channels, out=places_PK[:, :wanted])
+    table = torch.cat([table, table.new_zeros(1)])
+    torch.index_select(table, 0, places_PK.flatten(), out=out_PK.view(-1))
+
+
+__all__ = ["affine", "device_table", "embedding_matrix", "look_up", "nearest_indices", "pixel_table", "row_length"]

@@ -1,0 +1,193 @@
+"""A decoder's own planes to normalised patch rows: sampling, conversion to RGB, normalisation and patches in one pass.
+
+Dimensions: T frames, H×W decoded pixels, N tower pixels per side, p pixels per patch side, G = N // p patches per
+side, P = G² patches, K values per patch row (`patch_rows.row_length`), F frames of one work item.
+
+Of 8-bit 4:2:0 pictures of even height the RGB bytes are those of FFmpeg's swscale, whose default conversion is an
+integer function of one pixel's samples, with the chroma sample of the nearest whole pair. H.264, HEVC and VP9 say to
+the bit what a decoder must give, so planes of a GPU's decoder become the very patches that PyAV's frames become.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import launch, use_triton
+from .frame_patchify import source_pixel
+from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
+
+
+def yuv_to_rgb(y, u, v, factors):
+    """RGB of samples, in plain torch.
+
+    Args:
+        y, u, v: uint8 tensors of one shape.
+        factors: luma factor and offset, V to red, U to blue, U to green, V to green, in 1/65536.
+
+    Returns:
+        [..., 3] uint8.
+    """
+    luma, offset, v_red, u_blue, u_green, v_green = factors
+    y, u, v = 8 * y.int() - offset, 8 * (u.int() - 128), 8 * (v.int() - 128)
+    grey = y * luma >> 16
+    added = v * v_red >> 16, (u * u_green >> 16) + (v * v_green >> 16), u * u_blue >> 16
+    return torch.stack([grey + channel for channel in added], -1).clamp(0, 255).to(torch.uint8)
+
+
+def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype=torch.float16):
+    """Plain torch on any device: see `yuv_patchify`."""
+    device, grid = frames[0][0].device, size // patch
+    table = pixel_table(mean, std, dtype, device)
+    out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
+    for (y, u, v), factors, out_PK in zip(frames, conversions, out_TPK):
+        rows = nearest_indices(y.shape[0], size, device)[:grid * patch].view(grid, 1, patch, 1)
+        columns = nearest_indices(y.shape[1], size, device)[:grid * patch].view(1, grid, 1, patch)
+        chroma = rows // 2, columns // 2
+        rgb = yuv_to_rgb(y[rows, columns], u[chroma], v[chroma], factors)
+        look_up(table, rgb.view(grid * grid, -1), out_PK)
+    return out_TPK
+
+
+def _tiles(values, frames):
+    """Output values of a block, in lines of adjacent ones, and frames that share their arithmetic on addresses."""
+    return min(1024, triton.next_power_of_2(values)), max(1, min(8, frames))
+
+
+def _work(frames, conversions, most):
+    """Runs of frames that differ in their addresses alone, at most `most` together.
+
+    Returns:
+        items [items, 14] int64: strides of rows and columns of Y and of U and V, H, W, the six factors, the first
+        frame, F; addresses [T, 3] int64 of Y, U and V.
+    """
+    def alike(numbered):
+        _, ((y, u, _), factors) = numbered
+        return y.stride(), u.stride(), y.shape, factors
+
+    items, addresses, done = [], [[plane.data_ptr() for plane in frame] for frame in frames], 0
+    for (*strides, shape, factors), run in itertools.groupby(enumerate(zip(frames, conversions)), alike):
+        count = sum(1 for _ in run)
+        for first in range(done, done + count, most):
+            items.append((*itertools.chain(*strides), *shape, *factors, first, min(most, done + count - first)))
+        done += count
+    tables = torch.tensor(items, dtype=torch.int64), torch.tensor(addresses, dtype=torch.int64)
+    device = frames[0][0].device
+    # From pinned memory the copies do not wait for the GPU.
+    return [table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table for table in tables]
+
+
+@triton.jit
+def _yuv_patchify_kernel(
+        work_ptr, address_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
+        N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
+        BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """A block of output values of each frame of one work item; offsets within a frame are computed once."""
+    G: tl.constexpr = N // p
+    VALUES: tl.constexpr = G * G * K
+    work_ptr += tl.program_id(1).to(tl.int64) * 14
+    y_row, y_column = tl.load(work_ptr).to(OFFSETS), tl.load(work_ptr + 1).to(OFFSETS)
+    uv_row, uv_column = tl.load(work_ptr + 2).to(OFFSETS), tl.load(work_ptr + 3).to(OFFSETS)
+    H, W = tl.load(work_ptr + 4).to(tl.int32), tl.load(work_ptr + 5).to(tl.int32)
+    luma, dark = tl.load(work_ptr + 6).to(tl.int32), tl.load(work_ptr + 7).to(tl.int32)
+    v_red, u_blue = tl.load(work_ptr + 8).to(tl.int32), tl.load(work_ptr + 9).to(tl.int32)
+    u_green, v_green = tl.load(work_ptr + 10).to(tl.int32), tl.load(work_ptr + 11).to(tl.int32)
+    first, count = tl.load(work_ptr + 12), tl.load(work_ptr + 13)
+    start = tl.program_id(0) * BLOCK
+    # Loads lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
+    value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    cell, k = value // K, value % K
+    mask = (value < VALUES) & (k < 3 * p * p)
+    pixel, channel = k // 3, k % 3
+    row = source_pixel((cell // G) * p + pixel // p, H, N)
+    column = source_pixel((cell % G) * p + pixel % p, W, N)
+    y_at = row * y_row + column * y_column
+    uv_at = (row >> 1) * uv_row + (column >> 1) * uv_column
+    u_factor = tl.where(channel == 0, 0, tl.where(channel == 1, u_green, u_blue))
+    v_factor = tl.where(channel == 0, v_red, tl.where(channel == 1, v_green, 0))
+    if AFFINE:
+        scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
+        offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
+    flat = start + tl.arange(0, BLOCK)
+    for f in range(first, first + count):
+        y_ptr = tl.load(address_ptr + f * 3).to(tl.pointer_type(tl.uint8))
+        u_ptr = tl.load(address_ptr + f * 3 + 1).to(tl.pointer_type(tl.uint8))
+        v_ptr = tl.load(address_ptr + f * 3 + 2).to(tl.pointer_type(tl.uint8))
+        y = 8 * tl.load(y_ptr + y_at, mask=mask, other=0).to(tl.int32) - dark
+        u = 8 * (tl.load(u_ptr + uv_at, mask=mask, other=0).to(tl.int32) - 128)
+        v = 8 * (tl.load(v_ptr + uv_at, mask=mask, other=0).to(tl.int32) - 128)
+        byte = (y * luma >> 16) + (u * u_factor >> 16) + (v * v_factor >> 16)
+        byte = tl.minimum(tl.maximum(byte, 0), 255)
+        if AFFINE:
+            out = tl.where(mask, byte.to(tl.float32) * scale + offset, 0.0).to(out_ptr.dtype.element_ty)
+        else:
+            out = tl.load(table_ptr + channel * 256 + byte, mask=mask, other=0.0)
+        tl.store(out_ptr + f * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
+
+
+def _patchify(frames, conversions, size, patch, mean, std, dtype):
+    """Launch the kernel on a list of frames."""
+    device, grid = frames[0][0].device, size // patch
+    frames = [frame if frame[1].stride() == frame[2].stride() else tuple(plane.contiguous() for plane in frame)
+              for frame in frames]
+    reach = max(sum((n - 1) * abs(stride) for n, stride in zip(plane.shape, plane.stride()))
+                for frame in frames for plane in frame)
+    out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
+    values = out_TPK[0].numel()
+    block, together = _tiles(values, len(frames))
+    work, addresses = _work(frames, conversions, together)
+    numbers = affine(mean, std, dtype)
+    table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
+    launch(
+        _yuv_patchify_kernel, (triton.cdiv(values, block), len(work)),
+        work, addresses, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
+        AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block,
+        LINE=min(block, 128), num_warps=4)
+    return out_TPK
+
+
+def yuv_patchify(frames, conversions, *, size, patch, mean, std, dtype=torch.float16, impl="auto"):
+    """Planes of 8-bit 4:2:0 frames resized to the tower's size, converted to RGB, normalised, cut into patches.
+
+    The result is what `frame_patchify` makes of the frames as PyAV's ``to_ndarray(format="rgb24")`` gives them, to the
+    bit, where their height is even. No gradient: samples are bytes.
+
+    Args:
+        frames: [(Y, U, V)], uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉] and the same, of any strides, on one device; sizes may
+            differ from frame to frame. Of NV12 they are ``y, uv[..., 0], uv[..., 1]``.
+        conversions: of each frame, (luma factor, luma offset, V to red, U to blue, U to green, V to green) in 1/65536:
+            `fastvid.video.decode.planes.factors`.
+        size: N, pixels per side that the tower takes; nearest neighbour, aspect ratio not kept.
+        patch: p, pixels per side of a patch.
+        mean, std: per channel, of pixel values in [0, 1].
+        dtype: of the result; float32 holds the exact values, the others are those rounded once.
+        impl: "auto", "reference" (plain torch) or "triton".
+
+    Returns:
+        [T, P, K] in `dtype`, contiguous; the layout of its rows is that of `patch_rows`.
+
+    Raises:
+        ValueError: a shape, size or `impl` that does not fit.
+    """
+    frames, conversions = [tuple(frame) for frame in frames], [tuple(factors) for factors in conversions]
+    if not frames:
+        raise ValueError("frames must hold at least one frame")
+    if len(conversions) != len(frames) or any(len(factors) != 6 for factors in conversions):
+        raise ValueError(f"conversions must be six numbers for each of {len(frames)} frames, found {len(conversions)} "
+                         f"of {sorted({len(factors) for factors in conversions})} numbers")
+    for frame in frames:
+        shape = frame[0].shape
+        half = tuple(-(-length // 2) for length in shape)
+        if (len(frame) != 3 or len(shape) != 2 or 0 in shape or [tuple(x.shape) for x in frame[1:]] != [half] * 2
+                or any(x.dtype != torch.uint8 for x in frame)):
+            raise ValueError("a frame must be uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉], [⌈H/2⌉, ⌈W/2⌉], found "
+                             + ", ".join(f"{x.dtype} {list(x.shape)}" for x in frame))
+    if not 1 <= patch <= size:
+        raise ValueError(f"a patch of {patch} pixels does not fit into a picture of {size}")
+    if not use_triton(impl, *itertools.chain(*frames), name="yuv_patchify"):
+        return yuv_patchify_reference(frames, conversions, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
+    return _patchify(frames, conversions, size, patch, tuple(mean), tuple(std), dtype)
+
+
+__all__ = ["yuv_patchify", "yuv_patchify_reference", "yuv_to_rgb"]
