@@ -25,6 +25,7 @@ import av
 import numpy as np
 import torch
 from fastvid_kernels import frame_patchify
+from fastvid_kernels.patch_rows import row_length
 from harness import environment
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -80,8 +81,8 @@ def bare(path):
 
 def patch_rows(pixels_T3SS):
     grid = SIZE // PATCH
-    rows = pixels_T3SS.view(-1, 3, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return rows.reshape(len(pixels_T3SS), grid * grid, 3 * PATCH * PATCH)
+    rows = pixels_T3SS.view(-1, 3, grid, PATCH, grid, PATCH).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return torch.nn.functional.pad(rows, (0, row_length(PATCH) - rows.shape[2]))
 
 
 def main():

@@ -3,8 +3,11 @@
 import av
 import numpy as np
 import pytest
+from clips import draw
 
+from fastvid.video.decode import decode
 from fastvid.video.decode.planes import can_gather, gather, to_rgb
+from fastvid.video.sampling import nearest_indices
 
 LIMITED, FULL = 1, 2  # FFmpeg's numbers of ranges
 SPACES = {"BT.709": 1, "unspecified": 2, "FCC": 4, "BT.470": 5, "BT.601": 6, "240M": 7, "BT.2020": 9}
@@ -52,6 +55,18 @@ def test_gathered_pixels_are_those_of_the_whole_picture(width, height, pixels):
                                             ("rgb24", 48), ("gray", 48), ("nv12", 48)])
 def test_others_are_left_to_swscale(pixels, height):
     assert not can_gather(av.VideoFrame(64, height, pixels))
+
+
+def test_interlaced_pictures_are_left_to_swscale(tmp_path):
+    """Each of their fields has chroma of its own."""
+    path = draw(tmp_path / "a.mp4", pictures=np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), np.uint8),
+                options={"crf": "1", "flags": "+ildct+ilme"})
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == 4 and not any(map(can_gather, frames))
+    expected = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+    found, _ = decode(path, size=28, indices=range(4))
+    assert np.array_equal(found, expected[:, nearest_indices(48, 28)[:, None], nearest_indices(64, 28)])
 
 
 @pytest.mark.parametrize("space", [0, 3, 8, 10, 14])

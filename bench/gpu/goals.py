@@ -6,8 +6,8 @@ from bench.gpu import ladder
 from bench.train_presets import ROWS
 
 KERNELS = {  # least percentage of the copy bandwidth of the same run
-    "spatio_temporal_pool": 90, "frame_patchify": 75, "yuv_patchify": 75, "add_layer_norm": 92, "quick_gelu": 90,
-    "splice_video": 85, "add_rms_norm": 92, "rope_qk": 90, "rope_keys": 90, "swiglu": 90, "adamw8bit_step": 75,
+    "spatio_temporal_pool": 90, "frame_patchify": 75, "add_layer_norm": 92, "quick_gelu": 90, "splice_video": 85,
+    "add_rms_norm": 92, "rope_qk": 90, "rope_keys": 90, "swiglu": 90, "adamw8bit_step": 75,
 }
 PEAK = 990e12  # dense bf16 FLOP/s of the data sheet
 CARD = "H200"  # what speeds are meant for; shares and ratios hold for every card

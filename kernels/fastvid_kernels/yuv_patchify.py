@@ -3,12 +3,13 @@
 Dimensions: T frames, H×W decoded pixels, N tower pixels per side, p pixels per patch side, G = N // p patches per
 side, P = G² patches, K values per patch row (`patch_rows.row_length`), F frames of one work item.
 
-Of 8-bit 4:2:0 pictures of even height the RGB bytes are those of FFmpeg's swscale, whose default conversion is an
-integer function of one pixel's samples, with the chroma sample of the nearest whole pair. H.264, HEVC and VP9 say to
-the bit what a decoder must give, so planes of a GPU's decoder become the very patches that PyAV's frames become.
+Of progressive 8-bit 4:2:0 pictures of even height the RGB bytes are those of FFmpeg's swscale. Its default conversion
+is an integer function of one pixel's samples, with the chroma sample of the nearest whole pair. H.264, HEVC and VP9 say
+to the bit what a decoder must give, so planes of a GPU's decoder become the very patches that PyAV's frames become.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,7 +25,8 @@ def yuv_to_rgb(y, u, v, factors):
 
     Args:
         y, u, v: uint8 tensors of one shape.
-        factors: luma factor and offset, V to red, U to blue, U to green, V to green, in 1/65536.
+        factors: luma factor, luma offset, V to red, U to blue, U to green, V to green. Factors are of eight times a
+            sample, in 1/65536; the offset is in eighths of a sample.
 
     Returns:
         [..., 3] uint8.
@@ -55,23 +57,62 @@ def _tiles(values, frames):
     return min(1024, triton.next_power_of_2(values)), max(1, min(8, frames))
 
 
-def _work(frames, conversions, most):
-    """Runs of frames that differ in their addresses alone, at most `most` together.
+@dataclass(frozen=True)
+class _Run:
+    """Frames that follow one another and differ in their addresses alone.
+
+    Attributes:
+        first, count: of the frames.
+        y, u, v: of each plane, (shape, strides, dtype).
+        factors: of their conversion.
+    """
+
+    first: int
+    count: int
+    y: tuple
+    u: tuple
+    v: tuple
+    factors: tuple
+
+
+def _runs(frames, conversions):
+    """[_Run] of all frames."""
+    def about(numbered):
+        number, frame = numbered
+        return tuple((tuple(x.shape), x.stride(), x.dtype) for x in frame), conversions[number]
+
+    runs, first = [], 0
+    for (planes, factors), alike in itertools.groupby(enumerate(frames), about):
+        count = sum(1 for _ in alike)
+        if len(planes) != 3:
+            raise ValueError(f"a frame must be three planes, Y, U and V, found {len(planes)}")
+        runs.append(_Run(first, count, *planes, factors))
+        first += count
+    return runs
+
+
+def _check(run):
+    """Refuse planes that do not belong together, and numbers that convert nothing."""
+    (shape, _, _), planes = run.y, (run.y, run.u, run.v)
+    half = tuple(-(-length // 2) for length in shape)
+    if (len(shape) != 2 or 0 in shape or (run.u[0], run.v[0]) != (half, half)
+            or any(dtype != torch.uint8 for *_, dtype in planes)):
+        raise ValueError("a frame must be uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉], [⌈H/2⌉, ⌈W/2⌉], found "
+                         + ", ".join(f"{dtype} {list(shape)}" for shape, _, dtype in planes))
+    if len(run.factors) != 6 or not all(isinstance(number, int) for number in run.factors):
+        raise ValueError(f"a conversion must be six whole numbers, found {run.factors}")
+
+
+def _work(frames, runs, most):
+    """What the kernel reads of `runs`, at most `most` frames together.
 
     Returns:
         items [items, 14] int64: strides of rows and columns of Y and of U and V, H, W, the six factors, the first
         frame, F; addresses [T, 3] int64 of Y, U and V.
     """
-    def alike(numbered):
-        _, ((y, u, _), factors) = numbered
-        return y.stride(), u.stride(), y.shape, factors
-
-    items, addresses, done = [], [[plane.data_ptr() for plane in frame] for frame in frames], 0
-    for (*strides, shape, factors), run in itertools.groupby(enumerate(zip(frames, conversions)), alike):
-        count = sum(1 for _ in run)
-        for first in range(done, done + count, most):
-            items.append((*itertools.chain(*strides), *shape, *factors, first, min(most, done + count - first)))
-        done += count
+    items = [(*run.y[1], *run.u[1], *run.y[0], *run.factors, first, min(most, run.first + run.count - first))
+             for run in runs for first in range(run.first, run.first + run.count, most)]
+    addresses = [[plane.data_ptr() for plane in frame] for frame in frames]
     tables = torch.tensor(items, dtype=torch.int64), torch.tensor(addresses, dtype=torch.int64)
     device = frames[0][0].device
     # From pinned memory the copies do not wait for the GPU.
@@ -126,17 +167,18 @@ def _yuv_patchify_kernel(
         tl.store(out_ptr + f * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
 
 
-def _patchify(frames, conversions, size, patch, mean, std, dtype):
+def _patchify(frames, runs, size, patch, mean, std, dtype):
     """Launch the kernel on a list of frames."""
+    if any(run.u[1] != run.v[1] for run in runs):  # the kernel has one offset for both
+        frames = [(y, u.contiguous(), v.contiguous()) for y, u, v in frames]
+        runs = _runs(frames, [run.factors for run in runs for _ in range(run.count)])
+    reach = max(sum((n - 1) * stride for n, stride in zip(shape, strides))
+                for run in runs for shape, strides, _ in (run.y, run.u))
     device, grid = frames[0][0].device, size // patch
-    frames = [frame if frame[1].stride() == frame[2].stride() else tuple(plane.contiguous() for plane in frame)
-              for frame in frames]
-    reach = max(sum((n - 1) * abs(stride) for n, stride in zip(plane.shape, plane.stride()))
-                for frame in frames for plane in frame)
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
     values = out_TPK[0].numel()
-    block, together = _tiles(values, len(frames))
-    work, addresses = _work(frames, conversions, together)
+    block, together = _tiles(values, max(run.count for run in runs))
+    work, addresses = _work(frames, runs, together)
     numbers = affine(mean, std, dtype)
     table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
     launch(
@@ -151,13 +193,13 @@ def yuv_patchify(frames, conversions, *, size, patch, mean, std, dtype=torch.flo
     """Planes of 8-bit 4:2:0 frames resized to the tower's size, converted to RGB, normalised, cut into patches.
 
     The result is what `frame_patchify` makes of the frames as PyAV's ``to_ndarray(format="rgb24")`` gives them, to the
-    bit, where their height is even. No gradient: samples are bytes.
+    bit, where their height is even and they are not interlaced. No gradient: samples are bytes.
 
     Args:
         frames: [(Y, U, V)], uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉] and the same, of any strides, on one device; sizes may
-            differ from frame to frame. Of NV12 they are ``y, uv[..., 0], uv[..., 1]``.
-        conversions: of each frame, (luma factor, luma offset, V to red, U to blue, U to green, V to green) in 1/65536:
-            `fastvid.video.decode.planes.factors`.
+            differ from frame to frame. Of NV12 they are ``y, uv[..., 0], uv[..., 1]``. On a GPU they must be ready on
+            the current stream, and stay as they are until it has come here: the kernel has their addresses alone.
+        conversions: of each frame, six whole numbers as `yuv_to_rgb` takes them.
         size: N, pixels per side that the tower takes; nearest neighbour, aspect ratio not kept.
         patch: p, pixels per side of a patch.
         mean, std: per channel, of pixel values in [0, 1].
@@ -173,21 +215,16 @@ def yuv_patchify(frames, conversions, *, size, patch, mean, std, dtype=torch.flo
     frames, conversions = [tuple(frame) for frame in frames], [tuple(factors) for factors in conversions]
     if not frames:
         raise ValueError("frames must hold at least one frame")
-    if len(conversions) != len(frames) or any(len(factors) != 6 for factors in conversions):
-        raise ValueError(f"conversions must be six numbers for each of {len(frames)} frames, found {len(conversions)} "
-                         f"of {sorted({len(factors) for factors in conversions})} numbers")
-    for frame in frames:
-        shape = frame[0].shape
-        half = tuple(-(-length // 2) for length in shape)
-        if (len(frame) != 3 or len(shape) != 2 or 0 in shape or [tuple(x.shape) for x in frame[1:]] != [half] * 2
-                or any(x.dtype != torch.uint8 for x in frame)):
-            raise ValueError("a frame must be uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉], [⌈H/2⌉, ⌈W/2⌉], found "
-                             + ", ".join(f"{x.dtype} {list(x.shape)}" for x in frame))
+    if len(conversions) != len(frames):
+        raise ValueError(f"there must be a conversion for each of {len(frames)} frames, found {len(conversions)}")
+    runs = _runs(frames, conversions)
+    for run in runs:
+        _check(run)
     if not 1 <= patch <= size:
         raise ValueError(f"a patch of {patch} pixels does not fit into a picture of {size}")
     if not use_triton(impl, *itertools.chain(*frames), name="yuv_patchify"):
         return yuv_patchify_reference(frames, conversions, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
-    return _patchify(frames, conversions, size, patch, tuple(mean), tuple(std), dtype)
+    return _patchify(frames, runs, size, patch, tuple(mean), tuple(std), dtype)
 
 
 __all__ = ["yuv_patchify", "yuv_patchify_reference", "yuv_to_rgb"]

@@ -205,14 +205,17 @@ def yuv_patchify_calls():
     """A hundred surfaces of 720p, as NVDEC has them."""
     from fastvid_kernels import yuv_patchify
 
-    def call(size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)):
-        y, uv = torch.empty(720, 1280, dtype=torch.uint8), torch.empty(360, 640, 2, dtype=torch.uint8)
+    def call(size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+             step=1280):
+        y = torch.empty(720 * step, dtype=torch.uint8).as_strided((720, 1280), (step, 1))
+        uv = torch.empty(360, 640, 2, dtype=torch.uint8)
         frames = [(y, uv[..., 0], uv[..., 1])] * 100
         return lambda: yuv_patchify(frames, [(9539, 128, 14686, 17305, -1747, -4366)] * 100, size=size, patch=14,
                                     mean=mean, std=std, dtype=dtype, impl="triton")
 
     return {"336 px, bf16": call(336, torch.bfloat16), "224 px, fp16": call(224, torch.float16),
-            "336 px, fp32, by table": call(336, torch.float32)}
+            "336 px, fp32, by table": call(336, torch.float32),
+            "336 px, bf16, rows 4 MiB apart": call(336, torch.bfloat16, step=2**22)}
 
 
 PRODUCTION["yuv_patchify"] = yuv_patchify_calls

@@ -1,5 +1,7 @@
 """Patch rows of planes against those of the frames that swscale converts, to the bit."""
 
+import mmap
+
 import av
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130
 ODD = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 1e-3, 7e4)}  # by a table: no scale and offset give these values
 LIMITED, FULL = 1, 2  # FFmpeg's numbers of ranges
 SPACES = [1, 2, 4, 5, 6, 7, 9]
+SIX = factors(6, False)
 CONVERSIONS = [(space, full) for space in SPACES for full in (False, True)]
 
 
@@ -122,14 +125,30 @@ def test_any_mean_and_deviation(impl, options):
 
 @each_impl
 @pytest.mark.parametrize("strided", [
-    nv12, lambda y, u, v: (y.flip(0), u.T.contiguous().T, v[:1].expand(v.shape)),
-    lambda y, u, v: tuple(x.repeat(3, 2)[:len(x) * 2:2, ::2][:len(x), :x.shape[1]] for x in (y, u, v)),
-], ids=["a surface", "turned and expanded", "every other"])
+    nv12, lambda *frame: tuple(x.T.contiguous().T for x in frame),
+    lambda *frame: tuple(x[:1].expand(x.shape) for x in frame),
+    lambda *frame: tuple(x.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3] for x in frame),
+    lambda y, u, v: (y.T.contiguous().T, u, v.T.contiguous().T),
+], ids=["a surface", "turned", "expanded", "spread", "chroma of two kinds"])
 def test_strides(impl, strided):
     frame = strided(*planes(40, 50))
     before = [x.clone() for x in frame]
     check([(frame, 6, False)], impl=impl)
     assert all(map(torch.equal, frame, before))
+
+
+@each_impl
+def test_rows_further_apart_than_32_bits_reach(impl):
+    y, u, v = planes(4, 6)
+    step = 2**30
+    with mmap.mmap(-1, 3 * step + 6) as memory:  # of which the rows' pages alone are ever there
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        far = everything.as_strided((4, 6), (step, 1))
+        far.copy_(y)
+        found = yuv_patchify([(far.to(DEVICE) if DEVICE == "cuda" else far, u, v)], [SIX], size=28, patch=14, impl=impl,
+                             **CLIP)
+        del far, everything
+    assert torch.equal(found, yuv_patchify([(y, u, v)], [SIX], size=28, patch=14, impl="reference", **CLIP))
 
 
 @each_impl
@@ -166,14 +185,15 @@ def test_real_videos(shared, impl):
 
 
 Y, HALF = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8)
-SIX = factors(6, False)
 
 
 @pytest.mark.parametrize("frames, conversions, options, message", [
     ([], [], {}, "at least one"),
-    ([(Y, HALF, HALF)], [], {}, "six numbers for each of 1 frames, found 0"),
-    ([(Y, HALF, HALF)], [SIX[:5]], {}, r"found 1 of \[5\] numbers"),
-    ([(Y, HALF)], [SIX], {}, r"a frame must be uint8 planes .*\[4, 6\]"),
+    ([(Y, HALF, HALF)], [], {}, "a conversion for each of 1 frames, found 0"),
+    ([(Y, HALF, HALF)], [SIX[:5]], {}, r"six whole numbers, found \(9539, 128, 13075, 16525, -3209\)"),
+    ([(Y, HALF, HALF)], [(*SIX[:5], 0.5)], {}, r"six whole numbers, found .*0.5"),
+    ([(Y, HALF)], [SIX], {}, "three planes, Y, U and V, found 2"),
+    ([()], [SIX], {}, "three planes, Y, U and V, found 0"),
     ([(Y, HALF, HALF[:1])], [SIX], {}, r"\[1, 3\]"),
     ([(Y.short(), HALF, HALF)], [SIX], {}, "int16"),
     ([(Y[None], HALF, HALF)], [SIX], {}, r"\[1, 4, 6\]"),

@@ -1,7 +1,7 @@
 """Decoded samples to RGB, bit for bit as swscale's default conversion gives it: only the pixels that are wanted.
 
-Of 8-bit 4:2:0 pictures of even height the conversion is an integer function of one pixel's Y, U and V, with the chroma
-sample of the nearest whole pair: ``u[row // 2, column // 2]``. The numbers are those of libswscale's tables, which are
+Of progressive 8-bit 4:2:0 pictures of even height the conversion is an integer function of one pixel's Y, U and V, with
+the chroma sample of the nearest whole pair: ``u[row // 2, column // 2]``. The numbers are those of libswscale's tables:
 BT.601's, BT.709's and so on in 16-bit fixed point; all 2²⁴ triples of every one of them are tested.
 """
 
@@ -63,7 +63,7 @@ def to_rgb(y, u, v, colour_space, full_range):
 
 def can_gather(frame):
     """Whether `gather` gives PyAV's own bytes of a decoded frame."""
-    return (frame.format.name in ("yuv420p", "yuvj420p") and frame.height % 2 == 0
+    return (frame.format.name in ("yuv420p", "yuvj420p") and frame.height % 2 == 0 and not frame.interlaced_frame
             and int(frame.colorspace) in _SPACES and all(plane.line_size > 0 for plane in frame.planes))
 
 

@@ -87,7 +87,7 @@ class ClipTower:
         """[B, P, C] states after the last layer but one, without the class row's: a view.
 
         Args:
-            patches_BPK: patch rows as `frame_patchify` and `yuv_patchify` make them, in the tower's dtype.
+            patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
         """
         B, C = len(patches_BPK), self.hidden_size
         rows_BSC = patches_BPK.new_empty(B, 1 + self.num_patches, C)
