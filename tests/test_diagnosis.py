@@ -78,8 +78,10 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(run, tmp_path, monk
         assert train.main(argv) == 0
     with pytest.raises(ValueError, match="checkpoint-8: projector.0.weight is not finite.*Move this folder away"):
         train.main(argv)
+    shutil.copytree(tmp_path, tmp_path / "copy")
     shutil.move(tmp_path / "checkpoint-8", tmp_path / "away")  # the remedy
     assert train.main(argv) == 0
+    assert train.main([*argv, "--output_dir", str(tmp_path / "copy"), "--resume", "never"]) == 0  # the other one
 
 
 def test_sums_that_overflow_are_finite_values():
