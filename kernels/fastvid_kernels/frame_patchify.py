@@ -54,10 +54,25 @@ def _work(clips, frames):
 
 
 @triton.jit
-def source_pixel(position, length, N: tl.constexpr):
+def _source(position, length, N: tl.constexpr):
     """Nearest source pixel, as ``interpolate`` computes it in float32."""
     scale = tl.div_rn(length.to(tl.float32), N * 1.0)
     return tl.minimum(tl.floor(position.to(tl.float32) * scale).to(tl.int32), length - 1)
+
+
+@triton.jit
+def sampled_pixels(start, H, W, N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+                   LINE: tl.constexpr):
+    """Of a block of output values: whether each is a pixel's, which channel it is, and its source's row and column.
+
+    They lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
+    """
+    G: tl.constexpr = N // p
+    value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    cell, k = value // K, value % K
+    mask = (value < G * G * K) & (k < 3 * p * p)
+    pixel = k // 3
+    return mask, k % 3, _source((cell // G) * p + pixel // p, H, N), _source((cell % G) * p + pixel % p, W, N)
 
 
 @triton.jit
@@ -66,8 +81,7 @@ def _frame_patchify_fwd_kernel(
         N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
         BLOCK: tl.constexpr, LINE: tl.constexpr):
     """A block of output values of each frame of one work item; addresses within a frame are computed once."""
-    G: tl.constexpr = N // p
-    VALUES: tl.constexpr = G * G * K
+    VALUES: tl.constexpr = (N // p) * (N // p) * K
     work_ptr += tl.program_id(1).to(tl.int64) * 9
     frame_ptr = tl.load(work_ptr).to(tl.pointer_type(tl.uint8))
     stride_t, stride_h = tl.load(work_ptr + 1), tl.load(work_ptr + 2).to(OFFSETS)
@@ -75,13 +89,7 @@ def _frame_patchify_fwd_kernel(
     H, W = tl.load(work_ptr + 5).to(tl.int32), tl.load(work_ptr + 6).to(tl.int32)
     first, count = tl.load(work_ptr + 7), tl.load(work_ptr + 8)
     start = tl.program_id(0) * BLOCK
-    # Loads lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
-    value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
-    cell, k = value // K, value % K
-    mask = (value < VALUES) & (k < 3 * p * p)
-    pixel, channel = k // 3, k % 3
-    row = source_pixel((cell // G) * p + pixel // p, H, N)
-    column = source_pixel((cell % G) * p + pixel % p, W, N)
+    mask, channel, row, column = sampled_pixels(start, H, W, N, p, K, BLOCK, LINE)
     source = row * stride_h + column * stride_w + channel * stride_c
     if AFFINE:
         scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import launch, use_triton
-from .frame_patchify import source_pixel
+from .frame_patchify import sampled_pixels
 from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
 
 
@@ -125,8 +125,7 @@ def _yuv_patchify_kernel(
         N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
         BLOCK: tl.constexpr, LINE: tl.constexpr):
     """A block of output values of each frame of one work item; offsets within a frame are computed once."""
-    G: tl.constexpr = N // p
-    VALUES: tl.constexpr = G * G * K
+    VALUES: tl.constexpr = (N // p) * (N // p) * K
     work_ptr += tl.program_id(1).to(tl.int64) * 14
     y_row, y_column = tl.load(work_ptr).to(OFFSETS), tl.load(work_ptr + 1).to(OFFSETS)
     uv_row, uv_column = tl.load(work_ptr + 2).to(OFFSETS), tl.load(work_ptr + 3).to(OFFSETS)
@@ -136,13 +135,7 @@ def _yuv_patchify_kernel(
     u_green, v_green = tl.load(work_ptr + 10).to(tl.int32), tl.load(work_ptr + 11).to(tl.int32)
     first, count = tl.load(work_ptr + 12), tl.load(work_ptr + 13)
     start = tl.program_id(0) * BLOCK
-    # Loads lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
-    value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
-    cell, k = value // K, value % K
-    mask = (value < VALUES) & (k < 3 * p * p)
-    pixel, channel = k // 3, k % 3
-    row = source_pixel((cell // G) * p + pixel // p, H, N)
-    column = source_pixel((cell % G) * p + pixel % p, W, N)
+    mask, channel, row, column = sampled_pixels(start, H, W, N, p, K, BLOCK, LINE)
     y_at = row * y_row + column * y_column
     uv_at = (row >> 1) * uv_row + (column >> 1) * uv_column
     u_factor = tl.where(channel == 0, 0, tl.where(channel == 1, u_green, u_blue))
