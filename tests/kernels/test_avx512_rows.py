@@ -1,8 +1,9 @@
-"""What AVX512-BF16 computes of SwiGLU, RMSNorm and rotary embedding: the kernels' own checks, edges, and when it
-serves."""
+"""What AVX512-BF16 computes of SwiGLU, quick-GELU, RMSNorm and rotary embedding: the kernels' own checks, edges, and
+when it serves."""
 
 import pytest
 import test_add_rms_norm as norm
+import test_quick_gelu as gelu
 import test_rope_qk as rope
 import test_swiglu as swiglu
 import torch
@@ -26,6 +27,12 @@ WIDTHS = [1, 15, 16, 17, 31, 33, 64, 1100]  # around the ends of vectors
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (1, 1), *((5, width) for width in WIDTHS)])
 def test_swiglu(shape):
     swiglu.check(*swiglu.inputs(*shape, BF16), "avx512")
+
+
+@needs_cpu
+@pytest.mark.parametrize("elements", [0, *WIDTHS])
+def test_quick_gelu(elements):
+    gelu.check(gelu.inputs(elements, BF16), "avx512")
 
 
 @needs_cpu
@@ -55,9 +62,10 @@ def test_any_shape(rows, width, heads, kv_heads, add, trained, seed):
 
 
 def results(given, impl):
-    """Every value and gradient of the three on `given`: (swiglu's, norm's, rope's) inputs and output gradients."""
+    """Every value and gradient on `given`: (swiglu's, norm's, rope's) inputs and output gradients; quick-GELU's of the
+    first."""
     (x, grad), (case, grads), (qkv, rest, qkv_grad) = given
-    return (*swiglu.run(lambda x: fused(x, impl=impl), x, grad),
+    return (quick_gelu(x.detach(), impl=impl), *swiglu.run(lambda x: fused(x, impl=impl), x, grad),
             *norm.run(norm.implementation(impl), *case, BF16, grads),
             *rope.run(rope_qk, qkv, rest, qkv_grad, impl=impl))
 
@@ -121,6 +129,14 @@ def test_swiglu_of_what_is_no_common_number(value):
     grad = torch.ones(2, 2, dtype=BF16)
     for ours, plain in zip(*(swiglu.run(lambda x: fused(x, impl=impl), x, grad) for impl in ("avx512", "reference"))):
         torch.testing.assert_close(ours, plain, rtol=2**-7, atol=0, equal_nan=True)
+
+
+@needs_cpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -3e38])
+def test_quick_gelu_of_what_is_no_common_number(value):
+    x = torch.tensor([value, 1.0], dtype=BF16)
+    torch.testing.assert_close(quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0,
+                               equal_nan=True)
 
 
 @needs_cpu

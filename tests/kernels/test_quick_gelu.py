@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fastvid_kernels import avx512_rows
 from fastvid_kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from harness import DEVICE, DTYPES, assert_close_as_eager
 from hypothesis import given, settings
@@ -58,32 +57,6 @@ def test_strided_input_is_left_alone(impl):
 def test_auto_takes_the_kernel_on_a_gpu_and_torch_elsewhere():
     x = inputs((5, 33), torch.float32)
     assert torch.equal(quick_gelu(x), quick_gelu(x, impl="triton" if DEVICE == "cuda" else "reference"))
-
-
-@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
-def test_in_cpp_on_any_number_of_threads():
-    x, before, found = inputs((30, 70), torch.bfloat16), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(quick_gelu(x, impl="avx512"))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
-@pytest.mark.parametrize("elements", [0, 1, 15, 16, 17, 33, 1100])
-def test_in_cpp(elements):
-    check(inputs(elements, torch.bfloat16), "avx512")
-
-
-@pytest.mark.skipif(avx512_rows.obstacle() is not None, reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -3e38])
-def test_in_cpp_what_is_no_common_number(value):
-    x = torch.tensor([value, 1.0], dtype=torch.bfloat16)
-    torch.testing.assert_close(quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0,
-                               equal_nan=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
