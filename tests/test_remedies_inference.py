@@ -23,6 +23,7 @@ from fastvid.data.features import load_features, save_features
 from fastvid.model.generate import generate
 from fastvid.model.projector_file import save_tensors
 from fastvid.model.read_config import read_model_config
+from fastvid.provenance import Provenance
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import revisions
 
@@ -30,12 +31,12 @@ FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 CODE = object()  # a pickle that would run code
 
 
-def write_clip_tower(folder, seed, width=CHANNELS):
+def write_clip_tower(folder, seed, width=CHANNELS, patch=14):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
     CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=2,
-                                     num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
+                                     num_attention_heads=2, image_size=28, patch_size=patch)).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def made(tmp_path_factory):
     made = write_run(tmp_path_factory.mktemp("made"))
     for seed, (name, width) in enumerate({"tower_a": CHANNELS, "tower_b": CHANNELS, "wide": 16}.items()):
         write_clip_tower(made / name, seed, width)
+    write_clip_tower(made / "fine", 3, patch=7)
     (made / "clips").mkdir()
     draw(made / "clips" / "clip.mp4", 6)
     shutil.copytree(made / "feats", made / "untold_feats")
@@ -97,6 +99,8 @@ def made(tmp_path_factory):
                        "--video_folder", str(made / "untold_feats"))) == 0
     trained = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
     save_tensors(made / "theirs.bin", trained)
+    save_tensors(made / "rows.bin", trained, Provenance(num_frames=FRAMES, rows=ROWS))
+    (made / "cut.bin").write_bytes((made / "theirs.bin").read_bytes()[:-1000])
     save_tensors(made / "nan.bin", {name: torch.full_like(t, torch.nan) for name, t in trained.items()})
     save_tensors(made / "narrow.bin", {name: t[..., :4].contiguous() if name.endswith("2.weight") else t
                                        for name, t in trained.items()})
@@ -133,8 +137,12 @@ MISTAKES = [
      UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT),
     ("chat", UNTOLD + "--vision_tower {made}/tower_b " + ABOUT, f"was trained on features of {ROWS}: --num_frames "
      f"{FRAMES}, or the tower", UNTOLD + f"--vision_tower {{made}}/tower_b --num_frames {FRAMES} " + ABOUT),
+    ("chat", "--projector {made}/rows.bin --vision_tower {made}/fine " + ABOUT, f"on features of {ROWS}: give the "
+     "tower and the frames of training", "--projector {made}/rows.bin --vision_tower {made}/tower_b " + ABOUT),
     ("chat", OTHER + "other --projector {made}/theirs.bin " + ONE, "without them: --mm_use_vid_start_end False",
      OTHER + "other --projector {made}/theirs.bin --mm_use_vid_start_end False " + ONE),
+    ("chat", "--projector {made}/cut.bin " + ONE, "cannot be read .*; download or write it again$",
+     "--projector {made}/theirs.bin " + ONE),
     ("chat", OTHER + "other " + OUT + ONE, "trained on another model folder.* give that one as --model_name_or_path",
      OUT + ONE),
     ("chat", OUT + "--num_frames 100 " + ONE, "would answer wrongly; leave --num_frames out", OUT + ONE),
@@ -376,6 +384,8 @@ EXTRACTED = [
      "that", None),
     ("--vision_tower {made}/tower_a", "--projector {made}/theirs.bin --vision_tower {made}/tower_b ",
      "than --vision_tower .*; extract it with that one, or leave --vision_tower out", "--projector {made}/theirs.bin "),
+    (f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}", UNTOLD, f"on features of {ROWS}: extract it with "
+     "the tower and the frames of training", None),
     ("--vision_tower {made}/wide", "", "made with another vision tower", None),
 ]
 
