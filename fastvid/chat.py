@@ -129,6 +129,7 @@ class Chat:
         if Path(video).suffix in SUFFIXES:
             features_RC, header = load_features(video)
             self._check_made_alike(video, header)
+            self._check_rows(video, len(features_RC), extracted=True)
         else:
             encoder = self._loaded_encoder()
             self._check_rows(f"{video} with --num_frames {self.config.num_frames} and this tower",
@@ -139,15 +140,18 @@ class Chat:
             except DecodeError as error:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
             features_RC = encoder.encode(frames)
-        self._check_rows(video, len(features_RC))
         return features_RC
 
-    def _check_rows(self, what, rows):
-        """Refuse features of another number of rows than all that the weights were trained on."""
+    def _check_rows(self, what, rows, *, extracted=False):
+        """Refuse features of another number of rows than all that the weights were trained on.
+
+        Of what is `extracted` chat's own flags change nothing.
+        """
         trained = self.trained.rows
         if trained is not None and rows != trained:
             frames = trained - rows + self.config.num_frames
-            remedy = f"--num_frames {frames}, or " if self.trained.num_frames is None and frames > 0 else ""
+            remedy = ("extract it with " if extracted else
+                      f"--num_frames {frames}, or " if self.trained.num_frames is None and frames > 0 else "give ")
             raise ValueError(f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
                              f"{remedy}the tower and the frames of training")
 
@@ -218,6 +222,7 @@ def _use_start_end(config, trained, projector):
     tokens = load_tokenizer(config.model_name_or_path, None).tokens
     if tokens.start is not None or projector is None:
         return tokens.start is not None
+    read_projector(projector)  # raises whatever the flag does not mend
     try:
         with_both = load_tokenizer(config.model_name_or_path, True).tokens
         return "boundary.weight" in read_projector(projector, with_both)

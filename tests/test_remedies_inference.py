@@ -1,0 +1,498 @@
+"""Chat, export, extraction and inspection succeed once a mistake was mended exactly as its message tells."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from contextlib import closing
+
+import pytest
+import torch
+from checkpoint_cases import flip_a_bit
+from clips import draw
+from model_cases import pack, random_model
+from safetensors.torch import load_file, save_file
+from training_run import CHANNELS, ROWS, flags, write_run
+from weight_folders import RunsCode, write_folder
+
+from fastvid import checkpoint, doctor, export, inspection
+from fastvid.chat import Chat
+from fastvid.config import DoctorConfig
+from fastvid.data.features import load_features, save_features
+from fastvid.model.generate import generate
+from fastvid.model.projector_file import save_tensors
+from fastvid.model.read_config import read_model_config
+from fastvid.provenance import Provenance
+from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.towers.choice import revisions
+
+FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
+CODE = object()  # a pickle that would run code
+
+
+def write_clip_tower(folder, seed, width=CHANNELS, patch=14):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(seed)
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=2,
+                                     num_attention_heads=2, image_size=28, patch_size=patch)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run's inputs; out/, full/ and untold/, what training left; and what users hold by mistake in a model's place.
+
+    The features are of tower_b; model/ names tower_a. untold/ was trained from llama/, which holds no projector and
+    names no tower, on features without headers.
+    """
+    made = write_run(tmp_path_factory.mktemp("made"))
+    for seed, (name, width) in enumerate({"tower_a": CHANNELS, "tower_b": CHANNELS, "wide": 16}.items()):
+        write_clip_tower(made / name, seed, width)
+    write_clip_tower(made / "fine", 3, patch=7)
+    (made / "clips").mkdir()
+    draw(made / "clips" / "clip.mp4", 6)
+    shutil.copytree(made / "feats", made / "untold_feats")
+    for file in (made / "feats").iterdir():
+        save_features(file, load_features(file)[0], {
+            "tower": str(made / "tower_b"), "tower_revision": revisions(made / "tower_b")[0], "num_frames": FRAMES})
+    (made / "questions.json").write_text(json.dumps([{"video": "clip1", "question": "what"}]))
+    tensors, path = load_file(made / "model" / "model.safetensors"), made / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"mm_vision_tower": str(made / "tower_a")}
+    path.write_text(json.dumps(config))
+
+    def model(name, state=tensors, *, without=(), tokenizer=True, files=1, ending="safetensors", **changes):
+        values = {key: value for key, value in (config | changes).items() if key not in without}
+        write_folder(made / name, state, values, files=files, ending=ending)
+        if tokenizer:
+            shutil.copy(made / "model" / "tokenizer.model", made / name)
+        return made / name
+
+    model("llama", {name: t for name, t in tensors.items() if "mm_projector" not in name}, without=["mm_vision_tower"])
+    model("sharded", files=2)
+    model("bin", ending="bin")
+    model("bins", ending="bin", files=2)
+    model("bare", tokenizer=False)
+    model("gptq", quantization_config={"quant_method": "gptq"})
+    model("int8", tensors | {"model.norm.weight": torch.ones_like(tensors["model.norm.weight"], dtype=torch.int8)})
+    model("shallow", {name: t for name, t in tensors.items() if "layers.1." not in name}, num_hidden_layers=1)
+    tables = ("model.embed_tokens.weight", "lm_head.weight")
+    other = model("other", tensors | {name: torch.cat([tensors[name], tensors[name][:1]]) for name in tables},
+                  vocab_size=config["vocab_size"] + 1)
+    (other / "added_tokens.json").write_text(json.dumps({"<more>": config["vocab_size"]}))
+    export._write_tokenizer_table(model("table"))
+    (made / "table" / "tokenizer.model").unlink()
+    family = model("family", tokenizer=False)
+    text = (made / "table" / "tokenizer.json").read_text()
+    (family / "tokenizer.json").write_text(text.replace("</s>", "<|end|>"))
+    for name, file in (("llama.cpp", "m.gguf"), ("meta", "consolidated.00.pth")):
+        (model(name) / "model.safetensors").unlink()
+        (made / name / file).write_bytes(b"x")
+    (made / "none").mkdir()
+    for name in ("a", "b"):
+        shutil.copytree(made / "model", made / "models--a--b" / "snapshots" / name)
+
+    start = importlib.import_module("fastvid.train").main
+    assert start(flags(made, made / "out", "--max_steps", "1", "--question_order", "video_first")) == 0
+    assert start(flags(made, made / "full", "--max_steps", "1", "--tune_mm_mlp_adapter", "False")) == 0
+    assert start(flags(made, made / "untold", "--max_steps", "1", "--model_name_or_path", str(made / "llama"),
+                       "--video_folder", str(made / "untold_feats"))) == 0
+    trained = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
+    save_tensors(made / "theirs.bin", trained)
+    save_tensors(made / "rows.bin", trained, Provenance(num_frames=FRAMES, rows=ROWS))
+    (made / "cut.bin").write_bytes((made / "theirs.bin").read_bytes()[:-1000])
+    save_tensors(made / "nan.bin", {name: torch.full_like(t, torch.nan) for name, t in trained.items()})
+    save_tensors(made / "narrow.bin", {name: t[..., :4].contiguous() if name.endswith("2.weight") else t
+                                       for name, t in trained.items()})
+    save_features(made / "wide.safetensors", torch.ones(ROWS, 16, dtype=torch.float16), {})
+    return made
+
+
+ALWAYS = {
+    "chat": "--model_name_or_path {made}/model --max_new_tokens 2 --device cpu",
+    "extract": f"--video_dir_path {{made}}/clips --clip_feat_path {{tmp}}/feats --num_frames {FRAMES} --device cpu",
+    "export": "", "train": "", "inspect": "",
+}
+FEATURES, FILM, ASK = "--video {made}/feats/clip1.safetensors ", "--video {made}/clips/clip.mp4 ", "--question what "
+ONE, ABOUT, OUT = FEATURES + ASK, FILM + ASK, "--projector {made}/out "
+OF_OUT, MODEL, OTHER = "--checkpoint {made}/out ", "--model_name_or_path {made}/model ", "--model_name_or_path {made}/"
+URL, PROJECTOR, HERE = "https://example.org/a", "--output {tmp}/p.bin ", "--format llama --output {tmp}/x "
+UNTOLD = "--model_name_or_path {made}/llama --projector {made}/untold "
+
+# (command, flags of a mistake, what is said, the same command as mended by each thing that it says)
+MISTAKES = [
+    # fastvid chat
+    ("chat", ASK, "give --video: a video, a feature file, or a folder", ABOUT, ONE, "--video {made}/feats " + ASK),
+    ("chat", f"--video {URL}.mp4 " + ASK, "--video .* is a URL: download the video and give its path", ABOUT),
+    ("chat", ONE + "--questions_file {made}/questions.json", "give --question or --questions_file, not both", ONE,
+     FEATURES + "--questions_file {made}/questions.json"),
+    ("chat", FEATURES + "--question ''", "--question is empty; give one", ONE),
+    ("chat", "--video {made}/feats", "give --question or --questions_file .questions", "--video {made}/feats " + ASK,
+     "--video {made}/feats --questions_file {made}/questions.json"),
+    ("chat", OTHER + "llama " + ONE, "holds no projector: give the trained one with --projector", UNTOLD + ONE),
+    ("chat", UNTOLD + f"--num_frames {FRAMES} " + ABOUT, "names no vision tower: give --vision_tower",
+     UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT),
+    ("chat", UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/wide " + ABOUT,
+     "has 16 channels, .*: give the tower that made the features",
+     UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT),
+    ("chat", UNTOLD + "--vision_tower {made}/tower_b " + ABOUT, f"was trained on features of {ROWS}: --num_frames "
+     f"{FRAMES}, or the tower", UNTOLD + f"--vision_tower {{made}}/tower_b --num_frames {FRAMES} " + ABOUT),
+    ("chat", "--projector {made}/rows.bin --vision_tower {made}/fine " + ABOUT, f"on features of {ROWS}: give the "
+     "tower and the frames of training", "--projector {made}/rows.bin --vision_tower {made}/tower_b " + ABOUT),
+    ("chat", OTHER + "other --projector {made}/theirs.bin " + ONE, "without them: --mm_use_vid_start_end False",
+     OTHER + "other --projector {made}/theirs.bin --mm_use_vid_start_end False " + ONE),
+    ("chat", "--projector {made}/cut.bin " + ONE, "cannot be read .*; download or write it again$",
+     "--projector {made}/theirs.bin " + ONE),
+    ("chat", OTHER + "other " + OUT + ONE, "trained on another model folder.* give that one as --model_name_or_path",
+     OUT + ONE),
+    ("chat", OUT + "--num_frames 100 " + ONE, "would answer wrongly; leave --num_frames out", OUT + ONE),
+    ("chat", OUT + "--conv_mode pg-video-llava " + ONE, "leave --conv_mode out", OUT + ONE),
+    ("chat", OUT + "--question_order reference " + ONE, "leave --question_order out", OUT + ONE),
+    ("chat", OUT + "--mm_use_vid_start_end False " + ONE, "leave --mm_use_vid_start_end out", OUT + ONE),
+    ("chat", OUT + "--vision_tower {made}/tower_a " + ABOUT, "is another tower .*tower_b .*; give that one",
+     OUT + "--vision_tower {made}/tower_b " + ABOUT),
+    ("chat", FEATURES + "--question '{long}'", "shorten the question", ONE),
+    ("chat", "--projector {made}/theirs.bin --num_frames 600 " + ABOUT, "or use fewer frames",
+     "--projector {made}/theirs.bin --num_frames 60 " + ABOUT),
+    ("chat", "--device gpu " + ONE, "--device gpu cannot be used .*; cpu can be used", "--device cpu " + ONE),
+    ("chat", "--video {made}/none " + ASK, "no file in it ends in one of .safetensors.*.mp4", "--video {made}/feats "
+     + ASK),
+    # A model's folder
+    ("chat", f"--model_name_or_path {URL} " + ONE, "is a URL; --model_name_or_path takes a folder on this machine",
+     MODEL + ONE),
+    ("chat", OTHER + "model/model.safetensors " + ONE, "is a file, where a model's folder is wanted", MODEL + ONE),
+    ("chat", OTHER + "models--a--b " + ONE, "holds 2 snapshots of the model: give one of them, such as .*/a",
+     OTHER + "models--a--b/snapshots/a " + ONE),
+    ("chat", OTHER + "nowhere " + ONE, "holds no tokenizer.model or tokenizer.json; --model_name_or_path "
+     "takes a folder on this machine", MODEL + ONE),
+    ("chat", OTHER + "bare " + ONE, "holds no tokenizer.model or tokenizer.json", MODEL + ONE),
+    ("chat", OTHER + "family " + ONE, "has no </s>.*: use a model of the LLaMA / Vicuna family", MODEL + ONE),
+    ("chat", OTHER + "llama.cpp " + ONE, "m.gguf is of llama.cpp, .*: give the folder of the model", MODEL + ONE),
+    ("chat", OTHER + "meta " + ONE, "is of Meta's release, .*: give the folder that transformers reads", MODEL + ONE),
+    ("chat", OTHER + "gptq " + ONE, "quantization_config .*; give the folder of the model", MODEL + ONE),
+    ("chat", OTHER + "int8 " + ONE, "quantised weights: take the folder of the model that they were made", MODEL + ONE),
+    # A projector
+    ("chat", f"--projector {URL} " + ONE, "--projector .* is a URL: download the file and give its path", OUT + ONE),
+    ("chat", "--projector {made}/nowhere " + ONE, "does not exist; give a projector file, a checkpoint-N folder or the "
+     "--output_dir", "--projector {made}/out/mm_projector.bin " + ONE, "--projector {made}/out/checkpoint-1 " + ONE,
+     OUT + ONE),
+    ("chat", "--projector {made}/model " + ONE, "neither a projector file .* nor a checkpoint-N folder or",
+     "--projector {made}/out/mm_projector.safetensors " + ONE, "--projector {made}/out/checkpoint-1 " + ONE, OUT + ONE),
+    ("chat", "--projector {made}/model/model.safetensors " + ONE, "it is a model's weights. Give the folder that it "
+     "belongs to as --model_name_or_path", MODEL + ONE),
+    ("chat", "--projector {made}/narrow.bin " + ONE, "or take the projector file that belongs to", OUT + ONE),
+    ("chat", "--projector {made}/nan.bin " + ONE, "not finite .* or take weights of an earlier step",
+     "--projector {made}/out/checkpoint-1 " + ONE),
+    # fastvid export
+    ("export", f"--checkpoint {URL} " + PROJECTOR, "is a URL: download the checkpoint's folder and give its path",
+     OF_OUT + PROJECTOR),
+    ("export", "--checkpoint {made}/model " + PROJECTOR, "neither a checkpoint-N folder nor an --output_dir that holds",
+     "--checkpoint {made}/out/checkpoint-1 " + PROJECTOR, OF_OUT + PROJECTOR),
+    ("export", OF_OUT + OTHER + "other " + PROJECTOR, "other ids .* give the folder that training started "
+     "from .--model_name_or_path", OF_OUT + MODEL + PROJECTOR),
+    ("export", "--checkpoint {made}/full " + OTHER + "shallow " + HERE, r"which does not fit .*: give the folder that "
+     r"training started from \(--model_name_or_path\)", "--checkpoint {made}/full " + MODEL + HERE),
+    ("export", OF_OUT + "--format llama --output {made}/model", "made of; choose another folder", OF_OUT + HERE),
+    ("export", OF_OUT + "--format llama --output {made}/feats", "is not an export of fastvid's; choose another folder",
+     OF_OUT + HERE),
+    ("export", OF_OUT + "--output {tmp}/p.pt", "a projector file ends in .bin .* or .safetensors",
+     OF_OUT + "--output {tmp}/p.bin", OF_OUT + "--output {tmp}/p.safetensors"),
+    ("export", "--checkpoint {made}/untold --format llava --output {tmp}/x", "names none: give --vision_tower",
+     "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b"),
+    ("export", "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/wide",
+     "has 16 channels, .*: give the tower that made the features",
+     "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b"),
+    ("export", OF_OUT + HERE + "--vision_tower {made}/tower_a", "is another tower .*tower_b .*; give that one",
+     OF_OUT + HERE + "--vision_tower {made}/tower_b"),
+    # A tower
+    ("extract", f"--vision_tower {URL}", "is a URL; give the tower's folder", "--vision_tower {made}/tower_b"),
+    ("extract", "--vision_tower {made}/tower_b/model.safetensors", "is a file; give the tower's folder",
+     "--vision_tower {made}/tower_b"),
+    ("extract", "--vision_tower {made}/nowhere", "no such folder; give the tower's", "--vision_tower {made}/tower_b"),
+    ("extract", "--vision_tower {made}/none", "cannot load the vision tower .*and pass --vision_tower FOLDER",
+     "--vision_tower {made}/tower_b"),
+    # fastvid train and inspect
+    ("train", "--max_steps 1 --vision_tower {made}/tower_a", "leave the flag out, or give that one", "--max_steps 1",
+     "--max_steps 1 --vision_tower {made}/tower_b"),
+    ("train", "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type linear", "holds a mlp2x_gelu "
+     "projector, --mm_projector_type linear asks for another",
+     "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type mlp2x_gelu"),
+    ("inspect", "--index 12", "the data hold records 0 to 11", "--index 11", "--index 0"),
+]
+
+
+@pytest.fixture
+def attempt(made, tmp_path):
+    """attempt(command, words): run it; words of the constants above."""
+    def attempt(command, words):
+        argv = shlex.split(f"{ALWAYS[command]} {words}".format(made=made, tmp=tmp_path, long="what " * 600))
+        if command in ("train", "inspect"):
+            argv = flags(made, tmp_path / "trained", *argv)
+        module = "inspection" if command == "inspect" else command
+        return importlib.import_module(f"fastvid.{module}").main(argv)
+    return attempt
+
+
+@pytest.mark.parametrize("command, mistake, said, mended", [(*row[:3], row[3:]) for row in MISTAKES])
+def test_a_command_succeeds_once_a_mistake_was_mended_as_told(made, tmp_path, attempt, command, mistake, said, mended):
+    with pytest.raises(ValueError) as refused:
+        attempt(command, mistake)
+    assert re.search(said, str(refused.value))
+    for words in mended:
+        assert attempt(command, words) == 0
+        for left in tmp_path.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def outside(text):
+    return text.replace("model-00001", "../sharded/model-00001")
+
+
+# (model folder, file, what becomes of it, what is said): bytes; None, it is gone; a path, it is a link to that; a
+# function of the text.
+DAMAGED = [
+    ("model", "config.json", b"{", "config.json is no JSON object .*; copy the model's folder again"),
+    ("model", "config.json", b"[]", "config.json holds no JSON object; download it again"),
+    ("model", "config.json", lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'),
+     "is no size of a model .*; download the file again"),
+    ("model", "tokenizer.model", b"none", "no sentencepiece model .*; copy the model's folder again"),
+    ("table", "tokenizer.json", b"{", "no tokenizer file .*; copy the model's folder again"),
+    ("model", "model.safetensors", b"cut short", "cannot be read .*; download or write it again"),
+    ("model", "model.safetensors", None, "holds no weights: .*; download the model again .`hf download`."),
+    ("model", "model.safetensors", "nowhere", "is a link that leads nowhere: download the model again"),
+    ("model", "model.safetensors", {"model.norm.weight": None}, "model.norm.weight is missing. Complete the download"),
+    ("model", "model.safetensors", {"model.norm.weight": torch.nan}, "are not finite .*; download it again"),
+    ("sharded", "model.safetensors.index.json", None, "model.safetensors.index.json lists them: download that too"),
+    ("bins", "pytorch_model.bin.index.json", None, "pytorch_model.bin.index.json lists them: download that too"),
+    ("sharded", "model.safetensors.index.json", b"[]", "is not an index of weights .*; download it again"),
+    ("sharded", "model.safetensors.index.json", outside, "outside its folder; only plain file names are read"),
+    ("sharded", "model-00002-of-00002.safetensors", None, "does not exist: the folder's download is incomplete"),
+    ("sharded", "model-00002-of-00002.safetensors", {"model.layers.0.self_attn.q_proj.weight": None},
+     "which the folder's index says it holds; download it again"),
+    ("bin", "pytorch_model.bin", CODE, "Download it again from a source you trust, best as .safetensors"),
+]
+
+
+@pytest.mark.parametrize("kind, name, damage, said", DAMAGED)
+def test_chat_answers_once_a_file_was_copied_again(made, tmp_path, attempt, kind, name, damage, said):
+    file = shutil.copytree(made / kind, tmp_path / kind) / name
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    elif isinstance(damage, dict):
+        tensors = load_file(made / kind / name)
+        changed = {key: torch.full_like(tensors[key], value) for key, value in damage.items() if value is not None}
+        save_file({key: t for key, t in tensors.items() if key not in damage} | changed, file)
+    elif damage is CODE:
+        torch.save({"model.norm.weight": RunsCode(tmp_path / "executed")}, file)
+    elif callable(damage):
+        file.write_text(damage(file.read_text()))
+    else:
+        file.unlink()
+        if damage is not None:
+            file.symlink_to(tmp_path / damage)
+    words = "--model_name_or_path {tmp}/" + f"{kind} {ONE}"
+    with pytest.raises(ValueError, match=said):
+        attempt("chat", words)
+    file.unlink(missing_ok=True)
+    shutil.copy(made / kind / name, file)
+    assert attempt("chat", words) == 0 and not (tmp_path / "executed").exists()
+
+
+def test_a_model_is_exported_once_its_configuration_was_downloaded_again(made, tmp_path, attempt):
+    words = OF_OUT + PROJECTOR + "--model_name_or_path {tmp}/model"
+    (shutil.copytree(made / "model", tmp_path / "model") / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON .*; download it again"):
+        attempt("export", words)
+    shutil.copy(made / "model" / "config.json", tmp_path / "model")
+    assert attempt("export", words) == 0
+
+
+def test_a_model_that_was_downloaded_to_the_folder_given_is_read(made, tmp_path):
+    with pytest.raises(ValueError, match="is no folder: download the model .hf download. and give its folder"):
+        read_model_config(tmp_path / "m")
+    shutil.copytree(made / "model", tmp_path / "m")
+    assert read_model_config(tmp_path / "m").vision_tower == str(made / "tower_a")
+
+
+def test_generation_with_a_temperature_that_is_allowed():
+    model, prompt = random_model(), pack([([5, 6], range(0))])
+    with pytest.raises(ValueError, match="temperature -1: 0 is greedy, higher is more random; it cannot be negative"):
+        generate(model, prompt, max_new_tokens=2, eos=-1, temperature=-1)
+    for temperature in (0, 1):
+        assert len(generate(model, prompt, max_new_tokens=2, eos=-1, temperature=temperature)) == 2
+
+
+def test_a_bin_that_asks_for_more_than_tensors_may_be_downloaded_as_safetensors(made, tmp_path, attempt):
+    file = shutil.copytree(made / "bin", tmp_path / "bin") / "pytorch_model.bin"
+    torch.save({"model.norm.weight": RunsCode(tmp_path / "executed")}, file)
+    with pytest.raises(ValueError, match="best as .safetensors"):
+        attempt("chat", "--model_name_or_path {tmp}/bin " + ONE)
+    shutil.copy(made / "model" / "model.safetensors", tmp_path / "bin")
+    assert attempt("chat", "--model_name_or_path {tmp}/bin " + ONE) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.incomplete", "nothing"])
+def test_a_download_that_did_not_end_is_made_again(made, tmp_path, attempt, name):
+    """hf download writes beside what is there; a folder of the hub's cache may be left empty."""
+    if name == "nothing":
+        folder, said = tmp_path / "models--c--d", "is empty: download the model again"
+        (folder / "snapshots").mkdir(parents=True)
+        again = folder / "snapshots" / "a"
+    else:
+        folder = again = shutil.copytree(made / "model", tmp_path / "m")
+        (folder / "model.safetensors").rename(folder / name)
+        said = "its download has not ended: download it again"
+    words = f"--model_name_or_path {folder} {ONE}"
+    with pytest.raises(ValueError, match=said):
+        attempt("chat", words)
+    shutil.copytree(made / "model", again, dirs_exist_ok=True)
+    assert attempt("chat", words) == 0
+
+
+def test_a_lora_adapter_merged_into_its_base_answers(made, tmp_path, attempt):
+    name, rank, alpha = "model.layers.0.self_attn.q_proj", 2, 4
+    tensors = load_file(made / "model" / "model.safetensors")
+    a, b = torch.randn(rank, tensors[f"{name}.weight"].shape[1]), torch.randn(len(tensors[f"{name}.weight"]), rank)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}))
+    save_file({f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))},
+              adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="merge it into its base model, and give the folder of that"):
+        attempt("chat", "--model_name_or_path {tmp}/adapter " + ONE)
+    merged = shutil.copytree(made / "model", tmp_path / "merged")
+    save_file(tensors | {f"{name}.weight": tensors[f"{name}.weight"] + alpha / rank * b @ a},
+              merged / "model.safetensors")
+    assert attempt("chat", "--model_name_or_path {tmp}/merged " + ONE) == 0
+
+
+def test_a_checkpoint_of_more_than_a_projector_is_exported_by_the_command_told(made, tmp_path, attempt):
+    for path in ("full/checkpoint-1", "full"):
+        with pytest.raises(ValueError, match="and start from that folder") as refused:
+            attempt("chat", f"--projector {{made}}/{path} {ONE}")
+        words, = re.findall(r"\(fastvid export (.*)\)", str(refused.value))
+        assert attempt("export", words.replace("FOLDER", str(tmp_path / "exported"))) == 0
+        assert attempt("chat", "--model_name_or_path {tmp}/exported " + ONE) == 0
+    assert attempt("train", "--max_steps 1 --model_name_or_path {tmp}/exported") == 0
+
+
+# (tower and frames of an extraction, flags of chat, what is said, those flags as mended where extraction is not)
+EXTRACTED = [
+    ("--vision_tower {made}/tower_a", OUT, "by another tower .*tower_a.* than the features .*tower_b.*; extract it "
+     "with that one", None),
+    (f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}", OUT, f"was trained with {FRAMES}; extract it with "
+     "that", None),
+    ("--vision_tower {made}/tower_a", "--projector {made}/theirs.bin --vision_tower {made}/tower_b ",
+     "than --vision_tower .*; extract it with that one, or leave --vision_tower out", "--projector {made}/theirs.bin "),
+    (f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}", UNTOLD, f"on features of {ROWS}: extract it with "
+     "the tower and the frames of training", None),
+    ("--vision_tower {made}/wide", "", "made with another vision tower", None),
+]
+
+
+@pytest.mark.parametrize("made_with, asked_with, said, mended", EXTRACTED)
+def test_features_extracted_as_told_are_answered_about(attempt, made_with, asked_with, said, mended):
+    about = "--video {tmp}/feats/clip.safetensors " + ASK
+    assert attempt("extract", made_with) == 0
+    with pytest.raises(ValueError, match=said):
+        attempt("chat", asked_with + about)
+    if mended is not None:
+        assert attempt("chat", mended + about) == 0
+    assert attempt("extract", "--vision_tower {made}/tower_b --overwrite") == 0
+    assert attempt("chat", asked_with + about) == 0
+
+
+# (record, what is said, the record as mended)
+QUESTIONS = [
+    ({"video": "clip1"}, 'has no text as "question" .or "Q", or', {"video": "clip1", "question": "?"}),
+    ({"video": "clip1"}, 'has no text as "question" .or "Q", or', {"video": "clip1", "Q": "what"}),
+    ({"video": "clip1"}, 'or "Q1" and "Q2".', {"video": "clip1", "Q1": "what", "Q2": "why"}),
+    ({"question": "?"}, r'names no video \("video" or "video_name"\)', {"video": "clip1", "question": "?"}),
+    ({"question": "?"}, r'names no video \("video" or "video_name"\)', {"video_name": "clip1", "question": "?"}),
+    ({"video": f"{URL}.mp4", "question": "?"}, "a URL; download the videos into the folder of --video, and give "
+     "their names there", {"video": "a.mp4", "question": "?"}),
+]
+
+
+@pytest.mark.parametrize("record, said, mended", QUESTIONS)
+def test_questions_are_answered_once_mended_as_told(made, tmp_path, attempt, capsys, record, said, mended):
+    shutil.copytree(made / "feats", tmp_path / "videos")
+    words = "--video {tmp}/videos --questions_file {tmp}/questions.json --num_frames 4"
+    (tmp_path / "questions.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match=said):
+        attempt("chat", words)
+    shutil.copy(made / "clips" / "clip.mp4", tmp_path / "videos" / "a.mp4")
+    (tmp_path / "questions.json").write_text(json.dumps([mended]))
+    assert attempt("chat", words) == 0
+    assert "answer" in json.loads(capsys.readouterr().out)
+
+
+def test_an_export_goes_where_what_was_in_its_way_is_not(tmp_path, attempt):
+    assert attempt("export", OF_OUT + HERE) == 0
+    (tmp_path / "x" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="also holds notes.txt, .*; move it away, or choose another folder"):
+        attempt("export", OF_OUT + HERE)
+    assert attempt("export", OF_OUT + "--format llama --output {tmp}/y") == 0
+    (tmp_path / "x" / "notes.txt").rename(tmp_path / "notes.txt")
+    assert attempt("export", OF_OUT + HERE) == 0
+
+
+def test_a_projector_file_goes_where_the_message_says(attempt):
+    with pytest.raises(ValueError, match="a projector file is chat's --projector or train's --pretrain_mm_mlp_adapter"):
+        attempt("export", "--checkpoint {made}/out/mm_projector.bin " + PROJECTOR)
+    assert attempt("chat", "--projector {made}/out/mm_projector.bin " + ONE) == 0
+    assert attempt("train", "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out/mm_projector.bin") == 0
+
+
+def test_a_damaged_checkpoint_is_restored_or_another_one_named(made, tmp_path, attempt):
+    run, name = tmp_path / "run", "model-00000-of-00001.safetensors"
+    tensors = checkpoint.read_full(made / "out" / "checkpoint-1", "model")
+    state = checkpoint.read_state(made / "out" / "checkpoint-1")
+    for step in (1, 2):
+        checkpoint.save(run, step, groups={"model": tensors}, state=state | {"step": step})
+    shutil.copytree(run, tmp_path / "copy")
+    flip_a_bit(run / "checkpoint-2" / name)
+    with pytest.raises(ValueError, match="restore this checkpoint from a copy, or name another one"):
+        attempt("export", "--checkpoint {tmp}/run/checkpoint-2 " + PROJECTOR)
+    assert attempt("export", "--checkpoint {tmp}/run/checkpoint-1 " + PROJECTOR) == 0
+    flip_a_bit(run / "checkpoint-1" / name)
+    with pytest.raises(ValueError, match="No other checkpoint in .* is valid: restore one of them"):
+        attempt("export", "--checkpoint {tmp}/run " + PROJECTOR)
+    shutil.copytree(tmp_path / "copy" / "checkpoint-2", run / "checkpoint-2", dirs_exist_ok=True)
+    assert attempt("export", "--checkpoint {tmp}/run " + PROJECTOR) == 0
+    assert attempt("export", "--checkpoint {tmp}/run/checkpoint-2 " + PROJECTOR) == 0
+
+
+def test_an_address_is_downloaded_before_the_library_reads_it(made):
+    settings = {"projector": str(made / "out"), "max_new_tokens": 2, "device": "cpu"}
+    with closing(Chat(model_name_or_path=str(made / "model"), **settings)) as chat:
+        with pytest.raises(ValueError, match="is a URL: download the video and give its path"):
+            chat.ask(f"{URL}.mp4", "what")
+        chat.ask(made / "clips" / "clip.mp4", "what")
+
+
+def test_the_encoders_settings_are_mended_as_told(made):
+    with pytest.raises(ValueError, match="batch size .0. and frames per video .0. must be at least 1"):
+        FeatureEncoder(made / "tower_b", device="cpu", batch_size=0, num_temporal=0)
+    encoder = FeatureEncoder(made / "tower_b", device="cpu", batch_size=1, num_temporal=1)
+    with pytest.raises(ValueError, match="must have 1 to 1 frames, found 2"):
+        encoder.encode(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    assert encoder.encode(torch.zeros(1, 8, 8, 3, dtype=torch.uint8)).shape == (5, CHANNELS)
+
+
+def test_rows_are_no_guess_with_the_flag_told(made, tmp_path, caplog, capsys):
+    argv = flags(made, tmp_path, "--vision_tower", str(made / "tower_b"))
+    at = argv.index("--video_folder")
+    assert inspection.main(argv[:at] + argv[at + 2:]) == 0
+    assert "--video_folder tells each one's own" in caplog.text
+    caplog.clear()
+    assert inspection.main(argv) == 0
+    assert f"<vid_patch>×{ROWS}" in capsys.readouterr().out and not caplog.text
+
+
+def test_doctor_looks_at_a_folder_that_is_there(tmp_path):
+    def disk(path):
+        return next(f for f in doctor.examine(DoctorConfig(path=[str(path)])) if f.name == "disk")
+
+    assert disk(tmp_path / "none").cost == "name a folder that does: --path"
+    assert disk(tmp_path).found
