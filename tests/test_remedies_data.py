@@ -19,8 +19,8 @@ from training_run import CHANNELS, write_run
 from fastvid import convert, extract, inspection, train, validate
 from fastvid.config import TrainConfig
 from fastvid.data import workers
-from fastvid.data.batching import SampleSet, SampleSkipped
-from fastvid.data.conversation import load_tokenizer
+from fastvid.data.batching import Loader, SampleSet, SampleSkipped
+from fastvid.data.conversation import inference_prompt, load_tokenizer
 from fastvid.data.features import FeatureFolder, load_features, save_features
 from fastvid.data.workers import Ahead
 
@@ -108,7 +108,7 @@ def user(store, tmp_path, monkeypatch, capsys, caplog):
         try:
             code, error = call(store, command), ""
         except (ValueError, SystemExit) as raised:
-            code, error = 2, raised
+            code, error = getattr(raised, "code", 2), raised
         return code, "\n".join([str(error), *capsys.readouterr(), caplog.text])
 
     def do(steps):
@@ -171,6 +171,9 @@ EXTRACTING = [
 ]
 FLAGS = [
     ("", "validate --video_foldr feats", "did you mean --video_folder?", "", "validate --video_folder feats"),
+    ("", "validate --fastest", "unknown flag --fastest, see --help", "fastvid validate --help", "validate --quick"),
+    ("echo fast > c.yaml", "validate --config c.yaml", "expected `flag: value` lines", "echo quick: true > c.yaml",
+     "validate --config c.yaml"),
     ("", "validate --video_folder feats -quick", "unexpected argument -quick; a flag begins with two hyphens (--)", "",
      "validate --video_folder feats --quick"),
     ("", "validate --video_folder", "--video_folder: give a value", "", "validate --video_folder feats"),
@@ -503,9 +506,21 @@ def test_a_limit_on_open_files(processes, limit):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_run_whose_reader_died_goes_on(store, user, tmp_path, monkeypatch):
-    from fastvid.data.batching import Loader
+def test_no_processes_need_no_second_memory():
+    def needs_much(number):
+        if os.getpid() != parent:
+            raise MemoryError
+        return number
 
+    parent = os.getpid()
+    with pytest.raises(ChildProcessError, match="has no memory left: fewer --dataloader_num_workers need less, 0 "):
+        list(Ahead(needs_much, 1).map(range(2)))
+    assert list(Ahead(needs_much, 0).map(range(2))) == [0, 1]
+
+
+@pytest.mark.parametrize("processes, mended", [(1, True), (0, False)])
+def test_a_run_whose_reader_died_goes_on(user, monkeypatch, processes, mended):
+    """Started again; and with no processes to read, if they would die again."""
     read, main = Loader.read, os.getpid()
 
     def dies(loader, step):
@@ -514,9 +529,24 @@ def test_a_run_whose_reader_died_goes_on(store, user, tmp_path, monkeypatch):
         return read(loader, step)
 
     command = ("train --dry_run False --num_train_epochs 4 --per_device_train_batch_size 2 --save_steps 2 "
-               "--logging_steps 1 --dataloader_num_workers 1")
-    with monkeypatch.context() as patch, pytest.raises(ChildProcessError, match="Start the same command again to go"):
+               "--dataloader_num_workers")
+    with monkeypatch.context() as patch:
         patch.setattr(Loader, "read", dies)
-        user(command)
-    code, said = user(command)
-    assert code == 0 and "checkpoint-" in said, said
+        with pytest.raises(ChildProcessError, match=r"has died \(.*0 needs none. Start the same command again to go"):
+            user(f"{command} 1")
+        if mended:
+            patch.undo()
+        code, said = user(f"{command} {processes}")
+    assert code == 0 and "resumed from out/checkpoint-" in said, said
+
+
+def test_known_templates(store):
+    tokenizer = load_tokenizer(store / "model", True)
+
+    def prompt(template):
+        return inference_prompt("what", tokenizer, video_tokens=ROWS, use_start_end=True, conv_mode=template)
+
+    with pytest.raises(ValueError, match="--conv_mode v9 is no template; known: ") as told:
+        prompt("v9")
+    known = str(told.value).partition("known: ")[2].split(", ")
+    assert len(known) == 3 and all(map(prompt, known))
