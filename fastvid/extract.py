@@ -249,7 +249,10 @@ class _Extraction:
         if piece.frames is not None:
             features_RC = self.encoder.encode(piece.frames)
             if not features_RC.isfinite().all():
-                failure = f"its features are not finite in {self.header['dtype']}; try another --dtype"
+                # They are kept in float16: what is too large for that is so in whatever the tower computes in.
+                dtype = self.header["dtype"]
+                remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
+                failure = f"its features are not finite in {dtype}; {remedy}"
         seconds = round(piece.seconds + time.perf_counter() - start, 3)
         if failure:
             self._fail(video, failure, seconds, summary, bar)

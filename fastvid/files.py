@@ -124,7 +124,9 @@ def wrong_content(path) -> str | None:
         return ("is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` in its folder, or download it "
                 "again with `hf download`")
     if head.startswith(b"\x1f\x8b"):
-        return "is packed with gzip; unpack it with `gunzip`"
+        name = Path(path).name
+        naming = "" if name.endswith(".gz") else f"name it {shown(name)}.gz and "  # gunzip takes no other ending
+        return f"is packed with gzip; {naming}unpack it with `gunzip`"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a web page (HTML), not the file itself; download it again"
     return None if head else "is empty; download or write it again"

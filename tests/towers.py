@@ -3,14 +3,15 @@
 import json
 
 
-def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=3, seed=0, mean=None, std=None):
+def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=3, heads=4, seed=0, mean=None,
+                std=None):
     """Save a seeded CLIP vision tower as a Hugging Face folder; a preprocessor_config.json if `mean` is given."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
         image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers, num_attention_heads=4, projection_dim=16)
+        num_hidden_layers=layers, num_attention_heads=heads, projection_dim=16)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)

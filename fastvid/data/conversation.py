@@ -240,5 +240,5 @@ def _cut_video(prompt, ids, tokens, rows, length):
     kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
     if kept < (sum(rows) if tokens.end is None else prompt.count(VIDEO)):
         return (f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
-                "or put the video before the long text")
+                "or shorten the text before the video")
     return None

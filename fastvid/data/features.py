@@ -34,7 +34,7 @@ from fastvid.video.manifest import read_files
 _TENSOR = "features"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _READ = {**_DTYPES, "F64": torch.float64}
-_REMEDY = "extract it again (fastvid extract)"
+_REMEDY = "remove it and extract it again (fastvid extract)"
 _STORE = ("store the [rows, channels] array itself (numpy.save writes .npy, torch.save of the tensor .pt), or "
           f"{_REMEDY}")
 
