@@ -6,19 +6,26 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_cases import flip_a_bit
 from conftest import ROOT
+from model_cases import model_config
 from test_run_lock import HOLD
 from training_run import flags, losses, start, write_run
 
-from fastvid import checkpoint, export, optim8bit, parallel, reporters, run_lock, shards, train
+from fastvid import checkpoint, export, optim8bit, parallel, reporters, run_lock, saver, shards, train
 from fastvid.config import ExportConfig, TrainConfig
 from fastvid.flags import parse
 from fastvid.foreign_flags import MEANING
+from fastvid.model.attention import choose_implementation
+from fastvid.model.decoder import recomputed_layers
+from fastvid.model.quantize import check_device
+from fastvid.model.video_llava import VideoLlava
 
+CPU = torch.device("cpu")
 FOUR = ("--max_steps", "4", "--save_steps", "2")
 
 
@@ -303,3 +310,82 @@ def test_flags_that_are_missing(run, tmp_path, capsys):
     values = {"--model_name_or_path": run / "model", "--data_path": run / "train.json", "--output_dir": tmp_path}
     assert set(named) == set(values)
     parse(TrainConfig, [word for flag in named for word in (flag, str(values[flag]))])
+
+
+def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
+    """Space is freed by a lower limit, and by a user; the same command goes on."""
+    monkeypatch.setattr(saver, "RETRY_AFTER", 0.0)
+    argv = flags(run, tmp_path, "--max_steps", "8", "--save_steps", "4")
+    with monkeypatch.context() as patch:
+        write = shards.write
+
+        def full(path, *given):
+            if "checkpoint-8." in str(path):
+                raise OSError(28, "No space left on device")
+            write(path, *given)
+
+        patch.setattr(shards, "write", full)
+        with pytest.raises(OSError, match=r"free some \(a lower --save_total_limit keeps fewer\), then give the same "
+                                          "command again: it goes on from the last checkpoint"):
+            train.main(argv)
+    assert train.main([*argv, "--save_total_limit", "1"]) == 0
+    assert max(losses(tmp_path)) == 8 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_a_run_that_is_done(run, tmp_path, capsys):
+    argv = flags(run, tmp_path, *FOUR)
+    assert train.main(argv) == train.main(argv) == 0
+    assert "give more --max_steps or --num_train_epochs to go on, or --resume never to start over" in (
+        capsys.readouterr().err)
+    assert train.main([*argv, "--max_steps", "5"]) == 0 and max(losses(tmp_path)) == 5
+    assert train.main([*argv, "--resume", "never"]) == 0 and max(losses(tmp_path)) == 4
+    for epochs, steps in (("1", 6), ("2", 12)):
+        assert train.main(flags(run, tmp_path / "by epochs", "--num_train_epochs", epochs)) == 0
+        assert max(losses(tmp_path / "by epochs")) == steps
+
+
+def test_weights_and_biases_without_an_account(run, tmp_path, monkeypatch):
+    def init(**options):
+        if os.environ.get("WANDB_MODE") != "offline":
+            raise RuntimeError("api_key not configured")
+        return SimpleNamespace(id="abc", define_metric=lambda *a, **k: None, log=lambda values: None,
+                               finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(reporters, "_installed", lambda package: True)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    argv = flags(run, tmp_path, *FOUR)
+    with pytest.raises(ValueError, match="mend that, or set WANDB_MODE=offline, or choose --report_to none"):
+        train.main([*argv, "--report_to", "wandb"])
+    assert train.main([*argv, "--report_to", "none"]) == 0
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train.main([*argv, "--report_to", "wandb", "--output_dir", str(tmp_path / "offline")]) == 0
+
+
+def model(trainable, projector_type="linear"):
+    return VideoLlava(model_config(projector_type), trainable=trainable, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("call, said, mended", [
+    (lambda: choose_implementation("fast", CPU, torch.float32, 64), "choose one of auto, ",
+     lambda: choose_implementation("auto", CPU, torch.float32, 64)),
+    (lambda: recomputed_layers("some", 4), "choose one of none, selective, full, or how many of the first layers, 0 "
+                                           "to 4", lambda: [recomputed_layers(x, 4) for x in ("none", "full", 0, 4)]),
+    (lambda: model(["boundary", "embed"]), "choose one", lambda: [model([part]) for part in ("boundary", "embed")]),
+    (lambda: model(["projector"], "mlp9x"), "choose linear or mlp2x_gelu",
+     lambda: [model(["projector"], kind) for kind in ("linear", "mlp2x_gelu")]),
+], ids=["attention", "recompute", "trained parts", "projector"])
+def test_what_the_library_is_asked_for(call, said, mended):
+    with pytest.raises(ValueError, match=said):
+        call()
+    mended()
+
+
+def test_a_gpu_without_fp8(monkeypatch):
+    """A pretended one; the first remedy is the flag left out."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=r"Tesla T4 \(compute capability 7.5\) .*choose auto, int8 or nf4"):
+        check_device("fp8", torch.device("cuda"))
+    for frozen_dtype in ("int8", "nf4"):
+        check_device(frozen_dtype, torch.device("cuda"))
