@@ -1,6 +1,7 @@
-"""What messages tell a user to do can be done: what they name is there, and training starts once it was done.
+"""What messages tell a user to do can be done: what they name is there, and the command succeeds once it was done.
 
-Remedies of other commands are tried where their mistakes are tested.
+``remedies.json`` says which test carries out which remedy, by a piece of its message ("carried out"). Others want a
+network, a GPU or several machines ("not here"), or name a flag and ask nothing of the user ("nothing to do").
 """
 
 import ast
@@ -21,13 +22,18 @@ FLAGS = {field.name for each in vars(config).values() if dataclasses.is_dataclas
          for field in dataclasses.fields(each)}
 
 
+def docstrings(tree):
+    """The identities of a syntax tree's docstrings."""
+    return {id(node.body[0].value) for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
+            and isinstance(node.body[0], ast.Expr)}
+
+
 def texts():
     """(file, text) of every string of the product that is no docstring."""
     for path in sorted((ROOT / "fastvid").rglob("*.py")):
         tree = ast.parse(path.read_text())
-        docs = {id(node.body[0].value) for node in ast.walk(tree)
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
-                and isinstance(node.body[0], ast.Expr)}
+        docs = docstrings(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
                 yield path.relative_to(ROOT).as_posix(), node.value
@@ -42,6 +48,47 @@ def test_what_is_named_is_there(pattern, known):
     named = {(file, word) for file, text in texts() for word in re.findall(pattern, text)}
     assert len(named) > 1
     assert {(file, word) for file, word in named if word not in known} == set()
+
+
+# What a message that asks something of its reader has in it: a flag, a command, or one of these words.
+ASKS = re.compile(r"--\w+|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
+                  r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
+                  r"extract|name it|make|mend|rename|shorten|raise it|put)\b")
+HELP = ("fastvid/config.py", "fastvid/foreign_flags.py")  # texts of --help; remedies that test_remedies_runs tries all
+
+
+def messages():
+    """Every text of the product that is no docstring and may ask something; {} for what is filled in."""
+    for path in sorted((ROOT / "fastvid").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        skipped = docstrings(tree)
+        if path.relative_to(ROOT).as_posix() in HELP:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                skipped |= {id(part) for part in ast.walk(node) if part is not node}
+                text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+                text = node.value
+            else:
+                continue
+            if id(node) not in skipped and len(text) >= 20 and ASKS.search(text):
+                yield text
+
+
+def test_every_remedy_is_carried_out_by_a_test():
+    ledger = json.loads((ROOT / "tests" / "remedies.json").read_text())
+    pieces = {piece for some in ledger["carried out"].values() for piece in some} | {*ledger["not here"]}
+    asking = list(messages())
+    assert len(asking) > 200
+    assert [text for text in asking if text not in ledger["nothing to do"] and not any(
+        piece in text for piece in pieces)] == [], "a message of this kind wants a test that does what it says"
+    gone = [text for _, text in texts()] + asking
+    assert [piece for piece in pieces if not any(piece in text for text in gone)] == []
+    assert {*ledger["nothing to do"]} <= {*asking}
+    for name in ledger["carried out"]:
+        file, _, function = name.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), name
 
 
 @pytest.fixture(scope="module")
