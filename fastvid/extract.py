@@ -7,7 +7,6 @@ ranks share nothing but the output folder, so they need no process group.
 import errno
 import hashlib
 import os
-import queue
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import fastvid
@@ -26,14 +24,13 @@ from fastvid.data.features import feature_bytes
 from fastvid.earlier_features import EarlierFeatures, settings_of, written
 from fastvid.files import atomic_file, remove_left_over
 from fastvid.flags import parse
-from fastvid.video.decode import DecodeError, VideoInfo
-from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.decode import DecodeError
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.listing import find_videos, no_video
 from fastvid.video.manifest import Manifest
+from fastvid.video.pipeline import Pipeline, Prepared
 from fastvid.video.sampling import frame_indices
 
-_MOST_WORKERS = 16
 _DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged puts up with
 # A full disk costs every video that is still to come.
 _NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -99,9 +96,8 @@ class Summary:
 class _Piece:
     """One video, ready for the tower; or why nothing can be done (`failure`)."""
 
-    frames: np.ndarray | None = None
-    info: VideoInfo | None = None
-    source: dict | None = None
+    source: dict
+    prepared: Prepared | None = None
     seconds: float = 0.0
     failure: str | None = None
 
@@ -148,7 +144,7 @@ def extract(config: ExtractConfig) -> Summary:
 
 
 class _Extraction:
-    """The pipeline: `workers` decoders ahead of one tower."""
+    """Decoders ahead of one tower, and a file for each video behind it."""
 
     def __init__(self, config, encoder, manifest, earlier):
         self.config, self.encoder, self.manifest, self.earlier = config, encoder, manifest, earlier
@@ -156,19 +152,13 @@ class _Extraction:
         tower = _tower(config)
         self.header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                        "dtype": str(encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = max(1, len(os.sched_getaffinity(0)) // processes)
-        count = config.decode_workers or min(_MOST_WORKERS, cores)
-        self.threads = max(1, cores // count)
-        self.workers = [DecodeWorker(config.timeout) for _ in range(count)]
-        self.idle = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
+        self.pipeline = Pipeline(encoder, decoder=config.decoder, workers=config.decode_workers,
+                                 timeout=config.timeout, allow_damaged=config.allow_damaged)
 
     def run(self, videos) -> Summary:
-        summary = Summary(total=len(videos), max_failures=self.config.max_failures)
+        summary = Summary(total=len(videos), max_failures=self.config.max_failures, notes=self.pipeline.notes)
         start, ahead = time.perf_counter(), {}
-        pool = ThreadPoolExecutor(len(self.workers), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(self.pipeline.at_a_time, thread_name_prefix="decode")
 
         def read_ahead(count):
             ahead.update((pool.submit(self._prepare, *piece), piece[0]) for piece in islice(todo, count))
@@ -179,7 +169,7 @@ class _Extraction:
             try:
                 # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits
                 # for a slow one.
-                read_ahead(2 * len(self.workers))
+                read_ahead(2 * self.pipeline.at_a_time)
                 while ahead and not stop:
                     for future in wait(ahead, timeout=0.1, return_when=FIRST_COMPLETED).done:
                         if stop:
@@ -189,11 +179,9 @@ class _Extraction:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 while not all(future.done() for future in ahead):
-                    for worker in self.workers:
-                        worker.kill()
+                    self.pipeline.kill()
                     time.sleep(0.01)
-                for worker in self.workers:
-                    worker.close()
+                self.pipeline.close()
         summary.interrupted = stop[0] if stop else None
         summary.seconds = time.perf_counter() - start
         return summary
@@ -226,16 +214,12 @@ class _Extraction:
 
     def _prepare(self, video, source) -> _Piece:
         """Decode one video; runs in a thread of the pool."""
-        start, worker = time.perf_counter(), self.idle.get()
+        start = time.perf_counter()
         try:
-            frames, info, source["source_sha256"] = worker.decode_and_hash(
-                video.path, num_frames=self.config.num_frames, size=self.encoder.image_size, threads=self.threads,
-                allow_damaged=self.config.allow_damaged)
+            prepared = self.pipeline.prepare(video.path)
         except DecodeError as error:
-            return _Piece(failure=self._reason(video, error), seconds=time.perf_counter() - start)
-        finally:
-            self.idle.put(worker)
-        return _Piece(frames, info, source, time.perf_counter() - start)
+            return _Piece(source, failure=self._reason(video, error), seconds=time.perf_counter() - start)
+        return _Piece(source | {"source_sha256": prepared.sha256}, prepared, time.perf_counter() - start)
 
     @staticmethod
     def _reason(video, error):
@@ -246,8 +230,8 @@ class _Extraction:
     def _finish(self, video, piece, summary, bar):
         """Tower, feature file, manifest line."""
         start, failure = time.perf_counter(), piece.failure
-        if piece.frames is not None:
-            features_RC = self.encoder.encode(piece.frames)
+        if piece.prepared is not None:
+            features_RC = self.pipeline.encode(piece.prepared)
             if not features_RC.isfinite().all():
                 # They are kept in float16: what is too large for that is so in whatever the tower computes in.
                 dtype = self.header["dtype"]
@@ -266,8 +250,8 @@ class _Extraction:
                            summary, bar)
             else:
                 summary.extracted += 1
-                summary.padded += piece.info.frames < self.config.num_frames
-                summary.damaged += piece.info.damaged > 0
+                summary.padded += piece.prepared.info.frames < self.config.num_frames
+                summary.damaged += piece.prepared.info.damaged > 0
         bar.update()
 
     def _fail(self, video, failure, seconds, summary, bar):
@@ -278,9 +262,9 @@ class _Extraction:
     def _write(self, video, piece, features_RC, seconds):
         """A video's feature file and its line in the manifest."""
         video.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen = {"total_frames": piece.info.frames,
-                  "frame_indices": frame_indices(piece.info.frames, self.config.num_frames)}
-        header = {**self.header, **piece.source, **chosen, "video": asdict(piece.info)}
+        chosen = {"total_frames": piece.prepared.info.frames,
+                  "frame_indices": frame_indices(piece.prepared.info.frames, self.config.num_frames)}
+        header = {**self.header, **piece.source, **chosen, "video": asdict(piece.prepared.info)}
         content = feature_bytes(video.output, features_RC, header)
         made = {"file": video.output.relative_to(self.folder).as_posix(), "format": self.config.format,
                 "tower": self.header["tower"], **self.settings, "source_bytes": piece.source["source_bytes"],
@@ -289,7 +273,7 @@ class _Extraction:
             self.manifest.append(video.name, "writing", **made)
         with atomic_file(video.output) as file:
             file.write(content)
-        self.manifest.append(video.name, "ok", frames=piece.info.frames, seconds=seconds, **made,
+        self.manifest.append(video.name, "ok", frames=piece.prepared.info.frames, seconds=seconds, **made,
                              shape=list(features_RC.shape), written=written(video.output))
 
 

@@ -4,15 +4,22 @@ Dimensions: T frames, P patches, C channels.
 """
 
 import copy
+import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastvid_kernels import frame_patchify, spatio_temporal_pool
+from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
+from fastvid_kernels.patch_rows import row_length
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.encoder import FeatureEncoder
@@ -32,6 +39,9 @@ class Tower:
 
 CLIP_L, TINY = Tower(336, 14, 1024, 24, 16), Tower(28, 14, 32, 3, 4)
 ON_GPU = torch.cuda.is_available()
+MOST_ENGINES = 7  # of hardware decoders, on an H100 or H200
+PATCHES = dict(size=336, patch=14, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+               dtype=torch.float16)
 
 
 def write_tower(folder, shape):
@@ -148,7 +158,7 @@ def write_clip(path, *, width, height, frames, codec="libx264"):
 
 
 def decoders(small):
-    """Frames per second of each decoder that is there, on a clip of H.264."""
+    """Frames per second of PyAV, and of the GPU's decoder by so many videos at a time; whether its bytes are PyAV's."""
     try:
         import av  # noqa: F401
     except ImportError as error:
@@ -156,13 +166,126 @@ def decoders(small):
         return
     from fastvid.video.decode import decode
 
-    sizes = ((80, 48, 30),) if small else ((1280, 720, 500), (1920, 1080, 500))
+    sizes = ((80, 48, 30),) if small else ((1280, 720, 900), (1920, 1080, 600))
     with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVID_CHECK_SCRATCH")) as made:
+        clips = []
         for width, height, frames in sizes:
             path = Path(made) / f"{height}.mp4"
             write_clip(path, width=width, height=height, frames=frames)
-            begin = time.perf_counter()
-            decode(path, size=336)
-            seconds = time.perf_counter() - begin
-            yield {"row": f"PyAV, {height}p, one clip at a time", "frames_per_second": frames / seconds,
-                   "cores": os.cpu_count()}
+            clips.append(path)
+            for threads in (1, 0):
+                begin = time.perf_counter()
+                decode(path, size=336, threads=threads)
+                seconds = time.perf_counter() - begin
+                yield {"row": f"PyAV, {height}p, one clip at a time, {threads or 'all'} threads",
+                       "frames_per_second": frames / seconds, "cores": os.cpu_count()}
+        yield from _hardware(clips, small)
+
+
+def _hardware(clips, small):
+    from fastvid.video.decode.bitstream import read_bitstream
+    from fastvid.video.decode.nvdec import NoDecoder, NvDecoder
+
+    if not ON_GPU:
+        yield {"row": "NVDEC", "status": "ok", "absent": "no GPU"}
+        return
+    try:
+        hardware = [NvDecoder("cuda") for _ in range(2 * MOST_ENGINES)]
+    except NoDecoder as error:
+        yield {"row": "NVDEC", "status": "ok", "absent": str(error)}
+        return
+    data = os.environ.get("FASTVID_REFERENCE_DATA")
+    others = sorted(Path(data, "videos").glob("*.m*")) if data else []
+    for path in (*clips, *others):
+        yield _same_bytes(path, hardware[0])
+    for path in clips:
+        begin = time.perf_counter()
+        stream = read_bitstream(path)
+        yield {"row": f"reading {path.stem}p's container", "seconds": time.perf_counter() - begin,
+               "packets": len(stream.ends), "frames": stream.info.frames}
+        for count in (1, MOST_ENGINES, 2 * MOST_ENGINES):
+            seconds = _side_by_side(hardware[:count], stream)
+            yield {"row": f"NVDEC, {path.stem}p, {count} videos at a time",
+                   "decoded_frames_per_second": count * len(stream.ends) / seconds,
+                   "video_frames_per_second": count * stream.info.frames / seconds, "videos_per_second": count / seconds}
+
+
+def _same_bytes(path, decoder):
+    """Whether the patch rows of a video's frames are those of PyAV's frames."""
+    from fastvid.video.decode import decode
+    from fastvid.video.decode.bitstream import Unsuited, read_bitstream
+
+    row = {"row": f"NVDEC beside PyAV, {path.stem}"}
+    try:
+        stream = read_bitstream(path)
+        ours = torch.empty(len(stream.wanted), 576, row_length(14), dtype=torch.float16, device="cuda")
+        decoder.decode(stream, lambda pictures: _put(ours, pictures, stream.factors))
+    except Unsuited as error:
+        return row | {"unsuited": str(error)}
+    frames, _ = decode(path, size=336)
+    true = frame_patchify(torch.from_numpy(frames).cuda(), **PATCHES)
+    different = int((ours != true).sum())
+    return row | {"codec": stream.codec, "frames": len(true), "differing_values": different,
+                  "status": "failed" if different else "ok"}
+
+
+def _put(rows_TPK, pictures, factors):
+    made_FPK = yuv_patchify([planes for _, planes in pictures], [factors] * len(pictures), **PATCHES)
+    for (places, _), made_PK in zip(pictures, made_FPK):
+        for place in places:
+            rows_TPK[place].copy_(made_PK)
+
+
+def _side_by_side(hardware, stream, times=2):
+    """Seconds in which every decoder decodes a video, as many times, each in a thread."""
+    def run(decoder):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            rows_TPK = torch.empty(len(stream.wanted), 576, row_length(14), dtype=torch.float16, device="cuda")
+            for _ in range(times):
+                decoder.decode(stream, lambda pictures: _put(rows_TPK, pictures, stream.factors))
+            torch.cuda.current_stream().synchronize()
+
+    with ThreadPoolExecutor(len(hardware)) as pool:
+        list(pool.map(run, hardware))  # decoders are made, kernels loaded
+        begin = time.perf_counter()
+        list(pool.map(run, hardware))
+        return (time.perf_counter() - begin) / times
+
+
+def pipeline(small):
+    """`fastvid extract` on a folder of clips, by each decoder: videos per second from file to feature file."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        yield {"row": "pipeline", "status": "ok", "absent": f"no PyAV ({error}), which writes the clips"}
+        return
+    from fastvid.config import ExtractConfig
+    from fastvid.extract import extract
+
+    (width, height, frames), copies = ((80, 48, 30), 2) if small else ((1280, 720, 900), 56)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVID_CHECK_SCRATCH")) as made:
+        write_tower(f"{made}/tower", TINY if small else CLIP_L)
+        videos = Path(made, "videos")
+        videos.mkdir()
+        write_clip(videos / "000.mp4", width=width, height=height, frames=frames)
+        for number in range(1, copies):
+            shutil.copy(videos / "000.mp4", videos / f"{number:03}.mp4")
+        found = {}
+        for decoder in ("auto", "pyav") if ON_GPU else ("pyav",):
+            summary = extract(ExtractConfig(
+                video_dir_path=str(videos), clip_feat_path=f"{made}/{decoder}", vision_tower=f"{made}/tower",
+                num_frames=5 if small else 100, decoder=decoder))
+            kinds = Counter(_decoder_of(path) for path in sorted(Path(made, decoder).glob("*.safetensors")))
+            found[decoder] = load_file(Path(made, decoder, "000.safetensors"))
+            same = all(torch.equal(found[decoder][key], value) for key, value in found[next(iter(found))].items())
+            good = summary.extracted == copies and same
+            yield {"row": f"extract, {height}p, --decoder {decoder}", "seconds": summary.seconds,
+                   "videos_per_second": summary.extracted / summary.seconds,
+                   "video_frames_per_second": summary.extracted * frames / summary.seconds, "decoders": dict(kinds),
+                   "same_features": same, "status": "ok" if good else "failed",
+                   **({} if good else {"error": str(summary)[:400]})}
+
+
+def _decoder_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["header"])["video"]["decoder"].split(",")[0].split(" ")[0]

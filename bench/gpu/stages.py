@@ -110,7 +110,8 @@ def _sweep(small):
 
 def _extract(small):
     yield _task("extract", "tower", "tower", 60, {"small": small})
-    yield _task("extract", "decoders", "decoders", 60, {"small": small})
+    yield _task("extract", "decoders", "decoders", 80, {"small": small})
+    yield _task("extract", "pipeline", "pipeline", 80, {"small": small})
 
 
 def _tests(small):

@@ -7,7 +7,8 @@ The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (22
 """
 
 import torch
-from fastvid_kernels import frame_patchify, spatio_temporal_pool
+from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
+from fastvid_kernels.patch_rows import row_length
 
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.clip import ClipTower
@@ -67,6 +68,8 @@ class FeatureEncoder:
         self.tower = ClipTower(tower, self.device, self.dtype)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
+        self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,
+                          "std": self.tower.std, "dtype": torch.float16}
         self.revision = revisions(tower)[0]
 
     @torch.no_grad()
@@ -83,14 +86,34 @@ class FeatureEncoder:
             ValueError: no frames, or too many.
         """
         frames = torch.as_tensor(frames)
-        if not 1 <= len(frames) <= self.num_temporal:
-            raise ValueError(f"a video must have 1 to {self.num_temporal} frames, found {len(frames)}")
-        states_TPC = torch.empty(len(frames), self.num_patches, self.hidden_size, dtype=torch.float16,
-                                 device=self.device)
-        for part_BHW3, states_BPC in zip(frames.split(self.batch_size), states_TPC.split(self.batch_size)):
-            patches_BPK = frame_patchify(part_BHW3.to(self.device), size=self.image_size, patch=self.patch_size,
-                                         mean=self.tower.mean, std=self.tower.std, dtype=torch.float16).to(self.dtype)
-            states_BPC.copy_(self._states(patches_BPK))
+        self._refuse_count(len(frames))
+        return self._features(len(frames), (
+            frame_patchify(part_BHW3.to(self.device), **self._patchify) for part_BHW3 in frames.split(self.batch_size)))
+
+    @torch.no_grad()
+    def encode_patches(self, patches_TPK):
+        """The features of one video, as `encode`, of its frames' patch rows as `patch_rows` makes them."""
+        self._refuse_count(len(patches_TPK))
+        return self._features(len(patches_TPK), patches_TPK.split(self.batch_size))
+
+    def patch_rows(self, planes, factors):
+        """Patch rows [T, P, K] float16 of raw planes [(Y, U, V)] on the device: see `yuv_patchify`."""
+        return yuv_patchify(planes, [factors] * len(planes), **self._patchify)
+
+    def empty_patch_rows(self, count):
+        """[count, P, K] float16 on the device, for `patch_rows`."""
+        return torch.empty(count, self.num_patches, row_length(self.patch_size), dtype=torch.float16,
+                           device=self.device)
+
+    def _refuse_count(self, count):
+        if not 1 <= count <= self.num_temporal:
+            raise ValueError(f"a video must have 1 to {self.num_temporal} frames, found {count}")
+
+    def _features(self, count, parts_BPK):
+        """Pooled states of patch rows that come in pieces of a pass."""
+        states_TPC = torch.empty(count, self.num_patches, self.hidden_size, dtype=torch.float16, device=self.device)
+        for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
+            states_BPC.copy_(self._states(patches_BPK.to(self.dtype)))
         return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
 
     def _states(self, patches_BPK):

@@ -56,7 +56,7 @@ def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max
     packets = _packets(path)
     if packets is not None:
         wanted = frame_indices(packets.frames, num_frames) if indices is None else list(indices)
-        _check_numbers(path, wanted, packets.frames)
+        check_numbers(path, wanted, packets.frames)
         # The last frame is looked at as well: a file that was cut ends with a broken one.
         keep = packets.needed([*wanted, packets.frames - 1])
         if found := video.some(wanted, packets, keep):
@@ -65,7 +65,7 @@ def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max
     wanted = (frame_indices(expected, num_frames) if expected else []) if indices is None else list(indices)
     frames, info = video.whole(wanted)
     if indices is not None:
-        _check_numbers(path, wanted, info.frames)
+        check_numbers(path, wanted, info.frames)
     elif info.frames != expected:
         frames, info = video.whole(frame_indices(info.frames, num_frames))
     return frames, info
@@ -92,7 +92,8 @@ def duration(path) -> float:
         return (container.duration or 0) / av.time_base
 
 
-def _check_numbers(path, wanted, frames):
+def check_numbers(path, wanted, frames):
+    """Raise DecodeError if a video of so many frames lacks one that is wanted."""
     if any(not 0 <= i < frames for i in wanted):
         raise DecodeError(path, f"holds {frames} frames; asked for {min(wanted)} … {max(wanted)}")
 
@@ -227,6 +228,17 @@ class _Sent:
             raise DecodeError(path, "is cut short: its last packet is incomplete")
 
 
+def describe(container, stream, shape, turn) -> VideoInfo:
+    """What a video is, but for its frames, of a stored picture of (width, height) and how that is turned."""
+    import av
+
+    version = ".".join(map(str, av.library_versions["libavcodec"]))
+    return VideoInfo(
+        codec=stream.codec_context.codec.canonical_name, width=shape[turn.transpose],
+        height=shape[not turn.transpose], frames=0, fps=float(stream.average_rate or 0), rotation=turn.angle,
+        duration=(container.duration or 0) / av.time_base, decoder=f"pyav {av.__version__}, libavcodec {version}")
+
+
 @dataclass
 class _Picture:
     """What the first frame of a stream decides, and the frames taken so far."""
@@ -241,14 +253,8 @@ class _Picture:
 
     @classmethod
     def of(cls, frame, container, stream, video, count):
-        import av
-
         turn, shape = orientation(frame, video.path), (frame.width, frame.height)
-        version = ".".join(map(str, av.library_versions["libavcodec"]))
-        info = VideoInfo(
-            codec=stream.codec_context.codec.canonical_name, width=shape[turn.transpose],
-            height=shape[not turn.transpose], frames=0, fps=float(stream.average_rate or 0), rotation=turn.angle,
-            duration=(container.duration or 0) / av.time_base, decoder=f"pyav {av.__version__}, libavcodec {version}")
+        info = describe(container, stream, shape, turn)
         size = video.size
         frames = np.empty((count, size or info.height, size or info.width, 3), np.uint8)
         source = _source(turn, info.height, info.width, size) if size else None

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import numpy as np
 
+from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
 from fastvid.video.decode.info import DecodeError, VideoInfo
 from fastvid.video.decode.pyav import decode, duration
 
@@ -46,19 +48,41 @@ class DecodeWorker:
 
     def decode_and_hash(self, path, *, digest=True, **options):
         """(frames, VideoInfo, SHA-256 of the file in hexadecimal, or None) of a video; otherwise as `decode`."""
+        with self._answered(path, "frames", options, digest) as reply:
+            frames = np.empty(reply["shape"], np.uint8)
+            self._connection.recv_bytes_into(frames.reshape(-1))
+        return frames, VideoInfo(**reply["info"]), reply["sha256"]
+
+    def read_bitstream(self, path, *, digest=True, **options) -> tuple[Bitstream, str | None]:
+        """(`read_bitstream(path, **options)`, SHA-256 of the file or None); otherwise as `decode`.
+
+        Raises:
+            Unsuited: it is PyAV's.
+        """
+        with self._answered(path, "bitstream", options, digest) as reply:
+            ends, numbers = (np.empty(reply["packets"], np.int64) for _ in range(2))
+            for array in (ends, numbers):
+                self._connection.recv_bytes_into(array)
+            data = self._connection.recv_bytes()
+        return Bitstream.of(reply["stream"], data, ends, numbers), reply["sha256"]
+
+    @contextmanager
+    def _answered(self, path, what, options, digest):
+        """The head of the answer to a request; what follows it is read within."""
         if self._process is None:
             self._start()
         try:
-            request = {"path": os.fspath(path), "options": options, "timeout": self.timeout, "digest": digest}
+            request = {"path": os.fspath(path), "what": what, "options": options, "timeout": self.timeout,
+                       "digest": digest}
             self._connection.send_bytes(json.dumps(request).encode())
             reply = json.loads(self._connection.recv_bytes())
+            if "unsuited" in reply:
+                raise Unsuited(reply["unsuited"])
             if "reason" in reply:
                 raise DecodeError(path, reply["reason"])
-            frames = np.empty(reply["shape"], np.uint8)
-            self._connection.recv_bytes_into(frames.reshape(-1))
+            yield reply
         except (EOFError, OSError) as error:
             raise DecodeError(path, self._cause_of_death()) from error
-        return frames, VideoInfo(**reply["info"]), reply["sha256"]
 
     def kill(self):
         """End the process, whatever it is doing: a `decode` that waits for it in another thread fails."""
@@ -109,20 +133,34 @@ def serve(connection):
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
             signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
-            frames, info = decode(path, **request["options"])
-            digest = _sha256(path) if request["digest"] else None
+            reply, arrays = _ANSWERS[request["what"]](path, request["options"])
+            reply["sha256"] = _sha256(path) if request["digest"] else None
         except DecodeError as error:
-            frames, reply = None, {"reason": error.reason}
+            reply, arrays = {"reason": error.reason}, []
+        except Unsuited as error:
+            reply, arrays = {"unsuited": str(error)}, []
         except MemoryError:
-            frames, reply = None, {"reason": "not enough memory to decode it"}
+            reply, arrays = {"reason": "not enough memory to decode it"}, []
         except OSError as error:
-            frames, reply = None, {"reason": f"cannot be read ({error.strerror})"}
-        else:
-            reply = {"shape": frames.shape, "info": asdict(info), "sha256": digest}
+            reply, arrays = {"reason": f"cannot be read ({error.strerror})"}, []
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send_bytes(json.dumps(reply).encode())
-        if frames is not None:
-            connection.send_bytes(frames.reshape(-1))
+        for array in arrays:
+            connection.send_bytes(array)
+
+
+def _frames(path, options):
+    """The head of an answer, and the arrays behind it."""
+    frames, info = decode(path, **options)
+    return {"shape": frames.shape, "info": asdict(info)}, [frames.reshape(-1)]
+
+
+def _bitstream(path, options):
+    stream = read_bitstream(path, **options)
+    return {"packets": len(stream.ends), "stream": stream.described()}, [stream.ends, stream.numbers, stream.data]
+
+
+_ANSWERS = {"frames": _frames, "bitstream": _bitstream}
 
 
 def _sha256(path):

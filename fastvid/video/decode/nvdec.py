@@ -1,0 +1,274 @@
+"""Frames' raw planes through NVDEC, the video decoder of an NVIDIA GPU.
+
+H.264, HEVC, VP8 and VP9 define to the bit what a decoder gives, so the planes are FFmpeg's own. Nothing is copied: a
+picture is handed on where the decoder put it, and given back when the GPU has read it. Pictures that nobody wants are
+decoded, as others refer to them, and never mapped.
+
+The decoder's status of every picture is asked for: one that decodes with errors, or does not come, makes the video
+`Unsuited`, and PyAV has the last word. So does one that is interlaced, or changes its size.
+"""
+
+import ctypes
+from collections import deque
+
+import torch
+
+from fastvid.video.decode import nvcuvid
+from fastvid.video.decode.bitstream import IN_DISPLAY_ORDER, Bitstream, Unsuited
+from fastvid.video.decode.nvcuvid import NoDecoder, check
+
+_TOGETHER = 4  # pictures that are handed on in one piece; as many again are decoded meanwhile
+_AHEAD = 4  # surfaces beyond those that the video needs, so that decoding goes on while pictures are shown
+_DELAY = 0  # frames that the parser holds back beyond what display order asks for
+
+
+class NvDecoder:
+    """Decodes one video after another, in one thread. The hardware decoder is kept for videos of a like kind.
+
+    Args:
+        device: torch device. Its GPU decodes; with "cpu" the library must be one that gives host addresses.
+        lib: the library, for tests; default: the driver's.
+
+    Raises:
+        NoDecoder: the driver's library is missing.
+    """
+
+    def __init__(self, device, lib=None):
+        self.device, self.lib = torch.device(device), lib or nvcuvid.library()
+        self._decoder = self._created = None
+        self._callbacks = (nvcuvid.Sequence(self._guarded(self._begin_sequence)),
+                           nvcuvid.Decode(self._guarded(self._decode_picture)),
+                           nvcuvid.Display(self._guarded(self._show)))
+        self.name = "nvdec" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+
+    def takes(self, codec, width, height) -> bool:
+        """Whether the hardware decodes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
+        able = nvcuvid.capabilities(codec, self.lib)
+        return (able is not None and able.min_width <= width <= able.max_width
+                and able.min_height <= height <= able.max_height and width * height // 256 <= able.max_macroblocks)
+
+    def decode(self, stream: Bitstream, take):
+        """Hand the wanted frames of a video to `take`, in display order.
+
+        Args:
+            stream: its packets.
+            take: called with [(places among `stream.wanted`, (Y, U, V))]: uint8 planes of any strides, upright, on the
+                device. They are there on the current stream, and only until what `take` has queued on it is done.
+
+        Raises:
+            Unsuited: the hardware does not take it, or not all of it decodes without errors.
+            NoDecoder: the driver refuses.
+        """
+        if not self.takes(stream.codec, *stream.stored_size):
+            raise Unsuited(f"the GPU does not decode {stream.codec} of {stream.stored_size[0]}×{stream.stored_size[1]}")
+        self._stream, self._take, self._error = stream, take, None
+        self._places, self._came, self._area = {}, 0, None
+        for place, number in enumerate(stream.wanted):
+            self._places.setdefault(number, []).append(place)
+        self._last = stream.info.frames - 1
+        self._numbers = deque()  # of packets that are not shown yet, where the parser's own clock goes wrong
+        self._decoded, self._mapped, self._read = set(), [], deque()
+        try:
+            self._feed()
+            self._hand_on()
+            self._give_back(0)
+            for surface in self._decoded:
+                self._refuse_broken(surface)
+            expected = int((stream.numbers >= 0).sum())
+            if self._came != expected or self._places:
+                raise Unsuited(f"{self._came} of {expected} frames came from the GPU's decoder")
+        except BaseException:
+            self.close()  # it may be in the middle of a picture
+            raise
+
+    def close(self):
+        """Give the hardware decoder back. The next video makes another."""
+        self._mapped, self._read = [], deque()
+        if self._decoder is not None:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            self.lib.cuvidDestroyDecoder(self._decoder)
+            self._decoder = self._created = None
+
+    def _feed(self):
+        """Send all packets through a parser, which calls back."""
+        parser = ctypes.c_void_p()
+        about = nvcuvid.ParserParameters(
+            codec=nvcuvid.CODECS[self._stream.codec], surfaces=1, display_delay=_DELAY, sequence=self._callbacks[0],
+            decode=self._callbacks[1], display=self._callbacks[2])
+        check(self.lib.cuvidCreateVideoParser(ctypes.byref(parser), ctypes.byref(about)), "making a parser")
+        try:
+            base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value
+            start, in_order = 0, self._stream.codec in IN_DISPLAY_ORDER
+            for end, number in zip(self._stream.ends.tolist(), self._stream.numbers.tolist()):
+                if in_order and not (self._stream.codec == "vp8" and not self._stream.data[start] & 0x10):
+                    self._numbers.append(number)
+                self._parse(parser, nvcuvid.SourcePacket(nvcuvid.TIMESTAMP, end - start, base + start, number))
+                start = end
+            self._parse(parser, nvcuvid.SourcePacket(nvcuvid.END_OF_STREAM, 0, None, 0))
+        finally:
+            self.lib.cuvidDestroyVideoParser(parser)
+
+    def _parse(self, parser, packet):
+        failed = self.lib.cuvidParseVideoData(parser, ctypes.byref(packet))
+        if self._error is not None:
+            raise self._error
+        if failed:
+            raise Unsuited(f"the GPU's parser refuses a packet (CUDA error {failed})")
+
+    def _guarded(self, call):
+        """A callback that keeps its exception, which ctypes would print and forget."""
+        def called(_, about):
+            try:
+                return call(about) if about and self._error is None else 0
+            except BaseException as error:  # raised again by _parse
+                self._error = error
+                return 0
+        return called
+
+    def _begin_sequence(self, about):
+        """The parser has read what a sequence of pictures is like."""
+        form, (width, height) = about.contents, self._stream.stored_size
+        area = form.display_area
+        if form.depth_minus_8 or form.chroma_depth_minus_8 or form.chroma != nvcuvid.YUV_420:
+            raise Unsuited("its pictures are not 4:2:0 of 8 bits")
+        if not form.progressive_sequence:
+            raise Unsuited("it is interlaced")
+        if (area.right - area.left, area.bottom - area.top) != (width, height) or area.left % 2 or area.top % 2:
+            raise Unsuited(f"the GPU's parser finds pictures of {area.right - area.left}×{area.bottom - area.top}")
+        place = area.left, area.top, form.coded_width, form.coded_height
+        if self._area not in (None, place):
+            raise Unsuited("its pictures change their size")
+        if self._area is None:
+            self._area = place
+            self._make_decoder(form, form.surfaces + _AHEAD)
+        return form.surfaces + _AHEAD
+
+    def _make_decoder(self, form, surfaces):
+        """A hardware decoder for pictures of this form: the one at hand, set anew if need be, or another."""
+        width, height, codec = form.coded_width, form.coded_height, form.codec
+        whole = nvcuvid.Rectangle(0, 0, width, height)
+        if self._created and self._created[0] == codec and (
+                width <= self._created[1] and height <= self._created[2] and surfaces <= self._created[3]):
+            if (width, height) != self._size:
+                check(self.lib.cuvidReconfigureDecoder(self._decoder, ctypes.byref(nvcuvid.ReconfigureInfo(
+                    width=width, height=height, target_width=width, target_height=height,
+                    surfaces=self._created[3], display_area=whole))), "setting the decoder to another size")
+        else:
+            most = (width, height, surfaces)
+            if self._created and self._created[0] == codec:
+                most = tuple(map(max, most, self._created[1:]))
+            self.close()
+            decoder = ctypes.c_void_p()
+            check(self.lib.cuvidCreateDecoder(ctypes.byref(decoder), ctypes.byref(nvcuvid.CreateInfo(
+                width=width, height=height, surfaces=most[2], codec=codec, chroma=nvcuvid.YUV_420,
+                max_width=most[0], max_height=most[1], display_area=whole, format=nvcuvid.NV12,
+                deinterlace=nvcuvid.WEAVE, target_width=width, target_height=height,
+                output_surfaces=2 * _TOGETHER))), "making a hardware decoder")
+            self._decoder, self._created = decoder, (codec, *most)
+        self._size = width, height
+
+    def _decode_picture(self, about):
+        """A picture is complete: let the hardware decode it."""
+        picture = about.contents
+        if picture.is_field:
+            raise Unsuited("it is interlaced")
+        if picture.surface in self._decoded:
+            self._refuse_broken(picture.surface)
+        check(self.lib.cuvidDecodePicture(self._decoder, about), "decoding a picture")
+        self._decoded.add(picture.surface)
+        return 1
+
+    def _refuse_broken(self, surface):
+        """Raise Unsuited if the picture in a surface, which is decoded, is not right."""
+        found = nvcuvid.DecodeStatus()
+        if not self.lib.cuvidGetDecodeStatus(self._decoder, surface, ctypes.byref(found)) and (
+                found.status in nvcuvid.BROKEN):
+            raise Unsuited(f"a picture {nvcuvid.BROKEN[found.status]}")
+
+    def _show(self, about):
+        """It is a picture's turn to be shown."""
+        shown = about.contents
+        if not shown.progressive:
+            raise Unsuited("it is interlaced")
+        number = shown.timestamp
+        if self._stream.codec in IN_DISPLAY_ORDER:
+            if not self._numbers:
+                raise Unsuited("more frames than packets come from the GPU's decoder")
+            number = self._numbers.popleft()
+        if number >= 0:
+            self._came += 1
+            places = self._places.pop(number, None)
+            if places or number == self._last:
+                self._map(shown.surface, places)
+        return 1
+
+    def _map(self, surface, places):
+        """Wait for a picture, and keep it if it is wanted."""
+        if len(self._mapped) == _TOGETHER:
+            self._hand_on()
+        cuda = self.device.type == "cuda"
+        address, pitch = ctypes.c_ulonglong(), ctypes.c_uint()
+        check(self.lib.cuvidMapVideoFrame64(
+            self._decoder, surface, ctypes.byref(address), ctypes.byref(pitch), ctypes.byref(nvcuvid.MapParameters(
+                progressive=1, stream=torch.cuda.current_stream(self.device).cuda_stream if cuda else None))),
+            "mapping a picture")
+        self._mapped.append((address.value, places and (places, self._planes(address.value, pitch.value))))
+        self._refuse_broken(surface)
+
+    def _planes(self, address, pitch):
+        """(Y, U, V) of a mapped picture, upright."""
+        left, top, _, coded_height = self._area
+        width, height = self._stream.stored_size
+        half = -(-height // 2), -(-width // 2)
+        y = _view(address + top * pitch + left, (height, width), (pitch, 1), self.device)
+        uv = _view(address + (coded_height + top // 2) * pitch + left, (*half, 2), (pitch, 2, 1), self.device)
+        return tuple(self._upright(plane) for plane in (y, uv[..., 0], uv[..., 1]))
+
+    def _upright(self, plane):
+        turn = self._stream.turn
+        if turn.transpose:
+            plane = plane.T
+        flipped = [axis for axis, mirrored in enumerate((turn.mirror_rows, turn.mirror_columns)) if mirrored]
+        return plane.flip(flipped) if flipped else plane
+
+    def _hand_on(self):
+        """Give the pictures at hand to `take`, and those before back to the decoder."""
+        if wanted := [piece for _, piece in self._mapped if piece]:
+            self._take(wanted)
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        self._read.append((event, [address for address, _ in self._mapped]))
+        self._mapped = []
+        self._give_back(1)
+
+    def _give_back(self, kept):
+        """Unmap all pieces but the newest `kept`, once the GPU has read them."""
+        while len(self._read) > kept:
+            event, addresses = self._read.popleft()
+            if event is not None:
+                event.synchronize()
+            for address in addresses:
+                check(self.lib.cuvidUnmapVideoFrame64(self._decoder, address), "giving a picture back")
+
+
+class _Memory:
+    """Bytes at an address, as torch takes them."""
+
+    def __init__(self, address, shape, strides):
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "strides": strides,
+                                         "typestr": "|u1", "version": 3}
+
+
+def _view(address, shape, strides, device):
+    """A uint8 tensor of what lies at an address."""
+    if device.type == "cuda":
+        return torch.as_tensor(_Memory(address, shape, strides), device=device)
+    size = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides))
+    held = torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)
+    return held.as_strided(shape, strides)
+
+
+__all__ = ["NoDecoder", "NvDecoder"]
