@@ -157,30 +157,37 @@ class _Extraction:
 
     def run(self, videos) -> Summary:
         summary = Summary(total=len(videos), max_failures=self.config.max_failures, notes=self.pipeline.notes)
-        start, ahead = time.perf_counter(), {}
-        pool = ThreadPoolExecutor(self.pipeline.at_a_time, thread_name_prefix="decode")
+        start, stop, decoding, finishing = time.perf_counter(), [], {}, {}
+        decoders = ThreadPoolExecutor(self.pipeline.at_a_time, thread_name_prefix="decode")
+        finishers = ThreadPoolExecutor(self.pipeline.towers, thread_name_prefix="tower")
 
         def read_ahead(count):
-            ahead.update((pool.submit(self._prepare, *piece), piece[0]) for piece in islice(todo, count))
+            decoding.update((decoders.submit(self._prepare, *piece), piece[0]) for piece in islice(todo, count))
 
-        stop = []
         with signals.noted(stop.append), _progress(len(videos)) as bar:
             todo = self._to_do(videos, summary, bar)
             try:
                 # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits
                 # for a slow one.
                 read_ahead(2 * self.pipeline.at_a_time)
-                while ahead and not stop:
-                    for future in wait(ahead, timeout=0.1, return_when=FIRST_COMPLETED).done:
+                while (decoding or finishing) and not stop:
+                    waited = wait([*decoding, *finishing], timeout=0.1, return_when=FIRST_COMPLETED)
+                    for future in waited.done:
                         if stop:
                             break
-                        read_ahead(1)
-                        self._finish(ahead.pop(future), future.result(), summary, bar)
+                        if video := decoding.pop(future, None):
+                            finishing[finishers.submit(self._finish, video, future.result())] = video
+                        else:
+                            self._count(finishing.pop(future), *future.result(), summary, bar)
+                            read_ahead(1)
+                for future, video in finishing.items():  # in hand when the signal came
+                    self._count(video, *future.result(), summary, bar)
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                while not all(future.done() for future in ahead):
+                decoders.shutdown(wait=False, cancel_futures=True)
+                while not all(future.done() for future in decoding):
                     self.pipeline.kill()
                     time.sleep(0.01)
+                finishers.shutdown(cancel_futures=True)
                 self.pipeline.close()
         summary.interrupted = stop[0] if stop else None
         summary.seconds = time.perf_counter() - start
@@ -227,31 +234,29 @@ class _Extraction:
         hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
         return (no_video(video.path) if video.path.is_file() else None) or error.reason + hint
 
-    def _finish(self, video, piece, summary, bar):
-        """Tower, feature file, manifest line."""
-        start, failure = time.perf_counter(), piece.failure
-        if piece.prepared is not None:
-            features_RC = self.pipeline.encode(piece.prepared)
-            if not features_RC.isfinite().all():
-                # They are kept in float16: what is too large for that is so in whatever the tower computes in.
-                dtype = self.header["dtype"]
-                remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
-                failure = f"its features are not finite in {dtype}; {remedy}"
-        seconds = round(piece.seconds + time.perf_counter() - start, 3)
+    def _finish(self, video, piece):
+        """Tower and feature file of one video, in a thread of the other pool: (piece, why not, seconds)."""
+        start = time.perf_counter()
+        if piece.failure:
+            return piece, piece.failure, round(piece.seconds, 3)
+        features_RC = self.pipeline.encode(piece.prepared)
+        if not features_RC.isfinite().all():
+            # They are kept in float16: what is too large for that is so in whatever the tower computes in.
+            dtype = self.header["dtype"]
+            remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
+            failure = f"its features are not finite in {dtype}; {remedy}"
+        else:
+            failure = self._write(video, piece, features_RC, piece.seconds + time.perf_counter() - start)
+        return piece, failure, round(piece.seconds + time.perf_counter() - start, 3)
+
+    def _count(self, video, piece, failure, seconds, summary, bar):
+        """What became of one video, in the summary."""
         if failure:
             self._fail(video, failure, seconds, summary, bar)
         else:
-            try:
-                self._write(video, piece, features_RC, seconds)
-            except OSError as error:
-                if error.errno in _NOTHING_MORE_FITS:
-                    raise
-                self._fail(video, f"its features cannot be written ({error.strerror}: {error.filename})", seconds,
-                           summary, bar)
-            else:
-                summary.extracted += 1
-                summary.padded += piece.prepared.info.frames < self.config.num_frames
-                summary.damaged += piece.prepared.info.damaged > 0
+            summary.extracted += 1
+            summary.padded += piece.prepared.info.frames < self.config.num_frames
+            summary.damaged += piece.prepared.info.damaged > 0
         bar.update()
 
     def _fail(self, video, failure, seconds, summary, bar):
@@ -260,8 +265,11 @@ class _Extraction:
         bar.set_postfix(failed=len(summary.failures), refresh=False)
 
     def _write(self, video, piece, features_RC, seconds):
-        """A video's feature file and its line in the manifest."""
-        video.output.parent.mkdir(parents=True, exist_ok=True)
+        """A video's feature file and its line in the manifest; why it cannot be written, if that is the video's own.
+
+        Raises:
+            OSError: nothing more can be written.
+        """
         chosen = {"total_frames": piece.prepared.info.frames,
                   "frame_indices": frame_indices(piece.prepared.info.frames, self.config.num_frames)}
         header = {**self.header, **piece.source, **chosen, "video": asdict(piece.prepared.info)}
@@ -269,12 +277,19 @@ class _Extraction:
         made = {"file": video.output.relative_to(self.folder).as_posix(), "format": self.config.format,
                 "tower": self.header["tower"], **self.settings, "source_bytes": piece.source["source_bytes"],
                 "sha256": hashlib.sha256(content).hexdigest()}
-        if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
-            self.manifest.append(video.name, "writing", **made)
-        with atomic_file(video.output) as file:
-            file.write(content)
-        self.manifest.append(video.name, "ok", frames=piece.prepared.info.frames, seconds=seconds, **made,
-                             shape=list(features_RC.shape), written=written(video.output))
+        try:
+            video.output.parent.mkdir(parents=True, exist_ok=True)
+            if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
+                self.manifest.append(video.name, "writing", **made)
+            with atomic_file(video.output) as file:
+                file.write(content)
+            self.manifest.append(video.name, "ok", frames=piece.prepared.info.frames, seconds=round(seconds, 3), **made,
+                                 shape=list(features_RC.shape), written=written(video.output))
+        except OSError as error:
+            if error.errno in _NOTHING_MORE_FITS:
+                raise
+            return f"its features cannot be written ({error.strerror}: {error.filename})"
+        return None
 
 
 def _progress(total):

@@ -6,6 +6,8 @@ takes to the byte, and the CPU's cores decode the rest: files of other kinds, an
 
 import os
 import queue
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +52,7 @@ class Pipeline:
 
     Attributes:
         at_a_time: videos that can be decoded side by side, each by a thread that calls `prepare`.
+        towers: threads that may call `encode`: on a GPU one is copied back and written while another is computed.
         notes: what a user should know, a line each.
 
     Raises:
@@ -69,6 +72,7 @@ class Pipeline:
         for held in self._hardware:
             self._idle_hardware.put(held)
         self.at_a_time = len(self._workers) + len(self._hardware)
+        self.towers, self._of_thread = 2 if encoder.device.type == "cuda" else 1, threading.local()
 
     def prepare(self, path) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
@@ -113,16 +117,25 @@ class Pipeline:
 
                 decoder.decode(stream, take)
                 on_stream.synchronize()
-                patches_TPK.record_stream(torch.cuda.default_stream(self.encoder.device))  # whose the tower is
         finally:
             self._idle_hardware.put((decoder, on_stream))
         return Prepared(None, patches_TPK, replace(stream.info, decoder=decoder.name), digest)
 
     def encode(self, prepared) -> torch.Tensor:
-        """The features of a prepared video, as `FeatureEncoder.encode` gives them."""
-        if prepared.patches is not None:
+        """The features of a prepared video, as `FeatureEncoder.encode` gives them. From `towers` threads."""
+        with self._stream_of_thread():
+            if prepared.patches is None:
+                return self.encoder.encode(prepared.frames)
+            prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
             return self.encoder.encode_patches(prepared.patches)
-        return self.encoder.encode(prepared.frames)
+
+    def _stream_of_thread(self):
+        """Make a CUDA stream of its own the thread's current one."""
+        if self.encoder.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream(self.encoder.device)
+        return torch.cuda.stream(self._of_thread.stream)
 
     def kill(self):
         """End the processes, whatever they are doing: a `prepare` that waits for one in another thread fails."""
