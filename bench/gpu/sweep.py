@@ -28,10 +28,12 @@ class Space:
     Attributes:
         candidates: dicts; "warps" sets launches, "chunk" the loss's chunk of logits.
         tiles: (candidate, arguments of `_tiles`) → what `_tiles` returns.
+        jobs: of the cases that candidates are about; none: all of the kernel's.
     """
 
     candidates: list
     tiles: Callable
+    jobs: tuple = ()
 
 
 def _blocks(blocks, warps):
@@ -41,7 +43,8 @@ def _blocks(blocks, warps):
 def _pool(c, B, T, P, C, itemsize):
     blocks = triton.cdiv(P, c["block_p"])
     runs = max(1, min(T // 8, c["programs"] // max(B * blocks * triton.cdiv(C, c["block_c"]), 1)))
-    return POWER(triton.cdiv(P, blocks)), c["block_c"], triton.cdiv(P, blocks), triton.cdiv(T, runs)
+    block_p, block_c = max(16, POWER(triton.cdiv(P, blocks))), c["block_c"]
+    return block_p, block_c, triton.cdiv(P, blocks), triton.cdiv(T, runs), c["product"], c["warps"], c["stages"]
 
 
 def _grid(c, rows, width):
@@ -56,9 +59,16 @@ def _rope(c, heads, half):
 
 SPACES = {
     "spatio_temporal_pool": Space(
-        [{"block_p": p, "block_c": c, "warps": w, "programs": n} for p, c, w in (
-            (128, 64, 4), (128, 64, 8), (64, 64, 4), (64, 128, 8), (32, 64, 2), (32, 128, 4), (32, 256, 8),
-            (16, 256, 4), (16, 512, 8)) for n in (512, 1056)], _pool),
+        [{"product": True, "block_p": p, "block_c": c, "warps": w, "stages": s, "programs": n} for p, c, w, s, n in (
+            (64, 64, 4, 5, 297), (64, 64, 4, 5, 150), (64, 64, 4, 5, 450), (64, 64, 4, 5, 600), (64, 64, 4, 3, 297),
+            (64, 64, 4, 3, 450), (64, 64, 4, 4, 450), (64, 64, 4, 7, 297), (64, 64, 2, 5, 297), (64, 64, 2, 5, 450),
+            (64, 64, 8, 5, 150), (64, 64, 8, 5, 297), (32, 64, 2, 5, 297), (32, 64, 2, 5, 600), (32, 64, 4, 5, 297),
+            (32, 64, 2, 7, 297), (128, 64, 8, 3, 297), (128, 64, 8, 4, 150), (128, 64, 8, 4, 297),
+            (128, 64, 4, 4, 297), (64, 128, 8, 4, 150), (64, 128, 8, 4, 297), (32, 128, 4, 4, 297))]
+        + [{"product": False, "block_p": p, "block_c": c, "warps": w, "stages": s, "programs": n} for p, c, w, s, n in (
+            (32, 64, 1, 3, 600), (32, 64, 1, 3, 900), (32, 64, 1, 4, 1200), (32, 64, 1, 5, 600), (16, 128, 1, 4, 600),
+            (64, 64, 2, 3, 450), (64, 64, 2, 4, 600), (128, 64, 4, 3, 450))],
+        _pool, ("forward",)),
     "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)],
                           lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
     "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
@@ -77,8 +87,9 @@ SPACES = {
         [{"block": b, "warps": w, "chunk": chunk}
          for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
          for chunk in (2**24, 2**25, 2**26)], lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
+    # One warp alone looks codes up by shuffles: 200 instructions an element, where others take 75 to 90.
     "adamw8bit_step": Space([{"blocks": b, "warps": w}
-                             for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (1, 1), (2, 1))],
+                             for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (16, 8), (16, 16), (32, 16))],
                             lambda c: (c["blocks"], c["warps"])),
     "yuv_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
                            for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
@@ -114,7 +125,9 @@ def _apply(kernel, candidate):
 
 def _chosen(small, kernel):
     """(cases, candidates); `small`: the first two."""
-    cases = [case for case in kernel_rows.all_cases(small) if case.kernel == kernel]
+    jobs = SPACES[kernel].jobs
+    cases = [case for case in kernel_rows.all_cases(small)
+             if case.kernel == kernel and (not jobs or case.job in jobs)]
     candidates = SPACES[kernel].candidates
     return cases, candidates[:2] if small else candidates
 

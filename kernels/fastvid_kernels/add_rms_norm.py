@@ -42,12 +42,13 @@ def _tiles(D, summed=False):
     return BLOCK_D, min(max(BLOCK_D // 256, 1), 32) if summed else min(max(BLOCK_D // 512, 1), 16)
 
 
-def _group_rows(N):
-    """Rows whose weight gradients one program adds up: about four programs for each of a large GPU's processors.
+def _group_rows(N, warps):
+    """Rows whose weight gradients one program adds up, so that all programs run at once.
 
-    At least four rows, so that few partial sums have to be written.
+    32 warps of up to 64 registers a thread fill one of a Hopper GPU's 132 multiprocessors. A second wave would only add
+    partial sums, which are written and read again. At least four rows, so that small inputs have few of them too.
     """
-    return max(triton.cdiv(N, 512), 4)
+    return max(triton.cdiv(N, 132 * max(32 // warps, 1)), 4)
 
 
 @triton.jit
@@ -140,10 +141,10 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     grad_ND = torch.empty_like(total_ND)
     apart = branch_dtype is not None and branch_dtype != total_ND.dtype
     grad_branch_ND = torch.empty_like(total_ND, dtype=branch_dtype) if apart else grad_ND
-    group_rows = _group_rows(N) if trained else 1
+    BLOCK_D, num_warps = _tiles(D, trained)
+    group_rows = _group_rows(N, num_warps) if trained else 1
     groups = triton.cdiv(N, group_rows)
     partial_GD = total_ND.new_empty(groups, D, dtype=torch.float32) if trained else grad_ND
-    BLOCK_D, num_warps = _tiles(D, trained)
     launch(
         _add_rms_norm_bwd_kernel, (groups,),
         total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
