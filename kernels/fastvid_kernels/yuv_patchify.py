@@ -127,7 +127,8 @@ def _sampled_pixels(first, y_row, y_column, uv_row, uv_column, H, W, N: tl.const
     They lie in lines, so that the lanes of a warp read adjacent pixels.
     """
     G: tl.constexpr = N // p
-    pixel = tl.minimum(first + tl.arange(0, PIXELS // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :], G * G * p * p - 1)
+    pixel = first + tl.arange(0, PIXELS // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    pixel = tl.minimum(pixel, G * G * p * p - 1)
     cell, pixel = pixel // (p * p), pixel % (p * p)
     row = nearest_source((cell // G) * p + pixel // p, H, N)
     column = nearest_source((cell % G) * p + pixel % p, W, N)
@@ -188,7 +189,8 @@ def _yuv_patchify_kernel(
     u_green, v_green = tl.load(work_ptr + 10).to(tl.int32), tl.load(work_ptr + 11).to(tl.int32)
     first, count = tl.load(work_ptr + 12), tl.load(work_ptr + 13)
     start = tl.program_id(0) * BLOCK
-    pixel = start // K * (p * p) + tl.minimum(start % K // 3, p * p)
+    # Blocks and rows begin at multiples of 8, and fewer than 8 zeros end a row: no block begins with one.
+    pixel = start // K * (p * p) + start % K // 3
     y_at, uv_at = _sampled_pixels(pixel, y_row, y_column, uv_row, uv_column, H, W, N, p, PIXELS, LINE)
     many, few = start + tl.arange(0, 2 * PIXELS), start + 2 * PIXELS + tl.arange(0, PIXELS)
     many_at, many_channel, many_inside = _places(many, pixel, p, K)
