@@ -23,6 +23,7 @@ class Case:
         bytes: least that must move through memory, or 0 where FLOPs count.
         flops: that the job takes at least, or 0 where bytes count.
         tolerance: of the comparison; None for the dtype's own.
+        looser: {way: its own tolerance}, of ways that round more often than the kernel, or elsewhere.
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     tolerance: float | None = None
+    looser: dict = field(default_factory=dict)
 
     @property
     def name(self):

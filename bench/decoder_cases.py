@@ -34,6 +34,10 @@ def _norm_cases(N, D):
     def reference(residual, branch, weight):
         return add_rms_norm_reference(residual, branch, weight, EPS, torch.float32)
 
+    def of_rounded_sum(residual, branch, weight):
+        """Liger rounds twice behind the sum; the sum's rounding, which all share, must not count as well."""
+        return add_rms_norm_reference(residual + branch, None, weight, EPS, torch.float32)
+
     def inputs(generator, device):
         return (normal(generator, device, N, D), normal(generator, device, N, D),
                 1 + normal(generator, device, D, scale=0.1))
@@ -44,10 +48,11 @@ def _norm_cases(N, D):
 
     # The weight is frozen: forward reads two tensors and writes two, backward reads three and writes one.
     yield Case("add_rms_norm", "forward", shapes, inputs, _ways(forward, functions),
-               in_fp32(forward(reference)), 4 * N * D * BYTES)
+               forward(of_rounded_sum), 4 * N * D * BYTES)
     yield Case("add_rms_norm", "backward", shapes, inputs_and_gradients,
                _ways(lambda function: Gradients(function, (0, 1)), functions),
-               in_fp32(Gradients(reference, (0, 1))), 4 * N * D * BYTES)
+               in_fp32(Gradients(reference, (0, 1))), 4 * N * D * BYTES,
+               looser={"Liger": 2**-6})  # which also rounds the product of gradient and weight
     trained = {name: function for name, function in functions.items() if name in ("ours", "eager", "torch.compile")}
     yield Case("add_rms_norm", "backward, trained", shapes, inputs_and_gradients,
                _ways(lambda function: Gradients(function, (0, 1, 2)), trained),
@@ -206,8 +211,13 @@ def _placed(H, d, prompt, segments, job):
     row = H * d * BYTES  # queries are read and written, keys and values read once and written to every place
     yield Case("rope_keys", f"forward, {job}", shapes, inputs, _ways(forward, functions),
                in_fp32(forward(reference)), (4 * N + 2 * M) * row)
+    # Plain torch adds up in bf16 what comes back to a row from all its places, and rounds that before it is rotated
+    # back. Each addition may err as much as one result may. The kernel adds in fp32 and rounds once.
+    additions = int((way_back.starts_N1[1:] - way_back.starts_N1[:-1]).max()) - 1
+    summed = 2**-7 * max(additions, 1)
     yield Case("rope_keys", f"backward, {job}", shapes, inputs_and_gradients, _ways(Gradients, functions),
-               in_fp32(Gradients(reference)), (4 * N + 2 * M) * row)
+               in_fp32(Gradients(reference)), (4 * N + 2 * M) * row,
+               looser={"eager": summed, "torch.compile": summed})
 
 
 def _splice_cases(videos, R, text, D, V):

@@ -8,8 +8,9 @@ import torch
 ROUNDS = 50
 # A row whose calls take seconds (the reference's chain on the CPU) stops here, with at least SLOW_ROUNDS of them.
 ROW_SECONDS, SLOW_ROUNDS = 8.0, 5
-# The device waits this many cycles (about a millisecond) while the host queues: no launch gap is timed.
-HEAD_START = 2_000_000
+# The device waits this many cycles (about a millisecond) while the host queues, or twice as long as that took the last
+# time if this is more: no launch gap is timed.
+HEAD_START, LONGEST_START, CYCLES_PER_SECOND = 2_000_000, 20_000_000, 2e9
 # Largest error of an element, relative to itself and to the root mean square of all: two units in the last place
 # (one of e4m3's).
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5, torch.float8_e4m3fn: 2**-3}
@@ -46,7 +47,7 @@ def time_calls(prepare, copies, *, rounds=ROUNDS, seconds=ROW_SECONDS, on_cuda):
         seconds: for all calls; once they are spent, SLOW_ROUNDS are enough.
         on_cuda: time by events on the device, else by the host's clock.
     """
-    timed = _time_on_device if on_cuda else _time_on_host
+    timed = _OnDevice() if on_cuda else _time_on_host
     timed(prepare, copies)  # compilation, allocation
     times = []
     while len(times) < rounds and not (len(times) >= SLOW_ROUNDS and sum(times) > seconds):
@@ -54,17 +55,26 @@ def time_calls(prepare, copies, *, rounds=ROUNDS, seconds=ROW_SECONDS, on_cuda):
     return times
 
 
-def _time_on_device(prepare, copies):
-    calls = [prepare(*inputs) for inputs in copies]
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START)
-    for call, (begin, end) in zip(calls, events):
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+class _OnDevice:
+    """Times calls by events on the device. It keeps how long a head start the host needs to queue them all."""
+
+    def __init__(self):
+        self.head_start = HEAD_START
+
+    def __call__(self, prepare, copies):
+        calls = [prepare(*inputs) for inputs in copies]
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(self.head_start)
+        started = time.perf_counter()
+        for call, (begin, end) in zip(calls, events):
+            begin.record()
+            call()
+            end.record()
+        queued = time.perf_counter() - started
+        torch.cuda.synchronize()
+        self.head_start = min(max(HEAD_START, int(2 * queued * CYCLES_PER_SECOND)), LONGEST_START)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
 def _time_on_host(prepare, copies):

@@ -178,12 +178,20 @@ def _layer_norm_case(R, C, dtype):
     functions = with_compiled({"ours": lambda *given: add_layer_norm(*given, 1e-5),
                                "eager": lambda *given: add_layer_norm_reference(*given, 1e-5)})
     functions |= library("liger_kernel", "Liger", _liger_layer_norm, triton=True)
+
+    def reference(residual, branch, weight, bias):
+        """In fp32, of the rounded sum: that is what the next layer reads."""
+        total = residual + branch
+        return total, add_layer_norm_reference(total.float(), None, weight.float(), bias.float(), 1e-5)[1]
+
     return Case(
         "add_layer_norm", "forward", {"R": R, "C": C, "dtype": str(dtype).removeprefix("torch.")},
         lambda generator, device: tuple(normal(generator, device, *shape, dtype=dtype)
                                         for shape in ((R, C), (R, C), (C,), (C,))),
         {name: forward(function) for name, function in functions.items()},
-        in_fp32(forward(functions["eager"])), 4 * R * C * dtype.itemsize)
+        # The compiler keeps the sum in fp32 and normalises that: where the bias cancels a large number, the sum's
+        # rounding shows.
+        forward(reference), 4 * R * C * dtype.itemsize, looser={"torch.compile": 2**-9})
 
 
 def _liger_layer_norm():

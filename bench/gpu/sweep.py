@@ -91,13 +91,17 @@ SPACES = {
     "adamw8bit_step": Space([{"blocks": b, "warps": w}
                              for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (16, 8), (16, 16), (32, 16))],
                             lambda c: (c["blocks"], c["warps"])),
-    "yuv_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
-                           for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
-                          lambda c, values, frames: (min(c["block"], POWER(values)), max(1, min(c["frames"], frames)))),
-    "frame_patchify": Space([{"block": b, "frames": f, "warps": w} for b in (512, 1024, 2048) for f in (4, 8, 16, 25)
-                             for w in (2, 4, 8) if 4 <= b // (32 * w) <= 16],
-                            lambda c, values, frames: (min(c["block"], POWER(values)),
-                                                       max(1, min(c["frames"], frames)))),
+    "yuv_patchify": Space([{"pixels": p, "frames": f, "warps": w} for p, w in (
+                               (128, 1), (128, 2), (256, 2), (256, 4), (512, 4), (512, 8), (1024, 8))
+                           for f in (10, 20, 50)],
+                          lambda c, pixels, frames: (min(c["pixels"], max(8, POWER(pixels))),
+                                                     max(1, min(c["frames"], frames)), c["warps"])),
+    "frame_patchify": Space([{"block": b, "frames": f, "line": line, "warps": w} for b, line, w in (
+                                 (512, 128, 2), (512, 128, 4), (1024, 32, 4), (1024, 128, 4), (1024, 128, 8),
+                                 (2048, 128, 4), (2048, 128, 8)) for f in (12, 20, 40)],
+                            lambda c, values, frames: (
+                                min(c["block"], POWER(values)), max(1, min(c["frames"], frames)),
+                                min(c["line"], c["block"], POWER(values)), c["warps"])),
 }
 
 

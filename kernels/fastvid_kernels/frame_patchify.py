@@ -35,8 +35,9 @@ def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.floa
 
 
 def _tiles(values, frames):
-    """Output values of a block, in lines of adjacent pixels, and frames that share their arithmetic on addresses."""
-    return min(1024, triton.next_power_of_2(values)), max(1, min(8, frames))
+    """Output values of a block, frames that share their arithmetic on addresses, adjacent values of a line, warps."""
+    block = min(1024, triton.next_power_of_2(values))
+    return block, max(1, min(20, frames)), min(block, 128), 4
 
 
 def _work(clips, frames):
@@ -54,25 +55,42 @@ def _work(clips, frames):
 
 
 @triton.jit
-def _source(position, length, N: tl.constexpr):
+def nearest_source(position, length, N: tl.constexpr):
     """Nearest source pixel, as ``interpolate`` computes it in float32."""
     scale = tl.div_rn(length.to(tl.float32), N * 1.0)
     return tl.minimum(tl.floor(position.to(tl.float32) * scale).to(tl.int32), length - 1)
 
 
 @triton.jit
-def sampled_pixels(start, H, W, N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-                   LINE: tl.constexpr):
-    """Of a block of output values: whether each is a pixel's, which channel it is, and its source's row and column.
+def normalised(byte, channel, inside, table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
+               AFFINE: tl.constexpr):
+    """Values of int32 bytes; zero for those that are not `inside` a patch."""
+    if AFFINE:
+        # A scale and an offset of zero make zeros of whatever was read, and neither changes from frame to frame.
+        scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
+        offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
+        out = byte.to(tl.float32) * tl.where(inside, scale, 0.0) + tl.where(inside, offset, 0.0)
+    else:
+        out = tl.load(table_ptr + channel * 256 + byte, mask=inside, other=0.0)
+    return out
 
-    They lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane.
+
+@triton.jit
+def _sampled_values(start, H, W, stride_h, stride_w, stride_c, N: tl.constexpr, p: tl.constexpr, K: tl.constexpr,
+                    BLOCK: tl.constexpr, LINE: tl.constexpr):
+    """Of a block of output values: where each one's byte lies, which channel it is, and whether it is a pixel's.
+
+    They lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane. What is
+    no pixel's reads the frame's first byte, so that no read needs a condition.
     """
     G: tl.constexpr = N // p
     value = start + tl.arange(0, BLOCK // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
     cell, k = value // K, value % K
-    mask = (value < G * G * K) & (k < 3 * p * p)
-    pixel = k // 3
-    return mask, k % 3, _source((cell // G) * p + pixel // p, H, N), _source((cell % G) * p + pixel % p, W, N)
+    inside = (value < G * G * K) & (k < 3 * p * p)
+    pixel, channel = k // 3, k % 3
+    row = nearest_source((cell // G) * p + pixel // p, H, N)
+    column = nearest_source((cell % G) * p + pixel % p, W, N)
+    return tl.where(inside, row * stride_h + column * stride_w + channel * stride_c, 0), channel, inside
 
 
 @triton.jit
@@ -89,19 +107,20 @@ def _frame_patchify_fwd_kernel(
     H, W = tl.load(work_ptr + 5).to(tl.int32), tl.load(work_ptr + 6).to(tl.int32)
     first, count = tl.load(work_ptr + 7), tl.load(work_ptr + 8)
     start = tl.program_id(0) * BLOCK
-    mask, channel, row, column = sampled_pixels(start, H, W, N, p, K, BLOCK, LINE)
-    source = row * stride_h + column * stride_w + channel * stride_c
-    if AFFINE:
-        scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
-        offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
+    source, channel, inside = _sampled_values(start, H, W, stride_h, stride_w, stride_c, N, p, K, BLOCK, LINE)
     flat = start + tl.arange(0, BLOCK)
-    for f in range(0, count):
-        byte = tl.load(frame_ptr + f * stride_t + source, mask=mask, other=0)
-        if AFFINE:
-            out = tl.where(mask, byte.to(tl.float32) * scale + offset, 0.0).to(out_ptr.dtype.element_ty)
-        else:
-            out = tl.load(table_ptr + channel * 256 + byte.to(tl.int32), mask=mask, other=0.0)
-        tl.store(out_ptr + (first + f) * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
+    for f in range(0, count, 4):
+        # Four frames are read before the first is written: a read takes longer than the arithmetic of a frame.
+        a = tl.load(frame_ptr + f * stride_t + source)
+        b = tl.load(frame_ptr + tl.minimum(f + 1, count - 1) * stride_t + source)
+        c = tl.load(frame_ptr + tl.minimum(f + 2, count - 1) * stride_t + source)
+        d = tl.load(frame_ptr + tl.minimum(f + 3, count - 1) * stride_t + source)
+        for i in tl.static_range(4):
+            byte = a if i == 0 else b if i == 1 else c if i == 2 else d
+            out = normalised(byte.to(tl.int32), channel, inside, table_ptr, scale_0, scale_1, scale_2, offset_0,
+                             offset_1, offset_2, AFFINE).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (first + f + i) * VALUES + flat, tl.reshape(out, (BLOCK,)),
+                     mask=(flat < VALUES) & (f + i < count))
 
 
 def _patchify(clips, size, patch, mean, std, dtype):
@@ -110,7 +129,7 @@ def _patchify(clips, size, patch, mean, std, dtype):
     out_TPK = torch.empty(total, grid * grid, row_length(patch), dtype=dtype, device=device)
     if total:
         values = out_TPK[0].numel()
-        block, frames = _tiles(values, max(map(len, clips)))
+        block, frames, line, warps = _tiles(values, max(map(len, clips)))
         work = _work(clips, frames)
         numbers = affine(mean, std, dtype)
         table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
@@ -120,7 +139,7 @@ def _patchify(clips, size, patch, mean, std, dtype):
             _frame_patchify_fwd_kernel, (triton.cdiv(values, block), len(work)),
             work, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
             AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block,
-            LINE=min(block, 128), num_warps=4)
+            LINE=line, num_warps=warps)
     return out_TPK
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import launch, use_triton
-from .frame_patchify import sampled_pixels
+from .frame_patchify import nearest_source, normalised
 from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
 
 
@@ -52,9 +52,9 @@ def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype
     return out_TPK
 
 
-def _tiles(values, frames):
-    """Output values of a block, in lines of adjacent ones, and frames that share their arithmetic on addresses."""
-    return min(1024, triton.next_power_of_2(values)), max(1, min(8, frames))
+def _tiles(pixels, frames):
+    """Pixels of a block, frames that share their arithmetic on addresses, and warps."""
+    return min(512, max(8, triton.next_power_of_2(pixels))), max(1, min(20, frames)), 4
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,73 @@ def _work(frames, runs, most):
     items = [(*run.y[1], *run.u[1], *run.y[0], *run.factors, first, min(most, run.first + run.count - first))
              for run in runs for first in range(run.first, run.first + run.count, most)]
     addresses = [[plane.data_ptr() for plane in frame] for frame in frames]
-    tables = torch.tensor(items, dtype=torch.int64), torch.tensor(addresses, dtype=torch.int64)
-    device = frames[0][0].device
-    # From pinned memory the copies do not wait for the GPU.
-    return [table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table for table in tables]
+    table, device = torch.tensor(list(itertools.chain(*items, *addresses)), dtype=torch.int64), frames[0][0].device
+    if device.type == "cuda":  # from pinned memory the copy, one for both, does not wait for the GPU
+        table = table.pin_memory().to(device, non_blocking=True)
+    return table[:14 * len(items)].view(-1, 14), table[14 * len(items):].view(-1, 3)
+
+
+@triton.jit
+def _sampled_pixels(first, y_row, y_column, uv_row, uv_column, H, W, N: tl.constexpr, p: tl.constexpr,
+                    PIXELS: tl.constexpr, LINE: tl.constexpr):
+    """Of PIXELS pixels in the order of patch rows: where their luma lies, and where their chroma.
+
+    They lie in lines, so that the lanes of a warp read adjacent pixels.
+    """
+    G: tl.constexpr = N // p
+    pixel = first + tl.arange(0, PIXELS // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    pixel = tl.minimum(pixel, G * G * p * p - 1)
+    cell, pixel = pixel // (p * p), pixel % (p * p)
+    row = nearest_source((cell // G) * p + pixel // p, H, N)
+    column = nearest_source((cell % G) * p + pixel % p, W, N)
+    return row * y_row + column * y_column, (row >> 1) * uv_row + (column >> 1) * uv_column
+
+
+@triton.jit
+def _byte(number):
+    return tl.minimum(tl.maximum(number, 0), 255)
+
+
+@triton.jit
+def _rgb(y, u, v, luma, dark, v_red, u_blue, u_green, v_green):
+    """Red, green and blue in the three lowest bytes of a number."""
+    y = (8 * y.to(tl.int32) - dark) * luma >> 16
+    u, v = 8 * u.to(tl.int32) - 1024, 8 * v.to(tl.int32) - 1024
+    red = y + (v * v_red >> 16)
+    green = y + ((u * u_green >> 16) + (v * v_green >> 16))
+    blue = y + (u * u_blue >> 16)
+    return _byte(red) | (_byte(green) << 8) | (_byte(blue) << 16)
+
+
+@triton.jit
+def _samples(address_ptr, y_at, uv_at):
+    """Y, U and V of a frame whose three addresses lie at `address_ptr`."""
+    y_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.uint8))
+    u_ptr = tl.load(address_ptr + 1).to(tl.pointer_type(tl.uint8))
+    v_ptr = tl.load(address_ptr + 2).to(tl.pointer_type(tl.uint8))
+    return tl.load(y_ptr + y_at), tl.load(u_ptr + uv_at), tl.load(v_ptr + uv_at)
+
+
+@triton.jit
+def _places(value, first, p: tl.constexpr, K: tl.constexpr):
+    """Of output values: the place of each one's pixel behind the `first`, its channel, and whether it is a pixel's."""
+    cell, k = value // K, value % K
+    inside = k < 3 * p * p
+    return tl.where(inside, cell * (p * p) + k // 3 - first, 0), k % 3, inside
 
 
 @triton.jit
 def _yuv_patchify_kernel(
         work_ptr, address_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
         N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
-        BLOCK: tl.constexpr, LINE: tl.constexpr):
-    """A block of output values of each frame of one work item; offsets within a frame are computed once."""
+        PIXELS: tl.constexpr, LINE: tl.constexpr):
+    """A block of output values of each frame of one work item; offsets within a frame are computed once.
+
+    Each pixel is read and converted once. Its three values then take it from shared memory, since the values of a
+    thread, adjacent ones, are not those of its pixels. Three values a pixel come in two tiles: 2 · PIXELS and PIXELS.
+    """
     VALUES: tl.constexpr = (N // p) * (N // p) * K
+    BLOCK: tl.constexpr = 3 * PIXELS - 8  # wherever in a pixel it begins, it ends within PIXELS pixels
     work_ptr += tl.program_id(1).to(tl.int64) * 14
     y_row, y_column = tl.load(work_ptr).to(OFFSETS), tl.load(work_ptr + 1).to(OFFSETS)
     uv_row, uv_column = tl.load(work_ptr + 2).to(OFFSETS), tl.load(work_ptr + 3).to(OFFSETS)
@@ -135,29 +189,32 @@ def _yuv_patchify_kernel(
     u_green, v_green = tl.load(work_ptr + 10).to(tl.int32), tl.load(work_ptr + 11).to(tl.int32)
     first, count = tl.load(work_ptr + 12), tl.load(work_ptr + 13)
     start = tl.program_id(0) * BLOCK
-    mask, channel, row, column = sampled_pixels(start, H, W, N, p, K, BLOCK, LINE)
-    y_at = row * y_row + column * y_column
-    uv_at = (row >> 1) * uv_row + (column >> 1) * uv_column
-    u_factor = tl.where(channel == 0, 0, tl.where(channel == 1, u_green, u_blue))
-    v_factor = tl.where(channel == 0, v_red, tl.where(channel == 1, v_green, 0))
-    if AFFINE:
-        scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
-        offset = tl.where(channel == 0, offset_0, tl.where(channel == 1, offset_1, offset_2))
-    flat = start + tl.arange(0, BLOCK)
-    for f in range(first, first + count):
-        y_ptr = tl.load(address_ptr + f * 3).to(tl.pointer_type(tl.uint8))
-        u_ptr = tl.load(address_ptr + f * 3 + 1).to(tl.pointer_type(tl.uint8))
-        v_ptr = tl.load(address_ptr + f * 3 + 2).to(tl.pointer_type(tl.uint8))
-        y = 8 * tl.load(y_ptr + y_at, mask=mask, other=0).to(tl.int32) - dark
-        u = 8 * (tl.load(u_ptr + uv_at, mask=mask, other=0).to(tl.int32) - 128)
-        v = 8 * (tl.load(v_ptr + uv_at, mask=mask, other=0).to(tl.int32) - 128)
-        byte = (y * luma >> 16) + (u * u_factor >> 16) + (v * v_factor >> 16)
-        byte = tl.minimum(tl.maximum(byte, 0), 255)
-        if AFFINE:
-            out = tl.where(mask, byte.to(tl.float32) * scale + offset, 0.0).to(out_ptr.dtype.element_ty)
-        else:
-            out = tl.load(table_ptr + channel * 256 + byte, mask=mask, other=0.0)
-        tl.store(out_ptr + f * VALUES + flat, tl.reshape(out, (BLOCK,)), mask=flat < VALUES)
+    # Blocks and rows begin at multiples of 8, and fewer than 8 zeros end a row: no block begins with one.
+    pixel = start // K * (p * p) + start % K // 3
+    y_at, uv_at = _sampled_pixels(pixel, y_row, y_column, uv_row, uv_column, H, W, N, p, PIXELS, LINE)
+    many, few = start + tl.arange(0, 2 * PIXELS), start + 2 * PIXELS + tl.arange(0, PIXELS)
+    many_at, many_channel, many_inside = _places(many, pixel, p, K)
+    few_at, few_channel, few_inside = _places(tl.minimum(few, start + BLOCK - 1), pixel, p, K)
+    few_wanted = (few < start + BLOCK) & (few < VALUES)
+    last = first + count - 1
+    for f in range(first, first + count, 2):
+        # Two frames at once, so that twice as many reads are under way.
+        y, u, v = _samples(address_ptr + f * 3, y_at, uv_at)
+        next_y, next_u, next_v = _samples(address_ptr + tl.minimum(f + 1, last) * 3, y_at, uv_at)
+        for half in tl.static_range(2):
+            if half == 0:
+                rgb = _rgb(y, u, v, luma, dark, v_red, u_blue, u_green, v_green)
+            else:
+                rgb = _rgb(next_y, next_u, next_v, luma, dark, v_red, u_blue, u_green, v_green)
+            rgb = tl.reshape(rgb, (PIXELS,))
+            there = f + half <= last
+            out = normalised(tl.gather(rgb, many_at, 0) >> (8 * many_channel) & 255, many_channel, many_inside,
+                             table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2, AFFINE)
+            tl.store(out_ptr + (f + half) * VALUES + many, out.to(out_ptr.dtype.element_ty),
+                     mask=(many < VALUES) & there)
+            out = normalised(tl.gather(rgb, few_at, 0) >> (8 * few_channel) & 255, few_channel, few_inside,
+                             table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2, AFFINE)
+            tl.store(out_ptr + (f + half) * VALUES + few, out.to(out_ptr.dtype.element_ty), mask=few_wanted & there)
 
 
 def _patchify(frames, runs, size, patch, mean, std, dtype):
@@ -170,15 +227,15 @@ def _patchify(frames, runs, size, patch, mean, std, dtype):
     device, grid = frames[0][0].device, size // patch
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
     values = out_TPK[0].numel()
-    block, together = _tiles(values, max(run.count for run in runs))
+    pixels, together, warps = _tiles(grid**2 * patch**2, max(run.count for run in runs))
     work, addresses = _work(frames, runs, together)
     numbers = affine(mean, std, dtype)
     table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
     launch(
-        _yuv_patchify_kernel, (triton.cdiv(values, block), len(work)),
+        _yuv_patchify_kernel, (triton.cdiv(values, 3 * pixels - 8), len(work)),
         work, addresses, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
-        AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block,
-        LINE=min(block, 128), num_warps=4)
+        AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64,
+        PIXELS=pixels, LINE=min(pixels, 32), num_warps=warps)
     return out_TPK
 
 
