@@ -43,6 +43,7 @@ class Row:
         micro_batch: samples of a forward pass, where it is not the preset's.
         budget: micro-batches are filled to `--rows_per_batch`, of which there are two a step.
         full: everything is trained, not the adapter.
+        for_memory: on a GPU one step is timed, without a warm-up: its figure is the peak of memory.
         rounds: timed steps, where not the preset's; 0: its loss is compared, nothing else.
         like: the row whose loss and gradient norm it must have.
         tolerance: largest relative difference of the two, where it is not the precision's (`bench.train_step`).
@@ -56,6 +57,7 @@ class Row:
     micro_batch: int | None = None
     budget: bool = False
     full: bool = False
+    for_memory: bool = False
     rounds: int | None = None
     like: str | None = "reference"
     tolerance: tuple[float, float] | None = None
@@ -98,7 +100,10 @@ ROWS = {
                      flags=(*_NONE, *_FP8, "--rows_per_batch", "16896")),
     "shared_fp8": Row("shared, frozen weights in FP8", flags=(*_NONE, *_FIRST, "--share_video", *_FP8), micro_batch=30,
                       like="shared", tolerance=_ROUGHLY),
-    "smallest": Row("exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1),
+    "smallest": Row("exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1,
+                    for_memory=True),
+    "smallest_nf4": Row("the same, frozen weights in NF4", flags=(*_ALL, "--frozen_dtype", "nf4"), micro_batch=1,
+                        rounds=1, for_memory=True, like="exact", tolerance=(5e-2, 0.5)),
     "full": Row("full fine-tune, 8-bit AdamW, bf16 weights", full=True, micro_batch=8, rounds=2, like="exact",
                 tolerance=(1e-3, math.inf),  # of another gradient
                 flags=("--optim", "adamw_8bit", "--master_dtype", "bfloat16", "--recompute", "auto")),
@@ -128,7 +133,8 @@ class Preset:
 _LADDER = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
 _BOTH = {"bf16": _LADDER, "fp32": (*BASELINES, "exact", "strong_video_first", "shared")}
 _GPU = {"bf16": ("exact", "exact_8448", "exact_16896", "whole", "shared", "fp8", "fp8_16896", "shared_fp8", "full",
-                 "unpadded", "strong", "strong_video_first", "tuned", "reference", "smallest", "compiled")}
+                 "unpadded", "strong", "strong_video_first", "tuned", "reference", "smallest", "smallest_nf4",
+                 "compiled")}
 _TINY = Shape(64, 2, 2, 128, 640, 24, 16)
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
 PRESETS = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from bench.gpu import correct_steps, results, stages
+from bench.gpu import correct_steps, quality, results, stages, train
 from bench.gpu.check import Check, Task, line_of, table
 
 FAULTS = {"raises": "RuntimeError: CUDA error", "hangs": "ran past its limit", "is_killed": "killed by signal 9"}
@@ -71,6 +71,11 @@ def test_a_background_task_runs_beside_others_and_is_waited_for(tmp_path):
     outcomes = run(bad, tmp_path)
     assert outcomes["stage", "beside"][0] == "ok"
     assert outcomes["stage", "after"][0] == "left out: slow did not end well"
+
+
+def test_who_comes_after_what_is_absent_says_so_itself(tmp_path):
+    outcomes = run([task("data", "is_absent", background=True), task("user", "is_absent", after=("data",))], tmp_path)
+    assert [outcome for outcome, _, _ in outcomes.values()] == ["absent: no such library"] * 2
 
 
 def test_what_does_not_fit_is_left_out(tmp_path):
@@ -132,9 +137,95 @@ def test_tables_are_told_apart():
         names = [(task.stage, task.name) for task in tasks]
         assert len(names) == len(set(names)) and {task.stage for task in tasks} == set(stages.STAGES)
         # Written while nothing is timed.
-        assert names.index(("train", "data")) < names.index(("correct", "add_rms_norm"))
+        for prepared in (("train", "data"), ("quality", "clips")):
+            assert names.index(prepared) < names.index(("correct", "add_rms_norm"))
         for task in tasks:
             assert task.seconds <= 150 and all((task.stage, name) in names for name in task.after)
+
+
+def test_rows_for_memory_are_run_and_are_short():
+    made = {task.name: task for task in stages.tasks_of(["train"], small=False)}
+    for name in ("smallest", "smallest_nf4"):
+        assert made[name].seconds == 60 and made[name].arguments["seconds"] == 0.0
+
+
+class Counted:
+    """A training row that counts its steps."""
+
+    samples = rows = sample_rows = 1
+
+    def __init__(self):
+        self.steps = 0
+
+    def step(self):
+        self.steps += 1
+        return 1.0, 1.0
+
+
+@pytest.mark.parametrize("name, steps", [("smallest", 2), ("exact", 6)])
+def test_of_a_row_for_memory_one_step_is_timed(monkeypatch, name, steps):
+    """After the first, which loads the optimizer; others are warmed up and take at least three."""
+    made = Counted()
+    monkeypatch.setattr(train, "HELD", {})
+    monkeypatch.setattr(train, "folder", lambda: None)
+    monkeypatch.setattr(train.train_rows, "make", lambda *arguments: made)
+    (row,) = train.row(False, "tiny-gpu", name, seconds=0.0)
+    assert made.steps == steps and len(row["seconds_each"]) == (1 if name == "smallest" else 3)
+
+
+def test_few_bits_that_a_machine_has_not_are_absent(monkeypatch):
+    def refuse(frozen_dtype, device):
+        raise ValueError(f"no {frozen_dtype} here")
+
+    monkeypatch.setattr(train, "check_device", refuse)
+    monkeypatch.setattr(correct_steps, "check_device", refuse)
+    assert list(train.row(True, "tiny-gpu", "smallest_nf4")) == [{"row": "smallest_nf4", "absent": "no nf4 here"}]
+    assert [row["absent"] for row in correct_steps.fp8_curve(True)] == ["no fp8 here"]
+    monkeypatch.setattr(quality, "check_device", refuse)
+    assert quality.way(Path("nowhere"), "FP8", True) == {"row": "FP8", "absent": "no fp8 here"}
+
+
+@pytest.mark.parametrize("last, status", [(1.0, "ok"), (1.006, "failed"), (0.994, "failed"), (float("nan"), "failed")])
+def test_curves_are_compared_over_all_steps_and_the_last(last, status):
+    found = correct_steps.curve_errors([2.0] * 150 + [last] * 50, [2.0] * 150 + [1.0] * 50)
+    assert found["status"] == status
+    assert found["of the last 50"] == pytest.approx(last - 1, nan_ok=True)
+    assert found["relative error"] == pytest.approx((last - 1) / 7, nan_ok=True)
+    whole = correct_steps.curve_errors([2.03] * 150 + [1.0] * 50, [2.0] * 150 + [1.0] * 50)
+    assert whole["status"] == "failed" and whole["of the last 50"] == 0
+
+
+def answered(right, **more):
+    first, left = right
+    return {"first right": first, "first asked": 96, "left right": left, "left asked": 96, "skipped": 0} | more
+
+
+@pytest.mark.parametrize("name, others, row, fault", [
+    ("exact", {}, answered((96, 93)), None),
+    ("exact", {}, answered((96, 86)), "left: 86 of 96 right, too few"),
+    ("shared", {"exact": (96, 93)}, answered((96, 88)), None),
+    ("shared", {"exact": (96, 93)}, answered((96, 84)), "left: 84 of 96 right, exact has 93; 7.6 fewer"),
+    ("shared", {"exact": (96, 96)}, answered((91, 96)), "first: 91 of 96 right, exact has 96; 4.8 fewer"),
+    ("FP8", {"exact": (90, 93)}, answered((96, 93)), None),
+    ("video first", {"exact": (96, 93)}, answered((96, 80)), None),  # its cost is told, and judged by nobody
+    ("video first, shared", {"exact": (96, 93), "video first": (96, 80)}, answered((96, 79)), None),
+    ("video first, shared", {"exact": (96, 93), "video first": (96, 93)}, answered((96, 79)), "video first has 93"),
+    ("shared", {"exact": (96, 93)}, answered((96, 93), skipped=2), "2 samples were skipped"),
+])
+def test_a_way_must_answer_as_well_as_another(name, others, row, fault):
+    found = {other: answered(right) for other, right in others.items()} | {name: row}
+    said = quality.verdict(name, found, False)
+    assert said["status"] == ("failed" if fault else "ok") and (fault or "") in said.get("error", "")
+
+
+def test_the_quickstarts_task_is_learned_in_every_way(tmp_path, monkeypatch):
+    """At sizes that learn nothing."""
+    pytest.importorskip("av")
+    monkeypatch.setenv("FASTVID_CHECK_SCRATCH", str(tmp_path))
+    assert [row["clips"] for row in quality.clips(True)] == [2 * (48 + 8)]
+    base, *ways = quality.answers(True)
+    assert base["row"] == "base" and [row["row"] for row in ways] == list(quality.WAYS)
+    assert all((row["first asked"], row["left asked"], row["skipped"], row["steps"]) == (8, 8, 0, 2) for row in ways)
 
 
 def test_results_lie_where_git_tracks_nothing():

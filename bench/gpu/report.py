@@ -115,8 +115,8 @@ class Report:
     def long(self, readme):
         """bench/README's part."""
         card, made = self.card, self.made
-        lines = [*goals.training_lines(card, made), *goals.memory_lines(card, made), *goals.extraction_lines(card),
-                 *goals.kernel_lines(card, self.rows)]
+        lines = [*goals.training_lines(card, made), *goals.memory_lines(card, made), *goals.quality_lines(card),
+                 *goals.extraction_lines(card), *goals.kernel_lines(card, self.rows)]
         parts = [f"### {card.name}", where(card, card.rows), goals.markdown(lines)]
         if made:
             parts += [self._shown(readme, "train_step"), ladder.table(made)]

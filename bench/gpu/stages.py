@@ -7,9 +7,11 @@ from bench.gpu.check import Task
 from bench.report import KERNELS
 from bench.train_presets import PRESETS, ROWS
 
-STAGES = ("probe", "correct", "train", "kernels", "libraries", "sweep", "extract", "tests", "sanitizer")
+STAGES = ("probe", "correct", "train", "kernels", "libraries", "sweep", "extract", "tests", "sanitizer",
+          "quality")
 FASTEST_FIRST = ("exact", "exact_8448", "exact_16896", "whole", "shared", "fp8", "fp8_16896", "shared_fp8", "full",
-                 "unpadded", "strong_video_first", "strong", "tuned", "reference", "compiled")
+                 "smallest", "smallest_nf4", "unpadded", "strong_video_first", "strong", "tuned", "reference",
+                 "compiled")
 
 
 def has_gpu():
@@ -23,15 +25,17 @@ def has_gpu():
 
 
 def tasks_of(stages, *, small):
-    """The tasks of `stages`, in order; what trains needs is prepared beside the stage before it."""
+    """The tasks of `stages`, in order; what training and its quality need is prepared while nothing is timed."""
     made = {"probe": _probe, "correct": _correct, "train": _train, "kernels": _kernels,
             "libraries": _libraries, "sweep": _sweep,
-            "extract": _extract, "tests": _tests, "sanitizer": _sanitizer}
+            "extract": _extract, "tests": _tests, "sanitizer": _sanitizer,
+            "quality": _quality}
     tasks = [task for stage in stages for task in made[stage](small)]
-    if "train" in stages and "correct" in stages[:stages.index("train")]:  # nothing is timed while it is written
-        data = next(task for task in tasks if (task.stage, task.name) == ("train", "data"))
-        tasks.remove(data)
-        tasks.insert(next(i for i, task in enumerate(tasks) if task.stage == "correct"), data)
+    for stage, name in (("quality", "clips"), ("train", "data")):
+        if stage in stages and "correct" in stages[:stages.index(stage)]:
+            prepared = next(task for task in tasks if (task.stage, task.name) == (stage, name))
+            tasks.remove(prepared)
+            tasks.insert(next(i for i, task in enumerate(tasks) if task.stage == "correct"), prepared)
     return tasks
 
 
@@ -64,6 +68,7 @@ def _correct(small):
     yield _task("correct", "two sharded ranks", "two_sharded_ranks", 150, {"small": small}, module="correct_steps")
     yield _task("correct", "extraction", "extraction", 40, {"small": small}, module="correct_steps")
     yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
+    yield _task("correct", "FP8 curve", "fp8_curve", 60, {"small": small}, module="correct_steps")
 
 
 def preset_of(small):
@@ -80,7 +85,8 @@ def _train(small):
         row = ROWS[name]
         process = " ".join((row.kind, *row.model_flags, *(["full"] if row.full else [])))
         limit, seconds = (
-            (150, 20.0 if name == "exact" else 4.0) if row.kind == "compiled" or name == "exact" else (75, 4.0))
+            (150, 20.0 if name == "exact" else 4.0) if row.kind == "compiled" or name == "exact" else
+            (60, 0.0) if row.for_memory else (75, 4.0))
         yield _task("train", name, "row", limit, {"small": small, "preset": preset, "name": name, "seconds": seconds},
                     process=process, after=("data",))
         if name in profiled:
@@ -123,3 +129,8 @@ def _tests(small):
 def _sanitizer(small):
     for tool in ("memcheck", "racecheck"):
         yield _task("sanitizer", tool, "sanitizer", 90, {"small": small, "tool": tool, "seconds": 85}, module="outside")
+
+
+def _quality(small):
+    yield _task("quality", "clips", "clips", 90, {"small": small}, background=True)
+    yield _task("quality", "answers", "answers", 120, {"small": small}, after=("clips",))

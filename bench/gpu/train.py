@@ -16,6 +16,7 @@ from bench.executed import executed_flops
 from bench.train_data import write
 from bench.train_presets import PRESETS, ROWS
 from fastvid import train  # noqa: F401
+from fastvid.model.quantize import FORMATS, check_device
 
 HELD = {}  # what the rows of one process share: the last row's object, by what its model is made of
 SHOWN = 80  # kernels that a profile names
@@ -45,8 +46,17 @@ class _Heard(logging.Handler):
 
 
 def row(small, preset, name, seconds=4.0):
-    """One row: loss and gradient norm of a first step at learning rate 0, then `seconds` of steps, at least three."""
+    """One row: loss and gradient norm of a first step at learning rate 0, then `seconds` of steps, at least three.
+
+    Of a row for memory one step, without a warm-up.
+    """
     what, device, heard = ROWS[name], "cuda" if torch.cuda.is_available() else "cpu", _Heard()
+    try:
+        for few_bits in set(FORMATS).intersection(what.flags):
+            check_device(few_bits, torch.device(device))
+    except ValueError as error:
+        yield {"row": name, "absent": str(error)}
+        return
     logger = logging.getLogger("fastvid")
     logger.addHandler(heard)
     logger.setLevel(logging.INFO)
@@ -64,28 +74,30 @@ def row(small, preset, name, seconds=4.0):
         made.take(what, PRESETS[preset].micro_batch)
     else:
         made.take(train_rows.step_samples(what, folder())[1], what.micro_batch or PRESETS[preset].micro_batch)
-    built = time.perf_counter() - begin
+    built, to_build = time.perf_counter() - begin, 0
     if device == "cuda":
         torch.cuda.synchronize()
+        to_build = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     (loss, norm), flops = executed_flops(made.step)
     first = time.perf_counter() - begin - built
     if what.rounds == 0:
-        yield _described(name, made, new, loss, norm, flops, [], heard, built, first)
+        yield _described(name, made, new, loss, norm, flops, [], heard, built, first, to_build)
         return
-    for _ in range(1 if small else 2):
+    short = small or what.for_memory
+    for _ in range(0 if what.for_memory else 1 if small else 2):
         made.step()
     times, until = [], time.perf_counter() + (0.0 if small else seconds)
-    while len(times) < (1 if small else 3) or time.perf_counter() < until:
+    while len(times) < (1 if short else 3) or time.perf_counter() < until:
         _synchronize(device)
         start = time.perf_counter()
         made.step()
         _synchronize(device)
         times.append(time.perf_counter() - start)
-    yield _described(name, made, new, loss, norm, flops, times, heard, built, first)
+    yield _described(name, made, new, loss, norm, flops, times, heard, built, first, to_build)
 
 
-def _described(name, made, new, loss, norm, flops, times, heard, built, first):
+def _described(name, made, new, loss, norm, flops, times, heard, built, first, to_build):
     row = {"row": name, "title": ROWS[name].title, "dtype": "bf16", "loss": loss, "norm": norm, "samples": made.samples,
            "rows": made.rows, "sample_rows": made.sample_rows, "flops": flops, "build_seconds": built,
            "first_step_seconds": first, "seconds_each": times, "start_bytes": 0}
@@ -98,6 +110,8 @@ def _described(name, made, new, loss, norm, flops, times, heard, built, first):
         stats = torch.cuda.memory_stats()
         row |= {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(), "retries": stats.get("num_alloc_retries", 0)}
+        if new:  # before the first step, loading the weights included
+            row |= {"build_peak_bytes": to_build}
     plan = getattr(getattr(made, "state", None), "plan", None)
     if plan and new and not ROWS[name].budget:  # a plan is of the batches that the model was built with
         row |= {"estimated_bytes": plan.estimated, "recompute": plan.recompute}

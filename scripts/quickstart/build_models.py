@@ -69,11 +69,11 @@ def build_llava(folder, tower, seed):
               metadata={"format": "pt"})
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
     out = arguments.out.resolve()
     texts = [PROMPT.format(**record) for record in json.loads((out / "videoinstruct.json").read_text())]

@@ -1,6 +1,6 @@
 """Draw short H.264 clips whose content is known, and the question-answer pairs about them.
 
-    python draw_clips.py OUT [--seed 0]
+    python draw_clips.py OUT [--seed 0] [--train_clips 10] [--held_out_clips 12]
 
 writes ``OUT/videos/*.mp4``, ``OUT/videoinstruct.json`` (training pairs in VideoInstruct's format: a list of
 ``{"q", "a", "video_id"}``) and ``OUT/held_out.jsonl`` (``{"video", "family", "question", "answer"}``).
@@ -73,17 +73,20 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--train_clips", type=int, default=TRAIN_CLIPS, help="of each family and ordered pair")
+    parser.add_argument("--held_out_clips", type=int, default=HELD_OUT_CLIPS, help="the same, held out")
+    arguments = parser.parse_args(argv)
     rng, shuffle = np.random.default_rng(arguments.seed), random.Random(arguments.seed)
     videos = arguments.out / "videos"
     videos.mkdir(parents=True, exist_ok=True)
 
     training, held_out = [], []
-    for split, pairs, clips in (("train", TRAIN_PAIRS, TRAIN_CLIPS), ("held_out", HELD_OUT_PAIRS, HELD_OUT_CLIPS)):
+    for split, pairs, clips in (("train", TRAIN_PAIRS, arguments.train_clips),
+                                ("held_out", HELD_OUT_PAIRS, arguments.held_out_clips)):
         for family, pair, number in itertools.product(QUESTIONS, pairs, range(clips)):
             name = f"{split}_{family}_{pair[0]}_{pair[1]}_{number:02}"
             write_video(videos / f"{name}.mp4", draw(family, pair, rng))

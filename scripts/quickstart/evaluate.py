@@ -33,6 +33,31 @@ def mirror(features_RC):
     return turned
 
 
+def right_answers(out, features, *, turned=True, **settings):
+    """{family: {"right", "turned": shares of the held-out questions, "questions": how many}}.
+
+    Args:
+        out: folder with held_out.jsonl.
+        features: folder of the held-out clips' features.
+        turned: ask about turned clips too.
+        settings: of `fastvid.chat.Chat`.
+    """
+    asked = [json.loads(line) for line in (Path(out) / "held_out.jsonl").read_text().splitlines()]
+    folder, chat, result = FeatureFolder(features), Chat(max_new_tokens=8, **settings), {}
+    for family, turn in (("first", reverse_time), ("left", mirror)):
+        items = [(folder.load(item["video"])[0], item) for item in asked if item["family"] == family]
+
+        def share(change):
+            right = [chat.ask_features(change(features_RC), item["question"]) == item["answer"]
+                     for features_RC, item in items]
+            return sum(right) / len(right)
+
+        result[family] = {"right": share(lambda features_RC: features_RC),
+                          **({"turned": share(turn)} if turned else {}), "questions": len(items)}
+    chat.close()
+    return result
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
@@ -43,22 +68,8 @@ def main():
     parser.add_argument("--results", default="results.jsonl", help="file in OUT that takes the line")
     arguments = parser.parse_args()
 
-    questions = [json.loads(line) for line in (arguments.out / "held_out.jsonl").read_text().splitlines()]
-    folder = FeatureFolder(arguments.features)
-    chat = Chat(model_name_or_path=arguments.model, projector=arguments.projector, max_new_tokens=8)
-
-    result = {"name": arguments.name}
-    for family, turn in (("first", reverse_time), ("left", mirror)):
-        right = right_turned = total = 0
-        for item in questions:
-            if item["family"] != family:
-                continue
-            features_RC, _ = folder.load(item["video"])
-            right += chat.ask_features(features_RC, item["question"]) == item["answer"]
-            right_turned += chat.ask_features(turn(features_RC), item["question"]) == item["answer"]
-            total += 1
-        result[family] = {"right": right / total, "turned": right_turned / total, "questions": total}
-    chat.close()
+    result = {"name": arguments.name, **right_answers(
+        arguments.out, arguments.features, model_name_or_path=arguments.model, projector=arguments.projector)}
     with open(arguments.out / arguments.results, "a") as file:
         file.write(json.dumps(result) + "\n")
     print(json.dumps(result))
