@@ -38,7 +38,9 @@ def main(argv=None):
         if unknown := [word for word in words if not any(word in task.name for task in tasks)]:
             parser.error(f"no task of these stages has {', '.join(unknown)} in its name; there are "
                          + ", ".join(sorted({task.name for task in tasks})))
-        tasks = [task for task in tasks if task.background or any(word in task.name for word in words)]
+        chosen = [task for task in tasks if any(word in task.name for word in words)]
+        needed = {(task.stage, name) for task in chosen if task.stage != "sweep" for name in task.after}
+        tasks = [task for task in tasks if task in chosen or (task.stage, task.name) in needed]
     arguments.out.mkdir(parents=True, exist_ok=True)
     begin, out = time.monotonic(), arguments.out.resolve()
     results.append(out, {"stage": "run", "task": "run", "status": "ok", "row": "environment", "small": not on_gpu,
