@@ -178,20 +178,20 @@ def test_few_bits_that_a_machine_has_not_are_absent(monkeypatch):
         raise ValueError(f"no {frozen_dtype} here")
 
     monkeypatch.setattr(train, "check_device", refuse)
-    monkeypatch.setattr(correct_steps, "check_device", refuse)
     assert list(train.row(True, "tiny-gpu", "smallest_nf4")) == [{"row": "smallest_nf4", "absent": "no nf4 here"}]
-    assert [row["absent"] for row in correct_steps.fp8_curve(True)] == ["no fp8 here"]
     monkeypatch.setattr(quality, "check_device", refuse)
+    monkeypatch.setattr(quality, "find_spec", lambda name: True)
+    assert [row["absent"] for row in quality.fp8_curve(True)] == ["no fp8 here"]
     assert quality.way(Path("nowhere"), "FP8", True) == {"row": "FP8", "absent": "no fp8 here"}
 
 
 @pytest.mark.parametrize("last, status", [(1.0, "ok"), (1.006, "failed"), (0.994, "failed"), (float("nan"), "failed")])
 def test_curves_are_compared_over_all_steps_and_the_last(last, status):
-    found = correct_steps.curve_errors([2.0] * 150 + [last] * 50, [2.0] * 150 + [1.0] * 50)
+    found = quality.curve_errors([2.0] * 150 + [last] * 50, [2.0] * 150 + [1.0] * 50)
     assert found["status"] == status
     assert found["of the last 50"] == pytest.approx(last - 1, nan_ok=True)
     assert found["relative error"] == pytest.approx((last - 1) / 7, nan_ok=True)
-    whole = correct_steps.curve_errors([2.03] * 150 + [1.0] * 50, [2.0] * 150 + [1.0] * 50)
+    whole = quality.curve_errors([2.03] * 150 + [1.0] * 50, [2.0] * 150 + [1.0] * 50)
     assert whole["status"] == "failed" and whole["of the last 50"] == 0
 
 
@@ -223,6 +223,8 @@ def test_the_quickstarts_task_is_learned_in_every_way(tmp_path, monkeypatch):
     pytest.importorskip("av")
     monkeypatch.setenv("FASTVID_CHECK_SCRATCH", str(tmp_path))
     assert [row["clips"] for row in quality.clips(True)] == [2 * (48 + 8)]
+    (curve,) = quality.fp8_curve(True)
+    assert curve["steps"] == 3 and curve["bf16"] != curve["fp8"] and abs(curve["relative error"]) < 0.05
     base, *ways = quality.answers(True)
     assert base["row"] == "base" and [row["row"] for row in ways] == list(quality.WAYS)
     assert all((row["first asked"], row["left asked"], row["skipped"], row["steps"]) == (8, 8, 0, 2) for row in ways)

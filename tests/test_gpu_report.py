@@ -261,9 +261,9 @@ def test_what_speed_costs_in_answers_is_told(tmp_path):
         return {"stage": "quality", "task": "answers", "status": "ok", "row": name, "first right": first, "first asked":
                 96, "left right": left, "left asked": 96} | more
 
-    curve = {"stage": "correct", "task": "FP8 curve", "status": "failed", "row": "FP8 curve", "relative error": 0.002,
+    curve = {"stage": "quality", "task": "FP8 curve", "status": "failed", "row": "FP8 curve", "relative error": 0.002,
              "of the last 50": -0.006}
-    rows = [begin("aaa"), curve, end("correct", "FP8 curve", "failed", "FP8 curve"), way("exact", 96, 93, like=None),
+    rows = [begin("aaa"), curve, end("quality", "FP8 curve", "failed", "FP8 curve"), way("exact", 96, 93, like=None),
             way("shared", 96, 94, like="exact"), way("FP8", 96, 70, like="exact", status="failed", error="left: 70")]
     (card,) = merge.read([write(tmp_path / "q.jsonl", rows)])
     lines = [(line.what, line.measured, line.reached) for line in goals.quality_lines(card)]

@@ -16,15 +16,13 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from safetensors.torch import load_file
 
 from bench import train_data
-from bench.gpu import runs
 from bench.gpu.extract import CLIP_L, TINY, write_tower
 from bench.harness import ROOT
-from bench.train_presets import PRESETS, Shape
+from bench.train_presets import PRESETS
 from fastvid import checkpoint, parallel, train
 from fastvid.config import TrainConfig
 from fastvid.flags import parse
 from fastvid.metrics import read_metrics
-from fastvid.model.quantize import check_device
 from fastvid.video.encoder import FeatureEncoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,40 +178,3 @@ def loss_curve(small):
         yield {"row": f"full fine-tune, {steps} steps", "bf16": means["True"], "fp32 on the CPU": means["False"],
                "relative error of the mean": error, "last bf16": curves["True"][-1], "last fp32": curves["False"][-1],
                "status": "ok" if error <= 5e-3 else "failed"}
-
-
-def fp8_curve(small):
-    """Adapter training over a model of 113M in FP8 beside bf16: same samples, order and seed.
-
-    The model has trained for a while before: over random weights the adapter would have little to learn.
-    """
-    try:
-        check_device("fp8", torch.device(DEVICE))
-    except ValueError as error:
-        yield {"row": "FP8 curve", "status": "ok", "absent": str(error)}
-        return
-    shape = PRESETS["tiny"].shape if small else Shape(768, 16, 12, 2048, 640, video_rows=128)
-    before, steps = (2, 3) if small else (100, 200)
-    with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVID_CHECK_SCRATCH")) as made:
-        train_data.write(made, shape, 4)
-        flags = ["--data_path", f"{made}/train.json", "--video_folder", f"{made}/feats", "--bf16", "True",
-                 "--per_device_train_batch_size", "8", "--dataloader_num_workers", "0"]
-        runs.run(["--model_name_or_path", f"{made}/model", "--output_dir", f"{made}/base", "--max_steps", before,
-                  "--learning_rate", "3e-4", "--warmup_ratio", "0.05", *flags])
-        runs.as_base(f"{made}/base", f"{made}/trained")
-        flags += ["--model_name_or_path", f"{made}/trained", "--output_dir", f"{made}/out", "--max_steps", steps,
-                  "--tune_mm_mlp_adapter", "True", "--learning_rate", "1e-3", "--warmup_ratio", "0.03"]
-        bf16, fp8 = runs.losses(flags), runs.losses([*flags, "--frozen_dtype", "fp8"])
-    yield {"row": "FP8 curve", "steps": steps, "parameters": shape.parameters, **curve_errors(fp8, bf16)}
-
-
-def curve_errors(found, baseline, last=50, limit=5e-3):
-    """A row's figures: means of two loss curves, and how far they are apart, of all steps and of the last."""
-    def mean(values):
-        return sum(values) / len(values)
-
-    errors = [mean(found[-n:]) / mean(baseline[-n:]) - 1 for n in (len(found), last)]
-    return {"fp8": mean(found), "bf16": mean(baseline), "first bf16": baseline[0], "last bf16": mean(baseline[-last:]),
-            "relative error": errors[0], f"of the last {last}": errors[1], "losses": [
-                [round(value, 4) for value in values[::10]] for values in (found, baseline)],
-            "status": "ok" if all(abs(error) <= limit for error in errors) else "failed"}

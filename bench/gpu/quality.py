@@ -1,4 +1,4 @@
-"""What speed costs in right answers: the quickstart's task, learned in several ways, with clips that no way has seen.
+"""What speed costs: the quickstart's task, learned in several ways, with clips that no way has seen; FP8's loss curve.
 
 As `scripts/quickstart.sh --compare` has it: stage 1 trains a small model whole, stage 2 adapts its projector to another
 tower's features, once in each way. Everything is in bf16. Both towers' features are extracted on the device.
@@ -50,17 +50,67 @@ def clips(small):
     yield {"row": "clips", "clips": len(list((folder() / "videos").iterdir()))}
 
 
-def answers(small):
-    """Right answers to held-out questions after stage 2, a row for each of WAYS."""
+def fp8_curve(small):
+    """Stage 2 over a model of 113M in FP8 beside bf16: same samples, order and seed.
+
+    As `bench/results/frozen_dtype-113m.json` was made on a CPU: 80 steps of stage 1 before, so that there is something
+    to adapt, and 4 samples a step.
+    """
+    if find_spec("av") is None:
+        yield {"row": "FP8 curve", "absent": "PyAV is not installed"}
+        return
+    try:
+        check_device("fp8", torch.device(runs.DEVICE))
+    except ValueError as error:
+        yield {"row": "FP8 curve", "absent": str(error)}
+        return
+    import build_models
+
+    made, larger = folder(), folder() / "larger"
+    _features(made)
+    shutil.copytree(made / "llava_base", larger / "model")  # for the tokenizer
+    sizes = {} if small else {"hidden": 768, "layers": 16, "heads": 12, "intermediate": 2048}
+    build_models.build_llava(larger / "model", made / "tower_a", 0, **sizes)
+    before, steps = (2, 3) if small else (80, 200)
+    common = ["--data_path", made / "train.json", "--bf16", "True", "--dataloader_num_workers", 0, "--seed", 0]
+    runs.run(["--model_name_or_path", larger / "model", "--video_folder", made / "features_a", "--output_dir",
+              larger / "base", "--max_steps", before, "--learning_rate", "3e-4", "--warmup_ratio", "0.05",
+              "--per_device_train_batch_size", 8, *common])
+    runs.as_base(larger / "base", larger / "trained")
+    flags = ["--model_name_or_path", larger / "trained", "--video_folder", made / "features_b", "--output_dir",
+             larger / "out", "--tune_mm_mlp_adapter", "True", "--max_steps", steps, "--learning_rate", "2e-3",
+             "--warmup_ratio", "0.03", "--per_device_train_batch_size", 4, *common]
+    bf16, fp8 = runs.losses(flags), runs.losses([*flags, "--frozen_dtype", "fp8"])
+    yield {"row": "FP8 curve", "steps": steps, **curve_errors(fp8, bf16)}
+
+
+def curve_errors(found, baseline, last=50, limit=5e-3):
+    """A row's figures: means of two loss curves, and how far they are apart, of all steps and of the last."""
+    def mean(values):
+        return sum(values) / len(values)
+
+    errors = [mean(found[-n:]) / mean(baseline[-n:]) - 1 for n in (len(found), last)]
+    return {"fp8": mean(found), "bf16": mean(baseline), "first bf16": baseline[0], "last bf16": mean(baseline[-last:]),
+            "relative error": errors[0], f"of the last {last}": errors[1], "losses": [
+                [round(value, 4) for value in values[::10]] for values in (found, baseline)],
+            "status": "ok" if all(abs(error) <= limit for error in errors) else "failed"}
+
+
+def answers(small, at_once=len(WAYS) if runs.DEVICE == "cuda" else 0):
+    """Right answers to held-out questions after stage 2, a row for each of WAYS.
+
+    Args:
+        at_once: ways in processes of their own; 0: here, one after the other.
+    """
     if find_spec("av") is None:
         yield {"row": "answers", "absent": "PyAV is not installed"}
         return
     made, found = folder(), {}
     # A way's steps wait for launches, so the ways share a GPU; their processes import while stage 1 runs.
-    beside = ProcessPoolExecutor(len(WAYS), get_context("spawn")) if runs.DEVICE == "cuda" else nullcontext()
+    beside = ProcessPoolExecutor(at_once, get_context("spawn")) if at_once else nullcontext()
     with beside as pool:
         if pool:
-            for _ in WAYS:
+            for _ in range(at_once):
                 pool.submit(_imported)
         yield _base(made, small)
         begun = {name: pool.submit(way, made, name, small) if pool else None for name in WAYS}
@@ -74,8 +124,10 @@ def _imported():
     return torch.cuda.is_available()
 
 
-def _base(made, small):
-    """Features of both towers, and stage 1; how many answers its model gets right."""
+def _features(made):
+    """Features of both towers, and the training data, unless another task of this run has made them."""
+    if (made / "train.json").exists():
+        return
     for tower in "ab":
         code = extract.main(["--video_dir_path", f"{made}/videos", "--clip_feat_path", f"{made}/features_{tower}",
                              "--vision_tower", f"{made}/tower_{tower}", "--num_frames", "16"])
@@ -83,6 +135,11 @@ def _base(made, small):
             raise RuntimeError(f"extraction with tower {tower} ended with code {code}")
     convert.main(["--input_json_file", f"{made}/videoinstruct.json", "--output_json_file", f"{made}/train.json",
                   "--clip_feature_path", f"{made}/features_a"])
+
+
+def _base(made, small):
+    """Stage 1, and how many answers its model gets right."""
+    _features(made)
     state = runs.run([
         "--model_name_or_path", made / "llava_base", "--video_folder", made / "features_a", "--output_dir",
         made / "stage1", "--max_steps", 2 if small else 500, "--learning_rate", "1e-3", "--warmup_ratio", "0.05",

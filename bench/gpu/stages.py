@@ -68,7 +68,6 @@ def _correct(small):
     yield _task("correct", "two sharded ranks", "two_sharded_ranks", 150, {"small": small}, module="correct_steps")
     yield _task("correct", "extraction", "extraction", 40, {"small": small}, module="correct_steps")
     yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
-    yield _task("correct", "FP8 curve", "fp8_curve", 60, {"small": small}, module="correct_steps")
 
 
 def preset_of(small):
@@ -133,4 +132,5 @@ def _sanitizer(small):
 
 def _quality(small):
     yield _task("quality", "clips", "clips", 90, {"small": small}, background=True)
-    yield _task("quality", "answers", "answers", 120, {"small": small}, after=("clips",))
+    for name, call, limit in (("FP8 curve", "fp8_curve", 90), ("answers", "answers", 120)):
+        yield _task("quality", name, call, limit, {"small": small}, process="quality", after=("clips",))

@@ -53,17 +53,18 @@ def build_tokenizer(folder, texts):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def build_llava(folder, tower, seed):
+def build_llava(folder, tower, seed, *, hidden=HIDDEN, layers=2, heads=4, intermediate=4 * HIDDEN):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=PIECES, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=2048, initializer_range=0.02, architectures=["LlamaForCausalLM"],
+        vocab_size=PIECES, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, max_position_embeddings=2048, initializer_range=0.02,
+        architectures=["LlamaForCausalLM"],
     )
     config.mm_vision_tower, config.mm_hidden_size, config.mm_projector_type = str(tower), TOWER_HIDDEN, "mlp2x_gelu"
     config.save_pretrained(folder)
     state = LlamaForCausalLM(config).state_dict()
-    for index, inputs in ((0, TOWER_HIDDEN), (2, HIDDEN)):  # Linear, GELU, Linear
-        layer = torch.nn.Linear(inputs, HIDDEN)
+    for index, inputs in ((0, TOWER_HIDDEN), (2, hidden)):  # Linear, GELU, Linear
+        layer = torch.nn.Linear(inputs, hidden)
         state |= {f"model.mm_projector.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
     save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
