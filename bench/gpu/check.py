@@ -35,6 +35,7 @@ class Task:
         arguments: of the call.
         process: tasks that follow one another and name the same process share it; None: a process of its own.
         background: others go on while it runs.
+        untimed: it may run beside others like it; what is timed waits for all of them.
         after: names of background tasks of the same stage that must have ended.
     """
 
@@ -46,6 +47,7 @@ class Task:
     arguments: dict = field(default_factory=dict)
     process: str | None = None
     background: bool = False
+    untimed: bool = False
     after: tuple[str, ...] = ()
 
 
@@ -144,8 +146,9 @@ class Check:
 
     def run(self):
         """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "absent: …", "failed: …", "left out: …"."""
-        with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool:
-            self.scratch = scratch
+        with (tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool,
+              ThreadPoolExecutor(self.ahead) as untimed):
+            self.scratch, side_by_side = scratch, []
             groups = [[tasks, None] for tasks in _groups(self.tasks)]
             try:
                 while groups:
@@ -154,11 +157,15 @@ class Check:
                     if tasks[0].background:
                         (task,) = tasks
                         self.running[task.stage, task.name] = pool.submit(self._run_group, tasks, worker)
+                    elif tasks[0].untimed:
+                        side_by_side.append(untimed.submit(self._run_group, tasks, worker))
                     else:
+                        while side_by_side:
+                            side_by_side.pop().result()
                         self._wait_for(tasks[0])
                         self._warm(groups)
                         self._run_group(tasks, worker)
-                for future in self.running.values():
+                for future in (*self.running.values(), *side_by_side):
                     future.result()
             finally:
                 for _, worker in groups:

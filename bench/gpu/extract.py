@@ -4,6 +4,7 @@ Dimensions: T frames, P patches, C channels.
 """
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.encoder import FeatureEncoder
@@ -62,11 +66,12 @@ def write_tower(folder, shape):
 def tower(small):
     """Images per second of the tower to its last layer but one; then of whole videos, from pixels to features."""
     shape, frames = (TINY, 5) if small else (CLIP_L, 100)
+    dtypes = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32,)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (frames, shape.size, shape.size, 3), generator=generator, dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as made:
         write_tower(made, shape)
-        for dtype in (torch.float16, torch.bfloat16) if ON_GPU else (torch.float32,):
+        for dtype in dtypes:
             encoder = FeatureEncoder(made, dtype=dtype, num_temporal=frames)
             batch, name = encoder.batch_size, f"{dtype}".removeprefix("torch.")
             rows = frame_patchify(pixels[:batch].to(encoder.device), size=shape.size, patch=shape.patch,
@@ -74,11 +79,20 @@ def tower(small):
             images = _pictures(rows, shape)
             model, flops = load_tower(made, dtype).to(encoder.device), batch * _tower_flops(shape)
             yield {"row": f"tower's error beside transformers', {name}", **_errors(encoder.tower, model, rows, images)}
-            for who, call in (("tower", lambda: encoder.tower.states(rows)),
-                              ("transformers' layers", lambda: _their_states(model, images))):
-                seconds = _timed(call, small)
-                yield {"row": f"{who}, {name}", "images_per_second": batch / seconds, "batch": batch,
-                       "flops_per_second": flops / seconds}
+            ways = {"tower": lambda: encoder.tower.states(rows)}
+            if dtype is torch.float16:
+                more = torch.cat([rows] * (frames // batch))
+                ways |= {"transformers' layers": lambda: _their_states(model, images),
+                         f"tower, {len(more)} images a pass": lambda: encoder.tower.states(more),
+                         **{f"tower, {kind.name.lower()}": functools.partial(_attending, kind, encoder.tower, rows)
+                            for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}}
+            for who, call in ways.items():
+                seconds, count = _timed(call, small), frames if "a pass" in who else batch
+                yield {"row": f"{who}, {name}", "images_per_second": count / seconds, "batch": count,
+                       "flops_per_second": flops * count / batch / seconds}
+            if dtype is not dtypes[0]:
+                continue
+            yield {"row": f"tower's kernels, {name}", **_kernels(ways["tower"])}
             seconds = _timed(lambda: encoder.encode(pixels), small)
             yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds,
                    "videos_per_second": 1 / seconds}
@@ -96,6 +110,24 @@ def _their_states(model, images):
     for layer in model.encoder.layers[:-1]:
         states = layer(states, None)
     return states[:, 1:]
+
+
+@torch.no_grad()
+def _attending(kind, tower, rows):
+    """The tower's states with one of torch's kinds of attention."""
+    with sdpa_kernel(kind):
+        return tower.states(rows)
+
+
+def _kernels(call):
+    """Where the device's time goes in a call: milliseconds and launches by kernel."""
+    with profiled(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as record:
+        call()
+        _synchronize()
+    events = sorted(((event.key[:80], (event.device_time_total if ON_GPU else event.cpu_time_total) / 1e3, event.count)
+                     for event in record.key_averages()), key=lambda event: -event[1])
+    return {"device_ms": sum(spent for _, spent, _ in events),
+            "kernels": [[key, round(spent, 3), count] for key, spent, count in events[:14]]}
 
 
 def _errors(tower, model, rows, images, some=4):
@@ -207,7 +239,8 @@ def _hardware(clips, small):
             seconds = _side_by_side(hardware[:count], stream)
             yield {"row": f"NVDEC, {path.stem}p, {count} videos at a time",
                    "decoded_frames_per_second": count * len(stream.ends) / seconds,
-                   "video_frames_per_second": count * stream.info.frames / seconds, "videos_per_second": count / seconds}
+                   "video_frames_per_second": count * stream.info.frames / seconds,
+                   "videos_per_second": count / seconds}
 
 
 def _same_bytes(path, decoder):
@@ -262,28 +295,33 @@ def pipeline(small):
     from fastvid.config import ExtractConfig
     from fastvid.extract import extract
 
-    (width, height, frames), copies = ((80, 48, 30), 2) if small else ((1280, 720, 900), 56)
+    width, height, frames = (80, 48, 30) if small else (1280, 720, 900)
+    runs = {"auto": 2 if small else 140, "pyav": 2 if small else 48}
     with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVID_CHECK_SCRATCH")) as made:
-        write_tower(f"{made}/tower", TINY if small else CLIP_L)
-        videos = Path(made, "videos")
-        videos.mkdir()
-        write_clip(videos / "000.mp4", width=width, height=height, frames=frames)
-        for number in range(1, copies):
-            shutil.copy(videos / "000.mp4", videos / f"{number:03}.mp4")
-        found = {}
-        for decoder in ("auto", "pyav") if ON_GPU else ("pyav",):
+        made = Path(made)
+        write_tower(made / "tower", TINY if small else CLIP_L)
+        write_clip(made / "clip.mp4", width=width, height=height, frames=frames)
+        for name, count in {"warm": 2 if small else 20, **runs}.items():
+            (made / f"videos-{name}").mkdir()
+            for number in range(count):
+                shutil.copy(made / "clip.mp4", made / f"videos-{name}" / f"{number:03}.mp4")
+        first = None
+        for decoder in ("warm", *runs) if ON_GPU else ("pyav",):
+            folder = made / f"features-{decoder}"
             summary = extract(ExtractConfig(
-                video_dir_path=str(videos), clip_feat_path=f"{made}/{decoder}", vision_tower=f"{made}/tower",
-                num_frames=5 if small else 100, decoder=decoder))
-            kinds = Counter(_decoder_of(path) for path in sorted(Path(made, decoder).glob("*.safetensors")))
-            found[decoder] = load_file(Path(made, decoder, "000.safetensors"))
-            same = all(torch.equal(found[decoder][key], value) for key, value in found[next(iter(found))].items())
-            good = summary.extracted == copies and same
-            yield {"row": f"extract, {height}p, --decoder {decoder}", "seconds": summary.seconds,
+                video_dir_path=str(made / f"videos-{decoder}"), clip_feat_path=str(folder),
+                vision_tower=str(made / "tower"), num_frames=5 if small else 100,
+                decoder="auto" if decoder == "warm" else decoder))
+            files = sorted(folder.glob("*.safetensors"))
+            first = first or load_file(files[0])
+            same = all(torch.equal(first["features"], load_file(path)["features"]) for path in files)
+            good = summary.extracted == summary.total and same
+            yield {"row": f"extract, {height}p, " + (
+                "beginning" if decoder == "warm" else f"--decoder {decoder}"), "seconds": summary.seconds,
                    "videos_per_second": summary.extracted / summary.seconds,
-                   "video_frames_per_second": summary.extracted * frames / summary.seconds, "decoders": dict(kinds),
-                   "same_features": same, "status": "ok" if good else "failed",
-                   **({} if good else {"error": str(summary)[:400]})}
+                   "video_frames_per_second": summary.extracted * frames / summary.seconds,
+                   "decoders": dict(Counter(map(_decoder_of, files))), "same_features": same,
+                   "status": "ok" if good else "failed", **({} if good else {"error": str(summary)[:400]})}
 
 
 def _decoder_of(path):

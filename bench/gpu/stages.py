@@ -2,6 +2,7 @@
 take."""
 
 import ctypes
+import functools
 
 from bench.gpu.check import Task
 from bench.report import KERNELS
@@ -39,10 +40,12 @@ def tasks_of(stages, *, small):
     return tasks
 
 
-def _task(stage, name, call, seconds, arguments, *, module=None, process=None, background=False, after=()):
+def _task(stage, name, call, seconds, arguments, *, module=None, process=None, background=False, untimed=False,
+          after=()):
     if arguments["small"] and not background:  # imports take longer than tiny sizes: who has the same ones shares them
-        process = module or stage
-    return Task(stage, name, f"bench.gpu.{module or stage}", call, seconds, arguments, process, background, after)
+        process, untimed = module or stage, False
+    return Task(stage, name, f"bench.gpu.{module or stage}", call, seconds, arguments, process, background, untimed,
+                after)
 
 
 def _probe(small):
@@ -53,21 +56,22 @@ def _probe(small):
 
 
 def _correct(small):
+    task = functools.partial(_task, "correct", untimed=True)
     for kernel in KERNELS:
-        yield _task("correct", kernel, "kernel", 60, {"small": small, "name": kernel})
+        yield task(kernel, "kernel", 60, {"small": small, "name": kernel})
     for implementation in ("flash", "varlen", "sdpa"):
-        yield _task("correct", f"attention {implementation}", "attention", 30,
+        yield task(f"attention {implementation}", "attention", 30,
                     {"small": small, "implementation": implementation}, process=f"attention {implementation}")
-        yield _task("correct", f"attention {implementation}, grouped heads", "attention", 30,
+        yield task(f"attention {implementation}, grouped heads", "attention", 30,
                     {"small": small, "implementation": implementation, "grouped": True},
                     process=f"attention {implementation}")
-    yield _task("correct", "8-bit AdamW", "adamw_8bit", 40, {"small": small})
-    yield _task("correct", "FP8 product", "fp8_product", 40, {"small": small})
-    yield _task("correct", "reference's steps", "reference_steps", 60, {"small": small}, module="correct_steps")
-    yield _task("correct", "one sharded rank", "one_rank_sharded", 60, {"small": small}, module="correct_steps")
-    yield _task("correct", "two sharded ranks", "two_sharded_ranks", 150, {"small": small}, module="correct_steps")
-    yield _task("correct", "extraction", "extraction", 40, {"small": small}, module="correct_steps")
-    yield _task("correct", "loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
+    yield task("8-bit AdamW", "adamw_8bit", 40, {"small": small})
+    yield task("FP8 product", "fp8_product", 40, {"small": small})
+    yield task("reference's steps", "reference_steps", 60, {"small": small}, module="correct_steps")
+    yield task("one sharded rank", "one_rank_sharded", 60, {"small": small}, module="correct_steps")
+    yield task("two sharded ranks", "two_sharded_ranks", 150, {"small": small}, module="correct_steps")
+    yield task("extraction", "extraction", 40, {"small": small}, module="correct_steps")
+    yield task("loss curve", "loss_curve", 60, {"small": small}, module="correct_steps")
 
 
 def preset_of(small):

@@ -161,6 +161,23 @@ def library(name="libnvcuvid.so.1"):
     return found
 
 
+@functools.lru_cache(maxsize=1)
+def _driver():
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def current_context():
+    """The CUDA context of this thread."""
+    found = c_void_p()
+    check(_driver().cuCtxGetCurrent(ctypes.byref(found)), "asking for the CUDA context")
+    return found
+
+
+def use_context(context):
+    """Make a context this thread's own: a new thread has none until it calls CUDA's runtime."""
+    check(_driver().cuCtxSetCurrent(context), "setting the CUDA context")
+
+
 def check(code, what):
     """Raise NoDecoder if a call gave an error, a CUresult other than 0."""
     if code:
@@ -169,9 +186,13 @@ def check(code, what):
 
 
 def capabilities(codec, lib=None) -> Capabilities | None:
-    """What the current device's decoder does with a codec in 8-bit 4:2:0, by FFmpeg's name; None: nothing."""
+    """What the current device's decoder does with a codec in 8-bit 4:2:0, by FFmpeg's name; None: nothing.
+
+    Raises:
+        NoDecoder: it cannot be asked.
+    """
     if codec not in CODECS:
         return None
     asked = Capabilities(codec=CODECS[codec], chroma=YUV_420)
-    failed = (lib or library()).cuvidGetDecoderCaps(ctypes.byref(asked))
-    return asked if not failed and asked.supported and asked.formats >> NV12 & 1 else None
+    check((lib or library()).cuvidGetDecoderCaps(ctypes.byref(asked)), "asking for the decoder's capabilities")
+    return asked if asked.supported and asked.formats >> NV12 & 1 else None

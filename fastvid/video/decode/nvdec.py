@@ -23,7 +23,7 @@ _DELAY = 0  # frames that the parser holds back beyond what display order asks f
 
 
 class NvDecoder:
-    """Decodes one video after another, in one thread. The hardware decoder is kept for videos of a like kind.
+    """Decodes one video after another, from any one thread at a time. The hardware decoder is kept for the next video.
 
     Args:
         device: torch device. Its GPU decodes; with "cpu" the library must be one that gives host addresses.
@@ -35,7 +35,11 @@ class NvDecoder:
 
     def __init__(self, device, lib=None):
         self.device, self.lib = torch.device(device), lib or nvcuvid.library()
-        self._decoder = self._created = None
+        self._decoder = self._created = self._context = None
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()  # there is a context afterwards
+                self._context = nvcuvid.current_context()
         self._callbacks = (nvcuvid.Sequence(self._guarded(self._begin_sequence)),
                            nvcuvid.Decode(self._guarded(self._decode_picture)),
                            nvcuvid.Display(self._guarded(self._show)))
@@ -59,6 +63,8 @@ class NvDecoder:
             Unsuited: the hardware does not take it, or not all of it decodes without errors.
             NoDecoder: the driver refuses.
         """
+        if self._context is not None:
+            nvcuvid.use_context(self._context)
         if not self.takes(stream.codec, *stream.stored_size):
             raise Unsuited(f"the GPU does not decode {stream.codec} of {stream.stored_size[0]}×{stream.stored_size[1]}")
         self._stream, self._take, self._error = stream, take, None
