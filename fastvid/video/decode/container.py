@@ -29,20 +29,26 @@ def open_video(path):
 
     Covers of audio files are no video streams. Opens regular files only: a pipe would wait for ever.
     """
+    with log() as lines, open_again(path) as (container, stream):
+        yield container, stream, lambda: complaints(lines, container.format.name, stream.codec_context.name)
+
+
+@contextmanager
+def open_again(path):
+    """The container and stream of `open_video`, within a `log`: of one video, several at a time."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DecodeError(path, wrong_content(path))
     except OSError as error:
         raise DecodeError(path, f"cannot be opened as a video ({error.strerror})") from error
-    with _log() as lines:  # until the container is closed, and its decoder's threads with it
-        with _opened(path) as container:
-            stream = _best(path, container)
-            try:
-                yield container, stream, lambda: list(_complaints(lines, container, stream))
-            finally:
-                # A decoder that is closed waits for its threads while it holds Python's lock, and one of them that has
-                # something to log waits for that. This lets the lock go, and afterwards none of them has any work.
-                stream.codec_context.flush_buffers()
+    with _opened(path) as container:
+        stream = _best(path, container)
+        try:
+            yield container, stream
+        finally:
+            # A decoder that is closed waits for its threads while it holds Python's lock, and one of them that has
+            # something to log waits for that. This lets the lock go, and afterwards none of them has any work.
+            stream.codec_context.flush_buffers()
 
 
 @contextmanager
@@ -76,8 +82,11 @@ def _best(path, container):
 
 
 @contextmanager
-def _log():
-    """FFmpeg's log lines of errors, (level, part, text), as they come, repeated ones too."""
+def log():
+    """FFmpeg's log lines of errors, (level, part, text), as they come, repeated ones too.
+
+    To be left when every container opened within is closed, and their decoders' threads with them.
+    """
     import av.logging
 
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
@@ -91,12 +100,14 @@ def _log():
         av.logging.set_level(level)
 
 
-def _complaints(lines, container, stream):
-    """The texts among FFmpeg's log lines that speak of damage to the stream."""
+def complaints(lines, container, codec):
+    """The texts among FFmpeg's log lines that speak of damage to a stream, of a container and a codec of these names."""
+    found = []
     for _, part, text in lines:
-        of_pictures = part == stream.codec_context.name and not any(words in text for words in _NOT_OF_PICTURES)
-        if of_pictures or part == container.format.name and any(words in text for words in _OF_CONTAINERS):
-            yield " ".join(text.split())
+        of_pictures = part == codec and not any(words in text for words in _NOT_OF_PICTURES)
+        if of_pictures or part == container and any(words in text for words in _OF_CONTAINERS):
+            found.append(" ".join(text.split()))
+    return found
 
 
 def _is_cover(stream):

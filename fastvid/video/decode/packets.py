@@ -59,6 +59,22 @@ class Packets:
             keep[start + last[-1] + 1 if len(last) else start:end] = False
         return keep
 
+    def shares(self, keep, count) -> list[np.ndarray]:
+        """The packets marked in `keep`, [P] bool, as at most `count` such masks, each of which decodes by itself."""
+        cuts, total = [], int(keep.sum())
+        done = np.concatenate([[0], np.cumsum(keep)])[np.flatnonzero(self.clean)]  # kept packets before each beginning
+        for place in range(1, count):
+            nearest = np.abs(done - total * place / count).argmin()
+            cuts.append(np.flatnonzero(self.clean)[nearest])
+        borders = [0, *sorted(set(cuts) - {0}), len(keep)]
+        masks = []
+        for start, end in zip(borders, borders[1:]):
+            mask = np.zeros(len(keep), bool)
+            mask[start:end] = keep[start:end]
+            if mask.any():
+                masks.append(mask)
+        return masks
+
 
 def scan(container, stream) -> Packets | None:
     """The packets of a stream, or None where all of them have to be decoded."""

@@ -72,12 +72,18 @@ def gather(frame, rows, columns):
 
     Args:
         frame: `av.VideoFrame` for which `can_gather`.
-        rows, columns: int64 arrays that broadcast together: where the pixels lie in the stored picture.
+        rows, columns: int64 arrays, [h, 1] and [1, w] or [1, w] and [h, 1]: where the pixels of an upright picture of
+            h × w lie in the stored one.
 
     Returns:
-        [..., 3] uint8.
+        [h, w, 3] uint8.
     """
-    y, u, v = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes)
-    chroma = rows >> 1, columns >> 1
+    planes = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes)
+    # Whole rows first, then columns of them: rows are copied at once.
+    transposed, rows, columns = rows.shape[0] == 1, rows.ravel(), columns.ravel()
+    y, u, v = (plane[at_rows].take(at_columns, 1) for plane, at_rows, at_columns in zip(
+        planes, (rows, rows >> 1, rows >> 1), (columns, columns >> 1, columns >> 1)))
+    if transposed:
+        y, u, v = y.T, u.T, v.T
     full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
-    return to_rgb(y[rows, columns], u[chroma], v[chroma], int(frame.colorspace), full_range)
+    return to_rgb(y, u, v, int(frame.colorspace), full_range)

@@ -14,11 +14,22 @@ for the whole video, and the frames chosen from that would stand for another one
 errors, or of which some do not come: FFmpeg shows others in their place.
 """
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastvid.video.decode.container import Orientation, open_video, orientation, refuse_cut
+from fastvid.video.decode.container import (
+    Orientation,
+    complaints,
+    log,
+    open_again,
+    open_video,
+    orientation,
+    refuse_cut,
+)
 from fastvid.video.decode.info import MAX_PIXELS, DecodeError, VideoInfo
 from fastvid.video.decode.packets import scan
 from fastvid.video.decode.planes import can_gather, gather
@@ -123,19 +134,36 @@ class _Pass:
     allow_damaged: bool = False
 
     def some(self, wanted, packets, keep):
-        """(frames, VideoInfo) of the frames `wanted`, from the packets marked in `keep`; None if any fails to come."""
-        import av
+        """(frames, VideoInfo) of the frames `wanted`, from the packets marked in `keep`; None if any fails to come.
 
+        Threads take a share of the packets each, where decoding can begin at their first: that is faster than threads
+        of one decoder, which wait for one another.
+        """
         rows = _rows_by_frame(wanted)
         at = {time: rows.get(number) for number, time in enumerate(packets.frame_times.tolist())}
-        expected, came, filled, picture = int((keep & packets.shown).sum()), 0, 0, None
-        with open_video(self.path) as (container, stream, complaints):
+        threads = self.threads or len(os.sched_getaffinity(0))
+        shares = packets.shares(keep, threads)
+        held = _Held(len(wanted))
+        each = [threads // len(shares) + (number < threads % len(shares)) for number in range(len(shares))]
+        with log() as lines:
+            with ThreadPoolExecutor(len(shares)) as pool:
+                came = list(pool.map(lambda share, count: self._share(share, count, packets, at, held), shares, each))
+            if None in came or sum(came) != len(rows) or complaints(lines, *held.names):
+                return None
+        return held.picture.frames, replace(held.picture.info, frames=packets.frames)
+
+    def _share(self, keep, threads, packets, at, held):
+        """Put the wanted frames of some packets into `held`; how many they were, or None if one fails to come."""
+        import av
+
+        expected, came, filled = int((keep & packets.shown).sum()), 0, 0
+        with open_again(self.path) as (container, stream):
             refuse_cut(self.path, container, stream)
             sent = (packet for number, packet in enumerate(p for p in container.demux(stream) if p.size)
                     if keep[number])
             try:
-                for frame in self._decoded(stream, sent):
-                    picture = picture or _Picture.of(frame, container, stream, self, len(wanted))
+                for frame in self._decoded(stream, sent, threads):
+                    picture = held.of(frame, container, stream, self)
                     if frame.is_corrupt or frame.pts not in at or not picture.alike(frame):
                         return None
                     came += 1
@@ -144,9 +172,7 @@ class _Pass:
                         filled += 1
             except av.InvalidDataError:  # every packet tells whether the video is damaged
                 return None
-            if picture is None or came != expected or filled != len(rows) or complaints():
-                return None
-        return picture.frames, replace(picture.info, frames=packets.frames)
+        return filled if came == expected else None
 
     def whole(self, wanted):
         """(frames, VideoInfo) of those of the frames `wanted` that exist, from every packet."""
@@ -154,7 +180,7 @@ class _Pass:
         with open_video(self.path) as (container, stream, complaints):
             refuse_cut(self.path, container, stream)
             sent = _Sent(container, stream)
-            for frame in self._decoded(stream, sent):
+            for frame in self._decoded(stream, sent, self.threads):
                 picture = picture or _Picture.of(frame, container, stream, self, len(wanted))
                 if total in rows:
                     picture.refuse_other_size(frame, total)
@@ -176,7 +202,7 @@ class _Pass:
                 else said[0]))
         return picture.frames, replace(picture.info, frames=total, damaged=damaged)
 
-    def _decoded(self, stream, packets):
+    def _decoded(self, stream, packets, threads):
         """Frames of some packets of a stream, in display order."""
         import av
 
@@ -184,7 +210,7 @@ class _Pass:
         if codec.width * codec.height > self.max_pixels:
             raise DecodeError(self.path, f"its picture of {codec.width}×{codec.height} is over the limit of "
                               f"{self.max_pixels:,} pixels")
-        codec.thread_type, codec.thread_count = "AUTO", self.threads
+        codec.thread_type, codec.thread_count = "AUTO", threads
         # Holds for pictures that grow within the stream, too.
         codec.options = {"max_pixels": str(self.max_pixels)}
         for packet in packets:
@@ -237,6 +263,24 @@ def describe(container, stream, shape, turn) -> VideoInfo:
         codec=stream.codec_context.codec.canonical_name, width=shape[turn.transpose],
         height=shape[not turn.transpose], frames=0, fps=float(stream.average_rate or 0), rotation=turn.angle,
         duration=(container.duration or 0) / av.time_base, decoder=f"pyav {av.__version__}, libavcodec {version}")
+
+
+class _Held:
+    """The picture of a video whose shares are decoded side by side: the first frame to come decides what it is like.
+
+    Attributes:
+        picture: `_Picture`; names: of the container's format and of the codec.
+    """
+
+    def __init__(self, count):
+        self.count, self.lock, self.picture, self.names = count, threading.Lock(), None, ("", "")
+
+    def of(self, frame, container, stream, video):
+        with self.lock:
+            if self.picture is None:
+                self.picture = _Picture.of(frame, container, stream, video, self.count)
+                self.names = container.format.name, stream.codec_context.name
+        return self.picture
 
 
 @dataclass
