@@ -44,7 +44,7 @@ def _pool(c, B, T, P, C, itemsize):
     blocks = triton.cdiv(P, c["block_p"])
     runs = max(1, min(T // 8, c["programs"] // max(B * blocks * triton.cdiv(C, c["block_c"]), 1)))
     block_p, block_c = max(16, POWER(triton.cdiv(P, blocks))), c["block_c"]
-    return block_p, block_c, triton.cdiv(P, blocks), triton.cdiv(T, runs), c["product"], c["warps"], c["stages"]
+    return block_p, block_c, triton.cdiv(P, blocks), triton.cdiv(T, runs), c["warps"], c["stages"]
 
 
 def _grid(c, rows, width):
@@ -59,15 +59,11 @@ def _rope(c, heads, half):
 
 SPACES = {
     "spatio_temporal_pool": Space(
-        [{"product": True, "block_p": p, "block_c": c, "warps": w, "stages": s, "programs": n} for p, c, w, s, n in (
-            (64, 64, 4, 5, 297), (64, 64, 4, 5, 150), (64, 64, 4, 5, 450), (64, 64, 4, 5, 600), (64, 64, 4, 3, 297),
-            (64, 64, 4, 3, 450), (64, 64, 4, 4, 450), (64, 64, 4, 7, 297), (64, 64, 2, 5, 297), (64, 64, 2, 5, 450),
-            (64, 64, 8, 5, 150), (64, 64, 8, 5, 297), (32, 64, 2, 5, 297), (32, 64, 2, 5, 600), (32, 64, 4, 5, 297),
-            (32, 64, 2, 7, 297), (128, 64, 8, 3, 297), (128, 64, 8, 4, 150), (128, 64, 8, 4, 297),
-            (128, 64, 4, 4, 297), (64, 128, 8, 4, 150), (64, 128, 8, 4, 297), (32, 128, 4, 4, 297))]
-        + [{"product": False, "block_p": p, "block_c": c, "warps": w, "stages": s, "programs": n} for p, c, w, s, n in (
-            (32, 64, 1, 3, 600), (32, 64, 1, 3, 900), (32, 64, 1, 4, 1200), (32, 64, 1, 5, 600), (16, 128, 1, 4, 600),
-            (64, 64, 2, 3, 450), (64, 64, 2, 4, 600), (128, 64, 4, 3, 450))],
+        [{"block_p": p, "block_c": 64, "warps": w, "stages": s, "programs": n} for p, w, s, n in (
+            (64, 2, 3, 450), (64, 2, 2, 450), (64, 2, 4, 450), (64, 2, 3, 300), (64, 2, 2, 600), (64, 2, 3, 600),
+            (64, 2, 2, 900), (64, 2, 3, 900), (64, 2, 3, 1200), (64, 1, 2, 450), (64, 1, 3, 450), (64, 1, 3, 900),
+            (32, 1, 2, 900), (32, 1, 3, 900), (32, 1, 4, 900), (32, 1, 2, 1200), (32, 1, 3, 1200), (32, 1, 3, 1800),
+            (32, 2, 3, 900), (16, 1, 3, 1800))],
         _pool, ("forward",)),
     "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)],
                           lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
@@ -92,13 +88,13 @@ SPACES = {
                              for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (16, 8), (16, 16), (32, 16))],
                             lambda c: (c["blocks"], c["warps"])),
     "yuv_patchify": Space([{"pixels": p, "frames": f, "warps": w} for p, w in (
-                               (128, 1), (128, 2), (256, 2), (256, 4), (512, 4), (512, 8), (1024, 8))
-                           for f in (10, 20, 50)],
+                               (64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 4))
+                           for f in (25, 50, 100)],
                           lambda c, pixels, frames: (min(c["pixels"], max(8, POWER(pixels))),
                                                      max(1, min(c["frames"], frames)), c["warps"])),
     "frame_patchify": Space([{"block": b, "frames": f, "line": line, "warps": w} for b, line, w in (
-                                 (512, 128, 2), (512, 128, 4), (1024, 32, 4), (1024, 128, 4), (1024, 128, 8),
-                                 (2048, 128, 4), (2048, 128, 8)) for f in (12, 20, 40)],
+                                 (256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4), (512, 256, 2))
+                                 for f in (12, 40, 100)],
                             lambda c, values, frames: (
                                 min(c["block"], POWER(values)), max(1, min(c["frames"], frames)),
                                 min(c["line"], c["block"], POWER(values)), c["warps"])),

@@ -36,8 +36,8 @@ def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.floa
 
 def _tiles(values, frames):
     """Output values of a block, frames that share their arithmetic on addresses, adjacent values of a line, warps."""
-    block = min(1024, triton.next_power_of_2(values))
-    return block, max(1, min(20, frames)), min(block, 128), 4
+    block = min(512, triton.next_power_of_2(values))
+    return block, max(1, min(40, frames)), min(block, 128), 2
 
 
 def _work(clips, frames):

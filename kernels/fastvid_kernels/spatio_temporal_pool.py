@@ -40,42 +40,33 @@ def _pool(x_TPC, num_temporal):
     return torch.cat([temporal_TC, padding_NC, spatial_PC / max(T, 1)]).to(x_TPC.dtype)
 
 
-# Programs of the forward kernel that keep the memory busy: two or three on each of a Hopper GPU's 132 multiprocessors,
-# each with four tiles of 8 KiB under way. Registers would allow four.
-ENOUGH = 9 * 132 // 4
-# Frames whose sums a program holds before it writes them: as many rows as a matrix product has at least.
-HELD = tl.constexpr(16)
+# Programs of the forward kernel that keep the memory busy: three or four on each of a Hopper GPU's 132 multiprocessors.
+ENOUGH = 450
 
 
 def _tiles(B, T, P, C, itemsize):
-    """Rows and channels of a tile, patches of a block, frames of a run, whether by products, warps, and stages.
+    """Rows and channels of a tile, patches of a block, frames of a run, warps, and stages.
 
     A row of a tile is a cache line. Every block of patches writes a partial sum per frame, and every run of frames one
     per position, so both are few: a second run begins only where one leaves the GPU without enough programs.
 
-    Warps share a tile's rows, so that a sum over rows crosses them. That took shuffles, shared memory and five barriers
-    a frame, more than all other work together. A matrix product with ones takes none of these: it reads the tile from
-    shared memory, where it is already, and each warp has channels of its own. Products with 1 are exact, and are added
-    up in fp32. Compiled for sm_90, a frame takes 4.5 instead of 6.8 instructions a value, and two barriers.
-
-    fp32 has no exact product. There one warp sums a whole tile, so that no sum crosses warps.
+    Warps share a tile's rows, so that a sum over rows crosses them. Few warps, of many rows each, make that cheap.
     """
-    by_product = itemsize == 2
     block_c = max(16, min(128 // itemsize, triton.next_power_of_2(max(C, 1))))
     blocks = max(1, triton.cdiv(P, 64))
     patches = triton.cdiv(P, blocks)
     programs = B * blocks * triton.cdiv(C, block_c)
     runs = max(1, min(T // 8, ENOUGH // max(programs, 1)))
     block_p = max(16, triton.next_power_of_2(max(patches, 1)))
-    return block_p, block_c, patches, triton.cdiv(T, runs), by_product, 4 if by_product else 1, 5
+    return block_p, block_c, patches, triton.cdiv(T, runs), 2, 3
 
 
 @triton.jit(do_not_specialize=["T", "P", "run_frames", "patches"])
 def _spatio_temporal_pool_fwd_kernel(
         x_ptr, counts_ptr, temporal_BKTC_ptr, spatial_ptr, x_stride_b, x_stride_t, x_stride_p, x_stride_c,
         T, P, spatial_stride_b, spatial_stride_s, run_frames, patches,
-        C: tl.constexpr, HAS_COUNTS: tl.constexpr, FINAL: tl.constexpr, BY_PRODUCT: tl.constexpr,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
+        C: tl.constexpr, HAS_COUNTS: tl.constexpr, FINAL: tl.constexpr, BLOCK_P: tl.constexpr,
+        BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
     """Sums of a block of patches in every frame of a run, and of each patch over the run's frames (FINAL: the mean)."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block_k = tl.program_id(0).to(tl.int64) // C_BLOCKS
@@ -94,22 +85,10 @@ def _spatio_temporal_pool_fwd_kernel(
     tile_ptr = x_ptr + video * x_stride_b + p[:, None] * x_stride_p + c[None, :].to(tl.int64) * x_stride_c
     row = (video * ((P + patches - 1) // patches) + block_k) * T
     spatial = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    i = tl.arange(0, HELD)
-    held = tl.zeros((HELD, BLOCK_C), tl.float32)
-    ones = tl.full((HELD, BLOCK_P), 1.0, x_ptr.dtype.element_ty)
     for t in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0)
-        spatial += tile.to(tl.float32)
-        if BY_PRODUCT:
-            # All rows of the product are the frame's sums. Keeping one of them is a choice, so that frames do not mix.
-            slot = ((t - first) & (HELD - 1)).to(tl.int32)
-            held = tl.where((i == slot)[:, None], tl.dot(ones, tile), held)
-            if (slot == HELD - 1) | (t == last - 1):
-                rows = row + t - slot + i
-                tl.store(temporal_BKTC_ptr + rows[:, None] * C + c[None, :], held,
-                         mask=(i <= slot)[:, None] & (c < C)[None, :])
-        else:
-            tl.store(temporal_BKTC_ptr + (row + t) * C + c, tl.sum(tile.to(tl.float32), 0), mask=c < C)
+        tile = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0).to(tl.float32)
+        spatial += tile
+        tl.store(temporal_BKTC_ptr + (row + t) * C + c, tl.sum(tile, 0), mask=c < C)
     if FINAL:
         spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     spatial_ptr += video * spatial_stride_b + run * spatial_stride_s
@@ -183,7 +162,7 @@ class _SpatioTemporalPool(torch.autograd.Function):
         out_BRC = x_BTPC.new_empty(B, num_temporal + P, C)
         if 0 in (B, C):
             return out_BRC
-        block_p, block_c, patches, run_frames, by_product, warps, stages = _tiles(B, T, P, C, x_BTPC.itemsize)
+        block_p, block_c, patches, run_frames, warps, stages = _tiles(B, T, P, C, x_BTPC.itemsize)
         K, S = triton.cdiv(P, patches) if patches else 0, triton.cdiv(T, run_frames) if run_frames else 1
         temporal_BKTC = x_BTPC.new_empty(B, K, T, C, dtype=torch.float32)
         final = S == 1
@@ -194,8 +173,8 @@ class _SpatioTemporalPool(torch.autograd.Function):
                 _spatio_temporal_pool_fwd_kernel, (K * triton.cdiv(C, block_c), S, B),
                 x_BTPC, counts_B, temporal_BKTC, spatial, *x_BTPC.stride(), T, P,
                 spatial.stride(0), 0 if final else spatial.stride(1), run_frames, patches,
-                C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BY_PRODUCT=by_product, BLOCK_P=block_p,
-                BLOCK_C=block_c, STAGES=stages, num_warps=warps)
+                C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BLOCK_P=block_p, BLOCK_C=block_c,
+                STAGES=stages, num_warps=warps)
         rows = num_temporal + (0 if final else P)
         block_r, block_c = 4, min(256, triton.next_power_of_2(C))
         if rows:

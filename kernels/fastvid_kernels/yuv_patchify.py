@@ -54,7 +54,7 @@ def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype
 
 def _tiles(pixels, frames):
     """Pixels of a block, frames that share their arithmetic on addresses, and warps."""
-    return min(512, max(8, triton.next_power_of_2(pixels))), max(1, min(20, frames)), 4
+    return min(128, max(8, triton.next_power_of_2(pixels))), max(1, min(50, frames)), 2
 
 
 @dataclass(frozen=True)

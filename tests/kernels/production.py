@@ -219,7 +219,6 @@ def yuv_patchify_calls():
 
 
 PRODUCTION["yuv_patchify"] = yuv_patchify_calls
-WIDE_STORES.add("_yuv_patchify_kernel")
 
 
 def add_layer_norm_calls():

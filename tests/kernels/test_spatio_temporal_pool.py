@@ -72,27 +72,6 @@ def test_larger_than_a_tile(impl, dtype, T, P, C):
     _assert_pooled(_states(T, P, C, dtype=dtype), T, impl)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [16, 35])
-def test_runs_longer_than_what_a_program_holds(monkeypatch, T, dtype):
-    """A program holds the sums of 16 frames; so few videos are one run only if no GPU is to be filled."""
-    monkeypatch.setattr(importlib.import_module("fastvid_kernels.spatio_temporal_pool"), "ENOUGH", 1)
-    _assert_pooled(_states(T, 70, 65, dtype=dtype), T, "triton")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_is_not_finite_stays_in_its_frame_and_position(dtype):
-    """Though frames' sums are products, which make NaN of 0 times infinity."""
-    x = _states(20, 6, 7, dtype=dtype)
-    x[3, 4, 5], x[8, 1, 2] = torch.inf, torch.nan
-    found = spatio_temporal_pool(x, num_temporal=20, impl="triton")
-    expected = torch.ones(26, 7, dtype=torch.bool)
-    for row, channel in ((3, 5), (24, 5), (8, 2), (21, 2)):
-        expected[row, channel] = False
-    assert torch.equal(found.isfinite(), expected)
-    assert found[3, 5] == found[24, 5] == torch.inf and found[8, 2].isnan() and found[21, 2].isnan()
-
-
 @each_impl
 @pytest.mark.parametrize("counts", [[0], [3, 0, 5], [17, 1, 16, 9]])
 @pytest.mark.parametrize("as_tensor", [False, True])
