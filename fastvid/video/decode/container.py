@@ -101,7 +101,7 @@ def log():
 
 
 def complaints(lines, container, codec):
-    """The texts among FFmpeg's log lines that speak of damage to a stream, of a container and a codec of these names."""
+    """The texts among FFmpeg's log lines that speak of damage to a stream; the names are FFmpeg's."""
     found = []
     for _, part, text in lines:
         of_pictures = part == codec and not any(words in text for words in _NOT_OF_PICTURES)
