@@ -241,6 +241,36 @@ def _hardware(clips, small):
                    "decoded_frames_per_second": count * len(stream.ends) / seconds,
                    "video_frames_per_second": count * stream.info.frames / seconds,
                    "videos_per_second": count / seconds}
+    for decoder in hardware:
+        decoder.close()
+    yield from _dali(clips)
+
+
+def _dali(clips):
+    """Frames per second of DALI's decoder, by so many videos at a time, and how far its RGB is from PyAV's."""
+    from fastvid.video.decode import decode
+    from fastvid.video.decode.bitstream import read_bitstream
+    from fastvid.video.decode.dali import DaliDecoder, NoDecoder
+
+    try:
+        decoders = [DaliDecoder("cuda") for _ in range(2 * MOST_ENGINES)]
+    except NoDecoder as error:
+        yield {"row": "DALI", "status": "ok", "absent": str(error)}
+        return
+    for path in clips:
+        stream = read_bitstream(path)
+        ours = decoders[0].decode(stream)
+        true = torch.from_numpy(decode(path)[0]).to(ours.device)
+        apart = (ours.int() - true.int()).abs().float()
+        yield {"row": f"DALI beside PyAV, {path.stem}p", "frames": len(ours), "mean_difference": apart.mean().item(),
+               "largest_difference": apart.max().item()}
+        del ours, true, apart
+        for count in (1, MOST_ENGINES, 2 * MOST_ENGINES):
+            seconds = _side_by_side(decoders[:count], stream, DaliDecoder.decode)
+            yield {"row": f"DALI, {path.stem}p, {count} videos at a time",
+                   "decoded_frames_per_second": count * len(stream.ends) / seconds,
+                   "video_frames_per_second": count * stream.info.frames / seconds,
+                   "videos_per_second": count / seconds}
 
 
 def _same_bytes(path, decoder):
@@ -269,19 +299,23 @@ def _put(rows_TPK, pictures, factors):
             rows_TPK[place].copy_(made_PK)
 
 
-def _side_by_side(hardware, stream, times=2):
+def _to_patches(decoder, stream):
+    rows_TPK = torch.empty(len(stream.wanted), 576, row_length(14), dtype=torch.float16, device="cuda")
+    decoder.decode(stream, lambda pictures: _put(rows_TPK, pictures, stream.factors))
+
+
+def _side_by_side(decoders, stream, call=_to_patches, times=2):
     """Seconds in which every decoder decodes a video, as many times, each in a thread."""
     def run(decoder):
         with torch.cuda.stream(torch.cuda.Stream()):
-            rows_TPK = torch.empty(len(stream.wanted), 576, row_length(14), dtype=torch.float16, device="cuda")
             for _ in range(times):
-                decoder.decode(stream, lambda pictures: _put(rows_TPK, pictures, stream.factors))
+                call(decoder, stream)
             torch.cuda.current_stream().synchronize()
 
-    with ThreadPoolExecutor(len(hardware)) as pool:
-        list(pool.map(run, hardware))  # decoders are made, kernels loaded
+    with ThreadPoolExecutor(len(decoders)) as pool:
+        list(pool.map(run, decoders))  # decoders are made, kernels loaded
         begin = time.perf_counter()
-        list(pool.map(run, hardware))
+        list(pool.map(run, decoders))
         return (time.perf_counter() - begin) / times
 
 

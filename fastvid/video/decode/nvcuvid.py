@@ -21,6 +21,8 @@ from ctypes import (
     c_void_p,
 )
 
+import torch
+
 CODECS = {"mpeg2video": 1, "mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
 YUV_420, NV12, WEAVE = 1, 0, 0  # cudaVideoChromaFormat, cudaVideoSurfaceFormat, cudaVideoDeinterlaceMode
 END_OF_STREAM, TIMESTAMP, END_OF_PICTURE = 1, 2, 8  # CUvideopacketflags
@@ -166,16 +168,21 @@ def _driver():
     return ctypes.CDLL("libcuda.so.1")
 
 
-def current_context():
-    """The CUDA context of this thread."""
+def context_of(device):
+    """The CUDA context of a torch device, for `use_context`; None of one that is no GPU."""
+    if device.type != "cuda":
+        return None
     found = c_void_p()
-    check(_driver().cuCtxGetCurrent(ctypes.byref(found)), "asking for the CUDA context")
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # there is a context afterwards
+        check(_driver().cuCtxGetCurrent(ctypes.byref(found)), "asking for the CUDA context")
     return found
 
 
 def use_context(context):
-    """Make a context this thread's own: a new thread has none until it calls CUDA's runtime."""
-    check(_driver().cuCtxSetCurrent(context), "setting the CUDA context")
+    """Make a context this thread's current one: a new thread has none until it calls CUDA's runtime."""
+    if context is not None:
+        check(_driver().cuCtxSetCurrent(context), "setting the CUDA context")
 
 
 def check(code, what):
@@ -196,3 +203,10 @@ def capabilities(codec, lib=None) -> Capabilities | None:
     asked = Capabilities(codec=CODECS[codec], chroma=YUV_420)
     check((lib or library()).cuvidGetDecoderCaps(ctypes.byref(asked)), "asking for the decoder's capabilities")
     return asked if asked.supported and asked.formats >> NV12 & 1 else None
+
+
+def takes(codec, width, height, lib=None) -> bool:
+    """Whether the current device's decoder takes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
+    able = capabilities(codec, lib)
+    return (able is not None and able.min_width <= width <= able.max_width
+            and able.min_height <= height <= able.max_height and width * height // 256 <= able.max_macroblocks)
