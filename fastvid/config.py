@@ -289,7 +289,8 @@ class ExtractConfig(_Checked):
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
     num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.", at_least=1, at_most=100_000)
     dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
-        None, "Precision of the tower. Default: float16 on a GPU, float32 on a CPU.")
+        None, "Precision of the tower. Default: float16 on a GPU, and on a CPU bfloat16 if it multiplies that, else "
+        "float32.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
     decoder: Literal["auto", "pyav", "nvdec", "dali"] = _flag(
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "

@@ -48,7 +48,7 @@ def _direct(folder, frames, num_temporal, mean=CLIP_MEAN, std=CLIP_STD):
                                    {"layers": 1}])
 def test_equals_transformers(tmp_path, shape):
     folder = write_tower(tmp_path / "tower", **shape)
-    encoder = FeatureEncoder(folder, device="cpu", batch_size=4, num_temporal=12)
+    encoder = FeatureEncoder(folder, device="cpu", dtype=torch.float32, batch_size=4, num_temporal=12)
     features = encoder.encode(_frames(9))
     grid = shape.get("image_size", 28) // shape.get("patch_size", 14)
     assert encoder.num_patches == grid**2 and encoder.hidden_size == 32
@@ -60,7 +60,7 @@ def test_equals_transformers(tmp_path, shape):
 
 
 def test_features_do_not_depend_on_neighbours(tower):
-    encoder = FeatureEncoder(tower, device="cpu", batch_size=8, num_temporal=20)
+    encoder = FeatureEncoder(tower, device="cpu", dtype=torch.float32, batch_size=8, num_temporal=20)
     long, frames = encoder.encode(_frames(20)), _frames(20)
     for count in (1, 3, 7, 13, 19):
         assert torch.equal(encoder.encode(frames[:count])[:count], long[:count])
@@ -93,7 +93,7 @@ def test_half_precision_tower_gives_float16_features(tower, dtype):
 def test_pixel_statistics_of_the_tower(tmp_path):
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     folder = write_tower(tmp_path / "tower", mean=mean, std=std)
-    features = FeatureEncoder(folder, device="cpu", num_temporal=4).encode(_frames(4))
+    features = FeatureEncoder(folder, device="cpu", dtype=torch.float32, num_temporal=4).encode(_frames(4))
     assert torch.allclose(features.float(), _direct(folder, _frames(4), 4, mean, std).float(), rtol=2**-10, atol=2**-12)
 
 
@@ -104,7 +104,7 @@ def test_whole_clip_model(tmp_path, capfd):
     CLIPModel(CLIPConfig(text_config={**parts, "vocab_size": 99}, projection_dim=8,
                          vision_config={**parts, "image_size": 28, "patch_size": 14})).save_pretrained(tmp_path)
     capfd.readouterr()
-    features = FeatureEncoder(str(tmp_path), device="cpu", num_temporal=3).encode(_frames(3))
+    features = FeatureEncoder(str(tmp_path), device="cpu", dtype=torch.float32, num_temporal=3).encode(_frames(3))
     assert torch.allclose(features.float(), _direct(tmp_path, _frames(3), 3).float(), rtol=2**-10, atol=2**-12)
 
 
@@ -190,7 +190,7 @@ def test_recordings(shared, tiny, size):
     spec = importlib.util.spec_from_file_location("tiny_clips", shared / "golden" / "tiny.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    encoder = FeatureEncoder(tiny / f"clip{size}", device="cpu")
+    encoder = FeatureEncoder(tiny / f"clip{size}", device="cpu", dtype=torch.float32)
     drawn = np.load(shared / "golden" / "features.npz")
     real = np.load(shared / "golden" / "features_real.npz")
     for name in ("noise7", "noise130"):

@@ -26,7 +26,7 @@ from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
 from fastvid.extract import Summary, extract, main
 from fastvid.video.decode import decode
-from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.encoder import FeatureEncoder, default_dtype
 from fastvid.video.manifest import read_manifest
 from fastvid.video.sampling import frame_indices
 
@@ -90,7 +90,7 @@ def test_feature_files_and_manifest(job, made, tmp_path):
         assert header["source"] == source and header["source_bytes"] == len(content)
         assert header["source_sha256"] == hashlib.sha256(content).hexdigest()
         assert header["video"]["decoder"] == info.decoder and header["video"]["codec"] == "h264"
-        assert header["dtype"] == "float32" and header["fastvid"] == fastvid.__version__
+        assert f"torch.{header['dtype']}" == str(encoder.dtype) and header["fastvid"] == fastvid.__version__
     entries = read_manifest(tmp_path / "features")
     assert {name: (entry["status"], entry["reason"], entry["frames"]) for name, entry in entries.items()} == {
         "a.mp4": ("ok", None, 12), "b.c.mkv": ("ok", None, 4), "sub/a.mp4": ("ok", None, 9)}
@@ -210,11 +210,12 @@ def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Manifest, "append", killed)
         extract(job(format="pkl", decode_workers=1))
-    assert len(list((tmp_path / "features").glob("*.pkl"))) == 1
+    made = [path.relative_to(tmp_path / "features") for path in (tmp_path / "features").rglob("*.pkl")]
+    assert 1 <= len(made) < 3  # another may be written while the first's end is heard of
     summary = extract(job(format="pkl"))
-    assert (summary.extracted, summary.skipped) == (2, 1)
-    entry = read_manifest(tmp_path / "features")["a.mp4"]
-    assert entry["status"] == "skipped"
+    assert (summary.extracted, summary.skipped) == (3 - len(made), len(made))
+    entries = read_manifest(tmp_path / "features").values()
+    assert sorted(entry["status"] for entry in entries) == sorted(["skipped"] * len(made) + ["ok"] * (3 - len(made)))
 
 
 def test_an_older_manifest_vouches_where_one_file_can_be_meant(job, tmp_path):
@@ -293,7 +294,8 @@ def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path)
     encode = FeatureEncoder.encode
     monkeypatch.setattr(FeatureEncoder, "encode", lambda self, frames: encode(self, frames) / 0)
     summary = extract(job(mixed))
-    assert len(summary.failures) == 4 and "not finite in float32" in dict(summary.failures)["a.mp4"]
+    dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
+    assert len(summary.failures) == 4 and f"not finite in {dtype}" in dict(summary.failures)["a.mp4"]
     assert not list((tmp_path / "features").glob("*.safetensors"))
 
 
@@ -383,7 +385,8 @@ def test_recordings(shared, tiny, tmp_path):
     for name in ("nasa_13013.mp4", "test_non_zero_start.mp4"):
         shutil.copy(shared / "videos" / name, videos)
     recorded = np.load(shared / "golden" / "features_real.npz")
-    extract(ExtractConfig(str(videos), str(tmp_path / "features"), vision_tower=str(tiny / "clip224"), device="cpu"))
+    extract(ExtractConfig(str(videos), str(tmp_path / "features"), vision_tower=str(tiny / "clip224"), device="cpu",
+                          dtype="float32"))
     for name in ("nasa_13013", "test_non_zero_start"):
         features, header = load_features(tmp_path / "features" / f"{name}.safetensors")
         assert np.abs(features.float().numpy() - recorded[f"224/{name}.pkl"].astype(np.float32)).max() <= 0.004

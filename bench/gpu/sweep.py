@@ -93,7 +93,8 @@ SPACES = {
                           lambda c, pixels, frames: (min(c["pixels"], max(8, POWER(pixels))),
                                                      max(1, min(c["frames"], frames)), c["warps"])),
     "frame_patchify": Space([{"block": b, "frames": f, "line": line, "warps": w} for b, line, w in (
-                                 (256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4), (512, 256, 2))
+                                 (256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4),
+                                 (512, 256, 2))
                                  for f in (12, 40, 100)],
                             lambda c, values, frames: (
                                 min(c["block"], POWER(values)), max(1, min(c["frames"], frames)),

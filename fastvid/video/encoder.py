@@ -37,6 +37,14 @@ def make_current(device):
         torch.cuda.set_device(device)
 
 
+def default_dtype(device):
+    """What a tower computes in unless told: float16 on a GPU; on a CPU bfloat16 if it multiplies that, else float32."""
+    if device.type != "cpu":
+        return torch.float16
+    multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if multiplies else torch.float32
+
+
 class FeatureEncoder:
     """A CLIP vision tower that turns a video's frames into its features.
 
@@ -46,7 +54,7 @@ class FeatureEncoder:
     Args:
         tower: Hugging Face folder or hub id of a CLIP model or vision tower.
         device: default: a GPU if there is one.
-        dtype: precision of the tower. Default: float16 on a GPU, float32 on a CPU.
+        dtype: precision of the tower; default: `default_dtype`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
 
@@ -62,7 +70,7 @@ class FeatureEncoder:
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
+        self.dtype = dtype or default_dtype(self.device)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
         self.tower = ClipTower(tower, self.device, self.dtype)
