@@ -61,13 +61,13 @@ def ours(path, mean, std):
     return frame_patchify(torch.from_numpy(frames), size=SIZE, patch=PATCH, mean=mean, std=std, dtype=torch.float32)
 
 
-def reference(path, processor):
-    """[T, 3, 336, 336] float32, as PG-Video-LLaVA's save_spatio_temporal_clip_features.py makes it."""
+def reference(path, processor, size=SIZE):
+    """[T, 3, size, size] float32, as PG-Video-LLaVA's save_spatio_temporal_clip_features.py makes it."""
     import decord
 
     reader = decord.VideoReader(str(path))
     frames = torch.from_numpy(reader.get_batch(frame_indices(len(reader), FRAMES)).asnumpy())
-    small = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2).float(), size=(SIZE, SIZE))
+    small = torch.nn.functional.interpolate(frames.permute(0, 3, 1, 2).float(), size=(size, size))
     pictures = [Image.fromarray(picture) for picture in small.permute(0, 2, 3, 1).to(torch.uint8).numpy()]
     return processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
 
