@@ -291,9 +291,10 @@ class ExtractConfig(_Checked):
     dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
         None, "Precision of the tower. Default: float16 on a GPU, float32 on a CPU.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
-    decoder: Literal["auto", "pyav", "nvdec"] = _flag(
+    decoder: Literal["auto", "pyav", "nvdec", "dali"] = _flag(
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "
-        "nvdec: as auto, but an error without one. All give the same bytes.")
+        "nvdec: as auto, but an error without one. These give the same bytes. dali: NVIDIA DALI, whose colours are "
+        "others, and so are the features; PyAV decodes what it does not take.")
     max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
     timeout: float = _flag(
         600.0, "Seconds after which a video's decoding is given up; a second more for each that it lasts, up to ten "

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from fastvid.data.features import SUFFIXES, feature_header, probe_features
 
+# What features were made with that name nothing of the kind: the setting is younger than they may be.
+_UNTOLD = {"conversion": "swscale"}
+
 
 def settings_of(config, encoder) -> dict:
     """What two extractions must have in common for their features to go together."""
     return {"tower_revision": encoder.revision, "image_size": encoder.image_size, "patch_size": encoder.patch_size,
-            "num_frames": config.num_frames}
+            "num_frames": config.num_frames, "conversion": "dali" if config.decoder == "dali" else "swscale"}
 
 
 class EarlierFeatures:
@@ -121,9 +124,10 @@ class EarlierFeatures:
     def _difference(self, made) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
         for name, value in self.settings.items():
-            if made.get(name) != value:
+            found = made.get(name, _UNTOLD.get(name, "unknown"))
+            if found != value:
                 of = f" (of {made['tower']})" if name == "tower_revision" and made.get("tower") else ""
-                return f"{name} {made.get(name, 'unknown')}{of}, not {value}"
+                return f"{name} {found}{of}, not {value}"
         return None
 
 

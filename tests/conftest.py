@@ -5,6 +5,8 @@ import importlib
 import os
 import pkgutil
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +52,18 @@ def poisoned():
     assert torch.empty(9).isnan().all()
     yield
     torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def fake_nvcuvid(tmp_path_factory):
+    """A stand-in for the driver's library of NVDEC, which decodes on the host. Built once."""
+    from fastvid.video.decode import nvcuvid
+
+    if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
+        pytest.skip("no C compiler")
+    built = tmp_path_factory.mktemp("nvcuvid") / "fake.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", ROOT / "tests" / "fake_nvcuvid.c", "-o", built], check=True)
+    return nvcuvid.library(str(built))
 
 
 @pytest.fixture(scope="session")

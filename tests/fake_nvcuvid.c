@@ -1,7 +1,9 @@
 /* Stands in for libnvcuvid.so.1: the calls that fastvid makes, on the host, over a bit stream that hides nothing.
 
    A packet is a header of eight 32-bit numbers, then the samples of an NV12 picture of the coded size. Pictures are
-   shown in the order of their time stamps, one behind the newest. What is given back is overwritten at once. */
+   shown in the order of their time stamps, one behind the newest. What is given back is overwritten at once.
+
+   Of VP8 and VP9 the parser loses the time stamps. A VP8 packet is shown if the bit 0x10 of its first byte is set. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,7 +36,7 @@ static unsigned pitch_of(unsigned width) { return (width + 255) / 256 * 256; }
 
 int cuvidGetDecoderCaps(unsigned char *caps) {
   int codec = *(int *)caps, chroma = ((int *)caps)[1], depth = ((int *)caps)[2];
-  caps[24] = (codec == 4 || codec == 8 || codec == 9) && chroma == 1 && depth == 0;
+  caps[24] = (codec == 4 || codec == 8 || codec == 9 || codec == 10) && chroma == 1 && depth == 0;
   caps[25] = 2;
   *(unsigned short *)(caps + 26) = 1;
   *(unsigned *)(caps + 28) = *(unsigned *)(caps + 32) = 4096;
@@ -144,7 +146,7 @@ static int show(Parser *parser, int least) {
 int cuvidParseVideoData(Parser *parser, Packet *packet) {
   if (packet->flags & 1) return show(parser, 0);
   const Header *head = (const Header *)packet->payload;
-  if (packet->size < sizeof *head || head->magic != 0x56444d46) return 0;  /* what is no picture goes unnoticed */
+  if (packet->size < sizeof *head || (head->magic & ~0x10) != 0x56444d46) return 0;  /* what is no picture goes unnoticed */
   if (head->width != parser->width || head->height != parser->height) {
     Format format = {.codec = parser->about.codec, .progressive = head->interlaced != 1, .surfaces = 3, .chroma = 1,
                      .coded_width = head->coded_width, .coded_height = head->coded_height, .right = head->width,
@@ -159,6 +161,8 @@ int cuvidParseVideoData(Parser *parser, Packet *packet) {
   }
   Picture picture = {.surface = parser->next, .is_field = head->field, .bytes = packet->size, .data = packet->payload};
   if (!parser->about.decode(parser->about.user, &picture)) return 1;
-  parser->queue[parser->waiting++] = (Shown){parser->next, head->interlaced != 2, 1, 0, packet->timestamp};
+  if (parser->about.codec == 9 && !(head->magic & 0x10)) return 0;
+  parser->queue[parser->waiting++] = (Shown){parser->next, head->interlaced != 2, 1, 0,
+                                             parser->about.codec > 8 ? 0 : packet->timestamp};
   return show(parser, 1);
 }

@@ -88,7 +88,7 @@ class FeatureEncoder:
         frames = torch.as_tensor(frames)
         self._refuse_count(len(frames))
         return self._features(len(frames), (
-            frame_patchify(part_BHW3.to(self.device), **self._patchify) for part_BHW3 in frames.split(self.batch_size)))
+            self.frame_rows(part_BHW3) for part_BHW3 in frames.split(self.batch_size)))
 
     @torch.no_grad()
     def encode_patches(self, patches_TPK):
@@ -99,6 +99,10 @@ class FeatureEncoder:
     def patch_rows(self, planes, factors):
         """Patch rows [T, P, K] float16 of raw planes [(Y, U, V)] on the device: see `yuv_patchify`."""
         return yuv_patchify(planes, [factors] * len(planes), **self._patchify)
+
+    def frame_rows(self, frames):
+        """Patch rows [T, P, K] float16 of frames [T, H, W, 3] uint8 RGB on any device: see `frame_patchify`."""
+        return frame_patchify(frames.to(self.device), **self._patchify)
 
     def empty_patch_rows(self, count):
         """[count, P, K] float16 on the device, for `patch_rows`."""

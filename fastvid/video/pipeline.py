@@ -2,17 +2,23 @@
 
 Containers are read in processes of their own (`decode.worker`). Where a GPU has a decoder of its own, it gets what it
 takes to the byte, and the CPU's cores decode the rest: files of other kinds, and those that come while it is busy.
+DALI's colours are others than PyAV's: it gets all that it takes, however busy it is, lest chance choose the colours.
+
+Decoders in this process, of hardware or DALI's, are alike in what is used of them: ``name``, ``conversion``,
+``patch_rows(stream, encoder)`` and ``close()``.
 """
 
 import os
 import queue
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fastvid.video.decode import VideoInfo
+from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode.bitstream import Unsuited
+from fastvid.video.decode.dali import DaliDecoder
 from fastvid.video.decode.nvcuvid import NoDecoder, capabilities
 from fastvid.video.decode.nvdec import NvDecoder
 from fastvid.video.decode.worker import DecodeWorker
@@ -43,7 +49,7 @@ class Pipeline:
 
     Args:
         encoder: `FeatureEncoder`, whose pictures' size and device they decode for.
-        decoder: "auto", "pyav", or "nvdec" (what that cannot take is still PyAV's).
+        decoder: "auto", "pyav", "nvdec" or "dali" (what these cannot take is still PyAV's).
         workers: processes that read containers and decode on the CPU; None: one for each core, at most 16.
         timeout: seconds after which a video is given up.
         allow_damaged: take damaged videos.
@@ -53,7 +59,7 @@ class Pipeline:
         notes: what a user should know, a line each.
 
     Raises:
-        ValueError: "nvdec" is asked for and cannot be had.
+        ValueError: "nvdec" or "dali" is asked for and cannot be had.
     """
 
     def __init__(self, encoder, *, decoder="auto", workers=None, timeout=600.0, allow_damaged=False):
@@ -62,7 +68,8 @@ class Pipeline:
         count = workers or min(_MOST_WORKERS, cores)
         self._threads = max(1, cores // count)
         self._workers = [DecodeWorker(timeout) for _ in range(count)]
-        self._hardware = _hardware_decoders(encoder.device, decoder, self.notes)
+        self._hardware = _hardware_decoders(encoder.device, decoder, count, self.notes)
+        self._same_colours = all(held.conversion == "swscale" for held, _ in self._hardware)  # as PyAV's
         self._idle, self._idle_hardware = queue.SimpleQueue(), queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -81,12 +88,18 @@ class Pipeline:
             if self._hardware:
                 try:
                     stream, digest = worker.read_bitstream(path, **options)
-                    decoder, on_stream = self._idle_hardware.get_nowait()
+                    if self._same_colours:
+                        decoder, on_stream = self._idle_hardware.get_nowait()
                 except (Unsuited, queue.Empty):
                     pass
+                except DecodeError:
+                    if not self.allow_damaged:
+                        raise
                 else:
                     self._idle.put(worker)
                     worker = None
+                    if not self._same_colours:
+                        decoder, on_stream = self._idle_hardware.get()
                     try:
                         return self._on_hardware(decoder, on_stream, stream, digest)
                     except (Unsuited, NoDecoder, torch.OutOfMemoryError):
@@ -99,24 +112,27 @@ class Pipeline:
                 self._idle.put(worker)
 
     def _on_hardware(self, decoder, on_stream, stream, digest):
-        """A video by the GPU's decoder, which is put back in any case."""
-        patches_TPK = None
+        """A video by a decoder of this process, which is put back in any case; `on_stream`: None where there is no GPU.
+        """
         try:
-            with torch.cuda.device(self.encoder.device), torch.cuda.stream(on_stream):
-                patches_TPK = self.encoder.empty_patch_rows(len(stream.wanted))
-
-                def take(pictures):
-                    rows_FPK = self.encoder.patch_rows([planes for _, planes in pictures], stream.factors)
-                    for (places, _), row_PK in zip(pictures, rows_FPK):
-                        for place in places:
-                            patches_TPK[place].copy_(row_PK)
-
-                decoder.decode(stream, take)
-                on_stream.synchronize()
-                patches_TPK.record_stream(torch.cuda.default_stream(self.encoder.device))  # whose the tower is
+            with self._current(on_stream):
+                patches_TPK = decoder.patch_rows(stream, self.encoder)
+                if on_stream is not None:
+                    on_stream.synchronize()
+                    patches_TPK.record_stream(torch.cuda.default_stream(self.encoder.device))  # whose the tower is
         finally:
             self._idle_hardware.put((decoder, on_stream))
-        return Prepared(None, patches_TPK, replace(stream.info, decoder=decoder.name), digest)
+        info = replace(stream.info, decoder=decoder.name, conversion=decoder.conversion)
+        return Prepared(None, patches_TPK, info, digest)
+
+    @contextmanager
+    def _current(self, on_stream):
+        """Have a stream be the one that this thread's work is queued on."""
+        if on_stream is None:
+            yield
+            return
+        with torch.cuda.device(self.encoder.device), torch.cuda.stream(on_stream):
+            yield
 
     def encode(self, prepared) -> torch.Tensor:
         """The features of a prepared video, as `FeatureEncoder.encode` gives them."""
@@ -137,10 +153,18 @@ class Pipeline:
             decoder.close()
 
 
-def _hardware_decoders(device, decoder, notes):
-    """[(NvDecoder, CUDA stream)] of a GPU: two for each engine; none where it has none, or they are not wanted."""
+def _hardware_decoders(device, decoder, workers, notes):
+    """[(decoder of this process, CUDA stream)]: two for each engine of a GPU; none where they are not wanted.
+
+    Without a GPU DALI decodes on the CPU, a thread for each worker. Its streams are None.
+    """
     if decoder == "pyav":
         return []
+    if decoder == "dali" and device.type != "cuda":
+        try:
+            return [(DaliDecoder("cpu"), None) for _ in range(workers)]
+        except NoDecoder as error:
+            raise ValueError(f"--decoder {decoder}: {error}") from error
     if device.type != "cuda":
         if decoder == "nvdec":
             raise ValueError(f"--decoder nvdec needs a CUDA device, not {device.type}; auto and pyav decode anywhere")
@@ -149,10 +173,13 @@ def _hardware_decoders(device, decoder, notes):
         with torch.cuda.device(device):
             torch.empty(1, device=device)  # a CUDA context, without which the library answers nothing
             able = capabilities("h264")
-            count = _EACH_ENGINE * max(able.engines, 1) if able else 0
-            return [(NvDecoder(device), torch.cuda.Stream(device)) for _ in range(count)]
+            if able is None:
+                raise NoDecoder("the GPU does not decode H.264")
+            count = _EACH_ENGINE * max(able.engines, 1)
+            kind = DaliDecoder if decoder == "dali" else NvDecoder
+            return [(kind(device), torch.cuda.Stream(device)) for _ in range(count)]
     except NoDecoder as error:
-        if decoder == "nvdec":
-            raise ValueError(f"--decoder nvdec: {error}") from error
+        if decoder != "auto":
+            raise ValueError(f"--decoder {decoder}: {error}") from error
         notes.append(f"no hardware decoder: {error}")
         return []

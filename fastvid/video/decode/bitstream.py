@@ -41,6 +41,7 @@ class Bitstream:
         factors: six numbers of the conversion to RGB, as `planes.factors` gives them.
         turn: how the stored picture becomes upright.
         info: of the whole video; its decoder is not named yet.
+        coded_size: width and height of the picture as it is coded, with what is cropped, as FFmpeg knows them.
     """
 
     data: bytes
@@ -50,6 +51,7 @@ class Bitstream:
     factors: tuple[int, ...]
     turn: Orientation
     info: VideoInfo
+    coded_size: tuple[int, int] | None = None
 
     @property
     def codec(self) -> str:
@@ -70,13 +72,15 @@ class Bitstream:
 
     def described(self) -> dict:
         """All but the arrays, as JSON can hold it."""
-        return {"wanted": self.wanted, "factors": self.factors, "turn": asdict(self.turn), "info": asdict(self.info)}
+        return {"wanted": self.wanted, "factors": self.factors, "turn": asdict(self.turn), "info": asdict(self.info),
+                "coded_size": self.coded_size}
 
     @classmethod
     def of(cls, described, data, ends, numbers):
         """The bitstream that `described` describes."""
         return cls(data, ends, numbers, described["wanted"], tuple(described["factors"]),
-                   Orientation(**described["turn"]), VideoInfo(**described["info"]))
+                   Orientation(**described["turn"]), VideoInfo(**described["info"]),
+                   tuple(described["coded_size"]))
 
 
 def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS) -> Bitstream:
@@ -113,10 +117,12 @@ def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS)
             raise Unsuited(f"its pictures are {frame.format.name} of {shape[0]}×{shape[1]}"
                            + (", interlaced" if frame.interlaced_frame else ""))
         full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
+        coded_size = stream.codec_context.coded_width, stream.codec_context.coded_height
         info, parts = describe(container, stream, shape, turn), _annex_b(stream, sent)
         return Bitstream(
             b"".join(parts), np.cumsum([len(part) for part in parts], dtype=np.int64), numbers[keep], wanted,
-            factors(int(frame.colorspace), full_range), turn, replace(info, frames=packets.frames, decoder=""))
+            factors(int(frame.colorspace), full_range), turn, replace(info, frames=packets.frames, decoder=""),
+            coded_size)
 
 
 def _annex_b(stream, packets):

@@ -146,6 +146,13 @@ class Orientation:
     mirror_rows: bool = False
     mirror_columns: bool = False
 
+    def upright(self, picture, axis=0):
+        """A stored picture, a tensor whose rows are along `axis` and its columns along the next one, turned upright."""
+        if self.transpose:
+            picture = picture.transpose(axis, axis + 1)
+        flipped = [axis + i for i, mirrored in enumerate((self.mirror_rows, self.mirror_columns)) if mirrored]
+        return picture.flip(flipped) if flipped else picture
+
 
 def orientation(frame, path):
     """How a frame's picture becomes upright.

@@ -175,3 +175,10 @@ def capabilities(codec, lib=None) -> Capabilities | None:
     asked = Capabilities(codec=CODECS[codec], chroma=YUV_420)
     failed = (lib or library()).cuvidGetDecoderCaps(ctypes.byref(asked))
     return asked if not failed and asked.supported and asked.formats >> NV12 & 1 else None
+
+
+def takes(codec, width, height, lib=None) -> bool:
+    """Whether the current device's decoder takes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
+    able = capabilities(codec, lib)
+    return (able is not None and able.min_width <= width <= able.max_width
+            and able.min_height <= height <= able.max_height and width * height // 256 <= able.max_macroblocks)

@@ -29,9 +29,14 @@ class NvDecoder:
         device: torch device. Its GPU decodes; with "cpu" the library must be one that gives host addresses.
         lib: the library, for tests; default: the driver's.
 
+    Attributes:
+        conversion: "swscale", PyAV's: the planes become its bytes.
+
     Raises:
         NoDecoder: the driver's library is missing.
     """
+
+    conversion = "swscale"
 
     def __init__(self, device, lib=None):
         self.device, self.lib = torch.device(device), lib or nvcuvid.library()
@@ -43,9 +48,7 @@ class NvDecoder:
 
     def takes(self, codec, width, height) -> bool:
         """Whether the hardware decodes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
-        able = nvcuvid.capabilities(codec, self.lib)
-        return (able is not None and able.min_width <= width <= able.max_width
-                and able.min_height <= height <= able.max_height and width * height // 256 <= able.max_macroblocks)
+        return nvcuvid.takes(codec, width, height, self.lib)
 
     def decode(self, stream: Bitstream, take):
         """Hand the wanted frames of a video to `take`, in display order.
@@ -80,6 +83,19 @@ class NvDecoder:
         except BaseException:
             self.close()  # it may be in the middle of a picture
             raise
+
+    def patch_rows(self, stream, encoder) -> torch.Tensor:
+        """The patch rows [T, P, K] of a video's wanted frames: see `FeatureEncoder`. Raises as `decode`."""
+        rows_TPK = encoder.empty_patch_rows(len(stream.wanted))
+
+        def take(pictures):
+            made_FPK = encoder.patch_rows([planes for _, planes in pictures], stream.factors)
+            for (places, _), made_PK in zip(pictures, made_FPK):
+                for place in places:
+                    rows_TPK[place].copy_(made_PK)
+
+        self.decode(stream, take)
+        return rows_TPK
 
     def close(self):
         """Give the hardware decoder back. The next video makes another."""
@@ -223,14 +239,7 @@ class NvDecoder:
         half = -(-height // 2), -(-width // 2)
         y = _view(address + top * pitch + left, (height, width), (pitch, 1), self.device)
         uv = _view(address + (coded_height + top // 2) * pitch + left, (*half, 2), (pitch, 2, 1), self.device)
-        return tuple(self._upright(plane) for plane in (y, uv[..., 0], uv[..., 1]))
-
-    def _upright(self, plane):
-        turn = self._stream.turn
-        if turn.transpose:
-            plane = plane.T
-        flipped = [axis for axis, mirrored in enumerate((turn.mirror_rows, turn.mirror_columns)) if mirrored]
-        return plane.flip(flipped) if flipped else plane
+        return tuple(self._stream.turn.upright(plane) for plane in (y, uv[..., 0], uv[..., 1]))
 
     def _hand_on(self):
         """Give the pictures at hand to `take`, and those before back to the decoder."""
