@@ -117,7 +117,7 @@ def _video():
                       ", ".join(label for label in DECODERS.values() if label not in missing),
                       f"videos in {', '.join(missing)} are refused" if missing else "")
     yield _package("video", "DALI", ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
-                   "nothing yet: videos are decoded on the CPU, by PyAV, with it or without")
+                   "no --decoder dali; pip install -c constraints.txt '.[gpu]'")
 
 
 def _optional():

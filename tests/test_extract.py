@@ -23,11 +23,13 @@ import fastvid
 from fastvid import extract as module
 from fastvid import processes
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features
+from fastvid.data.features import load_features, save_features
+from fastvid.earlier_features import EarlierFeatures
 from fastvid.extract import Summary, extract, main
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder, default_dtype
-from fastvid.video.manifest import read_manifest
+from fastvid.video.listing import find_videos
+from fastvid.video.manifest import Manifest, read_manifest
 from fastvid.video.sampling import frame_indices
 
 ROWS = 6 + 4  # frames per video, patches of the tower
@@ -169,6 +171,21 @@ def test_pickles_of_unknown_origin_are_made_again(job, tmp_path, capfd):
         extract(job(format="pkl"))
     assert extract(job(format="pkl", overwrite=True)).extracted == 3
     assert "tower_revision unknown" in capfd.readouterr().err
+
+
+def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
+    """As those are that were made before DALI decoded."""
+    extract(job())
+    (tmp_path / "features" / "manifest.jsonl").unlink()
+    for path in (tmp_path / "features").rglob("*.safetensors"):
+        values, header = load_features(path)
+        assert header.pop("conversion") == "swscale"
+        save_features(path, values, header)
+    assert extract(job()).skipped == 3
+    with pytest.raises(ValueError, match="3 feature files of other settings .*conversion swscale, not dali"):
+        EarlierFeatures(job(decoder="dali"), {"conversion": "dali"}, [ROWS, 8], Manifest(tmp_path)
+                        ).refuse_other_settings(find_videos(job().video_dir_path, tmp_path / "features",
+                                                            ".safetensors")[0])
 
 
 @pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])

@@ -72,7 +72,7 @@ class DaliDecoder:
         frames = self._run(as_matroska(stream), once.astype(np.int32))
         if frames.shape != (len(once), height, width, 3):
             raise Unsuited(f"DALI gives {list(frames.shape)} values for {len(once)} frames of {width}×{height}")
-        if len(once) < len(which):
+        if not np.array_equal(which, np.arange(len(once))):  # repeated, or in another order
             frames = frames[torch.from_numpy(which).to(frames.device)]
         return stream.turn.upright(frames, 1)
 
@@ -143,7 +143,20 @@ _seen = SizesSeen()
 
 
 def as_matroska(stream) -> bytes:
-    """A Matroska file of a bitstream's packets. Its frames follow each other at one interval, without gaps."""
+    """A Matroska file of a bitstream's packets. Its frames follow each other at one interval, without gaps.
+
+    Raises:
+        Unsuited: FFmpeg does not write one of them.
+    """
+    import av
+
+    try:
+        return _written(stream)
+    except av.FFmpegError as error:
+        raise Unsuited(f"its packets cannot be written to a file ({error.strerror})") from error
+
+
+def _written(stream):
     import av
 
     places = np.searchsorted(np.sort(stream.numbers), stream.numbers).tolist()
