@@ -147,7 +147,7 @@ class Check:
     def run(self):
         """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "absent: …", "failed: …", "left out: …"."""
         with (tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool,
-              ThreadPoolExecutor(self.ahead) as untimed):
+              ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as untimed):
             self.scratch, side_by_side = scratch, []
             groups = [[tasks, None] for tasks in _groups(self.tasks)]
             try:
@@ -158,7 +158,7 @@ class Check:
                         (task,) = tasks
                         self.running[task.stage, task.name] = pool.submit(self._run_group, tasks, worker)
                     elif tasks[0].untimed:
-                        side_by_side.append(untimed.submit(self._run_group, tasks, worker))
+                        side_by_side.append(untimed.submit(self._run_group, tasks, worker, wait=True))
                     else:
                         while side_by_side:
                             side_by_side.pop().result()
@@ -183,9 +183,11 @@ class Check:
             if future := self.running.get((task.stage, name)):
                 future.result()
 
-    def _run_group(self, tasks, worker):
+    def _run_group(self, tasks, worker, wait=False):
         try:
             for task in tasks:
+                if wait:
+                    self._wait_for(task)
                 left = self.deadline - time.monotonic()
                 lacking = [name for name in task.after
                            if not self.outcomes.get((task.stage, name), ("ok",))[0].startswith(("ok", "absent"))]
