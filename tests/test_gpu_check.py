@@ -57,6 +57,18 @@ def test_a_wrong_result_fails_and_its_process_goes_on(tmp_path):
     assert outcomes["stage", "next"][0] == "ok" and not (tmp_path / "log.txt").exists()
 
 
+def test_untimed_tasks_run_beside_each_other_and_timed_ones_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.gpu.check.os.cpu_count", lambda: 4)
+    names = ["a", "b"]
+    tasks = [task(name, "meets", untimed=True, after=("before",), arguments={
+        "name": name, "others": [other for other in names if other != name], "folder": str(tmp_path)}) for name in names]
+    late = task("late", "meets", untimed=True, arguments={"name": "late", "others": [], "folder": str(tmp_path)})
+    timed = task("timed", "finds", arguments={"names": [*names, "late"], "folder": str(tmp_path)})
+    outcomes = run([task("before", background=True), *tasks, late, timed], tmp_path)
+    assert {outcome for outcome, _, _ in outcomes.values()} == {"ok"}
+    assert outcomes["stage", "timed"][2][0]["there"] == ["a", "b", "late"]
+
+
 def test_what_a_machine_has_not_is_told_apart(tmp_path):
     outcomes = run([task("one", "is_absent"), task("two")], tmp_path)
     assert [outcome for outcome, _, _ in outcomes.values()] == ["absent: no such library", "ok"]
