@@ -61,7 +61,8 @@ def test_untimed_tasks_run_beside_each_other_and_timed_ones_wait(tmp_path, monke
     monkeypatch.setattr("bench.gpu.check.os.cpu_count", lambda: 4)
     names = ["a", "b"]
     tasks = [task(name, "meets", untimed=True, after=("before",), arguments={
-        "name": name, "others": [other for other in names if other != name], "folder": str(tmp_path)}) for name in names]
+        "name": name, "others": [other for other in names if other != name], "folder": str(tmp_path)})
+        for name in names]
     late = task("late", "meets", untimed=True, arguments={"name": "late", "others": [], "folder": str(tmp_path)})
     timed = task("timed", "finds", arguments={"names": [*names, "late"], "folder": str(tmp_path)})
     outcomes = run([task("before", background=True), *tasks, late, timed], tmp_path)
