@@ -113,8 +113,12 @@ MUTATIONS["adamw8bit_step"] = [
     Mutation("tl.join(tl.join(r0, r2), tl.join(r1, r3))", "tl.join(tl.join(r0, r1), tl.join(r0, r1))",
              "test_equals_reference[2048-dtype0]"),
     Mutation("if tl.load(skip_ptr) != 0:", "if tl.load(skip_ptr) < 0:", "test_skip_leaves_everything[triton]"),
-    Mutation("tl.where(x <= threshold, upper - 1, upper)", "upper", "test_codes_are_the_nearest[True-triton]"),
-    Mutation("2**decade - 0.475)", "2**decade - 1.4)", "test_codes_are_the_nearest[False-triton]"),
+    Mutation("bits ^= sign >> 31", "bits = bits", "test_codes_are_the_nearest[True-triton]"),
+    Mutation("(codes << 24) - bits - 1)", "(codes << 24) - bits)",
+             "test_codes_beside_every_threshold_and_at_the_ends_of_bins[False]"),
+    Mutation("(codes << 24) + 2**24 + bits)", "(codes << 24) + 2**24 + bits - 1)",
+             "test_codes_beside_every_threshold_and_at_the_ends_of_bins[True]"),
+    Mutation("2.0**74)", "2.0**73)", "test_codes_beside_every_threshold_and_at_the_ends_of_bins[False]"),
     Mutation(", propagate_nan=tl.PropagateNan.ALL", "", "test_nan_stays_in_its_block[triton]"),
 ]
 MUTATIONS["adamw_step"] = [
