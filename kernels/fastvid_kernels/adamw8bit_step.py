@@ -106,8 +106,8 @@ def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, l
 
 
 # `_code` sorts fractions into bins. A fraction's bits are nearly its logarithm. Multiplied by ROOT / 2^32 and read as a
-# float they are nearly the fraction to the power of 0.31, which times SCALE is the bin. So codes of all decades lie about
-# as dense, and no bin has two thresholds. Both factors were found by trying many.
+# float they are nearly the fraction to the power of 0.31. That times SCALE is the bin. So codes of all decades lie
+# about as dense, and no bin has two thresholds. Both factors were found by trying many.
 ROOT = tl.constexpr(1332298855)
 SCALE = tl.constexpr(1.4140625 * 2.0**74)
 # What is smaller has zero's code; it serves in its place.
