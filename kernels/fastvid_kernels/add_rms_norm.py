@@ -114,7 +114,7 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
 
 
 @triton.jit(do_not_specialize=["G"])
-def _weight_gradient_finish_kernel(partial_ptr, grad_weight_ptr, G, D, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_rms_norm_finish_kernel(partial_ptr, grad_weight_ptr, G, D, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
     """The groups' sums of a block of channels, added up in a fixed order."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -166,7 +166,7 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     grad_weight_D = None
     if trained:  # a cache line of channels a program, so that one multiprocessor each has work
         grad_weight_D = torch.empty_like(weight_D, memory_format=torch.contiguous_format)
-        launch(_weight_gradient_finish_kernel, (triton.cdiv(D, 32),), partial_GD, grad_weight_D, groups, D, BLOCK_G=128,
+        launch(_add_rms_norm_finish_kernel, (triton.cdiv(D, 32),), partial_GD, grad_weight_D, groups, D, BLOCK_G=128,
                BLOCK_D=32, num_warps=8)
     return grad_ND, None if branch_dtype is None else grad_branch_ND, grad_weight_D
 
