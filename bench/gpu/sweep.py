@@ -83,9 +83,9 @@ SPACES = {
         [{"block": b, "warps": w, "chunk": chunk}
          for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
          for chunk in (2**24, 2**25, 2**26)], lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
-    # One warp alone looks codes up by shuffles: 200 instructions an element, where others take 75 to 90.
+    # One warp alone looks codes up by shuffles: 200 instructions an element, where others take 60 to 75.
     "adamw8bit_step": Space([{"blocks": b, "warps": w}
-                             for b, w in ((8, 4), (4, 4), (2, 2), (8, 8), (4, 2), (16, 8), (16, 16), (32, 16))],
+                             for b, w in ((4, 4), (8, 4), (2, 2), (2, 4), (4, 2), (8, 8), (4, 8), (16, 8))],
                             lambda c: (c["blocks"], c["warps"])),
     "yuv_patchify": Space([{"pixels": p, "frames": f, "warps": w} for p, w in (
                                (64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 4))
@@ -94,8 +94,7 @@ SPACES = {
                                                      max(1, min(c["frames"], frames)), c["warps"])),
     "frame_patchify": Space([{"block": b, "frames": f, "line": line, "warps": w} for b, line, w in (
                                  (256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4),
-                                 (512, 256, 2))
-                                 for f in (12, 40, 100)],
+                                 (512, 256, 2)) for f in (12, 40, 100)],
                             lambda c, values, frames: (
                                 min(c["block"], POWER(values)), max(1, min(c["frames"], frames)),
                                 min(c["line"], c["block"], POWER(values)), c["warps"])),

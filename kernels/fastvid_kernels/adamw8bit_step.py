@@ -105,47 +105,83 @@ def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, l
         old.copy_(value if skip is None else torch.where(skip != 0, old, value))
 
 
+# `_code` sorts fractions into bins. A fraction's bits are nearly its logarithm. Multiplied by ROOT / 2^32 and read as a
+# float they are nearly the fraction to the power of 0.31. That times SCALE is the bin. So codes of all decades lie
+# about as dense, and no bin has two thresholds. Both factors were found by trying many.
+ROOT = tl.constexpr(1332298855)
+SCALE = tl.constexpr(1.4140625 * 2.0**74)
+# What is smaller has zero's code; it serves in its place.
+FLOOR = tl.constexpr(2.0**-23)
+
+
 def _tiles():
-    """(blocks of moments a program updates, warps): 16 elements per thread, as many codes as one load brings."""
-    return 8, 4
+    """(blocks of moments a program updates, warps): 8 elements a thread, which leaves room for many threads."""
+    return 4, 4
+
+
+def _bins(magnitudes, signed):
+    """[n] bin of each of [n] fp32 numbers from FLOOR to 1, computed as by `_code`."""
+    powers = ((magnitudes.view(torch.int32).long() * ROOT.value) >> 32).int().view(torch.float32)
+    scale = SCALE.value / 2 if signed else SCALE.value
+    return (powers.double() * scale * 2**22).round().int()
+
+
+def _steps(signed):
+    """[512] int32: for each bin what, added to a number's bits, leaves its code in the highest byte.
+
+    The sum overflows into that byte where the number passes the bin's threshold. A bin without one has the last before
+    it. Bins from 256 on are the positive numbers' of the signed type; below, mirrored, are the negative ones'. Their
+    bits are inverted, so that they too rise with the numbers.
+    """
+    values = dynamic_map(signed)
+    thresholds = (values[1:] + values[:-1]) / 2
+    steps = torch.zeros(512, dtype=torch.int64)
+    for negative in (True, False) if signed else (False,):
+        # In the order of magnitudes; the code is that of the side that is farther from zero.
+        ours = (thresholds[thresholds < 0].flip(0) if negative else thresholds[thresholds > 0]).abs()
+        codes = torch.arange(len(ours) - 1, -1, -1) if negative else torch.arange(256 - len(ours), 256)
+        bits = ours.view(torch.int32).long()
+        bins = torch.arange(256 if signed else 512)
+        last = (torch.searchsorted(_bins(ours, signed), bins, right=True) - 1).clamp(min=0)
+        if negative:
+            steps[256 - bins] = ((codes << 24) + 2**24 + bits)[last]
+        else:
+            steps[256 if signed else 0:] = ((codes << 24) - bits - 1)[last]
+    return torch.where(steps >= 2**31, steps - 2**32, steps).int()
 
 
 @functools.cache
 def _codebook(device):
-    """What the kernel looks up, [1536] fp32: the values of the signed and of the unsigned type, beginning with code
-    128, since codes are read as signed bytes; their thresholds, that below a code in its place; and for either type the
-    slopes and the offsets of `_code`'s lines.
+    """What the kernel looks up, [1536] int32: the bits of the signed and of the unsigned type's values, beginning with
+    code 128, since codes are read as signed bytes; and `_steps` of either.
     """
-    maps = [dynamic_map(signed) for signed in (True, False)]
-    bounds = [torch.cat([torch.tensor([-torch.inf]), (values[1:] + values[:-1]) / 2]) for values in maps]
-    decade = (torch.arange(128, dtype=torch.float64) - 31).clamp(0, 6)
-    lines = [line.float() for bins in (1, 2)
-             for line in (bins * 1e6 / 0.9 * 5**-decade, bins * 8 / 9 * 2**decade - 0.475)]
-    return torch.cat([*(values.roll(128) for values in maps), *bounds, *lines]).to(device)
+    values = [dynamic_map(signed).roll(128).view(torch.int32) for signed in (True, False)]
+    return torch.cat([*values, _steps(True), _steps(False)]).to(device)
 
 
 @triton.jit
 def _code(x, book_ptr, SIGNED: tl.constexpr):
-    """Code of the dynamic type's value nearest to x in [-1, 1] or [0, 1]: as many thresholds lie below x.
+    """Code of the dynamic type's value nearest to x in [-1, 1] or [0, 1], in the highest byte of an integer.
 
-    As a function of |x|, a code's distance from zero's is linear in each decade. The decade is guessed from the bits of
-    |x|, nearly its logarithm; near a decade's end its neighbour's line serves too. The line, minus the middle of what
-    it may err (-0.25 to 1.2), leaves two codes, which one threshold tells apart. NaN becomes some code.
+    As many thresholds lie below x as the code says: compared with the one of x's bin. NaN becomes some code.
     """
-    TYPE: tl.constexpr = 0 if SIGNED else 1
-    lines_ptr = book_ptr + (1024 + TYPE * 256) + tl.arange(0, 128)
-    # Of all factors and multipliers, these guess the decades' ends best; 1e-7 is where the first begins.
-    bits = (tl.abs(x) * 1.1466817 + 1.1466817e-7).to(tl.uint32, bitcast=True)
-    decade = tl.umulhi(bits, 153).to(tl.int32)
-    slope, offset = tl.gather(tl.load(lines_ptr), decade, 0), tl.gather(tl.load(lines_ptr + 128), decade, 0)
+    steps = tl.load(book_ptr + (512 if SIGNED else 1024) + tl.arange(0, 512))
+    bits = tl.maximum(tl.abs(x), FLOOR).to(tl.int32, bitcast=True)
+    power = tl.umulhi(bits.to(tl.uint32), ROOT)
+    # Added to 2, the lowest bits of a float are a whole number.
     if SIGNED:
-        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
-        offset = (offset.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        upper = (x * slope + offset + 128.0).to(tl.int32)
+        sign = x.to(tl.int32, bitcast=True)
+        power |= sign.to(tl.uint32, bitcast=True) & 0x80000000
+        bin = power.to(tl.float32, bitcast=True) * (SCALE / 2) + (2 + 256 * 2.0**-22)
+        bits ^= sign >> 31
     else:
-        upper = (x * slope + offset).to(tl.int32)
-    threshold = tl.gather(tl.load(book_ptr + (512 + TYPE * 256) + tl.arange(0, 256)), upper, 0)
-    return tl.where(x <= threshold, upper - 1, upper)
+        bin = power.to(tl.float32, bitcast=True) * SCALE + 2.0
+    return bits + tl.gather(steps, bin.to(tl.int32, bitcast=True) - 0x40000000, 0)
+
+
+@triton.jit
+def _highest_byte(x):
+    return (x.to(tl.uint32, bitcast=True) >> 24).to(tl.uint8)
 
 
 @triton.jit
@@ -200,8 +236,8 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
     absmax2 = tl.load(absmax2_ptr, mask=inside_block, other=0.0) * decay2
     if CLIP:
         g *= tl.load(clip_ptr)
-    m = _times(tl.gather(tl.load(book_ptr + all_256), code1, 0), absmax1) + g
-    v = _times(tl.gather(tl.load(book_ptr + 256 + all_256), code2, 0), absmax2) + g * g
+    m = _times(tl.gather(tl.load(book_ptr + all_256).to(tl.float32, bitcast=True), code1, 0), absmax1) + g
+    v = _times(tl.gather(tl.load(book_ptr + 256 + all_256).to(tl.float32, bitcast=True), code2, 0), absmax2) + g * g
     root = tl.rsqrt(tl.sqrt(v) * slope + offset)
     p = p * keep - m * root * root
     if param_ptr.dtype.element_ty == tl.bfloat16:
@@ -212,10 +248,10 @@ def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_
 
     absmax, inverse = _absmax(m, BLOCKS)
     tl.store(absmax1_ptr, absmax * unit1, mask=inside_block)
-    tl.store(state1_ptr + start + local, _code(_times(m, inverse), book_ptr, SIGNED=True).to(tl.uint8), mask=inside)
+    tl.store(state1_ptr + start + local, _highest_byte(_code(_times(m, inverse), book_ptr, SIGNED=True)), mask=inside)
     absmax, inverse = _absmax(v, BLOCKS)
     tl.store(absmax2_ptr, absmax * unit2, mask=inside_block)
-    tl.store(state2_ptr + start + local, _code(_times(v, inverse), book_ptr, SIGNED=False).to(tl.uint8), mask=inside)
+    tl.store(state2_ptr + start + local, _highest_byte(_code(_times(v, inverse), book_ptr, SIGNED=False)), mask=inside)
 
 
 def _check(param, grad, state1, state2, absmax1, absmax2, first):

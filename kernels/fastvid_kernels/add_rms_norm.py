@@ -113,6 +113,19 @@ def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, gr
         tl.store(partial_ptr + group * D + columns, grad_weight, mask=inside)
 
 
+@triton.jit(do_not_specialize=["G"])
+def _add_rms_norm_finish_kernel(partial_ptr, grad_weight_ptr, G, D, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The groups' sums of a block of channels, added up in a fixed order."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < D
+    total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for first in tl.range(0, G, BLOCK_G, loop_unroll_factor=2):  # loads under way together
+        groups = first + tl.arange(0, BLOCK_G)
+        total += tl.load(partial_ptr + groups[:, None] * D + columns[None, :],
+                         mask=(groups < G)[:, None] & inside[None, :], other=0.0)
+    tl.store(grad_weight_ptr + columns, tl.sum(total, 0).to(grad_weight_ptr.dtype.element_ty), mask=inside)
+
+
 def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=False):
     """Sum, normalised sum (`Fp8Rows` with `fp8`) and reciprocal of the root mean square, [N] fp32, by the kernel."""
     N, D = residual_ND.shape
@@ -150,8 +163,12 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
         total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
         grad_y_ND.contiguous(), grad_ND, grad_branch_ND, partial_GD, N, D, group_rows, grad_total_ND is not None, apart,
         trained, BLOCK_D, num_warps=num_warps)
-    return (grad_ND, None if branch_dtype is None else grad_branch_ND,
-            partial_GD.sum(0).to(weight_D.dtype) if trained else None)
+    grad_weight_D = None
+    if trained:  # a cache line of channels a program, so that one multiprocessor each has work
+        grad_weight_D = torch.empty_like(weight_D, memory_format=torch.contiguous_format)
+        launch(_add_rms_norm_finish_kernel, (triton.cdiv(D, 32),), partial_GD, grad_weight_D, groups, D, BLOCK_G=128,
+               BLOCK_D=32, num_warps=8)
+    return grad_ND, None if branch_dtype is None else grad_branch_ND, grad_weight_D
 
 
 def _forward_on_cpu(residual_ND, branch_ND, weight_D, eps, dtype, implementation):

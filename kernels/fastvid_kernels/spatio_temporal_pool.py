@@ -85,10 +85,15 @@ def _spatio_temporal_pool_fwd_kernel(
     tile_ptr = x_ptr + video * x_stride_b + p[:, None] * x_stride_p + c[None, :].to(tl.int64) * x_stride_c
     row = (video * ((P + patches - 1) // patches) + block_k) * T
     spatial = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for t in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0).to(tl.float32)
-        spatial += tile
-        tl.store(temporal_BKTC_ptr + (row + t) * C + c, tl.sum(tile, 0), mask=c < C)
+    for t in tl.range(first, last, 2, num_stages=STAGES):
+        # Two frames at once: their sums cross lanes and warps together, and twice as many reads are under way.
+        a = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(tile_ptr + (t + 1) * x_stride_t, mask=mask & (t + 1 < last), other=0.0).to(tl.float32)
+        spatial += a
+        spatial += b
+        a, b = tl.split(tl.sum(tl.join(a, b), 0))
+        tl.store(temporal_BKTC_ptr + (row + t) * C + c, a, mask=c < C)
+        tl.store(temporal_BKTC_ptr + (row + t + 1) * C + c, b, mask=(c < C) & (t + 1 < last))
     if FINAL:
         spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     spatial_ptr += video * spatial_stride_b + run * spatial_stride_s
@@ -101,7 +106,8 @@ def _spatio_temporal_pool_finish_kernel(
         C: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Partial sums, added up in order, to rows of the result: frames' means, zeros, and positions' means if S > 0."""
     video = tl.program_id(2).to(tl.int64)
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_R
+    r = start + tl.arange(0, BLOCK_R)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = T
     if HAS_COUNTS:
@@ -109,11 +115,12 @@ def _spatio_temporal_pool_finish_kernel(
     in_c = (c < C)[None, :]
     is_spatial = r >= N
     temporal = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for k in tl.range(0, K, loop_unroll_factor=4):  # loads under way together
+    # Programs whose rows are all of one kind have sums of that kind alone. Unrolled, loads are under way together.
+    for k in tl.range(0, tl.where(start < count, K, 0), loop_unroll_factor=4):
         temporal += tl.load(temporal_BKTC_ptr + ((video * K + k) * T + r)[:, None] * C + c[None, :],
                             mask=(r < count)[:, None] & in_c, other=0.0)
     spatial = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for s in tl.range(0, S, loop_unroll_factor=2):
+    for s in tl.range(0, tl.where(start + BLOCK_R > N, S, 0), loop_unroll_factor=3):
         spatial += tl.load(spatial_BSPC_ptr + ((video * S + s) * P + r - N)[:, None] * C + c[None, :],
                            mask=(is_spatial & (r < N + P))[:, None] & in_c, other=0.0)
     temporal = temporal / tl.maximum(P, 1).to(tl.float32)
@@ -193,7 +200,7 @@ class _SpatioTemporalPool(torch.autograd.Function):
         grad_BTPC = grad_BRC.new_empty(ctx.shape)
         if grad_BTPC.numel():
             block_p, block_c = min(32, triton.next_power_of_2(P)), min(256, triton.next_power_of_2(C))
-            run_frames = min(T, 16)
+            run_frames = triton.cdiv(T, triton.cdiv(T, 16))  # none much shorter than the others
             grid = triton.cdiv(P, block_p) * triton.cdiv(C, block_c), triton.cdiv(T, run_frames), B
             launch(
                 _spatio_temporal_pool_bwd_kernel, grid,

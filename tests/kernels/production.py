@@ -142,6 +142,7 @@ def splice_video():
 PRODUCTION["splice_video"] = splice_video
 WIDE |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
          "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+WIDE.add("_add_rms_norm_finish_kernel")
 WIDE_STORES |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
                 "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
 

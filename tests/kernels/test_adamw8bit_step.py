@@ -1,7 +1,10 @@
 """adamw8bit_step: against its reference, bitsandbytes' optimizer, the mean of random rounding, and sharding."""
 
+import importlib
+
 import pytest
 import torch
+import triton.language as tl
 from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_reference, dynamic_map
 from harness import DEVICE
 from hypothesis import given, settings
@@ -92,6 +95,44 @@ def test_codes_are_the_nearest(signed, impl):
     assert (found[3 if signed else 4] == 1).all()
     wrong = found[1 if signed else 2].cpu() != torch.bucketize(x, middle)
     assert wrong.sum() <= 2, x[wrong]  # a random number may lie in the middle, up to rounding
+
+
+module = importlib.import_module("fastvid_kernels.adamw8bit_step")
+_code, _highest_byte = module._code, module._highest_byte
+
+
+def _codes_kernel(x_ptr, book_ptr, out_ptr, SIGNED: tl.constexpr):
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(out_ptr + i, _highest_byte(_code(tl.load(x_ptr + i), book_ptr, SIGNED)))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_beside_every_threshold_and_at_the_ends_of_bins(signed):
+    """In a bin sums rise with the numbers. So what is right at its ends and beside its threshold is right between."""
+    table = dynamic_map(signed)
+    thresholds = (table[1:] + table[:-1]) / 2
+
+    def bins(bits):
+        return module._bins(bits.view(torch.float32), signed)
+
+    members = torch.arange(0x34000000, 0x3F800002, 2**13, dtype=torch.int32)  # from 2^-23 to 1, of every bin some
+    assert bins(members).diff().max() == 1 and bins(members).max() < (256 if signed else 512)
+    changes = bins(members).diff() != 0
+    low, high = members[:-1][changes], members[1:][changes]
+    while (low + 1 < high).any():
+        middle = (low + high) // 2
+        below = bins(middle) == bins(low)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    ends = torch.cat([low, thresholds[thresholds > 0].view(torch.int32)])
+    ends = (ends[:, None] + torch.arange(-3, 4)).flatten().int().view(torch.float32)
+    random = 10 ** (-8 * torch.rand(2**13, generator=torch.Generator().manual_seed(0)))
+    x = torch.cat([ends, random, table.abs(), torch.tensor([0.0, 1e-40, 1e-20, 1e-8, 2**-23, 1.0, 1 + 2**-23])])
+    x = torch.cat([x, -x]) if signed else x
+    x = torch.nn.functional.pad(x, (0, -len(x) % 1024)).to(DEVICE)
+    found = torch.empty(len(x), dtype=torch.uint8, device=DEVICE)
+    kernel = type(_code)(_codes_kernel)  # interpreted as the kernels are, or compiled
+    module.launch(kernel, (len(x) // 1024,), x, module._codebook(x.device), found, SIGNED=signed)
+    assert torch.equal(found.int().cpu(), torch.bucketize(x.cpu(), thresholds).int())
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -77,9 +77,10 @@ def test_any_shape(rows, channels, dtypes, add, trained, seed):
     check(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, "triton", seed)
 
 
-def test_weight_gradient_over_groups_of_rows():
-    """Each program adds up four rows, the last only one."""
-    check(inputs(13, 5, *[torch.float32] * 3), torch.float32, "triton")
+@pytest.mark.parametrize("rows, channels", [(13, 5), (523, 40)])
+def test_weight_gradient_over_groups_of_rows(rows, channels):
+    """Each program adds up four rows, the last fewer; then 128 groups are added up at once."""
+    check(inputs(rows, channels, *[torch.float32] * 3), torch.float32, "triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
