@@ -147,7 +147,7 @@ class Check:
     def run(self):
         """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "absent: …", "failed: …", "left out: …"."""
         with (tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool,
-              ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as untimed):
+              ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 4)) as untimed):
             self.scratch, side_by_side = scratch, []
             groups = [[tasks, None] for tasks in _groups(self.tasks)]
             try:

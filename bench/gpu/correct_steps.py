@@ -31,8 +31,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def reference_steps(small):
     """The five steps that were recorded of the reference: losses, gradient norms, parameters."""
     folder = Path(os.environ.get("FASTVID_REFERENCE_DATA") or Path(__file__).resolve().parents[3] / "shared")
-    if not (folder / "golden").is_dir():
-        yield {"row": "recordings", "status": "ok", "absent": f"no recordings at {folder} (FASTVID_REFERENCE_DATA)"}
+    if lacking := [name for name in ("golden", "tokenizer") if not (folder / name).is_dir()]:
+        yield {"row": "recordings", "status": "ok",
+               "absent": f"no {' and '.join(lacking)} at {folder} (FASTVID_REFERENCE_DATA)"}
         return
     with tempfile.TemporaryDirectory() as made:
         spec = importlib.util.spec_from_file_location("tiny", folder / "golden" / "tiny.py")

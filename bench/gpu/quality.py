@@ -4,7 +4,6 @@ As `scripts/quickstart.sh --compare` has it: stage 1 trains a small model whole,
 tower's features, once in each way. Everything is in bf16. Both towers' features are extracted on the device.
 """
 
-import fcntl
 import os
 import shutil
 import sys
@@ -126,14 +125,9 @@ def _imported():
 
 
 def _features(made):
-    """Features of both towers, and the training data, by whichever task of this run comes first; others wait."""
-    with open(made / "features.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (made / "train.json").exists():
-            _make_features(made)
-
-
-def _make_features(made):
+    """Features of both towers, and the training data, unless another task of this run has made them."""
+    if (made / "train.json").exists():
+        return
     for tower in "ab":
         code = extract.main(["--video_dir_path", f"{made}/videos", "--clip_feat_path", f"{made}/features_{tower}",
                              "--vision_tower", f"{made}/tower_{tower}", "--num_frames", "16"])

@@ -137,4 +137,4 @@ def _sanitizer(small):
 def _quality(small):
     yield _task("quality", "clips", "clips", 90, {"small": small}, background=True)
     for name, call, limit in (("FP8 curve", "fp8_curve", 90), ("answers", "answers", 120)):
-        yield _task("quality", name, call, limit, {"small": small}, untimed=True, after=("clips",))
+        yield _task("quality", name, call, limit, {"small": small}, process="quality", after=("clips",))

@@ -85,15 +85,10 @@ def _spatio_temporal_pool_fwd_kernel(
     tile_ptr = x_ptr + video * x_stride_b + p[:, None] * x_stride_p + c[None, :].to(tl.int64) * x_stride_c
     row = (video * ((P + patches - 1) // patches) + block_k) * T
     spatial = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for t in tl.range(first, last, 2, num_stages=STAGES):
-        # Two frames at once: their sums cross lanes and warps together, and twice as many reads are under way.
-        a = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(tile_ptr + (t + 1) * x_stride_t, mask=mask & (t + 1 < last), other=0.0).to(tl.float32)
-        spatial += a
-        spatial += b
-        a, b = tl.split(tl.sum(tl.join(a, b), 0))
-        tl.store(temporal_BKTC_ptr + (row + t) * C + c, a, mask=c < C)
-        tl.store(temporal_BKTC_ptr + (row + t + 1) * C + c, b, mask=(c < C) & (t + 1 < last))
+    for t in tl.range(first, last, num_stages=STAGES):
+        tile = tl.load(tile_ptr + t * x_stride_t, mask=mask, other=0.0).to(tl.float32)
+        spatial += tile
+        tl.store(temporal_BKTC_ptr + (row + t) * C + c, tl.sum(tile, 0), mask=c < C)
     if FINAL:
         spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     spatial_ptr += video * spatial_stride_b + run * spatial_stride_s

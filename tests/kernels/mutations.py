@@ -34,8 +34,6 @@ MUTATIONS["spatio_temporal_pool"] = [
              "test_larger_than_a_tile[3-300-130-dtype0-triton]"),
     Mutation("tl.where(start + BLOCK_R > N, S, 0)", "tl.where(start > N, S, 0)",
              "test_larger_than_a_tile[17-129-65-dtype0-triton]"),
-    Mutation("mask=mask & (t + 1 < last)", "mask=mask",
-             "test_batch_reads_nothing_behind_the_real_frames[False-counts1-triton]"),
     Mutation("tl.where(is_real, spatial + temporal[None, :], 0.0)", "spatial + temporal[None, :]",
              "test_gradients_of_each_dtype[3-4-5-counts1-dtype0-triton]"),
 ]
