@@ -268,7 +268,16 @@ class ValidateConfig(DataConfig):
         "help": "Folder whose tokenizer tells which samples --model_max_length cuts (with --video_folder). Default: "
                 "none, and tokens are not counted."})
     quick: bool = _flag(
-        False, "Read the headers of feature files only, not their values, which may be NaN; count no tokens.")
+        False, "Read the headers of feature files only, not their values, which may be NaN; compare videos by their "
+        "size alone; count no tokens.")
+    video_dir_path: str | None = _flag(
+        None, "Folder of the videos: those that were changed since their features were made are found (with "
+        "--video_folder).", group="what is compared and written")
+    json: str | None = _flag(None, "File that receives the whole report as JSON.", writes="file")
+    drop: str | None = _flag(
+        None, "File that receives the records that nothing is wrong with, those of all --data_path files in their "
+        "order; JSONL by its ending, else JSON.", writes="file")
+    overwrite: bool = _flag(False, "Replace the files of --drop and --json where they are there already.")
 
 
 @dataclass(frozen=True)

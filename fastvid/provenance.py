@@ -133,9 +133,9 @@ def what_decoders_mean(counts) -> tuple[str | None, str | None]:
         decoders[decoder] += count * (decoder is not None)
     conversions, decoders = +conversions, +decoders
     if len(conversions) > 1:
-        return None, (f"features of {len(conversions)} colour conversions: {_listed(conversions)}. The same picture has "
-                      "other features with each; `fastvid extract --overwrite True` without --decoder dali makes them "
-                      "alike")
+        return None, (f"features of {len(conversions)} colour conversions: {_listed(conversions)}. The same picture "
+                      "has other features with each; `fastvid extract --overwrite True` without --decoder dali makes "
+                      "them alike")
     if len(decoders) > 1:
         return f"features of {len(decoders)} decoders, whose bytes are the same: {_listed(decoders)}", None
     return None, None
