@@ -243,9 +243,37 @@ class TrainConfig(DataConfig):
 class InspectConfig(TrainConfig):
     """Show what the model will see of each sample, the supervised tokens in colour. Takes a training command line."""
 
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Folder of the starting weights and tokenizer."})
+    data_path: list[str] = field(default_factory=list, kw_only=True, metadata={
+        "help": "Training JSON or JSONL; several files, or the flag again, add up."})
     output_dir: str = field(default="", kw_only=True, metadata={"help": "Ignored: accepted with a training command."})
     index: int | None = _flag(None, "Show this record only.", at_least=0, group="what is shown")
     json: bool = _flag(False, "One JSON line per record.")
+    html: str | None = _flag(None, "A page of one record (--index) or of one video (--video): frames with their times, "
+                             "norms of the features, the prompt, what the header says.", writes="file")
+    video: str | None = _flag(None, "A video or a feature file to show on the page, without --data_path; beside it, "
+                              "the record's video. With --vision_tower the features of a video are computed.")
+    video_dir_path: str | None = _flag(None, "Folder of the videos that the record's frames are read from.")
+    num_frames: int | None = _flag(
+        None, "Frames per video on the page. Default: as the features' header says; 100 where it does not.",
+        at_least=1, at_most=100_000)
+
+    def __post_init__(self):
+        super().__post_init__()
+        faults = []
+        if not self.data_path and self.video is None:
+            faults.append("give --model_name_or_path and --data_path; or --video and --html for a page of one video")
+        if self.data_path and self.model_name_or_path is None:
+            faults.append("give --model_name_or_path, whose tokenizer makes the tokens")
+        if self.video is not None and self.html is None:
+            faults.append("--video is shown on a page: add --html FILE")
+        if self.html is not None and self.data_path and self.index is None:
+            faults.append("--html shows one record: add --index N")
+        if self.html is not None and not self.html.lower().endswith((".html", ".htm")):
+            faults.append(f"--html {self.html} does not end as a page does; give a name that ends in .html")
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True)

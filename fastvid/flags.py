@@ -26,7 +26,7 @@ log = logging.getLogger("fastvid")
 _TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
           "no": False, "false": False, "f": False, "n": False, "0": False}
 _PLACES = {  # flags of which an empty text would mean the folder that a command is started in
-    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "drop", "eval_data_path",
+    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "drop", "eval_data_path", "html",
     "input_json_file", "json", "model_name_or_path", "output", "output_dir", "output_json_file", "path",
     "pretrain_mm_mlp_adapter", "projector", "questions_file", "video", "video_dir_path", "video_folder",
     "vision_tower"}
