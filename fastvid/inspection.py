@@ -131,11 +131,14 @@ def page_of_record(config, line, videos, tokenizer) -> bytes:
         videos: names of its videos.
 
     Raises:
-        ValueError: `video_dir_path` is no folder, or holds no video.
+        ValueError: `video_dir_path` is no folder, or holds no video; `video` is one file for several videos.
     """
     from fastvid.page.document import document
     from fastvid.page.view import view_record
 
+    if config.video is not None and len(videos) > 1:
+        raise ValueError(f"--video {shown(config.video)} is one file, and record {line['id']} has {len(videos)} "
+                         "videos; give their folder with --video_dir_path instead")
     features = None if config.video_folder is None else FeatureFolder(config.video_folder)
     views = [view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames)
              for name in videos]

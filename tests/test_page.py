@@ -122,6 +122,19 @@ def test_a_record_without_its_video(made, tmp_path, capsys):
     assert (tmp_path / "p.html").read_text().count(pictures.PADDING) == FRAMES - 4
 
 
+def test_a_record_of_several_videos(made, tmp_path, capsys):
+    turns = [{"from": "human", "value": "<video>\n<video>\nwhat does the cat see"}, TURNS[1]]
+    record = {"id": "two", "videos": ["long.mp4", "short.mp4"], "conversations": turns}
+    (tmp_path / "two.json").write_text(json.dumps([record]))
+    flags = record_flags(made, tmp_path / "p.html", "--index", "0")
+    flags[3] = str(tmp_path / "two.json")
+    with pytest.raises(ValueError, match="record two has 2 videos; give their folder with --video_dir_path instead"):
+        main([*flags, "--video", str(made / "videos" / "long.mp4")])
+    assert main([*flags, "--video_dir_path", str(made / "videos")]) == 0
+    found = page(tmp_path / "p.html")
+    assert len(found.pictures) == 2 * 3 + FRAMES + 4 and found.tags.count("h2") == 3
+
+
 def test_a_record_whose_features_are_missing(made, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert main(record_flags(made, tmp_path / "p.html", "--index", "0", "--video_folder", str(tmp_path / "none"),
