@@ -259,22 +259,6 @@ class InspectConfig(TrainConfig):
         None, "Frames per video on the page. Default: as the features' header says; 100 where it does not.",
         at_least=1, at_most=100_000)
 
-    def __post_init__(self):
-        super().__post_init__()
-        faults = []
-        if not self.data_path and self.video is None:
-            faults.append("give --model_name_or_path and --data_path; or --video and --html for a page of one video")
-        if self.data_path and self.model_name_or_path is None:
-            faults.append("give --model_name_or_path, whose tokenizer makes the tokens")
-        if self.video is not None and self.html is None:
-            faults.append("--video is shown on a page: add --html FILE")
-        if self.html is not None and self.data_path and self.index is None:
-            faults.append("--html shows one record: add --index N")
-        if self.html is not None and not self.html.lower().endswith((".html", ".htm")):
-            faults.append(f"--html {self.html} does not end as a page does; give a name that ends in .html")
-        if faults:
-            raise ValueError("; ".join(faults))
-
 
 @dataclass(frozen=True)
 class ConvertConfig(_Checked):

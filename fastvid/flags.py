@@ -53,6 +53,8 @@ def parse(config_class, argv=None):
     try:
         filled = _filled(config_class, argv)
         _check_places(filled)
+        if isinstance(filled, config.InspectConfig):
+            _check_inspection(filled)
         return filled
     except ValueError as error:
         print(f"fastvid {_command(config_class)}: error: {error}", file=sys.stderr)
@@ -214,6 +216,23 @@ def _check_places(filled):
         for folder in ([path] if kind == "folder" else []) + list(path.parents):
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"--{field.name} {shown(path)}: {shown(folder)} is a file, not a folder; name another")
+
+
+def _check_inspection(filled):
+    """Refuse what shows nothing, or what would be shown nowhere."""
+    faults = []
+    if not filled.data_path and filled.video is None:
+        faults.append("give --model_name_or_path and --data_path; or --video and --html for a page of one video")
+    if filled.data_path and filled.model_name_or_path is None:
+        faults.append("give --model_name_or_path, whose tokenizer makes the tokens")
+    if filled.video is not None and filled.html is None:
+        faults.append("--video is shown on a page: add --html FILE")
+    if filled.html is not None and filled.data_path and filled.index is None:
+        faults.append("--html shows one record: add --index N")
+    if filled.html is not None and not filled.html.lower().endswith((".html", ".htm")):
+        faults.append(f"--html {shown(filled.html)} does not end as a page does; give a name that ends in .html")
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def _command(config_class):
