@@ -243,9 +243,21 @@ class TrainConfig(DataConfig):
 class InspectConfig(TrainConfig):
     """Show what the model will see of each sample, the supervised tokens in colour. Takes a training command line."""
 
+    model_name_or_path: str | None = field(default=None, kw_only=True, metadata={
+        "help": "Folder of the starting weights and tokenizer."})
+    data_path: list[str] = field(default_factory=list, kw_only=True, metadata={
+        "help": "Training JSON or JSONL; several files, or the flag again, add up."})
     output_dir: str = field(default="", kw_only=True, metadata={"help": "Ignored: accepted with a training command."})
     index: int | None = _flag(None, "Show this record only.", at_least=0, group="what is shown")
     json: bool = _flag(False, "One JSON line per record.")
+    html: str | None = _flag(None, "A page of one record (--index) or of one video (--video): frames with their times, "
+                             "norms of the features, the prompt, what the header says.", writes="file")
+    video: str | None = _flag(None, "A video or a feature file to show on the page, without --data_path; beside it, "
+                              "the record's video. With --vision_tower the features of a video are computed.")
+    video_dir_path: str | None = _flag(None, "Folder of the videos that the record's frames are read from.")
+    num_frames: int | None = _flag(
+        None, "Frames per video on the page. Default: as the features' header says; 100 where it does not.",
+        at_least=1, at_most=100_000)
 
 
 @dataclass(frozen=True)
@@ -268,7 +280,16 @@ class ValidateConfig(DataConfig):
         "help": "Folder whose tokenizer tells which samples --model_max_length cuts (with --video_folder). Default: "
                 "none, and tokens are not counted."})
     quick: bool = _flag(
-        False, "Read the headers of feature files only, not their values, which may be NaN; count no tokens.")
+        False, "Read the headers of feature files only, not their values, which may be NaN; compare videos by their "
+        "size alone; count no tokens.")
+    video_dir_path: str | None = _flag(
+        None, "Folder of the videos: those that were changed since their features were made are found (with "
+        "--video_folder).", group="what is compared and written")
+    json: str | None = _flag(None, "File that receives the whole report as JSON.", writes="file")
+    drop: str | None = _flag(
+        None, "File that receives the records that nothing is wrong with, those of all --data_path files in their "
+        "order; JSONL by its ending, else JSON.", writes="file")
+    overwrite: bool = _flag(False, "Replace the files of --drop and --json where they are there already.")
 
 
 @dataclass(frozen=True)

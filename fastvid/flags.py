@@ -26,9 +26,10 @@ log = logging.getLogger("fastvid")
 _TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
           "no": False, "false": False, "f": False, "n": False, "0": False}
 _PLACES = {  # flags of which an empty text would mean the folder that a command is started in
-    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "eval_data_path", "input_json_file",
-    "model_name_or_path", "output", "output_dir", "output_json_file", "path", "pretrain_mm_mlp_adapter", "projector",
-    "questions_file", "video", "video_dir_path", "video_folder", "vision_tower"}
+    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "drop", "eval_data_path", "html",
+    "input_json_file", "json", "model_name_or_path", "output", "output_dir", "output_json_file", "path",
+    "pretrain_mm_mlp_adapter", "projector", "questions_file", "video", "video_dir_path", "video_folder",
+    "vision_tower"}
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
 _LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
@@ -52,6 +53,8 @@ def parse(config_class, argv=None):
     try:
         filled = _filled(config_class, argv)
         _check_places(filled)
+        if isinstance(filled, config.InspectConfig):
+            _check_inspection(filled)
         return filled
     except ValueError as error:
         print(f"fastvid {_command(config_class)}: error: {error}", file=sys.stderr)
@@ -213,6 +216,23 @@ def _check_places(filled):
         for folder in ([path] if kind == "folder" else []) + list(path.parents):
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"--{field.name} {shown(path)}: {shown(folder)} is a file, not a folder; name another")
+
+
+def _check_inspection(filled):
+    """Refuse what shows nothing, or what would be shown nowhere."""
+    faults = []
+    if not filled.data_path and filled.video is None:
+        faults.append("give --model_name_or_path and --data_path; or --video and --html for a page of one video")
+    if filled.data_path and filled.model_name_or_path is None:
+        faults.append("give --model_name_or_path, whose tokenizer makes the tokens")
+    if filled.video is not None and filled.html is None:
+        faults.append("--video is shown on a page: add --html FILE")
+    if filled.html is not None and filled.data_path and filled.index is None:
+        faults.append("--html shows one record: add --index N")
+    if filled.html is not None and not filled.html.lower().endswith((".html", ".htm")):
+        faults.append(f"--html {shown(filled.html)} does not end as a page does; give a name that ends in .html")
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def _command(config_class):

@@ -1,9 +1,10 @@
-"""``fastvid inspect``: what the model will see of each record, and which of it is supervised."""
+"""``fastvid inspect``: what the model will see of each record, and which of it is supervised; as text and as a page."""
 
 import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from itertools import groupby
 
@@ -12,6 +13,7 @@ from fastvid.data.conversation import encode_sample, load_tokenizer
 from fastvid.data.features import FeatureFolder
 from fastvid.data.records import read_records
 from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, video_token_count
+from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
 
 log = logging.getLogger("fastvid")
@@ -33,6 +35,12 @@ def inspect_records(config, tokenizer=None):
     Raises:
         ValueError: files that cannot be read, or no way to tell how many tokens a video takes.
     """
+    for line, _ in _looked_at(config, tokenizer):
+        yield line
+
+
+def _looked_at(config, tokenizer):
+    """(what `inspect_records` yields, names of the record's videos) of each record."""
     tokenizer = tokenizer or load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     numbered = [numbered for path in config.data_path for numbered in enumerate(read_records(path))]
     records = [record for _, record in numbered]
@@ -70,7 +78,7 @@ def inspect_records(config, tokenizer=None):
             question_order=config.question_order, number=number)
         remarks = [sample.warning, sample.refused, *(look_at(name)[1] for name in sample.videos)]
         yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
-               "warning": "; ".join(filter(None, remarks)) or None}
+               "warning": "; ".join(filter(None, remarks)) or None}, sample.videos
 
 
 def render(line, tokenizer, colour):
@@ -78,13 +86,24 @@ def render(line, tokenizer, colour):
 
     Runs of placeholders are written as one, ``<vid_patch>×676``.
     """
-    ids, spans = line["input_ids"], line["supervised"]
-    where = " ".join(f"[{start},{end})" for start, end in spans)
-    count = sum(end - start for start, end in spans)
-    text = f"── {line['id']}: {len(ids)} tokens, {count} supervised {where}".rstrip() + "\n"
+    text = f"── {line['id']}: {_counted(line)}\n"
     if line["warning"]:
         text += f"   warning: {line['warning']}\n"
-    shown = []
+    styles = {"supervised": _SUPERVISED, "placeholder": _PLACEHOLDER, "": ""}
+    return text + "".join(f"{styles[kind]}{part}{_RESET}" if colour and kind else part
+                          for part, kind in pieces(line, tokenizer)) + "\n"
+
+
+def _counted(line):
+    spans = line["supervised"]
+    where = " ".join(f"[{start},{end})" for start, end in spans)
+    count = sum(end - start for start, end in spans)
+    return f"{len(line['input_ids'])} tokens, {count} supervised {where}".rstrip()
+
+
+def pieces(line, tokenizer) -> list[tuple[str, str]]:
+    """The text of one record of `inspect_records`, parted: (text, "supervised", "placeholder" or "")."""
+    ids, spans, parts = line["input_ids"], line["supervised"], []
     supervised = [False] * len(ids)
     for start, end in spans:
         supervised[start:end] = [True] * (end - start)
@@ -92,16 +111,66 @@ def render(line, tokenizer, colour):
         run = list(run)
         if name is not None:
             repeated = f"{name}×{len(run)}" if len(run) > 1 else name
-            shown.append((repeated, _SUPERVISED if run[0][1] else _PLACEHOLDER))
+            parts.append((repeated, "supervised" if run[0][1] else "placeholder"))
             continue
         # A stretch of text is decoded as it was encoded, whole; what is decoded alone loses its leading space.
         whole, done, at = tokenizer.decode([i for i, _ in run]), 0, 0
-        for is_supervised, part in groupby(run, key=lambda token: token[1]):
-            at += len(list(part))
+        for is_supervised, piece in groupby(run, key=lambda token: token[1]):
+            at += len(list(piece))
             end = len(tokenizer.decode([i for i, _ in run[:at]])) if at < len(run) else len(whole)
-            shown.append((whole[done:end], _SUPERVISED if is_supervised else ""))
+            parts.append((whole[done:end], "supervised" if is_supervised else ""))
             done = end
-    return text + "".join(f"{style}{part}{_RESET}" if colour and style else part for part, style in shown) + "\n"
+    return parts
+
+
+def page_of_record(config, line, videos, tokenizer) -> bytes:
+    """The HTML page of one record of `inspect_records`.
+
+    Args:
+        config: InspectConfig.
+        videos: names of its videos.
+
+    Raises:
+        ValueError: `video_dir_path` is no folder, or holds no video; `video` is one file for several videos.
+    """
+    from fastvid.page.document import document
+    from fastvid.page.view import view_record
+
+    if config.video is not None and len(videos) > 1:
+        raise ValueError(f"--video {shown(config.video)} is one file, and record {line['id']} has {len(videos)} "
+                         "videos; give their folder with --video_dir_path instead")
+    features = None if config.video_folder is None else FeatureFolder(config.video_folder)
+    views = [view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames)
+             for name in videos]
+    return document(views, title=f"Record {line['id']}", prompt=(f"{_counted(line)}.", pieces(line, tokenizer)),
+                    warning=line["warning"])
+
+
+def _video_of(config, features, name):
+    """The file of a record's video; None where it is not at hand."""
+    from fastvid.validation.sources import Sources
+
+    if config.video is not None or config.video_dir_path is None:
+        return config.video
+    header = {}
+    if features is not None:
+        with suppress(ValueError, OSError):  # told on the page, where they are read
+            header = features.header(name)
+    return Sources(config.video_folder or config.video_dir_path, config.video_dir_path).path_of(name, header)
+
+
+def page_of_video(config) -> bytes:
+    """The HTML page of the video, or of the feature file, that `config.video` names.
+
+    Raises:
+        ValueError: it is neither, or damaged; the tower cannot be used.
+        OSError: it cannot be read.
+    """
+    from fastvid.page.document import document
+    from fastvid.page.view import view_file
+
+    view = view_file(config.video, tower=config.vision_tower, num_frames=config.num_frames)
+    return document([view], title=f"Video {view.name}")
 
 
 def main(argv=None):
@@ -109,13 +178,24 @@ def main(argv=None):
     from tqdm import tqdm
 
     config = parse(InspectConfig, argv)
+    if not config.data_path:
+        _write_page(config, page_of_video(config))
+        return 0
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    lines = inspect_records(config, tokenizer)
+    lines = _looked_at(config, tokenizer)
     hidden = config.disable_tqdm or sys.stdout.isatty() or not sys.stderr.isatty()
-    for line in tqdm(lines, desc="inspect", unit=" records", disable=hidden, file=sys.stderr):
+    for line, videos in tqdm(lines, desc="inspect", unit=" records", disable=hidden, file=sys.stderr):
         print(json.dumps(line) if config.json else render(line, tokenizer, colour))
+        if config.html is not None:
+            _write_page(config, page_of_record(config, line, videos, tokenizer))
     return 0
+
+
+def _write_page(config, page):
+    with atomic_file(config.html) as file:
+        file.write(page)
+    print(f"page written: {shown(config.html)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

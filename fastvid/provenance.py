@@ -18,8 +18,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "of_features", "of_state", "of_weights",
-           "same_tower"]
+from fastvid.files import shown
+
+__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "decoders_of", "of_features", "of_state",
+           "of_weights", "same_tower", "what_decoders_mean"]
 
 KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
@@ -41,6 +43,8 @@ class Provenance:
         conv_mode: template of the prompts.
         question_order: "reference" or "video_first".
         use_start_end: whether <vid_start> and <vid_end> stood around a video.
+        decoder: what decoded the videos; of several all, with "; " between them.
+        conversion: what made RGB of their samples ("swscale" or "dali"); of several all, likewise.
     """
 
     tower: str | None = None
@@ -50,6 +54,19 @@ class Provenance:
     conv_mode: str | None = None
     question_order: str | None = None
     use_start_end: bool | None = None
+    decoder: str | None = None
+    conversion: str | None = None
+
+    @classmethod
+    def of_header(cls, header):
+        """From the header of a feature file, which tells the decoder and the conversion under "video".
+
+        A line of an extraction's manifest, where "video" is a name, tells the conversion that was asked for.
+        """
+        video = header.get("video") if isinstance(header, dict) else None
+        own = {name: video[name] for name in ("decoder", "conversion") if name in video} if isinstance(
+            video, dict) else {}
+        return cls.of({**header, **own} if own else header)
 
     @classmethod
     def of(cls, values):
@@ -77,7 +94,7 @@ def of_features(looked_at):
     """
     towers, frames, names = Counter(), set(), {}
     for _, header in looked_at:
-        made = Provenance.of(header)
+        made = Provenance.of_header(header)
         if made.tower_revision is not None:
             name = names.setdefault(made.tower_revision, made.tower)
             towers[name, made.tower_revision] += 1
@@ -88,8 +105,45 @@ def of_features(looked_at):
         (tower, revision), = towers
         if tower is not None and Path(tower).is_dir():
             tower = str(Path(tower).absolute())
+    decoded = decoders_of(header for _, header in looked_at)
+    decoder, conversion = ("; ".join(sorted({found[place] for found in decoded} - {None})) or None for place in (0, 1))
     return Provenance(tower, revision, frames.pop() if len(frames) == 1 else None,
-                      rows.pop() if len(rows) == 1 else None), towers
+                      rows.pop() if len(rows) == 1 else None, decoder=decoder, conversion=conversion), towers
+
+
+def decoders_of(headers) -> Counter:
+    """{(decoder, conversion): how many} of feature files whose headers tell one of the two; None is what one does not.
+    """
+    found = ((made.decoder, made.conversion) for made in map(Provenance.of_header, headers))
+    return Counter(pair for pair in found if pair != (None, None))
+
+
+def what_decoders_mean(counts) -> tuple[str | None, str | None]:
+    """What several decoders or conversions of one training set mean: (a remark, a warning), at most one of them.
+
+    PyAV and NVDEC give the same bytes, so that several decoders of one conversion are worth a remark. Another
+    conversion gives other colours.
+
+    Args:
+        counts: as `decoders_of` gives them.
+    """
+    conversions, decoders = Counter(), Counter()
+    for (decoder, conversion), count in counts.items():
+        conversions[conversion] += count * (conversion is not None)
+        decoders[decoder] += count * (decoder is not None)
+    conversions, decoders = +conversions, +decoders
+    if len(conversions) > 1:
+        return None, (f"features of {len(conversions)} colour conversions: {_listed(conversions)}. The same picture "
+                      "has other features with each; `fastvid extract --overwrite True` without --decoder dali makes "
+                      "them alike")
+    if len(decoders) > 1:
+        return f"features of {len(decoders)} decoders, whose bytes are the same: {_listed(decoders)}", None
+    return None, None
+
+
+def _listed(counts):
+    return ", ".join(f"{count:,} of {shown(name)}" for name, count in sorted(
+        counts.items(), key=lambda found: (-found[1], found[0])))
 
 
 def of_weights(path):

@@ -1,55 +1,18 @@
-"""``fastvid validate``: checks records and their feature files before a training run does."""
+"""``fastvid validate``: joins records, features and videos before a training run does."""
 
 import hashlib
 import json
 import os
-from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
+import sys
 from pathlib import Path
 
 from fastvid import config as configs
-from fastvid.data.annotations import Remarks, examine
-from fastvid.data.records import place, read_records
+from fastvid.data.annotations import examine
+from fastvid.data.records import place, read_records, write_records
 from fastvid.data.styles import record_videos
-from fastvid.files import shown
+from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
-
-SHOWN = 3  # examples of each kind of problem
-READERS = 16  # threads that open feature files: on a network file system waiting is most of the work
-
-
-@dataclass
-class Report:
-    """What was found.
-
-    Attributes:
-        records: records read; `text_only` of them name no video; `duplicates` of them repeat an earlier one.
-        videos: records by video.
-        layouts: feature files by (R, C, dtype); None if they were not looked at.
-        makers: feature files by (tower, its revision, frames per video), as far as their headers tell.
-        formats: feature files by ending.
-        problems: by kind, how many; and the first few, in words.
-        remarks: what training leaves out, changes or makes up in records that it takes.
-    """
-
-    files: int = 0
-    records: int = 0
-    text_only: int = 0
-    duplicates: int = 0
-    videos: Counter = field(default_factory=Counter)
-    layouts: Counter | None = None
-    makers: Counter = field(default_factory=Counter)
-    formats: Counter = field(default_factory=Counter)
-    problems: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    remarks: Remarks = field(default_factory=Remarks)
-
-    def add(self, kind, message):
-        self.problems[kind] += 1
-        if self.problems[kind] <= SHOWN:
-            self.examples.setdefault(kind, []).append(message)
+from fastvid.validation.report import Report, as_json, summary
 
 
 def validate(config: configs.ValidateConfig) -> Report:
@@ -58,15 +21,30 @@ def validate(config: configs.ValidateConfig) -> Report:
     A record is a problem where training would refuse it or skip it. Features are read only with a `video_folder`, and
     under `quick` their headers alone: all must have the same C. R may differ, but under `num_video_tokens`, which is
     then every video's, and under ``--parity reference``. Where there is a model's folder, C is that of its config.json.
+    With a `video_dir_path` features are compared with the videos that they were made of.
+
+    With `drop` the records that no problem was found with are written there, in their order, whole or not at all.
 
     Raises:
-        ValueError: `video_folder` is no folder.
+        ValueError: `video_folder` or `video_dir_path` is no folder; `drop` or `json` is there already, without
+            `overwrite`; a data file cannot be read, or no record would be left, where `drop` is to be written.
+        OSError: `drop` cannot be written.
     """
-    report, seen, kept = Report(), set(), []
+    report, kept = _validated(config)
+    if kept is not None:
+        _write_kept(config, report, kept)
+    return report
+
+
+def _validated(config):
+    """(Report, records that nothing is wrong with) of `validate`; the latter is None without `drop`."""
+    _refuse_to_replace(config)
+    report, seen, read_all = Report(), set(), []
     counts_tokens = (config.video_folder is not None and config.model_name_or_path is not None and not config.quick
                      and Path(config.model_name_or_path).is_dir())
-    for path in config.data_path:
+    for file, path in enumerate(config.data_path):
         report.files += 1
+        report.absent += not os.path.exists(path)
         try:
             records = read_records(path)
         except ValueError as error:
@@ -75,22 +53,54 @@ def validate(config: configs.ValidateConfig) -> Report:
         if not records:
             report.add("data file without a record", shown(path))
         for number, record in enumerate(records):
-            read = _check_record(report, seen, record, number, path, config)
-            if read is not None and counts_tokens:
-                kept.append((path, number, read))
+            read = _check_record(report, seen, record, (file, number), path, config)
+            if read is not None and (counts_tokens or config.drop is not None):
+                read_all.append((file, number, read, None if config.drop is None else record))
     if config.video_folder is not None:
-        rows = _check_features(report, config)
+        from fastvid.validation.features import check_features
+
+        rows = check_features(report, config)
         if counts_tokens:
-            _check_lengths(report, config, kept, rows)
-    return report
+            _check_lengths(report, config, read_all, rows)
+    if config.drop is None:
+        return report, None
+    kept = [record for file, number, read, record in read_all if (file, number) not in report.bad_records
+            and not any(video in report.bad_videos for video in record_videos(read))]
+    return report, kept
+
+
+def _why_nothing_is_kept(report, kept):
+    """Why no filtered file can be written; None if it can."""
+    if report.problems["unreadable data file"]:
+        return "a data file cannot be read"
+    return None if kept else f"a problem was found with each of the {report.records:,} records"
+
+
+def _write_kept(config, report, kept):
+    if why := _why_nothing_is_kept(report, kept):
+        raise ValueError(f"{why}: nothing was written to --drop {shown(config.drop)}")
+    write_records(config.drop, kept)
+
+
+def _refuse_to_replace(config):
+    """Refuse to write over what is there: data files always, others without ``--overwrite``."""
+    outputs = {flag: path for flag, path in (("--drop", config.drop), ("--json", config.json)) if path is not None}
+    for flag, path in outputs.items():
+        if any(os.path.realpath(path) == os.path.realpath(data) for data in config.data_path):
+            raise ValueError(f"{flag} {shown(path)} is a --data_path itself, which stays as it is; give another file")
+        if os.path.isfile(path) and not config.overwrite:
+            raise ValueError(f"{flag} {shown(path)} is there already; give another file, or replace it with "
+                             "--overwrite True")
+    if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
+        raise ValueError(f"--drop and --json are both {shown(config.drop)}; give each a file of its own")
 
 
 def _check_record(report, seen, record, number, path, config):
     """The record as training reads it; None where it is at fault."""
     report.records += 1
-    found = examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
+    found = examine(record, number[1], policy=config.policy, use_start_end=config.mm_use_vid_start_end)
     if found.fault is not None:
-        report.add(found.fault.kind, f"{place(path, number)}: {found.fault.text}")
+        report.add(found.fault.kind, f"{place(path, number[1])}: {found.fault.text}", record=number)
         return None
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
     report.duplicates += digest in seen
@@ -98,76 +108,11 @@ def _check_record(report, seen, record, number, path, config):
     videos = record_videos(found.record)
     report.videos.update(videos)
     report.text_only += not videos
-    report.remarks.add(found.remarks, path, number)
+    report.remarks.add(found.remarks, path, number[1])
     return found.record
 
 
-def _check_features(report, config):
-    """Rows of the videos whose features can be used."""
-    from tqdm import tqdm
-
-    from fastvid.data.features import FeatureFolder, MissingFeatures, describe_features, load_features
-    from fastvid.data.video_tokens import feature_channels
-    from fastvid.provenance import Provenance
-
-    features, paths = FeatureFolder(config.video_folder), {}
-    if not report.videos and features.empty:
-        report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
-                                       "record names a video")
-    for video, count in report.videos.items():
-        try:
-            paths[video] = features.resolve(video)
-        except MissingFeatures as error:
-            report.add("features missing", f"{error} (records: {count})")
-        except ValueError as error:
-            report.add("features refused", str(error))
-
-    def probe(path):
-        try:
-            if not config.quick:
-                load_features(path)
-            layout, header = describe_features(path)
-            return layout, Provenance.of(header)
-        except (ValueError, OSError) as error:
-            return error
-
-    found, report.layouts = {}, Counter()
-    with ThreadPool(READERS) as readers:
-        results = readers.imap(probe, paths.values())
-        for video, result in zip(paths, tqdm(results, "features", len(paths), unit="file", disable=None)):
-            if isinstance(result, Exception):
-                report.add("features unreadable", str(result))
-            else:
-                found[video], made = result
-                report.layouts[found[video]] += 1
-                report.formats[paths[video].suffix] += 1
-                if made.tower_revision is not None:
-                    report.makers[made.tower, made.tower_revision, made.num_frames] += 1
-    if not found:
-        return {}
-    _check_towers(report, config.vision_tower)
-    (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
-    if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
-        with suppress(ValueError):  # told where its tokenizer is read
-            C = feature_channels(config.model_name_or_path) or C
-    required = config.num_video_tokens
-    if required is None and config.policy.one_video_length:
-        rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
-        required = max(rows_of_C, key=rows_of_C.get, default=None)
-    usable, remedy = {}, "extract all with one tower"
-    if config.num_video_tokens is not None:
-        remedy += f", or leave --num_video_tokens {config.num_video_tokens} out"
-    for video, (rows, channels, _) in found.items():
-        if channels == C and rows == (required or rows):
-            usable[video] = rows
-        else:
-            report.add("features of another shape",
-                       f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
-                       f"× {C}; {remedy}")
-    return usable
-
-
-def _check_lengths(report, config, kept, rows):
+def _check_lengths(report, config, read_all, rows):
     """Encode the samples, as training does, whose videos have `rows`: what is too long is cut, or skipped."""
     from tqdm import tqdm
 
@@ -179,82 +124,39 @@ def _check_lengths(report, config, kept, rows):
         report.add("no tokenizer", str(error))
         return
     told = set(report.remarks.counts)
-    for path, number, record in tqdm(kept, "tokens", unit=" samples", disable=None):
+    for file, number, record, _ in tqdm(read_all, "tokens", unit=" samples", disable=None):
         if not all(video in rows for video in record_videos(record)):
             continue  # told already
+        path = config.data_path[file]
         sample = encode_sample(
             record, tokenizer, rows_of=rows.__getitem__, use_start_end=config.mm_use_vid_start_end,
             max_length=config.model_max_length, policy=config.policy, version=config.version,
             question_order=config.question_order)
         if sample.refused:
-            report.add("samples longer than --model_max_length", f"{place(path, number)}: {sample.refused}")
+            report.add("samples longer than --model_max_length", f"{place(path, number)}: {sample.refused}",
+                       record=(file, number))
         report.remarks.add([each for each in sample.remarks if each not in told], path, number)
 
 
-def _check_towers(report, wanted):
-    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
-
-    So are those of another one than `wanted`, where that is a folder.
-    """
-    if wanted is not None and os.path.isdir(wanted):
-        from fastvid.provenance import same_tower
-        from fastvid.video.towers.choice import revisions
-
-        known = revisions(wanted)
-        for (tower, revision, _), count in report.makers.items():
-            if same_tower(revision, known) is False:
-                kind = "features of another tower than --vision_tower"
-                report.problems[kind] += count
-                report.examples.setdefault(kind, []).append(
-                    f"{count:,} of {tower} ({revision[:19]}…): leave --vision_tower {shown(wanted)} out, or give that "
-                    "one")
-    towers = Counter()
-    for (tower, revision, _), count in report.makers.items():
-        towers[revision] += count
-    (most, _), *others = towers.most_common() or [(None, 0)]
-    names = {revision: tower for tower, revision, _ in report.makers}
-    for revision, count in others:
-        report.problems["features of another vision tower"] += count
-        report.examples.setdefault("features of another vision tower", []).append(
-            f"{count:,} of {names[revision]} ({revision[:19]}…), {towers[most]:,} of {names[most]} ({most[:19]}…): "
-            "extract all with one tower (fastvid extract --overwrite True)")
-
-
-def summary(report: Report) -> str:
-    """The report on one screen."""
-    lines = [
-        f"records     {report.records:>9,} in {report.files} file{'s' * (report.files != 1)}",
-        f"  text only {report.text_only:>9,}",
-        f"  repeated  {report.duplicates:>9,}",
-        f"videos      {len(report.videos):>9,}",
-    ]
-    if report.layouts is None:
-        lines.append("features    not looked at: no --video_folder")
-    for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
-        rounded = ", rounded to float32" * (str(dtype) == "torch.float64")
-        lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}{rounded}")
-    if len(report.formats) > 1:
-        counts = ", ".join(f"{count:,} {ending}" for ending, count in report.formats.most_common())
-        lines.append(f"formats     {counts}")
-    for (tower, revision, frames), count in report.makers.most_common(SHOWN):
-        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames")
-    if (others := len(report.layouts or ()) - SHOWN) > 0:
-        rows = [R for R, _, _ in report.layouts]
-        lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
-    lines += [f"remark      {line}" for line in report.remarks.lines()]
-    for kind, count in report.problems.items():
-        lines.append(f"{kind}: {count:,}")
-        lines += [f"    {example}" for example in report.examples[kind]]
-        if count > len(report.examples[kind]) >= SHOWN:
-            lines.append(f"    … and {count - SHOWN:,} more")
-    total = sum(report.problems.values())
-    return "\n".join([*lines, f"{total:,} problem{'s' * (total != 1)}" if total else "nothing wrong"])
-
-
 def main(argv=None) -> int:
-    report = validate(parse(configs.ValidateConfig, argv))
+    """The command line; returns the exit code.
+
+    That is 0 where nothing is wrong, and where ``--drop`` has left out all that is; 1 with problems; 2 where a data
+    file is not there, as other commands end.
+    """
+    config = parse(configs.ValidateConfig, argv)
+    report, kept = _validated(config)
     print(summary(report))
-    return 1 if report.problems else 0
+    if config.json is not None:
+        written = None if kept is None or _why_nothing_is_kept(report, kept) else {
+            "file": config.drop, "kept": len(kept), "left_out": report.records - len(kept)}
+        with atomic_file(config.json) as file:
+            file.write(json.dumps({**as_json(report), "drop": written}, indent=1).encode() + b"\n")
+    if kept is None:
+        return report.exit_code
+    _write_kept(config, report, kept)
+    print(f"{len(kept):,} of {report.records:,} records were written to {shown(config.drop)}", file=sys.stderr)
+    return 1 if report.elsewhere else 0
 
 
 if __name__ == "__main__":

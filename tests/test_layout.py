@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "fastvid.folders": {"fastvid.files"},
     "fastvid.batch": {"fastvid.config", "fastvid_kernels"},
     "fastvid.video.sampling": {"fastvid.config"},
+    "fastvid.page": {"fastvid.files", "fastvid.data", "fastvid.video", "fastvid.page"},
+    "fastvid.validation": {"fastvid.config", "fastvid.files", "fastvid.provenance", "fastvid.earlier_features",
+                           "fastvid.data", "fastvid.video", "fastvid.validation"},
     **{f"fastvid.{room}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.provenance", "fastvid.batch",
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }

@@ -10,13 +10,21 @@ from safetensors.torch import load_file
 from training_run import CHANNELS, ROWS, flags, write_run
 
 from fastvid import chat as chat_module
-from fastvid import checkpoint, export, provenance, train, validate
+from fastvid import checkpoint, export, extract, provenance, train, validate
 from fastvid.chat import Chat
 from fastvid.config import ExportConfig, ValidateConfig
 from fastvid.data.features import load_features, save_features
 from fastvid.flags import parse
 from fastvid.model.projector_file import save_tensors
-from fastvid.provenance import Provenance, agreed, of_features, of_weights, same_tower
+from fastvid.provenance import (
+    Provenance,
+    agreed,
+    decoders_of,
+    of_features,
+    of_weights,
+    same_tower,
+    what_decoders_mean,
+)
 from fastvid.video.towers.choice import revisions
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
@@ -309,3 +317,90 @@ def test_an_older_checkpoint_tells_the_prompt(tmp_path):
     flags = {"version": "v1", "question_order": "video_first", "mm_use_vid_start_end": False}
     folder = checkpoint.save(tmp_path, 1, groups={"model": {"a": torch.ones(1)}}, state={"config": flags})
     assert of_weights(folder) == Provenance(conv_mode="vicuna_v1_1", question_order="video_first", use_start_end=False)
+
+
+PYAV, NVDEC, DALI = (
+    {"tower": "t", "tower_revision": DIGEST, "num_frames": 16, "conversion": "dali", "video": {
+        "decoder": decoder, "conversion": conversion}}
+    for decoder, conversion in (("pyav 18.1.0", "swscale"), ("nvdec, CUDA 13.0", "swscale"), ("dali 2.4.0", "dali")))
+
+
+def test_decoders_and_conversions_are_those_of_each_video():
+    """A job of DALI leaves to PyAV what DALI does not take, so that the job's conversion is not each video's."""
+    assert Provenance.of_header(PYAV).conversion == "swscale" and Provenance.of_header(PYAV).decoder == "pyav 18.1.0"
+    assert Provenance.of_header({"video": "a.mp4", "conversion": "swscale"}) == Provenance(conversion="swscale")
+    assert Provenance.of_header({"video": {"decoder": 3, "conversion": None}}) == Provenance()
+    assert Provenance.of_header([]) == Provenance.of_header(None) == Provenance()
+    found, _ = of_features([(32, NVDEC), (32, PYAV), (32, {})])
+    assert (found.decoder, found.conversion) == ("nvdec, CUDA 13.0; pyav 18.1.0", "swscale")
+    found, _ = of_features([(32, DALI), (32, PYAV)])
+    assert (found.decoder, found.conversion) == ("dali 2.4.0; pyav 18.1.0", "dali; swscale")
+
+
+@pytest.mark.parametrize("headers, remark, warning", [
+    ([PYAV, PYAV, {}], None, None), ([], None, None), ([{}], None, None),
+    ([PYAV, NVDEC, PYAV], "2 decoders, whose bytes are the same: 2 of pyav 18.1.0, 1 of nvdec, CUDA 13.0", None),
+    ([PYAV, DALI, DALI, NVDEC, DALI], None, "2 colour conversions: 3 of dali, 2 of swscale"),
+])
+def test_what_several_decoders_mean(headers, remark, warning):
+    said = what_decoders_mean(decoders_of(headers))
+    assert [bool(line) for line in said] == [bool(remark), bool(warning)]
+    assert (remark or "") in (said[0] or "") and (warning or "") in (said[1] or "")
+
+
+@pytest.mark.parametrize("other, level", [(NVDEC, "INFO"), (DALI, "WARNING")])
+def test_several_decoders_are_told_once_and_kept(made, tmp_path, caplog, other, level):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for number, file in enumerate(sorted((made / "feats").iterdir())):
+        features, header = load_features(file)
+        video = (other if number % 3 == 0 else PYAV)["video"]
+        save_features(feats / file.name, features, {**header, "video": video})
+    caplog.set_level("INFO", logger="fastvid")
+    assert train.main(flags(made, tmp_path / "out", "--max_steps", "1", "--video_folder", str(feats))) == 0
+    told, = [record for record in caplog.records if "features of 2" in record.getMessage()]
+    assert told.levelname == level and "8 of" in told.getMessage() and "4 of" in told.getMessage()
+    decoders = "; ".join(sorted(["pyav 18.1.0", other["video"]["decoder"]]))
+    export.export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "p.bin")))
+    export.export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "hf"), "llama"))
+    for path in ("out/mm_projector.bin", "out/mm_projector.safetensors", "out/checkpoint-1", "p.bin", "hf"):
+        found = of_weights(tmp_path / path)
+        assert (found.decoder, found.conversion) == (decoders, "swscale" if other is NVDEC else "dali; swscale")
+
+
+def test_a_file_of_another_conversion_is_told_when_it_is_read(made, tmp_path, caplog, monkeypatch):
+    feats = tmp_path / "feats"
+    feats.mkdir()
+    for file in (made / "feats").iterdir():
+        features, header = load_features(file)
+        save_features(feats / file.name, features, header | (DALI if file.name == "clip5.safetensors" else PYAV) | {
+            "tower_revision": header["tower_revision"]})
+    monkeypatch.setattr("fastvid.data.batching.SampleSet.HEADERS", 2)
+    assert train.main(flags(made, tmp_path / "out", "--video_folder", str(feats), "--num_train_epochs", "1")) == 0
+    assert "of the colour conversion dali, not swscale" in caplog.text and "colour conversions" not in caplog.text
+
+
+def test_features_of_one_conversion_again(made, tmp_path, caplog):
+    """What the warning tells to do ends it."""
+    (tmp_path / "videos").mkdir()
+    for name in "ab":
+        draw(tmp_path / "videos" / f"{name}.mp4", 6)
+    extraction = ["--video_dir_path", str(tmp_path / "videos"), "--clip_feat_path", str(tmp_path / "feats"),
+                  "--vision_tower", str(made / "tower_b"), "--num_frames", str(FRAMES), "--device", "cpu"]
+    assert extract.main(extraction) == 0
+    file = tmp_path / "feats" / "a.safetensors"
+    features, header = load_features(file)
+    assert header["video"]["conversion"] == "swscale" and header["video"]["decoder"].startswith("pyav")
+    save_features(file, features, {**header, "conversion": "dali", "video": DALI["video"]})
+    turns = json.loads((made / "train.json").read_text())[0]["conversations"]
+    records = [{"id": name, "video": f"{name}.mp4", "conversations": turns} for name in "ab"]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    argv = flags(made, tmp_path / "out", "--max_steps", "1", "--video_folder", str(tmp_path / "feats"), "--data_path",
+                 str(tmp_path / "train.json"), "--dry_run")
+    del argv[2:4]  # the other --data_path
+    assert train.main(argv) == 0
+    assert "2 colour conversions: 1 of dali, 1 of swscale" in caplog.text
+    assert "--overwrite True` without --decoder dali makes them alike" in caplog.text
+    caplog.clear()
+    assert extract.main([*extraction, "--overwrite", "True"]) == 0
+    assert train.main(argv) == 0 and "conversions" not in caplog.text

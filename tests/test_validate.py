@@ -83,7 +83,7 @@ def test_the_references_records_and_features(tiny):
     ({"id": "x", "video": "lfs.pkl", "conversations": TURNS}, "features unreadable", "lfs.pkl is a git-lfs pointer"),
     ({"id": "x", "video": "absent.pkl", "conversations": TURNS}, "features missing", "'absent.pkl' has no features"),
     ({"id": "x", "video": "../a.pkl", "conversations": TURNS}, "features refused", "'../a.pkl' is refused"),
-    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features unreadable",
+    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features truncated",
      "torn.safetensors: it is cut short"),
     ({"id": "x", "video": "evil.pkl", "conversations": TURNS}, "features unreadable", "names os.system"),
 ])

@@ -118,7 +118,7 @@ class _Merging:
 
 def _add(merging, row):
     key = row["stage"], row["task"], f"best: {row['case']}" if row.get("best") else row["row"]
-    if row["status"] in ("left_out", "absent"):
+    if row["status"] in ("left_out", "absent") or "absent" in row:
         merging.left_out[key] = row
     elif row["status"] == "failed":
         merging.failed[key] = row

@@ -97,7 +97,7 @@ class SampleSet:
         self._look_at_headers()
 
     def _look_at_headers(self):
-        """Note what some of the features were made with, and say so if several towers made them."""
+        """Note what some of the features were made with, and say so if several towers or decoders made them."""
         names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
         for name in names[::max(1, len(names) // self.HEADERS)]:
             try:
@@ -115,6 +115,11 @@ class SampleSet:
                         "`fastvid extract --overwrite True` makes them anew", len(towers),
                         ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
                                   in towers.most_common()))
+        remark, warning = provenance.what_decoders_mean(provenance.decoders_of(header for _, header in looked_at))
+        some = f" ({len(looked_at)} of {len(names):,} files were looked at)"
+        if warning or remark:
+            log.log(logging.WARNING if warning else logging.INFO, "%s%s", warning or remark,
+                    some if len(looked_at) < len(names) else "")
         prompt = self.provenance
         self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
                                   use_start_end=prompt.use_start_end)
@@ -197,7 +202,11 @@ class SampleSet:
             if tuple(features.shape) != self.features.shape(name):
                 raise SampleSkipped(f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
                                     f"run first looked, is {list(features.shape)} now; start the run again")
-            made, expected = provenance.Provenance.of(header), self.provenance.tower_revision
+            made, expected = provenance.Provenance.of_header(header), self.provenance.tower_revision
+            known = (self.provenance.conversion or "").split("; ")
+            if made.conversion and known != [""] and made.conversion not in known:
+                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the colour conversion "
+                                                  f"{shown(made.conversion)}, not {' or '.join(map(shown, known))}"])
             if expected and made.tower_revision not in (None, expected):
                 sample = replace(sample, remarks=[*sample.remarks, f"its features are of the tower {made.tower} "
                                                   f"({made.tower_revision[:19]}…), not of {self.provenance.tower}"])

@@ -1,0 +1,176 @@
+"""What a page shows of one video: frames with their times, norms of its features, and what their header says."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastvid.data.features import FeatureFolder, load_features
+from fastvid.data.names import SUFFIXES
+from fastvid.files import shown
+from fastvid.video.decode import DecodeError
+from fastvid.video.decode.container import open_video
+from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.listing import no_video
+from fastvid.video.sampling import frame_indices
+
+NUM_FRAMES = 100  # of a video where nothing tells how many
+_PICTURE = 336  # pixels of the side of a frame where there is no tower
+_TIMEOUT = 600.0  # seconds for a video
+
+
+@dataclass
+class VideoView:
+    """One video as a page shows it; None and empty lists are what is not known.
+
+    Attributes:
+        name: of the video.
+        frames: [T, N, N, 3] uint8 RGB, each made square as a tower takes it, or None.
+        numbers: number of each frame in its video; seconds: its time, from the first frame on.
+        aspect: width ÷ height of a frame; 1 where nothing tells.
+        rows: (R, C, stored dtype) of the features.
+        temporal: norm of each temporal row; spatial: [H, W] norms of the spatial rows, as they lie in a frame.
+        header: what the feature file says it was made of and with.
+        notes: what is not shown, and why, a sentence each.
+    """
+
+    name: str
+    frames: np.ndarray | None = None
+    numbers: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    aspect: float = 1.0
+    rows: tuple[int, int, str] | None = None
+    temporal: np.ndarray | None = None
+    spatial: np.ndarray | None = None
+    header: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def view_file(path, *, tower=None, num_frames=None) -> VideoView:
+    """A video, with the features that `tower` makes of it if one is given; or a feature file.
+
+    Raises:
+        ValueError: no video, or a damaged file; the tower cannot be used.
+        OSError: the file cannot be read.
+    """
+    path, view = Path(path), VideoView(Path(path).name)
+    if path.suffix in SUFFIXES:
+        features_RC, header = load_features(path)
+        header = header or _of_manifest(path)
+        _show_features(view, features_RC, header, num_frames)
+        view.notes.append("There are no frames: a feature file holds none.")
+        return view
+    if tower is None:
+        _show_frames(view, path, num_frames or NUM_FRAMES, _PICTURE)
+        view.notes.append("There are no features: no --vision_tower was named that makes them.")
+        return view
+    from fastvid.video.encoder import FeatureEncoder
+
+    encoder = FeatureEncoder(tower, num_temporal=num_frames or NUM_FRAMES)
+    info = _show_frames(view, path, encoder.num_temporal, encoder.image_size)
+    header = {"tower": str(tower), "tower_revision": encoder.revision, "image_size": encoder.image_size,
+              "patch_size": encoder.patch_size, "num_frames": encoder.num_temporal, "total_frames": info.frames,
+              "dtype": str(encoder.dtype).removeprefix("torch."), "video": asdict(info)}
+    _show_features(view, encoder.encode(view.frames), header, None)
+    return view
+
+
+def view_record(name, features, video=None, *, num_frames=None) -> VideoView:
+    """A record's video: its features, and its frames where the video is at hand.
+
+    What cannot be read is a note: the page says why a record cannot be trained on.
+
+    Args:
+        name: as the record names it.
+        features: `FeatureFolder`, or None.
+        video: its file, or None.
+    """
+    view = VideoView(name)
+    if features is None:
+        view.notes.append("There are no features: no --video_folder was named.")
+    else:
+        try:
+            features_RC, _ = features.load(name)
+            _show_features(view, features_RC, features.header(name), num_frames)
+        except (ValueError, OSError) as error:
+            view.notes.append(f"There are no features: {error}.")
+    if video is None:
+        view.notes.append("There are no frames: a feature file holds none, and the video was not named "
+                          "(--video, --video_dir_path).")
+        return view
+    told = view.header.get("num_frames")
+    count, size = num_frames or (told if _is_count(told) else NUM_FRAMES), view.header.get("image_size")
+    try:
+        _show_frames(view, video, count, size if _is_count(size, 4096) else _PICTURE)
+    except (ValueError, OSError) as error:
+        view.notes.append(f"There are no frames: {error}.")
+        return view
+    made_of = view.header.get("frame_indices")
+    if isinstance(made_of, list) and made_of != view.numbers:
+        view.notes.append(f"The features were made of other frames than these: of {len(made_of)} of "
+                          f"{view.header.get('total_frames', 'an unknown number')}. The video was changed since, or "
+                          "--num_frames differs.")
+    return view
+
+
+def frame_times(path, numbers, info) -> list[float]:
+    """Seconds from a video's first frame to those numbered; by its average rate where the packets' times do not tell.
+
+    Args:
+        info: `fastvid.video.decode.VideoInfo` of it.
+
+    Raises:
+        DecodeError: it cannot be opened.
+    """
+    with open_video(path) as (container, stream, _):
+        unit = float(stream.time_base or 0)
+        times = sorted(packet.pts for packet in container.demux(stream)
+                       if packet.size and packet.pts is not None and not packet.is_discard)
+    if unit and len(times) == info.frames:
+        return [(times[number] - times[0]) * unit for number in numbers]
+    return [number / info.fps for number in numbers] if info.fps else []
+
+
+def _show_frames(view, path, count, size):
+    worker = DecodeWorker(_TIMEOUT)
+    try:
+        view.frames, info = worker.decode(str(path), num_frames=count, size=size)
+    except DecodeError as error:
+        raise ValueError(f"{shown(path)} {reason}" if (reason := no_video(path) if Path(path).is_file() else None)
+                         else str(error)) from error
+    finally:
+        worker.close()
+    view.numbers, view.aspect = frame_indices(info.frames, count), info.width / info.height
+    view.seconds = frame_times(path, view.numbers, info)
+    return info
+
+
+def _show_features(view, features_RC, header, num_frames):
+    """Norms of the rows, parted into temporal and spatial ones as far as anything tells how."""
+    R, C = features_RC.shape
+    view.header, view.rows = header, (R, C, str(features_RC.dtype).removeprefix("torch."))
+    norms = torch.linalg.vector_norm(features_RC.float(), dim=1).numpy()
+    told = header.get("num_frames")
+    T = told if _is_count(told, R) else num_frames or NUM_FRAMES
+    side = math.isqrt(max(R - T, 0))
+    if T >= R or side * side != R - T:
+        view.temporal = norms
+        view.notes.append(f"All {R} rows stand in one strip: nothing tells which of them are temporal.")
+    else:
+        view.temporal, view.spatial = norms[:T], norms[T:].reshape(side, side)
+        if told is None:
+            view.notes.append(f"The first {T} rows are taken for temporal ones: no header tells.")
+    video = header.get("video")
+    if isinstance(video, dict) and _is_count(video.get("width")) and _is_count(video.get("height")):
+        view.aspect = min(max(video["width"] / video["height"], 1 / 16), 16)
+
+
+def _of_manifest(path):
+    """What the manifest beside a pickle says of that very file."""
+    return FeatureFolder(path.parent).header(path.name) if path.suffix == ".pkl" else {}
+
+
+def _is_count(value, most=100_000):
+    return type(value) is int and 0 < value <= most

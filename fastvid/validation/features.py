@@ -1,0 +1,155 @@
+"""Every feature file that records name: whether it is there, whole, of the video as it is now, and like the others."""
+
+import os
+from collections import Counter
+from contextlib import suppress
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastvid.data.cut_short import is_cut_short
+from fastvid.data.features import FeatureFolder, MissingFeatures, describe_features, load_features
+from fastvid.data.video_tokens import feature_channels
+from fastvid.files import shown
+from fastvid.provenance import Provenance, decoders_of, same_tower
+from fastvid.validation.sources import Sources
+
+READERS = 16  # threads that open feature files: on a network file system waiting is most of the work
+
+
+def check_features(report, config):
+    """Look at the features of `report.videos`, and note in `report` what is wrong with them.
+
+    Args:
+        config: `fastvid.config.ValidateConfig` with a `video_folder`.
+
+    Returns:
+        {video: rows} of those that can be used.
+
+    Raises:
+        ValueError: `video_folder` or `video_dir_path` is no folder.
+    """
+    features, paths = FeatureFolder(config.video_folder), {}
+    sources = Sources(config.video_folder, config.video_dir_path)
+    report.unnamed = sources.unnamed(report.videos) if sources.given else None
+    if not report.videos and features.empty:
+        report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
+                                       "record names a video")
+    for video, count in report.videos.items():
+        try:
+            paths[video] = features.resolve(video)
+        except MissingFeatures as error:
+            _add_missing(report, sources, video, count, error)
+        except ValueError as error:
+            report.add("features refused", str(error), video=video)
+
+    def probe(video):
+        """((layout, what made it, whether its video was compared), or (kind of problem, message))."""
+        path = paths[video]
+        try:
+            if not config.quick:
+                load_features(path)
+            layout, header = describe_features(path)
+            header = sources.header_of(features, video, path, header, config.quick)
+        except (ValueError, OSError) as error:
+            return None, ("features truncated" if is_cut_short(path) else "features unreadable", str(error))
+        try:
+            compared, why = sources.stale(video, path, header, config.quick)
+        except OSError as error:
+            return (layout, header, False), ("features stale", f"{shown(path)}: its video cannot be read ({error})")
+        return (layout, header, compared), why and ("features stale", why)
+
+    found, makers, report.layouts = {}, {}, Counter()
+    with ThreadPool(READERS) as readers:
+        results = readers.imap(probe, paths)
+        for video, (made, problem) in zip(paths, tqdm(results, "features", len(paths), unit="file", disable=None)):
+            if problem:
+                report.add(*problem, video=video)
+            if made is None:
+                continue
+            found[video], header, compared = made
+            report.layouts[found[video]] += 1
+            report.formats[paths[video].suffix] += 1
+            report.not_compared += sources.given and not compared
+            _note_maker(report, makers, video, header)
+    if not found:
+        return {}
+    _check_towers(report, config.vision_tower, makers)
+    return _usable(report, config, found, paths)
+
+
+def _add_missing(report, sources, video, count, error):
+    """A video without features: its extraction failed, or it was never made."""
+    if failed := sources.failure(video):
+        report.add("extraction failed", f"video {video!r} has no features: {failed} (records: {count})", video=video)
+        return
+    lies = ""
+    if sources.given:
+        lies = "; its video lies in --video_dir_path" if sources.path_of(video) else (
+            "; nor does its video lie in --video_dir_path")
+    report.add("features missing", f"{error}{lies} (records: {count})", video=video)
+
+
+def _note_maker(report, makers, video, header):
+    made = Provenance.of_header(header)
+    if made.tower_revision is not None:
+        report.makers[made.tower, made.tower_revision, made.num_frames] += 1
+        makers[video] = made
+    report.decoders += decoders_of([header])
+    of = header.get("video")
+    report.damaged += isinstance(of, dict) and isinstance(of.get("damaged"), int) and of["damaged"] > 0
+
+
+def _usable(report, config, found, paths):
+    """{video: rows} of those whose shape fits the model or the most of them."""
+    (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
+    if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
+        with suppress(ValueError):  # told where its tokenizer is read
+            C = feature_channels(config.model_name_or_path) or C
+    required = config.num_video_tokens
+    if required is None and config.policy.one_video_length:
+        rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
+        required = max(rows_of_C, key=rows_of_C.get, default=None)
+    usable, remedy = {}, "extract all with one tower"
+    if config.num_video_tokens is not None:
+        remedy += f", or leave --num_video_tokens {config.num_video_tokens} out"
+    for video, (rows, channels, _) in found.items():
+        if channels == C and rows == (required or rows):
+            usable[video] = rows
+        else:
+            report.add("features of another shape",
+                       f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
+                       f"× {C}; {remedy}", video=video)
+    return usable
+
+
+def _check_towers(report, wanted, makers):
+    """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
+
+    So are those of another one than `wanted`, where that is a folder.
+
+    Args:
+        makers: {video: Provenance of its features}, of those that tell their tower.
+    """
+    towers = {}
+    for video, made in makers.items():
+        towers.setdefault(made.tower_revision, []).append(video)
+    names = {made.tower_revision: made.tower for made in makers.values()}
+    if wanted is not None and os.path.isdir(wanted):
+        from fastvid.video.towers.choice import revisions
+
+        known = revisions(wanted)
+        for revision, videos in towers.items():
+            if same_tower(revision, known) is False:
+                report.add_files(
+                    "features of another tower than --vision_tower",
+                    f"{len(videos):,} of {names[revision]} ({revision[:19]}…): leave --vision_tower {shown(wanted)} "
+                    "out, or give that one", videos)
+    most, *others = sorted(towers, key=lambda revision: -len(towers[revision])) or [None]
+    for revision in others:
+        report.add_files(
+            "features of another vision tower",
+            f"{len(towers[revision]):,} of {names[revision]} ({revision[:19]}…), {len(towers[most]):,} of "
+            f"{names[most]} ({most[:19]}…): extract all with one tower (fastvid extract --overwrite True)",
+            towers[revision])

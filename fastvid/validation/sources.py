@@ -1,0 +1,94 @@
+"""What an extraction's manifest and the videos themselves tell of each feature file."""
+
+import hashlib
+import os
+
+from fastvid.data.names import stem
+from fastvid.earlier_features import written
+from fastvid.files import shown
+from fastvid.video.listing import find_videos
+from fastvid.video.manifest import read_files, read_manifest
+
+_REMEDY = "remove it and extract it again (fastvid extract)"
+
+
+class Sources:
+    """The manifest of a folder of features, and the folder of their videos where it is given.
+
+    Args:
+        video_folder: of the features.
+        video_dir_path: of the videos; None: they are not looked at.
+
+    Attributes:
+        given: whether there is a folder of videos.
+
+    Raises:
+        ValueError: `video_dir_path` is no folder, or holds no video.
+    """
+
+    def __init__(self, video_folder, video_dir_path=None):
+        self.folder, self.given = video_folder, video_dir_path is not None
+        self._failed = {stem(name): str(entry.get("reason")) for name, entry in read_manifest(video_folder).items()
+                        if entry.get("status") == "failed"}
+        self._lines = read_files(video_folder)
+        videos = find_videos(video_dir_path, "", "", follow_links=True)[0] if self.given else []
+        self._paths = {os.path.normpath(video.name): video.path for video in videos}
+        self._by_stem = {stem(name): name for name in self._paths}
+
+    def failure(self, name) -> str | None:
+        """Why the extraction of a record's video failed when it was last tried; None if it did not."""
+        return self._failed.get(_id(name))
+
+    def path_of(self, name, header=()):
+        """The video that a record names, or that the header of its features does; None where it does not lie there."""
+        source = header.get("source") if isinstance(header, dict) else None
+        if isinstance(source, str) and os.path.normpath(source) in self._paths:
+            return self._paths[os.path.normpath(source)]
+        return self._paths.get(self._by_stem.get(_id(name)))
+
+    def unnamed(self, names) -> int:
+        """Videos in the folder that none of the records' `names` means."""
+        return len(self._by_stem.keys() - {_id(name) for name in names})
+
+    def header_of(self, features, name, path, header, quick):
+        """What is known of how a feature file was made: its header, or of a pickle the manifest's line about it.
+
+        The line counts where the pickle is the very file that it tells of: by its digest, or under `quick`, which
+        reads no values, by its size and time.
+        """
+        if path.suffix != ".pkl":
+            return header
+        if not quick:
+            return features.header(name)
+        line = self._lines.get(path.relative_to(self.folder).as_posix(), {})
+        return line if line.get("written") == written(path) else {}
+
+    def stale(self, name, path, header, quick) -> tuple[bool, str | None]:
+        """(Whether it can be told, why a feature file is not of the video as it is now).
+
+        The video's size is compared, and without `quick` also its sha256. A video that is not there is not compared.
+
+        Raises:
+            OSError: the video cannot be read.
+        """
+        video, size, digest = self.path_of(name, header), header.get("source_bytes"), header.get("source_sha256")
+        if failed := self.failure(name):
+            why = f"the last extraction of its video failed ({failed}): it is of an earlier one"
+        else:
+            why = None
+        if video is None or not isinstance(size, int):
+            return why is not None, why and f"{shown(path)} is stale: {why}"
+        found = video.stat().st_size
+        if found != size:
+            return True, (f"{shown(path)} was made of {size:,} bytes, and {shown(video)} has {found:,}: the video was "
+                          f"changed since; {_REMEDY}")
+        if quick or not isinstance(digest, str):
+            return True, why and f"{shown(path)} is stale: {why}"
+        with open(video, "rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        return True, None if same else (f"{shown(path)} was made of other bytes than {shown(video)} holds: the video "
+                                        f"was changed since; {_REMEDY}")
+
+
+def _id(name):
+    return stem(os.path.normpath(name)) if name else name
