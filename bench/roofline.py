@@ -61,7 +61,7 @@ def _dress(axis, rows, title_height):
         axis.text(-0.015, place - 0.16, kernel, transform=axis.get_yaxis_transform(), ha="right", va="center",
                   fontsize=9.5, color=INK)
         axis.text(-0.015, place + 0.2, case, transform=axis.get_yaxis_transform(), ha="right", va="center",
-                  fontsize=7, color=QUIET)
+                  fontsize=min(7.0, 400 / len(case)), color=QUIET)  # so that the longest fit beside the bars
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(GRID)

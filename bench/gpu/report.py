@@ -51,7 +51,7 @@ def failures(card):
             why = (row.get("error") or "not what it must be").removeprefix("failed: ").splitlines()[0][:200]
             lines.append(f"failed: {row['stage']} {name}: {why} (`{row['commit']}`)")
     for stage in dict.fromkeys(row["stage"] for row in card.left_out):
-        names = ", ".join(row["task"] for row in card.left_out if row["stage"] == stage)
+        names = ", ".join(dict.fromkeys(row["task"] for row in card.left_out if row["stage"] == stage))
         lines.append(f"not measured, for lack of time or of what it needs: {stage} {names}")
     return lines
 
