@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import launch, use_triton
-from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
+from .patch_rows import affine, device_table, nearest_indices, normalise, patches, row_length
 
 
 def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.float16):
@@ -23,14 +23,14 @@ def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.floa
                           for clip in frames])
     T, H, W, _ = frames.shape
     grid = size // patch
-    rows = nearest_indices(H, size, frames.device)[:grid * patch, None]
-    columns = nearest_indices(W, size, frames.device)[:grid * patch]
-    source = (rows * W + columns).view(grid, patch, grid, patch).transpose(1, 2).flatten()
-    table = pixel_table(mean, std, dtype, frames.device)
+    rows, columns = (nearest_indices(length, size, frames.device)[:grid * patch] for length in (H, W))
     out_TPK = torch.empty(T, grid * grid, row_length(patch), dtype=dtype, device=frames.device)
     for frame_HW3, out_PK in zip(frames, out_TPK):
-        pixels = frame_HW3.reshape(H * W, 3).index_select(0, source)
-        look_up(table, pixels.view(grid * grid, -1), out_PK)
+        if (H, W) == (size, size):  # every pixel is its own source
+            pixels_NN3 = frame_HW3[:grid * patch, :grid * patch]
+        else:
+            pixels_NN3 = frame_HW3.index_select(0, rows).index_select(1, columns)
+        normalise(patches(pixels_NN3, grid), mean, std, out_PK)
     return out_TPK
 
 

@@ -62,14 +62,23 @@ def affine(mean, std, dtype):
     return None
 
 
-def look_up(table, bytes_PK, out_PK):
-    """Put the values of bytes [P, 3·p·p] into rows [P, K], zeros behind them."""
-    wanted = bytes_PK.shape[1]
-    places_PK = torch.full(out_PK.shape, len(table), dtype=torch.int32, device=out_PK.device)  # of the zero
-    channels = 256 * torch.arange(3, dtype=torch.int32, device=out_PK.device).repeat(wanted // 3)
-    torch.add(bytes_PK, channels, out=places_PK[:, :wanted])
-    table = torch.cat([table, table.new_zeros(1)])
-    torch.index_select(table, 0, places_PK.flatten(), out=out_PK.view(-1))
+def patches(pixels_NN3: Tensor, grid: int) -> Tensor:
+    """[P, 3·p·p] bytes of the patches of a picture, as rows hold them."""
+    patch = len(pixels_NN3) // grid
+    return pixels_NN3.reshape(grid, patch, grid, 3 * patch).transpose(1, 2).reshape(grid * grid, -1)
 
 
-__all__ = ["affine", "device_table", "embedding_matrix", "look_up", "nearest_indices", "pixel_table", "row_length"]
+def normalise(bytes_PK, mean, std, out_PK):
+    """Put the values of bytes [P, 3·p·p] into rows [P, K], zeros behind them: those of `pixel_table`, step by step.
+
+    Every divisor is a tensor: by a number GPUs would multiply with its inverse.
+    """
+    wanted, device = bytes_PK.shape[1], out_PK.device
+    largest = torch.tensor(255.0, device=device)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=device).repeat(wanted // 3) for values in (mean, std))
+    out_PK[:, :wanted] = bytes_PK.float().div_(largest).sub_(mean).div_(std)
+    out_PK[:, wanted:] = 0
+
+
+__all__ = ["affine", "device_table", "embedding_matrix", "nearest_indices", "normalise", "patches", "pixel_table",
+           "row_length"]

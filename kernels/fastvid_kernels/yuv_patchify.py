@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .dispatch import launch, use_triton
 from .frame_patchify import nearest_source, normalised
-from .patch_rows import affine, device_table, look_up, nearest_indices, pixel_table, row_length
+from .patch_rows import affine, device_table, nearest_indices, normalise, patches, row_length
 
 
 def yuv_to_rgb(y, u, v, factors):
@@ -41,14 +41,12 @@ def yuv_to_rgb(y, u, v, factors):
 def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype=torch.float16):
     """Plain torch on any device: see `yuv_patchify`."""
     device, grid = frames[0][0].device, size // patch
-    table = pixel_table(mean, std, dtype, device)
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
     for (y, u, v), factors, out_PK in zip(frames, conversions, out_TPK):
-        rows = nearest_indices(y.shape[0], size, device)[:grid * patch].view(grid, 1, patch, 1)
-        columns = nearest_indices(y.shape[1], size, device)[:grid * patch].view(1, grid, 1, patch)
+        rows = nearest_indices(y.shape[0], size, device)[:grid * patch, None]
+        columns = nearest_indices(y.shape[1], size, device)[:grid * patch]
         chroma = rows // 2, columns // 2
-        rgb = yuv_to_rgb(y[rows, columns], u[chroma], v[chroma], factors)
-        look_up(table, rgb.view(grid * grid, -1), out_PK)
+        normalise(patches(yuv_to_rgb(y[rows, columns], u[chroma], v[chroma], factors), grid), mean, std, out_PK)
     return out_TPK
 
 
