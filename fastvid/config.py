@@ -295,6 +295,10 @@ class ExtractConfig(_Checked):
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "
         "nvdec: as auto, but an error without one. These give the same bytes. dali: NVIDIA DALI, whose colours are "
         "others, and so are the features; PyAV decodes what it does not take.")
+    shard: str | None = _flag(None, "i/n: begin with the i-th of n shares of the videos, counted from 1: in a Slurm "
+                              "job of --array=1-8, $SLURM_ARRAY_TASK_ID/8. torchrun's ranks divide a shard further.")
+    take_over: bool = _flag(True, "Once a share is done, do what other ranks, shards and runs on the same "
+                            "--clip_feat_path have not finished. False: where they do not see each other's files.")
     max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
     timeout: float = _flag(
         600.0, "Seconds after which a video's decoding is given up; a second more for each that it lasts, up to ten "

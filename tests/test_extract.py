@@ -21,7 +21,7 @@ from towers import write_tower
 
 import fastvid
 from fastvid import extract as module
-from fastvid import processes
+from fastvid import processes, video_features
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
 from fastvid.extract import Summary, extract, main
@@ -309,7 +309,7 @@ def test_ranks_share_the_videos(job, mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, extracted in (("0", 2), ("1", 1)):
         monkeypatch.setenv("RANK", rank)
-        summary = extract(job(mixed))
+        summary = extract(job(mixed, take_over=False))
         assert (summary.total, summary.extracted) == (extracted, extracted)
     assert {entry["status"] for entry in read_manifest(tmp_path / "features").values()} == {"ok"}
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == 3
@@ -437,7 +437,7 @@ def test_a_full_disk_ends_it(job, mixed, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "features/a.safetensors")
 
-    monkeypatch.setattr(module, "atomic_file", full)
+    monkeypatch.setattr(video_features, "atomic_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         extract(job(mixed))
 

@@ -28,6 +28,13 @@ class Video:
     output: Path
     fault: str | None = None
 
+    def size(self) -> int | None:
+        """Bytes of the video; None if it cannot be looked at."""
+        try:
+            return os.stat(self.path).st_size
+        except OSError:
+            return None
+
 
 def no_video(path) -> str | None:
     """Why a file that cannot be decoded is no video, as far as its first bytes tell, with the remedy; None otherwise.
