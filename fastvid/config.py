@@ -275,14 +275,17 @@ class ValidateConfig(DataConfig):
 class ExtractConfig(_Checked):
     """Videos to feature files."""
 
-    video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
+    video_dir_path: str = field(metadata={
+        "help": "Folder of videos (sub-folders included), pattern ('videos/**/*.mp4'), list file (a path on each line, "
+                "relative to its folder) or tar shards (shard.tar, 'shards/*.tar')."})
     clip_feat_path: str = field(metadata={
         "help": "Folder that receives one feature file per video.", "writes": "folder"})
     infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.", at_least=1)
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
-    follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders.")
+    follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders, and lines of "
+                               "a list file that lead out of its folder.")
     allow_damaged: bool = _flag(False, "Take videos of which frames are missing or decode with errors; each one's "
                                 "header counts them.")
     overwrite: bool = _flag(False, "Replace feature files that were made with other settings, or nobody knows which.")

@@ -186,7 +186,7 @@ class _Extraction:
         if video.fault is not None:
             return 0, None, video.fault
         try:
-            size = video.path.stat().st_size
+            size = video.size()
             redo, foreign = self.earlier.why_again(video, size, fresh=fresh)
         except OSError as error:
             return 0, None, f"cannot be read ({error.strerror})"
@@ -208,7 +208,8 @@ class _Extraction:
         """Decode one video; runs in a thread of the pool."""
         start = time.perf_counter()
         try:
-            prepared, failure = self.features.prepare(video.path), None
+            with video.file() as path:
+                prepared, failure = self.features.prepare(path), None
         except DecodeError as error:
             prepared, failure = None, error.reason
         return _Piece(size, prepared, time.perf_counter() - start, failure)

@@ -40,7 +40,7 @@ def deal(videos, world):
 
     Bytes stand for duration: to ask each file for that would take as long as half its decoding.
     """
-    sizes = {video.name: video.size() or 0 for video in videos}
+    sizes = {video.name: _size(video) for video in videos}
     shares = [[] for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]
     for video in sorted(videos, key=lambda video: (-sizes[video.name], video.name)):
@@ -48,6 +48,14 @@ def deal(videos, world):
         shares[rank].append(video)
         heapq.heapreplace(loads, (load + sizes[video.name] + _EACH, rank))
     return shares
+
+
+def _size(video):
+    """Bytes of a video; 0 if it cannot be looked at, which its turn will tell."""
+    try:
+        return video.size()
+    except OSError:
+        return 0
 
 
 class Turns:
