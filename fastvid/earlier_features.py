@@ -72,6 +72,22 @@ class EarlierFeatures:
         self.manifest.look_again(for_new=True)
         self._names.clear()
 
+    def judge(self, video, *, fresh=False):
+        """(bytes of a video, why it is extracted, why it cannot be).
+
+        Why it is extracted: None if it has no features, "" if it has those that it should.
+        """
+        if video.fault is not None:
+            return 0, None, video.fault
+        try:
+            size = video.size()
+            redo, foreign = self.why_again(video, size, fresh=fresh)
+        except OSError as error:
+            return 0, None, f"cannot be read ({error.strerror})"
+        if foreign and not self.overwrite:
+            return size, redo, f"{redo}; remove it, or replace such files with --overwrite True"
+        return size, redo, None
+
     def why_again(self, video, source_bytes, *, fresh=False):
         """(why a video's feature file does not do, whether it may be of worth to somebody).
 

@@ -27,7 +27,8 @@ from fastvid.video.manifest import Manifest
 from fastvid.video.pipeline import Prepared
 from fastvid.video_features import TOWERS, VideoFeatures, default_device
 
-__all__ = ["TOWERS", "Summary", "VideoFeatures", "extract", "main"]
+__all__ = ["TOWERS", "EarlierFeatures", "ExtractConfig", "Leases", "Manifest", "Summary", "VideoFeatures", "extract",
+           "find_videos", "main", "parse"]
 
 # A full disk costs every video that is still to come.
 _NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -63,10 +64,8 @@ def extract(config: ExtractConfig) -> Summary:
                                  follow_links=config.follow_links)
     features = VideoFeatures(config)
     features.open()
-    encoder, leases = features.encoder, Leases(config.clip_feat_path)
-    manifest = Manifest(config.clip_feat_path)
-    earlier = EarlierFeatures(config, features.settings,
-                              (config.num_frames + encoder.num_patches, encoder.hidden_size), manifest)
+    leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
+    earlier = EarlierFeatures(config, features.settings, features.shape, manifest)
     try:
         earlier.refuse_other_settings(videos)
         remove_left_over(config.clip_feat_path)
@@ -143,7 +142,7 @@ class _Extraction:
             if not own and not self.among_others:
                 self.among_others = True
                 self.earlier.look_again()
-            size, redo, fault = self._judge(video, fresh=False)
+            size, redo, fault = self.earlier.judge(video)
             if first and fault is None and redo == "":
                 self._skip(video, own, summary, bar)
                 continue
@@ -154,7 +153,7 @@ class _Extraction:
             if not first or time.monotonic() - self.looked > _LOOK:
                 self.manifest.look_again()
                 self.looked = time.monotonic()
-            size, redo, fault = self._judge(video, fresh=True)
+            size, redo, fault = self.earlier.judge(video, fresh=True)
             if video.name in self.manifest.failed_elsewhere:
                 summary.total -= own
                 bar.update(own)
@@ -177,22 +176,6 @@ class _Extraction:
     def _named(self, video):
         """What a video's lease is called: two that would write the same file exclude each other."""
         return video.output.relative_to(self.config.clip_feat_path).as_posix()
-
-    def _judge(self, video, fresh):
-        """(bytes of a video, why it is extracted, why it cannot be).
-
-        Why it is extracted: None if it has no features, "" if it has those that it should.
-        """
-        if video.fault is not None:
-            return 0, None, video.fault
-        try:
-            size = video.size()
-            redo, foreign = self.earlier.why_again(video, size, fresh=fresh)
-        except OSError as error:
-            return 0, None, f"cannot be read ({error.strerror})"
-        if foreign and not self.config.overwrite:
-            return size, redo, f"{redo}; remove it, or replace such files with --overwrite True"
-        return size, redo, None
 
     def _skip(self, video, own, summary, bar):
         """Pass over a video whose features were there when this began, or are another's work since."""

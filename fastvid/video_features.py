@@ -3,6 +3,8 @@
 import copyreg
 import hashlib
 import os
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,22 +38,35 @@ class VideoFeatures:
     Attributes:
         encoder, pipeline: once it is open.
         settings: what two extractions must have in common for their features to go together.
+        shape: [rows, channels] of the features.
     """
 
     def __init__(self, config):
-        self.config, self.pipeline = config, None
+        self.config, self.encoder, self.pipeline = config, None, None
+        self._opening = threading.Lock()
 
-    def __getstate__(self):
-        return {"config": self.config, "pipeline": None}
+    def __reduce__(self):
+        return VideoFeatures, (self.config,)
 
-    def open(self):
+    def open(self, *, decoders=True):
         """Load the tower and make the decoders, unless that was done.
+
+        Args:
+            decoders: False where no video is decoded: to know the settings and the shape of what others make.
 
         Raises:
             ValueError: an unusable tower, device or decoder.
         """
-        if self.pipeline is not None:
-            return
+        with self._opening:
+            if self.encoder is None:
+                self._open_tower()
+            if decoders and self.pipeline is None:
+                self.pipeline = Pipeline(
+                    self.encoder, decoder=self.config.decoder, workers=self.config.decode_workers,
+                    timeout=self.config.timeout, allow_damaged=self.config.allow_damaged)
+                self._towers = threading.Semaphore(self.pipeline.towers)
+
+    def _open_tower(self):
         config, tower = self.config, self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
         self.encoder = FeatureEncoder(
             tower, device=config.device or default_device(),
@@ -63,8 +78,7 @@ class VideoFeatures:
             "conversion": "dali" if config.decoder == "dali" else "swscale"}
         self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                         "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
-        self.pipeline = Pipeline(self.encoder, decoder=config.decoder, workers=config.decode_workers,
-                                 timeout=config.timeout, allow_damaged=config.allow_damaged)
+        self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]
 
     def close(self):
         """End the decoders, once no thread uses them; a later use opens them again."""
@@ -73,7 +87,7 @@ class VideoFeatures:
             self.pipeline = None
 
     def __call__(self, path, name=None):
-        """The features of a video.
+        """The features of a video. From any thread: `pipeline.at_a_time` of them are decoded side by side.
 
         Args:
             path: its file.
@@ -86,11 +100,35 @@ class VideoFeatures:
         try:
             size = os.stat(path).st_size
             prepared = self.prepare(path)
-            return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
+            with self._towers:
+                return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
         except DecodeError as error:
             return error
         except OSError as error:
             return DecodeError(path, f"cannot be read ({error.strerror})")
+
+    def extract(self, video) -> dict:
+        """Make a video's feature file; what the manifest says of it (`Manifest.append`). From any thread.
+
+        Args:
+            video: `fastvid.video.listing.Video`.
+
+        Raises:
+            OSError: the features cannot be written.
+        """
+        start = time.perf_counter()
+        try:
+            if video.fault is not None:
+                raise DecodeError(video.path, video.fault)
+            with video.file() as path:
+                result = self(path, video.name)
+            if isinstance(result, DecodeError):
+                raise result
+        except DecodeError as error:
+            became = {"status": "failed", "reason": error.reason}
+        else:
+            became = {"status": "ok", **self.save(video, *result)}
+        return {"video": video.name, **became, "seconds": round(time.perf_counter() - start, 3)}
 
     def prepare(self, path) -> Prepared:
         """Decode a video. From any thread, `pipeline.at_a_time` of them.
