@@ -118,6 +118,16 @@ def test_two_runs_on_a_folder_share_the_work(made, tmp_path, options):
     assert set(_decoded(log).values()) == {1} and len(list(log.glob("[0-9]*"))) == 2
 
 
+def test_two_runs_that_write_pickles(made, tmp_path):
+    """A pickle does not say itself what it is: the other run's manifest does."""
+    features, log = tmp_path / "features", tmp_path / "log"
+    config = _config(made, features, format="pkl")
+    _join(*[_start(config, 0, 1, log, 0.02, together=2) for _ in range(2)])
+    summaries = [json.loads(path.read_text()) for path in log.glob("summary-*")]
+    assert set(_decoded(log).values()) == {1} and all(each["failures"] == [] for each in summaries)
+    assert extract(config).skipped == len(list(features.rglob("*.pkl"))) == 40
+
+
 def test_the_others_finish_the_share_of_a_rank_that_is_killed(made, tmp_path):
     features, log = tmp_path / "features", tmp_path / "log"
     ranks = [_start(_config(made, features), rank, 3, log, 0.05, together=3) for rank in range(3)]
