@@ -32,6 +32,7 @@ class EarlierFeatures:
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
         self._names = {}  # of the files in each folder of features
+        self._told = {}  # of videos, the line of the manifest that vouches for their feature file
 
     def refuse_other_settings(self, videos):
         """Refuse a job whose folder holds features of its videos that were made with other settings.
@@ -60,9 +61,12 @@ class EarlierFeatures:
             for path in self._there(video.output):
                 found = mine if path == video.output else others
                 try:
-                    made = self._vouched(path) or feature_header(path) or self._by_manifest(video, path)
+                    vouched = self._vouched(path)
+                    made = vouched or feature_header(path) or self._by_manifest(video, path)
                 except (ValueError, OSError):  # damaged: made again
                     continue
+                if vouched and found is mine:
+                    self._told[video.name] = vouched
                 if why := self._difference(made):
                     found.append(f"{path} was made with {why}")
         return mine, others
@@ -71,6 +75,7 @@ class EarlierFeatures:
         """Take in what other processes have written since."""
         self.manifest.look_again(for_new=True)
         self._names.clear()
+        self._told.clear()
 
     def judge(self, video, *, fresh=False):
         """(bytes of a video, why it is extracted, why it cannot be).
@@ -96,12 +101,12 @@ class EarlierFeatures:
         Args:
             fresh: ask the disk, not the listing of a while ago.
         """
-        path = video.output
-        if not (path.is_file() if fresh else path in self._there(path)):
+        path, made = video.output, {} if fresh else self._told.get(video.name, {})
+        if not made and not (path.is_file() if fresh else path in self._there(path)):
             return None, False
         if fresh and not self._vouched(path):
             self.manifest.look_again()
-        made = self._vouched(path)
+        made = made or self._vouched(path)
         try:
             shape = made["shape"] if made else list(probe_features(path)[:2])
             made = made or feature_header(path)

@@ -123,9 +123,11 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
                          f"{links}{shards}")
     same = {}
     for video in videos:
-        same.setdefault(video.output, []).append(video)
-    videos = [replace(video, fault=video.fault or _fault(video, same[video.output]))
-              if len(same[video.output]) > 1 else video for video in videos]
+        same.setdefault(str(video.output), []).append(video)
+    for several in same.values():
+        if len(several) > 1:
+            several[:] = [replace(video, fault=video.fault or _fault(video, several)) for video in several]
+    videos = [video for several in same.values() for video in several]
     return sorted(videos, key=lambda video: video.name), others
 
 
@@ -179,7 +181,7 @@ def _below(folder, follow_links, others):
 
 def _output(folder, stem, suffix):
     inner, base = os.path.split(stem)
-    return Path(folder, inner, name_of(base, suffix))
+    return Path(os.path.join(folder, inner, name_of(base, suffix)))
 
 
 def _hidden(name):
