@@ -69,7 +69,7 @@ class Manifest:
                 and time in nanoseconds).
         """
         entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds,
-                 "time": round(time.time(), 3), **more}
+                 "time": round(time.time(), 6), **more}
         self._know(entry)
         with naming(self.path):
             os.write(self._file, json.dumps(entry).encode() + b"\n")
