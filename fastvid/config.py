@@ -296,14 +296,17 @@ class ValidateConfig(DataConfig):
 class ExtractConfig(_Checked):
     """Videos to feature files."""
 
-    video_dir_path: str = field(metadata={"help": "Folder of videos (sub-folders included)."})
+    video_dir_path: str = field(metadata={
+        "help": "Folder of videos (sub-folders included), pattern ('videos/**/*.mp4'), list file (a path on each line, "
+                "relative to its folder) or tar shards (shard.tar, 'shards/*.tar')."})
     clip_feat_path: str = field(metadata={
         "help": "Folder that receives one feature file per video.", "writes": "folder"})
     infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.", at_least=1)
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
     vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
-    follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders.")
+    follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders, and lines of "
+                               "a list file that lead out of its folder.")
     allow_damaged: bool = _flag(False, "Take videos of which frames are missing or decode with errors; each one's "
                                 "header counts them.")
     overwrite: bool = _flag(False, "Replace feature files that were made with other settings, or nobody knows which.")
@@ -317,6 +320,10 @@ class ExtractConfig(_Checked):
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "
         "nvdec: as auto, but an error without one. These give the same bytes. dali: NVIDIA DALI, whose colours are "
         "others, and so are the features; PyAV decodes what it does not take.")
+    shard: str | None = _flag(None, "i/n: begin with the i-th of n shares of the videos, counted from 1: in a Slurm "
+                              "job of --array=1-8, $SLURM_ARRAY_TASK_ID/8. torchrun's ranks divide a shard further.")
+    take_over: bool = _flag(True, "Once a share is done, do what other ranks, shards and runs on the same "
+                            "--clip_feat_path have not finished. False: where they do not see each other's files.")
     max_failures: float = _flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
     timeout: float = _flag(
         600.0, "Seconds after which a video's decoding is given up; a second more for each that it lasts, up to ten "

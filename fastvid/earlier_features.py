@@ -9,15 +9,10 @@ import os
 from pathlib import Path
 
 from fastvid.data.features import SUFFIXES, feature_header, probe_features
+from fastvid.video_features import written
 
 # What features were made with that name nothing of the kind: the setting is younger than they may be.
 _UNTOLD = {"conversion": "swscale"}
-
-
-def settings_of(config, encoder) -> dict:
-    """What two extractions must have in common for their features to go together."""
-    return {"tower_revision": encoder.revision, "image_size": encoder.image_size, "patch_size": encoder.patch_size,
-            "num_frames": config.num_frames, "conversion": "dali" if config.decoder == "dali" else "swscale"}
 
 
 class EarlierFeatures:
@@ -28,7 +23,7 @@ class EarlierFeatures:
 
     Args:
         config: `ExtractConfig`.
-        settings: of this job (`settings_of`).
+        settings: of this job (`VideoFeatures.settings`).
         shape: [rows, channels] of its features.
         manifest: `Manifest` of the folder.
     """
@@ -37,6 +32,7 @@ class EarlierFeatures:
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
         self._names = {}  # of the files in each folder of features
+        self._told = {}  # of videos, the line of the manifest that vouches for their feature file
 
     def refuse_other_settings(self, videos):
         """Refuse a job whose folder holds features of its videos that were made with other settings.
@@ -47,16 +43,9 @@ class EarlierFeatures:
         Raises:
             ValueError: says how many there are, of what, and what to do.
         """
-        mine, others = [], []
-        for video in videos:
-            for path in self._there(video.output):
-                found = mine if path == video.output else others
-                try:
-                    made = self._vouched(path) or feature_header(path) or self._by_manifest(video, path)
-                except (ValueError, OSError):  # damaged: made again
-                    continue
-                if why := self._difference(made):
-                    found.append(f"{path} was made with {why}")
+        mine, others = self._of_other_settings(videos)
+        if (mine or others) and self.manifest.look_again():  # another process wrote them since the manifest was read
+            mine, others = self._of_other_settings(videos)
         if others:
             raise ValueError(f"{self.folder} holds {len(others)} feature files of another format and other settings, "
                              f"which training might read instead ({others[0]}); choose another --clip_feat_path, or "
@@ -65,15 +54,59 @@ class EarlierFeatures:
             raise ValueError(f"{self.folder} holds {len(mine)} feature files of other settings ({mine[0]}); choose "
                              "another --clip_feat_path, or replace them with --overwrite True")
 
-    def why_again(self, video, source_bytes):
+    def _of_other_settings(self, videos):
+        """What feature files of other settings there are: (those of this job's format, those of others)."""
+        mine, others = [], []
+        for video in videos:
+            for path in self._there(video.output):
+                found = mine if path == video.output else others
+                try:
+                    vouched = self._vouched(path)
+                    made = vouched or feature_header(path) or self._by_manifest(video, path)
+                except (ValueError, OSError):  # damaged: made again
+                    continue
+                if vouched and found is mine:
+                    self._told[video.name] = vouched
+                if why := self._difference(made):
+                    found.append(f"{path} was made with {why}")
+        return mine, others
+
+    def look_again(self):
+        """Take in what other processes have written since."""
+        self.manifest.look_again(for_new=True)
+        self._names.clear()
+        self._told.clear()
+
+    def judge(self, video, *, fresh=False):
+        """(bytes of a video, why it is extracted, why it cannot be).
+
+        Why it is extracted: None if it has no features, "" if it has those that it should.
+        """
+        if video.fault is not None:
+            return 0, None, video.fault
+        try:
+            size = video.size()
+            redo, foreign = self.why_again(video, size, fresh=fresh)
+        except OSError as error:
+            return 0, None, f"cannot be read ({error.strerror})"
+        if foreign and not self.overwrite:
+            return size, redo, f"{redo}; remove it, or replace such files with --overwrite True"
+        return size, redo, None
+
+    def why_again(self, video, source_bytes, *, fresh=False):
         """(why a video's feature file does not do, whether it may be of worth to somebody).
 
         The reason is "" if the file does, None if there is none.
+
+        Args:
+            fresh: ask the disk, not the listing of a while ago.
         """
-        path = video.output
-        if path not in self._there(path):
+        path, made = video.output, {} if fresh else self._told.get(video.name, {})
+        if not made and not (path.is_file() if fresh else path in self._there(path)):
             return None, False
-        made = self._vouched(path)
+        if fresh and not self._vouched(path):
+            self.manifest.look_again()
+        made = made or self._vouched(path)
         try:
             shape = made["shape"] if made else list(probe_features(path)[:2])
             made = made or feature_header(path)
@@ -129,10 +162,3 @@ class EarlierFeatures:
                 of = f" (of {made['tower']})" if name == "tower_revision" and made.get("tower") else ""
                 return f"{name} {found}{of}, not {value}"
         return None
-
-
-def written(path) -> list[int]:
-    """What the manifest notes of a file that was just written: its bytes and its time in nanoseconds."""
-    there = os.stat(path)
-    return [there.st_size, there.st_mtime_ns]
-

@@ -40,6 +40,7 @@ TOOLS = {"parallel", "heartbeat", "optim", "optim8bit", "checkpoint", "shards", 
          "run_lock", "checkpoint_folders", "trained_paths"}
 MAY_IMPORT |= {f"fastvid.{name}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.processes",
                                    *(f"fastvid.{tool}" for tool in TOOLS)} for name in TOOLS}
+MAY_IMPORT["fastvid.video.leases"] = {"fastvid.files", "fastvid.processes"}
 MAY_IMPORT["fastvid.data.features"] = MAY_IMPORT["fastvid.data"] | {"fastvid.video.manifest"}
 MAY_IMPORT["fastvid.optim"] |= {"fastvid_kernels"}
 MAY_IMPORT["fastvid.optim8bit"] = {"fastvid.shards", "fastvid_kernels"}

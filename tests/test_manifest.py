@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import time
 
 import pytest
 
+from fastvid.video.leases import Leases
 from fastvid.video.manifest import Manifest, read_manifest
 
 
@@ -18,6 +20,7 @@ def test_lines_and_entries(tmp_path):
     manifest.append("a.mp4", "ok", frames=9)
     lines = [json.loads(line) for line in manifest.path.read_text().splitlines()]  # on the disk before it is closed
     manifest.close()
+    assert abs(lines[0].pop("time") - time.time()) < 60
     assert lines[0] == {"video": "a.mp4", "status": "failed", "reason": "no", "frames": None, "seconds": 1.5}
     assert lines[1]["video"] == "b/ü.mp4" and lines[1]["frames"] == 7 and lines[1]["num_frames"] == 4
     assert read_manifest(tmp_path) == {"a.mp4": lines[2], "b/ü.mp4": lines[1]} == manifest.entries
@@ -46,11 +49,14 @@ def test_a_full_disk_is_told_by_name(tmp_path):
 
 
 def _write(folder, writer):
-    manifest = Manifest(folder)
-    manifest.open()
+    leases, manifest = Leases(folder), Manifest(folder)
+    leases.open()
+    manifest.open(leases)
     for i in range(200):
         manifest.append(f"{writer}-{i}", "ok", reason="x" * 50)
-    manifest.close()
+    if writer:  # the first one is killed, as far as its files tell
+        manifest.close()
+        leases.close()
 
 
 def test_several_writers(tmp_path):
@@ -61,4 +67,57 @@ def test_several_writers(tmp_path):
     for writer in writers:
         writer.join()
     assert len(read_manifest(tmp_path)) == 600
+    leases, manifest = Leases(tmp_path), Manifest(tmp_path)
+    leases.open()
+    manifest.open(leases)
     assert len((tmp_path / "manifest.jsonl").read_bytes().splitlines()) == 600
+    manifest.close()
+    leases.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.jsonl"]
+
+
+def _opened(folder):
+    leases, manifest = Leases(folder), Manifest(folder)
+    leases.open()
+    manifest.open(leases)
+    return leases, manifest
+
+
+def test_two_at_a_time_have_a_file_each_and_are_read_as_one(tmp_path):
+    (_, one), (other_leases, other) = _opened(tmp_path), _opened(tmp_path)
+    assert one.path.name == "manifest.jsonl" and other.path.name == f"manifest-{other_leases.owner}.jsonl"
+    other.append("a.mp4", "failed", reason="no")
+    one.append("a.mp4", "ok", file="a.safetensors")
+    other.append("b.mp4", "failed", reason="no")
+    assert one.entries["a.mp4"]["status"] == "ok" and "b.mp4" not in one.entries
+    assert one.look_again() and not one.look_again() and one.failed_elsewhere == {"a.mp4", "b.mp4"}
+    assert {name: entry["status"] for name, entry in read_manifest(tmp_path).items()} == {
+        "a.mp4": "ok", "b.mp4": "failed"}
+    one.close()
+    other.append("a.mp4", "failed", reason="no, again")
+    assert len(list(tmp_path.glob("manifest-*"))) == 1
+    other.close()
+    assert [path.name for path in tmp_path.glob("manifest*")] == ["manifest.jsonl"]
+    assert read_manifest(tmp_path)["a.mp4"]["reason"] == "no, again"
+
+
+def test_what_failed_before_is_no_news(tmp_path):
+    _, one = _opened(tmp_path)
+    _, other = _opened(tmp_path)
+    other.append("a.mp4", "failed", reason="no")
+    _, third = _opened(tmp_path)
+    assert third.entries["a.mp4"]["status"] == "failed" and third.failed_elsewhere == set()
+    one.close()
+    other.close()  # moves its line to the common file
+    third.look_again(for_new=True)
+    assert third.failed_elsewhere == set()
+
+
+def test_entries_of_older_versions_are_the_oldest(tmp_path):
+    old = {"video": "a.mp4", "status": "failed"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(old) + "\n")
+    (tmp_path / "manifest-gone.jsonl").write_text(json.dumps({"video": "a.mp4", "status": "ok", "time": 1.0}) + "\n")
+    assert read_manifest(tmp_path)["a.mp4"]["status"] == "ok"
+    _, manifest = _opened(tmp_path)
+    assert not list(tmp_path.glob("manifest-*")) and manifest.entries["a.mp4"]["status"] == "ok"
+    manifest.close()

@@ -16,8 +16,8 @@ from training_run import flags, write_run
 from fastvid import config, train
 from fastvid.cli import COMMANDS
 
-# Of other programs: torchrun, pip, hf, docker.
-OTHERS = {"config", "help", "local-dir", "nproc_per_node", "repo-type", "shm-size"}
+# Of other programs: torchrun, pip, hf, docker, sbatch.
+OTHERS = {"array", "config", "help", "local-dir", "nproc_per_node", "repo-type", "shm-size"}
 FLAGS = {field.name for each in vars(config).values() if dataclasses.is_dataclass(each) and isinstance(each, type)
          for field in dataclasses.fields(each)}
 

@@ -1,11 +1,15 @@
-"""The videos in a folder, and the feature file that each becomes."""
+"""The videos that a user means, and the feature file that each becomes."""
 
+import contextlib
 import os
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastvid.files import VIDEO_SUFFIXES, name_of, shown, wrong_content
+from fastvid.video.decode import DecodeError
+from fastvid.video.named_inputs import TAR, is_pattern, lines, matches, members
 
 _OURS = (".safetensors", ".pkl", ".jsonl")  # what extraction writes may lie beside the videos
 # How pictures begin. An animated GIF is a video.
@@ -17,16 +21,54 @@ class Video:
     """A video to be extracted.
 
     Attributes:
-        path: its file.
+        path: its file, or the tar archive that holds it.
         name: relative to the folder of videos.
         output: its feature file.
         fault: why it can have none; None if it can.
+        within: (first byte, bytes) of it in the archive; None of a file of its own.
     """
 
     path: Path
     name: str
     output: Path
     fault: str | None = None
+    within: tuple[int, int] | None = None
+
+    def size(self) -> int:
+        """Bytes of the video.
+
+        Raises:
+            OSError: it cannot be looked at.
+        """
+        return self.within[1] if self.within else os.stat(self.path).st_size
+
+    @contextlib.contextmanager
+    def file(self):
+        """The path of a file that holds the video alone: within this block, of one from an archive.
+
+        Raises:
+            DecodeError: it cannot be taken out of its archive.
+        """
+        if self.within is None:
+            yield self.path
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                copy = stack.enter_context(
+                    tempfile.NamedTemporaryFile(prefix="fastvid-", suffix=os.path.splitext(self.name)[1]))
+                self._copy_to(copy)
+            except OSError as error:
+                raise DecodeError(self.path, f"cannot be taken out of its archive ({error.strerror})") from error
+            yield Path(copy.name)
+
+    def _copy_to(self, copy):
+        begin, left = self.within
+        with open(self.path, "rb") as archive:
+            while left:
+                done = os.sendfile(copy.fileno(), archive.fileno(), begin, left)
+                if not done:
+                    raise DecodeError(self.path, "its archive ends before it does")
+                begin, left = begin + done, left - done
 
 
 def no_video(path) -> str | None:
@@ -43,23 +85,77 @@ def no_video(path) -> str | None:
     return None
 
 
-def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[list[Video], Counter]:
-    """The videos below `folder` by their endings, sorted by name; feature files mirror its sub-folders.
+def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[list[Video], Counter]:
+    """The videos that `given` means, sorted by name; feature files mirror their names and folders.
 
-    Hidden files and folders are left out; links only where they are followed, and then each folder once.
+    Args:
+        given: a folder, of which all below it are taken that end as videos do; a glob pattern; a list file; or a tar
+            shard. Patterns and lists may name tar shards, too.
+        follow_links: without it what is reached through a link below the folder is left out.
+
+    Hidden files and folders are left out.
 
     Returns:
         (videos, {ending, or "links": how many other files there are of it})
 
     Raises:
-        ValueError: there is no such folder or no video in it.
+        ValueError: there is no such thing or no video in it.
     """
-    if not os.path.isdir(folder):
-        what = ("is a URL: download the videos and give their folder" if "://" in str(folder) else
-                f"is a file; give the folder that it lies in, {shown(os.path.dirname(folder) or '.')}"
-                if os.path.isfile(folder) else "does not exist; give the folder of the videos")
-        raise ValueError(f"--video_dir_path {shown(folder)} {what}")
-    videos, others, seen = {}, Counter(), set()
+    videos, others = [], Counter()
+    for name, path in _named(given, follow_links, others):
+        stem, ending = os.path.splitext(name)
+        if ending.lower() == TAR:
+            found, left_out = members(path)
+            others += left_out
+            for member, key, begin, size in found:
+                fault = "its name leads out of its archive" if _leads_out(member) else None
+                output = _output(output_folder, os.path.join(stem, os.path.basename(key) if fault else key), suffix)
+                videos.append(Video(Path(path), os.path.join(stem, member), output, fault, (begin, size)))
+        else:
+            videos.append(Video(Path(path), name, _output(output_folder, stem, suffix)))
+    others = +others
+    if not videos:
+        links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
+        shards = f"; for its tar shards give '{shown(os.path.join(given, '*.tar'))}'" if (
+            others[TAR] and os.path.isdir(given)) else ""
+        where = "in it" if os.path.isdir(given) else "that it names"
+        raise ValueError(f"--video_dir_path {shown(given)}: no file {where} ends as a video does (.mp4, .mkv, …)"
+                         f"{links}{shards}")
+    same = {}
+    for video in videos:
+        same.setdefault(str(video.output), []).append(video)
+    for several in same.values():
+        if len(several) > 1:
+            several[:] = [replace(video, fault=video.fault or _fault(video, several)) for video in several]
+    videos = [video for several in same.values() for video in several]
+    return sorted(videos, key=lambda video: video.name), others
+
+
+def _named(given, follow_links, others):
+    """(name, path) of every video and tar shard that `given` means; counts others."""
+    if os.path.isdir(given):
+        return _below(given, follow_links, others)
+    if os.path.isfile(given):
+        ending = os.path.splitext(given)[1].lower()
+        if ending in VIDEO_SUFFIXES:
+            raise ValueError(f"--video_dir_path {shown(given)} is a file; give the folder that it lies in, "
+                             f"{shown(os.path.dirname(given) or '.')}")
+        if ending == TAR:
+            return [(os.path.basename(given), given)]
+        found, left_out = lines(given, follow_links)
+    elif "://" not in str(given) and is_pattern(given):
+        found, left_out = matches(given, follow_links)
+    else:
+        what = ("is a URL: download the videos and give their folder" if "://" in str(given) else
+                "does not exist; give the folder of the videos")
+        raise ValueError(f"--video_dir_path {shown(given)} {what}")
+    others += left_out
+    return found.items()
+
+
+def _below(folder, follow_links, others):
+    """(name, path) of the videos below a folder, each folder once; counts others."""
+    seen = set()
     for where, folders, files in os.walk(folder, followlinks=follow_links):
         folders[:] = [name for name in folders if not _hidden(name)]
         if os.path.realpath(where) in seen:
@@ -71,7 +167,7 @@ def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[l
         inner = os.path.relpath(where, folder)
         inner = "" if inner == "." else inner
         for file in sorted(files):
-            stem, ending = os.path.splitext(file)
+            ending = os.path.splitext(file)[1]
             if _hidden(file):
                 continue
             if ending.lower() not in VIDEO_SUFFIXES:
@@ -80,20 +176,20 @@ def find_videos(folder, output_folder, suffix, *, follow_links=False) -> tuple[l
             elif not follow_links and os.path.islink(os.path.join(where, file)):
                 others["links"] += 1
             else:
-                output = os.path.join(output_folder, inner, name_of(stem, suffix))
-                videos.setdefault(output, []).append(
-                    Video(Path(where, file), os.path.join(inner, file), Path(output)))
-    others = +others
-    if not videos:
-        links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
-        raise ValueError(f"--video_dir_path {folder}: no file in it ends as a video does (.mp4, .mkv, …){links}")
-    found = [replace(video, fault=_fault(video, same)) if len(same) > 1 else video
-             for same in videos.values() for video in same]
-    return sorted(found, key=lambda video: video.name), others
+                yield os.path.join(inner, file), os.path.join(where, file)
+
+
+def _output(folder, stem, suffix):
+    inner, base = os.path.split(stem)
+    return Path(os.path.join(folder, inner, name_of(base, suffix)))
 
 
 def _hidden(name):
     return name.startswith(".") and not name.startswith("..")
+
+
+def _leads_out(name):
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def _fault(video, same):

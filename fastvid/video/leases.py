@@ -1,0 +1,210 @@
+"""Who has which video in hand: lease files in the output folder, so that processes share the work and may die.
+
+A lease is a file ``.leases/<digest of a name>.<generation>.json`` that tells its owner. Its owner is dead if the
+process is gone (same machine), or has not touched its own file ``<owner>.owner`` for a minute (another machine). Who
+takes over a dead owner's lease writes the next generation beside it, and nobody removes what a living process has: a
+lease that is removed and made again could be taken by two that both saw the old one.
+
+Every file is a hard link to the owner's: it is there with all that it says, or not there. Network file systems keep
+that promise too.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+
+from fastvid import processes
+from fastvid.files import naming
+
+NAME = ".leases"
+EVERY, SILENCE = 10.0, 60.0  # seconds between signs of life, and without one until another machine's process is dead
+# What file systems without hard links answer.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_LEASE = re.compile(r"([0-9a-f]{32})\.(\d+)\.json")
+
+
+class Leases:
+    """Leases of this process in an output folder, from `open` to `close`.
+
+    Attributes:
+        owner: who this is, in names of files: machine, process, and digits of chance.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder) / NAME
+        self.owner = f"{processes.machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._own, self._held = self._file_of(self.owner), {}
+        self._begun, self._closed = False, threading.Event()
+
+    def open(self):
+        """Begin to hold leases, and remove those of dead processes.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        self._write_own()
+        self._begun = True
+        threading.Thread(target=self._live, name="leases", daemon=True).start()
+        self._sweep()
+
+    def close(self):
+        """Give everything back, and leave no file behind that no living process has."""
+        if not self._begun or self._closed.is_set():
+            return
+        self._closed.set()
+        for name in list(self._held):
+            self.release(name)
+        self._sweep()
+        self._own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are still there
+            self.folder.rmdir()
+
+    def take(self, name) -> bool:
+        """Have the lease of a name; False while a living process has it. What was done under it may be done already."""
+        return self._take(_digest(name), name)
+
+    def release(self, name):
+        """Give a lease back, and with it those of dead owners that it took over."""
+        self._remove(*self._held.pop(name))
+
+    def lives(self, owner) -> bool:
+        """Whether the process that calls itself `owner` still lives, and has its leases open."""
+        return self._lives(_record(self._file_of(owner)))
+
+    def owners(self) -> list[str]:
+        """All who have, or had when they died, their leases open."""
+        return sorted(name.removesuffix(".owner") for name in os.listdir(self.folder) if name.endswith(".owner"))
+
+    def _write_own(self):
+        record = {"owner": self.owner, "machine": processes.machine(), "host": socket.gethostname(),
+                  "pid": os.getpid(), "started": processes.started(os.getpid()),
+                  "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with naming(self._own):
+            while True:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # The last process to leave may just have removed the folder.
+                with contextlib.suppress(FileNotFoundError):
+                    self._own.write_text(json.dumps(record))
+                    return
+
+    def _touch_own(self):
+        try:
+            os.utime(self._own)
+        except FileNotFoundError:  # another machine took this process for dead
+            self._write_own()
+
+    def _take(self, digest, name):
+        dead = []  # what the generations below say, in their order
+        while True:
+            path = self._path(digest, len(dead))
+            if self._put(path):
+                # Whoever had the generation above may have given all of them back since they were read, and another
+                # process may have begun anew: then this one has to begin anew as well.
+                if all(_record(self._path(digest, i)) == record for i, record in enumerate(dead)):
+                    self._held[name] = digest, len(dead)
+                    return True
+                path.unlink(missing_ok=True)
+                dead = []
+                continue
+            record = _record(path)
+            if record is None:  # given back just now
+                dead = []
+            elif self._lives(record, path):
+                return False
+            else:
+                dead.append(record)
+
+    def _put(self, path) -> bool:
+        """Make a lease file of this owner, unless there is one of anybody."""
+        try:
+            os.link(self._own, path)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:  # another machine took this process for dead
+            self._write_own()
+            return self._put(path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            try:
+                with open(path, "xb") as file:
+                    file.write(self._own.read_bytes())
+            except FileExistsError:
+                return False
+        return True
+
+    def _remove(self, digest, generation):
+        """Remove a lease of this process, those below it first: nobody can begin anew beside one that is held."""
+        if self._path(digest, generation + 1).exists():  # another machine took this process for dead: now all are its
+            return
+        for i in range(generation + 1):
+            self._path(digest, i).unlink(missing_ok=True)
+
+    def _lives(self, record, path=None):
+        """Whether the owner of a lease lives; `path`: the lease's, where it may have been cut short."""
+        if not record:
+            return path is not None and self._now() - _touched(path) < SILENCE
+        if record["owner"] == self.owner:
+            return True
+        if record["machine"] == processes.machine():
+            alive = processes.started(record["pid"]) == record["started"]
+            return alive and self._file_of(record["owner"]).exists()
+        return self._now() - _touched(self._file_of(record["owner"])) < SILENCE
+
+    def _sweep(self):
+        """Remove what dead processes left: each lease as its new owner, then their own files."""
+        names = os.listdir(self.folder)
+        for digest in {match[1] for match in map(_LEASE.fullmatch, names) if match}:
+            if digest not in (held for held, _ in self._held.values()) and self._take(digest, digest):
+                self.release(digest)
+        for owner in self.owners():
+            if owner != self.owner and not self.lives(owner):
+                self._file_of(owner).unlink(missing_ok=True)
+
+    def _live(self):
+        while not self._closed.wait(EVERY):
+            with contextlib.suppress(OSError):  # a slow disk: the next time
+                self._touch_own()
+
+    def _now(self):
+        """The time by the clock that stamps files here: a file server's may differ from ours."""
+        self._touch_own()
+        return self._own.stat().st_mtime
+
+    def _file_of(self, owner):
+        return self.folder / f"{owner}.owner"
+
+    def _path(self, digest, generation):
+        return self.folder / f"{digest}.{generation}.json"
+
+
+def _digest(name):
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+
+
+def _record(path) -> dict | None:
+    """What a lease, or an owner's file, says; {} if it is not written yet, None if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    fields = {"owner", "machine", "pid", "started"}
+    return found if isinstance(found, dict) and fields <= found.keys() and isinstance(found["pid"], int) else {}
+
+
+def _touched(path):
+    """When, in seconds; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,199 @@
+"""From a video to its feature file, in one object that can be sent to other processes."""
+
+import copyreg
+import hashlib
+import os
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import fastvid
+from fastvid.data.features import feature_bytes
+from fastvid.files import atomic_file
+from fastvid.video.decode import DecodeError
+from fastvid.video.encoder import FeatureEncoder
+from fastvid.video.listing import no_video
+from fastvid.video.pipeline import Pipeline, Prepared
+from fastvid.video.sampling import frame_indices
+
+_DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged puts up with
+TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-patch14-336"}
+
+# An exception is pickled by its message, of which this one cannot be made again.
+copyreg.pickle(DecodeError, lambda error: (DecodeError, (error.path, error.reason)))
+
+
+class VideoFeatures:
+    """What `fastvid extract` does with a video: ``features(path)`` is (features, header), or a `DecodeError`.
+
+    It can be pickled: only its settings travel. The tower is loaded, and the decoders are started, by the process that
+    first uses it.
+
+    Args:
+        config: `ExtractConfig`.
+
+    Attributes:
+        encoder, pipeline: once it is open.
+        settings: what two extractions must have in common for their features to go together.
+        shape: [rows, channels] of the features.
+    """
+
+    def __init__(self, config):
+        self.config, self.encoder, self.pipeline = config, None, None
+        self._opening = threading.Lock()
+
+    def __reduce__(self):
+        return VideoFeatures, (self.config,)
+
+    def open(self, *, decoders=True):
+        """Load the tower and make the decoders, unless that was done.
+
+        Args:
+            decoders: False where no video is decoded: to know the settings and the shape of what others make.
+
+        Raises:
+            ValueError: an unusable tower, device or decoder.
+        """
+        with self._opening:
+            if self.encoder is None:
+                self._open_tower()
+            if decoders and self.pipeline is None:
+                self.pipeline = Pipeline(
+                    self.encoder, decoder=self.config.decoder, workers=self.config.decode_workers,
+                    timeout=self.config.timeout, allow_damaged=self.config.allow_damaged)
+                self._towers = threading.Semaphore(self.pipeline.towers)
+
+    def _open_tower(self):
+        config, tower = self.config, self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
+        self.encoder = FeatureEncoder(
+            tower, device=config.device or default_device(),
+            dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
+            num_temporal=config.num_frames)
+        self.settings = {
+            "tower_revision": self.encoder.revision, "image_size": self.encoder.image_size,
+            "patch_size": self.encoder.patch_size, "num_frames": config.num_frames,
+            "conversion": "dali" if config.decoder == "dali" else "swscale"}
+        self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
+                        "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
+        self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]
+
+    def close(self):
+        """End the decoders, once no thread uses them; a later use opens them again."""
+        if self.pipeline is not None:
+            self.pipeline.close()
+            self.pipeline = None
+
+    def __call__(self, path, name=None):
+        """The features of a video. From any thread: `pipeline.at_a_time` of them are decoded side by side.
+
+        Args:
+            path: its file.
+            name: what the header calls it; default: the file's name.
+
+        Returns:
+            ([num_frames + P, C] float16, header), or the `DecodeError` that says why there are none.
+        """
+        self.open()
+        try:
+            size = os.stat(path).st_size
+            prepared = self.prepare(path)
+            with self._towers:
+                return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
+        except DecodeError as error:
+            return error
+        except OSError as error:
+            return DecodeError(path, f"cannot be read ({error.strerror})")
+
+    def extract(self, video) -> dict:
+        """Make a video's feature file; what the manifest says of it (`Manifest.append`). From any thread.
+
+        Args:
+            video: `fastvid.video.listing.Video`.
+
+        Raises:
+            OSError: the features cannot be written.
+        """
+        start = time.perf_counter()
+        try:
+            if video.fault is not None:
+                raise DecodeError(video.path, video.fault)
+            with video.file() as path:
+                result = self(path, video.name)
+            if isinstance(result, DecodeError):
+                raise result
+        except DecodeError as error:
+            became = {"status": "failed", "reason": error.reason}
+        else:
+            became = {"status": "ok", **self.save(video, *result)}
+        return {"video": video.name, **became, "seconds": round(time.perf_counter() - start, 3)}
+
+    def prepare(self, path) -> Prepared:
+        """Decode a video. From any thread, `pipeline.at_a_time` of them.
+
+        Raises:
+            DecodeError: it cannot be decoded.
+        """
+        try:
+            return self.pipeline.prepare(path)
+        except DecodeError as error:
+            hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
+            fault = no_video(path) if os.path.isfile(path) else None
+            raise DecodeError(path, fault or error.reason + hint) from error
+
+    def encode(self, path, prepared) -> torch.Tensor:
+        """The features of a decoded video. From `pipeline.towers` threads.
+
+        Raises:
+            DecodeError: they are not finite.
+        """
+        features_RC = self.pipeline.encode(prepared)
+        if not features_RC.isfinite().all():
+            # They are kept in float16: what is too large for that is so in whatever the tower computes in.
+            dtype = self._header["dtype"]
+            remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
+            raise DecodeError(path, f"its features are not finite in {dtype}; {remedy}")
+        return features_RC
+
+    def header(self, name, size, prepared) -> dict:
+        """What a feature file says of itself; `size`: bytes of the video's file."""
+        frames = prepared.info.frames
+        return {**self._header, "source": name, "source_bytes": size, "source_sha256": prepared.sha256,
+                "total_frames": frames, "frame_indices": frame_indices(frames, self.config.num_frames),
+                "video": asdict(prepared.info)}
+
+    def save(self, video, features_RC, header, before=None) -> dict:
+        """Write a video's feature file; what the manifest says of it.
+
+        Args:
+            video: `fastvid.video.listing.Video`.
+            before: called with what the manifest can say of it ahead of the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = feature_bytes(video.output, features_RC, header)
+        folder = Path(self.config.clip_feat_path)
+        made = {"file": video.output.relative_to(folder).as_posix(), "format": self.config.format,
+                "tower": header["tower"], **self.settings, "source_bytes": header["source_bytes"],
+                "sha256": hashlib.sha256(content).hexdigest()}
+        video.output.parent.mkdir(parents=True, exist_ok=True)
+        if before is not None:
+            before(made)
+        with atomic_file(video.output) as file:
+            file.write(content)
+        return {"frames": header["total_frames"], **made, "shape": list(features_RC.shape),
+                "written": written(video.output)}
+
+
+def written(path) -> list[int]:
+    """What the manifest notes of a file that was just written: its bytes and its time in nanoseconds."""
+    there = os.stat(path)
+    return [there.st_size, there.st_mtime_ns]
+
+
+def default_device() -> str:
+    """A GPU if there is one: under torchrun the rank's own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

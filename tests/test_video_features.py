@@ -1,0 +1,103 @@
+"""The object that makes features of a video, in this process and in others, and Ray's actors that use it."""
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from clips import draw
+from conftest import ROOT
+from ranks import FORKS
+from towers import write_tower
+
+from fastvid.config import ExtractConfig
+from fastvid.data.features import load_features
+from fastvid.extract import VideoFeatures, extract
+from fastvid.video.decode import DecodeError
+from fastvid.video.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tower, five videos, one that is none, and their features as `extract` makes them."""
+    folder = tmp_path_factory.mktemp("made")
+    write_tower(folder / "tower")
+    (folder / "videos" / "sub").mkdir(parents=True)
+    for number in range(5):
+        draw(folder / "videos" / ("sub" * (number % 2)) / f"{number}.mp4", 4 + number)
+    (folder / "videos" / "bad.mp4").write_text("no video")
+    extract(_config(folder, folder / "clean"))
+    return folder
+
+
+def _config(made, features):
+    return ExtractConfig(str(made / "videos"), str(features), vision_tower=str(made / "tower"), num_frames=6,
+                         device="cpu", decode_workers=2)
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def _header_of(features, path):
+    try:
+        return features(path)[1]
+    finally:
+        features.close()
+
+
+def test_features_and_header_or_the_error(made, tmp_path):
+    features = VideoFeatures(_config(made, tmp_path))
+    found, header = features(made / "videos" / "sub" / "1.mp4", "sub/1.mp4")
+    expected, its_header = load_features(made / "clean" / "sub" / "1.safetensors")
+    assert found.equal(expected) and header == its_header
+    assert features(made / "videos" / "0.mp4")[1]["source"] == "0.mp4"
+    error = features(made / "videos" / "bad.mp4")
+    assert isinstance(error, DecodeError) and "cannot be opened" in error.reason
+    assert "cannot be read" in features(made / "videos" / "gone.mp4").reason
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, DecodeError) and (again.path, again.reason) == (error.path, error.reason)
+    with ThreadPoolExecutor(4) as threads:  # more than there are decoders
+        several = list(threads.map(features, [made / "videos" / f"{number}.mp4" for number in (0, 2, 4)] * 3))
+    assert all(each[0].equal(several[i % 3][0]) for i, each in enumerate(several))
+    features.close()
+    assert features(made / "videos" / "0.mp4")[0].equal(several[0][0])  # opens again
+    features.close()
+
+
+def test_it_travels_to_other_processes(made, tmp_path):
+    features = VideoFeatures(_config(made, tmp_path))
+    path = made / "videos" / "0.mp4"
+    assert len(pickle.dumps(features)) < 2000 and features.pipeline is None
+    here = features(path)[1]
+    assert len(pickle.dumps(features)) < 2000  # only the settings, also of one that is open
+    context = FORKS
+    with context.Pool(1) as pool:
+        assert pool.apply(_header_of, (features, path)) == here
+    features.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
+def test_two_actors_of_ray_make_the_files_of_one_process(made, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "extract_ray.py"), "--actors", "2", "--video_dir_path",
+               str(made / "videos"), "--clip_feat_path", str(tmp_path / "features"), "--vision_tower",
+               str(made / "tower"), "--num_frames", "6", "--device", "cpu", "--decode_workers", "2"]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "5 extracted, 0 there already, 1 failed" in done.stdout, done.stderr
+    assert _files(tmp_path / "features") == _files(made / "clean")
+    entries, clean = read_manifest(tmp_path / "features"), read_manifest(made / "clean")
+    for entry in (*entries.values(), *clean.values()):
+        assert entry.pop("seconds") >= 0 and entry.pop("time") > 0
+        entry.pop("written", None)
+    assert entries == clean
+    assert sorted(os.listdir(tmp_path / "features")) == sorted(os.listdir(made / "clean"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "0 extracted, 5 there already, 1 failed" in done.stdout, done.stderr
+
+
+def test_the_script_is_short():
+    assert len((ROOT / "scripts" / "extract_ray.py").read_text().splitlines()) <= 60
