@@ -28,6 +28,8 @@ class Policy:
             and the head (the reference does so by accident). Otherwise the projector alone.
         plain_products: matrices are multiplied as torch does it. Otherwise also as sums of another order.
         one_video_length: every video must have as many rows as the first. Otherwise each has what its file holds.
+        plain_tower: a CPU's tower computes in fp32, and none in bf16. Otherwise in bf16 on CPUs that multiply it.
+        ffmpeg_colours: videos become RGB as by the reference's decoder, so DALI is refused.
     """
 
     mask_by_retokenizing: bool
@@ -37,9 +39,11 @@ class Policy:
     tune_tables_without_start_end: bool
     plain_products: bool
     one_video_length: bool
+    plain_tower: bool
+    ffmpeg_colours: bool
 
 
-POLICIES = {"none": Policy(*[False] * 7), "reference": Policy(*[True] * 7)}
+POLICIES = {"none": Policy(*[False] * 9), "reference": Policy(*[True] * 9)}
 
 
 def _flag(default, help, **metadata):
@@ -320,6 +324,8 @@ class ExtractConfig(_Checked):
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "
         "nvdec: as auto, but an error without one. These give the same bytes. dali: NVIDIA DALI, whose colours are "
         "others, and so are the features; PyAV decodes what it does not take.")
+    parity: Literal["none", "reference"] = _flag(
+        "none", "reference: the reference's pixels, and a tower in float16 or, the default on a CPU, float32.")
     shard: str | None = _flag(None, "i/n: begin with the i-th of n shares of the videos, counted from 1: in a Slurm "
                               "job of --array=1-8, $SLURM_ARRAY_TASK_ID/8. torchrun's ranks divide a shard further.")
     take_over: bool = _flag(True, "Once a share is done, do what other ranks, shards and runs on the same "
@@ -331,6 +337,10 @@ class ExtractConfig(_Checked):
     decode_workers: int | None = _flag(
         None, "Processes that decode ahead of the tower, which share the cores. Default: one for each core, at most "
         "16.", at_least=1, at_most=1000)
+
+    @property
+    def policy(self) -> Policy:
+        return POLICIES[self.parity]
 
 
 @dataclass(frozen=True)

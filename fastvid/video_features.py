@@ -26,6 +26,16 @@ TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-
 copyreg.pickle(DecodeError, lambda error: (DecodeError, (error.path, error.reason)))
 
 
+def refuse_departures(config):
+    """Raise ValueError if a job is to compute as the reference does and has flags that it does not know."""
+    if config.policy.ffmpeg_colours and config.decoder == "dali":
+        raise ValueError("--decoder dali has colours of its own, which --parity reference does not take"
+                         "; give auto, pyav or nvdec")
+    if config.policy.plain_tower and config.dtype == "bfloat16":
+        raise ValueError("--dtype bfloat16 rounds more than the reference, which --parity reference does not take"
+                         "; give float16 or float32")
+
+
 class VideoFeatures:
     """What `fastvid extract` does with a video: ``features(path)`` is (features, header), or a `DecodeError`.
 
@@ -58,6 +68,7 @@ class VideoFeatures:
             ValueError: an unusable tower, device or decoder.
         """
         with self._opening:
+            refuse_departures(self.config)
             if self.encoder is None:
                 self._open_tower()
             if decoders and self.pipeline is None:
@@ -71,7 +82,7 @@ class VideoFeatures:
         self.encoder = FeatureEncoder(
             tower, device=config.device or default_device(),
             dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
-            num_temporal=config.num_frames)
+            num_temporal=config.num_frames, plain=config.policy.plain_tower)
         self.settings = {
             "tower_revision": self.encoder.revision, "image_size": self.encoder.image_size,
             "patch_size": self.encoder.patch_size, "num_frames": config.num_frames,

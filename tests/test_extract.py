@@ -477,3 +477,15 @@ def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
     assert extract(job(format=format)).skipped == 3
     assert {path for path in opened if path.startswith(str(features)) and path.endswith(format)} <= {
         str(features / f"a.{format}")}
+
+
+def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
+    for flags, told in (({"decoder": "dali"}, "--decoder dali"), ({"dtype": "bfloat16"}, "--dtype bfloat16")):
+        with pytest.raises(ValueError, match=told):
+            extract(job(parity="reference", **flags))
+    assert not (tmp_path / "features").exists()
+    summary = extract(job(parity="reference", decoder="pyav"))
+    assert summary.extracted == 3
+    _, header = load_features(tmp_path / "features" / "a.safetensors")
+    assert (header["dtype"], header["conversion"]) == ("float32", "swscale")
+    assert extract(job(parity="reference", dtype="float32")).skipped == 3

@@ -37,10 +37,15 @@ def make_current(device):
         torch.cuda.set_device(device)
 
 
-def default_dtype(device):
-    """What a tower computes in unless told: float16 on a GPU; on a CPU bfloat16 if it multiplies that, else float32."""
+def default_dtype(device, plain=False):
+    """What a tower computes in unless told: float16 on a GPU; on a CPU bfloat16 if it multiplies that, else float32.
+
+    `plain`: float32 on a CPU in any case.
+    """
     if device.type != "cpu":
         return torch.float16
+    if plain:
+        return torch.float32
     multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if multiplies else torch.float32
 
@@ -54,7 +59,7 @@ class FeatureEncoder:
     Args:
         tower: Hugging Face folder or hub id of a CLIP model or vision tower.
         device: default: a GPU if there is one.
-        dtype: precision of the tower; default: `default_dtype`.
+        dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
 
@@ -66,11 +71,11 @@ class FeatureEncoder:
         ValueError: the tower is missing, or is not a CLIP vision tower; the device is none of this machine's.
     """
 
-    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100):
+    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
-        self.dtype = dtype or default_dtype(self.device)
+        self.dtype = dtype or default_dtype(self.device, plain)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
         self.tower = ClipTower(tower, self.device, self.dtype)
