@@ -88,8 +88,14 @@ int cuvidDecodePicture(Decoder *decoder, Picture *picture) {
 }
 
 int cuvidGetDecodeStatus(Decoder *decoder, int surface, int *status) {
-  *status = decoder->status[surface];
-  return 0;
+  int known = decoder->status[surface];
+  if (known >= 100 && known < 110) {  /* in progress for that many questions more than 100 */
+    *status = 1;
+    decoder->status[surface] = known == 100 ? 2 : known - 1;
+    return 0;
+  }
+  *status = known;
+  return known == 110;  /* no answer */
 }
 
 int cuvidMapVideoFrame64(Decoder *decoder, int surface, unsigned long long *address, unsigned *pitch, void *how) {

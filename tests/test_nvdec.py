@@ -108,28 +108,9 @@ def test_packets_that_are_not_shown(decoder):
     assert_same(taken(decoder, stream), [pictures[1], pictures[3]])
 
 
-def test_codecs_in_display_order_are_counted(decoder):
-    """Their parser's time stamps are not believed. A packet may become a frame that is shown and not counted."""
-    rng, size = np.random.default_rng(3), (32, 32)
-    pictures = [picture(rng, *size) for _ in range(6)]
-    stream = stream_of(list(map(packet, pictures)), [0, -1, 1, 2, 3, 4], [1, 4], size=size, codec="vp9")
-    assert_same(taken(decoder, stream), [pictures[2], pictures[5]])
-
-
-def test_vp8_packets_that_are_not_shown(decoder):
-    rng, size = np.random.default_rng(3), (32, 32)
-    pictures = [picture(rng, *size) for _ in range(6)]
-    packets = [packet(p, shown=i != 2) for i, p in enumerate(pictures)]
-    stream = stream_of(packets, [0, 1, -1, 2, 3, 4], [1, 2, 4], size=size, codec="vp8")
-    assert_same(taken(decoder, stream), [pictures[1], pictures[3], pictures[5]])
-    untrue = stream_of(packets, [0, 1, 2, 3, 4, 5], [5], size=size, codec="vp8")
-    with pytest.raises(Unsuited, match="5 of 6 frames came"):
-        taken(decoder, untrue)
-
-
 @pytest.mark.parametrize("fault, told", [
-    (dict(status=8), "decodes with errors"), (dict(status=9), "is concealed"), (dict(interlaced=2), "interlaced"),
-    (dict(field=1), "interlaced")])
+    (dict(status=8), "decodes with errors"), (dict(status=9), "is concealed"), (dict(status=0), "has no status"),
+    (dict(status=110), "has no status"), (dict(interlaced=2), "interlaced"), (dict(field=1), "interlaced")])
 @pytest.mark.parametrize("at", [0, 3, 9])
 @pytest.mark.parametrize("wanted", [[0], [0, 4, 8]])
 def test_what_is_not_right_is_unsuited(decoder, fault, told, at, wanted):
@@ -141,6 +122,14 @@ def test_what_is_not_right_is_unsuited(decoder, fault, told, at, wanted):
         taken(decoder, stream_of(packets, list(range(10)), wanted, size=size))
     good = stream_of([packet(p) for p in pictures], list(range(10)), wanted, size=size)
     assert_same(taken(decoder, good), [pictures[i] for i in wanted])
+
+
+@pytest.mark.parametrize("wanted", [[9], [0, 4, 8]])
+def test_the_status_of_a_picture_is_waited_for(decoder, wanted):
+    rng, size = np.random.default_rng(9), (32, 32)
+    pictures = [picture(rng, *size) for _ in range(10)]
+    slow = [packet(p, status=105) for p in pictures]
+    assert_same(taken(decoder, stream_of(slow, list(range(10)), wanted, size=size)), [pictures[i] for i in wanted])
 
 
 def test_frames_that_do_not_come_are_noticed(decoder):
@@ -162,7 +151,8 @@ def test_interlaced_sequences_and_other_sizes(decoder):
         taken(decoder, stream_of(two, [0, 1], [0], size=size))
 
 
-@pytest.mark.parametrize("codec, size", [("av1", (64, 64)), ("h264", (8, 8)), ("h264", (5000, 64)), ("flv1", (64, 64))])
+@pytest.mark.parametrize("codec, size", [("av1", (64, 64)), ("vp9", (64, 64)),
+                                         ("h264", (8, 8)), ("h264", (5000, 64)), ("flv1", (64, 64))])
 def test_what_the_hardware_does_not_take(decoder, codec, size):
     assert not decoder.takes(codec, *size)
     with pytest.raises(Unsuited, match=f"does not decode {codec}"):

@@ -1,7 +1,9 @@
 """Which decoder gets which video: a GPU's, over its stand-in, where it takes it and is idle; PyAV otherwise."""
 
+import hashlib
 import queue
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -57,7 +59,8 @@ def made(encoder, fake_nvcuvid, monkeypatch):
 
     yield pipeline
     for each in there:
-        assert (each._idle.qsize(), each._idle_hardware.qsize()) == (1, 1), "something is not put back"
+        found = each._idle.qsize(), each._idle_hardware.qsize(), each._idle_readers.qsize()
+        assert found == (1, 1, len(each._readers)) and not each._begun, "something is not put back"
         each.close()
 
 
@@ -105,6 +108,51 @@ def test_what_decodes_with_errors_is_pyavs(made, as_stand_in, encoder, video):
     assert torch.equal(pipeline.encode(prepared), by_pyav(encoder, video)[0])
     as_stand_in.clear()
     assert pipeline.prepare(video).info.decoder.startswith("nvdec"), "the decoder is not used any more"
+
+
+def test_what_decoded_how_many_is_told(made, as_stand_in, video):
+    pipeline = made()
+    assert pipeline.told() == []
+    pipeline.prepare(video)
+    pipeline.prepare(video)
+    as_stand_in["status"] = 8
+    pipeline.prepare(video)
+    held = pipeline._idle_hardware.get()
+    pipeline.prepare(video)
+    pipeline._idle_hardware.put(held)
+    line, = pipeline.told()
+    for said in ("nvdec: 2", "PyAV: a picture decodes with errors: 1", "PyAV, as the GPU's decoder was busy: 1"):
+        assert said in line
+
+
+def test_a_file_is_hashed_once(made, as_stand_in, video, monkeypatch):
+    asked, decode = [], DecodeWorker.decode_and_hash
+    monkeypatch.setattr(DecodeWorker, "decode_and_hash", lambda self, path, **options: asked.append(
+        options["digest"]) or decode(self, path, **options))
+    as_stand_in["status"] = 8
+    assert made().prepare(video).sha256 == hashlib.sha256(video.read_bytes()).hexdigest()
+    assert asked == [False]
+
+
+def test_a_video_that_hangs_is_told(made, video):
+    seen = []
+
+    def hangs(stream, encoder):
+        time.sleep(0.3)
+        seen.append(pipeline.overdue())
+        raise Unsuited("at last")
+
+    pipeline = made(Decoder(hangs))
+    pipeline.timeout = -1.0  # of the decoder in this process: less than the clip lasts
+    seen.append(pipeline.overdue())
+    pipeline.prepare(video)
+    assert seen == [[], [str(video)]] and pipeline.overdue() == []
+
+
+def test_what_waits_for_the_tower_has_a_limit(made, monkeypatch):
+    assert made().ahead == 4
+    monkeypatch.setattr(module, "_MOST_HELD", 1)
+    assert made().ahead == 2
 
 
 def test_what_is_unsuited_is_pyavs(made, tmp_path):

@@ -2,29 +2,39 @@
 
 Containers are read in processes of their own (`decode.worker`). Where a GPU has a decoder of its own, it gets what it
 takes to the byte, and the CPU's cores decode the rest: files of other kinds, and those that come while it is busy.
-DALI's colours are others than PyAV's: it gets all that it takes, however busy it is, lest chance choose the colours.
+DALI's colours are others than PyAV's: it gets all that it takes, however busy it is.
 
 Decoders in this process, of hardware or DALI's, are alike in what is used of them: ``name``, ``conversion``,
 ``patch_rows(stream, encoder)`` and ``close()``.
 """
 
+import logging
 import os
 import queue
+import re
 import threading
+import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from fastvid_kernels.patch_rows import row_length
 
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode.bitstream import Unsuited
 from fastvid.video.decode.dali import DaliDecoder
 from fastvid.video.decode.nvcuvid import NoDecoder, capabilities
 from fastvid.video.decode.nvdec import NvDecoder
-from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.decode.worker import DecodeWorker, limit
+
+log = logging.getLogger("fastvid")
 
 _MOST_WORKERS = 16
+_READERS = 4  # processes that read containers for the GPU's decoder, which must not wait for those that decode
+_MOST_HELD = 4 * 2**30  # bytes of decoded videos that wait for the tower
+_NUMBERS = re.compile(r"[0-9][0-9,]*")
 _EACH_ENGINE = 2  # videos that share an engine of the hardware decoder: one is decoded while the other waits
 
 
@@ -57,7 +67,8 @@ class Pipeline:
 
     Attributes:
         at_a_time: videos that can be decoded side by side, each by a thread that calls `prepare`.
-        towers: threads that may call `encode`: on a GPU one is copied back and written while another is computed.
+        ahead: videos to decode before the tower needs them: two for each decoder, and no more than 4 GiB hold.
+        towers: threads that `encode` serves at a time: on a GPU one video is copied back while another is computed.
         notes: what a user should know, a line each.
 
     Raises:
@@ -65,20 +76,33 @@ class Pipeline:
     """
 
     def __init__(self, encoder, *, decoder="auto", workers=None, timeout=600.0, allow_damaged=False):
-        self.encoder, self.allow_damaged, self.notes = encoder, allow_damaged, []
+        self.encoder, self.allow_damaged, self.timeout, self.notes = encoder, allow_damaged, timeout, []
         cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         count = workers or min(_MOST_WORKERS, cores)
         self._threads = max(1, cores // count)
         self._workers = [DecodeWorker(timeout) for _ in range(count)]
         self._hardware = _hardware_decoders(encoder.device, decoder, count, self.notes)
         self._same_colours = all(held.conversion == "swscale" for held, _ in self._hardware)  # as PyAV's
-        self._idle, self._idle_hardware = queue.SimpleQueue(), queue.SimpleQueue()
+        self._readers = [DecodeWorker(timeout) for _ in range(_READERS if self._hardware else 0)]
+        self._idle, self._idle_readers, self._idle_hardware = (queue.SimpleQueue() for _ in range(3))
         for worker in self._workers:
             self._idle.put(worker)
+        for reader in self._readers:
+            self._idle_readers.put(reader)
         for held in self._hardware:
             self._idle_hardware.put(held)
         self.at_a_time = len(self._workers) + len(self._hardware)
-        self.towers, self._of_thread = 2 if encoder.device.type == "cuda" else 1, threading.local()
+        held = self._piece_bytes()
+        self.ahead = max(2, min(2 * self.at_a_time, _MOST_HELD // max(held, 1)))
+        self.towers, self._streams = 2 if encoder.device.type == "cuda" else 1, queue.SimpleQueue()
+        for _ in range(self.towers):
+            self._streams.put(torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None)
+        self._counts, self._begun, self._lock = Counter(), {}, threading.Lock()
+
+    def _piece_bytes(self):
+        """Bytes of a video that is decoded and waits for the tower."""
+        rows = self.encoder.num_temporal * self.encoder.num_patches
+        return rows * (2 * row_length(self.encoder.patch_size) if self._hardware else 3 * self.encoder.patch_size**2)
 
     def prepare(self, path) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
@@ -86,46 +110,86 @@ class Pipeline:
         Raises:
             DecodeError: it cannot be decoded.
         """
-        options, worker = {"num_frames": self.encoder.num_temporal}, self._idle.get()
-        try:
-            if self._hardware:
-                try:
-                    stream, digest = worker.read_bitstream(path, **options)
-                    if self._same_colours:
-                        decoder, on_stream = self._idle_hardware.get_nowait()
-                except (Unsuited, queue.Empty):
-                    pass
-                except DecodeError:
-                    if not self.allow_damaged:
-                        raise
-                else:
-                    self._idle.put(worker)
-                    worker = None
-                    if not self._same_colours:
-                        decoder, on_stream = self._idle_hardware.get()
-                    try:
-                        return self._on_hardware(decoder, on_stream, stream, digest)
-                    except (Unsuited, NoDecoder, torch.OutOfMemoryError):
-                        worker = self._idle.get()
-            frames, info, digest = worker.decode_and_hash(
-                path, size=self.encoder.image_size, threads=self._threads, allow_damaged=self.allow_damaged, **options)
-            return Prepared(frames, None, info, digest)
-        finally:
-            if worker is not None:
-                self._idle.put(worker)
+        held, digest = self._hardware_for_one(), None
+        if held is not None:
+            try:
+                found, digest = self._by_hardware(path, held)
+                if found is not None:
+                    return found
+            finally:
+                self._idle_hardware.put(held)
+        with _one_of(self._idle) as worker:
+            frames, info, own = worker.decode_and_hash(
+                path, size=self.encoder.image_size, threads=self._threads, allow_damaged=self.allow_damaged,
+                num_frames=self.encoder.num_temporal, digest=digest is None)
+        return Prepared(frames, None, info, digest or own)
 
-    def _on_hardware(self, decoder, on_stream, stream, digest):
-        """A video by a decoder of this process, which is put back in any case; `on_stream`: None where there is no GPU.
-        """
+    def _hardware_for_one(self):
+        """A decoder of this process and its stream; None where there is none, or all are busy and PyAV does as well."""
+        if not self._hardware:
+            return None
+        if not self._same_colours:  # whether they are busy must not decide on the colours
+            return self._idle_hardware.get()
         try:
-            with self._current(on_stream):
+            return self._idle_hardware.get_nowait()
+        except queue.Empty:
+            self._note("PyAV, as the GPU's decoder was busy")
+            return None
+
+    def _by_hardware(self, path, held):
+        """(Prepared or None where the video is PyAV's, SHA-256 of the file or None)."""
+        decoder, on_stream = held
+        digest = None
+        try:
+            with _one_of(self._idle_readers) as reader:
+                stream, digest = reader.read_bitstream(path, num_frames=self.encoder.num_temporal)
+            with self._timed(path, stream.info.duration), self._current(on_stream):
                 patches_TPK = decoder.patch_rows(stream, self.encoder)
                 if on_stream is not None:
                     on_stream.synchronize()
-        finally:
-            self._idle_hardware.put((decoder, on_stream))
+        except DecodeError:
+            if not self.allow_damaged:
+                raise
+            return None, digest
+        except Unsuited as error:
+            self._note(f"PyAV: {_NUMBERS.sub('n', str(error))}")
+            return None, digest
+        except (NoDecoder, torch.OutOfMemoryError) as error:
+            self._note(f"PyAV: {str(error).splitlines()[0]}")
+            log.warning("%s: %s; PyAV decodes it", path, str(error).splitlines()[0])
+            return None, digest
+        self._note(decoder.name)
         info = replace(stream.info, decoder=decoder.name, conversion=decoder.conversion)
-        return Prepared(None, patches_TPK, info, digest)
+        return Prepared(None, patches_TPK, info, digest), digest
+
+    @contextmanager
+    def _timed(self, path, duration):
+        """Note that a video is with a decoder of this process, and until when it should be done (`overdue`)."""
+        key = threading.get_ident()
+        with self._lock:
+            self._begun[key] = os.fspath(path), time.monotonic() + limit(self.timeout, duration)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._begun[key]
+
+    def overdue(self) -> list[str]:
+        """Videos that a decoder of this process has had for longer than the time-out: it cannot be ended alone."""
+        with self._lock:
+            return [path for path, until in self._begun.values() if time.monotonic() > until]
+
+    def _note(self, what):
+        with self._lock:
+            self._counts[what] += 1
+
+    def told(self) -> list[str]:
+        """A line on what decoded how many videos, where there was a choice."""
+        if not self._hardware:
+            return []
+        with self._lock:
+            return ["decoded by " + "; ".join(f"{what}: {count}" for what, count in self._counts.most_common(6))
+                    ] if self._counts else []
 
     @contextmanager
     def _current(self, on_stream):
@@ -138,32 +202,38 @@ class Pipeline:
 
     def encode(self, prepared) -> torch.Tensor:
         """The features of a prepared video, as `FeatureEncoder.encode` gives them. From `towers` threads."""
-        with self._current(self._stream_of_thread()):
-            if prepared.patches is None:
-                return self.encoder.encode(prepared.frames)
-            if prepared.patches.is_cuda:  # made on another stream, whose memory it is
-                prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
-            return self.encoder.encode_patches(prepared.patches)
-
-    def _stream_of_thread(self):
-        """The CUDA stream on which this thread runs the tower; None without a GPU."""
-        if self.encoder.device.type != "cuda":
-            return None
-        if not hasattr(self._of_thread, "stream"):
-            self._of_thread.stream = torch.cuda.Stream(self.encoder.device)
-        return self._of_thread.stream
+        on_stream = self._streams.get()
+        try:
+            with self._current(on_stream):
+                if prepared.patches is None:
+                    return self.encoder.encode(prepared.frames)
+                if prepared.patches.is_cuda:  # made on another stream, whose memory it is
+                    prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
+                return self.encoder.encode_patches(prepared.patches)
+        finally:
+            self._streams.put(on_stream)
 
     def kill(self):
         """End the processes, whatever they are doing: a `prepare` that waits for one in another thread fails."""
-        for worker in self._workers:
+        for worker in (*self._workers, *self._readers):
             worker.kill()
 
     def close(self):
         """Give everything back, once no thread is in `prepare`."""
-        for worker in self._workers:
+        for worker in (*self._workers, *self._readers):
             worker.close()
         for decoder, _ in self._hardware:
             decoder.close()
+
+
+@contextmanager
+def _one_of(idle):
+    """Something out of a queue, while it is needed."""
+    taken = idle.get()
+    try:
+        yield taken
+    finally:
+        idle.put(taken)
 
 
 def _hardware_decoders(device, decoder, workers, notes):

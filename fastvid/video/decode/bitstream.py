@@ -4,7 +4,7 @@ The container is read on the CPU, in a process that may crash or hang. The GPU's
 stream, and the number of the frame that each becomes: no container's index, clock or edit list reaches it.
 
 A GPU's decoder tells less of damage than FFmpeg, and its planes become the reference's bytes under conditions alone
-(`planes.can_gather`). Whatever is in doubt is `Unsuited`: PyAV decodes that video, and refuses it if it must.
+(`planes.can_gather`). Whatever is in doubt is `Unsuited`: PyAV decodes that video, or refuses it.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,6 @@ from fastvid.video.decode.planes import can_gather, factors
 from fastvid.video.decode.pyav import check_numbers, describe
 from fastvid.video.sampling import frame_indices
 
-IN_DISPLAY_ORDER = ("vp8", "vp9", "av1")  # codecs whose packets come in the order in which their frames are shown
 _ANNEX_B = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 _MOST_BYTES = 2**30  # of the packets of one video
 
@@ -105,10 +104,7 @@ def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS)
     numbers[shown[np.argsort(packets.times[shown], kind="stable")]] = np.arange(packets.frames)
     with open_video(path) as (container, stream, complaints):
         refuse_cut(path, container, stream)
-        sent = [packet for number, packet in enumerate(p for p in container.demux(stream) if p.size) if keep[number]]
-        size = sum(packet.size for packet in sent)
-        if size > _MOST_BYTES:
-            raise Unsuited(f"the packets that are needed have {size:,} bytes")
+        sent = _kept(container, stream, keep)
         frame = _first_frame(stream, sent, max_pixels)
         if frame is None or complaints():
             raise Unsuited("it may be damaged")
@@ -125,8 +121,29 @@ def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS)
             coded_size)
 
 
+def _kept(container, stream, keep):
+    """The packets of a stream that are marked in `keep`."""
+    kept, size = [], 0
+    for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+        if keep[number]:
+            kept.append(packet)
+            size += packet.size
+            if size > _MOST_BYTES:
+                raise Unsuited(f"the packets that are needed have more than {_MOST_BYTES:,} bytes")
+    return kept
+
+
 def _annex_b(stream, packets):
     """The bytes of each packet, with start codes where the codec has any. The packets are empty afterwards."""
+    import av
+
+    try:
+        return _with_start_codes(stream, packets)
+    except av.FFmpegError as error:
+        raise Unsuited(f"its packets cannot be written with start codes ({error.strerror})") from error
+
+
+def _with_start_codes(stream, packets):
     import av
 
     name = _ANNEX_B.get(stream.codec_context.codec.canonical_name)
@@ -163,4 +180,4 @@ def _first_frame(stream, packets, max_pixels):
     return None
 
 
-__all__ = ["IN_DISPLAY_ORDER", "Bitstream", "Unsuited", "read_bitstream"]
+__all__ = ["Bitstream", "Unsuited", "read_bitstream"]

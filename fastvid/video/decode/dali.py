@@ -73,7 +73,10 @@ class DaliDecoder:
         if frames.shape != (len(once), height, width, 3):
             raise Unsuited(f"DALI gives {list(frames.shape)} values for {len(once)} frames of {width}×{height}")
         if not np.array_equal(which, np.arange(len(once))):  # repeated, or in another order
-            frames = frames[torch.from_numpy(which).to(frames.device)]
+            found = frames
+            frames = found[torch.from_numpy(which).to(found.device)]
+            if self._on_gpu:  # the memory of those found is DALI's, which takes it back when they are dropped
+                torch.cuda.current_stream(self.device).synchronize()
         return stream.turn.upright(frames, 1)
 
     def patch_rows(self, stream, encoder) -> torch.Tensor:

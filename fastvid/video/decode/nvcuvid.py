@@ -26,7 +26,8 @@ import torch
 CODECS = {"mpeg2video": 1, "mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}  # cudaVideoCodec
 YUV_420, NV12, WEAVE = 1, 0, 0  # cudaVideoChromaFormat, cudaVideoSurfaceFormat, cudaVideoDeinterlaceMode
 END_OF_STREAM, TIMESTAMP, END_OF_PICTURE = 1, 2, 8  # CUvideopacketflags
-BROKEN = {8: "decodes with errors", 9: "is concealed"}  # cuvidDecodeStatus
+IN_PROGRESS, SUCCESS = 1, 2  # cuvidDecodeStatus
+BROKEN = {8: "decodes with errors", 9: "is concealed"}
 
 
 class NoDecoder(RuntimeError):

@@ -1,25 +1,29 @@
 """Frames' raw planes through NVDEC, the video decoder of an NVIDIA GPU.
 
-H.264, HEVC, VP8 and VP9 define to the bit what a decoder gives, so the planes are FFmpeg's own. Nothing is copied: a
-picture is handed on where the decoder put it, and given back when the GPU has read it. Pictures that nobody wants are
-decoded, as others refer to them, and never mapped.
+H.264 and HEVC define to the bit what a decoder gives, so the planes are FFmpeg's own. Nothing is copied: a picture is
+handed on where the decoder put it, and given back when the GPU has read it. Pictures that nobody wants are decoded, as
+others refer to them, and never mapped.
 
-The decoder's status of every picture is asked for: one that decodes with errors, or does not come, makes the video
-`Unsuited`, and PyAV has the last word. So does one that is interlaced, or changes its size.
+The hardware tells the status of every picture of these two codecs, and of no others. One that decodes with errors, or
+does not come, makes the video `Unsuited`: PyAV then decodes it, or refuses it. So does one that is interlaced, or
+changes its size. Not every damage is noticed: some wrong bits decode to a wrong picture without an error.
 """
 
 import ctypes
+import time
 from collections import deque
 
 import torch
 
 from fastvid.video.decode import nvcuvid
-from fastvid.video.decode.bitstream import IN_DISPLAY_ORDER, Bitstream, Unsuited
+from fastvid.video.decode.bitstream import Bitstream, Unsuited
 from fastvid.video.decode.nvcuvid import NoDecoder, check
 
 _TOGETHER = 4  # pictures that are handed on in one piece; as many again are decoded meanwhile
 _AHEAD = 4  # surfaces beyond those that the video needs, so that decoding goes on while pictures are shown
 _DELAY = 0  # frames that the parser holds back beyond what display order asks for
+CODECS = "h264", "hevc"  # that the hardware tells the status of (cuvidGetDecodeStatus)
+_WAITS = 2000  # milliseconds for the status of a picture
 
 
 class NvDecoder:
@@ -49,7 +53,7 @@ class NvDecoder:
 
     def takes(self, codec, width, height) -> bool:
         """Whether the hardware decodes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
-        return nvcuvid.takes(codec, width, height, self.lib)
+        return codec in CODECS and nvcuvid.takes(codec, width, height, self.lib)
 
     def decode(self, stream: Bitstream, take):
         """Hand the wanted frames of a video to `take`, in display order.
@@ -71,7 +75,6 @@ class NvDecoder:
         for place, number in enumerate(stream.wanted):
             self._places.setdefault(number, []).append(place)
         self._last = stream.info.frames - 1
-        self._numbers = deque()  # of packets that are not shown yet, where the parser's own clock goes wrong
         self._decoded, self._mapped, self._read = set(), [], deque()
         try:
             self._feed()
@@ -85,6 +88,8 @@ class NvDecoder:
         except BaseException:
             self.close()  # it may be in the middle of a picture
             raise
+        finally:
+            self._stream = self._take = None  # they hold the packets, and what is made of them
 
     def patch_rows(self, stream, encoder) -> torch.Tensor:
         """The patch rows [T, P, K] of a video's wanted frames: see `FeatureEncoder`. Raises as `decode`."""
@@ -103,6 +108,7 @@ class NvDecoder:
         """Give the hardware decoder back. The next video makes another."""
         self._mapped, self._read = [], deque()
         if self._decoder is not None:
+            nvcuvid.use_context(self._context)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             self.lib.cuvidDestroyDecoder(self._decoder)
@@ -117,10 +123,8 @@ class NvDecoder:
         check(self.lib.cuvidCreateVideoParser(ctypes.byref(parser), ctypes.byref(about)), "making a parser")
         try:
             base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value
-            start, in_order = 0, self._stream.codec in IN_DISPLAY_ORDER
+            start = 0
             for end, number in zip(self._stream.ends.tolist(), self._stream.numbers.tolist()):
-                if in_order and not (self._stream.codec == "vp8" and not self._stream.data[start] & 0x10):
-                    self._numbers.append(number)
                 self._parse(parser, nvcuvid.SourcePacket(nvcuvid.TIMESTAMP, end - start, base + start, number))
                 start = end
             self._parse(parser, nvcuvid.SourcePacket(nvcuvid.END_OF_STREAM, 0, None, 0))
@@ -198,11 +202,15 @@ class NvDecoder:
         return 1
 
     def _refuse_broken(self, surface):
-        """Raise Unsuited if the picture in a surface, which is decoded, is not right."""
+        """Raise Unsuited if the picture in a surface is not right. Waits until it is decoded."""
         found = nvcuvid.DecodeStatus()
-        if not self.lib.cuvidGetDecodeStatus(self._decoder, surface, ctypes.byref(found)) and (
-                found.status in nvcuvid.BROKEN):
-            raise Unsuited(f"a picture {nvcuvid.BROKEN[found.status]}")
+        for _ in range(_WAITS):
+            failed = self.lib.cuvidGetDecodeStatus(self._decoder, surface, ctypes.byref(found))
+            if failed or found.status != nvcuvid.IN_PROGRESS:
+                break
+            time.sleep(1e-3)
+        if failed or found.status != nvcuvid.SUCCESS:
+            raise Unsuited(f"a picture {nvcuvid.BROKEN.get(found.status, 'has no status')}")
 
     def _show(self, about):
         """It is a picture's turn to be shown."""
@@ -210,10 +218,6 @@ class NvDecoder:
         if not shown.progressive:
             raise Unsuited("it is interlaced")
         number = shown.timestamp
-        if self._stream.codec in IN_DISPLAY_ORDER:
-            if not self._numbers:
-                raise Unsuited("more frames than packets come from the GPU's decoder")
-            number = self._numbers.popleft()
         if number >= 0:
             self._came += 1
             places = self._places.pop(number, None)

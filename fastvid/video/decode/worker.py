@@ -81,8 +81,13 @@ class DecodeWorker:
             if "reason" in reply:
                 raise DecodeError(path, reply["reason"])
             yield reply
+        except (Unsuited, DecodeError):
+            raise
         except (EOFError, OSError) as error:
             raise DecodeError(path, self._cause_of_death()) from error
+        except BaseException:  # what is left of the answer would be taken for the next one
+            self.close()
+            raise
 
     def kill(self):
         """End the process, whatever it is doing: a `decode` that waits for it in another thread fails."""
