@@ -25,8 +25,10 @@ from fastvid.page import pictures
 from fastvid.page.document import document
 from fastvid.page.view import VideoView, frame_times, view_file, view_record
 from fastvid.video.decode import probe
+from fastvid.video.encoder import default_dtype
 
 FRAMES = 6
+DTYPE = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")  # of the tower on this machine
 TURNS = [{"from": "human", "value": "what does the cat see\n<video>"}, {"from": "gpt", "value": "a red house"}]
 
 
@@ -109,7 +111,7 @@ def test_a_records_page(made, tmp_path, capsys, source):
     assert {found.picture(at).size for at in (0, 1)} == {(420, 210)} and found.picture(3).size == (176, 88)
     for text in ("0.12 s, frame 3", "1.40 s, frame 35", "row 5, frame 35 at 1.40 s: ", "4 × 4 patches",
                  str(made / "tower"), "sha256:", f"{FRAMES}, chosen from 40", f"{FRAMES + 16} × {CHANNELS}",
-                 "float16 in the file, float32 in the tower", "pyav 18", "swscale"):
+                 f"float16 in the file, {DTYPE} in the tower", "pyav 18", "swscale"):
         assert text in found.text
     assert found.tags.count("rect") == FRAMES and "other frames" not in found.text
 

@@ -146,7 +146,7 @@ EXTRACTING = [
     ("", "extract --vision_tower $S/overflows --clip_feat_path more --dtype float16",
      "its features are not finite in float16; try --dtype float32", "",
      "extract --vision_tower $S/overflows --clip_feat_path more --dtype float32"),
-    ("", "extract --vision_tower $S/huge --clip_feat_path more",
+    ("", "extract --vision_tower $S/huge --clip_feat_path more --dtype float32",
      "its features are not finite in float32; give another --vision_tower", "",
      "extract --vision_tower $S/tower --clip_feat_path more"),
     ("", "extract --llava 1.1", "--llava 1.1 has no effect beside --vision_tower", "", "extract"),
