@@ -80,8 +80,19 @@ def test_it_travels_to_other_processes(made, tmp_path):
     features.close()
 
 
+def ray_starts():
+    """Whether a Ray of one processor comes up here: some sandboxes let none."""
+    try:
+        return subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=1, include_dashboard=False)"],
+                              capture_output=True, timeout=90).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 def test_two_actors_of_ray_make_the_files_of_one_process(made, tmp_path):
+    if not ray_starts():
+        pytest.skip("Ray does not start on this machine")
     command = [sys.executable, str(ROOT / "scripts" / "extract_ray.py"), "--actors", "2", "--video_dir_path",
                str(made / "videos"), "--clip_feat_path", str(tmp_path / "features"), "--vision_tower",
                str(made / "tower"), "--num_frames", "6", "--device", "cpu", "--decode_workers", "2"]
