@@ -125,10 +125,7 @@ class Leases:
         dead = []  # what the generations below say, in their order
         while True:
             path = self._path(digest, len(dead))
-            put = self._put(path)
-            record = None if put else _record(path)
-            # A network file system that lost its reply and asked again says that the link it has just made exists.
-            if put or (self._says_own(record, digest) and self._is_own(digest, len(dead))):
+            if self._put(path):
                 # Whoever had the generation above may have given all of them back since they were read, and another
                 # process may have begun anew: then this one has to begin anew as well.
                 if all(_record(self._path(digest, i)) == record for i, record in enumerate(dead)):
@@ -137,11 +134,12 @@ class Leases:
                 path.unlink(missing_ok=True)
                 dead = []
                 continue
+            record = _record(path)
             if record is None:  # given back just now
                 dead = []
             elif self._lives(record, path) and not self._says_own(record, digest):
                 return False
-            else:  # also one of this owner that was taken over since
+            else:
                 dead.append(record)
 
     def _put(self, path) -> bool:
@@ -173,7 +171,11 @@ class Leases:
         return (_record(self._path(digest, generation)) or {}).get("owner") == self.owner
 
     def _says_own(self, record, digest) -> bool:
-        """Whether a lease names this owner, which does not know of it (any more)."""
+        """Whether a lease names this owner, which does not know of it: it is as a dead one's.
+
+        It was taken over by a process that took this one for dead. Or a network file system lost the reply when it made
+        the link, asked again, and was told that there is one.
+        """
         return bool(record) and record["owner"] == self.owner and not self._knows(digest)
 
     def _knows(self, digest):

@@ -6,10 +6,11 @@ formats in one folder each has its own entries. A pickle, which has no header, g
 
 One process at a time writes ``manifest.jsonl``: the one that has its lease. Others that write at the same time have
 files of their own, ``manifest-<owner>.jsonl``, for what several machines append to one file on a network file system
-may be lost. Readers take all of them, and the newest entry wins, by its "time", wherever it stands. The machines' clocks
-have to agree only as far as two of them write about one video without having read each other's entry. Whoever has
-``manifest.jsonl`` adds the lines of processes that are done or dead, and removes their files. A process that was taken
-for dead, because it was silent for so long, notices that its file is gone or its lease lost, and writes to a new file.
+may be lost. Readers take all of them, and the newest entry wins, by its "time", wherever it stands. The clocks of the
+machines have to agree only as far as two of them write about one video without having read each other's entry. Whoever
+has ``manifest.jsonl`` adds the lines of processes that are done or dead, and removes their files. A process that was
+taken for dead, because it was silent for so long, notices that its file is gone or its lease lost, and writes to a new
+file.
 
 Lines are appended by single writes. A line that a crash has torn is skipped when reading and closed off when writing.
 """
