@@ -85,7 +85,7 @@ class EarlierFeatures:
         if video.fault is not None:
             return 0, None, video.fault
         try:
-            size = video.size()
+            size = video.size(fresh=fresh)
             redo, foreign = self.why_again(video, size, fresh=fresh)
         except OSError as error:
             return 0, None, f"cannot be read ({error.strerror})"

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -489,3 +490,102 @@ def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
     _, header = load_features(tmp_path / "features" / "a.safetensors")
     assert (header["dtype"], header["conversion"]) == ("float32", "swscale")
     assert extract(job(parity="reference", dtype="float32")).skipped == 3
+
+
+def test_features_without_an_entry_beside_another_ranks_lines(job, tmp_path, monkeypatch):
+    """Another rank writes about another video while this one passes over files that the manifest does not name."""
+    extract(job())
+    features = tmp_path / "features"
+    (features / "manifest.jsonl").unlink()
+    look_again, made = Manifest.look_again, itertools.count()
+
+    def meanwhile(self, **options):
+        with open(features / "manifest-other.jsonl", "a") as file:
+            file.write(json.dumps({"video": f"other-{next(made)}.mp4", "status": "ok", "time": time.time()}) + "\n")
+        return look_again(self, for_new=True)
+
+    monkeypatch.setattr(Manifest, "look_again", meanwhile)
+    summary = extract(job())
+    assert (summary.total, summary.skipped, summary.failures) == (3, 3, []) and next(made)
+    assert {"a.mp4", "b.c.mkv", "sub/a.mp4"} < read_manifest(features).keys()
+
+
+def test_a_failure_of_a_moment_ago_is_not_tried_again(job, mixed, tmp_path, monkeypatch):
+    """Another rank records it, and gives the lease back, just before this one takes it."""
+    take, features = module.Leases.take, tmp_path / "features"
+
+    def meanwhile(self, name):
+        if name == "c.safetensors":
+            with open(features / f"manifest-{other.owner}.jsonl", "a") as file:
+                file.write(json.dumps({"video": "c.mp4", "status": "failed", "time": time.time()}) + "\n")
+        return take(self, name)
+
+    features.mkdir()
+    other = module.Leases(features)
+    other.open()
+    monkeypatch.setattr(module.Leases, "take", meanwhile)
+    summary = extract(job(mixed))
+    other.close()
+    assert (summary.total, summary.extracted, summary.failures) == (3, 3, [])
+
+
+def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch):
+    """There may be very many of them."""
+    monkeypatch.setattr(module, "_SKIPS", 2)
+    (mixed / "c.mp4").unlink()
+    extract(job(mixed))
+    skip, passed = module._Extraction._skip, []
+
+    def interrupted(self, video, own, *arguments):
+        passed.append(video)
+        if len(passed) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        skip(self, video, own, *arguments)
+
+    monkeypatch.setattr(module._Extraction, "_skip", interrupted)
+    summary = extract(job(mixed))
+    assert summary.interrupted == signal.SIGTERM and summary.skipped == len(passed) == 1
+
+
+def test_results_are_collected_while_finished_videos_are_passed_over(job, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SKIPS", 1)
+    videos = tmp_path / "many"
+    videos.mkdir()
+    draw(videos / "long.mp4", 30)  # the first one: the rest is there
+    for number in range(20):
+        draw(videos / f"{number}.mp4", 3)
+    extract(job(videos))
+    (tmp_path / "features" / "long.safetensors").unlink()
+    skip, count, order = module._Extraction._skip, module._Extraction._count, []
+
+    def slow(self, *arguments):
+        time.sleep(0.2)
+        order.append("passed over")
+        skip(self, *arguments)
+
+    monkeypatch.setattr(module._Extraction, "_skip", slow)
+    monkeypatch.setattr(module._Extraction, "_count", lambda *all: order.append("counted") or count(*all))
+    summary = extract(job(videos))
+    assert (summary.extracted, summary.skipped) == (1, 20) and order.index("counted") < 20
+
+
+def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
+    extract(job())
+    looked_at, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(str(path)) or stat(path, **options))
+    assert extract(job()).skipped == 3
+    assert looked_at.count(str(made / "videos" / "sub" / "a.mp4")) == 1
+
+
+@pytest.mark.parametrize("broken", [video_features.VideoFeatures, Manifest])
+def test_leases_are_given_back_whatever_closing_raises(job, tmp_path, monkeypatch, broken):
+    close = broken.close
+
+    def closed(self):
+        close(self)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(broken, "close", closed)
+    with pytest.raises(OSError, match="Input/output error"):
+        extract(job())
+    assert sorted(os.listdir(tmp_path / "features")) == ["a.safetensors", "b.c.safetensors", "manifest.jsonl", "sub"]
