@@ -17,6 +17,7 @@ from fastvid.config import ValidateConfig
 from fastvid.data.cut_short import is_cut_short
 from fastvid.data.features import load_features, save_features
 from fastvid.data.records import read_records
+from fastvid.validation.sources import Sources
 
 TURNS = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
 NAMES = "good", "missing", "failed", "stale", "cut", "sub/inner"
@@ -154,6 +155,7 @@ def test_videos_in_shards_are_compared(extracted, tmp_path, quick):
     (tmp_path / "train.json").write_text(json.dumps([record(f"00/{name[:-4]}") for name in names]))
     report = check(tmp_path, video_dir_path=str(shard), quick=quick)
     assert not report.problems and report.states["usable"] == 3 and report.not_compared == 0 == report.unnamed
+    assert Sources(tmp_path / "feats", shard).path_of("00/good") is None
     content = bytearray((tmp_path / "good.mp4").read_bytes())
     content[-1] ^= 1
     (tmp_path / "good.mp4").write_bytes(content)
@@ -172,6 +174,7 @@ def test_a_list_does_not_lead_out_of_its_folder(extracted, tmp_path):
     file.write_text("good.mp4\n../elsewhere.mp4\n")
     with pytest.raises(ValueError, match="line 2 leads out .*; give the folder of the videos instead"):
         check(folder, video_dir_path=str(file))
+    assert check(folder, video_dir_path=str(file.parent)).not_compared == 0  # as told
     file.write_text("good.mp4\nlink.mp4\n")
     (folder / "videos" / "good.mp4").rename(folder / "elsewhere.mp4")
     (folder / "videos" / "link.mp4").symlink_to(folder / "elsewhere.mp4")

@@ -1,4 +1,4 @@
-"""What an extraction's manifest and the videos themselves tell of each feature file."""
+"""What an extraction's manifest and the videos themselves say about each feature file."""
 
 import hashlib
 import os
@@ -55,6 +55,11 @@ class Sources:
             return self._videos[os.path.normpath(source)]
         return self._videos.get(self._by_stem.get(_id(name)))
 
+    def path_of(self, name, header=()):
+        """The file of `video_of`; None also of one in a tar shard."""
+        video = self.video_of(name, header)
+        return None if video is None or video.within else video.path
+
     def unnamed(self, names) -> int:
         """Videos in the folder that none of the records' `names` means."""
         return len(self._by_stem.keys() - {_id(name) for name in names})
@@ -62,7 +67,7 @@ class Sources:
     def header_of(self, features, name, path, header, quick):
         """What is known of how a feature file was made: its header, or of a pickle the manifest's line about it.
 
-        The line counts where the pickle is the very file that it tells of: by its digest, or under `quick`, which
+        The line counts where the pickle is the very file that it is about: by its digest, or under `quick`, which
         reads no values, by its size and time.
         """
         if path.suffix != ".pkl":
