@@ -5,7 +5,7 @@ with its share and then takes over what others have not finished. They share not
 need no process group, and any of them may die or join at any time.
 """
 
-import errno
+import contextlib
 import os
 import sys
 import time
@@ -25,14 +25,13 @@ from fastvid.video.leases import Leases
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import Manifest
 from fastvid.video.pipeline import Prepared
-from fastvid.video_features import TOWERS, VideoFeatures, default_device
+from fastvid.video_features import TOWERS, VideoFeatures, default_device, why_not_written
 
 __all__ = ["TOWERS", "EarlierFeatures", "ExtractConfig", "Leases", "Manifest", "Summary", "VideoFeatures", "extract",
            "find_videos", "main", "parse"]
 
-# A full disk costs every video that is still to come.
-_NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOOK, _POLL = 1.0, 0.1  # seconds between looks at what others have written, and while there is nothing to do but wait
+_SKIPS = 100  # videos that are passed over at once, before results and signals are looked at
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def extract(config: ExtractConfig) -> Summary:
     A feature file counts as done if it is whole and was made from the same file by the same tower with the same
     settings. One that is damaged, or whose video has changed, is made again; one that was made with other settings only
     with `config.overwrite`. A video that fails costs a line in the manifest. SIGINT, SIGTERM and SIGHUP end the run
-    after the video in hand.
+    after the videos that are with the tower.
 
     It returns when all videos are done, by this process or by others (`config.take_over`: or when its share is).
 
@@ -66,16 +65,14 @@ def extract(config: ExtractConfig) -> Summary:
     features.open()
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
     earlier = EarlierFeatures(config, features.settings, features.shape, manifest)
-    try:
+    with contextlib.ExitStack() as stack:  # each is closed, whatever the closing of another raises
+        for opened in (leases, manifest, features):
+            stack.callback(opened.close)
         earlier.refuse_other_settings(videos)
         remove_left_over(config.clip_feat_path)
         leases.open()
         manifest.open(leases)
         summary = _Extraction(features, manifest, earlier, leases).run(deal(videos, world), rank)
-    finally:
-        features.close()
-        manifest.close()
-        leases.close()
     if rank == 0 and others:
         links = others.pop("links", 0)
         if links:
@@ -108,14 +105,18 @@ class _Extraction:
         with signals.noted(stop.append), _progress(len(shares[rank])) as bar:
             try:
                 while not stop:
-                    while len(decoding) + len(finishing) < most and (piece := self._next(turns, summary, bar)):
+                    while len(decoding) + len(finishing) < most and (
+                            piece := self._next(turns, stop, summary, bar)):
                         decoding[decoders.submit(self._prepare, *piece)] = piece[0]
                     if not (decoding or finishing):
                         if not turns.waits:
                             break
-                        time.sleep(_POLL)  # others have the rest in hand
+                        if not turns.ready:  # others have leased the rest
+                            time.sleep(_POLL)
                         continue
-                    waited = wait([*decoding, *finishing], timeout=_POLL, return_when=FIRST_COMPLETED)
+                    passing_over = turns.ready and len(decoding) + len(finishing) < most
+                    waited = wait([*decoding, *finishing], timeout=0 if passing_over else _POLL,
+                                  return_when=FIRST_COMPLETED)
                     for future in waited.done:
                         if stop:
                             break
@@ -123,7 +124,7 @@ class _Extraction:
                             finishing[finishers.submit(self._finish, video, future.result())] = video
                         else:
                             self._count(finishing.pop(future), *future.result(), summary, bar)
-                for future, video in finishing.items():  # in hand when the signal came
+                for future, video in finishing.items():  # they were with the tower when the signal came
                     self._count(video, *future.result(), summary, bar)
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
@@ -135,9 +136,14 @@ class _Extraction:
         summary.seconds = time.perf_counter() - start
         return summary
 
-    def _next(self, turns, summary, bar):
-        """(video, bytes of it) of the next one that has no features yet, leased; None if there is none now."""
-        while turn := turns.next():
+    def _next(self, turns, stop, summary, bar):
+        """(video, bytes of it) of the next one that has no features yet, leased; None if there is none now.
+
+        It is also None after `_SKIPS` videos and once there is something in `stop`.
+        """
+        for _ in range(_SKIPS):
+            if stop or not (turn := turns.next()):
+                return None
             video, own, first = turn
             if not own and not self.among_others:
                 self.among_others = True
@@ -149,8 +155,8 @@ class _Extraction:
             if not self.leases.take(self._named(video)):
                 turns.defer(video, own)
                 continue
-            # What others did with it meanwhile is known for sure from now on.
-            if not first or time.monotonic() - self.looked > _LOOK:
+            # From now on no other can do it, and the entry of one that did stays as it is.
+            if not (first and self._is_done(video)) or time.monotonic() - self.looked > _LOOK:
                 self.manifest.look_again()
                 self.looked = time.monotonic()
             size, redo, fault = self.earlier.judge(video, fresh=True)
@@ -180,12 +186,16 @@ class _Extraction:
     def _skip(self, video, own, summary, bar):
         """Pass over a video whose features were there when this began, or are another's work since."""
         if own:
-            known = ("ok", "skipped")
-            if self.manifest.entries.get(video.name, {}).get("status") not in known and not (
-                    self.manifest.look_again() and self.manifest.entries[video.name]["status"] in known):
+            if not self._is_done(video):
+                self.manifest.look_again()
+            if not self._is_done(video):
                 self.manifest.append(video.name, "skipped", reason=f"{video.output.name} is there already")
             summary.skipped += 1
             bar.update()
+
+    def _is_done(self, video):
+        """Whether a video's entry says that it has features."""
+        return self.manifest.entries.get(video.name, {}).get("status") in ("ok", "skipped")
 
     def _prepare(self, video, size) -> _Piece:
         """Decode one video; runs in a thread of the pool."""
@@ -210,7 +220,7 @@ class _Extraction:
         return piece, failure, round(piece.seconds + time.perf_counter() - start, 3)
 
     def _count(self, video, piece, failure, seconds, summary, bar):
-        """What became of one video, in the summary."""
+        """Add one video's outcome to the summary."""
         if failure:
             self._fail(video, failure, seconds, summary, bar)
         else:
@@ -226,10 +236,10 @@ class _Extraction:
         bar.set_postfix(failed=len(summary.failures), refresh=False)
 
     def _write(self, video, piece, features_RC, seconds):
-        """A video's feature file and its line in the manifest; why it cannot be written, if that is the video's own.
+        """Write a video's feature file and its line in the manifest; the reason if it cannot be written.
 
         Raises:
-            OSError: nothing more can be written.
+            OSError: no other video's could be, either.
         """
         header = self.features.header(video.name, piece.source_bytes, piece.prepared)
         before = None
@@ -240,9 +250,7 @@ class _Extraction:
             made = self.features.save(video, features_RC, header, before)
             self.manifest.append(video.name, "ok", seconds=round(seconds, 3), **made)
         except OSError as error:
-            if error.errno in _NOTHING_MORE_FITS:
-                raise
-            return f"its features cannot be written ({error.strerror}: {error.filename})"
+            return why_not_written(error)
         return None
 
 

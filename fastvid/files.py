@@ -1,5 +1,6 @@
 """Files that are whole or absent, JSON objects that are or are not there, and files that are not what they seem."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ VIDEO_SUFFIXES = (
     ".m2ts", ".ogv", ".vob", ".asf", ".mxf", ".divx", ".f4v", ".y4m", ".ivf", ".3g2", ".wtv", ".nut", ".rm", ".rmvb",
     ".m1v", ".m2v", ".mpe", ".qt", ".dv", ".h264", ".264", ".h265", ".265", ".hevc")
 
+# Errors of writing that every later file would meet as well.
+NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 LONGEST_NAME = 255  # bytes, on the file systems of Linux
 _LEFT_OVER = re.compile(r"\.(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{8,16}\.tmp")
 _DAY = 86400.0

@@ -12,14 +12,14 @@ import torch
 
 import fastvid
 from fastvid.data.features import feature_bytes
-from fastvid.files import atomic_file
+from fastvid.files import NOTHING_MORE_FITS, atomic_file
 from fastvid.video.decode import DecodeError
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.listing import no_video
 from fastvid.video.pipeline import Pipeline, Prepared
 from fastvid.video.sampling import frame_indices
 
-_DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged puts up with
+_DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged tolerates
 TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-patch14-336"}
 
 # An exception is pickled by its message, of which this one cannot be made again.
@@ -119,13 +119,16 @@ class VideoFeatures:
             return DecodeError(path, f"cannot be read ({error.strerror})")
 
     def extract(self, video) -> dict:
-        """Make a video's feature file; what the manifest says of it (`Manifest.append`). From any thread.
+        """Make a video's feature file. From any thread.
 
         Args:
             video: `fastvid.video.listing.Video`.
 
+        Returns:
+            its entry for the manifest (`Manifest.append`).
+
         Raises:
-            OSError: the features cannot be written.
+            OSError: the disk is full.
         """
         start = time.perf_counter()
         try:
@@ -135,11 +138,12 @@ class VideoFeatures:
                 result = self(path, video.name)
             if isinstance(result, DecodeError):
                 raise result
+            outcome = {"status": "ok", **self.save(video, *result)}
         except DecodeError as error:
-            became = {"status": "failed", "reason": error.reason}
-        else:
-            became = {"status": "ok", **self.save(video, *result)}
-        return {"video": video.name, **became, "seconds": round(time.perf_counter() - start, 3)}
+            outcome = {"status": "failed", "reason": error.reason}
+        except OSError as error:
+            outcome = {"status": "failed", "reason": why_not_written(error)}
+        return {"video": video.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
 
     def prepare(self, path) -> Prepared:
         """Decode a video. From any thread, `pipeline.at_a_time` of them.
@@ -176,11 +180,14 @@ class VideoFeatures:
                 "video": asdict(prepared.info)}
 
     def save(self, video, features_RC, header, before=None) -> dict:
-        """Write a video's feature file; what the manifest says of it.
+        """Write a video's feature file.
 
         Args:
             video: `fastvid.video.listing.Video`.
-            before: called with what the manifest can say of it ahead of the file.
+            before: called ahead of the file, with those fields of its manifest entry that are known then.
+
+        Returns:
+            the fields of its manifest entry.
 
         Raises:
             OSError: it cannot be written.
@@ -199,8 +206,19 @@ class VideoFeatures:
                 "written": written(video.output)}
 
 
+def why_not_written(error) -> str:
+    """The reason of a video's failure whose features could not be written.
+
+    Raises:
+        OSError: no other video's could be, either.
+    """
+    if error.errno in NOTHING_MORE_FITS:
+        raise error
+    return f"its features cannot be written ({error.strerror}: {error.filename})"
+
+
 def written(path) -> list[int]:
-    """What the manifest notes of a file that was just written: its bytes and its time in nanoseconds."""
+    """[size in bytes, modification time in nanoseconds] of a feature file, as its manifest entry has them."""
     there = os.stat(path)
     return [there.st_size, there.st_mtime_ns]
 

@@ -1,13 +1,14 @@
 """`fastvid extract` on Ray Data: python scripts/extract_ray.py [--actors N] [flags of fastvid extract]
 
-Ray hands the videos to actors on all nodes, by default one for each GPU; what a dead one had in hand begins anew. All
-nodes see the same folders. Files are as `fastvid extract` makes them, and only what is missing is made. Extra: [ray].
+Ray hands the videos to actors on all nodes, one for each GPU; the block of one that dies begins anew. All nodes see the
+same folders, to which nothing else may write meanwhile: videos are not leased one by one. Extra: [ray].
 """
 
 import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,21 +38,20 @@ def main(argv=None) -> int:
         config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links)
     (here := VideoFeatures(replace(config, device="cpu"))).open(decoders=False)
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
-    earlier = EarlierFeatures(config, here.settings, here.shape, manifest)
-    earlier.refuse_other_settings(videos)
+    (earlier := EarlierFeatures(config, here.settings, here.shape, manifest)).refuse_other_settings(videos)
     todo = [{"video": replace(video, fault=fault)} for video in videos
             for _, redo, fault in [earlier.judge(video)] if fault or redo != ""]
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path[:2])}})
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    leases.open(), manifest.open(leases)
     actors, failed = own.actors or gpus or 1, 0
-    blocks = max(min(len(todo), 4 * actors), len(todo) // 16)  # a dead actor costs the block that it had in hand
-    for row in ray.data.from_items(todo, override_num_blocks=blocks).map_batches(
-            Actor, fn_constructor_args=(VideoFeatures(config),), batch_size=None, num_gpus=gpus and 1,
-            compute=ray.data.ActorPoolStrategy(size=actors)).iter_rows() if todo else ():
-        manifest.append(**(entry := json.loads(row["entry"])))
-        failed += entry["status"] == "failed"
-    manifest.close(), leases.close()
+    with closing(leases), closing(manifest):
+        leases.open(), manifest.open(leases)
+        for row in ray.data.from_items(
+                todo, override_num_blocks=max(min(len(todo), 4 * actors), len(todo) // 16)).map_batches(
+                Actor, fn_constructor_args=(VideoFeatures(config),), batch_size=None, num_gpus=gpus and 1,
+                compute=ray.data.ActorPoolStrategy(size=actors)).iter_rows() if todo else ():
+            manifest.append(**(entry := json.loads(row["entry"])))
+            failed += entry["status"] == "failed"
     print(f"{len(todo) - failed} extracted, {len(videos) - len(todo)} there already, {failed} failed")
     return int(failed > config.max_failures * len(videos))
 

@@ -1,6 +1,7 @@
 """Who begins with which videos, and with what each goes on."""
 
 import itertools
+import os
 
 import pytest
 
@@ -56,6 +57,21 @@ def test_what_another_has_in_hand_comes_again_after_a_while(tmp_path, monkeypatc
     assert not turns.waits
 
 
+@pytest.mark.parametrize("number, pause", [(1, 1.0), (100, 5.0), (1000, 15.0)])
+def test_the_more_others_have_the_longer_is_the_pause(tmp_path, monkeypatch, number, pause):
+    now = 10.0
+    monkeypatch.setattr(dealing.time, "monotonic", lambda: now)
+    turns = Turns([[Video(tmp_path / f"{i}", f"{i}", tmp_path / f"{i}.pkl") for i in range(number)]], 0)
+    for _ in range(2):  # the second time at once
+        for _ in range(number):
+            turns.defer(*turns.next()[:2])
+    assert turns.waits and not turns.ready and turns.next() is None
+    now += pause - 0.1
+    assert turns.next() is None
+    now += 0.2
+    assert len(list(iter(turns.next, None))) == number and not turns.waits
+
+
 @pytest.mark.parametrize("shard, rank, world, expected", [
     (None, None, None, (0, 1)), (None, 2, 4, (2, 4)), ("1/3", None, None, (0, 3)), ("3/3", None, None, (2, 3)),
     ("2/3", 1, 2, (3, 6))])
@@ -76,6 +92,13 @@ def test_shards_that_cannot_be(shard):
 def test_a_video_that_is_gone_is_dealt_as_well(tmp_path):
     videos = [*_videos(tmp_path, 1), Video(tmp_path / "gone", "gone", tmp_path / "gone.pkl")]
     assert [_names(share) for share in deal(videos, 1)] == ["0g"]
+    assert [video.known_size for video in deal(videos, 1)[0]] == [1 << 20, None]
+
+
+def test_a_known_size_is_asked_for_again_where_it_has_to_be(tmp_path):
+    video = deal(_videos(tmp_path, 1), 1)[0][0]
+    os.truncate(video.path, 5)
+    assert (video.size(), video.size(fresh=True)) == (1 << 20, 5)
 
 
 def test_shards_as_told_are_all_of_the_work(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -189,7 +190,7 @@ def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
 
 
 @pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])
-def test_features_of_two_formats_do_not_vouch_for_each_other(job, tmp_path, first, second):
+def test_an_entry_is_about_the_file_of_one_format_alone(job, tmp_path, first, second):
     """A folder of one tower's features takes no other tower's, in whatever format; of one tower it takes both."""
     extract(job(format=first))
     other = str(write_tower(tmp_path / "other", seed=1))
@@ -210,7 +211,7 @@ def test_a_pickle_that_the_manifest_does_not_tell_of_is_kept(job, made, tmp_path
     changed = file.read_bytes()
     summary = extract(job(format="pkl", max_failures=1.0))
     assert (summary.skipped, len(summary.failures)) == (2, 1) and file.read_bytes() == changed
-    assert "a.pkl is not the file that the manifest tells of; remove it, or" in summary.failures[0][1]
+    assert "a.pkl is not the file that its manifest entry describes; remove it, or" in summary.failures[0][1]
     assert extract(job(format="pkl", overwrite=True)).extracted == 1
     assert np.array_equal(pickle.loads(file.read_bytes()), array)
 
@@ -236,7 +237,7 @@ def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatc
     assert sorted(entry["status"] for entry in entries) == sorted(["skipped"] * len(made) + ["ok"] * (3 - len(made)))
 
 
-def test_an_older_manifest_vouches_where_one_file_can_be_meant(job, tmp_path):
+def test_an_entry_of_an_older_version_is_used_where_one_file_can_be_meant(job, tmp_path):
     extract(job(format="pkl"))
     manifest = tmp_path / "features" / "manifest.jsonl"
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -465,7 +466,7 @@ def test_a_full_disk_ends_it(job, mixed, monkeypatch):
 
 @pytest.mark.parametrize("format", ["safetensors", "pkl"])
 def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
-    """Nor their headers, where the manifest tells of the very files."""
+    """Nor their headers, where manifest entries match the files."""
     extract(job(format=format))
     features = tmp_path / "features"
     opened = []
@@ -489,3 +490,102 @@ def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
     _, header = load_features(tmp_path / "features" / "a.safetensors")
     assert (header["dtype"], header["conversion"]) == ("float32", "swscale")
     assert extract(job(parity="reference", dtype="float32")).skipped == 3
+
+
+def test_features_without_an_entry_beside_another_ranks_lines(job, tmp_path, monkeypatch):
+    """Another rank writes about another video while this one passes over files that the manifest does not name."""
+    extract(job())
+    features = tmp_path / "features"
+    (features / "manifest.jsonl").unlink()
+    look_again, made = Manifest.look_again, itertools.count()
+
+    def meanwhile(self, **options):
+        with open(features / "manifest-other.jsonl", "a") as file:
+            file.write(json.dumps({"video": f"other-{next(made)}.mp4", "status": "ok", "time": time.time()}) + "\n")
+        return look_again(self, for_new=True)
+
+    monkeypatch.setattr(Manifest, "look_again", meanwhile)
+    summary = extract(job())
+    assert (summary.total, summary.skipped, summary.failures) == (3, 3, []) and next(made)
+    assert {"a.mp4", "b.c.mkv", "sub/a.mp4"} < read_manifest(features).keys()
+
+
+def test_a_failure_of_a_moment_ago_is_not_tried_again(job, mixed, tmp_path, monkeypatch):
+    """Another rank records it, and gives the lease back, just before this one takes it."""
+    take, features = module.Leases.take, tmp_path / "features"
+
+    def meanwhile(self, name):
+        if name == "c.safetensors":
+            with open(features / f"manifest-{other.owner}.jsonl", "a") as file:
+                file.write(json.dumps({"video": "c.mp4", "status": "failed", "time": time.time()}) + "\n")
+        return take(self, name)
+
+    features.mkdir()
+    other = module.Leases(features)
+    other.open()
+    monkeypatch.setattr(module.Leases, "take", meanwhile)
+    summary = extract(job(mixed))
+    other.close()
+    assert (summary.total, summary.extracted, summary.failures) == (3, 3, [])
+
+
+def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch):
+    """There may be very many of them."""
+    monkeypatch.setattr(module, "_SKIPS", 2)
+    (mixed / "c.mp4").unlink()
+    extract(job(mixed))
+    skip, passed = module._Extraction._skip, []
+
+    def interrupted(self, video, own, *arguments):
+        passed.append(video)
+        if len(passed) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        skip(self, video, own, *arguments)
+
+    monkeypatch.setattr(module._Extraction, "_skip", interrupted)
+    summary = extract(job(mixed))
+    assert summary.interrupted == signal.SIGTERM and summary.skipped == len(passed) == 1
+
+
+def test_results_are_collected_while_finished_videos_are_passed_over(job, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SKIPS", 1)
+    videos = tmp_path / "many"
+    videos.mkdir()
+    draw(videos / "long.mp4", 30)  # the first one: the rest is there
+    for number in range(20):
+        draw(videos / f"{number}.mp4", 3)
+    extract(job(videos))
+    (tmp_path / "features" / "long.safetensors").unlink()
+    skip, count, order = module._Extraction._skip, module._Extraction._count, []
+
+    def slow(self, *arguments):
+        time.sleep(0.2)
+        order.append("passed over")
+        skip(self, *arguments)
+
+    monkeypatch.setattr(module._Extraction, "_skip", slow)
+    monkeypatch.setattr(module._Extraction, "_count", lambda *all: order.append("counted") or count(*all))
+    summary = extract(job(videos))
+    assert (summary.extracted, summary.skipped) == (1, 20) and order.index("counted") < 20
+
+
+def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
+    extract(job())
+    looked_at, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: looked_at.append(str(path)) or stat(path, **options))
+    assert extract(job()).skipped == 3
+    assert looked_at.count(str(made / "videos" / "sub" / "a.mp4")) == 1
+
+
+@pytest.mark.parametrize("broken", [video_features.VideoFeatures, Manifest])
+def test_leases_are_given_back_whatever_closing_raises(job, tmp_path, monkeypatch, broken):
+    close = broken.close
+
+    def closed(self):
+        close(self)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(broken, "close", closed)
+    with pytest.raises(OSError, match="Input/output error"):
+        extract(job())
+    assert sorted(os.listdir(tmp_path / "features")) == ["a.safetensors", "b.c.safetensors", "manifest.jsonl", "sub"]

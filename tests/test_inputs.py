@@ -1,5 +1,6 @@
 """Videos given by a pattern, a list file or tar shards."""
 
+import errno
 import io
 import os
 import tarfile
@@ -13,6 +14,7 @@ from fastvid.data.features import load_features
 from fastvid.extract import extract
 from fastvid.video.decode import DecodeError
 from fastvid.video.listing import find_videos
+from fastvid.video.manifest import read_manifest
 
 
 def _touch(folder, *names):
@@ -161,6 +163,47 @@ def test_a_shard_that_is_damaged(tmp_path):
     whole.unlink()
     with pytest.raises(DecodeError, match="cannot be taken out of its archive"), videos[0].file():
         pass
+
+
+def test_a_cut_shard_of_several_costs_its_own_videos(tmp_path):
+    content = _shard(tmp_path / "0.tar", **{"a.mp4": bytes(2000)}).read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.tar").write_bytes(content[:1000])
+    videos, _ = find_videos(tmp_path / "**" / "*.tar", "out", ".pkl")
+    assert [(video.name, str(video.output)) for video in videos] == [
+        ("0/a.mp4", "out/0/a.pkl"), ("in/1.tar", "out/in/1.pkl")]
+    assert videos[0].fault is None and videos[1].size() == 0
+    assert f"{tmp_path}/in/1.tar is no whole tar archive" in videos[1].fault
+    (tmp_path / "0.tar").write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="is no whole tar archive"):
+        find_videos(tmp_path / "**" / "*.tar", "out", ".pkl")
+
+
+@pytest.mark.parametrize("number, raised, told", [
+    (errno.ENOSPC, OSError, "No space left on device: '.*fastvid-.*mp4'"), (errno.EIO, DecodeError, "cannot be taken")])
+def test_no_room_for_the_copy_of_a_member_is_no_fault_of_the_video(tmp_path, monkeypatch, number, raised, told):
+    videos, _ = find_videos(_shard(tmp_path / "0.tar", **{"a.mp4": bytes(2000)}), "out", ".pkl")
+
+    def broken(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "sendfile", broken)
+    with pytest.raises(raised, match=told), videos[0].file():
+        pass
+
+
+def test_no_room_for_the_copy_of_a_member_ends_the_extraction(tmp_path, monkeypatch):
+    write_tower(tmp_path / "tower")
+    _shard(tmp_path / "0.tar", **{f"{name}.mp4": bytes(2000) for name in "abc"})
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "sendfile", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        extract(ExtractConfig(str(tmp_path / "0.tar"), str(tmp_path / "out"), vision_tower=str(tmp_path / "tower"),
+                              num_frames=6, device="cpu"))
+    assert read_manifest(tmp_path / "out") == {}
 
 
 def test_features_of_a_shard_are_those_of_the_files(tmp_path):

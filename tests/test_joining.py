@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastvid.config import ValidateConfig
 from fastvid.data.cut_short import is_cut_short
 from fastvid.data.features import load_features, save_features
 from fastvid.data.records import read_records
+from fastvid.validation.sources import Sources
 
 TURNS = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
 NAMES = "good", "missing", "failed", "stale", "cut", "sub/inner"
@@ -132,6 +134,53 @@ def test_damaged_videos_and_several_conversions_are_told(extracted, tmp_path, ca
     text = validate.summary(report)
     assert "1 feature files are of damaged videos" in text
     assert "warning     features of 2 colour conversions: 4 of swscale, 1 of dali" in text
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_videos_in_shards_are_compared(extracted, tmp_path, quick):
+    """Each with its own bytes in the archive."""
+    shard = tmp_path / "00.tar"
+    names = "good.mp4", "stale.mp4", "other.mp4"
+
+    def write():
+        with tarfile.open(shard, "w") as archive:
+            for name in names:
+                archive.add(tmp_path / name, name)
+
+    for name, source in zip(names, ("good", "stale", "cut")):
+        shutil.copy(extracted / "videos" / f"{source}.mp4", tmp_path / name)
+    write()
+    extract.main(["--video_dir_path", str(shard), "--clip_feat_path", str(tmp_path / "feats"),
+                  *extraction(extracted)[4:]])
+    (tmp_path / "train.json").write_text(json.dumps([record(f"00/{name[:-4]}") for name in names]))
+    report = check(tmp_path, video_dir_path=str(shard), quick=quick)
+    assert not report.problems and report.states["usable"] == 3 and report.not_compared == 0 == report.unnamed
+    assert Sources(tmp_path / "feats", shard).path_of("00/good") is None
+    content = bytearray((tmp_path / "good.mp4").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "good.mp4").write_bytes(content)
+    draw(tmp_path / "stale.mp4", 20)
+    write()
+    bad = check(tmp_path, video_dir_path=str(shard), quick=quick).bad_videos
+    assert bad.keys() == {"00/stale.mp4"} | (set() if quick else {"00/good.mp4"})
+    assert "and 00/stale.mp4 has" in bad["00/stale.mp4"][1]
+
+
+def test_a_list_does_not_lead_out_of_its_folder(extracted, tmp_path):
+    folder = shutil.copytree(extracted, tmp_path / "s")
+    file = folder / "videos" / "all.txt"
+    file.write_text("good.mp4\n")
+    assert check(folder, video_dir_path=str(file)).not_compared == 4
+    file.write_text("good.mp4\n../elsewhere.mp4\n")
+    with pytest.raises(ValueError, match="line 2 leads out .*; give the folder of the videos instead"):
+        check(folder, video_dir_path=str(file))
+    assert check(folder, video_dir_path=str(file.parent)).not_compared == 0  # as told
+    file.write_text("good.mp4\nlink.mp4\n")
+    (folder / "videos" / "good.mp4").rename(folder / "elsewhere.mp4")
+    (folder / "videos" / "link.mp4").symlink_to(folder / "elsewhere.mp4")
+    (folder / "videos" / "good.mp4").symlink_to(folder / "elsewhere.mp4")
+    with pytest.raises(ValueError, match="no file that it names"):
+        check(folder, video_dir_path=str(file))
 
 
 def test_the_report_as_json(spoilt, tmp_path, capsys):

@@ -137,7 +137,7 @@ def test_a_lease_that_began_anew_is_seen(opened, tmp_path, monkeypatch):
     _kill_one_that_holds(tmp_path, "a.mp4")
     lives = Leases._lives
 
-    def meanwhile(self, record, path=None):
+    def meanwhile(self, record, path):
         found = lives(self, record, path)
         if self is slow and not found:
             monkeypatch.setattr(Leases, "_lives", lives)
@@ -148,6 +148,79 @@ def test_a_lease_that_began_anew_is_seen(opened, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Leases, "_lives", meanwhile)
     assert not slow.take("a.mp4")
+
+
+def test_a_link_whose_reply_was_lost_is_held(opened, monkeypatch):
+    """A network file system makes the link, repeats the request, and says that the link exists."""
+    one, link = opened(), os.link
+
+    def again(source, target):
+        link(source, target)
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", again)
+        assert one.take("a.mp4")
+    assert one.keeps("a.mp4") and not one.take("a.mp4") and not opened().take("a.mp4")
+    one.release("a.mp4")
+    assert opened().take("a.mp4")
+
+
+def test_a_lease_that_was_lost_can_be_had_again(opened, monkeypatch):
+    """The heir of one that was only slow gives back nothing, and dies."""
+    slow, heir = opened(), opened()
+    assert slow.take("a.mp4") and slow.keeps("a.mp4") and not slow.keeps("b.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "_lives", lambda self, record, path: record["owner"] != slow.owner)
+        assert heir.take("a.mp4")
+    assert not slow.keeps("a.mp4") and not slow.take("a.mp4")
+    heir._own.unlink()
+    assert slow.take("a.mp4") and slow.keeps("a.mp4") and not heir.keeps("a.mp4")
+
+
+def test_a_late_release_costs_no_other_its_lease(opened, monkeypatch):
+    slow, heir, third = opened(), opened(), opened()
+    assert slow.take("a.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "_lives", lambda self, record, path: record["owner"] != slow.owner)
+        assert heir.take("a.mp4")
+    heir.release("a.mp4")
+    assert third.take("a.mp4")
+    slow.release("a.mp4")
+    assert third.keeps("a.mp4") and not heir.take("a.mp4")
+
+
+def test_an_owner_is_never_seen_without_its_record(opened, tmp_path, monkeypatch):
+    one, other, replace, seen = opened(), opened(), os.replace, []
+
+    def looked_at(source, target):
+        seen.append(module._record(one._own)["owner"])
+        replace(source, target)
+        seen.append(module._record(one._own)["owner"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", looked_at)
+        one._write_own()
+    assert seen == [one.owner, one.owner]
+    one._own.write_text("")  # a file system may show it so for a while
+    assert other.lives(one.owner)
+    opened()
+    assert one._own.exists()
+    os.utime(one._own, (1, 1))
+    assert not other.lives(one.owner) and not other.lives("nobody")
+
+
+def test_closing_that_fails_leaves_no_living_owner(opened, monkeypatch):
+    one, other = opened(), opened()
+    assert one.take("a.mp4")
+
+    def broken(self, name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(Leases, "release", broken)
+        one.close()
+    assert not other.lives(one.owner) and other.take("a.mp4")
 
 
 def _fight(folder, seed):

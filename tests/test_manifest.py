@@ -1,5 +1,6 @@
 """The manifest survives crashes and several writers."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -90,7 +91,7 @@ def test_two_at_a_time_have_a_file_each_and_are_read_as_one(tmp_path):
     one.append("a.mp4", "ok", file="a.safetensors")
     other.append("b.mp4", "failed", reason="no")
     assert one.entries["a.mp4"]["status"] == "ok" and "b.mp4" not in one.entries
-    assert one.look_again() and not one.look_again() and one.failed_elsewhere == {"a.mp4", "b.mp4"}
+    assert one.look_again() and not one.look_again() and one.failed_elsewhere == {"b.mp4"}
     assert {name: entry["status"] for name, entry in read_manifest(tmp_path).items()} == {
         "a.mp4": "ok", "b.mp4": "failed"}
     one.close()
@@ -121,3 +122,128 @@ def test_entries_of_older_versions_are_the_oldest(tmp_path):
     _, manifest = _opened(tmp_path)
     assert not list(tmp_path.glob("manifest-*")) and manifest.entries["a.mp4"]["status"] == "ok"
     manifest.close()
+
+
+@pytest.mark.parametrize("moment", ["before a write", "while it is read"])
+def test_one_that_was_taken_for_dead_loses_no_line(tmp_path, monkeypatch, moment):
+    """Another process moves its lines and removes its file; it goes on, and so does a third one that reads it."""
+    (_, first), (slow_leases, slow), (_, third) = _opened(tmp_path), _opened(tmp_path), _opened(tmp_path)
+    slow.append("a.mp4", "ok")
+    third.look_again()
+    unlink = type(slow.path).unlink
+
+    def late(path, **options):
+        if moment == "while it is read" and path.name.startswith("manifest-"):
+            slow.append("b.mp4", "ok")
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        lives = Leases.lives
+        patch.setattr(Leases, "lives", lambda self, owner: owner != slow_leases.owner and lives(self, owner))
+        patch.setattr(type(slow.path), "unlink", late)
+        first.close()
+    if moment == "before a write":
+        slow.append("b.mp4", "ok")
+    slow.append("c.mp4", "failed", reason="no")
+    third.look_again(for_new=True)
+    assert third.entries.keys() == {"a.mp4", "b.mp4", "c.mp4"} and third.failed_elsewhere == {"c.mp4"}
+    slow.close()
+    third.close()
+    assert [path.name for path in tmp_path.glob("manifest*")] == ["manifest.jsonl"]
+    assert read_manifest(tmp_path).keys() == {"a.mp4", "b.mp4", "c.mp4"}
+
+
+def test_a_file_that_was_made_anew_is_read_from_its_beginning(tmp_path):
+    (_, one), (_, other) = _opened(tmp_path), _opened(tmp_path)
+    for number in range(3):
+        other.append(f"{number}.mp4", "ok")
+    one.look_again()
+    other.path.unlink()
+    other.append("a.mp4", "ok", reason="x" * 1000)
+    assert one.look_again() and "a.mp4" in one.entries
+
+
+def test_a_stale_handle_is_replaced(tmp_path, monkeypatch):
+    (_, one), write = _opened(tmp_path), os.write
+    stale = one._file
+
+    def on_a_stale_one(file, content):
+        if file == stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return write(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", on_a_stale_one)
+        patch.setattr(os, "close", lambda file: None)  # its number is not used again meanwhile
+        one.append("a.mp4", "failed", reason="no")
+    assert read_manifest(tmp_path).keys() == {"a.mp4"}
+
+    def always(file, content):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale file handle"):
+        patch.setattr(os, "write", always)
+        one.append("a.mp4", "ok")
+
+
+def test_two_never_append_to_one_file(tmp_path, monkeypatch):
+    """The holder of the common file is taken for dead, and its lease goes to another process."""
+    slow_leases, slow = _opened(tmp_path)
+    with monkeypatch.context() as patch:
+        lives = Leases._lives
+        patch.setattr(Leases, "_lives", lambda self, record, path: (
+            (record or {}).get("owner") != slow_leases.owner and lives(self, record, path)))
+        heir_leases, heir = _opened(tmp_path)
+        assert heir.path == slow.path == tmp_path / "manifest.jsonl"
+    slow.append("a.mp4", "ok")
+    heir.append("b.mp4", "ok")
+    assert slow.path.name == f"manifest-{slow_leases.owner}.jsonl" and heir.path.name == "manifest.jsonl"
+    assert slow.path.read_text().count("\n") == heir.path.read_text().count("\n") == 1
+    slow.close()
+    heir.close()
+    slow_leases.close()
+    heir_leases.close()
+    assert read_manifest(tmp_path).keys() == {"a.mp4", "b.mp4"}
+
+
+def test_closing_releases_the_common_file_only_if_it_is_kept(tmp_path, monkeypatch):
+    slow_leases, slow = _opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Leases, "_lives", lambda self, record, path: (record or {}).get("owner") != slow_leases.owner)
+        heir_leases, heir = _opened(tmp_path)
+    slow.close()
+    assert heir_leases.keeps("manifest.jsonl")
+    monkeypatch.setattr(heir, "_gather", lambda: heir_leases.release("manifest.jsonl"))  # it is lost only now
+    heir.close()
+
+
+def _line(video, status, when, **more):
+    return json.dumps({"video": video, "status": status, **({} if when is None else {"time": when}), **more}) + "\n"
+
+
+def test_the_newest_entry_wins_wherever_it_stands(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text(
+        _line("a.mp4", "ok", 3.0, file="a.pkl") + _line("a.mp4", "failed", 2.0, file="a.pkl")
+        + _line("old.mp4", "failed", None) + _line("old.mp4", "ok", None)
+        + _line("b.mp4", "failed", 5.0) + _line("b.mp4", "ok", 5.0))
+    entries = read_manifest(tmp_path)
+    assert {name: entry["status"] for name, entry in entries.items()} == {"a.mp4": "ok", "old.mp4": "ok", "b.mp4": "ok"}
+    assert Manifest(tmp_path).files["a.pkl"]["time"] == 3.0
+    manifest = Manifest(tmp_path)
+    (tmp_path / "manifest-late.jsonl").write_text(_line("a.mp4", "failed", 2.5) + _line("b.mp4", "failed", 6.0))
+    manifest.look_again(for_new=True)
+    assert manifest.entries["a.mp4"]["status"] == "ok" and manifest.failed_elsewhere == {"b.mp4"}
+
+
+def test_what_is_written_about_a_known_entry_is_newer_than_it(tmp_path):
+    """Another machine's clock may be ahead of this one's."""
+    ahead = time.time() + 1000
+    (tmp_path / "manifest.jsonl").write_text(_line("a.mp4", "failed", ahead))
+    manifest = Manifest(tmp_path)
+    manifest.open()
+    manifest.append("a.mp4", "ok")
+    manifest.append("b.mp4", "ok")
+    manifest.close()
+    entries = read_manifest(tmp_path)
+    assert entries["a.mp4"]["status"] == "ok" and ahead < entries["a.mp4"]["time"] < ahead + 1
+    assert entries["b.mp4"]["time"] < ahead

@@ -1,11 +1,15 @@
 """The object that makes features of a video, in this process and in others, and Ray's actors that use it."""
 
+import errno
 import importlib.util
 import os
 import pickle
+import runpy
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from clips import draw
@@ -13,10 +17,12 @@ from conftest import ROOT
 from ranks import FORKS
 from towers import write_tower
 
+from fastvid import video_features
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features
 from fastvid.extract import VideoFeatures, extract
 from fastvid.video.decode import DecodeError
+from fastvid.video.listing import find_videos
 from fastvid.video.manifest import read_manifest
 
 
@@ -68,6 +74,23 @@ def test_features_and_header_or_the_error(made, tmp_path):
     features.close()
 
 
+def test_an_output_that_cannot_be_written_is_a_failure_of_its_own(made, tmp_path, monkeypatch):
+    (tmp_path / "sub").write_text("in the way")
+    features = VideoFeatures(_config(made, tmp_path))
+    videos, _ = find_videos(made / "videos", tmp_path, ".safetensors")
+    entries = {video.name: features.extract(video) for video in videos}
+    assert Counter(entry["status"] for entry in entries.values()) == {"ok": 3, "failed": 3}
+    assert entries["sub/1.mp4"]["reason"].startswith("its features cannot be written (")
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "features/0.safetensors")
+
+    monkeypatch.setattr(video_features, "atomic_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        features.extract(videos[0])
+    features.close()
+
+
 def test_it_travels_to_other_processes(made, tmp_path):
     features = VideoFeatures(_config(made, tmp_path))
     path = made / "videos" / "0.mp4"
@@ -108,6 +131,21 @@ def test_two_actors_of_ray_make_the_files_of_one_process(made, tmp_path):
     assert sorted(os.listdir(tmp_path / "features")) == sorted(os.listdir(made / "clean"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "0 extracted, 5 there already, 1 failed" in done.stdout, done.stderr
+
+
+def test_the_script_gives_the_folder_back_after_an_error(made, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        assert (tmp_path / "features" / "manifest.jsonl").exists()
+        raise RuntimeError("no cluster")
+
+    ray = SimpleNamespace(init=lambda **options: None, cluster_resources=dict, data=SimpleNamespace(from_items=broken))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    script = runpy.run_path(str(ROOT / "scripts" / "extract_ray.py"))
+    with pytest.raises(RuntimeError, match="no cluster"):
+        script["main"](["--video_dir_path", str(made / "videos"), "--clip_feat_path", str(tmp_path / "features"),
+                        "--vision_tower", str(made / "tower"), "--num_frames", "6"])
+    assert os.listdir(tmp_path / "features") == ["manifest.jsonl"]
 
 
 def test_the_script_is_short():

@@ -86,7 +86,7 @@ def _add_missing(report, sources, video, count, error):
         return
     lies = ""
     if sources.given:
-        lies = "; its video lies in --video_dir_path" if sources.path_of(video) else (
+        lies = "; its video lies in --video_dir_path" if sources.video_of(video) else (
             "; nor does its video lie in --video_dir_path")
     report.add("features missing", f"{error}{lies} (records: {count})", video=video)
 

@@ -1,4 +1,4 @@
-"""What an extraction's manifest and the videos themselves tell of each feature file."""
+"""What an extraction's manifest and the videos themselves say about each feature file."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import os
 from fastvid.data.names import stem
 from fastvid.earlier_features import written
 from fastvid.files import shown
+from fastvid.video.decode import DecodeError
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import read_files, read_manifest
 
@@ -17,13 +18,14 @@ class Sources:
 
     Args:
         video_folder: of the features.
-        video_dir_path: of the videos; None: they are not looked at.
+        video_dir_path: of the videos, or a pattern, a list or a tar shard as extraction takes them; None: they are not
+            looked at.
 
     Attributes:
         given: whether there is a folder of videos.
 
     Raises:
-        ValueError: `video_dir_path` is no folder, or holds no video.
+        ValueError: `video_dir_path` is none of these, names no video, or is a list that leads out of its folder.
     """
 
     def __init__(self, video_folder, video_dir_path=None):
@@ -31,20 +33,32 @@ class Sources:
         self._failed = {stem(name): str(entry.get("reason")) for name, entry in read_manifest(video_folder).items()
                         if entry.get("status") == "failed"}
         self._lines = read_files(video_folder)
-        videos = find_videos(video_dir_path, "", "", follow_links=True)[0] if self.given else []
-        self._paths = {os.path.normpath(video.name): video.path for video in videos}
-        self._by_stem = {stem(name): name for name in self._paths}
+        # A list may come with a data set, and whoever wrote it must not choose files elsewhere.
+        is_list = self.given and os.path.isfile(video_dir_path)
+        try:
+            videos = find_videos(video_dir_path, "", "", follow_links=not is_list)[0] if self.given else []
+        except ValueError as error:
+            if "--follow_links" not in str(error):
+                raise
+            raise ValueError(f"{error} (of fastvid extract alone); give the folder of the videos instead") from error
+        self._videos = {os.path.normpath(video.name): video for video in videos}
+        self._by_stem = {stem(name): name for name in self._videos}
 
     def failure(self, name) -> str | None:
         """Why the extraction of a record's video failed when it was last tried; None if it did not."""
         return self._failed.get(_id(name))
 
-    def path_of(self, name, header=()):
+    def video_of(self, name, header=()):
         """The video that a record names, or that the header of its features does; None where it does not lie there."""
         source = header.get("source") if isinstance(header, dict) else None
-        if isinstance(source, str) and os.path.normpath(source) in self._paths:
-            return self._paths[os.path.normpath(source)]
-        return self._paths.get(self._by_stem.get(_id(name)))
+        if isinstance(source, str) and os.path.normpath(source) in self._videos:
+            return self._videos[os.path.normpath(source)]
+        return self._videos.get(self._by_stem.get(_id(name)))
+
+    def path_of(self, name, header=()):
+        """The file of `video_of`; None also of one in a tar shard."""
+        video = self.video_of(name, header)
+        return None if video is None or video.within else video.path
 
     def unnamed(self, names) -> int:
         """Videos in the folder that none of the records' `names` means."""
@@ -53,7 +67,7 @@ class Sources:
     def header_of(self, features, name, path, header, quick):
         """What is known of how a feature file was made: its header, or of a pickle the manifest's line about it.
 
-        The line counts where the pickle is the very file that it tells of: by its digest, or under `quick`, which
+        The line counts where the pickle is the very file that it is about: by its digest, or under `quick`, which
         reads no values, by its size and time.
         """
         if path.suffix != ".pkl":
@@ -71,22 +85,25 @@ class Sources:
         Raises:
             OSError: the video cannot be read.
         """
-        video, size, digest = self.path_of(name, header), header.get("source_bytes"), header.get("source_sha256")
+        video, size, digest = self.video_of(name, header), header.get("source_bytes"), header.get("source_sha256")
         if failed := self.failure(name):
             why = f"the last extraction of its video failed ({failed}): it is of an earlier one"
         else:
             why = None
         if video is None or not isinstance(size, int):
             return why is not None, why and f"{shown(path)} is stale: {why}"
-        found = video.stat().st_size
+        found, shown_name = video.size(), shown(video.name if video.within else video.path)
         if found != size:
-            return True, (f"{shown(path)} was made of {size:,} bytes, and {shown(video)} has {found:,}: the video was "
+            return True, (f"{shown(path)} was made of {size:,} bytes, and {shown_name} has {found:,}: the video was "
                           f"changed since; {_REMEDY}")
         if quick or not isinstance(digest, str):
             return True, why and f"{shown(path)} is stale: {why}"
-        with open(video, "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
-        return True, None if same else (f"{shown(path)} was made of other bytes than {shown(video)} holds: the video "
+        try:
+            with video.file() as copy, open(copy, "rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except DecodeError as error:
+            raise OSError(error.reason) from error
+        return True, None if same else (f"{shown(path)} was made of other bytes than {shown_name} holds: the video "
                                         f"was changed since; {_REMEDY}")
 
 

@@ -2,7 +2,7 @@
 
 Every process deals all videos the same way and begins with its share, the longest first, so that none is left with a
 long one at the end. What others have not finished it takes from the end of their shares, where they come last. Leases
-(`fastvid.video.leases`) see to it that no two do the same video; one that another has in hand is looked at again.
+(`fastvid.video.leases`) see to it that no two do the same video; one that another has leased is tried again later.
 """
 
 import heapq
@@ -10,11 +10,12 @@ import os
 import re
 import time
 from collections import deque
+from dataclasses import replace
 
 # What a video costs beside its bytes, as bytes.
 _EACH = 1 << 20
-# Seconds between two looks at the videos that others have in hand.
-PAUSE = 1.0
+# Seconds between two tries of the videos that others have leased: at least, at most, and for each of them.
+_PAUSE, _LONGEST_PAUSE, _PAUSE_EACH = 1.0, 15.0, 0.05
 
 
 def place(shard=None) -> tuple[int, int]:
@@ -38,24 +39,25 @@ def place(shard=None) -> tuple[int, int]:
 def deal(videos, world):
     """Shares of about as many bytes each, [[Video]], each with its largest first.
 
-    Bytes stand for duration: to ask each file for that would take as long as half its decoding.
+    Bytes stand for duration: to ask each file for that would take as long as half its decoding. The videos come back
+    with their sizes, so that nobody has to ask for those again.
     """
-    sizes = {video.name: _size(video) for video in videos}
+    videos = [replace(video, known_size=_size(video)) for video in videos]
     shares = [[] for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]
-    for video in sorted(videos, key=lambda video: (-sizes[video.name], video.name)):
+    for video in sorted(videos, key=lambda video: (-(video.known_size or 0), video.name)):
         load, rank = loads[0]
         shares[rank].append(video)
-        heapq.heapreplace(loads, (load + sizes[video.name] + _EACH, rank))
+        heapq.heapreplace(loads, (load + (video.known_size or 0) + _EACH, rank))
     return shares
 
 
 def _size(video):
-    """Bytes of a video; 0 if it cannot be looked at, which its turn will tell."""
+    """Bytes of a video; None if it cannot be looked at, which its turn will tell."""
     try:
         return video.size()
     except OSError:
-        return 0
+        return None
 
 
 class Turns:
@@ -83,14 +85,20 @@ class Turns:
         if not self._due and self._later and time.monotonic() >= self._at:
             self._due.extend(self._later)
             self._later.clear()
-            self._at = time.monotonic() + PAUSE
+            # Many idle processes that try many leases over and over would be a load on a file server.
+            self._at = time.monotonic() + min(max(_PAUSE, _PAUSE_EACH * len(self._due)), _LONGEST_PAUSE)
         return (*self._due.popleft(), False) if self._due else None
 
     def defer(self, video, own):
-        """Come to a video again that another process has in hand."""
+        """Come to a video again that another process has leased."""
         self._later.append((video, own))
 
     @property
     def waits(self) -> bool:
         """Whether there are more to come, now or later."""
-        return bool(self._own or self._others or self._due or self._later)
+        return self.ready or bool(self._later)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is one to come at once."""
+        return bool(self._own or self._others or self._due)

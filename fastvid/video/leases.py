@@ -1,12 +1,12 @@
-"""Who has which video in hand: lease files in the output folder, so that processes share the work and may die.
+"""Which process has leased which video: files in the output folder, so that processes share the work and may die.
 
-A lease is a file ``.leases/<digest of a name>.<generation>.json`` that tells its owner. Its owner is dead if the
+A lease is a file ``.leases/<digest of a name>.<generation>.json`` that names its owner. Its owner is dead if the
 process is gone (same machine), or has not touched its own file ``<owner>.owner`` for a minute (another machine). Who
 takes over a dead owner's lease writes the next generation beside it, and nobody removes what a living process has: a
 lease that is removed and made again could be taken by two that both saw the old one.
 
-Every file is a hard link to the owner's: it is there with all that it says, or not there. Network file systems keep
-that promise too.
+Every lease is a hard link to its owner's file, which is put in place whole: it exists with all its content, or does not
+exist, on network file systems too.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from fastvid import processes
-from fastvid.files import naming
+from fastvid.files import naming, remove_left_over
 
 NAME = ".leases"
 EVERY, SILENCE = 10.0, 60.0  # seconds between signs of life, and without one until another machine's process is dead
@@ -35,7 +35,7 @@ class Leases:
     """Leases of this process in an output folder, from `open` to `close`.
 
     Attributes:
-        owner: who this is, in names of files: machine, process, and digits of chance.
+        owner: name of this process in file names: machine, process number, random digits.
     """
 
     def __init__(self, folder):
@@ -56,32 +56,49 @@ class Leases:
         self._sweep()
 
     def close(self):
-        """Give everything back, and leave no file behind that no living process has."""
+        """Release all leases, and remove the files of this process and of dead ones."""
         if not self._begun or self._closed.is_set():
             return
         self._closed.set()
-        for name in list(self._held):
-            self.release(name)
-        self._sweep()
-        self._own.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are still there
-            self.folder.rmdir()
+        try:
+            for name in list(self._held):
+                self.release(name)
+            self._sweep()
+        finally:  # without its own file this owner is dead, whatever leases of it are left
+            self._own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are still there
+                self.folder.rmdir()
 
     def take(self, name) -> bool:
-        """Have the lease of a name; False while a living process has it. What was done under it may be done already."""
+        """Take the lease of a name; False while a living process has it. Another may have done its work already."""
         return self._take(_digest(name), name)
 
     def release(self, name):
-        """Give a lease back, and with it those of dead owners that it took over."""
+        """Release a lease, and with it those of dead owners that it took over."""
         self._remove(*self._held.pop(name))
+
+    def keeps(self, name) -> bool:
+        """Whether a lease that was taken is still this owner's. It is lost to a process that took this one for dead."""
+        if name in self._held and self._is_own(*self._held[name]):
+            return True
+        self._held.pop(name, None)
+        return False
 
     def lives(self, owner) -> bool:
         """Whether the process that calls itself `owner` still lives, and has its leases open."""
-        return self._lives(_record(self._file_of(owner)))
+        path = self._file_of(owner)
+        record = _record(path)
+        return record is not None and self._lives(record, path)
 
     def owners(self) -> list[str]:
-        """All who have, or had when they died, their leases open."""
-        return sorted(name.removesuffix(".owner") for name in os.listdir(self.folder) if name.endswith(".owner"))
+        """All processes whose leases are open, or were when they died."""
+        return sorted(name.removesuffix(".owner") for name in self._names() if name.endswith(".owner"))
+
+    def _names(self):
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:  # another machine took this process for dead, and was the last one
+            return []
 
     def _write_own(self):
         record = {"owner": self.owner, "machine": processes.machine(), "host": socket.gethostname(),
@@ -90,9 +107,12 @@ class Leases:
         with naming(self._own):
             while True:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                # Others never see it without its content. The name is one that `remove_left_over` knows.
+                temporary = self.folder / f".{processes.machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
                 # The last process to leave may just have removed the folder.
                 with contextlib.suppress(FileNotFoundError):
-                    self._own.write_text(json.dumps(record))
+                    temporary.write_text(json.dumps(record))
+                    os.replace(temporary, self._own)
                     return
 
     def _touch_own(self):
@@ -117,7 +137,7 @@ class Leases:
             record = _record(path)
             if record is None:  # given back just now
                 dead = []
-            elif self._lives(record, path):
+            elif self._lives(record, path) and not self._says_own(record, digest):
                 return False
             else:
                 dead.append(record)
@@ -141,17 +161,37 @@ class Leases:
                 return False
         return True
 
+    def _is_own(self, digest, generation) -> bool:
+        """Whether a lease is this owner's and nobody took it over.
+
+        The generation above is looked at first: who gives both back removes the lower one before it.
+        """
+        if self._path(digest, generation + 1).exists():
+            return False
+        return (_record(self._path(digest, generation)) or {}).get("owner") == self.owner
+
+    def _says_own(self, record, digest) -> bool:
+        """Whether a lease names this owner, which does not know of it: it is as a dead one's.
+
+        It was taken over by a process that took this one for dead. Or a network file system lost the reply when it made
+        the link, asked again, and was told that there is one.
+        """
+        return bool(record) and record["owner"] == self.owner and not self._knows(digest)
+
+    def _knows(self, digest):
+        return any(digest == held for held, _ in self._held.values())
+
     def _remove(self, digest, generation):
         """Remove a lease of this process, those below it first: nobody can begin anew beside one that is held."""
-        if self._path(digest, generation + 1).exists():  # another machine took this process for dead: now all are its
+        if not self._is_own(digest, generation):  # another machine took this process for dead: now all are its
             return
         for i in range(generation + 1):
             self._path(digest, i).unlink(missing_ok=True)
 
-    def _lives(self, record, path=None):
-        """Whether the owner of a lease lives; `path`: the lease's, where it may have been cut short."""
+    def _lives(self, record, path):
+        """Whether the owner that the file `path` names lives; one without content may be about to get it."""
         if not record:
-            return path is not None and self._now() - _touched(path) < SILENCE
+            return self._now() - _touched(path) < SILENCE
         if record["owner"] == self.owner:
             return True
         if record["machine"] == processes.machine():
@@ -161,9 +201,9 @@ class Leases:
 
     def _sweep(self):
         """Remove what dead processes left: each lease as its new owner, then their own files."""
-        names = os.listdir(self.folder)
-        for digest in {match[1] for match in map(_LEASE.fullmatch, names) if match}:
-            if digest not in (held for held, _ in self._held.values()) and self._take(digest, digest):
+        remove_left_over(self.folder)
+        for digest in {match[1] for match in map(_LEASE.fullmatch, self._names()) if match}:
+            if not self._knows(digest) and self._take(digest, digest):
                 self.release(digest)
         for owner in self.owners():
             if owner != self.owner and not self.lives(owner):

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvid.files import VIDEO_SUFFIXES, name_of, shown, wrong_content
+from fastvid.files import NOTHING_MORE_FITS, VIDEO_SUFFIXES, name_of, naming, shown, wrong_content
 from fastvid.video.decode import DecodeError
 from fastvid.video.named_inputs import TAR, is_pattern, lines, matches, members
 
@@ -26,6 +26,7 @@ class Video:
         output: its feature file.
         fault: why it can have none; None if it can.
         within: (first byte, bytes) of it in the archive; None of a file of its own.
+        known_size: bytes of it when it was first looked at; None if that was not done.
     """
 
     path: Path
@@ -33,13 +34,19 @@ class Video:
     output: Path
     fault: str | None = None
     within: tuple[int, int] | None = None
+    known_size: int | None = None
 
-    def size(self) -> int:
+    def size(self, *, fresh=False) -> int:
         """Bytes of the video.
+
+        Args:
+            fresh: as it is now, although it is known.
 
         Raises:
             OSError: it cannot be looked at.
         """
+        if self.known_size is not None and not fresh:
+            return self.known_size
         return self.within[1] if self.within else os.stat(self.path).st_size
 
     @contextlib.contextmanager
@@ -48,6 +55,7 @@ class Video:
 
         Raises:
             DecodeError: it cannot be taken out of its archive.
+            OSError: there is no room for its copy.
         """
         if self.within is None:
             yield self.path
@@ -56,8 +64,11 @@ class Video:
             try:
                 copy = stack.enter_context(
                     tempfile.NamedTemporaryFile(prefix="fastvid-", suffix=os.path.splitext(self.name)[1]))
-                self._copy_to(copy)
+                with naming(copy.name):
+                    self._copy_to(copy)
             except OSError as error:
+                if error.errno in NOTHING_MORE_FITS:
+                    raise
                 raise DecodeError(self.path, f"cannot be taken out of its archive ({error.strerror})") from error
             yield Path(copy.name)
 
@@ -93,7 +104,8 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
             shard. Patterns and lists may name tar shards, too.
         follow_links: without it what is reached through a link below the folder is left out.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out. A tar shard that cannot be read is one video, with that fault, where others
+    are given beside it.
 
     Returns:
         (videos, {ending, or "links": how many other files there are of it})
@@ -101,11 +113,16 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
     Raises:
         ValueError: there is no such thing or no video in it.
     """
-    videos, others = [], Counter()
+    videos, others, unreadable = [], Counter(), []
     for name, path in _named(given, follow_links, others):
         stem, ending = os.path.splitext(name)
         if ending.lower() == TAR:
-            found, left_out = members(path)
+            try:
+                found, left_out = members(path)
+            except ValueError as error:
+                unreadable.append(error)
+                videos.append(Video(Path(path), name, _output(output_folder, stem, suffix), str(error), (0, 0)))
+                continue
             others += left_out
             for member, key, begin, size in found:
                 fault = "its name leads out of its archive" if _leads_out(member) else None
@@ -114,6 +131,8 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
         else:
             videos.append(Video(Path(path), name, _output(output_folder, stem, suffix)))
     others = +others
+    if unreadable and len(unreadable) == len(videos):
+        raise unreadable[0]
     if not videos:
         links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
         shards = f"; for its tar shards give '{shown(os.path.join(given, '*.tar'))}'" if (

@@ -1,17 +1,21 @@
-"""The manifest of an extraction: one JSON line per video, with what became of it.
+"""The manifest of an extraction: one JSON line per video, with its status.
 
-A line about a feature file ("file") says what it was made with, and its "sha256". It vouches for that very file only:
-of two formats in one folder each has its own lines. A pickle, which has no header, gets a line ahead of the file
+An entry about a feature file ("file") says what it was made with, and its "sha256". It is about that file alone: of two
+formats in one folder each has its own entries. A pickle, which has no header, gets a line ahead of the file
 ("writing"), so that one whose extraction is killed is known as well.
 
 One process at a time writes ``manifest.jsonl``: the one that has its lease. Others that write at the same time have
 files of their own, ``manifest-<owner>.jsonl``, for what several machines append to one file on a network file system
-may be lost. Readers take all of them, and the newest entry wins. Whoever has ``manifest.jsonl`` adds the lines of
-processes that are done or dead, and removes their files.
+may be lost. Readers take all of them, and the newest entry wins, by its "time", wherever it stands. The clocks of the
+machines have to agree only as far as two of them write about one video without having read each other's entry. Whoever
+has ``manifest.jsonl`` adds the lines of processes that are done or dead, and removes their files. A process that was
+taken for dead, because it was silent for so long, notices that its file is gone or its lease lost, and writes to a new
+file.
 
 Lines are appended by single writes. A line that a crash has torn is skipped when reading and closed off when writing.
 """
 
+import errno
 import json
 import os
 import time
@@ -21,11 +25,13 @@ from fastvid.files import naming
 
 NAME = "manifest.jsonl"
 _BEFORE, _AFTER = "manifest-", ".jsonl"  # the owner's name between them
-_SYNCED = ("writing", "failed")  # another machine has to know of these before it may take the video
+_TRIES = 5  # of a write to a file that others may remove
+_TICK = 1e-6  # seconds, to which entries tell their time
+_SYNCED = ("writing", "failed")  # another machine has to see these before it may take the video
 
 
 class Manifest:
-    """What the manifests in a folder say; once it is opened, more can be said.
+    """The entries of the manifests in a folder; once it is open, entries can be added.
 
     Attributes:
         path: the file that is written to.
@@ -38,7 +44,7 @@ class Manifest:
         self.folder, self.path = Path(folder), Path(folder) / NAME
         self.entries, self.files, self.failed_elsewhere = {}, {}, set()
         self._file = self._leases = None
-        self._read_to = {}  # bytes of each file that were read
+        self._read_to = {}  # of each file: (inode, bytes that were read)
         self._note(self._unread(_paths(folder)))
         self.failed_elsewhere.clear()
 
@@ -51,13 +57,13 @@ class Manifest:
         self._leases = leases
         self.folder.mkdir(parents=True, exist_ok=True)
         if leases is not None and not leases.take(NAME):
-            self.path = self.folder / f"{_BEFORE}{leases.owner}{_AFTER}"
+            self.path = self._own_path()
         self._file = _appended_to(self.path)
         if leases is not None and self.path.name == NAME:
             self._gather()
 
     def append(self, video, status, *, reason=None, frames=None, seconds=None, **more):
-        """Record what became of one video.
+        """Record the status of one video.
 
         Args:
             video: name relative to the folder of videos.
@@ -65,16 +71,46 @@ class Manifest:
             reason: why, unless ok.
             frames: frames of the whole video.
             seconds: spent on it.
-            more: whatever else belongs to it: the "file" that it became, its "sha256", and as it was "written" (bytes
+            more: whatever else belongs to it: the "file" of its features, its "sha256", and as it was "written" (bytes
                 and time in nanoseconds).
         """
+        known = self.entries.get(video), self.files.get(more.get("file"))
+        now = max(time.time(), *(_when(entry) + _TICK for entry in known if entry is not None), 0.0)
         entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds,
-                 "time": round(time.time(), 6), **more}
+                 "time": round(now, 6), **more}
         self._know(entry)
-        with naming(self.path):
-            os.write(self._file, json.dumps(entry).encode() + b"\n")
-            if status in _SYNCED and self._leases is not None:
-                os.fsync(self._file)
+        self._write([entry], sync=status in _SYNCED and self._leases is not None)
+
+    def _write(self, entries, sync):
+        """Append entries to this process's file; to a new one if another process took this one for dead."""
+        content = "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
+        if self._leases is not None and self.path.name == NAME and not self._leases.keeps(NAME):
+            self._reopen(self._own_path())
+        for tries in range(1, _TRIES + 1):
+            with naming(self.path):
+                try:
+                    os.write(self._file, content)
+                    if sync:
+                        os.fsync(self._file)
+                    # Whoever removes a file reads it again afterwards: what is in it while it is there is not lost.
+                    if self._leases is None or os.fstat(self._file).st_nlink or self.path.exists():
+                        return
+                except OSError as error:
+                    if error.errno != errno.ESTALE or tries == _TRIES:
+                        raise
+            self._reopen(self.path)
+
+    def _own_path(self):
+        return self.folder / f"{_BEFORE}{self._leases.owner}{_AFTER}"
+
+    def _reopen(self, path):
+        old, self.path = self._file, path
+        self._file = _appended_to(path)
+        try:
+            os.close(old)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
 
     def look_again(self, *, for_new=False) -> bool:
         """Take in what others have written since; whether there was anything.
@@ -94,53 +130,64 @@ class Manifest:
     def close(self):
         if self._file is None:
             return
-        os.close(self._file)
-        self._file = None
-        if self._leases is not None and (self.path.name == NAME or self._leases.take(NAME)):
-            self.path = self.folder / NAME
-            self._file = _appended_to(self.path)
-            self._gather()
-            os.close(self._file)
-            self._file = None
-            self._leases.release(NAME)
+        try:
+            if self._leases is not None and (self._leases.keeps(NAME) or self._leases.take(NAME)):
+                if self.path.name != NAME:
+                    self._reopen(self.folder / NAME)
+                self._gather()
+                if self._leases.keeps(NAME):
+                    self._leases.release(NAME)
+        finally:
+            file, self._file = self._file, None
+            os.close(file)
 
     def _gather(self):
         """Move the lines of processes that write no more to ``manifest.jsonl``, which is this one's."""
-        paths = [path for path in _paths(self.folder) if path.name != NAME and not self._is_written(path)]
-        self._note(self._unread(paths))
-        entries = sorted((entry for path in paths for entry in _entries(path)[0]), key=_when)
-        with naming(self.path):
-            os.write(self._file, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
-            if paths:
-                os.fsync(self._file)
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for path in [path for path in _paths(self.folder) if path.name != NAME and not self._is_written(path)]:
+            try:
+                with naming(path), open(path, "rb") as file:
+                    content = file.read()
+                    end = content.rfind(b"\n") + 1
+                    self._adopt(_parsed(content[:end]))
+                    path.unlink(missing_ok=True)
+                    # Its process may be only slow, and have written meanwhile.
+                    self._adopt(_parsed(content[end:] + file.read()))
+            except FileNotFoundError:  # another process was faster
+                continue
+
+    def _adopt(self, entries):
+        """Write what another process wrote."""
+        if entries:
+            self._note(entries)
+            self._write(entries, sync=True)
 
     def _is_written(self, path):
         owner = path.name.removeprefix(_BEFORE).removesuffix(_AFTER)
         return owner != self._leases.owner and self._leases.lives(owner)
 
     def _unread(self, paths) -> list[dict]:
-        """Entries of these files that were not read yet, the oldest first."""
+        """Entries of these files that were not read yet."""
         found = []
         for path in paths:
-            entries, self._read_to[path] = _entries(path, self._read_to.get(path, 0))
+            entries, self._read_to[path] = _entries(path, self._read_to.get(path, (None, 0)))
             found += entries
-        return sorted(found, key=_when) if len(self._read_to) > 1 else found
+        return found
 
     def _note(self, entries):
         for entry in entries:
-            if entry == self.entries.get(entry["video"]):  # moved to another file
-                continue
+            known = self.entries.get(entry["video"])
             self._know(entry)
+            if entry == known or self.entries[entry["video"]] is not entry:  # moved to another file; an older one
+                continue
             (self.failed_elsewhere.add if entry.get("status") == "failed" else self.failed_elsewhere.discard)(
                 entry["video"])
         return bool(entries)
 
     def _know(self, entry):
-        self.entries[entry["video"]] = entry
-        if isinstance(entry.get("file"), str):
-            self.files[entry["file"]] = entry
+        """Take in an entry, unless a newer one is known; of two that do not differ in time the later one."""
+        for known, name in ((self.entries, entry["video"]), (self.files, entry.get("file"))):
+            if isinstance(name, str) and not (name in known and _when(known[name]) > _when(entry)):
+                known[name] = entry
 
 
 def read_manifest(folder) -> dict[str, dict]:
@@ -170,15 +217,23 @@ def _appended_to(path):
     return file
 
 
-def _entries(path, start=0):
-    """(entries of a manifest from a byte on, up to which byte they are whole lines)."""
+def _entries(path, read_to):
+    """(entries of a manifest that were not read yet, up to where it is read now), each (inode, bytes)."""
     with naming(path):
         try:
             with open(path, "rb") as file:
+                there, (inode, start) = os.fstat(file.fileno()), read_to
+                if inode != there.st_ino or start > there.st_size:  # another file of that name
+                    start = 0
                 file.seek(start)
                 content = file.read()
         except FileNotFoundError:  # its lines were moved to the common one
-            return [], start
+            return [], (None, 0)
+    return _parsed(content), (there.st_ino, start + content.rfind(b"\n") + 1)
+
+
+def _parsed(content) -> list[dict]:
+    """The entries in a part of a manifest."""
     entries = []
     for line in content.splitlines():
         try:
@@ -187,7 +242,7 @@ def _entries(path, start=0):
                 entries.append(entry)
         except (ValueError, KeyError, TypeError):  # torn by a crash, or still being written
             continue
-    return entries, start + content.rfind(b"\n") + 1
+    return entries
 
 
 def _when(entry):
