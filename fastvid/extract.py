@@ -31,6 +31,7 @@ __all__ = ["TOWERS", "EarlierFeatures", "ExtractConfig", "Leases", "Manifest", "
            "find_videos", "main", "parse"]
 
 _LOOK, _POLL = 1.0, 0.1  # seconds between looks at what others have written, and while there is nothing to do but wait
+_GRACE = 30.0  # seconds that a decoder of this process may take to end
 _SKIPS = 100  # videos that are passed over at once, before results and signals are looked at
 
 
@@ -99,7 +100,7 @@ class _Extraction:
         turns = Turns(shares, rank, self.config.take_over)
         # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits for a slow
         # one.
-        most = 2 * self.pipeline.at_a_time
+        most = self.pipeline.ahead
         decoders = ThreadPoolExecutor(self.pipeline.at_a_time, thread_name_prefix="decode")
         finishers = ThreadPoolExecutor(self.pipeline.towers, thread_name_prefix="tower")
         with signals.noted(stop.append), _progress(len(shares[rank])) as bar:
@@ -124,17 +125,39 @@ class _Extraction:
                             finishing[finishers.submit(self._finish, video, future.result())] = video
                         else:
                             self._count(finishing.pop(future), *future.result(), summary, bar)
+                    if late := self.pipeline.overdue():
+                        self._end_now(late, decoding.values(), summary, bar)
                 for future, video in finishing.items():  # they were with the tower when the signal came
                     self._count(video, *future.result(), summary, bar)
             finally:
                 decoders.shutdown(wait=False, cancel_futures=True)
+                until = time.monotonic() + _GRACE
                 while not all(future.done() for future in decoding):
                     self.pipeline.kill()
+                    if time.monotonic() > until:
+                        self._end_now([], (), summary, bar)
                     time.sleep(0.01)
                 finishers.shutdown(cancel_futures=True)
         summary.interrupted = stop[0] if stop else None
+        summary.notes = [*summary.notes, *self.pipeline.told()]
         summary.seconds = time.perf_counter() - start
         return summary
+
+    def _end_now(self, late, videos, summary, bar):
+        """End the process: a thread that waits for a GPU's decoder cannot be ended alone.
+
+        Args:
+            late: paths of videos that are past their time-out.
+            videos: those that are being decoded.
+        """
+        for video in videos:
+            if os.fspath(video.path) in late:
+                why = "the GPU's decoder does not answer; run it again with --decoder pyav"
+                self._fail(video, why, 0.0, summary, bar)
+        bar.write("the GPU's decoder does not answer, and ends with this process: "
+                  + (", ".join(late) or "run it again to go on"), file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
 
     def _next(self, turns, stop, summary, bar):
         """(video, bytes of it) of the next one that has no features yet, leased; None if there is none now.

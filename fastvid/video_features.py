@@ -162,15 +162,26 @@ class VideoFeatures:
         """The features of a decoded video. From `pipeline.towers` threads.
 
         Raises:
-            DecodeError: they are not finite.
+            DecodeError: they are not finite, or there is no memory for them.
         """
-        features_RC = self.pipeline.encode(prepared)
+        try:
+            features_RC = self._encoded(prepared)
+        except torch.OutOfMemoryError:
+            raise DecodeError(path, "the GPU has no memory for it; give a smaller --infer_batch") from None
         if not features_RC.isfinite().all():
             # They are kept in float16: what is too large for that is so in whatever the tower computes in.
             dtype = self._header["dtype"]
             remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
             raise DecodeError(path, f"its features are not finite in {dtype}; {remedy}")
         return features_RC
+
+    def _encoded(self, prepared):
+        """Features of a decoded video; a second time with what the allocator held given back."""
+        try:
+            return self.pipeline.encode(prepared)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return self.pipeline.encode(prepared)
 
     def header(self, name, size, prepared) -> dict:
         """What a feature file says of itself; `size`: bytes of the video's file."""

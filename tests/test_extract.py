@@ -31,7 +31,9 @@ from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder, default_dtype
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import Manifest, read_manifest
+from fastvid.video.pipeline import Pipeline
 from fastvid.video.sampling import frame_indices
+from fastvid.video.towers.clip import ClipTower
 
 ROWS = 6 + 4  # frames per video, patches of the tower
 
@@ -589,3 +591,47 @@ def test_leases_are_given_back_whatever_closing_raises(job, tmp_path, monkeypatc
     with pytest.raises(OSError, match="Input/output error"):
         extract(job())
     assert sorted(os.listdir(tmp_path / "features")) == ["a.safetensors", "b.c.safetensors", "manifest.jsonl", "sub"]
+
+
+def test_a_gpu_without_memory_costs_a_video(job, monkeypatch):
+    states, tried = ClipTower.states, []
+
+    def full(self, patches_BPK):
+        tried.append(len(patches_BPK))
+        if len(patches_BPK) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return states(self, patches_BPK)
+
+    monkeypatch.setattr(ClipTower, "states", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: tried.append("emptied"))
+    summary = extract(job(max_failures=1.0))
+    assert len(summary.failures) == 3 and all("smaller --infer_batch" in reason for _, reason in summary.failures)
+    assert tried[:3] == [6, "emptied", 6]
+    assert extract(job(infer_batch=2)).extracted == 3
+
+
+def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch):
+    """Its thread cannot be ended alone. The manifest says which video it was."""
+    def ended(code):
+        raise SystemExit(code)
+
+    hangs, prepare = threading.Event(), Pipeline.prepare
+
+    def late(self, path):
+        if path.name == "b.c.mkv":
+            hangs.wait(60)
+        return prepare(self, path)
+
+    monkeypatch.setattr(Pipeline, "prepare", late)
+    config = job(decode_workers=2)
+    name = os.path.join(config.video_dir_path, "b.c.mkv")
+    monkeypatch.setattr(Pipeline, "overdue", lambda self: [name])
+    monkeypatch.setattr(Pipeline, "kill", lambda self: hangs.set())  # the test's own thread
+    monkeypatch.setattr(module.os, "_exit", ended)
+    with pytest.raises(SystemExit) as end:
+        extract(config)
+    assert end.value.code == 1
+    entry = read_manifest(tmp_path / "features")["b.c.mkv"]
+    assert entry["status"] == "failed" and "--decoder pyav" in entry["reason"]
+    monkeypatch.undo()
+    assert extract(job(decoder="pyav")).failures == []
