@@ -18,8 +18,8 @@ _DEFAULTS = {"conversion": "swscale"}
 class EarlierFeatures:
     """What lies in the folder that an extraction writes to, by listings, headers and the manifest; no tensor is read.
 
-    An entry of the manifest is trusted if it matches a feature file's size and modification time. Otherwise the header of
-    the file is read; of a pickle, which has none, the sha256 must be its entry's.
+    An entry of the manifest is trusted if it matches a feature file's size and modification time. Otherwise the header
+    of the file is read; of a pickle, which has none, the sha256 must be its entry's.
 
     Args:
         config: `ExtractConfig`.
