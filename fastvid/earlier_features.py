@@ -11,15 +11,15 @@ from pathlib import Path
 from fastvid.data.features import SUFFIXES, feature_header, probe_features
 from fastvid.video_features import written
 
-# What features were made with that name nothing of the kind: the setting is younger than they may be.
-_UNTOLD = {"conversion": "swscale"}
+# Defaults for a setting that is missing in a header or entry, which may be older than the setting.
+_DEFAULTS = {"conversion": "swscale"}
 
 
 class EarlierFeatures:
     """What lies in the folder that an extraction writes to, by listings, headers and the manifest; no tensor is read.
 
-    A line of the manifest vouches for the very file that it was written about, which still has its size and its time.
-    Of another one the header tells; of a pickle, which has none, its digest must be the manifest's.
+    An entry of the manifest is trusted if it matches the size and modification time of a feature file. Otherwise the
+    header of the file is read; of a pickle, which has none, the sha256 must be its entry's.
 
     Args:
         config: `ExtractConfig`.
@@ -32,7 +32,7 @@ class EarlierFeatures:
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
         self._names = {}  # of the files in each folder of features
-        self._told = {}  # of videos, the line of the manifest that vouches for their feature file
+        self._matching = {}  # of videos, the manifest entry that matches their feature file
 
     def refuse_other_settings(self, videos):
         """Refuse a job whose folder holds features of its videos that were made with other settings.
@@ -61,12 +61,12 @@ class EarlierFeatures:
             for path in self._there(video.output):
                 found = mine if path == video.output else others
                 try:
-                    vouched = self._vouched(path)
-                    made = vouched or feature_header(path) or self._by_manifest(video, path)
+                    matching = self._matching_entry(path)
+                    made = matching or feature_header(path) or self._by_manifest(video, path)
                 except (ValueError, OSError):  # damaged: made again
                     continue
-                if vouched and found is mine:
-                    self._told[video.name] = vouched
+                if matching and found is mine:
+                    self._matching[video.name] = matching
                 if why := self._difference(made):
                     found.append(f"{path} was made with {why}")
         return mine, others
@@ -75,7 +75,7 @@ class EarlierFeatures:
         """Take in what other processes have written since."""
         self.manifest.look_again(for_new=True)
         self._names.clear()
-        self._told.clear()
+        self._matching.clear()
 
     def judge(self, video, *, fresh=False):
         """(bytes of a video, why it is extracted, why it cannot be).
@@ -94,19 +94,19 @@ class EarlierFeatures:
         return size, redo, None
 
     def why_again(self, video, source_bytes, *, fresh=False):
-        """(why a video's feature file does not do, whether it may be of worth to somebody).
+        """(why a video's feature file is not valid for this job, whether it may be somebody else's).
 
-        The reason is "" if the file does, None if there is none.
+        The reason is "" if the file is valid, None if there is none.
 
         Args:
             fresh: ask the disk, not the listing of a while ago.
         """
-        path, made = video.output, {} if fresh else self._told.get(video.name, {})
+        path, made = video.output, {} if fresh else self._matching.get(video.name, {})
         if not made and not (path.is_file() if fresh else path in self._there(path)):
             return None, False
-        if fresh and not self._vouched(path):
+        if fresh and not self._matching_entry(path):
             self.manifest.look_again()
-        made = made or self._vouched(path)
+        made = made or self._matching_entry(path)
         try:
             shape = made["shape"] if made else list(probe_features(path)[:2])
             made = made or feature_header(path)
@@ -116,7 +116,7 @@ class EarlierFeatures:
             made = self._by_manifest(video, path)
             digest = made.get("sha256")
             if digest is not None and digest != hashlib.sha256(path.read_bytes()).hexdigest():
-                return f"{path} is not the file that the manifest tells of", True
+                return f"{path} is not the file that its manifest entry describes", True
         if other := self._difference(made):
             return f"{path} was made with {other}", True
         if made.get("source_bytes") != source_bytes:
@@ -138,15 +138,15 @@ class EarlierFeatures:
         """A file's name in the manifest."""
         return os.fspath(path).removeprefix(os.path.join(self.folder, ""))
 
-    def _vouched(self, path) -> dict:
-        """The manifest's line about a file that is as it was when the line was written; {} without one."""
+    def _matching_entry(self, path) -> dict:
+        """The manifest entry about a file, if it matches the file's size and modification time; {} without one."""
         entry = self.manifest.files.get(self._named(path), {})
         return entry if "written" in entry and entry["written"] == written(path) else {}
 
     def _by_manifest(self, video, path) -> dict:
-        """The manifest's entry about a file without a header; {} if it does not speak of that very file.
+        """The manifest entry about a file without a header; {} if there is none about that file.
 
-        An entry of an older version names no file; it counts where only one file can be meant.
+        An entry of an older version names no file; it is used where only one file can be meant.
         """
         entry = self.manifest.files.get(self._named(path))
         if entry is not None:
@@ -157,7 +157,7 @@ class EarlierFeatures:
     def _difference(self, made) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
         for name, value in self.settings.items():
-            found = made.get(name, _UNTOLD.get(name, "unknown"))
+            found = made.get(name, _DEFAULTS.get(name, "unknown"))
             if found != value:
                 of = f" (of {made['tower']})" if name == "tower_revision" and made.get("tower") else ""
                 return f"{name} {found}{of}, not {value}"

@@ -18,7 +18,7 @@ class Summary:
         notes: what a user should know of the job, a line each.
         seconds: wall time.
         interrupted: the signal that ended it early, or None.
-        max_failures: the share of failures that is put up with.
+        max_failures: the share of failures that is tolerated.
     """
 
     total: int

@@ -190,7 +190,7 @@ def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
 
 
 @pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])
-def test_features_of_two_formats_do_not_vouch_for_each_other(job, tmp_path, first, second):
+def test_an_entry_is_about_the_file_of_one_format_alone(job, tmp_path, first, second):
     """A folder of one tower's features takes no other tower's, in whatever format; of one tower it takes both."""
     extract(job(format=first))
     other = str(write_tower(tmp_path / "other", seed=1))
@@ -211,7 +211,7 @@ def test_a_pickle_that_the_manifest_does_not_tell_of_is_kept(job, made, tmp_path
     changed = file.read_bytes()
     summary = extract(job(format="pkl", max_failures=1.0))
     assert (summary.skipped, len(summary.failures)) == (2, 1) and file.read_bytes() == changed
-    assert "a.pkl is not the file that the manifest tells of; remove it, or" in summary.failures[0][1]
+    assert "a.pkl is not the file that its manifest entry describes; remove it, or" in summary.failures[0][1]
     assert extract(job(format="pkl", overwrite=True)).extracted == 1
     assert np.array_equal(pickle.loads(file.read_bytes()), array)
 
@@ -237,7 +237,7 @@ def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatc
     assert sorted(entry["status"] for entry in entries) == sorted(["skipped"] * len(made) + ["ok"] * (3 - len(made)))
 
 
-def test_an_older_manifest_vouches_where_one_file_can_be_meant(job, tmp_path):
+def test_an_entry_of_an_older_version_is_used_where_one_file_can_be_meant(job, tmp_path):
     extract(job(format="pkl"))
     manifest = tmp_path / "features" / "manifest.jsonl"
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
@@ -466,7 +466,7 @@ def test_a_full_disk_ends_it(job, mixed, monkeypatch):
 
 @pytest.mark.parametrize("format", ["safetensors", "pkl"])
 def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
-    """Nor their headers, where the manifest tells of the very files."""
+    """Nor their headers, where manifest entries match the files."""
     extract(job(format=format))
     features = tmp_path / "features"
     opened = []

@@ -8,7 +8,7 @@ from fastvid.files import shown
 from fastvid.provenance import what_decoders_mean
 
 SHOWN = 3  # examples of each kind of problem
-# What became of a video whose features cannot be used, by the kind of problem, as the table names it.
+# The state of a video whose features cannot be used, by the kind of problem, as the table names it.
 STATES = {
     "features missing": "missing",
     "extraction failed": "failed",

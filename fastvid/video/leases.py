@@ -1,12 +1,12 @@
-"""Who has which video in hand: lease files in the output folder, so that processes share the work and may die.
+"""Which process has leased which video: files in the output folder, so that processes share the work and may die.
 
-A lease is a file ``.leases/<digest of a name>.<generation>.json`` that tells its owner. Its owner is dead if the
+A lease is a file ``.leases/<digest of a name>.<generation>.json`` that names its owner. Its owner is dead if the
 process is gone (same machine), or has not touched its own file ``<owner>.owner`` for a minute (another machine). Who
 takes over a dead owner's lease writes the next generation beside it, and nobody removes what a living process has: a
 lease that is removed and made again could be taken by two that both saw the old one.
 
-Every file is a hard link to the owner's: it is there with all that it says, or not there. Network file systems keep
-that promise too.
+Every lease is a hard link to its owner's file, which is put in place whole: it exists with all its content, or does not
+exist, on network file systems too.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Leases:
     """Leases of this process in an output folder, from `open` to `close`.
 
     Attributes:
-        owner: who this is, in names of files: machine, process, and digits of chance.
+        owner: name of this process in file names: machine, process number, random digits.
     """
 
     def __init__(self, folder):
@@ -56,7 +56,7 @@ class Leases:
         self._sweep()
 
     def close(self):
-        """Give everything back, and leave no file behind that no living process has."""
+        """Release all leases, and remove the files of this process and of dead ones."""
         if not self._begun or self._closed.is_set():
             return
         self._closed.set()
@@ -70,11 +70,11 @@ class Leases:
                 self.folder.rmdir()
 
     def take(self, name) -> bool:
-        """Have the lease of a name; False while a living process has it. What was done under it may be done already."""
+        """Take the lease of a name; False while a living process has it. Another may have done its work already."""
         return self._take(_digest(name), name)
 
     def release(self, name):
-        """Give a lease back, and with it those of dead owners that it took over."""
+        """Release a lease, and with it those of dead owners that it took over."""
         self._remove(*self._held.pop(name))
 
     def keeps(self, name) -> bool:
@@ -91,7 +91,7 @@ class Leases:
         return record is not None and self._lives(record, path)
 
     def owners(self) -> list[str]:
-        """All who have, or had when they died, their leases open."""
+        """All processes whose leases are open, or were when they died."""
         return sorted(name.removesuffix(".owner") for name in self._names() if name.endswith(".owner"))
 
     def _names(self):

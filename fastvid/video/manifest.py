@@ -27,11 +27,11 @@ NAME = "manifest.jsonl"
 _BEFORE, _AFTER = "manifest-", ".jsonl"  # the owner's name between them
 _TRIES = 5  # of a write to a file that others may remove
 _TICK = 1e-6  # seconds, to which entries tell their time
-_SYNCED = ("writing", "failed")  # another machine has to know of these before it may take the video
+_SYNCED = ("writing", "failed")  # another machine has to see these before it may take the video
 
 
 class Manifest:
-    """What the manifests in a folder say; once it is opened, more can be said.
+    """The entries of the manifests in a folder; once it is open, entries can be added.
 
     Attributes:
         path: the file that is written to.
