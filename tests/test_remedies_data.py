@@ -139,7 +139,7 @@ EXTRACTING = [
     ("", "extract --num_frames 3 --format pkl", "choose another --clip_feat_path, or remove them",
      "rm feats/*.safetensors feats/sub/*.safetensors", "extract --num_frames 3 --format pkl"),
     ("cp -a $S/pickles . && cp $S/stray.pkl pickles/a.pkl", "extract --format pkl --clip_feat_path pickles",
-     "is not the file that the manifest tells of; remove it", "rm pickles/a.pkl",
+     "is not the file that its manifest entry describes; remove it", "rm pickles/a.pkl",
      "extract --format pkl --clip_feat_path pickles"),
     ("cp -a $S/pickles . && cp $S/stray.pkl pickles/a.pkl", "extract --format pkl --clip_feat_path pickles",
      "or replace such files with --overwrite True", "", "extract --format pkl --clip_feat_path pickles --overwrite"),
