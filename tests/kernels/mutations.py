@@ -161,7 +161,6 @@ MUTATIONS["yuv_patchify"] = [
              "test_strides[chroma of two kinds-triton]"),
     Mutation("blue = y + (u * u_blue >> 16)", "blue = y + (v * u_blue >> 16)", "test_every_conversion[6-True-triton]"),
     Mutation("+ start % K // 3", "", "test_the_bits_of_converted_frames[240-320-56-14-torch.float16-triton]"),
-    Mutation("few_wanted & there", "there", "test_frames_of_several_videos[triton]"),
     Mutation("*run.y[1], *run.u[1]", "*run.y[1], *run.y[1]", "test_strides[a surface-triton]"),
     Mutation("(tuple(x.shape), x.stride(), x.dtype)", "(tuple(x.shape), frames[0][0].stride(), x.dtype)",
              "test_frames_of_several_videos[triton]"),
