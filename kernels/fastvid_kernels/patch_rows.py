@@ -76,7 +76,11 @@ def normalise(bytes_PK, mean, std, out_PK):
     wanted, device = bytes_PK.shape[1], out_PK.device
     largest = torch.tensor(255.0, device=device)
     mean, std = (torch.tensor(values, dtype=torch.float32, device=device).repeat(wanted // 3) for values in (mean, std))
-    out_PK[:, :wanted] = bytes_PK.float().div_(largest).sub_(mean).div_(std)
+    values_PK = bytes_PK.float().div_(largest).sub_(mean)
+    if out_PK.dtype == torch.float32:
+        torch.div(values_PK, std, out=out_PK[:, :wanted])
+    else:
+        out_PK[:, :wanted] = values_PK.div_(std)
     out_PK[:, wanted:] = 0
 
 

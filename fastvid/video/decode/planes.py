@@ -55,9 +55,12 @@ def to_rgb(y, u, v, colour_space, full_range):
         [..., 3] uint8.
     """
     luma, v_red, u_blue, u_green, v_green = _tables(colour_space, full_range)
-    grey, rgb = luma[y], np.empty((*y.shape, 3), np.uint8)
-    for channel, added in enumerate((v_red[v], u_green[u] + v_green[v], u_blue[u])):
-        np.clip(grey + added, 0, 255, out=rgb[..., channel], casting="unsafe")
+    grey, rgb = luma.take(y), np.empty((*y.shape, 3), np.uint8)
+    green = u_green.take(u)
+    green += v_green.take(v)
+    for channel, value in enumerate((v_red.take(v), green, u_blue.take(u))):
+        value += grey
+        rgb[..., channel] = np.clip(value, 0, 255, out=value)
     return rgb
 
 
