@@ -135,7 +135,7 @@ class _Extraction:
                 while not all(future.done() for future in decoding):
                     self.pipeline.kill()
                     if time.monotonic() > until:
-                        self._end_now([], (), summary, bar)
+                        self._end_now([], (), summary, bar, 128 + stop[0] if stop else 1)
                     time.sleep(0.01)
                 finishers.shutdown(cancel_futures=True)
         summary.interrupted = stop[0] if stop else None
@@ -143,13 +143,15 @@ class _Extraction:
         summary.seconds = time.perf_counter() - start
         return summary
 
-    def _end_now(self, late, videos, summary, bar):
-        """End the process: a thread that waits for a GPU's decoder cannot be ended alone.
+    def _end_now(self, late, videos, summary, bar, code=1):
+        """End the process with an exit code: a thread that waits for a GPU's decoder cannot be ended alone.
 
         Args:
             late: paths of videos that are past their time-out.
             videos: those that are being decoded.
         """
+        if error := sys.exception():
+            bar.write(f"error: {error}", file=sys.stderr)
         for video in videos:
             if os.fspath(video.path) in late:
                 why = "the GPU's decoder does not answer; run it again with --decoder pyav"
@@ -157,7 +159,7 @@ class _Extraction:
         bar.write("the GPU's decoder does not answer, and ends with this process: "
                   + (", ".join(late) or "run it again to go on"), file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
     def _next(self, turns, stop, summary, bar):
         """(video, bytes of it) of the next one that has no features yet, leased; None if there is none now.

@@ -75,7 +75,6 @@ class VideoFeatures:
                 self.pipeline = Pipeline(
                     self.encoder, decoder=self.config.decoder, workers=self.config.decode_workers,
                     timeout=self.config.timeout, allow_damaged=self.config.allow_damaged)
-                self._towers = threading.Semaphore(self.pipeline.towers)
 
     def _open_tower(self):
         config, tower = self.config, self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
@@ -111,8 +110,7 @@ class VideoFeatures:
         try:
             size = os.stat(path).st_size
             prepared = self.prepare(path)
-            with self._towers:
-                return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
+            return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
         except DecodeError as error:
             return error
         except OSError as error:

@@ -53,6 +53,13 @@ def draw(path, frames=10, *, codec="libx264", size=(64, 48), options=None, times
     return path
 
 
+def draw_many(folder, count):
+    """Write `count` clips of 4 frames and more below a new folder, every second one in a folder of its own."""
+    (folder / "sub").mkdir(parents=True)
+    for number in range(count):
+        draw(folder / ("sub" * (number % 2)) / f"{number}.mp4", 4 + number)
+
+
 def endless(path):
     """Write a clip of a terabyte, all but its beginning a hole: looking for the next frame takes minutes."""
     draw(path.with_suffix(".mpg"), codec="mpeg2video").rename(path)

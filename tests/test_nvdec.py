@@ -182,6 +182,20 @@ def test_what_take_raises_comes_through(decoder):
         decoder.decode(stream, full)
 
 
+def test_a_video_that_is_cancelled_ends(decoder):
+    rng, size = np.random.default_rng(10), (32, 32)
+    stream = stream_of([packet(picture(rng, *size)) for _ in range(9)], list(range(9)), list(range(9)), size=size)
+    handed = []
+
+    def take(pictures):
+        handed.append(len(pictures))
+        decoder.cancelled = True
+
+    with pytest.raises(Unsuited, match="cancelled"):
+        decoder.decode(stream, take)
+    assert len(handed) == 1
+
+
 def test_a_missing_library_is_told():
     with pytest.raises(nvcuvid.NoDecoder, match="NVIDIA_DRIVER_CAPABILITIES"):
         nvcuvid.library("libnvcuvid-that-is-not-there.so.1")

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 import pytest
-from clips import draw, endless
+from clips import draw_many, endless
 from ranks import leave
 from towers import write_tower
 
@@ -33,9 +33,7 @@ def made(tmp_path_factory):
     """A tower, 40 videos of different lengths, and their features as one process makes them."""
     folder = tmp_path_factory.mktemp("shared")
     write_tower(folder / "tower")
-    (folder / "videos" / "sub").mkdir(parents=True)
-    for number in range(40):
-        draw(folder / "videos" / ("sub" * (number % 2)) / f"{number}.mp4", 4 + number)
+    draw_many(folder / "videos", 40)
     extract(_config(folder, folder / "clean"))
     return folder
 

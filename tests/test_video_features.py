@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from clips import draw
+from clips import draw_many
 from conftest import ROOT
 from ranks import FORKS
 from towers import write_tower
@@ -31,9 +31,7 @@ def made(tmp_path_factory):
     """A tower, five videos, one that is none, and their features as `extract` makes them."""
     folder = tmp_path_factory.mktemp("made")
     write_tower(folder / "tower")
-    (folder / "videos" / "sub").mkdir(parents=True)
-    for number in range(5):
-        draw(folder / "videos" / ("sub" * (number % 2)) / f"{number}.mp4", 4 + number)
+    draw_many(folder / "videos", 5)
     (folder / "videos" / "bad.mp4").write_text("no video")
     extract(_config(folder, folder / "clean"))
     return folder

@@ -5,7 +5,7 @@ takes to the byte, and the CPU's cores decode the rest: files of other kinds, an
 DALI's colours are others than PyAV's: it gets all that it takes, however busy it is.
 
 Decoders in this process, of hardware or DALI's, are alike in what is used of them: ``name``, ``conversion``,
-``patch_rows(stream, encoder)`` and ``close()``.
+``patch_rows(stream, encoder)``, ``cancelled`` and ``close()``.
 """
 
 import logging
@@ -214,7 +214,9 @@ class Pipeline:
             self._streams.put(on_stream)
 
     def kill(self):
-        """End the processes, whatever they are doing: a `prepare` that waits for one in another thread fails."""
+        """End the processes, and what decoders of this process do: a `prepare` in another thread fails."""
+        for decoder, _ in self._hardware:
+            decoder.cancelled = True
         for worker in (*self._workers, *self._readers):
             worker.kill()
 

@@ -34,6 +34,7 @@ class DaliDecoder:
 
     Attributes:
         conversion: "dali", what turned samples into RGB.
+        cancelled: set from another thread, it makes every later video `Unsuited`; one that is decoded is not ended.
 
     Raises:
         NoDecoder: DALI is not installed, or cannot be loaded.
@@ -45,6 +46,7 @@ class DaliDecoder:
         self.device = torch.device(device)
         self._on_gpu = self.device.type == "cuda"
         self.name, self._pipeline = f"dali {_dali().__version__}", None
+        self.cancelled = False
         self._context = nvcuvid.context_of(self.device)
 
     def takes(self, codec, width, height) -> bool:
@@ -59,6 +61,8 @@ class DaliDecoder:
         Raises:
             Unsuited: DALI does not take it, or fails on it.
         """
+        if self.cancelled:
+            raise Unsuited("decoding was cancelled")
         width, height = stream.stored_size
         nvcuvid.use_context(self._context)
         if not self.takes(stream.codec, width, height):
@@ -99,7 +103,7 @@ class DaliDecoder:
             pipeline = pipeline or self._built()
             found, = pipeline.run(stream, data=[np.frombuffer(data, np.uint8)], frames=[places])
             frames = torch.from_dlpack(found[0])
-        except Exception as error:  # DALI raises many kinds; PyAV has the last word on the video
+        except Exception as error:  # DALI raises many kinds; PyAV then decodes the video, or refuses it
             raise Unsuited(f"DALI fails: {_reason(error)}") from error
         self._pipeline = pipeline
         return frames

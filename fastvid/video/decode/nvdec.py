@@ -35,6 +35,7 @@ class NvDecoder:
 
     Attributes:
         conversion: "swscale", PyAV's: the planes become its bytes.
+        cancelled: set from another thread, it ends the video that is being decoded, and every later one, as `Unsuited`.
 
     Raises:
         NoDecoder: the driver's library is missing.
@@ -45,6 +46,7 @@ class NvDecoder:
     def __init__(self, device, lib=None):
         self.device, self.lib = torch.device(device), lib or nvcuvid.library()
         self._decoder = self._created = None
+        self.cancelled = False
         self._context = nvcuvid.context_of(self.device)
         self._callbacks = (nvcuvid.Sequence(self._guarded(self._begin_sequence)),
                            nvcuvid.Decode(self._guarded(self._decode_picture)),
@@ -125,6 +127,8 @@ class NvDecoder:
             base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value
             start = 0
             for end, number in zip(self._stream.ends.tolist(), self._stream.numbers.tolist()):
+                if self.cancelled:
+                    raise Unsuited("decoding was cancelled")
                 self._parse(parser, nvcuvid.SourcePacket(nvcuvid.TIMESTAMP, end - start, base + start, number))
                 start = end
             self._parse(parser, nvcuvid.SourcePacket(nvcuvid.END_OF_STREAM, 0, None, 0))
