@@ -1,5 +1,6 @@
 """A decoder in a process of its own: the same frames; crashes and hangs cost one video."""
 
+import gc
 import hashlib
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from clips import draw, endless
 
@@ -28,6 +30,47 @@ def test_same_frames(tmp_path, worker):
         frames, info = worker.decode(path, **options)
         expected, expected_info = decode(path, **options)
         assert (frames == expected).all() and info == expected_info
+
+
+def test_frames_that_are_kept_stay_as_they_are(tmp_path, worker):
+    """Their memory is shared with the worker, and used again only when nobody has them."""
+    paths = [draw(tmp_path / f"{number}.mp4", 5 + number) for number in range(3)]
+    options = {"num_frames": 8, "size": 14}
+    expected = [decode(path, **options)[0] for path in paths]
+    first = worker.decode(paths[0], **options)[0]
+    part = first[2:4]  # is enough to keep the memory
+    del first
+    second = worker.decode(paths[1], **options)[0]
+    third = worker.decode(paths[2], **options)[0]
+    assert np.array_equal(part, expected[0][2:4])
+    assert np.array_equal(second, expected[1]) and np.array_equal(third, expected[2])
+    numbers = set(worker._shared._numbers.values())
+    assert len(numbers) == 3
+    del part, second
+    again = [worker.decode(path, **options)[0].copy() for path in paths]
+    assert all(np.array_equal(*pair) for pair in zip(again, expected)) and np.array_equal(third, expected[2])
+    assert set(worker._shared._numbers.values()) <= numbers
+    os.kill(worker._process.pid, signal.SIGKILL)  # another process has none of the memory yet
+    with pytest.raises(DecodeError):
+        worker.decode(paths[0], **options)
+    assert np.array_equal(worker.decode(paths[1], **options)[0], expected[1]) and np.array_equal(third, expected[2])
+
+
+def test_memory_goes_back_to_the_system(tmp_path):
+    path, before = draw(tmp_path / "a.mp4"), set(os.listdir("/proc/self/fd"))
+    worker = DecodeWorker()
+    frames = worker.decode(path, num_frames=4, size=14)[0]
+    worker.close()
+    assert frames.any()
+    del frames, worker
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_frames_come_by_the_pipe_where_no_memory_is_shared(tmp_path, worker, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    path = draw(tmp_path / "a.mp4")
+    assert np.array_equal(worker.decode(path, num_frames=4, size=14)[0], decode(path, num_frames=4, size=14)[0])
 
 
 def test_a_bad_file_costs_nothing_else(tmp_path, worker):

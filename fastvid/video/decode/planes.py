@@ -5,8 +5,6 @@ the chroma sample of the nearest whole pair: ``u[row // 2, column // 2]``. The n
 BT.601's, BT.709's and so on in 16-bit fixed point; all 2²⁴ triples of every one of them are tested.
 """
 
-import functools
-
 import numpy as np
 
 # FFmpeg's number of a colour space (libavutil/pixfmt.h): its row below. 2 is that of pictures that name none.
@@ -19,6 +17,7 @@ _FACTORS = {
     "240m": ((14697, 17029, -2113, -4445), (12911, 14958, -1856, -3904)),
     "fcc": ((13056, 16600, -3095, -6639), (11469, 14582, -2718, -5831)),
 }
+_TOGETHER = 64  # rows that are converted in one piece, which stays in the processor's cache
 _LUMA = ((9539, 128), (8192, 0))  # factor in 1/65536 of 8·Y less the offset, of limited and of full range
 
 
@@ -35,15 +34,6 @@ def factors(colour_space, full_range):
     return *_LUMA[full_range], *_FACTORS[_SPACES[colour_space]][full_range]
 
 
-@functools.lru_cache(maxsize=16)
-def _tables(colour_space, full_range):
-    """int32 tables of 256: of luma, and what V adds to red, U to blue, U to green and V to green."""
-    luma, offset, *chroma = factors(colour_space, full_range)
-    value = np.arange(256, dtype=np.int64)
-    return ((8 * value - offset) * luma >> 16).astype(np.int16), *(
-        (8 * (value - 128) * factor >> 16).astype(np.int16) for factor in chroma)
-
-
 def to_rgb(y, u, v, colour_space, full_range):
     """RGB of samples, bit for bit as swscale has it.
 
@@ -54,14 +44,32 @@ def to_rgb(y, u, v, colour_space, full_range):
     Returns:
         [..., 3] uint8.
     """
-    luma, v_red, u_blue, u_green, v_green = _tables(colour_space, full_range)
-    grey, rgb = luma.take(y), np.empty((*y.shape, 3), np.uint8)
-    green = u_green.take(u)
-    green += v_green.take(v)
-    for channel, value in enumerate((v_red.take(v), green, u_blue.take(u))):
-        value += grey
-        rgb[..., channel] = np.clip(value, 0, 255, out=value)
+    rgb = np.empty((*y.shape, 3), np.uint8)
+    _convert(y, u, v, factors(colour_space, full_range), rgb)
     return rgb
+
+
+def _convert(y, u, v, conversion, rgb):
+    """Put the RGB of samples into `rgb`: in 32 bits, which none of the products leaves."""
+    luma, offset, v_red, u_blue, u_green, v_green = conversion
+    grey, u, v = (plane.astype(np.int32) for plane in (y, u, v))
+    grey *= 8 * luma
+    grey -= offset * luma
+    grey >>= 16
+    u -= 128
+    v -= 128
+    channel = np.multiply(u, 8 * u_green)
+    channel >>= 16
+    green = np.multiply(v, 8 * v_green)
+    green >>= 16
+    green += channel
+    v *= 8 * v_red
+    u *= 8 * u_blue
+    for number, value in enumerate((v, green, u)):
+        if value is not green:
+            value >>= 16
+        value += grey
+        rgb[..., number] = np.clip(value, 0, 255, out=value)
 
 
 def can_gather(frame):
@@ -70,23 +78,25 @@ def can_gather(frame):
             and int(frame.colorspace) in _SPACES and all(plane.line_size > 0 for plane in frame.planes))
 
 
-def gather(frame, rows, columns):
-    """RGB of some pixels of a decoded frame.
+def gather(frame, rows, columns, rgb):
+    """Put the RGB of some pixels of a decoded frame into `rgb`.
 
     Args:
         frame: `av.VideoFrame` for which `can_gather`.
         rows, columns: int64 arrays, [h, 1] and [1, w] or [1, w] and [h, 1]: where the pixels of an upright picture of
             h × w lie in the stored one.
-
-    Returns:
-        [h, w, 3] uint8.
+        rgb: [h, w, 3] uint8.
     """
-    planes = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes)
-    # Whole rows first, then columns of them: rows are copied at once.
-    transposed, rows, columns = rows.shape[0] == 1, rows.ravel(), columns.ravel()
-    y, u, v = (plane[at_rows].take(at_columns, 1) for plane, at_rows, at_columns in zip(
-        planes, (rows, rows >> 1, rows >> 1), (columns, columns >> 1, columns >> 1)))
-    if transposed:
-        y, u, v = y.T, u.T, v.T
+    planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
     full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
-    return to_rgb(y, u, v, int(frame.colorspace), full_range)
+    conversion = factors(int(frame.colorspace), full_range)
+    if rows.shape[0] == 1:
+        rgb = rgb.transpose(1, 0, 2)
+    rows, columns = rows.ravel(), columns.ravel()
+    half_columns = columns >> 1
+    for start in range(0, len(rows), _TOGETHER):
+        some = rows[start:start + _TOGETHER]
+        # Whole rows first, then columns of them: rows are copied at once.
+        y, u, v = (plane[at].take(along, 1) for plane, at, along in zip(
+            planes, (some, some >> 1, some >> 1), (columns, half_columns, half_columns)))
+        _convert(y, u, v, conversion, rgb[start:start + _TOGETHER])

@@ -14,6 +14,7 @@ for the whole video, and the frames chosen from that would stand for another one
 errors, or of which some do not come: FFmpeg shows others in their place.
 """
 
+import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ _MARKS_RUN_AHEAD = 3  # packets between a mark of a lost one and the place that 
 
 
 def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max_pixels=MAX_PIXELS, threads=0,
-           allow_damaged=False):
+           allow_damaged=False, into=None):
     """Decode the frames that stand for a video, or those asked for.
 
     Args:
@@ -51,6 +52,7 @@ def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max
         max_pixels: refuse larger pictures.
         threads: that decode; 0: as many as there are cores.
         allow_damaged: take frames that decode with errors, and put up with missing ones; `VideoInfo.damaged` counts.
+        into: flat uint8 array, of at least as many values as the frames have, to put them into. It takes a `size`.
 
     Returns:
         frames [T, H, W, 3] uint8 RGB, upright, and the video's `VideoInfo`.
@@ -63,7 +65,7 @@ def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max
     """
     if decoder not in ("auto", "pyav"):
         raise ValueError(f"decoder must be 'auto' or 'pyav', found {decoder!r}")
-    video = _Pass(path, size, max_pixels, threads, allow_damaged)
+    video = _Pass(path, size, max_pixels, threads, allow_damaged, into)
     packets = _packets(path)
     if packets is not None:
         wanted = frame_indices(packets.frames, num_frames) if indices is None else list(indices)
@@ -132,6 +134,7 @@ class _Pass:
     max_pixels: int
     threads: int = 0
     allow_damaged: bool = False
+    into: np.ndarray | None = None
 
     def some(self, wanted, packets, keep):
         """(frames, VideoInfo) of the frames `wanted`, from the packets marked in `keep`; None if any fails to come.
@@ -297,12 +300,13 @@ class _Picture:
 
     @classmethod
     def of(cls, frame, container, stream, video, count):
-        turn, shape = orientation(frame, video.path), (frame.width, frame.height)
-        info = describe(container, stream, shape, turn)
+        turn, stored = orientation(frame, video.path), (frame.width, frame.height)
+        info = describe(container, stream, stored, turn)
         size = video.size
-        frames = np.empty((count, size or info.height, size or info.width, 3), np.uint8)
+        shape = count, size or info.height, size or info.width, 3
+        frames = np.empty(shape, np.uint8) if video.into is None else video.into[:math.prod(shape)].reshape(shape)
         source = _source(turn, info.height, info.width, size) if size else None
-        return cls(video.path, size, shape, turn, info, frames, source)
+        return cls(video.path, size, stored, turn, info, frames, source)
 
     def alike(self, frame):
         return (frame.width, frame.height) == self.shape
@@ -315,7 +319,8 @@ class _Picture:
     def take(self, frame, rows):
         """Put an upright RGB frame, resized by nearest neighbour if a size is asked for, into rows of the result."""
         if self.source and can_gather(frame):
-            self.frames[rows] = gather(frame, *self.source)
+            gather(frame, *self.source, self.frames[rows[0]])
+            self.frames[rows[1:]] = self.frames[rows[0]]
             return
         pixels = frame.to_ndarray(format="rgb24")
         if self.source:

@@ -1,8 +1,8 @@
 """Decoding in a process of its own, so that a file that crashes or hangs FFmpeg costs that file and nothing else.
 
 The process is started as ``python -m fastvid.video.decode.worker`` rather than through multiprocessing, which would
-run the user's main script again. It gets requests as JSON and answers with JSON and the frames' bytes; nothing that
-comes from it is unpickled. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
+run the user's main script again. It gets requests as JSON and answers with JSON and bytes; nothing that comes from it
+is unpickled. Frames of a known size it puts into memory that both processes share. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
 ends when the other end of its pipe closes, so that it does not outlive its parent.
 """
 
@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from fastvid.video.decode import shared_frames
 from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
 from fastvid.video.decode.info import DecodeError, VideoInfo
 from fastvid.video.decode.pyav import decode, duration
+from fastvid.video.decode.shared_frames import ReceivedFrames, SharedFrames
 
 _MOST_TIMES = 10  # the time-out, of a video that says that it lasts for years
 
@@ -38,6 +40,7 @@ class DecodeWorker:
     def __init__(self, timeout=600.0):
         self.timeout = timeout
         self._process = self._connection = None
+        self._shared = SharedFrames()
 
     def decode(self, path, **options):
         """`fastvid.video.decode.decode(path, **options)`; a crash or time-out is a DecodeError, too.
@@ -48,9 +51,20 @@ class DecodeWorker:
 
     def decode_and_hash(self, path, *, digest=True, **options):
         """(frames, VideoInfo, SHA-256 of the file in hexadecimal, or None) of a video; otherwise as `decode`."""
-        with self._answered(path, "frames", options, digest) as reply:
-            frames = np.empty(reply["shape"], np.uint8)
-            self._connection.recv_bytes_into(frames.reshape(-1))
+        piece, size, count = None, options.get("size"), options.get("num_frames")
+        if size and count and "indices" not in options:
+            piece = self._shared.take(3 * size * size * count)
+        try:
+            with self._answered(path, "frames", options, digest, piece) as reply:
+                if piece is None:
+                    frames = np.empty(reply["shape"], np.uint8)
+                    self._connection.recv_bytes_into(frames.reshape(-1))
+                else:
+                    frames = self._shared.array(piece, reply["shape"])
+                    piece = None  # the array's now
+        finally:
+            if piece is not None:
+                self._shared.release(piece)
         return frames, VideoInfo(**reply["info"]), reply["sha256"]
 
     def read_bitstream(self, path, *, digest=True, **options) -> tuple[Bitstream, str | None]:
@@ -67,14 +81,18 @@ class DecodeWorker:
         return Bitstream.of(reply["stream"], data, ends, numbers), reply["sha256"]
 
     @contextmanager
-    def _answered(self, path, what, options, digest):
-        """The head of the answer to a request; what follows it is read within."""
+    def _answered(self, path, what, options, digest, piece=None):
+        """The head of the answer to a request; what follows it is read within. Frames come in a piece of memory."""
         if self._process is None:
             self._start()
         try:
             request = {"path": os.fspath(path), "what": what, "options": options, "timeout": self.timeout,
                        "digest": digest}
+            if piece is not None:
+                request["into"], request["new"] = self._shared.number(piece)
             self._connection.send_bytes(json.dumps(request).encode())
+            if request.get("new"):
+                shared_frames.send(piece, self._connection, self._process.pid)
             reply = json.loads(self._connection.recv_bytes())
             if "unsuited" in reply:
                 raise Unsuited(reply["unsuited"])
@@ -101,6 +119,7 @@ class DecodeWorker:
             self._process.wait()
             self._connection.close()
             self._process = None
+            self._shared.clear()
 
     def _start(self):
         self._connection, theirs = Pipe()
@@ -129,16 +148,18 @@ def serve(connection):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=[connection.fileno()], daemon=True).start()
+    memory = ReceivedFrames()
     while True:
         try:
             request = json.loads(connection.recv_bytes())
+            into = memory.get(request["into"], request["new"], connection) if "into" in request else None
         except EOFError:
             return
         timeout, path = request["timeout"], request["path"]
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
             signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
-            reply, arrays = _ANSWERS[request["what"]](path, request["options"])
+            reply, arrays = _ANSWERS[request["what"]](path, request["options"], into)
             reply["sha256"] = _sha256(path) if request["digest"] else None
         except DecodeError as error:
             reply, arrays = {"reason": error.reason}, []
@@ -154,13 +175,13 @@ def serve(connection):
             connection.send_bytes(array)
 
 
-def _frames(path, options):
+def _frames(path, options, into):
     """The head of an answer, and the arrays behind it."""
-    frames, info = decode(path, **options)
-    return {"shape": frames.shape, "info": asdict(info)}, [frames.reshape(-1)]
+    frames, info = decode(path, **options, into=into)
+    return {"shape": frames.shape, "info": asdict(info)}, [frames.reshape(-1)] if into is None else []
 
 
-def _bitstream(path, options):
+def _bitstream(path, options, _):
     stream = read_bitstream(path, **options)
     return {"packets": len(stream.ends), "stream": stream.described()}, [stream.ends, stream.numbers, stream.data]
 
