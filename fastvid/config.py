@@ -116,7 +116,8 @@ class DataConfig(_Checked):
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
     num_video_tokens: int | None = _flag(
         None, "Rows that every video must have. Default: its feature file's own.", at_least=1)
-    vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
+    vision_tower: str | None = _flag(None, "CLIP or SigLIP tower (folder or hub id). Default: the model's own "
+                                     "setting.")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", for --share_video to share more.')
     parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
@@ -308,7 +309,8 @@ class ExtractConfig(_Checked):
     infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.", at_least=1)
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
-    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    vision_tower: str | None = _flag(None, "CLIP or SigLIP tower (hub id or folder). Default: the one that --llava "
+                                     "names.")
     follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders, and lines of "
                                "a list file that lead out of its folder.")
     allow_damaged: bool = _flag(False, "Take videos of which frames are missing or decode with errors; each one's "
@@ -356,8 +358,8 @@ class ChatConfig(_Checked):
         None, "JSONL or JSON of {video, question}, or a question file of the reference's benchmarks; answers are "
         "printed as JSONL, a line for each record.")
     vision_tower: str | None = _flag(
-        None, "CLIP tower (hub id or folder). Default: the one that made the features the weights were trained on, or "
-        "the model's own setting.")
+        None, "CLIP or SigLIP tower (hub id or folder). Default: the one that made the features the weights were "
+        "trained on, or the model's own setting.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
         None, "System text and template of the prompt. Default: as the weights were trained; pg-video-llava, as the "
         "reference asks, where they do not tell.")

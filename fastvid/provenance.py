@@ -36,7 +36,7 @@ class Provenance:
     """What a model was trained on and with; None where nothing tells.
 
     Attributes:
-        tower: CLIP tower of the features, folder or hub id.
+        tower: vision tower of the features, folder or hub id.
         tower_revision: what identifies its weights (`fastvid.video.towers.choice.revisions`).
         num_frames: frames per video, which are the features' temporal rows.
         rows: rows of every video; None also where videos differ.

@@ -1,9 +1,9 @@
-"""Frames to features: patchify → CLIP tower up to its last layer but one → spatio-temporal pooling.
+"""Frames to features: patchify → vision tower up to its last layer but one → spatio-temporal pooling.
 
 Dimensions: T frames, B frames per pass, P patches per frame, K values of a patch row, C channels.
 
-The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (224): ``hidden_states[-2][:, 1:]`` of
-``CLIPVisionModel``, pooled, up to the rounding of 16 bits (`fastvid.video.towers.clip`).
+Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video-ChatGPT (224): ``hidden_states[-2][:,
+1:]`` of ``CLIPVisionModel``, pooled, up to the rounding of 16 bits; of SigLIP's likewise (`fastvid.video.towers`).
 """
 
 import torch
@@ -11,7 +11,7 @@ from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 
 from fastvid.video.towers.choice import revisions
-from fastvid.video.towers.clip import ClipTower
+from fastvid.video.towers.load import open_tower
 
 
 def open_device(name=None) -> torch.device:
@@ -51,24 +51,24 @@ def default_dtype(device, plain=False):
 
 
 class FeatureEncoder:
-    """A CLIP vision tower that turns a video's frames into its features.
+    """A CLIP or SigLIP vision tower that turns a video's frames into its features.
 
     Every pass of the tower has the same number of frames, the last one padded, because the rows of a matrix product
     depend on how many there are: so a video's features depend on nothing but its frames.
 
     Args:
-        tower: Hugging Face folder or hub id of a CLIP model or vision tower.
+        tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
         device: default: a GPU if there is one.
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
 
     Attributes:
-        tower: the `ClipTower`; image_size, patch_size, num_patches, hidden_size are its own.
+        tower: the `VisionTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
-        ValueError: the tower is missing, or is not a CLIP vision tower; the device is none of this machine's.
+        ValueError: the tower is missing, or of no kind that is known; the device is none of this machine's.
     """
 
     def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False):
@@ -78,7 +78,7 @@ class FeatureEncoder:
         self.dtype = dtype or default_dtype(self.device, plain)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
-        self.tower = ClipTower(tower, self.device, self.dtype)
+        self.tower = open_tower(tower, self.device, self.dtype)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
         self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,
