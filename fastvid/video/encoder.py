@@ -6,11 +6,14 @@ Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video
 1:]`` of ``CLIPVisionModel``, pooled, up to the rounding of 16 bits; of SigLIP's likewise (`fastvid.video.towers`).
 """
 
+from contextlib import contextmanager
+
 import torch
 from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 
 from fastvid.video.towers.choice import revisions
+from fastvid.video.towers.graph import GraphedStates
 from fastvid.video.towers.load import open_tower
 
 
@@ -84,6 +87,7 @@ class FeatureEncoder:
         self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,
                           "std": self.tower.std, "dtype": torch.float16}
         self.revision = revisions(tower)[0]
+        self._idle = []
 
     @torch.no_grad()
     def encode(self, frames):
@@ -129,12 +133,20 @@ class FeatureEncoder:
     def _features(self, count, parts_BPK):
         """Pooled states of patch rows that come in pieces of a pass."""
         states_TPC = torch.empty(count, self.num_patches, self.hidden_size, dtype=torch.float16, device=self.device)
-        for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
-            states_BPC.copy_(self._states(patches_BPK.to(self.dtype)))
-        return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
+        with self._pass() as states_of:
+            for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
+                states_BPC.copy_(states_of(patches_BPK))
+            return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
 
-    def _states(self, patches_BPK):
-        """The tower's states [B, P, C] of at most a pass's frames."""
-        count, padded = len(patches_BPK), patches_BPK.new_zeros(self.batch_size, *patches_BPK.shape[1:])
-        padded[:count] = patches_BPK
-        return self.tower.states(padded)[:count]
+    @contextmanager
+    def _pass(self):
+        """A `GraphedStates` that no other thread has, until the device is done with it: `cpu()` waits for that.
+
+        After an exception it is not used again, for the device may not be done.
+        """
+        try:
+            graphed = self._idle.pop()
+        except IndexError:
+            graphed = GraphedStates(self.tower, self.batch_size, self.device)
+        yield graphed
+        self._idle.append(graphed)
