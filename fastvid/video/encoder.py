@@ -15,6 +15,7 @@ from fastvid_kernels.patch_rows import row_length
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.graph import GraphedStates
 from fastvid.video.towers.load import open_tower
+from fastvid.video.towers.products import check_fp8
 
 
 def open_device(name=None) -> torch.device:
@@ -65,23 +66,28 @@ class FeatureEncoder:
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
+        fp8: multiply the tower's matrices in FP8, which changes the features.
 
     Attributes:
         tower: the `VisionTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
-        ValueError: the tower is missing, or of no kind that is known; the device is none of this machine's.
+        ValueError: the tower is missing, or of no kind that is known; the device is none of this machine's; FP8 is
+            asked for where the GPU has no units for it or the tower's sizes do not fit them.
     """
 
-    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False):
+    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False,
+                 fp8=False):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
         self.dtype = dtype or default_dtype(self.device, plain)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
-        self.tower = open_tower(tower, self.device, self.dtype)
+        if fp8:
+            check_fp8(self.device)
+        self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
         self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,

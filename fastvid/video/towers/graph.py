@@ -1,7 +1,7 @@
 """A tower's passes, all of one shape: on a GPU replays of a CUDA graph, elsewhere plain calls.
 
-A pass of a tower launches more than two hundred kernels. Of a graph they are launched together, so that the GPU does not
-wait for Python, least of all while other threads of the process decode.
+A pass of a tower launches more than two hundred kernels. Of a graph they are launched together, so that the GPU does
+not wait for Python, least of all while other threads of the process decode.
 
 Dimensions: B images of a pass, P patches of an image, K values of a patch row, C channels.
 """

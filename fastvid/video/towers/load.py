@@ -12,19 +12,20 @@ from fastvid.video.towers.siglip import SiglipTower
 from fastvid.video.towers.transformer import VisionTower
 
 
-def open_tower(tower, device: torch.device, dtype: torch.dtype) -> VisionTower:
+def open_tower(tower, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> VisionTower:
     """The tower of a folder or hub id, of the kind that its config.json names.
 
     Args:
         tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
         device, dtype: where and in what it computes.
+        fp8: multiply the layers' matrices in e4m3 (`VisionTower`).
 
     Raises:
-        ValueError: as `load_tower`; its preprocessing is another tower's.
+        ValueError: as `load_tower`; FP8 cannot multiply its matrices; its preprocessing is another tower's.
     """
     model = load_tower(tower, dtype)
     kind = SiglipTower if is_siglip(model) else ClipTower
-    return kind(model, processor_settings(tower, kind is SiglipTower), device)
+    return kind(model, processor_settings(tower, kind is SiglipTower), device, fp8=fp8)
 
 
 def is_siglip(model) -> bool:

@@ -11,11 +11,11 @@ class SiglipTower(VisionTower):
     """`VisionTower` of a ``SiglipVisionModel``, whose pictures have the size that its preprocessor settings say.
 
     Raises:
-        ValueError: pictures of that size have another number of patches than the tower.
+        ValueError: as `VisionTower`; pictures of that size have another number of patches than the tower.
     """
 
-    def __init__(self, model, settings, device):
-        super().__init__(model, settings, device)
+    def __init__(self, model, settings, device, *, fp8=False):
+        super().__init__(model, settings, device, fp8=fp8)
         size = settings.get("size")
         height, width = (size.get(side) or self.image_size for side in ("height", "width")) if isinstance(
             size, dict) else [self.image_size] * 2

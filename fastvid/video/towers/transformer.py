@@ -17,7 +17,7 @@ from fastvid_kernels.quick_gelu import quick_gelu
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from fastvid.video.towers.products import Product
+from fastvid.video.towers.products import Fp8Product, Product
 
 _Norm = tuple[Tensor, Tensor]  # weight and bias
 
@@ -27,12 +27,12 @@ class _Layer:
     """A layer's norms and products; queries, keys and values are one product."""
 
     attention_norm: _Norm
-    qkv: Product
-    attention_out: Product
+    qkv: Product | Fp8Product
+    attention_out: Product | Fp8Product
     mlp_norm: _Norm
-    mlp_in: Product
+    mlp_in: Product | Fp8Product
     activation: Callable[[Tensor], Tensor]
-    mlp_out: Product
+    mlp_out: Product | Fp8Product
 
 
 class VisionTower:
@@ -42,14 +42,18 @@ class VisionTower:
         model: transformers' tower (`fastvid.video.towers.load.load_tower`), in the dtype to compute in.
         settings: of the tower's preprocessor: "image_mean" and "image_std" per channel, and perhaps "size".
         device: where it computes.
+        fp8: multiply the layers' matrices in e4m3; norms, attention, residual and patch embedding stay as they are.
 
     Attributes:
         image_size, patch_size: pixels; num_patches: P; hidden_size: C; dtype.
         mean, std: per channel, of pixel values in [0, 1].
+
+    Raises:
+        ValueError: an FP8 tower's matrices have sides that FP8 units do not multiply.
     """
 
     @torch.no_grad()
-    def __init__(self, model, settings: dict, device: torch.device):
+    def __init__(self, model, settings: dict, device: torch.device, *, fp8: bool = False):
         config, embeddings = model.config, model.embeddings
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
@@ -65,7 +69,7 @@ class VisionTower:
             """Of a linear layer, or of several side by side. A single one's weights are not copied."""
             pairs = [(part.weight.detach(), part.bias.detach()) for part in parts]
             weight_OI, bias_O = ((torch.cat(some) if len(some) > 1 else some[0]).to(device) for some in zip(*pairs))
-            return Product(weight_OI, bias_O)
+            return Fp8Product(weight_OI, bias_O) if fp8 else Product(weight_OI, bias_O)
 
         patch_embedding = embeddings.patch_embedding
         bias_C, position_PC = patch_embedding.bias, self._place(model, norm, device)
