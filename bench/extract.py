@@ -95,11 +95,11 @@ def one(way, videos, features, tower):
 
 def tower_share(dtype):
     """FLOP/s of the tower over those of a large product, in one dtype."""
-    from fastvid.video.towers.clip import ClipTower
+    from fastvid.video.towers.load import open_tower
 
     with tempfile.TemporaryDirectory() as folder:
         write_tower(folder)
-        tower = ClipTower(folder, torch.device("cpu"), dtype)
+        tower = open_tower(folder, torch.device("cpu"), dtype)
     rows = torch.randn(25, tower.num_patches, 3 * PATCH**2).to(dtype)
     tokens = tower.num_patches + 1
     layer = 24 * tokens * HIDDEN**2 + 4 * tokens**2 * HIDDEN

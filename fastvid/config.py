@@ -28,7 +28,7 @@ class Policy:
             and the head (the reference does so by accident). Otherwise the projector alone.
         plain_products: matrices are multiplied as torch does it. Otherwise also as sums of another order.
         one_video_length: every video must have as many rows as the first. Otherwise each has what its file holds.
-        plain_tower: a CPU's tower computes in fp32, and none in bf16. Otherwise in bf16 on CPUs that multiply it.
+        plain_tower: a CPU's tower computes in fp32, none in bf16 or FP8. Otherwise in bf16 on CPUs that multiply it.
         ffmpeg_colours: videos become RGB as by the reference's decoder, so DALI is refused.
     """
 
@@ -116,7 +116,7 @@ class DataConfig(_Checked):
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
     num_video_tokens: int | None = _flag(
         None, "Rows that every video must have. Default: its feature file's own.", at_least=1)
-    vision_tower: str | None = _flag(None, "CLIP tower (folder or hub id). Default: the model's own setting.")
+    vision_tower: str | None = _flag(None, "Vision tower (folder or hub id). Default: the model's own setting.")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", for --share_video to share more.')
     parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
@@ -308,7 +308,7 @@ class ExtractConfig(_Checked):
     infer_batch: int = _flag(32, "Most frames per pass of the tower; passes are evened out.", at_least=1)
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel.")
-    vision_tower: str | None = _flag(None, "CLIP tower (hub id or folder). Default: the one that --llava names.")
+    vision_tower: str | None = _flag(None, "CLIP or SigLIP tower (hub id or folder). Default: as --llava says.")
     follow_links: bool = _flag(False, "Follow links in the folder of videos, to files and to folders, and lines of "
                                "a list file that lead out of its folder.")
     allow_damaged: bool = _flag(False, "Take videos of which frames are missing or decode with errors; each one's "
@@ -317,8 +317,10 @@ class ExtractConfig(_Checked):
     format: Literal["safetensors", "pkl"] = _flag("safetensors", "pkl: the reference's format.")
     num_frames: int = _flag(100, "Frames per video, and temporal rows of the features.", at_least=1, at_most=100_000)
     dtype: Literal["float16", "bfloat16", "float32"] | None = _flag(
-        None, "Precision of the tower. Default: float16 on a GPU, and on a CPU bfloat16 if it multiplies that, else "
-        "float32.")
+        None, "Precision of the tower. Default: float16 on a GPU; on a CPU bfloat16 if it multiplies that, or float32.")
+    tower_dtype: Literal["auto", "fp8"] = _flag(
+        "auto", "fp8: the tower's matrices in FP8: faster on GPUs that have it (Ada, Hopper), slower on a CPU. The "
+        "features change; the summary says by how much. auto: in --dtype.")
     device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
     decoder: Literal["auto", "pyav", "nvdec", "dali"] = _flag(
         "auto", "auto: the GPU's hardware decoder (NVDEC) where there is one, and PyAV beside it; pyav: the CPU alone; "
@@ -356,8 +358,8 @@ class ChatConfig(_Checked):
         None, "JSONL or JSON of {video, question}, or a question file of the reference's benchmarks; answers are "
         "printed as JSONL, a line for each record.")
     vision_tower: str | None = _flag(
-        None, "CLIP tower (hub id or folder). Default: the one that made the features the weights were trained on, or "
-        "the model's own setting.")
+        None, "Vision tower (hub id or folder). Default: the one that made the features the weights were trained on, "
+        "or the model's own setting.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
         None, "System text and template of the prompt. Default: as the weights were trained; pg-video-llava, as the "
         "reference asks, where they do not tell.")

@@ -12,7 +12,7 @@ from fastvid.data.features import SUFFIXES, feature_header, probe_features
 from fastvid.video_features import written
 
 # Defaults for a setting that is missing in a header or entry, which may be older than the setting.
-_DEFAULTS = {"conversion": "swscale"}
+_DEFAULTS = {"conversion": "swscale", "tower_dtype": "auto"}
 
 
 class EarlierFeatures:

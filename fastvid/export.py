@@ -30,7 +30,7 @@ from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.shards import naming_tensors
 from fastvid.trained_paths import checkpoint_folder
 from fastvid.video.towers.choice import check_tower, choose_tower
-from fastvid.video.towers.clip import load_tower, processor_settings
+from fastvid.video.towers.load import is_siglip, load_tower, processor_settings
 
 log = logging.getLogger("fastvid")
 
@@ -223,6 +223,9 @@ def _load_tower(tower, model):
         raise ValueError("--format llava holds the vision tower, and the model's config.json names none: "
                          "give --vision_tower")
     vision = load_tower(tower, torch.float32)
+    if is_siglip(vision):
+        raise ValueError(f"--format llava holds a tower of CLIP, and {shown(tower)} is one of SigLIP: export it with "
+                         "--format llama")
     if vision.config.hidden_size != model.mm_hidden_size:
         raise ValueError(f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
                          f"{model.mm_hidden_size}: give the tower that made the features")

@@ -74,6 +74,7 @@ def extract(config: ExtractConfig) -> Summary:
         leases.open()
         manifest.open(leases)
         summary = _Extraction(features, manifest, earlier, leases).run(deal(videos, world), rank)
+        summary.notes += features.told()
     if rank == 0 and others:
         links = others.pop("links", 0)
         if links:

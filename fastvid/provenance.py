@@ -20,8 +20,8 @@ from pathlib import Path
 
 from fastvid.files import shown
 
-__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "decoders_of", "of_features", "of_state",
-           "of_weights", "same_tower", "what_decoders_mean"]
+__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "decoders_of", "in_fp8", "of_features",
+           "of_state", "of_weights", "same_tower", "what_decoders_mean", "what_fp8_means"]
 
 KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
@@ -36,7 +36,7 @@ class Provenance:
     """What a model was trained on and with; None where nothing tells.
 
     Attributes:
-        tower: CLIP tower of the features, folder or hub id.
+        tower: vision tower of the features, folder or hub id.
         tower_revision: what identifies its weights (`fastvid.video.towers.choice.revisions`).
         num_frames: frames per video, which are the features' temporal rows.
         rows: rows of every video; None also where videos differ.
@@ -45,6 +45,8 @@ class Provenance:
         use_start_end: whether <vid_start> and <vid_end> stood around a video.
         decoder: what decoded the videos; of several all, with "; " between them.
         conversion: what made RGB of their samples ("swscale" or "dali"); of several all, likewise.
+        tower_dtype: ``--tower_dtype`` of their extraction, "auto" or "fp8"; of several all, likewise. Of files that
+            are all "auto" it is None, as of those that do not tell.
     """
 
     tower: str | None = None
@@ -56,6 +58,7 @@ class Provenance:
     use_start_end: bool | None = None
     decoder: str | None = None
     conversion: str | None = None
+    tower_dtype: str | None = None
 
     @classmethod
     def of_header(cls, header):
@@ -92,7 +95,7 @@ def of_features(looked_at):
     Returns:
         The Provenance holds what all files with a header agree about: of several towers it names none.
     """
-    towers, frames, names = Counter(), set(), {}
+    towers, frames, names, products = Counter(), set(), {}, in_fp8(header for _, header in looked_at)
     for _, header in looked_at:
         made = Provenance.of_header(header)
         if made.tower_revision is not None:
@@ -108,7 +111,26 @@ def of_features(looked_at):
     decoded = decoders_of(header for _, header in looked_at)
     decoder, conversion = ("; ".join(sorted({found[place] for found in decoded} - {None})) or None for place in (0, 1))
     return Provenance(tower, revision, frames.pop() if len(frames) == 1 else None,
-                      rows.pop() if len(rows) == 1 else None, decoder=decoder, conversion=conversion), towers
+                      rows.pop() if len(rows) == 1 else None, decoder=decoder, conversion=conversion,
+                      tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None), towers
+
+
+def in_fp8(headers) -> Counter:
+    """{whether their tower multiplied in FP8: how many} of feature files whose headers name a tower."""
+    found = map(Provenance.of_header, headers)
+    return Counter(made.tower_dtype == "fp8" for made in found if made.tower_revision is not None)
+
+
+def what_fp8_means(counts) -> str | None:
+    """What it means that some features of a training set are of a tower in FP8, and some are not; None where all agree.
+
+    Args:
+        counts: as `in_fp8` gives them.
+    """
+    if not (counts[True] and counts[False]):
+        return None
+    return (f"{counts[True]:,} features are of a tower in FP8, {counts[False]:,} are not, and differ a little; "
+            "`fastvid extract --overwrite True` without --tower_dtype fp8 makes them alike")
 
 
 def decoders_of(headers) -> Counter:

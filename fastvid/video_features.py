@@ -1,6 +1,7 @@
 """From a video to its feature file, in one object that can be sent to other processes."""
 
 import copyreg
+import functools
 import hashlib
 import os
 import threading
@@ -18,6 +19,7 @@ from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.listing import no_video
 from fastvid.video.pipeline import Pipeline, Prepared
 from fastvid.video.sampling import frame_indices
+from fastvid.video.towers.fidelity import Fidelity
 
 _DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged tolerates
 TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-patch14-336"}
@@ -34,6 +36,9 @@ def refuse_departures(config):
     if config.policy.plain_tower and config.dtype == "bfloat16":
         raise ValueError("--dtype bfloat16 rounds more than the reference, which --parity reference does not take"
                          "; give float16 or float32")
+    if config.policy.plain_tower and config.tower_dtype == "fp8":
+        raise ValueError("--tower_dtype fp8 rounds more than the reference, which --parity reference does not take"
+                         "; leave one of the two out")
 
 
 class VideoFeatures:
@@ -52,7 +57,7 @@ class VideoFeatures:
     """
 
     def __init__(self, config):
-        self.config, self.encoder, self.pipeline = config, None, None
+        self.config, self.encoder, self.pipeline, self._fidelity = config, None, None, None
         self._opening = threading.Lock()
 
     def __reduce__(self):
@@ -78,14 +83,16 @@ class VideoFeatures:
 
     def _open_tower(self):
         config, tower = self.config, self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
-        self.encoder = FeatureEncoder(
-            tower, device=config.device or default_device(),
+        make = functools.partial(
+            FeatureEncoder, tower, device=config.device or default_device(),
             dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
             num_temporal=config.num_frames, plain=config.policy.plain_tower)
+        fp8 = config.tower_dtype == "fp8"
+        self.encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
         self.settings = {
             "tower_revision": self.encoder.revision, "image_size": self.encoder.image_size,
             "patch_size": self.encoder.patch_size, "num_frames": config.num_frames,
-            "conversion": "dali" if config.decoder == "dali" else "swscale"}
+            "conversion": "dali" if config.decoder == "dali" else "swscale", "tower_dtype": config.tower_dtype}
         self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                         "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
         self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]
@@ -171,7 +178,13 @@ class VideoFeatures:
             dtype = self._header["dtype"]
             remedy = "give another --vision_tower" if dtype == "float32" else "try --dtype float32"
             raise DecodeError(path, f"its features are not finite in {dtype}; {remedy}")
+        if self._fidelity is not None:
+            self._fidelity.compare(os.path.basename(path), prepared, features_RC)
         return features_RC
+
+    def told(self) -> list[str]:
+        """Lines on what the tower made of the videos, for the summary."""
+        return [] if self._fidelity is None else self._fidelity.told()
 
     def _encoded(self, prepared):
         """Features of a decoded video; a second time with what the allocator held given back."""

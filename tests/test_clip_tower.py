@@ -9,8 +9,8 @@ import torch
 from fastvid_kernels.patch_rows import embedding_matrix, row_length
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fastvid.video.towers import clip
-from fastvid.video.towers.clip import ClipTower
+from fastvid.video.towers import load
+from fastvid.video.towers.load import open_tower
 
 CPU = torch.device("cpu")
 
@@ -56,20 +56,20 @@ def pictures(patches_BPK):
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
 def test_in_fp32_the_bits_are_those_of_transformers(tmp_path, activation):
     model = written(tmp_path, activation)
-    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+    assert torch.equal(open_tower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
 
 
 def test_as_a_whole(tmp_path):
     model = written(tmp_path)
     expected = model(pictures(patches()), output_hidden_states=True).hidden_states[-2][:, 1:]
-    torch.testing.assert_close(ClipTower(tmp_path, CPU, torch.float32).states(patches()), expected)
+    torch.testing.assert_close(open_tower(tmp_path, CPU, torch.float32).states(patches()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits_the_error_is_hardly_larger_than_that_of_transformers(tmp_path, dtype):
     model = written(tmp_path)
     exact = theirs(copy.deepcopy(model).double(), patches())
-    found = ClipTower(tmp_path, CPU, dtype).states(patches().to(dtype))
+    found = open_tower(tmp_path, CPU, dtype).states(patches().to(dtype))
     assert found.dtype == dtype
     error, their_error = ((x.double() - exact).norm() for x in (found, theirs(model.to(dtype), patches())))
     assert error <= 1.2 * their_error
@@ -78,12 +78,12 @@ def test_in_16_bits_the_error_is_hardly_larger_than_that_of_transformers(tmp_pat
 def test_the_last_layer_is_left_out(tmp_path):
     """Of one layer, the states are the embedded patches."""
     model = written(tmp_path, layers=1)
-    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+    assert torch.equal(open_tower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
 
 
 def test_images_do_not_see_each_other(tmp_path):
     written(tmp_path)
-    tower = ClipTower(tmp_path, CPU, torch.float32)
+    tower = open_tower(tmp_path, CPU, torch.float32)
     before, other = tower.states(patches()), patches()
     other[3] = 0
     after = tower.states(other)
@@ -94,21 +94,21 @@ def test_states_want_no_gradient(tmp_path):
     """Nothing of the tower is kept for a backward pass, even where gradients are on."""
     written(tmp_path)
     with torch.enable_grad():
-        states = ClipTower(tmp_path, CPU, torch.float32).states(patches().requires_grad_())
+        states = open_tower(tmp_path, CPU, torch.float32).states(patches().requires_grad_())
     assert not states.requires_grad
 
 
 def test_only_the_tensors_that_it_needs_stay_alive(tmp_path, monkeypatch):
     written(tmp_path)
-    loaded, load = [], clip.load_tower
+    loaded, load_tower = [], load.load_tower
 
     def remembered(*given):
-        model = load(*given)
+        model = load_tower(*given)
         loaded.extend(map(weakref.ref, (model, *model.parameters())))
         return model
 
-    monkeypatch.setattr(clip, "load_tower", remembered)
-    tower = ClipTower(tmp_path, CPU, torch.float32)
+    monkeypatch.setattr(load, "load_tower", remembered)
+    tower = open_tower(tmp_path, CPU, torch.float32)
     gc.collect()
     assert len(loaded) > 50 and all(reference() is None for reference in loaded)
     assert not tower.states(patches()).requires_grad
@@ -116,7 +116,7 @@ def test_only_the_tensors_that_it_needs_stay_alive(tmp_path, monkeypatch):
 
 def test_an_activation_with_weights_of_its_own(tmp_path):
     model = written(tmp_path, "prelu")
-    assert torch.equal(ClipTower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
+    assert torch.equal(open_tower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -125,7 +125,7 @@ def test_by_the_kernels(tmp_path, monkeypatch, dtype):
     model = written(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = ClipTower(tmp_path, device, dtype).states(patches().to(device, dtype)).cpu()
+    found = open_tower(tmp_path, device, dtype).states(patches().to(device, dtype)).cpu()
     exact = theirs(copy.deepcopy(model).double(), patches())
     error, their_error = ((x.double() - exact).norm() for x in (found, theirs(model.to(dtype), patches())))
     assert error <= 1.2 * their_error

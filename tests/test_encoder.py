@@ -156,12 +156,12 @@ def test_an_address_or_a_file_is_no_tower(tmp_path):
 
 
 def test_the_hub_id_is_in_the_command(monkeypatch):
-    from transformers import CLIPVisionModel
+    from transformers import PretrainedConfig
 
     def fail(*args, **kwargs):
         raise OSError("We couldn't connect\nmore")
 
-    monkeypatch.setattr(CLIPVisionModel, "from_pretrained", fail)
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", fail)
     with pytest.raises(ValueError, match=r"couldn't connect\); .*hf download some/tower "):
         FeatureEncoder("some/tower")
 
@@ -171,7 +171,7 @@ def test_another_model_is_no_tower(tmp_path):
 
     LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                                  vocab_size=9)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a CLIP vision tower"):
+    with pytest.raises(ValueError, match="not a CLIP or SigLIP vision tower .model_type llama"):
         FeatureEncoder(tmp_path)
 
 

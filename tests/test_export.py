@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from checkpoint_cases import flip_a_bit
 from conftest import ROOT
 from ranks import FORKS
 from safetensors.torch import load_file
+from towers import write_siglip
 from weight_folders import C, D, llava_state, load, write_folder
 
 from fastvid import checkpoint, export
@@ -327,6 +328,16 @@ def test_the_tower_must_fit(tmp_path, run):
                                      image_size=28, patch_size=14)).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="wide has 12 channels, the projector takes 10"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "wide")))
+
+
+def test_a_tower_of_siglip_is_named_and_not_held(tmp_path, run):
+    folder, _, _ = run({"projector", "boundary"})
+    write_siglip(tmp_path / "siglip", hidden_size=12, layers=2)
+    made = ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "siglip"))
+    with pytest.raises(ValueError, match="siglip is one of SigLIP: export it with --format llama"):
+        export.export(made)
+    assert export.export(replace(made, format="llama"))
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["mm_vision_tower"] == str(tmp_path / "siglip")
 
 
 def test_the_processor_is_the_towers(tmp_path, run):

@@ -1,4 +1,4 @@
-"""Small CLIP towers with random weights, for tests."""
+"""Small CLIP and SigLIP towers with random weights, for tests."""
 
 import json
 
@@ -21,3 +21,27 @@ def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=
     if mean:
         (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
     return folder
+
+
+def write_siglip(folder, *, image_size=30, patch_size=14, hidden_size=48, intermediate_size=80, layers=4, heads=3,
+                 seed=0, settings=None, std=0.3):
+    """Save a seeded SigLIP vision tower as a Hugging Face folder, and `settings` as its preprocessor_config.json.
+
+    Returns:
+        transformers' model.
+    """
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=layers, num_attention_heads=heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = SiglipVisionModel(config).eval()
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, std=std)
+    tower.save_pretrained(folder)
+    if settings:
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return tower

@@ -27,7 +27,7 @@ from torch.profiler import profile as profiled
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastvid.video.encoder import FeatureEncoder
-from fastvid.video.towers.clip import load_tower
+from fastvid.video.towers.load import load_tower
 
 
 @dataclass(frozen=True)

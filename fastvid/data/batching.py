@@ -120,6 +120,8 @@ class SampleSet:
         if warning or remark:
             log.log(logging.WARNING if warning else logging.INFO, "%s%s", warning or remark,
                     some if len(looked_at) < len(names) else "")
+        if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
+            log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
         prompt = self.provenance
         self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
                                   use_start_end=prompt.use_start_end)

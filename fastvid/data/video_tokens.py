@@ -9,8 +9,11 @@ from fastvid.files import read_json_object
 from fastvid.folders import model_folder
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
-# openai/clip-vit-large-patch14-336 and its like say their patch and image size (224 where none is said).
-_CLIP_NAME = re.compile(r"clip-vit-\w+-patch(\d+)(?:-(\d+))?$")
+# openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384 and their like say their patch and image size (224
+# where none is said).
+_TOWER_NAME = re.compile(r"(?:clip-vit|siglip2?)-\w+-patch(\d+)(?:-(\d+)(?:-multilingual|-i18n)?)?$")
+# What a SigLIP folder's config.json leaves out.
+_SIGLIP_SIZES = {"image_size": 224, "patch_size": 16}
 
 
 class VideoRows:
@@ -92,9 +95,11 @@ def tower_geometry(model_folder, vision_tower=None):
     described = None if vision_tower else config.get("vision_config")
     if tower and Path(tower).is_dir():
         described = read_settings(tower)
-        described = described.get("vision_config", described)  # a whole CLIP model's folder
-    elif tower and (match := _CLIP_NAME.search(tower.rstrip("/"))):
+        described = described.get("vision_config", described)  # a whole model's folder, of text and vision
+    elif tower and (match := _TOWER_NAME.search(tower.rstrip("/"))):
         described = {"image_size": match[2] or 224, "patch_size": match[1]}
+    if isinstance(described, dict) and described.get("model_type") == "siglip_vision_model":
+        described = _SIGLIP_SIZES | described
     try:
         return int(described["image_size"]), int(described["patch_size"])
     except (TypeError, KeyError, ValueError):

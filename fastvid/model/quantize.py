@@ -15,14 +15,11 @@ import importlib.util
 import logging
 
 import torch
-from fastvid_kernels.quantize_fp8 import Fp8Rows, quantize_fp8
+from fastvid_kernels.quantize_fp8 import FP8_CAPABILITY, FP8_SIDE, Fp8Rows, quantize_fp8, scaled_product
 from torch import Tensor, nn
 
 log = logging.getLogger("fastvid")
 
-FP8_CAPABILITY = (8, 9)
-# Sides of FP8 matrices, and the outputs that a product takes of one, are multiples of this.
-FP8_SIDE = 16
 NF4_BLOCK, SCALES_BLOCK = 64, 256
 
 
@@ -122,18 +119,6 @@ class _ProductOfFp8(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_NO):
         return ctx.matrix.gradient(g_NO, ctx.outputs), None, None, None, None
-
-
-def scaled_product(a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a·scale_N)·(b·scale_M)ᵀ, [N, M] in `dtype`; a and b in e4m3, scales fp32.
-
-    On a GPU it comes out of the FP8 units in bf16, sums with their fast accumulation (the error of the factors is far
-    larger); elsewhere products are exact, summed and scaled in fp32.
-    """
-    if a_NK.is_cuda:
-        return torch._scaled_mm(a_NK, b_MK.T, scale_a=scale_N.unsqueeze(1), scale_b=scale_M.unsqueeze(0),
-                                out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
-    return ((a_NK.float() @ b_MK.float().T) * scale_N[:, None] * scale_M).to(dtype)
 
 
 class _DequantizedLinear(QuantizedLinear):

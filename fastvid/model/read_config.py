@@ -104,7 +104,7 @@ def _llama_config(path, values, text):
     for tower in ("mm_video_tower", "mm_image_tower"):
         if values.get(tower):
             raise ValueError(f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
-                             "PKU's Video-LLaVA); only features of a CLIP tower (mm_vision_tower) are")
+                             "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are")
     try:
         return LlamaConfig.from_dict({key: value for key, value in text.items() if key != "model_type"})
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:

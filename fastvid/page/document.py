@@ -120,7 +120,8 @@ def _table(view):
     known = [
         ("tower", header.get("tower", _NOT_TOLD)), ("revision", header.get("tower_revision", _NOT_TOLD)),
         ("frames", frames), ("rows × channels", f"{R} × {C}"), ("dtype", f"{stored} in the file, "
-         f"{header.get('dtype', _NOT_TOLD)} in the tower"), ("decoder", video.get("decoder", _NOT_TOLD)),
+         f"{header.get('dtype', _NOT_TOLD)} in the tower" + ", its matrices in FP8" * (
+             header.get("tower_dtype") == "fp8")), ("decoder", video.get("decoder", _NOT_TOLD)),
         ("conversion", video.get("conversion", header.get("conversion", _NOT_TOLD)))]
     known += [(name, header[key]) for name, key in (
         ("pixels of a picture", "image_size"), ("pixels of a patch", "patch_size"), ("video", "source"),

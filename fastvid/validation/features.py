@@ -12,7 +12,7 @@ from fastvid.data.cut_short import is_cut_short
 from fastvid.data.features import FeatureFolder, MissingFeatures, describe_features, load_features
 from fastvid.data.video_tokens import feature_channels
 from fastvid.files import shown
-from fastvid.provenance import Provenance, decoders_of, same_tower
+from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
 from fastvid.validation.sources import Sources
 
 READERS = 16  # threads that open feature files: on a network file system waiting is most of the work
@@ -97,6 +97,7 @@ def _note_maker(report, makers, video, header):
         report.makers[made.tower, made.tower_revision, made.num_frames] += 1
         makers[video] = made
     report.decoders += decoders_of([header])
+    report.in_fp8 += in_fp8([header])
     of = header.get("video")
     report.damaged += isinstance(of, dict) and isinstance(of.get("damaged"), int) and of["damaged"] > 0
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from fastvid.data.annotations import Remarks
 from fastvid.files import shown
-from fastvid.provenance import what_decoders_mean
+from fastvid.provenance import what_decoders_mean, what_fp8_means
 
 SHOWN = 3  # examples of each kind of problem
 # The state of a video whose features cannot be used, by the kind of problem, as the table names it.
@@ -33,6 +33,7 @@ class Report:
         layouts: feature files by (R, C, dtype); None if they were not looked at.
         makers: feature files by (tower, its revision, frames per video), as far as their headers tell.
         decoders: feature files by (decoder, conversion), likewise.
+        in_fp8: feature files by whether their tower multiplied in FP8, likewise.
         damaged: feature files of videos that were taken although they are damaged.
         formats: feature files by ending.
         not_compared: feature files that were not compared with their video, where videos were looked at: it is not
@@ -54,6 +55,7 @@ class Report:
     layouts: Counter | None = None
     makers: Counter = field(default_factory=Counter)
     decoders: Counter = field(default_factory=Counter)
+    in_fp8: Counter = field(default_factory=Counter)
     damaged: int = 0
     formats: Counter = field(default_factory=Counter)
     not_compared: int = 0
@@ -117,7 +119,7 @@ def as_json(report: Report) -> dict:
                        for (decoder, conversion), count in report.decoders.most_common()],
         "remarks": [{"remark": text, "records": count, "first": report.remarks.first[text]}
                     for text, count in report.remarks.counts.most_common()] + [
-                        {"remark": text} for text in (remark, warning) if text],
+                        {"remark": text} for text in (remark, warning, what_fp8_means(report.in_fp8)) if text],
         "problems": [{"kind": kind, "count": count, "examples": report.examples[kind]}
                      for kind, count in report.problems.items()],
         "bad_videos": [{"video": video, "state": state, "records": report.videos[video], "reason": reason}
@@ -161,7 +163,8 @@ def summary(report: Report) -> str:
         lines.append(f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are "
                      "(--allow_damaged)")
     remark, warning = what_decoders_mean(report.decoders)
-    lines += [f"remark      {remark}"] * bool(remark) + [f"warning     {warning}"] * bool(warning)
+    lines += [f"remark      {remark}"] * bool(remark)
+    lines += [f"warning     {text}" for text in (warning, what_fp8_means(report.in_fp8)) if text]
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]

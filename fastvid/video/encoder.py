@@ -1,17 +1,21 @@
-"""Frames to features: patchify → CLIP tower up to its last layer but one → spatio-temporal pooling.
+"""Frames to features: patchify → vision tower up to its last layer but one → spatio-temporal pooling.
 
 Dimensions: T frames, B frames per pass, P patches per frame, K values of a patch row, C channels.
 
-The features are those of PG-Video-LLaVA (336-pixel tower) and Video-ChatGPT (224): ``hidden_states[-2][:, 1:]`` of
-``CLIPVisionModel``, pooled, up to the rounding of 16 bits (`fastvid.video.towers.clip`).
+Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video-ChatGPT (224): ``hidden_states[-2][:,
+1:]`` of ``CLIPVisionModel``, pooled, up to the rounding of 16 bits; of SigLIP's likewise (`fastvid.video.towers`).
 """
+
+from contextlib import contextmanager
 
 import torch
 from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 
 from fastvid.video.towers.choice import revisions
-from fastvid.video.towers.clip import ClipTower
+from fastvid.video.towers.graph import GraphedStates
+from fastvid.video.towers.load import open_tower
+from fastvid.video.towers.products import check_fp8
 
 
 def open_device(name=None) -> torch.device:
@@ -51,39 +55,45 @@ def default_dtype(device, plain=False):
 
 
 class FeatureEncoder:
-    """A CLIP vision tower that turns a video's frames into its features.
+    """A CLIP or SigLIP vision tower that turns a video's frames into its features.
 
     Every pass of the tower has the same number of frames, the last one padded, because the rows of a matrix product
     depend on how many there are: so a video's features depend on nothing but its frames.
 
     Args:
-        tower: Hugging Face folder or hub id of a CLIP model or vision tower.
+        tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
         device: default: a GPU if there is one.
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
+        fp8: multiply the tower's matrices in FP8, which changes the features.
 
     Attributes:
-        tower: the `ClipTower`; image_size, patch_size, num_patches, hidden_size are its own.
+        tower: the `VisionTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
-        ValueError: the tower is missing, or is not a CLIP vision tower; the device is none of this machine's.
+        ValueError: the tower is missing, or of no kind that is known; the device is none of this machine's; FP8 is
+            asked for where the GPU has no units for it or the tower's sizes do not fit them.
     """
 
-    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False):
+    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False,
+                 fp8=False):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
         self.dtype = dtype or default_dtype(self.device, plain)
         self.num_temporal = num_temporal
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
-        self.tower = ClipTower(tower, self.device, self.dtype)
+        if fp8:
+            check_fp8(self.device)
+        self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
         self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,
                           "std": self.tower.std, "dtype": torch.float16}
         self.revision = revisions(tower)[0]
+        self._idle = []
 
     @torch.no_grad()
     def encode(self, frames):
@@ -129,12 +139,20 @@ class FeatureEncoder:
     def _features(self, count, parts_BPK):
         """Pooled states of patch rows that come in pieces of a pass."""
         states_TPC = torch.empty(count, self.num_patches, self.hidden_size, dtype=torch.float16, device=self.device)
-        for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
-            states_BPC.copy_(self._states(patches_BPK.to(self.dtype)))
-        return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
+        with self._pass() as states_of:
+            for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
+                states_BPC.copy_(states_of(patches_BPK))
+            return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
 
-    def _states(self, patches_BPK):
-        """The tower's states [B, P, C] of at most a pass's frames."""
-        count, padded = len(patches_BPK), patches_BPK.new_zeros(self.batch_size, *patches_BPK.shape[1:])
-        padded[:count] = patches_BPK
-        return self.tower.states(padded)[:count]
+    @contextmanager
+    def _pass(self):
+        """A `GraphedStates` that no other thread has, until the device is done with it: `cpu()` waits for that.
+
+        After an exception it is not used again, for the device may not be done.
+        """
+        try:
+            graphed = self._idle.pop()
+        except IndexError:
+            graphed = GraphedStates(self.tower, self.batch_size, self.device)
+        yield graphed
+        self._idle.append(graphed)

@@ -1,6 +1,6 @@
-"""Rows to FP8 (e4m3) with a scale per row or one for all.
+"""Rows to FP8 (e4m3) with a scale per row or one for all, and products of such rows.
 
-Dimensions: N rows, D channels.
+Dimensions: N rows, D channels; of a product N and M rows, K channels of both.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,9 @@ from triton.language.target_info import cuda_capability_geq
 
 from .dispatch import launch, use_triton
 
+FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 units
+# Sides of FP8 matrices, and the outputs that a product takes of one, are multiples of this.
+FP8_SIDE = 16
 LARGEST = tl.constexpr(448.0)
 # A row of zeros (or nearly) is divided by this part of 448, not by 0.
 SMALLEST_SCALE = tl.constexpr(2.0**-100)
@@ -165,4 +168,22 @@ def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto
     return out_ND, scale_N
 
 
-__all__ = ["Fp8Rows", "divided", "magnitude", "quantize_fp8", "quantize_fp8_reference", "scale_of"]
+def scaled_product(a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor, dtype: torch.dtype, *,
+                   bias_M: Tensor | None = None) -> Tensor:
+    """(a·scale_N)·(b·scale_M)ᵀ + bias, [N, M] in `dtype`; a and b in e4m3, scales fp32.
+
+    On a GPU it comes out of the FP8 units in bf16, sums with their fast accumulation (the error of the factors is far
+    larger); elsewhere products are exact, summed and scaled in fp32.
+
+    Args:
+        bias_M: bf16 on a GPU, whose units add it; elsewhere of any dtype.
+    """
+    if a_NK.is_cuda:
+        return torch._scaled_mm(a_NK, b_MK.T, scale_a=scale_N.unsqueeze(1), scale_b=scale_M.unsqueeze(0), bias=bias_M,
+                                out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+    out_NM = (a_NK.float() @ b_MK.float().T) * scale_N[:, None] * scale_M
+    return (out_NM if bias_M is None else out_NM + bias_M).to(dtype)
+
+
+__all__ = ["FP8_CAPABILITY", "FP8_SIDE", "Fp8Rows", "divided", "magnitude", "quantize_fp8", "quantize_fp8_reference",
+           "scale_of", "scaled_product"]

@@ -1,0 +1,28 @@
+"""SigLIP's vision tower (arXiv:2303.15343), and SigLIP 2's of a fixed resolution (arXiv:2502.14786): patches alone.
+
+Its states are ``hidden_states[-2]`` of ``SiglipVisionModel``, all rows of it. Pixels that fill no patch, as 6 of 384
+do where a patch has 14, are left out.
+"""
+
+from fastvid.video.towers.transformer import VisionTower
+
+
+class SiglipTower(VisionTower):
+    """`VisionTower` of a ``SiglipVisionModel``, whose pictures have the size that its preprocessor settings say.
+
+    Raises:
+        ValueError: as `VisionTower`; pictures of that size have another number of patches than the tower.
+    """
+
+    def __init__(self, model, settings, device, *, fp8=False):
+        super().__init__(model, settings, device, fp8=fp8)
+        size = settings.get("size")
+        height, width = (size.get(side) or self.image_size for side in ("height", "width")) if isinstance(
+            size, dict) else [self.image_size] * 2
+        if height != width or (height // self.patch_size) ** 2 != self.num_patches:
+            raise ValueError(f"the vision tower's preprocessor_config.json makes pictures of {height} × {width} pixels"
+                             f", its config.json takes {self.image_size} × {self.image_size}; download both again")
+        self.image_size = height
+
+    def _place(self, model, norm, device):
+        return model.embeddings.position_embedding.weight

@@ -1,0 +1,128 @@
+"""What vision towers have in common: a pre-norm transformer on Hugging Face's weights, up to its last layer but one.
+
+Dimensions: B images, P patches of an image, S rows of an image (P, and one more where there is a class row), K values
+of a patch row, C channels, N = B · S.
+
+In fp32 on a CPU the states are those of transformers' layers to the bit. In 16 bits they are as near to the exact ones,
+and rounded less often.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fastvid_kernels.add_layer_norm import add_layer_norm
+from fastvid_kernels.patch_rows import embedding_matrix
+from fastvid_kernels.quick_gelu import quick_gelu
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from fastvid.video.towers.products import Fp8Product, Product
+
+_Norm = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's norms and products; queries, keys and values are one product."""
+
+    attention_norm: _Norm
+    qkv: Product | Fp8Product
+    attention_out: Product | Fp8Product
+    mlp_norm: _Norm
+    mlp_in: Product | Fp8Product
+    activation: Callable[[Tensor], Tensor]
+    mlp_out: Product | Fp8Product
+
+
+class VisionTower:
+    """A frozen tower: patch rows to the states that features are pooled from.
+
+    Args:
+        model: transformers' tower (`fastvid.video.towers.load.load_tower`), in the dtype to compute in.
+        settings: of the tower's preprocessor: "image_mean" and "image_std" per channel, and perhaps "size".
+        device: where it computes.
+        fp8: multiply the layers' matrices in e4m3; norms, attention, residual and patch embedding stay as they are.
+
+    Attributes:
+        image_size, patch_size: pixels; num_patches: P; hidden_size: C; dtype.
+        mean, std: per channel, of pixel values in [0, 1].
+
+    Raises:
+        ValueError: an FP8 tower's matrices have sides that FP8 units do not multiply.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, settings: dict, device: torch.device, *, fp8: bool = False):
+        config, embeddings = model.config, model.embeddings
+        self.image_size, self.patch_size = config.image_size, config.patch_size
+        self.num_patches = (self.image_size // self.patch_size) ** 2
+        self.hidden_size, self._heads, self._eps = (
+            config.hidden_size, config.num_attention_heads, config.layer_norm_eps)
+        self.mean, self.std = tuple(settings["image_mean"]), tuple(settings["image_std"])
+        self.dtype = embeddings.patch_embedding.weight.dtype
+
+        def norm(part):
+            return part.weight.detach().to(device), part.bias.detach().to(device)
+
+        def product(*parts):
+            """Of a linear layer, or of several side by side. A single one's weights are not copied."""
+            pairs = [(part.weight.detach(), part.bias.detach()) for part in parts]
+            weight_OI, bias_O = ((torch.cat(some) if len(some) > 1 else some[0]).to(device) for some in zip(*pairs))
+            return Fp8Product(weight_OI, bias_O) if fp8 else Product(weight_OI, bias_O)
+
+        patch_embedding = embeddings.patch_embedding
+        bias_C, position_PC = patch_embedding.bias, self._place(model, norm, device)
+        self._patch_weight_CK = embedding_matrix(patch_embedding.weight.detach()).to(device)
+        self._patch_bias_C = None if bias_C is None else bias_C.detach().to(device)
+        self._position_PC = position_PC.detach().to(device)
+        self._layers = [_Layer(
+            attention_norm=norm(layer.layer_norm1),
+            qkv=product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            attention_out=product(layer.self_attn.out_proj), mlp_norm=norm(layer.layer_norm2),
+            mlp_in=product(layer.mlp.fc1), mlp_out=product(layer.mlp.fc2),
+            # Activations of other names may have weights of their own.
+            activation=quick_gelu if config.hidden_act == "quick_gelu" else layer.mlp.activation_fn.to(device),
+        ) for layer in model.encoder.layers[:-1]]
+
+    # What stands before the patches' rows, and what all rows pass before the first layer: of some towers nothing.
+    _class_row_C: Tensor | None = None
+    _first_norm: _Norm | None = None
+
+    def _place(self, model, norm, device) -> Tensor:
+        """Take what this kind of tower has beside layers and patches; the position embedding [P, C] of the patches."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def states(self, patches_BPK: Tensor) -> Tensor:
+        """[B, P, C] states after the last layer but one, without a class row's: a view.
+
+        Args:
+            patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
+        """
+        B, C = len(patches_BPK), self.hidden_size
+        before = 0 if self._class_row_C is None else 1
+        rows_BSC = patches_BPK.new_empty(B, before + self.num_patches, C)
+        if before:
+            rows_BSC[:, 0] = self._class_row_C
+        torch.add(linear(patches_BPK, self._patch_weight_CK, self._patch_bias_C), self._position_PC,
+                  out=rows_BSC[:, before:])
+        residual_NC, branch_NC = rows_BSC.view(-1, C), None
+        if self._first_norm is not None:
+            residual_NC = self._normalised(residual_NC, None, self._first_norm)[1]
+        for layer in self._layers:
+            residual_NC, x_NC = self._normalised(residual_NC, branch_NC, layer.attention_norm)
+            branch_NC = layer.attention_out(self._attend(layer.qkv(x_NC), B))
+            residual_NC, x_NC = self._normalised(residual_NC, branch_NC, layer.mlp_norm)
+            branch_NC = layer.mlp_out(layer.activation(layer.mlp_in(x_NC)))
+        if branch_NC is not None:
+            residual_NC = residual_NC + branch_NC
+        return residual_NC.view(B, -1, C)[:, before:]
+
+    def _normalised(self, residual_NC, branch_NC, norm):
+        return add_layer_norm(residual_NC, branch_NC, *norm, self._eps)
+
+    def _attend(self, qkv, images):
+        """[N, C] of [N, 3 · C]: every row of an image attends to all rows of it."""
+        q, k, v = qkv.view(images, -1, 3, self._heads, self.hidden_size // self._heads).permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(qkv), -1)
