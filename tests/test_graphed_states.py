@@ -8,7 +8,7 @@ import pytest
 import torch
 from towers import write_siglip
 
-from fastvid.video import encoder as encoding
+from fastvid.video import passes
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers import graph
 from fastvid.video.towers.graph import GraphedStates, captured
@@ -113,7 +113,7 @@ def test_threads_of_an_encoder_have_passes_of_their_own(tmp_path, monkeypatch):
             self.users.add(threading.get_ident())
             return super().__call__(rows)
 
-    monkeypatch.setattr(encoding, "GraphedStates", Watched)
+    monkeypatch.setattr(passes, "GraphedStates", Watched)
     encoder = FeatureEncoder(tmp_path / "tower", device="cpu", dtype=torch.float32, batch_size=2, num_temporal=5)
     frames = [np.random.default_rng(i).integers(0, 256, (5, 8, 9, 3), dtype=np.uint8) for i in range(2)]
     found = {}

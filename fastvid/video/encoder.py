@@ -9,11 +9,11 @@ Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video
 from contextlib import contextmanager
 
 import torch
-from fastvid_kernels import frame_patchify, spatio_temporal_pool, yuv_patchify
+from fastvid_kernels import frame_patchify, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 
+from fastvid.video.passes import Passes
 from fastvid.video.towers.choice import revisions
-from fastvid.video.towers.graph import GraphedStates
 from fastvid.video.towers.load import open_tower
 from fastvid.video.towers.products import check_fp8
 
@@ -58,7 +58,7 @@ class FeatureEncoder:
     """A CLIP or SigLIP vision tower that turns a video's frames into its features.
 
     Every pass of the tower has the same number of frames, the last one padded, because the rows of a matrix product
-    depend on how many there are: so a video's features depend on nothing but its frames.
+    depend on how many there are: so a video's features depend on nothing but its frames (`fastvid.video.passes`).
 
     Args:
         tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
@@ -95,9 +95,8 @@ class FeatureEncoder:
         self.revision = revisions(tower)[0]
         self._idle = []
 
-    @torch.no_grad()
     def encode(self, frames):
-        """The features of one video.
+        """The features of one video. From any thread.
 
         Args:
             frames: [T, H, W, 3] uint8 RGB, tensor or array, 1 ≤ T ≤ num_temporal, any H and W.
@@ -108,16 +107,13 @@ class FeatureEncoder:
         Raises:
             ValueError: no frames, or too many.
         """
-        frames = torch.as_tensor(frames)
-        self._refuse_count(len(frames))
-        return self._features(len(frames), (
-            self.frame_rows(part_BHW3) for part_BHW3 in frames.split(self.batch_size)))
+        with self._passes() as passes:
+            return passes.one(frames)
 
-    @torch.no_grad()
     def encode_patches(self, patches_TPK):
         """The features of one video, as `encode`, of its frames' patch rows as `patch_rows` makes them."""
-        self._refuse_count(len(patches_TPK))
-        return self._features(len(patches_TPK), patches_TPK.split(self.batch_size))
+        with self._passes() as passes:
+            return passes.one(patches_TPK=patches_TPK)
 
     def patch_rows(self, planes, factors):
         """Patch rows [T, P, K] float16 of raw planes [(Y, U, V)] on the device: see `yuv_patchify`."""
@@ -132,27 +128,20 @@ class FeatureEncoder:
         return torch.empty(count, self.num_patches, row_length(self.patch_size), dtype=torch.float16,
                            device=self.device)
 
-    def _refuse_count(self, count):
+    def refuse_count(self, count):
+        """Raise ValueError if a video may not have so many frames."""
         if not 1 <= count <= self.num_temporal:
             raise ValueError(f"a video must have 1 to {self.num_temporal} frames, found {count}")
 
-    def _features(self, count, parts_BPK):
-        """Pooled states of patch rows that come in pieces of a pass."""
-        states_TPC = torch.empty(count, self.num_patches, self.hidden_size, dtype=torch.float16, device=self.device)
-        with self._pass() as states_of:
-            for patches_BPK, states_BPC in zip(parts_BPK, states_TPC.split(self.batch_size)):
-                states_BPC.copy_(states_of(patches_BPK))
-            return spatio_temporal_pool(states_TPC, num_temporal=self.num_temporal).cpu()
-
     @contextmanager
-    def _pass(self):
-        """A `GraphedStates` that no other thread has, until the device is done with it: `cpu()` waits for that.
+    def _passes(self):
+        """`Passes` that no other thread has, until their result is there, so that the device is done with them.
 
-        After an exception it is not used again, for the device may not be done.
+        After an exception they are not used again, for the device may not be done.
         """
         try:
-            graphed = self._idle.pop()
+            passes = self._idle.pop()
         except IndexError:
-            graphed = GraphedStates(self.tower, self.batch_size, self.device)
-        yield graphed
-        self._idle.append(graphed)
+            passes = Passes(self)
+        yield passes
+        self._idle.append(passes)
