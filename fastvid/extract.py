@@ -18,6 +18,7 @@ from fastvid.earlier_features import EarlierFeatures
 from fastvid.extract_summary import Summary
 from fastvid.files import remove_left_over
 from fastvid.flags import parse
+from fastvid.restarts import Watch, watched
 from fastvid.video.dealing import Turns, deal, place
 from fastvid.video.decode import DecodeError
 from fastvid.video.encoder import make_current, open_device
@@ -45,7 +46,7 @@ class _Piece:
     failure: str | None = None
 
 
-def extract(config: ExtractConfig) -> Summary:
+def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
     """Write the features of every video that has none yet.
 
     A feature file counts as done if it is whole and was made from the same file by the same tower with the same
@@ -54,6 +55,9 @@ def extract(config: ExtractConfig) -> Summary:
     after the videos that are with the tower.
 
     It returns when all videos are done, by this process or by others (`config.take_over`: or when its share is).
+
+    Args:
+        watch: what the command has go on after a crash of the process (`fastvid.restarts`); default: nothing does.
 
     Raises:
         ValueError: no videos, an unusable tower or setting, or feature files made with other settings.
@@ -65,6 +69,8 @@ def extract(config: ExtractConfig) -> Summary:
     features = VideoFeatures(config)
     features.open()
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
+    watch = watch or Watch()
+    watch.failed_since(manifest)
     earlier = EarlierFeatures(config, features.settings, features.shape, manifest)
     with contextlib.ExitStack() as stack:  # each is closed, whatever the closing of another raises
         for opened in (leases, manifest, features):
@@ -73,7 +79,7 @@ def extract(config: ExtractConfig) -> Summary:
         remove_left_over(config.clip_feat_path)
         leases.open()
         manifest.open(leases)
-        summary = _Extraction(features, manifest, earlier, leases).run(deal(videos, world), rank)
+        summary = _Extraction(features, manifest, earlier, leases, watch).run(deal(videos, world), rank)
     if rank == 0 and others:
         links = others.pop("links", 0)
         if links:
@@ -89,24 +95,22 @@ def extract(config: ExtractConfig) -> Summary:
 class _Extraction:
     """Decoders ahead of one tower, and a file for each video behind it."""
 
-    def __init__(self, features, manifest, earlier, leases):
+    def __init__(self, features, manifest, earlier, leases, watch):
         self.features, self.config, self.pipeline = features, features.config, features.pipeline
-        self.manifest, self.earlier, self.leases = manifest, earlier, leases
+        self.manifest, self.earlier, self.leases, self.watch = manifest, earlier, leases, watch
         self.looked, self.among_others = time.monotonic(), False
 
     def run(self, shares, rank) -> Summary:
         summary = Summary(total=len(shares[rank]), max_failures=self.config.max_failures, notes=self.pipeline.notes)
-        start, stop, decoding, finishing = time.perf_counter(), [], {}, {}
-        turns = Turns(shares, rank, self.config.take_over)
-        # One that is ready beside each that is being decoded; whichever is first goes on, so that none waits for a slow
-        # one.
-        most = self.pipeline.ahead
+        stop, decoding, finishing = [], {}, {}
+        shares, start = self.watch.begin(shares, rank, summary, self.pipeline.counts)
+        turns = Turns(shares, rank, self.config.take_over, self.watch.suspects)
         decoders = ThreadPoolExecutor(self.pipeline.at_a_time, thread_name_prefix="decode")
         finishers = ThreadPoolExecutor(self.pipeline.towers, thread_name_prefix="tower")
-        with signals.noted(stop.append), _progress(len(shares[rank])) as bar:
+        with signals.noted(stop.append), _progress(summary) as bar:
             try:
                 while not stop:
-                    while len(decoding) + len(finishing) < most and (
+                    while self._has_room(turns, decoding, finishing) and (
                             piece := self._next(turns, stop, summary, bar)):
                         decoding[decoders.submit(self._prepare, *piece)] = piece[0]
                     if not (decoding or finishing):
@@ -115,7 +119,7 @@ class _Extraction:
                         if not turns.ready:  # others have leased the rest
                             time.sleep(_POLL)
                         continue
-                    passing_over = turns.ready and len(decoding) + len(finishing) < most
+                    passing_over = turns.ready and self._has_room(turns, decoding, finishing)
                     waited = wait([*decoding, *finishing], timeout=0 if passing_over else _POLL,
                                   return_when=FIRST_COMPLETED)
                     for future in waited.done:
@@ -143,6 +147,15 @@ class _Extraction:
         summary.seconds = time.perf_counter() - start
         return summary
 
+    def _has_room(self, turns, *at_hand):
+        """Whether one more can be begun. A suspect is alone.
+
+        Beside each that is being decoded there is one that is ready; whichever is first goes on, so that none waits for
+        a slow one.
+        """
+        names = [video.name for videos in at_hand for video in videos.values()]
+        return len(names) < (1 if turns.has_first or self.watch.suspects & set(names) else self.pipeline.ahead)
+
     def _end_now(self, late, videos, summary, bar, code=1):
         """End the process with an exit code: a thread that waits for a GPU's decoder cannot be ended alone.
 
@@ -152,10 +165,12 @@ class _Extraction:
         """
         if error := sys.exception():
             bar.write(f"error: {error}", file=sys.stderr)
+        videos = [video for video in videos if os.fspath(video.path) in late]
+        if late:
+            self.watch.lost("the GPU's decoder does not answer", [video.name for video in videos])
         for video in videos:
-            if os.fspath(video.path) in late:
-                why = "the GPU's decoder does not answer; run it again with --decoder pyav"
-                self._fail(video, why, 0.0, summary, bar)
+            why = "the GPU's decoder does not answer; run it again with --decoder pyav"
+            self._fail(video, why, 0.0, summary, bar)
         bar.write("the GPU's decoder does not answer, and ends with this process: "
                   + (", ".join(late) or "run it again to go on"), file=sys.stderr)
         sys.stderr.flush()
@@ -226,8 +241,8 @@ class _Extraction:
         """Decode one video; runs in a thread of the pool."""
         start = time.perf_counter()
         try:
-            with video.file() as path:
-                prepared, failure = self.features.prepare(path), None
+            with video.file() as path, self.watch.at(video.name, "decoding"):
+                prepared, failure = self.features.prepare(path, **self.watch.options(video.name)), None
         except DecodeError as error:
             prepared, failure = None, error.reason
         return _Piece(size, prepared, time.perf_counter() - start, failure)
@@ -237,7 +252,8 @@ class _Extraction:
         start, failure = time.perf_counter(), piece.failure
         if failure is None:
             try:
-                features_RC = self.features.encode(video.path, piece.prepared)
+                with self.watch.at(video.name, "in the tower"):
+                    features_RC = self.features.encode(video.path, piece.prepared)
             except DecodeError as error:
                 failure = error.reason
             else:
@@ -250,13 +266,17 @@ class _Extraction:
             self._fail(video, failure, seconds, summary, bar)
         else:
             summary.extracted += 1
-            summary.padded += piece.prepared.info.frames < self.config.num_frames
+            summary.padded += self._is_padded(piece)
             summary.damaged += piece.prepared.info.damaged > 0
         self.leases.release(self._named(video))
         bar.update()
 
+    def _is_padded(self, piece):
+        return piece.prepared.info.frames < self.config.num_frames
+
     def _fail(self, video, failure, seconds, summary, bar):
         summary.failures.append((video.name, failure))
+        self.watch.settled(video.name, failure)
         self.manifest.append(video.name, "failed", reason=failure, seconds=seconds)
         bar.set_postfix(failed=len(summary.failures), refresh=False)
 
@@ -274,26 +294,32 @@ class _Extraction:
         try:
             made = self.features.save(video, features_RC, header, before)
             self.manifest.append(video.name, "ok", seconds=round(seconds, 3), **made)
+            self.watch.settled(video.name, padded=self._is_padded(piece), damaged=piece.prepared.info.damaged > 0)
         except OSError as error:
             return why_not_written(error)
         return None
 
 
-def _progress(total):
+def _progress(summary):
     from tqdm import tqdm
 
     rank = int(os.environ.get("RANK", 0))
-    return tqdm(total=total, unit="video", desc="extract", disable=rank > 0, dynamic_ncols=True,
+    return tqdm(total=summary.total, initial=summary.extracted + len(summary.failures), unit="video", desc="extract",
+                disable=rank > 0, dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 def main(argv=None) -> int:
-    """``fastvid extract``."""
+    """``fastvid extract``. Where a GPU's driver or DALI may crash it, in a process of its own (`fastvid.restarts`)."""
     config = parse(ExtractConfig, argv)
+    watch = watched(config)
+    if watch.code is not None:
+        return watch.code
     make_current(open_device(config.device or default_device()))
-    summary = extract(config)
+    summary = extract(config, watch)
     rank, ranks = place(config.shard)
-    print(f"rank {rank} of {ranks}: {summary}" if ranks > 1 else summary)
+    print(f"rank {rank} of {ranks}: {summary}" if ranks > 1 else summary, flush=True)
+    watch.done(summary.exit_code)
     return summary.exit_code
 
 

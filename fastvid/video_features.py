@@ -143,14 +143,14 @@ class VideoFeatures:
             outcome = {"status": "failed", "reason": why_not_written(error)}
         return {"video": video.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
 
-    def prepare(self, path) -> Prepared:
-        """Decode a video. From any thread, `pipeline.at_a_time` of them.
+    def prepare(self, path, **options) -> Prepared:
+        """Decode a video, with options of `Pipeline.prepare`. From any thread, `pipeline.at_a_time` of them.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
         try:
-            return self.pipeline.prepare(path)
+            return self.pipeline.prepare(path, **options)
         except DecodeError as error:
             hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
             fault = no_video(path) if os.path.isfile(path) else None

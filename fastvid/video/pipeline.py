@@ -70,6 +70,7 @@ class Pipeline:
         ahead: videos to decode before the tower needs them: two for each decoder, and no more than 4 GiB hold.
         towers: threads that `encode` serves at a time: on a GPU one video is copied back while another is computed.
         notes: what a user should know, a line each.
+        counts: how many videos what decoded, where there was a choice.
 
     Raises:
         ValueError: "nvdec" or "dali" is asked for and cannot be had.
@@ -97,20 +98,25 @@ class Pipeline:
         self.towers, self._streams = 2 if encoder.device.type == "cuda" else 1, queue.SimpleQueue()
         for _ in range(self.towers):
             self._streams.put(torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None)
-        self._counts, self._begun, self._lock = Counter(), {}, threading.Lock()
+        self.counts, self._begun, self._lock = Counter(), {}, threading.Lock()
 
     def _piece_bytes(self):
         """Bytes of a video that is decoded and waits for the tower."""
         rows = self.encoder.num_temporal * self.encoder.num_patches
         return rows * (2 * row_length(self.encoder.patch_size) if self._hardware else 3 * self.encoder.patch_size**2)
 
-    def prepare(self, path) -> Prepared:
+    def prepare(self, path, *, hardware=True) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
+
+        Args:
+            hardware: False: not by a decoder of this process, which the video may crash.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
-        held, digest = self._hardware_for_one(), None
+        held, digest = self._hardware_for_one() if hardware else None, None
+        if not hardware:
+            self._note("PyAV, for a crash")
         if held is not None:
             try:
                 found, digest = self._by_hardware(path, held)
@@ -181,15 +187,15 @@ class Pipeline:
 
     def _note(self, what):
         with self._lock:
-            self._counts[what] += 1
+            self.counts[what] += 1
 
     def told(self) -> list[str]:
         """A line on what decoded how many videos, where there was a choice."""
         if not self._hardware:
             return []
         with self._lock:
-            return ["decoded by " + "; ".join(f"{what}: {count}" for what, count in self._counts.most_common(6))
-                    ] if self._counts else []
+            return ["decoded by " + "; ".join(f"{what}: {count}" for what, count in self.counts.most_common(6))
+                    ] if self.counts else []
 
     @contextmanager
     def _current(self, on_stream):
