@@ -150,27 +150,38 @@ class VideoFeatures:
             outcome = {"status": "failed", "reason": why_not_written(error)}
         return {"video": video.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
 
-    def prepare(self, path) -> Prepared:
-        """Decode a video. From any thread, `pipeline.at_a_time` of them.
+    def prepare(self, path, **options) -> Prepared:
+        """Decode a video, with options of `Pipeline.prepare`. From any thread, `pipeline.at_a_time` of them.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
         try:
-            return self.pipeline.prepare(path)
+            return self.pipeline.prepare(path, **options)
         except DecodeError as error:
             hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
             fault = no_video(path) if os.path.isfile(path) else None
             raise DecodeError(path, fault or error.reason + hint) from error
 
     def encode(self, path, prepared) -> torch.Tensor:
-        """The features of a decoded video. From `pipeline.towers` threads.
+        """The features of a decoded video alone. From `pipeline.towers` threads.
 
         Raises:
             DecodeError: they are not finite, or there is no memory for them.
         """
+        return self._checked(path, prepared, lambda: self.pipeline.encode(prepared))
+
+    def finished(self, path, prepared, features) -> torch.Tensor:
+        """The features of a decoded video that came out of `Pipeline.add`. Waits for them; from any thread.
+
+        Raises:
+            DecodeError: as `encode`.
+        """
+        return self._checked(path, prepared, features.result)
+
+    def _checked(self, path, prepared, result):
         try:
-            features_RC = self._encoded(prepared)
+            features_RC = result()
         except torch.OutOfMemoryError:
             raise DecodeError(path, "the GPU has no memory for it; give a smaller --infer_batch") from None
         if not features_RC.isfinite().all():
@@ -185,14 +196,6 @@ class VideoFeatures:
     def told(self) -> list[str]:
         """Lines on what the tower made of the videos, for the summary."""
         return [] if self._fidelity is None else self._fidelity.told()
-
-    def _encoded(self, prepared):
-        """Features of a decoded video; a second time with what the allocator held given back."""
-        try:
-            return self.pipeline.encode(prepared)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return self.pipeline.encode(prepared)
 
     def header(self, name, size, prepared) -> dict:
         """What a feature file says of itself; `size`: bytes of the video's file."""

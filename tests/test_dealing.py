@@ -106,3 +106,17 @@ def test_shards_as_told_are_all_of_the_work(tmp_path):
     told = [place(f"{task}/4") for task in (1, 2, 3, 4)]
     assert [world for _, world in told] == [4] * 4
     assert sorted("".join(_names(shares[rank]) for rank, _ in told)) == list("01234")
+
+
+@pytest.mark.parametrize("take_over, before, after", [(True, "01", "32"), (False, "0", "3")])
+def test_some_come_before_all(tmp_path, take_over, before, after):
+    """Whose share they are in; where that is nobody else's business, only those of the own one."""
+    shares = deal(_videos(tmp_path, 4, 3, 2, 1), 2)
+    assert [_names(share) for share in shares] == ["03", "12"]
+    turns, taken = Turns(shares, 0, take_over, {"0.mp4", "1.mp4"}), []
+    while turns.has_first:
+        assert turns.ready
+        taken.append(turns.next())
+    assert _names(video for video, _, _ in taken) == before
+    assert [own for _, own, _ in taken] == [True, False][:len(before)]
+    assert _names(video for video, _, _ in iter(turns.next, None)) == after and not turns.waits

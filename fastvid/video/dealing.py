@@ -67,10 +67,14 @@ class Turns:
         shares: as `deal` gives them.
         rank: whose share comes first.
         take_over: whether others' shares follow.
+        first: names of videos that come before all, whose share they are in.
     """
 
-    def __init__(self, shares, rank, take_over=True):
+    def __init__(self, shares, rank, take_over=True, first=frozenset()):
         world = len(shares)
+        self._first = deque((video, share is shares[rank]) for share in shares for video in share
+                            if video.name in first and (take_over or share is shares[rank]))
+        shares = [[video for video in share if video.name not in first] for share in shares]
         self._own = deque(shares[rank])
         self._others = deque(
             video for i in range(1, world) for video in reversed(shares[(rank + i) % world]) if take_over)
@@ -78,6 +82,8 @@ class Turns:
 
     def next(self):
         """(video, whether it is of the own share, whether it comes for the first time); None: none at the moment."""
+        if self._first:
+            return *self._first.popleft(), True
         if self._own:
             return self._own.popleft(), True, True
         if self._others:
@@ -101,4 +107,9 @@ class Turns:
     @property
     def ready(self) -> bool:
         """Whether there is one to come at once."""
-        return bool(self._own or self._others or self._due)
+        return bool(self._first or self._own or self._others or self._due)
+
+    @property
+    def has_first(self) -> bool:
+        """Whether there are any to come before all."""
+        return bool(self._first)

@@ -75,7 +75,7 @@ class Manifest:
                 and time in nanoseconds).
         """
         known = self.entries.get(video), self.files.get(more.get("file"))
-        now = max(time.time(), *(_when(entry) + _TICK for entry in known if entry is not None), 0.0)
+        now = max(time.time(), *(when(entry) + _TICK for entry in known if entry is not None), 0.0)
         entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds,
                  "time": round(now, 6), **more}
         self._know(entry)
@@ -186,7 +186,7 @@ class Manifest:
     def _know(self, entry):
         """Take in an entry, unless a newer one is known; of two that do not differ in time the later one."""
         for known, name in ((self.entries, entry["video"]), (self.files, entry.get("file"))):
-            if isinstance(name, str) and not (name in known and _when(known[name]) > _when(entry)):
+            if isinstance(name, str) and not (name in known and when(known[name]) > when(entry)):
                 known[name] = entry
 
 
@@ -245,7 +245,7 @@ def _parsed(content) -> list[dict]:
     return entries
 
 
-def _when(entry):
-    """When an entry was made; entries of older versions do not say, and come first."""
+def when(entry) -> float:
+    """When an entry was made, in the time of day; those of older versions do not say, and come first."""
     made = entry.get("time")
     return made if isinstance(made, int | float) else 0.0

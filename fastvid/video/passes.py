@@ -10,9 +10,10 @@ device we know; two further passes of the first frames that could share one tell
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ class Features:
 
     Attributes:
         key: what the video was added as.
+        seconds: that the thread of the tower spent on its passes.
     """
 
     key: Any
+    seconds: float
     _features_RC: Tensor | None = None
     _copied: torch.cuda.Event | None = None
     _error: Exception | None = None
@@ -56,8 +59,9 @@ class _Video:
     count: int
     rows: Callable[[int, int], Tensor]  # patch rows [n, P, K] from a frame on
     begun: int = 0
+    seconds: float = 0.0
     states_TPC: Tensor | None = None
-    error: Exception | None = field(default=None)
+    error: Exception | None = None
 
 
 class Passes:
@@ -148,6 +152,7 @@ class Passes:
 
         Without memory for it these videos fail, and no other.
         """
+        start = time.perf_counter()
         try:
             try:
                 self._compute(parts)
@@ -159,6 +164,7 @@ class Passes:
                 video.error = error
         for video, n in parts:
             video.begun += n
+            video.seconds += time.perf_counter() - start
 
     def _compute(self, parts):
         rows = [video.rows(video.begun, n) for video, n in parts]
@@ -190,13 +196,13 @@ class Passes:
 
     def _done(self, video):
         if video.error is not None:
-            return Features(video.key, _error=video.error)
+            return Features(video.key, video.seconds, _error=video.error)
         features_RC = spatio_temporal_pool(video.states_TPC, num_temporal=self.encoder.num_temporal)
         if features_RC.device.type != "cuda":
-            return Features(video.key, features_RC.cpu())
+            return Features(video.key, video.seconds, features_RC.cpu())
         # Through pinned memory, so that the next pass is queued meanwhile.
         on_host = torch.empty(features_RC.shape, dtype=features_RC.dtype, pin_memory=True)
         on_host.copy_(features_RC, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return Features(video.key, on_host, copied)
+        return Features(video.key, video.seconds, on_host, copied)

@@ -28,6 +28,7 @@ from fastvid.video.decode.dali import DaliDecoder
 from fastvid.video.decode.nvcuvid import NoDecoder, capabilities
 from fastvid.video.decode.nvdec import NvDecoder
 from fastvid.video.decode.worker import DecodeWorker, limit
+from fastvid.video.passes import Features, Passes
 
 log = logging.getLogger("fastvid")
 
@@ -67,9 +68,11 @@ class Pipeline:
 
     Attributes:
         at_a_time: videos that can be decoded side by side, each by a thread that calls `prepare`.
-        ahead: videos to decode before the tower needs them: two for each decoder, and no more than 4 GiB hold.
+        ahead: videos to have at hand, decoded or not: where a GPU computes, two for each decoder, and no more than
+            4 GiB hold. On a CPU one for each: the tower needs the very cores that would decode meanwhile.
         towers: threads that `encode` serves at a time: on a GPU one video is copied back while another is computed.
         notes: what a user should know, a line each.
+        counts: how many videos what decoded, where there was a choice.
 
     Raises:
         ValueError: "nvdec" or "dali" is asked for and cannot be had.
@@ -92,25 +95,36 @@ class Pipeline:
         for held in self._hardware:
             self._idle_hardware.put(held)
         self.at_a_time = len(self._workers) + len(self._hardware)
-        held = self._piece_bytes()
-        self.ahead = max(2, min(2 * self.at_a_time, _MOST_HELD // max(held, 1)))
+        self.ahead = self.at_a_time
+        if encoder.device.type != "cpu":
+            self.ahead = max(2, min(2 * self.at_a_time, _MOST_HELD // self._piece_bytes()))
         self.towers, self._streams = 2 if encoder.device.type == "cuda" else 1, queue.SimpleQueue()
         for _ in range(self.towers):
-            self._streams.put(torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None)
-        self._counts, self._begun, self._lock = Counter(), {}, threading.Lock()
+            self._streams.put(self._new_stream())
+        self._passes, self._stream = Passes(encoder), self._new_stream()
+        self.counts, self._begun, self._lock = Counter(), {}, threading.Lock()
+
+    def _new_stream(self):
+        device = self.encoder.device
+        return torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _piece_bytes(self):
         """Bytes of a video that is decoded and waits for the tower."""
         rows = self.encoder.num_temporal * self.encoder.num_patches
         return rows * (2 * row_length(self.encoder.patch_size) if self._hardware else 3 * self.encoder.patch_size**2)
 
-    def prepare(self, path) -> Prepared:
+    def prepare(self, path, *, hardware=True) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
+
+        Args:
+            hardware: False: not by a decoder of this process, which the video may crash.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
-        held, digest = self._hardware_for_one(), None
+        held, digest = self._hardware_for_one() if hardware else None, None
+        if not hardware:
+            self._note("PyAV, for a crash")
         if held is not None:
             try:
                 found, digest = self._by_hardware(path, held)
@@ -181,15 +195,13 @@ class Pipeline:
 
     def _note(self, what):
         with self._lock:
-            self._counts[what] += 1
+            self.counts[what] += 1
 
     def told(self) -> list[str]:
-        """A line on what decoded how many videos, where there was a choice."""
-        if not self._hardware:
-            return []
+        """Lines on what decoded how many videos, where there was a choice, and on the tower's passes."""
         with self._lock:
-            return ["decoded by " + "; ".join(f"{what}: {count}" for what, count in self._counts.most_common(6))
-                    ] if self._counts else []
+            counted = "; ".join(f"{what}: {count}" for what, count in self.counts.most_common(6))
+        return [f"decoded by {counted}"] * bool(self._hardware and counted) + self._passes.notes
 
     @contextmanager
     def _current(self, on_stream):
@@ -200,18 +212,39 @@ class Pipeline:
         with torch.cuda.device(self.encoder.device), torch.cuda.stream(on_stream):
             yield
 
+    def add(self, key, prepared) -> list[Features]:
+        """Hand a prepared video to the tower, whose passes hold frames of several. From one thread, as `flush`.
+
+        Args:
+            key: returned with the features.
+
+        Returns:
+            those videos whose features are on their way now.
+        """
+        with self._current(self._stream):
+            return self._passes.add(key, prepared.frames, self._own(prepared))
+
+    def flush(self) -> list[Features]:
+        """Compute what does not fill a pass; the videos whose features are on their way now."""
+        with self._current(self._stream):
+            return self._passes.flush()
+
     def encode(self, prepared) -> torch.Tensor:
-        """The features of a prepared video, as `FeatureEncoder.encode` gives them. From `towers` threads."""
+        """The features of a prepared video alone, as `FeatureEncoder.encode` gives them. From `towers` threads."""
         on_stream = self._streams.get()
         try:
             with self._current(on_stream):
                 if prepared.patches is None:
                     return self.encoder.encode(prepared.frames)
-                if prepared.patches.is_cuda:  # made on another stream, whose memory it is
-                    prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
-                return self.encoder.encode_patches(prepared.patches)
+                return self.encoder.encode_patches(self._own(prepared))
         finally:
             self._streams.put(on_stream)
+
+    def _own(self, prepared):
+        """A prepared video's patch rows, if it has any, for the stream of this thread. Another's made them."""
+        if prepared.patches is not None and prepared.patches.is_cuda:
+            prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
+        return prepared.patches
 
     def kill(self):
         """End the processes, and what decoders of this process do: a `prepare` in another thread fails."""

@@ -145,6 +145,9 @@ _SIGNATURES = {
     "cuvidDestroyVideoParser": [c_void_p],
 }
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+# CUresults after which every further call of the process fails: the driver or the context is gone, memory or a link
+# cannot be corrected, or a kernel wrote outside of its memory, did not end, and the like.
+_BREAKING = {4, 214, 220, 700, 702, 709, 710, *range(714, 720)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -187,7 +190,9 @@ def use_context(context):
 
 
 def check(code, what):
-    """Raise NoDecoder if a call gave an error, a CUresult other than 0."""
+    """Raise NoDecoder if a call gave an error, a CUresult other than 0; RuntimeError if the process can do no more."""
+    if code in _BREAKING:
+        raise RuntimeError(f"CUDA error {code}: {what} failed, and so will all else that this process asks of the GPU")
     if code:
         raise NoDecoder(f"{what} failed with CUDA error {code}" + (
             " (out of memory)" if code == _OUT_OF_MEMORY else ""))
