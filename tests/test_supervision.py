@@ -69,8 +69,8 @@ def test_the_child_dies_with_its_parent():
     process, child = start(COUNTING)
     assert started(child) is not None
     process.kill()
-    process.communicate(timeout=30)
-    end = time.monotonic() + 10
+    process.wait(30)
+    end = time.monotonic() + 5
     while started(child) is not None and time.monotonic() < end:
         time.sleep(0.01)
     assert started(child) is None
