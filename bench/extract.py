@@ -135,16 +135,17 @@ def flat(count):
     import decode
 
     from fastvid.config import ExtractConfig
-    from fastvid.extract import _Extraction, extract
+    from fastvid.extract import extract
+    from fastvid.extraction import Extraction
 
     held = []
-    counted = _Extraction._count
+    counted = Extraction._count
 
     def noted(self, *arguments):
         counted(self, *arguments)
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
-    _Extraction._count = noted
+    Extraction._count = noted
     with tempfile.TemporaryDirectory() as made:
         made = Path(made)
         write_tower(made / "tower", size=28, patch=14, hidden=64, layers=3)

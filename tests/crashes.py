@@ -97,7 +97,7 @@ class Plan:
         from fastvid import extract, restarts
         from fastvid.video import pipeline
 
-        prepare, encode, opened = pipeline.Pipeline.prepare, pipeline.Pipeline.encode, extract.open_device
+        prepare, add, opened = pipeline.Pipeline.prepare, pipeline.Pipeline.add, extract.open_device
 
         def counted(own, path, **options):
             with self.lock:
@@ -108,17 +108,19 @@ class Plan:
                 with self.lock:
                     self.at_hand -= 1
 
-        def encoded(own, prepared):
-            self.at_hand += 1
+        def added(own, key, prepared):
+            with self.lock:
+                self.at_hand += 1
             self.meet(prepared.info.frames, "tower")
-            self.at_hand -= 1
-            return encode(own, prepared)
+            with self.lock:
+                self.at_hand -= 1
+            return add(own, key, prepared)
 
         def set_up(device):
             self.meet("set-up", "set-up")
             return opened(device)
 
-        pipeline.Pipeline.prepare, pipeline.Pipeline.encode, extract.open_device = counted, encoded, set_up
+        pipeline.Pipeline.prepare, pipeline.Pipeline.add, extract.open_device = counted, added, set_up
         pipeline.DecodeWorker = lambda timeout: self.worker()
         pipeline._hardware_decoders = lambda *_: [self.decoder() for _ in range(2)]
         restarts.may_crash = lambda config: True

@@ -22,7 +22,7 @@ from towers import write_tower
 
 import fastvid
 from fastvid import extract as module
-from fastvid import processes, video_features
+from fastvid import extraction, processes, video_features
 from fastvid.config import ExtractConfig
 from fastvid.data.features import load_features, save_features
 from fastvid.earlier_features import EarlierFeatures
@@ -31,6 +31,7 @@ from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder, default_dtype
 from fastvid.video.listing import find_videos
 from fastvid.video.manifest import Manifest, read_manifest
+from fastvid.video.passes import Features
 from fastvid.video.pipeline import Pipeline
 from fastvid.video.sampling import frame_indices
 from fastvid.video.towers.clip import ClipTower
@@ -312,8 +313,8 @@ def test_names_of_failed_videos_stay_on_their_lines():
 
 
 def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path):
-    encode = FeatureEncoder.encode
-    monkeypatch.setattr(FeatureEncoder, "encode", lambda self, frames: encode(self, frames) / 0)
+    result = Features.result
+    monkeypatch.setattr(Features, "result", lambda self: result(self) / 0)
     summary = extract(job(mixed))
     dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
     assert len(summary.failures) == 4 and f"not finite in {dtype}" in dict(summary.failures)["a.mp4"]
@@ -533,10 +534,10 @@ def test_a_failure_of_a_moment_ago_is_not_tried_again(job, mixed, tmp_path, monk
 
 def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch):
     """There may be very many of them."""
-    monkeypatch.setattr(module, "_SKIPS", 2)
+    monkeypatch.setattr(extraction, "_SKIPS", 2)
     (mixed / "c.mp4").unlink()
     extract(job(mixed))
-    skip, passed = module._Extraction._skip, []
+    skip, passed = extraction.Extraction._skip, []
 
     def interrupted(self, video, own, *arguments):
         passed.append(video)
@@ -544,13 +545,13 @@ def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         skip(self, video, own, *arguments)
 
-    monkeypatch.setattr(module._Extraction, "_skip", interrupted)
+    monkeypatch.setattr(extraction.Extraction, "_skip", interrupted)
     summary = extract(job(mixed))
     assert summary.interrupted == signal.SIGTERM and summary.skipped == len(passed) == 1
 
 
 def test_results_are_collected_while_finished_videos_are_passed_over(job, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SKIPS", 1)
+    monkeypatch.setattr(extraction, "_SKIPS", 1)
     videos = tmp_path / "many"
     videos.mkdir()
     draw(videos / "long.mp4", 30)  # the first one: the rest is there
@@ -558,15 +559,15 @@ def test_results_are_collected_while_finished_videos_are_passed_over(job, made, 
         draw(videos / f"{number}.mp4", 3)
     extract(job(videos))
     (tmp_path / "features" / "long.safetensors").unlink()
-    skip, count, order = module._Extraction._skip, module._Extraction._count, []
+    skip, count, order = extraction.Extraction._skip, extraction.Extraction._count, []
 
     def slow(self, *arguments):
         time.sleep(0.2)
         order.append("passed over")
         skip(self, *arguments)
 
-    monkeypatch.setattr(module._Extraction, "_skip", slow)
-    monkeypatch.setattr(module._Extraction, "_count", lambda *all: order.append("counted") or count(*all))
+    monkeypatch.setattr(extraction.Extraction, "_skip", slow)
+    monkeypatch.setattr(extraction.Extraction, "_count", lambda *all: order.append("counted") or count(*all))
     summary = extract(job(videos))
     assert (summary.extracted, summary.skipped) == (1, 20) and order.index("counted") < 20
 
@@ -615,19 +616,20 @@ def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch):
     def ended(code):
         raise SystemExit(code)
 
-    hangs, prepare = threading.Event(), Pipeline.prepare
+    begun, hangs, prepare = threading.Event(), threading.Event(), Pipeline.prepare
 
-    def late(self, path):
+    def late(self, path, **options):
         if path.name == "b.c.mkv":
+            begun.set()
             hangs.wait(60)
         return prepare(self, path)
 
     monkeypatch.setattr(Pipeline, "prepare", late)
     config = job(decode_workers=2)
     name = os.path.join(config.video_dir_path, "b.c.mkv")
-    monkeypatch.setattr(Pipeline, "overdue", lambda self: [name])
+    monkeypatch.setattr(Pipeline, "overdue", lambda self: [name] * begun.is_set())
     monkeypatch.setattr(Pipeline, "kill", lambda self: hangs.set())  # the test's own thread
-    monkeypatch.setattr(module.os, "_exit", ended)
+    monkeypatch.setattr(extraction.os, "_exit", ended)
     with pytest.raises(SystemExit) as end:
         extract(config)
     assert end.value.code == 1

@@ -149,10 +149,11 @@ def test_a_video_that_hangs_is_told(made, video):
     assert seen == [[], [str(video)]] and pipeline.overdue() == []
 
 
-def test_what_waits_for_the_tower_has_a_limit(made, monkeypatch):
-    assert made().ahead == 4
-    monkeypatch.setattr(module, "_MOST_HELD", 1)
-    assert made().ahead == 2
+def test_what_is_at_hand_has_a_limit(made):
+    assert made().ahead == made().at_a_time == 2
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert [module.ahead(8, size, cpu) for size in (1, 2**40)] == [8, 8]
+    assert [module.ahead(8, size, gpu) for size in (1, 2**30, 2**40)] == [16, 4, 2]
 
 
 def test_what_is_unsuited_is_pyavs(made, tmp_path):

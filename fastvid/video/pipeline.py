@@ -95,9 +95,7 @@ class Pipeline:
         for held in self._hardware:
             self._idle_hardware.put(held)
         self.at_a_time = len(self._workers) + len(self._hardware)
-        self.ahead = self.at_a_time
-        if encoder.device.type != "cpu":
-            self.ahead = max(2, min(2 * self.at_a_time, _MOST_HELD // self._piece_bytes()))
+        self.ahead = ahead(self.at_a_time, self._piece_bytes(), encoder.device)
         self.towers, self._streams = 2 if encoder.device.type == "cuda" else 1, queue.SimpleQueue()
         for _ in range(self.towers):
             self._streams.put(self._new_stream())
@@ -259,6 +257,11 @@ class Pipeline:
             worker.close()
         for decoder, _ in self._hardware:
             decoder.close()
+
+
+def ahead(at_a_time, piece_bytes, device) -> int:
+    """Videos to have at hand at a time: see `Pipeline`."""
+    return at_a_time if device.type == "cpu" else max(2, min(2 * at_a_time, _MOST_HELD // piece_bytes))
 
 
 @contextmanager

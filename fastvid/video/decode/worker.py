@@ -2,8 +2,9 @@
 
 The process is started as ``python -m fastvid.video.decode.worker`` rather than through multiprocessing, which would
 run the user's main script again. It gets requests as JSON and answers with JSON and bytes; nothing that comes from it
-is unpickled. Frames of a known size it puts into memory that both processes share. It times itself with an alarm, whose default action ends a process even inside FFmpeg, and
-ends when the other end of its pipe closes, so that it does not outlive its parent.
+is unpickled. Frames of a known size it puts into memory that both processes share. It times itself with an alarm, whose
+default action ends a process even inside FFmpeg, and ends when the other end of its pipe closes, so that it does not
+outlive its parent.
 """
 
 import hashlib
