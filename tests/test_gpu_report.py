@@ -241,6 +241,27 @@ def test_goals_say_what_falls_short_and_what_is_missing(card):
     assert only([vars(line) for line in goals.kernel_lines(card, rows)], what="`rope_qk`")["measured"] == "not measured"
 
 
+@pytest.mark.parametrize("speed, cosine, reached", [(2100, 0.9951, True), (1200, 0.9951, False), (2100, 0.98, False)])
+def test_an_fp8_tower_must_be_faster_and_near(speed, cosine, reached):
+    def row(name, speed, **more):
+        return {"row": f"tower{name}, float16", "images_per_second": speed, "flops_per_second": 1e12, "commit": "aaa",
+                **more}
+
+    class Card:
+        name = "NVIDIA H200"
+
+        def of(self, stage):
+            return [row("", 1300), row(", CUDA graph", 1400), row(", FP8", speed, mean_cosine=cosine, least_cosine=0.9)]
+
+        def roof(self, *of):
+            return None, None
+
+    lines = {line.what: line for line in goals.extraction_lines(Card())}
+    fp8 = lines["tower, FP8, float16"]
+    assert fp8.reached is reached and f"{speed:,} images/s, cosine {cosine:.4f}, 0.9000 at least" in fp8.measured
+    assert lines["tower, CUDA graph, float16"].measured == "1,400 images/s"
+
+
 @pytest.mark.parametrize("peak, built, reached, measured", [
     (14.9e9, 0, True, "14.9 GB, -0.7 % (`smallest`)"),
     (14.9e9, 15.5e9, True, "14.9 GB, -0.7 % (`smallest`), 15.5 GB while it was built"),

@@ -53,12 +53,12 @@ def test_one_capture_serves_every_pass(tower):
     """A pass of fewer images is padded with those of an earlier one, which do not matter."""
     captures = Captures()
     states_of = GraphedStates(tower, 3, CPU, capture=captures)
-    assert captures.captured == []  # before the first call nothing is
+    assert captures.captured == [] and not states_of.captured  # before the first call nothing is
     for count, seed in ((3, 0), (1, 1), (2, 2), (3, 3)):
         found = states_of(patches(count, seed))
         padded = torch.cat([patches(count, seed), torch.zeros(3 - count, 4, 592)])
         assert torch.equal(found, tower.states(padded)[:count])
-    assert len(captures.captured) == 1 and captures.replayed == 4
+    assert len(captures.captured) == 1 and captures.replayed == 4 and states_of.captured
 
 
 def test_a_pass_is_overwritten_by_the_next(tower):
@@ -84,7 +84,7 @@ def test_where_it_cannot_be_captured_passes_are_plain_and_a_line_says_so_once(to
     for _ in range(2):
         states_of = GraphedStates(tower, 2, CPU, capture=fails)
         for seed in (0, 1):
-            assert torch.equal(states_of(patches(2, seed)), tower.states(patches(2, seed)))
+            assert torch.equal(states_of(patches(2, seed)), tower.states(patches(2, seed))) and not states_of.captured
     assert len(tried) == 2  # once for each
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graph of the vision tower (operation not permitted when stream is capturing): its kernels are "
@@ -195,4 +195,4 @@ def test_on_a_gpu_the_bits_are_those_of_plain_calls(tmp_path):
         with torch.cuda.stream(torch.cuda.Stream()):
             assert torch.equal(states_of(rows), tower.states(rows))
             torch.cuda.current_stream().synchronize()
-    assert states_of._replay is not None
+    assert states_of.captured

@@ -1,4 +1,4 @@
-"""Extraction's parts: the CLIP tower, pooling, copies, and the decoders that are there.
+"""Extraction's parts: the vision tower, pooling, copies, and the decoders that are there.
 
 Dimensions: T frames, P patches, C channels.
 """
@@ -26,8 +26,11 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from bench.gpu.goals import FP8_COSINE
 from fastvid.video.encoder import FeatureEncoder
-from fastvid.video.towers.load import load_tower
+from fastvid.video.towers.graph import GraphedStates
+from fastvid.video.towers.load import load_tower, open_tower
+from fastvid.video.towers.products import check_fp8
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def tower(small):
                        "flops_per_second": flops * count / batch / seconds}
             if dtype is not dtypes[0]:
                 continue
+            yield from _ways_of_passes(encoder.tower, made, rows, flops, name, small)
             yield {"row": f"tower's kernels, {name}", **_kernels(ways["tower"])}
             seconds = _timed(lambda: encoder.encode(pixels), small)
             yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds,
@@ -101,6 +105,31 @@ def tower(small):
             yield {"row": "pooling", "seconds": seconds, "bytes_per_second": states.nbytes / seconds}
             seconds = _timed(lambda: pixels.to(encoder.device), small)
             yield {"row": "frames to the device", "seconds": seconds, "bytes_per_second": pixels.nbytes / seconds}
+
+
+def _ways_of_passes(plain, folder, rows, flops, name, small):
+    """Images per second of passes as CUDA graphs, whose bits are those of plain calls; in FP8, and how near that is.
+
+    FP8 is timed as it is used: as a graph. Without a GPU there is no graph, and the rows compare plain calls.
+    """
+    batch, exact = len(rows), plain.states(rows).clone()
+    graphed = GraphedStates(plain, batch, rows.device)
+    same = all(torch.equal(graphed(rows), exact) for _ in range(3))
+    seconds = _timed(lambda: graphed(rows), small)
+    yield {"row": f"tower, CUDA graph, {name}", "images_per_second": batch / seconds, "batch": batch,
+           "flops_per_second": flops / seconds, "captured": graphed.captured, "same_bits": same,
+           "status": "ok" if same and graphed.captured == ON_GPU else "failed"}
+    try:
+        check_fp8(rows.device)
+    except ValueError as error:
+        yield {"row": f"tower, FP8, {name}", "status": "ok", "absent": str(error)}
+        return
+    coarse = GraphedStates(open_tower(folder, rows.device, plain.dtype, fp8=True), batch, rows.device)
+    cosine = torch.nn.functional.cosine_similarity(coarse(rows).float(), exact.float(), dim=-1)
+    seconds = _timed(lambda: coarse(rows), small)
+    yield {"row": f"tower, FP8, {name}", "images_per_second": batch / seconds, "batch": batch,
+           "flops_per_second": flops / seconds, "captured": coarse.captured, "mean_cosine": cosine.mean().item(),
+           "least_cosine": cosine.min().item(), "status": "ok" if cosine.mean() >= FP8_COSINE else "failed"}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ MEMORY = 6  # percent between the plan's estimate and the peak
 # Rows that must run on a small card: {row: (what, GB of 10⁹ bytes)}. A card sold with 24 GB has 25.8 of these, so 1.8
 # are left for its context and what the allocator cannot fill.
 SMALL_CARDS = {"smallest": ("7B adapter, bf16, all recomputed", 24), "smallest_nf4": ("the same in NF4", 12)}
+FP8_COSINE = 0.99  # of an FP8 tower's states to the unquantised tower's, on average
 CURVE = 0.5  # percent between FP8's mean loss and bf16's
 
 
@@ -215,6 +216,13 @@ def extraction_lines(card):
         yield _line(what, goal, tower["images_per_second"] >= 1700 if here else None,
                     f"{tower['images_per_second']:,.0f} images/s", share, tower, *([probed] if burst else []))
     for row in rows:
+        if "mean_cosine" in row:
+            yield _line(row["row"], f"cosine ≥ {FP8_COSINE} to the unquantised tower's states, faster",
+                        row["mean_cosine"] >= FP8_COSINE and (
+                            tower is None or row["images_per_second"] > tower["images_per_second"]),
+                        f"{row['images_per_second']:,.0f} images/s, cosine {row['mean_cosine']:.4f}, "
+                        f"{row['least_cosine']:.4f} at least", "", row)
+            continue
         rates = [f"{value:,.4g} {key.replace('_per_second', '/s')}" for key, value in row.items()
                  if key.endswith("_per_second") and key not in ("bytes_per_second", "flops_per_second")]
         if row is not tower and rates:

@@ -34,6 +34,9 @@ class GraphedStates:
         device: the tower's.
         capture: makes a replay of a function and its input, as `captured` does, which is the default on a GPU;
             elsewhere there is none. Where it raises RuntimeError, passes are plain calls, and a line says so once.
+
+    Attributes:
+        captured: whether calls are replays by now.
     """
 
     def __init__(self, tower, batch_size: int, device: torch.device, *, capture=None):
@@ -41,6 +44,10 @@ class GraphedStates:
         self._replay = None
         self._patches_BPK = torch.zeros(batch_size, tower.num_patches, row_length(tower.patch_size), dtype=tower.dtype,
                                         device=device)
+
+    @property
+    def captured(self) -> bool:
+        return self._replay is not None
 
     @torch.no_grad()
     def __call__(self, patches_BPK: Tensor) -> Tensor:
