@@ -80,6 +80,7 @@ class Extraction:
         summary = Summary(total=len(shares[rank]), max_failures=self.config.max_failures, notes=self.pipeline.notes)
         stop, at_hand = [], _AtHand()
         shares, start = self.watch.begin(shares, rank, summary, self.pipeline.counts)
+        self.began = time.perf_counter()
         turns = Turns(shares, rank, self.config.take_over, self.watch.suspects)
         with (signals.noted(stop.append), progress(summary) as bar,
               ThreadPoolExecutor(1, "tower") as self._tower, ThreadPoolExecutor(_WRITERS, "write") as self._writers):
@@ -269,19 +270,21 @@ class Extraction:
             self._fail(video, failure, seconds, summary, bar)
         else:
             summary.extracted += 1
+            summary.frames += min(piece.prepared.info.frames, self.config.num_frames)
             summary.padded += self._is_padded(piece)
             summary.damaged += piece.prepared.info.damaged > 0
         self.leases.release(self._named(video))
+        rate, failed = summary.frames / (time.perf_counter() - self.began), summary.failed()
+        bar.set_postfix_str(f"{rate:.0f} frames/s" + (f", failed: {failed}" if failed else ""), refresh=False)
         bar.update()
 
     def _is_padded(self, piece):
         return piece.prepared.info.frames < self.config.num_frames
 
     def _fail(self, video, failure, seconds, summary, bar):
-        summary.failures.append((video.name, failure))
+        summary.fail(video.name, failure)
         self.watch.settled(video.name, failure)
         self.manifest.append(video.name, "failed", reason=failure, seconds=seconds)
-        bar.set_postfix(failed=len(summary.failures), refresh=False)
 
     def _write(self, video, piece, features_RC, seconds):
         """Write a video's feature file and its line in the manifest; the reason if it cannot be written.

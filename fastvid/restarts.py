@@ -165,7 +165,7 @@ class _Watched(Watch):
             if name not in own:
                 summary.total, summary.taken_over = summary.total + 1, summary.taken_over + 1
             if message["failure"]:
-                summary.failures.append((name, message["failure"]))
+                summary.fail(name, message["failure"])
             else:
                 summary.extracted += 1
                 summary.padded += message["padded"]

@@ -312,6 +312,18 @@ def test_names_of_failed_videos_stay_on_their_lines():
     assert str(summary).splitlines()[-2:] == [f"  {odd:<60}  odd", f"  {'x' * 250}  long"]
 
 
+def test_failures_are_counted_by_reason():
+    summary = Summary(total=9, max_failures=1)
+    for number in range(8):
+        summary.fail(f"{number}.mp4", f"is damaged: {number} of 120 frames decode with errors" if number < 5
+                     else f"decoding took longer than {number} s and its own length" if number < 7 else "odd (x)")
+    assert summary.failed() == "5 × is damaged, 2 × decoding took longer than n s and its own length, 1 × odd"
+    assert f"failed, by reason: {summary.failed()}" in str(summary)
+    for number in range(10):
+        summary.fail("x", f"reason {chr(97 + number)}")
+    assert summary.failed().endswith("1 × reason b, 8 × other reasons")
+
+
 def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path):
     result = Features.result
     monkeypatch.setattr(Features, "result", lambda self: result(self) / 0)

@@ -203,8 +203,7 @@ def test_killed_at_random_moments(made, tmp_path):
         assert all(_times(features)[path] == when for path, when in before.items())
         again = sum(_decoded(log).values()) - 40
         worst = max(worst, again / max(killed, 1))
-        # One in each of its two workers: the decoder, and the tower.
-        assert again <= 2 * killed
+        assert again <= killed  # the one that its one worker had at hand
         assert not any(started(int(path.name)) for path in log.glob("[0-9]*"))
     print(f"{kills} kills in {rounds} rounds; at most {worst:.2f} videos again for each kill of a round")
 
