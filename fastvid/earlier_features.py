@@ -31,6 +31,7 @@ class EarlierFeatures:
     def __init__(self, config, settings, shape, manifest):
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
+        self._prefix, self._differences = os.path.join(config.clip_feat_path, ""), {}
         self._names = {}  # of the files in each folder of features
         self._matching = {}  # of videos, the manifest entry that matches their feature file
 
@@ -58,8 +59,8 @@ class EarlierFeatures:
         """What feature files of other settings there are: (those of this job's format, those of others)."""
         mine, others = [], []
         for video in videos:
-            for path in self._there(video.output):
-                found = mine if path == video.output else others
+            for path in self._there(video.target):
+                found = mine if path == video.target else others
                 try:
                     matching = self._matching_entry(path)
                     made = matching or feature_header(path) or self._by_manifest(video, path)
@@ -101,8 +102,8 @@ class EarlierFeatures:
         Args:
             fresh: ask the disk, not the listing of a while ago.
         """
-        path, made = video.output, {} if fresh else self._matching.get(video.name, {})
-        if not made and not (path.is_file() if fresh else path in self._there(path)):
+        path, made = video.target, {} if fresh else self._matching.get(video.name, {})
+        if not made and not (os.path.isfile(path) if fresh else path in self._there(path)):
             return None, False
         if fresh and not self._matching_entry(path):
             self.manifest.look_again()
@@ -115,7 +116,7 @@ class EarlierFeatures:
         if not made:
             made = self._by_manifest(video, path)
             digest = made.get("sha256")
-            if digest is not None and digest != hashlib.sha256(path.read_bytes()).hexdigest():
+            if digest is not None and digest != hashlib.sha256(Path(path).read_bytes()).hexdigest():
                 return f"{path} is not the file that its manifest entry describes", True
         if other := self._difference(made):
             return f"{path} was made with {other}", True
@@ -125,18 +126,17 @@ class EarlierFeatures:
             return f"{path} holds {shape} values", False
         return "", False
 
-    def _there(self, output) -> list[Path]:
-        """The feature files, of any format, that a video has; `output` is that of this job's."""
-        folder, name = os.path.split(output)
+    def _there(self, target) -> list[str]:
+        """The feature files, of any format, that a video has; `target` is that of this job's."""
+        folder, name = os.path.split(target)
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        names, stem = self._names[folder], name.removesuffix(output.suffix)
-        return [output if suffix == output.suffix else output.with_name(stem + suffix) for suffix in SUFFIXES
-                if stem + suffix in names]
+        names, stem = self._names[folder], name.removesuffix(f".{self.format}")
+        return [os.path.join(folder, stem + suffix) for suffix in SUFFIXES if stem + suffix in names]
 
     def _named(self, path):
         """A file's name in the manifest."""
-        return os.fspath(path).removeprefix(os.path.join(self.folder, ""))
+        return path.removeprefix(self._prefix)
 
     def _matching_entry(self, path) -> dict:
         """The manifest entry about a file, if it matches the file's size and modification time; {} without one."""
@@ -152,10 +152,16 @@ class EarlierFeatures:
         if entry is not None:
             return entry
         entry = self.manifest.entries.get(video.name, {})
-        return {} if "file" in entry or len(self._there(video.output)) > 1 else entry
+        return {} if "file" in entry or len(self._there(video.target)) > 1 else entry
 
     def _difference(self, made) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
+        noted = str([made.get(name) for name in self.settings])  # the same in most of them
+        if noted not in self._differences:
+            self._differences[noted] = self._found_difference(made)
+        return self._differences[noted]
+
+    def _found_difference(self, made):
         for name, value in self.settings.items():
             found = made.get(name, _DEFAULTS.get(name, "unknown"))
             if found != value:

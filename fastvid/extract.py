@@ -7,6 +7,7 @@ need no process group, and any of them may die or join at any time.
 
 import contextlib
 
+from fastvid import host_memory
 from fastvid.config import ExtractConfig
 from fastvid.earlier_features import EarlierFeatures
 from fastvid.extract_summary import Summary
@@ -43,22 +44,27 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
         OSError: the disk is full.
     """
     rank, world = place(config.shard)
-    videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}",
-                                 follow_links=config.follow_links)
+    with host_memory.collecting_later():
+        videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}",
+                                     follow_links=config.follow_links)
+        manifest = Manifest(config.clip_feat_path)
     features = VideoFeatures(config)
     features.open()
-    leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
-    watch = watch or Watch()
+    if features.encoder.device.type == "cpu":
+        host_memory.keep_freed(True)
+    leases, watch = Leases(config.clip_feat_path), watch or Watch()
     watch.failed_since(manifest)
     earlier = EarlierFeatures(config, features.settings, features.shape, manifest)
     with contextlib.ExitStack() as stack:  # each is closed, whatever the closing of another raises
         for opened in (leases, manifest, features):
             stack.callback(opened.close)
-        earlier.refuse_other_settings(videos)
+        with host_memory.collecting_later():
+            earlier.refuse_other_settings(videos)
+            shares = deal(videos, world)
         remove_left_over(config.clip_feat_path)
         leases.open()
         manifest.open(leases)
-        summary = Extraction(features, manifest, earlier, leases, watch).run(deal(videos, world), rank)
+        summary = Extraction(features, manifest, earlier, leases, watch).run(shares, rank)
         summary.notes += features.told()
     if rank == 0 and others:
         links = others.pop("links", 0)

@@ -218,7 +218,7 @@ class Extraction:
 
     def _named(self, video):
         """What a video's lease is called: two that would write the same file exclude each other."""
-        return video.output.relative_to(self.config.clip_feat_path).as_posix()
+        return os.path.relpath(video.target, self.config.clip_feat_path)
 
     def _skip(self, video, own, summary, bar):
         """Pass over a video whose features were there when this began, or are another's work since."""

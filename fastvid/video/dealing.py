@@ -42,7 +42,7 @@ def deal(videos, world):
     Bytes stand for duration: to ask each file for that would take as long as half its decoding. The videos come back
     with their sizes, so that nobody has to ask for those again.
     """
-    videos = [replace(video, known_size=_size(video)) for video in videos]
+    videos = [video if video.known_size is not None else replace(video, known_size=_size(video)) for video in videos]
     shares = [[] for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]
     for video in sorted(videos, key=lambda video: (-(video.known_size or 0), video.name)):

@@ -21,20 +21,29 @@ class Video:
     """A video to be extracted.
 
     Attributes:
-        path: its file, or the tar archive that holds it.
+        source: its file, or the tar archive that holds it; `path` is the same as a Path.
         name: relative to the folder of videos.
-        output: its feature file.
+        target: its feature file; `output` is the same as a Path. There may be millions of videos: making a Path takes
+            as long as asking the disk for a file.
         fault: why it can have none; None if it can.
         within: (first byte, bytes) of it in the archive; None of a file of its own.
         known_size: bytes of it when it was first looked at; None if that was not done.
     """
 
-    path: Path
+    source: str
     name: str
-    output: Path
+    target: str
     fault: str | None = None
     within: tuple[int, int] | None = None
     known_size: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.source)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.target)
 
     def size(self, *, fresh=False) -> int:
         """Bytes of the video.
@@ -47,7 +56,7 @@ class Video:
         """
         if self.known_size is not None and not fresh:
             return self.known_size
-        return self.within[1] if self.within else os.stat(self.path).st_size
+        return self.within[1] if self.within else os.stat(self.source).st_size
 
     @contextlib.contextmanager
     def file(self):
@@ -121,15 +130,15 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
                 found, left_out = members(path)
             except ValueError as error:
                 unreadable.append(error)
-                videos.append(Video(Path(path), name, _output(output_folder, stem, suffix), str(error), (0, 0)))
+                videos.append(Video(path, name, _output(output_folder, stem, suffix), str(error), (0, 0)))
                 continue
             others += left_out
             for member, key, begin, size in found:
                 fault = "its name leads out of its archive" if _leads_out(member) else None
                 output = _output(output_folder, os.path.join(stem, os.path.basename(key) if fault else key), suffix)
-                videos.append(Video(Path(path), os.path.join(stem, member), output, fault, (begin, size)))
+                videos.append(Video(path, os.path.join(stem, member), output, fault, (begin, size)))
         else:
-            videos.append(Video(Path(path), name, _output(output_folder, stem, suffix)))
+            videos.append(Video(path, name, _output(output_folder, stem, suffix), known_size=_size(path)))
     others = +others
     if unreadable and len(unreadable) == len(videos):
         raise unreadable[0]
@@ -142,12 +151,19 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
                          f"{links}{shards}")
     same = {}
     for video in videos:
-        same.setdefault(str(video.output), []).append(video)
-    for several in same.values():
-        if len(several) > 1:
-            several[:] = [replace(video, fault=video.fault or _fault(video, several)) for video in several]
-    videos = [video for several in same.values() for video in several]
+        same.setdefault(video.target, []).append(video)
+    if len(same) < len(videos):
+        videos = [replace(video, fault=video.fault or _fault(video, several)) if len(several) > 1 else video
+                  for several in same.values() for video in several]
     return sorted(videos, key=lambda video: video.name), others
+
+
+def _size(path):
+    """Bytes of a file; None if it cannot be looked at, which its turn will tell."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _named(given, follow_links, others):
@@ -174,33 +190,43 @@ def _named(given, follow_links, others):
 
 def _below(folder, follow_links, others):
     """(name, path) of the videos below a folder, each folder once; counts others."""
-    seen = set()
-    for where, folders, files in os.walk(folder, followlinks=follow_links):
-        folders[:] = [name for name in folders if not _hidden(name)]
+    seen, folders = set(), [("", os.fspath(folder))]
+    while folders:
+        inner, where = folders.pop()
         if os.path.realpath(where) in seen:
-            folders.clear()
             continue
         seen.add(os.path.realpath(where))
-        links = [] if follow_links else [name for name in folders if os.path.islink(os.path.join(where, name))]
-        others["links"] += len(links)
-        inner = os.path.relpath(where, folder)
-        inner = "" if inner == "." else inner
-        for file in sorted(files):
-            ending = os.path.splitext(file)[1]
-            if _hidden(file):
-                continue
-            if ending.lower() not in VIDEO_SUFFIXES:
+        try:
+            with os.scandir(where) as found:
+                entries = [entry for entry in found if not _hidden(entry.name)]
+        except OSError:  # one that may not be read
+            continue
+        for entry in entries:
+            name, ending = os.path.join(inner, entry.name), os.path.splitext(entry.name)[1]
+            if _is_folder(entry):
+                if follow_links or not entry.is_symlink():
+                    folders.append((name, entry.path))
+                else:
+                    others["links"] += 1
+            elif ending.lower() not in VIDEO_SUFFIXES:
                 if ending not in _OURS:
                     others[ending.lower() or "no ending"] += 1
-            elif not follow_links and os.path.islink(os.path.join(where, file)):
+            elif not follow_links and entry.is_symlink():
                 others["links"] += 1
             else:
-                yield os.path.join(inner, file), os.path.join(where, file)
+                yield name, entry.path
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _output(folder, stem, suffix):
     inner, base = os.path.split(stem)
-    return Path(os.path.join(folder, inner, name_of(base, suffix)))
+    return os.path.join(folder, inner, name_of(base, suffix))
 
 
 def _hidden(name):

@@ -234,15 +234,19 @@ def _entries(path, read_to):
 
 def _parsed(content) -> list[dict]:
     """The entries in a part of a manifest."""
-    entries = []
-    for line in content.splitlines():
-        try:
-            entry = json.loads(line)
-            if isinstance(entry["video"], str):
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError):  # torn by a crash, or still being written
-            continue
-    return entries
+    lines = [line for line in content.splitlines() if line]
+    try:  # together, in half the time
+        entries = json.loads(b"[%s]" % b",".join(lines))
+    except ValueError:  # one is torn by a crash, or still being written
+        entries = filter(None, map(_entry, lines))
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("video"), str)]
+
+
+def _entry(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def when(entry) -> float:
