@@ -19,7 +19,8 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 # commands.
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
-    "fastvid.config": set(),
+    "fastvid.policy": set(),
+    "fastvid.config": {"fastvid.policy"},
     "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
     "fastvid.foreign_flags": set(),
     "fastvid.processes": set(),
