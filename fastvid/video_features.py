@@ -36,6 +36,12 @@ def refuse_departures(config):
                          "; give float16 or float32")
 
 
+def settings_of(config, tower_revision, image_size, patch_size) -> dict:
+    """What two extractions must have in common for their features to go together: `VideoFeatures.settings`."""
+    return {"tower_revision": tower_revision, "image_size": image_size, "patch_size": patch_size,
+            "num_frames": config.num_frames, "conversion": "dali" if config.decoder == "dali" else "swscale"}
+
+
 class VideoFeatures:
     """What `fastvid extract` does with a video: ``features(path)`` is (features, header), or a `DecodeError`.
 
@@ -82,10 +88,7 @@ class VideoFeatures:
             tower, device=config.device or default_device(),
             dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
             num_temporal=config.num_frames, plain=config.policy.plain_tower)
-        self.settings = {
-            "tower_revision": self.encoder.revision, "image_size": self.encoder.image_size,
-            "patch_size": self.encoder.patch_size, "num_frames": config.num_frames,
-            "conversion": "dali" if config.decoder == "dali" else "swscale"}
+        self.settings = settings_of(config, self.encoder.revision, self.encoder.image_size, self.encoder.patch_size)
         self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                         "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
         self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "fastvid.video.sampling": {"fastvid.config"},
     "fastvid.page": {"fastvid.files", "fastvid.data", "fastvid.video", "fastvid.page"},
     "fastvid.validation": {"fastvid.config", "fastvid.files", "fastvid.provenance", "fastvid.earlier_features",
-                           "fastvid.data", "fastvid.video", "fastvid.validation"},
+                           "fastvid.data", "fastvid.online", "fastvid.video", "fastvid.validation"},
     **{f"fastvid.{room}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.provenance", "fastvid.batch",
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }

@@ -13,6 +13,7 @@ Dimensions: R rows of one video (extraction: num_temporal + patches; any number 
 tower.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -283,6 +284,37 @@ class FeatureFolder:
         if listing.files[file] and not self._inside(os.path.realpath(os.path.join(self._root, inner, file))):
             raise self._leaves(name, f"{file} is a link that leads out of {self.folder}")
         return self.folder / inner / file
+
+    # What there is to ask of a folder where features are still to be made (`fastvid.online.folder.OnlineFeatures`).
+
+    unmade = ()
+
+    def settle(self):
+        """Called once the names of all records were resolved."""
+
+    def check_channels(self, channels):
+        """Called with the model's."""
+
+    def is_made(self, name: str) -> bool:
+        return True
+
+    def await_made(self, name: str):
+        """Called before features are loaded to train on."""
+
+    def stand_in(self, name: str) -> tuple[Tensor, dict]:
+        """Called instead of `load` where the shape alone matters."""
+        return self.load(name)
+
+    def begin(self, names):
+        """Called some time before `made_ahead`, with the same names."""
+
+    @contextlib.contextmanager
+    def made_ahead(self, names, stopped=lambda: False):
+        """Entered while samples that need the videos `names`, in this order, are read."""
+        yield
+
+    def told(self) -> str | None:
+        """A line for the user before the first step."""
 
     def _parts(self, name):
         parts = name.split("/")

@@ -121,12 +121,7 @@ def load_tower(tower, dtype):
     from safetensors import SafetensorError
     from transformers import CLIPVisionModel, logging
 
-    if is_url(tower) or os.path.isfile(tower):
-        what = "a URL" if is_url(tower) else "a file"
-        raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
-    if is_path(tower) and not os.path.isdir(tower):
-        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
-                         "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes")
+    _refuse_what_is_no_tower(tower)
     for path in _files(tower):
         if fault := wrong_content(path):
             raise ValueError(f"{path} {fault}")
@@ -135,17 +130,46 @@ def load_tower(tower, dtype):
     try:
         model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
-        hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
-        raise ValueError(
-            f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
-            f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER") from error
+        raise _cannot_load(tower, error) from error
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise ValueError(f"{tower!r} is not a CLIP vision tower: it has no weights for "
                          f"{', '.join(sorted(info['missing_keys'])[:3])}, …")
     return model.eval()
+
+
+def tower_sizes(tower) -> tuple[int, int, int]:
+    """(image size, patch size, channels) of a folder or hub id, by its configuration: no weights are read.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    from transformers import CLIPVisionConfig
+
+    _refuse_what_is_no_tower(tower)
+    try:
+        config = CLIPVisionConfig.from_pretrained(tower)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(tower, error) from error
+    return config.image_size, config.patch_size, config.hidden_size
+
+
+def _refuse_what_is_no_tower(tower):
+    if is_url(tower) or os.path.isfile(tower):
+        what = "a URL" if is_url(tower) else "a file"
+        raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
+    if is_path(tower) and not os.path.isdir(tower):
+        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
+                         "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes")
+
+
+def _cannot_load(tower, error):
+    meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
+    hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
+    return ValueError(
+        f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
+        f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER")
 
 
 def _files(tower):
