@@ -270,7 +270,7 @@ def _smaller(config, layout):
         yield "--frozen_dtype nf4"
 
 
-def _available(config, world, encodes):
+def _available(config, world, encodes=False):
     """(Bytes that a rank may plan with, what they are of more in words).
 
     Args:

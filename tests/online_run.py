@@ -1,12 +1,15 @@
 """A training run whose videos have no features yet, and a quick start for its encoder."""
 
 import json
+import multiprocessing
 import os
 import shutil
-from multiprocessing.reduction import DupFd
+import signal
+import subprocess
+import sys
 
+import torch
 from clips import draw
-from ranks import FORKS
 from towers import write_tower
 from training_run import CHANNELS, flags, write_run
 
@@ -14,7 +17,6 @@ from fastvid.online import encoder, process
 
 VIDEOS = tuple(f"clip{i}.mp4" for i in range(6)) + tuple(f"sub/clip{i}.mp4" for i in range(6, 12))
 FRAMES, ROWS = 4, 4 + 4  # frames per video; with the patches of the tower
-FORKS.set_forkserver_preload(["fastvid.video_features", "fastvid.earlier_features", "transformers", "online_run"])
 
 
 def write_videos(folder):
@@ -38,28 +40,41 @@ def online_flags(run, output, *more):
 
 
 def start_quickly(patch):
-    """Have encoders begin as forks of a process that has imported what they need, which they else do in seconds."""
+    """Have encoders begin as forks of this process, which has imported what they need; else that takes seconds."""
     patch.setattr(encoder, "launch", _launch)
+
+
+def forked(function, *args, **environment):
+    """A forked process that calls `function`; its exit code is what that returns."""
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(function, args, environment))
+    child.start()
+    return child
 
 
 class _Process:
     """As `subprocess.Popen`."""
 
-    def __init__(self, process):
-        self.process, self.pid, self.kill = process, process.pid, process.kill
+    def __init__(self, child):
+        self.child, self.pid, self.kill = child, child.pid, child.kill
 
     def wait(self, timeout=None):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise encoder.subprocess.TimeoutExpired("encoder", timeout)
-        return self.process.exitcode
+        self.child.join(timeout)
+        if self.child.exitcode is None:
+            raise subprocess.TimeoutExpired("encoder", timeout)
+        return self.child.exitcode
 
 
 def _launch(*files):
-    forked = FORKS.Process(target=_main, args=[DupFd(file) for file in files], daemon=True)
-    forked.start()
-    return _Process(forked)
+    return _Process(forked(process.main, *files))
 
 
-def _main(*files):
-    os._exit(process.main(*(file.detach() for file in files)))
+def _in_child(function, args, environment):
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    os.environ |= environment
+    code = 1
+    try:
+        code = function(*args)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -4,17 +4,15 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
 import torch
-from conftest import ROOT
-from online_run import FRAMES, ROWS, VIDEOS, online_flags, start_quickly, write_videos
+from online_run import FRAMES, ROWS, VIDEOS, forked, online_flags, start_quickly, write_videos
 from safetensors.torch import load_file
 from towers import write_tower
-from training_run import CHANNELS, SAMPLES, losses, start
+from training_run import CHANNELS, SAMPLES, losses
 
 from fastvid import checkpoint, extract, inspection, train, validate
 from fastvid.config import TrainConfig
@@ -26,16 +24,21 @@ from fastvid.online import encoder
 from fastvid.online.folder import OnlineFeatures
 from fastvid.processes import started
 from fastvid.video.manifest import NAME, read_manifest
+from fastvid.video_features import VideoFeatures
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Videos, records, a model and a tower; feats/ as `fastvid extract` makes them, before/ of a run on those."""
+    torch.set_num_threads(1)  # as forks of this process have it
     run = write_videos(tmp_path_factory.mktemp("run"))
     extract.extract(extract.ExtractConfig(
         str(run / "videos"), str(run / "feats"), vision_tower=str(run / "tower"), num_frames=FRAMES, decode_workers=1))
     assert train.main(online_flags(run, run / "before", "--video_folder", str(run / "feats"))) == 0
     return run
+
+
+LAUNCH = encoder.launch
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +66,11 @@ def copy(run, folder):
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("before", "feats", "tower"))
     (folder / "tower").symlink_to(run / "tower")
     return folder
+
+
+def with_data(argv, path):
+    argv[argv.index("--data_path") + 1] = str(path)
+    return argv
 
 
 class Spy:
@@ -120,10 +128,10 @@ def test_a_validation_set_of_videos(run, tmp_path, monkeypatch):
     spy, data = Spy(monkeypatch), tmp_path / "half.json"
     data.write_text(json.dumps(json.loads((run / "train.json").read_text())[:6]))
     for output, folder in (("before", "feats"), ("out", "videos")):
-        argv = online_flags(run, tmp_path / output, "--video_folder", str(run / folder), "--data_path", str(data),
+        argv = online_flags(run, tmp_path / output, "--video_folder", str(run / folder), "--max_steps", "2",
                             "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps",
-                            "--eval_steps", "1", "--max_steps", "2")
-        assert train.main(argv) == 0
+                            "--eval_steps", "1")
+        assert train.main(with_data(argv, data)) == 0
     found, expected = ([line["eval_loss"] for line in read_metrics(tmp_path / output / "metrics.jsonl")
                         if "eval_loss" in line] for output in ("out", "before"))
     assert found == expected and len(found) == 2 and len(spy.encoders) == 1
@@ -134,7 +142,7 @@ def test_a_short_run_encodes_what_it_needs(run, tmp_path):
     out = tmp_path / "out"
     data = tmp_path / "some.json"
     data.write_text(json.dumps(json.loads((run / "train.json").read_text())[:2]))
-    assert train.main(online_flags(run, out, "--data_path", str(data))) == 0
+    assert train.main(with_data(online_flags(run, out), data)) == 0
     assert set(files(out / "features")) == {"clip0.safetensors", "clip1.safetensors"}
 
 
@@ -269,8 +277,10 @@ def test_a_dry_run_validate_and_inspect(run, tmp_path, caplog, capsys):
 
 
 def on_first_wait(patch, act):
-    """Call `act(encoder)` when features are first waited for, be it in a forked reader."""
+    """Have encoders take a minute for each video, and call `act(encoder)` when features are waited for, be it in a
+    forked reader."""
     wait = encoder.Encoder.wait
+    patch.setattr(VideoFeatures, "extract", lambda self, video: time.sleep(60))
 
     def acted(self, number, stopped=lambda: False):
         act(self)
@@ -292,11 +302,7 @@ def test_an_encoder_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp
 
 
 def test_an_encoder_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
-    def hang(self):
-        os.kill(self.pid, signal.SIGSTOP)
-        self.patience = 0.3
-
-    on_first_wait(monkeypatch, hang)
+    on_first_wait(monkeypatch, lambda self: setattr(self, "patience", 0.3))
     monkeypatch.setattr(encoder, "_GRACE", 0.1)
     with pytest.raises(ChildProcessError, match="has not finished one for 0.3 s"):
         train.main(online_flags(run, tmp_path / "out"))
@@ -306,13 +312,12 @@ def test_an_encoder_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
 def test_a_signal_while_a_video_is_waited_for_stops_the_run(run, tmp_path, monkeypatch, workers):
     begun, trainer, spy = [], os.getpid(), Spy(monkeypatch)
 
-    def hang(self):
-        os.kill(self.pid, signal.SIGSTOP)
+    def stop(self):
         if not begun:
             begun.append(True)
             os.kill(trainer, signal.SIGTERM)
 
-    on_first_wait(monkeypatch, hang)
+    on_first_wait(monkeypatch, stop)
     monkeypatch.setattr(encoder, "_GRACE", 0.1)
     assert train.main(online_flags(run, tmp_path / "out", "--dataloader_num_workers", workers)) == 128 + 15
     assert (tmp_path / "out" / "checkpoint-0").exists() and started(spy.encoders[0].pid) is None
@@ -325,21 +330,21 @@ def test_a_full_disk_ends_the_run(run, tmp_path):
         train.main(online_flags(run, tmp_path / "out", "--clip_feat_path", str(tmp_path / "features")))
 
 
-def test_a_run_that_is_killed_goes_on(run, tmp_path):
+def test_a_run_that_is_killed_goes_on(run, tmp_path, monkeypatch):
     """The encoder of a killed trainer ends as well; what it has made stays, what it had leased is free."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     out, made = tmp_path / "out", tmp_path / "out" / "features"
     argv = online_flags(run, out)
-    trainer = subprocess.Popen([sys.executable, "-m", "fastvid.train", *argv], env=environment,
-                               stderr=subprocess.DEVNULL)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "launch", LAUNCH)
+        trainer = forked(train.main, argv)
     end = time.monotonic() + 120
     while not files(made):
-        assert trainer.poll() is None and time.monotonic() < end
+        assert trainer.is_alive() and time.monotonic() < end
         time.sleep(0.002)
     (owner,) = made.glob(".leases/*.owner")
     pid = json.loads(owner.read_text())["pid"]
     trainer.kill()
-    trainer.wait()
+    trainer.join()
     while started(pid) is not None:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -352,8 +357,14 @@ def test_a_run_that_is_killed_goes_on(run, tmp_path):
 
 def test_two_ranks_encode_each_video_once(run, tmp_path):
     argv = online_flags(run, tmp_path, "--per_device_train_batch_size", "1")
-    finished = start(["-m", "fastvid.train"], argv, ranks=2)
-    assert finished.returncode == 0, finished.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [forked(train.main, argv, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
+    for rank in ranks:
+        rank.join(120)
+        assert rank.exitcode == 0
     assert files(tmp_path / "features") == files(run / "feats")
     assert [line["status"] for line in entries(tmp_path / "features")] == ["ok"] * len(VIDEOS)
     assert losses(tmp_path) == pytest.approx(losses(run / "before"), rel=1e-5)
