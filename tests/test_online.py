@@ -171,7 +171,7 @@ def test_a_broken_video_costs_its_sample_once_a_run(run, tmp_path, caplog):
 
 @pytest.mark.parametrize("name, message", [
     ("../run/videos/clip0.mp4", r'has "\.\."; give it relative'), ("{run}/videos/clip0.mp4", "it is absolute"),
-    ("linked.mp4", "lies there, but is a video; .*1 links in that folder were not followed"),
+    ("linked.mp4", "lies there, but is a video; .*Links in that folder were not followed"),
     ("elsewhere/clip0.mp4", "is a link that leads out of"), ("clip", "has no features in"),
     ("twin.mp4", r"twin.* would be written to twin\.safetensors as well; rename one of them"),
     ("two", r"means any of two\.a, two\.b in .*; give the whole name"),

@@ -293,7 +293,7 @@ FEATURES = [
      "mv feats/a.pth feats/a.pt", "validate"),
     ("rm feats/a.* && ln -s $PWD/videos/a.mp4 feats", "validate", "a.mp4 lies there, but is a video; extract them",
      "fastvid extract", "validate"),
-    ("rm feats/a.* && ln -s $PWD/videos/a.mp4 feats", "validate", "1 links in that folder were not followed",
+    ("rm feats/a.* && ln -s $PWD/videos/a.mp4 feats", "validate", "Links in that folder were not followed",
      "fastvid extract --video_dir_path feats --follow_links True", "validate"),
     ("cp feats/a.safetensors feats/two.1.safetensors && cp feats/a.safetensors feats/two.2.safetensors && "
      "sed -i 's/a.mp4/two.pkl/' train.json", "validate", "means any of two.1, two.2 in feats; give the whole name",

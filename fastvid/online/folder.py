@@ -68,7 +68,7 @@ class OnlineFeatures(FeatureFolder):
         if self.cache is None and getattr(config, "output_dir", ""):
             self.cache = os.path.join(config.output_dir, "features")
         self.tower = self._earlier = self._encoder = None
-        self._planned, self._links = None, 0
+        self._planned, self._links = None, False
         self._videos, self._numbers = [], {}  # those that records name, and the number of each by its feature file
         self._settled, self._made, self._faults = 0, set(), {}  # how many of them; of them; why there are none
         self._users, self._stopped = 0, lambda: False
@@ -109,16 +109,15 @@ class OnlineFeatures(FeatureFolder):
             folder = self.cache or os.path.join(self.folder, "features")
             try:
                 videos, others = find_videos(self.folder, folder, ".safetensors")
-            except ValueError:  # there is none
-                videos, others = [], {}
-            self._planned, self._links = PlannedFolder(folder, videos), others.get("links", 0)
+            except ValueError as error:  # there is none, or links alone
+                videos, others = [], {"links": "--follow_links" in str(error)}
+            self._planned, self._links = PlannedFolder(folder, videos), bool(others.get("links"))
         return self._planned
 
     def _about_links(self):
         if not self._links:
             return ""
-        return (f". {self._links} links in that folder were not followed: `fastvid extract --follow_links True` "
-                "follows them")
+        return ". Links in that folder were not followed: `fastvid extract --follow_links True` follows them"
 
     # What is known before anything is decoded
 
