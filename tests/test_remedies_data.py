@@ -525,10 +525,10 @@ def test_a_run_whose_reader_died_goes_on(user, monkeypatch, processes, mended):
     """Started again; and with no processes to read, if they would die again."""
     read, main = Loader.read, os.getpid()
 
-    def dies(loader, step):
+    def dies(loader, step, **options):
         if step == 4 and os.getpid() != main:
             os.kill(os.getpid(), 9)
-        return read(loader, step)
+        return read(loader, step, **options)
 
     command = ("train --dry_run False --num_train_epochs 4 --per_device_train_batch_size 2 --save_steps 2 "
                "--dataloader_num_workers")
