@@ -9,41 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastvid.policy import POLICIES, Policy
+
 LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Everything that ``--parity reference`` decides. Read where a value applies; nothing else asks about parity.
-
-    Attributes:
-        mask_by_retokenizing: labels are found as the reference finds them, by re-tokenizing prefixes, which masks a
-            whole sample when the count disagrees. Otherwise labels come from the template's own spans.
-        mean_of_means: loss = mean over ranks and micro-batches of each one's token mean. Otherwise the sum over
-            supervised tokens divided by their global count.
-        reference_order: samples come in the order of Hugging Face's Trainer 4.28, which depends on the number of ranks,
-            with a short last batch in each epoch. Otherwise in one stream that does not.
-        fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
-        tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
-            and the head (the reference does so by accident). Otherwise the projector alone.
-        plain_products: matrices are multiplied as torch does it. Otherwise also as sums of another order.
-        one_video_length: every video must have as many rows as the first. Otherwise each has what its file holds.
-        plain_tower: a CPU's tower computes in fp32, none in bf16 or FP8. Otherwise in bf16 on CPUs that multiply it.
-        ffmpeg_colours: videos become RGB as by the reference's decoder, so DALI is refused.
-    """
-
-    mask_by_retokenizing: bool
-    mean_of_means: bool
-    reference_order: bool
-    fp32_residual: bool
-    tune_tables_without_start_end: bool
-    plain_products: bool
-    one_video_length: bool
-    plain_tower: bool
-    ffmpeg_colours: bool
-
-
-POLICIES = {"none": Policy(*[False] * 9), "reference": Policy(*[True] * 9)}
 
 
 def _flag(default, help, **metadata):
@@ -111,12 +79,22 @@ class DataConfig(_Checked):
     model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
     data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."})
     version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).", group="data and model")
-    video_folder: str | None = _flag(None, "Folder that the records' `video` fields are relative to.")
+    video_folder: str | None = _flag(
+        None, "Folder that the records' `video` fields are relative to: of feature files, or of videos, whose features "
+        "training makes.")
     mm_use_vid_start_end: bool = _flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = _flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
     num_video_tokens: int | None = _flag(
         None, "Rows that every video must have. Default: its feature file's own.", at_least=1)
-    vision_tower: str | None = _flag(None, "Vision tower (folder or hub id). Default: the model's own setting.")
+    vision_tower: str | None = _flag(
+        None, "Vision tower (folder or hub id); it makes the features of videos in --video_folder that have none. "
+        "Default: the model's own setting.")
+    num_frames: int = _flag(
+        100, "Frames of each video that has no features yet, and temporal rows of those that are made.", at_least=1,
+        at_most=100_000)
+    clip_feat_path: str | None = _flag(
+        None, "Folder that receives the features of videos in --video_folder that have none, as fastvid extract writes "
+        "them; those in it are used. Default: `features` in --output_dir.", writes="folder")
     question_order: Literal["reference", "video_first"] = _flag(
         "reference", 'video_first: "question\\n<video>" becomes "<video>\\nquestion", for --share_video to share more.')
     parity: Literal["none", "reference"] = _flag("none", "reference: compute exactly what PG-Video-LLaVA computes.")
@@ -260,8 +238,8 @@ class InspectConfig(TrainConfig):
                               "the record's video. With --vision_tower the features of a video are computed.")
     video_dir_path: str | None = _flag(None, "Folder of the videos that the record's frames are read from.")
     num_frames: int | None = _flag(
-        None, "Frames per video on the page. Default: as the features' header says; 100 where it does not.",
-        at_least=1, at_most=100_000)
+        None, "Frames per video on the page, and of each video that has no features yet. Default: as the features' "
+        "header says; 100 where it does not.", at_least=1, at_most=100_000)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,13 @@ def changes(saved: dict, now: dict, config) -> list[str]:
     return found
 
 
+def completed(found: dict, samples) -> dict:
+    """What `content_of` returned, also of features that were not made yet."""
+    if all(digest for _, digest in found["features"]):
+        return found
+    return {**found, "features": _of_features(samples)}
+
+
 def _of_file(path):
     """None of a pipe, which can be read once."""
     if not Path(path).is_file():
@@ -87,6 +94,9 @@ def _of_features(samples):
     found = []
     for i in range(0, len(samples), max(1, len(samples) // _RECORDS)):
         for name in record_videos(samples.records[i])[:1] if samples.features else ():
+            if not samples.features.is_made(name):
+                found.append([name, None])
+                continue
             try:
                 features, _ = samples.features.load(name)
             except (ValueError, OSError):  # such samples are skipped, and told

@@ -217,8 +217,7 @@ class Extraction:
         return None
 
     def _named(self, video):
-        """What a video's lease is called: two that would write the same file exclude each other."""
-        return os.path.relpath(video.target, self.config.clip_feat_path)
+        return video.lease(self.config.clip_feat_path)
 
     def _skip(self, video, own, summary, bar):
         """Pass over a video whose features were there when this began, or are another's work since."""

@@ -10,11 +10,11 @@ from itertools import groupby
 
 from fastvid.config import InspectConfig
 from fastvid.data.conversation import encode_sample, load_tokenizer
-from fastvid.data.features import FeatureFolder
 from fastvid.data.records import read_records
-from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, video_token_count
+from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, named_videos, video_token_count
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
+from fastvid.online.folder import training_features
 
 log = logging.getLogger("fastvid")
 
@@ -44,7 +44,7 @@ def _looked_at(config, tokenizer):
     tokenizer = tokenizer or load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     numbered = [numbered for path in config.data_path for numbered in enumerate(read_records(path))]
     records = [record for _, record in numbered]
-    features = None if config.video_folder is None else FeatureFolder(config.video_folder)
+    features = training_features(config, named_videos(records))
     otherwise = video_token_count(
         config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
     if features is None and config.num_video_tokens is None and otherwise:
@@ -139,7 +139,7 @@ def page_of_record(config, line, videos, tokenizer) -> bytes:
     if config.video is not None and len(videos) > 1:
         raise ValueError(f"--video {shown(config.video)} is one file, and record {line['id']} has {len(videos)} "
                          "videos; give their folder with --video_dir_path instead")
-    features = None if config.video_folder is None else FeatureFolder(config.video_folder)
+    features = training_features(config, videos)
     views = [view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames)
              for name in videos]
     return document(views, title=f"Record {line['id']}", prompt=(f"{_counted(line)}.", pieces(line, tokenizer)),
@@ -150,8 +150,12 @@ def _video_of(config, features, name):
     """The file of a record's video; None where it is not at hand."""
     from fastvid.validation.sources import Sources
 
-    if config.video is not None or config.video_dir_path is None:
+    if config.video is not None:
         return config.video
+    if config.video_dir_path is None:
+        with suppress(ValueError, OSError):
+            return features and (video := features.video_of(name)) and video.path
+        return None
     header = {}
     if features is not None:
         with suppress(ValueError, OSError):  # told on the page, where they are read

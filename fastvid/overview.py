@@ -14,7 +14,7 @@ _PARTS = {"projector": "projector", "boundary": "start and end embeddings", "emb
 
 
 def overview(config, model_config, loader, world, attention) -> list[str]:
-    """The samples and steps of a run, the parameters that it trains, and what computes them.
+    """The samples and steps of a run, videos that it encodes, what it trains, and what computes that.
 
     Args:
         config: `TrainConfig`.
@@ -23,7 +23,9 @@ def overview(config, model_config, loader, world, attention) -> list[str]:
         world: `fastvid.parallel.World`.
         attention: as `settle_attention` settled it.
     """
-    return [_samples(config, loader, world), _parameters(config, model_config), _computing(config, world, attention)]
+    videos = loader.samples.features.told() if loader.samples.features is not None else None
+    return [_samples(config, loader, world), *filter(None, [videos]), _parameters(config, model_config),
+            _computing(config, world, attention)]
 
 
 def dry_run_lines(config, model_config, tokenizer, total_steps) -> list[str]:

@@ -27,6 +27,8 @@ _OF_FREE_GPU = 0.92
 # NCCL's buffers: its communicator is there, but takes most of them at the first collective of a kind, and sharding
 # over a part of the ranks makes further communicators.
 _COMMUNICATORS = 2**30
+# An allowance for the process that encodes videos: its context, a large tower in 16 bits, NVDEC's and decoded pictures.
+_ENCODER = 6 * 2**30
 # What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
 _FOR_COPIES = 0.75
 _LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
@@ -213,6 +215,7 @@ def plan_memory(config, model_config, loader, world, attention):
             raise ValueError(f"--recompute {asked}: the model has {layers} layers; give at most as many")
         asked = {0: "none", layers: "full"}.get(asked, asked)
     batch, found = _largest_batch(config, loader, world)
+    features = loader.samples.features
     # A dry run plans for a GPU that this machine need not have.
     other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
     of_gpu = other or world.device.type == "cuda"
@@ -222,7 +225,7 @@ def plan_memory(config, model_config, loader, world, attention):
         fp32_residual=config.policy.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=frozen_dtype(config), on_cpu=not of_gpu, one_call_per_segment=attention == "sdpa" and not other)
-    available, of_what = _available(config, world)
+    available, of_what = _available(config, world, encodes=bool(features is not None and features.unmade))
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
@@ -267,16 +270,21 @@ def _smaller(config, layout):
         yield "--frozen_dtype nf4"
 
 
-def _available(config, world):
-    """(Bytes that a rank may plan with, what they are of more in words)."""
+def _available(config, world, encodes=False):
+    """(Bytes that a rank may plan with, what they are of more in words).
+
+    Args:
+        encodes: whether a process beside this one makes features on the same device.
+    """
     given = given_memory(config)
     free = given or parallel.device_memory(world)
     if world.device.type != "cuda" and not given:
         return free, ""
-    kept = _COMMUNICATORS if world.distributed else 0
-    return (int(_OF_FREE_GPU * free) - kept,
+    kept = [(size, what) for size, what, needed in (
+        (_COMMUNICATORS, "NCCL", world.distributed), (_ENCODER, "the tower that encodes videos", encodes)) if needed]
+    return (int(_OF_FREE_GPU * free) - sum(size for size, _ in kept),
             f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB {'that --memory names' if given else 'free'}"
-            + (", less 1 GiB for NCCL)" if kept else ")"))
+            + "".join(f", less {size / 2**30:g} GiB for {what}" for size, what in kept) + ")")
 
 
 def _can_tile(config, layout, world):
@@ -293,7 +301,7 @@ def _largest_batch(config, loader, world):
     """
     loader.samples.check_some()
     steps, known = largest_steps(loader, _STEPS_LOOKED_AT)
-    found = [rows_of(batch) for step in steps for batch in loader.read(step)[0]]
+    found = [rows_of(batch) for step in steps for batch in loader.read(step, values=False)[0]]
     found += world.gather_objects(_most(found))
     largest = _most(found)
     if known:  # some batch of so many rows may have none that needs no gradient

@@ -27,7 +27,7 @@ MAY_CHANGE = {
     "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size",
     "evaluation_strategy", "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps",
     "save_total_limit", "resume", "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism",
-    "run_name", "project", "memory",
+    "run_name", "project", "memory", "clip_feat_path",
     "vision_tower", "num_video_tokens", "on_bad_sample", "max_skipped", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "max_steps",
 }
@@ -54,7 +54,7 @@ def save(state):
         "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
         "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
         "torch": torch.__version__, "reference_order": REFERENCE_ORDER_VERSION,
-        "provenance": state.loader.samples.provenance.to_json(),
+        "provenance": state.loader.samples.look_again().to_json(),
         "run": state.run, "content": _content(state) if state.world.is_main else None,
     }
     begin = time.perf_counter()
@@ -113,9 +113,9 @@ def _newest(state):
 
 
 def _content(state):
-    """`content.content_of` of this run; computed once."""
-    if state.content is None:
-        state.content = content.content_of(state)
+    """`content.content_of` of this run; computed once, but for features that are not made yet."""
+    samples = state.loader.samples
+    state.content = content.content_of(state) if state.content is None else content.completed(state.content, samples)
     return state.content
 
 
@@ -190,7 +190,7 @@ def write_results(state):
     for path in paths if state.world.is_main else ():
         write_reference_projector(
             path, trained, config.model_name_or_path, state.tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
-            projector_type=config.mm_projector_type, seed=config.seed, provenance=state.loader.samples.provenance)
+            projector_type=config.mm_projector_type, seed=config.seed, provenance=state.loader.samples.look_again())
     return paths
 
 

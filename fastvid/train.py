@@ -38,13 +38,13 @@ from fastvid import (
 from fastvid.config import TrainConfig
 from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
 from fastvid.data.conversation import VideoTokenizer, load_tokenizer
-from fastvid.data.features import FeatureFolder
 from fastvid.data.workers import Stopped
 from fastvid.flags import parse
 from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import ModelConfig, VideoLlava
 from fastvid.model.weights import load_weights, read_model_config
+from fastvid.online.folder import training_features
 from fastvid.optim import Optimizer, learning_rate
 from fastvid.profiling import Profiler
 from fastvid.saver import Saver
@@ -92,8 +92,7 @@ def prepare(config, world):
     parallel.compute_repeatably(config.full_determinism)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
-    features = FeatureFolder(config.video_folder) if config.video_folder else None
-    samples = SampleSet(config.data_path, tokenizer, features, config)
+    samples = SampleSet(config.data_path, tokenizer, training_features(config), config)
     model_config = read_model_config(
         config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
         projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
@@ -123,6 +122,7 @@ def build(config, world):
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
     config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
+    loader.begin()
     dtype = planning.compute_dtype(config)
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)

@@ -41,6 +41,13 @@ def refuse_departures(config):
                          "; leave one of the two out")
 
 
+def settings_of(config, tower_revision, image_size, patch_size) -> dict:
+    """What two extractions must have in common for their features to go together: `VideoFeatures.settings`."""
+    return {"tower_revision": tower_revision, "image_size": image_size, "patch_size": patch_size,
+            "num_frames": config.num_frames, "conversion": "dali" if config.decoder == "dali" else "swscale",
+            "tower_dtype": config.tower_dtype}
+
+
 class VideoFeatures:
     """What `fastvid extract` does with a video: ``features(path)`` is (features, header), or a `DecodeError`.
 
@@ -89,10 +96,7 @@ class VideoFeatures:
             num_temporal=config.num_frames, plain=config.policy.plain_tower)
         fp8 = config.tower_dtype == "fp8"
         self.encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
-        self.settings = {
-            "tower_revision": self.encoder.revision, "image_size": self.encoder.image_size,
-            "patch_size": self.encoder.patch_size, "num_frames": config.num_frames,
-            "conversion": "dali" if config.decoder == "dali" else "swscale", "tower_dtype": config.tower_dtype}
+        self.settings = settings_of(config, self.encoder.revision, self.encoder.image_size, self.encoder.patch_size)
         self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                         "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
         self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]

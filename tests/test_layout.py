@@ -19,7 +19,8 @@ COMMANDS = {"train", "extract", "chat", "convert", "validate", "inspection", "ex
 # commands.
 MAY_IMPORT = {
     "fastvid_kernels": {"fastvid_kernels"},
-    "fastvid.config": set(),
+    "fastvid.policy": set(),
+    "fastvid.config": {"fastvid.policy"},
     "fastvid.flags": {"fastvid.config", "fastvid.files", "fastvid.foreign_flags"},
     "fastvid.foreign_flags": set(),
     "fastvid.processes": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "fastvid.video.sampling": {"fastvid.config"},
     "fastvid.page": {"fastvid.files", "fastvid.data", "fastvid.video", "fastvid.page"},
     "fastvid.validation": {"fastvid.config", "fastvid.files", "fastvid.provenance", "fastvid.earlier_features",
-                           "fastvid.data", "fastvid.video", "fastvid.validation"},
+                           "fastvid.data", "fastvid.online", "fastvid.video", "fastvid.validation"},
     **{f"fastvid.{room}": {"fastvid.config", "fastvid.files", "fastvid.folders", "fastvid.provenance", "fastvid.batch",
                            f"fastvid.{room}", "fastvid_kernels"} for room in ("data", "video", "model")},
 }

@@ -265,11 +265,11 @@ def test_a_signal_while_data_is_waited_for_saves_what_is_done(run, tmp_path, mon
     """A process that reads hangs: no step will come."""
     read, main = Loader.read, os.getpid()
 
-    def hangs(loader, step):
+    def hangs(loader, step, **options):
         if step == 2 and os.getpid() != main:
             os.kill(main, number)
             time.sleep(1000)
-        return read(loader, step)
+        return read(loader, step, **options)
 
     monkeypatch.setattr(Loader, "read", hangs)
     begin = time.monotonic()

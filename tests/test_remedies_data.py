@@ -291,8 +291,10 @@ FEATURES = [
      "mv feats/a.SAFETENSORS feats/a.safetensors", "validate"),
     ("rm feats/a.* && cp $S/good.pt feats/a.pth", "validate", "not read under this ending: name it a.pt",
      "mv feats/a.pth feats/a.pt", "validate"),
-    ("rm feats/a.* && cp videos/a.mp4 feats", "validate", "a.mp4 lies there, but is a video; extract them",
+    ("rm feats/a.* && ln -s $PWD/videos/a.mp4 feats", "validate", "a.mp4 lies there, but is a video; extract them",
      "fastvid extract", "validate"),
+    ("rm feats/a.* && ln -s $PWD/videos/a.mp4 feats", "validate", "Links in that folder were not followed",
+     "fastvid extract --video_dir_path feats --follow_links True", "validate"),
     ("cp feats/a.safetensors feats/two.1.safetensors && cp feats/a.safetensors feats/two.2.safetensors && "
      "sed -i 's/a.mp4/two.pkl/' train.json", "validate", "means any of two.1, two.2 in feats; give the whole name",
      "sed -i 's/two.pkl/two.1.pkl/' train.json", "validate"),
@@ -523,10 +525,10 @@ def test_a_run_whose_reader_died_goes_on(user, monkeypatch, processes, mended):
     """Started again; and with no processes to read, if they would die again."""
     read, main = Loader.read, os.getpid()
 
-    def dies(loader, step):
+    def dies(loader, step, **options):
         if step == 4 and os.getpid() != main:
             os.kill(os.getpid(), 9)
-        return read(loader, step)
+        return read(loader, step, **options)
 
     command = ("train --dry_run False --num_train_epochs 4 --per_device_train_batch_size 2 --save_steps 2 "
                "--dataloader_num_workers")

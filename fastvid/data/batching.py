@@ -3,6 +3,8 @@
 Dimensions: R rows of one video, C channels of the vision tower.
 """
 
+import contextlib
+import itertools
 import logging
 from dataclasses import replace
 from functools import partial
@@ -69,6 +71,8 @@ class SampleSet:
             self._report_bad(bad)
         if not self.records:
             raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
+        if features is not None:
+            features.settle()
         self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
                                  same=config.policy.one_video_length)
         if self.rows_of.fault:
@@ -91,17 +95,27 @@ class SampleSet:
         Raises:
             ValueError: that video has another shape.
         """
+        if self.features is not None:
+            self.features.check_channels(channels)
         self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
         if self.rows_of.first is not None:
             self.rows_of(self.rows_of.first[0])
-        self._look_at_headers()
+        self._look_at_headers(log)
 
-    def _look_at_headers(self):
-        """Note what some of the features were made with, and say so if several towers or decoders made them."""
+    def look_again(self):
+        """`provenance`, also of the features that were made since it was noted."""
+        if self._unmade:
+            self._look_at_headers(None)
+        return self.provenance
+
+    def _look_at_headers(self, log):
+        """Note what some of the features were made with; say in `log` if several towers or decoders made them."""
         names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
+        self._unmade = False
         for name in names[::max(1, len(names) // self.HEADERS)]:
             try:
                 looked_at.append((self.features.shape(name)[0], self.features.header(name)))
+                self._unmade |= not self.features.is_made(name)
             except (ValueError, OSError):  # reported where the record is used
                 continue
         found, towers = provenance.of_features(looked_at)
@@ -110,14 +124,14 @@ class SampleSet:
             # starts from goes on to hold.
             started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
             found = replace(found, tower=self.config.vision_tower) if names else started
-        if len(towers) > 1:
+        if len(towers) > 1 and log:
             log.warning("features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
                         "`fastvid extract --overwrite True` makes them anew", len(towers),
                         ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
                                   in towers.most_common()))
         remark, warning = provenance.what_decoders_mean(provenance.decoders_of(header for _, header in looked_at))
         some = f" ({len(looked_at)} of {len(names):,} files were looked at)"
-        if warning or remark:
+        if (warning or remark) and log:
             log.log(logging.WARNING if warning else logging.INFO, "%s%s", warning or remark,
                     some if len(looked_at) < len(names) else "")
         if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
@@ -178,11 +192,12 @@ class SampleSet:
             use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy,
             question_order=config.question_order)
 
-    def read(self, index, loaded=None):
+    def read(self, index, loaded=None, *, values=True):
         """Tokens and features of one sample.
 
         Args:
             loaded: features that were read before, by the name of their video; what is read is added to them.
+            values: False takes zeros for features that are not made yet.
 
         Returns:
             (EncodedSample, list of [R, C] tensors)
@@ -197,8 +212,10 @@ class SampleSet:
         for name in sample.videos:
             if name in loaded:
                 continue
+            if values:
+                self.features.await_made(name)
             try:
-                features, header = self.features.load(name)
+                features, header = (self.features.load if values else self.features.stand_in)(name)
             except (ValueError, OSError) as error:
                 raise SampleSkipped(str(error)) from error
             if tuple(features.shape) != self.features.shape(name):
@@ -233,6 +250,7 @@ class Loader:
         drawn: samples drawn so far; `skipped` of them could not be used.
         unusable: indices of the skipped samples.
         remarks: by kind, the indices of the samples that a remark was made about.
+        validation: the `Loader` of the validation set that is read now and then between steps, or None.
     """
 
     MESSAGES = 10  # skipped samples and remarks told one by one; the rest are only counted
@@ -240,18 +258,27 @@ class Loader:
     def __init__(self, samples, order, *, workers=2, pin=False, packing=None):
         self.samples, self.order, self.pin, self.packing = samples, order, pin, packing or {}
         self.prefix = self.packing.get("prefix", ()) if self.packing.get("frozen") else ()
-        self.drawn = self.skipped = 0
+        self.drawn, self.skipped, self.validation = 0, 0, None
         self.unusable, self.remarks = set(), {}
         self._ahead = Ahead(self.read, workers, pin=pin)
 
-    def read(self, step):
-        """This rank's packed micro-batches of one step, and (index, remarks, why it was skipped) of odd samples."""
+    def begin(self):
+        """Have features that are not made yet begin to be made, some time before the first step."""
+        if self.samples.features is not None:
+            self.samples.features.begin(self._videos(0))
+
+    def read(self, step, *, values=True):
+        """This rank's packed micro-batches of one step, and (index, remarks, why it was skipped) of odd samples.
+
+        Args:
+            values: False where only the batches' sizes matter.
+        """
         samples, batches, odd = self.samples, [], []
         for indices in self.order.micro_batches(step):
             usable, loaded = [], {}
             for index in indices:
                 try:
-                    usable.append(samples.read(index, loaded))
+                    usable.append(samples.read(index, loaded, values=values))
                 except SampleSkipped as error:
                     odd.append((index, [], str(error)))
                 else:
@@ -269,11 +296,28 @@ class Loader:
             stopped: ends a long wait, see `Ahead.map`.
         """
         steps = range(first_step, self.order.total_steps)
-        for step, (batches, odd) in zip(steps, self._ahead.map(steps, stopped)):
-            for index, remarks, skipped in odd:
-                self._report(index, remarks, skipped)
-            self.drawn += sum(map(len, self.order.micro_batches(step)))
-            yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
+        with contextlib.ExitStack() as stack:
+            if self.samples.features is not None:
+                stack.enter_context(self.samples.features.made_ahead(self._videos(first_step), stopped))
+            read = stack.enter_context(contextlib.closing(self._ahead.map(steps, stopped)))
+            for step, (batches, odd) in zip(steps, read):
+                for index, remarks, skipped in odd:
+                    self._report(index, remarks, skipped)
+                self.drawn += sum(map(len, self.order.micro_batches(step)))
+                yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
+
+    def _videos(self, first_step):
+        """Names of the videos that the next samples of this rank need, as many samples as the set has; then those of
+        the validation set."""
+        left = len(self.samples)
+        for step in range(first_step, self.order.total_steps):
+            for index in itertools.chain(*self.order.micro_batches(step)):
+                yield from record_videos(self.samples.records[index])
+                left -= 1
+            if left <= 0:
+                break
+        if self.validation is not None:
+            yield from self.validation._videos(0)
 
     def account(self, world) -> tuple[list[str], str]:
         """What became of the samples of all ranks since this process began; every rank calls it.
@@ -334,4 +378,6 @@ def evaluation_loader(config, training, world):
     samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
     samples.fit(trained.channels, trained.rows_of.required)
     order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
-    return Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing)
+    training.validation = Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin,
+                                 packing=training.packing)
+    return training.validation

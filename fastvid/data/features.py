@@ -13,11 +13,11 @@ Dimensions: R rows of one video (extraction: num_temporal + patches; any number 
 tower.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.data.feature_listing import scan, what_is
 from fastvid.data.names import SUFFIXES, stem
 from fastvid.data.other_arrays import ending_by_content, probe_npy, probe_pt, read_npy, read_pt
 from fastvid.data.pickled_array import OtherContent, probe_array, read_array, write_array
-from fastvid.files import VIDEO_SUFFIXES, atomic_file, name_of, shown, wrong_content
+from fastvid.files import atomic_file, name_of, shown, wrong_content
 from fastvid.video.manifest import read_files
 
 _TENSOR = "features"
@@ -195,23 +196,6 @@ def _read_header(file):
     return _READ[dtype], (R, C), header
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """What lies in one folder.
-
-    Attributes:
-        files: names of feature files, and whether each is a symbolic link.
-        stems_by_id: the reference's short id (name up to its first dot) to the names, without ending, that share it.
-        folders: names of sub-folders.
-        others: of a name without ending, the files that are not read, each with the reason where its name shows none.
-    """
-
-    files: dict[str, bool] = field(default_factory=dict)
-    stems_by_id: dict[str, set[str]] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)
-    others: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-
-
 class FeatureFolder:
     """Finds the feature file that a record's `video` means, and never one outside the folder.
 
@@ -230,7 +214,7 @@ class FeatureFolder:
         if not self.folder.is_dir():
             raise ValueError(f"--video_folder {folder} is no folder; give the one that feature extraction wrote to")
         self._root = os.path.realpath(folder)
-        self._listings = {"": _scan(self._root)}
+        self._listings = {"": scan(self._root)}
         self._probed = {}
         self._read_as = {}  # file of a shortened name: the one video that it may stand for
 
@@ -301,6 +285,37 @@ class FeatureFolder:
             raise self._leaves(name, f"{file} is a link that leads out of {self.folder}")
         return self.folder / inner / file
 
+    # What there is to ask of a folder where features are still to be made (`fastvid.online.folder.OnlineFeatures`).
+
+    unmade = ()
+
+    def settle(self):
+        """Called once the names of all records were resolved."""
+
+    def check_channels(self, channels):
+        """Called with the model's."""
+
+    def is_made(self, name: str) -> bool:
+        return True
+
+    def await_made(self, name: str):
+        """Called before features are loaded to train on."""
+
+    def stand_in(self, name: str) -> tuple[Tensor, dict]:
+        """Called instead of `load` where the shape alone matters."""
+        return self.load(name)
+
+    def begin(self, names):
+        """Called some time before `made_ahead`, with the same names."""
+
+    @contextlib.contextmanager
+    def made_ahead(self, names, stopped=lambda: False):
+        """Entered while samples that need the videos `names`, in this order, are read."""
+        yield
+
+    def told(self) -> str | None:
+        """A line for the user before the first step."""
+
     def _parts(self, name):
         parts = name.split("/")
         if name.startswith("/"):
@@ -338,14 +353,14 @@ class FeatureFolder:
         """The cached listing of a sub-folder; None if a link takes it out of the root."""
         if inner not in self._listings:
             real = os.path.realpath(os.path.join(self._root, inner))
-            self._listings[inner] = _scan(real) if self._inside(real) else None
+            self._listings[inner] = scan(real) if self._inside(real) else None
         return self._listings[inner]
 
     def _inside(self, real):
         return real == self._root or real.startswith(os.path.join(self._root, ""))
 
     def _missing(self, name, listing, base=""):
-        hint = "".join(f"; {shown(other)} lies there, but is {what or _what_is(other)}"
+        hint = "".join(f"; {shown(other)} lies there, but is {what or what_is(other)}"
                        for other, what in listing.others.get(stem(base), [])[:3])
         if "://" in name:
             hint += "; it is a URL, and must be downloaded first"
@@ -358,34 +373,3 @@ class FeatureFolder:
     @staticmethod
     def _leaves(name, reason):
         return ValueError(f"video {name!r} is refused: {reason}")
-
-
-def _what_is(name):
-    if name.endswith(".gz"):
-        return "packed with gzip: unpack it with `gunzip`"
-    if name.lower().endswith(VIDEO_SUFFIXES):
-        return "a video"
-    before, ending = os.path.splitext(name)
-    if ending == ".pth" or ending.lower() in SUFFIXES:
-        return f"not read under this ending: name it {shown(before)}{'.pt' if ending == '.pth' else ending.lower()}"
-    return f"not in a format that is read ({', '.join(SUFFIXES)})"
-
-
-def _scan(folder):
-    listing = _Listing()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                listing.folders.add(entry.name)
-            elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
-                what = "a link that leads nowhere" if is_link else "no regular file"
-                listing.others.setdefault(stem(entry.name), []).append((entry.name, what))
-            elif entry.name.endswith(SUFFIXES):
-                listing.files[entry.name] = is_link
-                whole = stem(entry.name)
-                listing.stems_by_id.setdefault(whole.partition(".")[0], set()).add(whole)
-            else:
-                whole = os.path.splitext(entry.name.removesuffix(".gz"))[0]
-                listing.others.setdefault(whole, []).append((entry.name, ""))
-    return listing

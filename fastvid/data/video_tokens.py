@@ -34,7 +34,7 @@ class VideoRows:
 
     def __init__(self, features, records, *, required=None, same=False):
         self.features, self.first, self.fault, self.channels, self.required = features, None, None, 0, required
-        for name in _named_videos(records) if features is not None else ():
+        for name in named_videos(records) if features is not None else ():
             try:
                 rows, self.channels = features.shape(name)
             except (ValueError, OSError) as error:  # reported where the record is used; another one may be readable
@@ -78,7 +78,7 @@ def video_token_count(model_folder, vision_tower, num_video_tokens, features, re
         return num_video_tokens
     if (first := VideoRows(features, records).first) is not None:
         return first[1]
-    if next(_named_videos(records), None) is None:
+    if next(named_videos(records), None) is None:
         return 0
     image_size, patch_size = tower_geometry(model_folder, vision_tower)
     return TEMPORAL + (image_size // patch_size) ** 2
@@ -117,7 +117,8 @@ def feature_channels(model_folder):
     return config.get("mm_hidden_size")
 
 
-def _named_videos(records):
+def named_videos(records):
+    """Names of the videos of training records, of which malformed ones name none."""
     for record in records:
         with contextlib.suppress(Unreadable):
             yield from record_videos(canonical(record)[0])

@@ -9,9 +9,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastvid.data.cut_short import is_cut_short
-from fastvid.data.features import FeatureFolder, MissingFeatures, describe_features, load_features
-from fastvid.data.video_tokens import feature_channels
+from fastvid.data.features import MissingFeatures, describe_features, load_features
+from fastvid.data.video_tokens import feature_channels, tower_geometry
 from fastvid.files import shown
+from fastvid.online.folder import OnlineFeatures
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
 from fastvid.validation.sources import Sources
 
@@ -30,15 +31,21 @@ def check_features(report, config):
     Raises:
         ValueError: `video_folder` or `video_dir_path` is no folder.
     """
-    features, paths = FeatureFolder(config.video_folder), {}
-    sources = Sources(config.video_folder, config.video_dir_path)
+    features, paths = OnlineFeatures(config), {}
+    sources, made = Sources(config.video_folder, config.video_dir_path), features.cache and Sources(features.cache)
     report.unnamed = sources.unnamed(report.videos) if sources.given else None
     if not report.videos and features.empty:
         report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
                                        "record names a video")
     for video, count in report.videos.items():
         try:
-            paths[video] = features.resolve(video)
+            path = features.resolve(video)
+            if features.video_of(video) is None or path.exists():
+                paths[video] = path
+            elif failed := sources.failure(video) or made and made.failure(video):
+                _add_failed(report, video, count, failed)
+            else:
+                report.to_make.add(video)
         except MissingFeatures as error:
             _add_missing(report, sources, video, count, error)
         except ValueError as error:
@@ -73,22 +80,37 @@ def check_features(report, config):
             report.formats[paths[video].suffix] += 1
             report.not_compared += sources.given and not compared
             _note_maker(report, makers, video, header)
-    if not found:
-        return {}
-    _check_towers(report, config.vision_tower, makers)
-    return _usable(report, config, found, paths)
+    rows = dict.fromkeys(report.to_make, _rows_to_make(config)) if report.to_make else {}
+    if found:
+        _check_towers(report, config.vision_tower, makers)
+        rows |= _usable(report, config, found, paths)
+    return {video: number for video, number in rows.items() if number}
+
+
+def _rows_to_make(config):
+    """Rows of features that training will make; None where nothing tells."""
+    if config.vision_tower is None and config.model_name_or_path is None:
+        return None
+    with suppress(ValueError):
+        image_size, patch_size = tower_geometry(config.model_name_or_path or config.vision_tower, config.vision_tower)
+        return config.num_frames + (image_size // patch_size) ** 2
+    return None
 
 
 def _add_missing(report, sources, video, count, error):
     """A video without features: its extraction failed, or it was never made."""
     if failed := sources.failure(video):
-        report.add("extraction failed", f"video {video!r} has no features: {failed} (records: {count})", video=video)
+        _add_failed(report, video, count, failed)
         return
     lies = ""
     if sources.given:
         lies = "; its video lies in --video_dir_path" if sources.video_of(video) else (
             "; nor does its video lie in --video_dir_path")
     report.add("features missing", f"{error}{lies} (records: {count})", video=video)
+
+
+def _add_failed(report, video, count, why):
+    report.add("extraction failed", f"video {video!r} has no features: {why} (records: {count})", video=video)
 
 
 def _note_maker(report, makers, video, header):

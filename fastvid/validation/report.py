@@ -38,6 +38,7 @@ class Report:
         formats: feature files by ending.
         not_compared: feature files that were not compared with their video, where videos were looked at: it is not
             there, or nothing tells which it was.
+        to_make: videos whose features training makes, as the videos themselves lie there.
         unnamed: videos that no record names; None if they were not looked at.
         problems: by kind, how many; and the first few, in words.
         bad_videos: of each video whose features cannot be used: (its state, why).
@@ -59,6 +60,7 @@ class Report:
     damaged: int = 0
     formats: Counter = field(default_factory=Counter)
     not_compared: int = 0
+    to_make: set[str] = field(default_factory=set)
     unnamed: int | None = None
     problems: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -88,10 +90,12 @@ class Report:
 
     @property
     def states(self) -> Counter:
-        """Videos that records name, by state; those whose features can be used are "usable"."""
+        """Videos that records name, by state; those whose features can be used are "usable", "to be made" those that
+        have none yet."""
         bad = Counter(state for state, _ in self.bad_videos.values())
-        usable = len(self.videos) - bad.total()
-        return Counter({"usable": usable, **{state: bad[state] for state in dict.fromkeys(STATES.values())}})
+        to_make = len(self.to_make)
+        return Counter({"usable": len(self.videos) - bad.total() - to_make, "to be made": to_make,
+                        **{state: bad[state] for state in dict.fromkeys(STATES.values())}})
 
     @property
     def exit_code(self) -> int:
@@ -159,6 +163,9 @@ def summary(report: Report) -> str:
         lines.append(f"decoded by  {count:>9,} {shown(decoder or 'unknown')}, colours by "
                      f"{shown(conversion or 'unknown')}")
     lines += [f"remark      {line}" for line in report.remarks.lines()]
+    if report.to_make:
+        lines.append(f"remark      {len(report.to_make):,} videos in --video_folder have no features; training makes "
+                     "them")
     if report.damaged:
         lines.append(f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are "
                      "(--allow_damaged)")

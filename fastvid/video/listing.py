@@ -45,6 +45,10 @@ class Video:
     def output(self) -> Path:
         return Path(self.target)
 
+    def lease(self, folder) -> str:
+        """What its lease in `folder` is called: two that would write the same file exclude each other."""
+        return os.path.relpath(self.target, folder)
+
     def size(self, *, fresh=False) -> int:
         """Bytes of the video.
 
@@ -122,7 +126,7 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
     Raises:
         ValueError: there is no such thing or no video in it.
     """
-    videos, others, unreadable = [], Counter(), []
+    videos, others, unreadable, output_folder = [], Counter(), [], os.fspath(Path(output_folder))
     for name, path in _named(given, follow_links, others):
         stem, ending = os.path.splitext(name)
         if ending.lower() == TAR:
@@ -226,7 +230,8 @@ def _is_folder(entry):
 
 def _output(folder, stem, suffix):
     inner, base = os.path.split(stem)
-    return os.path.join(folder, inner, name_of(base, suffix))
+    path = os.path.join(folder, inner, name_of(base, suffix))
+    return os.fspath(Path(path)) if "//" in path or "/./" in path else path
 
 
 def _hidden(name):

@@ -1,5 +1,6 @@
 """Vision towers as Hugging Face stores them: which kind a folder or hub id holds, its weights, its preprocessing."""
 
+import json
 import os
 
 import torch
@@ -10,6 +11,8 @@ from fastvid.video.towers.choice import is_path
 from fastvid.video.towers.clip import ClipTower
 from fastvid.video.towers.siglip import SiglipTower
 from fastvid.video.towers.transformer import VisionTower
+
+_SIZES = "image_size", "patch_size", "hidden_size"
 
 
 def open_tower(tower, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> VisionTower:
@@ -40,8 +43,67 @@ def load_tower(tower, dtype):
         ValueError: it is missing or damaged, or is no vision tower of CLIP or SigLIP.
     """
     from safetensors import SafetensorError
-    from transformers import CLIPVisionModel, PretrainedConfig, SiglipVisionModel, logging
+    from transformers import CLIPVisionModel, SiglipVisionModel, logging
 
+    model_type = str(_config(tower).get("model_type"))
+    kind = SiglipVisionModel if model_type.startswith("siglip") else CLIPVisionModel
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # otherwise a whole model's unused text tower is listed weight by weight
+    try:
+        model, info = kind.from_pretrained(tower, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(tower, error) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {model_type}): it has no "
+                         f"weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
+    return model.eval()
+
+
+def tower_sizes(tower) -> tuple[int, int, int]:
+    """(image size, patch size, channels) of a folder or hub id, by its configuration: no weights are read.
+
+    Raises:
+        ValueError: it is missing or damaged, or is no vision tower of CLIP or SigLIP.
+    """
+    config = _config(tower)
+    config = config.get("vision_config") or config
+    if not all(isinstance(config.get(name), int) for name in _SIZES):
+        config = _with_defaults(config)
+    return tuple(config[name] for name in _SIZES)
+
+
+def _config(tower) -> dict:
+    """A tower's config.json. Of a folder it is read here: transformers takes seconds to be imported."""
+    _refuse_what_is_no_tower(tower)
+    try:
+        if os.path.isdir(tower):
+            with open(os.path.join(tower, "config.json"), encoding="utf-8") as file:
+                config = json.load(file)
+        else:
+            from transformers import PretrainedConfig
+
+            config = PretrainedConfig.get_config_dict(tower)[0]
+        if not isinstance(config, dict):
+            raise ValueError("its config.json is no object")
+    except (OSError, ValueError) as error:
+        raise _cannot_load(tower, error) from error
+    if str(config.get("model_type")).startswith("siglip2"):  # those of a fixed resolution call themselves siglip
+        raise ValueError(f"--vision_tower {shown(tower)} is a NaFlex tower of SigLIP 2, whose pictures have any shape; "
+                         "give one of a fixed resolution, such as google/siglip2-so400m-patch14-384")
+    return config
+
+
+def _with_defaults(config):
+    """A tower's configuration with what it leaves to transformers."""
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    kind = SiglipVisionConfig if str(config.get("model_type")).startswith("siglip") else CLIPVisionConfig
+    return kind(**config).to_dict()
+
+
+def _refuse_what_is_no_tower(tower):
     if is_url(tower) or os.path.isfile(tower):
         what = "a URL" if is_url(tower) else "a file"
         raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
@@ -51,29 +113,14 @@ def load_tower(tower, dtype):
     for path in _files(tower):
         if fault := wrong_content(path):
             raise ValueError(f"{path} {fault}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # otherwise a whole model's unused text tower is listed weight by weight
-    try:
-        model_type = str(PretrainedConfig.get_config_dict(tower)[0].get("model_type"))
-        naflex = model_type.startswith("siglip2")  # those of a fixed resolution call themselves siglip
-        if not naflex:
-            kind = SiglipVisionModel if model_type.startswith("siglip") else CLIPVisionModel
-            model, info = kind.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
-        hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
-        raise ValueError(
-            f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
-            f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if naflex:
-        raise ValueError(f"--vision_tower {shown(tower)} is a NaFlex tower of SigLIP 2, whose pictures have any shape; "
-                         "give one of a fixed resolution, such as google/siglip2-so400m-patch14-384")
-    if info["missing_keys"]:
-        raise ValueError(f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {model_type}): it has no "
-                         f"weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
-    return model.eval()
+
+
+def _cannot_load(tower, error):
+    meant_a_folder = is_path(tower) or os.path.isdir(os.path.dirname(tower))
+    hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
+    return ValueError(
+        f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
+        f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER")
 
 
 def _files(tower):

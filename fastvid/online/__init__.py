@@ -1,0 +1,1 @@
+"""Features that training makes of videos when it first needs them."""

@@ -1,0 +1,325 @@
+"""A folder of feature files and of videos: features of the latter are made when training needs them.
+
+A record's video is looked up among the feature files first, then among the videos, by the names that their feature
+files would have if they had been extracted. Those files lie in a folder of their own, where ``fastvid extract`` with
+the same settings would write the same, so that it may run before, beside or after training.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from fastvid.config import ExtractConfig
+from fastvid.data.feature_listing import Listing
+from fastvid.data.features import FeatureFolder, MissingFeatures
+from fastvid.data.video_tokens import read_settings
+from fastvid.earlier_features import EarlierFeatures
+from fastvid.files import shown
+from fastvid.online.board import FAILED, MADE
+from fastvid.online.encoder import Encoder
+from fastvid.provenance import of_weights
+from fastvid.video.listing import find_videos
+from fastvid.video.manifest import Manifest, read_manifest
+from fastvid.video.towers.choice import choose_tower, revisions
+from fastvid.video.towers.load import tower_sizes
+from fastvid.video_features import refuse_departures, settings_of
+
+
+class PlannedFolder(FeatureFolder):
+    """The feature files that an extraction would write, looked up as if they were there.
+
+    Args:
+        folder: where they would lie.
+        videos: `fastvid.video.listing.Video`s.
+    """
+
+    def __init__(self, folder, videos):
+        self.folder, self._root, self._read_as = Path(folder), os.path.realpath(folder), {}
+        self.videos, self._listings = {}, {"": Listing()}
+        for video in videos:
+            output, where = video.output.relative_to(folder), ""
+            for part in output.parent.parts:
+                self._listings[where].folders.add(part)
+                where = os.path.join(where, part)
+                self._listings.setdefault(where, Listing())
+            self._listings[where].add_file(output.name)
+            self.videos[self.folder / output] = video
+
+
+class OnlineFeatures(FeatureFolder):
+    """`FeatureFolder` that also finds videos, and has their features made ahead of the samples that need them.
+
+    Args:
+        config: `DataConfig`, mostly a `TrainConfig`.
+
+    Attributes:
+        cache: folder of the features that are made; None where nothing tells it.
+        tower: that makes them; None before `settle`, and where all features are there as files.
+
+    Raises:
+        ValueError: ``--video_folder`` is no folder.
+    """
+
+    def __init__(self, config):
+        super().__init__(config.video_folder)
+        self.config, self.cache = config, config.clip_feat_path
+        if self.cache is None and getattr(config, "output_dir", ""):
+            self.cache = os.path.join(config.output_dir, "features")
+        self.tower = self._earlier = self._encoder = None
+        self._planned, self._links = None, False
+        self._videos, self._numbers = [], {}  # those that records name, and the number of each by its feature file
+        self._settled, self._made, self._faults = 0, set(), {}  # how many of them; of them; why there are none
+        self._users, self._stopped = 0, lambda: False
+
+    # Which file is meant
+
+    def resolve(self, name):
+        """As `FeatureFolder.resolve`; of a video without features the file that they are written to.
+
+        Raises:
+            MissingFeatures: neither features nor a video have that name.
+            ValueError: the name leaves the folder, means several videos, or another video has the same feature file.
+        """
+        try:
+            return super().resolve(name)
+        except MissingFeatures as error:
+            missing = error
+        planned = self._plan()
+        try:
+            path = planned.resolve(name)
+        except MissingFeatures:
+            raise MissingFeatures(f"{missing}{self._about_links()}") from None
+        video = planned.videos[path]
+        if video.fault is not None:
+            raise ValueError(f"video {name!r}: {video.fault}")
+        if path not in self._numbers:
+            self._numbers[path] = len(self._videos)
+            self._videos.append(video)
+        return path
+
+    def video_of(self, name):
+        """The `Video` of which a record's features are made; None of one that has them in a file of the folder."""
+        number = self._numbers.get(self.resolve(name))
+        return None if number is None else self._videos[number]
+
+    def _plan(self):
+        if self._planned is None:
+            folder = self.cache or os.path.join(self.folder, "features")
+            try:
+                videos, others = find_videos(self.folder, folder, ".safetensors")
+            except ValueError as error:  # there is none, or links alone
+                videos, others = [], {"links": "--follow_links" in str(error)}
+            self._planned, self._links = PlannedFolder(folder, videos), bool(others.get("links"))
+        return self._planned
+
+    def _about_links(self):
+        if not self._links:
+            return ""
+        return ". Links in that folder were not followed: `fastvid extract --follow_links True` follows them"
+
+    # What is known before anything is decoded
+
+    def settle(self):
+        """Choose the tower of the videos that names have been resolved to, and see which have features already.
+
+        Raises:
+            ValueError: nothing tells the tower, or it cannot be used; the cache holds features of other settings.
+        """
+        new = self._videos[self._settled:]
+        if not new:
+            return
+        if self._earlier is None:
+            self._choose()
+        try:
+            self._earlier.refuse_other_settings(new)
+        except ValueError as error:
+            raise ValueError(f"{error} (of fastvid extract)") from error
+        for video in new:
+            _, redo, fault = self._earlier.judge(video)
+            if fault is not None:
+                self._faults[video.output] = fault
+            elif redo == "":
+                self._made.add(video.output)
+        self._settled = len(self._videos)
+
+    def _choose(self):
+        config = self.config
+        if self.cache is None:
+            raise ValueError(f"videos in --video_folder {shown(self.folder)} have no features; name the folder that "
+                             "receives them with --clip_feat_path")
+        self.tower = config.vision_tower or _tower_of_model(config)
+        if self.tower is None:
+            raise ValueError(f"videos in --video_folder {shown(self.folder)} have no features, and nothing tells which "
+                             "tower makes them: name it with --vision_tower")
+        self._extraction = ExtractConfig(
+            str(self.folder), str(self.cache), vision_tower=str(self.tower), parity=config.parity,
+            num_frames=config.num_frames or ExtractConfig.num_frames)
+        refuse_departures(self._extraction)
+        image_size, patch_size, channels = tower_sizes(self.tower)
+        self.made_shape = self._extraction.num_frames + (image_size // patch_size) ** 2, channels
+        settings = settings_of(self._extraction, revisions(self.tower)[0], image_size, patch_size)
+        self._header = {
+            "tower": os.path.abspath(self.tower) if os.path.isdir(self.tower) else str(self.tower), **settings}
+        self._earlier = EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
+
+    def check_channels(self, channels):
+        """Refuse a tower whose features the model cannot take.
+
+        Raises:
+            ValueError: it has others than `channels`.
+        """
+        if self.tower is not None and self.made_shape[1] != channels:
+            raise ValueError(f"the tower {shown(self.tower)} makes features of {self.made_shape[1]} channels, and the "
+                             f"model takes {channels}; give the model's own tower with --vision_tower")
+
+    def _probe(self, name):
+        if name not in self._probed and self.resolve(name) in self._numbers:
+            self._probed[name] = *self.made_shape, torch.float16
+        return super()._probe(name)
+
+    def header(self, name):
+        """As `FeatureFolder.header`; before the features are made what is known of them."""
+        return super().header(name) if self.is_made(name) else dict(self._header)
+
+    # What is made
+
+    @property
+    def unmade(self) -> list:
+        """The videos whose features are still to be made."""
+        return [video for video in self._videos if self._waits(video.output)]
+
+    def is_made(self, name) -> bool:
+        """Whether a name's features are there, be they good or not."""
+        path = self.resolve(name)
+        return path not in self._faults and (
+            path not in self._numbers or path in self._made or self._state(path) == MADE)
+
+    def _state(self, path):
+        """What the encoder says of a feature file."""
+        return self._encoder.board.state(self._numbers[path]) if self._encoder is not None else None
+
+    def _waits(self, path):
+        return path not in self._made and path not in self._faults and not self._state(path)
+
+    def load(self, name):
+        """As `FeatureFolder.load`.
+
+        Raises:
+            ValueError: also where features could not be made, or are not made yet (`await_made`).
+        """
+        if not self.is_made(name):
+            raise ValueError(f"video {name!r} has no features: {self._why_not(self.resolve(name))}")
+        return super().load(name)
+
+    def _why_not(self, path):
+        if self._state(path) == FAILED and path not in self._faults:
+            entry = read_manifest(self.cache).get(self._videos[self._numbers[path]].name, {})
+            self._faults[path] = entry.get("reason") or "the manifest does not say why"
+        return self._faults.get(path, "they are made when training comes to it")
+
+    def stand_in(self, name):
+        """`load`, or zeros of the same shape for features that are not made yet: for whoever plans memory."""
+        path = self.resolve(name)
+        if path in self._numbers and self._waits(path):
+            return torch.zeros(self.made_shape, dtype=torch.float16), dict(self._header)
+        return self.load(name)
+
+    def await_made(self, name):
+        """Return once a video's features are made, or cannot be. Within `made_ahead`, also in processes forked there.
+
+        Raises:
+            Stopped, ValueError, OSError: as `Encoder.wait`; it ends the run.
+        """
+        path = self.resolve(name)
+        if path in self._numbers and self._waits(path):
+            assert self._encoder is not None, "features are made while a Loader is iterated"
+            self._encoder.wait(self._numbers[path], self._stopped)
+
+    @contextlib.contextmanager
+    def made_ahead(self, names, stopped=lambda: False):
+        """Within this context features are made, in the order in which `names` come; several may be nested.
+
+        Args:
+            names: of records' videos, as samples come to them; read as far as features are still to be made.
+            stopped: asked during long waits; true ends them with `Stopped`.
+        """
+        self.begin(names)
+        if self._encoder is None:
+            yield
+            return
+        self._users, before, self._stopped = self._users + 1, self._stopped, stopped
+        try:
+            yield
+        finally:
+            self._users, self._stopped = self._users - 1, before
+            if not self._users:
+                self._end()
+
+    def begin(self, names):
+        """Start the encoder if it is needed, and have these videos done first; it ends with the last `made_ahead`."""
+        order, waiting = [], {self._numbers[video.output] for video in self.unmade}
+        if not waiting:
+            return
+        for name in names:
+            number = self._numbers.get(self.resolve(name))
+            if number in waiting:
+                waiting.discard(number)
+                order.append(number)
+            if not waiting:
+                break
+        if self._encoder is None:
+            done = [number for path, number in self._numbers.items() if not self._waits(path)]
+            self._encoder = Encoder(self._extraction, self._videos, order, done)
+        else:
+            self._encoder.first(order)
+
+    def _end(self):
+        self._encoder.close()
+        for path in self._numbers:
+            if path in self._faults:
+                continue
+            if self._state(path) == MADE:
+                self._made.add(path)
+            elif self._state(path) == FAILED:
+                self._why_not(path)
+        self._encoder.board.close()
+        self._encoder = None
+
+    def told(self) -> str | None:
+        """A line on the videos of which features are made; None where there are none."""
+        if self.tower is None:
+            return None
+        rows, channels = self.made_shape
+        made = len(self._videos) - len(self.unmade)
+        return (f"features: {len(self._videos):,} videos of --video_folder have no feature file there; "
+                f"{made:,} have one in {shown(self.cache)}, {len(self.unmade):,} are encoded when they are needed, by "
+                f"{shown(self.tower)} ({rows} × {channels} each)")
+
+
+def training_features(config, names=()):
+    """The features of a run: `OnlineFeatures`, or None for text only.
+
+    Args:
+        names: of records' videos, for whoever reads nothing else of them: the folder is settled for these.
+
+    Raises:
+        ValueError: as `OnlineFeatures` and its `settle`.
+    """
+    if config.video_folder is None:
+        return None
+    features = OnlineFeatures(config)
+    for name in names:
+        with contextlib.suppress(ValueError, OSError):  # told where it is read
+            features.resolve(name)
+    features.settle()
+    return features
+
+
+def _tower_of_model(config):
+    """The tower that made the features of the weights which training starts from, or the model's own; None if nothing
+    tells."""
+    model = config.model_name_or_path
+    start = getattr(config, "pretrain_mm_mlp_adapter", None) or model
+    return choose_tower(None, of_weights(start), start, otherwise=read_settings(model).get("mm_vision_tower"))
