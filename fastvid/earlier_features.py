@@ -128,11 +128,12 @@ class EarlierFeatures:
 
     def _there(self, target) -> list[str]:
         """The feature files, of any format, that a video has; `target` is that of this job's."""
-        folder, name = os.path.split(target)
+        folder, slash, name = target.rpartition("/")
+        folder += slash
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         names, stem = self._names[folder], name.removesuffix(f".{self.format}")
-        return [os.path.join(folder, stem + suffix) for suffix in SUFFIXES if stem + suffix in names]
+        return [folder + stem + suffix for suffix in SUFFIXES if stem + suffix in names]
 
     def _named(self, path):
         """A file's name in the manifest."""
@@ -156,10 +157,13 @@ class EarlierFeatures:
 
     def _difference(self, made) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
-        noted = str([made.get(name) for name in self.settings])  # the same in most of them
-        if noted not in self._differences:
-            self._differences[noted] = self._found_difference(made)
-        return self._differences[noted]
+        noted = tuple(map(made.get, self.settings))  # the same in most of them
+        try:
+            return self._differences[noted]
+        except KeyError:
+            return self._differences.setdefault(noted, self._found_difference(made))
+        except TypeError:  # a list or an object, which no setting is
+            return self._found_difference(made)
 
     def _found_difference(self, made):
         for name, value in self.settings.items():

@@ -49,9 +49,7 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
                                      follow_links=config.follow_links)
         manifest = Manifest(config.clip_feat_path)
     features = VideoFeatures(config)
-    features.open()
-    if features.encoder.device.type == "cpu":
-        host_memory.keep_freed(True)
+    features.describe()
     leases, watch = Leases(config.clip_feat_path), watch or Watch()
     watch.failed_since(manifest)
     earlier = EarlierFeatures(config, features.settings, features.shape, manifest)

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from fastvid import signals
+from fastvid import host_memory, signals
 from fastvid.extract_summary import Summary
 from fastvid.video.dealing import Turns
 from fastvid.video.decode import DecodeError
@@ -66,7 +66,7 @@ class Extraction:
     """One rank's part of an extraction."""
 
     def __init__(self, features, manifest, earlier, leases, watch):
-        self.features, self.config, self.pipeline = features, features.config, features.pipeline
+        self.features, self.config, self.pipeline, self._decoders = features, features.config, None, None
         self.manifest, self.earlier, self.leases, self.watch = manifest, earlier, leases, watch
         self.looked, self.among_others = time.monotonic(), False
 
@@ -77,18 +77,18 @@ class Extraction:
             shares: as `fastvid.video.dealing.deal` gives them.
             rank: whose share is this process's.
         """
-        summary = Summary(total=len(shares[rank]), max_failures=self.config.max_failures, notes=self.pipeline.notes)
+        summary = Summary(total=len(shares[rank]), max_failures=self.config.max_failures)
         stop, at_hand = [], _AtHand()
-        shares, start = self.watch.begin(shares, rank, summary, self.pipeline.counts)
+        shares, start = self.watch.begin(shares, rank, summary)
         self.began = time.perf_counter()
         turns = Turns(shares, rank, self.config.take_over, self.watch.suspects)
         with (signals.noted(stop.append), progress(summary) as bar,
               ThreadPoolExecutor(1, "tower") as self._tower, ThreadPoolExecutor(_WRITERS, "write") as self._writers):
-            decoders = ThreadPoolExecutor(self.pipeline.at_a_time, "decode")
             try:
                 while not stop:
                     while self._has_room(turns, at_hand) and (piece := self._next(turns, stop, summary, bar)):
-                        at_hand.decoding[decoders.submit(self._prepare, *piece)] = piece[0]
+                        start += self._open(summary)
+                        at_hand.decoding[self._decoders.submit(self._prepare, *piece)] = piece[0]
                     if not at_hand.videos:
                         if not turns.waits:
                             break
@@ -104,7 +104,8 @@ class Extraction:
                 while at_hand.in_tower or at_hand.writing:  # they were with the tower when the signal came
                     self._collect(at_hand, _POLL, (), summary, bar, decoding=False)
             finally:
-                decoders.shutdown(wait=False, cancel_futures=True)
+                if self._decoders is not None:
+                    self._decoders.shutdown(wait=False, cancel_futures=True)
                 until = time.monotonic() + _GRACE
                 while not all(future.done() for future in at_hand.decoding):
                     self.pipeline.kill()
@@ -114,14 +115,34 @@ class Extraction:
                 for stage in (self._tower, self._writers):
                     stage.shutdown(cancel_futures=True)
         summary.interrupted = stop[0] if stop else None
-        summary.notes = [*summary.notes, *self.pipeline.told()]
+        if self.pipeline is not None:
+            summary.notes += self.pipeline.told()
         summary.seconds = time.perf_counter() - start
         return summary
+
+    def _open(self, summary) -> float:
+        """Load the tower and make the decoders, for the first video that needs them; the seconds that it took.
+
+        Where all is done already, that need not be.
+        """
+        if self.pipeline is not None:
+            return 0.0
+        start = time.perf_counter()
+        self.features.open()
+        self.pipeline = self.features.pipeline
+        if self.pipeline.encoder.device.type == "cpu":
+            host_memory.keep_freed(True)
+        self._decoders = ThreadPoolExecutor(self.pipeline.at_a_time, "decode")
+        summary.notes += self.pipeline.notes
+        self.watch.decodes(self.pipeline.counts)
+        self.began = time.perf_counter()
+        return self.began - start
 
     def _has_room(self, turns, at_hand):
         """Whether one more can be begun. A suspect is alone."""
         names = [video.name for video in at_hand.videos]
-        return len(names) < (1 if turns.has_first or self.watch.suspects & set(names) else self.pipeline.ahead)
+        alone = self.pipeline is None or turns.has_first or self.watch.suspects & set(names)
+        return len(names) < (1 if alone else self.pipeline.ahead)
 
     def _collect(self, at_hand, timeout, stop, summary, bar, decoding=True):
         """Wait for a stage to be done with something, and hand it on to the next one; whichever video is first goes on.

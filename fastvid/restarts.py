@@ -55,12 +55,15 @@ class Watch:
 
     suspects, code = frozenset(), None
 
-    def begin(self, shares, rank, summary, decoded):
+    def begin(self, shares, rank, summary):
         """Set-up is over: (shares without what was settled before, seconds of `time.perf_counter` at the first start).
 
-        What was settled before is added to the summary, and to the counts of what decoded how many.
+        What was settled before is added to the summary.
         """
         return shares, time.perf_counter()
+
+    def decodes(self, counts):
+        """The decoders are there, and will count what decoded how many; what did before is added."""
 
     def failed_since(self, manifest):
         """Have the manifest know the videos that failed elsewhere since the first start."""
@@ -154,9 +157,9 @@ class _Watched(Watch):
 
     def __init__(self, history, writer):
         self._history, self._writer, self._lock = history, writer, threading.Lock()
-        self.suspects = frozenset(history.suspects)
+        self.suspects, self._counts = frozenset(history.suspects), history.decoded
 
-    def begin(self, shares, rank, summary, decoded):
+    def begin(self, shares, rank, summary):
         history = self._history
         own = {video.name for video in shares[rank]}
         history.began = history.began or time.perf_counter()
@@ -171,11 +174,13 @@ class _Watched(Watch):
                 summary.padded += message["padded"]
                 summary.damaged += message["damaged"]
         summary.notes = [*summary.notes, *history.notes()]
-        decoded.update(history.decoded)
-        self._decoded = decoded
         left = [[replace(video, fault=history.given_up.get(video.name, video.fault)) for video in share
                  if video.name not in history.settled] for share in shares]
         return left, history.began
+
+    def decodes(self, counts):
+        counts.update(self._history.decoded)
+        self._counts = counts
 
     def failed_since(self, manifest):
         """Others' failures are not tried again, as they are not by a process that saw them come."""
@@ -204,7 +209,7 @@ class _Watched(Watch):
 
     def settled(self, name, failure=None, *, padded=False, damaged=False):
         self._tell({"settled": name, "failure": failure, "padded": padded, "damaged": damaged,
-                    "decoded": dict(self._decoded)})
+                    "decoded": dict(self._counts)})
 
     def lost(self, why, names):
         self._tell({"lost": why, "late": list(names)})

@@ -19,7 +19,9 @@ from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.listing import no_video
 from fastvid.video.pipeline import Pipeline, Prepared
 from fastvid.video.sampling import frame_indices
+from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.fidelity import Fidelity
+from fastvid.video.towers.load import tower_sizes
 
 _DAMAGED = ("is damaged", "does not decode to its end")  # how the reasons begin that --allow_damaged tolerates
 TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-patch14-336"}
@@ -59,8 +61,8 @@ class VideoFeatures:
 
     Attributes:
         encoder, pipeline: once it is open.
-        settings: what two extractions must have in common for their features to go together.
-        shape: [rows, channels] of the features.
+        settings: what two extractions must have in common for their features to go together; once it is described.
+        shape: [rows, channels] of the features; once it is described.
     """
 
     def __init__(self, config):
@@ -70,36 +72,47 @@ class VideoFeatures:
     def __reduce__(self):
         return VideoFeatures, (self.config,)
 
-    def open(self, *, decoders=True):
-        """Load the tower and make the decoders, unless that was done.
+    def describe(self):
+        """Find out the settings and the shape, which takes neither the tower's weights nor a decoder.
 
-        Args:
-            decoders: False where no video is decoded: to know the settings and the shape of what others make.
+        Raises:
+            ValueError: an unusable tower, or flags that do not go together.
+        """
+        refuse_departures(self.config)
+        config = self.config
+        image_size, patch_size, channels = tower_sizes(self._tower)
+        self.settings = settings_of(config, revisions(self._tower)[0], image_size, patch_size)
+        self.shape = [config.num_frames + (image_size // patch_size) ** 2, channels]
+
+    @property
+    def _tower(self):
+        return self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
+
+    def open(self):
+        """Load the tower and make the decoders, unless that was done.
 
         Raises:
             ValueError: an unusable tower, device or decoder.
         """
         with self._opening:
-            refuse_departures(self.config)
             if self.encoder is None:
+                self.describe()
                 self._open_tower()
-            if decoders and self.pipeline is None:
+            if self.pipeline is None:
                 self.pipeline = Pipeline(
                     self.encoder, decoder=self.config.decoder, workers=self.config.decode_workers,
                     timeout=self.config.timeout, allow_damaged=self.config.allow_damaged)
 
     def _open_tower(self):
-        config, tower = self.config, self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
+        config, tower = self.config, self._tower
         make = functools.partial(
             FeatureEncoder, tower, device=config.device or default_device(),
             dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
             num_temporal=config.num_frames, plain=config.policy.plain_tower)
         fp8 = config.tower_dtype == "fp8"
         self.encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
-        self.settings = settings_of(config, self.encoder.revision, self.encoder.image_size, self.encoder.patch_size)
         self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
                         "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
-        self.shape = [config.num_frames + self.encoder.num_patches, self.encoder.hidden_size]
 
     def close(self):
         """End the decoders, once no thread uses them; a later use opens them again."""

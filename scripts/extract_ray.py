@@ -36,7 +36,7 @@ def main(argv=None) -> int:
     config = parse(ExtractConfig, flags)
     videos, _ = find_videos(
         config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links)
-    (here := VideoFeatures(replace(config, device="cpu"))).open(decoders=False)
+    (here := VideoFeatures(config)).describe()
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
     (earlier := EarlierFeatures(config, here.settings, here.shape, manifest)).refuse_other_settings(videos)
     todo = [{"video": replace(video, fault=fault)} for video in videos

@@ -206,10 +206,10 @@ def _below(folder, follow_links, others):
         except OSError:  # one that may not be read
             continue
         for entry in entries:
-            name, ending = os.path.join(inner, entry.name), os.path.splitext(entry.name)[1]
+            name, ending = inner + entry.name, os.path.splitext(entry.name)[1]
             if _is_folder(entry):
                 if follow_links or not entry.is_symlink():
-                    folders.append((name, entry.path))
+                    folders.append((f"{name}/", entry.path))
                 else:
                     others["links"] += 1
             elif ending.lower() not in VIDEO_SUFFIXES:
@@ -229,8 +229,8 @@ def _is_folder(entry):
 
 
 def _output(folder, stem, suffix):
-    inner, base = os.path.split(stem)
-    path = os.path.join(folder, inner, name_of(base, suffix))
+    inner, slash, base = stem.rpartition("/")
+    path = f"{folder}/{inner}{slash}{name_of(base, suffix)}"
     return os.fspath(Path(path)) if "//" in path or "/./" in path else path
 
 
