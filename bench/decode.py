@@ -5,18 +5,23 @@
 Of one clip (default: 60 seconds of 720p H.264, drawn and encoded first: x264's preset medium, crf 23), 100 frames at
 336 pixels:
 
-- ``fastvid``: frames by `fastvid.video.decode.decode`, patch rows by `fastvid_kernels.frame_patchify`, in this process.
+- ``fastvid``: frames by `fastvid.video.decode.decode`, patch rows by `fastvid_kernels.frame_patchify`, with memory kept
+  from video to video (`fastvid.host_memory`), as `fastvid extract` has it on a CPU.
 - ``reference``: PG-Video-LLaVA's way, frames by decord's ``get_batch``, then its float resize, PIL images and CLIP's
   image processor.
 - ``pyav``: a loop that decodes the whole file with PyAV, converts nothing and keeps nothing.
 
-Rounds take turns; the pixels are compared first. ``--json`` writes the rows and "ratios": ``preprocess_vs_reference``,
+Each way has a process of its own, in which it first runs once. Rounds take turns; the pixels are compared first.
+``--json`` writes the rows and "ratios": ``preprocess_vs_reference``,
 the reference's seconds over ours, and ``overhead_vs_pyav``, ours over the bare loop's.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +35,7 @@ from harness import environment
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from fastvid import host_memory
 from fastvid.video.decode import decode
 from fastvid.video.sampling import frame_indices
 
@@ -85,30 +91,73 @@ def patch_rows(pixels_T3SS):
     return torch.nn.functional.pad(rows, (0, row_length(PATCH) - rows.shape[2]))
 
 
+WAYS = {"fastvid": ours, "reference": reference, "pyav": bare}
+
+
+def serve(name, path):
+    """Go the way `name` whenever a line comes on stdin, and print the seconds. The first time is not told."""
+    if name == "fastvid":
+        host_memory.keep_freed(True)
+    arguments = [path, *_about(name)]
+    with torch.no_grad():
+        WAYS[name](*arguments)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            begin = time.perf_counter()
+            WAYS[name](*arguments)
+            print(time.perf_counter() - begin, flush=True)
+
+
+def _about(name):
+    """What a way needs beside the path."""
+    if name == "pyav":
+        return []
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    return [processor] if name == "reference" else [processor.image_mean, processor.image_std]
+
+
+@contextlib.contextmanager
+def process(name, path):
+    """A process of `serve`."""
+    with subprocess.Popen([sys.executable, __file__, "--serve", name, "--video", path], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as served:
+        if served.stdout.readline() != "ready\n":
+            raise SystemExit(f"the process of {name} ended")
+        yield served
+
+
+def ask(served):
+    """Seconds of one more time."""
+    served.stdin.write("\n")
+    served.stdin.flush()
+    return float(served.stdout.readline())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--video", type=Path, help="default: drawn")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of the drawn clip")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    with tempfile.TemporaryDirectory() as folder:
+    if arguments.serve:
+        serve(arguments.serve, arguments.video)
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = arguments.video or Path(folder) / "clip.mp4"
         if arguments.video is None:
             draw(path, arguments.seconds)
-        ways = {"fastvid": lambda: ours(path, processor.image_mean, processor.image_std),
-                "reference": lambda: reference(path, processor), "pyav": lambda: bare(path)}
         with torch.no_grad():
-            found, expected = ways["fastvid"](), patch_rows(ways["reference"]())
+            found, expected = ours(path, *_about("fastvid")), patch_rows(reference(path, *_about("reference")))
             if not torch.allclose(found, expected, atol=1e-6, rtol=0):
                 raise SystemExit("the pixels are not the reference's")
-            seconds = {name: [] for name in ways}
-            for _ in range(arguments.rounds):
-                for name, way in ways.items():
-                    begin = time.perf_counter()
-                    way()
-                    seconds[name].append(time.perf_counter() - begin)
+        del found, expected
+        served = {name: stack.enter_context(process(name, path)) for name in WAYS}
+        seconds = {name: [] for name in WAYS}
+        for _ in range(arguments.rounds):
+            for name in WAYS:
+                seconds[name].append(ask(served[name]))
         size = path.stat().st_size
     rows = [{"row": name, "seconds": statistics.median(found), "seconds_min": min(found), "seconds_max": max(found)}
             for name, found in seconds.items()]
