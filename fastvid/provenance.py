@@ -64,7 +64,8 @@ class Provenance:
     def of_header(cls, header):
         """From the header of a feature file, which tells the decoder and the conversion under "video".
 
-        A line of an extraction's manifest, where "video" is a name, tells the conversion that was asked for.
+        A line of an extraction's manifest, where "video" is a name, tells the decoder, and the conversion that was asked
+        for.
         """
         video = header.get("video") if isinstance(header, dict) else None
         own = {name: video[name] for name in ("decoder", "conversion") if name in video} if isinstance(

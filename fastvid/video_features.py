@@ -237,8 +237,8 @@ class VideoFeatures:
         content = feature_bytes(video.output, features_RC, header)
         folder = Path(self.config.clip_feat_path)
         made = {"file": video.output.relative_to(folder).as_posix(), "format": self.config.format,
-                "tower": header["tower"], **self.settings, "source_bytes": header["source_bytes"],
-                "sha256": hashlib.sha256(content).hexdigest()}
+                "tower": header["tower"], **self.settings, "decoder": header["video"]["decoder"],
+                "source_bytes": header["source_bytes"], "sha256": hashlib.sha256(content).hexdigest()}
         video.output.parent.mkdir(parents=True, exist_ok=True)
         if before is not None:
             before(made)
