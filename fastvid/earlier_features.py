@@ -31,7 +31,7 @@ class EarlierFeatures:
     def __init__(self, config, settings, shape, manifest):
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
-        self._prefix, self._differences = os.path.join(config.clip_feat_path, ""), {}
+        self._prefix, self._differences = os.path.join(self.folder, ""), {}
         self._names = {}  # of the files in each folder of features
         self._matching = {}  # of videos, the manifest entry that matches their feature file
 
@@ -157,7 +157,7 @@ class EarlierFeatures:
 
     def _difference(self, made) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
-        noted = tuple(map(made.get, self.settings))  # the same in most of them
+        noted = made.get("tower"), *map(made.get, self.settings)  # the same in most of them
         try:
             return self._differences[noted]
         except KeyError:

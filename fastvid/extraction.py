@@ -42,16 +42,16 @@ class _AtHand:
 
     Attributes:
         decoding, writing: {future: video}.
-        computing: futures of the tower's thread.
+        computing: {future of the tower's thread: name of the video; None of a flush}.
         in_tower: those that were handed to the tower and have not come out of it, by name.
-        filled: when the tower last had something to do.
+        waiting: of those whose last frames wait for others to fill a pass with: since when, by name.
     """
 
     decoding: dict = field(default_factory=dict)
-    computing: set = field(default_factory=set)
+    computing: dict = field(default_factory=dict)
     in_tower: dict = field(default_factory=dict)
+    waiting: dict = field(default_factory=dict)
     writing: dict = field(default_factory=dict)
-    filled: float = 0.0
 
     @property
     def videos(self) -> list:
@@ -80,7 +80,7 @@ class Extraction:
         summary = Summary(total=len(shares[rank]), max_failures=self.config.max_failures)
         stop, at_hand = [], _AtHand()
         shares, start = self.watch.begin(shares, rank, summary)
-        self.began = time.perf_counter()
+        self.began, self.before = time.perf_counter(), summary.frames
         turns = Turns(shares, rank, self.config.take_over, self.watch.suspects)
         with (signals.noted(stop.append), progress(summary) as bar,
               ThreadPoolExecutor(1, "tower") as self._tower, ThreadPoolExecutor(_WRITERS, "write") as self._writers):
@@ -158,21 +158,24 @@ class Extraction:
                 piece = future.result()
                 if piece.failure is None:
                     at_hand.in_tower[video.name] = video
-                    at_hand.computing.add(self._tower.submit(self._compute, video, piece))
+                    at_hand.computing[self._tower.submit(self._compute, video, piece)] = video.name
                 else:
                     self._count(video, piece, piece.failure, piece.seconds, summary, bar)
             elif future in at_hand.computing:
-                at_hand.computing.remove(future)
-                at_hand.filled = time.monotonic()
+                name = at_hand.computing.pop(future)
+                at_hand.waiting[name] = time.monotonic()
                 for features in future.result():
                     video, piece = features.key
                     del at_hand.in_tower[video.name]
+                    at_hand.waiting.pop(video.name, None)
                     at_hand.writing[self._writers.submit(self._finish, video, piece, features)] = video
+                at_hand.waiting.pop(None, None)
             else:
                 self._count(at_hand.writing.pop(future), *future.result(), summary, bar)
-        if at_hand.in_tower and not at_hand.computing:  # none of them fills a pass
-            if not (decoding and at_hand.decoding) or time.monotonic() - at_hand.filled > _FILL:
-                at_hand.computing.add(self._tower.submit(self._flush, list(at_hand.in_tower)))
+        if at_hand.waiting and None not in at_hand.computing.values():
+            others_come = at_hand.computing or decoding and at_hand.decoding
+            if not others_come or time.monotonic() - min(at_hand.waiting.values()) > _FILL:
+                at_hand.computing[self._tower.submit(self._flush, list(at_hand.waiting))] = None
 
     def _end_now(self, late, videos, summary, bar, code=1):
         """End the process with an exit code: a thread that waits for a GPU's decoder cannot be ended alone.
@@ -290,13 +293,17 @@ class Extraction:
             self._fail(video, failure, seconds, summary, bar)
         else:
             summary.extracted += 1
-            summary.frames += min(piece.prepared.info.frames, self.config.num_frames)
+            summary.frames += self._frames(piece)
             summary.padded += self._is_padded(piece)
             summary.damaged += piece.prepared.info.damaged > 0
         self.leases.release(self._named(video))
-        rate, failed = summary.frames / (time.perf_counter() - self.began), summary.failed()
+        rate = (summary.frames - self.before) / (time.perf_counter() - self.began)
+        failed = summary.failed()
         bar.set_postfix_str(f"{rate:.0f} frames/s" + (f", failed: {failed}" if failed else ""), refresh=False)
         bar.update()
+
+    def _frames(self, piece):
+        return min(piece.prepared.info.frames, self.config.num_frames)
 
     def _is_padded(self, piece):
         return piece.prepared.info.frames < self.config.num_frames
@@ -320,7 +327,8 @@ class Extraction:
         try:
             made = self.features.save(video, features_RC, header, before)
             self.manifest.append(video.name, "ok", seconds=round(seconds, 3), **made)
-            self.watch.settled(video.name, padded=self._is_padded(piece), damaged=piece.prepared.info.damaged > 0)
+            self.watch.settled(video.name, frames=self._frames(piece), padded=self._is_padded(piece),
+                               damaged=piece.prepared.info.damaged > 0)
         except OSError as error:
             return why_not_written(error)
         return None

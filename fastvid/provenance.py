@@ -64,7 +64,7 @@ class Provenance:
     def of_header(cls, header):
         """From the header of a feature file, which tells the decoder and the conversion under "video".
 
-        A line of an extraction's manifest, where "video" is a name, tells the decoder, and the conversion that was asked
+        A line of an extraction's manifest, where "video" is a name, tells the decoder and which conversion was asked
         for.
         """
         video = header.get("video") if isinstance(header, dict) else None

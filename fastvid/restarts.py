@@ -81,7 +81,7 @@ class Watch:
         """How a video is decoded, as further arguments of `VideoFeatures.prepare`."""
         return {}
 
-    def settled(self, name, failure=None, *, padded=False, damaged=False):
+    def settled(self, name, failure=None, *, frames=0, padded=False, damaged=False):
         """A video has its features, or a reason why there are none."""
 
     def lost(self, why, names):
@@ -171,6 +171,7 @@ class _Watched(Watch):
                 summary.fail(name, message["failure"])
             else:
                 summary.extracted += 1
+                summary.frames += message["frames"]
                 summary.padded += message["padded"]
                 summary.damaged += message["damaged"]
         summary.notes = [*summary.notes, *history.notes()]
@@ -207,8 +208,8 @@ class _Watched(Watch):
     def options(self, name):
         return {"hardware": False} if self._history.suspects.get(name) == BY_PYAV else {}
 
-    def settled(self, name, failure=None, *, padded=False, damaged=False):
-        self._tell({"settled": name, "failure": failure, "padded": padded, "damaged": damaged,
+    def settled(self, name, failure=None, *, frames=0, padded=False, damaged=False):
+        self._tell({"settled": name, "failure": failure, "frames": frames, "padded": padded, "damaged": damaged,
                     "decoded": dict(self._counts)})
 
     def lost(self, why, names):

@@ -1,5 +1,6 @@
 """A decoder in a process of its own: the same frames; crashes and hangs cost one video."""
 
+import errno
 import gc
 import hashlib
 import os
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from clips import draw, endless
 
-from fastvid.video.decode import DecodeError, decode
+from fastvid.video.decode import DecodeError, decode, shared_frames
+from fastvid.video.decode import worker as worker_module
 from fastvid.video.decode.worker import DecodeWorker, limit
 
 
@@ -65,6 +67,42 @@ def test_memory_goes_back_to_the_system(tmp_path):
     del frames, worker
     gc.collect()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_piece_cannot_be_cut(tmp_path, worker):
+    """Whoever reads beyond the end of shared memory is ended by the system."""
+    piece = worker._shared.take(100)
+    for size in (50, 200):
+        with pytest.raises(PermissionError):
+            os.ftruncate(piece.descriptor, size)
+
+
+def test_few_pieces_are_kept(tmp_path, worker):
+    path = draw(tmp_path / "a.mp4")
+    held = [worker.decode(path, num_frames=4, size=14)[0] for _ in range(5)]
+    del held
+    assert len(worker._shared._free) == 2
+
+
+@pytest.mark.parametrize("what", ["map", "send"])
+def test_what_this_process_cannot_do_ends_no_run(tmp_path, worker, monkeypatch, what):
+    path = draw(tmp_path / "a.mp4")
+    expected = worker.decode(path, num_frames=4, size=14)[0].copy()
+
+    def fails(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    worker._shared.clear()
+    if what == "map":
+        monkeypatch.setattr(shared_frames.mmap, "mmap", fails)
+        assert np.array_equal(worker.decode(path, num_frames=4, size=14)[0], expected)  # by the pipe
+    else:
+        monkeypatch.setattr(worker_module, "_TO_END", 0.1)
+        monkeypatch.setattr(shared_frames, "send", fails)
+        with pytest.raises(DecodeError, match="could not be reached .*Too many open files"):
+            worker.decode(path, num_frames=4, size=14)
+    monkeypatch.undo()
+    assert np.array_equal(worker.decode(path, num_frames=4, size=14)[0], expected)
 
 
 def test_frames_come_by_the_pipe_where_no_memory_is_shared(tmp_path, worker, monkeypatch):

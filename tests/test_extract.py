@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -582,6 +583,42 @@ def test_results_are_collected_while_finished_videos_are_passed_over(job, made, 
     monkeypatch.setattr(extraction.Extraction, "_count", lambda *all: order.append("counted") or count(*all))
     summary = extract(job(videos))
     assert (summary.extracted, summary.skipped) == (1, 20) and order.index("counted") < 20
+
+
+@pytest.mark.parametrize("spelling", ["./features", "features/", "x/..//features", "./x/./../features"])
+def test_a_folder_is_the_same_however_it_is_spelt(job, tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    assert extract(job(format="pkl")).extracted == 3
+    again = extract(replace(job(format="pkl"), clip_feat_path=spelling))
+    assert (again.extracted, again.skipped) == (0, 3)
+
+
+def test_frames_wait_for_a_full_pass_only_so_long(job, made, tmp_path, monkeypatch):
+    """Whole passes of other videos never take them along."""
+    monkeypatch.setattr(extraction, "_FILL", 0.2)
+    videos = tmp_path / "many"
+    videos.mkdir()
+    draw(videos / "0.mp4", 30)  # the first one, of which five frames are taken
+    for number in range(1, 13):
+        draw(videos / f"{number}.mp4", 6)  # two passes of three frames
+    decoded, prepare = [], Pipeline.prepare
+
+    def slow(self, path, **options):
+        if decoded:
+            time.sleep(0.15)
+        decoded.append(path.name)
+        prepared = prepare(self, path, **options)
+        if path.name == "0.mp4":
+            prepared = replace(prepared, frames=prepared.frames[:5])
+        return prepared
+
+    written, write = [], extraction.Extraction._write
+    monkeypatch.setattr(Pipeline, "prepare", slow)
+    monkeypatch.setattr(extraction.Extraction, "_write", lambda self, video, *rest: written.append(
+        video.name) or write(self, video, *rest))
+    assert extract(job(videos, infer_batch=3, decode_workers=3)).extracted == 13
+    assert decoded[0] == "0.mp4" and written.index("0.mp4") < 10
 
 
 def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):

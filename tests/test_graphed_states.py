@@ -91,6 +91,20 @@ def test_where_it_cannot_be_captured_passes_are_plain_and_a_line_says_so_once(to
         "launched one by one"]
 
 
+def test_a_moment_without_memory_does_not_give_up_the_graph(tower):
+    captures, short = Captures(), [True]
+
+    def capture(*arguments):
+        if short.pop() if short else False:
+            raise torch.OutOfMemoryError("no memory")
+        return captures(*arguments)
+
+    states_of = GraphedStates(tower, 2, CPU, capture=capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        states_of(patches(2))
+    assert torch.equal(states_of(patches(2)), tower.states(patches(2))) and states_of.captured
+
+
 def test_no_graph_on_a_cpu(tower, monkeypatch):
     monkeypatch.setattr(graph, "captured", None)
     assert torch.equal(GraphedStates(tower, 2, CPU)(patches(2)), tower.states(patches(2)))

@@ -1,10 +1,14 @@
 """Passes that several videos share: each video's features are those that it has alone."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from towers import write_siglip, write_tower
 
+from fastvid.video import passes as module
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.passes import Passes
 
@@ -113,6 +117,59 @@ def test_no_memory_costs_the_videos_of_one_pass(encoder, monkeypatch, times):
                 one.result()
         else:
             assert torch.equal(one.result(), encoder.encode(clips[one.key]))
+
+
+def test_a_tower_that_differs_from_some_place_on_shares_none(encoder, monkeypatch):
+    """As where the last rows of a matrix are multiplied by other instructions."""
+    states = encoder.tower.states
+
+    def by_place(patches_BPK):
+        found = states(patches_BPK).clone()
+        found[3:] += 0.25
+        return found
+
+    monkeypatch.setattr(encoder.tower, "states", by_place)
+    clips, passes = videos([1, 1, 1, 3, 3, 2, 1]), Passes(encoder)
+    found, _ = together(passes, clips)
+    for number, clip in enumerate(clips):
+        assert torch.equal(found[number], encoder.encode(clip)), number
+    assert passes.notes
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_no_memory_for_pooling_costs_its_video(encoder, monkeypatch, times):
+    pool, left = module.spatio_temporal_pool, [times]
+
+    def short_of_memory(*arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("no memory")
+        return pool(*arguments, **options)
+
+    expected = encoder.encode(videos([4])[0])
+    monkeypatch.setattr(module, "spatio_temporal_pool", short_of_memory)
+    done = Passes(encoder).add(0, videos([4])[0]) + Passes(encoder).add(1, videos([4])[0])
+    failed = [one for one in done if one._error is not None]
+    assert len(failed) == times and all(torch.equal(one.result(), expected) for one in done if one not in failed)
+
+
+def test_what_failed_keeps_no_states(encoder, monkeypatch):
+    """They are large: without memory for one video there would be none for the next."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    passes, kept = Passes(encoder), []
+
+    def fails(patches_BPK):
+        kept.append(weakref.ref(patches_BPK))
+        raise torch.OutOfMemoryError("no memory")
+
+    passes._states = fails
+    gc.disable()
+    try:
+        done = passes.add(0, videos([8])[0])
+        assert len(kept) == 2 and not any(patches() is not None for patches in kept)
+    finally:
+        gc.enable()
+    assert done[0]._error.__traceback__ is None
 
 
 def test_a_video_of_no_frames_or_too_many_is_refused(encoder):

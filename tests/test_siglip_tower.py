@@ -17,7 +17,7 @@ from fastvid.data.features import load_features
 from fastvid.data.video_tokens import tower_geometry
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.clip import ClipTower
-from fastvid.video.towers.load import open_tower
+from fastvid.video.towers.load import open_tower, tower_sizes
 from fastvid.video.towers.siglip import SiglipTower
 
 CPU = torch.device("cpu")
@@ -147,6 +147,16 @@ def test_preprocessing_of_another_tower_is_refused_until_both_are_the_towers(tmp
         settings = {"size": {"height": side, "width": side}} if side else {}
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         assert FeatureEncoder(tmp_path, device="cpu").image_size == taken
+
+
+def test_the_header_tells_the_size_of_the_pictures(tmp_path):
+    write_siglip(tmp_path / "tower", settings={"size": {"height": 28, "width": 28}})  # of 30, of which 28 fill patches
+    sizes = tower_sizes(tmp_path / "tower")
+    encoder = FeatureEncoder(tmp_path / "tower", device="cpu", dtype=torch.float32)
+    assert sizes == (28, 14, 48) == (encoder.image_size, encoder.patch_size, encoder.hidden_size)
+    (tmp_path / "tower" / "preprocessor_config.json").write_text('{"size": {"height": 56, "width": 56}}')
+    with pytest.raises(ValueError, match="makes pictures of 56 × 56"):
+        tower_sizes(tmp_path / "tower")
 
 
 def test_a_tower_without_a_fixed_resolution_is_refused_and_a_fixed_one_is_taken(tmp_path):

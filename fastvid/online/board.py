@@ -9,7 +9,7 @@ import mmap
 import os
 
 WAITS, MADE, FAILED = range(3)  # the state of a video; it changes once
-_FINISHED, _LENGTH, _LONGEST = 8, 4, 8192  # bytes: of the count, of the message's length, of the message at most
+_FINISHED, _LENGTH, _LONGEST = 8, 4, 16384  # bytes: of the count, of the message's length, of the message at most
 
 
 class Board:
@@ -48,7 +48,8 @@ class Board:
     def tell(self, error):
         """Leave word of what ends the encoder."""
         kind = next(kind for kind in (ValueError, OSError, Exception) if isinstance(error, kind))
-        content = json.dumps([kind.__name__, " ".join(str(error).split())[:_LONGEST // 8]]).encode()
+        message = " ".join(str(error).split())[:_LONGEST // 16]  # a character may take twelve bytes of JSON
+        content = json.dumps([kind.__name__, message]).encode()
         begin = self.count + _FINISHED
         self._memory[begin + _LENGTH:begin + _LENGTH + len(content)] = content
         self._memory[begin:begin + _LENGTH] = len(content).to_bytes(_LENGTH, "little")

@@ -5,7 +5,8 @@ a video's features.
 
 A frame's states must not depend on what else is in its pass, nor on its place there: else a video's features would
 depend on the videos that happened to be decoded beside it. Matrix products of a fixed shape keep to that on every
-device we know; two further passes of the first frames that could share one tell whether they do here.
+device we know. Whether they do here is asked twice before the first pass is shared: of one frame at every place of a
+pass, and of the same frame beside others.
 """
 
 from __future__ import annotations
@@ -153,15 +154,13 @@ class Passes:
         Without memory for it these videos fail, and no other.
         """
         start = time.perf_counter()
-        try:
-            try:
-                self._compute(parts)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                self._compute(parts)
-        except torch.OutOfMemoryError as error:
+        error = _short_of_memory(lambda: self._compute(parts))
+        if error is not None:
+            torch.cuda.empty_cache()
+            error = _short_of_memory(lambda: self._compute(parts))
+        if error is not None:
             for video, _ in parts:
-                video.error = error
+                video.error, video.states_TPC = error, None
         for video, n in parts:
             video.begun += n
             video.seconds += time.perf_counter() - start
@@ -180,9 +179,11 @@ class Passes:
             self._keep(parts, self._states(torch.cat(rows) if len(rows) > 1 else rows[0]))
 
     def _can_share(self, rows):
-        """Whether the last of several videos in a pass has the states there that it has alone."""
-        alone = self._states(rows[-1]).clone()
-        return torch.equal(self._states(torch.cat(rows))[-len(rows[-1]):], alone)
+        """Whether a frame has the same states, to the bit, at every place of a pass, and beside any others."""
+        frame_1PK, B = rows[-1][:1], self.encoder.batch_size
+        everywhere_BPC = self._states(frame_1PK.expand(B, -1, -1)).view(torch.int16).clone()
+        beside_others_1PC = self._states(torch.cat([*rows[:-1], frame_1PK]))[-1:].view(torch.int16)
+        return bool((everywhere_BPC == beside_others_1PC).all())
 
     def _keep(self, parts, states_BPC):
         """Copy the states of a pass, which the next one overwrites, to the videos that they are of."""
@@ -195,14 +196,32 @@ class Passes:
             start += n
 
     def _done(self, video):
-        if video.error is not None:
-            return Features(video.key, video.seconds, _error=video.error)
+        features = Features(video.key, video.seconds)
+        features._error = video.error or _short_of_memory(lambda: self._pool(video, features))
+        return features
+
+    def _pool(self, video, features):
         features_RC = spatio_temporal_pool(video.states_TPC, num_temporal=self.encoder.num_temporal)
         if features_RC.device.type != "cuda":
-            return Features(video.key, video.seconds, features_RC.cpu())
-        # Through pinned memory, so that the next pass is queued meanwhile.
-        on_host = torch.empty(features_RC.shape, dtype=features_RC.dtype, pin_memory=True)
-        on_host.copy_(features_RC, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return Features(video.key, video.seconds, on_host, copied)
+            features._features_RC = features_RC.cpu()
+            return
+        # Through pinned memory, so that the next pass is queued meanwhile. The device may not be the current one.
+        with torch.cuda.device(features_RC.device):
+            on_host = torch.empty(features_RC.shape, dtype=features_RC.dtype, pin_memory=True)
+            on_host.copy_(features_RC, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        features._features_RC, features._copied = on_host, copied
+
+
+def _short_of_memory(compute) -> torch.OutOfMemoryError | None:
+    """Call `compute`: the error if there is no memory for it.
+
+    Without the error's traceback, which would keep what was computed so far.
+    """
+    try:
+        compute()
+    except torch.OutOfMemoryError as error:
+        error.__context__ = None
+        return error.with_traceback(None)
+    return None

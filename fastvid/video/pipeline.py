@@ -100,6 +100,8 @@ class Pipeline:
         for _ in range(self.towers):
             self._streams.put(self._new_stream())
         self._passes, self._stream = Passes(encoder), self._new_stream()
+        if encoder.device.type == "cuda":  # other streams do not wait for the one that the tower was made on
+            torch.cuda.synchronize(encoder.device)
         self.counts, self._begun, self._lock = Counter(), {}, threading.Lock()
 
     def _new_stream(self):

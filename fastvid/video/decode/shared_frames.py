@@ -4,6 +4,7 @@ A pipe would copy the frames twice, and every video would ask the system for new
 The memory is a file without a name, handed on by its descriptor: /dev/shm, which containers keep small, is not needed.
 """
 
+import fcntl
 import math
 import mmap
 import os
@@ -12,18 +13,26 @@ from multiprocessing import reduction
 
 import numpy as np
 
+_KEPT = 2  # free pieces of a worker
+
 
 class Piece:
-    """Some bytes of memory without a name.
+    """Some bytes of memory without a name, whose size is fixed: to read beyond its end would end the process.
 
     Raises:
         OSError: the system gives none.
     """
 
     def __init__(self, size):
-        self.size, self.descriptor = size, os.memfd_create("fastvid")
+        self.size, self.descriptor = size, os.memfd_create("fastvid", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self.descriptor)
         os.ftruncate(self.descriptor, size)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.map()
+
+    def map(self):
+        """Have memory for one array."""
+        self.memory = mmap.mmap(self.descriptor, self.size)
 
 
 class SharedFrames:
@@ -35,13 +44,15 @@ class SharedFrames:
 
     def take(self, size) -> Piece | None:
         """A piece of at least `size` bytes that nobody uses; None if the system has none."""
-        while self._free:
-            piece = self._free.pop()
-            if piece.size >= size:
-                return piece
         try:
+            while self._free:
+                piece = self._free.pop()
+                if piece.size >= size:
+                    if piece.memory is None:
+                        piece.map()
+                    return piece
             return Piece(size)
-        except (AttributeError, OSError):  # no such call here; no memory
+        except (AttributeError, OSError):  # no such call here; no memory, or no more open files
             return None
 
     def number(self, piece) -> tuple[int, bool]:
@@ -58,13 +69,14 @@ class SharedFrames:
 
     def array(self, piece, shape):
         """The uint8 array [*shape] in a piece, which is free again when the array and all views of it are gone."""
-        memory = mmap.mmap(piece.descriptor, piece.size)
-        weakref.finalize(memory, self._free.append, piece)
+        memory, piece.memory = piece.memory, None
+        weakref.finalize(memory, self.release, piece)
         return np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape)
 
     def release(self, piece):
-        """A piece of which no array was made is free again."""
-        self._free.append(piece)
+        """A piece is free again: no array of it is left, or none was made."""
+        if len(self._free) < _KEPT:
+            self._free.append(piece)
 
 
 class ReceivedFrames:

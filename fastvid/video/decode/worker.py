@@ -28,6 +28,7 @@ from fastvid.video.decode.info import DecodeError, VideoInfo
 from fastvid.video.decode.pyav import decode, duration
 from fastvid.video.decode.shared_frames import ReceivedFrames, SharedFrames
 
+_TO_END = 5.0  # seconds that a process takes to be gone, once its end of the pipe is closed
 _MOST_TIMES = 10  # the time-out, of a video that says that it lasts for years
 
 
@@ -103,7 +104,7 @@ class DecodeWorker:
         except (Unsuited, DecodeError):
             raise
         except (EOFError, OSError) as error:
-            raise DecodeError(path, self._cause_of_death()) from error
+            raise DecodeError(path, self._cause_of_death(error)) from error
         except BaseException:  # what is left of the answer would be taken for the next one
             self.close()
             raise
@@ -130,8 +131,12 @@ class DecodeWorker:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
         theirs.close()
 
-    def _cause_of_death(self):
-        code = self._process.wait()
+    def _cause_of_death(self, error):
+        try:
+            code = self._process.wait(_TO_END)
+        except subprocess.TimeoutExpired:  # it lives: this process could not speak to it
+            self.close()
+            return f"the decoder could not be reached ({error})"
         self.close()
         if code == -signal.SIGALRM:
             return f"decoding took longer than {self.timeout:g} s and its own length"

@@ -61,6 +61,8 @@ class GraphedStates:
         if self._capture is not None and self._replay is None:
             try:
                 self._replay = self._capture(self._states, self._patches_BPK)
+            except torch.OutOfMemoryError:  # whoever calls gives memory back, and tries again
+                raise
             except RuntimeError as error:
                 self._capture = None
                 _tell(str(error).strip().splitlines()[0])

@@ -9,7 +9,7 @@ from fastvid.files import shown, wrong_content
 from fastvid.folders import is_url
 from fastvid.video.towers.choice import is_path
 from fastvid.video.towers.clip import ClipTower
-from fastvid.video.towers.siglip import SiglipTower
+from fastvid.video.towers.siglip import SiglipTower, picture_size
 from fastvid.video.towers.transformer import VisionTower
 
 _SIZES = "image_size", "patch_size", "hidden_size"
@@ -45,8 +45,8 @@ def load_tower(tower, dtype):
     from safetensors import SafetensorError
     from transformers import CLIPVisionModel, SiglipVisionModel, logging
 
-    model_type = str(_config(tower).get("model_type"))
-    kind = SiglipVisionModel if model_type.startswith("siglip") else CLIPVisionModel
+    config = _config(tower)
+    kind = SiglipVisionModel if _is_siglip(config) else CLIPVisionModel
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # otherwise a whole model's unused text tower is listed weight by weight
     try:
@@ -56,8 +56,8 @@ def load_tower(tower, dtype):
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        raise ValueError(f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {model_type}): it has no "
-                         f"weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
+        raise ValueError(f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {config.get('model_type')}): it "
+                         f"has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
     return model.eval()
 
 
@@ -68,10 +68,18 @@ def tower_sizes(tower) -> tuple[int, int, int]:
         ValueError: it is missing or damaged, or is no vision tower of CLIP or SigLIP.
     """
     config = _config(tower)
+    siglip = _is_siglip(config)
     config = config.get("vision_config") or config
     if not all(isinstance(config.get(name), int) for name in _SIZES):
-        config = _with_defaults(config)
-    return tuple(config[name] for name in _SIZES)
+        config = _with_defaults(config, siglip)
+    image_size, patch_size, channels = (config[name] for name in _SIZES)
+    if siglip:
+        image_size = picture_size(_preprocessor(tower), image_size, patch_size)
+    return image_size, patch_size, channels
+
+
+def _is_siglip(config):
+    return str(config.get("model_type")).startswith("siglip")
 
 
 def _config(tower) -> dict:
@@ -95,12 +103,25 @@ def _config(tower) -> dict:
     return config
 
 
-def _with_defaults(config):
+def _preprocessor(tower) -> dict:
+    """A tower's preprocessor_config.json; {} where it has none. Of a folder it is read here, as `_config` does."""
+    if not os.path.isdir(tower):
+        return processor_settings(tower)
+    try:
+        with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _cannot_load(tower, error) from error
+    return settings if isinstance(settings, dict) else {}
+
+
+def _with_defaults(config, siglip):
     """A tower's configuration with what it leaves to transformers."""
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    kind = SiglipVisionConfig if str(config.get("model_type")).startswith("siglip") else CLIPVisionConfig
-    return kind(**config).to_dict()
+    return (SiglipVisionConfig if siglip else CLIPVisionConfig)(**config).to_dict()
 
 
 def _refuse_what_is_no_tower(tower):

@@ -16,13 +16,25 @@ class SiglipTower(VisionTower):
 
     def __init__(self, model, settings, device, *, fp8=False):
         super().__init__(model, settings, device, fp8=fp8)
-        size = settings.get("size")
-        height, width = (size.get(side) or self.image_size for side in ("height", "width")) if isinstance(
-            size, dict) else [self.image_size] * 2
-        if height != width or (height // self.patch_size) ** 2 != self.num_patches:
-            raise ValueError(f"the vision tower's preprocessor_config.json makes pictures of {height} × {width} pixels"
-                             f", its config.json takes {self.image_size} × {self.image_size}; download both again")
-        self.image_size = height
+        self.image_size = picture_size(settings, self.image_size, self.patch_size)
 
     def _place(self, model, norm, device):
         return model.embeddings.position_embedding.weight
+
+
+def picture_size(settings: dict, image_size: int, patch_size: int) -> int:
+    """Pixels per side of the pictures that a tower's preprocessor settings make.
+
+    Args:
+        image_size, patch_size: of the tower's own configuration.
+
+    Raises:
+        ValueError: such pictures have another number of patches than the tower.
+    """
+    size = settings.get("size")
+    height, width = (size.get(side) or image_size for side in ("height", "width")) if isinstance(
+        size, dict) else [image_size] * 2
+    if height != width or height // patch_size != image_size // patch_size:
+        raise ValueError(f"the vision tower's preprocessor_config.json makes pictures of {height} × {width} pixels"
+                         f", its config.json takes {image_size} × {image_size}; download both again")
+    return height
