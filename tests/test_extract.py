@@ -595,30 +595,30 @@ def test_a_folder_is_the_same_however_it_is_spelt(job, tmp_path, monkeypatch, sp
 
 
 def test_frames_wait_for_a_full_pass_only_so_long(job, made, tmp_path, monkeypatch):
-    """Whole passes of other videos never take them along."""
+    """Whole passes of other videos never take them along, and there is always one that is still decoded."""
     monkeypatch.setattr(extraction, "_FILL", 0.2)
     videos = tmp_path / "many"
     videos.mkdir()
-    draw(videos / "0.mp4", 30)  # the first one, of which five frames are taken
-    for number in range(1, 13):
+    draw(videos / "first.mp4", 40)  # of which five frames are taken
+    draw(videos / "long.mp4", 30)  # is decoded until a dozen are written
+    for number in range(20):
         draw(videos / f"{number}.mp4", 6)  # two passes of three frames
-    decoded, prepare = [], Pipeline.prepare
+    written, write, prepare = [], extraction.Extraction._write, Pipeline.prepare
 
     def slow(self, path, **options):
-        if decoded:
-            time.sleep(0.15)
-        decoded.append(path.name)
-        prepared = prepare(self, path, **options)
-        if path.name == "0.mp4":
-            prepared = replace(prepared, frames=prepared.frames[:5])
+        prepared, until = prepare(self, path, **options), time.monotonic() + 30
+        while path.name == "long.mp4" and len(written) < 12 and time.monotonic() < until:
+            time.sleep(0.02)
+        if path.name == "first.mp4":
+            return replace(prepared, frames=prepared.frames[:5])
+        time.sleep(0.1)
         return prepared
 
-    written, write = [], extraction.Extraction._write
     monkeypatch.setattr(Pipeline, "prepare", slow)
     monkeypatch.setattr(extraction.Extraction, "_write", lambda self, video, *rest: written.append(
         video.name) or write(self, video, *rest))
-    assert extract(job(videos, infer_batch=3, decode_workers=3)).extracted == 13
-    assert decoded[0] == "0.mp4" and written.index("0.mp4") < 10
+    assert extract(job(videos, infer_batch=3, decode_workers=3)).extracted == 22
+    assert written.index("first.mp4") < written.index("long.mp4")
 
 
 def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
