@@ -36,7 +36,7 @@ def test_suggestions_are_flags_of_the_command(capsys):
 def test_remedies_name_flags_that_are_there():
     known = {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
     named = {flag for meaning in MEANING.values() for flag in re.findall(r"--\w+", meaning.remedy + meaning.note)}
-    assert named - known == {"--checkpoint", "--num_frames", "--nproc_per_node"}  # export's, extract's, torchrun's
+    assert named - known == {"--checkpoint", "--nproc_per_node"}  # export's, torchrun's
 
 
 def test_all_mistakes_are_told_at_once(capsys):
