@@ -163,13 +163,13 @@ class Extraction:
                     self._count(video, piece, piece.failure, piece.seconds, summary, bar)
             elif future in at_hand.computing:
                 name = at_hand.computing.pop(future)
-                at_hand.waiting[name] = time.monotonic()
+                if name in at_hand.in_tower:  # a later one, looked at first, may have taken its last frames along
+                    at_hand.waiting[name] = time.monotonic()
                 for features in future.result():
                     video, piece = features.key
                     del at_hand.in_tower[video.name]
                     at_hand.waiting.pop(video.name, None)
                     at_hand.writing[self._writers.submit(self._finish, video, piece, features)] = video
-                at_hand.waiting.pop(None, None)
             else:
                 self._count(at_hand.writing.pop(future), *future.result(), summary, bar)
         if at_hand.waiting and None not in at_hand.computing.values():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -619,6 +620,24 @@ def test_frames_wait_for_a_full_pass_only_so_long(job, made, tmp_path, monkeypat
         video.name) or write(self, video, *rest))
     assert extract(job(videos, infer_batch=3, decode_workers=3)).extracted == 22
     assert written.index("first.mp4") < written.index("long.mp4")
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_what_came_out_of_the_tower_waits_no_more(monkeypatch, last_first):
+    """Whichever of the tower's results is looked at first."""
+    own, at_hand, results = extraction.Extraction.__new__(extraction.Extraction), extraction._AtHand(), []
+    own._writers, own._finish = ThreadPoolExecutor(1), lambda *_: None
+    for name, came in (("a", []), ("b", "ab")):
+        video = type("Video", (), {"name": name})()
+        at_hand.in_tower[name] = video
+        results.append(Future())
+        results[-1].set_result([Features((at_hand.in_tower[each], None), 0.0) for each in came])
+        at_hand.computing[results[-1]] = name
+    done = type("Done", (), {"done": results[::-1] if last_first else results})
+    monkeypatch.setattr(extraction, "wait", lambda *_: done)
+    own._collect(at_hand, 0, (), None, None)
+    own._writers.shutdown()
+    assert not (at_hand.waiting or at_hand.in_tower or at_hand.computing) and len(at_hand.writing) == 2
 
 
 def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
