@@ -32,8 +32,8 @@ class Plan:
     """What goes wrong: ``{(video, where): [what, the first time and the next ones]}``.
 
     Where: a "decoder" of the process, "PyAV" or the "tower". What: a signal, an exception or a function that raises
-    one, "wait" for the end, "crash at the end" or
-    "hang". A crash comes once all videos of `together` have come to anything.
+    one, "wait" for the end, "crash at the end" or "hang". A crash comes once all videos of
+    `together` have come to anything.
     """
 
     def __init__(self, plan, together, log):
@@ -52,13 +52,13 @@ class Plan:
             while not (what != "hang" and cancelled()) and time.monotonic() < end:
                 time.sleep(0.01)
             if what == "crash at the end":
-                os.kill(os.getpid(), signal.SIGSEGV)
+                signal.raise_signal(signal.SIGSEGV)
         elif what is not None:
             while not set(self.together) <= {name for name, *_ in lines(self.log)} and time.monotonic() < end:
                 time.sleep(0.01)
             if isinstance(what, Exception):
                 raise what
-            what() if callable(what) else os.kill(os.getpid(), what)
+            what() if callable(what) else signal.raise_signal(what)  # in this thread, before it goes on
 
     def decoder(self):
         """As a GPU's, with colours of its own: it gets all videos.

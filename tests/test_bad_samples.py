@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_run import CHANNELS, ROWS, SAMPLES, config_of, flags, write_run
+from training_run import CHANNELS, ROWS, SAMPLES, config_of, flags, overflowing, write_run
 
 from fastvid import parallel, train, validate
 from fastvid.config import InspectConfig, TrainConfig, ValidateConfig
@@ -165,7 +165,7 @@ def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_f
         if i < 4:
             path.write_bytes(b"torn")
         else:
-            save_features(path, torch.full((ROWS, CHANNELS), 3e38), {})  # finite, and too large for the projector
+            save_features(path, overflowing(run).repeat(ROWS, 1), {})
     assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats), "--logging_steps", "100",
                             "--save_strategy", "no", "--dataloader_num_workers", "0")) == 1
     assert "is not finite; " in capsys.readouterr().err

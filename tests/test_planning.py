@@ -17,7 +17,6 @@ from fastvid.data.features import save_features
 from fastvid.model import memory
 from fastvid.model.linear import Linear
 
-PLAN = planning.plan_memory
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4,
          "num_hidden_layers": 3}
@@ -88,10 +87,10 @@ def test_the_plan_is_for_the_largest_batch_of_the_run(run, options):
 @pytest.mark.parametrize("given, chosen", [("0", "none"), ("1", 1), ("3", "full"), ("selective", "selective")])
 def test_layers_recomputed_by_hand(run, given, chosen, caplog):
     caplog.set_level("INFO", "fastvid")
-    state = train.build(config_of(run, "unused", "--recompute", given, "--bf16", "True"), WORLD)
+    state = train.build(config_of(run, "unused", "--recompute", given), WORLD)
     assert f"recompute {chosen}" in caplog.text
     tiled = {linear._tiled is not None for linear in state.model.decoder.modules() if isinstance(linear, Linear)}
-    assert tiled <= {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
+    assert tiled == {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
 
 
 @pytest.mark.parametrize("given, message", [
@@ -102,16 +101,27 @@ def test_other_recomputation_is_refused(run, given, message):
         train.build(config_of(run, "unused", f"--recompute={given}"), WORLD)
 
 
-def test_auto_recomputes_as_few_layers_as_fit(run, monkeypatch, caplog):
+@pytest.mark.parametrize("bf16", ["True", "False"], ids=["bf16", "fp32"])
+def test_auto_recomputes_as_few_layers_as_fit(tmp_path, monkeypatch, caplog, bf16):
+    """Enough layers that recomputation pays, whatever this CPU needs to recompute one."""
     caplog.set_level("INFO", "fastvid")
-    planned = []
-    for available in (2**40, None, None, None):
-        monkeypatch.setattr(parallel, "device_memory", lambda world: available or planned[-1].estimated - 1)
-        monkeypatch.setattr(planning, "plan_memory", lambda *a, plan=PLAN: planned.append(plan(*a)) or planned[-1])
-        monkeypatch.setattr(planning, "can_tile", lambda *_: False)
-        train.build(config_of(run, "unused", "--bf16", "True"), WORLD)
-    assert [plan.recompute for plan in planned] == ["none", 1, 2, "full"]
-    assert "recompute 1 layers" in caplog.text
+    run, found, estimate = write_run(tmp_path / "run", **{**SIZES, "num_hidden_layers": 12}), [], memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append((a, k)) or estimate(*a, **k))
+    monkeypatch.setattr(planning, "can_tile", lambda *_: False)
+
+    def chosen(available):
+        monkeypatch.setattr(parallel, "device_memory", lambda _: available)
+        return train.build(config_of(run, "unused", "--bf16", bf16), WORLD).plan.recompute
+
+    assert chosen(2**40) == "none"
+    arguments, options = found[-1]
+    totals = {layers or "none": estimate(*arguments, **{**options, "recompute": layers or "none"}).total
+              for layers in range(12)}
+    assert totals[11] < totals["none"]
+    for available in (totals["none"] - 1, totals[11]):
+        fewest = next(layers for layers, total in totals.items() if total <= available)
+        assert chosen(available) == fewest and f"recompute {fewest} layers" in caplog.text
+    assert chosen(min(totals.values()) - 1) == "full"
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_cases import flip_a_bit
 from conftest import ROOT
-from training_run import config_of, flags, losses, start, write_run
+from training_run import config_of, flags, losses, overflowing, start, write_run
 
 from fastvid import checkpoint, parallel, processes, recovery, run_lock, saver, shards, train
 from fastvid.data.batching import Loader
@@ -99,7 +99,7 @@ def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
     (tmp_path / "feats").mkdir()
     for path in (run / "feats").iterdir():
         features, header = load_features(path)
-        save_features(tmp_path / "feats" / path.name, features.float().fill_(3e38), header)
+        save_features(tmp_path / "feats" / path.name, overflowing(run).expand(features.shape).contiguous(), header)
     argv = flags(run, tmp_path / "out", "--video_folder", str(tmp_path / "feats"), "--save_strategy", "no")
     assert train.main(argv) == 1
     assert checkpoint.newest_valid(tmp_path / "out").name == "checkpoint-0"

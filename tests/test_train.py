@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import leave
 from safetensors.torch import load_file
-from training_run import SAMPLES, config_of, flags, losses, start, write_run
+from training_run import SAMPLES, config_of, flags, losses, overflowing, start, write_run
 
 from fastvid import checkpoint, parallel, planning, train
 from fastvid.data.features import load_features, save_features
@@ -259,7 +259,7 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
         features, header = load_features(run / "feats" / f"clip{i}.safetensors")
         if i == poisoned:
             features = features.float()
-            features[3] = 3e38  # finite, and too large for the projector
+            features[3] = overflowing(run)
         save_features(feats / f"clip{i}.safetensors", features, header)
     output = tmp_path / "out"
     argv = flags(run, output, "--video_folder", str(feats), "--logging_steps", "4", "--save_steps", "100",

@@ -9,6 +9,7 @@ import numpy as np
 import sentencepiece
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 from weight_folders import CONFIG, write_folder
 
 from fastvid.config import TrainConfig
@@ -53,6 +54,16 @@ def random_state(config):
     shapes |= {"model.mm_projector.0.weight": (hidden, CHANNELS), "model.mm_projector.0.bias": (hidden,),
                "model.mm_projector.2.weight": (hidden, hidden), "model.mm_projector.2.bias": (hidden,)}
     return {name: torch.randn(shape, generator=generator) * 0.2 + ("norm" in name) for name, shape in shapes.items()}
+
+
+def overflowing(run):
+    """[CHANNELS] features that are finite, while the projector's products of them are not, whatever order they are
+    added in: those of one row have the same sign."""
+    with safe_open(run / "model" / "model.safetensors", "pt") as file:
+        weights_HC = file.get_tensor("model.mm_projector.0.weight")
+    sums_H = weights_HC.abs().sum(1)
+    assert sums_H.max() > 1.5  # times 3e38: more than fp32 holds
+    return 3e38 * weights_HC[sums_H.argmax()].sign()
 
 
 def flags(run, output, *more):
