@@ -20,8 +20,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvid.model.names import tensor_parts
-from fastvid.model.weights import StartingWeights, read_model_config
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.names import tensor_parts
+from fastvid.weights.starting import StartingWeights
 
 IGNORED = -100
 

@@ -6,7 +6,7 @@ Of one clip (default: 60 seconds of 720p H.264, drawn and encoded first: x264's 
 336 pixels:
 
 - ``fastvid``: frames by `fastvid.video.decode.decode`, patch rows by `fastvid_kernels.frame_patchify`, with memory kept
-  from video to video (`fastvid.host_memory`), as `fastvid extract` has it on a CPU.
+  from video to video (`fastvid.dist.host_memory`), as `fastvid extract` has it on a CPU.
 - ``reference``: PG-Video-LLaVA's way, frames by decord's ``get_batch``, then its float resize, PIL images and CLIP's
   image processor.
 - ``pyav``: a loop that decodes the whole file with PyAV, converts nothing and keeps nothing.
@@ -35,7 +35,7 @@ from harness import environment
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from fastvid import host_memory
+from fastvid.dist import host_memory
 from fastvid.video.decode import decode
 from fastvid.video.sampling import frame_indices
 

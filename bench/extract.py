@@ -142,7 +142,7 @@ def flat(count):
 
     from fastvid.config import ExtractConfig
     from fastvid.extract import extract
-    from fastvid.extraction import Extraction
+    from fastvid.video.extraction import Extraction
 
     held = []
     counted = Extraction._count

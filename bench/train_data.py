@@ -133,7 +133,7 @@ def write_tokenizer(folder, rng):
 
 
 def write_features(folder, shape, videos, seed):
-    from fastvid.data.features import save_features
+    from fastvid.features.file import save_features
 
     generator = torch.Generator().manual_seed(seed)
     for i in range(videos):

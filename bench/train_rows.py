@@ -34,7 +34,8 @@ class Fastvid:
     """
 
     def __init__(self, row, folder, dtype, micro_batch):
-        from fastvid import parallel, train
+        from fastvid import train
+        from fastvid.dist import parallel
 
         self.folder, self.dtype, self.train_step = folder, dtype, train.train_step
         self.state = train.build(self._config(row, micro_batch), parallel.start())
@@ -44,7 +45,8 @@ class Fastvid:
 
     def take(self, row, micro_batch):
         """Become another row with the same model: its batches, and the weights that all rows start from."""
-        from fastvid.data.batching import SampleSet, training_loader
+        from fastvid.data.dataset import SampleSet
+        from fastvid.data.loader import training_loader
 
         state, config = self.state, self._config(row, micro_batch)
         samples = SampleSet(config.data_path, state.tokenizer, state.loader.samples.features, config)
@@ -111,9 +113,9 @@ class Matmul:
 def step_samples(row, folder):
     """(tokens, samples of one optimizer step as `fastvid.data` encodes them) for a row of transformers' model."""
     from fastvid.config import TrainConfig
-    from fastvid.data.batching import SampleSet
-    from fastvid.data.conversation import load_tokenizer
-    from fastvid.data.features import FeatureFolder
+    from fastvid.data.dataset import SampleSet
+    from fastvid.data.tokenizer import load_tokenizer
+    from fastvid.features.folder import FeatureFolder
     from fastvid.flags import parse
 
     tokenizer = load_tokenizer(f"{folder}/model", True)

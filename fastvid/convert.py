@@ -5,8 +5,8 @@ import sys
 
 from fastvid import config as configs
 from fastvid.data import instructions
-from fastvid.data.names import SUFFIXES, stem
 from fastvid.data.records import read_records, write_records
+from fastvid.features.names import SUFFIXES, stem
 from fastvid.files import VIDEO_SUFFIXES, shown
 from fastvid.flags import parse
 
@@ -31,7 +31,7 @@ def convert(config: configs.ConvertConfig) -> instructions.Converted:
         if folder is None:
             raise ValueError(f"{shown(path)} holds training records already, which need no conversion; with "
                              "--clip_feature_path those are kept whose videos have features")
-        from fastvid.data.features import FeatureFolder
+        from fastvid.features.folder import FeatureFolder
 
         done = instructions.keep_those_with_features(records, FeatureFolder(folder), config.on_bad, path)
     else:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastvid import __version__, host_memory
+from fastvid import __version__
 from fastvid.config import DoctorConfig
+from fastvid.dist import host_memory
 from fastvid.flags import parse
 
 DECODERS = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "av1": "AV1", "mpeg4": "MPEG-4", "mjpeg": "MJPEG"}

@@ -7,20 +7,20 @@ need no process group, and any of them may die or join at any time.
 
 import contextlib
 
-from fastvid import host_memory
 from fastvid.config import ExtractConfig
-from fastvid.earlier_features import EarlierFeatures
-from fastvid.extract_summary import Summary
-from fastvid.extraction import Extraction
+from fastvid.dist import host_memory
+from fastvid.features.manifest import Manifest
 from fastvid.files import remove_left_over
 from fastvid.flags import parse
-from fastvid.restarts import Watch, watched
 from fastvid.video.dealing import deal, place
+from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.encoder import make_current, open_device
+from fastvid.video.extraction import Extraction
+from fastvid.video.features import TOWERS, VideoFeatures, default_device
 from fastvid.video.leases import Leases
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import Manifest
-from fastvid.video_features import TOWERS, VideoFeatures, default_device
+from fastvid.video.restarts import Watch, watched
+from fastvid.video.summary import Summary
 
 __all__ = ["TOWERS", "EarlierFeatures", "ExtractConfig", "Leases", "Manifest", "Summary", "VideoFeatures", "extract",
            "find_videos", "main", "parse"]
@@ -37,7 +37,8 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
     It returns when all videos are done, by this process or by others (`config.take_over`: or when its share is).
 
     Args:
-        watch: what the command has go on after a crash of the process (`fastvid.restarts`); default: nothing does.
+        watch: what the command has go on after a crash of the process (`fastvid.video.restarts`); default:
+            nothing does.
 
     Raises:
         ValueError: no videos, an unusable tower or setting, or feature files made with other settings.
@@ -77,7 +78,7 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
 
 
 def main(argv=None) -> int:
-    """``fastvid extract``. Where a GPU's driver or DALI may crash it, in a process of its own (`fastvid.restarts`)."""
+    """``fastvid extract``. Where a GPU's driver or DALI may crash it, in a child (`fastvid.video.restarts`)."""
     config = parse(ExtractConfig, argv)
     watch = watched(config)
     if watch.code is not None:

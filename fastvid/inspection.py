@@ -9,8 +9,9 @@ from functools import cache
 from itertools import groupby
 
 from fastvid.config import InspectConfig
-from fastvid.data.conversation import encode_sample, load_tokenizer
+from fastvid.data.conversation import encode_sample
 from fastvid.data.records import read_records
+from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, named_videos, video_token_count
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse

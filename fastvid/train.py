@@ -23,35 +23,29 @@ from typing import NamedTuple
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import (
-    diagnosis,
-    flops,
-    heartbeat,
-    host_memory,
-    overview,
-    parallel,
-    planning,
-    recovery,
-    run_lock,
-    signals,
-)
+from fastvid import signals
+from fastvid.checkpoints.find import projector_path
+from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
-from fastvid.data.batching import Loader, SampleSet, evaluation_loader, training_loader
-from fastvid.data.conversation import VideoTokenizer, load_tokenizer
-from fastvid.data.workers import Stopped
+from fastvid.data.dataset import SampleSet
+from fastvid.data.loader import Loader, evaluation_loader, training_loader
+from fastvid.data.prefetch import Stopped
+from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
+from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
-from fastvid.metrics import Metrics, memory_taken
 from fastvid.model.attention_check import settle_attention
-from fastvid.model.video_llava import ModelConfig, VideoLlava
-from fastvid.model.weights import load_weights, read_model_config
+from fastvid.model.config import ModelConfig
+from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
-from fastvid.optim import Optimizer, learning_rate
-from fastvid.profiling import Profiler
-from fastvid.saver import Saver
-from fastvid.staging import Staging
-from fastvid.state import StepResult, TrainState
-from fastvid.trained_paths import projector_path
+from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
+from fastvid.training.metrics import Metrics, memory_taken
+from fastvid.training.optimizer import Optimizer, learning_rate
+from fastvid.training.profiling import Profiler
+from fastvid.training.staging import Staging
+from fastvid.training.state import StepResult, TrainState
 from fastvid.video.towers.choice import check_features
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.starting import load_weights
 
 log = logging.getLogger("fastvid")
 

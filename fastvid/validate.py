@@ -116,7 +116,8 @@ def _check_lengths(report, config, read_all, rows):
     """Encode the samples, as training does, whose videos have `rows`: what is too long is cut, or skipped."""
     from tqdm import tqdm
 
-    from fastvid.data.conversation import encode_sample, load_tokenizer
+    from fastvid.data.conversation import encode_sample
+    from fastvid.data.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)

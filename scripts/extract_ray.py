@@ -28,7 +28,13 @@ class Actor:
 
 
 def main(argv=None) -> int:
-    from fastvid.extract import EarlierFeatures, ExtractConfig, Leases, Manifest, VideoFeatures, find_videos, parse
+    from fastvid.config import ExtractConfig
+    from fastvid.features.manifest import Manifest
+    from fastvid.flags import parse
+    from fastvid.video.earlier import EarlierFeatures
+    from fastvid.video.features import VideoFeatures
+    from fastvid.video.leases import Leases
+    from fastvid.video.listing import find_videos
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--actors", type=int)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastvid import checkpoint
+from fastvid.checkpoints import checkpoint
 
 
 def assert_same(tensors, expected):

@@ -94,8 +94,8 @@ class Plan:
         return made
 
     def install(self):
-        from fastvid import extract, restarts
-        from fastvid.video import pipeline
+        from fastvid import extract
+        from fastvid.video import pipeline, restarts
 
         prepare, add, opened = pipeline.Pipeline.prepare, pipeline.Pipeline.add, extract.open_device
 
@@ -132,7 +132,8 @@ def extraction(argv, plan, together, log, said, rank):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    from fastvid import cli, extract, restarts
+    from fastvid import cli, extract
+    from fastvid.video import restarts
 
     own = Plan(plan, together, log)
     own.install()

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.decoder_config import DecoderConfig
-from fastvid.model.video_llava import ModelConfig, VideoLlava
+from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.video_llava import VideoLlava
 
 ADAPTER = frozenset({"projector", "boundary"})
 FULL = frozenset({"projector", "embed", "head", "decoder"})

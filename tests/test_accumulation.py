@@ -7,10 +7,11 @@ from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import config_of, write_run
 
-from fastvid import parallel, train
+from fastvid import train
 from fastvid.config import TrainConfig
-from fastvid.model import memory
-from fastvid.optim import Optimizer
+from fastvid.dist import parallel
+from fastvid.training import memory
+from fastvid.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 ALONE = parallel.World(0, 1, 0, CPU, False)

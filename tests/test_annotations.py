@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from fastvid.config import POLICIES, TrainConfig
+from fastvid.config import TrainConfig
 from fastvid.data.annotations import Remarks, examine, examine_file
 from fastvid.data.styles import record_videos
+from fastvid.policy import POLICIES
 
 ASK, TELL = {"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}
 TEXT = {"from": "human", "value": "What?"}

@@ -7,8 +7,9 @@ import torch
 from attention_cases import bounds
 from training_run import config_of, write_run
 
-from fastvid import parallel, train
+from fastvid import train
 from fastvid.batch import AttentionLayout
+from fastvid.dist import parallel
 from fastvid.model import attention, attention_check
 from fastvid.model.attention import attend
 from fastvid.model.attention_check import settle_attention

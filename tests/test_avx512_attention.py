@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import attention, avx512_attention
-from fastvid.model.decoder import _keep_products, attend
+from fastvid.model.attention import attend
+from fastvid.model.decoder import _keep_products
 
 # Where it ought to compile and does not, the tests fail.
 if (lacking := avx512_attention.obstacle()) and any(

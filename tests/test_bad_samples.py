@@ -7,14 +7,16 @@ import pytest
 import torch
 from training_run import CHANNELS, ROWS, SAMPLES, config_of, flags, overflowing, write_run
 
-from fastvid import parallel, train, validate
+from fastvid import train, validate
 from fastvid.config import InspectConfig, TrainConfig, ValidateConfig
-from fastvid.data.batching import SampleSet
-from fastvid.data.conversation import load_tokenizer
-from fastvid.data.features import FeatureFolder, save_features
+from fastvid.data.dataset import SampleSet
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.dist import parallel
+from fastvid.features.file import save_features
+from fastvid.features.folder import FeatureFolder
 from fastvid.flags import parse
 from fastvid.inspection import inspect_records
-from fastvid.metrics import read_metrics
+from fastvid.training.metrics import read_metrics
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 

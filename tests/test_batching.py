@@ -7,9 +7,10 @@ import pytest
 import torch
 from training_run import CHANNELS, ROWS, config_of, write_run
 
-from fastvid import parallel, train
-from fastvid.data.batching import Loader
+from fastvid import train
+from fastvid.data.loader import Loader
 from fastvid.data.packing import pack
+from fastvid.dist import parallel
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 

@@ -14,9 +14,10 @@ from bench import train_data, train_rows, train_step
 from bench.executed import ExecutedFlops, executed_flops, matmul_rate, varlen_flops
 from bench.train_presets import BASELINES, PRESETS, ROWS, Shape
 from fastvid.config import TrainConfig
-from fastvid.data.batching import SampleSet
-from fastvid.data.conversation import load_tokenizer, system_prefix
-from fastvid.data.features import FeatureFolder
+from fastvid.data.conversation import system_prefix
+from fastvid.data.dataset import SampleSet
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.features.folder import FeatureFolder
 from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.blocked_attention import blocked_attention

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import attention, blocked_attention
-from fastvid.model.decoder import _keep_products, attend
+from fastvid.model.attention import attend
+from fastvid.model.decoder import _keep_products
 
 
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)

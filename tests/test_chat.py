@@ -8,12 +8,13 @@ import pytest
 import torch
 from checkpoint_cases import flip_a_bit
 
-from fastvid import chat as chat_module
-from fastvid import checkpoint
-from fastvid.chat import Chat, main
+from fastvid.chat import main
+from fastvid.checkpoints import checkpoint
 from fastvid.data.conversation import inference_prompt
-from fastvid.data.features import save_features
 from fastvid.data.tokenizer import load_tokenizer
+from fastvid.features.file import save_features
+from fastvid.inference import chat as chat_module
+from fastvid.inference.chat import Chat
 from fastvid.model.attention import IMPLEMENTATIONS
 
 HIDDEN, CHANNELS, ROWS = 32, 16, 7

@@ -12,9 +12,10 @@ import torch
 from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step, tensors_of
 from ranks import FORKS
 
-from fastvid import checkpoint, checkpoint_folders, shards
-from fastvid.checkpoint import LocalShard
-from fastvid.host_copies import HostCopies
+from fastvid.checkpoints import checkpoint, shards
+from fastvid.checkpoints import folders as checkpoint_folders
+from fastvid.checkpoints.host_copies import HostCopies
+from fastvid.checkpoints.shards import LocalShard
 
 
 def assert_holds(path, step):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoint_cases import flip_a_bit, names_in, save_step
 
-from fastvid import checkpoint, checkpoint_folders
+from fastvid.checkpoints import checkpoint
+from fastvid.checkpoints import folders as checkpoint_folders
 
 SHARD = "model-00000-of-00001.safetensors"
 

@@ -8,8 +8,9 @@ from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step
 from ranks import on_ranks
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, checkpoint_folders, shards
-from fastvid.checkpoint import LocalShard
+from fastvid.checkpoints import checkpoint, shards
+from fastvid.checkpoints import folders as checkpoint_folders
+from fastvid.checkpoints.shards import LocalShard
 
 
 def whole_tensors():

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_run import flags, losses, write_run
 
-from fastvid import checkpoint, content, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
-from fastvid.data.features import load_features, save_features
+from fastvid.features.file import load_features, save_features
+from fastvid.training import content
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.config import POLICIES
-from fastvid.data.conversation import SYSTEM, encode_sample, inference_prompt, load_tokenizer
+from fastvid.data.conversation import SYSTEM, encode_sample, inference_prompt
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.policy import POLICIES
 
 RECORDING = SHARED / "golden" / "tokens.json"
 RECORDED = json.loads(RECORDING.read_text()) if RECORDING.is_file() else {"results": {}, "inference_prompts": {}}

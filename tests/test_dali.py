@@ -16,8 +16,8 @@ from towers import write_tower
 
 from fastvid import extract as extraction
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features
 from fastvid.extract import extract
+from fastvid.features.file import load_features
 from fastvid.video.decode import dali as module
 from fastvid.video.decode.bitstream import Unsuited, read_bitstream
 from fastvid.video.decode.dali import ON_CPU, DaliDecoder, SizesSeen, as_matroska

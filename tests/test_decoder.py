@@ -23,8 +23,8 @@ from model_cases import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastvid.batch import AttentionLayout
+from fastvid.model.config import rotary_frequencies
 from fastvid.model.decoder import Decoder
-from fastvid.model.decoder_config import rotary_frequencies
 
 ROPE = {
     "default": {},

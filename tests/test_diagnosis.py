@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_run import flags, losses, write_run
 
-from fastvid import checkpoint, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.model.finite import not_finite
 
 

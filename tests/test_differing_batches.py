@@ -9,8 +9,11 @@ import torch.distributed as dist
 from ranks import on_ranks
 from training_run import config_of, write_run
 
-from fastvid import checkpoint, diagnosis, parallel, recovery, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.data.packing import pack
+from fastvid.dist import parallel
+from fastvid.training import diagnosis, recovery
 
 CPU = torch.device("cpu")
 ALONE = parallel.World(0, 1, 0, CPU, False)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
 from towers import write_tower
 
-from fastvid import restarts
+from fastvid.video import restarts
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.sampling import frame_indices

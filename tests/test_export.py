@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from towers import write_siglip
 from weight_folders import C, D, llava_state, load, write_folder
 
-from fastvid import checkpoint, export
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig, TrainConfig
 from fastvid.data import tokenizer
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.model.weights import read_model_config
+from fastvid.export import main
+from fastvid.weights import export
+from fastvid.weights.model_config import read_model_config
 
 PIECES = 300
 ALL = frozenset({"projector", "embed", "head", "decoder"})
@@ -352,8 +354,8 @@ def test_the_processor_is_the_towers(tmp_path, run):
 
 
 def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, capsys):
-    from fastvid.chat import Chat
-    from fastvid.data.features import save_features
+    from fastvid.features.file import save_features
+    from fastvid.inference.chat import Chat
 
     folder, _, _ = run({"projector", "boundary"})
     (tmp_path / "features").mkdir()
@@ -371,6 +373,6 @@ def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, 
 
 def test_the_command_prints_what_it_wrote(tmp_path, run, capsys):
     folder, _, _ = run({"projector", "boundary"})
-    assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "p.safetensors")]) == 0
+    assert main(["--checkpoint", str(folder), "--output", str(tmp_path / "p.safetensors")]) == 0
     size = (tmp_path / "p.safetensors").stat().st_size / 1e6
     assert capsys.readouterr().out == f"{size:12,.1f} MB  {tmp_path / 'p.safetensors'}\n"

@@ -24,18 +24,21 @@ from towers import write_tower
 
 import fastvid
 from fastvid import extract as module
-from fastvid import extraction, processes, video_features
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features, save_features
-from fastvid.earlier_features import EarlierFeatures
-from fastvid.extract import Summary, extract, main
+from fastvid.dist import processes
+from fastvid.extract import extract, main
+from fastvid.features.file import load_features, save_features
+from fastvid.features.manifest import Manifest, read_manifest
+from fastvid.video import extraction
+from fastvid.video import features as video_features
 from fastvid.video.decode import decode
+from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.encoder import FeatureEncoder, default_dtype
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import Manifest, read_manifest
 from fastvid.video.passes import Features
 from fastvid.video.pipeline import Pipeline
 from fastvid.video.sampling import frame_indices
+from fastvid.video.summary import Summary
 from fastvid.video.towers.clip import ClipTower
 
 ROWS = 6 + 4  # frames per video, patches of the tower

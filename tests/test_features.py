@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data import features
-from fastvid.data.features import FeatureFolder, MissingFeatures, load_features, probe_features, save_features
+from fastvid.features import file as features
+from fastvid.features.file import load_features, probe_features, save_features
+from fastvid.features.folder import FeatureFolder, MissingFeatures
 
 FEATURES = torch.arange(15.0).reshape(5, 3) / 7
 HEADER = {"tower": "clip é 🍳", "frames": [0, 3, 3], "nested": {"size": 336, "name\ud83c": None}}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastvid import processes
+from fastvid.dist import processes
 from fastvid.files import atomic_file, naming, read_json_object, remove_left_over, shown, wrong_content
 
 

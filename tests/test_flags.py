@@ -9,7 +9,7 @@ from test_config import CLASSES, TRAIN, error_of
 
 from fastvid.config import ConvertConfig, ExtractConfig, TrainConfig
 from fastvid.flags import _PLACES, parse
-from fastvid.foreign_flags import MEANING, SYNONYMS, VALUES
+from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
 
 @pytest.mark.parametrize("flag, meant", [

@@ -8,10 +8,10 @@ from model_cases import ADAPTER, FULL, fill, model_config, random_batch, random_
 from test_frozen_rows import cases
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvid import flops
 from fastvid.batch import AttentionLayout
-from fastvid.flops import Formula, StepCounts
 from fastvid.model import decoder
+from fastvid.training import flops
+from fastvid.training.flops import Formula, StepCounts
 
 
 def dense_attend(q_NHd, k_NKd, v_NKd, layout, *_, **__):

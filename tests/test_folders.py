@@ -4,12 +4,12 @@ import pytest
 from training_run import flags, write_run
 
 from fastvid import chat, export, train
+from fastvid.checkpoints.find import checkpoint_folder, projector_path
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
-from fastvid.folders import model_folder
-from fastvid.model.read_config import read_model_config
-from fastvid.model.weight_files import ModelFolder
-from fastvid.trained_paths import checkpoint_folder, projector_path
+from fastvid.files import model_folder
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.model_folder import ModelFolder
 
 
 @pytest.fixture(scope="module")

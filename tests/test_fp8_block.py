@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fastvid_kernels.quantize_fp8 import Fp8Rows, quantize_fp8
 from fastvid_kernels.swiglu import swiglu
 from model_cases import END, PATCH, START, loss_and_gradients, model_config, pack_frozen, random_sample
 from model_cases import pack as pack_alike
@@ -13,7 +14,7 @@ from fastvid.data.packing import pack
 from fastvid.model import quantize
 from fastvid.model.decoder import RMSNorm
 from fastvid.model.fp8_block import gate_up_swiglu
-from fastvid.model.quantize import Fp8Linear, Fp8Rows, quantize_fp8
+from fastvid.model.quantize import Fp8Linear
 
 PREFIX = [5, 6, 7, 8]
 KINDS = {"mha": {}, "gqa": {"config": model_config(**SIZES)}, "bf16": {"compute_dtype": torch.bfloat16},

@@ -13,7 +13,7 @@ from towers import write_siglip, write_tower
 
 from fastvid import extract, validate
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features, save_features
+from fastvid.features.file import load_features, save_features
 from fastvid.provenance import in_fp8, of_features, what_fp8_means
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers import fidelity

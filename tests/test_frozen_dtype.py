@@ -20,12 +20,16 @@ from training_run import config_of, flags, losses, start, write_run
 from weight_folders import CONFIG, LLAMA, TOKENS, llava_state, our_state, write_folder
 
 from bench.frozen_dtype import compared, table
-from fastvid import checkpoint, parallel, planning, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
+from fastvid.dist import parallel
 from fastvid.model import quantize
-from fastvid.model.memory import estimate
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
-from fastvid.model.weights import load_weights, read_model_config
+from fastvid.training import planning
+from fastvid.training.memory import estimate
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.starting import load_weights
 
 PREFIX = [5, 6, 7, 8]
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}

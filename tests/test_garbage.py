@@ -8,8 +8,9 @@ from ranks import on_ranks
 from test_loop import CPU, MODES
 from training_run import config_of, flags, write_run
 
-from fastvid import host_memory, parallel, train
-from fastvid.data.workers import Ahead
+from fastvid import train
+from fastvid.data.prefetch import Ahead
+from fastvid.dist import host_memory, parallel
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 from model_cases import FULL, model_config, pack, random_model, random_sample
 from test_decoder import llama_of
 
-from fastvid.model.generate import LayerCache, generate
+from fastvid.inference.generate import generate
+from fastvid.model.cache import LayerCache
 
 
 def prompt(ids):

@@ -12,8 +12,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from fastvid import parallel
-from fastvid.heartbeat import Heartbeat, what_follows
+from fastvid.dist import parallel
+from fastvid.dist.heartbeat import Heartbeat, what_follows
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["torch.distributed"])

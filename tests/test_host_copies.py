@@ -7,9 +7,11 @@ import pytest
 import torch
 from training_run import config_of, write_run
 
-from fastvid import checkpoint, host_copies, parallel, shards, train
-from fastvid.host_copies import HostCopies
-from fastvid.saver import Saver
+from fastvid import train
+from fastvid.checkpoints import checkpoint, host_copies, shards
+from fastvid.checkpoints.host_copies import HostCopies
+from fastvid.checkpoints.saver import Saver
+from fastvid.dist import parallel
 
 SHAPES = {"weight": (3, 5), "scalar": (), "empty": (0, 4), "codes": (7,), "half": (2, 3)}
 DTYPES = {"codes": torch.uint8, "half": torch.bfloat16}
@@ -48,7 +50,7 @@ def test_copies_lie_apart_and_in_the_same_memory_again(monkeypatch, block):
 
 
 class FakeCuda:
-    """A GPU whose streams keep a diary; stands for torch.cuda in `fastvid.host_copies`."""
+    """A GPU whose streams keep a diary; stands for torch.cuda in `fastvid.checkpoints.host_copies`."""
 
     def __init__(self):
         self.diary, self.name = [], "main"

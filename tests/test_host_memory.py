@@ -8,7 +8,8 @@ import pytest
 import torch
 from training_run import config_of, write_run
 
-from fastvid import host_memory, parallel, train
+from fastvid import train
+from fastvid.dist import host_memory, parallel
 
 CPU = parallel.World(0, 1, 0, torch.device("cpu"), False)
 STEP = """

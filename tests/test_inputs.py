@@ -10,11 +10,11 @@ from clips import draw
 from towers import write_tower
 
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features
 from fastvid.extract import extract
+from fastvid.features.file import load_features
+from fastvid.features.manifest import read_manifest
 from fastvid.video.decode import DecodeError
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import read_manifest
 
 
 def _touch(folder, *names):

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, SHARED
 
 from fastvid.config import InspectConfig
-from fastvid.data.conversation import load_tokenizer
-from fastvid.data.features import save_features
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.features.file import save_features
 from fastvid.flags import parse
 from fastvid.inspection import inspect_records, main, render
 

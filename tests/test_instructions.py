@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from fastvid.data.features import FeatureFolder
 from fastvid.data.instructions import convert_records, feature_ids, keep_those_with_features
 from fastvid.data.records import write_records
+from fastvid.features.folder import FeatureFolder
 
 INSTRUCTION = {"q": "What?", "a": "That.", "video_id": "v_1"}
 TRAINING = {"id": "v_1", "video": "v_1.pkl",

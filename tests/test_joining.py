@@ -14,9 +14,9 @@ from training_run import write_run
 
 from fastvid import extract, validate
 from fastvid.config import ValidateConfig
-from fastvid.data.cut_short import is_cut_short
-from fastvid.data.features import load_features, save_features
 from fastvid.data.records import read_records
+from fastvid.features.cut_short import is_cut_short
+from fastvid.features.file import load_features, save_features
 from fastvid.validation.sources import Sources
 
 TURNS = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]

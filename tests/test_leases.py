@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from fastvid import processes
+from fastvid.dist import processes
 from fastvid.video import leases as module
 from fastvid.video.leases import NAME, Leases
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from training_run import SAMPLES, config_of, flags, losses, write_run
 
-from fastvid import checkpoint, parallel, train
-from fastvid.data.batching import Loader
+from fastvid import train
+from fastvid.checkpoints import checkpoint
+from fastvid.data.loader import Loader
+from fastvid.dist import parallel
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 MODES = {"adapter": [], "adapter, shared": ["--share_video"], "full": ["--tune_mm_mlp_adapter", "False"],

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from training_run import config_of, write_run
 
 from bench.executed import executed_flops
-from fastvid import parallel, train
-from fastvid.model import memory
+from fastvid import train
+from fastvid.dist import parallel
 from fastvid.model.decoder import _keep_products
 from fastvid.model.linear import Linear, can_tile
+from fastvid.training import memory
 
 CPU = torch.device("cpu")
 WORLD = parallel.World(0, 1, 0, CPU, False)
@@ -207,7 +208,7 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
     for allowed in (True, False):
         with monkeypatch.context() as patch:
             if not allowed:
-                patch.setattr("fastvid.planning.can_tile", lambda *_: False)
+                patch.setattr("fastvid.training.planning.can_tile", lambda *_: False)
             state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more),
                                 WORLD)
         names = products_of(lambda: found.append(losses_of(state)))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastvid.data.features import FeatureFolder
+from fastvid.features.folder import FeatureFolder
 from fastvid.video.listing import find_videos
 
 

@@ -8,11 +8,13 @@ import torch
 from host_reads import HostReads
 from training_run import config_of, flags, losses, write_run
 
-from fastvid import parallel, recovery, staging, train
-from fastvid.flops import Formula
-from fastvid.metrics import read_metrics
+from fastvid import train
+from fastvid.dist import parallel
 from fastvid.model import attention, blocked_attention
-from fastvid.staging import Staging
+from fastvid.training import recovery, staging
+from fastvid.training.flops import Formula
+from fastvid.training.metrics import read_metrics
+from fastvid.training.staging import Staging
 
 CPU = parallel.World(0, 1, 0, torch.device("cpu"), False)
 MODES = {
@@ -121,7 +123,7 @@ def test_validation_by_epoch_comes_at_epochs_and_at_the_end(run, tmp_path, optio
 
 
 class FakeCuda:
-    """Streams that keep a diary; stands for torch.cuda in `fastvid.staging`."""
+    """Streams that keep a diary; stands for torch.cuda in `fastvid.training.staging`."""
 
     def __init__(self):
         self.diary, self.streams = [], ["main"]

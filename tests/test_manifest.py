@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.video.leases import Leases
-from fastvid.video.manifest import Manifest, read_manifest
 
 
 def test_lines_and_entries(tmp_path):

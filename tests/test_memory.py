@@ -25,8 +25,8 @@ from model_cases import (
 from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
-from fastvid.model.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
-from fastvid.planning import rows_of
+from fastvid.training.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
+from fastvid.training.planning import rows_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
          "head_dim": 16}

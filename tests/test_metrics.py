@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fastvid import metrics as metrics_module
-from fastvid.flops import StepCounts
-from fastvid.metrics import Metrics, peak_memory, read_metrics
+from fastvid.training import metrics as metrics_module
+from fastvid.training.flops import StepCounts
+from fastvid.training.metrics import Metrics, peak_memory, read_metrics
 
 
 @pytest.fixture
@@ -223,7 +223,8 @@ def test_on_a_terminal_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypat
 
 def on_a_terminal(columns, tmp_path):
     """What a run of one log line shows on a terminal of so many columns."""
-    program = ("import sys; from fastvid.flops import StepCounts; from fastvid.metrics import Metrics\n"
+    program = ("import sys\nfrom fastvid.training.flops import StepCounts\n"
+               "from fastvid.training.metrics import Metrics\n"
                "m = Metrics(sys.argv[1], total_steps=10, report_to=[])\n"
                "m.count(StepCounts(8, 600, 10)); m.log(1, {'loss': 1.25}); m.close()")
     ours, theirs = pty.openpty()
@@ -280,7 +281,7 @@ def test_tensorboard_holds_the_values(tmp_path):
 ])
 def test_a_missing_package_costs_one_line(tmp_path, monkeypatch, capsys, missing, options, message):
     monkeypatch.setitem(sys.modules, missing, None)
-    for module in ("torch.utils.tensorboard", "fastvid.plots"):
+    for module in ("torch.utils.tensorboard", "fastvid.training.plots"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     metrics = open_metrics(tmp_path, **options)
     metrics.log(1, {"loss": 1.0})
@@ -302,13 +303,13 @@ def drawn(monkeypatch, path, name=None):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    from fastvid.plots import draw_loss_curve
+    from fastvid.training.plots import draw_loss_curve
 
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure),
                                                                         savefig(figure, *args, **kw)))
     png = path.with_suffix(".png")
-    assert draw_loss_curve(path, png, name)
+    assert draw_loss_curve(read_metrics(path), png, name)
     return figures[0], imread(png)
 
 
@@ -393,7 +394,7 @@ def test_a_picture_that_does_not_fit_is_told_by_name(tmp_path, monkeypatch, caps
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
-    from fastvid.plots import smoothed
+    from fastvid.training.plots import smoothed
 
     assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4, 4, 4])
     assert smoothed([1.0, 3.0, 8.0, 6.0], 3) == pytest.approx([1, 4, 17 / 3, 6])

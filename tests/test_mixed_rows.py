@@ -7,16 +7,18 @@ import torch
 from model_cases import assert_same_gradients, loss_and_gradients
 from training_run import CHANNELS, SAMPLES, config_of, flags, losses, write_run
 
-from fastvid import parallel, train, validate
+from fastvid import train, validate
 from fastvid.config import InspectConfig, ValidateConfig
-from fastvid.data import features
-from fastvid.data.batching import SampleSet
-from fastvid.data.conversation import load_tokenizer, system_prefix
-from fastvid.data.features import save_features
+from fastvid.data.conversation import system_prefix
+from fastvid.data.dataset import SampleSet
 from fastvid.data.packing import pack
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.dist import parallel
+from fastvid.features import folder as feature_folder
+from fastvid.features.file import save_features
 from fastvid.flags import parse
 from fastvid.inspection import inspect_records
-from fastvid.metrics import read_metrics
+from fastvid.training.metrics import read_metrics
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 ROWS = (676, 356, 20, 7)
@@ -184,12 +186,12 @@ def test_a_file_that_changes_while_the_run_reads_costs_its_samples(run, tmp_path
 
 
 def test_headers_are_read_once_and_no_values_are_read_for_them(run, monkeypatch):
-    probe, probed = features.probe_features, []
-    monkeypatch.setattr(features, "probe_features", lambda path: probed.append(path.name) or probe(path))
-    monkeypatch.setattr(features, "load_features", lambda path: pytest.fail("values were read"))
+    probe, probed = feature_folder.probe_features, []
+    monkeypatch.setattr(feature_folder, "probe_features", lambda path: probed.append(path.name) or probe(path))
+    monkeypatch.setattr(feature_folder, "load_features", lambda path: pytest.fail("values were read"))
     config = config_of(run, "unused", *LONG)
     samples = SampleSet(config.data_path, load_tokenizer(config.model_name_or_path, True),
-                        features.FeatureFolder(config.video_folder), config)
+                        feature_folder.FeatureFolder(config.video_folder), config)
     for _ in range(2):
         assert not any(samples.encode(index).refused for index in range(len(samples)))
     assert sorted(probed) == ["clip0.pkl", "clip1.safetensors", "clip2.safetensors", "clip3.safetensors"]

@@ -14,17 +14,18 @@ from safetensors.torch import load_file
 from towers import write_tower
 from training_run import CHANNELS, SAMPLES, losses
 
-from fastvid import checkpoint, extract, inspection, train, validate
+from fastvid import extract, inspection, train, validate
+from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
-from fastvid.data.features import MissingFeatures
 from fastvid.data.video_tokens import VideoRows
+from fastvid.dist.processes import started
+from fastvid.features.folder import MissingFeatures
+from fastvid.features.manifest import NAME, read_manifest
 from fastvid.flags import parse
-from fastvid.metrics import read_metrics
 from fastvid.online import encoder
 from fastvid.online.folder import OnlineFeatures
-from fastvid.processes import started
-from fastvid.video.manifest import NAME, read_manifest
-from fastvid.video_features import VideoFeatures
+from fastvid.training.metrics import read_metrics
+from fastvid.video.features import VideoFeatures
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvid import optim
-from fastvid.optim import Optimizer, learning_rate
+from fastvid.training import optimizer as optim
+from fastvid.training.optimizer import Optimizer, learning_rate
 
 
 def settings(**changed):

@@ -15,9 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training_run import flags, losses, write_run
 
-from fastvid import checkpoint, optim8bit, train
-from fastvid.optim import Optimizer
-from fastvid.optim8bit import round_into, takes_8_bits
+from fastvid import train
+from fastvid.checkpoints import checkpoint
+from fastvid.training import adamw8bit as optim8bit
+from fastvid.training.adamw8bit import round_into, takes_8_bits
+from fastvid.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 NAMES = ("state1", "state2", "absmax1", "absmax2")
@@ -216,7 +218,7 @@ def test_rounding_does_not_depend_on_where_a_tensor_is_cut(begin, end):
 def test_bits_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch, name, dtype):
     found = []
     for chunk in (256, optim8bit.CPU_CHUNK, 2**24):
-        monkeypatch.setattr("fastvid.optim.CPU_CHUNK", chunk)
+        monkeypatch.setattr("fastvid.training.optimizer.CPU_CHUNK", chunk)
         optimizer, _ = optimizer_on(None, dtype, name)
         steps(optimizer, None, range(2))
         found.append({**optimizer.parameters, **optimizer.state_tensors()})

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.config import POLICIES
-from fastvid.data.order import EvaluationOrder, ReferenceOrder, StreamOrder, reference_indices, training_order
+from fastvid.data.loader import training_order
+from fastvid.data.order.reference import ReferenceOrder, reference_indices
+from fastvid.data.order.stream import EvaluationOrder, StreamOrder
 from fastvid.data.sharing import Groups
+from fastvid.policy import POLICIES
 
 
 def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1, batch=2, accumulation=2, seed=42):

@@ -18,7 +18,8 @@ from training_run import CHANNELS, write_run
 
 from fastvid import extract
 from fastvid.config import InspectConfig
-from fastvid.data.features import FeatureFolder, load_features, save_features
+from fastvid.features.file import load_features, save_features
+from fastvid.features.folder import FeatureFolder
 from fastvid.flags import parse
 from fastvid.inspection import main
 from fastvid.page import pictures

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from fastvid import parallel, rendezvous
+from fastvid.dist import parallel, rendezvous
 
 ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data.pickled_array import OtherContent, probe_array, read_array, write_array
+from fastvid.features.pickled_array import OtherContent, probe_array, read_array, write_array
 
 ARRAY = (np.arange(15, dtype=np.float16) / 7).reshape(5, 3)
 # What cPickle of Python 2 writes for np.array([[1, 2]], "f2"), and what numpy 1 writes with protocol 4 and 5.

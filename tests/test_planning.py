@@ -10,12 +10,13 @@ import training_run
 from model_cases import LiveBytes
 from training_run import config_of, write_run
 
-from fastvid import parallel, planning, train
+from fastvid import train
 from fastvid.config import TrainConfig
 from fastvid.data import largest
-from fastvid.data.features import save_features
-from fastvid.model import memory
+from fastvid.dist import parallel
+from fastvid.features.file import save_features
 from fastvid.model.linear import Linear
+from fastvid.training import memory, planning
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_run import flags, losses, write_run
 
-from fastvid import profiling, train
+from fastvid import train
+from fastvid.training import profiling
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,11 @@ from weight_folders import (
     write_folder,
 )
 
-from fastvid import checkpoint
 from fastvid.batch import VideoTokens
-from fastvid.model.projector_file import save_tensors
-from fastvid.model.weights import read_model_config, read_projector, write_reference_projector
+from fastvid.checkpoints import checkpoint
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.projector_file import read_projector, save_tensors
+from fastvid.weights.starting import write_reference_projector
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])

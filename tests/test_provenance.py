@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from training_run import CHANNELS, ROWS, flags, write_run
 
 from fastvid import chat as chat_module
-from fastvid import checkpoint, export, extract, provenance, train, validate
-from fastvid.chat import Chat
+from fastvid import export, extract, provenance, train, validate
+from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig, ValidateConfig
-from fastvid.data.features import load_features, save_features
+from fastvid.features.file import load_features, save_features
 from fastvid.flags import parse
-from fastvid.model.projector_file import save_tensors
+from fastvid.inference.chat import Chat
 from fastvid.provenance import (
     Provenance,
     agreed,
@@ -26,6 +26,7 @@ from fastvid.provenance import (
     what_decoders_mean,
 )
 from fastvid.video.towers.choice import revisions
+from fastvid.weights.projector_file import save_tensors
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 DIGEST, OTHER = "sha256:aa", "sha256:bb"
@@ -235,7 +236,7 @@ def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog,
     for file in (made / "feats").iterdir():
         (feats / file.name).write_bytes(file.read_bytes())
     mark(feats / "clip5.safetensors", made / "tower_a")
-    monkeypatch.setattr("fastvid.data.batching.SampleSet.HEADERS", 2)
+    monkeypatch.setattr("fastvid.data.dataset.SampleSet.HEADERS", 2)
     assert train.main(flags(made, tmp_path / "out", "--video_folder", str(feats), "--num_train_epochs", "1")) == 0
     assert "features are of the tower" in caplog.text and "vision towers" not in caplog.text
 
@@ -375,7 +376,7 @@ def test_a_file_of_another_conversion_is_told_when_it_is_read(made, tmp_path, ca
         features, header = load_features(file)
         save_features(feats / file.name, features, header | (DALI if file.name == "clip5.safetensors" else PYAV) | {
             "tower_revision": header["tower_revision"]})
-    monkeypatch.setattr("fastvid.data.batching.SampleSet.HEADERS", 2)
+    monkeypatch.setattr("fastvid.data.dataset.SampleSet.HEADERS", 2)
     assert train.main(flags(made, tmp_path / "out", "--video_folder", str(feats), "--num_train_epochs", "1")) == 0
     assert "of the colour conversion dali, not swscale" in caplog.text and "colour conversions" not in caplog.text
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastvid_kernels.quantize_fp8 import quantize_fp8_reference
+from fastvid_kernels.quantize_fp8 import quantize_fp8_reference, scaled_product
 from model_cases import LiveBytes, assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastvid.model import quantize
-from fastvid.model.quantize import FORMATS, check_device, matrix_bytes, scaled_product
+from fastvid.model.quantize import FORMATS, check_device, matrix_bytes
 
 IN, OUT, ROWS = 64, 96, 37
 SLICES = [None, slice(32, 96), slice(0, 16)]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastvid.data.questions import list_media, read_questions
+from fastvid.inference.questions import list_media, read_questions
 
 SUFFIXES = (".safetensors", ".pkl", ".mp4")
 

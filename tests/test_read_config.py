@@ -16,7 +16,7 @@ from weight_folders import (
     write_folder,
 )
 
-from fastvid.model.weights import read_model_config
+from fastvid.weights.model_config import read_model_config
 
 
 def read(tmp_path, config, state=None, **options):

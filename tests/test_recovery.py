@@ -17,10 +17,13 @@ from checkpoint_cases import flip_a_bit
 from conftest import ROOT
 from training_run import config_of, flags, losses, overflowing, start, write_run
 
-from fastvid import checkpoint, parallel, processes, recovery, run_lock, saver, shards, train
-from fastvid.data.batching import Loader
-from fastvid.data.features import load_features, save_features
-from fastvid.metrics import read_metrics
+from fastvid import train
+from fastvid.checkpoints import checkpoint, saver, shards
+from fastvid.data.loader import Loader
+from fastvid.dist import parallel, processes
+from fastvid.features.file import load_features, save_features
+from fastvid.training import recovery, run_lock
+from fastvid.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

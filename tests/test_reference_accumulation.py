@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 
-from fastvid import checkpoint, parallel, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
+from fastvid.dist import parallel
 from fastvid.flags import parse
-from fastvid.metrics import read_metrics
+from fastvid.training.metrics import read_metrics
 
 # Of the reference's own run (336-pixel folders, learning rate 2e-5, warm-up .03); losses as its log prints them.
 LOSSES = [11.0873, 10.9103, 11.0776, 10.9915]

@@ -54,7 +54,7 @@ def test_what_is_named_is_there(pattern, known):
 ASKS = re.compile(r"--\w+|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
                   r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
                   r"extract|name it|make|mend|rename|shorten|raise it|put)\b")
-HELP = ("fastvid/config.py", "fastvid/foreign_flags.py")  # texts of --help; remedies that test_remedies_runs tries all
+HELP = ("fastvid/config.py", "fastvid/flags/foreign.py")  # texts of --help; remedies that test_remedies_runs tries all
 
 
 def messages():

@@ -18,11 +18,14 @@ from training_run import CHANNELS, write_run
 
 from fastvid import convert, extract, inspection, train, validate
 from fastvid.config import TrainConfig
-from fastvid.data import workers
-from fastvid.data.batching import Loader, SampleSet, SampleSkipped
-from fastvid.data.conversation import inference_prompt, load_tokenizer
-from fastvid.data.features import FeatureFolder, load_features, save_features
-from fastvid.data.workers import Ahead
+from fastvid.data import prefetch as workers
+from fastvid.data.conversation import inference_prompt
+from fastvid.data.dataset import SampleSet, SampleSkipped
+from fastvid.data.loader import Loader
+from fastvid.data.prefetch import Ahead
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.features.file import load_features, save_features
+from fastvid.features.folder import FeatureFolder
 
 VIDEOS = ("a.mp4", "b.mp4", "sub/c.mp4")
 TURNS = [{"from": "human", "value": "what does the cat see\n<video>"}, {"from": "gpt", "value": "a red house"}]

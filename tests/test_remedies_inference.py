@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from training_run import CHANNELS, ROWS, flags, write_run
 from weight_folders import RunsCode, write_folder
 
-from fastvid import checkpoint, doctor, export, inspection
-from fastvid.chat import Chat
+from fastvid import doctor, inspection
+from fastvid.checkpoints import checkpoint
 from fastvid.config import DoctorConfig
-from fastvid.data.features import load_features, save_features
-from fastvid.model.generate import generate
-from fastvid.model.projector_file import save_tensors
-from fastvid.model.read_config import read_model_config
+from fastvid.features.file import load_features, save_features
+from fastvid.inference.chat import Chat
+from fastvid.inference.generate import generate
 from fastvid.provenance import Provenance
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import revisions
+from fastvid.weights import export
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.projector_file import save_tensors
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 CODE = object()  # a pickle that would run code

@@ -16,14 +16,18 @@ from model_cases import model_config
 from test_run_lock import HOLD
 from training_run import flags, losses, start, write_run
 
-from fastvid import checkpoint, export, optim8bit, parallel, reporters, run_lock, saver, shards, train
+from fastvid import export, train
+from fastvid.checkpoints import checkpoint, saver, shards
 from fastvid.config import ExportConfig, TrainConfig
+from fastvid.dist import parallel
 from fastvid.flags import parse
-from fastvid.foreign_flags import MEANING
+from fastvid.flags.foreign import MEANING
 from fastvid.model.attention import choose_implementation
 from fastvid.model.decoder import recomputed_layers
 from fastvid.model.quantize import check_device
 from fastvid.model.video_llava import VideoLlava
+from fastvid.training import adamw8bit as optim8bit
+from fastvid.training import reporters, run_lock
 
 CPU = torch.device("cpu")
 FOUR = ("--max_steps", "4", "--save_steps", "2")

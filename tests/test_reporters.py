@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastvid import reporters
-from fastvid.metrics import Metrics
-from fastvid.reporters import Run, chosen, figures, open_reporters
+from fastvid.training import reporters
+from fastvid.training.metrics import Metrics
+from fastvid.training.reporters import Run, chosen, figures, open_reporters
 
 FLAGS = {"learning_rate": 1e-3, "data_path": ["a.json"], "run_name": None, "bf16": True}
 LINE = {"step": 7, "loss": 0.5, "eval_loss": 0.25, "grad_norm": float("nan"), "note": None}
@@ -140,7 +140,7 @@ def test_mlflow_stand_in(stand_in, tmp_path, monkeypatch):
 @pytest.mark.skipif(is_missing("trackio"), reason="trackio is not installed")
 def test_trackio_keeps_the_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
-    program = ("import sys; from pathlib import Path; from fastvid.reporters import Run, Trackio\n"
+    program = ("import sys; from pathlib import Path; from fastvid.training.reporters import Run, Trackio\n"
                "r = Trackio(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
                "r.log(7, {'train/loss': 0.5}); r.close()")
     run_apart(program, tmp_path)
@@ -167,7 +167,7 @@ def test_mlflow_keeps_the_figures(tmp_path, monkeypatch):
 @pytest.mark.skipif(is_missing("wandb"), reason="wandb is not installed")
 def test_wandb_keeps_the_figures_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    program = ("import sys; from pathlib import Path; from fastvid.reporters import Run, Wandb\n"
+    program = ("import sys; from pathlib import Path; from fastvid.training.reporters import Run, Wandb\n"
                "r = Wandb(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
                "r.log(7, {'train/loss': 0.5}); r.close()")
     run_apart(program, tmp_path)

@@ -13,14 +13,14 @@ from clips import draw
 from crashes import FORKS, ILLEGAL, NUMBERS, broken_context, extraction, lines
 from towers import write_tower
 
-from fastvid import restarts
 from fastvid.config import ExtractConfig
+from fastvid.dist.processes import started
 from fastvid.extract import extract
-from fastvid.processes import started
-from fastvid.restarts import History, is_broken, may_crash
+from fastvid.features.manifest import Manifest, read_manifest
+from fastvid.video import restarts
 from fastvid.video.decode.nvcuvid import NoDecoder, check
 from fastvid.video.leases import NAME
-from fastvid.video.manifest import Manifest, read_manifest
+from fastvid.video.restarts import History, is_broken, may_crash
 
 CRASH, AGAIN = signal.SIGSEGV, "a new process tries each of them alone"
 

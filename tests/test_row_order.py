@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data.row_order import RowOrder, SampleRows
+from fastvid.data.order.rows import RowOrder, SampleRows
 from fastvid.data.sharing import Groups
 
 

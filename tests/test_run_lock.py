@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT
 from ranks import on_ranks
 
-from fastvid import parallel, processes, run_lock
+from fastvid.dist import parallel, processes
+from fastvid.training import run_lock
 
 ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
 HOLD = """

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from ranks import on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from fastvid import checkpoint, checkpoint_folders, shards
-from fastvid import saver as saver_module
-from fastvid.saver import Saver
+from fastvid.checkpoints import checkpoint, shards
+from fastvid.checkpoints import folders as checkpoint_folders
+from fastvid.checkpoints import saver as saver_module
+from fastvid.checkpoints.saver import Saver
 
 PATIENCE = 30  # seconds until a test that waits for a thread has failed
 

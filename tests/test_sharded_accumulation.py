@@ -9,7 +9,9 @@ from test_sharding import Collectives
 from torch.distributed.tensor import DTensor
 from training_run import config_of, write_run
 
-from fastvid import parallel, planning, train
+from fastvid import train
+from fastvid.dist import parallel
+from fastvid.training import planning
 
 CPU = torch.device("cpu")
 MICRO_BATCHES = 3

@@ -17,9 +17,11 @@ from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import config_of, write_run
 
-from fastvid import checkpoint, parallel, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
-from fastvid.optim import Optimizer
+from fastvid.dist import parallel
+from fastvid.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 SAMPLES = 4

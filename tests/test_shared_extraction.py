@@ -18,10 +18,11 @@ from ranks import leave
 from towers import write_tower
 
 from fastvid.config import ExtractConfig
-from fastvid.extract import VideoFeatures, extract
-from fastvid.processes import started
+from fastvid.dist.processes import started
+from fastvid.extract import extract
+from fastvid.features.manifest import read_manifest
+from fastvid.video.features import VideoFeatures
 from fastvid.video.leases import NAME
-from fastvid.video.manifest import read_manifest
 
 KILLS = int(os.environ.get("FASTVID_KILLS", 5))
 FORKS = multiprocessing.get_context("forkserver")

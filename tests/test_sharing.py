@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from model_cases import assert_same_gradients, loss_and_gradients
 from training_run import SAMPLES, config_of, write_run
 
-from fastvid import parallel, train
-from fastvid.config import POLICIES
+from fastvid import train
 from fastvid.data.conversation import encode_sample, inference_prompt, ordered, system_prefix
 from fastvid.data.packing import pack
 from fastvid.data.sharing import Groups
+from fastvid.dist import parallel
+from fastvid.policy import POLICIES
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 

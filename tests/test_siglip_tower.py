@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity, interpolate, pad
 from towers import write_siglip, write_tower
 
 from fastvid import extract
-from fastvid.data.features import load_features
 from fastvid.data.video_tokens import tower_geometry
+from fastvid.features.file import load_features
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.clip import ClipTower
 from fastvid.video.towers.load import open_tower, tower_sizes

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from fastvid.processes import started
+from fastvid.dist.processes import started
 
 # A child says that it is there, counts signals until it has one and a moment longer, and tells how many there were.
 COUNTING = """

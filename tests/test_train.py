@@ -11,9 +11,12 @@ from ranks import leave
 from safetensors.torch import load_file
 from training_run import SAMPLES, config_of, flags, losses, overflowing, start, write_run
 
-from fastvid import checkpoint, parallel, planning, train
-from fastvid.data.features import load_features, save_features
-from fastvid.metrics import read_metrics
+from fastvid import train
+from fastvid.checkpoints import checkpoint
+from fastvid.dist import parallel
+from fastvid.features.file import load_features, save_features
+from fastvid.training import planning
+from fastvid.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from training_run import config_of, flags, losses, start, write_run
 
-from fastvid import parallel, planning, train
-from fastvid.metrics import read_metrics
+from fastvid import train
+from fastvid.dist import parallel
+from fastvid.training import planning
+from fastvid.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from fastvid import validate
 from fastvid.config import TrainConfig, ValidateConfig
-from fastvid.data.features import save_features
+from fastvid.features.file import save_features
 from fastvid.flags import parse
 
 TURNS = [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]
@@ -164,7 +164,7 @@ def test_without_a_folder_features_are_not_looked_at(data):
 
 
 def test_quick_reads_headers_alone(data, monkeypatch):
-    from fastvid.data import features
+    from fastvid.features import file as features
 
     monkeypatch.setattr(features.torch, "empty", lambda *a, **k: pytest.fail("values were read"))
     found = _check(data, [{"id": "a", "video": "a.pkl", "conversations": TURNS}], quick=True)

@@ -17,13 +17,14 @@ from conftest import ROOT
 from ranks import FORKS
 from towers import write_tower
 
-from fastvid import video_features
 from fastvid.config import ExtractConfig
-from fastvid.data.features import load_features
-from fastvid.extract import VideoFeatures, extract
+from fastvid.extract import extract
+from fastvid.features.file import load_features
+from fastvid.features.manifest import read_manifest
+from fastvid.video import features as video_features
 from fastvid.video.decode import DecodeError
+from fastvid.video.features import VideoFeatures
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")

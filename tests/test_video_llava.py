@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from test_frozen_rows import cases, prepared
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.decoder_config import DecoderConfig
-from fastvid.model.video_llava import ModelConfig, VideoLlava
+from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.video_llava import VideoLlava
 
 PROJECTORS = {"336": "mlp2x_gelu", "224": "linear"}
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fastvid.data.features import FeatureFolder, save_features
 from fastvid.data.video_tokens import video_token_count
+from fastvid.features.file import save_features
+from fastvid.features.folder import FeatureFolder
 
 RECORDS = [{"id": name, "video": f"{name}.pkl", "conversations": [{"from": "human", "value": "<video>"}]}
            for name in "abc"]

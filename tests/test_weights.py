@@ -26,7 +26,8 @@ from weight_folders import (
 
 from fastvid.batch import VideoTokens
 from fastvid.model.video_llava import VideoLlava
-from fastvid.model.weights import StartingWeights, load_weights, read_model_config
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.starting import StartingWeights, load_weights
 
 FORMS = {
     "llava-bin": {}, "llava-bin-sharded": {"files": 3}, "llava-safetensors": {"ending": "safetensors"},

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from weight_folders import CONFIG, write_folder
 
 from fastvid.config import TrainConfig
-from fastvid.data.features import save_features
+from fastvid.features.file import save_features
 from fastvid.flags import parse
-from fastvid.metrics import read_metrics
+from fastvid.training.metrics import read_metrics
 
 PIECES, ROWS, CHANNELS, SAMPLES = 300, 8, CONFIG["mm_hidden_size"], 12
 WORDS = "what does the cat see near a red house and why is it running so fast today".split()

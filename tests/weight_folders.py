@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from fastvid.batch import VideoTokens
 from fastvid.model.video_llava import VideoLlava
-from fastvid.model.weights import load_weights, read_model_config
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.starting import load_weights
 
 V, D, C = 40, 24, 10  # vocabulary rows, hidden size, channels of the features
 ADAPTER = frozenset({"projector", "boundary"})

@@ -19,10 +19,12 @@ from bench import train_data
 from bench.gpu.extract import CLIP_L, TINY, write_tower
 from bench.harness import ROOT
 from bench.train_presets import PRESETS
-from fastvid import checkpoint, parallel, train
+from fastvid import train
+from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
+from fastvid.dist import parallel
 from fastvid.flags import parse
-from fastvid.metrics import read_metrics
+from fastvid.training.metrics import read_metrics
 from fastvid.video.encoder import FeatureEncoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

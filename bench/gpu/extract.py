@@ -245,7 +245,8 @@ def decoders(small):
 
 def _hardware(clips, small):
     from fastvid.video.decode.bitstream import read_bitstream
-    from fastvid.video.decode.nvdec import NoDecoder, NvDecoder
+    from fastvid.video.decode.nvcuvid import NoDecoder
+    from fastvid.video.decode.nvdec import NvDecoder
 
     if not ON_GPU:
         yield {"row": "NVDEC", "status": "ok", "absent": "no GPU"}
@@ -279,7 +280,8 @@ def _dali(clips):
     """Frames per second of DALI's decoder, by so many videos at a time, and how far its RGB is from PyAV's."""
     from fastvid.video.decode import decode
     from fastvid.video.decode.bitstream import read_bitstream
-    from fastvid.video.decode.dali import DaliDecoder, NoDecoder
+    from fastvid.video.decode.dali import DaliDecoder
+    from fastvid.video.decode.nvcuvid import NoDecoder
 
     try:
         decoders = [DaliDecoder("cuda") for _ in range(2 * MOST_ENGINES)]

@@ -2,8 +2,9 @@
 
 import torch
 
-from fastvid import export, parallel, train
+from fastvid import export, train
 from fastvid.config import TrainConfig
+from fastvid.dist import parallel
 from fastvid.flags import parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

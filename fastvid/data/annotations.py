@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastvid.config import Policy
-from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, SUFFIXES, UNK, VIDEO
+from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, UNK, VIDEO
 from fastvid.data.records import place, read_records
 from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, shown
+from fastvid.policy import Policy
 
 _MOST_LINES = 20  # kinds of remarks that are told
 _OTHER_MEDIA = re.compile(

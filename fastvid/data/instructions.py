@@ -6,9 +6,9 @@
 import os
 from dataclasses import dataclass, field
 
-from fastvid.data.names import SUFFIXES
 from fastvid.data.records import kind_of, place
 from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, shown
 
 _OF_TRAINING = ("conversations", "messages", "conversation", "query", "QA")  # fields of training records
@@ -77,13 +77,13 @@ def keep_those_with_features(records, features, on_bad="error", path="records") 
     """The training records all of whose videos have features, as they are; those without a video are kept.
 
     Args:
-        features: `fastvid.data.features.FeatureFolder`.
+        features: `fastvid.features.folder.FeatureFolder`.
         on_bad, path: as `convert_records` takes them.
 
     Raises:
         ValueError: under on_bad="error" a record that is malformed or names a place outside the folder.
     """
-    from fastvid.data.features import MissingFeatures
+    from fastvid.features.folder import MissingFeatures
 
     done = Converted()
     for index, record in enumerate(records):

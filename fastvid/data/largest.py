@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from fastvid.data.row_order import RowOrder, SampleRows
+from fastvid.data.order.rows import RowOrder, SampleRows
 from fastvid.data.styles import record_videos
 
 # Beyond these, a run's steps are of the same kind; looking at them takes a second or two.
@@ -23,7 +23,7 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
     Where samples share rows or attend to a constant prefix, batches of as many rows differ in keys, several times.
 
     Args:
-        loader: `fastvid.data.batching.Loader`.
+        loader: `fastvid.data.loader.Loader`.
         count: steps wanted for each, at most.
         most: only the first so many steps are looked at.
 
@@ -45,7 +45,7 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
 
 
 def rows_by_text(samples, groups=None) -> SampleRows:
-    """About how many rows each sample of a `fastvid.data.batching.SampleSet` takes.
+    """About how many rows each sample of a `fastvid.data.dataset.SampleSet` takes.
 
     Args:
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.

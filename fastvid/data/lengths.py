@@ -3,9 +3,9 @@
 import numpy as np
 from tqdm import tqdm
 
+from fastvid.data.order.rows import SampleRows
 from fastvid.data.packing import Chain
-from fastvid.data.row_order import SampleRows
-from fastvid.data.workers import Ahead
+from fastvid.data.prefetch import Ahead
 
 _CHUNK = 256  # samples that a process takes at a time
 _QUIET = 3  # seconds without a progress bar
@@ -15,8 +15,8 @@ def measure(samples, world, *, packing, groups=None, processes=0, progress=False
     """Rows of all samples.
 
     Args:
-        samples: `fastvid.data.batching.SampleSet`.
-        world: `fastvid.parallel.World`.
+        samples: `fastvid.data.dataset.SampleSet`.
+        world: `fastvid.dist.parallel.World`.
         packing: keyword arguments of `fastvid.data.packing.pack`.
         groups: `Groups` of samples that stay together; None where none do.
         processes: as many tokenize on each rank; 0: this one.

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from fastvid.batch import VideoTokens
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
-from fastvid.files import naming, read_json_object, wrong_content
-from fastvid.folders import model_folder
+from fastvid.files import model_folder, naming, read_json_object, wrong_content
 
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

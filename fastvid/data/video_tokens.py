@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from fastvid.data.styles import Unreadable, canonical, record_videos
-from fastvid.files import read_json_object
-from fastvid.folders import model_folder
+from fastvid.files import model_folder, read_json_object
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384 and their like say their patch and image size (224
@@ -20,7 +19,7 @@ class VideoRows:
     """How many rows each video takes: as many as its feature file holds, each its own number.
 
     Args:
-        features: `fastvid.data.features.FeatureFolder`; None where no video is read.
+        features: `fastvid.features.folder.FeatureFolder`; None where no video is read.
         records: training records, of which malformed ones do not count.
         required: rows that every video must have (``--num_video_tokens``); None: any number.
         same: every video must have as many as the first whose features can be read (`Policy.one_video_length`).
@@ -67,7 +66,7 @@ def video_token_count(model_folder, vision_tower, num_video_tokens, features, re
         model_folder: whose config.json may name or describe the vision tower.
         vision_tower: folder or hub id; None takes the model's.
         num_video_tokens: the answer, where the user has given it.
-        features: `fastvid.data.features.FeatureFolder` or None; the first of the records' features that can be read
+        features: `fastvid.features.folder.FeatureFolder` or None; the first of the records' features that can be read
             decides.
         records: training records.
 

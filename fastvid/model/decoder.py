@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
-from fastvid.model.decoder_config import DecoderConfig, rotary_frequencies
+from fastvid.model.config import DecoderConfig, rotary_frequencies
 from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
 from fastvid.model.linear import make_linear
 from fastvid.model.rows import take_rows

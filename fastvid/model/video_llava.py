@@ -5,7 +5,6 @@ L supervised rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
@@ -14,31 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.model.cache import LayerCache
+from fastvid.model.config import PARTS, ModelConfig
 from fastvid.model.decoder import Decoder, Stream
-from fastvid.model.decoder_config import DecoderConfig
-from fastvid.model.generate import LayerCache
 from fastvid.model.linear import Linear
 from fastvid.model.rows import take_rows
-
-PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model folder says of its model.
-
-    Attributes:
-        mm_hidden_size: channels of the vision tower.
-        projector_type: "linear" (Video-ChatGPT) or "mlp2x_gelu" (LLaVA-1.5).
-        vision_tower: folder or hub id, if the folder names one.
-        initializer_range: standard deviation of new rows.
-    """
-
-    decoder: DecoderConfig
-    mm_hidden_size: int
-    projector_type: str
-    vision_tower: str | None
-    initializer_range: float
 
 
 class Table(nn.Module):
@@ -50,7 +29,7 @@ class Table(nn.Module):
 
 
 class VideoLlava(nn.Module):
-    """The model. Parameters are uninitialised; `fastvid.model.weights.load_weights` fills them.
+    """The model. Parameters are uninitialised; `fastvid.weights.starting.load_weights` fills them.
 
     Trained matrices lie in `trained_dtype` and are cast at use; frozen ones lie in `compute_dtype` and get no gradient.
     Frozen embeddings and norms, which autocast never rounds, lie in the residual stream's dtype.

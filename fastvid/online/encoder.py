@@ -8,8 +8,8 @@ import time
 import weakref
 from dataclasses import asdict
 
-from fastvid import processes
-from fastvid.data.workers import Stopped
+from fastvid.data.prefetch import Stopped
+from fastvid.dist import processes
 from fastvid.online.board import MADE, WAITS, Board
 
 _POLL = 0.02  # seconds between looks at the board

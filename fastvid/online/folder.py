@@ -12,19 +12,19 @@ from pathlib import Path
 import torch
 
 from fastvid.config import ExtractConfig
-from fastvid.data.feature_listing import Listing
-from fastvid.data.features import FeatureFolder, MissingFeatures
 from fastvid.data.video_tokens import read_settings
-from fastvid.earlier_features import EarlierFeatures
+from fastvid.features.folder import FeatureFolder, MissingFeatures
+from fastvid.features.listing import Listing
+from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.files import shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
 from fastvid.provenance import of_weights
+from fastvid.video.earlier import EarlierFeatures
+from fastvid.video.features import refuse_departures, settings_of
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import Manifest, read_manifest
 from fastvid.video.towers.choice import choose_tower, revisions
 from fastvid.video.towers.load import tower_sizes
-from fastvid.video_features import refuse_departures, settings_of
 
 
 class PlannedFolder(FeatureFolder):

@@ -66,13 +66,13 @@ def _encode(setup, turns, board):
     from transformers.utils.logging import disable_progress_bar
 
     from fastvid.config import ExtractConfig
-    from fastvid.earlier_features import EarlierFeatures
+    from fastvid.features.manifest import Manifest
     from fastvid.files import remove_left_over
+    from fastvid.video.earlier import EarlierFeatures
     from fastvid.video.encoder import make_current, open_device
+    from fastvid.video.features import VideoFeatures, default_device
     from fastvid.video.leases import Leases
     from fastvid.video.listing import Video
-    from fastvid.video.manifest import Manifest
-    from fastvid.video_features import VideoFeatures, default_device
 
     disable_progress_bar()  # of loading the tower: the trainer has one of its own
     config = ExtractConfig(**setup["config"])

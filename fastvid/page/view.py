@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastvid.data.features import FeatureFolder, load_features
-from fastvid.data.names import SUFFIXES
+from fastvid.features.file import load_features
+from fastvid.features.folder import FeatureFolder
+from fastvid.features.names import SUFFIXES
 from fastvid.files import shown
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.container import open_video

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastvid.data.cut_short import is_cut_short
-from fastvid.data.features import MissingFeatures, describe_features, load_features
 from fastvid.data.video_tokens import feature_channels, tower_geometry
+from fastvid.features.cut_short import is_cut_short
+from fastvid.features.file import describe_features, load_features
+from fastvid.features.folder import MissingFeatures
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower

@@ -3,12 +3,12 @@
 import hashlib
 import os
 
-from fastvid.data.names import stem
-from fastvid.earlier_features import written
+from fastvid.features.manifest import read_files, read_manifest
+from fastvid.features.names import stem
 from fastvid.files import shown
 from fastvid.video.decode import DecodeError
+from fastvid.video.features import written
 from fastvid.video.listing import find_videos
-from fastvid.video.manifest import read_files, read_manifest
 
 _REMEDY = "remove it and extract it again (fastvid extract)"
 

@@ -21,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from fastvid import processes
+from fastvid.dist import processes
 from fastvid.files import naming, remove_left_over
 
 NAME = ".leases"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from draw_clips import FRAMES, PATCH, SIZE
 
-from fastvid.chat import Chat
-from fastvid.data.features import FeatureFolder
+from fastvid.features.folder import FeatureFolder
+from fastvid.inference.chat import Chat
 
 GRID = SIZE // PATCH
 

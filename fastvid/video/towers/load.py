@@ -5,8 +5,7 @@ import os
 
 import torch
 
-from fastvid.files import shown, wrong_content
-from fastvid.folders import is_url
+from fastvid.files import is_url, shown, wrong_content
 from fastvid.video.towers.choice import is_path
 from fastvid.video.towers.clip import ClipTower
 from fastvid.video.towers.siglip import SiglipTower, picture_size

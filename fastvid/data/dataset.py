@@ -1,0 +1,227 @@
+"""Records and feature files as samples: tokens, labels and features.
+
+Dimensions: R rows of one video, C channels of the vision tower.
+"""
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from fastvid import provenance
+from fastvid.data.annotations import Remarks, examine_file
+from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample
+from fastvid.data.records import place
+from fastvid.data.styles import record_videos
+from fastvid.data.video_tokens import VideoRows
+from fastvid.files import shown
+
+log = logging.getLogger("fastvid")
+
+
+class SampleSkipped(ValueError):
+    """Why one sample cannot be trained on."""
+
+
+class SampleSet:
+    """The records of one or more data files, as tokens and features.
+
+    Args:
+        paths: JSON or JSONL files.
+        tokenizer: `fastvid.data.conversation.VideoTokenizer`.
+        features: `fastvid.features.folder.FeatureFolder`, or None for text only.
+        config: `TrainConfig`.
+
+    Attributes:
+        records: as `fastvid.data.styles.canonical` writes them.
+        counts: samples of each file.
+        remarks: `Remarks` about the records, told by the first process that reads them.
+        rows_of: `VideoRows`: from a video's name to its rows.
+        provenance: `Provenance` of what is trained on this set; of its features since `fit`.
+    """
+
+    HEADERS = 64  # feature files whose headers are looked at before the first step, spread over the set
+
+    def __init__(self, paths, tokenizer, features, config):
+        self.tokenizer, self.features, self.config = tokenizer, features, config
+        self.paths, self.records, self.counts, self.remarks = list(paths), [], [], Remarks()
+        self._numbers, bad, found_before = [], [], set()
+        for path in self.paths:
+            before = len(self.records)
+            for number, found in enumerate(examine_file(path, config)):
+                if reason := found.fault.text if found.fault else self._missing_feature(
+                        found.record, found_before):
+                    bad.append(f"{place(path, number)}: {reason}")
+                    continue
+                self.records.append(found.record)
+                self._numbers.append(number)
+                self.remarks.add(found.remarks, path, number)
+            self.counts.append(len(self.records) - before)
+        for line in self.remarks.lines():
+            log.warning("%s", line)
+        if bad:
+            self._report_bad(bad)
+        if not self.records:
+            raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
+        if features is not None:
+            features.settle()
+        self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
+                                 same=config.policy.one_video_length)
+        if self.rows_of.fault:
+            raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
+        self.provenance = provenance.Provenance(
+            conv_mode=TRAINING_TEMPLATES.get(config.version), question_order=config.question_order,
+            use_start_end=config.mm_use_vid_start_end)
+
+    @property
+    def channels(self):
+        """C of all features: those of the first, or the model's since `fit`; 0 where neither is known."""
+        return self.rows_of.channels
+
+    def fit(self, channels, required=None):
+        """Take features of the model's `channels` only, and check the first video's, before any step is made.
+
+        Args:
+            required: rows that the training set requires of every video, which then hold for this set; None: as it is.
+
+        Raises:
+            ValueError: that video has another shape.
+        """
+        if self.features is not None:
+            self.features.check_channels(channels)
+        self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
+        if self.rows_of.first is not None:
+            self.rows_of(self.rows_of.first[0])
+        self._look_at_headers(log)
+
+    def look_again(self):
+        """`provenance`, also of the features that were made since it was noted."""
+        if self._unmade:
+            self._look_at_headers(None)
+        return self.provenance
+
+    def _look_at_headers(self, log):
+        """Note what some of the features were made with; say in `log` if several towers or decoders made them."""
+        names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
+        self._unmade = False
+        for name in names[::max(1, len(names) // self.HEADERS)]:
+            try:
+                looked_at.append((self.features.shape(name)[0], self.features.header(name)))
+                self._unmade |= not self.features.is_made(name)
+            except (ValueError, OSError):  # reported where the record is used
+                continue
+        found, towers = provenance.of_features(looked_at)
+        if found.tower is None and not towers:
+            # Features without headers were made with the tower that the user names; without any video, what training
+            # starts from goes on to hold.
+            started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
+            found = replace(found, tower=self.config.vision_tower) if names else started
+        if len(towers) > 1 and log:
+            log.warning("features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
+                        "`fastvid extract --overwrite True` makes them anew", len(towers),
+                        ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
+                                  in towers.most_common()))
+        remark, warning = provenance.what_decoders_mean(provenance.decoders_of(header for _, header in looked_at))
+        some = f" ({len(looked_at)} of {len(names):,} files were looked at)"
+        if (warning or remark) and log:
+            log.log(logging.WARNING if warning else logging.INFO, "%s%s", warning or remark,
+                    some if len(looked_at) < len(names) else "")
+        if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
+            log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
+        prompt = self.provenance
+        self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
+                                  use_start_end=prompt.use_start_end)
+
+    def check_some(self, limit=64):
+        """Look at some samples spread over the set.
+
+        Raises:
+            ValueError: none of them can be trained on.
+        """
+        samples = [self.encode(index) for index in range(0, len(self), max(1, len(self) // limit))]
+        if all(sample.refused for sample in samples):
+            raise ValueError(f"none of {len(samples)} samples looked at can be trained on; the first, {self.name(0)}: "
+                             f"{samples[0].refused}")
+
+    def name(self, index) -> str:
+        """How messages name a sample: its id, and its record in its file."""
+        first = 0
+        for path, count in zip(self.paths, self.counts):
+            if index < first + count:
+                break
+            first += count
+        return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
+
+    def _missing_feature(self, record, found_before):
+        """Why features of a record are not to be had, or None; `found_before` are videos that have some."""
+        try:
+            for name in record_videos(record):
+                if self.features is None:
+                    return f"names a video ({shown(name)}); give its folder with --video_folder"
+                if name not in found_before:
+                    self.features.resolve(name)
+                    found_before.add(name)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    def _report_bad(self, bad):
+        first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+        if not self.records:
+            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n"
+                             f"  {first}")
+        if self.config.on_bad_sample == "error":
+            raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
+        log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
+
+    def __len__(self):
+        return len(self.records)
+
+    def encode(self, index):
+        """Tokens of one sample; `fastvid.data.conversation.EncodedSample`."""
+        config = self.config
+        return encode_sample(
+            self.records[index], self.tokenizer, rows_of=self.rows_of, version=config.version,
+            use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy,
+            question_order=config.question_order)
+
+    def read(self, index, loaded=None, *, values=True):
+        """Tokens and features of one sample.
+
+        Args:
+            loaded: features that were read before, by the name of their video; what is read is added to them.
+            values: False takes zeros for features that are not made yet.
+
+        Returns:
+            (EncodedSample, list of [R, C] tensors)
+
+        Raises:
+            SampleSkipped: it cannot be trained on.
+        """
+        sample = self.encode(index)
+        if sample.refused:
+            raise SampleSkipped(sample.refused)
+        loaded = {} if loaded is None else loaded
+        for name in sample.videos:
+            if name in loaded:
+                continue
+            if values:
+                self.features.await_made(name)
+            try:
+                features, header = (self.features.load if values else self.features.stand_in)(name)
+            except (ValueError, OSError) as error:
+                raise SampleSkipped(str(error)) from error
+            if tuple(features.shape) != self.features.shape(name):
+                raise SampleSkipped(f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
+                                    f"run first looked, is {list(features.shape)} now; start the run again")
+            made, expected = provenance.Provenance.of_header(header), self.provenance.tower_revision
+            known = (self.provenance.conversion or "").split("; ")
+            if made.conversion and known != [""] and made.conversion not in known:
+                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the colour conversion "
+                                                  f"{shown(made.conversion)}, not {' or '.join(map(shown, known))}"])
+            if expected and made.tower_revision not in (None, expected):
+                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the tower {made.tower} "
+                                                  f"({made.tower_revision[:19]}…), not of {self.provenance.tower}"])
+            loaded[name] = features
+        if any(self.features.dtype(name) == torch.float64 for name in sample.videos):
+            sample = replace(sample, remarks=[*sample.remarks, "its features are float64: rounded to float32"])
+        return sample, [loaded[name] for name in sample.videos]

@@ -1,0 +1,210 @@
+"""Records and feature files to packed batches, read ahead of the step that needs them.
+
+Dimensions: R rows of one video, C channels of the vision tower.
+"""
+
+import contextlib
+import itertools
+import logging
+from functools import partial
+
+from fastvid.data.conversation import system_prefix
+from fastvid.data.dataset import SampleSet, SampleSkipped
+from fastvid.data.lengths import measure
+from fastvid.data.order.reference import ReferenceOrder
+from fastvid.data.order.rows import RowOrder
+from fastvid.data.order.stream import EvaluationOrder, StreamOrder, epoch_length
+from fastvid.data.packing import pack
+from fastvid.data.prefetch import Ahead
+from fastvid.data.sharing import Groups
+from fastvid.data.styles import record_videos
+
+log = logging.getLogger("fastvid")
+
+
+class Loader:
+    """Packed batches by step, read ahead in processes.
+
+    Args:
+        samples: `SampleSet`.
+        order: which samples each step takes (`fastvid.data.order.stream`).
+        workers: processes that read ahead; 0 reads in line. The batches are the same for any number.
+        pin: put batches into page-locked memory.
+        packing: keyword arguments of `fastvid.data.packing.pack`.
+
+    Attributes:
+        prefix: ids of the system prompt, which the batches leave out and whose keys and values the model must keep.
+        drawn: samples drawn so far; `skipped` of them could not be used.
+        unusable: indices of the skipped samples.
+        remarks: by kind, the indices of the samples that a remark was made about.
+        validation: the `Loader` of the validation set that is read now and then between steps, or None.
+    """
+
+    MESSAGES = 10  # skipped samples and remarks told one by one; the rest are only counted
+
+    def __init__(self, samples, order, *, workers=2, pin=False, packing=None):
+        self.samples, self.order, self.pin, self.packing = samples, order, pin, packing or {}
+        self.prefix = self.packing.get("prefix", ()) if self.packing.get("frozen") else ()
+        self.drawn, self.skipped, self.validation = 0, 0, None
+        self.unusable, self.remarks = set(), {}
+        self._ahead = Ahead(self.read, workers, pin=pin)
+
+    def begin(self):
+        """Have features that are not made yet begin to be made, some time before the first step."""
+        if self.samples.features is not None:
+            self.samples.features.begin(self._videos(0))
+
+    def read(self, step, *, values=True):
+        """This rank's packed micro-batches of one step, and (index, remarks, why it was skipped) of odd samples.
+
+        Args:
+            values: False where only the batches' sizes matter.
+        """
+        samples, batches, odd = self.samples, [], []
+        for indices in self.order.micro_batches(step):
+            usable, loaded = [], {}
+            for index in indices:
+                try:
+                    usable.append(samples.read(index, loaded, values=values))
+                except SampleSkipped as error:
+                    odd.append((index, [], str(error)))
+                else:
+                    # What the record alone tells was told when it was read.
+                    remarks = [each for each in usable[-1][0].remarks if each not in samples.remarks.counts]
+                    if remarks:
+                        odd.append((index, remarks, None))
+            batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
+        return batches, odd
+
+    def iterate(self, first_step=0, stopped=lambda: False):
+        """Yield (step, micro-batches) up to the order's end; name each skipped sample and each kind of remark once.
+
+        Args:
+            stopped: ends a long wait, see `Ahead.map`.
+        """
+        steps = range(first_step, self.order.total_steps)
+        with contextlib.ExitStack() as stack:
+            if self.samples.features is not None:
+                stack.enter_context(self.samples.features.made_ahead(self._videos(first_step), stopped))
+            read = stack.enter_context(contextlib.closing(self._ahead.map(steps, stopped)))
+            for step, (batches, odd) in zip(steps, read):
+                for index, remarks, skipped in odd:
+                    self._report(index, remarks, skipped)
+                self.drawn += sum(map(len, self.order.micro_batches(step)))
+                yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
+
+    def _videos(self, first_step):
+        """Names of the videos that the next samples of this rank need, as many samples as the set has; then those of
+        the validation set."""
+        left = len(self.samples)
+        for step in range(first_step, self.order.total_steps):
+            for index in itertools.chain(*self.order.micro_batches(step)):
+                yield from record_videos(self.samples.records[index])
+                left -= 1
+            if left <= 0:
+                break
+        if self.validation is not None:
+            yield from self.validation._videos(0)
+
+    def account(self, world) -> tuple[list[str], str]:
+        """What became of the samples of all ranks since this process began; every rank calls it.
+
+        Returns:
+            (one line for each kind of remark, how many samples were skipped)
+        """
+        unusable, remarks = set(), {}
+        for theirs, made in world.gather_objects((self.unusable, self.remarks)):
+            unusable |= theirs
+            for remark, indices in made.items():
+                remarks.setdefault(remark, set()).update(indices)
+        lines = [f"{len(indices):,} of {len(self.samples):,} samples: {remark}" for remark, indices in remarks.items()]
+        return lines, f"{len(unusable):,} of {len(self.samples):,} samples skipped"
+
+    def _report(self, index, remarks, skipped):
+        if skipped:
+            self.skipped += 1
+            if index not in self.unusable and len(self.unusable) < self.MESSAGES:
+                last = " (further ones are counted, not shown)" * (len(self.unusable) == self.MESSAGES - 1)
+                log.warning("skipped sample %s: %s%s", self.samples.name(index), skipped, last)
+            self.unusable.add(index)
+        for remark in remarks:
+            if remark not in self.remarks and len(self.remarks) < self.MESSAGES:
+                log.warning("sample %s: %s (said once; counted at the end)", self.samples.name(index), remark)
+            self.remarks.setdefault(remark, set()).add(index)
+
+
+def training_loader(config, samples, world):
+    """The batches of a training run.
+
+    Args:
+        config: `TrainConfig`.
+        samples: `SampleSet` that fits the model (`SampleSet.fit`).
+        world: `fastvid.dist.parallel.World`; all ranks call this.
+
+    Raises:
+        ValueError: flags that contradict each other, or a sample longer than --rows_per_batch.
+    """
+    packing = dict(prefix=system_prefix(samples.tokenizer, config.version), share=config.share_video,
+                   frozen=config.trainable <= {"projector", "boundary"})
+    groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
+    order = training_order(
+        config, samples.counts, world.rank, world.size, groups=groups, name=samples.name,
+        measure=partial(measure, samples, world, packing=packing, groups=groups,
+                        processes=config.dataloader_num_workers, progress=not config.disable_tqdm))
+    return Loader(samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda",
+                  packing=packing)
+
+
+def evaluation_loader(config, training, world):
+    """The batches of the validation set, packed as those of `training`, the training run's `Loader`.
+
+    Raises:
+        ValueError: records or features that cannot be used.
+    """
+    trained = training.samples
+    samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
+    samples.fit(trained.channels, trained.rows_of.required)
+    order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
+    training.validation = Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin,
+                                 packing=training.packing)
+    return training.validation
+
+
+def training_order(config, counts, rank, size, *, groups=None, measure=None, name=None):
+    """The order of a training run.
+
+    Args:
+        config: `TrainConfig`.
+        counts: samples of each data file.
+        rank, size: this process among all.
+        groups: `fastvid.data.sharing.Groups` of samples that stay together; None where none do.
+        measure: finds the samples' rows (`fastvid.data.order.rows.SampleRows`); called for --rows_per_batch alone.
+        name: of a sample, by its index, for messages.
+
+    Raises:
+        ValueError: --data_weights that do not go with the files, a sample longer than --rows_per_batch, or what the
+            reference does not do with --parity reference.
+    """
+    weights = tuple(config.data_weights)
+    if weights and len(weights) != len(counts):
+        raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one "
+                         "each")
+    if config.policy.reference_order:
+        _check_reference(config)
+    if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
+        raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
+    run = dict(epochs=config.num_train_epochs, max_steps=config.max_steps, rank=rank, size=size, seed=config.seed,
+               accumulation=config.gradient_accumulation_steps)
+    if config.policy.reference_order:
+        return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
+    run |= dict(counts=tuple(counts), weights=weights)
+    if config.rows_per_batch:
+        return RowOrder(rows=measure(), budget=config.rows_per_batch, name=name, **run)
+    return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
+
+
+def _check_reference(config):
+    for flag, given in (("data_weights", config.data_weights), ("rows_per_batch", config.rows_per_batch),
+                        ("share_video", config.share_video), ("question_order", config.question_order != "reference")):
+        if given:
+            raise ValueError(f"--{flag}: the reference has none; leave it out with --parity reference")

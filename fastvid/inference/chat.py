@@ -1,0 +1,228 @@
+"""A loaded model that answers questions about videos, asked as the reference's inference asks them.
+
+Dimensions: R rows of a video (temporal + spatial), C channels of the vision tower.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fastvid.checkpoints import checkpoint
+from fastvid.checkpoints.find import projector_path
+from fastvid.config import ChatConfig
+from fastvid.data.conversation import EncodedSample, inference_prompt
+from fastvid.data.packing import pack
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.data.video_tokens import read_settings
+from fastvid.features.file import load_features
+from fastvid.features.names import SUFFIXES
+from fastvid.files import VIDEO_SUFFIXES, is_url, model_folder, shown
+from fastvid.inference.generate import generate
+from fastvid.model.attention_check import settle_attention
+from fastvid.model.video_llava import VideoLlava
+from fastvid.provenance import Provenance, agreed, of_weights, same_tower
+from fastvid.video.decode import DecodeError
+from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.encoder import FeatureEncoder, open_device
+from fastvid.video.listing import no_video
+from fastvid.video.towers.choice import check_tower, choose_tower, revisions
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.projector_file import read_projector
+from fastvid.weights.starting import StartingWeights, load_weights
+
+MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
+
+
+class Chat:
+    """A loaded model that answers questions about videos.
+
+    Args:
+        config: ChatConfig; or its fields by name: ``Chat(model_name_or_path=…, projector=…)``.
+
+    Raises:
+        ValueError: a folder, file or tensor that cannot be used, with the remedy.
+    """
+
+    def __init__(self, config=None, **settings):
+        config = config or ChatConfig(**settings)
+        config = replace(config, model_name_or_path=str(model_folder(config.model_name_or_path)))
+        self.device = open_device(config.device)
+        projector = None if config.projector is None else projector_path(config.projector, "--projector")
+        self.weights = str(projector or config.model_name_or_path)
+        self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
+        self.config = config = self._as_trained(config)
+        self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
+        tokens, seed = self.tokenizer.tokens, _seed(projector)
+        self.model_config = read_model_config(
+            config.model_name_or_path, vocab_size=tokens.vocab_size, projector=projector)
+        starting = StartingWeights(
+            self.model_config, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
+        if starting.makes_projector:
+            raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
+        if config.vision_tower is not None and Path(config.vision_tower).is_dir():
+            check_tower(config.vision_tower, self.trained, self.weights)
+        sizes, dtype = self.model_config.decoder, torch.bfloat16 if config.bf16 else torch.float32
+        attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        with torch.device("meta"):
+            self.model = VideoLlava(self.model_config, trainable=frozenset(), compute_dtype=dtype,
+                                    attn_implementation=attention)
+        self.model.to_empty(device=self.device)
+        load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
+        self._encoder = None
+        self._worker = DecodeWorker()
+
+    def _as_trained(self, config):
+        """The configuration with what the weights tell about their training.
+
+        Raises:
+            ValueError: a flag says otherwise.
+        """
+        told = {name: agreed(f"--{name}", getattr(config, name), getattr(self.trained, name), otherwise, self.weights)
+                for name, otherwise in (("conv_mode", "pg-video-llava"), ("question_order", "reference"),
+                                        ("num_frames", 100))}
+        return replace(config, **told)
+
+    def ask(self, video, question, history=()):
+        """The answer to a question about a video.
+
+        Args:
+            video: path of a video, or of a feature file.
+            question: text.
+            history: (question, answer) turns that came before.
+
+        Raises:
+            ValueError: the video cannot be decoded, its features do not fit the model, or the prompt is too long.
+            OSError: the file cannot be read.
+        """
+        return self.ask_features(self.features(video), question, history)
+
+    def ask_features(self, features_RC, question, history=()):
+        """`ask` about the [R, C] features of a video."""
+        channels = self.model_config.mm_hidden_size
+        if features_RC.dim() != 2 or features_RC.shape[1] != channels:
+            raise ValueError(f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
+                             "were made with another vision tower")
+        tokens = self.tokenizer.tokens
+        ids = inference_prompt(
+            question, self.tokenizer, video_tokens=len(features_RC), use_start_end=tokens.start is not None,
+            conv_mode=self.config.conv_mode, history=history, question_order=self.config.question_order)
+        batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, channels)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        answer = generate(
+            self.model, batch.to(self.device), max_new_tokens=self.config.max_new_tokens, eos=self.tokenizer.eos,
+            temperature=self.config.temperature, generator=generator)
+        return self.tokenizer.decode(answer).strip()
+
+    def features(self, video):
+        """[R, C] features of a video, or those that lie in a feature file.
+
+        Raises:
+            ValueError: no video, or features of another tower or size than the weights were trained on.
+            OSError: the file cannot be read.
+        """
+        if is_url(video):
+            raise ValueError(f"{shown(video)} is a URL: download the video and give its path")
+        if Path(video).suffix in SUFFIXES:
+            features_RC, header = load_features(video)
+            self._check_made_alike(video, header)
+            self._check_rows(video, len(features_RC), extracted=True)
+        else:
+            encoder = self._loaded_encoder()
+            self._check_rows(f"{video} with --num_frames {self.config.num_frames} and this tower",
+                             self.config.num_frames + encoder.num_patches)
+            try:
+                frames, _ = self._worker.decode(
+                    str(video), num_frames=self.config.num_frames, size=encoder.image_size)
+            except DecodeError as error:
+                raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
+            features_RC = encoder.encode(frames)
+        return features_RC
+
+    def _check_rows(self, what, rows, *, extracted=False):
+        """Refuse features of another number of rows than all that the weights were trained on.
+
+        Of what is `extracted` chat's own flags change nothing.
+        """
+        trained = self.trained.rows
+        if trained is not None and rows != trained:
+            frames = trained - rows + self.config.num_frames
+            remedy = ("extract it with " if extracted else
+                      f"--num_frames {frames}, or " if self.trained.num_frames is None and frames > 0 else "give ")
+            raise ValueError(f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
+                             f"{remedy}the tower and the frames of training")
+
+    def _check_made_alike(self, file, header):
+        """Refuse a feature file whose header contradicts the weights."""
+        made, trained = Provenance.of(header), self.trained
+        if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
+            raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
+                             f"was trained on ({trained.tower}); extract it with that one")
+        if trained.tower_revision is None and made.tower_revision and self._given_revisions and (
+                same_tower(made.tower_revision, self._given_revisions) is False):
+            raise ValueError(f"{file} was made by another tower ({made.tower}) than --vision_tower "
+                             f"{self.config.vision_tower}; extract it with that one, or leave --vision_tower out")
+        if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
+            raise ValueError(f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
+                             f"{trained.num_frames}; extract it with that")
+
+    @cached_property
+    def _given_revisions(self):
+        """What identifies the folder that --vision_tower names; nothing where it names none."""
+        tower = self.config.vision_tower
+        return revisions(tower) if tower and Path(tower).is_dir() else ()
+
+    def close(self):
+        """End the process that decodes."""
+        self._worker.close()
+
+    def _loaded_encoder(self):
+        if self._encoder is None:
+            tower = choose_tower(
+                self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
+            if tower is None:
+                raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
+            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.config.num_frames)
+            if encoder.hidden_size != self.model_config.mm_hidden_size:
+                raise ValueError(f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
+                                 f"{self.model_config.mm_hidden_size}: give the tower that made the features")
+            check_tower(tower, self.trained, self.weights)
+            self._encoder = encoder
+        return self._encoder
+
+
+def _trained_on(given, weights):
+    """The Provenance of weights, or of the checkpoint beside a projector file of an older version, which holds none."""
+    trained = of_weights(weights)
+    if trained == Provenance() and weights.is_file() and Path(given).is_dir():
+        try:
+            newest = checkpoint.newest_valid(given, alone=True)
+        except ValueError:  # damaged, and not what is used
+            newest = None
+        return trained if newest is None else of_weights(newest)
+    return trained
+
+
+def _seed(projector):
+    """That of the run that saved a checkpoint: of the rows that it did not train."""
+    if projector is None or not projector.is_dir():
+        return 42
+    return checkpoint.read_state(projector).get("config", {}).get("seed", 42)
+
+
+def _use_start_end(config, trained, projector):
+    """Whether prompts have <vid_start> and <vid_end>: as told, else as trained, else where they have rows."""
+    told = agreed("--mm_use_vid_start_end", config.mm_use_vid_start_end, trained.use_start_end,
+                  read_settings(config.model_name_or_path).get("mm_use_vid_start_end"), projector)
+    if told is not None:
+        return told
+    tokens = load_tokenizer(config.model_name_or_path, None).tokens
+    if tokens.start is not None or projector is None:
+        return tokens.start is not None
+    read_projector(projector)  # raises whatever the flag does not mend
+    try:
+        with_both = load_tokenizer(config.model_name_or_path, True).tokens
+        return "boundary.weight" in read_projector(projector, with_both)
+    except ValueError as error:
+        raise ValueError(f"{error}. If it was trained without them: --mm_use_vid_start_end False") from error

@@ -1,0 +1,66 @@
+"""Answers token by token: the prompt through the packed forward pass into a KV cache, then one row at a time.
+
+Dimensions: N rows of the prompt, K key/value heads, d channels per head, D channels of the decoder.
+"""
+
+import torch
+
+from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.model.cache import LayerCache
+
+
+@torch.inference_mode()
+def generate(model, batch: PackedBatch, *, max_new_tokens: int, eos: int, temperature: float = 0.0,
+             generator: torch.Generator | None = None) -> list[int]:
+    """Continue one prompt.
+
+    Args:
+        model: `VideoLlava`, not sharded.
+        batch: the prompt alone, on the model's device; its supervised rows are ignored.
+        max_new_tokens: longest answer.
+        eos: id that ends the answer; it is not part of what is returned.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
+        generator: of the draws, on the model's device.
+
+    Returns:
+        Ids of the answer.
+
+    Raises:
+        ValueError: several samples in the batch, a negative temperature, or a prompt and answer that together are
+            longer than the model's context.
+    """
+    if batch.layout.cu_seqlens_q.numel() != 2 or batch.num_rows == 0:
+        raise ValueError(f"generate continues one prompt; the batch holds {batch.layout.cu_seqlens_q.numel() - 1}")
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature}: 0 is greedy, higher is more random; it cannot be negative")
+    limit = model.config.decoder.max_position_embeddings - batch.num_rows
+    if limit < 1:
+        raise ValueError(f"the prompt has {batch.num_rows} rows, the model's context "
+                         f"{model.config.decoder.max_position_embeddings}: shorten the question or use fewer frames")
+    max_new_tokens = min(max_new_tokens, limit)
+    cache = [LayerCache(batch.num_rows + max_new_tokens) for _ in model.decoder.layers]
+    h_1D = model.hidden(batch, cache)[-1:]
+    answer = []
+    while len(answer) < max_new_tokens:
+        token = _pick(model.logits(h_1D)[0], temperature, generator)
+        if token.item() == eos:
+            break
+        answer.append(token.item())
+        if len(answer) < max_new_tokens:
+            h_1D = _next_row(model, token, cache)
+    return answer
+
+
+def _pick(logits_V, temperature, generator):
+    """The next token, [1] int64."""
+    if temperature == 0:
+        return logits_V.argmax(-1, keepdim=True)
+    return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+
+
+def _next_row(model, token_1, cache):
+    """The row of one more text token after all those in the cache, after the final norm: [1, D]."""
+    length = cache[0].length
+    x_1D = model.embed.weight[token_1].to(model.residual_dtype)
+    layout = AttentionLayout.of_lengths([1], [length + 1]).map(lambda bounds_2: bounds_2.to(token_1.device))
+    return model.decoder(x_1D, torch.full_like(token_1, length), layout, cache)

@@ -1,0 +1,72 @@
+"""Sizes of a LLaMA decoder, and the frequencies of its rotary embedding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a LLaMA decoder.
+
+    Attributes:
+        rope_parameters: as transformers 5 has them (`LlamaConfig(...).rope_parameters`): `rope_type`, `rope_theta`, ….
+        max_position_embeddings: context length; some RoPE scalings depend on it.
+        tie_word_embeddings: the head is the embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_parameters: dict
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
+    """Radians per position, [d/2] fp32 on the CPU, and the factor on cosine and sine.
+
+    Raises:
+        ValueError: the scaling is unknown, or its frequencies depend on the length of the sequence.
+    """
+    parameters = {"rope_theta": 10000.0, **config.rope_parameters}
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"rope_type {kind!r} is not supported: it is unknown, or its frequencies depend on the length "
+                         "of the sequence; supported are default, linear, llama3 and yarn")
+    with torch.device("cpu"):
+        if kind == "default":
+            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+            return 1.0 / parameters["rope_theta"] ** exponents, 1.0
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](LlamaConfig(
+            hidden_size=config.hidden_size, num_attention_heads=config.num_heads, head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings, rope_parameters=parameters))
+    return frequencies, float(scale)
+PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model folder says of its model.
+
+    Attributes:
+        mm_hidden_size: channels of the vision tower.
+        projector_type: "linear" (Video-ChatGPT) or "mlp2x_gelu" (LLaVA-1.5).
+        vision_tower: folder or hub id, if the folder names one.
+        initializer_range: standard deviation of new rows.
+    """
+
+    decoder: DecoderConfig
+    mm_hidden_size: int
+    projector_type: str
+    vision_tower: str | None
+    initializer_range: float

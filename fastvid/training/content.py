@@ -1,0 +1,139 @@
+"""What a run is made of, known by content: its data, features, tokenizer and starting weights, wherever they lie.
+
+Digests do not depend on names, folders or (of weights) on how they are spread over files. Large things are sampled:
+another file, another model or other features are noticed, a single changed value of gigabytes need not be.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvid.data.styles import record_videos
+from fastvid.files import model_folder
+from fastvid.weights.model_folder import ModelFolder
+from fastvid.weights.projector_file import read_projector
+
+_WHOLE = 2**20  # bytes of a tensor up to which all of it is looked at; of larger ones as many, in so many pieces:
+_PIECES = 16
+_RECORDS = 16  # records, spread over the data, whose features are looked at
+# What of state.json's "content" each flag decides.
+FLAGS = {"data_path": "data", "video_folder": "features", "model_name_or_path": "weights",
+         "pretrain_mm_mlp_adapter": "projector"}
+
+
+def content_of(state) -> dict:
+    """JSON values that are equal for equal content: "data", "features", "weights", "tokenizer", "model", "projector".
+
+    Reads all data files, and of weights and features a part. For rank 0: the others have the same.
+    """
+    config = state.config
+    folder = model_folder(config.model_name_or_path)
+    projector = config.pretrain_mm_mlp_adapter
+    return {
+        "data": [_of_file(path) for path in config.data_path],
+        "features": _of_features(state.loader.samples),
+        "weights": _of_tensors(ModelFolder(folder)),
+        "tokenizer": next((_of_file(folder / name) for name in ("tokenizer.model", "tokenizer.json")
+                           if (folder / name).is_file()), None),
+        "model": json.loads(json.dumps(asdict(replace(state.model.config, vision_tower=None)))),
+        "projector": projector and _of_tensors(read_projector(projector, state.tokenizer.tokens)),
+    }
+
+
+def changes(saved: dict, now: dict, config) -> list[str]:
+    """What differs between the content of the run that a checkpoint belongs to and this run's, a line each.
+
+    Args:
+        saved, now: what `content_of` returned; entries that one of them lacks are not compared.
+        config: `TrainConfig` of this run, for the names of files.
+    """
+    found = []
+    if len(saved.get("data", ())) == len(now["data"]):
+        found += [f"the content of --data_path {path}" for path, was, is_ in zip(
+            config.data_path, saved["data"], now["data"]) if was != is_ and None not in (was, is_)]
+    elif "data" in saved:
+        found.append(f"the number of --data_path files ({len(saved['data'])} before, {len(now['data'])} now)")
+    for was, is_ in zip(saved.get("features", ()), now["features"]):
+        if was != is_ and was[1] and is_[1]:  # those that could be read
+            found.append(f"the features of {is_[0]} in --video_folder {config.video_folder}")
+            break
+    for name, said in (("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
+                       ("tokenizer", f"the tokenizer in --model_name_or_path {config.model_name_or_path}"),
+                       ("projector", f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"
+                        if config.pretrain_mm_mlp_adapter else
+                        "the projector to start from (--pretrain_mm_mlp_adapter is not given now)")):
+        if name in saved and saved[name] != now[name]:
+            found.append(said)
+    was, is_ = _flat(saved.get("model", {})), _flat(now["model"])
+    found += [f"{name} of --model_name_or_path {config.model_name_or_path} ({was[name]!r} before, {is_[name]!r} now)"
+              for name in was.keys() & is_.keys() if was[name] != is_[name]]
+    return found
+
+
+def completed(found: dict, samples) -> dict:
+    """What `content_of` returned, also of features that were not made yet."""
+    if all(digest for _, digest in found["features"]):
+        return found
+    return {**found, "features": _of_features(samples)}
+
+
+def _of_file(path):
+    """None of a pipe, which can be read once."""
+    if not Path(path).is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_features(samples):
+    """[(video, digest or None)] of some records."""
+    found = []
+    for i in range(0, len(samples), max(1, len(samples) // _RECORDS)):
+        for name in record_videos(samples.records[i])[:1] if samples.features else ():
+            if not samples.features.is_made(name):
+                found.append([name, None])
+                continue
+            try:
+                features, _ = samples.features.load(name)
+            except (ValueError, OSError):  # such samples are skipped, and told
+                found.append([name, None])
+                continue
+            found.append([name, _of_tensors({"": features})])
+    return found
+
+
+def _of_tensors(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        for piece in _pieces(tensor):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(tensor: Tensor):
+    """The bytes of a tensor, or some of them."""
+    content = tensor.detach().contiguous().reshape(-1)
+    width = content.element_size()
+    if content.nbytes <= _WHOLE:
+        return [_bytes(content)]
+    length = _WHOLE // _PIECES // width
+    begins = [(len(content) - length) * i // (_PIECES - 1) for i in range(_PIECES)]
+    return [_bytes(content[begin:begin + length]) for begin in begins]
+
+
+def _bytes(flat):
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _flat(values, prefix=""):
+    """{dotted name: value} of nested dicts."""
+    found = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found

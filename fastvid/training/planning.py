@@ -1,0 +1,333 @@
+"""What a training run's flags mean together: contradictions, precision, and the layout that fits into memory."""
+
+import dataclasses
+import logging
+import math
+import re
+from typing import NamedTuple
+
+import torch
+
+from fastvid.data.largest import largest_steps
+from fastvid.dist import parallel
+from fastvid.files import shown
+from fastvid.model import quantize
+from fastvid.model.decoder import RECOMPUTE_MODES
+from fastvid.model.linear import can_tile
+from fastvid.training import flops, memory, reporters
+from fastvid.training.layer_memory import masked_pairs
+
+log = logging.getLogger("fastvid")
+
+# So many steps, those with the largest micro-batches, are read, and as many of those with most keys. Where they are
+# guessed from the samples' texts, another may still be larger.
+_STEPS_LOOKED_AT = 4
+_UNSEEN = 1.05
+# Of a GPU's free memory: what the allocator cannot fill because blocks differ in size, and libraries' own buffers.
+_OF_FREE_GPU = 0.92
+# NCCL's buffers: its communicator is there, but takes most of them at the first collective of a kind, and sharding
+# over a part of the ranks makes further communicators.
+_COMMUNICATORS = 2**30
+# An allowance for the process that encodes videos: its context, a large tower in 16 bits, NVDEC's and decoded pictures.
+_ENCODER = 6 * 2**30
+# What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
+_FOR_COPIES = 0.75
+_LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
+            "hybrid": "the whole model is sharded over some ranks, and copied on the others",
+            "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
+
+
+class MemoryPlan(NamedTuple):
+    """How a run uses memory.
+
+    Attributes:
+        layout: over ranks, as `parallel.shard` takes it.
+        recompute: as `fastvid.model.decoder.Decoder` takes it.
+        tiled: whether to `tile` the frozen decoder.
+        estimated: bytes of a step on one rank.
+        accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those
+            fit (`parallel.set_gradient_sync`).
+    """
+
+    layout: str
+    recompute: str | int
+    tiled: bool
+    estimated: int
+    accumulate_whole: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether whole layers are recomputed, which only a lack of memory is worth."""
+        return self.recompute not in ("none", "selective")
+
+
+def checked(config):
+    """The configuration with older names resolved.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
+    if config.evaluation_strategy:
+        if config.eval_strategy not in ("auto", config.evaluation_strategy):
+            raise ValueError(f"--evaluation_strategy {config.evaluation_strategy} is the older name of --eval_strategy "
+                             f"{config.eval_strategy}, and differs; leave one out")
+        config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
+    if config.eval_strategy == "auto":
+        config = dataclasses.replace(config, eval_strategy="epoch" if config.eval_data_path else "no")
+    recompute(config)
+    given_memory(config)
+    reporters.chosen(config.report_to)
+    if not config.trainable:
+        raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
+                         "--mm_use_vid_start_end there are no start and end embeddings to tune")
+    if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
+        raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
+                         "which --parity reference does not copy; set it to 0")
+    if config.master_dtype == "bfloat16" and not config.bf16:
+        raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
+    if config.frozen_dtype != "auto":
+        _check_frozen_dtype(config)
+    if config.shard_size is not None and config.shard != "hybrid":
+        raise ValueError(f"--shard_size {config.shard_size} is for --shard hybrid; add that, or leave it out")
+    if config.eval_strategy != "no" and not config.eval_data_path:
+        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
+    if config.lazy_preprocess is not None:
+        log.info("--lazy_preprocess is not needed: samples are always tokenized when they are needed")
+    if config.gradient_checkpointing:
+        log.info("--gradient_checkpointing True means --recompute auto: nothing is recomputed while memory suffices")
+    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
+        log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
+    return config
+
+
+def with_whole_steps(config, total_steps):
+    """The configuration with shares of all steps (those below 1) as numbers of steps, but for the warm-up's."""
+    names = ("logging_steps", "eval_steps", "save_steps")
+    return dataclasses.replace(config, **{name: _whole(getattr(config, name), total_steps) for name in names})
+
+
+def warmup_steps(config, total_steps) -> int:
+    """Steps of the warm-up."""
+    steps = _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+    if steps > total_steps and config.lr_scheduler_type != "constant":
+        log.warning("--warmup_steps %s: the run ends after %s, before the learning rate has reached --learning_rate",
+                    f"{steps:,}", f"{total_steps:,}")
+    return steps
+
+
+def _whole(steps, total_steps):
+    return math.ceil(steps * total_steps) if steps < 1 else int(steps)
+
+
+def given_memory(config) -> int | None:
+    """Bytes that ``--memory`` names, or None.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if config.memory is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GiB|GB|G)", config.memory, flags=re.IGNORECASE)
+    size = float(found[1]) * (10**9 if found[2].lower() == "gb" else 2**30) if found else 0
+    if size < 2**20:
+        raise ValueError(f"--memory {shown(config.memory)}: give a device's free memory, such as 24GiB or 80GB")
+    return int(size)
+
+
+def _check_frozen_dtype(config):
+    flag = f"--frozen_dtype {config.frozen_dtype}"
+    if "decoder" in config.trainable:
+        raise ValueError(f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
+                         "the adapter only (--tune_mm_mlp_adapter True)")
+    if config.parity == "reference":
+        raise ValueError(f"{flag} rounds the decoder's weights, and --parity reference computes with them as they are; "
+                         "leave one of the two out")
+    if config.frozen_dtype == "fp8" and not config.bf16:
+        raise ValueError(f"{flag}: products of FP8 units come out in bf16; add --bf16 True")
+    if config.shard not in ("auto", "none"):
+        raise ValueError(f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use "
+                         "--shard auto or none")
+
+
+def recompute(config):
+    """``--recompute``: "auto", a mode, or a number of layers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    given = config.recompute
+    if given.isdecimal():
+        return int(given)
+    if given not in ("auto", *RECOMPUTE_MODES):
+        raise ValueError(f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first "
+                         "layers")
+    return given
+
+
+def frozen_dtype(config):
+    """How a frozen decoder's matrices are stored, as `VideoLlava` takes it."""
+    return None if config.frozen_dtype == "auto" else config.frozen_dtype
+
+
+def compute_dtype(config):
+    """Of matrix products, and of frozen weights as they are stored."""
+    return torch.bfloat16 if config.bf16 else torch.float32
+
+
+def trained_dtype(config):
+    """Of trained weights as they are stored."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else torch.float32
+
+
+def peak_flops(config, world):
+    """Operations per second of all devices together that utilisation is stated against, or None."""
+    peak = config.peak_tflops and config.peak_tflops * 1e12
+    if peak is None and config.bf16 and world.device.type == "cuda":
+        peak = flops.peak_flops(torch.cuda.get_device_name(world.device))
+    return peak and peak * world.size
+
+
+def row_budget(config, world):
+    """Rows that a step of all ranks has room for under ``--rows_per_batch``, or None."""
+    return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
+
+
+def plan_memory(config, model_config, loader, world, attention):
+    """Choose what ``--shard`` and ``--recompute`` leave open, and how to multiply; say what a step will take.
+
+    Args:
+        config: `TrainConfig`.
+        model_config: `fastvid.model.video_llava.ModelConfig`.
+        loader: `fastvid.data.loader.Loader`; the run's largest micro-batches, on any rank, are planned for.
+        world: `parallel.World`.
+        attention: as `attention_check.settle_attention` settled it.
+
+    Returns:
+        `MemoryPlan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
+
+    Raises:
+        ValueError: ``--recompute`` has more layers than the model.
+    """
+    if frozen_dtype(config) is not None:
+        quantize.check_device(config.frozen_dtype, world.device)
+    asked, layers = recompute(config), model_config.decoder.num_layers
+    if isinstance(asked, int):
+        if asked > layers:
+            raise ValueError(f"--recompute {asked}: the model has {layers} layers; give at most as many")
+        asked = {0: "none", layers: "full"}.get(asked, asked)
+    batch, found = _largest_batch(config, loader, world)
+    features = loader.samples.features
+    # A dry run plans for a GPU that this machine need not have.
+    other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
+    of_gpu = other or world.device.type == "cuda"
+    options = dict(
+        batch, trainable=config.trainable, compute_dtype=compute_dtype(config),
+        optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
+        fp32_residual=config.policy.fp32_residual,
+        summed=config.gradient_accumulation_steps > 1 or world.distributed,
+        frozen_dtype=frozen_dtype(config), on_cpu=not of_gpu, one_call_per_segment=attention == "sdpa" and not other)
+    available, of_what = _available(config, world, encodes=bool(features is not None and features.unmade))
+    wanted = "none" if asked == "auto" else asked
+    replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
+    if config.shard in ("full", "hybrid") and not world.distributed:
+        log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
+    layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
+                                    fits=replicated.total <= available or frozen_dtype(config) is not None)
+    options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
+                    sums_replicated=world.distributed and layout == "replicated",
+                    summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
+                    world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
+    chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
+    estimate = memory.estimate(model_config, recompute=chosen, **options)
+    plan = MemoryPlan(layout, chosen, False, estimate.total)
+    said = ""
+    if not plan.short and not other and _can_tile(config, layout, world):
+        with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
+        tiled = with_copies.total <= _FOR_COPIES * available
+        estimate = with_copies if tiled else estimate
+        plan = plan._replace(tiled=tiled, estimated=estimate.total)
+        said = (f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies"
+                + ("" if tiled else ", for which memory is short"))
+    whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
+    if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
+        said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
+    log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
+    if estimate.total > available:
+        log.warning("a step takes more than there is: try %s", ", ".join(_smaller(config, layout)))
+    return plan._replace(accumulate_whole=whole)
+
+
+def _smaller(config, layout):
+    """What a run might do to take less memory, of what it does not do yet."""
+    trained = "decoder" in config.trainable
+    yield "smaller batches"
+    if not config.bf16:
+        yield "--bf16 True"
+    if trained and not (config.optim.endswith("8bit") and config.master_dtype == "bfloat16"):
+        yield "--optim adamw_8bit --master_dtype bfloat16"
+    if frozen_dtype(config) is None and layout != "full":
+        yield "--shard full on more ranks"
+    if not trained and config.frozen_dtype != "nf4":
+        yield "--frozen_dtype nf4"
+
+
+def _available(config, world, encodes=False):
+    """(Bytes that a rank may plan with, what they are of more in words).
+
+    Args:
+        encodes: whether a process beside this one makes features on the same device.
+    """
+    given = given_memory(config)
+    free = given or parallel.device_memory(world)
+    if world.device.type != "cuda" and not given:
+        return free, ""
+    kept = [(size, what) for size, what, needed in (
+        (_COMMUNICATORS, "NCCL", world.distributed), (_ENCODER, "the tower that encodes videos", encodes)) if needed]
+    return (int(_OF_FREE_GPU * free) - sum(size for size, _ in kept),
+            f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB {'that --memory names' if given else 'free'}"
+            + "".join(f", less {size / 2**30:g} GiB for {what}" for size, what in kept) + ")")
+
+
+def _can_tile(config, layout, world):
+    """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
+    return ("decoder" not in config.trainable and frozen_dtype(config) is None and layout in ("replicated", "trained")
+            and not config.policy.plain_products and can_tile(compute_dtype(config), world.device))
+
+
+def _largest_batch(config, loader, world):
+    """(Rows of the run's largest micro-batches, as `memory.estimate` takes them; how they were found, in words).
+
+    Raises:
+        ValueError: none of the samples looked at can be trained on.
+    """
+    loader.samples.check_some()
+    steps, known = largest_steps(loader, _STEPS_LOOKED_AT)
+    found = [rows_of(batch) for step in steps for batch in loader.read(step, values=False)[0]]
+    found += world.gather_objects(_most(found))
+    largest = _most(found)
+    if known:  # some batch of so many rows may have none that needs no gradient
+        largest["rows"] = max(largest["rows"], *world.gather_objects(int(known)))
+    if known or len(steps) == loader.order.total_steps:
+        return largest, f"the largest micro-batch has {largest['rows']:,} rows"
+    # No batch has more than its samples at their longest.
+    most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
+    share = min(_UNSEEN, most / largest["rows"])
+    largest = {name: math.ceil(number * share) for name, number in largest.items()}
+    return largest, (f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the "
+                     f"texts ({_UNSEEN - 1:.0%} above those read)")
+
+
+def _most(found):
+    """The most of each number in any of the batches."""
+    return {name: max(rows[name] for rows in found) for name in found[0]}
+
+
+def rows_of(batch):
+    """What `memory.estimate` asks about a `PackedBatch` on the host: fields of `layer_memory.BatchRows`."""
+    live = (batch.layout, batch.loss_layout) if batch.parts is None else (
+        batch.parts[1].layout, batch.parts[1].loss_layout)
+    return {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
+            "video_rows": len(batch.video_rows), "prefix_rows": batch.prefix_rows, "frozen_rows": batch.frozen_rows,
+            "key_rows": 0 if live[0].kv_rows is None else len(live[0].kv_rows), "last_key_rows": len(live[1].kv_rows),
+            "segments": len(live[0].cu_seqlens_q) - 1, "masked_pairs": masked_pairs(live[0]),
+            "last_masked_pairs": masked_pairs(live[1])}

@@ -1,0 +1,82 @@
+"""What a training run consists of, and what one step of it gave."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastvid.checkpoints.saver import Saver
+from fastvid.config import TrainConfig
+from fastvid.data.loader import Loader
+from fastvid.data.tokenizer import VideoTokenizer
+from fastvid.dist import parallel
+from fastvid.model.video_llava import VideoLlava
+from fastvid.training import flops, planning
+from fastvid.training.optimizer import Optimizer
+from fastvid.training.staging import Staging
+
+
+@dataclass
+class TrainState:
+    """Everything that a step touches.
+
+    Attributes:
+        evaluation: loader of the validation set, or None.
+        plan: how the run uses memory.
+        step: optimizer steps done.
+        loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
+        logged_step: the step of that line.
+        stop_signal: signal that asked this rank to stop, or 0. SIGPIPE: nobody reads what it prints any more.
+        waited: seconds that this rank has waited for the data of the next step.
+        skipped_before: samples that were skipped, on all ranks, before the run was resumed.
+        run: by which checkpoints of this run are known, however often it is resumed.
+        content: on rank 0 what the run is made of (`fastvid.training.content`), once that was asked.
+    """
+
+    config: TrainConfig
+    world: parallel.World
+    tokenizer: VideoTokenizer
+    model: VideoLlava
+    optimizer: Optimizer
+    loader: Loader
+    evaluation: Loader | None
+    warmup_steps: int
+    formula: flops.Formula
+    loss_sum: torch.Tensor
+    saver: Saver
+    staging: Staging
+    plan: planning.MemoryPlan
+    step: int = 0
+    logged_step: int = 0
+    stop_signal: int = 0
+    waited: float = 0.0
+    skipped_before: int = 0
+    run: str | None = None
+    content: dict | None = None
+
+    @property
+    def order(self):
+        """Which samples each step takes (`fastvid.data.order.stream`)."""
+        return self.loader.order
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all ranks. Loss and gradient norm stay on the device; the counts are known to the host.
+
+    Attributes:
+        loss, gradient_norm: fp32 scalars; the norm before clipping.
+        learning_rate: that the update used.
+        counts: samples, rows, operations and so on.
+        waited: seconds that a rank waited for data before it, on average.
+        stop_signal: the signal that asked any rank to stop, or 0.
+        drawn: samples drawn since this process began, on all ranks; `skipped` of them could not be used.
+    """
+
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+    counts: flops.StepCounts
+    waited: float
+    stop_signal: int
+    drawn: int
+    skipped: int

@@ -1,0 +1,154 @@
+"""A model folder's config.json, in every form that users hold, as a ModelConfig."""
+
+import json
+import logging
+
+import torch
+
+from fastvid.files import model_folder, wrong_content
+from fastvid.model.config import DecoderConfig, ModelConfig, rotary_frequencies
+from fastvid.weights import names
+from fastvid.weights.model_folder import ModelFolder
+from fastvid.weights.projector_file import read_projector
+
+log = logging.getLogger("fastvid")
+
+# LLaMA and Vicuna; LLaVA (1.0 and 1.5 "llava", later "llava_llama") and llava-hf ("llava"); the reference.
+_MODEL_TYPES = ("llama", "llava", "llava_llama", "videochatgpt", "video_chatgpt")
+_PROJECTORS = ("linear", "mlp2x_gelu")
+# What would change the computation, with the only value that we compute.
+_COMPUTED = {
+    "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "sliding_window": (None,),
+    "num_local_experts": (None,), "num_experts": (None,), "quantization_config": (None,),
+    "projector_hidden_act": ("gelu",),
+}
+
+# The largest sizes that are believed.
+_SIZES = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "head_dim": 100_000,
+          "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000}
+
+
+def read_model_config(folder, *, projector_type=None, vocab_size=None, projector=None, mm_hidden_size=None):
+    """The ModelConfig of a LLaMA, Vicuna, LLaVA, llava-hf, Video-ChatGPT, PG-Video-LLaVA or exported folder.
+
+    What config.json leaves out has LlamaConfig's defaults. A projector that config.json does not describe is
+    recognised by its tensors.
+
+    Args:
+        folder: holds config.json and the weights.
+        projector_type: "linear" or "mlp2x_gelu", whatever the folder says.
+        vocab_size: rows that the tokenizer needs; the tables grow to it, and a table that has more keeps them.
+        projector: projector file or checkpoint folder that will be loaded instead of the folder's own projector.
+        mm_hidden_size: channels of the features, where the folder does not say. Default: 1024 (CLIP ViT-L/14).
+
+    Raises:
+        ValueError: names the file and the value that is missing, malformed, or not computed by this model.
+    """
+    folder = model_folder(folder)
+    path = folder / "config.json"
+    values = _read_json(path)
+    text = values.get("text_config") or values
+    llama = _llama_config(path, values, text)
+    rows = max(llama.vocab_size, vocab_size or 0)
+    decoder = DecoderConfig(
+        vocab_size=rows, hidden_size=llama.hidden_size, intermediate_size=llama.intermediate_size,
+        num_layers=llama.num_hidden_layers, num_heads=llama.num_attention_heads,
+        num_kv_heads=llama.num_key_value_heads, head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps,
+        rope_parameters=dict(llama.rope_parameters), max_position_embeddings=llama.max_position_embeddings,
+        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")))
+    try:
+        rotary_frequencies(decoder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    kind, width = _projector(folder, path, values, projector, projector_type)
+    return ModelConfig(decoder=decoder, mm_hidden_size=width or mm_hidden_size or 1024, projector_type=kind,
+                       vision_tower=values.get("mm_vision_tower"), initializer_range=llama.initializer_range)
+
+
+def _read_json(path):
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: download the model (hf download) and give its folder")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {path.parent} is not a model folder")
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return values
+
+
+def _llama_config(path, values, text):
+    """transformers' LlamaConfig of config.json's language model: defaults filled in, rope settings in today's form."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    for model_type in (values.get("model_type", "llama"), text.get("model_type", "llama")):
+        if str(model_type).lower() not in _MODEL_TYPES:
+            raise ValueError(f"{path}: model_type {model_type!r} is not computed; only LLaMA is")
+    for key, allowed in _COMPUTED.items():
+        for section in (values, text):
+            if section.get(key, allowed[0]) not in allowed:
+                remedy = "; give the folder of the model that it was made of" * (key == "quantization_config")
+                raise ValueError(f"{path}: {key} = {section[key]!r} is not computed; only {allowed[0]!r} is{remedy}")
+    for key, most in _SIZES.items():
+        value = text.get(key)
+        if isinstance(value, int | float) and not 1 <= value <= most:
+            raise ValueError(f"{path}: {key} = {value!r} is no size of a model (1 to {most:,}); download the file "
+                             "again")
+    for tower in ("mm_video_tower", "mm_image_tower"):
+        if values.get(tower):
+            raise ValueError(f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
+                             "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are")
+    try:
+        return LlamaConfig.from_dict({key: value for key, value in text.items() if key != "model_type"})
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _is_tied(path, described):
+    """Whether head and embedding are one table: as config.json says, unless the weights hold two that differ.
+
+    transformers 5 has it so; before, it left such a head out.
+    """
+    if not described:
+        return False
+    try:
+        weights = ModelFolder(path.parent)
+    except ValueError:  # without weights a folder still tells a model's size
+        return True
+    head, table = (weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or table is None or head.shape != table.shape or torch.equal(head, table.to(head.dtype)):
+        return True
+    log.warning("%s ties head and embedding (tie_word_embeddings), but the weights hold two that differ: both count",
+                path)
+    return False
+
+
+def _projector(folder, path, values, file, wanted):
+    """(type, channels of the features or None): of the given file, else as config.json says, else by the weights."""
+    if file is not None:
+        tensors = read_projector(file)
+        kind = "mlp2x_gelu" if "projector.2.weight" in tensors else "linear"
+        if wanted not in (None, kind):
+            raise ValueError(f"{file} holds a {kind} projector, --mm_projector_type {wanted} asks for another")
+        if "projector.0.weight" in tensors:
+            return kind, tensors["projector.0.weight"].shape[1]
+    described, width = values.get("mm_projector_type"), values.get("mm_hidden_size")
+    if "vision_config" in values and "mm_hidden_size" not in values:
+        described, width = "mlp2x_gelu", (values["vision_config"] or {}).get("hidden_size", 1024)
+    if described is None or width is None:
+        weights = ModelFolder(folder)
+        found = names.projector_type(weights)
+        if found is not None:
+            described = described or found
+        if found in _PROJECTORS:
+            width = width or weights[names.projector_parts(found)["projector.0.weight"]].shape[1]
+    # LLaVA's own builder takes a projector that nothing describes for a linear one.
+    kind = wanted or described or "linear"
+    if kind not in _PROJECTORS:
+        raise ValueError(f"{path}: mm_projector_type = {kind!r} is not computed; only 'linear' and 'mlp2x_gelu' are")
+    return kind, width

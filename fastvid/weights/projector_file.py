@@ -1,0 +1,156 @@
+"""The small file that adapter training leaves: the projector, and the embeddings of <vid_start> and <vid_end>.
+
+The reference's form is ``mm_projector.bin``: the whole embedding table, of which two rows were trained, then the
+projector (Video-LLaVA 0c8810f, VideoChatGPTTrainer._save).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastvid.files import naming
+from fastvid.provenance import KEY, add_to_bin
+from fastvid.weights.model_folder import CheckpointTensors, open_tensors
+from fastvid.weights.names import projector_parts, projector_type, standard_name
+
+
+def read_projector(path, tokens=None) -> dict[str, Tensor]:
+    """A trained projector by our names, and "boundary.weight" [2, D] if the file holds start and end embeddings.
+
+    Read are the reference's ``mm_projector.bin`` (an embedding table and ``model.mm_projector.*``), LLaVA's pretrained
+    projectors (``model.`` may lack), the same as ``.safetensors``, and a checkpoint-N folder of adapter training.
+
+    Args:
+        path: file or folder.
+        tokens: VideoTokens; which rows of a whole table are the start's and the end's. None: the projector alone.
+
+    Raises:
+        ValueError: names a file that cannot be read, or a tensor that is missing, unexpected or too small.
+    """
+    path = Path(path)
+    tensors = CheckpointTensors(path) if path.is_dir() else _by_our_names(path)
+    names = set(tensors)
+    other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")))
+    if other:
+        larger = f"{path} holds more than a projector ({other[0]}, …): it is "
+        if not path.is_dir():
+            raise ValueError(larger + "a model's weights. Give the folder that it belongs to as --model_name_or_path")
+        raise ValueError(f"{larger}a checkpoint of a larger part of the model. Export it (fastvid export --checkpoint "
+                         f"{path} --format llama --output FOLDER) and start from that folder.")
+    found = {name: tensors[name] for name in names if name.startswith("projector.")}
+    if tokens is not None and tokens.start is not None:
+        if "boundary.weight" in names:
+            found["boundary.weight"] = tensors["boundary.weight"]
+        elif "embed.weight" in names:
+            found["boundary.weight"] = _boundary_rows(path, tensors["embed.weight"], tokens)
+    return found
+
+
+def _by_our_names(path):
+    """{our name: tensor} of a projector file in LLaVA's names."""
+    file = open_tensors(path)
+    keys = {name: key for key in file if (name := standard_name(key)) is not None}
+    kind = projector_type(keys)
+    if kind is None:
+        raise ValueError(f"{path} holds no projector (mm_projector.weight, or mm_projector.0 and .2): "
+                         f"found {', '.join(list(file)[:4]) or 'nothing'}")
+    if kind not in ("linear", "mlp2x_gelu"):
+        odd = next(name for name in keys if name.startswith("model.mm_projector.") and name not in
+                   projector_parts("mlp2x_gelu").values())
+        what = f"an {kind} projector" if kind != "unknown" else "a projector of another kind"
+        raise ValueError(f"{path} holds {what} ({keys[odd]}, …), which is not computed; only linear and mlp2x_gelu are")
+    ours = {theirs: name for name, theirs in projector_parts(kind).items()}
+    ours["model.embed_tokens.weight"] = "embed.weight"
+    missing = sorted(theirs for theirs in projector_parts(kind).values() if theirs not in keys)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is not a whole projector")
+    return {ours.get(name, name): file[key] for name, key in keys.items()}
+
+
+def _boundary_rows(path, table, tokens):
+    """[2, D]: start and end of an embedding table that is whole, or that holds just those two rows.
+
+    A table that is whole has a row for each token, or as many as a multiple of 64, 128 or 256 that tables are padded
+    to. Any other was trained with another tokenizer, whose start and end tokens have other rows.
+    """
+    if table.dim() == 2 and table.shape[0] == 2:
+        return table
+    whole = {tokens.vocab_size} | {-(-tokens.vocab_size // multiple) * multiple for multiple in (64, 128, 256)}
+    if table.dim() != 2 or table.shape[0] not in whole:
+        raise ValueError(f"{path}: model.embed_tokens.weight is {list(table.shape)}, the tokenizer of the model folder "
+                         f"has {tokens.vocab_size} tokens: it was trained on another model folder, whose <vid_start> "
+                         "and <vid_end> have other rows; give that one as --model_name_or_path")
+    return table[[tokens.start, tokens.end]]
+
+
+def _order_metadata(path):
+    """Sort the metadata of a .safetensors file in its place: the library's order differs from process to process."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+        table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same text in another order"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def save_tensors(path, tensors, provenance=None):
+    """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all.
+
+    Args:
+        provenance: `fastvid.provenance.Provenance` to keep in it; the tensors are the same without.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix not in (".bin", ".safetensors"):
+        raise ValueError(f"{path}: a projector file ends in .bin (the reference's form) or .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder, for safetensors writes under a name of its own, which would stay beside `path` for ever after a kill.
+    folder = path.with_name(f".{path.name}.tmp")
+    temporary = folder / path.name
+    try:
+        with naming(path):
+            _remove(folder)
+            folder.mkdir()
+            if path.suffix == ".bin":
+                _save_pickle(tensors, temporary)
+                if provenance is not None:
+                    add_to_bin(temporary, provenance)
+            else:
+                held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
+                save_file(tensors, temporary, metadata={"format": "pt", **held})
+                _order_metadata(temporary)
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        _remove(folder)
+
+
+def _remove(path):
+    """A folder; or a file, as versions left that wrote beside it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _save_pickle(tensors, path):
+    """``torch.save`` that raises an OSError, such as of a full disk, as one: torch puts a RuntimeError in its place."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -1,0 +1,312 @@
+"""The weights that training starts from, and a model filled with them.
+
+V: vocabulary rows, D: hidden size.
+"""
+
+import dataclasses
+import logging
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from fastvid.model.finite import not_finite
+from fastvid.model.quantize import QuantizedLinear
+from fastvid.weights.model_config import read_model_config
+from fastvid.weights.model_folder import ModelFolder
+from fastvid.weights.names import projector_parts, projector_type, tensor_parts
+from fastvid.weights.projector_file import read_projector, save_tensors
+
+__all__ = ["StartingWeights", "load_weights", "read_model_config", "read_projector", "trained_tensor",
+           "trained_weights", "write_reference_projector"]
+
+log = logging.getLogger("fastvid")
+_QUANTISED = (".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".weight_scale")  # AWQ and its like
+_TABLES = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+
+
+class StartingWeights:
+    """A model folder, a projector file and the rows of new tokens: what each of our tensors holds before training.
+
+    New rows are the reference's (Video-LLaVA 0c8810f, initialize_vision_tokenizer): normal with the config's
+    initializer_range, but for <vid_start> and <vid_end>, which are the fp32 mean over the rows before them, new ones
+    included. Here they depend on `seed` and nothing else.
+    """
+
+    def __init__(self, config, folder, *, tokens, projector=None, seed=42):
+        """
+        Args:
+            config: ModelConfig that `read_model_config` made of `folder`.
+            folder: the model folder.
+            tokens: VideoTokens.
+            projector: file or checkpoint folder whose projector (and start and end rows) go before the folder's.
+            seed: of new rows, and of a projector that no file holds.
+
+        Raises:
+            ValueError: names a file that cannot be read.
+        """
+        assert tokens.vocab_size <= config.decoder.vocab_size, "read_model_config was not told the tokenizer's size"
+        self.config, self.tokens, self.seed = config, tokens, seed
+        self.parts = tensor_parts(config)
+        self.folder = ModelFolder(folder)
+        self.projector_path = projector
+        self.projector = {} if projector is None else read_projector(projector, tokens)
+        self.makes_projector = ("projector.0.weight" not in self.projector
+                                and projector_type(self.folder) != config.projector_type)
+        self._rows = {}
+
+    @staticmethod
+    def exist(folder) -> bool:
+        """Whether a model's folder holds weights in any form."""
+        return ModelFolder.file_of(folder) is not None
+
+    def check(self):
+        """Compare names, shapes and dtypes of the files' tensors with the model's, before anything is copied.
+
+        Raises:
+            ValueError: names what is missing, mis-shaped or unexpected, its file, and the remedy.
+        """
+        problems, expected = [], {"lm_head.weight"}  # a tied model may store its head as well
+        if self.makes_projector or self.projector:
+            expected |= {name for name in self.folder if name.startswith("model.mm_projector.")}
+        for ours, parts in self.parts.items():
+            for name, shape in parts:
+                expected.add(name)
+                if ours in self.projector:
+                    problems += _misfit(self.projector_path, ours, self.projector[ours], shape)
+                elif ours.startswith("projector.") and self.makes_projector:
+                    continue
+                elif name not in self.folder:
+                    problems.append(f"{name} is missing")
+                else:
+                    grows = ours in _TABLES
+                    problems += _misfit(self.folder.paths[name], name, self.folder[name], shape, grows)
+        if "boundary.weight" in self.projector:
+            rows, shape = self.projector["boundary.weight"], (2, self.config.decoder.hidden_size)
+            problems += _misfit(self.projector_path, "the start and end embeddings", rows, shape)
+        problems += [f"{self.folder.paths[name]}: {name} is unexpected" for name in self.folder
+                     if name not in expected]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            remedy = "Complete the download, or take the projector file that belongs to this model."
+            if any("quantised" in problem for problem in problems) or any(
+                    name.endswith(_QUANTISED) for name in self.folder):
+                remedy = "These are quantised weights: take the folder of the model that they were made of."
+            raise ValueError(f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. "
+                             f"{remedy}")
+
+    def refuse_not_finite(self, name: str):
+        """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
+        sources = ([(self.projector_path, name, self.projector[name])] if name in self.projector else
+                   [(self.folder.paths[part], part, self.folder[part]) for part, _ in self.parts.get(name, ())
+                    if part in self.folder])
+        if name in ("embed.weight", "boundary.weight") and "boundary.weight" in self.projector:
+            sources.append((self.projector_path, "the start and end embeddings", self.projector["boundary.weight"]))
+        for path, part, tensor in sources:
+            if count := int((~torch.isfinite(tensor)).sum()):
+                raise ValueError(f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "
+                                 "infinity), and nothing can be computed from them; download it again, or take weights "
+                                 "of an earlier step")
+        raise ValueError(f"{self.folder.folder}: {name} is not finite (NaN or infinity) in the precision of this run")
+
+    def pieces(self, name: str) -> list[Tensor]:
+        """The CPU tensors that lie one under the other in our tensor `name`, in the precision they are stored in.
+
+        Of a tensor that `tensor_parts` lists, other than a table, there is one for each part.
+        """
+        if name == "boundary.weight":
+            return [self._row("embed.weight", i)[None] for i in (self.tokens.start, self.tokens.end)]
+        if name in _TABLES:
+            return self._table_pieces(name)
+        if name in self.projector:
+            return [self.projector[name]]
+        if name.startswith("projector.") and self.makes_projector:
+            return [self._new_projector_tensor(name)]
+        return [self.folder[part] for part, _ in self.parts[name]]
+
+    def _table_pieces(self, name):
+        table, rows = self.folder[_TABLES[name]], self._replaced_rows(name)
+        pieces, at = [], 0
+        for i in sorted(rows):
+            pieces += [table[at:i], rows[i][None]]
+            at = i + 1
+        return [piece for piece in [*pieces, table[at:]] if len(piece)]
+
+    def _row(self, name, i):
+        rows = self._replaced_rows(name)
+        return rows[i] if i in rows else self.folder[_TABLES[name]][i]
+
+    def _replaced_rows(self, name) -> dict[int, Tensor]:
+        """{row: fp32 [D]} of the rows of a table that do not come from the folder."""
+        if name not in self._rows:
+            self._rows[name] = self._make_rows(name)
+        return self._rows[name]
+
+    def _make_rows(self, name):
+        table = self.folder[_TABLES[name]]
+        new = sorted({*self.tokens.added, *range(len(table), self.config.decoder.vocab_size)})
+        mean = [i for i in new if i in (self.tokens.start, self.tokens.end)]
+        generator = _generator(self.seed, name)
+        rows = {i: torch.randn(table.shape[1], generator=generator) * self.config.initializer_range
+                for i in new if i not in mean}
+        if mean:
+            before = torch.empty(mean[0], table.shape[1])
+            before[:len(table)] = table[:mean[0]]
+            for i in (i for i in rows if i < mean[0]):
+                before[i] = rows[i]
+            rows |= dict.fromkeys(mean, before.mean(0))
+        if name == "embed.weight" and "boundary.weight" in self.projector:
+            rows |= zip((self.tokens.start, self.tokens.end), self.projector["boundary.weight"].float())
+        return rows
+
+    def _new_projector_tensor(self, name):
+        """What nn.Linear's reset_parameters draws: uniform within ±1/sqrt(inputs), weight and bias alike."""
+        weight = name.replace(".bias", ".weight")
+        bound = 1 / math.sqrt(self.parts[weight][0][1][1])
+        shape = self.parts[name][0][1]
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(self.seed, name))
+
+
+def _generator(seed, name):
+    """A random stream of its own for each tensor: the same on every rank, in whatever order tensors are made."""
+    return torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+
+
+def _misfit(path, name, tensor, shape, grows=False):
+    """[what is wrong with a file's tensor]. A table that `grows` may have fewer rows than the model's."""
+    found = tuple(tensor.shape)
+    fits = found == shape or (grows and len(found) == 2 and found[1:] == shape[1:] and 0 < found[0] < shape[0])
+    if not fits:
+        return [f"{path}: {name} is {list(found)}, the model's is {list(shape)}"]
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return [f"{path}: {name} is {tensor.dtype}: quantised weights are not computed"]
+    return []
+
+
+def load_weights(model, folder, *, tokens, projector=None, seed=42):
+    """Fill every parameter of a VideoLlava, a tensor at a time; of a sharded one each rank copies its own rows.
+
+    Matrices in few bits are quantised on the model's device, one after the other, from what the files hold: no two of
+    them exist there in full at once.
+
+    Args:
+        model: VideoLlava, plain or FSDP2-sharded on dimension 0; may come from ``to_empty``. Values are cast to the
+            parameters' dtypes.
+        folder: model folder in any form that `read_model_config` reads; `model.config` was read from it.
+        tokens: VideoTokens; `added` are the ids whose rows are made new.
+        projector: projector file or checkpoint folder; its projector and its start and end rows replace the folder's.
+        seed: of what no file holds.
+
+    Raises:
+        ValueError: names missing, mis-shaped and unexpected tensors, their file and the remedy; nothing was copied.
+            Or tensors with values that are not finite.
+    """
+    starting = StartingWeights(model.config, folder, tokens=tokens, projector=projector, seed=seed)
+    starting.check()
+    if starting.makes_projector:
+        log.warning("%s holds no %s projector and no projector file was given: the projector starts untrained",
+                    folder, model.config.projector_type)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(parameter, starting.pieces(name))
+        for name, linear in model.named_modules():
+            if isinstance(linear, QuantizedLinear):
+                weight = torch.cat([piece.to(model.embed.weight.device) for piece in starting.pieces(f"{name}.weight")])
+                if not_finite({name: weight}):
+                    starting.refuse_not_finite(f"{name}.weight")
+                linear.quantize_(weight)
+    for name in not_finite(dict(model.named_parameters())):
+        starting.refuse_not_finite(name)
+
+
+def _fill(parameter, pieces):
+    """Copy the rows that this rank holds of the tensor that `pieces` make, one under the other."""
+    local, first = _local_rows(parameter)
+    at = 0
+    for piece in pieces:
+        start, end = max(at, first), min(at + len(piece), first + len(local))
+        if start < end:
+            local[start - first:end - first].copy_(piece[start - at:end - at])
+        at += len(piece)
+    assert at == parameter.shape[0], f"{at} rows for a parameter of {list(parameter.shape)}"
+
+
+def _local_rows(parameter):
+    """(this rank's part of a parameter, the first row that it holds)."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    sharded = [(size, index) for size, index, placement in zip(
+        parameter.device_mesh.shape, parameter.device_mesh.get_coordinate(), parameter.placements)
+        if isinstance(placement, Shard)]
+    assert len(sharded) <= 1 and all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
+    first = 0
+    for size, index in sharded:  # Shard cuts rows as torch.chunk does: all but the last parts alike
+        first = min(index * math.ceil(parameter.shape[0] / size), parameter.shape[0])
+    return parameter.to_local(), first
+
+
+def trained_weights(base_folder, trained, *, tokens, projector=None, projector_type=None, seed=42):
+    """The StartingWeights that a training run had, as far as its trained tensors leave them in use.
+
+    Args:
+        base_folder: the model folder that training started from.
+        trained: {our name: whole tensor} of what it trained.
+        tokens: VideoTokens of the run.
+        projector: the projector file that it started from, if any; need not exist any more once all of it was trained.
+        projector_type: as the run was told.
+        seed: of the run.
+
+    Raises:
+        ValueError: as `read_model_config`.
+    """
+    weight = trained.get("projector.0.weight")
+    if weight is not None:
+        projector_type = "mlp2x_gelu" if "projector.2.weight" in trained else "linear"
+        if tokens.start is None or {"boundary.weight", "embed.weight"} & set(trained):
+            projector = None
+    config = read_model_config(base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size,
+                               projector=projector)
+    if weight is not None:
+        config = dataclasses.replace(config, mm_hidden_size=weight.shape[1])
+    return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
+
+
+def trained_tensor(name, starting, trained) -> Tensor:
+    """Our tensor `name` after training, whole, on the CPU: the trained one, else the one that training started from.
+
+    The rows of <vid_start> and <vid_end> in the embedding table are those of a trained "boundary.weight".
+    """
+    pieces = [trained[name].detach().cpu()] if name in trained else starting.pieces(name)
+    if name == "embed.weight" and "boundary.weight" in trained:
+        table = torch.cat([piece.float() for piece in pieces])
+        table[[starting.tokens.start, starting.tokens.end]] = trained["boundary.weight"].detach().to("cpu", table.dtype)
+        return table
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42,
+                              provenance=None):
+    """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
+
+    Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
+    ``model.mm_projector.{0,2}.{weight,bias}``, or ``model.mm_projector.{weight,bias}`` of a linear one.
+
+    Args:
+        path: ends in .bin (torch.save) or .safetensors.
+        trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
+        base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
+        provenance: `Provenance` that goes into the file.
+
+    Raises:
+        ValueError: as `read_model_config`, and for another ending.
+    """
+    starting = trained_weights(base_folder, trained, tokens=tokens, projector=projector,
+                               projector_type=projector_type, seed=seed)
+    state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[:tokens.vocab_size]}
+    for ours, theirs in projector_parts(starting.config.projector_type).items():
+        state[theirs] = trained_tensor(ours, starting, trained)
+    # Copies, because torch.save writes all that lies behind a view.
+    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, provenance)
