@@ -1,6 +1,7 @@
 """Deliberate faults in kernels, at least three for each, and the test that must see each of them.
 
-`MUTATIONS[name]` are faults of ``fastvid_kernels/<name>.py``, seen by tests of ``test_<name>.py``.
+`MUTATIONS[name]` are faults of ``fastvid_kernels/<name>.py``, seen by tests of ``test_<name>.py``. They change the text
+that `ast.unparse` makes of the file: how a formatter lays it out, and its comments, are nothing to them.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    old: str  # occurs once in the file
+    old: str  # occurs once in that text
     new: str
     test: str  # function, or function[parameters]
 
@@ -16,7 +17,7 @@ class Mutation:
 MUTATIONS = {}
 MUTATIONS["linear_cross_entropy"] = [
     Mutation("logits_ptr += row * row_stride", "logits_ptr += row * vocab_size", "test_equals_eager[dtype0-False-10]"),
-    Mutation("x = tl.where(tokens < vocab_size, x, float(\"-inf\"))", "x = tl.where(tokens < row_stride, x, 0.0)",
+    Mutation("x = tl.where(tokens < vocab_size, x, float('-inf'))", "x = tl.where(tokens < row_stride, x, 0.0)",
              "test_equals_eager[dtype0-False-10]"),
     Mutation("total = total * tl.exp(top - higher) + tl.sum", "total = total + tl.sum",
              "test_rows_longer_than_a_tile[dtype0]"),
@@ -123,9 +124,9 @@ MUTATIONS["adamw8bit_step"] = [
     Mutation("bits ^= sign >> 31", "bits = bits", "test_codes_are_the_nearest[True-triton]"),
     Mutation("(codes << 24) - bits - 1)", "(codes << 24) - bits)",
              "test_codes_beside_every_threshold_and_at_the_ends_of_bins[False]"),
-    Mutation("(codes << 24) + 2**24 + bits)", "(codes << 24) + 2**24 + bits - 1)",
+    Mutation("(codes << 24) + 2 ** 24 + bits)", "(codes << 24) + 2 ** 24 + bits - 1)",
              "test_codes_beside_every_threshold_and_at_the_ends_of_bins[True]"),
-    Mutation("2.0**74)", "2.0**73)", "test_codes_beside_every_threshold_and_at_the_ends_of_bins[False]"),
+    Mutation("2.0 ** 74)", "2.0 ** 73)", "test_codes_beside_every_threshold_and_at_the_ends_of_bins[False]"),
     Mutation(", propagate_nan=tl.PropagateNan.ALL", "", "test_nan_stays_in_its_block[triton]"),
 ]
 MUTATIONS["adamw_step"] = [
@@ -157,7 +158,7 @@ MUTATIONS["yuv_patchify"] = [
     Mutation("tl.minimum(tl.maximum(number, 0), 255)", "tl.maximum(number, 0)", "test_samples_at_the_ends[255-triton]"),
     Mutation("(row >> 1) * uv_row", "((row + 1) >> 1) * uv_row",
              "test_every_conversion[6-True-triton]"),
-    Mutation("if any(run.u[1] != run.v[1] for run in runs)", "if False",
+    Mutation("if any((run.u[1] != run.v[1] for run in runs))", "if False",
              "test_strides[chroma of two kinds-triton]"),
     Mutation("blue = y + (u * u_blue >> 16)", "blue = y + (v * u_blue >> 16)", "test_every_conversion[6-True-triton]"),
     Mutation("+ start % K // 3", "", "test_the_bits_of_converted_frames[240-320-56-14-torch.float16-triton]"),
@@ -194,7 +195,7 @@ MUTATIONS["rope_keys_fp8"] = [
              "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]"),
     Mutation("    bits_ptr += num_heads * 2 * half\n", "    bits_ptr += kv_heads * 2 * half\n",
              "test_is_the_gradient_quantised_afterwards[shape8-in order-torch.float32]"),
-    Mutation("return turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)", "return turned, second",
+    Mutation("return (turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32))", "return (turned, second)",
              "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.bfloat16]"),
     Mutation("place = tl.load(places_ptr + i).to(tl.int64)", "place = i",
              "test_is_the_gradient_quantised_afterwards[shape6-shared-torch.float32]"),

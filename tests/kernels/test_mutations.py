@@ -4,6 +4,7 @@ A fault goes into a copy of the kernels; its one test runs in a process forked f
 loaded, but neither the kernels nor CUDA.
 """
 
+import ast
 import contextlib
 import multiprocessing
 import os
@@ -53,7 +54,7 @@ def test_fault_is_seen(name, mutation, server, tmp_path):
     kernels = tmp_path / "kernels"
     shutil.copytree(KERNELS, kernels / "fastvid_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     path = kernels / "fastvid_kernels" / f"{name}.py"
-    source = path.read_text()
+    source = ast.unparse(ast.parse(path.read_text()))
     assert source.count(mutation.old) == 1, f"{mutation.old!r} is to occur once in {name}.py"
     path.write_text(source.replace(mutation.old, mutation.new))
     log = tmp_path / "log"
