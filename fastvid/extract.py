@@ -7,6 +7,7 @@ need no process group, and any of them may die or join at any time.
 
 import contextlib
 
+from fastvid import callable_command
 from fastvid.config import ExtractConfig
 from fastvid.dist import host_memory
 from fastvid.features.manifest import Manifest
@@ -90,6 +91,8 @@ def main(argv=None) -> int:
     watch.done(summary.exit_code)
     return summary.exit_code
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     from fastvid.cli import run

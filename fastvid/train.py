@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastvid import signals
+from fastvid import callable_command, signals
 from fastvid.checkpoints.find import projector_path
 from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
@@ -387,6 +387,8 @@ def _end_not_finite(state, failed, metrics):
                     + diagnosis.explain_not_finite(state, failed))
     return 1
 
+
+callable_command(__name__)
 
 if __name__ == "__main__":
     from fastvid.cli import run

@@ -1,0 +1,52 @@
+"""What `import fastvid` and `python -m fastvid` offer."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import fastvid
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    result = python("-c", """
+import sys, fastvid
+assert {"Chat", "train", "extract", "TrainConfig"} <= set(dir(fastvid))
+fastvid.TrainConfig, fastvid.ExtractConfig, fastvid.ChatConfig
+assert not {"torch", "numpy", "transformers"} & set(sys.modules)
+""")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("first", ["fastvid", "fastvid.train, fastvid.extract"])
+def test_a_command_is_its_function_whoever_imported_it_first(first):
+    """Its config is refused before anything is done: there are no videos, and no data."""
+    result = python("-c", f"""
+import {first}
+import fastvid
+for command, config in (fastvid.extract, fastvid.ExtractConfig("/none", "/none")), (
+        fastvid.train, fastvid.TrainConfig("/none", ["/none.json"], output_dir="/tmp")):
+    for _ in range(2):
+        try:
+            command(config)
+        except (ValueError, OSError) as error:
+            print(error)
+assert fastvid.train.build and fastvid.extract.extract
+""")
+    assert result.returncode == 0 and result.stdout.count("/none") >= 4, result.stderr
+
+
+def test_other_names_are_no_attributes():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        fastvid.trian
+    assert fastvid.Chat.__name__ == "Chat"
+
+
+def test_the_package_runs_as_the_command():
+    assert python("-m", "fastvid", "--version").stdout == f"fastvid {fastvid.__version__}\n"
+    assert "fastvid <command> [flags]" in python("-m", "fastvid", "--help").stdout
