@@ -1,5 +1,6 @@
 """The packets that wanted frames need, and the same pictures from them as from all."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +64,13 @@ def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
         frames, info = video.whole(wanted)
         assert found is not None and np.array_equal(found[0], frames) and found[1] == info
         assert keep.sum() < 120 or codec == "libx264" and "refresh" in name or wanted == [119] and "open" in name
+
+
+def test_drawing_leaves_the_priority_alone(tmp_path):
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    codec, options = STREAMS["av1.mkv"]
+    draw(tmp_path / "a.mkv", codec=codec, options=options)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
 
 
 def of(order, clean="", skippable="", shown=None):
