@@ -62,7 +62,8 @@ def fake_nvcuvid(tmp_path_factory):
     if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
         pytest.skip("no C compiler")
     built = tmp_path_factory.mktemp("nvcuvid") / "fake.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", ROOT / "tests" / "fake_nvcuvid.c", "-o", built], check=True)
+    source = ROOT / "tests" / "support" / "fake_nvcuvid.c"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", built], check=True)
     return nvcuvid.library(str(built))
 
 

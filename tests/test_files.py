@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from fastvid.dist import processes
 from fastvid.files import atomic_file, naming, read_json_object, remove_left_over, shown, wrong_content
@@ -38,8 +39,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     program = ("import os, signal, sys\nfrom fastvid.files import atomic_file\n"
                "with atomic_file(sys.argv[1]) as file:\n"
                "    file.write(b'ne'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    assert subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, check=False).returncode == -9
     assert path.read_bytes() == b"old"
 
 

@@ -172,6 +172,14 @@ def test_the_top_is_for_commands_and_the_ground():
     assert names - {"__init__", "__main__", "cli"} == COMMANDS | GROUND - {"flags", "dist"}
 
 
+def test_tests_lie_where_their_subject_does():
+    folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    subjects = {path.name for path in (ROOT / "fastvid").iterdir() if path.is_dir()}
+    assert folders <= subjects | {"kernels", "bench"}
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert len(set(names)) == len(names)  # tests import helpers by name
+
+
 def test_files_are_short():
     paths = [*modules().values(), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}

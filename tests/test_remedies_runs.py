@@ -13,8 +13,7 @@ import torch
 from checkpoint_cases import flip_a_bit
 from conftest import ROOT
 from model_cases import model_config
-from test_run_lock import HOLD
-from training_run import flags, losses, start, write_run
+from training_run import HOLD, flags, losses, start, write_run
 
 from fastvid import export, train
 from fastvid.checkpoints import checkpoint, saver, shards

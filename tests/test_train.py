@@ -155,7 +155,8 @@ train.main(sys.argv[1:])
 """
 KILL_WHILE_SAVING = """
 import os, signal, sys, threading
-from fastvid import shards, train
+from fastvid import train
+from fastvid.checkpoints import shards
 step, write = train.train_step, shards.write
 def train_step(state, batches):
     if state.step == 10:

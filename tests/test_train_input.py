@@ -3,9 +3,9 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from training_run import config_of, flags, losses, start, write_run
 
 from fastvid import train
@@ -153,7 +153,7 @@ def test_a_validation_set_alone_is_used_after_each_epoch(run, tmp_path, options,
 
 
 def test_torchrun_on_the_script(run, tmp_path):
-    script = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
+    script = ROOT / "scripts" / "train.py"
     finished = start([str(script)], flags(run, tmp_path, "--max_steps", "2"), ranks=2)
     assert finished.returncode == 0, finished.stderr
     assert sorted(losses(tmp_path)) == [1, 2]

@@ -26,7 +26,7 @@ def run_test(test, kernels, log):
     os.environ.pop("TRITON_INTERPRET", None)
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
-                            "-o", f"pythonpath={ROOT} {kernels}", test])
+                            "-o", f"pythonpath={ROOT} {kernels} {ROOT}/tests/support", test])
     os._exit(code)
 
 

@@ -20,6 +20,16 @@ from fastvid.training.metrics import read_metrics
 PIECES, ROWS, CHANNELS, SAMPLES = 300, 8, CONFIG["mm_hidden_size"], 12
 WORDS = "what does the cat see near a red house and why is it running so fast today".split()
 
+# A program that holds an output folder, which it is given, until it is killed.
+HOLD = """
+import sys, time, torch
+from fastvid.dist import parallel
+from fastvid.training import run_lock
+with run_lock.held(sys.argv[1], parallel.World(0, 1, 0, torch.device("cpu"), False)):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
 
 def write_run(folder, **sizes):
     """Write model/, feats/ and train.json into `folder`; `sizes` of the model differ from `weight_folders.CONFIG`."""

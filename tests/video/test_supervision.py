@@ -15,7 +15,7 @@ from fastvid.dist.processes import started
 # A child says that it is there, counts signals until it has one and a moment longer, and tells how many there were.
 COUNTING = """
     import os, signal, sys, time
-    from fastvid.supervision import Offspring, end_as, tell
+    from fastvid.video.supervision import Offspring, end_as, tell
 
     with Offspring() as children:
         writer = children.fork()
@@ -101,7 +101,7 @@ def test_the_parent_ends_as_its_child(number):
 def test_what_a_child_tells_is_heard_and_nothing_is_left_of_it():
     process, _ = start("""
         import os
-        from fastvid.supervision import Offspring, tell
+        from fastvid.video.supervision import Offspring, tell
 
         heard, files = [], os.listdir("/proc/self/fd")
         print(0, flush=True)
@@ -125,7 +125,7 @@ def test_what_a_child_tells_is_heard_and_nothing_is_left_of_it():
 def test_none_is_made_after_a_signal():
     process, _ = start("""
         import os, signal
-        from fastvid.supervision import Offspring
+        from fastvid.video.supervision import Offspring
 
         with Offspring() as children:
             os.kill(os.getpid(), signal.SIGTERM)

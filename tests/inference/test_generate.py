@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cases import FULL, model_config, pack, random_model, random_sample
-from test_decoder import llama_of
+from model_cases import FULL, llama_of, model_config, pack, random_model, random_sample
 
 from fastvid.inference.generate import generate
 from fastvid.model.cache import LayerCache

@@ -13,14 +13,15 @@ from model_cases import (
     assert_same_gradients,
     decoder_config,
     fill,
+    llama_of,
     loss_and_gradients,
     model_config,
     pack,
     random_batch,
     random_model,
     random_sample,
+    to_llama,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.config import rotary_frequencies
@@ -38,39 +39,6 @@ ROPE = {
 SHAPES = {"mha": {}, "gqa": {"num_kv_heads": 2}, "mqa": {"num_kv_heads": 1}, "tied": {"tie_word_embeddings": True},
           "wide heads": {"head_dim": 24, "num_heads": 2, "num_kv_heads": 2}}
 CASES = {**SHAPES, **{f"rope {name}": changes for name, changes in ROPE.items()}}
-
-
-def llama_of(model):
-    """transformers' model with the same weights, in fp32."""
-    c = model.config.decoder
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
-        rope_parameters=dict(c.rope_parameters), tie_word_embeddings=c.tie_word_embeddings,
-        attn_implementation="eager"))
-    llama.load_state_dict(to_llama(model, dict(model.named_parameters())), strict=True)
-    return llama
-
-
-def to_llama(model, tensors):
-    """Tensors by our names (weights or gradients) → by transformers' names."""
-    c = model.config.decoder
-    heads = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-    renamed = {"model.embed_tokens.weight": tensors["embed.weight"],
-               "model.norm.weight": tensors["decoder.norm.weight"],
-               "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"]}
-    for i in range(c.num_layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        for name, part in zip("qkv", tensors[ours + "qkv.weight"].split(heads)):
-            renamed[f"{theirs}self_attn.{name}_proj.weight"] = part
-        for name, part in zip(("gate", "up"), tensors[ours + "gate_up.weight"].chunk(2)):
-            renamed[f"{theirs}mlp.{name}_proj.weight"] = part
-        renamed[theirs + "self_attn.o_proj.weight"] = tensors[ours + "o.weight"]
-        renamed[theirs + "mlp.down_proj.weight"] = tensors[ours + "down.weight"]
-        renamed[theirs + "input_layernorm.weight"] = tensors[ours + "input_norm.weight"]
-        renamed[theirs + "post_attention_layernorm.weight"] = tensors[ours + "post_norm.weight"]
-    return {name: tensor.detach() for name, tensor in renamed.items()}
 
 
 def text_batch(seed=0):

@@ -144,7 +144,7 @@ def test_a_failed_collective_names_who_is_silent():
 
 HANGS = """
 import os, time
-from fastvid import heartbeat
+from fastvid.dist import heartbeat
 heartbeat.show_stacks()
 def stands_here():
     print("ready", flush=True)

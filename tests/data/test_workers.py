@@ -168,7 +168,7 @@ def test_a_system_without_such_memory_uses_a_temporary_file(monkeypatch):
 
 SMALL_SHM = """
 import torch
-from fastvid.data.workers import Ahead
+from fastvid.data.prefetch import Ahead
 print(sum(len(large) for large in Ahead(lambda number: torch.zeros(3_000_000), 2).map(range(8))))
 """
 
@@ -210,7 +210,7 @@ def test_an_error_of_the_function_is_not_taken_for_a_death(kind):
 
 
 FAILS = """
-from fastvid.data.workers import Ahead
+from fastvid.data.prefetch import Ahead
 def fails(number):
     if number == 3:
         raise KeyError("broken sample")
@@ -228,7 +228,7 @@ def test_an_error_that_nobody_catches_ends_the_run():
 
 ORPHANS = """
 import os, signal, torch
-from fastvid.data.workers import Ahead
+from fastvid.data.prefetch import Ahead
 results = Ahead(lambda number: (os.getpid(), torch.zeros(50_000)), 2).map(range(1000))
 print(*{next(results)[0] for _ in range(4)}, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ CPU = parallel.World(0, 1, 0, torch.device("cpu"), False)
 STEP = """
 import resource
 import torch
-from fastvid import host_memory
+from fastvid.dist import host_memory
 
 {call}
 torch.empty(2**26, dtype=torch.uint8).fill_(1)  # freed at once
@@ -38,7 +38,7 @@ def test_freed_memory_is_used_again():
 
 HOLES = """
 import torch
-from fastvid import host_memory
+from fastvid.dist import host_memory
 
 assert host_memory.keep_freed(not {keep}) and host_memory.keep_freed({keep})  # the last word counts
 blocks = [torch.ones(2**22) for _ in range(16)]

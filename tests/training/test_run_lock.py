@@ -11,18 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 from ranks import on_ranks
+from training_run import HOLD
 
 from fastvid.dist import parallel, processes
 from fastvid.training import run_lock
 
 ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
-HOLD = """
-import sys, time, torch
-from fastvid import parallel, run_lock
-with run_lock.held(sys.argv[1], parallel.World(0, 1, 0, torch.device("cpu"), False)):
-    print("held", flush=True)
-    time.sleep(100)
-"""
 
 
 @pytest.fixture(autouse=True)

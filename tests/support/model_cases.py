@@ -173,3 +173,38 @@ class LiveBytes(TorchDispatchMode):
     def total(self):
         gc.collect()
         return self.now
+
+
+def llama_of(model):
+    """transformers' model with the same weights, in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config.decoder
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
+        rope_parameters=dict(c.rope_parameters), tie_word_embeddings=c.tie_word_embeddings,
+        attn_implementation="eager"))
+    llama.load_state_dict(to_llama(model, dict(model.named_parameters())), strict=True)
+    return llama
+
+
+def to_llama(model, tensors):
+    """Tensors by our names (weights or gradients) → by transformers' names."""
+    c = model.config.decoder
+    heads = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
+    renamed = {"model.embed_tokens.weight": tensors["embed.weight"],
+               "model.norm.weight": tensors["decoder.norm.weight"],
+               "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"]}
+    for i in range(c.num_layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        for name, part in zip("qkv", tensors[ours + "qkv.weight"].split(heads)):
+            renamed[f"{theirs}self_attn.{name}_proj.weight"] = part
+        for name, part in zip(("gate", "up"), tensors[ours + "gate_up.weight"].chunk(2)):
+            renamed[f"{theirs}mlp.{name}_proj.weight"] = part
+        renamed[theirs + "self_attn.o_proj.weight"] = tensors[ours + "o.weight"]
+        renamed[theirs + "mlp.down_proj.weight"] = tensors[ours + "down.weight"]
+        renamed[theirs + "input_layernorm.weight"] = tensors[ours + "input_norm.weight"]
+        renamed[theirs + "post_attention_layernorm.weight"] = tensors[ours + "post_norm.weight"]
+    return {name: tensor.detach() for name, tensor in renamed.items()}
