@@ -1,0 +1,17 @@
+# What a developer types. Each target is a script that works without make as well.
+.PHONY: fast test lint format bench
+
+fast:    ## the tests that take seconds: after every change
+	bash scripts/test.sh -q -m "not slow"
+
+test:    ## all tests
+	bash scripts/test.sh -q
+
+lint:    ## what the linter and the formatter find
+	ruff check . && ruff format --check .
+
+format:  ## lay out the code
+	ruff check --fix . && ruff format .
+
+bench:   ## the kernels against the reference's own code, on this machine
+	python -m pytest bench -q --benchmark-json bench.json
