@@ -1,7 +1,7 @@
-"""The training benchmark as a picture and as README's table: python -m bench.ladder_plot FILE
+"""The training benchmark as a picture and as a table: python -m bench.ladder_plot FILE
 
-FILE is what bench/train_step.py wrote. The picture goes to bench/plots/train_step.png, the table into README.md,
-between its two `ladder` comments.
+FILE is what bench/train_step.py wrote. The picture goes to bench/plots/train_step.png, the table into
+docs/performance.md, between its two `ladder` comments.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def _legend(figure, dtypes, height, best):
 
 
 def markdown(result):
-    """README's table of the rows that were timed: samples per second and memory, times the reference's in brackets."""
+    """The table of the rows that were timed: samples per second and memory, times the reference's in brackets."""
     rows = {(row["dtype"], row["row"]): row for row in result["rows"] if row["seconds"]}
     dtypes = list(dict.fromkeys(dtype for dtype, _ in rows))
     lines = ["| | " + " | ".join(f"{dtype}: samples/s | GFLOP/s | of matmul | memory" for dtype in dtypes) + " |",
@@ -120,19 +120,19 @@ def _cells(row, reference):
 
 
 def block(result):
-    """What README says of a result: the picture, where it was measured, the table."""
+    """What docs/performance.md says of a result: the picture, where it was measured, the table."""
     about = result["environment"]
-    return (f"![samples per second and memory of each row](bench/plots/train_step.png)\n\n{about['device']}; torch "
+    return (f"![samples per second and memory of each row](../bench/plots/train_step.png)\n\n{about['device']}; torch "
             f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit "
             f"{about['commit']}, "
             f"{about['date']}.\n\n{markdown(result)}")
 
 
 def into_readme(text, table, begin=BEGIN, end=END):
-    """README's text with `table` between its two comments."""
+    """A page's text with `table` between its two comments."""
     before, _, rest = text.partition(f"{begin}\n")
     _, found, behind = rest.partition(f"{end}\n")
-    assert found, f"README.md needs the lines {begin} and {end}"
+    assert found, f"the page needs the lines {begin} and {end}"
     return f"{before}{begin}\n{table}\n{end}\n{behind}"
 
 
@@ -140,7 +140,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path, help="file that bench/train_step.py wrote")
     parser.add_argument("--png", type=Path, default=ROOT / "bench" / "plots" / "train_step.png")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "docs" / "performance.md",
+                        help="the page that gets the table")
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.json.read_text())
     draw(result).savefig(arguments.png)

@@ -1,4 +1,4 @@
-"""README's picture of `fastvid inspect --html`: python scripts/inspect_picture.py [docs/inspect.png]
+"""The docs' picture of `fastvid inspect --html`: python scripts/inspect_picture.py [docs/inspect.png]
 
 Draws a clip, makes its features with a small CLIP tower of random weights, inspects a record about it, and renders the
 page. Rendering needs two packages that nothing else does: pip install weasyprint pypdfium2

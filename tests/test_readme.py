@@ -36,7 +36,7 @@ def test_what_is_trained_is_what_is_asked(here, capsys):
     trained = load_file(here / "out" / "mm_projector.safetensors")["model.mm_projector.0.weight"]
     before = load_file(here / "llava" / "model.safetensors")["model.mm_projector.0.weight"]
     assert (trained != before).any()
-    chat = names["Chat"](model_name_or_path="llava", projector="out")
+    chat = names["fastvid"].Chat(model_name_or_path="llava", projector="out")
     assert (chat.model.projector[0].weight.detach() == trained).all()
     assert printed.endswith(chat.ask("clip.mp4", "What happens?") + "\n")
     chat.close()

@@ -64,7 +64,7 @@ def test_table_and_picture_show_what_was_timed(result, tmp_path):
     figure.savefig(tmp_path / "ladder.png")
 
 
-def test_table_goes_into_readme_between_its_comments(result, tmp_path):
+def test_table_goes_into_its_page_between_its_comments(result, tmp_path):
     table = ladder_plot.markdown(result)
     lines = table.splitlines()
     assert lines[2] == "| reference's recipe (transformers) | 0.5 | 0 | 2 % | 1.00 GiB | 0.25 | 0 | 1 % | 1.00 GiB |"
@@ -73,14 +73,14 @@ def test_table_goes_into_readme_between_its_comments(result, tmp_path):
     assert lines[3].endswith("|  |  |  |  |") and len(lines) == 8
     text = f"# A\n{ladder_plot.BEGIN}\nold\n{ladder_plot.END}\nrest\n"
     assert ladder_plot.into_readme(text, table) == f"# A\n{ladder_plot.BEGIN}\n{table}\n{ladder_plot.END}\nrest\n"
-    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "performance.md").write_text(text)
     (tmp_path / "result.json").write_text(json.dumps(result))
     ladder_plot.main([str(tmp_path / "result.json"), "--png", str(tmp_path / "a.png"), "--readme",
-                      str(tmp_path / "README.md")])
-    written = (tmp_path / "README.md").read_text()
+                      str(tmp_path / "performance.md")])
+    written = (tmp_path / "performance.md").read_text()
     assert table in written and "CPU X; torch 2.13.0" in written and "old" not in written
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    with pytest.raises(AssertionError, match="README.md needs"):
+    with pytest.raises(AssertionError, match="the page needs"):
         ladder_plot.into_readme("# A\n", table)
 
 
@@ -153,9 +153,9 @@ def test_presets_name_rows():
         assert preset.rows.keys() == preset.rounds.keys()
 
 
-def test_readme_shows_the_committed_ladder():
+def test_docs_show_the_committed_ladder():
     path = ROOT / "bench" / "results" / "train-cpu-110m.json"
     if not path.is_file():
         pytest.skip("no ladder is committed")
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "performance.md").read_text()
     assert ladder_plot.into_readme(text, ladder_plot.block(json.loads(path.read_text()))) == text
