@@ -36,8 +36,9 @@ MAY_IMPORT = {
     "page": {"features", "video"},
     "validation": {"features", "video", "data", "online"},
     "cli": COMMANDS,
+    "__main__": {"cli"},
 }
-PARTS = set(MAY_IMPORT) - {"cli"}
+PARTS = set(MAY_IMPORT) - {"cli", "__main__"}
 
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 # The one home of a heavy or optional package. The doctor asks PyAV for its version.
