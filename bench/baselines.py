@@ -50,8 +50,9 @@ class Baseline:
         self.tokens, self.dtype, self.device, self.learning_rate = tokens, dtype, device, learning_rate
         self.model, self.projector = load(folder, tokens, self.weight_dtype, self.device, self.attention())
         self.prepare()
-        self.trained = [p for module in (self.model, self.projector, *self.extra()) for p in module.parameters()
-                        if p.requires_grad]
+        self.trained = [
+            p for module in (self.model, self.projector, *self.extra()) for p in module.parameters() if p.requires_grad
+        ]
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0, fused=self.fused_optimizer)
         self.take(samples, micro_batch)
 
@@ -59,7 +60,7 @@ class Baseline:
         """From now on, step over these samples; the next step has learning rate 0."""
         if self.sorted_by_length:
             samples = sorted(samples, key=lambda sample: len(sample[0].token_ids))
-        parts = [samples[i:i + micro_batch] for i in range(0, len(samples), micro_batch)]
+        parts = [samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)]
         self.batches = [padded(part, self.tokens, self.device) for part in parts]
         self.samples, self.rows = len(samples), sum(batch["ids"].numel() for batch in self.batches)
         self.sample_rows = sum(int(batch["mask"].sum()) for batch in self.batches)
@@ -92,12 +93,12 @@ class Baseline:
         x_BTD = self.model.model.embed_tokens(batch["ids"])
         for x_TD, video_RD, (start, end) in zip(x_BTD, video, batch["boundaries"]):
             first, last = self.boundary(x_TD, start, end)
-            rows.append(torch.cat([x_TD[:start].detach(), first, video_RD, last, x_TD[end + 1:].detach()]))
+            rows.append(torch.cat([x_TD[:start].detach(), first, video_RD, last, x_TD[end + 1 :].detach()]))
         return torch.stack(rows)
 
     def boundary(self, x_TD, start, end):
         """The trained rows [1, D] before and behind the video: of the embedding table, here."""
-        return x_TD[start:start + 1], x_TD[end:end + 1]
+        return x_TD[start : start + 1], x_TD[end : end + 1]
 
 
 class Reference(Baseline):
@@ -119,12 +120,17 @@ class Reference(Baseline):
 
     def loss(self, batch):
         with self.autocast():
-            h = self.model.model(inputs_embeds=self.embedded(batch), attention_mask=batch["mask"],
-                                 use_cache=False).last_hidden_state
+            h = self.model.model(
+                inputs_embeds=self.embedded(batch), attention_mask=batch["mask"], use_cache=False
+            ).last_hidden_state
             logits = self.model.lm_head(h)
             shifted = logits[..., :-1, :].contiguous()
-            return functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), batch["labels"][:, 1:].flatten(),
-                                            ignore_index=IGNORED, reduction="sum")
+            return functional.cross_entropy(
+                shifted.view(-1, shifted.shape[-1]),
+                batch["labels"][:, 1:].flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
 
 
 class Strong(Baseline):
@@ -160,8 +166,13 @@ class Strong(Baseline):
         with self.autocast():
             x_BTD = self.embedded(batch)
         # Divided by the tokens of the batch alone by default; 1 leaves the sum.
-        return self.model(inputs_embeds=x_BTD, attention_mask=batch["mask"] if self.masked else None,
-                          labels=batch["labels"], use_cache=False, num_items_in_batch=1).loss
+        return self.model(
+            inputs_embeds=x_BTD,
+            attention_mask=batch["mask"] if self.masked else None,
+            labels=batch["labels"],
+            use_cache=False,
+            num_items_in_batch=1,
+        ).loss
 
 
 class Tuned(Strong):
@@ -216,23 +227,34 @@ class Unpadded(Tuned):
         rows = torch.cat([x_TD[:size] for x_TD, size in zip(x_BTD, sizes)])[None]
         labels = torch.cat([row[:size] for row, size in zip(batch["labels"], sizes)])[None]
         positions = torch.cat([torch.arange(size, device=self.device) for size in sizes])[None]
-        return self.model(inputs_embeds=rows, position_ids=positions, labels=labels, use_cache=False,
-                          num_items_in_batch=1, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-                          max_length_q=max(sizes), max_length_k=max(sizes)).loss
+        return self.model(
+            inputs_embeds=rows,
+            position_ids=positions,
+            labels=labels,
+            use_cache=False,
+            num_items_in_batch=1,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=max(sizes),
+            max_length_k=max(sizes),
+        ).loss
 
 
-def varlen_attention(module, q_1HNd, k_1KNd, v_1KNd, attention_mask, scaling=None, dropout=0.0, *, cu_seq_lens_q,
-                     max_length_q, **others):
+def varlen_attention(
+    module, q_1HNd, k_1KNd, v_1KNd, attention_mask, scaling=None, dropout=0.0, *, cu_seq_lens_q, max_length_q, **others
+):
     """transformers' attention over samples laid end to end: torch's FlashAttention on a GPU, else SDPA by segments."""
     if q_1HNd.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (q_1HNd, k_1KNd, v_1KNd))
-        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-                           **_causal(varlen_attn))[None], None
-    outs = [functional.scaled_dot_product_attention(q_1HNd[:, :, a:b], k_1KNd[:, :, a:b], v_1KNd[:, :, a:b],
-                                                    is_causal=True)
-            for a, b in pairwise(cu_seq_lens_q.tolist())]
+        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **_causal(varlen_attn))[
+            None
+        ], None
+    outs = [
+        functional.scaled_dot_product_attention(q_1HNd[:, :, a:b], k_1KNd[:, :, a:b], v_1KNd[:, :, a:b], is_causal=True)
+        for a, b in pairwise(cu_seq_lens_q.tolist())
+    ]
     return torch.cat(outs, 2).transpose(1, 2), None
 
 
@@ -252,9 +274,11 @@ def padded(samples, tokens, device):
             label[start:end] = ids[-1][start:end]
         labels.append(label)
     batch = {
-        "ids": pad_sequence(ids, batch_first=True), "labels": pad_sequence(labels, True, IGNORED),
+        "ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, True, IGNORED),
         "mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-        "features": torch.stack(list(itertools.chain.from_iterable(features for _, features in samples)))}
+        "features": torch.stack(list(itertools.chain.from_iterable(features for _, features in samples))),
+    }
     boundaries = [(sample.token_ids.index(tokens.start), sample.token_ids.index(tokens.end)) for sample, _ in samples]
     return {name: tensor.to(device) for name, tensor in batch.items()} | {"boundaries": boundaries}
 
@@ -264,8 +288,11 @@ def load(folder, tokens, dtype, device, attention):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = read_model_config(folder, vocab_size=tokens.vocab_size)
-    values = {key: value for key, value in json.loads((Path(folder) / "config.json").read_text()).items()
-              if key not in ("model_type", "architectures")}
+    values = {
+        key: value
+        for key, value in json.loads((Path(folder) / "config.json").read_text()).items()
+        if key not in ("model_type", "architectures")
+    }
     values["vocab_size"] = config.decoder.vocab_size
     with device:
         model = LlamaForCausalLM._from_config(LlamaConfig(**values), dtype=dtype, attn_implementation=attention)

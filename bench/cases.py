@@ -72,6 +72,7 @@ def forward(function):
 
 def in_fp32(way):
     """A way, given its inputs in fp32."""
+
     def wide(x):
         if isinstance(x, tuple):
             return tuple(map(wide, x))

@@ -1,6 +1,6 @@
 """Convert VideoInstruct-sized JSON through the command line: seconds and peak memory of the whole process.
 
-    python bench/conversion.py [--records 100000] [--runs 5] [--json bench/results/conversion.json]
+python bench/conversion.py [--records 100000] [--runs 5] [--json bench/results/conversion.json]
 """
 
 import argparse
@@ -52,10 +52,18 @@ def main():
         figures = [run(source, Path(folder) / "out.json") for _ in range(arguments.runs)]
         size = source.stat().st_size / 1e6
     seconds, memory = zip(*figures)
-    row = {"records": arguments.records, "input_mb": round(size, 1), "seconds": statistics.median(seconds),
-           "seconds_min": min(seconds), "seconds_max": max(seconds), "peak_mib": statistics.median(memory)}
-    print(f"{row['records']:,} records ({size:.0f} MB): {row['seconds']:.2f} s "
-          f"({row['seconds_min']:.2f}–{row['seconds_max']:.2f}), {row['peak_mib']:.0f} MiB")
+    row = {
+        "records": arguments.records,
+        "input_mb": round(size, 1),
+        "seconds": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "peak_mib": statistics.median(memory),
+    }
+    print(
+        f"{row['records']:,} records ({size:.0f} MB): {row['seconds']:.2f} s "
+        f"({row['seconds_min']:.2f}–{row['seconds_max']:.2f}), {row['peak_mib']:.0f} MiB"
+    )
     if arguments.json:
         write_results(arguments.json, [row])
 

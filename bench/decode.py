@@ -54,10 +54,10 @@ def draw(path, seconds=SECONDS):
         for i in range(seconds * RATE):
             scene, at = divmod(i, 150)  # a cut every five seconds
             down, right = (scene * 24 + at // 3) % 120, (scene * 80 + at) % 600
-            picture = texture[down:down + HEIGHT, right:right + WIDTH] + grain[i % 8]
+            picture = texture[down : down + HEIGHT, right : right + WIDTH] + grain[i % 8]
             for k in range(4):
                 x, y = (37 * k + (3 + k) * i) % (WIDTH - 100), (151 * k + 2 * at) % (HEIGHT - 100)
-                picture[y:y + 100, x:x + 100] = 255 * np.array([k & 1, k >> 1, scene & 1], np.uint8)
+                picture[y : y + 100, x : x + 100] = 255 * np.array([k & 1, k >> 1, scene & 1], np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
 
@@ -119,8 +119,12 @@ def _about(name):
 @contextlib.contextmanager
 def process(name, path):
     """A process of `serve`."""
-    with subprocess.Popen([sys.executable, __file__, "--serve", name, "--video", path], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as served:
+    with subprocess.Popen(
+        [sys.executable, __file__, "--serve", name, "--video", path],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as served:
         if served.stdout.readline() != "ready\n":
             raise SystemExit(f"the process of {name} ended")
         yield served
@@ -159,19 +163,24 @@ def main():
             for name in WAYS:
                 seconds[name].append(ask(served[name]))
         size = path.stat().st_size
-    rows = [{"row": name, "seconds": statistics.median(found), "seconds_min": min(found), "seconds_max": max(found)}
-            for name, found in seconds.items()]
+    rows = [
+        {"row": name, "seconds": statistics.median(found), "seconds_min": min(found), "seconds_max": max(found)}
+        for name, found in seconds.items()
+    ]
     median = {row["row"]: row["seconds"] for row in rows}
-    ratios = {"preprocess_vs_reference": median["reference"] / median["fastvid"],
-              "overhead_vs_pyav": median["fastvid"] / median["pyav"]}
+    ratios = {
+        "preprocess_vs_reference": median["reference"] / median["fastvid"],
+        "overhead_vs_pyav": median["fastvid"] / median["pyav"],
+    }
     print(f"{path.name}, {size / 1e6:.1f} MB, {FRAMES} frames at {SIZE} pixels; {arguments.rounds} rounds")
     for row in rows:
         print(f"{row['row']:<10} {row['seconds']:6.2f} s ({row['seconds_min']:.2f}–{row['seconds_max']:.2f})")
     for name, ratio in ratios.items():
         print(f"{name} {ratio:.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "rows": rows, "ratios": ratios},
-                                             indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"environment": environment(), "rows": rows, "ratios": ratios}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

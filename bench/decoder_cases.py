@@ -26,10 +26,16 @@ def _ways(way, functions):
 
 def _norm_cases(N, D):
     shapes = {"N": N, "D": D, "dtype": "bfloat16"}
-    functions = with_compiled({
-        "ours": lambda residual, branch, weight: add_rms_norm(residual, branch, weight, EPS, DTYPE),
-        "eager": lambda residual, branch, weight: add_rms_norm_reference(residual, branch, weight, EPS, DTYPE),
-    }) | library("liger_kernel", "Liger", _liger_norm, triton=True) | library("quack", "quack", _quack_norm)
+    functions = (
+        with_compiled(
+            {
+                "ours": lambda residual, branch, weight: add_rms_norm(residual, branch, weight, EPS, DTYPE),
+                "eager": lambda residual, branch, weight: add_rms_norm_reference(residual, branch, weight, EPS, DTYPE),
+            }
+        )
+        | library("liger_kernel", "Liger", _liger_norm, triton=True)
+        | library("quack", "quack", _quack_norm)
+    )
 
     def reference(residual, branch, weight):
         return add_rms_norm_reference(residual, branch, weight, EPS, torch.float32)
@@ -39,24 +45,40 @@ def _norm_cases(N, D):
         return add_rms_norm_reference(residual + branch, None, weight, EPS, torch.float32)
 
     def inputs(generator, device):
-        return (normal(generator, device, N, D), normal(generator, device, N, D),
-                1 + normal(generator, device, D, scale=0.1))
+        return (
+            normal(generator, device, N, D),
+            normal(generator, device, N, D),
+            1 + normal(generator, device, D, scale=0.1),
+        )
 
     def inputs_and_gradients(generator, device):
         incoming = normal(generator, device, N, D), normal(generator, device, N, D)
         return *inputs(generator, device), incoming
 
     # The weight is frozen: forward reads two tensors and writes two, backward reads three and writes one.
-    yield Case("add_rms_norm", "forward", shapes, inputs, _ways(forward, functions),
-               forward(of_rounded_sum), 4 * N * D * BYTES)
-    yield Case("add_rms_norm", "backward", shapes, inputs_and_gradients,
-               _ways(lambda function: Gradients(function, (0, 1)), functions),
-               in_fp32(Gradients(reference, (0, 1))), 4 * N * D * BYTES,
-               looser={"Liger": 2**-6})  # which also rounds the product of gradient and weight
+    yield Case(
+        "add_rms_norm", "forward", shapes, inputs, _ways(forward, functions), forward(of_rounded_sum), 4 * N * D * BYTES
+    )
+    yield Case(
+        "add_rms_norm",
+        "backward",
+        shapes,
+        inputs_and_gradients,
+        _ways(lambda function: Gradients(function, (0, 1)), functions),
+        in_fp32(Gradients(reference, (0, 1))),
+        4 * N * D * BYTES,
+        looser={"Liger": 2**-6},
+    )  # which also rounds the product of gradient and weight
     trained = {name: function for name, function in functions.items() if name in ("ours", "eager", "torch.compile")}
-    yield Case("add_rms_norm", "backward, trained", shapes, inputs_and_gradients,
-               _ways(lambda function: Gradients(function, (0, 1, 2)), trained),
-               in_fp32(Gradients(reference, (0, 1, 2))), 4 * N * D * BYTES)
+    yield Case(
+        "add_rms_norm",
+        "backward, trained",
+        shapes,
+        inputs_and_gradients,
+        _ways(lambda function: Gradients(function, (0, 1, 2)), trained),
+        in_fp32(Gradients(reference, (0, 1, 2))),
+        4 * N * D * BYTES,
+    )
 
 
 def _liger_norm():
@@ -87,11 +109,24 @@ def _swiglu_cases(N, F):
     def inputs(generator, device):
         return (normal(generator, device, N, 2 * F),)
 
-    yield Case("swiglu", "forward", shapes, inputs, _ways(forward, functions),
-               in_fp32(forward(swiglu_reference)), 3 * N * F * BYTES)
-    yield Case("swiglu", "backward", shapes,
-               lambda generator, device: (*inputs(generator, device), (normal(generator, device, N, F),)),
-               _ways(Gradients, functions), in_fp32(Gradients(swiglu_reference)), 5 * N * F * BYTES)
+    yield Case(
+        "swiglu",
+        "forward",
+        shapes,
+        inputs,
+        _ways(forward, functions),
+        in_fp32(forward(swiglu_reference)),
+        3 * N * F * BYTES,
+    )
+    yield Case(
+        "swiglu",
+        "backward",
+        shapes,
+        lambda generator, device: (*inputs(generator, device), (normal(generator, device, N, F),)),
+        _ways(Gradients, functions),
+        in_fp32(Gradients(swiglu_reference)),
+        5 * N * F * BYTES,
+    )
 
 
 def _liger_swiglu():
@@ -107,10 +142,13 @@ def _rope_cases(N, H, d):
     def reference(qkv, positions, inv_freq):
         return rope_qk_reference(qkv, positions, inv_freq, H, H)
 
-    functions = with_compiled({
-        "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H), "eager": reference})
-    in_place = {**functions, "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H,
-                                                                              inplace=True)}
+    functions = with_compiled(
+        {"ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H), "eager": reference}
+    )
+    in_place = {
+        **functions,
+        "ours": lambda qkv, positions, inv_freq: rope_qk(qkv, positions, inv_freq, H, H, inplace=True),
+    }
 
     def inputs(generator, device):
         return _rope_inputs(generator, device, N, H, d)
@@ -119,16 +157,30 @@ def _rope_cases(N, H, d):
         return *inputs(generator, device), (normal(generator, device, N, width),)
 
     def queries_and_keys(function):
-        return lambda *inputs: function(*inputs)[:, :2 * H * d].split(H * d, dim=1)
+        return lambda *inputs: function(*inputs)[:, : 2 * H * d].split(H * d, dim=1)
 
     ways = _ways(forward, _ways(queries_and_keys, in_place))
     ways |= library("liger_kernel", "Liger", lambda: _liger_rope(H, d), triton=True)
     ways |= library("quack", "quack", lambda: _quack_rope(H, d))
     # Forward in place: queries and keys only. Backward writes a gradient of its own, values' included.
-    yield Case("rope_qk", "forward", shapes, inputs, ways,
-               in_fp32(forward(queries_and_keys(reference))), N * (2 * 2 * H * d * BYTES + 4))
-    yield Case("rope_qk", "backward", shapes, inputs_and_gradient, _ways(Gradients, functions),
-               in_fp32(Gradients(reference)), N * (2 * width * BYTES + 4))
+    yield Case(
+        "rope_qk",
+        "forward",
+        shapes,
+        inputs,
+        ways,
+        in_fp32(forward(queries_and_keys(reference))),
+        N * (2 * 2 * H * d * BYTES + 4),
+    )
+    yield Case(
+        "rope_qk",
+        "backward",
+        shapes,
+        inputs_and_gradient,
+        _ways(Gradients, functions),
+        in_fp32(Gradients(reference)),
+        N * (2 * width * BYTES + 4),
+    )
 
 
 def _rope_inputs(generator, device, N, H, d):
@@ -145,7 +197,7 @@ def _liger_rope(H, d):
     def prepare(qkv, positions, inv_freq):
         angles = (positions[:, None] * inv_freq).repeat(1, 2)[None]
         cos, sin = angles.cos(), angles.sin()
-        q, k = (x.view(1, -1, H, d).transpose(1, 2) for x in qkv[:, :2 * H * d].split(H * d, dim=1))
+        q, k = (x.view(1, -1, H, d).transpose(1, 2) for x in qkv[:, : 2 * H * d].split(H * d, dim=1))
 
         def call():
             return tuple(x.transpose(1, 2).reshape(-1, H * d) for x in LigerRopeFunction.apply(q, k, cos, sin))
@@ -165,7 +217,7 @@ def _quack_rope(H, d):
 
         def call():
             apply_rotary_emb_qkv_(qkv[None], cos, sin, num_heads_q=H, headdim=d)
-            return qkv[:, :2 * H * d].split(H * d, dim=1)
+            return qkv[:, : 2 * H * d].split(H * d, dim=1)
 
         return torch.no_grad()(call)
 
@@ -192,8 +244,9 @@ def _placed(H, d, prompt, segments, job):
     way_back = WayBack.of(rows_M, prompt, N)
 
     def ours(qkv, positions, inv_freq, k, v, rows_M, starts, places):
-        return rope_keys(qkv, positions, inv_freq, H, H, rows_M=rows_M, way_back=WayBack(starts, places, prompt),
-                         constant=(k, v))
+        return rope_keys(
+            qkv, positions, inv_freq, H, H, rows_M=rows_M, way_back=WayBack(starts, places, prompt), constant=(k, v)
+        )
 
     def reference(qkv, positions, inv_freq, k, v, rows_M, *_):
         return rope_keys_reference(qkv, positions, inv_freq, H, H, rows_M=rows_M, constant=(k, v))
@@ -202,22 +255,41 @@ def _placed(H, d, prompt, segments, job):
 
     def inputs(generator, device):
         qkv, positions, inv_freq = _rope_inputs(generator, device, N, H, d)
-        return qkv, positions, inv_freq, *(normal(generator, device, prompt, H, d) for _ in range(2)), *(
-            x.to(device) for x in (rows_M, way_back.starts_N1, way_back.places))
+        return (
+            qkv,
+            positions,
+            inv_freq,
+            *(normal(generator, device, prompt, H, d) for _ in range(2)),
+            *(x.to(device) for x in (rows_M, way_back.starts_N1, way_back.places)),
+        )
 
     def inputs_and_gradients(generator, device):
         return *inputs(generator, device), tuple(normal(generator, device, rows, H, d) for rows in (N, M, M))
 
     row = H * d * BYTES  # queries are read and written, keys and values read once and written to every place
-    yield Case("rope_keys", f"forward, {job}", shapes, inputs, _ways(forward, functions),
-               in_fp32(forward(reference)), (4 * N + 2 * M) * row)
+    yield Case(
+        "rope_keys",
+        f"forward, {job}",
+        shapes,
+        inputs,
+        _ways(forward, functions),
+        in_fp32(forward(reference)),
+        (4 * N + 2 * M) * row,
+    )
     # Plain torch adds up in bf16 what comes back to a row from all its places, and rounds that before it is rotated
     # back. Each addition may err as much as one result may. The kernel adds in fp32 and rounds once.
     additions = int((way_back.starts_N1[1:] - way_back.starts_N1[:-1]).max()) - 1
     summed = 2**-7 * max(additions, 1)
-    yield Case("rope_keys", f"backward, {job}", shapes, inputs_and_gradients, _ways(Gradients, functions),
-               in_fp32(Gradients(reference)), (4 * N + 2 * M) * row,
-               looser={"eager": summed, "torch.compile": summed})
+    yield Case(
+        "rope_keys",
+        f"backward, {job}",
+        shapes,
+        inputs_and_gradients,
+        _ways(Gradients, functions),
+        in_fp32(Gradients(reference)),
+        (4 * N + 2 * M) * row,
+        looser={"eager": summed, "torch.compile": summed},
+    )
 
 
 def _splice_cases(videos, R, text, D, V):
@@ -231,16 +303,24 @@ def _splice_cases(videos, R, text, D, V):
     is_text = torch.ones(N, dtype=torch.bool)
     is_text[video_rows] = is_text[boundary_rows] = False
 
-    functions = with_compiled({
-        "ours": lambda ids, table, *video: splice_video(ids, table, *video, dtype=DTYPE),
-        "eager": lambda ids, table, *video: splice_video_reference(ids, table, *video, dtype=DTYPE),
-    })
+    functions = with_compiled(
+        {
+            "ours": lambda ids, table, *video: splice_video(ids, table, *video, dtype=DTYPE),
+            "eager": lambda ids, table, *video: splice_video_reference(ids, table, *video, dtype=DTYPE),
+        }
+    )
 
     def inputs(generator, device):
         # Distinct words, so that the rows to read are as many as the text's.
         ids = torch.randperm(V, generator=generator, device=device).repeat(-(-N // V))[:N]
-        return (ids, normal(generator, device, V, D), normal(generator, device, videos * R, D), video_rows.to(device),
-                normal(generator, device, 2, D), boundary_rows.to(device))
+        return (
+            ids,
+            normal(generator, device, V, D),
+            normal(generator, device, videos * R, D),
+            video_rows.to(device),
+            normal(generator, device, 2, D),
+            boundary_rows.to(device),
+        )
 
     def inputs_and_gradient(generator, device):
         return *inputs(generator, device), (normal(generator, device, N, D),)
@@ -249,16 +329,30 @@ def _splice_cases(videos, R, text, D, V):
         return splice_video_reference(*inputs, dtype=torch.float32)
 
     gathered = int(is_text.sum()) + videos * R + 2
-    yield Case("splice_video", "forward", shapes, inputs, _ways(forward, functions), in_fp32(forward(reference)),
-               (N + gathered) * D * BYTES + 8 * N)
-    yield Case("splice_video", "backward", shapes, inputs_and_gradient,
-               _ways(lambda function: Gradients(function, (2, 4)), functions), in_fp32(Gradients(reference, (2, 4))),
-               (2 * videos * R + 2 * videos + 2) * D * BYTES)
+    yield Case(
+        "splice_video",
+        "forward",
+        shapes,
+        inputs,
+        _ways(forward, functions),
+        in_fp32(forward(reference)),
+        (N + gathered) * D * BYTES + 8 * N,
+    )
+    yield Case(
+        "splice_video",
+        "backward",
+        shapes,
+        inputs_and_gradient,
+        _ways(lambda function: Gradients(function, (2, 4)), functions),
+        in_fp32(Gradients(reference, (2, 4))),
+        (2 * videos * R + 2 * videos + 2) * D * BYTES,
+    )
 
 
 def _loss_case(L, V, D):
     """Forward and backward with a frozen head as one job: the gradient of the rows is computed while their logits are
     there."""
+
     def both(function):
         def prepare(h, weight, targets):
             h = h.detach().requires_grad_()
@@ -275,12 +369,22 @@ def _loss_case(L, V, D):
     functions |= library("liger_kernel", "Liger", _liger_loss, triton=True) | library("quack", "quack", _quack_loss)
 
     def inputs(generator, device):
-        return (normal(generator, device, L, D), normal(generator, device, V, D, scale=D**-0.5),
-                torch.randint(V, (L,), generator=generator, device=device))
+        return (
+            normal(generator, device, L, D),
+            normal(generator, device, V, D, scale=D**-0.5),
+            torch.randint(V, (L,), generator=generator, device=device),
+        )
 
-    return Case("linear_cross_entropy", "both ways", {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
-                inputs, _ways(both, functions), in_fp32(both(linear_cross_entropy_reference)), flops=4 * L * V * D,
-                tolerance=2**-6)
+    return Case(
+        "linear_cross_entropy",
+        "both ways",
+        {"L": L, "V": V, "D": D, "dtype": "bfloat16"},
+        inputs,
+        _ways(both, functions),
+        in_fp32(both(linear_cross_entropy_reference)),
+        flops=4 * L * V * D,
+        tolerance=2**-6,
+    )
 
 
 def _liger_loss():
@@ -300,9 +404,15 @@ def _quack_loss():
 
 def _fp8_case(N, D):
     functions = with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
-    return Case("quantize_fp8", "by rows", {"N": N, "D": D, "dtype": "bfloat16"},
-                lambda generator, device: (normal(generator, device, N, D),), _ways(forward, functions),
-                in_fp32(forward(quantize_fp8_reference)), N * D * (BYTES + 1) + 4 * N)
+    return Case(
+        "quantize_fp8",
+        "by rows",
+        {"N": N, "D": D, "dtype": "bfloat16"},
+        lambda generator, device: (normal(generator, device, N, D),),
+        _ways(forward, functions),
+        in_fp32(forward(quantize_fp8_reference)),
+        N * D * (BYTES + 1) + 4 * N,
+    )
 
 
 def cases(small):

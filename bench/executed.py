@@ -59,9 +59,11 @@ def _named(function, args, kwargs):
 
 def blocked_flops(q, k, v, q_bounds, k_bounds, *_):
     """Of the forward of `fastvid.model.blocked_attention`, on packed [N, H, d] rows."""
-    pairs = sum((queries.stop - queries.start) * keys
-                for segment, (run,) in segments(q_bounds, k_bounds)
-                for queries, keys in blocks(segment, run.stop - run.start))
+    pairs = sum(
+        (queries.stop - queries.start) * keys
+        for segment, (run,) in segments(q_bounds, k_bounds)
+        for queries, keys in blocks(segment, run.stop - run.start)
+    )
     return 2 * q.shape[1] * q.shape[2] * pairs * FORWARD
 
 

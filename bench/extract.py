@@ -37,8 +37,11 @@ from fastvid.video.encoder import default_dtype
 
 FRAMES, SIZE, PATCH, HIDDEN, LAYERS = 100, 224, 32, 768, 12
 DEFAULT = default_dtype(torch.device("cpu"))
-WAYS = {**({"fastvid, bf16": "bfloat16"} if DEFAULT is torch.bfloat16 else {}), "fastvid, fp32": "float32",
-        "reference": None}
+WAYS = {
+    **({"fastvid, bf16": "bfloat16"} if DEFAULT is torch.bfloat16 else {}),
+    "fastvid, fp32": "float32",
+    "reference": None,
+}
 
 
 def write_tower(folder, *, size=SIZE, patch=PATCH, hidden=HIDDEN, layers=LAYERS):
@@ -47,9 +50,17 @@ def write_tower(folder, *, size=SIZE, patch=PATCH, hidden=HIDDEN, layers=LAYERS)
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(
-        image_size=size, patch_size=patch, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64 or 1, projection_dim=16)).save_pretrained(folder)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            image_size=size,
+            patch_size=patch,
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64 or 1,
+            projection_dim=16,
+        )
+    ).save_pretrained(folder)
 
 
 def reference(videos, features, tower):
@@ -67,8 +78,8 @@ def reference(videos, features, tower):
         states = torch.zeros(len(pixels), (SIZE // PATCH) ** 2, HIDDEN)
         with torch.no_grad():
             for start in range(0, len(pixels), 32):
-                found = model(pixels[start:start + 32], output_hidden_states=True).hidden_states[-2][:, 1:]
-                states[start:start + 32] = found
+                found = model(pixels[start : start + 32], output_hidden_states=True).hidden_states[-2][:, 1:]
+                states[start : start + 32] = found
         states = states.numpy().astype("float16")
         temporal, spatial = np.mean(states, axis=1), np.mean(states, axis=0)
         temporal = np.pad(temporal, ((0, FRAMES - len(temporal)), (0, 0)))
@@ -81,8 +92,9 @@ def fastvid(videos, features, tower, dtype):
     from fastvid.config import ExtractConfig
     from fastvid.extract import extract
 
-    summary = extract(ExtractConfig(str(videos), str(features), vision_tower=str(tower), num_frames=FRAMES,
-                                    dtype=dtype, format="pkl"))
+    summary = extract(
+        ExtractConfig(str(videos), str(features), vision_tower=str(tower), num_frames=FRAMES, dtype=dtype, format="pkl")
+    )
     if summary.extracted != summary.total:
         raise SystemExit(str(summary))
     return summary.seconds
@@ -159,13 +171,22 @@ def flat(count):
         (made / "videos").mkdir()
         for number in range(count):
             os.link(made / "clip.mp4", made / "videos" / f"{number:06}.mp4")
-        summary = extract(ExtractConfig(str(made / "videos"), str(made / "features"),
-                                        vision_tower=str(made / "tower"), num_frames=8))
-    warm = held[len(held) // 10:]
-    row = {"row": "memory", "clips": summary.extracted, "after a tenth": warm[0], "at the end": warm[-1],
-           "most": max(warm), "growth": max(warm) / warm[0] - 1}
-    print(f"{summary.extracted} clips in {summary.seconds:.0f} s: {warm[0] / 2**20:.0f} MiB after a tenth of them, "
-          f"at most {max(warm) / 2**20:.0f} later ({100 * row['growth']:+.2f} %)")
+        summary = extract(
+            ExtractConfig(str(made / "videos"), str(made / "features"), vision_tower=str(made / "tower"), num_frames=8)
+        )
+    warm = held[len(held) // 10 :]
+    row = {
+        "row": "memory",
+        "clips": summary.extracted,
+        "after a tenth": warm[0],
+        "at the end": warm[-1],
+        "most": max(warm),
+        "growth": max(warm) / warm[0] - 1,
+    }
+    print(
+        f"{summary.extracted} clips in {summary.seconds:.0f} s: {warm[0] / 2**20:.0f} MiB after a tenth of them, "
+        f"at most {max(warm) / 2**20:.0f} later ({100 * row['growth']:+.2f} %)"
+    )
     return row
 
 
@@ -186,8 +207,9 @@ def main():
     else:
         rows, ratios = timed(arguments)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "rows": rows, "ratios": ratios},
-                                             indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"environment": environment(), "rows": rows, "ratios": ratios}, indent=1) + "\n"
+        )
 
 
 def timed(arguments):
@@ -209,26 +231,40 @@ def timed(arguments):
                 (folder / way).mkdir()
                 said = subprocess.run(
                     [sys.executable, __file__, "--one", way, folder / "videos", folder / way, folder / "tower"],
-                    check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT / "bench").stdout
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    cwd=ROOT / "bench",
+                ).stdout
                 found[way].append(json.loads(said.splitlines()[-1]))
             if number == 0:
                 compare(folder, names)
     rows = []
     for way, runs in found.items():
         times = [run["seconds"] for run in runs]
-        row = {"row": way, "clips": arguments.clips, "seconds": statistics.median(times), "seconds_min": min(times),
-               "seconds_max": max(times), "peak_bytes": max(run["peak_bytes"] for run in runs),
-               "videos_per_second": arguments.clips / statistics.median(times)}
+        row = {
+            "row": way,
+            "clips": arguments.clips,
+            "seconds": statistics.median(times),
+            "seconds_min": min(times),
+            "seconds_max": max(times),
+            "peak_bytes": max(run["peak_bytes"] for run in runs),
+            "videos_per_second": arguments.clips / statistics.median(times),
+        }
         if WAYS[way]:
             row["matrix_share"] = tower_share(getattr(torch, WAYS[way]))
         rows.append(row)
-        print(f"{way:<14} {row['seconds'] / arguments.clips:6.2f} s a video ({min(times) / arguments.clips:.2f}–"
-              f"{max(times) / arguments.clips:.2f}), {row['peak_bytes'] / 2**20:.0f} MiB"
-              + (f", tower at {100 * row['matrix_share']:.0f} % of a product's rate" if WAYS[way] else ""))
+        print(
+            f"{way:<14} {row['seconds'] / arguments.clips:6.2f} s a video ({min(times) / arguments.clips:.2f}–"
+            f"{max(times) / arguments.clips:.2f}), {row['peak_bytes'] / 2**20:.0f} MiB"
+            + (f", tower at {100 * row['matrix_share']:.0f} % of a product's rate" if WAYS[way] else "")
+        )
     rate = {row["row"]: row["videos_per_second"] for row in rows}
     default = next(way for way, dtype in WAYS.items() if dtype == str(DEFAULT).removeprefix("torch."))
-    ratios = {"extract_vs_reference": rate[default] / rate["reference"],
-              "extract_vs_reference_fp32": rate["fastvid, fp32"] / rate["reference"]}
+    ratios = {
+        "extract_vs_reference": rate[default] / rate["reference"],
+        "extract_vs_reference_fp32": rate["fastvid, fp32"] / rate["reference"],
+    }
     for name, ratio in ratios.items():
         print(f"{name} {ratio:.2f}")
     return rows, ratios

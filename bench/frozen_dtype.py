@@ -18,8 +18,13 @@ from pathlib import Path
 from bench.harness import ROOT, write_results
 
 BASELINE = "bf16"
-WAYS = {"fp32": ["--bf16", "False"], BASELINE: [], "fp8": ["--frozen_dtype", "fp8"],
-        "int8": ["--frozen_dtype", "int8"], "nf4": ["--frozen_dtype", "nf4"]}
+WAYS = {
+    "fp32": ["--bf16", "False"],
+    BASELINE: [],
+    "fp8": ["--frozen_dtype", "fp8"],
+    "int8": ["--frozen_dtype", "int8"],
+    "nf4": ["--frozen_dtype", "nf4"],
+}
 WINDOW = 20  # steps of a running mean
 
 
@@ -27,11 +32,42 @@ def losses(way, folder, model, steps, batch, seed):
     """The loss of every step of a run."""
     with tempfile.TemporaryDirectory() as output:
         command = [
-            sys.executable, "-m", "fastvid.train", "--model_name_or_path", model, "--data_path", folder / "train.json",
-            "--video_folder", folder / "features_b", "--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end",
-            "--output_dir", output, "--max_steps", steps, "--per_device_train_batch_size", batch,
-            "--learning_rate", "2e-3", "--warmup_ratio", "0.03", "--logging_steps", "1", "--save_strategy", "no",
-            "--report_to", "none", "--disable_tqdm", "True", "--bf16", "True", "--seed", seed, *WAYS[way]]
+            sys.executable,
+            "-m",
+            "fastvid.train",
+            "--model_name_or_path",
+            model,
+            "--data_path",
+            folder / "train.json",
+            "--video_folder",
+            folder / "features_b",
+            "--tune_mm_mlp_adapter",
+            "True",
+            "--mm_use_vid_start_end",
+            "--output_dir",
+            output,
+            "--max_steps",
+            steps,
+            "--per_device_train_batch_size",
+            batch,
+            "--learning_rate",
+            "2e-3",
+            "--warmup_ratio",
+            "0.03",
+            "--logging_steps",
+            "1",
+            "--save_strategy",
+            "no",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "True",
+            "--bf16",
+            "True",
+            "--seed",
+            seed,
+            *WAYS[way],
+        ]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         subprocess.run(list(map(str, command)), check=True, env={**os.environ, "PYTHONPATH": paths})
         lines = map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines())
@@ -46,28 +82,47 @@ def compared(found, baseline):
         loss of the first step, when the two models differ in rounding alone, as parts of the baseline's; and the
         largest difference of two running means over WINDOW steps, as a part of the baseline's mean.
     """
+
     def running(values):
-        return [statistics.fmean(values[i:i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
+        return [statistics.fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
 
     gap = max(abs(a - b) for a, b in zip(running(found), running(baseline), strict=True))
     mean, usual = statistics.fmean(found), statistics.fmean(baseline)
-    return {"mean": mean, "mean_last": statistics.fmean(found[-WINDOW:]), "difference": mean / usual - 1,
-            "first_difference": found[0] / baseline[0] - 1, "largest_gap": gap / usual}
+    return {
+        "mean": mean,
+        "mean_last": statistics.fmean(found[-WINDOW:]),
+        "difference": mean / usual - 1,
+        "first_difference": found[0] / baseline[0] - 1,
+        "largest_gap": gap / usual,
+    }
 
 
 def table(rows):
     """One line for each way: means over seeds, and the standard error of the difference."""
     line = "{:<6}{:>7}{:>12}{:>14}{:>14}{:>14}{:>12}{:>14}".format
-    lines = [line("", "seeds", "mean loss", f"over {BASELINE}", "± std. error", "at step 1", f"last {WINDOW}",
-                  "largest gap")]
+    lines = [
+        line("", "seeds", "mean loss", f"over {BASELINE}", "± std. error", "at step 1", f"last {WINDOW}", "largest gap")
+    ]
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
-        mean = {key: statistics.fmean(row[key] for row in mine)
-                for key in ("mean", "difference", "first_difference", "mean_last", "largest_gap")}
+        mean = {
+            key: statistics.fmean(row[key] for row in mine)
+            for key in ("mean", "difference", "first_difference", "mean_last", "largest_gap")
+        }
         differences = [row["difference"] for row in mine]
         error = statistics.stdev(differences) / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
-        lines.append(line(way, len(mine), f"{mean['mean']:.4f}", f"{mean['difference']:+.2%}", f"{error:.2%}",
-                          f"{mean['first_difference']:+.2%}", f"{mean['mean_last']:.4f}", f"{mean['largest_gap']:.2%}"))
+        lines.append(
+            line(
+                way,
+                len(mine),
+                f"{mean['mean']:.4f}",
+                f"{mean['difference']:+.2%}",
+                f"{error:.2%}",
+                f"{mean['first_difference']:+.2%}",
+                f"{mean['mean_last']:.4f}",
+                f"{mean['largest_gap']:.2%}",
+            )
+        )
     return "\n".join(lines)
 
 
@@ -86,11 +141,22 @@ def main():
     model = arguments.model or folder / "llava"
     rows = []
     for seed in arguments.seeds:
-        curves = {way: losses(way, folder, model, arguments.steps, arguments.batch, seed)
-                  for way in dict.fromkeys([BASELINE, *arguments.ways])}
-        rows += [{"model": arguments.name, "way": way, "seed": seed, "steps": arguments.steps, "batch": arguments.batch,
-                  **compared(curve, curves[BASELINE]), "losses": [round(loss, 5) for loss in curve]}
-                 for way, curve in curves.items()]
+        curves = {
+            way: losses(way, folder, model, arguments.steps, arguments.batch, seed)
+            for way in dict.fromkeys([BASELINE, *arguments.ways])
+        }
+        rows += [
+            {
+                "model": arguments.name,
+                "way": way,
+                "seed": seed,
+                "steps": arguments.steps,
+                "batch": arguments.batch,
+                **compared(curve, curves[BASELINE]),
+                "losses": [round(loss, 5) for loss in curve],
+            }
+            for way, curve in curves.items()
+        ]
         print(table(rows), flush=True)
         if arguments.json:
             write_results(arguments.json, rows)

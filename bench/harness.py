@@ -10,8 +10,18 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "numpy", "av", "safetensors", "pillow", "bitsandbytes", "liger-kernel",
-            "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "av",
+    "safetensors",
+    "pillow",
+    "bitsandbytes",
+    "liger-kernel",
+    "quack-kernels",
+)
 
 
 def environment():
@@ -24,8 +34,11 @@ def environment():
         threads = torch.get_num_threads()
         device = f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
-        "device": device, "python": platform.python_version(), "commit": _commit(),
-        "date": datetime.date.today().isoformat(), "versions": {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -50,6 +63,7 @@ def _version(name):
 
 def _commit():
     """Of the checkout; a copy without its history is told in FASTVID_COMMIT."""
+
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 

@@ -50,9 +50,17 @@ def timed(case, way, *, small, rounds=50):
 
 def describe(case, way, run_info, peak, median):
     """What a row says beside its times; rates in 1e9 bytes and 1e12 FLOP per second."""
-    info = {**run_info, "kernel": case.kernel, "case": case.name, "way": way, "shapes": case.shapes,
-            "baseline": "eager" if "eager" in case.ways else "reference's chain", "bytes": case.bytes,
-            "flops": case.flops, "peak_extra_mib": peak and round(peak / 2**20, 1)}
+    info = {
+        **run_info,
+        "kernel": case.kernel,
+        "case": case.name,
+        "way": way,
+        "shapes": case.shapes,
+        "baseline": "eager" if "eager" in case.ways else "reference's chain",
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "peak_extra_mib": peak and round(peak / 2**20, 1),
+    }
     if case.bytes:
         info["gb_per_s"] = round(case.bytes / median / 1e9, 2)
     if case.flops:

@@ -32,19 +32,33 @@ def draw(result):
     height = HEAD + FOOT + ROW * len(names)
     figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor="white")
     about = result["environment"]
-    figure.text(0.02, 1 - 0.35 / height, "A training step, one idea after the other", fontsize=16, fontweight="bold",
-                color=INK, va="center")
-    figure.text(0.02, 1 - 0.68 / height, f"{result['preset']}; {about['device']}; torch {about['versions']['torch']}, "
-                f"transformers {about['versions']['transformers']}; commit {about['commit']}, {about['date']}",
-                fontsize=9.5, color=QUIET, va="center")
+    figure.text(
+        0.02,
+        1 - 0.35 / height,
+        "A training step, one idea after the other",
+        fontsize=16,
+        fontweight="bold",
+        color=INK,
+        va="center",
+    )
+    figure.text(
+        0.02,
+        1 - 0.68 / height,
+        f"{result['preset']}; {about['device']}; torch {about['versions']['torch']}, "
+        f"transformers {about['versions']['transformers']}; commit {about['commit']}, {about['date']}",
+        fontsize=9.5,
+        color=QUIET,
+        va="center",
+    )
     box = FOOT / height, ROW * len(names) / height
     speed, memory = (figure.add_axes((left, box[0], width, box[1])) for left, width in PANELS)
     _bars(speed, rows, names, dtypes, "samples_per_second", 1, "samples per second", 1.25, against)
     _bars(memory, rows, names, dtypes, "peak_bytes", 2**30, "peak memory, GiB", 1.75, against)
     speed.set_yticks(range(len(names)), [_wrapped(_title(rows, name)) for name in names], fontsize=9.5, color=INK)
     memory.set_yticks([])
-    _legend(figure, dtypes, 0.3 / height,
-            "the reference's" if against == "reference" else "the fastest transformers row's")
+    _legend(
+        figure, dtypes, 0.3 / height, "the reference's" if against == "reference" else "the fastest transformers row's"
+    )
     return figure
 
 
@@ -99,8 +113,10 @@ def markdown(result):
     """The table of the rows that were timed: samples per second and memory, times the reference's in brackets."""
     rows = {(row["dtype"], row["row"]): row for row in result["rows"] if row["seconds"]}
     dtypes = list(dict.fromkeys(dtype for dtype, _ in rows))
-    lines = ["| | " + " | ".join(f"{dtype}: samples/s | GFLOP/s | of matmul | memory" for dtype in dtypes) + " |",
-             "|---|" + "---:|" * (4 * len(dtypes))]
+    lines = [
+        "| | " + " | ".join(f"{dtype}: samples/s | GFLOP/s | of matmul | memory" for dtype in dtypes) + " |",
+        "|---|" + "---:|" * (4 * len(dtypes)),
+    ]
     for name in dict.fromkeys(name for _, name in rows):
         cells = [_title(result["rows"], name)]
         for dtype in dtypes:
@@ -122,10 +138,12 @@ def _cells(row, reference):
 def block(result):
     """What docs/performance.md says of a result: the picture, where it was measured, the table."""
     about = result["environment"]
-    return (f"![samples per second and memory of each row](../bench/plots/train_step.png)\n\n{about['device']}; torch "
-            f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit "
-            f"{about['commit']}, "
-            f"{about['date']}.\n\n{markdown(result)}")
+    return (
+        f"![samples per second and memory of each row](../bench/plots/train_step.png)\n\n{about['device']}; torch "
+        f"{about['versions']['torch']}, transformers {about['versions']['transformers']}; commit "
+        f"{about['commit']}, "
+        f"{about['date']}.\n\n{markdown(result)}"
+    )
 
 
 def into_readme(text, table, begin=BEGIN, end=END):
@@ -140,8 +158,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path, help="file that bench/train_step.py wrote")
     parser.add_argument("--png", type=Path, default=ROOT / "bench" / "plots" / "train_step.png")
-    parser.add_argument("--readme", type=Path, default=ROOT / "docs" / "performance.md",
-                        help="the page that gets the table")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "docs" / "performance.md", help="the page that gets the table"
+    )
     arguments = parser.parse_args(argv)
     result = json.loads(arguments.json.read_text())
     draw(result).savefig(arguments.png)

@@ -35,7 +35,8 @@ def assert_agree(found, expected, tolerance=None):
         assert a.shape == b.shape, f"result {place}: {list(a.shape)} instead of {list(b.shape)}"
         limit, error = tolerance or TOLERANCE[a.dtype], _errors(a, b)
         assert bool((error <= limit).all()), (  # NaN is not below any limit
-            f"result {place}: error {error.max().item():.3g} in {list(a.shape)}, at most {limit:.3g} is allowed")
+            f"result {place}: error {error.max().item():.3g} in {list(a.shape)}, at most {limit:.3g} is allowed"
+        )
 
 
 def time_calls(prepare, copies, *, rounds=ROUNDS, seconds=ROW_SECONDS, on_cuda):
@@ -51,7 +52,7 @@ def time_calls(prepare, copies, *, rounds=ROUNDS, seconds=ROW_SECONDS, on_cuda):
     timed(prepare, copies)  # compilation, allocation
     times = []
     while len(times) < rounds and not (len(times) >= SLOW_ROUNDS and sum(times) > seconds):
-        times += timed(prepare, list(islice(cycle(copies), rounds - len(times)))[:len(copies)])
+        times += timed(prepare, list(islice(cycle(copies), rounds - len(times)))[: len(copies)])
     return times
 
 
@@ -107,8 +108,13 @@ def peak_extra_bytes(call):
 def copy_bandwidth(small=False):
     """Bytes read and written per second by a device-to-device copy, the roof of every kernel that moves bytes."""
     count = 2**20 if small else 2**30
-    copies = [(torch.empty(count, dtype=torch.uint8, device="cuda"),
-               torch.randint(256, (count,), dtype=torch.uint8, device="cuda")) for _ in range(2)]
+    copies = [
+        (
+            torch.empty(count, dtype=torch.uint8, device="cuda"),
+            torch.randint(256, (count,), dtype=torch.uint8, device="cuda"),
+        )
+        for _ in range(2)
+    ]
     return 2 * count / _median(time_calls(lambda out, x: lambda: out.copy_(x), copies, on_cuda=True))
 
 

@@ -13,9 +13,22 @@ from bench.gpu import merge
 from bench.roofline import draw
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ("spatio_temporal_pool", "frame_patchify", "yuv_patchify", "add_layer_norm", "quick_gelu", "splice_video",
-           "add_rms_norm", "rope_qk", "rope_keys", "swiglu", "linear_cross_entropy", "adamw8bit_step", "adamw_step",
-           "quantize_fp8")
+KERNELS = (
+    "spatio_temporal_pool",
+    "frame_patchify",
+    "yuv_patchify",
+    "add_layer_norm",
+    "quick_gelu",
+    "splice_video",
+    "add_rms_norm",
+    "rope_qk",
+    "rope_keys",
+    "swiglu",
+    "linear_cross_entropy",
+    "adamw8bit_step",
+    "adamw_step",
+    "quantize_fp8",
+)
 UNMEASURED = "not yet measured"
 COLUMNS = ("way", "median", "spread", "rate", "of the roof", "× baseline", "memory")
 
@@ -38,8 +51,11 @@ def read(paths):
             if "kernel" not in info or info["small"]:
                 continue
             key = info["device"], info["kernel"], info["case"], info["way"]
-            found[key] = info | {"median": row["stats"]["median"], "iqr": row["stats"]["iqr"],
-                                 "on_gpu": "copy_bytes_per_second" in info}
+            found[key] = info | {
+                "median": row["stats"]["median"],
+                "iqr": row["stats"]["iqr"],
+                "on_gpu": "copy_bytes_per_second" in info,
+            }
     return list(found.values())
 
 
@@ -76,8 +92,10 @@ def _heading(row):
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
     heading = f"{row['device']}; commit {row['commit']}, {row['date']}; Python {row['python']}, {versions}"
     if row["on_gpu"]:
-        heading += (f"\nroofs of the run: copy {row['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
-                    f"bf16 matrix product {row['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s")
+        heading += (
+            f"\nroofs of the run: copy {row['copy_bytes_per_second'] / 1e9:,.0f} GB/s, "
+            f"bf16 matrix product {row['matmul_flops_per_second'] / 1e12:,.0f} TFLOP/s"
+        )
     return heading
 
 
@@ -85,9 +103,15 @@ def _cells(row):
     rate = f"{row['gb_per_s']:,g} GB/s" if "gb_per_s" in row else f"{row['tflop_per_s']:,g} TFLOP/s"
     roof = percent_of_roof(row)
     ratio, memory = row["times_as_fast_as_baseline"], row["peak_extra_mib"]
-    return (row["way"], duration(row["median"]), f"± {50 * row['iqr'] / row['median']:.0f} %", rate,
-            "" if roof is None else f"{roof:.0f} %", "" if ratio is None else f"{ratio:.2f}",
-            "" if memory is None else f"{memory:,.0f} MiB")
+    return (
+        row["way"],
+        duration(row["median"]),
+        f"± {50 * row['iqr'] / row['median']:.0f} %",
+        rate,
+        "" if roof is None else f"{roof:.0f} %",
+        "" if ratio is None else f"{ratio:.2f}",
+        "" if memory is None else f"{memory:,.0f} MiB",
+    )
 
 
 def percent_of_roof(row):
@@ -109,8 +133,14 @@ def duration(seconds):
 def aligned(cells):
     """Tuples of cells as lines of text, the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  " + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                             for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def main(argv=None):

@@ -22,11 +22,15 @@ MEAN_ROWS, MEAN_SUPERVISED = 830, 75
 SPREAD = {"answer": 0.7, "question": 0.45}  # standard deviation of the length's logarithm
 SHORTEST = {"answer": 4, "question": 6}
 PIECES = 524  # so that the system text takes about as many as in LLaMA (34 with BOS and "USER:")
-WORDS = ("the man in a red shirt walks along wide street and then turns to wave at his friend who waits beside old car "
-         "while dog runs over grass near water people dance on stage with music playing behind them what is happening "
-         "video describe how why does she hold ball before game ends").split()
-TEMPLATE = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the user's questions. USER: {q} ASSISTANT: {a}")
+WORDS = (
+    "the man in a red shirt walks along wide street and then turns to wave at his friend who waits beside old car "
+    "while dog runs over grass near water people dance on stage with music playing behind them what is happening "
+    "video describe how why does she hold ball before game ends"
+).split()
+TEMPLATE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: {q} ASSISTANT: {a}"
+)
 # Tokens of a sample beside question, answer, </s> and the video's rows: BOS and system text (with this file's tokenizer
 # about as many as with LLaMA's), the roles, <vid_start> and <vid_end>.
 SURROUNDING = 38
@@ -59,9 +63,16 @@ def records(videos, rng):
     found = []
     for i, (name, question, answer) in enumerate(zip(names, questions, answers)):
         asked, said = (" ".join(rng.choices(WORDS, k=count)) for count in (question, answer))
-        found.append({"id": f"{name}_{i}", "video": f"{name}.safetensors", "conversations": [
-            {"from": "human", "value": f"<video>\n{asked}" if i % 2 else f"{asked}\n<video>"},
-            {"from": "gpt", "value": said}]})
+        found.append(
+            {
+                "id": f"{name}_{i}",
+                "video": f"{name}.safetensors",
+                "conversations": [
+                    {"from": "human", "value": f"<video>\n{asked}" if i % 2 else f"{asked}\n<video>"},
+                    {"from": "gpt", "value": said},
+                ],
+            }
+        )
     return found
 
 
@@ -87,18 +98,24 @@ def write_model(folder, shape, seed):
 
     def layer(i):
         name, one = f"model.layers.{i}.", torch.ones(hidden, dtype=torch.bfloat16)
-        return {name + "input_layernorm.weight": one, name + "post_attention_layernorm.weight": one.clone(),
-                **{f"{name}self_attn.{part}_proj.weight": normal(hidden, hidden) for part in "qkvo"},
-                **{f"{name}mlp.{part}_proj.weight": normal(wide, hidden) for part in ("gate", "up")},
-                name + "mlp.down_proj.weight": normal(hidden, wide)}
+        return {
+            name + "input_layernorm.weight": one,
+            name + "post_attention_layernorm.weight": one.clone(),
+            **{f"{name}self_attn.{part}_proj.weight": normal(hidden, hidden) for part in "qkvo"},
+            **{f"{name}mlp.{part}_proj.weight": normal(wide, hidden) for part in ("gate", "up")},
+            name + "mlp.down_proj.weight": normal(hidden, wide),
+        }
 
     def rest():
-        return {"model.embed_tokens.weight": normal(shape.vocabulary, hidden),
-                "lm_head.weight": normal(shape.vocabulary, hidden),
-                "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-                "model.mm_projector.0.weight": normal(hidden, shape.channels),
-                "model.mm_projector.0.bias": normal(hidden),
-                "model.mm_projector.2.weight": normal(hidden, hidden), "model.mm_projector.2.bias": normal(hidden)}
+        return {
+            "model.embed_tokens.weight": normal(shape.vocabulary, hidden),
+            "lm_head.weight": normal(shape.vocabulary, hidden),
+            "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+            "model.mm_projector.0.weight": normal(hidden, shape.channels),
+            "model.mm_projector.0.bias": normal(hidden),
+            "model.mm_projector.2.weight": normal(hidden, hidden),
+            "model.mm_projector.2.bias": normal(hidden),
+        }
 
     places, files = {}, shape.layers + 1
     for i in range(files):
@@ -107,12 +124,27 @@ def write_model(folder, shape, seed):
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "hidden_act": "silu",
-        "vocab_size": shape.vocabulary, "hidden_size": hidden, "intermediate_size": wide,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-        "mm_hidden_size": shape.channels, "mm_projector_type": "mlp2x_gelu"}, indent=1))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llava",
+                "architectures": ["LlavaLlamaForCausalLM"],
+                "hidden_act": "silu",
+                "vocab_size": shape.vocabulary,
+                "hidden_size": hidden,
+                "intermediate_size": wide,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.heads,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 4096,
+                "tie_word_embeddings": False,
+                "mm_hidden_size": shape.channels,
+                "mm_projector_type": "mlp2x_gelu",
+            },
+            indent=1,
+        )
+    )
 
 
 def _fastest():
@@ -124,12 +156,22 @@ def write_tokenizer(folder, rng):
     tables."""
     import sentencepiece
 
-    texts = [TEMPLATE.format(q=" ".join(rng.choices(WORDS, k=20)), a=" ".join(rng.choices(WORDS, k=60)))
-             for _ in range(200)]
+    texts = [
+        TEMPLATE.format(q=" ".join(rng.choices(WORDS, k=20)), a=" ".join(rng.choices(WORDS, k=60))) for _ in range(200)
+    ]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=PIECES,
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, minloglevel=2, num_threads=1)
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
 
 
 def write_features(folder, shape, videos, seed):

@@ -66,8 +66,11 @@ class Row:
     def model_flags(self):
         """Those of its flags that decide what the model is made of: rows that share them can share a model."""
         pairs = zip(self.flags, (*self.flags[1:], ""))
-        return tuple(f"{flag} {value}" for flag, value in pairs
-                     if flag in ("--recompute", "--frozen_dtype", "--attn_implementation", "--optim", "--master_dtype"))
+        return tuple(
+            f"{flag} {value}"
+            for flag, value in pairs
+            if flag in ("--recompute", "--frozen_dtype", "--attn_implementation", "--optim", "--master_dtype")
+        )
 
 
 _NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
@@ -77,36 +80,71 @@ ROWS = {
     "reference": Row("reference's recipe (transformers)", "reference", like=None),
     "strong": Row("transformers with what its libraries offer, nothing recomputed", "strong"),
     "tuned": Row("the same tuned by hand: sorted by length, no mask, two rows trained", "tuned", rounds=2),
-    "packed": Row("fastvid: packed rows, frozen weights in the compute dtype, head on supervised rows",
-                  flags=(*_ALL, *_SDPA), last_layer=False, apart=False, rounds=2),
+    "packed": Row(
+        "fastvid: packed rows, frozen weights in the compute dtype, head on supervised rows",
+        flags=(*_ALL, *_SDPA),
+        last_layer=False,
+        apart=False,
+        rounds=2,
+    ),
     "kept": Row("+ nothing recomputed", flags=(*_NONE, *_SDPA), last_layer=False, apart=False, rounds=2),
     "last": Row("+ last layer on supervised rows", flags=(*_NONE, *_SDPA), apart=False, rounds=2),
     "apart": Row("+ system prompt kept, no gradient before the video", flags=(*_NONE, *_SDPA), rounds=2),
     "exact": Row("exact: + attention by the best kernel at hand (bf16 on a CPU: its own)", flags=_NONE),
     "whole": Row("exact, but whole samples: no prompt kept, a gradient for every row", flags=_NONE, apart=False),
-    "exact_8448": Row("exact, batches of 8,448 rows", flags=(*_NONE, "--rows_per_batch", "8448"), budget=True,
-                      like=None),
-    "exact_16896": Row("exact, batches of 16,896 rows", flags=(*_NONE, "--rows_per_batch", "16896"), budget=True,
-                       like=None),
-    "unpadded": Row("transformers without padding: packed samples, varlen attention, Liger where installed", "unpadded",
-                    rounds=2),
+    "exact_8448": Row(
+        "exact, batches of 8,448 rows", flags=(*_NONE, "--rows_per_batch", "8448"), budget=True, like=None
+    ),
+    "exact_16896": Row(
+        "exact, batches of 16,896 rows", flags=(*_NONE, "--rows_per_batch", "16896"), budget=True, like=None
+    ),
+    "unpadded": Row(
+        "transformers without padding: packed samples, varlen attention, Liger where installed", "unpadded", rounds=2
+    ),
     "compiled": Row("tuned by hand, and torch.compile(dynamic=True)", "compiled", rounds=2),
     "recomputed": Row("exact, with --recompute full", flags=_ALL, rounds=2),
     "strong_video_first": Row("transformers, video first", "strong", flags=_FIRST, rounds=0, like=None),
-    "shared": Row("shared: exact + video first, its rows shared by its questions",
-                  flags=(*_NONE, *_FIRST, "--share_video"), micro_batch=15, like="strong_video_first"),
+    "shared": Row(
+        "shared: exact + video first, its rows shared by its questions",
+        flags=(*_NONE, *_FIRST, "--share_video"),
+        micro_batch=15,
+        like="strong_video_first",
+    ),
     "fp8": Row("exact, frozen weights in FP8", flags=(*_NONE, *_FP8), like="exact", tolerance=_ROUGHLY),
-    "fp8_16896": Row("exact, frozen weights in FP8, batches of 16,896 rows", budget=True, like=None,
-                     flags=(*_NONE, *_FP8, "--rows_per_batch", "16896")),
-    "shared_fp8": Row("shared, frozen weights in FP8", flags=(*_NONE, *_FIRST, "--share_video", *_FP8), micro_batch=30,
-                      like="shared", tolerance=_ROUGHLY),
-    "smallest": Row("exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1,
-                    for_memory=True),
-    "smallest_nf4": Row("the same, frozen weights in NF4", flags=(*_ALL, "--frozen_dtype", "nf4"), micro_batch=1,
-                        rounds=1, for_memory=True, like="exact", tolerance=(5e-2, 0.5)),
-    "full": Row("full fine-tune, 8-bit AdamW, bf16 weights", full=True, micro_batch=8, rounds=2, like="exact",
-                tolerance=(1e-3, math.inf),  # of another gradient
-                flags=("--optim", "adamw_8bit", "--master_dtype", "bfloat16", "--recompute", "auto")),
+    "fp8_16896": Row(
+        "exact, frozen weights in FP8, batches of 16,896 rows",
+        budget=True,
+        like=None,
+        flags=(*_NONE, *_FP8, "--rows_per_batch", "16896"),
+    ),
+    "shared_fp8": Row(
+        "shared, frozen weights in FP8",
+        flags=(*_NONE, *_FIRST, "--share_video", *_FP8),
+        micro_batch=30,
+        like="shared",
+        tolerance=_ROUGHLY,
+    ),
+    "smallest": Row(
+        "exact, one sample at a time, all recomputed", flags=_ALL, micro_batch=1, rounds=1, for_memory=True
+    ),
+    "smallest_nf4": Row(
+        "the same, frozen weights in NF4",
+        flags=(*_ALL, "--frozen_dtype", "nf4"),
+        micro_batch=1,
+        rounds=1,
+        for_memory=True,
+        like="exact",
+        tolerance=(5e-2, 0.5),
+    ),
+    "full": Row(
+        "full fine-tune, 8-bit AdamW, bf16 weights",
+        full=True,
+        micro_batch=8,
+        rounds=2,
+        like="exact",
+        tolerance=(1e-3, math.inf),  # of another gradient
+        flags=("--optim", "adamw_8bit", "--master_dtype", "bfloat16", "--recompute", "auto"),
+    ),
 }
 
 
@@ -132,9 +170,27 @@ class Preset:
 
 _LADDER = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
 _BOTH = {"bf16": _LADDER, "fp32": (*BASELINES, "exact", "strong_video_first", "shared")}
-_GPU = {"bf16": ("exact", "exact_8448", "exact_16896", "whole", "shared", "fp8", "fp8_16896", "shared_fp8", "full",
-                 "unpadded", "strong", "strong_video_first", "tuned", "reference", "smallest", "smallest_nf4",
-                 "compiled")}
+_GPU = {
+    "bf16": (
+        "exact",
+        "exact_8448",
+        "exact_16896",
+        "whole",
+        "shared",
+        "fp8",
+        "fp8_16896",
+        "shared_fp8",
+        "full",
+        "unpadded",
+        "strong",
+        "strong_video_first",
+        "tuned",
+        "reference",
+        "smallest",
+        "smallest_nf4",
+        "compiled",
+    )
+}
 _TINY = Shape(64, 2, 2, 128, 640, 24, 16)
 _7B, _13B = Shape(4096, 32, 32, 11008), Shape(5120, 40, 40, 13824)
 PRESETS = {

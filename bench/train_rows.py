@@ -65,15 +65,40 @@ class Fastvid:
         from fastvid.flags import parse
 
         adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
-        batch = ("--gradient_accumulation_steps", "2") if row.budget else (
-            "--per_device_train_batch_size", str(row.micro_batch or micro_batch))
-        return parse(TrainConfig, [
-            "--model_name_or_path", f"{self.folder}/model", "--data_path",
-            f"{self.folder}/{'budget' if row.budget else 'train'}.json", "--video_folder", f"{self.folder}/feats",
-            "--output_dir", f"{self.folder}/out", "--mm_use_vid_start_end", *adapter, "--bf16",
-            str(self.dtype == torch.bfloat16), "--max_steps", "1000", "--warmup_steps", "1", "--lr_scheduler_type",
-            "constant_with_warmup", "--learning_rate", str(LEARNING_RATE), "--dataloader_num_workers", "0", *batch,
-            *row.flags])
+        batch = (
+            ("--gradient_accumulation_steps", "2")
+            if row.budget
+            else ("--per_device_train_batch_size", str(row.micro_batch or micro_batch))
+        )
+        return parse(
+            TrainConfig,
+            [
+                "--model_name_or_path",
+                f"{self.folder}/model",
+                "--data_path",
+                f"{self.folder}/{'budget' if row.budget else 'train'}.json",
+                "--video_folder",
+                f"{self.folder}/feats",
+                "--output_dir",
+                f"{self.folder}/out",
+                "--mm_use_vid_start_end",
+                *adapter,
+                "--bf16",
+                str(self.dtype == torch.bfloat16),
+                "--max_steps",
+                "1000",
+                "--warmup_steps",
+                "1",
+                "--lr_scheduler_type",
+                "constant_with_warmup",
+                "--learning_rate",
+                str(LEARNING_RATE),
+                "--dataloader_num_workers",
+                "0",
+                *batch,
+                *row.flags,
+            ],
+        )
 
     def _pack(self, row, micro_batch):
         from fastvid.data.packing import pack
@@ -87,8 +112,10 @@ class Fastvid:
             if not row.apart:
                 packing = packing | {"prefix": (), "frozen": False}
             read = [samples.read(i) for i in range(len(samples))]
-            self.batches = [pack(read[i:i + micro_batch], state.tokenizer.tokens, samples.channels, **packing)
-                            for i in range(0, len(read), micro_batch)]
+            self.batches = [
+                pack(read[i : i + micro_batch], state.tokenizer.tokens, samples.channels, **packing)
+                for i in range(0, len(read), micro_batch)
+            ]
             self.samples = len(read)
         if not row.last_layer:
             self.batches = [replace(batch, loss_layout=None) for batch in self.batches]
@@ -119,8 +146,19 @@ def step_samples(row, folder):
     from fastvid.flags import parse
 
     tokenizer = load_tokenizer(f"{folder}/model", True)
-    config = parse(TrainConfig, ["--model_name_or_path", f"{folder}/model", "--data_path", f"{folder}/train.json",
-                                 "--output_dir", f"{folder}/out", "--mm_use_vid_start_end", *row.flags])
+    config = parse(
+        TrainConfig,
+        [
+            "--model_name_or_path",
+            f"{folder}/model",
+            "--data_path",
+            f"{folder}/train.json",
+            "--output_dir",
+            f"{folder}/out",
+            "--mm_use_vid_start_end",
+            *row.flags,
+        ],
+    )
     samples = SampleSet(config.data_path, tokenizer, FeatureFolder(f"{folder}/feats"), config)
     return tokenizer.tokens, [samples.read(i) for i in range(len(samples))]
 
@@ -128,11 +166,23 @@ def step_samples(row, folder):
 def baseline(row, folder, dtype, micro_batch):
     from bench import baselines
 
-    kinds = {"reference": baselines.Reference, "strong": baselines.Strong, "tuned": baselines.Tuned,
-             "unpadded": baselines.Unpadded, "compiled": baselines.Compiled}
+    kinds = {
+        "reference": baselines.Reference,
+        "strong": baselines.Strong,
+        "tuned": baselines.Tuned,
+        "unpadded": baselines.Unpadded,
+        "compiled": baselines.Compiled,
+    }
     tokens, samples = step_samples(row, folder)
-    return kinds[row.kind](f"{folder}/model", samples, tokens, dtype=dtype, micro_batch=row.micro_batch or micro_batch,
-                           device=default_device(), learning_rate=LEARNING_RATE)
+    return kinds[row.kind](
+        f"{folder}/model",
+        samples,
+        tokens,
+        dtype=dtype,
+        micro_batch=row.micro_batch or micro_batch,
+        device=default_device(),
+        learning_rate=LEARNING_RATE,
+    )
 
 
 def make(name, folder, dtype, micro_batch):
@@ -154,13 +204,23 @@ def answer(row, command):
         return {}
     if command == "first":
         (loss, norm), flops = executed_flops(row.step)
-        return {"loss": loss, "norm": norm, "samples": row.samples, "rows": row.rows,
-                "sample_rows": row.sample_rows, "flops": flops}
+        return {
+            "loss": loss,
+            "norm": norm,
+            "samples": row.samples,
+            "rows": row.rows,
+            "sample_rows": row.sample_rows,
+            "flops": flops,
+        }
     if command == "step":
         begin, worked = time.perf_counter(), time.process_time()
         loss, norm = row.step()
-        return {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - worked, "loss": loss,
-                "norm": norm}
+        return {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - worked,
+            "loss": loss,
+            "norm": norm,
+        }
     raise ValueError(f"no command is called {command!r}")
 
 

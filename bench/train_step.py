@@ -41,10 +41,25 @@ class RowProcess:
         self.name = name
         self.log = open(folder / f"{dtype}_{name}.log", "w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.train_rows", name, "--folder", folder, "--dtype", dtype,
-             "--micro_batch", str(preset.micro_batch)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])})
+            [
+                sys.executable,
+                "-m",
+                "bench.train_rows",
+                name,
+                "--folder",
+                folder,
+                "--dtype",
+                dtype,
+                "--micro_batch",
+                str(preset.micro_batch),
+            ],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        )
         self.heard()
 
     def ask(self, command):
@@ -136,7 +151,9 @@ def _figures(name, dtype, row, rate):
         "samples_per_second": seconds and row["samples"] / seconds,
         "rows_per_second": seconds and row["rows"] / seconds,
         "spread": seconds and (max(row["seconds"]) - min(row["seconds"])) / seconds,
-        "flops_per_second": seconds and row["flops"] / seconds, "matmul_share": share}
+        "flops_per_second": seconds and row["flops"] / seconds,
+        "matmul_share": share,
+    }
 
 
 def compare(rows):
@@ -151,15 +168,21 @@ def compare(rows):
         for key, limit in zip(("loss", "norm"), ours.tolerance or TOLERANCE[row["dtype"]]):
             error = abs(row[key] - like[key]) / abs(like[key])
             if not error <= limit:
-                yield (f"{row['dtype']} {row['row']}: {key} {row[key]:.6g}, {like['row']} has {like[key]:.6g}: "
-                       f"{error:.2g} apart, at most {limit:g} is allowed")
+                yield (
+                    f"{row['dtype']} {row['row']}: {key} {row[key]:.6g}, {like['row']} has {like[key]:.6g}: "
+                    f"{error:.2g} apart, at most {limit:g} is allowed"
+                )
 
 
 def ratios(rows, dtype):
     """Samples per second of the exact and the shared rows over the baselines'."""
     speed = {row["row"]: row["samples_per_second"] for row in rows if row["dtype"] == dtype}
-    return {f"{ours}_vs_{theirs}": speed[ours] / speed[theirs] for ours in ("exact", "shared")
-            for theirs in BASELINES if speed.get(ours) and speed.get(theirs)}
+    return {
+        f"{ours}_vs_{theirs}": speed[ours] / speed[theirs]
+        for ours in ("exact", "shared")
+        for theirs in BASELINES
+        if speed.get(ours) and speed.get(theirs)
+    }
 
 
 def summary(rows, rates):
@@ -174,9 +197,15 @@ def summary(rows, rates):
     def share(dtype):
         return found.get((dtype, "exact"), {}).get("matmul_share")
 
-    return {"ratios": ratios(rows, "bf16"), "ratios_fp32": ratios(rows, "fp32"), "matmul_share": share("bf16"),
-            "matmul_share_fp32": share("fp32"), "memory_vs_reference": of_reference("exact"),
-            "memory_vs_reference_recomputed": of_reference("recomputed"), "matmul_flops_per_second": rates}
+    return {
+        "ratios": ratios(rows, "bf16"),
+        "ratios_fp32": ratios(rows, "fp32"),
+        "matmul_share": share("bf16"),
+        "matmul_share_fp32": share("fp32"),
+        "memory_vs_reference": of_reference("exact"),
+        "memory_vs_reference_recomputed": of_reference("recomputed"),
+        "matmul_flops_per_second": rates,
+    }
 
 
 def table(rows):
@@ -188,14 +217,26 @@ def table(rows):
         cells.append((dtype, *[""] * (len(cells[0]) - 1)))
         for row in here:
             speed = row["samples_per_second"]
-            cells.append((
-                "  " + row["title"], f"{speed:.3g}", f"{50 * row['spread']:.0f} %", f"{row['rows_per_second']:,.0f}",
-                f"{row['flops_per_second'] / 1e9:,.0f}", f"{100 * row['matmul_share']:.0f} %",
-                f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-                *(f"{speed / base[name]:.2f}" if name in base else "" for name in BASELINES)))
+            cells.append(
+                (
+                    "  " + row["title"],
+                    f"{speed:.3g}",
+                    f"{50 * row['spread']:.0f} %",
+                    f"{row['rows_per_second']:,.0f}",
+                    f"{row['flops_per_second'] / 1e9:,.0f}",
+                    f"{100 * row['matmul_share']:.0f} %",
+                    f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                    *(f"{speed / base[name]:.2f}" if name in base else "" for name in BASELINES),
+                )
+            )
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                               for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in cells
+    )
 
 
 def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, say=print):
@@ -220,8 +261,14 @@ def run(preset_name, *, names=None, dtypes=None, rounds=None, folder=None, say=p
             found, rates[dtype] = measure(chosen, dtype, preset, made, say=say)
             rows += found
             faults += compare(found)
-    return {"environment": environment(), "preset": preset_name, "seconds": time.perf_counter() - begin, "rows": rows,
-            **summary(rows, rates), "faults": faults}
+    return {
+        "environment": environment(),
+        "preset": preset_name,
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+        **summary(rows, rates),
+        "faults": faults,
+    }
 
 
 def has_gpu():
@@ -243,10 +290,17 @@ def main(argv=None):
     parser.add_argument("--folder", help="where the temporary folder goes: the model's bf16 weights must fit")
     arguments = parser.parse_args(argv)
     if has_gpu():
-        parser.error("this times CPUs; for this machine's GPU: bash scripts/gpu_check.sh --stages train "
-                     "(CUDA_VISIBLE_DEVICES= hides it)")
-    result = run(arguments.preset, names=arguments.rows and arguments.rows.split(","), folder=arguments.folder,
-                 rounds=arguments.rounds, dtypes=arguments.dtypes and arguments.dtypes.split(","))
+        parser.error(
+            "this times CPUs; for this machine's GPU: bash scripts/gpu_check.sh --stages train "
+            "(CUDA_VISIBLE_DEVICES= hides it)"
+        )
+    result = run(
+        arguments.preset,
+        names=arguments.rows and arguments.rows.split(","),
+        folder=arguments.folder,
+        rounds=arguments.rounds,
+        dtypes=arguments.dtypes and arguments.dtypes.split(","),
+    )
     print(f"\n{json.dumps(result['environment'])}")
     if arguments.preset.startswith("tiny"):
         print("sizes of tiny show that the rows work; their figures mean nothing")

@@ -15,8 +15,13 @@ from bench.roofline import GRID, INK, OURS, QUIET
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 THEIRS = "#868e96"
-_CPU = {"reference": "the reference's script", "fastvid, fp32": "fastvid, fp32", "fastvid, bf16": "fastvid, bf16",
-        "fastvid": "fastvid", "pyav": "PyAV alone, every frame, nothing converted"}
+_CPU = {
+    "reference": "the reference's script",
+    "fastvid, fp32": "fastvid, fp32",
+    "fastvid, bf16": "fastvid, bf16",
+    "fastvid": "fastvid",
+    "pyav": "PyAV alone, every frame, nothing converted",
+}
 _NVDEC, _PYAV = re.compile(r"NVDEC, 720p, (\d+) videos at a time"), "PyAV, 720p, one clip at a time, "
 
 
@@ -28,13 +33,25 @@ def panels(decode, extract, gpu):
         gpu: rows of the GPU check.
     """
     found = [
-        ("Video to features (60 s of 720p, ViT-B/32), two cores", "seconds per video", _from(extract["environment"]),
-         [(_CPU[row["row"]], row["seconds"] / row["clips"], row["row"] != "reference")
-          for row in sorted(extract["rows"], key=lambda row: -row["seconds"])]),
-        ("Video to the tower's input (100 frames of 336 pixels), two cores", "seconds per video",
-         _from(decode["environment"]),
-         [(_CPU[row["row"]], row["seconds"], row["row"] == "fastvid")
-          for row in sorted(decode["rows"], key=lambda row: -row["seconds"])])]
+        (
+            "Video to features (60 s of 720p, ViT-B/32), two cores",
+            "seconds per video",
+            _from(extract["environment"]),
+            [
+                (_CPU[row["row"]], row["seconds"] / row["clips"], row["row"] != "reference")
+                for row in sorted(extract["rows"], key=lambda row: -row["seconds"])
+            ],
+        ),
+        (
+            "Video to the tower's input (100 frames of 336 pixels), two cores",
+            "seconds per video",
+            _from(decode["environment"]),
+            [
+                (_CPU[row["row"]], row["seconds"], row["row"] == "fastvid")
+                for row in sorted(decode["rows"], key=lambda row: -row["seconds"])
+            ],
+        ),
+    ]
     bars, card = [], None
     for row in gpu:
         if match := _NVDEC.fullmatch(row.get("row", "")):
@@ -42,12 +59,22 @@ def panels(decode, extract, gpu):
             bars.append((f"fastvid, NVDEC, {match[1]} {word} at a time", row["decoded_frames_per_second"], True))
             card = row
         elif row.get("row", "").startswith(_PYAV):
-            threads = row["row"].removeprefix(_PYAV).replace("1 threads", "one thread").replace(
-                "all threads", f"{row['cores']} cores")
+            threads = (
+                row["row"]
+                .removeprefix(_PYAV)
+                .replace("1 threads", "one thread")
+                .replace("all threads", f"{row['cores']} cores")
+            )
             bars.append((f"PyAV, one video at a time, {threads}", row["frames_per_second"], False))
     if card is not None:
-        found.append(("Decoding 720p H.264 on a GPU's machine", "decoded frames per second",
-                      f"{card['card']}; commit {card['commit']}, {card['date']}", bars))
+        found.append(
+            (
+                "Decoding 720p H.264 on a GPU's machine",
+                "decoded frames per second",
+                f"{card['card']}; commit {card['commit']}, {card['date']}",
+                bars,
+            )
+        )
     return found
 
 
@@ -68,8 +95,9 @@ def draw(found) -> Figure:
         figure.text(0.02, (top - 0.53) / height, source, fontsize=9, color=QUIET, va="center")
         for at, (_, value, ours) in enumerate(bars):
             axis.barh(at, value, 0.66, color=OURS if ours else THEIRS)
-            axis.text(value, at, f" {value:,.0f}" if value >= 100 else f" {value:.2f}", fontsize=9, color=INK,
-                      va="center")
+            axis.text(
+                value, at, f" {value:,.0f}" if value >= 100 else f" {value:.2f}", fontsize=9, color=INK, va="center"
+            )
         axis.set_yticks(range(len(bars)), [name for name, *_ in bars], fontsize=9.5, color=INK)
         axis.set_ylim(len(bars) - 0.5, -0.5)
         axis.set_xlim(0, 1.15 * max(value for _, value, _ in bars))

@@ -39,8 +39,12 @@ def _pool_cases(B, T, P, C, dtype):
     item, rows = dtype.itemsize, NUM_TEMPORAL + P
     shapes = {"B": B, "T": T, "P": P, "C": C, "dtype": str(dtype).removeprefix("torch.")}
     moved = item * B * C * (T * P + rows)
-    functions = with_compiled({"ours": lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL),
-                               "eager": lambda x: two_means(x, NUM_TEMPORAL)})
+    functions = with_compiled(
+        {
+            "ours": lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL),
+            "eager": lambda x: two_means(x, NUM_TEMPORAL),
+        }
+    )
 
     def inputs(generator, device):
         return (_states(generator, device, B, T, P, C, dtype),)
@@ -48,20 +52,36 @@ def _pool_cases(B, T, P, C, dtype):
     def inputs_and_gradient(generator, device):
         return *inputs(generator, device), (normal(generator, device, B, rows, C, dtype=dtype),)
 
-    yield Case("spatio_temporal_pool", "forward", shapes, inputs,
-               {name: forward(function) for name, function in functions.items()},
-               in_fp32(forward(functions["eager"])), moved)
-    yield Case("spatio_temporal_pool", "backward", shapes, inputs_and_gradient,
-               {name: Gradients(function) for name, function in functions.items()},
-               in_fp32(Gradients(functions["eager"])), moved)
+    yield Case(
+        "spatio_temporal_pool",
+        "forward",
+        shapes,
+        inputs,
+        {name: forward(function) for name, function in functions.items()},
+        in_fp32(forward(functions["eager"])),
+        moved,
+    )
+    yield Case(
+        "spatio_temporal_pool",
+        "backward",
+        shapes,
+        inputs_and_gradient,
+        {name: Gradients(function) for name, function in functions.items()},
+        in_fp32(Gradients(functions["eager"])),
+        moved,
+    )
 
 
 def patchify_in_torch(frames_THW3, size, patch, dtype):
     """Patch rows by operations on whole tensors, as one writes them in torch."""
     _, H, W, _ = frames_THW3.shape
     device, grid = frames_THW3.device, size // patch
-    rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
-                     .clamp(max=n - 1)[:grid * patch] for n in (H, W))
+    rows, columns = (
+        torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device))
+        .long()
+        .clamp(max=n - 1)[: grid * patch]
+        for n in (H, W)
+    )
     return _normalised_patches(frames_THW3[:, rows[:, None], columns], patch, dtype)
 
 
@@ -84,8 +104,12 @@ def _surfaces(surfaces_THW):
 def yuv_in_torch(surfaces_THW, size, patch, dtype):
     """Patch rows of NV12 surfaces by operations on whole tensors, as one writes them in torch."""
     device, height, width = surfaces_THW.device, surfaces_THW.shape[1] * 2 // 3, surfaces_THW.shape[2]
-    rows, columns = (torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device)).long()
-                     .clamp(max=n - 1)[:size // patch * patch] for n in (height, width))
+    rows, columns = (
+        torch.floor(torch.arange(size, device=device) * torch.tensor(n / size, device=device))
+        .long()
+        .clamp(max=n - 1)[: size // patch * patch]
+        for n in (height, width)
+    )
     chroma = surfaces_THW[:, height:].unflatten(2, (-1, 2))[:, rows[:, None] // 2, columns // 2]
     rgb = yuv_to_rgb(surfaces_THW[:, rows[:, None], columns], chroma[..., 0], chroma[..., 1], BT709)
     return _normalised_patches(rgb, patch, dtype)
@@ -95,8 +119,19 @@ def _yuv_case(T, H, W, size, patch, dtype=torch.float16):
     def ours(impl):
         def way(surfaces):
             frames = _surfaces(surfaces)
-            return torch.no_grad()(partial(yuv_patchify, frames, [BT709] * T, size=size, patch=patch, mean=MEAN,
-                                           std=STD, dtype=dtype if impl == "auto" else torch.float32, impl=impl))
+            return torch.no_grad()(
+                partial(
+                    yuv_patchify,
+                    frames,
+                    [BT709] * T,
+                    size=size,
+                    patch=patch,
+                    mean=MEAN,
+                    std=STD,
+                    dtype=dtype if impl == "auto" else torch.float32,
+                    impl=impl,
+                )
+            )
 
         return way
 
@@ -104,10 +139,14 @@ def _yuv_case(T, H, W, size, patch, dtype=torch.float16):
     grid = size // patch
     read = sampled_bytes(H, W, size, patch, 1) + sampled_bytes(H, W, size, patch, 1, halved=True)
     return Case(
-        "yuv_patchify", "forward", {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
+        "yuv_patchify",
+        "forward",
+        {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
         lambda generator, device: (_frames(generator, device, T, H * 3 // 2, W),),
-        {"ours": ours("auto")} | {name: forward(function) for name, function in whole.items()}, ours("reference"),
-        T * (read + dtype.itemsize * grid**2 * row_length(patch)))
+        {"ours": ours("auto")} | {name: forward(function) for name, function in whole.items()},
+        ours("reference"),
+        T * (read + dtype.itemsize * grid**2 * row_length(patch)),
+    )
 
 
 def sampled_bytes(height, width, size, patch, item=3, *, halved=False):
@@ -116,8 +155,12 @@ def sampled_bytes(height, width, size, patch, item=3, *, halved=False):
     `halved`: of the chroma of NV12, whose rows are as long, and half as many.
     """
     kept = size // patch * patch
-    rows, columns = (np.minimum(np.floor(np.arange(kept, dtype=np.float32) * (np.float32(n) / np.float32(size))), n - 1)
-                     .astype(np.int64) for n in (height, width))
+    rows, columns = (
+        np.minimum(np.floor(np.arange(kept, dtype=np.float32) * (np.float32(n) / np.float32(size))), n - 1).astype(
+            np.int64
+        )
+        for n in (height, width)
+    )
     if halved:
         rows, columns = rows // 2, columns // 2 * 2
     first = (np.unique(rows)[:, None] * width + np.unique(columns)) * item
@@ -129,23 +172,33 @@ def _frames(generator, device, *shape):
 
 
 def _patchify_case(T, H, W, size, patch, dtype=torch.float16):
-    functions = with_compiled({
-        "ours": lambda frames: frame_patchify(frames, size=size, patch=patch, mean=MEAN, std=STD, dtype=dtype),
-        "eager": lambda frames: patchify_in_torch(frames, size, patch, dtype),
-    })
+    functions = with_compiled(
+        {
+            "ours": lambda frames: frame_patchify(frames, size=size, patch=patch, mean=MEAN, std=STD, dtype=dtype),
+            "eager": lambda frames: patchify_in_torch(frames, size, patch, dtype),
+        }
+    )
     ways = {name: forward(function) for name, function in functions.items()}
     ways["reference's chain"] = _chain(size, patch, dtype)
     grid = size // patch
     return Case(
-        "frame_patchify", "forward", {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
-        lambda generator, device: (_frames(generator, device, T, H, W, 3),), ways,
-        forward(lambda frames: frame_patchify_reference(frames, size=size, patch=patch, mean=MEAN, std=STD,
-                                                        dtype=torch.float32)),
-        T * (sampled_bytes(H, W, size, patch) + dtype.itemsize * grid**2 * row_length(patch)))
+        "frame_patchify",
+        "forward",
+        {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
+        lambda generator, device: (_frames(generator, device, T, H, W, 3),),
+        ways,
+        forward(
+            lambda frames: frame_patchify_reference(
+                frames, size=size, patch=patch, mean=MEAN, std=STD, dtype=torch.float32
+            )
+        ),
+        T * (sampled_bytes(H, W, size, patch) + dtype.itemsize * grid**2 * row_length(patch)),
+    )
 
 
 def _chain(size, patch, dtype):
     """PG-Video-LLaVA's way from decoded frames to the tower's input: float, resize, bytes, PIL, CLIP's processor."""
+
     def prepare(frames):
         processor, frames = _clip_processor(size), frames.cpu()
 
@@ -175,8 +228,12 @@ def _clip_processor(size):
 
 
 def _layer_norm_case(R, C, dtype):
-    functions = with_compiled({"ours": lambda *given: add_layer_norm(*given, 1e-5),
-                               "eager": lambda *given: add_layer_norm_reference(*given, 1e-5)})
+    functions = with_compiled(
+        {
+            "ours": lambda *given: add_layer_norm(*given, 1e-5),
+            "eager": lambda *given: add_layer_norm_reference(*given, 1e-5),
+        }
+    )
     functions |= library("liger_kernel", "Liger", _liger_layer_norm, triton=True)
 
     def reference(residual, branch, weight, bias):
@@ -185,13 +242,19 @@ def _layer_norm_case(R, C, dtype):
         return total, add_layer_norm_reference(total.float(), None, weight.float(), bias.float(), 1e-5)[1]
 
     return Case(
-        "add_layer_norm", "forward", {"R": R, "C": C, "dtype": str(dtype).removeprefix("torch.")},
-        lambda generator, device: tuple(normal(generator, device, *shape, dtype=dtype)
-                                        for shape in ((R, C), (R, C), (C,), (C,))),
+        "add_layer_norm",
+        "forward",
+        {"R": R, "C": C, "dtype": str(dtype).removeprefix("torch.")},
+        lambda generator, device: tuple(
+            normal(generator, device, *shape, dtype=dtype) for shape in ((R, C), (R, C), (C,), (C,))
+        ),
         {name: forward(function) for name, function in functions.items()},
         # The compiler keeps the sum in fp32 and normalises that: where the bias cancels a large number, the sum's
         # rounding shows.
-        forward(reference), 4 * R * C * dtype.itemsize, looser={"torch.compile": 2**-9})
+        forward(reference),
+        4 * R * C * dtype.itemsize,
+        looser={"torch.compile": 2**-9},
+    )
 
 
 def _liger_layer_norm():
@@ -207,10 +270,14 @@ def _liger_layer_norm():
 def _quick_gelu_case(R, F, dtype):
     functions = with_compiled({"ours": quick_gelu, "eager": lambda x: x * torch.sigmoid(1.702 * x)})
     return Case(
-        "quick_gelu", "forward", {"R": R, "F": F, "dtype": str(dtype).removeprefix("torch.")},
+        "quick_gelu",
+        "forward",
+        {"R": R, "F": F, "dtype": str(dtype).removeprefix("torch.")},
         lambda generator, device: (normal(generator, device, R, F, dtype=dtype),),
         {name: forward(function) for name, function in functions.items()},
-        in_fp32(forward(quick_gelu_reference)), 2 * R * F * dtype.itemsize)
+        in_fp32(forward(quick_gelu_reference)),
+        2 * R * F * dtype.itemsize,
+    )
 
 
 def cases(small):
@@ -243,11 +310,17 @@ def cpu_cases(small):
     """Rows that mean something on a CPU: what extraction computes there, against the reference's code."""
     T, P, C = (5, 6, 32) if small else (100, 576, 1024)
     yield Case(
-        "spatio_temporal_pool", "on a CPU", {"T": T, "P": P, "C": C, "dtype": "float16"},
+        "spatio_temporal_pool",
+        "on a CPU",
+        {"T": T, "P": P, "C": C, "dtype": "float16"},
         lambda generator, device: (normal(generator, device, T, P, C, dtype=torch.float16),),
-        {"ours": forward(lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL)),
-         "reference's chain": lambda x: lambda: pool_with_numpy(x.numpy())},
-        in_fp32(forward(lambda x: two_means(x[None], NUM_TEMPORAL)[0])), 2 * C * (T * P + NUM_TEMPORAL + P))
+        {
+            "ours": forward(lambda x: spatio_temporal_pool(x, num_temporal=NUM_TEMPORAL)),
+            "reference's chain": lambda x: lambda: pool_with_numpy(x.numpy()),
+        },
+        in_fp32(forward(lambda x: two_means(x[None], NUM_TEMPORAL)[0])),
+        2 * C * (T * P + NUM_TEMPORAL + P),
+    )
     size, patch = (28, 14) if small else (336, 14)
     for height, width in [(45, 80)] if small else [(720, 1280), (1080, 1920)]:
         case = _patchify_case(T if small else 100 if height == 720 else 50, height, width, size, patch)

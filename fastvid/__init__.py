@@ -11,8 +11,12 @@ import types
 __version__ = "0.1.0"
 __all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]
 
-_HOMES = {"Chat": "fastvid.inference.chat", "ChatConfig": "fastvid.config", "ExtractConfig": "fastvid.config",
-          "TrainConfig": "fastvid.config"}
+_HOMES = {
+    "Chat": "fastvid.inference.chat",
+    "ChatConfig": "fastvid.config",
+    "ExtractConfig": "fastvid.config",
+    "TrainConfig": "fastvid.config",
+}
 
 
 def __getattr__(name):

@@ -106,16 +106,19 @@ class AttentionLayout:
         at, last = segment[breaks[:-1]], rows[breaks[1:] - 1]
         sizes = ends[at + 1] - (bounds[at + 1] - 1 - last) - ends[at]
         keys = torch.arange(int(sizes.sum())) + (ends[at] - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
-        return AttentionLayout.of_lengths(breaks.diff().tolist(), sizes.tolist(),
-                                          keys if self.kv_rows is None else self.kv_rows[keys])
+        return AttentionLayout.of_lengths(
+            breaks.diff().tolist(), sizes.tolist(), keys if self.kv_rows is None else self.kv_rows[keys]
+        )
 
     def split(self, segments):
         """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""
         rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
         queries, keys = self.lengths
         halves = rows.tensor_split([int(self.cu_seqlens_k[segments])])
-        return tuple(AttentionLayout.of_lengths(queries[chosen], keys[chosen], half)
-                     for chosen, half in zip((slice(segments), slice(segments, None)), halves))
+        return tuple(
+            AttentionLayout.of_lengths(queries[chosen], keys[chosen], half)
+            for chosen, half in zip((slice(segments), slice(segments, None)), halves)
+        )
 
     def with_way_back(self, first, rows):
         """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`.
@@ -133,8 +136,9 @@ class AttentionLayout:
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
         way_back = self.way_back and self.way_back.map(function)
-        return self._replace(cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back,
-                             own_keys=own_keys)
+        return self._replace(
+            cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back, own_keys=own_keys
+        )
 
 
 @dataclass(frozen=True)
@@ -211,16 +215,20 @@ class PackedBatch:
         batch = replace(self, loss_layout=self.loss_layout or self.layout.of_rows(self.loss_rows))
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
-            return replace(batch, layout=batch.layout.with_way_back(self.prefix_rows, self.num_rows),
-                           loss_layout=batch.loss_layout.with_way_back(self.prefix_rows, self.num_rows))
+            return replace(
+                batch,
+                layout=batch.layout.with_way_back(self.prefix_rows, self.num_rows),
+                loss_layout=batch.loss_layout.with_way_back(self.prefix_rows, self.num_rows),
+            )
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
         frozen, live = self.layout.split(segments)
         before, rows = self.prefix_rows + self.frozen_rows, self.num_rows - self.frozen_rows
         frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
-        parts = (BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
-                 BatchPart(live.with_way_back(before, rows), live_loss,
-                           live.of_rows(live_loss).with_way_back(before, rows)))
+        parts = (
+            BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
+            BatchPart(live.with_way_back(before, rows), live_loss, live.of_rows(live_loss).with_way_back(before, rows)),
+        )
         return replace(batch, parts=parts)
 
     def map(self, function):

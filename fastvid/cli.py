@@ -115,10 +115,17 @@ def main(argv=None) -> NoReturn:
 def _help():
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join([
-        "usage: fastvid <command> [flags]", "", "Fast training of video-chat models.", "",
-        *lines, "", "`fastvid <command> --help` lists a command's flags.",
-    ])
+    return "\n".join(
+        [
+            "usage: fastvid <command> [flags]",
+            "",
+            "Fast training of video-chat models.",
+            "",
+            *lines,
+            "",
+            "`fastvid <command> --help` lists a command's flags.",
+        ]
+    )
 
 
 if __name__ == "__main__":

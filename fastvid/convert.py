@@ -29,16 +29,20 @@ def convert(config: configs.ConvertConfig) -> instructions.Converted:
         raise ValueError(f"{shown(path)} holds no record; nothing was written")
     if all(isinstance(record, dict) and "conversations" in record for record in records):
         if folder is None:
-            raise ValueError(f"{shown(path)} holds training records already, which need no conversion; with "
-                             "--clip_feature_path those are kept whose videos have features")
+            raise ValueError(
+                f"{shown(path)} holds training records already, which need no conversion; with "
+                "--clip_feature_path those are kept whose videos have features"
+            )
         from fastvid.features.folder import FeatureFolder
 
         done = instructions.keep_those_with_features(records, FeatureFolder(folder), config.on_bad, path)
     else:
         done = instructions.convert_records(records, ids, config.on_bad, path)
     if not done.records:
-        raise ValueError(f"none of the {len(records):,} records of {shown(path)} is left, so nothing was written: "
-                         + _why_none(done, folder, ids))
+        raise ValueError(
+            f"none of the {len(records):,} records of {shown(path)} is left, so nothing was written: "
+            + _why_none(done, folder, ids)
+        )
     write_records(config.output_json_file, done.records)
     return done
 
@@ -53,10 +57,12 @@ def _why_none(done, folder, ids):
         videos = [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
         found = f"; it holds {shown((videos or files)[0])}" if files else "; it is empty"
         remedy = "; extract the features of the videos first (fastvid extract)" if videos else ""
-        return (f"--clip_feature_path {shown(folder)} holds no feature file ({', '.join(SUFFIXES)}){found}{remedy}")
+        return f"--clip_feature_path {shown(folder)} holds no feature file ({', '.join(SUFFIXES)}){found}{remedy}"
     names = [name for name in files if stem(name) != name] or sorted(ids)
-    return (f"--clip_feature_path {shown(folder)} holds features of other videos: the first wanted is {wanted}, the "
-            f"first found {shown(names[0])}; give the folder that holds these records' features")
+    return (
+        f"--clip_feature_path {shown(folder)} holds features of other videos: the first wanted is {wanted}, the "
+        f"first found {shown(names[0])}; give the folder that holds these records' features"
+    )
 
 
 def _tell(config, done):

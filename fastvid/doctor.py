@@ -62,8 +62,11 @@ def _gpus():
     build = torch.version.cuda or torch.version.hip
     found = [Finding("gpu", "torch", True, torch.__version__)]
     if not torch.cuda.is_available():
-        detail, remedy = (f"CUDA {build}", "check the driver (nvidia-smi)") if build else (
-            "torch is a build for the CPU", "with a GPU, install torch's CUDA build")
+        detail, remedy = (
+            (f"CUDA {build}", "check the driver (nvidia-smi)")
+            if build
+            else ("torch is a build for the CPU", "with a GPU, install torch's CUDA build")
+        )
         return [*found, Finding("gpu", "cuda", False, detail, f"everything runs on the CPU; {remedy}")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -84,8 +87,13 @@ def _kernels():
     from fastvid_kernels.avx512_rows import obstacle
 
     reason = obstacle()
-    yield Finding("kernels", "avx512", not reason, "" if reason else "norms, rotations and SwiGLU in bf16 on this CPU",
-                  f"torch's operations serve bf16 on the CPU instead: {reason}" if reason else "")
+    yield Finding(
+        "kernels",
+        "avx512",
+        not reason,
+        "" if reason else "norms, rotations and SwiGLU in bf16 on this CPU",
+        f"torch's operations serve bf16 on the CPU instead: {reason}" if reason else "",
+    )
 
 
 def _attention():
@@ -102,8 +110,13 @@ def _attention():
     from fastvid.model.avx512_attention import obstacle
 
     reason = obstacle()
-    yield Finding("attention", "avx512", not reason, "" if reason else "bf16 on this CPU",
-                  f"torch's batched products serve bf16 on the CPU instead: {reason}" if reason else "")
+    yield Finding(
+        "attention",
+        "avx512",
+        not reason,
+        "" if reason else "bf16 on this CPU",
+        f"torch's batched products serve bf16 on the CPU instead: {reason}" if reason else "",
+    )
 
 
 def _video():
@@ -114,20 +127,37 @@ def _video():
 
         yield Finding("video", "FFmpeg", True, "libavcodec " + ".".join(map(str, av.library_versions["libavcodec"])))
         missing = [label for codec, label in DECODERS.items() if codec not in av.codecs_available]
-        yield Finding("video", "decoders", not missing,
-                      ", ".join(label for label in DECODERS.values() if label not in missing),
-                      f"videos in {', '.join(missing)} are refused" if missing else "")
-    yield _package("video", "DALI", ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
-                   "no --decoder dali; pip install -c constraints.txt '.[gpu]'")
+        yield Finding(
+            "video",
+            "decoders",
+            not missing,
+            ", ".join(label for label in DECODERS.values() if label not in missing),
+            f"videos in {', '.join(missing)} are refused" if missing else "",
+        )
+    yield _package(
+        "video",
+        "DALI",
+        ["nvidia-dali-cuda130", "nvidia-dali-cuda120"],
+        "no --decoder dali; pip install -c constraints.txt '.[gpu]'",
+    )
 
 
 def _optional():
-    yield _package("optional", "bitsandbytes", ["bitsandbytes"], "no --frozen_dtype nf4 and no "
-                   "--optim paged_adamw_8bit; pip install -c constraints.txt '.[gpu]'")
-    yield _package("optional", "liger-kernel", ["liger-kernel"], "nothing yet: the benchmarks compare with its "
-                   "kernels; pip install -c constraints.txt '.[gpu]'")
-    yield _package("optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; "
-                   "pip install tensorboard")
+    yield _package(
+        "optional",
+        "bitsandbytes",
+        ["bitsandbytes"],
+        "no --frozen_dtype nf4 and no --optim paged_adamw_8bit; pip install -c constraints.txt '.[gpu]'",
+    )
+    yield _package(
+        "optional",
+        "liger-kernel",
+        ["liger-kernel"],
+        "nothing yet: the benchmarks compare with its kernels; pip install -c constraints.txt '.[gpu]'",
+    )
+    yield _package(
+        "optional", "tensorboard", ["tensorboard"], "metrics go to metrics.jsonl alone; pip install tensorboard"
+    )
     for name in ("trackio", "wandb", "mlflow"):
         yield _package("optional", name, [name], f"no --report_to {name}; pip install {name}")
     yield _package("optional", "matplotlib", ["matplotlib"], "no picture of the loss curve; pip install matplotlib")

@@ -23,8 +23,19 @@ from fastvid.video.listing import find_videos
 from fastvid.video.restarts import Watch, watched
 from fastvid.video.summary import Summary
 
-__all__ = ["TOWERS", "EarlierFeatures", "ExtractConfig", "Leases", "Manifest", "Summary", "VideoFeatures", "extract",
-           "find_videos", "main", "parse"]
+__all__ = [
+    "TOWERS",
+    "EarlierFeatures",
+    "ExtractConfig",
+    "Leases",
+    "Manifest",
+    "Summary",
+    "VideoFeatures",
+    "extract",
+    "find_videos",
+    "main",
+    "parse",
+]
 
 
 def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
@@ -47,8 +58,9 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
     """
     rank, world = place(config.shard)
     with host_memory.collecting_later():
-        videos, others = find_videos(config.video_dir_path, config.clip_feat_path, f".{config.format}",
-                                     follow_links=config.follow_links)
+        videos, others = find_videos(
+            config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links
+        )
         manifest = Manifest(config.clip_feat_path)
     features = VideoFeatures(config)
     features.describe()

@@ -15,9 +15,45 @@ from fastvid.dist import processes
 
 # Endings of recorded video, of which FFmpeg's containers are known (`fastvid.video.decode.container`).
 VIDEO_SUFFIXES = (
-    ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".gif", ".ts", ".mts",
-    ".m2ts", ".ogv", ".vob", ".asf", ".mxf", ".divx", ".f4v", ".y4m", ".ivf", ".3g2", ".wtv", ".nut", ".rm", ".rmvb",
-    ".m1v", ".m2v", ".mpe", ".qt", ".dv", ".h264", ".264", ".h265", ".265", ".hevc")
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".gif",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".ogv",
+    ".vob",
+    ".asf",
+    ".mxf",
+    ".divx",
+    ".f4v",
+    ".y4m",
+    ".ivf",
+    ".3g2",
+    ".wtv",
+    ".nut",
+    ".rm",
+    ".rmvb",
+    ".m1v",
+    ".m2v",
+    ".mpe",
+    ".qt",
+    ".dv",
+    ".h264",
+    ".264",
+    ".h265",
+    ".265",
+    ".hevc",
+)
 
 # Errors of writing that every later file would meet as well.
 NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -64,7 +100,7 @@ def name_of(stem, suffix) -> str:
     if len(content) + len(suffix) <= LONGEST_NAME:
         return stem + suffix
     mark = f"~{hashlib.sha256(content).hexdigest()[:12]}"
-    return content[:LONGEST_NAME - len(mark) - len(suffix)].decode(errors="ignore") + mark + suffix
+    return content[: LONGEST_NAME - len(mark) - len(suffix)].decode(errors="ignore") + mark + suffix
 
 
 @contextmanager
@@ -79,8 +115,7 @@ def naming(path):
 
 
 def remove_left_over(folder):
-    """Remove temporary files of `atomic_file` below a folder whose process is dead; of other machines those a day old.
-    """
+    """Remove temporary files of `atomic_file` below a folder: of dead processes; of other machines those a day old."""
     here = processes.machine()
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -124,8 +159,10 @@ def wrong_content(path) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return ("is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` in its folder, or download it "
-                "again with `hf download`")
+        return (
+            "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` in its folder, or download it "
+            "again with `hf download`"
+        )
     if head.startswith(b"\x1f\x8b"):
         name = Path(path).name
         naming = "" if name.endswith(".gz") else f"name it {shown(name)}.gz and "  # gunzip takes no other ending
@@ -155,16 +192,24 @@ def model_folder(path) -> Path:
             to give instead; a cache folder of several snapshots. Whatever else is wrong with a folder its readers say.
     """
     if is_url(path):
-        raise ValueError(f"{shown(path)} is a URL; --model_name_or_path takes a folder on this machine "
-                         "(`hf download NAME --local-dir FOLDER` makes one)")
+        raise ValueError(
+            f"{shown(path)} is a URL; --model_name_or_path takes a folder on this machine "
+            "(`hf download NAME --local-dir FOLDER` makes one)"
+        )
     folder = Path(path)
     if folder.is_file():
-        raise ValueError(f"{shown(folder)} is a file, where a model's folder is wanted (`hf download NAME --local-dir "
-                         "FOLDER` makes one)")
-    if (folder / "adapter_config.json").is_file() and not [*folder.glob("model*.safetensors"),
-                                                           *folder.glob("pytorch_model*.bin")]:
-        raise ValueError(f"{shown(folder)} is a LoRA adapter, which is not computed: merge it into its base model, and "
-                         "give the folder of that")
+        raise ValueError(
+            f"{shown(folder)} is a file, where a model's folder is wanted (`hf download NAME --local-dir "
+            "FOLDER` makes one)"
+        )
+    if (folder / "adapter_config.json").is_file() and not [
+        *folder.glob("model*.safetensors"),
+        *folder.glob("pytorch_model*.bin"),
+    ]:
+        raise ValueError(
+            f"{shown(folder)} is a LoRA adapter, which is not computed: merge it into its base model, and "
+            "give the folder of that"
+        )
     if (folder / "config.json").exists() or not folder.is_dir():
         return folder
     if folder.name.startswith("models--") and (folder / "snapshots").is_dir():
@@ -176,12 +221,16 @@ def model_folder(path) -> Path:
     checkpoints = _checkpoints(folder)
     if (folder / "mm_projector.bin").is_file() or (folder / "mm_projector.safetensors").is_file():
         start = next(filter(None, map(_start, checkpoints)), "the model that training started from")
-        raise ValueError(f"{folder} is an --output_dir of adapter training, which holds a projector and no model: give "
-                         f"{start}, and {folder} as --projector (chat) or --pretrain_mm_mlp_adapter (train)")
+        raise ValueError(
+            f"{folder} is an --output_dir of adapter training, which holds a projector and no model: give "
+            f"{start}, and {folder} as --projector (chat) or --pretrain_mm_mlp_adapter (train)"
+        )
     if checkpoints or _is_checkpoint(folder):
         what = "an --output_dir of checkpoints" if checkpoints else "a checkpoint"
-        raise ValueError(f"{folder} is {what}, not a whole model; export it (fastvid export --checkpoint "
-                         f"{folder} --format llama --output FOLDER) and give that folder")
+        raise ValueError(
+            f"{folder} is {what}, not a whole model; export it (fastvid export --checkpoint "
+            f"{folder} --format llama --output FOLDER) and give that folder"
+        )
     return folder
 
 

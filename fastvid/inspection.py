@@ -47,10 +47,15 @@ def _looked_at(config, tokenizer):
     records = [record for _, record in numbered]
     features = training_features(config, named_videos(records))
     otherwise = video_token_count(
-        config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records)
+        config.model_name_or_path, config.vision_tower, config.num_video_tokens, features, records
+    )
     if features is None and config.num_video_tokens is None and otherwise:
-        log.warning("videos are shown with %d rows each, a guess from the vision tower and %d frames: --video_folder "
-                    "tells each one's own", otherwise, TEMPORAL)
+        log.warning(
+            "videos are shown with %d rows each, a guess from the vision tower and %d frames: --video_folder "
+            "tells each one's own",
+            otherwise,
+            TEMPORAL,
+        )
     video_rows = VideoRows(features, records, required=config.num_video_tokens, same=config.policy.one_video_length)
     if config.pretrain_mm_mlp_adapter is None:  # whose own channels would count
         video_rows.channels = feature_channels(config.model_name_or_path) or video_rows.channels
@@ -74,12 +79,26 @@ def _looked_at(config, tokenizer):
         numbered = [numbered[config.index]]
     for number, record in numbered:
         sample = encode_sample(
-            record, tokenizer, rows_of=lambda name: look_at(name)[0], use_start_end=config.mm_use_vid_start_end,
-            max_length=config.model_max_length, policy=config.policy, version=config.version,
-            question_order=config.question_order, number=number)
+            record,
+            tokenizer,
+            rows_of=lambda name: look_at(name)[0],
+            use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length,
+            policy=config.policy,
+            version=config.version,
+            question_order=config.question_order,
+            number=number,
+        )
         remarks = [sample.warning, sample.refused, *(look_at(name)[1] for name in sample.videos)]
-        yield {"id": sample.id, "input_ids": sample.token_ids, "supervised": sample.supervised,
-               "warning": "; ".join(filter(None, remarks)) or None}, sample.videos
+        yield (
+            {
+                "id": sample.id,
+                "input_ids": sample.token_ids,
+                "supervised": sample.supervised,
+                "warning": "; ".join(filter(None, remarks)) or None,
+            },
+            sample.videos,
+        )
 
 
 def render(line, tokenizer, colour):
@@ -91,8 +110,13 @@ def render(line, tokenizer, colour):
     if line["warning"]:
         text += f"   warning: {line['warning']}\n"
     styles = {"supervised": _SUPERVISED, "placeholder": _PLACEHOLDER, "": ""}
-    return text + "".join(f"{styles[kind]}{part}{_RESET}" if colour and kind else part
-                          for part, kind in pieces(line, tokenizer)) + "\n"
+    return (
+        text
+        + "".join(
+            f"{styles[kind]}{part}{_RESET}" if colour and kind else part for part, kind in pieces(line, tokenizer)
+        )
+        + "\n"
+    )
 
 
 def _counted(line):
@@ -138,13 +162,20 @@ def page_of_record(config, line, videos, tokenizer) -> bytes:
     from fastvid.page.view import view_record
 
     if config.video is not None and len(videos) > 1:
-        raise ValueError(f"--video {shown(config.video)} is one file, and record {line['id']} has {len(videos)} "
-                         "videos; give their folder with --video_dir_path instead")
+        raise ValueError(
+            f"--video {shown(config.video)} is one file, and record {line['id']} has {len(videos)} "
+            "videos; give their folder with --video_dir_path instead"
+        )
     features = training_features(config, videos)
-    views = [view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames)
-             for name in videos]
-    return document(views, title=f"Record {line['id']}", prompt=(f"{_counted(line)}.", pieces(line, tokenizer)),
-                    warning=line["warning"])
+    views = [
+        view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames) for name in videos
+    ]
+    return document(
+        views,
+        title=f"Record {line['id']}",
+        prompt=(f"{_counted(line)}.", pieces(line, tokenizer)),
+        warning=line["warning"],
+    )
 
 
 def _video_of(config, features, name):

@@ -20,8 +20,21 @@ from pathlib import Path
 
 from fastvid.files import shown
 
-__all__ = ["EXPORT_MARK", "KEY", "Provenance", "add_to_bin", "agreed", "decoders_of", "in_fp8", "of_features",
-           "of_state", "of_weights", "same_tower", "what_decoders_mean", "what_fp8_means"]
+__all__ = [
+    "EXPORT_MARK",
+    "KEY",
+    "Provenance",
+    "add_to_bin",
+    "agreed",
+    "decoders_of",
+    "in_fp8",
+    "of_features",
+    "of_state",
+    "of_weights",
+    "same_tower",
+    "what_decoders_mean",
+    "what_fp8_means",
+]
 
 KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
@@ -68,8 +81,11 @@ class Provenance:
         for.
         """
         video = header.get("video") if isinstance(header, dict) else None
-        own = {name: video[name] for name in ("decoder", "conversion") if name in video} if isinstance(
-            video, dict) else {}
+        own = (
+            {name: video[name] for name in ("decoder", "conversion") if name in video}
+            if isinstance(video, dict)
+            else {}
+        )
         return cls.of({**header, **own} if own else header)
 
     @classmethod
@@ -77,8 +93,7 @@ class Provenance:
         """From what JSON held; what is of another type than it must be is left out."""
         kinds = {"num_frames": int, "rows": int, "use_start_end": bool}
         found = values if isinstance(values, dict) else {}
-        return cls(**{f.name: found[f.name] for f in fields(cls)
-                      if type(found.get(f.name)) is kinds.get(f.name, str)})
+        return cls(**{f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)})
 
     def to_json(self):
         """{name: value} of what is known."""
@@ -106,14 +121,20 @@ def of_features(looked_at):
     rows = {number for number, _ in looked_at}
     tower, revision = None, None
     if len(towers) == 1:
-        (tower, revision), = towers
+        ((tower, revision),) = towers
         if tower is not None and Path(tower).is_dir():
             tower = str(Path(tower).absolute())
     decoded = decoders_of(header for _, header in looked_at)
     decoder, conversion = ("; ".join(sorted({found[place] for found in decoded} - {None})) or None for place in (0, 1))
-    return Provenance(tower, revision, frames.pop() if len(frames) == 1 else None,
-                      rows.pop() if len(rows) == 1 else None, decoder=decoder, conversion=conversion,
-                      tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None), towers
+    return Provenance(
+        tower,
+        revision,
+        frames.pop() if len(frames) == 1 else None,
+        rows.pop() if len(rows) == 1 else None,
+        decoder=decoder,
+        conversion=conversion,
+        tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None,
+    ), towers
 
 
 def in_fp8(headers) -> Counter:
@@ -130,13 +151,14 @@ def what_fp8_means(counts) -> str | None:
     """
     if not (counts[True] and counts[False]):
         return None
-    return (f"{counts[True]:,} features are of a tower in FP8, {counts[False]:,} are not, and differ a little; "
-            "`fastvid extract --overwrite True` without --tower_dtype fp8 makes them alike")
+    return (
+        f"{counts[True]:,} features are of a tower in FP8, {counts[False]:,} are not, and differ a little; "
+        "`fastvid extract --overwrite True` without --tower_dtype fp8 makes them alike"
+    )
 
 
 def decoders_of(headers) -> Counter:
-    """{(decoder, conversion): how many} of feature files whose headers tell one of the two; None is what one does not.
-    """
+    """{(decoder, conversion): how many} of feature files whose headers tell one of the two; None for the other."""
     found = ((made.decoder, made.conversion) for made in map(Provenance.of_header, headers))
     return Counter(pair for pair in found if pair != (None, None))
 
@@ -156,17 +178,20 @@ def what_decoders_mean(counts) -> tuple[str | None, str | None]:
         decoders[decoder] += count * (decoder is not None)
     conversions, decoders = +conversions, +decoders
     if len(conversions) > 1:
-        return None, (f"features of {len(conversions)} colour conversions: {_listed(conversions)}. The same picture "
-                      "has other features with each; `fastvid extract --overwrite True` without --decoder dali makes "
-                      "them alike")
+        return None, (
+            f"features of {len(conversions)} colour conversions: {_listed(conversions)}. The same picture "
+            "has other features with each; `fastvid extract --overwrite True` without --decoder dali makes "
+            "them alike"
+        )
     if len(decoders) > 1:
         return f"features of {len(decoders)} decoders, whose bytes are the same: {_listed(decoders)}", None
     return None, None
 
 
 def _listed(counts):
-    return ", ".join(f"{count:,} of {shown(name)}" for name, count in sorted(
-        counts.items(), key=lambda found: (-found[1], found[0])))
+    return ", ".join(
+        f"{count:,} of {shown(name)}" for name, count in sorted(counts.items(), key=lambda found: (-found[1], found[0]))
+    )
 
 
 def of_weights(path):
@@ -194,8 +219,13 @@ def of_state(state):
     """The Provenance in a checkpoint's state. An older one's flags tell the prompt, and nothing tells the features."""
     flags = state.get("config", {})
     version = flags.get("version")
-    told = Provenance.of({"question_order": flags.get("question_order"), "conv_mode": _TEMPLATES.get(version, version),
-                          "use_start_end": flags.get("mm_use_vid_start_end")})
+    told = Provenance.of(
+        {
+            "question_order": flags.get("question_order"),
+            "conv_mode": _TEMPLATES.get(version, version),
+            "use_start_end": flags.get("mm_use_vid_start_end"),
+        }
+    )
     return replace(told, **Provenance.of(state.get(KEY)).to_json())
 
 
@@ -247,6 +277,7 @@ def agreed(flag, given, trained, otherwise, weights):
         ValueError: the user and the weights contradict each other.
     """
     if given is not None and trained is not None and given != trained:
-        raise ValueError(f"{flag} {given}: {weights} was trained with {trained}, and would answer wrongly; "
-                         f"leave {flag} out")
+        raise ValueError(
+            f"{flag} {given}: {weights} was trained with {trained}, and would answer wrongly; leave {flag} out"
+        )
     return next((value for value in (given, trained) if value is not None), otherwise)

@@ -88,8 +88,12 @@ def prepare(config, world):
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     samples = SampleSet(config.data_path, tokenizer, training_features(config), config)
     model_config = read_model_config(
-        config.model_name_or_path, projector_type=config.mm_projector_type, vocab_size=tokenizer.tokens.vocab_size,
-        projector=config.pretrain_mm_mlp_adapter, mm_hidden_size=samples.channels or None)
+        config.model_name_or_path,
+        projector_type=config.mm_projector_type,
+        vocab_size=tokenizer.tokens.vocab_size,
+        projector=config.pretrain_mm_mlp_adapter,
+        mm_hidden_size=samples.channels or None,
+    )
     samples.fit(model_config.mm_hidden_size)
     check_features(config.vision_tower, samples.provenance, config.video_folder)
     loader = training_loader(config, samples, world)
@@ -97,8 +101,9 @@ def prepare(config, world):
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
     sizes, dtype = model_config.decoder, planning.compute_dtype(config)
-    attention = settle_attention(config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads,
-                                 sizes.head_dim)
+    attention = settle_attention(
+        config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    )
     for line in overview.overview(config, model_config, loader, world, attention):
         log.info("%s", line)
     plan = planning.plan_memory(config, model_config, loader, world, attention)
@@ -122,27 +127,51 @@ def build(config, world):
         host_memory.keep_freed(not plan.short)
     with torch.device("meta"):
         model = VideoLlava(
-            model_config, trainable=config.trainable, compute_dtype=dtype,
-            trained_dtype=planning.trained_dtype(config), frozen_dtype=planning.frozen_dtype(config),
-            recompute=plan.recompute, fp32_residual=config.policy.fp32_residual,
-            attn_implementation=attention)
-    parallel.shard(model, world, plan.layout, bf16=config.bf16, shard_size=config.shard_size,
-                   adds_up_shards=config.gradient_accumulation_steps > 1 and not plan.accumulate_whole)
+            model_config,
+            trainable=config.trainable,
+            compute_dtype=dtype,
+            trained_dtype=planning.trained_dtype(config),
+            frozen_dtype=planning.frozen_dtype(config),
+            recompute=plan.recompute,
+            fp32_residual=config.policy.fp32_residual,
+            attn_implementation=attention,
+        )
+    parallel.shard(
+        model,
+        world,
+        plan.layout,
+        bf16=config.bf16,
+        shard_size=config.shard_size,
+        adds_up_shards=config.gradient_accumulation_steps > 1 and not plan.accumulate_whole,
+    )
     model.to_empty(device=world.device)
-    load_weights(model, config.model_name_or_path, tokens=tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
-                 seed=config.seed)
+    load_weights(
+        model,
+        config.model_name_or_path,
+        tokens=tokenizer.tokens,
+        projector=config.pretrain_mm_mlp_adapter,
+        seed=config.seed,
+    )
     if loader.prefix:
         model.keep_prefix(loader.prefix)
     if plan.tiled:  # after what takes other parts of the matrices than steps do
         model.decoder.tile()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
-        config=config, world=world, tokenizer=tokenizer, model=model,
-        optimizer=Optimizer(trained, config, world.device), loader=loader, evaluation=evaluation,
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=Optimizer(trained, config, world.device),
+        loader=loader,
+        evaluation=evaluation,
         warmup_steps=planning.warmup_steps(config, loader.order.total_steps),
         formula=flops.Formula(model_config, config.trainable),
-        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device), saver=Saver(),
-        staging=Staging(world.device), plan=plan)
+        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
+        saver=Saver(),
+        staging=Staging(world.device),
+        plan=plan,
+    )
 
 
 def train_step(state, batches):
@@ -156,7 +185,8 @@ def train_step(state, batches):
     mine = flops.total(map(state.formula.counts, batches or ()))
     halted = batches is None or state.saver.failed
     *counts, drawn, skipped, waited, halted, stop = world.sum_on_host(
-        [*mine, state.loader.drawn, state.loader.skipped, state.waited, halted, state.stop_signal])
+        [*mine, state.loader.drawn, state.loader.skipped, state.waited, halted, state.stop_signal]
+    )
     if halted:
         return None
     counts = flops.StepCounts(*map(int, counts))
@@ -173,8 +203,13 @@ def train_step(state, batches):
         loss += share.detach()
     state.model.keep_casts(False)
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
-    lr = learning_rate(state.step, peak=config.learning_rate, total_steps=state.order.total_steps,
-                       warmup_steps=state.warmup_steps, schedule=config.lr_scheduler_type)
+    lr = learning_rate(
+        state.step,
+        peak=config.learning_rate,
+        total_steps=state.order.total_steps,
+        warmup_steps=state.warmup_steps,
+        schedule=config.lr_scheduler_type,
+    )
     state.saver.hold()
     loss, norm = state.optimizer.step(state.step, lr, loss)
     # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
@@ -211,17 +246,35 @@ def loop(state):
         Exit code: 0 at the run's end, 1 after a non-finite step, 128 + its number after a signal.
     """
     config, order = state.config, state.order
-    metrics = Metrics(config.output_dir, total_steps=order.total_steps, start_step=state.step,
-                      report_to=config.report_to, run_name=config.run_name, project=config.project,
-                      flags=dataclasses.asdict(config), progress=not config.disable_tqdm, rank=state.world.rank,
-                      peak_flops=planning.peak_flops(config, state.world),
-                      row_budget=planning.row_budget(config, state.world))
-    profiler = Profiler(metrics.path.with_name("profile"), state.world.device, metrics.message,
-                        active=config.profile and state.world.is_main)
-    with (contextlib.closing(metrics), contextlib.closing(profiler), logging_redirect_tqdm(),
-          signals.noted(partial(_note_stop, state)), parallel.naming_the_dead(state.world), state.saver,
-          host_memory.collecting_when_told(),
-          contextlib.closing(state.loader.iterate(state.step, lambda: state.stop_signal)) as steps):
+    metrics = Metrics(
+        config.output_dir,
+        total_steps=order.total_steps,
+        start_step=state.step,
+        report_to=config.report_to,
+        run_name=config.run_name,
+        project=config.project,
+        flags=dataclasses.asdict(config),
+        progress=not config.disable_tqdm,
+        rank=state.world.rank,
+        peak_flops=planning.peak_flops(config, state.world),
+        row_budget=planning.row_budget(config, state.world),
+    )
+    profiler = Profiler(
+        metrics.path.with_name("profile"),
+        state.world.device,
+        metrics.message,
+        active=config.profile and state.world.is_main,
+    )
+    with (
+        contextlib.closing(metrics),
+        contextlib.closing(profiler),
+        logging_redirect_tqdm(),
+        signals.noted(partial(_note_stop, state)),
+        parallel.naming_the_dead(state.world),
+        state.saver,
+        host_memory.collecting_when_told(),
+        contextlib.closing(state.loader.iterate(state.step, lambda: state.stop_signal)) as steps,
+    ):
         first_step = state.step
         # What a signal ended before its validation was done goes on with that.
         left_out = first_step > 0 and _validation_due(state) and metrics.evaluated_step < first_step
@@ -241,8 +294,12 @@ def loop(state):
                 metrics.message(memory_taken(state.plan.estimated))
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
             too_many = _too_many_skipped(state, result)
-            saves = (_due(state, config.save_strategy, config.save_steps) or stops or too_many
-                     or (ends and recovery.saves_at_end(state)))
+            saves = (
+                _due(state, config.save_strategy, config.save_steps)
+                or stops
+                or too_many
+                or (ends and recovery.saves_at_end(state))
+            )
             # Not where a signal stops: the window since the last line is saved, and goes on with the run.
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
@@ -359,16 +416,24 @@ def _too_many_skipped(state, result):
     limit = state.config.max_skipped
     if result.drawn < min(_DRAWN_BEFORE_JUDGED, len(state.loader.samples)) or result.skipped <= limit * result.drawn:
         return None
-    return (f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
-            "what the lines above name, or raise --max_skipped")
+    return (
+        f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
+        "what the lines above name, or raise --max_skipped"
+    )
 
 
 def _log(state, result, metrics):
     steps = state.step - state.logged_step
-    metrics.log(state.step, {
-        "epoch": state.order.epoch_after(state.step), "loss": state.loss_sum.item() / steps,
-        "learning_rate": result.learning_rate, "grad_norm": result.gradient_norm.item(),
-        "skipped_samples": recovery.skipped_samples(state)})
+    metrics.log(
+        state.step,
+        {
+            "epoch": state.order.epoch_after(state.step),
+            "loss": state.loss_sum.item() / steps,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.gradient_norm.item(),
+            "skipped_samples": recovery.skipped_samples(state),
+        },
+    )
     state.loss_sum.zero_()
     state.logged_step = state.step
 
@@ -383,8 +448,10 @@ def _end_not_finite(state, failed, metrics):
         return 1
     if not state.saver.has(state.step):
         recovery.save(state)
-    metrics.message(f"{said}no parameter or moment has changed since the step before it. "
-                    + diagnosis.explain_not_finite(state, failed))
+    metrics.message(
+        f"{said}no parameter or moment has changed since the step before it. "
+        + diagnosis.explain_not_finite(state, failed)
+    )
     return 1
 
 

@@ -40,8 +40,12 @@ def _validated(config):
     """(Report, records that nothing is wrong with) of `validate`; the latter is None without `drop`."""
     _refuse_to_replace(config)
     report, seen, read_all = Report(), set(), []
-    counts_tokens = (config.video_folder is not None and config.model_name_or_path is not None and not config.quick
-                     and Path(config.model_name_or_path).is_dir())
+    counts_tokens = (
+        config.video_folder is not None
+        and config.model_name_or_path is not None
+        and not config.quick
+        and Path(config.model_name_or_path).is_dir()
+    )
     for file, path in enumerate(config.data_path):
         report.files += 1
         report.absent += not os.path.exists(path)
@@ -64,8 +68,12 @@ def _validated(config):
             _check_lengths(report, config, read_all, rows)
     if config.drop is None:
         return report, None
-    kept = [record for file, number, read, record in read_all if (file, number) not in report.bad_records
-            and not any(video in report.bad_videos for video in record_videos(read))]
+    kept = [
+        record
+        for file, number, read, record in read_all
+        if (file, number) not in report.bad_records
+        and not any(video in report.bad_videos for video in record_videos(read))
+    ]
     return report, kept
 
 
@@ -89,8 +97,9 @@ def _refuse_to_replace(config):
         if any(os.path.realpath(path) == os.path.realpath(data) for data in config.data_path):
             raise ValueError(f"{flag} {shown(path)} is a --data_path itself, which stays as it is; give another file")
         if os.path.isfile(path) and not config.overwrite:
-            raise ValueError(f"{flag} {shown(path)} is there already; give another file, or replace it with "
-                             "--overwrite True")
+            raise ValueError(
+                f"{flag} {shown(path)} is there already; give another file, or replace it with --overwrite True"
+            )
     if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
         raise ValueError(f"--drop and --json are both {shown(config.drop)}; give each a file of its own")
 
@@ -130,12 +139,21 @@ def _check_lengths(report, config, read_all, rows):
             continue  # told already
         path = config.data_path[file]
         sample = encode_sample(
-            record, tokenizer, rows_of=rows.__getitem__, use_start_end=config.mm_use_vid_start_end,
-            max_length=config.model_max_length, policy=config.policy, version=config.version,
-            question_order=config.question_order)
+            record,
+            tokenizer,
+            rows_of=rows.__getitem__,
+            use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length,
+            policy=config.policy,
+            version=config.version,
+            question_order=config.question_order,
+        )
         if sample.refused:
-            report.add("samples longer than --model_max_length", f"{place(path, number)}: {sample.refused}",
-                       record=(file, number))
+            report.add(
+                "samples longer than --model_max_length",
+                f"{place(path, number)}: {sample.refused}",
+                record=(file, number),
+            )
         report.remarks.add([each for each in sample.remarks if each not in told], path, number)
 
 
@@ -149,8 +167,11 @@ def main(argv=None) -> int:
     report, kept = _validated(config)
     print(summary(report))
     if config.json is not None:
-        written = None if kept is None or _why_nothing_is_kept(report, kept) else {
-            "file": config.drop, "kept": len(kept), "left_out": report.records - len(kept)}
+        written = (
+            None
+            if kept is None or _why_nothing_is_kept(report, kept)
+            else {"file": config.drop, "kept": len(kept), "left_out": report.records - len(kept)}
+        )
         with atomic_file(config.json) as file:
             file.write(json.dumps({**as_json(report), "drop": written}, indent=1).encode() + b"\n")
     if kept is None:

@@ -41,21 +41,35 @@ def main(argv=None) -> int:
     own, flags = parser.parse_known_args(argv)
     config = parse(ExtractConfig, flags)
     videos, _ = find_videos(
-        config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links)
+        config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links
+    )
     (here := VideoFeatures(config)).describe()
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)
     (earlier := EarlierFeatures(config, here.settings, here.shape, manifest)).refuse_other_settings(videos)
-    todo = [{"video": replace(video, fault=fault)} for video in videos
-            for _, redo, fault in [earlier.judge(video)] if fault or redo != ""]
+    todo = [
+        {"video": replace(video, fault=fault)}
+        for video in videos
+        for _, redo, fault in [earlier.judge(video)]
+        if fault or redo != ""
+    ]
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path[:2])}})
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors, failed = own.actors or gpus or 1, 0
     with closing(leases), closing(manifest):
         leases.open(), manifest.open(leases)
-        for row in ray.data.from_items(
-                todo, override_num_blocks=max(min(len(todo), 4 * actors), len(todo) // 16)).map_batches(
-                Actor, fn_constructor_args=(VideoFeatures(config),), batch_size=None, num_gpus=gpus and 1,
-                compute=ray.data.ActorPoolStrategy(size=actors)).iter_rows() if todo else ():
+        for row in (
+            ray.data.from_items(todo, override_num_blocks=max(min(len(todo), 4 * actors), len(todo) // 16))
+            .map_batches(
+                Actor,
+                fn_constructor_args=(VideoFeatures(config),),
+                batch_size=None,
+                num_gpus=gpus and 1,
+                compute=ray.data.ActorPoolStrategy(size=actors),
+            )
+            .iter_rows()
+            if todo
+            else ()
+        ):
             manifest.append(**(entry := json.loads(row["entry"])))
             failed += entry["status"] == "failed"
     print(f"{len(todo) - failed} extracted, {len(videos) - len(todo)} there already, {failed} failed")

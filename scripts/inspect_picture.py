@@ -27,7 +27,7 @@ def picture(number):
     pixels = np.stack([40 + y * 0.3, 90 + y * 0.4, 200 - y * 0.5], -1)
     pixels[y > 130] = 70, 130, 60
     share = number / FRAMES
-    pixels[(x - 20 - share * 280) ** 2 + (y - 50 - 25 * np.sin(number / 12)) ** 2 < 22 ** 2] = 250, 210, 60
+    pixels[(x - 20 - share * 280) ** 2 + (y - 50 - 25 * np.sin(number / 12)) ** 2 < 22**2] = 250, 210, 60
     pixels[(abs(x - 300 + share * 260) < 26) & (abs(y - 135) < 14)] = 200, 40, 40
     return pixels.clip(0, 255).astype(np.uint8)
 
@@ -50,14 +50,29 @@ def build(folder):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(
-        image_size=224, patch_size=14, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, initializer_range=0.2)).save_pretrained(folder / "tower")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            image_size=224,
+            patch_size=14,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder / "tower")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "mm_hidden_size": 64}))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([QUESTION, ANSWER]), model_prefix=str(folder / "model" / "tokenizer"), vocab_size=400,
-        model_type="bpe", byte_fallback=True, minloglevel=2, num_threads=1, hard_vocab_limit=False)
+        sentence_iterator=iter([QUESTION, ANSWER]),
+        model_prefix=str(folder / "model" / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        hard_vocab_limit=False,
+    )
 
 
 def render(page, target):
@@ -80,14 +95,43 @@ def main(target="docs/inspect.png"):
         (folder / "videos").mkdir()
         draw(folder / "videos" / "ball.mp4")
         build(folder)
-        record = {"id": "ball", "video": "ball.mp4", "conversations": [
-            {"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]}
+        record = {
+            "id": "ball",
+            "video": "ball.mp4",
+            "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}],
+        }
         (folder / "train.json").write_text(json.dumps([record]))
-        code = extract.main(["--video_dir_path", "videos", "--clip_feat_path", "features", "--vision_tower", "tower",
-                             "--num_frames", "10", "--device", "cpu"])
-        code = code or inspection.main([
-            "--model_name_or_path", "model", "--data_path", "train.json", "--video_folder", "features",
-            "--video_dir_path", "videos", "--mm_use_vid_start_end", "--index", "0", "--html", "page.html"])
+        code = extract.main(
+            [
+                "--video_dir_path",
+                "videos",
+                "--clip_feat_path",
+                "features",
+                "--vision_tower",
+                "tower",
+                "--num_frames",
+                "10",
+                "--device",
+                "cpu",
+            ]
+        )
+        code = code or inspection.main(
+            [
+                "--model_name_or_path",
+                "model",
+                "--data_path",
+                "train.json",
+                "--video_folder",
+                "features",
+                "--video_dir_path",
+                "videos",
+                "--mm_use_vid_start_end",
+                "--index",
+                "0",
+                "--html",
+                "page.html",
+            ]
+        )
         render(folder / "page.html", target)
     return code
 

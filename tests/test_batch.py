@@ -19,8 +19,12 @@ def layouts(draw):
         return layout
     keys = [draw(st.lists(st.integers(0, 99), min_size=n, max_size=n + 4)) for n in lengths]
     of_keys = AttentionLayout.of_lengths([len(part) for part in keys])
-    return replace(layout, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
-                   kv_rows=torch.tensor(sum(keys, []), dtype=torch.int64))
+    return replace(
+        layout,
+        cu_seqlens_k=of_keys.cu_seqlens_q,
+        max_seqlen_k=of_keys.max_seqlen_q,
+        kv_rows=torch.tensor(sum(keys, []), dtype=torch.int64),
+    )
 
 
 def keys_of(layout):
@@ -28,8 +32,9 @@ def keys_of(layout):
     found, (q, k) = [], (bounds.tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     rows = list(range(k[-1])) if layout.kv_rows is None else layout.kv_rows.tolist()
     for segment in range(len(q) - 1):
-        found += [rows[k[segment]:k[segment + 1] - (q[segment + 1] - 1 - row)]
-                  for row in range(*q[segment:segment + 2])]
+        found += [
+            rows[k[segment] : k[segment + 1] - (q[segment + 1] - 1 - row)] for row in range(*q[segment : segment + 2])
+        ]
     assert layout.max_seqlen_q == max([b - a for a, b in zip(q, q[1:])], default=0)
     assert layout.max_seqlen_k == max([b - a for a, b in zip(k, k[1:])], default=0)
     assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
@@ -44,8 +49,9 @@ def test_chosen_rows_attend_to_what_they_did(layout, data):
     chosen = layout.of_rows(torch.tensor(rows, dtype=torch.int64))
     assert keys_of(chosen) == [every[row] for row in rows]
     assert chosen.kv_rows.dtype == torch.int64 and len(chosen.kv_rows) == chosen.cu_seqlens_k[-1]
-    runs = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1
-            or row in layout.cu_seqlens_q.tolist()]
+    runs = [
+        row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1 or row in layout.cu_seqlens_q.tolist()
+    ]
     assert len(chosen.cu_seqlens_q) == len(runs) + 1, "one segment for each run"
 
 
@@ -61,9 +67,17 @@ def test_split_layouts_attend_to_what_they_did(layout, data):
 def batch_of(layout, loss_rows, frozen_rows=0):
     n, rows = int(layout.cu_seqlens_q[-1]), torch.tensor(loss_rows, dtype=torch.int64)
     none = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(token_ids=torch.arange(n), positions=torch.arange(n, dtype=torch.int32), layout=layout,
-                       video_rows=none, features=torch.empty(0, 4), boundary_rows=none, loss_rows=rows,
-                       targets=torch.zeros_like(rows), frozen_rows=frozen_rows)
+    return PackedBatch(
+        token_ids=torch.arange(n),
+        positions=torch.arange(n, dtype=torch.int32),
+        layout=layout,
+        video_rows=none,
+        features=torch.empty(0, 4),
+        boundary_rows=none,
+        loss_rows=rows,
+        targets=torch.zeros_like(rows),
+        frozen_rows=frozen_rows,
+    )
 
 
 def test_parts_are_the_frozen_rows_and_the_others():

@@ -29,15 +29,23 @@ def make_model(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=CHANNELS, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-        patch_size=14)).save_pretrained(root / "tower")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=CHANNELS,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(root / "tower")
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
-    bpe.train_from_iterator(["You are a large assistant. USER: what who is? ASSISTANT: plays cards"],
-                            trainers.BpeTrainer(
-        vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    bpe.train_from_iterator(
+        ["You are a large assistant. USER: what who is? ASSISTANT: plays cards"],
+        trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+    )
 
     def make(name, *, tokens=True, projector=True, channels=CHANNELS, **settings):
         folder = root / name
@@ -47,24 +55,40 @@ def make_model(tmp_path_factory):
             load_tokenizer(folder, True).save(folder)
         rows = load_tokenizer(folder, None).tokens.vocab_size - (not tokens)
         config = LlamaConfig(
-            vocab_size=rows, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=800, initializer_range=0.3, eos_token_id=2, bos_token_id=1)
+            vocab_size=rows,
+            hidden_size=HIDDEN,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=800,
+            initializer_range=0.3,
+            eos_token_id=2,
+            bos_token_id=1,
+        )
         torch.manual_seed(1)
         state = dict(LlamaForCausalLM(config).state_dict())
         if projector:
             state |= projector_state(channels)
         save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
-        values = config.to_dict() | {"mm_vision_tower": str(root / "tower"), "mm_hidden_size": channels,
-                                     "mm_projector_type": "linear", **settings}
+        values = config.to_dict() | {
+            "mm_vision_tower": str(root / "tower"),
+            "mm_hidden_size": channels,
+            "mm_projector_type": "linear",
+            **settings,
+        }
         (folder / "config.json").write_text(json.dumps(values))
         return folder
+
     return make
 
 
 def projector_state(channels=CHANNELS, scale=1.0):
     generator = torch.Generator().manual_seed(5)
-    return {"model.mm_projector.weight": scale * torch.randn(HIDDEN, channels, generator=generator),
-            "model.mm_projector.bias": scale * torch.randn(HIDDEN, generator=generator)}
+    return {
+        "model.mm_projector.weight": scale * torch.randn(HIDDEN, channels, generator=generator),
+        "model.mm_projector.bias": scale * torch.randn(HIDDEN, generator=generator),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +156,14 @@ def test_greedy_answer_is_that_of_transformers(chat, model, features):
     from transformers import LlamaForCausalLM
 
     tokenizer, state = chat.tokenizer, projector_state()
-    ids = torch.tensor(inference_prompt("what is?", tokenizer, video_tokens=ROWS, use_start_end=True,
-                                        conv_mode="pg-video-llava"))
+    ids = torch.tensor(
+        inference_prompt("what is?", tokenizer, video_tokens=ROWS, use_start_end=True, conv_mode="pg-video-llava")
+    )
     reference = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     embeds = reference.get_input_embeddings()(ids).detach()
     embeds[ids == tokenizer.tokens.patch] = torch.nn.functional.linear(
-        features.float(), state["model.mm_projector.weight"], state["model.mm_projector.bias"])
+        features.float(), state["model.mm_projector.weight"], state["model.mm_projector.bias"]
+    )
     answer = reference.generate(inputs_embeds=embeds[None], max_new_tokens=6, do_sample=False, eos_token_id=2)[0]
     assert chat.ask_features(features, "what is?") == tokenizer.decode(answer.tolist()).strip()
     assert len(answer) == 6 and chat.ask_features(features * 0, "what is?") != chat.ask_features(features, "what is?")
@@ -157,8 +183,10 @@ def test_a_video_is_asked_about_through_its_features(chat, clip):
 def test_history_and_sampling_reach_the_model(chat, model, features):
     turns = [("what is?", "cards")]
     assert chat.ask_features(features, "who is?", turns) != chat.ask_features(features, "who is?")
-    hot = {seed: Chat(model_name_or_path=str(model), temperature=5.0, seed=seed, max_new_tokens=6, device="cpu")
-           for seed in (1, 2)}
+    hot = {
+        seed: Chat(model_name_or_path=str(model), temperature=5.0, seed=seed, max_new_tokens=6, device="cpu")
+        for seed in (1, 2)
+    }
     first = hot[1].ask_features(features, "who is?")
     assert first == hot[1].ask_features(features, "who is?") != hot[2].ask_features(features, "who is?")
 
@@ -169,11 +197,14 @@ def test_the_end_token_is_left_out_and_not_its_characters(chat, features, monkey
     assert chat.ask_features(features, "what?") == "plays cards"
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda chat, features: chat.ask_features(features[:, :3], "?"), r"features are \[7, 3\]"),
-    (lambda chat, features: chat.ask_features(features, "<vid_start>"), "holds <vid_start>"),
-    (lambda chat, features: chat.ask_features(torch.zeros(800, CHANNELS), "?"), "the model's context 800"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda chat, features: chat.ask_features(features[:, :3], "?"), r"features are \[7, 3\]"),
+        (lambda chat, features: chat.ask_features(features, "<vid_start>"), "holds <vid_start>"),
+        (lambda chat, features: chat.ask_features(torch.zeros(800, CHANNELS), "?"), "the model's context 800"),
+    ],
+)
 def test_what_cannot_be_asked_is_an_error(chat, features, call, message):
     with pytest.raises(ValueError, match=message):
         call(chat, features)
@@ -182,13 +213,19 @@ def test_what_cannot_be_asked_is_an_error(chat, features, call, message):
 def saved_run(tmp_path, *, use_start_end, boundary=None):
     """An --output_dir whose newest checkpoint holds a projector twice the model's."""
     state = projector_state(scale=2.0)
-    tensors = {"projector.0.weight": state["model.mm_projector.weight"],
-               "projector.0.bias": state["model.mm_projector.bias"]}
+    tensors = {
+        "projector.0.weight": state["model.mm_projector.weight"],
+        "projector.0.bias": state["model.mm_projector.bias"],
+    }
     if boundary is not None:
         tensors["boundary.weight"] = boundary
     for step in (9, 10):
-        checkpoint.save(tmp_path / "run", step, groups={"model": tensors},
-                        state={"config": {"mm_use_vid_start_end": use_start_end, "seed": 7}})
+        checkpoint.save(
+            tmp_path / "run",
+            step,
+            groups={"model": tensors},
+            state={"config": {"mm_use_vid_start_end": use_start_end, "seed": 7}},
+        )
     return tmp_path / "run"
 
 
@@ -204,8 +241,9 @@ def test_every_form_of_a_trained_projector_is_read(make_model, tmp_path):
     torch.save(projector_state(scale=2.0), output / "mm_projector.bin")
     for path in (tmp_path / "p.bin", tmp_path / "p.safetensors", run / "checkpoint-10", run, output):
         loaded = Chat(model_name_or_path=str(model), projector=str(path), device="cpu").model
-        torch.testing.assert_close(loaded.projector[0].weight.detach(),
-                                   projector_state(scale=2.0)["model.mm_projector.weight"], rtol=0, atol=0)
+        torch.testing.assert_close(
+            loaded.projector[0].weight.detach(), projector_state(scale=2.0)["model.mm_projector.weight"], rtol=0, atol=0
+        )
     flip_a_bit(next((run / "checkpoint-10").glob("model-*")))
     with pytest.raises(ValueError, match="checkpoint-10 is damaged: the sha256 of model-00000"):
         Chat(model_name_or_path=str(model), projector=str(run / "checkpoint-10"), device="cpu")
@@ -230,13 +268,16 @@ def test_start_and_end_are_used_where_something_says_so(make_model, model, tmp_p
     tokens = chat.tokenizer.tokens
     torch.testing.assert_close(chat.model.embed.weight[[tokens.start, tokens.end]].detach(), boundary, rtol=0, atol=0)
     assert not uses(model, projector=str(saved_run(tmp_path / "without", use_start_end=False)))
-    torch.save(projector_state() | {"model.embed_tokens.weight": torch.randn(tokens.vocab_size, HIDDEN)},
-               tmp_path / "table.bin")
+    torch.save(
+        projector_state() | {"model.embed_tokens.weight": torch.randn(tokens.vocab_size, HIDDEN)},
+        tmp_path / "table.bin",
+    )
     torch.save(projector_state(), tmp_path / "plain.bin")
     assert uses(lacking, projector=str(tmp_path / "table.bin"))
     assert not uses(lacking, projector=str(tmp_path / "plain.bin"))
-    torch.save(projector_state() | {"model.embed_tokens.weight": torch.randn(tokens.start, HIDDEN)},
-               tmp_path / "short.bin")
+    torch.save(
+        projector_state() | {"model.embed_tokens.weight": torch.randn(tokens.start, HIDDEN)}, tmp_path / "short.bin"
+    )
     with pytest.raises(ValueError, match="--mm_use_vid_start_end False"):
         uses(lacking, projector=str(tmp_path / "short.bin"))
 
@@ -260,22 +301,29 @@ def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, f
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [(line["video"], line["question"]) for line in lines] == [
-        (name, text) for name in ("a.safetensors", "clip.mp4") for text in ("what is?", "who is?")]
+        (name, text) for name in ("a.safetensors", "clip.mp4") for text in ("what is?", "who is?")
+    ]
     assert made == ["a.safetensors", "bad.mp4", "clip.mp4"]
     assert lines[3]["answer"] == chat.ask(folder / "clip.mp4", "who is?")
     assert ["bad.mp4" in line for line in err.splitlines() if "error:" in line] == [True]
 
 
 def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features, tmp_path, capsys):
-    pairs = [("a", "who is?"), ("clip.mp4", "what is?"), ("a.pkl", "<vid_patch>"), ("../videos/a", "?"),
-             ("a", "what is?")]
+    pairs = [
+        ("a", "who is?"),
+        ("clip.mp4", "what is?"),
+        ("a.pkl", "<vid_patch>"),
+        ("../videos/a", "?"),
+        ("a", "what is?"),
+    ]
     path = questions_file(tmp_path, *pairs)
     assert main(flags(model, "--video", folder, "--questions_file", path)) == 1
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["video"] for line in lines] == [video for video, _ in pairs]
     assert [lines[0]["answer"], lines[4]["answer"]] == [
-        chat.ask_features(features, text) for text in ("who is?", "what is?")]
+        chat.ask_features(features, text) for text in ("who is?", "what is?")
+    ]
     assert ["error" in line for line in lines] == [False, False, True, True, False]
     assert "holds <vid_patch>" in lines[2]["error"] and "record 3" in lines[3]["error"]
     assert "record 3" in err and "holds <vid_patch>" in err
@@ -288,12 +336,21 @@ def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features
 
 def test_a_test_of_consistency_is_one_line(chat, model, folder, features, tmp_path, capsys):
     path = tmp_path / "consistency.json"
-    path.write_text(json.dumps([{"video_name": "a", "Q1": "who is?", "Q2": "what is?", "A": "cards"},
-                                {"video_name": "bad", "Q1": "who is?", "Q2": "what is?", "A": "cards"}]))
+    path.write_text(
+        json.dumps(
+            [
+                {"video_name": "a", "Q1": "who is?", "Q2": "what is?", "A": "cards"},
+                {"video_name": "bad", "Q1": "who is?", "Q2": "what is?", "A": "cards"},
+            ]
+        )
+    )
     assert main(flags(model, "--video", folder, "--questions_file", path)) == 1
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [first["pred1"], first["pred2"]] == first["answer"] == [
-        chat.ask_features(features, text) for text in ("who is?", "what is?")]
+    assert (
+        [first["pred1"], first["pred2"]]
+        == first["answer"]
+        == [chat.ask_features(features, text) for text in ("who is?", "what is?")]
+    )
     assert second["A"] == "cards" and "cannot be opened" in second["error"]
 
 
@@ -334,12 +391,15 @@ def test_questions_typed_at_a_terminal_keep_their_history(chat, model, folder, f
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ([], "give --video"),
-    (["--video", "missing.mp4", "--question", "?"], "missing.mp4 does not exist"),
-    (["--video", ".", "--question", "?", "--questions_file", "q"], "not both"),
-    (["--video", "."], "give --question"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give --video"),
+        (["--video", "missing.mp4", "--question", "?"], "missing.mp4 does not exist"),
+        (["--video", ".", "--question", "?", "--questions_file", "q"], "not both"),
+        (["--video", "."], "give --question"),
+    ],
+)
 def test_flags_that_do_not_fit_are_errors_before_anything_is_loaded(more, message, monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: False))
     with pytest.raises(ValueError, match=message):
@@ -353,9 +413,15 @@ def test_a_tower_of_another_width_is_refused(make_model, clip):
 
 
 def test_the_recordings_model_answers_about_a_real_clip(tiny, shared, tmp_path):
-    torch.save({"model.mm_projector.weight": torch.randn(64, 64), "model.mm_projector.bias": torch.randn(64)},
-               tmp_path / "projector.bin")
-    chat = Chat(model_name_or_path=str(tiny / "model224"), projector=str(tmp_path / "projector.bin"), device="cpu",
-                max_new_tokens=3)
+    torch.save(
+        {"model.mm_projector.weight": torch.randn(64, 64), "model.mm_projector.bias": torch.randn(64)},
+        tmp_path / "projector.bin",
+    )
+    chat = Chat(
+        model_name_or_path=str(tiny / "model224"),
+        projector=str(tmp_path / "projector.bin"),
+        device="cpu",
+        max_new_tokens=3,
+    )
     assert chat.ask(shared / "videos" / "nasa_13013.mp4", "What is happening?")
     chat.close()

@@ -49,9 +49,11 @@ def test_help_names_every_command(argv, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    script = ("import sys\nfrom fastvid.cli import main\n"
-              "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-              "heavy = {'torch', 'transformers', 'numpy', 'av', 'yaml'} & set(sys.modules)\nassert not heavy, heavy")
+    script = (
+        "import sys\nfrom fastvid.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'av', 'yaml'} & set(sys.modules)\nassert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -103,10 +105,14 @@ def test_the_code_of_a_command_is_the_exit_code(command, code):
     assert code_of(cli.run, "train", []) == code
 
 
-@pytest.mark.parametrize("error, code", [
-    (ValueError("--data_path x.json: no such file"), 2), (FileNotFoundError(2, "No such file", "x.json"), 2),
-    (KeyboardInterrupt(), 130),
-])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ValueError("--data_path x.json: no such file"), 2),
+        (FileNotFoundError(2, "No such file", "x.json"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_a_mistake_is_one_line(command, error, code, capsys):
     command(raising(error))
     assert code_of(cli.run, "train", []) == code
@@ -138,20 +144,28 @@ def test_flags_reach_the_command(command, monkeypatch):
 
 def test_a_reader_that_leaves_is_no_error():
     script = "from fastvid import cli, doctor; doctor.main = lambda argv: print('x' * 10**6); cli.run('doctor', [])"
-    process = subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
 
 
-@pytest.mark.parametrize("command", [["-m", "fastvid.convert"], ["-m", "fastvid.cli", "convert"], [
-    "scripts/convert_instruction_json_to_training_format.py"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "fastvid.convert"],
+        ["-m", "fastvid.cli", "convert"],
+        ["scripts/convert_instruction_json_to_training_format.py"],
+    ],
+)
 def test_ways_to_start_a_command(command, tmp_path):
     arguments = ["--input_json_file", str(tmp_path / "missing.json"), "--output_json_file", str(tmp_path / "out.json")]
-    result = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("fastvid convert: error: ") and "missing.json" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -166,17 +180,25 @@ def test_names_that_are_no_text_can_be_printed():
 @pytest.mark.parametrize("rank", [{}, {"RANK": "1"}], ids=["alone", "a rank of torchrun's"])
 def test_a_rank_leaves_without_taking_the_interpreter_down(rank):
     """Threads of gloo may still hold tensors then, and would abort a run that has done all its work."""
-    program = ("import atexit, sys, types; atexit.register(print, 'taken down'); module = types.ModuleType('t')\n"
-               "module.main = lambda argv: print('done') or 3\nsys.modules['fastvid.train'] = module\n"
-               "from fastvid.cli import run; run('train', [])")
+    program = (
+        "import atexit, sys, types; atexit.register(print, 'taken down'); module = types.ModuleType('t')\n"
+        "module.main = lambda argv: print('done') or 3\nsys.modules['fastvid.train'] = module\n"
+        "from fastvid.cli import run; run('train', [])"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**ENVIRONMENT, **rank})
     assert found.returncode == 3 and found.stdout.split("\n")[0] == "done"
     assert ("taken down" in found.stdout) == (not rank)
 
 
-@pytest.mark.parametrize("error, kept", [
-    (ValueError("--version v9"), True), (FileNotFoundError(2, "No such file", "x.json"), True),
-    (ConnectionError("rank 1 lost rank 0"), False), (OSError(28, "No space left on device"), False)])
+@pytest.mark.parametrize(
+    "error, kept",
+    [
+        (ValueError("--version v9"), True),
+        (FileNotFoundError(2, "No such file", "x.json"), True),
+        (ConnectionError("rank 1 lost rank 0"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
 def test_what_a_restart_does_not_mend_is_kept_for_it(command, error, kept, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mistake"
     monkeypatch.setenv("FASTVID_MISTAKE", str(file))
@@ -205,8 +227,10 @@ def test_of_a_mistake_that_all_ranks_make_one_is_told(command, tmp_path, monkeyp
 
 @pytest.mark.parametrize("argv, code, word", [(["--help"], 0, "usage: "), (["--learning_rat", "1"], 2, "did you mean")])
 def test_flags_are_looked_at_before_anything_heavy_is_imported(argv, code, word):
-    script = ("import sys\nfrom fastvid.cli import main\n"
-              f"try:\n    main(['train', *{argv}])\nexcept SystemExit as exit:\n    assert exit.code == {code}\n"
-              "heavy = {'torch', 'transformers', 'numpy', 'av'} & set(sys.modules)\nassert not heavy, heavy")
+    script = (
+        "import sys\nfrom fastvid.cli import main\n"
+        f"try:\n    main(['train', *{argv}])\nexcept SystemExit as exit:\n    assert exit.code == {code}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'av'} & set(sys.modules)\nassert not heavy, heavy"
+    )
     found = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert found.returncode == 0 and word in found.stdout + found.stderr

@@ -18,8 +18,9 @@ SCRIPTS = ("convert_instruction_json_to_training_format.py", "filter_for_missing
 def _run(command, *flags, cwd):
     """A command line of a checkout that is not installed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, *command, *flags], cwd=cwd, env=environment, capture_output=True, text=True,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, *command, *flags], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize("output", ["pgvl_convert", "pgvl_filter_a"])
@@ -51,26 +52,44 @@ def test_scripts_run_from_a_checkout_in_any_folder(tmp_path, script):
     (tmp_path / "in.json").write_text(json.dumps(RECORDS))
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "v_3.safetensors").touch()
-    done = _run([str(ROOT / "scripts" / script)], "--input_json_file", "in.json", "--output_json_file", "out.json",
-                "--clip_feature_path", "features", cwd=tmp_path)
+    done = _run(
+        [str(ROOT / "scripts" / script)],
+        "--input_json_file",
+        "in.json",
+        "--output_json_file",
+        "out.json",
+        "--clip_feature_path",
+        "features",
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout) == (0, "Total annotations retained: 1\n"), done.stderr
     lines = done.stderr.splitlines()
     assert lines[0] == "29 records left out: no features in features:" and lines[-1] == "  … and 9 more"
     assert lines[1:5] == [f"  record {i} (from 0): v_{i}" for i in (0, 1, 2, 4)] and len(lines) == 22
-    assert json.loads((tmp_path / "out.json").read_text()) == [{
-        "id": "v_3", "video": "v_3.pkl",
-        "conversations": [{"from": "human", "value": "<video>\nQuestion 3?"}, {"from": "gpt", "value": "Answer 3."}]}]
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {
+            "id": "v_3",
+            "video": "v_3.pkl",
+            "conversations": [
+                {"from": "human", "value": "<video>\nQuestion 3?"},
+                {"from": "gpt", "value": "Answer 3."},
+            ],
+        }
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_mistake_is_one_line_and_leaves_the_old_output(tmp_path, script):
     (tmp_path / "in.json").write_text(json.dumps([*RECORDS, {"q": "Who?", "video_id": "v"}]))
     (tmp_path / "out.json").write_text("old")
-    done = _run([str(ROOT / "scripts" / script)], "--input_json_file", "in.json", "--output_json_file", "out.json",
-                cwd=tmp_path)
+    done = _run(
+        [str(ROOT / "scripts" / script)], "--input_json_file", "in.json", "--output_json_file", "out.json", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("fastvid convert: error: in.json: record 30 (from 0): field 'a' is missing; "
-                           "mend it, or leave malformed records out with --on_bad drop\n")
+    assert done.stderr == (
+        "fastvid convert: error: in.json: record 30 (from 0): field 'a' is missing; "
+        "mend it, or leave malformed records out with --on_bad drop\n"
+    )
     assert (tmp_path / "out.json").read_text() == "old"
 
 
@@ -103,30 +122,53 @@ def test_input_and_output_may_be_the_same_file(tmp_path):
 def test_a_missing_feature_folder_is_an_error(tmp_path):
     (tmp_path / "in.json").write_text("[]")
     with pytest.raises(ValueError, match="--clip_feature_path .*absent is no folder"):
-        convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json"),
-                      "--clip_feature_path", str(tmp_path / "absent")])
+        convert.main(
+            [
+                "--input_json_file",
+                str(tmp_path / "in.json"),
+                "--output_json_file",
+                str(tmp_path / "out.json"),
+                "--clip_feature_path",
+                str(tmp_path / "absent"),
+            ]
+        )
     assert not (tmp_path / "out.json").exists()
 
 
-TRAINING = [{"id": f"v_{i}", "video": f"v_{i}.pkl", "conversations": [{"from": "human", "value": "<video>"},
-                                                                     {"from": "gpt", "value": "a"}]} for i in range(3)]
+TRAINING = [
+    {
+        "id": f"v_{i}",
+        "video": f"v_{i}.pkl",
+        "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "a"}],
+    }
+    for i in range(3)
+]
 
 
-@pytest.mark.parametrize(("records", "files", "message"), [
-    (RECORDS, [], "holds no feature file .*; it is empty"),
-    (RECORDS, ["v_0.mp4", "notes"], "it holds v_0.mp4; extract the features of the videos first"),
-    (RECORDS, ["w_7.pkl", "manifest.jsonl"], r"first wanted is v_0, the first found w_7\.pkl"),
-    (TRAINING, ["w_7.pkl"], r"first wanted is v_0\.pkl, the first found w_7\.pkl"),
-    (TRAINING, None, "holds training records already.*--clip_feature_path"),
-    ([], None, "holds no record"),
-    ([{"q": "?"}], None, "all are malformed; record 0 .from 0.: field 'a' is missing"),
-])
+@pytest.mark.parametrize(
+    ("records", "files", "message"),
+    [
+        (RECORDS, [], "holds no feature file .*; it is empty"),
+        (RECORDS, ["v_0.mp4", "notes"], "it holds v_0.mp4; extract the features of the videos first"),
+        (RECORDS, ["w_7.pkl", "manifest.jsonl"], r"first wanted is v_0, the first found w_7\.pkl"),
+        (TRAINING, ["w_7.pkl"], r"first wanted is v_0\.pkl, the first found w_7\.pkl"),
+        (TRAINING, None, "holds training records already.*--clip_feature_path"),
+        ([], None, "holds no record"),
+        ([{"q": "?"}], None, "all are malformed; record 0 .from 0.: field 'a' is missing"),
+    ],
+)
 @pytest.mark.parametrize("same", [True, False])
 def test_an_empty_result_is_an_error_with_its_reason(tmp_path, records, files, message, same):
     given = tmp_path / "in.json"
     given.write_text(json.dumps(records))
-    flags = ["--input_json_file", str(given), "--output_json_file", str(given if same else tmp_path / "out.json"),
-             "--on_bad", "drop"]
+    flags = [
+        "--input_json_file",
+        str(given),
+        "--output_json_file",
+        str(given if same else tmp_path / "out.json"),
+        "--on_bad",
+        "drop",
+    ]
     if files is not None:
         (tmp_path / "features").mkdir()
         for name in files:
@@ -147,8 +189,19 @@ def test_a_training_file_is_filtered_by_its_features(tmp_path, capsys):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "v_1.safetensors").touch()
     (tmp_path / "in.json").write_text(json.dumps(TRAINING))
-    assert convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file",
-                         str(tmp_path / "out.json"), "--clip_feature_path", str(tmp_path / "features")]) == 0
+    assert (
+        convert.main(
+            [
+                "--input_json_file",
+                str(tmp_path / "in.json"),
+                "--output_json_file",
+                str(tmp_path / "out.json"),
+                "--clip_feature_path",
+                str(tmp_path / "features"),
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "out.json").read_text()) == TRAINING[1:2]
     out, err = capsys.readouterr()
     assert out == "Total annotations retained: 1\n" and "record 2 (from 0): v_2.pkl" in err
@@ -158,8 +211,16 @@ def test_empty_texts_and_endings_are_told(tmp_path, capsys):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "v_1.safetensors").touch()
     (tmp_path / "in.json").write_text(json.dumps([{"q": "", "a": "", "video_id": "v_1.mp4"}]))
-    convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json"),
-                  "--clip_feature_path", str(tmp_path / "features")])
+    convert.main(
+        [
+            "--input_json_file",
+            str(tmp_path / "in.json"),
+            "--output_json_file",
+            str(tmp_path / "out.json"),
+            "--clip_feature_path",
+            str(tmp_path / "features"),
+        ]
+    )
     err = capsys.readouterr().err
     assert "1 records have an empty question" in err and "1 records have an empty answer; training" in err
     assert '1 records: the ending of "video_id" is left out' in err

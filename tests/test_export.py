@@ -36,8 +36,15 @@ def tokenizer_model(tmp_path_factory):
 
     prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["USER: what is it? ASSISTANT: a red cat </s>"] * 20), model_prefix=str(prefix),
-        vocab_size=PIECES, model_type="bpe", byte_fallback=True, pad_id=-1, minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=iter(["USER: what is it? ASSISTANT: a red cat </s>"] * 20),
+        model_prefix=str(prefix),
+        vocab_size=PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=-1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return prefix.with_suffix(".model")
 
 
@@ -47,17 +54,33 @@ def run(tmp_path, tokenizer_model):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=C, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                     image_size=28, patch_size=14)).save_pretrained(tmp_path / "tower")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=C, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+        )
+    ).save_pretrained(tmp_path / "tower")
 
     def make(trainable, *, kind="mlp2x_gelu", tied=False, start_end=True, dtype=torch.float32, **flags):
         rows = load_vocabulary(tokenizer_model)
-        state = {name: torch.randn(rows, D).to(dtype) if tensor.shape == (40, D) else tensor
-                 for name, tensor in llava_state(kind, dtype, tied).items()}
-        config = {"model_type": "llava", "hidden_size": D, "intermediate_size": 44, "num_hidden_layers": 2,
-                  "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": rows, "rms_norm_eps": 1e-5,
-                  "max_position_embeddings": 256, "mm_hidden_size": C, "mm_projector_type": kind,
-                  "mm_vision_tower": str(tmp_path / "tower"), "tie_word_embeddings": tied}
+        state = {
+            name: torch.randn(rows, D).to(dtype) if tensor.shape == (40, D) else tensor
+            for name, tensor in llava_state(kind, dtype, tied).items()
+        }
+        config = {
+            "model_type": "llava",
+            "hidden_size": D,
+            "intermediate_size": 44,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": rows,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 256,
+            "mm_hidden_size": C,
+            "mm_projector_type": kind,
+            "mm_vision_tower": str(tmp_path / "tower"),
+            "tie_word_embeddings": tied,
+        }
         base = write_folder(tmp_path / "base", state, config, files=2)
         (base / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
         tokenizer = load_tokenizer(base, start_end)
@@ -66,10 +89,20 @@ def run(tmp_path, tokenizer_model):
         with torch.no_grad():
             for parameter in trained.values():
                 parameter += torch.randn(parameter.shape)
-        settings = TrainConfig(model_name_or_path=str(base), data_path=[], output_dir=str(tmp_path / "out"), seed=5,
-                               mm_use_vid_start_end=start_end, **flags)
-        folder = checkpoint.save(tmp_path / "out", 7, groups={"model": trained}, state={
-            "config": asdict(settings), "tokens": asdict(tokenizer.tokens)})
+        settings = TrainConfig(
+            model_name_or_path=str(base),
+            data_path=[],
+            output_dir=str(tmp_path / "out"),
+            seed=5,
+            mm_use_vid_start_end=start_end,
+            **flags,
+        )
+        folder = checkpoint.save(
+            tmp_path / "out",
+            7,
+            groups={"model": trained},
+            state={"config": asdict(settings), "tokens": asdict(tokenizer.tokens)},
+        )
         return folder, model, tokenizer
 
     return make
@@ -158,8 +191,10 @@ def test_llava_format(tmp_path, run, trainable):
     assert (inputs.input_ids == tokenizer.tokens.patch).sum() == 4 and inputs.pixel_values.shape == (1, 3, 28, 28)
     assert hf(**inputs).logits.isfinite().all()
     for text in ("what is a red cat?", "USER: <vid_start> red</s>", "a  cat.\n<vid_patch> is"):
-        assert (AutoTokenizer.from_pretrained(output)(text).input_ids
-                == LlamaTokenizer.from_pretrained(output)(text).input_ids)
+        assert (
+            AutoTokenizer.from_pretrained(output)(text).input_ids
+            == LlamaTokenizer.from_pretrained(output)(text).input_ids
+        )
 
 
 def test_exported_twice_is_the_same(tmp_path, run):
@@ -232,8 +267,9 @@ def test_shards_and_index(tmp_path, run, monkeypatch):
     export.export(ExportConfig(str(folder), str(output), "llama", dtype="bfloat16"))
     files = sorted(output.glob("*.safetensors"))
     index = json.loads((output / "model.safetensors.index.json").read_text())
-    assert [path.name for path in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors"
-                                             for i in range(1, len(files) + 1)] and len(files) > 2
+    assert [path.name for path in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ] and len(files) > 2
     held = {name: path.name for path in files for name in load_file(path)}
     assert held == index["weight_map"]
     tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
@@ -256,8 +292,9 @@ def export_with_little_room(settings):
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, run):
     folder, _, _ = run({"projector", "boundary"})
-    child = FORKS.Process(target=export_with_little_room,
-                          args=(ExportConfig(str(folder), str(tmp_path / "exported"), "llama"),))
+    child = FORKS.Process(
+        target=export_with_little_room, args=(ExportConfig(str(folder), str(tmp_path / "exported"), "llama"),)
+    )
     child.start()
     child.join(60)
     assert child.exitcode == 0 and not list(tmp_path.glob("*exported*"))
@@ -326,8 +363,16 @@ def test_the_tower_must_fit(tmp_path, run):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     folder, _, _ = run({"projector", "boundary"})
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=C + 2, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                     image_size=28, patch_size=14)).save_pretrained(tmp_path / "wide")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=C + 2,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match="wide has 12 channels, the projector takes 10"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "wide")))
 
@@ -346,8 +391,11 @@ def test_the_processor_is_the_towers(tmp_path, run):
     from transformers import AutoProcessor
 
     folder, _, _ = run({"projector", "boundary"})
-    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(
-        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "feature_extractor_type": "CLIPProcessor"}))
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "feature_extractor_type": "CLIPProcessor"}
+        )
+    )
     export.export(ExportConfig(str(folder), str(tmp_path / "exported"), "llava"))
     image = AutoProcessor.from_pretrained(tmp_path / "exported").image_processor
     assert (list(image.image_mean), list(image.image_std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])

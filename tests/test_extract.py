@@ -104,7 +104,10 @@ def test_feature_files_and_manifest(job, made, tmp_path):
         assert f"torch.{header['dtype']}" == str(encoder.dtype) and header["fastvid"] == fastvid.__version__
     entries = read_manifest(tmp_path / "features")
     assert {name: (entry["status"], entry["reason"], entry["frames"]) for name, entry in entries.items()} == {
-        "a.mp4": ("ok", None, 12), "b.c.mkv": ("ok", None, 4), "sub/a.mp4": ("ok", None, 9)}
+        "a.mp4": ("ok", None, 12),
+        "b.c.mkv": ("ok", None, 4),
+        "sub/a.mp4": ("ok", None, 9),
+    }
     assert all(entry["seconds"] > 0 for entry in entries.values())
 
 
@@ -121,7 +124,9 @@ def test_a_rerun_does_what_is_missing(job, tmp_path, format):
     summary = extract(job(format=format))
     assert (summary.extracted, summary.skipped) == (1, 2)
     assert [name for name, when in _state(features).items() if when != before[name]] in (
-        [f"a.{format}", "manifest.jsonl"], ["manifest.jsonl", f"a.{format}"])
+        [f"a.{format}", "manifest.jsonl"],
+        ["manifest.jsonl", f"a.{format}"],
+    )
     assert not list(features.glob(".*"))
 
 
@@ -139,12 +144,15 @@ def test_what_is_there_without_a_manifest_is_noted(job, tmp_path):
     assert {entry["status"] for entry in read_manifest(tmp_path / "features").values()} == {"skipped"}
 
 
-@pytest.mark.parametrize("change, why", [
-    ("num_frames", "num_frames 6, not 5"),
-    ("tower", "tower_revision"),
-    ("cut", "extract it again (fastvid extract)"),
-    ("source", "source_bytes"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("num_frames", "num_frames 6, not 5"),
+        ("tower", "tower_revision"),
+        ("cut", "extract it again (fastvid extract)"),
+        ("source", "source_bytes"),
+    ],
+)
 def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change, why):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -192,9 +200,9 @@ def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
         save_features(path, values, header)
     assert extract(job()).skipped == 3
     with pytest.raises(ValueError, match="3 feature files of other settings .*conversion swscale, not dali"):
-        EarlierFeatures(job(decoder="dali"), {"conversion": "dali"}, [ROWS, 8], Manifest(tmp_path)
-                        ).refuse_other_settings(find_videos(job().video_dir_path, tmp_path / "features",
-                                                            ".safetensors")[0])
+        EarlierFeatures(
+            job(decoder="dali"), {"conversion": "dali"}, [ROWS, 8], Manifest(tmp_path)
+        ).refuse_other_settings(find_videos(job().video_dir_path, tmp_path / "features", ".safetensors")[0])
 
 
 @pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])
@@ -249,9 +257,16 @@ def test_an_entry_of_an_older_version_is_used_where_one_file_can_be_meant(job, t
     extract(job(format="pkl"))
     manifest = tmp_path / "features" / "manifest.jsonl"
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-    manifest.write_text("".join(
-        json.dumps({name: value for name, value in line.items() if name not in ("file", "format", "tower", "sha256")})
-        + "\n" for line in lines if line["status"] == "ok"))
+    manifest.write_text(
+        "".join(
+            json.dumps(
+                {name: value for name, value in line.items() if name not in ("file", "format", "tower", "sha256")}
+            )
+            + "\n"
+            for line in lines
+            if line["status"] == "ok"
+        )
+    )
     assert extract(job(format="pkl")).skipped == 3
 
 
@@ -260,7 +275,10 @@ def test_the_manifest_tells_of_each_file(job, tmp_path):
     entry = read_manifest(tmp_path / "features")["sub/a.mp4"]
     content = (tmp_path / "features" / "sub" / "a.safetensors").read_bytes()
     assert (entry["file"], entry["format"], entry["sha256"]) == (
-        "sub/a.safetensors", "safetensors", hashlib.sha256(content).hexdigest())
+        "sub/a.safetensors",
+        "safetensors",
+        hashlib.sha256(content).hexdigest(),
+    )
     assert entry["tower"] == job().vision_tower and entry["num_frames"] == 6
 
 
@@ -297,8 +315,18 @@ def test_a_tower_is_named_by_its_whole_path(job, made, tmp_path, monkeypatch):
 
 
 def test_a_bad_video_costs_one_line(job, mixed, tmp_path, capsys):
-    flags = ["--video_dir_path", str(mixed), "--clip_feat_path", str(tmp_path / "features"), "--num_frames", "6",
-             "--vision_tower", job().vision_tower, "--device", "cpu"]
+    flags = [
+        "--video_dir_path",
+        str(mixed),
+        "--clip_feat_path",
+        str(tmp_path / "features"),
+        "--num_frames",
+        "6",
+        "--vision_tower",
+        job().vision_tower,
+        "--device",
+        "cpu",
+    ]
     assert main(flags) == 1
     output = capsys.readouterr().out
     assert "3 extracted, 0 there already, 1 failed of 4 videos" in output
@@ -320,8 +348,14 @@ def test_names_of_failed_videos_stay_on_their_lines():
 def test_failures_are_counted_by_reason():
     summary = Summary(total=9, max_failures=1)
     for number in range(8):
-        summary.fail(f"{number}.mp4", f"is damaged: {number} of 120 frames decode with errors" if number < 5
-                     else f"decoding took longer than {number} s and its own length" if number < 7 else "odd (x)")
+        summary.fail(
+            f"{number}.mp4",
+            f"is damaged: {number} of 120 frames decode with errors"
+            if number < 5
+            else f"decoding took longer than {number} s and its own length"
+            if number < 7
+            else "odd (x)",
+        )
     assert summary.failed() == "5 × is damaged, 2 × decoding took longer than n s and its own length, 1 × odd"
     assert f"failed, by reason: {summary.failed()}" in str(summary)
     for number in range(10):
@@ -356,10 +390,17 @@ def test_ranks_share_the_videos(job, mixed, tmp_path, monkeypatch):
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == 3
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"max_failures": 1.5}, "max_failures"), ({"timeout": 0.0}, "timeout"), ({"num_frames": 0}, "--num_frames 0"),
-    ({"infer_batch": 0}, "--infer_batch 0"), ({"decode_workers": -1}, "--decode_workers -1"),
-    ({"vision_tower": "/nowhere"}, "hf download")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_failures": 1.5}, "max_failures"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"num_frames": 0}, "--num_frames 0"),
+        ({"infer_batch": 0}, "--infer_batch 0"),
+        ({"decode_workers": -1}, "--decode_workers -1"),
+        ({"vision_tower": "/nowhere"}, "hf download"),
+    ],
+)
 def test_settings_that_cannot_be(job, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         extract(job(**options))
@@ -373,9 +414,21 @@ def test_towers_of_the_two_versions():
 def _start(job, videos, *flags):
     """The reference's script in a process of its own, on a checkout that is not installed."""
     config = job(videos)
-    command = [sys.executable, str(ROOT / "scripts" / "save_spatio_temporal_clip_features.py"), "--video_dir_path",
-               config.video_dir_path, "--clip_feat_path", config.clip_feat_path, "--vision_tower", config.vision_tower,
-               "--num_frames", "6", "--device", "cpu", *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "save_spatio_temporal_clip_features.py"),
+        "--video_dir_path",
+        config.video_dir_path,
+        "--clip_feat_path",
+        config.clip_feat_path,
+        "--vision_tower",
+        config.vision_tower,
+        "--num_frames",
+        "6",
+        "--device",
+        "cpu",
+        *flags,
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -415,7 +468,10 @@ def test_interrupted_and_run_again(job, mixed, tmp_path, number, code):
     after = _state(tmp_path / "features")
     assert all(after[f"{name}.safetensors"] == before[f"{name}.safetensors"] for name in "abd")
     assert {name: entry["status"] for name, entry in read_manifest(tmp_path / "features").items()} == {
-        "a.mp4": "ok", "b.mp4": "ok", "d.mp4": "ok"}
+        "a.mp4": "ok",
+        "b.mp4": "ok",
+        "d.mp4": "ok",
+    }
 
 
 def test_recordings(shared, tiny, tmp_path):
@@ -424,8 +480,11 @@ def test_recordings(shared, tiny, tmp_path):
     for name in ("nasa_13013.mp4", "test_non_zero_start.mp4"):
         shutil.copy(shared / "videos" / name, videos)
     recorded = np.load(shared / "golden" / "features_real.npz")
-    extract(ExtractConfig(str(videos), str(tmp_path / "features"), vision_tower=str(tiny / "clip224"), device="cpu",
-                          dtype="float32"))
+    extract(
+        ExtractConfig(
+            str(videos), str(tmp_path / "features"), vision_tower=str(tiny / "clip224"), device="cpu", dtype="float32"
+        )
+    )
     for name in ("nasa_13013", "test_non_zero_start"):
         features, header = load_features(tmp_path / "features" / f"{name}.safetensors")
         assert np.abs(features.float().numpy() - recorded[f"224/{name}.pkl"].astype(np.float32)).max() <= 0.004
@@ -454,7 +513,7 @@ def test_damaged_videos_are_taken_where_the_user_says_so(job, tmp_path):
     path = draw(videos / "a.avi", codec="mpeg4", pictures=noise)
     content = bytearray(path.read_bytes())
     at = len(content) // 2
-    content[at:at + 60] = bytes(byte ^ 0xFF for byte in content[at:at + 60])
+    content[at : at + 60] = bytes(byte ^ 0xFF for byte in content[at : at + 60])
     path.write_bytes(content)
     summary = extract(job(videos))
     assert summary.extracted == 0 and "--allow_damaged True takes it" in dict(summary.failures)["a.avi"]
@@ -491,13 +550,15 @@ def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
     features = tmp_path / "features"
     opened = []
     monkeypatch.setattr(
-        "builtins.open", lambda path, *a, _open=open, **k: opened.append(str(path)) or _open(path, *a, **k))
+        "builtins.open", lambda path, *a, _open=open, **k: opened.append(str(path)) or _open(path, *a, **k)
+    )
     assert extract(job(format=format)).skipped == 3
     assert not [path for path in opened if path.endswith((".safetensors", ".pkl")) and str(features) in path]
     os.utime(features / f"a.{format}")
     assert extract(job(format=format)).skipped == 3
     assert {path for path in opened if path.startswith(str(features)) and path.endswith(format)} <= {
-        str(features / f"a.{format}")}
+        str(features / f"a.{format}")
+    }
 
 
 def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
@@ -619,8 +680,11 @@ def test_frames_wait_for_a_full_pass_only_so_long(job, made, tmp_path, monkeypat
         return prepared
 
     monkeypatch.setattr(Pipeline, "prepare", slow)
-    monkeypatch.setattr(extraction.Extraction, "_write", lambda self, video, *rest: written.append(
-        video.name) or write(self, video, *rest))
+    monkeypatch.setattr(
+        extraction.Extraction,
+        "_write",
+        lambda self, video, *rest: written.append(video.name) or write(self, video, *rest),
+    )
     assert extract(job(videos, infer_batch=3, decode_workers=3)).extracted == 22
     assert written.index("first.mp4") < written.index("long.mp4")
 
@@ -684,6 +748,7 @@ def test_a_gpu_without_memory_costs_a_video(job, monkeypatch):
 
 def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch):
     """Its thread cannot be ended alone. The manifest says which video it was."""
+
     def ended(code):
         raise SystemExit(code)
 

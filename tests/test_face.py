@@ -14,19 +14,24 @@ def python(*arguments):
 
 
 def test_nothing_heavy_is_imported_before_it_is_used():
-    result = python("-c", """
+    result = python(
+        "-c",
+        """
 import sys, fastvid
 assert {"Chat", "train", "extract", "TrainConfig"} <= set(dir(fastvid))
 fastvid.TrainConfig, fastvid.ExtractConfig, fastvid.ChatConfig
 assert not {"torch", "numpy", "transformers"} & set(sys.modules)
-""")
+""",
+    )
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("first", ["fastvid", "fastvid.train, fastvid.extract"])
 def test_a_command_is_its_function_whoever_imported_it_first(first):
     """Its config is refused before anything is done: there are no videos, and no data."""
-    result = python("-c", f"""
+    result = python(
+        "-c",
+        f"""
 import {first}
 import fastvid
 for command, config in (fastvid.extract, fastvid.ExtractConfig("/none", "/none")), (
@@ -37,7 +42,8 @@ for command, config in (fastvid.extract, fastvid.ExtractConfig("/none", "/none")
         except (ValueError, OSError) as error:
             print(error)
 assert fastvid.train.build and fastvid.extract.extract
-""")
+""",
+    )
     assert result.returncode == 0 and result.stdout.count("/none") >= 4, result.stderr
 
 

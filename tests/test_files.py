@@ -36,9 +36,11 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    program = ("import os, signal, sys\nfrom fastvid.files import atomic_file\n"
-               "with atomic_file(sys.argv[1]) as file:\n"
-               "    file.write(b'ne'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    program = (
+        "import os, signal, sys\nfrom fastvid.files import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as file:\n"
+        "    file.write(b'ne'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, check=False).returncode == -9
     assert path.read_bytes() == b"old"
 
@@ -105,12 +107,15 @@ def test_json_objects_are_read_missing_or_named(tmp_path):
             read_json_object(path)
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-    (b"\x1f\x8b\x08\x00rest", "gunzip"),
-    (b"\n<!DOCTYPE html><html>", "web page"),
-    (b"", "is empty"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"\x1f\x8b\x08\x00rest", "gunzip"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+        (b"", "is empty"),
+    ],
+)
 def test_what_is_not_the_file_is_named(tmp_path, content, said):
     (tmp_path / "a").write_bytes(content)
     assert said in wrong_content(tmp_path / "a")
@@ -144,8 +149,10 @@ with atomic_file(sys.argv[1]) as file:
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "sub").mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "sub" / "a.safetensors")], env={
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "sub" / "a.safetensors")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     [left] = (tmp_path / "sub").iterdir()
     assert re.fullmatch(r"\.[0-9a-f]{8}-\d+-[0-9a-f]{8}\.tmp", left.name)
     here, me = processes.machine(), os.getpid()
@@ -159,8 +166,10 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
 
 
 def test_a_write_that_fails_names_its_file(tmp_path):
-    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*b.json'"), \
-            atomic_file(tmp_path / "b.json"):
+    with (
+        pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: '.*b.json'"),
+        atomic_file(tmp_path / "b.json"),
+    ):
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError, match="^its own words$"), naming("a"):
         raise OSError("its own words")

@@ -12,11 +12,21 @@ from fastvid.flags import _PLACES, parse
 from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
 
-@pytest.mark.parametrize("flag, meant", [
-    ("--epochs", "--num_train_epochs"), ("--batch_size", "--per_device_train_batch_size"), ("--lr", "--learning_rate"),
-    ("--max_length", "--model_max_length"), ("--sed", "--seed"), ("--save-step", "--save_steps"),
-    ("--frobnicate", None), ("--pattern", None), ("--layers", None), ("--train", None),
-])
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("--epochs", "--num_train_epochs"),
+        ("--batch_size", "--per_device_train_batch_size"),
+        ("--lr", "--learning_rate"),
+        ("--max_length", "--model_max_length"),
+        ("--sed", "--seed"),
+        ("--save-step", "--save_steps"),
+        ("--frobnicate", None),
+        ("--pattern", None),
+        ("--layers", None),
+        ("--train", None),
+    ],
+)
 def test_a_suggestion_is_near_in_meaning(flag, meant, capsys):
     message = error_of(capsys, TrainConfig, [*TRAIN, flag, "1"])
     assert f"unknown flag {flag}" in message
@@ -40,12 +50,35 @@ def test_remedies_name_flags_that_are_there():
 
 
 def test_all_mistakes_are_told_at_once(capsys):
-    message = error_of(capsys, TrainConfig, [
-        *TRAIN[2:], "--fp16", "True", "--lora_enable", "--deepspeed=zero3.json", "--epochs", "3", "--bf16", "perhaps",
-        "--wat", "--lora_r", "8", "--do_train"])
-    for part in ("--fp16 True: use --bf16 True", "--lora_enable: fastvid has no LoRA", "--deepspeed zero3.json: ",
-                 "--shard", "unknown flag --epochs, did you mean --num_train_epochs?", "--bf16: perhaps is neither",
-                 "unknown flag --wat, see", "give --model_name_or_path"):
+    message = error_of(
+        capsys,
+        TrainConfig,
+        [
+            *TRAIN[2:],
+            "--fp16",
+            "True",
+            "--lora_enable",
+            "--deepspeed=zero3.json",
+            "--epochs",
+            "3",
+            "--bf16",
+            "perhaps",
+            "--wat",
+            "--lora_r",
+            "8",
+            "--do_train",
+        ],
+    )
+    for part in (
+        "--fp16 True: use --bf16 True",
+        "--lora_enable: fastvid has no LoRA",
+        "--deepspeed zero3.json: ",
+        "--shard",
+        "unknown flag --epochs, did you mean --num_train_epochs?",
+        "--bf16: perhaps is neither",
+        "unknown flag --wat, see",
+        "give --model_name_or_path",
+    ):
         assert part in message
     assert "--lora_r" not in message and "--do_train" not in message
 
@@ -79,23 +112,43 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("flags, remedy", [
-    ("--fp16 True", "--bf16 True"), ("--deepspeed zero2.json", "--shard"), ("--fsdp full_shard auto_wrap", "--shard"),
-    ("--lora_enable True", "no LoRA"), ("--bits 4", "--frozen_dtype nf4"), ("--bits 8", "int8"),
-    ("--resume_from_checkpoint out/checkpoint-5", "--resume auto"), ("--torch_compile True", "leave it out"),
-    ("--push_to_hub True", "hf upload"), ("--auto_find_batch_size True", "--rows_per_batch"),
-    ("--label_smoothing_factor 0.1", "leave it out"), ("--neftune_noise_alpha 5", "leave it out"),
-    ("--group_by_length True", "--rows_per_batch"), ("--sep_video_conv_front True", "--question_order video_first"),
-    ("--data_seed 0", "--seed"), ("--mm_vision_select_layer 0", "-2"),
-    ("--mm_use_im_start_end", "--mm_use_vid_start_end"),
-    ("--no_cuda True", "CUDA_VISIBLE_DEVICES="), ("--dataloader_drop_last True", "leave it out"),
-    ("--mm_projector_lr 2e-5", "--learning_rate"), ("--per_gpu_train_batch_size 4", "--per_device_train_batch_size"),
-    ("--freeze_vision_tower False", "vision tower is not trained"), ("--freeze_vit false", "tower is not trained"),
-    ("--train_type lora", "no LoRA"), ("--frames_upbound 32", "--num_frames"), ("--stage dpo", "sft"),
-    ("--val_size 0.1", "--eval_data_path"), ("--max_samples 1000", "--data_weights"),
-    ("--mm_spatial_pool_stride 2", "leave it out"), ("--dataset_dir data", "--data_path"),
-    ("--load_best_model_at_end True", "fastvid export"), ("--adafactor True", "--optim adamw_8bit"),
-])
+@pytest.mark.parametrize(
+    "flags, remedy",
+    [
+        ("--fp16 True", "--bf16 True"),
+        ("--deepspeed zero2.json", "--shard"),
+        ("--fsdp full_shard auto_wrap", "--shard"),
+        ("--lora_enable True", "no LoRA"),
+        ("--bits 4", "--frozen_dtype nf4"),
+        ("--bits 8", "int8"),
+        ("--resume_from_checkpoint out/checkpoint-5", "--resume auto"),
+        ("--torch_compile True", "leave it out"),
+        ("--push_to_hub True", "hf upload"),
+        ("--auto_find_batch_size True", "--rows_per_batch"),
+        ("--label_smoothing_factor 0.1", "leave it out"),
+        ("--neftune_noise_alpha 5", "leave it out"),
+        ("--group_by_length True", "--rows_per_batch"),
+        ("--sep_video_conv_front True", "--question_order video_first"),
+        ("--data_seed 0", "--seed"),
+        ("--mm_vision_select_layer 0", "-2"),
+        ("--mm_use_im_start_end", "--mm_use_vid_start_end"),
+        ("--no_cuda True", "CUDA_VISIBLE_DEVICES="),
+        ("--dataloader_drop_last True", "leave it out"),
+        ("--mm_projector_lr 2e-5", "--learning_rate"),
+        ("--per_gpu_train_batch_size 4", "--per_device_train_batch_size"),
+        ("--freeze_vision_tower False", "vision tower is not trained"),
+        ("--freeze_vit false", "tower is not trained"),
+        ("--train_type lora", "no LoRA"),
+        ("--frames_upbound 32", "--num_frames"),
+        ("--stage dpo", "sft"),
+        ("--val_size 0.1", "--eval_data_path"),
+        ("--max_samples 1000", "--data_weights"),
+        ("--mm_spatial_pool_stride 2", "leave it out"),
+        ("--dataset_dir data", "--data_path"),
+        ("--load_best_model_at_end True", "fastvid export"),
+        ("--adafactor True", "--optim adamw_8bit"),
+    ],
+)
 def test_what_would_change_the_result_is_refused_with_a_remedy(flags, remedy, capsys):
     message = error_of(capsys, TrainConfig, [*TRAIN, *flags.split()])
     assert f"error: {flags}: " in message and remedy in message
@@ -145,11 +198,35 @@ def test_values_are_read_as_transformers_reads_them():
 
     # It knows no numbers that are whole or not.
     fields = [field for field in dataclasses.fields(TrainConfig) if field.type != int | float]
-    same = dataclasses.make_dataclass("Same", [(field.name, field.type, dataclasses.field(
-        default=field.default, default_factory=field.default_factory, kw_only=True)) for field in fields])
-    lines = ["--bf16", "--bf16 yes", "--bf16=0", "--tf32 FALSE", "--learning-rate 2e-5", "--weight_decay 0.",
-             "--data_weights 1 .5", "--report_to a b", "--lr_scheduler_type linear", "--shard_size 3", "--max_steps -1",
-             "--seed 1 --seed 2", "--lazy_preprocess true", "--version=", "--num_train_epochs 3", "--run_name a=b"]
+    same = dataclasses.make_dataclass(
+        "Same",
+        [
+            (
+                field.name,
+                field.type,
+                dataclasses.field(default=field.default, default_factory=field.default_factory, kw_only=True),
+            )
+            for field in fields
+        ],
+    )
+    lines = [
+        "--bf16",
+        "--bf16 yes",
+        "--bf16=0",
+        "--tf32 FALSE",
+        "--learning-rate 2e-5",
+        "--weight_decay 0.",
+        "--data_weights 1 .5",
+        "--report_to a b",
+        "--lr_scheduler_type linear",
+        "--shard_size 3",
+        "--max_steps -1",
+        "--seed 1 --seed 2",
+        "--lazy_preprocess true",
+        "--version=",
+        "--num_train_epochs 3",
+        "--run_name a=b",
+    ]
     for line in lines:
         [theirs] = HfArgumentParser(same).parse_args_into_dataclasses([*TRAIN, *line.split()])
         ours = parse(TrainConfig, [*TRAIN, *line.split()])
@@ -169,7 +246,8 @@ def test_places_to_write_are_looked_at_first(tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("x")
     assert "--output_dir s3://b/x is a URL; name a place" in error_of(
-        capsys, TrainConfig, [*TRAIN[:4], "--output_dir", "s3://b/x"])
+        capsys, TrainConfig, [*TRAIN[:4], "--output_dir", "s3://b/x"]
+    )
     for place in (file, file / "below"):
         message = error_of(capsys, TrainConfig, [*TRAIN[:4], "--output_dir", str(place)])
         assert f"--output_dir {place}: {file} is a file, not a folder" in message

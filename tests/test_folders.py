@@ -50,8 +50,19 @@ def test_of_several_snapshots_one_must_be_given(made, tmp_path):
 
 
 def ask(model, made, *more):
-    return chat.main(["--model_name_or_path", str(model), "--video", str(made / "feats" / "clip1.safetensors"),
-                      "--question", "what", "--max_new_tokens", "2", *map(str, more)])
+    return chat.main(
+        [
+            "--model_name_or_path",
+            str(model),
+            "--video",
+            str(made / "feats" / "clip1.safetensors"),
+            "--question",
+            "what",
+            "--max_new_tokens",
+            "2",
+            *map(str, more),
+        ]
+    )
 
 
 def test_an_output_dir_is_told_what_to_give_instead(made):
@@ -68,8 +79,11 @@ def test_a_checkpoint_is_to_be_exported(made, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-1").symlink_to(folder)
     for path, what in ((folder, "a checkpoint"), (tmp_path / "run", "an --output_dir of checkpoints")):
-        with pytest.raises(ValueError, match=rf"is {what}, not a whole model; export it \(fastvid export --checkpoint "
-                                             rf"{path} --format llama --output FOLDER\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"is {what}, not a whole model; export it \(fastvid export --checkpoint "
+            rf"{path} --format llama --output FOLDER\)",
+        ):
             ask(path, made)
         assert export.main(["--checkpoint", str(path), "--format", "llama", "--output", str(tmp_path / "x")]) == 0
         assert ask(tmp_path / "x", made) == 0

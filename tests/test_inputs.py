@@ -43,8 +43,12 @@ def _shard(path, **contents):
 def test_a_pattern(tmp_path, monkeypatch):
     _touch(tmp_path, "v/a.mp4", "v/b.MKV", "v/x.txt", "v/sub/a.mp4", "v/sub/deep/c.mp4", "v/.hidden.mp4", "w/d.mp4")
     assert _names(tmp_path / "v" / "*.mp4") == {"a.mp4": "out/a.pkl"}
-    everything = {"a.mp4": "out/a.pkl", "b.MKV": "out/b.pkl", "sub/a.mp4": "out/sub/a.pkl",
-                  "sub/deep/c.mp4": "out/sub/deep/c.pkl"}
+    everything = {
+        "a.mp4": "out/a.pkl",
+        "b.MKV": "out/b.pkl",
+        "sub/a.mp4": "out/sub/a.pkl",
+        "sub/deep/c.mp4": "out/sub/deep/c.pkl",
+    }
     assert _names(f"{tmp_path}/v/**/*") == everything
     assert find_videos(f"{tmp_path}/v/**", "out", ".pkl")[1] == {".txt": 1}
     assert _names(f"{tmp_path}/[vw]/*.mp4") == {"v/a.mp4": "out/v/a.pkl", "w/d.mp4": "out/w/d.pkl"}
@@ -73,8 +77,12 @@ def test_a_list(tmp_path):
     _touch(tmp_path, "v/a.mp4", "v/sub/b.mkv", "v/odd")
     file = tmp_path / "v" / "videos.txt"
     file.write_bytes(b"\xef\xbb\xbfsub/b.mkv\r\n\n./a.mp4\na.mp4\nodd\n" + os.fsencode(tmp_path / "v" / "gone.mp4"))
-    assert _names(file) == {"a.mp4": "out/a.pkl", "gone.mp4": "out/gone.pkl", "odd": "out/odd.pkl",
-                            "sub/b.mkv": "out/sub/b.pkl"}
+    assert _names(file) == {
+        "a.mp4": "out/a.pkl",
+        "gone.mp4": "out/gone.pkl",
+        "odd": "out/odd.pkl",
+        "sub/b.mkv": "out/sub/b.pkl",
+    }
 
 
 @pytest.mark.parametrize("line", ["../a.mp4", "/elsewhere/a.mp4", "sub/../../a.mp4", "{folder}-more/a.mp4"])
@@ -119,8 +127,19 @@ def _empty(path):
 def test_members_of_tar_shards(tmp_path):
     link = tarfile.TarInfo("l.mp4")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    _shard(tmp_path / "00.tar", **{"a.mp4": b"12", "a.json": b"{}", "sub/b.c.mp4": b"345", "l.mp4": link,
-                                   "._a.mp4": b"x", "../up.mp4": b"6", "d.1.mp4": b"7", "d.2.mp4": b"8"})
+    _shard(
+        tmp_path / "00.tar",
+        **{
+            "a.mp4": b"12",
+            "a.json": b"{}",
+            "sub/b.c.mp4": b"345",
+            "l.mp4": link,
+            "._a.mp4": b"x",
+            "../up.mp4": b"6",
+            "d.1.mp4": b"7",
+            "d.2.mp4": b"8",
+        },
+    )
     videos, others = find_videos(tmp_path / "00.tar", "out", ".pkl")
     found = {video.name: video for video in videos}
     assert others == {".json": 1, "no plain file": 1}
@@ -151,7 +170,7 @@ def test_a_shard_that_is_damaged(tmp_path):
     whole = _shard(tmp_path / "0.tar", **{"a.mp4": bytes(2000), "b.mp4": bytes(2000)})
     videos, _ = find_videos(whole, "out", ".pkl")
     content = whole.read_bytes()
-    for part in (b"no tar" * 200, content[:512 + 1000], content[:512 + 2048 + 100]):
+    for part in (b"no tar" * 200, content[: 512 + 1000], content[: 512 + 2048 + 100]):
         (tmp_path / "1.tar").write_bytes(part)
         with pytest.raises(ValueError, match="is no whole tar archive .*download or write it again"):
             find_videos(tmp_path / "1.tar", "out", ".pkl")
@@ -171,7 +190,9 @@ def test_a_cut_shard_of_several_costs_its_own_videos(tmp_path):
     (tmp_path / "in" / "1.tar").write_bytes(content[:1000])
     videos, _ = find_videos(tmp_path / "**" / "*.tar", "out", ".pkl")
     assert [(video.name, str(video.output)) for video in videos] == [
-        ("0/a.mp4", "out/0/a.pkl"), ("in/1.tar", "out/in/1.pkl")]
+        ("0/a.mp4", "out/0/a.pkl"),
+        ("in/1.tar", "out/in/1.pkl"),
+    ]
     assert videos[0].fault is None and videos[1].size() == 0
     assert f"{tmp_path}/in/1.tar is no whole tar archive" in videos[1].fault
     (tmp_path / "0.tar").write_bytes(content[:1000])
@@ -179,8 +200,13 @@ def test_a_cut_shard_of_several_costs_its_own_videos(tmp_path):
         find_videos(tmp_path / "**" / "*.tar", "out", ".pkl")
 
 
-@pytest.mark.parametrize("number, raised, told", [
-    (errno.ENOSPC, OSError, "No space left on device: '.*fastvid-.*mp4'"), (errno.EIO, DecodeError, "cannot be taken")])
+@pytest.mark.parametrize(
+    "number, raised, told",
+    [
+        (errno.ENOSPC, OSError, "No space left on device: '.*fastvid-.*mp4'"),
+        (errno.EIO, DecodeError, "cannot be taken"),
+    ],
+)
 def test_no_room_for_the_copy_of_a_member_is_no_fault_of_the_video(tmp_path, monkeypatch, number, raised, told):
     videos, _ = find_videos(_shard(tmp_path / "0.tar", **{"a.mp4": bytes(2000)}), "out", ".pkl")
 
@@ -201,8 +227,15 @@ def test_no_room_for_the_copy_of_a_member_ends_the_extraction(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "sendfile", full)
     with pytest.raises(OSError, match="No space left on device"):
-        extract(ExtractConfig(str(tmp_path / "0.tar"), str(tmp_path / "out"), vision_tower=str(tmp_path / "tower"),
-                              num_frames=6, device="cpu"))
+        extract(
+            ExtractConfig(
+                str(tmp_path / "0.tar"),
+                str(tmp_path / "out"),
+                vision_tower=str(tmp_path / "tower"),
+                num_frames=6,
+                device="cpu",
+            )
+        )
     assert read_manifest(tmp_path / "out") == {}
 
 
@@ -211,8 +244,11 @@ def test_features_of_a_shard_are_those_of_the_files(tmp_path):
     (tmp_path / "v").mkdir()
     for name, frames in (("a", 9), ("b", 4)):
         draw(tmp_path / "v" / f"{name}.mp4", frames)
-    shard = _shard(tmp_path / "00.tar", **{f"{name}.mp4": (tmp_path / "v" / f"{name}.mp4").read_bytes()
-                                           for name in "ab"}, **{"bad.mp4": b"no video"})
+    shard = _shard(
+        tmp_path / "00.tar",
+        **{f"{name}.mp4": (tmp_path / "v" / f"{name}.mp4").read_bytes() for name in "ab"},
+        **{"bad.mp4": b"no video"},
+    )
     options = {"vision_tower": str(tmp_path / "tower"), "num_frames": 6, "device": "cpu"}
     extract(ExtractConfig(str(tmp_path / "v"), str(tmp_path / "plain"), **options))
     summary = extract(ExtractConfig(str(shard), str(tmp_path / "out"), **options))

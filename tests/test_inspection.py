@@ -18,12 +18,49 @@ from fastvid.inspection import inspect_records, main, render
 RECORDING = SHARED / "golden" / "tokens.json"
 RECORDED = json.loads(RECORDING.read_text()) if RECORDING.is_file() else {"results": {}}
 TRAINING_FLAGS = [
-    "--version", "v1", "--tune_mm_mlp_adapter", "True", "--bf16", "True", "--output_dir", "nowhere",
-    "--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8",
-    "--gradient_accumulation_steps", "1", "--evaluation_strategy", "no", "--save_strategy", "steps", "--save_steps",
-    "3000", "--save_total_limit", "3", "--learning_rate", "2e-5", "--weight_decay", "0.", "--warmup_ratio", "0.03",
-    "--lr_scheduler_type", "cosine", "--logging_steps", "100", "--tf32", "True", "--model_max_length", "2048",
-    "--gradient_checkpointing", "True", "--lazy_preprocess", "True"]
+    "--version",
+    "v1",
+    "--tune_mm_mlp_adapter",
+    "True",
+    "--bf16",
+    "True",
+    "--output_dir",
+    "nowhere",
+    "--num_train_epochs",
+    "3",
+    "--per_device_train_batch_size",
+    "8",
+    "--per_device_eval_batch_size",
+    "8",
+    "--gradient_accumulation_steps",
+    "1",
+    "--evaluation_strategy",
+    "no",
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    "3000",
+    "--save_total_limit",
+    "3",
+    "--learning_rate",
+    "2e-5",
+    "--weight_decay",
+    "0.",
+    "--warmup_ratio",
+    "0.03",
+    "--lr_scheduler_type",
+    "cosine",
+    "--logging_steps",
+    "100",
+    "--tf32",
+    "True",
+    "--model_max_length",
+    "2048",
+    "--gradient_checkpointing",
+    "True",
+    "--lazy_preprocess",
+    "True",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +72,14 @@ def model(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
-    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=list("abcdefghijklmnopqrstuvwxyzACSTIUEARN.,:'▁"))
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=90,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyzACSTIUEARN.,:'▁"),
+    )
     tokenizer.train_from_iterator(["the cat sat"], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip-vit-large-patch14"}))
@@ -50,12 +92,17 @@ def data(tmp_path):
         path = tmp_path / name
         path.write_text(json.dumps(records))
         return path
+
     return write
 
 
 def record(question, answer, **more):
-    return {"id": "one", "video": "clip.pkl", **more,
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "id": "one",
+        "video": "clip.pkl",
+        **more,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
 
 
 @pytest.mark.parametrize("config", RECORDED["results"])
@@ -64,8 +111,19 @@ def test_parity_prints_the_references_ids_and_spans(tiny, data, capsys, config):
     recorded = RECORDED["results"][config]
     path = data(*({"id": name, **video, "conversations": RECORDED["conversations"][name]} for name in recorded))
     flags = [] if "nose" in config else ["--mm_use_vid_start_end"]
-    code = main(["--model_name_or_path", str(tiny / f"model{config[:3]}"), "--data_path", str(path), *flags,
-                 *TRAINING_FLAGS, "--parity", "reference", "--json"])
+    code = main(
+        [
+            "--model_name_or_path",
+            str(tiny / f"model{config[:3]}"),
+            "--data_path",
+            str(path),
+            *flags,
+            *TRAINING_FLAGS,
+            "--parity",
+            "reference",
+            "--json",
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert code == 0 and len(lines) == len(recorded)
     for text, (name, expected) in zip(lines, recorded.items()):
@@ -82,8 +140,18 @@ def test_parity_prints_the_references_ids_and_spans(tiny, data, capsys, config):
 
 def test_a_process_prints_one_line_per_record_and_nothing_else(model, data):
     path = data(record("<video>", "the cat"), "no record", record("", "", video="x"), record("<video> \u2028", "sat"))
-    command = [sys.executable, "-m", "fastvid.inspection", "--model_name_or_path", str(model), "--data_path",
-               str(path), *TRAINING_FLAGS, "--mm_use_vid_start_end", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastvid.inspection",
+        "--model_name_or_path",
+        str(model),
+        "--data_path",
+        str(path),
+        *TRAINING_FLAGS,
+        "--mm_use_vid_start_end",
+        "--json",
+    ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
@@ -103,8 +171,9 @@ def test_missing_features_are_shown_with_their_tokens_and_a_warning(model, data,
     assert bare[0]["warning"] is None and "clip.pkl" in lines[0]["warning"] and "../data.json" in lines[1]["warning"]
 
 
-@pytest.mark.parametrize("more, expected", [
-    ([], None), (["--parity", "reference"], "[3, 4]"), (["--num_video_tokens", "3"], "[3, 4]")])
+@pytest.mark.parametrize(
+    "more, expected", [([], None), (["--parity", "reference"], "[3, 4]"), (["--num_video_tokens", "3"], "[3, 4]")]
+)
 def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_path, more, expected):
     folder = tmp_path / "features"
     folder.mkdir()
@@ -112,8 +181,12 @@ def test_features_that_training_could_not_use_are_a_warning(model, data, tmp_pat
         save_features(folder / f"{name}.safetensors", torch.ones(rows, channels), {})
     (folder / "evil.pkl").write_bytes(b"cposix\nsystem\n(S'touch " + bytes(tmp_path / "ran") + b"'\ntR.")
     path = data(*(record("<video>", "cat", video=name) for name in ("good", "short", "evil", "evil", "wide")))
-    lines = inspect_records(parse(InspectConfig, [
-        "--model_name_or_path", str(model), "--data_path", str(path), "--video_folder", str(folder), *more]))
+    lines = inspect_records(
+        parse(
+            InspectConfig,
+            ["--model_name_or_path", str(model), "--data_path", str(path), "--video_folder", str(folder), *more],
+        )
+    )
     lines = list(lines)
     patch = load_tokenizer(model, False).tokens.patch
     assert [line["input_ids"].count(patch) for line in lines] == [3, 3 if expected else 2, 3, 3, 3]
@@ -139,9 +212,15 @@ def test_a_guessed_number_of_rows_is_said(model, data, caplog):
 
 def test_values_that_are_not_finite_are_a_warning(model, data, tmp_path):
     save_features(tmp_path / "clip.safetensors", torch.full((3, 4), float("nan")), {})
-    flags = ["--model_name_or_path", str(model), "--data_path", str(data(record("<video>", "cat"))), "--video_folder",
-             str(tmp_path)]
-    line, = inspect_records(parse(InspectConfig, flags))
+    flags = [
+        "--model_name_or_path",
+        str(model),
+        "--data_path",
+        str(data(record("<video>", "cat"))),
+        "--video_folder",
+        str(tmp_path),
+    ]
+    (line,) = inspect_records(parse(InspectConfig, flags))
     assert "clip.safetensors holds NaN or infinity" in line["warning"] and line["input_ids"]
 
 
@@ -172,14 +251,15 @@ def test_text_shows_the_whole_conversation_with_placeholders_collapsed(model, da
 def test_colour_marks_what_is_supervised_and_only_that(model, data):
     path = data(record("<video>\nthe cat", "sat on it"))
     flags = ["--model_name_or_path", str(model), "--data_path", str(path), "--mm_use_vid_start_end"]
-    line, = inspect_records(parse(InspectConfig, flags))
+    (line,) = inspect_records(parse(InspectConfig, flags))
     text = render(line, load_tokenizer(model, True), colour=True)
     assert text.count("\033[32m") == 2
     assert "ASSISTANT:\033[32m sat on it\033[0m\033[32m</s>\033[0m" in text
 
 
-@pytest.mark.parametrize(("terminal", "no_color", "coloured"),
-                         [(True, "", True), (True, "1", False), (False, "", False)])
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
 def test_colour_is_for_terminals_without_no_color(model, data, capsys, monkeypatch, terminal, no_color, coloured):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("NO_COLOR", no_color)

@@ -10,9 +10,9 @@ from conftest import ROOT
 
 COMMANDS = {
     "torchrun": 'echo "torchrun $*" >> "$CALLS"; echo "restarts after ${TORCH_ELASTIC_SHUTDOWN_TIMEOUT}" >> "$CALLS"\n'
-                'echo "keeps $TORCH_FR_BUFFER_SIZE collectives, dump $TORCH_NCCL_DUMP_ON_TIMEOUT" >> "$CALLS"\n'
-                'trap "echo torchrun stops >> $CALLS; exit ${ENDS:-143}" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep '
-                '0.1; done',
+    'echo "keeps $TORCH_FR_BUFFER_SIZE collectives, dump $TORCH_NCCL_DUMP_ON_TIMEOUT" >> "$CALLS"\n'
+    'trap "echo torchrun stops >> $CALLS; exit ${ENDS:-143}" TERM\nfor i in $(seq "${STEPS:-0}"); do sleep '
+    "0.1; done",
     "srun": 'echo "srun $1 $2" >> "$CALLS"; shift 2; exec "$@"',
     "scontrol": 'if [[ $1 == show ]]; then printf "gpu07\\ngpu09\\n"; else echo "scontrol $*" >> "$CALLS"; fi',
 }
@@ -29,15 +29,26 @@ def launch(tmp_path):
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
 
     def start(script, *flags, stderr=None, text=None, **variables):
-        return subprocess.Popen(["bash", str(ROOT / "scripts" / script), *flags], env=environment | variables,
-                                cwd=tmp_path, stderr=stderr, text=text)
+        return subprocess.Popen(
+            ["bash", str(ROOT / "scripts" / script), *flags],
+            env=environment | variables,
+            cwd=tmp_path,
+            stderr=stderr,
+            text=text,
+        )
 
     start.calls = tmp_path / "calls"
     return start
 
 
-SLURM = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "gpu[07,09]", "SLURM_JOB_NUM_NODES": "2",
-         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "64"}
+SLURM = {
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_NODELIST": "gpu[07,09]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_CPUS_PER_TASK": "64",
+}
 
 
 def test_one_machine(launch):
@@ -49,10 +60,14 @@ def test_one_machine(launch):
 
 
 @pytest.mark.parametrize("script", ["launch_train.sh", "launch_train.slurm"])
-@pytest.mark.parametrize("given, kept", [
-    ({}, "2000 collectives, dump 1"),
-    ({"TORCH_FR_BUFFER_SIZE": "9", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, "9 collectives, dump 0"),
-    ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, "7 collectives, dump 1")])
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({}, "2000 collectives, dump 1"),
+        ({"TORCH_FR_BUFFER_SIZE": "9", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, "9 collectives, dump 0"),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}, "7 collectives, dump 1"),
+    ],
+)
 def test_nccl_keeps_its_last_collectives(launch, script, given, kept):
     assert launch(script, **(SLURM if script.endswith("slurm") else {}), **given).wait(20) == 0
     assert f"keeps {kept}\n" in launch.calls.read_text()
@@ -108,8 +123,14 @@ def test_a_wrong_flag_is_told_before_torchrun_starts(launch):
 def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
     (tmp_path / "bin" / "torchrun").write_text(f"#!/usr/bin/env bash\n{RESTARTS}")
     begin = time.monotonic()
-    job = launch("launch_train.sh", MODEL=str(tmp_path / "nowhere"), MAX_RESTARTS="9", TMPDIR=str(tmp_path),
-                 stderr=subprocess.PIPE, text=True)
+    job = launch(
+        "launch_train.sh",
+        MODEL=str(tmp_path / "nowhere"),
+        MAX_RESTARTS="9",
+        TMPDIR=str(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     lines = job.communicate(timeout=60)[1].splitlines()
     assert job.returncode == 1 and launch.calls.read_text().count("attempt") == 10
     assert lines[-2] == "torchrun's own report"

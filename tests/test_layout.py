@@ -71,9 +71,13 @@ def imports(name, source, known):
     """Names of the modules that a module imports, at its top or in a function; `import` under __main__ not counted."""
     package = name if known.get(name, "") == "package" else name.rpartition(".")[0]
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body
-                 if not (isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test)
-                                                                    if isinstance(n, ast.Name)})]
+    tree.body = [
+        node
+        for node in tree.body
+        if not (
+            isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+        )
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -81,7 +85,7 @@ def imports(name, source, known):
             base = node.module or ""
             if node.level:
                 parents = package.split(".")
-                base = ".".join([*parents[:len(parents) - node.level + 1], *([base] if base else [])])
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
             for alias in node.names:
                 yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
 
@@ -127,32 +131,49 @@ def test_imports_keep_to_the_layers():
     assert list(faults({name: path.read_text() for name, path in found.items()}, packages)) == []
 
 
-@pytest.mark.parametrize("name, source", [
-    ("fastvid_kernels.pool", "import numpy"),
-    ("fastvid_kernels.pool", "from fastvid.batch import PackedBatch"),
-    ("fastvid.batch", "import fastvid.features.file"),
-    ("fastvid.dist.world", "from fastvid.training import memory"),
-    ("fastvid.video.sampling", "from ..data import records"),
-    ("fastvid.data.features", "def f():\n    from fastvid.model import decoder"),
-    ("fastvid.data.features", "from ..model.decoder import Decoder"),
-    ("fastvid.video.encoder", "from fastvid import train"),
-    ("fastvid.model.decoder", "from fastvid.video.sampling import frame_indices"),
-    ("fastvid.training.adam", "from fastvid.features.file import load_features"),
-    ("fastvid.weights.export", "from fastvid.data.records import place"),
-    ("fastvid.chat", "from fastvid.extract import extract"),
-    ("fastvid.chat", "from fastvid.cli import run"),
-    ("fastvid.data.features", "import av"),
-    ("fastvid.chat", "import nvidia.dali"),
-    ("fastvid.train", "from bitsandbytes.optim import AdamW8bit"),
-    ("fastvid.model.decoder", "def f():\n    import flash_attn"),
-    ("fastvid.train", "import matplotlib.pyplot"),
-    ("fastvid.video.sampling", "def f():\n    from fastvid.video import encoder"),
-])
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("fastvid_kernels.pool", "import numpy"),
+        ("fastvid_kernels.pool", "from fastvid.batch import PackedBatch"),
+        ("fastvid.batch", "import fastvid.features.file"),
+        ("fastvid.dist.world", "from fastvid.training import memory"),
+        ("fastvid.video.sampling", "from ..data import records"),
+        ("fastvid.data.features", "def f():\n    from fastvid.model import decoder"),
+        ("fastvid.data.features", "from ..model.decoder import Decoder"),
+        ("fastvid.video.encoder", "from fastvid import train"),
+        ("fastvid.model.decoder", "from fastvid.video.sampling import frame_indices"),
+        ("fastvid.training.adam", "from fastvid.features.file import load_features"),
+        ("fastvid.weights.export", "from fastvid.data.records import place"),
+        ("fastvid.chat", "from fastvid.extract import extract"),
+        ("fastvid.chat", "from fastvid.cli import run"),
+        ("fastvid.data.features", "import av"),
+        ("fastvid.chat", "import nvidia.dali"),
+        ("fastvid.train", "from bitsandbytes.optim import AdamW8bit"),
+        ("fastvid.model.decoder", "def f():\n    import flash_attn"),
+        ("fastvid.train", "import matplotlib.pyplot"),
+        ("fastvid.video.sampling", "def f():\n    from fastvid.video import encoder"),
+    ],
+)
 def test_a_broken_rule_is_seen(name, source):
-    known = dict.fromkeys([
-        "fastvid", "fastvid.data", "fastvid.video", "fastvid.model", "fastvid.batch", "fastvid.cli", "fastvid.train",
-        "fastvid.extract", "fastvid.features.file", "fastvid.model.decoder", "fastvid.video.sampling",
-        "fastvid.data.records", "fastvid.training.memory"], "")
+    known = dict.fromkeys(
+        [
+            "fastvid",
+            "fastvid.data",
+            "fastvid.video",
+            "fastvid.model",
+            "fastvid.batch",
+            "fastvid.cli",
+            "fastvid.train",
+            "fastvid.extract",
+            "fastvid.features.file",
+            "fastvid.model.decoder",
+            "fastvid.video.sampling",
+            "fastvid.data.records",
+            "fastvid.training.memory",
+        ],
+        "",
+    )
     known["fastvid.video.encoder"] = "from fastvid.video.sampling import frame_indices"
     packages = ["fastvid", "fastvid.data", "fastvid.video", "fastvid.model"]
     assert list(faults(known, packages)) == []
@@ -160,11 +181,17 @@ def test_a_broken_rule_is_seen(name, source):
 
 
 def test_what_the_rules_allow():
-    sources = {"fastvid": "", "fastvid.data": "", "fastvid.weights.export": "", "fastvid.features.file": "",
-               "fastvid.training.recovery": "from fastvid.weights.export import export",
-               "fastvid.chat": "from fastvid import __version__, data\nif __name__ == '__main__':\n"
-                               "    from fastvid.cli import run",
-               "fastvid.export": "from fastvid.features import file", "fastvid.cli": "import fastvid.chat"}
+    sources = {
+        "fastvid": "",
+        "fastvid.data": "",
+        "fastvid.weights.export": "",
+        "fastvid.features.file": "",
+        "fastvid.training.recovery": "from fastvid.weights.export import export",
+        "fastvid.chat": "from fastvid import __version__, data\nif __name__ == '__main__':\n"
+        "    from fastvid.cli import run",
+        "fastvid.export": "from fastvid.features import file",
+        "fastvid.cli": "import fastvid.chat",
+    }
     assert list(faults(sources, ["fastvid", "fastvid.data"])) == []
 
 
@@ -242,9 +269,21 @@ IMPORT_ALL = textwrap.dedent("""
     current = None
     print(json.dumps(seen))
 """)
-THIRD_PARTY = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict",
-               "torch._dynamo", "numpy", "safetensors.torch", "sentencepiece", "tokenizers", "tqdm.contrib.logging",
-               "matplotlib.figure", "triton", "triton.language", "yaml"]
+THIRD_PARTY = [
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",
+    "numpy",
+    "safetensors.torch",
+    "sentencepiece",
+    "tokenizers",
+    "tqdm.contrib.logging",
+    "matplotlib.figure",
+    "triton",
+    "triton.language",
+    "yaml",
+]
 
 
 def import_watched(names, roots):
@@ -265,19 +304,24 @@ def test_touching_something_is_seen(tmp_path):
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     for name, line in {
-        "reads": "open('/etc/hostname').read()", "writes": "open(__file__ + '.txt', 'w')",
-        "environment": "import os; os.environ.get('HOME')", "sets": "import os; os.environ['X'] = '1'",
-        "gpu": "import torch; torch.cuda.is_available()", "network": "import socket; socket.socket()",
+        "reads": "open('/etc/hostname').read()",
+        "writes": "open(__file__ + '.txt', 'w')",
+        "environment": "import os; os.environ.get('HOME')",
+        "sets": "import os; os.environ['X'] = '1'",
+        "gpu": "import torch; torch.cuda.is_available()",
+        "network": "import socket; socket.socket()",
     }.items():
         (folder / f"{name}.py").write_text(line)
     seen = import_watched([f"fastvid_kernels.{path.stem}" for path in sorted(folder.glob("*.py"))], [folder])
     assert {line.partition(":")[0] for line in seen} == {
-        f"fastvid_kernels.{name}" for name in ("reads", "writes", "environment", "sets", "gpu", "network")}
+        f"fastvid_kernels.{name}" for name in ("reads", "writes", "environment", "sets", "gpu", "network")
+    }
 
 
 def test_lint():
     ruff = shutil.which("ruff", path=f"{sys.prefix}/bin")
     if ruff is None:
         pytest.skip("ruff is not installed")
-    result = subprocess.run([ruff, "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+    for command in (["check"], ["format", "--check"]):
+        result = subprocess.run([ruff, *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout

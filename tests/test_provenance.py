@@ -30,15 +30,23 @@ from fastvid.weights.projector_file import save_tensors
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 DIGEST, OTHER = "sha256:aa", "sha256:bb"
-SOME = Provenance("some/tower é\n\x7f\"", DIGEST, 16, 32, "vicuna_v1_1", "video_first", True)
+SOME = Provenance('some/tower é\n\x7f"', DIGEST, 16, 32, "vicuna_v1_1", "video_first", True)
 
 
 def write_clip_tower(folder, seed):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=CHANNELS, intermediate_size=8, num_hidden_layers=2,
-                                     num_attention_heads=2, image_size=28, patch_size=14)).save_pretrained(folder)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=CHANNELS,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -64,13 +72,19 @@ def made(tmp_path_factory):
 
 
 def ask(made, weights="out/mm_projector.bin", **settings):
-    return Chat(model_name_or_path=str(made / "model"), projector=str(made / weights), max_new_tokens=2, device="cpu",
-                **settings)
+    return Chat(
+        model_name_or_path=str(made / "model"),
+        projector=str(made / weights),
+        max_new_tokens=2,
+        device="cpu",
+        **settings,
+    )
 
 
 def test_training_notes_it_in_all_that_it_writes(made):
-    expected = Provenance(str(made / "tower_b"), revisions(made / "tower_b")[0], FRAMES, ROWS, "vicuna_v1_1",
-                          "video_first", True)
+    expected = Provenance(
+        str(made / "tower_b"), revisions(made / "tower_b")[0], FRAMES, ROWS, "vicuna_v1_1", "video_first", True
+    )
     for path in ("out/mm_projector.bin", "out/mm_projector.safetensors", "out/checkpoint-1"):
         assert of_weights(made / path) == expected
     tensors = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
@@ -82,19 +96,33 @@ def test_chat_asks_as_the_weights_were_trained(made):
     for weights in ("out", "out/mm_projector.safetensors"):
         chat = ask(made, weights)
         assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
-            "vicuna_v1_1", "video_first", FRAMES)
+            "vicuna_v1_1",
+            "video_first",
+            FRAMES,
+        )
     assert chat.features(made / "clip.mp4").shape == (ROWS, CHANNELS)
-    named = ask(made, vision_tower=str(made / "tower_b"), num_frames=FRAMES, conv_mode="vicuna_v1_1",
-                question_order="video_first", mm_use_vid_start_end=True)
+    named = ask(
+        made,
+        vision_tower=str(made / "tower_b"),
+        num_frames=FRAMES,
+        conv_mode="vicuna_v1_1",
+        question_order="video_first",
+        mm_use_vid_start_end=True,
+    )
     assert torch.equal(named.features(made / "clip.mp4"), chat.features(made / "clip.mp4"))
     assert named.ask(made / "clip.mp4", "what") == chat.ask(made / "clip.mp4", "what")
     chat.close(), named.close()
 
 
-@pytest.mark.parametrize("flag, value, trained", [
-    ("num_frames", 100, str(FRAMES)), ("conv_mode", "pg-video-llava", "vicuna_v1_1"),
-    ("question_order", "reference", "video_first"), ("mm_use_vid_start_end", False, "True"),
-])
+@pytest.mark.parametrize(
+    "flag, value, trained",
+    [
+        ("num_frames", 100, str(FRAMES)),
+        ("conv_mode", "pg-video-llava", "vicuna_v1_1"),
+        ("question_order", "reference", "video_first"),
+        ("mm_use_vid_start_end", False, "True"),
+    ],
+)
 def test_a_flag_that_contradicts_the_weights_is_refused(made, flag, value, trained):
     with pytest.raises(ValueError, match=rf"--{flag} {value}: .*mm_projector.bin was trained with {trained}"):
         ask(made, **{flag: value})
@@ -109,17 +137,30 @@ def test_another_tower_is_refused_whatever_its_name(made, tmp_path):
     chat.close()
 
 
-@pytest.mark.parametrize("header, rows, message", [
-    ({"tower": "x", "tower_revision": OTHER}, ROWS, "made by another tower"),
-    ({"num_frames": FRAMES + 1}, ROWS, f"--num_frames {FRAMES + 1}, .* was trained with {FRAMES}"),
-    ({}, ROWS + 3, f"{ROWS + 3} rows, .* was trained on features of {ROWS}"),
-])
+@pytest.mark.parametrize(
+    "header, rows, message",
+    [
+        ({"tower": "x", "tower_revision": OTHER}, ROWS, "made by another tower"),
+        ({"num_frames": FRAMES + 1}, ROWS, f"--num_frames {FRAMES + 1}, .* was trained with {FRAMES}"),
+        ({}, ROWS + 3, f"{ROWS + 3} rows, .* was trained on features of {ROWS}"),
+    ],
+)
 def test_a_feature_file_that_contradicts_the_weights_is_refused(made, tmp_path, header, rows, message):
     file = tmp_path / "a.safetensors"
     save_features(file, torch.ones(rows, CHANNELS, dtype=torch.float16), header)
     with pytest.raises(ValueError, match=message):
-        chat_module.main(["--model_name_or_path", str(made / "model"), "--projector", str(made / "out"), "--video",
-                          str(file), "--question", "what"])
+        chat_module.main(
+            [
+                "--model_name_or_path",
+                str(made / "model"),
+                "--projector",
+                str(made / "out"),
+                "--video",
+                str(file),
+                "--question",
+                "what",
+            ]
+        )
     save_features(file, torch.ones(ROWS, CHANNELS, dtype=torch.float16), {})
     ask(made).ask(file, "what")
 
@@ -128,7 +169,10 @@ def test_weights_that_tell_nothing_are_asked_as_the_reference_asks(made, tmp_pat
     torch.save(torch.load(made / "out" / "mm_projector.bin", weights_only=True), tmp_path / "theirs.bin")
     chat = ask(made, tmp_path / "theirs.bin")
     assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
-        "pg-video-llava", "reference", 100)
+        "pg-video-llava",
+        "reference",
+        100,
+    )
     assert chat._loaded_encoder().revision == revisions(made / "tower_a")[0]
 
 
@@ -151,7 +195,10 @@ def test_an_older_output_dir_tells_the_prompt(made, tmp_path):
     chat = ask(made, tmp_path)
     assert chat.weights.endswith("mm_projector.bin") and chat.trained.tower is None
     assert (chat.config.conv_mode, chat.config.question_order, chat.config.num_frames) == (
-        "vicuna_v1_1", "video_first", 100)
+        "vicuna_v1_1",
+        "video_first",
+        100,
+    )
 
 
 def test_a_frame_count_that_gives_other_rows_is_refused(made, tmp_path):
@@ -175,8 +222,9 @@ def test_an_export_holds_the_tower_of_the_features(made, tmp_path):
     assert of_weights(tmp_path / "hf") == of_weights(made / "out" / "checkpoint-1")
     for format in ("llava", "llama"):
         with pytest.raises(ValueError, match="tower_a is another tower"):
-            export.export(ExportConfig(str(made / "out"), str(tmp_path / "x"), format,
-                                       vision_tower=str(made / "tower_a")))
+            export.export(
+                ExportConfig(str(made / "out"), str(tmp_path / "x"), format, vision_tower=str(made / "tower_a"))
+            )
     assert not (tmp_path / "x").exists()
 
 
@@ -208,7 +256,7 @@ def test_features_of_two_towers_are_told_before_the_first_step(made, tmp_path, c
             mark(feats / file.name, made / "tower_a")
     more = ("--max_steps", "1", "--video_folder", str(feats))
     assert train.main(flags(made, tmp_path / "out", *more)) == 0
-    line, = [record.getMessage() for record in caplog.records if "vision towers" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "vision towers" in record.getMessage()]
     assert "features of 2 vision towers" in line and "8 of" in line and "4 of" in line
     found = of_weights(tmp_path / "out" / "mm_projector.bin")
     assert found.tower_revision is None and found.num_frames == FRAMES
@@ -219,9 +267,19 @@ def test_training_with_a_tower_that_did_not_make_the_features_is_refused(made, t
     for name in ("tower_b", "tower_a"):
         argv = flags(made, tmp_path / name, "--max_steps", "1", "--vision_tower", str(made / name))
         if command == "validate":
-            report = validate.validate(parse(ValidateConfig, [
-                "--data_path", str(made / "train.json"), "--video_folder", str(made / "feats"),
-                "--vision_tower", str(made / name)]))
+            report = validate.validate(
+                parse(
+                    ValidateConfig,
+                    [
+                        "--data_path",
+                        str(made / "train.json"),
+                        "--video_folder",
+                        str(made / "feats"),
+                        "--vision_tower",
+                        str(made / name),
+                    ],
+                )
+            )
             assert ("features of another tower than --vision_tower" in report.problems) == (name == "tower_a")
         elif name == "tower_b":
             assert train.main(argv) == 0
@@ -242,8 +300,10 @@ def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog,
 
 
 def test_text_alone_keeps_what_it_started_from(made, tmp_path):
-    records = [{"id": str(i), "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a cat"}]}
-               for i in range(4)]
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a cat"}]}
+        for i in range(4)
+    ]
     (tmp_path / "text.json").write_text(json.dumps(records))
     argv = flags(made, tmp_path / "out", "--max_steps", "1", "--pretrain_mm_mlp_adapter", str(made / "out"))
     argv[argv.index("--data_path") + 1] = str(tmp_path / "text.json")
@@ -264,11 +324,20 @@ def test_what_all_headers_agree_about():
     assert of_features([]) == (Provenance(), {})
 
 
-@pytest.mark.parametrize("recorded, found, same", [
-    (DIGEST, (DIGEST,), True), (DIGEST, (OTHER,), False), (DIGEST, (OTHER, "c" * 40), False), (None, (DIGEST,), None),
-    ("c" * 40, (DIGEST, "c" * 40), True), ("c" * 40, (DIGEST,), None), (DIGEST, ("c" * 40, OTHER), None),
-    (DIGEST, ("c" * 40, DIGEST), True), ("d" * 40, ("c" * 40, DIGEST), False),
-])
+@pytest.mark.parametrize(
+    "recorded, found, same",
+    [
+        (DIGEST, (DIGEST,), True),
+        (DIGEST, (OTHER,), False),
+        (DIGEST, (OTHER, "c" * 40), False),
+        (None, (DIGEST,), None),
+        ("c" * 40, (DIGEST, "c" * 40), True),
+        ("c" * 40, (DIGEST,), None),
+        (DIGEST, ("c" * 40, OTHER), None),
+        (DIGEST, ("c" * 40, DIGEST), True),
+        ("d" * 40, ("c" * 40, DIGEST), False),
+    ],
+)
 def test_a_tower_is_known_by_its_content(recorded, found, same):
     assert same_tower(recorded, found) is same
 
@@ -321,9 +390,15 @@ def test_an_older_checkpoint_tells_the_prompt(tmp_path):
 
 
 PYAV, NVDEC, DALI = (
-    {"tower": "t", "tower_revision": DIGEST, "num_frames": 16, "conversion": "dali", "video": {
-        "decoder": decoder, "conversion": conversion}}
-    for decoder, conversion in (("pyav 18.1.0", "swscale"), ("nvdec, CUDA 13.0", "swscale"), ("dali 2.4.0", "dali")))
+    {
+        "tower": "t",
+        "tower_revision": DIGEST,
+        "num_frames": 16,
+        "conversion": "dali",
+        "video": {"decoder": decoder, "conversion": conversion},
+    }
+    for decoder, conversion in (("pyav 18.1.0", "swscale"), ("nvdec, CUDA 13.0", "swscale"), ("dali 2.4.0", "dali"))
+)
 
 
 def test_decoders_and_conversions_are_those_of_each_video():
@@ -338,11 +413,16 @@ def test_decoders_and_conversions_are_those_of_each_video():
     assert (found.decoder, found.conversion) == ("dali 2.4.0; pyav 18.1.0", "dali; swscale")
 
 
-@pytest.mark.parametrize("headers, remark, warning", [
-    ([PYAV, PYAV, {}], None, None), ([], None, None), ([{}], None, None),
-    ([PYAV, NVDEC, PYAV], "2 decoders, whose bytes are the same: 2 of pyav 18.1.0, 1 of nvdec, CUDA 13.0", None),
-    ([PYAV, DALI, DALI, NVDEC, DALI], None, "2 colour conversions: 3 of dali, 2 of swscale"),
-])
+@pytest.mark.parametrize(
+    "headers, remark, warning",
+    [
+        ([PYAV, PYAV, {}], None, None),
+        ([], None, None),
+        ([{}], None, None),
+        ([PYAV, NVDEC, PYAV], "2 decoders, whose bytes are the same: 2 of pyav 18.1.0, 1 of nvdec, CUDA 13.0", None),
+        ([PYAV, DALI, DALI, NVDEC, DALI], None, "2 colour conversions: 3 of dali, 2 of swscale"),
+    ],
+)
 def test_what_several_decoders_mean(headers, remark, warning):
     said = what_decoders_mean(decoders_of(headers))
     assert [bool(line) for line in said] == [bool(remark), bool(warning)]
@@ -359,7 +439,7 @@ def test_several_decoders_are_told_once_and_kept(made, tmp_path, caplog, other, 
         save_features(feats / file.name, features, {**header, "video": video})
     caplog.set_level("INFO", logger="fastvid")
     assert train.main(flags(made, tmp_path / "out", "--max_steps", "1", "--video_folder", str(feats))) == 0
-    told, = [record for record in caplog.records if "features of 2" in record.getMessage()]
+    (told,) = [record for record in caplog.records if "features of 2" in record.getMessage()]
     assert told.levelname == level and "8 of" in told.getMessage() and "4 of" in told.getMessage()
     decoders = "; ".join(sorted(["pyav 18.1.0", other["video"]["decoder"]]))
     export.export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "p.bin")))
@@ -374,8 +454,13 @@ def test_a_file_of_another_conversion_is_told_when_it_is_read(made, tmp_path, ca
     feats.mkdir()
     for file in (made / "feats").iterdir():
         features, header = load_features(file)
-        save_features(feats / file.name, features, header | (DALI if file.name == "clip5.safetensors" else PYAV) | {
-            "tower_revision": header["tower_revision"]})
+        save_features(
+            feats / file.name,
+            features,
+            header
+            | (DALI if file.name == "clip5.safetensors" else PYAV)
+            | {"tower_revision": header["tower_revision"]},
+        )
     monkeypatch.setattr("fastvid.data.dataset.SampleSet.HEADERS", 2)
     assert train.main(flags(made, tmp_path / "out", "--video_folder", str(feats), "--num_train_epochs", "1")) == 0
     assert "of the colour conversion dali, not swscale" in caplog.text and "colour conversions" not in caplog.text
@@ -386,8 +471,18 @@ def test_features_of_one_conversion_again(made, tmp_path, caplog):
     (tmp_path / "videos").mkdir()
     for name in "ab":
         draw(tmp_path / "videos" / f"{name}.mp4", 6)
-    extraction = ["--video_dir_path", str(tmp_path / "videos"), "--clip_feat_path", str(tmp_path / "feats"),
-                  "--vision_tower", str(made / "tower_b"), "--num_frames", str(FRAMES), "--device", "cpu"]
+    extraction = [
+        "--video_dir_path",
+        str(tmp_path / "videos"),
+        "--clip_feat_path",
+        str(tmp_path / "feats"),
+        "--vision_tower",
+        str(made / "tower_b"),
+        "--num_frames",
+        str(FRAMES),
+        "--device",
+        "cpu",
+    ]
     assert extract.main(extraction) == 0
     file = tmp_path / "feats" / "a.safetensors"
     features, header = load_features(file)
@@ -396,8 +491,17 @@ def test_features_of_one_conversion_again(made, tmp_path, caplog):
     turns = json.loads((made / "train.json").read_text())[0]["conversations"]
     records = [{"id": name, "video": f"{name}.mp4", "conversations": turns} for name in "ab"]
     (tmp_path / "train.json").write_text(json.dumps(records))
-    argv = flags(made, tmp_path / "out", "--max_steps", "1", "--video_folder", str(tmp_path / "feats"), "--data_path",
-                 str(tmp_path / "train.json"), "--dry_run")
+    argv = flags(
+        made,
+        tmp_path / "out",
+        "--max_steps",
+        "1",
+        "--video_folder",
+        str(tmp_path / "feats"),
+        "--data_path",
+        str(tmp_path / "train.json"),
+        "--dry_run",
+    )
     del argv[2:4]  # the other --data_path
     assert train.main(argv) == 0
     assert "2 colour conversions: 1 of dali, 1 of swscale" in caplog.text

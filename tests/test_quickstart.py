@@ -58,18 +58,24 @@ def test_turned_tokens(pieces):
     grid = evaluate.GRID
     features = torch.arange(clips.FRAMES + grid * grid)[:, None].float()
     backwards, mirrored = evaluate.reverse_time(features), evaluate.mirror(features)
-    assert backwards[:clips.FRAMES, 0].tolist() == list(reversed(range(clips.FRAMES)))
-    assert torch.equal(backwards[clips.FRAMES:], features[clips.FRAMES:])
-    assert torch.equal(mirrored[:clips.FRAMES], features[:clips.FRAMES])
-    assert mirrored[clips.FRAMES:clips.FRAMES + grid, 0].tolist() == [19, 18, 17, 16]
+    assert backwards[: clips.FRAMES, 0].tolist() == list(reversed(range(clips.FRAMES)))
+    assert torch.equal(backwards[clips.FRAMES :], features[clips.FRAMES :])
+    assert torch.equal(mirrored[: clips.FRAMES], features[: clips.FRAMES])
+    assert mirrored[clips.FRAMES : clips.FRAMES + grid, 0].tolist() == [19, 18, 17, 16]
     assert mirrored[-grid:, 0].tolist() == [31, 30, 29, 28]
 
 
-@pytest.mark.parametrize("name, figures, code", [
-    ("after stage 1", (0.9, 0.1, 0.9, 0.1), 0), ("after stage 2", (0.89, 0, 1, 0), 1),
-    ("after stage 2", (1, 0, 0.89, 0), 1), ("after stage 2", (1, 0.11, 1, 0), 1),
-    ("after stage 2", (1, 0, 1, 0.11), 1), ("other tower, before stage 2", (0, 1, 0, 1), 0),
-])
+@pytest.mark.parametrize(
+    "name, figures, code",
+    [
+        ("after stage 1", (0.9, 0.1, 0.9, 0.1), 0),
+        ("after stage 2", (0.89, 0, 1, 0), 1),
+        ("after stage 2", (1, 0, 0.89, 0), 1),
+        ("after stage 2", (1, 0.11, 1, 0), 1),
+        ("after stage 2", (1, 0, 1, 0.11), 1),
+        ("other tower, before stage 2", (0, 1, 0, 1), 0),
+    ],
+)
 def test_verdict(pieces, tmp_path, monkeypatch, capsys, name, figures, code):
     first, left = ({"right": right, "turned": turned} for right, turned in (figures[:2], figures[2:]))
     (tmp_path / "results.jsonl").write_text(json.dumps({"name": name, "first": first, "left": left}) + "\n")

@@ -18,15 +18,23 @@ from fastvid.cli import COMMANDS
 
 # Of other programs: torchrun, pip, hf, docker, sbatch.
 OTHERS = {"array", "config", "help", "local-dir", "nproc_per_node", "repo-type", "shm-size"}
-FLAGS = {field.name for each in vars(config).values() if dataclasses.is_dataclass(each) and isinstance(each, type)
-         for field in dataclasses.fields(each)}
+FLAGS = {
+    field.name
+    for each in vars(config).values()
+    if dataclasses.is_dataclass(each) and isinstance(each, type)
+    for field in dataclasses.fields(each)
+}
 
 
 def docstrings(tree):
     """The identities of a syntax tree's docstrings."""
-    return {id(node.body[0].value) for node in ast.walk(tree)
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
-            and isinstance(node.body[0], ast.Expr)}
+    return {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
 
 
 def texts():
@@ -39,11 +47,14 @@ def texts():
                 yield path.relative_to(ROOT).as_posix(), node.value
 
 
-@pytest.mark.parametrize("pattern, known", [
-    (r"(?<![\w-])--([A-Za-z][\w-]*)", FLAGS | OTHERS),
-    (r"[`(]fastvid ([a-z]+)", set(COMMANDS)),
-    (r"(scripts/[\w/]+\.\w+)", {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*")}),
-])
+@pytest.mark.parametrize(
+    "pattern, known",
+    [
+        (r"(?<![\w-])--([A-Za-z][\w-]*)", FLAGS | OTHERS),
+        (r"[`(]fastvid ([a-z]+)", set(COMMANDS)),
+        (r"(scripts/[\w/]+\.\w+)", {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*")}),
+    ],
+)
 def test_what_is_named_is_there(pattern, known):
     named = {(file, word) for file, text in texts() for word in re.findall(pattern, text)}
     assert len(named) > 1
@@ -51,9 +62,11 @@ def test_what_is_named_is_there(pattern, known):
 
 
 # What a message that asks something of its reader has in it: a flag, a command, or one of these words.
-ASKS = re.compile(r"--\w+|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
-                  r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
-                  r"extract|name it|make|mend|rename|shorten|raise it|put)\b")
+ASKS = re.compile(
+    r"--\w+|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
+    r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
+    r"extract|name it|make|mend|rename|shorten|raise it|put)\b"
+)
 HELP = ("fastvid/config.py", "fastvid/flags/foreign.py")  # texts of --help; remedies that test_remedies_runs tries all
 
 
@@ -81,8 +94,9 @@ def test_every_remedy_is_carried_out_by_a_test():
     pieces = {piece for some in ledger["carried out"].values() for piece in some} | {*ledger["not here"]}
     asking = list(messages())
     assert len(asking) > 200
-    assert [text for text in asking if text not in ledger["nothing to do"] and not any(
-        piece in text for piece in pieces)] == [], "a message of this kind wants a test that does what it says"
+    assert [
+        text for text in asking if text not in ledger["nothing to do"] and not any(piece in text for piece in pieces)
+    ] == [], "a message of this kind wants a test that does what it says"
     gone = [text for _, text in texts()] + asking
     assert [piece for piece in pieces if not any(piece in text for text in gone)] == []
     assert {*ledger["nothing to do"]} <= {*asking}
@@ -105,16 +119,22 @@ TRAINING = [
     ("--master_dtype bfloat16", "add --bf16 True", "--master_dtype bfloat16 --bf16 True"),
     ("--frozen_dtype fp8", "add --bf16 True", "--frozen_dtype fp8 --bf16 True"),
     ("--frozen_dtype int8 --tune_mm_mlp_adapter False", "leave the flag out", "--tune_mm_mlp_adapter False"),
-    ("--frozen_dtype int8 --tune_mm_mlp_adapter False", "--tune_mm_mlp_adapter True",
-     "--frozen_dtype int8 --tune_mm_mlp_adapter True"),
+    (
+        "--frozen_dtype int8 --tune_mm_mlp_adapter False",
+        "--tune_mm_mlp_adapter True",
+        "--frozen_dtype int8 --tune_mm_mlp_adapter True",
+    ),
     ("--frozen_dtype int8 --parity reference", "leave one of the two out", "--parity reference"),
     ("--frozen_dtype int8 --shard full", "use --shard auto or none", "--frozen_dtype int8 --shard none"),
     ("--shard_size 2", "for --shard hybrid; add that, or leave it out", "--shard_size 2 --shard hybrid"),
     ("--eval_strategy steps", "needs --eval_data_path", "--eval_strategy steps --eval_data_path {run}/train.json"),
     ("--eval_strategy epoch --evaluation_strategy no", "leave one out", "--evaluation_strategy no"),
     ("--weight_decay 0.1 --parity reference", "set it to 0", "--weight_decay 0 --parity reference"),
-    ("--freeze_mm_mlp_adapter True --mm_use_vid_start_end False", "without --mm_use_vid_start_end",
-     "--freeze_mm_mlp_adapter True --mm_use_vid_start_end True"),
+    (
+        "--freeze_mm_mlp_adapter True --mm_use_vid_start_end False",
+        "without --mm_use_vid_start_end",
+        "--freeze_mm_mlp_adapter True --mm_use_vid_start_end True",
+    ),
     ("--recompute 99", "the model has 2 layers; give at most as many", "--recompute 2"),
     ("--recompute many", "give auto, none, selective, full", "--recompute selective"),
     ("--memory 80", "such as 24GiB or 80GB", "--memory 80GB"),
@@ -126,8 +146,11 @@ TRAINING = [
     ("--share_video True --parity reference", "leave it out with --parity reference", "--parity reference"),
     ("--data_path {run}/missing.json", "--on_bad_sample skip", "--data_path {run}/missing.json --on_bad_sample skip"),
     ("--data_path {run}/image.json", "--on_bad_sample skip", "--data_path {run}/image.json --on_bad_sample skip"),
-    ("--video_folder {run}/model/config.json", "give the one that feature extraction wrote to",
-     "--video_folder {run}/feats"),
+    (
+        "--video_folder {run}/model/config.json",
+        "give the one that feature extraction wrote to",
+        "--video_folder {run}/feats",
+    ),
     ("--model_name_or_path {run}", "its model is .*/model: give that", "--model_name_or_path {run}/model"),
     ("--fp16 True", "--bf16", "--bf16 True"),
     ("--deepspeed zero3.json", "--shard", "--shard full"),

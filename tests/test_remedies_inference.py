@@ -37,8 +37,16 @@ def write_clip_tower(folder, seed, width=CHANNELS, patch=14):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
-    CLIPVisionModel(CLIPVisionConfig(hidden_size=width, intermediate_size=8, num_hidden_layers=2,
-                                     num_attention_heads=2, image_size=28, patch_size=patch)).save_pretrained(folder)
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=patch,
+        )
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +64,11 @@ def made(tmp_path_factory):
     draw(made / "clips" / "clip.mp4", 6)
     shutil.copytree(made / "feats", made / "untold_feats")
     for file in (made / "feats").iterdir():
-        save_features(file, load_features(file)[0], {
-            "tower": str(made / "tower_b"), "tower_revision": revisions(made / "tower_b")[0], "num_frames": FRAMES})
+        save_features(
+            file,
+            load_features(file)[0],
+            {"tower": str(made / "tower_b"), "tower_revision": revisions(made / "tower_b")[0], "num_frames": FRAMES},
+        )
     (made / "questions.json").write_text(json.dumps([{"video": "clip1", "question": "what"}]))
     tensors, path = load_file(made / "model" / "model.safetensors"), made / "model" / "config.json"
     config = json.loads(path.read_text()) | {"mm_vision_tower": str(made / "tower_a")}
@@ -79,8 +90,11 @@ def made(tmp_path_factory):
     model("int8", tensors | {"model.norm.weight": torch.ones_like(tensors["model.norm.weight"], dtype=torch.int8)})
     model("shallow", {name: t for name, t in tensors.items() if "layers.1." not in name}, num_hidden_layers=1)
     tables = ("model.embed_tokens.weight", "lm_head.weight")
-    other = model("other", tensors | {name: torch.cat([tensors[name], tensors[name][:1]]) for name in tables},
-                  vocab_size=config["vocab_size"] + 1)
+    other = model(
+        "other",
+        tensors | {name: torch.cat([tensors[name], tensors[name][:1]]) for name in tables},
+        vocab_size=config["vocab_size"] + 1,
+    )
     (other / "added_tokens.json").write_text(json.dumps({"<more>": config["vocab_size"]}))
     export._write_tokenizer_table(model("table"))
     (made / "table" / "tokenizer.model").unlink()
@@ -97,15 +111,30 @@ def made(tmp_path_factory):
     start = importlib.import_module("fastvid.train").main
     assert start(flags(made, made / "out", "--max_steps", "1", "--question_order", "video_first")) == 0
     assert start(flags(made, made / "full", "--max_steps", "1", "--tune_mm_mlp_adapter", "False")) == 0
-    assert start(flags(made, made / "untold", "--max_steps", "1", "--model_name_or_path", str(made / "llama"),
-                       "--video_folder", str(made / "untold_feats"))) == 0
+    assert (
+        start(
+            flags(
+                made,
+                made / "untold",
+                "--max_steps",
+                "1",
+                "--model_name_or_path",
+                str(made / "llama"),
+                "--video_folder",
+                str(made / "untold_feats"),
+            )
+        )
+        == 0
+    )
     trained = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
     save_tensors(made / "theirs.bin", trained)
     save_tensors(made / "rows.bin", trained, Provenance(num_frames=FRAMES, rows=ROWS))
     (made / "cut.bin").write_bytes((made / "theirs.bin").read_bytes()[:-1000])
     save_tensors(made / "nan.bin", {name: torch.full_like(t, torch.nan) for name, t in trained.items()})
-    save_tensors(made / "narrow.bin", {name: t[..., :4].contiguous() if name.endswith("2.weight") else t
-                                       for name, t in trained.items()})
+    save_tensors(
+        made / "narrow.bin",
+        {name: t[..., :4].contiguous() if name.endswith("2.weight") else t for name, t in trained.items()},
+    )
     save_features(made / "wide.safetensors", torch.ones(ROWS, 16, dtype=torch.float16), {})
     return made
 
@@ -113,7 +142,9 @@ def made(tmp_path_factory):
 ALWAYS = {
     "chat": "--model_name_or_path {made}/model --max_new_tokens 2 --device cpu",
     "extract": f"--video_dir_path {{made}}/clips --clip_feat_path {{tmp}}/feats --num_frames {FRAMES} --device cpu",
-    "export": "", "train": "", "inspect": "",
+    "export": "",
+    "train": "",
+    "inspect": "",
 }
 FEATURES, FILM, ASK = "--video {made}/feats/clip1.safetensors ", "--video {made}/clips/clip.mp4 ", "--question what "
 ONE, ABOUT, OUT = FEATURES + ASK, FILM + ASK, "--projector {made}/out "
@@ -126,47 +157,108 @@ MISTAKES = [
     # fastvid chat
     ("chat", ASK, "give --video: a video, a feature file, or a folder", ABOUT, ONE, "--video {made}/feats " + ASK),
     ("chat", f"--video {URL}.mp4 " + ASK, "--video .* is a URL: download the video and give its path", ABOUT),
-    ("chat", ONE + "--questions_file {made}/questions.json", "give --question or --questions_file, not both", ONE,
-     FEATURES + "--questions_file {made}/questions.json"),
+    (
+        "chat",
+        ONE + "--questions_file {made}/questions.json",
+        "give --question or --questions_file, not both",
+        ONE,
+        FEATURES + "--questions_file {made}/questions.json",
+    ),
     ("chat", FEATURES + "--question ''", "--question is empty; give one", ONE),
-    ("chat", "--video {made}/feats", "give --question or --questions_file .questions", "--video {made}/feats " + ASK,
-     "--video {made}/feats --questions_file {made}/questions.json"),
+    (
+        "chat",
+        "--video {made}/feats",
+        "give --question or --questions_file .questions",
+        "--video {made}/feats " + ASK,
+        "--video {made}/feats --questions_file {made}/questions.json",
+    ),
     ("chat", OTHER + "llama " + ONE, "holds no projector: give the trained one with --projector", UNTOLD + ONE),
-    ("chat", UNTOLD + f"--num_frames {FRAMES} " + ABOUT, "names no vision tower: give --vision_tower",
-     UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT),
-    ("chat", UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/wide " + ABOUT,
-     "has 16 channels, .*: give the tower that made the features",
-     UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT),
-    ("chat", UNTOLD + "--vision_tower {made}/tower_b " + ABOUT, f"was trained on features of {ROWS}: --num_frames "
-     f"{FRAMES}, or the tower", UNTOLD + f"--vision_tower {{made}}/tower_b --num_frames {FRAMES} " + ABOUT),
-    ("chat", "--projector {made}/rows.bin --vision_tower {made}/fine " + ABOUT, f"on features of {ROWS}: give the "
-     "tower and the frames of training", "--projector {made}/rows.bin --vision_tower {made}/tower_b " + ABOUT),
-    ("chat", OTHER + "other --projector {made}/theirs.bin " + ONE, "without them: --mm_use_vid_start_end False",
-     OTHER + "other --projector {made}/theirs.bin --mm_use_vid_start_end False " + ONE),
-    ("chat", "--projector {made}/cut.bin " + ONE, "cannot be read .*; download or write it again$",
-     "--projector {made}/theirs.bin " + ONE),
-    ("chat", OTHER + "other " + OUT + ONE, "trained on another model folder.* give that one as --model_name_or_path",
-     OUT + ONE),
+    (
+        "chat",
+        UNTOLD + f"--num_frames {FRAMES} " + ABOUT,
+        "names no vision tower: give --vision_tower",
+        UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT,
+    ),
+    (
+        "chat",
+        UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/wide " + ABOUT,
+        "has 16 channels, .*: give the tower that made the features",
+        UNTOLD + f"--num_frames {FRAMES} --vision_tower {{made}}/tower_b " + ABOUT,
+    ),
+    (
+        "chat",
+        UNTOLD + "--vision_tower {made}/tower_b " + ABOUT,
+        f"was trained on features of {ROWS}: --num_frames {FRAMES}, or the tower",
+        UNTOLD + f"--vision_tower {{made}}/tower_b --num_frames {FRAMES} " + ABOUT,
+    ),
+    (
+        "chat",
+        "--projector {made}/rows.bin --vision_tower {made}/fine " + ABOUT,
+        f"on features of {ROWS}: give the tower and the frames of training",
+        "--projector {made}/rows.bin --vision_tower {made}/tower_b " + ABOUT,
+    ),
+    (
+        "chat",
+        OTHER + "other --projector {made}/theirs.bin " + ONE,
+        "without them: --mm_use_vid_start_end False",
+        OTHER + "other --projector {made}/theirs.bin --mm_use_vid_start_end False " + ONE,
+    ),
+    (
+        "chat",
+        "--projector {made}/cut.bin " + ONE,
+        "cannot be read .*; download or write it again$",
+        "--projector {made}/theirs.bin " + ONE,
+    ),
+    (
+        "chat",
+        OTHER + "other " + OUT + ONE,
+        "trained on another model folder.* give that one as --model_name_or_path",
+        OUT + ONE,
+    ),
     ("chat", OUT + "--num_frames 100 " + ONE, "would answer wrongly; leave --num_frames out", OUT + ONE),
     ("chat", OUT + "--conv_mode pg-video-llava " + ONE, "leave --conv_mode out", OUT + ONE),
     ("chat", OUT + "--question_order reference " + ONE, "leave --question_order out", OUT + ONE),
     ("chat", OUT + "--mm_use_vid_start_end False " + ONE, "leave --mm_use_vid_start_end out", OUT + ONE),
-    ("chat", OUT + "--vision_tower {made}/tower_a " + ABOUT, "is another tower .*tower_b .*; give that one",
-     OUT + "--vision_tower {made}/tower_b " + ABOUT),
+    (
+        "chat",
+        OUT + "--vision_tower {made}/tower_a " + ABOUT,
+        "is another tower .*tower_b .*; give that one",
+        OUT + "--vision_tower {made}/tower_b " + ABOUT,
+    ),
     ("chat", FEATURES + "--question '{long}'", "shorten the question", ONE),
-    ("chat", "--projector {made}/theirs.bin --num_frames 600 " + ABOUT, "or use fewer frames",
-     "--projector {made}/theirs.bin --num_frames 60 " + ABOUT),
+    (
+        "chat",
+        "--projector {made}/theirs.bin --num_frames 600 " + ABOUT,
+        "or use fewer frames",
+        "--projector {made}/theirs.bin --num_frames 60 " + ABOUT,
+    ),
     ("chat", "--device gpu " + ONE, "--device gpu cannot be used .*; cpu can be used", "--device cpu " + ONE),
-    ("chat", "--video {made}/none " + ASK, "no file in it ends in one of .safetensors.*.mp4", "--video {made}/feats "
-     + ASK),
+    (
+        "chat",
+        "--video {made}/none " + ASK,
+        "no file in it ends in one of .safetensors.*.mp4",
+        "--video {made}/feats " + ASK,
+    ),
     # A model's folder
-    ("chat", f"--model_name_or_path {URL} " + ONE, "is a URL; --model_name_or_path takes a folder on this machine",
-     MODEL + ONE),
+    (
+        "chat",
+        f"--model_name_or_path {URL} " + ONE,
+        "is a URL; --model_name_or_path takes a folder on this machine",
+        MODEL + ONE,
+    ),
     ("chat", OTHER + "model/model.safetensors " + ONE, "is a file, where a model's folder is wanted", MODEL + ONE),
-    ("chat", OTHER + "models--a--b " + ONE, "holds 2 snapshots of the model: give one of them, such as .*/a",
-     OTHER + "models--a--b/snapshots/a " + ONE),
-    ("chat", OTHER + "nowhere " + ONE, "holds no tokenizer.model or tokenizer.json; --model_name_or_path "
-     "takes a folder on this machine", MODEL + ONE),
+    (
+        "chat",
+        OTHER + "models--a--b " + ONE,
+        "holds 2 snapshots of the model: give one of them, such as .*/a",
+        OTHER + "models--a--b/snapshots/a " + ONE,
+    ),
+    (
+        "chat",
+        OTHER + "nowhere " + ONE,
+        "holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder on this machine",
+        MODEL + ONE,
+    ),
     ("chat", OTHER + "bare " + ONE, "holds no tokenizer.model or tokenizer.json", MODEL + ONE),
     ("chat", OTHER + "family " + ONE, "has no </s>.*: use a model of the LLaMA / Vicuna family", MODEL + ONE),
     ("chat", OTHER + "llama.cpp " + ONE, "m.gguf is of llama.cpp, .*: give the folder of the model", MODEL + ONE),
@@ -175,50 +267,123 @@ MISTAKES = [
     ("chat", OTHER + "int8 " + ONE, "quantised weights: take the folder of the model that they were made", MODEL + ONE),
     # A projector
     ("chat", f"--projector {URL} " + ONE, "--projector .* is a URL: download the file and give its path", OUT + ONE),
-    ("chat", "--projector {made}/nowhere " + ONE, "does not exist; give a projector file, a checkpoint-N folder or the "
-     "--output_dir", "--projector {made}/out/mm_projector.bin " + ONE, "--projector {made}/out/checkpoint-1 " + ONE,
-     OUT + ONE),
-    ("chat", "--projector {made}/model " + ONE, "neither a projector file .* nor a checkpoint-N folder or",
-     "--projector {made}/out/mm_projector.safetensors " + ONE, "--projector {made}/out/checkpoint-1 " + ONE, OUT + ONE),
-    ("chat", "--projector {made}/model/model.safetensors " + ONE, "it is a model's weights. Give the folder that it "
-     "belongs to as --model_name_or_path", MODEL + ONE),
+    (
+        "chat",
+        "--projector {made}/nowhere " + ONE,
+        "does not exist; give a projector file, a checkpoint-N folder or the --output_dir",
+        "--projector {made}/out/mm_projector.bin " + ONE,
+        "--projector {made}/out/checkpoint-1 " + ONE,
+        OUT + ONE,
+    ),
+    (
+        "chat",
+        "--projector {made}/model " + ONE,
+        "neither a projector file .* nor a checkpoint-N folder or",
+        "--projector {made}/out/mm_projector.safetensors " + ONE,
+        "--projector {made}/out/checkpoint-1 " + ONE,
+        OUT + ONE,
+    ),
+    (
+        "chat",
+        "--projector {made}/model/model.safetensors " + ONE,
+        "it is a model's weights. Give the folder that it belongs to as --model_name_or_path",
+        MODEL + ONE,
+    ),
     ("chat", "--projector {made}/narrow.bin " + ONE, "or take the projector file that belongs to", OUT + ONE),
-    ("chat", "--projector {made}/nan.bin " + ONE, "not finite .* or take weights of an earlier step",
-     "--projector {made}/out/checkpoint-1 " + ONE),
+    (
+        "chat",
+        "--projector {made}/nan.bin " + ONE,
+        "not finite .* or take weights of an earlier step",
+        "--projector {made}/out/checkpoint-1 " + ONE,
+    ),
     # fastvid export
-    ("export", f"--checkpoint {URL} " + PROJECTOR, "is a URL: download the checkpoint's folder and give its path",
-     OF_OUT + PROJECTOR),
-    ("export", "--checkpoint {made}/model " + PROJECTOR, "neither a checkpoint-N folder nor an --output_dir that holds",
-     "--checkpoint {made}/out/checkpoint-1 " + PROJECTOR, OF_OUT + PROJECTOR),
-    ("export", OF_OUT + OTHER + "other " + PROJECTOR, "other ids .* give the folder that training started "
-     "from .--model_name_or_path", OF_OUT + MODEL + PROJECTOR),
-    ("export", "--checkpoint {made}/full " + OTHER + "shallow " + HERE, r"which does not fit .*: give the folder that "
-     r"training started from \(--model_name_or_path\)", "--checkpoint {made}/full " + MODEL + HERE),
+    (
+        "export",
+        f"--checkpoint {URL} " + PROJECTOR,
+        "is a URL: download the checkpoint's folder and give its path",
+        OF_OUT + PROJECTOR,
+    ),
+    (
+        "export",
+        "--checkpoint {made}/model " + PROJECTOR,
+        "neither a checkpoint-N folder nor an --output_dir that holds",
+        "--checkpoint {made}/out/checkpoint-1 " + PROJECTOR,
+        OF_OUT + PROJECTOR,
+    ),
+    (
+        "export",
+        OF_OUT + OTHER + "other " + PROJECTOR,
+        "other ids .* give the folder that training started from .--model_name_or_path",
+        OF_OUT + MODEL + PROJECTOR,
+    ),
+    (
+        "export",
+        "--checkpoint {made}/full " + OTHER + "shallow " + HERE,
+        r"which does not fit .*: give the folder that "
+        r"training started from \(--model_name_or_path\)",
+        "--checkpoint {made}/full " + MODEL + HERE,
+    ),
     ("export", OF_OUT + "--format llama --output {made}/model", "made of; choose another folder", OF_OUT + HERE),
-    ("export", OF_OUT + "--format llama --output {made}/feats", "is not an export of fastvid's; choose another folder",
-     OF_OUT + HERE),
-    ("export", OF_OUT + "--output {tmp}/p.pt", "a projector file ends in .bin .* or .safetensors",
-     OF_OUT + "--output {tmp}/p.bin", OF_OUT + "--output {tmp}/p.safetensors"),
-    ("export", "--checkpoint {made}/untold --format llava --output {tmp}/x", "names none: give --vision_tower",
-     "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b"),
-    ("export", "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/wide",
-     "has 16 channels, .*: give the tower that made the features",
-     "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b"),
-    ("export", OF_OUT + HERE + "--vision_tower {made}/tower_a", "is another tower .*tower_b .*; give that one",
-     OF_OUT + HERE + "--vision_tower {made}/tower_b"),
+    (
+        "export",
+        OF_OUT + "--format llama --output {made}/feats",
+        "is not an export of fastvid's; choose another folder",
+        OF_OUT + HERE,
+    ),
+    (
+        "export",
+        OF_OUT + "--output {tmp}/p.pt",
+        "a projector file ends in .bin .* or .safetensors",
+        OF_OUT + "--output {tmp}/p.bin",
+        OF_OUT + "--output {tmp}/p.safetensors",
+    ),
+    (
+        "export",
+        "--checkpoint {made}/untold --format llava --output {tmp}/x",
+        "names none: give --vision_tower",
+        "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b",
+    ),
+    (
+        "export",
+        "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/wide",
+        "has 16 channels, .*: give the tower that made the features",
+        "--checkpoint {made}/untold --format llava --output {tmp}/x --vision_tower {made}/tower_b",
+    ),
+    (
+        "export",
+        OF_OUT + HERE + "--vision_tower {made}/tower_a",
+        "is another tower .*tower_b .*; give that one",
+        OF_OUT + HERE + "--vision_tower {made}/tower_b",
+    ),
     # A tower
     ("extract", f"--vision_tower {URL}", "is a URL; give the tower's folder", "--vision_tower {made}/tower_b"),
-    ("extract", "--vision_tower {made}/tower_b/model.safetensors", "is a file; give the tower's folder",
-     "--vision_tower {made}/tower_b"),
+    (
+        "extract",
+        "--vision_tower {made}/tower_b/model.safetensors",
+        "is a file; give the tower's folder",
+        "--vision_tower {made}/tower_b",
+    ),
     ("extract", "--vision_tower {made}/nowhere", "no such folder; give the tower's", "--vision_tower {made}/tower_b"),
-    ("extract", "--vision_tower {made}/none", "cannot load the vision tower .*and pass --vision_tower FOLDER",
-     "--vision_tower {made}/tower_b"),
+    (
+        "extract",
+        "--vision_tower {made}/none",
+        "cannot load the vision tower .*and pass --vision_tower FOLDER",
+        "--vision_tower {made}/tower_b",
+    ),
     # fastvid train and inspect
-    ("train", "--max_steps 1 --vision_tower {made}/tower_a", "leave the flag out, or give that one", "--max_steps 1",
-     "--max_steps 1 --vision_tower {made}/tower_b"),
-    ("train", "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type linear", "holds a mlp2x_gelu "
-     "projector, --mm_projector_type linear asks for another",
-     "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type mlp2x_gelu"),
+    (
+        "train",
+        "--max_steps 1 --vision_tower {made}/tower_a",
+        "leave the flag out, or give that one",
+        "--max_steps 1",
+        "--max_steps 1 --vision_tower {made}/tower_b",
+    ),
+    (
+        "train",
+        "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type linear",
+        "holds a mlp2x_gelu projector, --mm_projector_type linear asks for another",
+        "--max_steps 1 --pretrain_mm_mlp_adapter {made}/out --mm_projector_type mlp2x_gelu",
+    ),
     ("inspect", "--index 12", "the data hold records 0 to 11", "--index 11", "--index 0"),
 ]
 
@@ -226,12 +391,14 @@ MISTAKES = [
 @pytest.fixture
 def attempt(made, tmp_path):
     """attempt(command, words): run it; words of the constants above."""
+
     def attempt(command, words):
         argv = shlex.split(f"{ALWAYS[command]} {words}".format(made=made, tmp=tmp_path, long="what " * 600))
         if command in ("train", "inspect"):
             argv = flags(made, tmp_path / "trained", *argv)
         module = "inspection" if command == "inspect" else command
         return importlib.import_module(f"fastvid.{module}").main(argv)
+
     return attempt
 
 
@@ -255,8 +422,12 @@ def outside(text):
 DAMAGED = [
     ("model", "config.json", b"{", "config.json is no JSON object .*; copy the model's folder again"),
     ("model", "config.json", b"[]", "config.json holds no JSON object; download it again"),
-    ("model", "config.json", lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'),
-     "is no size of a model .*; download the file again"),
+    (
+        "model",
+        "config.json",
+        lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'),
+        "is no size of a model .*; download the file again",
+    ),
     ("model", "tokenizer.model", b"none", "no sentencepiece model .*; copy the model's folder again"),
     ("table", "tokenizer.json", b"{", "no tokenizer file .*; copy the model's folder again"),
     ("model", "model.safetensors", b"cut short", "cannot be read .*; download or write it again"),
@@ -269,8 +440,12 @@ DAMAGED = [
     ("sharded", "model.safetensors.index.json", b"[]", "is not an index of weights .*; download it again"),
     ("sharded", "model.safetensors.index.json", outside, "outside its folder; only plain file names are read"),
     ("sharded", "model-00002-of-00002.safetensors", None, "does not exist: the folder's download is incomplete"),
-    ("sharded", "model-00002-of-00002.safetensors", {"model.layers.0.self_attn.q_proj.weight": None},
-     "which the folder's index says it holds; download it again"),
+    (
+        "sharded",
+        "model-00002-of-00002.safetensors",
+        {"model.layers.0.self_attn.q_proj.weight": None},
+        "which the folder's index says it holds; download it again",
+    ),
     ("bin", "pytorch_model.bin", CODE, "Download it again from a source you trust, best as .safetensors"),
 ]
 
@@ -358,13 +533,16 @@ def test_a_lora_adapter_merged_into_its_base_answers(made, tmp_path, attempt):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}))
-    save_file({f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))},
-              adapter / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(ValueError, match="merge it into its base model, and give the folder of that"):
         attempt("chat", "--model_name_or_path {tmp}/adapter " + ONE)
     merged = shutil.copytree(made / "model", tmp_path / "merged")
-    save_file(tensors | {f"{name}.weight": tensors[f"{name}.weight"] + alpha / rank * b @ a},
-              merged / "model.safetensors")
+    save_file(
+        tensors | {f"{name}.weight": tensors[f"{name}.weight"] + alpha / rank * b @ a}, merged / "model.safetensors"
+    )
     assert attempt("chat", "--model_name_or_path {tmp}/merged " + ONE) == 0
 
 
@@ -372,7 +550,7 @@ def test_a_checkpoint_of_more_than_a_projector_is_exported_by_the_command_told(m
     for path in ("full/checkpoint-1", "full"):
         with pytest.raises(ValueError, match="and start from that folder") as refused:
             attempt("chat", f"--projector {{made}}/{path} {ONE}")
-        words, = re.findall(r"\(fastvid export (.*)\)", str(refused.value))
+        (words,) = re.findall(r"\(fastvid export (.*)\)", str(refused.value))
         assert attempt("export", words.replace("FOLDER", str(tmp_path / "exported"))) == 0
         assert attempt("chat", "--model_name_or_path {tmp}/exported " + ONE) == 0
     assert attempt("train", "--max_steps 1 --model_name_or_path {tmp}/exported") == 0
@@ -380,14 +558,30 @@ def test_a_checkpoint_of_more_than_a_projector_is_exported_by_the_command_told(m
 
 # (tower and frames of an extraction, flags of chat, what is said, those flags as mended where extraction is not)
 EXTRACTED = [
-    ("--vision_tower {made}/tower_a", OUT, "by another tower .*tower_a.* than the features .*tower_b.*; extract it "
-     "with that one", None),
-    (f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}", OUT, f"was trained with {FRAMES}; extract it with "
-     "that", None),
-    ("--vision_tower {made}/tower_a", "--projector {made}/theirs.bin --vision_tower {made}/tower_b ",
-     "than --vision_tower .*; extract it with that one, or leave --vision_tower out", "--projector {made}/theirs.bin "),
-    (f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}", UNTOLD, f"on features of {ROWS}: extract it with "
-     "the tower and the frames of training", None),
+    (
+        "--vision_tower {made}/tower_a",
+        OUT,
+        "by another tower .*tower_a.* than the features .*tower_b.*; extract it with that one",
+        None,
+    ),
+    (
+        f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}",
+        OUT,
+        f"was trained with {FRAMES}; extract it with that",
+        None,
+    ),
+    (
+        "--vision_tower {made}/tower_a",
+        "--projector {made}/theirs.bin --vision_tower {made}/tower_b ",
+        "than --vision_tower .*; extract it with that one, or leave --vision_tower out",
+        "--projector {made}/theirs.bin ",
+    ),
+    (
+        f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}",
+        UNTOLD,
+        f"on features of {ROWS}: extract it with the tower and the frames of training",
+        None,
+    ),
     ("--vision_tower {made}/wide", "", "made with another vision tower", None),
 ]
 
@@ -411,8 +605,11 @@ QUESTIONS = [
     ({"video": "clip1"}, 'or "Q1" and "Q2".', {"video": "clip1", "Q1": "what", "Q2": "why"}),
     ({"question": "?"}, r'names no video \("video" or "video_name"\)', {"video": "clip1", "question": "?"}),
     ({"question": "?"}, r'names no video \("video" or "video_name"\)', {"video_name": "clip1", "question": "?"}),
-    ({"video": f"{URL}.mp4", "question": "?"}, "a URL; download the videos into the folder of --video, and give "
-     "their names there", {"video": "a.mp4", "question": "?"}),
+    (
+        {"video": f"{URL}.mp4", "question": "?"},
+        "a URL; download the videos into the folder of --video, and give their names there",
+        {"video": "a.mp4", "question": "?"},
+    ),
 ]
 
 
@@ -485,7 +682,7 @@ def test_the_encoders_settings_are_mended_as_told(made):
 def test_rows_are_no_guess_with_the_flag_told(made, tmp_path, caplog, capsys):
     argv = flags(made, tmp_path, "--vision_tower", str(made / "tower_b"))
     at = argv.index("--video_folder")
-    assert inspection.main(argv[:at] + argv[at + 2:]) == 0
+    assert inspection.main(argv[:at] + argv[at + 2 :]) == 0
     assert "--video_folder tells each one's own" in caplog.text
     caplog.clear()
     assert inspection.main(argv) == 0

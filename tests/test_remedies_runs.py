@@ -40,19 +40,20 @@ def run(tmp_path_factory):
 # {a remedy of another trainer's flag: the same as flags of fastvid}. "": the flag is left out, and that is all.
 REMEDIES = {
     "use --question_order video_first": "--question_order video_first",
-    "the same command goes on from the newest checkpoint in --output_dir by itself (--resume auto), leave it out":
-        "--resume auto",
-    "use --bf16 True": "--bf16 True", "validation computes as training does: --bf16 True": "--bf16 True",
+    "the same command goes on from the newest checkpoint in --output_dir by itself (--resume auto), "
+    "leave it out": "--resume auto",
+    "use --bf16 True": "--bf16 True",
+    "validation computes as training does: --bf16 True": "--bf16 True",
     "leave it out: --shard auto (or full, hybrid) shards a model over ranks": "--shard auto",
     "leave it out: fastvid brings kernels of its own": "",
-    "give --per_device_train_batch_size or --rows_per_batch, --recompute auto makes a step fit into memory":
-        "--rows_per_batch 300 --recompute auto",
+    "give --per_device_train_batch_size or --rows_per_batch, "
+    "--recompute auto makes a step fit into memory": "--rows_per_batch 300 --recompute auto",
     "use --per_device_train_batch_size": "--per_device_train_batch_size 3",
     "use --per_device_eval_batch_size": "--per_device_eval_batch_size 3",
     "leave it out: --per_device_train_batch_size is each rank's": "--per_device_train_batch_size 3",
     "fastvid has nothing like it, leave it out": "",
-    "use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay":
-        "--adam_beta1 0.8 --adam_beta2 0.9 --adam_epsilon 1e-6 --weight_decay 0.1",
+    "use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay": "--adam_beta1 0.8 --adam_beta2 0.9 "
+    "--adam_epsilon 1e-6 --weight_decay 0.1",
     "use --optim adamw_8bit, whose moments are small too": "--optim adamw_8bit",
     "leave it out: --rows_per_batch N fills batches without padding": "--rows_per_batch 300",
     "leave it out: a batch goes on over an epoch's end, so none is incomplete": "",
@@ -63,13 +64,15 @@ REMEDIES = {
     "leave it out: --learning_rate is of all that is trained": "--learning_rate 1e-4",
     "the vision tower is not trained: its features are extracted before training, leave it out": "",
     "use --tune_mm_mlp_adapter True for the projector, everything is trained without it": "--tune_mm_mlp_adapter False",
-    "fastvid extract takes layer -2, leave it out": "", "fastvid extract takes the patches, leave it out": "",
+    "fastvid extract takes layer -2, leave it out": "",
+    "fastvid extract takes the patches, leave it out": "",
     "use --mm_use_vid_start_end True": "--mm_use_vid_start_end True",
     "images are not read, give --video_folder": "--video_folder {run}/feats",
-    "use --frozen_dtype nf4 (4 bits) or int8 (8)": "--frozen_dtype nf4", "use --frozen_dtype nf4": "--frozen_dtype nf4",
+    "use --frozen_dtype nf4 (4 bits) or int8 (8)": "--frozen_dtype nf4",
+    "use --frozen_dtype nf4": "--frozen_dtype nf4",
     "use --frozen_dtype int8": "--frozen_dtype int8",
-    "leave it out: the decoder is trained unless --tune_mm_mlp_adapter True or --freeze_backbone True":
-        "--tune_mm_mlp_adapter False --freeze_backbone True",
+    "leave it out: the decoder is trained unless --tune_mm_mlp_adapter True "
+    "or --freeze_backbone True": "--tune_mm_mlp_adapter False --freeze_backbone True",
     "leave it out: fastvid extract --num_frames decides which frames are seen": "",
     "give the records to validate on to --eval_data_path": "--eval_data_path {run}/train.json",
     "fastvid trains on the answers given (sft), leave it out": "",
@@ -102,8 +105,24 @@ def test_a_foreign_flag_is_replaced_as_told(run, tmp_path, remedy, capsys):
 
 
 def test_the_best_checkpoint_is_exported(run, tmp_path):
-    assert train.main(flags(run, tmp_path / "o", *FOUR, "--eval_data_path", str(run / "train.json"),
-                            "--eval_strategy", "steps", "--eval_steps", "2", "--save_total_limit", "9")) == 0
+    assert (
+        train.main(
+            flags(
+                run,
+                tmp_path / "o",
+                *FOUR,
+                "--eval_data_path",
+                str(run / "train.json"),
+                "--eval_strategy",
+                "steps",
+                "--eval_steps",
+                "2",
+                "--save_total_limit",
+                "9",
+            )
+        )
+        == 0
+    )
     lines = map(json.loads, (tmp_path / "o" / "metrics.jsonl").read_text().splitlines())
     best = min((line["eval_loss"], line["step"]) for line in lines if "eval_loss" in line)[1]
     export.export(ExportConfig(str(tmp_path / "o" / f"checkpoint-{best}"), str(tmp_path / "made"), "llama"))
@@ -130,8 +149,11 @@ def begun(run, tmp_path):
 def test_another_run_in_the_folder(begun):
     argv, output = begun
     other = [*argv, "--learning_rate", "2e-2"]
-    with pytest.raises(ValueError, match="belongs to another run: .*Go on with the same flags and files, choose "
-                                         "another --output_dir, or start over in this one with --resume never"):
+    with pytest.raises(
+        ValueError,
+        match="belongs to another run: .*Go on with the same flags and files, choose "
+        "another --output_dir, or start over in this one with --resume never",
+    ):
         train.main(other)
     assert train.main([*other, "--output_dir", str(output.parent / "another")]) == 0
     assert train.main(argv) == 0 and max(losses(output)) == 6
@@ -144,8 +166,11 @@ def test_another_number_of_samples_a_step(begun, monkeypatch):
     read = checkpoint.read_state
     monkeypatch.setattr(checkpoint, "read_state", lambda folder: read(folder) | {"world_size": 2})
     halved = [*argv, "--per_device_train_batch_size", "1"]
-    with pytest.raises(ValueError, match="ranks were 2, are 1: give --per_device_train_batch_size or "
-                                         "--gradient_accumulation_steps that make as many samples a step"):
+    with pytest.raises(
+        ValueError,
+        match="ranks were 2, are 1: give --per_device_train_batch_size or "
+        "--gradient_accumulation_steps that make as many samples a step",
+    ):
         train.main(halved)
     assert train.main([*halved, "--gradient_accumulation_steps", "2"]) == 0
 
@@ -171,8 +196,18 @@ def test_what_the_run_reads_lies_in_its_output(run, tmp_path):
 
 
 def test_an_order_of_samples_that_is_no_more(run, tmp_path, monkeypatch):
-    argv = flags(run, tmp_path / "o", "--parity", "reference", "--gradient_accumulation_steps", "5",
-                 "--max_steps", "3", "--save_steps", "3")
+    argv = flags(
+        run,
+        tmp_path / "o",
+        "--parity",
+        "reference",
+        "--gradient_accumulation_steps",
+        "5",
+        "--max_steps",
+        "3",
+        "--save_steps",
+        "3",
+    )
     assert train.main(argv) == 0
     read = checkpoint.read_state
     monkeypatch.setattr(checkpoint, "read_state", lambda folder: read(folder) | {"reference_order": 1})
@@ -190,8 +225,9 @@ def test_too_many_skipped_samples(run, tmp_path):
         record["conversations"][0]["value"] = "why is it " * 600 + "\n<video>"
     (tmp_path / "long.json").write_text(json.dumps(records))
     argv = flags(run, tmp_path / "o", "--data_path", str(tmp_path / "long.json"), "--on_bad_sample", "skip")
-    with pytest.raises(ValueError, match="more than --max_skipped 0.25 of them; mend what the lines above name, or "
-                                         "raise --max_skipped"):
+    with pytest.raises(
+        ValueError, match="more than --max_skipped 0.25 of them; mend what the lines above name, or raise --max_skipped"
+    ):
         train.main(argv)
     assert train.main([*argv, "--max_skipped", "0.9"]) == 0
     (tmp_path / "long.json").write_text(json.dumps(records[6:]))
@@ -234,8 +270,9 @@ def test_a_folder_that_another_run_writes_to(run, tmp_path, monkeypatch):
     argv = flags(run, tmp_path / "o", *FOUR)
     monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "o")], stdout=subprocess.PIPE,
-                          env=environment) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "o")], stdout=subprocess.PIPE, env=environment
+    ) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="Give this one another --output_dir, or end that one first"):
             train.main(argv)
@@ -253,11 +290,14 @@ def test_a_reporter_that_is_not_installed(run, tmp_path, monkeypatch, name):
     assert train.main([*argv, "--report_to", "none"]) == 0
 
 
-@pytest.mark.parametrize("mistake, said, mended", [
-    ("--attn_implementation flash", "choose auto or sdpa", "--attn_implementation sdpa"),
-    ("--attn_implementation flash", "choose auto or sdpa", "--attn_implementation auto"),
-    ("--frozen_dtype fp8 --bf16 True", "choose another --frozen_dtype", "--frozen_dtype int8 --bf16 True"),
-])
+@pytest.mark.parametrize(
+    "mistake, said, mended",
+    [
+        ("--attn_implementation flash", "choose auto or sdpa", "--attn_implementation sdpa"),
+        ("--attn_implementation flash", "choose auto or sdpa", "--attn_implementation auto"),
+        ("--frozen_dtype fp8 --bf16 True", "choose another --frozen_dtype", "--frozen_dtype int8 --bf16 True"),
+    ],
+)
 def test_what_this_machine_or_model_cannot(run, tmp_path, mistake, said, mended):
     argv = flags(run, tmp_path, *FOUR)
     with pytest.raises(ValueError, match=said):
@@ -290,8 +330,9 @@ def test_memory_that_does_not_suffice(run, tmp_path, caplog):
 
 def test_groups_of_ranks():
     world = parallel.World(0, 6, 0, torch.device("cpu"), False)
-    with pytest.raises(ValueError, match="give a --shard_size of 2 or more that divides the number of ranks, or "
-                                         "--shard full"):
+    with pytest.raises(
+        ValueError, match="give a --shard_size of 2 or more that divides the number of ranks, or --shard full"
+    ):
         parallel.ranks_of_a_copy("hybrid", world, 4)
     assert parallel.ranks_of_a_copy("hybrid", world, 3) == 3
     parallel.ranks_of_a_copy("full", world, None)
@@ -328,8 +369,11 @@ def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
             write(path, *given)
 
         patch.setattr(shards, "write", full)
-        with pytest.raises(OSError, match=r"free some \(a lower --save_total_limit keeps fewer\), then give the same "
-                                          "command again: it goes on from the last checkpoint"):
+        with pytest.raises(
+            OSError,
+            match=r"free some \(a lower --save_total_limit keeps fewer\), then give the same "
+            "command again: it goes on from the last checkpoint",
+        ):
             train.main(argv)
     assert train.main([*argv, "--save_total_limit", "1"]) == 0
     assert max(losses(tmp_path)) == 8 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
@@ -339,7 +383,8 @@ def test_a_run_that_is_done(run, tmp_path, capsys):
     argv = flags(run, tmp_path, *FOUR)
     assert train.main(argv) == train.main(argv) == 0
     assert "give more --max_steps or --num_train_epochs to go on, or --resume never to start over" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
     assert train.main([*argv, "--max_steps", "5"]) == 0 and max(losses(tmp_path)) == 5
     assert train.main([*argv, "--resume", "never"]) == 0 and max(losses(tmp_path)) == 4
     for epochs, steps in (("1", 6), ("2", 12)):
@@ -351,8 +396,9 @@ def test_weights_and_biases_without_an_account(run, tmp_path, monkeypatch):
     def init(**options):
         if os.environ.get("WANDB_MODE") != "offline":
             raise RuntimeError("api_key not configured")
-        return SimpleNamespace(id="abc", define_metric=lambda *a, **k: None, log=lambda values: None,
-                               finish=lambda: None)
+        return SimpleNamespace(
+            id="abc", define_metric=lambda *a, **k: None, log=lambda values: None, finish=lambda: None
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.setattr(reporters, "_installed", lambda package: True)
@@ -369,15 +415,28 @@ def model(trainable, projector_type="linear"):
     return VideoLlava(model_config(projector_type), trainable=trainable, compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("call, said, mended", [
-    (lambda: choose_implementation("fast", CPU, torch.float32, 64), "choose one of auto, ",
-     lambda: choose_implementation("auto", CPU, torch.float32, 64)),
-    (lambda: recomputed_layers("some", 4), "choose one of none, selective, full, or how many of the first layers, 0 "
-                                           "to 4", lambda: [recomputed_layers(x, 4) for x in ("none", "full", 0, 4)]),
-    (lambda: model(["boundary", "embed"]), "choose one", lambda: [model([part]) for part in ("boundary", "embed")]),
-    (lambda: model(["projector"], "mlp9x"), "choose linear or mlp2x_gelu",
-     lambda: [model(["projector"], kind) for kind in ("linear", "mlp2x_gelu")]),
-], ids=["attention", "recompute", "trained parts", "projector"])
+@pytest.mark.parametrize(
+    "call, said, mended",
+    [
+        (
+            lambda: choose_implementation("fast", CPU, torch.float32, 64),
+            "choose one of auto, ",
+            lambda: choose_implementation("auto", CPU, torch.float32, 64),
+        ),
+        (
+            lambda: recomputed_layers("some", 4),
+            "choose one of none, selective, full, or how many of the first layers, 0 to 4",
+            lambda: [recomputed_layers(x, 4) for x in ("none", "full", 0, 4)],
+        ),
+        (lambda: model(["boundary", "embed"]), "choose one", lambda: [model([part]) for part in ("boundary", "embed")]),
+        (
+            lambda: model(["projector"], "mlp9x"),
+            "choose linear or mlp2x_gelu",
+            lambda: [model(["projector"], kind) for kind in ("linear", "mlp2x_gelu")],
+        ),
+    ],
+    ids=["attention", "recompute", "trained parts", "projector"],
+)
 def test_what_the_library_is_asked_for(call, said, mended):
     with pytest.raises(ValueError, match=said):
         call()

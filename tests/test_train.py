@@ -34,6 +34,7 @@ def straight(run):
 
 # --- against the reference's recordings
 
+
 def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path):
     recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]
     output = tmp_path / "out"
@@ -63,13 +64,21 @@ def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path)
 
 # --- ranks
 
+
 def in_ranks(rank, size, port, cases, results):
     torch.set_num_threads(1)
     codes = []
     for attempt, argv in enumerate(cases):  # as torchrun's ranks, which begin anew in the store of their launcher
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-                           TORCHELASTIC_RESTART_COUNT=str(attempt))
+        os.environ |= dict(
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=str(attempt),
+        )
         codes.append(train.main(argv))
     if rank == 0:
         results.put(codes)
@@ -92,8 +101,20 @@ MODES = {
 
 
 def test_ranks_and_sharding_do_not_change_the_losses(run, tmp_path):
-    halved = ["--per_device_train_batch_size", "1", "--max_steps", "5", "--eval_data_path", str(run / "train.json"),
-              "--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3"]
+    halved = [
+        "--per_device_train_batch_size",
+        "1",
+        "--max_steps",
+        "5",
+        "--eval_data_path",
+        str(run / "train.json"),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+        "--per_device_eval_batch_size",
+        "3",
+    ]
     cases, one = {}, {}
     for mode, options in MODES.items():
         one[mode] = tmp_path / mode / "1"
@@ -114,8 +135,10 @@ def test_ranks_and_sharding_do_not_change_the_losses(run, tmp_path):
 
 
 def test_mean_of_means_weighs_micro_batches_alike(run, tmp_path):
-    state = train.build(config_of(run, tmp_path, "--parity", "reference", "--gradient_accumulation_steps", "2"),
-                        parallel.World(0, 1, 0, torch.device("cpu"), False))
+    state = train.build(
+        config_of(run, tmp_path, "--parity", "reference", "--gradient_accumulation_steps", "2"),
+        parallel.World(0, 1, 0, torch.device("cpu"), False),
+    )
     batches, _ = state.loader.read(0)
     means = [state.model(batch).item() / batch.num_supervised for batch in batches]
     sums = [state.model(batch).item() for batch in batches]
@@ -182,10 +205,16 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("program, code, resumed_from", [
-    (KILL_IN_STEP, -signal.SIGKILL, 4), (KILL_IN_SAVE, -signal.SIGKILL, 4),
-    (KILL_WHILE_SAVING, -signal.SIGKILL, 4), (TERMINATE, 128 + signal.SIGTERM, 6)],
-    ids=["kill -9 in a step", "kill -9 in a save", "kill -9 two steps into a slow save", "SIGTERM"])
+@pytest.mark.parametrize(
+    "program, code, resumed_from",
+    [
+        (KILL_IN_STEP, -signal.SIGKILL, 4),
+        (KILL_IN_SAVE, -signal.SIGKILL, 4),
+        (KILL_WHILE_SAVING, -signal.SIGKILL, 4),
+        (TERMINATE, 128 + signal.SIGTERM, 6),
+    ],
+    ids=["kill -9 in a step", "kill -9 in a save", "kill -9 two steps into a slow save", "SIGTERM"],
+)
 def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog, program, code, resumed_from):
     argv = flags(run, tmp_path)
     finished = start(program, argv)
@@ -203,9 +232,11 @@ def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog
     assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[1])
 
 
-@pytest.mark.parametrize("program, code", [
-    (KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), -signal.SIGKILL), (TERMINATE, 128 + signal.SIGTERM)],
-    ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize(
+    "program, code",
+    [(KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), -signal.SIGKILL), (TERMINATE, 128 + signal.SIGTERM)],
+    ids=["kill -9", "SIGTERM"],
+)
 def test_a_log_window_survives_a_resume(run, straight, tmp_path, program, code):
     argv = flags(run, tmp_path, "--logging_steps", "9", "--save_steps", "4")
     finished = start(program, argv)
@@ -231,10 +262,12 @@ def test_another_name_of_the_same_optimizer_is_resumed(run, tmp_path, caplog):
 
 def test_going_on_with_other_ranks_names_what_to_give(run, straight, monkeypatch):
     read = checkpoint.read_state
-    monkeypatch.setattr(checkpoint, "read_state",
-                        lambda folder: read(folder) | {"world_size": 2, "samples_per_step": 4})
-    with pytest.raises(ValueError,
-                       match="samples_per_step was 4, is 2; ranks were 2, are 1: give --per_device_train_batch"):
+    monkeypatch.setattr(
+        checkpoint, "read_state", lambda folder: read(folder) | {"world_size": 2, "samples_per_step": 4}
+    )
+    with pytest.raises(
+        ValueError, match="samples_per_step was 4, is 2; ranks were 2, are 1: give --per_device_train_batch"
+    ):
         train.main(flags(run, straight))
 
 
@@ -252,11 +285,16 @@ def test_a_damaged_checkpoint_is_passed_over(run, straight, tmp_path, caplog):
 
 # --- non-finite steps
 
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, capfd, ranks):
     state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
-    step, poisoned = next((step, int(i)) for step in range(2, 18) for i in state.order.micro_batches(step)[0]
-                          if all(i not in state.order.micro_batches(before)[0] for before in range(step)))
+    step, poisoned = next(
+        (step, int(i))
+        for step in range(2, 18)
+        for i in state.order.micro_batches(step)[0]
+        if all(i not in state.order.micro_batches(before)[0] for before in range(step))
+    )
     feats = tmp_path / "feats"
     feats.mkdir()
     for i in range(SAMPLES):
@@ -266,8 +304,18 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
             features[3] = overflowing(run)
         save_features(feats / f"clip{i}.safetensors", features, header)
     output = tmp_path / "out"
-    argv = flags(run, output, "--video_folder", str(feats), "--logging_steps", "4", "--save_steps", "100",
-                 "--per_device_train_batch_size", str(2 // ranks))
+    argv = flags(
+        run,
+        output,
+        "--video_folder",
+        str(feats),
+        "--logging_steps",
+        "4",
+        "--save_steps",
+        "100",
+        "--per_device_train_batch_size",
+        str(2 // ranks),
+    )
     code = train.main(argv) if ranks == 1 else spawn([argv])[0]
     assert code == 1
     said = capfd.readouterr().err
@@ -311,4 +359,9 @@ def test_rates_of_a_run(straight, run, tmp_path, caplog):
 
 def test_files_of_a_run(straight):
     assert {path.name for path in straight.iterdir()} >= {
-        "metrics.jsonl", "loss_curve.png", "mm_projector.bin", "mm_projector.safetensors", "checkpoint-18"}
+        "metrics.jsonl",
+        "loss_curve.png",
+        "mm_projector.bin",
+        "mm_projector.safetensors",
+        "checkpoint-18",
+    }

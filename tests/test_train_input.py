@@ -19,18 +19,26 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end", "False", "--freeze_mm_mlp_adapter"],
-     "nothing would be"),
-    (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
-    (["--eval_strategy", "steps"], "needs --eval_data_path"),
-    (["--eval_strategy", "steps", "--evaluation_strategy", "no"], "older name of --eval_strategy steps, and differs"),
-    (["--report_to", "neptune"], "--report_to neptune: known are tensorboard"),
-    (["--memory", "24"], "--memory 24: give a device's free memory, such as 24GiB"),
-    (["--shard_size", "2"], "--shard_size 2 is for --shard hybrid; add that"),
-    (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
-    (["--data_weights", "1", "2"], "2 numbers for 1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--tune_mm_mlp_adapter", "True", "--mm_use_vid_start_end", "False", "--freeze_mm_mlp_adapter"],
+            "nothing would be",
+        ),
+        (["--weight_decay", "0.1", "--parity", "reference"], "set it to 0"),
+        (["--eval_strategy", "steps"], "needs --eval_data_path"),
+        (
+            ["--eval_strategy", "steps", "--evaluation_strategy", "no"],
+            "older name of --eval_strategy steps, and differs",
+        ),
+        (["--report_to", "neptune"], "--report_to neptune: known are tensorboard"),
+        (["--memory", "24"], "--memory 24: give a device's free memory, such as 24GiB"),
+        (["--shard_size", "2"], "--shard_size 2 is for --shard hybrid; add that"),
+        (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
+        (["--data_weights", "1", "2"], "2 numbers for 1"),
+    ],
+)
 def test_contradictions_are_refused_before_any_step(run, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train.main(flags(run, tmp_path / "out", *options))
@@ -87,8 +95,10 @@ def test_a_dry_run_wants_no_weights(run, tmp_path, caplog):
     assert train.main([*argv, "--memory", "0.02GiB"]) == 0 and "more than there is" in caplog.text
 
 
-@pytest.mark.parametrize("options, of_cpu", [
-    (["--dry_run"], True), (["--dry_run", "--memory", "24GiB"], False), (["--memory", "24GiB"], True)])
+@pytest.mark.parametrize(
+    "options, of_cpu",
+    [(["--dry_run"], True), (["--dry_run", "--memory", "24GiB"], False), (["--memory", "24GiB"], True)],
+)
 def test_a_dry_run_with_memory_plans_for_a_gpu(run, tmp_path, monkeypatch, options, of_cpu):
     found, estimate = [], planning.memory.estimate
     monkeypatch.setattr(planning.memory, "estimate", lambda *a, **k: found.append(k["on_cpu"]) or estimate(*a, **k))
@@ -105,15 +115,41 @@ def test_a_dry_run_refuses_weights_that_do_not_fit(run, tmp_path):
         train.main(flags(run, tmp_path / "out", "--dry_run", "--model_name_or_path", str(model)))
 
 
-@pytest.mark.parametrize("options, told", [
-    ([], ["data: 12 samples in 1 file, 12 an epoch; 6 steps an epoch, 2 samples each; 3 epochs, 18 steps",
-          "trained: projector ", ", start and end embeddings ", "computing: fp32 on CPU, ", "attention sdpa"]),
-    (["--gradient_accumulation_steps", "3", "--max_steps", "4", "--tune_mm_mlp_adapter", "False", "--bf16", "True"],
-     ["2 steps an epoch, 2 samples x 3 micro-batches each; 2 epochs, 4 steps", "decoder ", "(100.00%)",
-      "computing: bf16"]),
-    (["--rows_per_batch", "300"], ["12 an epoch; ", "300 rows each"]),
-    (["--parity", "reference"], ["6 steps an epoch, 2 samples each; 3 epochs, 18 steps"]),
-])
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (
+            [],
+            [
+                "data: 12 samples in 1 file, 12 an epoch; 6 steps an epoch, 2 samples each; 3 epochs, 18 steps",
+                "trained: projector ",
+                ", start and end embeddings ",
+                "computing: fp32 on CPU, ",
+                "attention sdpa",
+            ],
+        ),
+        (
+            [
+                "--gradient_accumulation_steps",
+                "3",
+                "--max_steps",
+                "4",
+                "--tune_mm_mlp_adapter",
+                "False",
+                "--bf16",
+                "True",
+            ],
+            [
+                "2 steps an epoch, 2 samples x 3 micro-batches each; 2 epochs, 4 steps",
+                "decoder ",
+                "(100.00%)",
+                "computing: bf16",
+            ],
+        ),
+        (["--rows_per_batch", "300"], ["12 an epoch; ", "300 rows each"]),
+        (["--parity", "reference"], ["6 steps an epoch, 2 samples each; 3 epochs, 18 steps"]),
+    ],
+)
 def test_a_run_tells_what_it_consists_of(run, tmp_path, caplog, options, told):
     config = config_of(run, tmp_path / "out", *options)
     found = train.prepare(config, parallel.start())
@@ -123,16 +159,24 @@ def test_a_run_tells_what_it_consists_of(run, tmp_path, caplog, options, told):
     assert f"; {number:,} of " in caplog.text and found.config.logging_steps == 1
 
 
-@pytest.mark.parametrize("flag, value, expected", [
-    ("logging_steps", "0.1", 2), ("save_steps", "0.5", 9), ("eval_steps", "0.01", 1), ("save_steps", "7", 7)])
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [("logging_steps", "0.1", 2), ("save_steps", "0.5", 9), ("eval_steps", "0.01", 1), ("save_steps", "7", 7)],
+)
 def test_below_one_steps_are_a_share_of_all(run, tmp_path, flag, value, expected):
     config = config_of(run, tmp_path / "out", f"--{flag}", value)
     assert getattr(planning.with_whole_steps(config, 18), flag) == expected
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--warmup_steps", "0.25", "--warmup_ratio", "0"], 5), (["--warmup_steps", "4"], 4),
-    (["--warmup_steps", "0"], 2), (["--warmup_steps", "1"], 1)])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--warmup_steps", "0.25", "--warmup_ratio", "0"], 5),
+        (["--warmup_steps", "4"], 4),
+        (["--warmup_steps", "0"], 2),
+        (["--warmup_steps", "1"], 1),
+    ],
+)
 def test_a_warm_up_is_steps_or_a_share(run, tmp_path, options, expected):
     assert planning.warmup_steps(config_of(run, tmp_path / "out", *options), 18) == expected
 

@@ -20,8 +20,11 @@ def data(tmp_path):
     (tmp_path / "features").mkdir()
     for name in ("a.safetensors", "b.pkl"):
         save_features(tmp_path / "features" / name, torch.ones(5, 3, dtype=torch.float16), {})
-    records = [{"id": "a", "video": "a.pkl", "conversations": TURNS},
-               {"id": "b", "video": "b.pkl", "conversations": TURNS}, {"id": "t", "conversations": TEXT}]
+    records = [
+        {"id": "a", "video": "a.pkl", "conversations": TURNS},
+        {"id": "b", "video": "b.pkl", "conversations": TURNS},
+        {"id": "t", "conversations": TEXT},
+    ]
     (tmp_path / "train.json").write_text(json.dumps(records))
     return tmp_path
 
@@ -29,8 +32,9 @@ def data(tmp_path):
 def _check(folder, records=None, **settings):
     if records is not None:
         (folder / "train.json").write_text(json.dumps(records))
-    return validate.validate(ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "features"),
-                                            **settings))
+    return validate.validate(
+        ValidateConfig([str(folder / "train.json")], video_folder=str(folder / "features"), **settings)
+    )
 
 
 def test_good_data(data, capsys):
@@ -47,10 +51,14 @@ def test_good_data(data, capsys):
 def test_towers_frames_and_formats_are_counted(data, capsys):
     """Two towers are a problem; one tower's name may be spelt in two ways, and its frames may differ."""
     records = []
-    for number, (tower, revision, frames) in enumerate([
-            ("x", "sha256:aa", 16), ("x", "sha256:aa", 16), ("./x", "sha256:aa", 8), ("y", "sha256:bb", 16)]):
-        save_features(data / "features" / f"{number}.safetensors", torch.ones(5, 3, dtype=torch.float16),
-                      {"tower": tower, "tower_revision": revision, "num_frames": frames})
+    for number, (tower, revision, frames) in enumerate(
+        [("x", "sha256:aa", 16), ("x", "sha256:aa", 16), ("./x", "sha256:aa", 8), ("y", "sha256:bb", 16)]
+    ):
+        save_features(
+            data / "features" / f"{number}.safetensors",
+            torch.ones(5, 3, dtype=torch.float16),
+            {"tower": tower, "tower_revision": revision, "num_frames": frames},
+        )
         records.append({"id": "a", "video": f"{number}.pkl", "conversations": TURNS})
     records.append({"id": "b", "video": "b.pkl", "conversations": TURNS})
     report = _check(data, records)
@@ -59,7 +67,7 @@ def test_towers_frames_and_formats_are_counted(data, capsys):
     assert report.formats == {".safetensors": 4, ".pkl": 1}
     text = validate.summary(report)
     assert "4 .safetensors, 1 .pkl" in text and "2 x (sha256:aa…), 16 frames" in text
-    example, = report.examples["features of another vision tower"]
+    (example,) = report.examples["features of another vision tower"]
     assert example.startswith("1 of y (sha256:bb…), 3 of ") and "--overwrite True" in example
     assert not _check(data, records[:3]).problems
 
@@ -70,23 +78,51 @@ def test_the_references_records_and_features(tiny):
     assert not report.problems and report.layouts == {(676, 32, torch.float16): 10}
 
 
-@pytest.mark.parametrize(("record", "kind", "example"), [
-    ([], "malformed record", r"train.json: record 0 (from 0): the record is a list"),
-    ({"id": "x"}, "malformed record, field 'conversations'", "record 0 (from 0): field 'conversations'"),
-    ({"id": "x", "video": "a.pkl", "conversations": TEXT}, "<video> placeholders and videos differ in number",
-     "0 <video> in the text for 1 video"),
-    ({"id": "x", "video": "a.pkl", "conversations": TURNS * 2}, "<video> placeholders and videos differ in number",
-     "2 <video> in the text for 1 video"),
-    ({"id": "x", "image": "a.jpg", "conversations": TEXT}, "records of something else than videos and text", "'image'"),
-    ({"id": "x", "video": "a.pkl", "conversations": TURNS[:1]}, "no answer", "no turn from gpt with an answer"),
-    ({"id": "x", "video": "nan.pkl", "conversations": TURNS}, "features unreadable", "nan.pkl holds NaN or infinity"),
-    ({"id": "x", "video": "lfs.pkl", "conversations": TURNS}, "features unreadable", "lfs.pkl is a git-lfs pointer"),
-    ({"id": "x", "video": "absent.pkl", "conversations": TURNS}, "features missing", "'absent.pkl' has no features"),
-    ({"id": "x", "video": "../a.pkl", "conversations": TURNS}, "features refused", "'../a.pkl' is refused"),
-    ({"id": "x", "video": "torn.pkl", "conversations": TURNS}, "features truncated",
-     "torn.safetensors: it is cut short"),
-    ({"id": "x", "video": "evil.pkl", "conversations": TURNS}, "features unreadable", "names os.system"),
-])
+@pytest.mark.parametrize(
+    ("record", "kind", "example"),
+    [
+        ([], "malformed record", r"train.json: record 0 (from 0): the record is a list"),
+        ({"id": "x"}, "malformed record, field 'conversations'", "record 0 (from 0): field 'conversations'"),
+        (
+            {"id": "x", "video": "a.pkl", "conversations": TEXT},
+            "<video> placeholders and videos differ in number",
+            "0 <video> in the text for 1 video",
+        ),
+        (
+            {"id": "x", "video": "a.pkl", "conversations": TURNS * 2},
+            "<video> placeholders and videos differ in number",
+            "2 <video> in the text for 1 video",
+        ),
+        (
+            {"id": "x", "image": "a.jpg", "conversations": TEXT},
+            "records of something else than videos and text",
+            "'image'",
+        ),
+        ({"id": "x", "video": "a.pkl", "conversations": TURNS[:1]}, "no answer", "no turn from gpt with an answer"),
+        (
+            {"id": "x", "video": "nan.pkl", "conversations": TURNS},
+            "features unreadable",
+            "nan.pkl holds NaN or infinity",
+        ),
+        (
+            {"id": "x", "video": "lfs.pkl", "conversations": TURNS},
+            "features unreadable",
+            "lfs.pkl is a git-lfs pointer",
+        ),
+        (
+            {"id": "x", "video": "absent.pkl", "conversations": TURNS},
+            "features missing",
+            "'absent.pkl' has no features",
+        ),
+        ({"id": "x", "video": "../a.pkl", "conversations": TURNS}, "features refused", "'../a.pkl' is refused"),
+        (
+            {"id": "x", "video": "torn.pkl", "conversations": TURNS},
+            "features truncated",
+            "torn.safetensors: it is cut short",
+        ),
+        ({"id": "x", "video": "evil.pkl", "conversations": TURNS}, "features unreadable", "names os.system"),
+    ],
+)
 def test_each_kind_of_problem(data, capsys, record, kind, example):
     (data / "features" / "torn.safetensors").write_bytes(b"\xff\xff\0\0\0\0\0\0{")
     (data / "features" / "evil.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -171,10 +207,15 @@ def test_quick_reads_headers_alone(data, monkeypatch):
     assert found.layouts == {(5, 3, torch.float16): 1} and not found.problems
 
 
-@pytest.mark.parametrize(("name", "content", "kind"), [
-    ("train.json", "[]", "data file without a record"), ("train.json", "", "unreadable data file"),
-    ("train.jsonl", "", "unreadable data file"), ("train.json", '{"data": []}', "data file without a record"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("train.json", "[]", "data file without a record"),
+        ("train.json", "", "unreadable data file"),
+        ("train.jsonl", "", "unreadable data file"),
+        ("train.json", '{"data": []}', "data file without a record"),
+    ],
+)
 def test_nothing_is_a_problem(data, capsys, name, content, kind):
     (data / name).write_text(content)
     assert validate.main(["--data_path", str(data / name)]) == 1
@@ -197,10 +238,28 @@ def test_what_is_left_out_of_records_is_counted_and_no_problem(data):
 
 
 def test_the_data_flags_of_a_training_command(data):
-    flags = ["--model_name_or_path", "llava", "--version", "v1", "--data_path", "x.json", "y.jsonl", "--video_folder",
-             "f", "--mm_use_vid_start_end", "--model_max_length", "2048"]
+    flags = [
+        "--model_name_or_path",
+        "llava",
+        "--version",
+        "v1",
+        "--data_path",
+        "x.json",
+        "y.jsonl",
+        "--video_folder",
+        "f",
+        "--mm_use_vid_start_end",
+        "--model_max_length",
+        "2048",
+    ]
     config = parse(ValidateConfig, flags)
     train = parse(TrainConfig, [*flags, "--output_dir", "out"])
-    for name in ("model_name_or_path", "version", "data_path", "video_folder", "mm_use_vid_start_end",
-                 "model_max_length"):
+    for name in (
+        "model_name_or_path",
+        "version",
+        "data_path",
+        "video_folder",
+        "mm_use_vid_start_end",
+        "model_max_length",
+    ):
         assert getattr(config, name) == getattr(train, name)

@@ -63,9 +63,15 @@ class Worker:
         self.log = open(tempfile.mkstemp(dir=scratch, suffix=".log")[1], "w+", errors="replace")
         paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.gpu.worker", module, str(folder)], cwd=ROOT, text=True,
-            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FASTVID_CHECK_SCRATCH": str(scratch)})
+            [sys.executable, "-m", "bench.gpu.worker", module, str(folder)],
+            cwd=ROOT,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "FASTVID_CHECK_SCRATCH": str(scratch)},
+        )
         threading.Thread(target=self._listen, daemon=True).start()
         self.ready = False
 
@@ -146,8 +152,11 @@ class Check:
 
     def run(self):
         """{(stage, task): (outcome, seconds, rows)}; outcomes: "ok", "absent: …", "failed: …", "left out: …"."""
-        with (tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, ThreadPoolExecutor(64) as pool,
-              ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 4)) as untimed):
+        with (
+            tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch,
+            ThreadPoolExecutor(64) as pool,
+            ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 4)) as untimed,
+        ):
             self.scratch, side_by_side = scratch, []
             groups = [[tasks, None] for tasks in _groups(self.tasks)]
             try:
@@ -174,7 +183,7 @@ class Check:
         return self.outcomes
 
     def _warm(self, groups):
-        for group in groups[:self.ahead]:
+        for group in groups[: self.ahead]:
             if group[1] is None and time.monotonic() < self.deadline:
                 group[1] = Worker(group[0][0].module, self.folder, self.scratch)
 
@@ -189,8 +198,11 @@ class Check:
                 if wait:
                     self._wait_for(task)
                 left = self.deadline - time.monotonic()
-                lacking = [name for name in task.after
-                           if not self.outcomes.get((task.stage, name), ("ok",))[0].startswith(("ok", "absent"))]
+                lacking = [
+                    name
+                    for name in task.after
+                    if not self.outcomes.get((task.stage, name), ("ok",))[0].startswith(("ok", "absent"))
+                ]
                 if left < min(5.0, task.seconds):
                     self._note(task, "left out: no time", 0.0, [])
                     continue
@@ -219,8 +231,17 @@ class Check:
             outcome = "failed: " + "; ".join(str(row.get("error", row.get("row", ""))) for row in bad)[:500]
         self.outcomes[task.stage, task.name] = outcome, seconds, rows
         status = outcome.partition(":")[0].replace("left out", "left_out")
-        results.append(self.folder, {"stage": task.stage, "task": task.name, "status": status, "row": "end",
-                                     "seconds": round(seconds, 2), **({} if outcome == "ok" else {"error": outcome})})
+        results.append(
+            self.folder,
+            {
+                "stage": task.stage,
+                "task": task.name,
+                "status": status,
+                "row": "end",
+                "seconds": round(seconds, 2),
+                **({} if outcome == "ok" else {"error": outcome}),
+            },
+        )
         shown = outcome if len(outcome) < 160 else outcome[:157] + "…"
         self.say(f"{task.stage} {task.name}: {shown} ({seconds:.1f} s)")
         for row in rows:
@@ -274,9 +295,13 @@ def table(outcomes):
     found = {kind: [] for kind in kinds}
     for (stage, name), (outcome, seconds, rows) in outcomes.items():
         kind, _, why = outcome.partition(": ")
-        text = f"{stage} {name}" + (f" ({len(rows)} rows)" if kind == "ok"
-                                    else f": {why.splitlines()[0][:120] if why else ''}")
+        text = f"{stage} {name}" + (
+            f" ({len(rows)} rows)" if kind == "ok" else f": {why.splitlines()[0][:120] if why else ''}"
+        )
         found[kind].append(text)
-    lines = [f"{kinds[kind]}: {len(found[kind])} of {len(outcomes)}" + "".join(
-        f"\n  {text}" for text in found[kind]) for kind in kinds if found[kind]]
+    lines = [
+        f"{kinds[kind]}: {len(found[kind])} of {len(outcomes)}" + "".join(f"\n  {text}" for text in found[kind])
+        for kind in kinds
+        if found[kind]
+    ]
     return "\n".join(lines)

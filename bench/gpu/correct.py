@@ -40,8 +40,12 @@ def kernel(small, name):
 LAYOUTS = {  # {name: [(queries, keys of the segment: None for its own rows, else a list of runs)]}
     "whole samples": [(830, None), (676, None), (1200, None), (64, None)],
     "longer keys": [(150, [(0, 60), (60, 900)]), (7, [(0, 60), (60, 90)]), (1, [(0, 33)]), (129, [(500, 130)])],
-    "shared video": [(676, [(0, 34), (34, 676)]), (150, [(0, 710), (710, 150)]), (90, [(0, 710), (860, 90)]),
-                     (33, [(0, 710), (950, 33)])],
+    "shared video": [
+        (676, [(0, 34), (34, 676)]),
+        (150, [(0, 710), (710, 150)]),
+        (90, [(0, 710), (860, 90)]),
+        (33, [(0, 710), (950, 33)]),
+    ],
 }
 
 
@@ -57,10 +61,13 @@ def attention(small, implementation, grouped=False):
     for name, segments in LAYOUTS.items():
         layout, rows, constant = _layout(segments, small)
         generator = torch.Generator(DEVICE).manual_seed(0)
-        q, k, v, grad = (torch.randn(n, h, width, generator=generator, device=DEVICE).bfloat16() for n, h in (
-            (rows, heads), (rows, kv_heads), (rows, kv_heads), (rows, heads)))
-        kept = tuple(torch.randn(constant, kv_heads, width, generator=generator, device=DEVICE).bfloat16()
-                     for _ in range(2))
+        q, k, v, grad = (
+            torch.randn(n, h, width, generator=generator, device=DEVICE).bfloat16()
+            for n, h in ((rows, heads), (rows, kv_heads), (rows, kv_heads), (rows, heads))
+        )
+        kept = tuple(
+            torch.randn(constant, kv_heads, width, generator=generator, device=DEVICE).bfloat16() for _ in range(2)
+        )
 
         def run(function, dtype):
             leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -69,8 +76,9 @@ def attention(small, implementation, grouped=False):
 
         moved = layout.map(lambda tensor: tensor.to(DEVICE))
         options = {"constant": None} if not constant else {}
-        ours = run(lambda q, k, v, c: attend(q, k, v, moved, implementation, **({"constant": c} | options)),
-                   torch.bfloat16)
+        ours = run(
+            lambda q, k, v, c: attend(q, k, v, moved, implementation, **({"constant": c} | options)), torch.bfloat16
+        )
         exact = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.float64)
         eager = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.bfloat16)
         row = {"row": f"{implementation}, {name}{', grouped heads' if grouped else ''}", "status": "ok"}
@@ -84,6 +92,7 @@ def attention(small, implementation, grouped=False):
 
 def _layout(segments, small):
     """(AttentionLayout, packed rows, constant rows). Runs count constant rows first; small: a tenth of every length."""
+
     def size(n):
         return max(1, n // 10) if small else n
 
@@ -97,8 +106,11 @@ def _layout(segments, small):
         found = torch.cat([torch.arange(size(length)) + size(start) * (start > 0) for start, length in runs])
         keys.append(found.clamp(max=rows + constant - 1))
     lengths = AttentionLayout.of_lengths([len(found) for found in keys])
-    return replace(queries, cu_seqlens_k=lengths.cu_seqlens_q, max_seqlen_k=lengths.max_seqlen_q,
-                   kv_rows=torch.cat(keys)), rows, constant
+    return (
+        replace(queries, cu_seqlens_k=lengths.cu_seqlens_q, max_seqlen_k=lengths.max_seqlen_q, kv_rows=torch.cat(keys)),
+        rows,
+        constant,
+    )
 
 
 def plain_attention(q_NHd, k_NKd, v_NKd, layout, constant):
@@ -120,18 +132,25 @@ def adamw_8bit(small):
     count = 2**12 if small else 2**22
     for dtype in (torch.float32, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
-        tensors = [(0.02 * torch.randn(count, generator=generator)).to(dtype),
-                   (1e-3 * torch.randn(count, generator=generator)).to(dtype),
-                   *(torch.randint(256, (count,), generator=generator, dtype=torch.uint8) for _ in range(2)),
-                   *(scale * (0.5 + 0.5 * torch.rand(count // 256, generator=generator)) for scale in (1e-3, 1e-6))]
+        tensors = [
+            (0.02 * torch.randn(count, generator=generator)).to(dtype),
+            (1e-3 * torch.randn(count, generator=generator)).to(dtype),
+            *(torch.randint(256, (count,), generator=generator, dtype=torch.uint8) for _ in range(2)),
+            *(scale * (0.5 + 0.5 * torch.rand(count // 256, generator=generator)) for scale in (1e-3, 1e-6)),
+        ]
         options = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10, seed=3, first=2**33)
         there, before = [x.to(DEVICE, copy=True) for x in tensors], tensors[0].double()
         adamw8bit_step(*there, **options)
         adamw8bit_step_reference(*tensors, **options)
         found = [x.cpu() for x in there]
         row = {"row": f"{dtype}".removeprefix("torch.")}
-        for place, name in ((0, "parameters"), (2, "first moments"), (3, "second moments"), (4, "first scales"),
-                            (5, "second scales")):
+        for place, name in (
+            (0, "parameters"),
+            (2, "first moments"),
+            (3, "second moments"),
+            (4, "first scales"),
+            (5, "second scales"),
+        ):
             row[f"{name} that differ"] = (found[place] != tensors[place]).float().mean().item()
         steps = max((found[place].int() - tensors[place].int()).abs().max().item() for place in (2, 3))
         apart = (found[0].double() - tensors[0].double()).abs()
@@ -149,8 +168,10 @@ def fp8_product(small):
     rows, inputs, outputs = (16, 32, 48) if small else (512, 4096, 11008)
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(outputs, inputs, generator=generator)
-    x, g = (torch.randn(rows, inputs, generator=generator).bfloat16(),
-            torch.randn(rows, outputs, generator=generator).bfloat16())
+    x, g = (
+        torch.randn(rows, inputs, generator=generator).bfloat16(),
+        torch.randn(rows, outputs, generator=generator).bfloat16(),
+    )
     found = {}
     for device in ("cpu", DEVICE):
         layer = Fp8Linear(inputs, outputs)
@@ -161,5 +182,9 @@ def fp8_product(small):
     exact = [x.float() @ weight.bfloat16().float().T, g.float() @ weight.bfloat16().float()]
     for name, ours, emulated, true in zip(("product", "gradient"), found[DEVICE], found["cpu"], exact):
         error = ((ours.float() - emulated.float()).norm() / emulated.float().norm()).item()
-        yield {"row": name, "against the emulation": error, "status": "ok" if error <= 4e-3 else "failed",
-               "against bf16": ((ours.float() - true).norm() / true.norm()).item()}
+        yield {
+            "row": name,
+            "against the emulation": error,
+            "status": "ok" if error <= 4e-3 else "failed",
+            "against bf16": ((ours.float() - true).norm() / true.norm()).item(),
+        }

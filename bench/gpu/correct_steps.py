@@ -34,8 +34,11 @@ def reference_steps(small):
     """The five steps that were recorded of the reference: losses, gradient norms, parameters."""
     folder = Path(os.environ.get("FASTVID_REFERENCE_DATA") or Path(__file__).resolve().parents[3] / "shared")
     if lacking := [name for name in ("golden", "tokenizer") if not (folder / name).is_dir()]:
-        yield {"row": "recordings", "status": "ok",
-               "absent": f"no {' and '.join(lacking)} at {folder} (FASTVID_REFERENCE_DATA)"}
+        yield {
+            "row": "recordings",
+            "status": "ok",
+            "absent": f"no {' and '.join(lacking)} at {folder} (FASTVID_REFERENCE_DATA)",
+        }
         return
     with tempfile.TemporaryDirectory() as made:
         spec = importlib.util.spec_from_file_location("tiny", folder / "golden" / "tiny.py")
@@ -50,8 +53,10 @@ def reference_steps(small):
         lines = read_metrics(output / "metrics.jsonl")
         tensors, worst = load_file(folder / "golden" / "model.safetensors"), 0.0
         for step in range(1, 6):
-            trained, prefix = (checkpoint.read_full(output / f"checkpoint-{step}", "model"),
-                               f"336/train_main/after_step{step}/")
+            trained, prefix = (
+                checkpoint.read_full(output / f"checkpoint-{step}", "model"),
+                f"336/train_main/after_step{step}/",
+            )
             for name in (name for name in tensors if name.startswith(prefix)):
                 short = name.removeprefix(prefix).removeprefix("model.mm_projector.")
                 ours = "boundary.weight" if "embed" in short else f"projector.{short}"
@@ -59,8 +64,13 @@ def reference_steps(small):
         loss = max(abs(line["loss"] - true) for line, true in zip(lines, recorded["losses"], strict=True))
         norm = max(abs(line["grad_norm"] / true - 1) for line, true in zip(lines, recorded["total_norm"], strict=True))
         right = code == 0 and loss <= 1e-5 and norm <= 1e-5 and worst <= 1e-7
-        yield {"row": "five steps", "loss error": loss, "norm error": norm, "parameter error": worst,
-               "status": "ok" if right else "failed"}
+        yield {
+            "row": "five steps",
+            "loss error": loss,
+            "norm error": norm,
+            "parameter error": worst,
+            "status": "ok" if right else "failed",
+        }
 
 
 def one_rank_sharded(small):
@@ -70,21 +80,56 @@ def one_rank_sharded(small):
         losses = {}
         for distributed in (False, True):
             if distributed:
-                os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+                os.environ |= {
+                    "RANK": "0",
+                    "WORLD_SIZE": "1",
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(_free_port()),
+                }
             world = parallel.start()
             for name, flags in (("adapter", ("--tune_mm_mlp_adapter", "True")), ("full", ())):
-                state = train.build(parse(TrainConfig, [
-                    "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
-                    f"{made}/feats", "--output_dir", f"{made}/out", "--mm_use_vid_start_end", "--bf16", "True", *flags,
-                    "--max_steps", "3", "--learning_rate", "1e-3", "--per_device_train_batch_size", "4",
-                    "--dataloader_num_workers", "0", "--shard", "full" if distributed else "none"]), world)
+                state = train.build(
+                    parse(
+                        TrainConfig,
+                        [
+                            "--model_name_or_path",
+                            f"{made}/model",
+                            "--data_path",
+                            f"{made}/train.json",
+                            "--video_folder",
+                            f"{made}/feats",
+                            "--output_dir",
+                            f"{made}/out",
+                            "--mm_use_vid_start_end",
+                            "--bf16",
+                            "True",
+                            *flags,
+                            "--max_steps",
+                            "3",
+                            "--learning_rate",
+                            "1e-3",
+                            "--per_device_train_batch_size",
+                            "4",
+                            "--dataloader_num_workers",
+                            "0",
+                            "--shard",
+                            "full" if distributed else "none",
+                        ],
+                    ),
+                    world,
+                )
                 found = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
                 losses[name, distributed] = found
         for name in ("adapter", "full"):
             error = max(abs(a / b - 1) for a, b in zip(losses[name, True], losses[name, False], strict=True))
-            yield {"row": f"{name}, three steps", "losses": losses[name, True], "relative error": error,
-                   "status": "ok" if error <= 2e-3 else "failed"}
+            yield {
+                "row": f"{name}, three steps",
+                "losses": losses[name, True],
+                "relative error": error,
+                "status": "ok" if error <= 2e-3 else "failed",
+            }
         parallel.finish(world)
 
 
@@ -96,18 +141,48 @@ def two_sharded_ranks(small):
     with tempfile.TemporaryDirectory() as made:
         train_data.write(made, PRESETS["tiny"].shape, 2)
         flags = [
-            "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
-            f"{made}/feats", "--mm_use_vid_start_end", "--bf16", "True", "--master_dtype", "bfloat16", "--max_steps",
-            "3", "--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "0",
-            "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "--ddp_timeout", "40"]
-        state = train.build(parse(TrainConfig, [*flags, "--output_dir", f"{made}/one", "--shard", "none",
-                                                "--per_device_train_batch_size", "4"]),
-                            parallel.World(0, 1, 0, torch.device(DEVICE), False))
+            "--model_name_or_path",
+            f"{made}/model",
+            "--data_path",
+            f"{made}/train.json",
+            "--video_folder",
+            f"{made}/feats",
+            "--mm_use_vid_start_end",
+            "--bf16",
+            "True",
+            "--master_dtype",
+            "bfloat16",
+            "--max_steps",
+            "3",
+            "--learning_rate",
+            "1e-3",
+            "--gradient_accumulation_steps",
+            "2",
+            "--dataloader_num_workers",
+            "0",
+            "--logging_steps",
+            "1",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "--ddp_timeout",
+            "40",
+        ]
+        state = train.build(
+            parse(
+                TrainConfig,
+                [*flags, "--output_dir", f"{made}/one", "--shard", "none", "--per_device_train_batch_size", "4"],
+            ),
+            parallel.World(0, 1, 0, torch.device(DEVICE), False),
+        )
         steps = [train.train_step(state, batches) for _, batches in state.loader.iterate()]
         for layout, *size in (("full",), ("hybrid", "--shard_size", "2")):
             output = f"{made}/{layout}"
-            said = _torchrun(2, [*flags, "--output_dir", output, "--shard", layout, *size,
-                                 "--per_device_train_batch_size", "2"], seconds=60)
+            said = _torchrun(
+                2,
+                [*flags, "--output_dir", output, "--shard", layout, *size, "--per_device_train_batch_size", "2"],
+                seconds=60,
+            )
             row = {"row": f"{layout}, two ranks"}
             if said:
                 yield row | {"status": "failed", "error": said}
@@ -115,18 +190,37 @@ def two_sharded_ranks(small):
             lines = list(zip(read_metrics(Path(output) / "metrics.jsonl"), steps, strict=True))
             loss = max(abs(line["loss"] / step.loss.item() - 1) for line, step in lines)
             norm = max(abs(line["grad_norm"] / step.gradient_norm.item() - 1) for line, step in lines)
-            yield row | {"losses": [line["loss"] for line, _ in lines], "relative error": loss, "norm error": norm,
-                         "status": "ok" if loss <= 2e-3 and norm <= 0.03 else "failed"}
+            yield row | {
+                "losses": [line["loss"] for line, _ in lines],
+                "relative error": loss,
+                "norm error": norm,
+                "status": "ok" if loss <= 2e-3 and norm <= 0.03 else "failed",
+            }
 
 
 def _torchrun(ranks, flags, seconds):
     """Run a training job; what it wrote last where it failed, or None."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
-               "fastvid.train", *flags]
-    with tempfile.TemporaryFile("w+", errors="replace") as log, subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        "fastvid.train",
+        *flags,
+    ]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"},
-    ) as launcher:
+        ) as launcher,
+    ):
         try:
             code = launcher.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -157,8 +251,12 @@ def extraction(small):
             cosine = torch.nn.functional.cosine_similarity(found[there], true[there]).min().item()
             empty = bool((found[~there] == 0).all())
             limit = {torch.float32: 1 - 1e-6, torch.float16: 0.9999, torch.bfloat16: 0.999}[dtype]
-            yield {"row": f"{dtype}".removeprefix("torch."), "least cosine": cosine, "empty rows are zero": empty,
-                   "status": "ok" if cosine >= limit and empty else "failed"}
+            yield {
+                "row": f"{dtype}".removeprefix("torch."),
+                "least cosine": cosine,
+                "empty rows are zero": empty,
+                "status": "ok" if cosine >= limit and empty else "failed",
+            }
 
 
 def loss_curve(small):
@@ -169,15 +267,42 @@ def loss_curve(small):
         curves = {}
         for device, bf16 in (("cpu", "False"), (DEVICE, "True")):
             world = parallel.World(0, 1, 0, torch.device(device), False)
-            state = train.build(parse(TrainConfig, [
-                "--model_name_or_path", f"{made}/model", "--data_path", f"{made}/train.json", "--video_folder",
-                f"{made}/feats",
-                "--output_dir", f"{made}/out", "--mm_use_vid_start_end", "--bf16", bf16, "--max_steps", str(steps),
-                "--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--dataloader_num_workers",
-                "0"]), world)
+            state = train.build(
+                parse(
+                    TrainConfig,
+                    [
+                        "--model_name_or_path",
+                        f"{made}/model",
+                        "--data_path",
+                        f"{made}/train.json",
+                        "--video_folder",
+                        f"{made}/feats",
+                        "--output_dir",
+                        f"{made}/out",
+                        "--mm_use_vid_start_end",
+                        "--bf16",
+                        bf16,
+                        "--max_steps",
+                        str(steps),
+                        "--learning_rate",
+                        "1e-3",
+                        "--per_device_train_batch_size",
+                        "8",
+                        "--dataloader_num_workers",
+                        "0",
+                    ],
+                ),
+                world,
+            )
             curves[bf16] = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
         means = {key: sum(values) / len(values) for key, values in curves.items()}
         error = abs(means["True"] / means["False"] - 1)
-        yield {"row": f"full fine-tune, {steps} steps", "bf16": means["True"], "fp32 on the CPU": means["False"],
-               "relative error of the mean": error, "last bf16": curves["True"][-1], "last fp32": curves["False"][-1],
-               "status": "ok" if error <= 5e-3 else "failed"}
+        yield {
+            "row": f"full fine-tune, {steps} steps",
+            "bf16": means["True"],
+            "fp32 on the CPU": means["False"],
+            "relative error of the mean": error,
+            "last bf16": curves["True"][-1],
+            "last fp32": curves["False"][-1],
+            "status": "ok" if error <= 5e-3 else "failed",
+        }

@@ -47,15 +47,26 @@ class Tower:
 CLIP_L, TINY = Tower(336, 14, 1024, 24, 16), Tower(28, 14, 32, 3, 4)
 ON_GPU = torch.cuda.is_available()
 MOST_ENGINES = 7  # of hardware decoders, on an H100 or H200
-PATCHES = dict(size=336, patch=14, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
-               dtype=torch.float16)
+PATCHES = dict(
+    size=336,
+    patch=14,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    dtype=torch.float16,
+)
 
 
 def write_tower(folder, shape):
     """A CLIP vision tower of random weights as a Hugging Face folder."""
-    config = CLIPVisionConfig(image_size=shape.size, patch_size=shape.patch, hidden_size=shape.hidden,
-                              intermediate_size=4 * shape.hidden, num_hidden_layers=shape.layers,
-                              num_attention_heads=shape.heads, projection_dim=16)
+    config = CLIPVisionConfig(
+        image_size=shape.size,
+        patch_size=shape.patch,
+        hidden_size=shape.hidden,
+        intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        projection_dim=16,
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if ON_GPU else "cpu"):
         tower = CLIPVisionModel(config)
@@ -77,29 +88,46 @@ def tower(small):
         for dtype in dtypes:
             encoder = FeatureEncoder(made, dtype=dtype, num_temporal=frames)
             batch, name = encoder.batch_size, f"{dtype}".removeprefix("torch.")
-            rows = frame_patchify(pixels[:batch].to(encoder.device), size=shape.size, patch=shape.patch,
-                                  mean=encoder.tower.mean, std=encoder.tower.std, dtype=dtype)
+            rows = frame_patchify(
+                pixels[:batch].to(encoder.device),
+                size=shape.size,
+                patch=shape.patch,
+                mean=encoder.tower.mean,
+                std=encoder.tower.std,
+                dtype=dtype,
+            )
             images = _pictures(rows, shape)
             model, flops = load_tower(made, dtype).to(encoder.device), batch * _tower_flops(shape)
             yield {"row": f"tower's error beside transformers', {name}", **_errors(encoder.tower, model, rows, images)}
             ways = {"tower": lambda: encoder.tower.states(rows)}
             if dtype is torch.float16:
                 more = torch.cat([rows] * (frames // batch))
-                ways |= {"transformers' layers": lambda: _their_states(model, images),
-                         f"tower, {len(more)} images a pass": lambda: encoder.tower.states(more),
-                         **{f"tower, {kind.name.lower()}": functools.partial(_attending, kind, encoder.tower, rows)
-                            for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}}
+                ways |= {
+                    "transformers' layers": lambda: _their_states(model, images),
+                    f"tower, {len(more)} images a pass": lambda: encoder.tower.states(more),
+                    **{
+                        f"tower, {kind.name.lower()}": functools.partial(_attending, kind, encoder.tower, rows)
+                        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+                    },
+                }
             for who, call in ways.items():
                 seconds, count = _timed(call, small), frames if "a pass" in who else batch
-                yield {"row": f"{who}, {name}", "images_per_second": count / seconds, "batch": count,
-                       "flops_per_second": flops * count / batch / seconds}
+                yield {
+                    "row": f"{who}, {name}",
+                    "images_per_second": count / seconds,
+                    "batch": count,
+                    "flops_per_second": flops * count / batch / seconds,
+                }
             if dtype is not dtypes[0]:
                 continue
             yield from _ways_of_passes(encoder.tower, made, rows, flops, name, small)
             yield {"row": f"tower's kernels, {name}", **_kernels(ways["tower"])}
             seconds = _timed(lambda: encoder.encode(pixels), small)
-            yield {"row": f"video of {frames} frames to features, {name}", "seconds": seconds,
-                   "videos_per_second": 1 / seconds}
+            yield {
+                "row": f"video of {frames} frames to features, {name}",
+                "seconds": seconds,
+                "videos_per_second": 1 / seconds,
+            }
             states = torch.randn(frames, encoder.num_patches, shape.hidden, device=encoder.device).half()
             seconds = _timed(lambda: spatio_temporal_pool(states, num_temporal=frames), small)
             yield {"row": "pooling", "seconds": seconds, "bytes_per_second": states.nbytes / seconds}
@@ -116,9 +144,15 @@ def _ways_of_passes(plain, folder, rows, flops, name, small):
     graphed = GraphedStates(plain, batch, rows.device)
     same = all(torch.equal(graphed(rows), exact) for _ in range(3))
     seconds = _timed(lambda: graphed(rows), small)
-    yield {"row": f"tower, CUDA graph, {name}", "images_per_second": batch / seconds, "batch": batch,
-           "flops_per_second": flops / seconds, "captured": graphed.captured, "same_bits": same,
-           "status": "ok" if same and graphed.captured == ON_GPU else "failed"}
+    yield {
+        "row": f"tower, CUDA graph, {name}",
+        "images_per_second": batch / seconds,
+        "batch": batch,
+        "flops_per_second": flops / seconds,
+        "captured": graphed.captured,
+        "same_bits": same,
+        "status": "ok" if same and graphed.captured == ON_GPU else "failed",
+    }
     try:
         check_fp8(rows.device)
     except ValueError as error:
@@ -127,9 +161,16 @@ def _ways_of_passes(plain, folder, rows, flops, name, small):
     coarse = GraphedStates(open_tower(folder, rows.device, plain.dtype, fp8=True), batch, rows.device)
     cosine = torch.nn.functional.cosine_similarity(coarse(rows).float(), exact.float(), dim=-1)
     seconds = _timed(lambda: coarse(rows), small)
-    yield {"row": f"tower, FP8, {name}", "images_per_second": batch / seconds, "batch": batch,
-           "flops_per_second": flops / seconds, "captured": coarse.captured, "mean_cosine": cosine.mean().item(),
-           "least_cosine": cosine.min().item(), "status": "ok" if cosine.mean() >= FP8_COSINE else "failed"}
+    yield {
+        "row": f"tower, FP8, {name}",
+        "images_per_second": batch / seconds,
+        "batch": batch,
+        "flops_per_second": flops / seconds,
+        "captured": coarse.captured,
+        "mean_cosine": cosine.mean().item(),
+        "least_cosine": cosine.min().item(),
+        "status": "ok" if cosine.mean() >= FP8_COSINE else "failed",
+    }
 
 
 @torch.no_grad()
@@ -153,24 +194,33 @@ def _kernels(call):
     with profiled(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as record:
         call()
         _synchronize()
-    events = sorted(((event.key[:80], (event.device_time_total if ON_GPU else event.cpu_time_total) / 1e3, event.count)
-                     for event in record.key_averages()), key=lambda event: -event[1])
-    return {"device_ms": sum(spent for _, spent, _ in events),
-            "kernels": [[key, round(spent, 3), count] for key, spent, count in events[:14]]}
+    events = sorted(
+        (
+            (event.key[:80], (event.device_time_total if ON_GPU else event.cpu_time_total) / 1e3, event.count)
+            for event in record.key_averages()
+        ),
+        key=lambda event: -event[1],
+    )
+    return {
+        "device_ms": sum(spent for _, spent, _ in events),
+        "kernels": [[key, round(spent, 3), count] for key, spent, count in events[:14]],
+    }
 
 
 def _errors(tower, model, rows, images, some=4):
     """How far the states of some images, by us and by transformers, are from transformers' in fp32."""
     exact = _their_states(copy.deepcopy(model).float(), images[:some].float())
-    ours, theirs = ((states.float() - exact).norm().item() / exact.norm().item()
-                    for states in (tower.states(rows[:some]), _their_states(model, images[:some])))
+    ours, theirs = (
+        (states.float() - exact).norm().item() / exact.norm().item()
+        for states in (tower.states(rows[:some]), _their_states(model, images[:some]))
+    )
     return {"relative_error": ours, "theirs": theirs, "status": "ok" if ours <= 1.5 * theirs + 1e-6 else "failed"}
 
 
 def _pictures(rows, shape):
     """[B, 3, size, size] that patch rows were cut from."""
     grid, patch = shape.size // shape.patch, shape.patch
-    pixels = rows[..., :3 * patch**2].reshape(-1, grid, grid, patch, patch, 3)
+    pixels = rows[..., : 3 * patch**2].reshape(-1, grid, grid, patch, patch, 3)
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, shape.size, shape.size)
 
 
@@ -213,8 +263,13 @@ def write_clip(path, *, width, height, frames, codec="libx264"):
         stream.options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {}
         for i in range(frames):
             dx, dy = 3 * i % 256, 2 * i % 256
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(base[dy:dy + height, dx:dx + width]), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.ascontiguousarray(base[dy : dy + height, dx : dx + width]), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
 
 
@@ -238,8 +293,11 @@ def decoders(small):
                 begin = time.perf_counter()
                 decode(path, size=336, threads=threads)
                 seconds = time.perf_counter() - begin
-                yield {"row": f"PyAV, {height}p, one clip at a time, {threads or 'all'} threads",
-                       "frames_per_second": frames / seconds, "cores": os.cpu_count()}
+                yield {
+                    "row": f"PyAV, {height}p, one clip at a time, {threads or 'all'} threads",
+                    "frames_per_second": frames / seconds,
+                    "cores": os.cpu_count(),
+                }
         yield from _hardware(clips, small)
 
 
@@ -263,14 +321,20 @@ def _hardware(clips, small):
     for path in clips:
         begin = time.perf_counter()
         stream = read_bitstream(path)
-        yield {"row": f"reading {path.stem}p's container", "seconds": time.perf_counter() - begin,
-               "packets": len(stream.ends), "frames": stream.info.frames}
+        yield {
+            "row": f"reading {path.stem}p's container",
+            "seconds": time.perf_counter() - begin,
+            "packets": len(stream.ends),
+            "frames": stream.info.frames,
+        }
         for count in (1, MOST_ENGINES, 2 * MOST_ENGINES):
             seconds = _side_by_side(hardware[:count], stream)
-            yield {"row": f"NVDEC, {path.stem}p, {count} videos at a time",
-                   "decoded_frames_per_second": count * len(stream.ends) / seconds,
-                   "video_frames_per_second": count * stream.info.frames / seconds,
-                   "videos_per_second": count / seconds}
+            yield {
+                "row": f"NVDEC, {path.stem}p, {count} videos at a time",
+                "decoded_frames_per_second": count * len(stream.ends) / seconds,
+                "video_frames_per_second": count * stream.info.frames / seconds,
+                "videos_per_second": count / seconds,
+            }
     for decoder in hardware:
         decoder.close()
     yield from _dali(clips)
@@ -293,15 +357,21 @@ def _dali(clips):
         ours = decoders[0].decode(stream)
         true = torch.from_numpy(decode(path)[0]).to(ours.device)
         apart = (ours.int() - true.int()).abs().float()
-        yield {"row": f"DALI beside PyAV, {path.stem}p", "frames": len(ours), "mean_difference": apart.mean().item(),
-               "largest_difference": apart.max().item()}
+        yield {
+            "row": f"DALI beside PyAV, {path.stem}p",
+            "frames": len(ours),
+            "mean_difference": apart.mean().item(),
+            "largest_difference": apart.max().item(),
+        }
         del ours, true, apart
         for count in (1, MOST_ENGINES, 2 * MOST_ENGINES):
             seconds = _side_by_side(decoders[:count], stream, DaliDecoder.decode)
-            yield {"row": f"DALI, {path.stem}p, {count} videos at a time",
-                   "decoded_frames_per_second": count * len(stream.ends) / seconds,
-                   "video_frames_per_second": count * stream.info.frames / seconds,
-                   "videos_per_second": count / seconds}
+            yield {
+                "row": f"DALI, {path.stem}p, {count} videos at a time",
+                "decoded_frames_per_second": count * len(stream.ends) / seconds,
+                "video_frames_per_second": count * stream.info.frames / seconds,
+                "videos_per_second": count / seconds,
+            }
 
 
 def _same_bytes(path, decoder):
@@ -319,8 +389,12 @@ def _same_bytes(path, decoder):
     frames, _ = decode(path, size=336)
     true = frame_patchify(torch.from_numpy(frames).cuda(), **PATCHES)
     different = int((ours != true).sum())
-    return row | {"codec": stream.codec, "frames": len(true), "differing_values": different,
-                  "status": "failed" if different else "ok"}
+    return row | {
+        "codec": stream.codec,
+        "frames": len(true),
+        "differing_values": different,
+        "status": "failed" if different else "ok",
+    }
 
 
 def _put(rows_TPK, pictures, factors):
@@ -337,6 +411,7 @@ def _to_patches(decoder, stream):
 
 def _side_by_side(decoders, stream, call=_to_patches, times=2):
     """Seconds in which every decoder decodes a video, as many times, each in a thread."""
+
     def run(decoder):
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(times):
@@ -373,20 +448,29 @@ def pipeline(small):
         first = None
         for decoder in ("warm", *runs) if ON_GPU else ("pyav",):
             folder = made / f"features-{decoder}"
-            summary = extract(ExtractConfig(
-                video_dir_path=str(made / f"videos-{decoder}"), clip_feat_path=str(folder),
-                vision_tower=str(made / "tower"), num_frames=5 if small else 100,
-                decoder="auto" if decoder == "warm" else decoder))
+            summary = extract(
+                ExtractConfig(
+                    video_dir_path=str(made / f"videos-{decoder}"),
+                    clip_feat_path=str(folder),
+                    vision_tower=str(made / "tower"),
+                    num_frames=5 if small else 100,
+                    decoder="auto" if decoder == "warm" else decoder,
+                )
+            )
             files = sorted(folder.glob("*.safetensors"))
             first = first or load_file(files[0])
             same = all(torch.equal(first["features"], load_file(path)["features"]) for path in files)
             good = summary.extracted == summary.total and same
-            yield {"row": f"extract, {height}p, " + (
-                "beginning" if decoder == "warm" else f"--decoder {decoder}"), "seconds": summary.seconds,
-                   "videos_per_second": summary.extracted / summary.seconds,
-                   "video_frames_per_second": summary.extracted * frames / summary.seconds,
-                   "decoders": dict(Counter(map(_decoder_of, files))), "same_features": same,
-                   "status": "ok" if good else "failed", **({} if good else {"error": str(summary)[:400]})}
+            yield {
+                "row": f"extract, {height}p, " + ("beginning" if decoder == "warm" else f"--decoder {decoder}"),
+                "seconds": summary.seconds,
+                "videos_per_second": summary.extracted / summary.seconds,
+                "video_frames_per_second": summary.extracted * frames / summary.seconds,
+                "decoders": dict(Counter(map(_decoder_of, files))),
+                "same_features": same,
+                "status": "ok" if good else "failed",
+                **({} if good else {"error": str(summary)[:400]}),
+            }
 
 
 def _decoder_of(path):

@@ -12,11 +12,18 @@ def rows(small, kernel, others=False):
     """Rows of one kernel: ours and eager torch, or the `others`: torch.compile and libraries."""
     info = {"small": small}
     if torch.cuda.is_available():
-        info |= {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy_bandwidth(small),
-                 "matmul_flops_per_second": matmul_rate(small)}
+        info |= {
+            "device": torch.cuda.get_device_name(),
+            "copy_bytes_per_second": copy_bandwidth(small),
+            "matmul_flops_per_second": matmul_rate(small),
+        }
     cases = [case for case in kernel_rows.all_cases(small) if case.kernel == kernel]
-    pairs = [(case, way) for case in cases for way in case.ways
-             if (way in OURS) != others and (way != "reference's chain" or small)]
+    pairs = [
+        (case, way)
+        for case in cases
+        for way in case.ways
+        if (way in OURS) != others and (way != "reference's chain" or small)
+    ]
     pairs.sort(key=lambda pair: pair[1] in kernel_rows.LAST)
     if not pairs:
         yield {"row": kernel, "absent": "no library that does this job is installed, or none can run here"}

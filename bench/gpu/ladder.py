@@ -27,27 +27,45 @@ def result(card):
     newest = max(rows, key=lambda row: row["date"])
     about = {key: newest[key] for key in ("driver", "python", "date", "versions")}
     about |= {"device": card.name, "commit": " and ".join(dict.fromkeys(row["commit"] for row in rows))}
-    roofs = {name: (rate, row["commit"]) for name in ("burst", "sustained", "fp8")
-             for rate, row in (card.roof(name, newest),) if rate}
+    roofs = {
+        name: (rate, row["commit"])
+        for name in ("burst", "sustained", "fp8")
+        for rate, row in (card.roof(name, newest),)
+        if rate
+    }
     burst = roofs.get("burst", (None,))[0]
-    return {"environment": about, "preset": preset_of(small=False), "rows": rows,
-            **train_step.summary(rows, {"bf16": burst}),
-            "ratios": ratios(rows), "against": strongest(rows), "roofs": roofs,
-            "faults": list(train_step.compare(rows))}
+    return {
+        "environment": about,
+        "preset": preset_of(small=False),
+        "rows": rows,
+        **train_step.summary(rows, {"bf16": burst}),
+        "ratios": ratios(rows),
+        "against": strongest(rows),
+        "roofs": roofs,
+        "faults": list(train_step.compare(rows)),
+    }
 
 
 def _figures(row, card):
     row = dict(row)
     times = row.pop("seconds_each")
     median = statistics.median(times) if times else None
-    roofs = {"matmul_share": "burst", "sustained_share": "sustained",
-             **({"fp8_share": "fp8"} if in_fp8(row["row"]) else {})}
-    rates = {f"{name}_per_second": median and row[name] / median
-             for name in ("samples", "rows", "sample_rows", "flops")}
+    roofs = {
+        "matmul_share": "burst",
+        "sustained_share": "sustained",
+        **({"fp8_share": "fp8"} if in_fp8(row["row"]) else {}),
+    }
+    rates = {
+        f"{name}_per_second": median and row[name] / median for name in ("samples", "rows", "sample_rows", "flops")
+    }
     done = rates["flops_per_second"]
     shares = {key: card.roof(name, row)[0] for key, name in roofs.items()}
-    return row | rates | {key: done and rate and done / rate for key, rate in shares.items()} | {
-        "seconds": times, "cpu_seconds": [], "spread": median and (max(times) - min(times)) / median}
+    return (
+        row
+        | rates
+        | {key: done and rate and done / rate for key, rate in shares.items()}
+        | {"seconds": times, "cpu_seconds": [], "spread": median and (max(times) - min(times)) / median}
+    )
 
 
 def is_baseline(name):
@@ -72,29 +90,59 @@ def ratios(rows):
     Samples of budgets are others than those of the baselines, so samples per second would not compare.
     """
     timed = {row["row"]: row["sample_rows_per_second"] for row in rows if row["seconds"]}
-    return {f"{ours}_vs_{theirs}": timed[ours] / timed[theirs] for ours in timed for theirs in timed
-            if is_baseline(theirs) and not is_baseline(ours) and not ROWS[ours].full}
+    return {
+        f"{ours}_vs_{theirs}": timed[ours] / timed[theirs]
+        for ours in timed
+        for theirs in timed
+        if is_baseline(theirs) and not is_baseline(ours) and not ROWS[ours].full
+    }
 
 
 def table(result):
     """The rows as a table in markdown: speed, share of the product's rate, memory, times each baseline."""
     rows = [row for row in result["rows"] if row["seconds"]]
     baselines = [row["row"] for row in rows if is_baseline(row["row"])]
-    heads = ["row", "", "samples/s", "±", "rows/s", "TFLOP/s", "of a bf16 product, burst", "sustained", "of FP8's",
-             "peak memory",
-             *(f"× `{name}`" for name in baselines), "commit"]
+    heads = [
+        "row",
+        "",
+        "samples/s",
+        "±",
+        "rows/s",
+        "TFLOP/s",
+        "of a bf16 product, burst",
+        "sustained",
+        "of FP8's",
+        "peak memory",
+        *(f"× `{name}`" for name in baselines),
+        "commit",
+    ]
     lines = [_line(heads), "|---|---|" + "---:|" * (len(heads) - 3) + "---|"]
     for row in rows:
-        lines.append(_line([
-            f"`{row['row']}`", row["title"], f"{row['samples_per_second']:.1f}", f"{50 * row['spread']:.1f} %",
-            f"{row['rows_per_second']:,.0f}", f"{row['flops_per_second'] / 1e12:,.0f}", _percent(row["matmul_share"]),
-            _percent(row["sustained_share"]), _percent(row.get("fp8_share")), f"{row['peak_bytes'] / 2**30:.1f} GiB",
-            *(_times(result["ratios"].get(f"{row['row']}_vs_{name}")) for name in baselines), f"`{row['commit']}`"]))
+        lines.append(
+            _line(
+                [
+                    f"`{row['row']}`",
+                    row["title"],
+                    f"{row['samples_per_second']:.1f}",
+                    f"{50 * row['spread']:.1f} %",
+                    f"{row['rows_per_second']:,.0f}",
+                    f"{row['flops_per_second'] / 1e12:,.0f}",
+                    _percent(row["matmul_share"]),
+                    _percent(row["sustained_share"]),
+                    _percent(row.get("fp8_share")),
+                    f"{row['peak_bytes'] / 2**30:.1f} GiB",
+                    *(_times(result["ratios"].get(f"{row['row']}_vs_{name}")) for name in baselines),
+                    f"`{row['commit']}`",
+                ]
+            )
+        )
     names = {"burst": "bf16 product in a burst", "sustained": "after ten seconds", "fp8": "a layer's FP8 products"}
-    roofs = ", ".join(f"{names[name]} {rate / 1e12:,.0f} TFLOP/s (`{commit}`)"
-                      for name, (rate, commit) in result["roofs"].items())
-    said = ("× compares the rows of whole samples per second, as batches of a budget have other samples. "
-            + (f"Roofs: {roofs}." if roofs else ""))
+    roofs = ", ".join(
+        f"{names[name]} {rate / 1e12:,.0f} TFLOP/s (`{commit}`)" for name, (rate, commit) in result["roofs"].items()
+    )
+    said = "× compares the rows of whole samples per second, as batches of a budget have other samples. " + (
+        f"Roofs: {roofs}." if roofs else ""
+    )
     return "\n".join([*lines, "", said.strip()])
 
 

@@ -112,8 +112,12 @@ class _Merging:
 
     def card(self, name):
         measured = {key[:2] for key in (*self.rows, *self.failed)}
-        return Card(name, list(self.rows.values()), list(self.failed.values()),
-                    [row for key, row in self.left_out.items() if key[:2] not in measured])
+        return Card(
+            name,
+            list(self.rows.values()),
+            list(self.failed.values()),
+            [row for key, row in self.left_out.items() if key[:2] not in measured],
+        )
 
 
 def _add(merging, row):

@@ -29,13 +29,23 @@ def ask_smi(fields):
 
 def card(small):
     """The card, its driver, and what else is there."""
-    row = {"row": "card", **ask_smi(QUERY), "nvcc": bool(shutil.which("nvcc")), "gcc": bool(shutil.which("gcc")),
-           "packages": {name: _version(name) for name in PACKAGES if _version(name)}}
+    row = {
+        "row": "card",
+        **ask_smi(QUERY),
+        "nvcc": bool(shutil.which("nvcc")),
+        "gcc": bool(shutil.which("gcc")),
+        "packages": {name: _version(name) for name in PACKAGES if _version(name)},
+    }
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
-        row |= {"cuda": torch.version.cuda, "capability": f"{about.major}.{about.minor}",
-                "multiprocessors": about.multi_processor_count, "l2_bytes": about.L2_cache_size,
-                "memory_bytes": about.total_memory, "free_bytes": torch.cuda.mem_get_info()[0]}
+        row |= {
+            "cuda": torch.version.cuda,
+            "capability": f"{about.major}.{about.minor}",
+            "multiprocessors": about.multi_processor_count,
+            "l2_bytes": about.L2_cache_size,
+            "memory_bytes": about.total_memory,
+            "free_bytes": torch.cuda.mem_get_info()[0],
+        }
     yield row
 
 
@@ -49,11 +59,21 @@ def _version(name):
 class _DecoderCapabilities(ctypes.Structure):
     """CUVIDDECODECAPS of NVIDIA's Video Codec SDK."""
 
-    _fields_ = [("codec", ctypes.c_int), ("chroma", ctypes.c_int), ("depth_minus_8", ctypes.c_uint),
-                ("reserved1", ctypes.c_uint * 3), ("supported", ctypes.c_ubyte), ("engines", ctypes.c_ubyte),
-                ("formats", ctypes.c_ushort), ("max_width", ctypes.c_uint), ("max_height", ctypes.c_uint),
-                ("max_macroblocks", ctypes.c_uint), ("min_width", ctypes.c_ushort), ("min_height", ctypes.c_ushort),
-                ("reserved2", ctypes.c_uint * 16)]
+    _fields_ = [
+        ("codec", ctypes.c_int),
+        ("chroma", ctypes.c_int),
+        ("depth_minus_8", ctypes.c_uint),
+        ("reserved1", ctypes.c_uint * 3),
+        ("supported", ctypes.c_ubyte),
+        ("engines", ctypes.c_ubyte),
+        ("formats", ctypes.c_ushort),
+        ("max_width", ctypes.c_uint),
+        ("max_height", ctypes.c_uint),
+        ("max_macroblocks", ctypes.c_uint),
+        ("min_width", ctypes.c_ushort),
+        ("min_height", ctypes.c_ushort),
+        ("reserved2", ctypes.c_uint * 16),
+    ]
 
 
 def decoder(small):
@@ -89,8 +109,10 @@ def copies(small):
     yield {"row": "copy", "bytes_per_second": copy_bandwidth(small)}
     for pinned in (True, False):
         size = 2**28
-        host, device = (torch.empty(size, dtype=torch.uint8, pin_memory=pinned),
-                        torch.empty(size, dtype=torch.uint8, device="cuda"))
+        host, device = (
+            torch.empty(size, dtype=torch.uint8, pin_memory=pinned),
+            torch.empty(size, dtype=torch.uint8, device="cuda"),
+        )
         host.fill_(1)
         for name, target, source in (("host to device", device, host), ("device to host", host, device)):
             times = []
@@ -133,8 +155,13 @@ def _large_product(n, seconds):
         torch.cuda.synchronize()
         done += 50
     mean = done * 2 * n**3 / (time.perf_counter() - begin)
-    yield {"row": "product, sustained", "flops_per_second": rate(), "after_seconds": seconds,
-           "mean_flops_per_second": mean, **ask_smi(DURING)}
+    yield {
+        "row": "product, sustained",
+        "flops_per_second": rate(),
+        "after_seconds": seconds,
+        "mean_flops_per_second": mean,
+        **ask_smi(DURING),
+    }
 
 
 def layer_products(small):
@@ -147,8 +174,10 @@ def layer_products(small):
         total, work, row = 0.0, 0, {"row": f"products of a layer, {rows} rows, bf16"}
         for name, (inputs, outputs) in shapes.items():
             weight = torch.randn(outputs, inputs, device=device).to(torch.bfloat16)
-            for way, columns, call in (("forward", inputs, lambda x: lambda: x @ weight.T),
-                                       ("backward", outputs, lambda g: lambda: g @ weight)):
+            for way, columns, call in (
+                ("forward", inputs, lambda x: lambda: x @ weight.T),
+                ("backward", outputs, lambda g: lambda: g @ weight),
+            ):
                 x = torch.randn(rows, columns, device=device).to(torch.bfloat16)
                 seconds, flops = _median(call, [(x,), (x.clone(),)], on_gpu, rounds=10), 2 * rows * inputs * outputs
                 row[f"{name} {way} TFLOP/s"] = round(flops / seconds / 1e12, 1)
@@ -166,9 +195,16 @@ def _fp8_products(rows, shapes):
             weight = torch.randn(M, K, device="cuda").to(torch.float8_e4m3fn)
             x = torch.randn(rows, K, device="cuda").to(torch.float8_e4m3fn)
             scales = torch.ones(rows, 1, device="cuda"), torch.ones(1, M, device="cuda")
-            seconds = _median(lambda a: lambda: torch._scaled_mm(
-                a, weight.T, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True),
-                [(x,), (x.clone(),)], True, rounds=10)
+            seconds = _median(
+                lambda a: (
+                    lambda: torch._scaled_mm(
+                        a, weight.T, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True
+                    )
+                ),
+                [(x,), (x.clone(),)],
+                True,
+                rounds=10,
+            )
             row[f"{name} {way} TFLOP/s"] = round(2 * rows * K * M / seconds / 1e12, 1)
             total, work = total + seconds, work + 2 * rows * K * M
     yield row | {"flops_per_second": work / total, "seconds": total}

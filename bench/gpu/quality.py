@@ -25,8 +25,11 @@ sys.path.append(str(ROOT / "scripts" / "quickstart"))
 
 _FIRST, _SHARED = ("--question_order", "video_first"), ("--share_video", "True")
 WAYS = {  # {name: (flags of stage 2, the way that it must do as well as)}
-    "exact": ((), None), "shared": (_SHARED, "exact"), "FP8": (("--frozen_dtype", "fp8"), "exact"),
-    "video first": (_FIRST, None), "video first, shared": ((*_FIRST, *_SHARED), "video first"),
+    "exact": ((), None),
+    "shared": (_SHARED, "exact"),
+    "FP8": (("--frozen_dtype", "fp8"), "exact"),
+    "video first": (_FIRST, None),
+    "video first, shared": ((*_FIRST, *_SHARED), "video first"),
 }
 FAMILIES = "first", "left"
 CHANCE = 2  # standard deviations of the difference of two counts that are put down to chance
@@ -73,27 +76,66 @@ def fp8_curve(small):
     build_models.build_llava(larger / "model", made / "tower_a", 0, **sizes)
     before, steps = (2, 3) if small else (80, 200)
     common = ["--data_path", made / "train.json", "--bf16", "True", "--dataloader_num_workers", 0, "--seed", 0]
-    runs.run(["--model_name_or_path", larger / "model", "--video_folder", made / "features_a", "--output_dir",
-              larger / "base", "--max_steps", before, "--learning_rate", "3e-4", "--warmup_ratio", "0.05",
-              "--per_device_train_batch_size", 8, *common])
+    runs.run(
+        [
+            "--model_name_or_path",
+            larger / "model",
+            "--video_folder",
+            made / "features_a",
+            "--output_dir",
+            larger / "base",
+            "--max_steps",
+            before,
+            "--learning_rate",
+            "3e-4",
+            "--warmup_ratio",
+            "0.05",
+            "--per_device_train_batch_size",
+            8,
+            *common,
+        ]
+    )
     runs.as_base(larger / "base", larger / "trained")
-    flags = ["--model_name_or_path", larger / "trained", "--video_folder", made / "features_b", "--output_dir",
-             larger / "out", "--tune_mm_mlp_adapter", "True", "--max_steps", steps, "--learning_rate", "2e-3",
-             "--warmup_ratio", "0.03", "--per_device_train_batch_size", 4, *common]
+    flags = [
+        "--model_name_or_path",
+        larger / "trained",
+        "--video_folder",
+        made / "features_b",
+        "--output_dir",
+        larger / "out",
+        "--tune_mm_mlp_adapter",
+        "True",
+        "--max_steps",
+        steps,
+        "--learning_rate",
+        "2e-3",
+        "--warmup_ratio",
+        "0.03",
+        "--per_device_train_batch_size",
+        4,
+        *common,
+    ]
     bf16, fp8 = runs.losses(flags), runs.losses([*flags, "--frozen_dtype", "fp8"])
     yield {"row": "FP8 curve", "steps": steps, **curve_errors(fp8, bf16)}
 
 
 def curve_errors(found, baseline, last=50, limit=5e-3):
     """A row's figures: means of two loss curves, and how far they are apart, of all steps and of the last."""
+
     def mean(values):
         return sum(values) / len(values)
 
     errors = [mean(found[-n:]) / mean(baseline[-n:]) - 1 for n in (len(found), last)]
-    return {"fp8": mean(found), "bf16": mean(baseline), "first bf16": baseline[0], "last bf16": mean(baseline[-last:]),
-            "relative error": errors[0], f"of the last {last}": errors[1], "losses": [
-                [round(value, 4) for value in values[::10]] for values in (found, baseline)],
-            "status": "ok" if all(abs(error) <= limit for error in errors) else "failed"}
+    return {
+        "fp8": mean(found),
+        "bf16": mean(baseline),
+        "first bf16": baseline[0],
+        "last bf16": mean(baseline[-last:]),
+        "relative error": errors[0],
+        f"of the last {last}": errors[1],
+        "losses": [[round(value, 4) for value in values[::10]] for values in (found, baseline)],
+        "status": "ok" if all(abs(error) <= limit for error in errors) else "failed",
+    }
 
 
 def answers(small, at_once=len(WAYS) if runs.DEVICE == "cuda" else 0):
@@ -129,21 +171,52 @@ def _features(made):
     if (made / "train.json").exists():
         return
     for tower in "ab":
-        code = extract.main(["--video_dir_path", f"{made}/videos", "--clip_feat_path", f"{made}/features_{tower}",
-                             "--vision_tower", f"{made}/tower_{tower}", "--num_frames", "16"])
+        code = extract.main(
+            [
+                "--video_dir_path",
+                f"{made}/videos",
+                "--clip_feat_path",
+                f"{made}/features_{tower}",
+                "--vision_tower",
+                f"{made}/tower_{tower}",
+                "--num_frames",
+                "16",
+            ]
+        )
         if code:
             raise RuntimeError(f"extraction with tower {tower} ended with code {code}")
-    convert.main(["--input_json_file", f"{made}/videoinstruct.json", "--output_json_file", f"{made}/train.json",
-                  "--clip_feature_path", f"{made}/features_a"])
+    convert.main(
+        [
+            "--input_json_file",
+            f"{made}/videoinstruct.json",
+            "--output_json_file",
+            f"{made}/train.json",
+            "--clip_feature_path",
+            f"{made}/features_a",
+        ]
+    )
 
 
 def _base(made, small):
     """Stage 1, and how many answers its model gets right."""
     _features(made)
-    state = runs.run([
-        "--model_name_or_path", made / "llava_base", "--video_folder", made / "features_a", "--output_dir",
-        made / "stage1", "--max_steps", 2 if small else 500, "--learning_rate", "1e-3", "--warmup_ratio", "0.05",
-        *_flags(made, small)])
+    state = runs.run(
+        [
+            "--model_name_or_path",
+            made / "llava_base",
+            "--video_folder",
+            made / "features_a",
+            "--output_dir",
+            made / "stage1",
+            "--max_steps",
+            2 if small else 500,
+            "--learning_rate",
+            "1e-3",
+            "--warmup_ratio",
+            "0.05",
+            *_flags(made, small),
+        ]
+    )
     runs.as_base(made / "stage1", made / "llava")
     return {"row": "base", **_asked(made, "features_a", state)}
 
@@ -157,25 +230,66 @@ def way(made, name, small):
         except ValueError as error:
             return {"row": name, "absent": str(error)}
     output = made / "ways" / name.replace(",", "").replace(" ", "_")
-    state = runs.run([
-        "--model_name_or_path", made / "llava", "--video_folder", made / "features_b", "--output_dir", output,
-        "--tune_mm_mlp_adapter", "True", "--max_steps", 2 if small else 360, "--learning_rate", "2e-3",
-        "--warmup_ratio", "0.03", *flags, *_flags(made, small)])
+    state = runs.run(
+        [
+            "--model_name_or_path",
+            made / "llava",
+            "--video_folder",
+            made / "features_b",
+            "--output_dir",
+            output,
+            "--tune_mm_mlp_adapter",
+            "True",
+            "--max_steps",
+            2 if small else 360,
+            "--learning_rate",
+            "2e-3",
+            "--warmup_ratio",
+            "0.03",
+            *flags,
+            *_flags(made, small),
+        ]
+    )
     return {"row": name, **_asked(made, "features_b", state, output / "mm_projector.bin")}
 
 
 def _flags(made, small):
-    return ("--data_path", made / "train.json", "--bf16", "True", "--per_device_train_batch_size", 4 if small else 32,
-            "--dataloader_num_workers", "0", "--on_bad_sample", "skip", "--save_steps", 1000, "--seed", 0)
+    return (
+        "--data_path",
+        made / "train.json",
+        "--bf16",
+        "True",
+        "--per_device_train_batch_size",
+        4 if small else 32,
+        "--dataloader_num_workers",
+        "0",
+        "--on_bad_sample",
+        "skip",
+        "--save_steps",
+        1000,
+        "--seed",
+        0,
+    )
 
 
 def _asked(made, features, state, projector=None):
     from evaluate import right_answers
 
-    found = right_answers(made, made / features, turned=False, model_name_or_path=str(made / "llava"),
-                          projector=projector and str(projector))
-    counts = {f"{family} {key}": value for family in FAMILIES for key, value in (
-        ("right", round(found[family]["right"] * found[family]["questions"])), ("asked", found[family]["questions"]))}
+    found = right_answers(
+        made,
+        made / features,
+        turned=False,
+        model_name_or_path=str(made / "llava"),
+        projector=projector and str(projector),
+    )
+    counts = {
+        f"{family} {key}": value
+        for family in FAMILIES
+        for key, value in (
+            ("right", round(found[family]["right"] * found[family]["questions"])),
+            ("asked", found[family]["questions"]),
+        )
+    }
     return counts | {"steps": state.step, "skipped": state.loader.skipped}
 
 
@@ -193,11 +307,16 @@ def verdict(name, found, small):
         other = found[like][f"{family} right"]
         allowed = spread(row[f"{family} right"], other, row[f"{family} asked"])
         if other - row[f"{family} right"] > allowed:
-            faults.append(f"{family}: {row[f'{family} right']} of {row[f'{family} asked']} right, {like} has {other}; "
-                          f"{allowed:.1f} fewer are put down to chance")
+            faults.append(
+                f"{family}: {row[f'{family} right']} of {row[f'{family} asked']} right, {like} has {other}; "
+                f"{allowed:.1f} fewer are put down to chance"
+            )
     if name == "exact" and not small:
-        faults += [f"{family}: {row[f'{family} right']} of {row[f'{family} asked']} right, too few to compare with"
-                   for family in FAMILIES if row[f"{family} right"] < LEAST_RIGHT * row[f"{family} asked"]]
+        faults += [
+            f"{family}: {row[f'{family} right']} of {row[f'{family} asked']} right, too few to compare with"
+            for family in FAMILIES
+            if row[f"{family} right"] < LEAST_RIGHT * row[f"{family} asked"]
+        ]
     return {"like": like, "status": "failed" if faults else "ok", **({"error": "; ".join(faults)} if faults else {})}
 
 

@@ -25,15 +25,26 @@ def sweep(card, rows):
     for row in card.of("sweep"):
         if not row.get("best"):
             continue
-        today = next((other for other in rows if other["way"] == "ours" and (other["kernel"], other["case"]) == (
-            row["kernel"], row["case"])), None)
-        cells.append((
-            f"{row['kernel']} {row['case']}", kernels.duration(row["seconds"]), _percent(row.get("percent_of_copy")),
-            kernels.duration(today["median"]) if today else "not measured",
-            _percent(today.get("percent_of_copy")) if today else "",
-            f"{today['median'] / row['seconds']:.2f}" if today else "",
-            " ".join(f"{key}={value}" for key, value in row["candidate"].items()),
-            ", ".join(dict.fromkeys([row["commit"], *([today["commit"]] if today else [])]))))
+        today = next(
+            (
+                other
+                for other in rows
+                if other["way"] == "ours" and (other["kernel"], other["case"]) == (row["kernel"], row["case"])
+            ),
+            None,
+        )
+        cells.append(
+            (
+                f"{row['kernel']} {row['case']}",
+                kernels.duration(row["seconds"]),
+                _percent(row.get("percent_of_copy")),
+                kernels.duration(today["median"]) if today else "not measured",
+                _percent(today.get("percent_of_copy")) if today else "",
+                f"{today['median'] / row['seconds']:.2f}" if today else "",
+                " ".join(f"{key}={value}" for key, value in row["candidate"].items()),
+                ", ".join(dict.fromkeys([row["commit"], *([today["commit"]] if today else [])])),
+            )
+        )
     return "\n".join(kernels.aligned(cells)) + "\n" if len(cells) > 1 else ""
 
 
@@ -62,8 +73,9 @@ def where(card, rows):
     drivers = sorted({row["driver"] for row in card.rows if row["driver"]})
     versions = ", ".join(f"{name} {last['versions'][name]}" for name in ("torch", "triton", "transformers"))
     driver = f"driver {' and '.join(drivers)}; " if drivers else ""
-    return (f"{card.name}; {driver}{versions}; {' and '.join(sorted({row['date'] for row in rows}))}; "
-            "commits in the table.")
+    return (
+        f"{card.name}; {driver}{versions}; {' and '.join(sorted({row['date'] for row in rows}))}; commits in the table."
+    )
 
 
 class Report:
@@ -115,8 +127,13 @@ class Report:
     def long(self, readme):
         """bench/README's part."""
         card, made = self.card, self.made
-        lines = [*goals.training_lines(card, made), *goals.memory_lines(card, made), *goals.quality_lines(card),
-                 *goals.extraction_lines(card), *goals.kernel_lines(card, self.rows)]
+        lines = [
+            *goals.training_lines(card, made),
+            *goals.memory_lines(card, made),
+            *goals.quality_lines(card),
+            *goals.extraction_lines(card),
+            *goals.kernel_lines(card, self.rows),
+        ]
         parts = [f"### {card.name}", where(card, card.rows), goals.markdown(lines)]
         if made:
             parts += [self._shown(readme, "train_step"), ladder.table(made)]
@@ -126,8 +143,11 @@ class Report:
 
     def _shown(self, readme, name):
         path = self.picture(name)
-        titles = {"train_step": "samples per second and memory of each row",
-                  "step": "where a training step's time goes", "kernels": "kernels against a copy and a matrix product"}
+        titles = {
+            "train_step": "samples per second and memory of each row",
+            "step": "where a training step's time goes",
+            "kernels": "kernels against a copy and a matrix product",
+        }
         return f"![{titles[name]}]({os.path.relpath(path, Path(readme).parent)})" if path.exists() else ""
 
 
@@ -136,8 +156,9 @@ def main(argv=None):
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results.jsonl, the newest last")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of rows and ladders")
     parser.add_argument("--plots", type=Path, default=ROOT / "bench" / "plots", help="folder of pictures")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md",
-                        help="bench/README.md beside it gets the long tables")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", help="bench/README.md beside it gets the long tables"
+    )
     arguments = parser.parse_args(argv)
     try:
         cards = merge.read(arguments.files)
@@ -146,8 +167,10 @@ def main(argv=None):
     readmes = (arguments.readme, Report.short), (arguments.readme.parent / "bench" / "README.md", Report.long)
     for readme, _ in readmes:
         if not readme.is_file() or BEGIN not in readme.read_text():
-            parser.error(f"{readme} is no file with the line {BEGIN}; --readme names a copy of README.md beside which "
-                         "bench/README.md lies")
+            parser.error(
+                f"{readme} is no file with the line {BEGIN}; --readme names a copy of README.md beside which "
+                "bench/README.md lies"
+            )
     reports = [Report(card, arguments.out, arguments.plots) for card in cards]
     for folder in (arguments.out, arguments.plots):
         folder.mkdir(parents=True, exist_ok=True)

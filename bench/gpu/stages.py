@@ -8,11 +8,26 @@ from bench.gpu.check import Task
 from bench.report import KERNELS
 from bench.train_presets import PRESETS, ROWS
 
-STAGES = ("probe", "correct", "train", "kernels", "libraries", "sweep", "extract", "tests", "sanitizer",
-          "quality")
-FASTEST_FIRST = ("exact", "exact_8448", "exact_16896", "whole", "shared", "fp8", "fp8_16896", "shared_fp8", "full",
-                 "smallest", "smallest_nf4", "unpadded", "strong_video_first", "strong", "tuned", "reference",
-                 "compiled")
+STAGES = ("probe", "correct", "train", "kernels", "libraries", "sweep", "extract", "tests", "sanitizer", "quality")
+FASTEST_FIRST = (
+    "exact",
+    "exact_8448",
+    "exact_16896",
+    "whole",
+    "shared",
+    "fp8",
+    "fp8_16896",
+    "shared_fp8",
+    "full",
+    "smallest",
+    "smallest_nf4",
+    "unpadded",
+    "strong_video_first",
+    "strong",
+    "tuned",
+    "reference",
+    "compiled",
+)
 
 
 def has_gpu():
@@ -27,25 +42,35 @@ def has_gpu():
 
 def tasks_of(stages, *, small):
     """The tasks of `stages`, in order; what training and its quality need is prepared while nothing is timed."""
-    made = {"probe": _probe, "correct": _correct, "train": _train, "kernels": _kernels,
-            "libraries": _libraries, "sweep": _sweep,
-            "extract": _extract, "tests": _tests, "sanitizer": _sanitizer,
-            "quality": _quality}
+    made = {
+        "probe": _probe,
+        "correct": _correct,
+        "train": _train,
+        "kernels": _kernels,
+        "libraries": _libraries,
+        "sweep": _sweep,
+        "extract": _extract,
+        "tests": _tests,
+        "sanitizer": _sanitizer,
+        "quality": _quality,
+    }
     tasks = [task for stage in stages for task in made[stage](small)]
     for stage, name in (("quality", "clips"), ("train", "data")):
-        if stage in stages and "correct" in stages[:stages.index(stage)]:
+        if stage in stages and "correct" in stages[: stages.index(stage)]:
             prepared = next(task for task in tasks if (task.stage, task.name) == (stage, name))
             tasks.remove(prepared)
             tasks.insert(next(i for i, task in enumerate(tasks) if task.stage == "correct"), prepared)
     return tasks
 
 
-def _task(stage, name, call, seconds, arguments, *, module=None, process=None, background=False, untimed=False,
-          after=()):
+def _task(
+    stage, name, call, seconds, arguments, *, module=None, process=None, background=False, untimed=False, after=()
+):
     if arguments["small"] and not background:  # imports take longer than tiny sizes: who has the same ones shares them
         process, untimed = module or stage, False
-    return Task(stage, name, f"bench.gpu.{module or stage}", call, seconds, arguments, process, background, untimed,
-                after)
+    return Task(
+        stage, name, f"bench.gpu.{module or stage}", call, seconds, arguments, process, background, untimed, after
+    )
 
 
 def _probe(small):
@@ -60,11 +85,20 @@ def _correct(small):
     for kernel in KERNELS:
         yield task(kernel, "kernel", 60, {"small": small, "name": kernel})
     for implementation in ("flash", "varlen", "sdpa"):
-        yield task(f"attention {implementation}", "attention", 30,
-                    {"small": small, "implementation": implementation}, process=f"attention {implementation}")
-        yield task(f"attention {implementation}, grouped heads", "attention", 30,
-                    {"small": small, "implementation": implementation, "grouped": True},
-                    process=f"attention {implementation}")
+        yield task(
+            f"attention {implementation}",
+            "attention",
+            30,
+            {"small": small, "implementation": implementation},
+            process=f"attention {implementation}",
+        )
+        yield task(
+            f"attention {implementation}, grouped heads",
+            "attention",
+            30,
+            {"small": small, "implementation": implementation, "grouped": True},
+            process=f"attention {implementation}",
+        )
     yield task("8-bit AdamW", "adamw_8bit", 40, {"small": small})
     yield task("FP8 product", "fp8_product", 40, {"small": small})
     yield task("reference's steps", "reference_steps", 60, {"small": small}, module="correct_steps")
@@ -88,13 +122,31 @@ def _train(small):
         row = ROWS[name]
         process = " ".join((row.kind, *row.model_flags, *(["full"] if row.full else [])))
         limit, seconds = (
-            (150, 20.0 if name == "exact" else 4.0) if row.kind == "compiled" or name == "exact" else
-            (60, 0.0) if row.for_memory else (75, 4.0))
-        yield _task("train", name, "row", limit, {"small": small, "preset": preset, "name": name, "seconds": seconds},
-                    process=process, after=("data",))
+            (150, 20.0 if name == "exact" else 4.0)
+            if row.kind == "compiled" or name == "exact"
+            else (60, 0.0)
+            if row.for_memory
+            else (75, 4.0)
+        )
+        yield _task(
+            "train",
+            name,
+            "row",
+            limit,
+            {"small": small, "preset": preset, "name": name, "seconds": seconds},
+            process=process,
+            after=("data",),
+        )
         if name in profiled:
-            yield _task("train", f"{name} profile", "profile", 40, {"small": small, "name": name}, process=process,
-                        after=("data",))
+            yield _task(
+                "train",
+                f"{name} profile",
+                "profile",
+                40,
+                {"small": small, "name": name},
+                process=process,
+                after=("data",),
+            )
 
 
 def _kernels(small):
@@ -105,8 +157,9 @@ def _kernels(small):
 def _libraries(small):
     """The same jobs by torch.compile and by the libraries that are installed."""
     for kernel in KERNELS:
-        yield _task("libraries", kernel, "rows", 100, {"small": small, "kernel": kernel, "others": True},
-                    module="kernels")
+        yield _task(
+            "libraries", kernel, "rows", 100, {"small": small, "kernel": kernel, "others": True}, module="kernels"
+        )
 
 
 def _sweep(small):
@@ -125,8 +178,15 @@ def _extract(small):
 
 def _tests(small):
     for kernel in KERNELS if not small else KERNELS[:1]:
-        yield _task("tests", kernel, "unit_tests", 100, {"small": small, "kernel": kernel, "seconds": 95},
-                    module="outside", background=True)
+        yield _task(
+            "tests",
+            kernel,
+            "unit_tests",
+            100,
+            {"small": small, "kernel": kernel, "seconds": 95},
+            module="outside",
+            background=True,
+        )
 
 
 def _sanitizer(small):

@@ -59,45 +59,94 @@ def _rope(c, heads, half):
 
 SPACES = {
     "spatio_temporal_pool": Space(
-        [{"block_p": p, "block_c": 64, "warps": w, "stages": s, "programs": n} for p, w, s, n in (
-            (64, 2, 3, 450), (64, 2, 2, 450), (64, 2, 4, 450), (64, 2, 3, 300), (64, 2, 2, 600), (64, 2, 3, 600),
-            (64, 2, 2, 900), (64, 2, 3, 900), (64, 2, 3, 1200), (64, 1, 2, 450), (64, 1, 3, 450), (64, 1, 3, 900),
-            (32, 1, 2, 900), (32, 1, 3, 900), (32, 1, 4, 900), (32, 1, 2, 1200), (32, 1, 3, 1200), (32, 1, 3, 1800),
-            (32, 2, 3, 900), (16, 1, 3, 1800))],
-        _pool, ("forward",)),
-    "add_rms_norm": Space([{"warps": w} for w in (4, 8, 16, 32)],
-                          lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])),
+        [
+            {"block_p": p, "block_c": 64, "warps": w, "stages": s, "programs": n}
+            for p, w, s, n in (
+                (64, 2, 3, 450),
+                (64, 2, 2, 450),
+                (64, 2, 4, 450),
+                (64, 2, 3, 300),
+                (64, 2, 2, 600),
+                (64, 2, 3, 600),
+                (64, 2, 2, 900),
+                (64, 2, 3, 900),
+                (64, 2, 3, 1200),
+                (64, 1, 2, 450),
+                (64, 1, 3, 450),
+                (64, 1, 3, 900),
+                (32, 1, 2, 900),
+                (32, 1, 3, 900),
+                (32, 1, 4, 900),
+                (32, 1, 2, 1200),
+                (32, 1, 3, 1200),
+                (32, 1, 3, 1800),
+                (32, 2, 3, 900),
+                (16, 1, 3, 1800),
+            )
+        ],
+        _pool,
+        ("forward",),
+    ),
+    "add_rms_norm": Space(
+        [{"warps": w} for w in (4, 8, 16, 32)], lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])
+    ),
     "swiglu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), _grid),
     "add_layer_norm": Space([{"warps": w} for w in (1, 2, 4, 8)], lambda c, D: (POWER(max(D, 32)), c["warps"])),
     "quick_gelu": Space(_blocks((512, 1024, 2048, 4096), (2, 4, 8)), lambda c: c["block"]),
     "splice_video": Space(_blocks((1024, 2048, 4096), (4, 8)), _grid),
-    "rope_qk": Space([{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64],
-                     _rope),
-    "rope_keys": Space([{"heads": h, "warps": w} for h in (8, 16, 32) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 32],
-                       lambda c, heads, half: (min(POWER(heads), c["heads"]), c["warps"])),
-    "adamw_step": Space([{"blocks": b, "warps": w} for b, w in ((4, 4), (2, 2), (4, 2), (8, 4), (8, 8))],
-                        lambda c: (c["blocks"], c["warps"])),
-    "quantize_fp8": Space(_blocks((2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)),
-                          lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
+    "rope_qk": Space(
+        [{"heads": h, "warps": w} for h in (8, 16, 32, 64) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 64], _rope
+    ),
+    "rope_keys": Space(
+        [{"heads": h, "warps": w} for h in (8, 16, 32) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 32],
+        lambda c, heads, half: (min(POWER(heads), c["heads"]), c["warps"]),
+    ),
+    "adamw_step": Space(
+        [{"blocks": b, "warps": w} for b, w in ((4, 4), (2, 2), (4, 2), (8, 4), (8, 8))],
+        lambda c: (c["blocks"], c["warps"]),
+    ),
+    "quantize_fp8": Space(
+        _blocks((2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)),
+        lambda c, width: (min(POWER(width), c["block"]), c["warps"]),
+    ),
     "linear_cross_entropy": Space(
-        [{"block": b, "warps": w, "chunk": chunk}
-         for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
-         for chunk in (2**24, 2**25, 2**26)], lambda c, width: (min(POWER(width), c["block"]), c["warps"])),
+        [
+            {"block": b, "warps": w, "chunk": chunk}
+            for b, w in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (32768, 32))
+            for chunk in (2**24, 2**25, 2**26)
+        ],
+        lambda c, width: (min(POWER(width), c["block"]), c["warps"]),
+    ),
     # One warp alone looks codes up by shuffles: 200 instructions an element, where others take 60 to 75.
-    "adamw8bit_step": Space([{"blocks": b, "warps": w}
-                             for b, w in ((4, 4), (8, 4), (2, 2), (2, 4), (4, 2), (8, 8), (4, 8), (16, 8))],
-                            lambda c: (c["blocks"], c["warps"])),
-    "yuv_patchify": Space([{"pixels": p, "frames": f, "warps": w} for p, w in (
-                               (64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 4))
-                           for f in (25, 50, 100)],
-                          lambda c, pixels, frames: (min(c["pixels"], max(8, POWER(pixels))),
-                                                     max(1, min(c["frames"], frames)), c["warps"])),
-    "frame_patchify": Space([{"block": b, "frames": f, "line": line, "warps": w} for b, line, w in (
-                                 (256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4),
-                                 (512, 256, 2)) for f in (12, 40, 100)],
-                            lambda c, values, frames: (
-                                min(c["block"], POWER(values)), max(1, min(c["frames"], frames)),
-                                min(c["line"], c["block"], POWER(values)), c["warps"])),
+    "adamw8bit_step": Space(
+        [{"blocks": b, "warps": w} for b, w in ((4, 4), (8, 4), (2, 2), (2, 4), (4, 2), (8, 8), (4, 8), (16, 8))],
+        lambda c: (c["blocks"], c["warps"]),
+    ),
+    "yuv_patchify": Space(
+        [
+            {"pixels": p, "frames": f, "warps": w}
+            for p, w in ((64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 4))
+            for f in (25, 50, 100)
+        ],
+        lambda c, pixels, frames: (
+            min(c["pixels"], max(8, POWER(pixels))),
+            max(1, min(c["frames"], frames)),
+            c["warps"],
+        ),
+    ),
+    "frame_patchify": Space(
+        [
+            {"block": b, "frames": f, "line": line, "warps": w}
+            for b, line, w in ((256, 128, 1), (256, 128, 2), (256, 64, 2), (512, 128, 2), (512, 128, 4), (512, 256, 2))
+            for f in (12, 40, 100)
+        ],
+        lambda c, values, frames: (
+            min(c["block"], POWER(values)),
+            max(1, min(c["frames"], frames)),
+            min(c["line"], c["block"], POWER(values)),
+            c["warps"],
+        ),
+    ),
 }
 
 
@@ -126,8 +175,7 @@ def _apply(kernel, candidate):
 def _chosen(small, kernel):
     """(cases, candidates); `small`: the first two."""
     jobs = SPACES[kernel].jobs
-    cases = [case for case in kernel_rows.all_cases(small)
-             if case.kernel == kernel and (not jobs or case.job in jobs)]
+    cases = [case for case in kernel_rows.all_cases(small) if case.kernel == kernel and (not jobs or case.job in jobs)]
     candidates = SPACES[kernel].candidates
     return cases, candidates[:2] if small else candidates
 
@@ -161,14 +209,19 @@ def measure(small, kernel):
     cases, candidates = _chosen(small, kernel)
     for case in cases:
         copies = [case.make(torch.Generator(device).manual_seed(1), device)]
-        copies += [case.make(torch.Generator(device).manual_seed(2 + i), device)
-                   for i in range(copies_needed(copies[0]) - 1)]
+        copies += [
+            case.make(torch.Generator(device).manual_seed(2 + i), device) for i in range(copies_needed(copies[0]) - 1)
+        ]
         expected = case.expected(*kernel_rows.clone(case.make(torch.Generator(device).manual_seed(0), device)))()
         best = None
         for candidate in candidates:
             _apply(kernel, candidate)
-            row = {"row": f"{case.name} {json.dumps(candidate)}", "kernel": kernel, "case": case.name,
-                   "candidate": candidate}
+            row = {
+                "row": f"{case.name} {json.dumps(candidate)}",
+                "kernel": kernel,
+                "case": case.name,
+                "candidate": candidate,
+            }
             try:
                 given = case.make(torch.Generator(device).manual_seed(0), device)
                 assert_agree(case.ways["ours"](*given)(), expected, case.tolerance)

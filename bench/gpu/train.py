@@ -98,18 +98,41 @@ def row(small, preset, name, seconds=4.0):
 
 
 def _described(name, made, new, loss, norm, flops, times, heard, built, first, to_build):
-    row = {"row": name, "title": ROWS[name].title, "dtype": "bf16", "loss": loss, "norm": norm, "samples": made.samples,
-           "rows": made.rows, "sample_rows": made.sample_rows, "flops": flops, "build_seconds": built,
-           "first_step_seconds": first, "seconds_each": times, "start_bytes": 0}
+    row = {
+        "row": name,
+        "title": ROWS[name].title,
+        "dtype": "bf16",
+        "loss": loss,
+        "norm": norm,
+        "samples": made.samples,
+        "rows": made.rows,
+        "sample_rows": made.sample_rows,
+        "flops": flops,
+        "build_seconds": built,
+        "first_step_seconds": first,
+        "seconds_each": times,
+        "start_bytes": 0,
+    }
     if times:
         median = statistics.median(times)
-        row |= {"seconds": median, "first_three": statistics.mean(times[:3]), "last_three": statistics.mean(times[-3:]),
-                "steps": len(times), "samples_per_second": made.samples / median, "rows_per_second": made.rows / median,
-                "sample_rows_per_second": made.sample_rows / median, "flops_per_second": flops / median}
+        row |= {
+            "seconds": median,
+            "first_three": statistics.mean(times[:3]),
+            "last_three": statistics.mean(times[-3:]),
+            "steps": len(times),
+            "samples_per_second": made.samples / median,
+            "rows_per_second": made.rows / median,
+            "sample_rows_per_second": made.sample_rows / median,
+            "flops_per_second": flops / median,
+        }
     if torch.cuda.is_available():
         stats = torch.cuda.memory_stats()
-        row |= {"device": torch.cuda.get_device_name(), "peak_bytes": torch.cuda.max_memory_allocated(),
-                "reserved_bytes": torch.cuda.max_memory_reserved(), "retries": stats.get("num_alloc_retries", 0)}
+        row |= {
+            "device": torch.cuda.get_device_name(),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "retries": stats.get("num_alloc_retries", 0),
+        }
         if new:  # before the first step, loading the weights included
             row |= {"build_peak_bytes": to_build}
     plan = getattr(getattr(made, "state", None), "plan", None)
@@ -126,12 +149,18 @@ def profile(small, name):
     with profiled(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as record:
         made.step()
         _synchronize("cuda" if on_gpu else "cpu")
-    events = [(event.key, event.device_time_total if on_gpu else event.cpu_time_total, event.count)
-              for event in record.key_averages()]
+    events = [
+        (event.key, event.device_time_total if on_gpu else event.cpu_time_total, event.count)
+        for event in record.key_averages()
+    ]
     events.sort(key=lambda event: -event[1])
     total = sum(time for _, time, _ in events)
-    yield {"row": name, "device_ms": total / 1e3, "launches": sum(count for *_, count in events),
-           "kernels": [[key[:90], round(spent / 1e3, 3), count] for key, spent, count in events[:SHOWN]]}
+    yield {
+        "row": name,
+        "device_ms": total / 1e3,
+        "launches": sum(count for *_, count in events),
+        "kernels": [[key[:90], round(spent / 1e3, 3), count] for key, spent, count in events[:SHOWN]],
+    }
 
 
 def _synchronize(device):

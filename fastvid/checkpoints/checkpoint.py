@@ -34,8 +34,19 @@ from fastvid.checkpoints.shards import LocalShard
 from fastvid.dist.collective import gather, rank_and_size, together
 from fastvid.files import naming
 
-__all__ = ["LocalShard", "Snapshot", "save", "snapshot", "write", "tidy", "named", "newest_valid", "load_into",
-           "read_full", "read_state"]
+__all__ = [
+    "LocalShard",
+    "Snapshot",
+    "save",
+    "snapshot",
+    "write",
+    "tidy",
+    "named",
+    "newest_valid",
+    "load_into",
+    "read_full",
+    "read_state",
+]
 
 log = logging.getLogger("fastvid")
 
@@ -60,8 +71,9 @@ class Snapshot:
         return sum(shard.local.nbytes for held in self.groups.values() for shard in held.values())
 
 
-def save(output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None,
-         process_group=None) -> Path:
+def save(
+    output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None, process_group=None
+) -> Path:
     """Write ``checkpoint-<step>``; every rank calls it.
 
     Args:
@@ -99,8 +111,14 @@ def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None 
         taken = taker.take({(group, name): part.local for group in parts for name, part in parts[group].items()})
         if copies is None:
             taker.wait()
-        return Snapshot({group: {name: replace(part, local=taken[group, name]) for name, part in parts[group].items()}
-                         for group in parts}, json.dumps(state, indent=1), state.get("run"))
+        return Snapshot(
+            {
+                group: {name: replace(part, local=taken[group, name]) for name, part in parts[group].items()}
+                for group in parts
+            },
+            json.dumps(state, indent=1),
+            state.get("run"),
+        )
 
 
 def load_into(folder, group: str, targets: dict) -> None:
@@ -136,8 +154,16 @@ def read_state(folder) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | None = None,
-          total_limit: int | None = None, process_group=None, written_before=()) -> Path:
+def write(
+    output_dir,
+    step: int,
+    snapshot: Snapshot,
+    *,
+    copies: HostCopies | None = None,
+    total_limit: int | None = None,
+    process_group=None,
+    written_before=(),
+) -> Path:
     """The second half of `save`. Touches nothing that training changes: fit for another thread.
 
     Args:
@@ -156,8 +182,10 @@ def write(output_dir, step: int, snapshot: Snapshot, *, copies: HostCopies | Non
                 temporary.mkdir(parents=True)
         with together(process_group):
             if not temporary.is_dir():
-                raise FileNotFoundError(f"{temporary} was made by rank 0 and is not seen here: "
-                                        "--output_dir must be on a file system that all ranks share")
+                raise FileNotFoundError(
+                    f"{temporary} was made by rank 0 and is not seen here: "
+                    "--output_dir must be on a file system that all ranks share"
+                )
             for group, held in snapshot.groups.items():
                 if held or rank == 0:  # rank 0's file says that the group exists, be it empty
                     path = temporary / f"{group}-{rank:05d}-of-{world_size:05d}.safetensors"
@@ -196,8 +224,10 @@ def _commit(temporary, final, files, state_text):
     for name, entry in files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise FileNotFoundError(f"{path} was written by another rank and is not seen by rank 0: "
-                                    "--output_dir must be on a file system that all ranks share")
+            raise FileNotFoundError(
+                f"{path} was written by another rank and is not seen by rank 0: "
+                "--output_dir must be on a file system that all ranks share"
+            )
     state_path, checksums_path = temporary / "state.json", temporary / "checksums.json"
     with naming(state_path):
         state_path.write_text(state_text, encoding="utf-8")
@@ -227,10 +257,13 @@ def _set_aside(path, fault):
 
 
 def _prune(output_dir, step, total_limit, written_before):
-    others = [other for other in checkpoint_folders.steps(output_dir)
-              if other != step and checkpoint_folders.is_whole(output_dir / f"checkpoint-{other}")]
+    others = [
+        other
+        for other in checkpoint_folders.steps(output_dir)
+        if other != step and checkpoint_folders.is_whole(output_dir / f"checkpoint-{other}")
+    ]
     others.sort(key=lambda other: (other < step, other))
-    for other in others[:max(0, len(others) - (total_limit - 1))]:
+    for other in others[: max(0, len(others) - (total_limit - 1))]:
         path = output_dir / f"checkpoint-{other}"
         if path.is_symlink() or (other not in written_before and checkpoint_folders.fault(path) is not None):
             continue  # damaged

@@ -43,8 +43,12 @@ def projector_path(path, flag) -> Path:
     found = checkpoint.named(path)
     if found is None:
         if not path.exists():
-            raise ValueError(f"{flag} {shown(path)} does not exist; give a projector file, a checkpoint-N folder or "
-                             "the --output_dir of its training")
-        raise ValueError(f"{flag} {path}: neither a projector file (.bin, .safetensors) nor a checkpoint-N folder "
-                         "or an --output_dir that holds one")
+            raise ValueError(
+                f"{flag} {shown(path)} does not exist; give a projector file, a checkpoint-N folder or "
+                "the --output_dir of its training"
+            )
+        raise ValueError(
+            f"{flag} {path}: neither a projector file (.bin, .safetensors) nor a checkpoint-N folder "
+            "or an --output_dir that holds one"
+        )
     return found

@@ -49,8 +49,11 @@ def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
     if not alone:
         candidates, foreign = gather((candidates, foreign), process_group)[0]
     if foreign:
-        log.warning("%s in %s: not written by fastvid, left alone",
-                    ", ".join(f"checkpoint-{step}" for step in foreign), output_dir)
+        log.warning(
+            "%s in %s: not written by fastvid, left alone",
+            ", ".join(f"checkpoint-{step}" for step in foreign),
+            output_dir,
+        )
     faults = {}
     for step in (step for step in candidates if step not in foreign):
         path = output_dir / f"checkpoint-{step}"
@@ -61,8 +64,10 @@ def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
             return path
         faults[path] = next(filter(None, found))
     if faults:
-        raise ValueError("; ".join(f"{path} is damaged: {why}" for path, why in faults.items())
-                         + f". No other checkpoint in {output_dir} is valid")
+        raise ValueError(
+            "; ".join(f"{path} is damaged: {why}" for path, why in faults.items())
+            + f". No other checkpoint in {output_dir} is valid"
+        )
     return None
 
 
@@ -94,8 +99,7 @@ def steps(output_dir) -> list[int]:
 
 
 def is_foreign(path) -> bool:
-    """Whether this is something that fastvid did not write: a file, or a folder as Hugging Face's Trainer leaves them.
-    """
+    """Whether fastvid did not write this: it is a file, or a folder as Hugging Face's Trainer leaves them."""
     try:
         names = os.listdir(path)
     except NotADirectoryError:
@@ -126,8 +130,9 @@ def fault(folder, rank=0, world_size=1) -> str | None:
         with ThreadPoolExecutor(4) as pool:
             for name, measured in zip(share, pool.map(lambda name: measure(folder / name), share)):
                 if measured != expected[name]:
-                    return (f"the sha256 of {shown(name)} is not the one that was written (checksums.json lies beside "
-                            "it)")
+                    return (
+                        f"the sha256 of {shown(name)} is not the one that was written (checksums.json lies beside it)"
+                    )
         _check_marks(folder, expected)
     except (OSError, ValueError) as error:
         return str(error)

@@ -71,7 +71,7 @@ def _room_for(tensors, page_locked):
         if begin + sizes[key] > len(block):
             block, begin = None, 0
             block, page_locked = _block(max(sizes[key], min(left, BLOCK_BYTES)), page_locked)
-        room[key] = block[begin:begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        room[key] = block[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         begin, left = begin + sizes[key], left - sizes[key]
     return room
 
@@ -82,6 +82,8 @@ def _block(size, page_locked) -> tuple[Tensor, bool]:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True), True
         except RuntimeError as error:
-            log.warning("memory for checkpoints cannot be page-locked (%s): training waits while it is copied to",
-                        str(error).splitlines()[0])
+            log.warning(
+                "memory for checkpoints cannot be page-locked (%s): training waits while it is copied to",
+                str(error).splitlines()[0],
+            )
     return torch.empty(size, dtype=torch.uint8), False

@@ -41,8 +41,9 @@ class Saver:
         self._written, self._last = set(), None  # steps
         self.failed = False
 
-    def save(self, output_dir, step: int, *, groups: dict[str, dict], state: dict,
-             total_limit: int | None = None) -> None:
+    def save(
+        self, output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None
+    ) -> None:
         """Copy the tensors to the host and begin to write ``checkpoint-<step>``; arguments as `checkpoint.save`'s.
 
         Waits for the write before this one first; its host memory is used again. A GPU copies while it computes: call
@@ -55,8 +56,8 @@ class Saver:
         snapshot = checkpoint.snapshot(groups, state, process_group=self._group, copies=self._copies)
         self._last = step
         self._thread = threading.Thread(
-            target=self._write, args=(Path(output_dir), step, snapshot, total_limit), name="checkpoint",
-            daemon=True)  # who interrupts the wait for it leaves at once
+            target=self._write, args=(Path(output_dir), step, snapshot, total_limit), name="checkpoint", daemon=True
+        )  # who interrupts the wait for it leaves at once
         self._thread.start()
 
     def hold(self) -> None:
@@ -92,12 +93,15 @@ class Saver:
                 if last or not all(again for again, _ in told):
                     break
                 if rank_and_size(self._group)[0] == 0:
-                    log.warning("checkpoint-%s could not be written, and is tried again in %g s: %s", step, RETRY_AFTER,
-                                error)
+                    log.warning(
+                        "checkpoint-%s could not be written, and is tried again in %g s: %s", step, RETRY_AFTER, error
+                    )
                 time.sleep(RETRY_AFTER)
             if isinstance(error, OSError):
-                error = OSError(f"checkpoint-{step} of {output_dir} could not be written, and is not there; those "
-                                f"before it are. {error}. {_remedy(output_dir, error, sum(size for _, size in told))}")
+                error = OSError(
+                    f"checkpoint-{step} of {output_dir} could not be written, and is not there; those "
+                    f"before it are. {error}. {_remedy(output_dir, error, sum(size for _, size in told))}"
+                )
         except BaseException as other:
             error = other
         self._error, self.failed = error, True
@@ -105,8 +109,15 @@ class Saver:
     def _try(self, output_dir, step, snapshot, total_limit):
         """The exception that a write ends with, or None."""
         try:
-            checkpoint.write(output_dir, step, snapshot, copies=self._copies, total_limit=total_limit,
-                             process_group=self._group, written_before=self._written)
+            checkpoint.write(
+                output_dir,
+                step,
+                snapshot,
+                copies=self._copies,
+                total_limit=total_limit,
+                process_group=self._group,
+                written_before=self._written,
+            )
         except Exception as error:
             return error
 
@@ -130,5 +141,7 @@ def _remedy(output_dir, error, needed):
         free = ""
     full = any(f"Errno {number}]" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)) or "No space" in str(error)
     mend = "free some (a lower --save_total_limit keeps fewer)" if full else "mend this"
-    return (f"It takes {needed / 1e6:,.1f} MB{free} in {output_dir}: {mend}, then give the same command again: it goes "
-            "on from the last checkpoint")
+    return (
+        f"It takes {needed / 1e6:,.1f} MB{free} in {output_dir}: {mend}, then give the same command again: it goes "
+        "on from the last checkpoint"
+    )

@@ -68,8 +68,11 @@ def written_parts(tensors: dict) -> dict[str, LocalShard]:
     An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
     """
     held = {name: shard for name, (shard, writes) in zip(tensors, map(held_part, tensors.values())) if writes}
-    return {name: replace(shard, local=shard.local.detach().as_subclass(Tensor))
-            for name, shard in held.items() if shard.local.numel() or shard.offset == 0}
+    return {
+        name: replace(shard, local=shard.local.detach().as_subclass(Tensor))
+        for name, shard in held.items()
+        if shard.local.numel() or shard.offset == 0
+    }
 
 
 @contextlib.contextmanager
@@ -84,10 +87,16 @@ def naming_tensors(path):
 
 def write(path, shards: dict[str, LocalShard], mark: dict[str, str] | None = None) -> None:
     """Write a snapshot to one safetensors file, as readable for others as its folder is; `mark` joins its metadata."""
-    places = {name: {"shape": shard.shape, "offset": shard.offset} for name, shard in shards.items()
-              if shard.shape != tuple(shard.local.shape)}
-    save_file({name: shard.local for name, shard in shards.items()}, path,
-              {"format": "pt", "shards": json.dumps(places), **(mark or {})})
+    places = {
+        name: {"shape": shard.shape, "offset": shard.offset}
+        for name, shard in shards.items()
+        if shard.shape != tuple(shard.local.shape)
+    }
+    save_file(
+        {name: shard.local for name, shard in shards.items()},
+        path,
+        {"format": "pt", "shards": json.dumps(places), **(mark or {})},
+    )
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
 
 
@@ -124,8 +133,10 @@ def load(paths: list, targets: dict) -> None:
                 problems.append(f"{name} is incomplete")
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{paths[0]}: {'; '.join(problems[:8])}{more}. Resume with the flags of the run that "
-                             "saved it, or choose another --output_dir.")
+            raise ValueError(
+                f"{paths[0]}: {'; '.join(problems[:8])}{more}. Resume with the flags of the run that "
+                "saved it, or choose another --output_dir."
+            )
         for destination, view, rows in copies:
             destination.copy_(view[rows])
 
@@ -177,7 +188,7 @@ def _plan(shard, pieces):
     for piece in pieces:
         stop = min(end, piece.offset + piece.rows)
         if piece.offset <= position < stop:
-            destination = shard.local[position - shard.offset:stop - shard.offset]
+            destination = shard.local[position - shard.offset : stop - shard.offset]
             plan.append((destination, piece.view, slice(position - piece.offset, stop - piece.offset)))
             position = stop
     return plan, position == end

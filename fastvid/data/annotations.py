@@ -20,14 +20,30 @@ from fastvid.policy import Policy
 
 _MOST_LINES = 20  # kinds of remarks that are told
 _OTHER_MEDIA = re.compile(
-    r"(image|img|photo|picture|audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?",
-    re.IGNORECASE)
+    r"(image|img|photo|picture|audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?", re.IGNORECASE
+)
 _OTHER_PLACEHOLDER = re.compile(
     r"<(image|img|audio|sound|speech)([_-]?(here|pad|placeholder|token|start|end|\d+))?>|<im_(start|patch|end)>"
-    r"|<\|(image|audio|vision)(_?(pad|placeholder|start|end|\d+))?\|>", re.IGNORECASE)
+    r"|<\|(image|audio|vision)(_?(pad|placeholder|start|end|\d+))?\|>",
+    re.IGNORECASE,
+)
 _TAG = re.compile(r"<\|?[A-Za-z]\w*\|?>")
-_FILES_OF_OTHERS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".wav", ".mp3", ".flac", ".ogg", ".m4a",
-                    ".ply", ".pcd")
+_FILES_OF_OTHERS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".m4a",
+    ".ply",
+    ".pcd",
+)
 _SEPARATOR = f" {ASSISTANT}: "
 _READ = {"id", "video", "videos", "conversations"}  # fields of every training record
 _NAMES_A_VIDEO = re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE)
@@ -124,8 +140,10 @@ class Remarks:
 
     def lines(self) -> list[str]:
         """One line per kind."""
-        lines = [f"{count:,} record{'s' * (count != 1)}: {remark} (first: {self.first[remark]})"
-                 for remark, count in self.counts.most_common(_MOST_LINES)]
+        lines = [
+            f"{count:,} record{'s' * (count != 1)}: {remark} (first: {self.first[remark]})"
+            for remark, count in self.counts.most_common(_MOST_LINES)
+        ]
         more = len(self.counts) - len(lines)
         return lines + [f"… and {more} more kinds of remarks"] * (more > 0)
 
@@ -133,7 +151,7 @@ class Remarks:
 def asked_and_answered(record) -> list[str]:
     """The questions and answers in turn; what gpt says before the first question is left out."""
     turns = record["conversations"]
-    return [turn["value"] for turn in turns[turns[0]["from"] == "gpt":]]
+    return [turn["value"] for turn in turns[turns[0]["from"] == "gpt" :]]
 
 
 def placeholder_in(text, use_start_end) -> str | None:
@@ -161,25 +179,35 @@ def _other_medium(record, questions, placeholder):
         if name in _READ or not value or not isinstance(value, (str, list, dict)):
             continue
         if _OTHER_MEDIA.fullmatch(name) and (placeholder or not videos):
-            return Fault("records of something else than videos and text",
-                         f"field '{shown(name)}': only videos and text are trained on; leave the record out")
+            return Fault(
+                "records of something else than videos and text",
+                f"field '{shown(name)}': only videos and text are trained on; leave the record out",
+            )
         if not videos and _NAMES_A_VIDEO.fullmatch(name):
-            return Fault("the video's name in another field",
-                         f"field '{shown(name)}' is not read; a record names its video in 'video'")
+            return Fault(
+                "the video's name in another field",
+                f"field '{shown(name)}' is not read; a record names its video in 'video'",
+            )
     for name, value in record.items() if not videos and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:
             if not isinstance(file, str) or name == "id":
                 continue
             if file.lower().endswith((*VIDEO_SUFFIXES, *SUFFIXES[:2])):
-                return Fault("the video's name in another field",
-                             f"field '{shown(name)}' is not read; a record names its video in 'video'")
+                return Fault(
+                    "the video's name in another field",
+                    f"field '{shown(name)}' is not read; a record names its video in 'video'",
+                )
             if file.lower().endswith(_FILES_OF_OTHERS):
-                return Fault("records of something else than videos and text",
-                             f"field '{shown(name)}': only videos and text are trained on; leave the record out")
+                return Fault(
+                    "records of something else than videos and text",
+                    f"field '{shown(name)}': only videos and text are trained on; leave the record out",
+                )
     if placeholder and not videos:
-        return Fault("records of something else than videos and text",
-                     f"the text holds {placeholder[0]}, but the record names no video: only videos and text are "
-                     "trained on; leave the record out")
+        return Fault(
+            "records of something else than videos and text",
+            f"the text holds {placeholder[0]}, but the record names no video: only videos and text are "
+            "trained on; leave the record out",
+        )
     return None
 
 

@@ -15,10 +15,11 @@ __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt
 _VIDEO_SYSTEM = (
     "You are able to understand the video content that the user provides, and assist the user with a variety of tasks "
     "using natural language.Follow the instructions carefully and explain your answers in detail based on the "
-    "provided video.")  # no space after the full stop: so the models were tuned
+    "provided video."
+)  # no space after the full stop: so the models were tuned
 SYSTEM = {
     "vicuna_v1_1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-                   "helpful, detailed, and polite answers to the user's questions.",
+    "helpful, detailed, and polite answers to the user's questions.",
     "pg-video-llava": f"You are PG-Video-LLaVA, a large vision-language assistant. {_VIDEO_SYSTEM}",
     "video-chatgpt_v1": f"You are Video-ChatGPT, a large vision-language assistant. {_VIDEO_SYSTEM}",
 }
@@ -52,8 +53,9 @@ class EncodedSample:
         return "; ".join(self.remarks) or None
 
 
-def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, policy, version="v1",
-                  question_order="reference", number=0):
+def encode_sample(
+    record, tokenizer, *, rows_of, use_start_end, max_length, policy, version="v1", question_order="reference", number=0
+):
     """Token ids and supervised spans of one training record.
 
     Args:
@@ -102,8 +104,9 @@ def encode_sample(record, tokenizer, *, rows_of, use_start_end, max_length, poli
     refused = examined.fault and examined.fault.text
     refused = refused or _cut_video(prompt, ids, tokenizer.tokens, rows, length)
     if length > max_length and not supervised and not policy.mask_by_retokenizing:
-        refused = refused or (f"no supervised token: no answer within the first {max_length} of {length} tokens "
-                              "(--model_max_length)")
+        refused = refused or (
+            f"no supervised token: no answer within the first {max_length} of {length} tokens (--model_max_length)"
+        )
     if length > max_length and not refused and not policy.mask_by_retokenizing:
         remarks = [*remarks, f"cut to its first {max_length} tokens (--model_max_length)"]
     return EncodedSample(name, ids, supervised, videos, remarks, refused)
@@ -114,7 +117,7 @@ def ordered(question, question_order):
     asked = question.rstrip()
     while question_order == "video_first" and asked.endswith(VIDEO):
         asked = asked.removesuffix(VIDEO).rstrip()
-    videos = question[len(asked):].split()
+    videos = question[len(asked) :].split()
     if not asked or not videos or VIDEO in asked:  # videos keep their order
         return question
     return "\n".join([*videos, asked])
@@ -143,8 +146,17 @@ def _system(version):
     return SYSTEM[TRAINING_TEMPLATES[version]]
 
 
-def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_mode, transcript=None, history=(),
-                     question_order="reference"):
+def inference_prompt(
+    question,
+    tokenizer,
+    *,
+    video_tokens,
+    use_start_end,
+    conv_mode,
+    transcript=None,
+    history=(),
+    question_order="reference",
+):
     """Token ids of a question about one video, up to where the answer begins.
 
     Args:
@@ -180,8 +192,12 @@ def inference_prompt(question, tokenizer, *, video_tokens, use_start_end, conv_m
     else:
         before_video += f" {questions[0]}"
     # A video cuts the text in two pieces that are encoded apart, without the white space next to it.
-    return [tokenizer.bos, *tokenizer.encode(before_video.rstrip()), *tokenizer.video_ids(video_tokens),
-            *tokenizer.encode(after_video.lstrip())]
+    return [
+        tokenizer.bos,
+        *tokenizer.encode(before_video.rstrip()),
+        *tokenizer.video_ids(video_tokens),
+        *tokenizer.encode(after_video.lstrip()),
+    ]
 
 
 def _prompt(system, messages):
@@ -221,7 +237,7 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
         if len(parts) != 2:
             break
         # The reference counts BOS in both lengths: in the first it takes off two, in the second it stands for </s>.
-        left = video_ids and video_ids[min(seen, len(video_ids) - 1):]
+        left = video_ids and video_ids[min(seen, len(video_ids) - 1) :]
         start = current + len(tokenizer.encode(parts[0] + separator, left)) - 1
         current += len(tokenizer.encode(text, left)) + 1
         seen += text.count(VIDEO)
@@ -239,6 +255,8 @@ def _cut_video(prompt, ids, tokens, rows, length):
         return None
     kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
     if kept < (sum(rows) if tokens.end is None else prompt.count(VIDEO)):
-        return (f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
-                "or shorten the text before the video")
+        return (
+            f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
+            "or shorten the text before the video"
+        )
     return None

@@ -49,8 +49,7 @@ class SampleSet:
         for path in self.paths:
             before = len(self.records)
             for number, found in enumerate(examine_file(path, config)):
-                if reason := found.fault.text if found.fault else self._missing_feature(
-                        found.record, found_before):
+                if reason := found.fault.text if found.fault else self._missing_feature(found.record, found_before):
                     bad.append(f"{place(path, number)}: {reason}")
                     continue
                 self.records.append(found.record)
@@ -65,13 +64,16 @@ class SampleSet:
             raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
         if features is not None:
             features.settle()
-        self.rows_of = VideoRows(features, self.records, required=config.num_video_tokens,
-                                 same=config.policy.one_video_length)
+        self.rows_of = VideoRows(
+            features, self.records, required=config.num_video_tokens, same=config.policy.one_video_length
+        )
         if self.rows_of.fault:
             raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
         self.provenance = provenance.Provenance(
-            conv_mode=TRAINING_TEMPLATES.get(config.version), question_order=config.question_order,
-            use_start_end=config.mm_use_vid_start_end)
+            conv_mode=TRAINING_TEMPLATES.get(config.version),
+            question_order=config.question_order,
+            use_start_end=config.mm_use_vid_start_end,
+        )
 
     @property
     def channels(self):
@@ -104,7 +106,7 @@ class SampleSet:
         """Note what some of the features were made with; say in `log` if several towers or decoders made them."""
         names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
         self._unmade = False
-        for name in names[::max(1, len(names) // self.HEADERS)]:
+        for name in names[:: max(1, len(names) // self.HEADERS)]:
             try:
                 looked_at.append((self.features.shape(name)[0], self.features.header(name)))
                 self._unmade |= not self.features.is_made(name)
@@ -117,20 +119,29 @@ class SampleSet:
             started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
             found = replace(found, tower=self.config.vision_tower) if names else started
         if len(towers) > 1 and log:
-            log.warning("features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
-                        "`fastvid extract --overwrite True` makes them anew", len(towers),
-                        ", ".join(f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count
-                                  in towers.most_common()))
+            log.warning(
+                "features of %d vision towers: %s. A model reads those of one: `fastvid validate` counts them, "
+                "`fastvid extract --overwrite True` makes them anew",
+                len(towers),
+                ", ".join(
+                    f"{count} of {tower} ({revision[:19]}…)" for (tower, revision), count in towers.most_common()
+                ),
+            )
         remark, warning = provenance.what_decoders_mean(provenance.decoders_of(header for _, header in looked_at))
         some = f" ({len(looked_at)} of {len(names):,} files were looked at)"
         if (warning or remark) and log:
-            log.log(logging.WARNING if warning else logging.INFO, "%s%s", warning or remark,
-                    some if len(looked_at) < len(names) else "")
+            log.log(
+                logging.WARNING if warning else logging.INFO,
+                "%s%s",
+                warning or remark,
+                some if len(looked_at) < len(names) else "",
+            )
         if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
             log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
         prompt = self.provenance
-        self.provenance = replace(found, conv_mode=prompt.conv_mode, question_order=prompt.question_order,
-                                  use_start_end=prompt.use_start_end)
+        self.provenance = replace(
+            found, conv_mode=prompt.conv_mode, question_order=prompt.question_order, use_start_end=prompt.use_start_end
+        )
 
     def check_some(self, limit=64):
         """Look at some samples spread over the set.
@@ -140,8 +151,10 @@ class SampleSet:
         """
         samples = [self.encode(index) for index in range(0, len(self), max(1, len(self) // limit))]
         if all(sample.refused for sample in samples):
-            raise ValueError(f"none of {len(samples)} samples looked at can be trained on; the first, {self.name(0)}: "
-                             f"{samples[0].refused}")
+            raise ValueError(
+                f"none of {len(samples)} samples looked at can be trained on; the first, {self.name(0)}: "
+                f"{samples[0].refused}"
+            )
 
     def name(self, index) -> str:
         """How messages name a sample: its id, and its record in its file."""
@@ -167,8 +180,9 @@ class SampleSet:
     def _report_bad(self, bad):
         first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
         if not self.records:
-            raise ValueError(f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n"
-                             f"  {first}")
+            raise ValueError(
+                f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n  {first}"
+            )
         if self.config.on_bad_sample == "error":
             raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
         log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
@@ -180,9 +194,15 @@ class SampleSet:
         """Tokens of one sample; `fastvid.data.conversation.EncodedSample`."""
         config = self.config
         return encode_sample(
-            self.records[index], self.tokenizer, rows_of=self.rows_of, version=config.version,
-            use_start_end=config.mm_use_vid_start_end, max_length=config.model_max_length, policy=config.policy,
-            question_order=config.question_order)
+            self.records[index],
+            self.tokenizer,
+            rows_of=self.rows_of,
+            version=config.version,
+            use_start_end=config.mm_use_vid_start_end,
+            max_length=config.model_max_length,
+            policy=config.policy,
+            question_order=config.question_order,
+        )
 
     def read(self, index, loaded=None, *, values=True):
         """Tokens and features of one sample.
@@ -211,16 +231,30 @@ class SampleSet:
             except (ValueError, OSError) as error:
                 raise SampleSkipped(str(error)) from error
             if tuple(features.shape) != self.features.shape(name):
-                raise SampleSkipped(f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
-                                    f"run first looked, is {list(features.shape)} now; start the run again")
+                raise SampleSkipped(
+                    f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
+                    f"run first looked, is {list(features.shape)} now; start the run again"
+                )
             made, expected = provenance.Provenance.of_header(header), self.provenance.tower_revision
             known = (self.provenance.conversion or "").split("; ")
             if made.conversion and known != [""] and made.conversion not in known:
-                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the colour conversion "
-                                                  f"{shown(made.conversion)}, not {' or '.join(map(shown, known))}"])
+                sample = replace(
+                    sample,
+                    remarks=[
+                        *sample.remarks,
+                        f"its features are of the colour conversion "
+                        f"{shown(made.conversion)}, not {' or '.join(map(shown, known))}",
+                    ],
+                )
             if expected and made.tower_revision not in (None, expected):
-                sample = replace(sample, remarks=[*sample.remarks, f"its features are of the tower {made.tower} "
-                                                  f"({made.tower_revision[:19]}…), not of {self.provenance.tower}"])
+                sample = replace(
+                    sample,
+                    remarks=[
+                        *sample.remarks,
+                        f"its features are of the tower {made.tower} "
+                        f"({made.tower_revision[:19]}…), not of {self.provenance.tower}",
+                    ],
+                )
             loaded[name] = features
         if any(self.features.dtype(name) == torch.float64 for name in sample.videos):
             sample = replace(sample, remarks=[*sample.remarks, "its features are float64: rounded to float32"])

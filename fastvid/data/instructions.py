@@ -54,8 +54,10 @@ def convert_records(records, feature_ids=None, on_bad="error", path="records") -
         fault = _fault(record)
         if fault is not None:
             if on_bad == "error":
-                raise ValueError(f"{place(path, index)}: {describe(fault)}; "
-                                 "mend it, or leave malformed records out with --on_bad drop")
+                raise ValueError(
+                    f"{place(path, index)}: {describe(fault)}; "
+                    "mend it, or leave malformed records out with --on_bad drop"
+                )
             done.dropped.append((index, *fault))
             continue
         name = record["video_id"]
@@ -96,8 +98,10 @@ def keep_those_with_features(records, features, on_bad="error", path="records") 
         except ValueError as error:
             fault = (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
             if on_bad == "error":
-                raise ValueError(f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out "
-                                 "with --on_bad drop") from error
+                raise ValueError(
+                    f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out "
+                    "with --on_bad drop"
+                ) from error
             done.dropped.append((index, *fault))
         else:
             done.records.append(record)
@@ -115,8 +119,9 @@ def feature_ids(folder) -> set[str]:
         ValueError: `folder` is no folder.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"--clip_feature_path {shown(folder)} is no folder; give the one that feature extraction "
-                         "wrote to")
+        raise ValueError(
+            f"--clip_feature_path {shown(folder)} is no folder; give the one that feature extraction wrote to"
+        )
     ids = set()
     for where, _, files in os.walk(folder):
         inner = os.path.relpath(where, folder)

@@ -51,8 +51,9 @@ def rows_by_text(samples, groups=None) -> SampleRows:
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.
     """
     videos = _video_rows(samples)
-    text = np.array([sum(len(turn["value"].encode()) for turn in record["conversations"])
-                     for record in samples.records])
+    text = np.array(
+        [sum(len(turn["value"].encode()) for turn in record["conversations"]) for record in samples.records]
+    )
     limit, tokens, length = samples.config.model_max_length, 0, 0
     for index in range(0, len(samples), max(1, len(samples) // 64)):
         sample = samples.encode(index)
@@ -71,7 +72,7 @@ def _video_rows(samples):
     """
     named = [record_videos(record) for record in samples.records]
     distinct = list(dict.fromkeys(name for names in named for name in names))
-    known = {name: _rows_of(samples, name) for name in distinct[::max(1, math.ceil(len(distinct) / _MOST_VIDEOS))]}
+    known = {name: _rows_of(samples, name) for name in distinct[:: max(1, math.ceil(len(distinct) / _MOST_VIDEOS))]}
     longest = max(known.values(), default=0)
     return np.array([sum(known.get(name, longest) for name in names) for names in named])
 

@@ -29,21 +29,27 @@ def measure(samples, world, *, packing, groups=None, processes=0, progress=False
 
     def rows_of(number):
         found = []
-        for index in mine[number * _CHUNK:(number + 1) * _CHUNK]:
+        for index in mine[number * _CHUNK : (number + 1) * _CHUNK]:
             sample = samples.encode(index)
             found.append((0, 0) if sample.refused else Chain(sample, samples.tokenizer.tokens, **packing).rows)
         return np.array(found, dtype=np.int32)
 
     chunks = range(-(-len(mine) // _CHUNK))
-    with tqdm(total=len(mine), desc="lengths", unit=" samples", delay=_QUIET, leave=False,
-              disable=not progress or world.rank != 0) as bar:
+    with tqdm(
+        total=len(mine),
+        desc="lengths",
+        unit=" samples",
+        delay=_QUIET,
+        leave=False,
+        disable=not progress or world.rank != 0,
+    ) as bar:
         found = []
         for chunk in Ahead(rows_of, min(processes, len(chunks) // 2)).map(chunks):
             found.append(chunk)
             bar.update(len(chunk))
     table = np.empty((len(samples), 2), dtype=np.int64)
     for rank, rows in enumerate(world.gather_objects(np.concatenate([np.empty((0, 2), np.int32), *found]))):
-        table[rank::world.size] = rows
+        table[rank :: world.size] = rows
     own, shared = table.T.copy()
     if groups is not None:
         groups = groups.without(shared == 0)

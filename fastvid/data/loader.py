@@ -144,15 +144,32 @@ def training_loader(config, samples, world):
     Raises:
         ValueError: flags that contradict each other, or a sample longer than --rows_per_batch.
     """
-    packing = dict(prefix=system_prefix(samples.tokenizer, config.version), share=config.share_video,
-                   frozen=config.trainable <= {"projector", "boundary"})
+    packing = dict(
+        prefix=system_prefix(samples.tokenizer, config.version),
+        share=config.share_video,
+        frozen=config.trainable <= {"projector", "boundary"},
+    )
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(
-        config, samples.counts, world.rank, world.size, groups=groups, name=samples.name,
-        measure=partial(measure, samples, world, packing=packing, groups=groups,
-                        processes=config.dataloader_num_workers, progress=not config.disable_tqdm))
-    return Loader(samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda",
-                  packing=packing)
+        config,
+        samples.counts,
+        world.rank,
+        world.size,
+        groups=groups,
+        name=samples.name,
+        measure=partial(
+            measure,
+            samples,
+            world,
+            packing=packing,
+            groups=groups,
+            processes=config.dataloader_num_workers,
+            progress=not config.disable_tqdm,
+        ),
+    )
+    return Loader(
+        samples, order, workers=config.dataloader_num_workers, pin=world.device.type == "cuda", packing=packing
+    )
 
 
 def evaluation_loader(config, training, world):
@@ -165,8 +182,9 @@ def evaluation_loader(config, training, world):
     samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
     samples.fit(trained.channels, trained.rows_of.required)
     order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
-    training.validation = Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin,
-                                 packing=training.packing)
+    training.validation = Loader(
+        samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing
+    )
     return training.validation
 
 
@@ -187,14 +205,21 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
     """
     weights = tuple(config.data_weights)
     if weights and len(weights) != len(counts):
-        raise ValueError(f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one "
-                         "each")
+        raise ValueError(
+            f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one each"
+        )
     if config.policy.reference_order:
         _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
         raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
-    run = dict(epochs=config.num_train_epochs, max_steps=config.max_steps, rank=rank, size=size, seed=config.seed,
-               accumulation=config.gradient_accumulation_steps)
+    run = dict(
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        rank=rank,
+        size=size,
+        seed=config.seed,
+        accumulation=config.gradient_accumulation_steps,
+    )
     if config.policy.reference_order:
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
     run |= dict(counts=tuple(counts), weights=weights)
@@ -204,7 +229,11 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
 
 
 def _check_reference(config):
-    for flag, given in (("data_weights", config.data_weights), ("rows_per_batch", config.rows_per_batch),
-                        ("share_video", config.share_video), ("question_order", config.question_order != "reference")):
+    for flag, given in (
+        ("data_weights", config.data_weights),
+        ("rows_per_batch", config.rows_per_batch),
+        ("share_video", config.share_video),
+        ("question_order", config.question_order != "reference"),
+    ):
         if given:
             raise ValueError(f"--{flag}: the reference has none; leave it out with --parity reference")

@@ -119,7 +119,7 @@ class Chain:
         self.video_end = int(self.patches[-1]) + 1 + boundary if videos else 0
         # The row before a supervised token predicts it: what is cut off for others to share must not hold one.
         latest = min([len(self.ids), *(start for start, _ in sample.supervised)]) - 1
-        system = len(prefix) if len(prefix) <= latest and np.array_equal(self.ids[:len(prefix)], prefix) else 0
+        system = len(prefix) if len(prefix) <= latest and np.array_equal(self.ids[: len(prefix)], prefix) else 0
         self.kept = system if frozen else 0
         self.live = (int(self.patches[0]) - boundary if videos else len(self.ids)) if frozen else 0
         self.shareable = [end for end in (system, self.video_end) if share and self.kept < end <= latest]

@@ -60,11 +60,23 @@ class Ahead:
 
     def __init__(self, function, processes, *, pin=False):
         self.function, self.processes, self._numbers = function, processes, []
-        self._loader = None if not processes else DataLoader(
-            _Calls(function), batch_size=None, sampler=self._numbers, num_workers=processes, prefetch_factor=AHEAD,
-            collate_fn=_as_it_is, pin_memory=pin, worker_init_fn=_live_with_the_job, timeout=_LOOKS_UP,
-            multiprocessing_context=_Fork(),  # which shares the records with this process
-            generator=torch.Generator())  # a draw from the global one would depend on the number of processes
+        self._loader = (
+            None
+            if not processes
+            else DataLoader(
+                _Calls(function),
+                batch_size=None,
+                sampler=self._numbers,
+                num_workers=processes,
+                prefetch_factor=AHEAD,
+                collate_fn=_as_it_is,
+                pin_memory=pin,
+                worker_init_fn=_live_with_the_job,
+                timeout=_LOOKS_UP,
+                multiprocessing_context=_Fork(),  # which shares the records with this process
+                generator=torch.Generator(),
+            )
+        )  # a draw from the global one would depend on the number of processes
 
     def map(self, numbers, stopped=lambda: False):
         """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends
@@ -102,7 +114,8 @@ class Ahead:
         except OSError as error:
             raise ChildProcessError(
                 f"no process to read data with can be started ({error}){_about_shared_memory(error)}; "
-                "--dataloader_num_workers 0 needs none") from error
+                "--dataloader_num_workers 0 needs none"
+            ) from error
         # torch would raise the death of a process wherever the main thread happens to be.
         signal_handling._remove_worker_pids(id(results))
         results._worker_pids_set = False
@@ -132,8 +145,9 @@ class _ForkedProcess(ForkProcess):
             child.kill()
             child.wait()
             log.info("a process to read data hung before it began, and is replaced")
-        raise ChildProcessError(f"{len(_SIGN_OF_LIFE)} processes to read data with hung before they began, the last "
-                                f"for {seconds:g} s")
+        raise ChildProcessError(
+            f"{len(_SIGN_OF_LIFE)} processes to read data with hung before they began, the last for {seconds:g} s"
+        )
 
     def run(self):
         os.write(self.begun, b".")
@@ -168,11 +182,13 @@ def _dead(results, error):
     died = f"exit code {', '.join(map(str, sorted(codes)))}" if codes else " ".join(str(error).split())
     return ChildProcessError(
         f"a process that reads data has died ({died}); it may have run out of memory: fewer --dataloader_num_workers "
-        "need less, 0 needs none. Start the same command again to go on from the last checkpoint")
+        "need less, 0 needs none. Start the same command again to go on from the last checkpoint"
+    )
 
 
 def _end(results):
     """End the processes of a DataLoader's iterator, also those that hang."""
+
     def kill():
         for process in results._workers:
             process.kill()
@@ -228,11 +244,13 @@ class _Parcel:
         finally:
             os.close(descriptor)
         content, *places = self.places
-        large = [torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin).view(dtype).view(shape)
-                 for (begin, size), (dtype, shape) in zip(places, self.tensors)]
+        large = [
+            torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin).view(dtype).view(shape)
+            for (begin, size), (dtype, shape) in zip(places, self.tensors)
+        ]
         if pin:
             large = [tensor.pin_memory() for tensor in large]
-        return _Unpickler(io.BytesIO(memory[content[0]:content[0] + content[1]]), large).load()
+        return _Unpickler(io.BytesIO(memory[content[0] : content[0] + content[1]]), large).load()
 
     def pin_memory(self):
         """Called by torch, in a thread of its own."""
@@ -260,8 +278,9 @@ class _Failure:
     def __init__(self, error):
         self.where = "".join(traceback.format_exception(error))
         if isinstance(error, MemoryError):
-            error = ChildProcessError("a process that reads data has no memory left: fewer --dataloader_num_workers "
-                                      "need less, 0 needs none")
+            error = ChildProcessError(
+                "a process that reads data has no memory left: fewer --dataloader_num_workers need less, 0 needs none"
+            )
         try:
             self.error = pickle.dumps(error)
             pickle.loads(self.error)
@@ -294,8 +313,7 @@ def _cannot_send(error, size):
         remedy = "; raise the limit on open files (`ulimit -n`), or give --dataloader_num_workers 0"
     else:
         remedy = f"{_about_shared_memory(error)}; fewer --dataloader_num_workers need less memory, 0 needs none"
-    return ChildProcessError(f"a process that reads data cannot send a batch of {size / 1e6:,.1f} MB "
-                             f"({error}){remedy}")
+    return ChildProcessError(f"a process that reads data cannot send a batch of {size / 1e6:,.1f} MB ({error}){remedy}")
 
 
 def _about_shared_memory(error):

@@ -10,10 +10,28 @@ from fastvid.files import atomic_file, shown, wrong_content
 log = logging.getLogger("fastvid")
 
 # Fields of the records that this package reads: an object with one of them is a record, not a wrapping of records.
-_OF_RECORDS = {"conversations", "conversation", "messages", "query", "QA", "instruction", "q", "Q", "question", "video",
-               "videos", "video_id", "video_name", "image", "images", "audio"}
-_BEGINNINGS = {b"PAR1": "is a Parquet file, which is not read; write its records as JSONL",
-               b"PK\x03\x04": "is a zip archive; unpack it"}
+_OF_RECORDS = {
+    "conversations",
+    "conversation",
+    "messages",
+    "query",
+    "QA",
+    "instruction",
+    "q",
+    "Q",
+    "question",
+    "video",
+    "videos",
+    "video_id",
+    "video_name",
+    "image",
+    "images",
+    "audio",
+}
+_BEGINNINGS = {
+    b"PAR1": "is a Parquet file, which is not read; write its records as JSONL",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+}
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
 _OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
 
@@ -79,8 +97,9 @@ def _text(path):
                 raise ValueError(f"{shown(path)} {reason}")
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)}: byte {error.start} is not UTF-8 ({error.reason}); save the file as "
-                         "UTF-8") from error
+        raise ValueError(
+            f"{shown(path)}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read ({error.strerror}); {_what_to_give(path)}") from error
 
@@ -109,8 +128,9 @@ def _parse(text, path, number=None):
         hint = "" if number is None else "; expected a JSON array or one JSON object per line"
         if Path(path).suffix in (".yaml", ".yml"):
             hint = "; YAML is no data file: give the JSON files that it lists"
-        raise ValueError(f"{shown(path)}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}"
-                         ) from error
+        raise ValueError(
+            f"{shown(path)}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         where = shown(path) if number is None else f"{shown(path)}: line {number}"
         raise ValueError(f"{where} is not what a data file can hold ({error})") from error
@@ -127,14 +147,19 @@ def _object(text):
 
 def _unwrapped(wrapping, path):
     """The records in a file's only object, where it wraps them; else that object."""
-    lists = {name: value for name, value in wrapping.items()
-             if isinstance(value, list) and all(isinstance(record, dict) for record in value)}
+    lists = {
+        name: value
+        for name, value in wrapping.items()
+        if isinstance(value, list) and all(isinstance(record, dict) for record in value)
+    }
     filled = {name: value for name, value in lists.items() if value or name == "data"}
     if len(filled) > 1:
-        raise ValueError(f"{shown(path)} holds several lists of records ({', '.join(map(shown, filled))}); write the "
-                         "one to use to a file of its own")
+        raise ValueError(
+            f"{shown(path)} holds several lists of records ({', '.join(map(shown, filled))}); write the "
+            "one to use to a file of its own"
+        )
     if filled:
-        (name, records), = filled.items()
+        ((name, records),) = filled.items()
         log.warning('%s: the records are those under "%s"', shown(path), shown(name))
         return records
     if wrapping and all(isinstance(record, dict) for record in wrapping.values()):

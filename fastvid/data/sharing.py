@@ -79,8 +79,8 @@ def _beginning(record, question_order):
     texts = [turn["value"] for turn in record["conversations"]]
     if not videos or not texts:
         return None
-    texts = texts[record["conversations"][0]["from"] == "gpt":]
+    texts = texts[record["conversations"][0]["from"] == "gpt" :]
     question = ordered(texts[0], question_order) if texts else ""
     if VIDEO not in question or any(VIDEO in text for text in texts[1:]):
         return None
-    return tuple(videos), question[:question.rindex(VIDEO)]
+    return tuple(videos), question[: question.rindex(VIDEO)]

@@ -13,8 +13,15 @@ from fastvid.data.names import VIDEO
 from fastvid.data.records import kind_of
 from fastvid.files import shown
 
-_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "model": "gpt",
-          "bot": "gpt"}
+_ROLES = {
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "chatgpt": "gpt",
+    "model": "gpt",
+    "bot": "gpt",
+}
 _TURN = {"from", "value", "role", "content"}
 _FORM = '"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]'
 # Placeholders of a video as trainers spell them, with what they put around one; the longest first.
@@ -22,10 +29,12 @@ _PLACEHOLDER = re.compile(
     r"<\|vision_start\|><\|(?:image|video)_pad\|><\|vision_end\|>"
     r"|<(?:video|vid)>\s*<(?:video|vid|image)_?here>\s*</(?:video|vid)>|<(?:video|vid)>\s*</(?:video|vid)>"
     r"|< ?(?:image|video|vid)(?:[_-]?(?:here|pad|placeholder|token))? ?/?>|<\|(?:image|video)(?:_pad)?\|>",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 # Numbers and truth values of a record that would change what is trained, where they were used.
 _WOULD_CHANGE = re.compile(
-    r"((clip|segment|video)_?)?(start|end|begin)_?(time|sec|second|frame)?s?|(loss_?)?weight|loss", re.IGNORECASE)
+    r"((clip|segment|video)_?)?(start|end|begin)_?(time|sec|second|frame)?s?|(loss_?)?weight|loss", re.IGNORECASE
+)
 
 
 class Unreadable(ValueError):
@@ -105,9 +114,13 @@ def _videos(record, remarks):
         videos = [videos]
     for field, names in (("video", video), ("videos", videos)):
         if names is not None and not (
-                isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
-            what = next((kind_of(name) for name in names if not isinstance(name, str)), "an empty text") if isinstance(
-                names, list) else kind_of(names)
+            isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+        ):
+            what = (
+                next((kind_of(name) for name in names if not isinstance(name, str)), "an empty text")
+                if isinstance(names, list)
+                else kind_of(names)
+            )
             raise Unreadable(field, f"is not a list of file names, but {'holds ' * isinstance(names, list)}{what}")
     if video and videos and video != videos:
         remarks.append("field 'video' is not used beside 'videos'")
@@ -121,8 +134,11 @@ def _conversation(record, remarks):
             if field != "conversations":
                 remarks.append(f"field '{field}' is read as \"conversations\"")
             return _turns(record[field], field, remarks), {field}
-    for question, answer, more in (("query", "response", None), ("instruction", "output", "input"),
-                                   ("question", "answer", None)):
+    for question, answer, more in (
+        ("query", "response", None),
+        ("instruction", "output", "input"),
+        ("question", "answer", None),
+    ):
         if question in record and answer in record:
             remarks.append(f"fields '{question}' and '{answer}' are read as \"conversations\"")
             return _question_and_answer(record, question, answer, more, remarks), {question, answer, more, "history"}
@@ -131,8 +147,10 @@ def _conversation(record, remarks):
     if "conversations" in record:
         raise Unreadable("conversations", "is not a list of turns with at least one")
     if {"q", "a", "video_id"} <= record.keys():
-        raise Unreadable("conversations", "is missing: this is a record of VideoInstruct, of which fastvid convert "
-                                          "makes a training record")
+        raise Unreadable(
+            "conversations",
+            "is missing: this is a record of VideoInstruct, of which fastvid convert makes a training record",
+        )
     fields = ", ".join(shown(name) for name in list(record)[:8]) or "no fields"
     raise Unreadable("conversations", f"is missing (the record has {fields}); write {_FORM}")
 
@@ -144,10 +162,10 @@ def _turns(listed, field, remarks):
     turns = []
     for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
-            raise Unreadable(field, f"turn {number} does not say that it is \"from\": \"human\" or \"gpt\"")
+            raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
         given = turn.get("from", turn.get("role"))
         if not isinstance(given, str):
-            raise Unreadable(field, f"turn {number} does not say that it is \"from\": \"human\" or \"gpt\"")
+            raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
         role = _ROLES.get(given.strip().lower())
         key = "value" if "value" in turn or "content" not in turn else "content"
         if key not in turn:
@@ -159,8 +177,11 @@ def _turns(listed, field, remarks):
                 _add(remarks, "the first turn, from system, is left out: the template has a system text of its own")
             continue
         if role is None:
-            raise Unreadable(field, f'turn {number} is from "{shown(given)}"; write "human" for who asks and "gpt" for '
-                                    "who answers, and leave other turns out")
+            raise Unreadable(
+                field,
+                f'turn {number} is from "{shown(given)}"; write "human" for who asks and "gpt" for '
+                "who answers, and leave other turns out",
+            )
         if role != given:
             _add(remarks, "roles such as user and assistant are read as human and gpt")
         if turns and turns[-1]["from"] == role:
@@ -209,7 +230,7 @@ def _video_chat2(record, remarks):
 
 def _with_placeholders(turns, count, remarks):
     """The turns with <video> for another spelling of the placeholder, where that is the only one."""
-    asked = turns[turns[0]["from"] == "gpt":]
+    asked = turns[turns[0]["from"] == "gpt" :]
     found = [match[0] for turn in asked for match in _PLACEHOLDER.finditer(turn["value"])]
     if VIDEO in found or len(found) != count or len(set(found)) != 1:
         return turns
@@ -226,8 +247,11 @@ def _text(value, field, where, key, remarks):
         _add(remarks, "a number stands where a text is wanted: its digits are taken")
         return json.dumps(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        raise Unreadable(field, f'{before}has a list of parts as "{key}"; write it as one text, with {VIDEO} where the '
-                                'video belongs, and name the video in "video"')
+        raise Unreadable(
+            field,
+            f'{before}has a list of parts as "{key}"; write it as one text, with {VIDEO} where the '
+            'video belongs, and name the video in "video"',
+        )
     if not isinstance(value, str):
         raise Unreadable(field, f'{before}has no text as "{key}", but {kind_of(value)}')
     if half := half_character(value):

@@ -80,7 +80,8 @@ class _TokenizerJson:
             # sentencepiece does.
             steps = [normalizers.Prepend(prefix.replacement), normalizers.Replace(" ", prefix.replacement)]
             self._tokenizer.normalizer = normalizers.Sequence(
-                ([self._tokenizer.normalizer] if self._tokenizer.normalizer else []) + steps)
+                ([self._tokenizer.normalizer] if self._tokenizer.normalizer else []) + steps
+            )
             self._tokenizer.pre_tokenizer = None
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -189,15 +190,28 @@ class VideoTokenizer:
         added = {token: ids[0] for token, ids in self._special.items() if token not in (BOS, EOS, UNK)} | self._unused
         plain = {BOS: self.bos, EOS: self.eos} | ({} if self.unk is None else {UNK: self.unk})
         entries = {
-            str(i): {"content": token, "lstrip": token in self._before, "rstrip": token in self._after,
-                     "normalized": False, "single_word": False, "special": True}
+            str(i): {
+                "content": token,
+                "lstrip": token in self._before,
+                "rstrip": token in self._after,
+                "normalized": False,
+                "single_word": False,
+                "special": True,
+            }
             for token, i in sorted({**plain, **added}.items(), key=lambda item: item[1])
         }
         config = read_json_object(folder / "tokenizer_config.json")
-        config.setdefault("tokenizer_class", "LlamaTokenizer" if (folder / "tokenizer.model").is_file()
-                          else "PreTrainedTokenizerFast")
-        config |= {"added_tokens_decoder": entries, "legacy": True, "add_bos_token": True, "add_eos_token": False,
-                   "bos_token": BOS, "eos_token": EOS}
+        config.setdefault(
+            "tokenizer_class", "LlamaTokenizer" if (folder / "tokenizer.model").is_file() else "PreTrainedTokenizerFast"
+        )
+        config |= {
+            "added_tokens_decoder": entries,
+            "legacy": True,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": BOS,
+            "eos_token": EOS,
+        }
         if self.unk is not None:
             config |= {"unk_token": UNK, "pad_token": UNK}
         _write_json(folder / "tokenizer_config.json", config)
@@ -227,12 +241,16 @@ def load_tokenizer(folder, use_start_end):
     elif (folder / "tokenizer.json").is_file():
         backend = _TokenizerJson(folder / "tokenizer.json")
     else:
-        raise ValueError(f"{folder} holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder "
-                         "on this machine (`hf download NAME --local-dir FOLDER` makes one)")
+        raise ValueError(
+            f"{folder} holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder "
+            "on this machine (`hf download NAME --local-dir FOLDER` makes one)"
+        )
     for token in (BOS, EOS):
         if backend.token_id(token) is None:
-            raise ValueError(f"the tokenizer in {folder} has no {token}, which the v1 template needs: "
-                             "use a model of the LLaMA / Vicuna family")
+            raise ValueError(
+                f"the tokenizer in {folder} has no {token}, which the v1 template needs: "
+                "use a model of the LLaMA / Vicuna family"
+            )
     added, flags = _added_tokens(folder)
     known = {token: backend.token_id(token) if token not in added else added[token] for token in (PATCH, START, END)}
     if use_start_end is None:
@@ -254,9 +272,10 @@ def load_tokenizer(folder, use_start_end):
 def _added_tokens(folder):
     """Ids of the tokens that a folder's files add to its vocabulary, and (lstrip, rstrip) where they say so."""
     ids = {token: int(i) for token, i in read_json_object(folder / "added_tokens.json").items()}
-    entries = [{"id": int(i), **entry}
-               for i, entry in read_json_object(folder / "tokenizer_config.json").get(
-                   "added_tokens_decoder", {}).items()]
+    entries = [
+        {"id": int(i), **entry}
+        for i, entry in read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items()
+    ]
     entries += read_json_object(folder / "tokenizer.json").get("added_tokens", [])
     flags = {}
     for entry in entries:

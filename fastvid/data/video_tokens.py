@@ -55,8 +55,10 @@ class VideoRows:
         remedy = "extract them with this run's vision tower"
         if channels == self.channels:
             remedy += ", or let videos differ in rows (neither --num_video_tokens nor --parity reference)"
-        raise ValueError(f"{self.features.resolve(name)}: features are [{rows}, {channels}], expected "
-                         f"[{self.required or 'any number'}, {self.channels}]; {remedy}")
+        raise ValueError(
+            f"{self.features.resolve(name)}: features are [{rows}, {channels}], expected "
+            f"[{self.required or 'any number'}, {self.channels}]; {remedy}"
+        )
 
 
 def video_token_count(model_folder, vision_tower, num_video_tokens, features, records):
@@ -103,9 +105,11 @@ def tower_geometry(model_folder, vision_tower=None):
         return int(described["image_size"]), int(described["patch_size"])
     except (TypeError, KeyError, ValueError):
         where = f"vision tower {tower}" if tower else f"{model_folder}/config.json (it has no mm_vision_tower)"
-        raise ValueError(f"cannot tell how many tokens a video takes from {where}: give --num_video_tokens (676 for "
-                         "336-pixel features, 356 for 224), --video_folder with the features, or --vision_tower with "
-                         "the tower's folder") from None
+        raise ValueError(
+            f"cannot tell how many tokens a video takes from {where}: give --num_video_tokens (676 for "
+            "336-pixel features, 356 for 224), --video_folder with the features, or --vision_tower with "
+            "the tower's folder"
+        ) from None
 
 
 def feature_channels(model_folder):

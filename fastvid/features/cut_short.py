@@ -38,8 +38,9 @@ def _safetensors(file, size):
         return True
     file.seek(8)
     tensors = json.loads(file.read(length))
-    return size - 8 - length < max(tensor["data_offsets"][1] for name, tensor in tensors.items()
-                                   if name != "__metadata__")
+    return size - 8 - length < max(
+        tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"
+    )
 
 
 def _pkl(file, size):

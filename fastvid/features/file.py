@@ -29,8 +29,7 @@ _TENSOR = "features"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _READ = {**_DTYPES, "F64": torch.float64}
 _REMEDY = "remove it and extract it again (fastvid extract)"
-_STORE = ("store the [rows, channels] array itself (numpy.save writes .npy, torch.save of the tensor .pt), or "
-          f"{_REMEDY}")
+_STORE = f"store the [rows, channels] array itself (numpy.save writes .npy, torch.save of the tensor .pt), or {_REMEDY}"
 
 
 def feature_bytes(path, features_RC: Tensor, header: dict) -> bytes:
@@ -38,8 +37,10 @@ def feature_bytes(path, features_RC: Tensor, header: dict) -> bytes:
     from safetensors.torch import save
 
     if features_RC.dim() != 2 or not features_RC.numel() or features_RC.dtype not in _DTYPES.values():
-        raise ValueError(f"{path}: features must be [R, C] in float16, bfloat16 or float32, "
-                         f"not {list(features_RC.shape)} in {str(features_RC.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{path}: features must be [R, C] in float16, bfloat16 or float32, "
+            f"not {list(features_RC.shape)} in {str(features_RC.dtype).removeprefix('torch.')}"
+        )
     features_RC = features_RC.detach().cpu().contiguous()
     if _suffix(path, (".safetensors", ".pkl")) == ".pkl":
         return write_array(features_RC.to(torch.float16).numpy())
@@ -178,8 +179,9 @@ def _read_header(file):
         case [int(R), int(C)] if min(R, C) > 0 and dtype in _READ:
             expected = R * C * _READ[dtype].itemsize
         case _:
-            raise OtherContent(f"features must be [R, C] in float16, bfloat16, float32 or float64, not {shape} in "
-                               f"{dtype}")
+            raise OtherContent(
+                f"features must be [R, C] in float16, bfloat16, float32 or float64, not {shape} in {dtype}"
+            )
     if len(table) != 1 or size - 8 - length != expected:
         raise ValueError(f"it holds {size - 8 - length} bytes of values instead of {expected}")
     return _READ[dtype], (R, C), header

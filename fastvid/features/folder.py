@@ -161,8 +161,9 @@ class FeatureFolder:
                 return self._claim(inner, file, stem(file), name)
         whole = listing.stems_by_id.get(short, ())
         if len(whole) > 1:
-            raise ValueError(f"video {name!r} means any of {', '.join(sorted(whole))} in {self.folder / inner}; "
-                             "give the whole name")
+            raise ValueError(
+                f"video {name!r} means any of {', '.join(sorted(whole))} in {self.folder / inner}; give the whole name"
+            )
         for file in (one + suffix for one in whole for suffix in SUFFIXES):
             if file in listing.files:
                 return file
@@ -173,9 +174,11 @@ class FeatureFolder:
         """`file`, if no other video has been read from it: a cut name must not give one video another's features."""
         owner = self._read_as.setdefault((inner, file), whole)
         if owner != whole:
-            raise ValueError(f"video {name!r}: {owner} and {whole} would both be read from "
-                             f"{self.folder / inner / file}, whose name is cut at the first dot; extract them again "
-                             "(fastvid extract)")
+            raise ValueError(
+                f"video {name!r}: {owner} and {whole} would both be read from "
+                f"{self.folder / inner / file}, whose name is cut at the first dot; extract them again "
+                "(fastvid extract)"
+            )
         return file
 
     def _list(self, inner):
@@ -189,15 +192,19 @@ class FeatureFolder:
         return real == self._root or real.startswith(os.path.join(self._root, ""))
 
     def _missing(self, name, listing, base=""):
-        hint = "".join(f"; {shown(other)} lies there, but is {what or what_is(other)}"
-                       for other, what in listing.others.get(stem(base), [])[:3])
+        hint = "".join(
+            f"; {shown(other)} lies there, but is {what or what_is(other)}"
+            for other, what in listing.others.get(stem(base), [])[:3]
+        )
         if "://" in name:
             hint += "; it is a URL, and must be downloaded first"
         elif "\\" in name:
             hint += "; sub-folders are written with /"
-        return MissingFeatures(f"video {name!r} has no features in {shown(self.folder)}{hint}; extract them (fastvid "
-                               "extract), or leave its records out (train with --on_bad_sample skip, or use "
-                               "scripts/filter_for_missing_videos.py)")
+        return MissingFeatures(
+            f"video {name!r} has no features in {shown(self.folder)}{hint}; extract them (fastvid "
+            "extract), or leave its records out (train with --on_bad_sample skip, or use "
+            "scripts/filter_for_missing_videos.py)"
+        )
 
     @staticmethod
     def _leaves(name, reason):

@@ -76,8 +76,15 @@ class Manifest:
         """
         known = self.entries.get(video), self.files.get(more.get("file"))
         now = max(time.time(), *(when(entry) + _TICK for entry in known if entry is not None), 0.0)
-        entry = {"video": video, "status": status, "reason": reason, "frames": frames, "seconds": seconds,
-                 "time": round(now, 6), **more}
+        entry = {
+            "video": video,
+            "status": status,
+            "reason": reason,
+            "frames": frames,
+            "seconds": seconds,
+            "time": round(now, 6),
+            **more,
+        }
         self._know(entry)
         self._write([entry], sync=status in _SYNCED and self._leases is not None)
 
@@ -180,7 +187,8 @@ class Manifest:
             if entry == known or self.entries[entry["video"]] is not entry:  # moved to another file; an older one
                 continue
             (self.failed_elsewhere.add if entry.get("status") == "failed" else self.failed_elsewhere.discard)(
-                entry["video"])
+                entry["video"]
+            )
         return bool(entries)
 
     def _know(self, entry):

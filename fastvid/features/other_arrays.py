@@ -112,8 +112,10 @@ def _pt_tensor(file, mapped):
         what = "a dict" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise OtherContent(f"it holds {what}, not a plain tensor")
     if value.dim() != 2 or not value.numel() or value.dtype not in _DTYPES:
-        raise OtherContent(f"it holds {list(value.shape)} in {str(value.dtype).removeprefix('torch.')}, not [rows, "
-                           "channels] in float16, bfloat16, float32 or float64")
+        raise OtherContent(
+            f"it holds {list(value.shape)} in {str(value.dtype).removeprefix('torch.')}, not [rows, "
+            "channels] in float16, bfloat16, float32 or float64"
+        )
     if value.nbytes > os.fstat(file.fileno()).st_size:  # strides can make much of little
         raise ValueError("it holds fewer values than its shape says")
     return value

@@ -25,8 +25,24 @@ _NAMES = {
 }
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _ARGUMENTS = {  # instructions that push their own argument
-    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-    "BYTEARRAY8", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "INT",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
 }
 _OTHERS = {"EMPTY_DICT": "a dict", "DICT": "a dict", "EMPTY_LIST": "a list", "LIST": "a list", "EMPTY_SET": "a set"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -146,7 +162,7 @@ def _follow(file, size):
             start = marks.pop()
             stack[start:] = [tuple(stack[start:])]
         elif name in _TUPLES:
-            stack[-_TUPLES[name]:] = [tuple(stack[-_TUPLES[name]:])]
+            stack[-_TUPLES[name] :] = [tuple(stack[-_TUPLES[name] :])]
         elif name == "GLOBAL":
             stack.append(_named(argument))
         elif name == "STACK_GLOBAL":
@@ -195,8 +211,9 @@ def _call(function, arguments):
                 return _Array()
             case "dtype", str(code), _, _:
                 if code not in ("f2", "f4", "f8"):
-                    raise OtherContent(f"the array's dtype is {code[:20]!r}, not float16 (f2), float32 (f4) or float64 "
-                                       "(f8)")
+                    raise OtherContent(
+                        f"the array's dtype is {code[:20]!r}, not float16 (f2), float32 (f4) or float64 (f8)"
+                    )
                 return _DType(code)
             case "encode", str(text), "latin1":  # how protocols before 3 spell bytes; Python 2 leaves them as text
                 return text
@@ -221,8 +238,9 @@ def _layout(array):
     """(rows, channels, dtype in this machine's byte order) of a stand-in whose shape fits its data."""
     dtype = np.dtype(array.dtype.code)
     match array.shape:
-        case (int(rows), int(channels)) if (
-                min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(array.data)):
+        case (int(rows), int(channels)) if min(rows, channels) > 0 and rows * channels * dtype.itemsize == len(
+            array.data
+        ):
             return rows, channels, dtype
         case (int(), int()):
             raise ValueError(f"the array's shape does not fit its {len(array.data)} bytes of data")

@@ -23,13 +23,41 @@ from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
 log = logging.getLogger("fastvid")
 
-_TRUTH = {"yes": True, "true": True, "t": True, "y": True, "1": True,
-          "no": False, "false": False, "f": False, "n": False, "0": False}
+_TRUTH = {
+    "yes": True,
+    "true": True,
+    "t": True,
+    "y": True,
+    "1": True,
+    "no": False,
+    "false": False,
+    "f": False,
+    "n": False,
+    "0": False,
+}
 _PLACES = {  # flags of which an empty text would mean the folder that a command is started in
-    "checkpoint", "clip_feat_path", "clip_feature_path", "data_path", "drop", "eval_data_path", "html",
-    "input_json_file", "json", "model_name_or_path", "output", "output_dir", "output_json_file", "path",
-    "pretrain_mm_mlp_adapter", "projector", "questions_file", "video", "video_dir_path", "video_folder",
-    "vision_tower"}
+    "checkpoint",
+    "clip_feat_path",
+    "clip_feature_path",
+    "data_path",
+    "drop",
+    "eval_data_path",
+    "html",
+    "input_json_file",
+    "json",
+    "model_name_or_path",
+    "output",
+    "output_dir",
+    "output_json_file",
+    "path",
+    "pretrain_mm_mlp_adapter",
+    "projector",
+    "questions_file",
+    "video",
+    "video_dir_path",
+    "video_folder",
+    "vision_tower",
+}
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
 _LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
@@ -89,8 +117,11 @@ def _filled(config_class, argv):
             faults.append(f"{spelled}{value}{where}: {foreign[name].remedy}")
         else:
             accepted.append(spelled + (f" ({foreign[name].note})" if foreign[name].note else ""))
-    missing = [f"--{name}" for name, field in fields.items() if _required(field) and name not in values
-               and not any(f"--{name}" in fault for fault in faults)]
+    missing = [
+        f"--{name}"
+        for name, field in fields.items()
+        if _required(field) and name not in values and not any(f"--{name}" in fault for fault in faults)
+    ]
     if missing:
         faults.append(f"give {' and '.join(missing)}")
     if faults:
@@ -125,13 +156,19 @@ def _read_settings(given):
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {shown(path)} is no YAML file of flags that can be read: "
-                         f"{' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"--config {shown(path)} is no YAML file of flags that can be read: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {shown(path)}: expected `flag: value` lines, found {type(settings).__name__}")
-    return {str(name).replace("-", "_"): (
-        f"--{name}", [[str(word) for word in (value if isinstance(value, list) and value else [value])]])
-        for name, value in settings.items() if value is not None and (value != [] or name in VALUES)}
+    return {
+        str(name).replace("-", "_"): (
+            f"--{name}",
+            [[str(word) for word in (value if isinstance(value, list) and value else [value])]],
+        )
+        for name, value in settings.items()
+        if value is not None and (value != [] or name in VALUES)
+    }
 
 
 def _our_values(name, times):
@@ -158,8 +195,11 @@ def _value(kind, times):
         return True
     if len(words) != 1:
         hint = "; a flag begins with two hyphens (--)" * any(map(_LIKE_A_FLAG.match, words))
-        raise ValueError("give a value" if not words else
-                         f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}{hint}")
+        raise ValueError(
+            "give a value"
+            if not words
+            else f"takes one value; unexpected argument {', '.join(shown(word) for word in words[1:])}{hint}"
+        )
     if optional and kind is not str and words[0].lower() in ("none", "null"):
         return None
     return _converted(kind, words[0])
@@ -253,9 +293,16 @@ def help_text(config_class) -> str:
     for title, members in groups.items():
         if members:
             lines += [f"{title}:", *(line for field in members for line in _help_of(field, width)), ""]
-    lines += ["others:", "  --config FILE", *textwrap.wrap(
-        "YAML file of flags; the command line overrides it. Dashes may stand for underscores in flags.",
-        width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    lines += [
+        "others:",
+        "  --config FILE",
+        *textwrap.wrap(
+            "YAML file of flags; the command line overrides it. Dashes may stand for underscores in flags.",
+            width,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -272,5 +319,7 @@ def _help_of(field, width):
     text = field.metadata["help"]
     if not _required(field) and default not in (None, "", False) and "Default:" not in text:
         text += f" Default: {default}."
-    return [f"  --{field.name} {value}{several}",
-            *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return [
+        f"  --{field.name} {value}{several}",
+        *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]

@@ -79,61 +79,99 @@ MEANING = {
         use_liger_kernel liger_kernel_config torch_empty_cache_steps torch_compile_backend torch_compile_mode
         jit_mode_eval skip_memory_metrics debug tpu_metrics_debug ray_scope _n_gpu xpu_backend"""),
     "average_tokens_across_devices": Meaning(
-        note="a step's loss is the mean over its tokens on all ranks, --parity reference averages means"),
+        note="a step's loss is the mean over its tokens on all ranks, --parity reference averages means"
+    ),
     "logging_dir": Meaning(note="TensorBoard's files lie in --output_dir/tensorboard"),
     "overwrite_output_dir": Meaning(note="--resume never starts over"),
     "activation_checkpointing": Meaning(note="--recompute auto recomputes where memory is short"),
-    **_without_effect("gradient_checkpointing_kwargs activation_checkpointing_kwargs",
-                      "--recompute auto recomputes where memory is short"),
+    **_without_effect(
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+        "--recompute auto recomputes where memory is short",
+    ),
     "resume_from_checkpoint": Meaning(
         "the same command goes on from the newest checkpoint in --output_dir by itself (--resume auto), leave it out",
-        ("true", "yes", "1"), "the newest checkpoint in --output_dir is taken by itself"),
+        ("true", "yes", "1"),
+        "the newest checkpoint in --output_dir is taken by itself",
+    ),
     # What would change the result.
-    "fp16": Meaning(_FP16), "fp16_full_eval": Meaning("validation computes as training does: --bf16 True"),
-    "deepspeed": Meaning(_SHARD), "fsdp": Meaning(_SHARD), "sharded_ddp": Meaning(_SHARD),
-    "parallelism_config": Meaning(_SHARD), "mp_parameters": Meaning(_SHARD), "accelerator_config": Meaning(_NO_SUCH),
+    "fp16": Meaning(_FP16),
+    "fp16_full_eval": Meaning("validation computes as training does: --bf16 True"),
+    "deepspeed": Meaning(_SHARD),
+    "fsdp": Meaning(_SHARD),
+    "sharded_ddp": Meaning(_SHARD),
+    "parallelism_config": Meaning(_SHARD),
+    "mp_parameters": Meaning(_SHARD),
+    "accelerator_config": Meaning(_NO_SUCH),
     "torch_compile": Meaning("leave it out: fastvid brings kernels of its own"),
     "torchdynamo": Meaning("leave it out: fastvid brings kernels of its own"),
     "push_to_hub": Meaning(_HUB),
-    "auto_find_batch_size": Meaning("give --per_device_train_batch_size or --rows_per_batch, --recompute auto makes a "
-                                    "step fit into memory"),
+    "auto_find_batch_size": Meaning(
+        "give --per_device_train_batch_size or --rows_per_batch, --recompute auto makes a step fit into memory"
+    ),
     "per_gpu_train_batch_size": Meaning("use --per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Meaning("use --per_device_eval_batch_size"),
     "split_batches": Meaning("leave it out: --per_device_train_batch_size is each rank's"),
-    "label_smoothing_factor": Meaning(_NO_SUCH), "neftune_noise_alpha": Meaning(_NO_SUCH),
-    "lr_scheduler_kwargs": Meaning(_NO_SUCH), "optim_target_modules": Meaning(_NO_SUCH),
+    "label_smoothing_factor": Meaning(_NO_SUCH),
+    "neftune_noise_alpha": Meaning(_NO_SUCH),
+    "lr_scheduler_kwargs": Meaning(_NO_SUCH),
+    "optim_target_modules": Meaning(_NO_SUCH),
     "optim_args": Meaning("use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),
     "adafactor": Meaning("use --optim adamw_8bit, whose moments are small too"),
-    "group_by_length": Meaning(_LENGTH), "train_sampling_strategy": Meaning(_LENGTH, ("random",)),
+    "group_by_length": Meaning(_LENGTH),
+    "train_sampling_strategy": Meaning(_LENGTH, ("random",)),
     "dataloader_drop_last": Meaning("leave it out: a batch goes on over an epoch's end, so none is incomplete"),
     "ignore_data_skip": Meaning("leave it out: a resumed run goes on with the samples that come next"),
     "data_seed": Meaning("use --seed, which decides the order of samples too", zero=False),
-    "load_best_model_at_end": Meaning("leave it out: metrics.jsonl tells the best eval_loss, and fastvid export "
-                                      "--checkpoint OUTPUT_DIR/checkpoint-N makes its weights"),
-    "no_cuda": Meaning(_CPU), "use_cpu": Meaning(_CPU), "device": Meaning(_CPU),
-    "use_mps_device": Meaning(_DEVICE), "tpu_num_cores": Meaning(_DEVICE), "use_ipex": Meaning(_DEVICE),
+    "load_best_model_at_end": Meaning(
+        "leave it out: metrics.jsonl tells the best eval_loss, and fastvid export "
+        "--checkpoint OUTPUT_DIR/checkpoint-N makes its weights"
+    ),
+    "no_cuda": Meaning(_CPU),
+    "use_cpu": Meaning(_CPU),
+    "device": Meaning(_CPU),
+    "use_mps_device": Meaning(_DEVICE),
+    "tpu_num_cores": Meaning(_DEVICE),
+    "use_ipex": Meaning(_DEVICE),
     # LLaVA's and its forks'.
-    **_without_effect("mm_use_im_patch_token image_aspect_ratio image_grid_pinpoints mm_patch_merge_type lora_r "
-                      "lora_alpha lora_dropout lora_bias lora_weight_path lora_target double_quant quant_type "
-                      "mpt_attn_impl"),
-    "lora_enable": Meaning(_LORA), "use_lora": Meaning(_LORA), "lora": Meaning(_LORA), "use_peft": Meaning(_LORA),
-    "use_qlora": Meaning(_LORA), "qlora": Meaning(_LORA), "finetuning_type": Meaning(_LORA, ("full",)),
+    **_without_effect(
+        "mm_use_im_patch_token image_aspect_ratio image_grid_pinpoints mm_patch_merge_type lora_r "
+        "lora_alpha lora_dropout lora_bias lora_weight_path lora_target double_quant quant_type "
+        "mpt_attn_impl"
+    ),
+    "lora_enable": Meaning(_LORA),
+    "use_lora": Meaning(_LORA),
+    "lora": Meaning(_LORA),
+    "use_peft": Meaning(_LORA),
+    "use_qlora": Meaning(_LORA),
+    "qlora": Meaning(_LORA),
+    "finetuning_type": Meaning(_LORA, ("full",)),
     "mm_projector_lr": Meaning("leave it out: --learning_rate is of all that is trained"),
-    "mm_vision_tower_lr": Meaning(_TOWER), "vision_tower_lr": Meaning(_TOWER),
-    "unfreeze_mm_vision_tower": Meaning(_TOWER), "tune_vision_tower": Meaning(_TOWER),
-    "mm_tunable_parts": Meaning("use --tune_mm_mlp_adapter True for the projector, everything is trained without it",
-                                ("mm_mlp_adapter,mm_language_model",)),
+    "mm_vision_tower_lr": Meaning(_TOWER),
+    "vision_tower_lr": Meaning(_TOWER),
+    "unfreeze_mm_vision_tower": Meaning(_TOWER),
+    "tune_vision_tower": Meaning(_TOWER),
+    "mm_tunable_parts": Meaning(
+        "use --tune_mm_mlp_adapter True for the projector, everything is trained without it",
+        ("mm_mlp_adapter,mm_language_model",),
+    ),
     "mm_vision_select_layer": Meaning("fastvid extract takes layer -2, leave it out", ("-2",), zero=False),
     "mm_vision_select_feature": Meaning("fastvid extract takes the patches, leave it out", ("patch",)),
     "mm_use_im_start_end": Meaning("use --mm_use_vid_start_end True"),
-    "group_by_modality_length": Meaning(_LENGTH), "image_folder": Meaning(_IMAGES), "image_tower": Meaning(_IMAGES),
+    "group_by_modality_length": Meaning(_LENGTH),
+    "image_folder": Meaning(_IMAGES),
+    "image_tower": Meaning(_IMAGES),
     "bits": Meaning("use --frozen_dtype nf4 (4 bits) or int8 (8)", ("16", "32")),
-    "load_in_4bit": Meaning("use --frozen_dtype nf4"), "load_in_8bit": Meaning("use --frozen_dtype int8"),
+    "load_in_4bit": Meaning("use --frozen_dtype nf4"),
+    "load_in_8bit": Meaning("use --frozen_dtype int8"),
     "quantization_bit": Meaning("use --frozen_dtype nf4 (4 bits) or int8 (8)"),
-    "mm_newline_position": Meaning(_NO_SUCH), "mm_resampler_type": Meaning(_NO_SUCH),
-    "mm_spatial_pool_mode": Meaning(_NO_SUCH), "mm_spatial_pool_stride": Meaning(_NO_SUCH),
-    "add_time_instruction": Meaning(_NO_SUCH), "unfreeze_language_model": Meaning(
-        "leave it out: the decoder is trained unless --tune_mm_mlp_adapter True or --freeze_backbone True"),
+    "mm_newline_position": Meaning(_NO_SUCH),
+    "mm_resampler_type": Meaning(_NO_SUCH),
+    "mm_spatial_pool_mode": Meaning(_NO_SUCH),
+    "mm_spatial_pool_stride": Meaning(_NO_SUCH),
+    "add_time_instruction": Meaning(_NO_SUCH),
+    "unfreeze_language_model": Meaning(
+        "leave it out: the decoder is trained unless --tune_mm_mlp_adapter True or --freeze_backbone True"
+    ),
     **_without_effect("verbose_logging"),
     # LLaMA-Factory's and ms-swift's.
     **_without_effect("""
@@ -142,65 +180,87 @@ MEANING = {
         target_modules modules_to_save lora_modules quant_method image_max_pixels image_min_pixels padding_free"""),
     **dict.fromkeys("freeze_vision_tower freeze_vit".split(), Meaning(_TOWER, inverted=True)),
     **dict.fromkeys("train_type tuner_type sft_type".split(), Meaning(_LORA, ("full",))),
-    **dict.fromkeys("""video_fps fps fps_max_frames nframes frames_upbound max_frames_num video_maxlen video_max_pixels
-                    force_sample""".split(), Meaning("leave it out: fastvid extract --num_frames decides which frames "
-                                                     "are seen")),
-    **dict.fromkeys("val_size split_dataset_ratio".split(), Meaning("give the records to validate on to "
-                                                                    "--eval_data_path")),
+    **dict.fromkeys(
+        """video_fps fps fps_max_frames nframes frames_upbound max_frames_num video_maxlen video_max_pixels
+                    force_sample""".split(),
+        Meaning("leave it out: fastvid extract --num_frames decides which frames are seen"),
+    ),
+    **dict.fromkeys(
+        "val_size split_dataset_ratio".split(), Meaning("give the records to validate on to --eval_data_path")
+    ),
     "stage": Meaning("fastvid trains on the answers given (sft), leave it out", ("sft",)),
     "max_samples": Meaning("use --data_weights, which takes a share of each file"),
     "dataset_dir": Meaning("give --data_path the paths of the files"),
     "system": Meaning("leave it out: the template has a system text of its own"),
-    "neat_packing": Meaning(_LENGTH), "deepspeed_config": Meaning(_SHARD),
+    "neat_packing": Meaning(_LENGTH),
+    "deepspeed_config": Meaning(_SHARD),
     "nproc_per_node": Meaning("give it to torchrun: torchrun --nproc_per_node N -m fastvid.train …"),
     "num_gpus": Meaning("start ranks with torchrun: torchrun --nproc_per_node N -m fastvid.train …", ("1",)),
 }
 
 # Another word: flags of fastvid, of which the first that the command has is meant.
-SYNONYMS = {word: flags.split() for words, flags in {
-    "epochs num_epochs epoch max_epochs n_epochs": "num_train_epochs",
-    "steps num_steps total_steps train_steps num_training_steps": "max_steps",
-    "batch_size train_batch_size bs micro_batch_size batch": "per_device_train_batch_size infer_batch",
-    "eval_batch_size val_batch_size": "per_device_eval_batch_size",
-    "grad_accum accumulation_steps gradient_accumulation grad_accumulation_steps accum_steps accumulate_grad_batches":
-        "gradient_accumulation_steps",
-    "lr base_lr peak_lr": "learning_rate", "wd decay": "weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2",
-    "eps epsilon adam_eps": "adam_epsilon", "clip_grad grad_clip gradient_clip_val max_norm clip": "max_grad_norm",
-    "warmup": "warmup_ratio", "num_warmup_steps": "warmup_steps", "scheduler lr_scheduler lr_schedule":
-        "lr_scheduler_type", "optimizer": "optim",
-    "max_length max_seq_length max_seq_len cutoff_len seq_length seq_len tokenizer_model_max_length context_length":
-        "model_max_length max_new_tokens",
-    "max_tokens max_output_tokens": "max_new_tokens",
-    "model model_path model_name base_model pretrained_model_name_or_path model_dir model_id llm":
-        "model_name_or_path",
-    "data dataset train_file train_data data_dir dataset_path train_path annotations json": "data_path "
+SYNONYMS = {
+    word: flags.split()
+    for words, flags in {
+        "epochs num_epochs epoch max_epochs n_epochs": "num_train_epochs",
+        "steps num_steps total_steps train_steps num_training_steps": "max_steps",
+        "batch_size train_batch_size bs micro_batch_size batch": "per_device_train_batch_size infer_batch",
+        "eval_batch_size val_batch_size": "per_device_eval_batch_size",
+        "grad_accum accumulation_steps gradient_accumulation grad_accumulation_steps accum_steps "
+        "accumulate_grad_batches": "gradient_accumulation_steps",
+        "lr base_lr peak_lr": "learning_rate",
+        "wd decay": "weight_decay",
+        "beta1": "adam_beta1",
+        "beta2": "adam_beta2",
+        "eps epsilon adam_eps": "adam_epsilon",
+        "clip_grad grad_clip gradient_clip_val max_norm clip": "max_grad_norm",
+        "warmup": "warmup_ratio",
+        "num_warmup_steps": "warmup_steps",
+        "scheduler lr_scheduler lr_schedule": "lr_scheduler_type",
+        "optimizer": "optim",
+        "max_length max_seq_length max_seq_len cutoff_len seq_length seq_len tokenizer_model_max_length "
+        "context_length": "model_max_length max_new_tokens",
+        "max_tokens max_output_tokens": "max_new_tokens",
+        "model model_path model_name base_model pretrained_model_name_or_path model_dir model_id "
+        "llm": "model_name_or_path",
+        "data dataset train_file train_data data_dir dataset_path train_path annotations json": "data_path "
         "input_json_file questions_file",
-    "eval_data val_data eval_file validation_file eval_path val_path": "eval_data_path",
-    "features feature_folder features_folder feature_path feature_dir clip_feature_folder": "video_folder "
+        "eval_data val_data eval_file validation_file eval_path val_path": "eval_data_path",
+        "features feature_folder features_folder feature_path feature_dir clip_feature_folder": "video_folder "
         "clip_feature_path clip_feat_path",
-    "videos video_dir video_path videos_dir": "video_dir_path video video_folder",
-    "output out output_path save_dir save_path out_dir": "output_dir output output_json_file clip_feat_path",
-    "output_dir": "output clip_feat_path output_json_file", "input input_path ckpt checkpoint_path": "checkpoint "
-        "input_json_file video_dir_path pretrain_mm_mlp_adapter",
-    "checkpoint_dir": "checkpoint output_dir", "resume_training": "resume",
-    "workers num_workers n_workers dataloader_workers": "dataloader_num_workers decode_workers",
-    "precision torch_dtype dtype mixed_precision amp half use_bf16 bfloat16": "bf16 dtype",
-    "quantization quantize quant": "frozen_dtype",
-    "attention attn attn_impl attention_implementation flash_attn use_flash_attn use_flash_attention "
-    "use_flash_attention_2": "attn_implementation",
-    "wandb use_wandb report log_with logger tensorboard": "report_to", "wandb_project project_name": "project",
-    "wandb_name wandb_run_name name exp_name experiment_name": "run_name",
-    "template conv_template conv_version prompt_template chat_template": "version conv_mode",
-    "prompt query text questions": "question", "images image video_file": "video",
-    "clip tower mm_vision_tower vision_encoder clip_model video_tower": "vision_tower",
-    "frames n_frames num_segments max_frames": "num_frames",
-    "projector mm_projector adapter pretrain_projector mm_projector_path": "projector pretrain_mm_mlp_adapter",
-    "freeze_multi_modal_projector freeze_aligner freeze_projector": "freeze_mm_mlp_adapter",
-    "freeze_llm freeze_language_model tune_projector": "tune_mm_mlp_adapter",
-    "random_seed": "seed", "device_map": "device shard", "zero_stage": "shard", "save_limit": "save_total_limit",
-    "log_interval log_every logging_interval": "logging_steps", "save_interval save_every": "save_steps",
-    "eval_interval eval_every": "eval_steps", "packing pack": "rows_per_batch",
-}.items() for word in words.split()}
+        "videos video_dir video_path videos_dir": "video_dir_path video video_folder",
+        "output out output_path save_dir save_path out_dir": "output_dir output output_json_file clip_feat_path",
+        "output_dir": "output clip_feat_path output_json_file",
+        "input input_path ckpt checkpoint_path": "checkpoint input_json_file video_dir_path pretrain_mm_mlp_adapter",
+        "checkpoint_dir": "checkpoint output_dir",
+        "resume_training": "resume",
+        "workers num_workers n_workers dataloader_workers": "dataloader_num_workers decode_workers",
+        "precision torch_dtype dtype mixed_precision amp half use_bf16 bfloat16": "bf16 dtype",
+        "quantization quantize quant": "frozen_dtype",
+        "attention attn attn_impl attention_implementation flash_attn use_flash_attn use_flash_attention "
+        "use_flash_attention_2": "attn_implementation",
+        "wandb use_wandb report log_with logger tensorboard": "report_to",
+        "wandb_project project_name": "project",
+        "wandb_name wandb_run_name name exp_name experiment_name": "run_name",
+        "template conv_template conv_version prompt_template chat_template": "version conv_mode",
+        "prompt query text questions": "question",
+        "images image video_file": "video",
+        "clip tower mm_vision_tower vision_encoder clip_model video_tower": "vision_tower",
+        "frames n_frames num_segments max_frames": "num_frames",
+        "projector mm_projector adapter pretrain_projector mm_projector_path": "projector pretrain_mm_mlp_adapter",
+        "freeze_multi_modal_projector freeze_aligner freeze_projector": "freeze_mm_mlp_adapter",
+        "freeze_llm freeze_language_model tune_projector": "tune_mm_mlp_adapter",
+        "random_seed": "seed",
+        "device_map": "device shard",
+        "zero_stage": "shard",
+        "save_limit": "save_total_limit",
+        "log_interval log_every logging_interval": "logging_steps",
+        "save_interval save_every": "save_steps",
+        "eval_interval eval_every": "eval_steps",
+        "packing pack": "rows_per_batch",
+    }.items()
+    for word in words.split()
+}
 
 # Another word: values of fastvid's flags.
 VALUES = {

@@ -56,9 +56,11 @@ class Chat:
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
         tokens, seed = self.tokenizer.tokens, _seed(projector)
         self.model_config = read_model_config(
-            config.model_name_or_path, vocab_size=tokens.vocab_size, projector=projector)
+            config.model_name_or_path, vocab_size=tokens.vocab_size, projector=projector
+        )
         starting = StartingWeights(
-            self.model_config, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
+            self.model_config, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed
+        )
         if starting.makes_projector:
             raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
         if config.vision_tower is not None and Path(config.vision_tower).is_dir():
@@ -66,8 +68,9 @@ class Chat:
         sizes, dtype = self.model_config.decoder, torch.bfloat16 if config.bf16 else torch.float32
         attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         with torch.device("meta"):
-            self.model = VideoLlava(self.model_config, trainable=frozenset(), compute_dtype=dtype,
-                                    attn_implementation=attention)
+            self.model = VideoLlava(
+                self.model_config, trainable=frozenset(), compute_dtype=dtype, attn_implementation=attention
+            )
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         self._encoder = None
@@ -79,9 +82,14 @@ class Chat:
         Raises:
             ValueError: a flag says otherwise.
         """
-        told = {name: agreed(f"--{name}", getattr(config, name), getattr(self.trained, name), otherwise, self.weights)
-                for name, otherwise in (("conv_mode", "pg-video-llava"), ("question_order", "reference"),
-                                        ("num_frames", 100))}
+        told = {
+            name: agreed(f"--{name}", getattr(config, name), getattr(self.trained, name), otherwise, self.weights)
+            for name, otherwise in (
+                ("conv_mode", "pg-video-llava"),
+                ("question_order", "reference"),
+                ("num_frames", 100),
+            )
+        }
         return replace(config, **told)
 
     def ask(self, video, question, history=()):
@@ -102,17 +110,30 @@ class Chat:
         """`ask` about the [R, C] features of a video."""
         channels = self.model_config.mm_hidden_size
         if features_RC.dim() != 2 or features_RC.shape[1] != channels:
-            raise ValueError(f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
-                             "were made with another vision tower")
+            raise ValueError(
+                f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
+                "were made with another vision tower"
+            )
         tokens = self.tokenizer.tokens
         ids = inference_prompt(
-            question, self.tokenizer, video_tokens=len(features_RC), use_start_end=tokens.start is not None,
-            conv_mode=self.config.conv_mode, history=history, question_order=self.config.question_order)
+            question,
+            self.tokenizer,
+            video_tokens=len(features_RC),
+            use_start_end=tokens.start is not None,
+            conv_mode=self.config.conv_mode,
+            history=history,
+            question_order=self.config.question_order,
+        )
         batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, channels)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         answer = generate(
-            self.model, batch.to(self.device), max_new_tokens=self.config.max_new_tokens, eos=self.tokenizer.eos,
-            temperature=self.config.temperature, generator=generator)
+            self.model,
+            batch.to(self.device),
+            max_new_tokens=self.config.max_new_tokens,
+            eos=self.tokenizer.eos,
+            temperature=self.config.temperature,
+            generator=generator,
+        )
         return self.tokenizer.decode(answer).strip()
 
     def features(self, video):
@@ -130,11 +151,12 @@ class Chat:
             self._check_rows(video, len(features_RC), extracted=True)
         else:
             encoder = self._loaded_encoder()
-            self._check_rows(f"{video} with --num_frames {self.config.num_frames} and this tower",
-                             self.config.num_frames + encoder.num_patches)
+            self._check_rows(
+                f"{video} with --num_frames {self.config.num_frames} and this tower",
+                self.config.num_frames + encoder.num_patches,
+            )
             try:
-                frames, _ = self._worker.decode(
-                    str(video), num_frames=self.config.num_frames, size=encoder.image_size)
+                frames, _ = self._worker.decode(str(video), num_frames=self.config.num_frames, size=encoder.image_size)
             except DecodeError as error:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
             features_RC = encoder.encode(frames)
@@ -148,24 +170,41 @@ class Chat:
         trained = self.trained.rows
         if trained is not None and rows != trained:
             frames = trained - rows + self.config.num_frames
-            remedy = ("extract it with " if extracted else
-                      f"--num_frames {frames}, or " if self.trained.num_frames is None and frames > 0 else "give ")
-            raise ValueError(f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
-                             f"{remedy}the tower and the frames of training")
+            remedy = (
+                "extract it with "
+                if extracted
+                else f"--num_frames {frames}, or "
+                if self.trained.num_frames is None and frames > 0
+                else "give "
+            )
+            raise ValueError(
+                f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
+                f"{remedy}the tower and the frames of training"
+            )
 
     def _check_made_alike(self, file, header):
         """Refuse a feature file whose header contradicts the weights."""
         made, trained = Provenance.of(header), self.trained
         if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
-            raise ValueError(f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
-                             f"was trained on ({trained.tower}); extract it with that one")
-        if trained.tower_revision is None and made.tower_revision and self._given_revisions and (
-                same_tower(made.tower_revision, self._given_revisions) is False):
-            raise ValueError(f"{file} was made by another tower ({made.tower}) than --vision_tower "
-                             f"{self.config.vision_tower}; extract it with that one, or leave --vision_tower out")
+            raise ValueError(
+                f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
+                f"was trained on ({trained.tower}); extract it with that one"
+            )
+        if (
+            trained.tower_revision is None
+            and made.tower_revision
+            and self._given_revisions
+            and (same_tower(made.tower_revision, self._given_revisions) is False)
+        ):
+            raise ValueError(
+                f"{file} was made by another tower ({made.tower}) than --vision_tower "
+                f"{self.config.vision_tower}; extract it with that one, or leave --vision_tower out"
+            )
         if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
-            raise ValueError(f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
-                             f"{trained.num_frames}; extract it with that")
+            raise ValueError(
+                f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
+                f"{trained.num_frames}; extract it with that"
+            )
 
     @cached_property
     def _given_revisions(self):
@@ -179,14 +218,15 @@ class Chat:
 
     def _loaded_encoder(self):
         if self._encoder is None:
-            tower = choose_tower(
-                self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
+            tower = choose_tower(self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
             if tower is None:
                 raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
             encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.config.num_frames)
             if encoder.hidden_size != self.model_config.mm_hidden_size:
-                raise ValueError(f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
-                                 f"{self.model_config.mm_hidden_size}: give the tower that made the features")
+                raise ValueError(
+                    f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
+                    f"{self.model_config.mm_hidden_size}: give the tower that made the features"
+                )
             check_tower(tower, self.trained, self.weights)
             self._encoder = encoder
         return self._encoder
@@ -213,8 +253,13 @@ def _seed(projector):
 
 def _use_start_end(config, trained, projector):
     """Whether prompts have <vid_start> and <vid_end>: as told, else as trained, else where they have rows."""
-    told = agreed("--mm_use_vid_start_end", config.mm_use_vid_start_end, trained.use_start_end,
-                  read_settings(config.model_name_or_path).get("mm_use_vid_start_end"), projector)
+    told = agreed(
+        "--mm_use_vid_start_end",
+        config.mm_use_vid_start_end,
+        trained.use_start_end,
+        read_settings(config.model_name_or_path).get("mm_use_vid_start_end"),
+        projector,
+    )
     if told is not None:
         return told
     tokens = load_tokenizer(config.model_name_or_path, None).tokens

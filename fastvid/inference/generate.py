@@ -10,8 +10,15 @@ from fastvid.model.cache import LayerCache
 
 
 @torch.inference_mode()
-def generate(model, batch: PackedBatch, *, max_new_tokens: int, eos: int, temperature: float = 0.0,
-             generator: torch.Generator | None = None) -> list[int]:
+def generate(
+    model,
+    batch: PackedBatch,
+    *,
+    max_new_tokens: int,
+    eos: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[int]:
     """Continue one prompt.
 
     Args:
@@ -35,8 +42,10 @@ def generate(model, batch: PackedBatch, *, max_new_tokens: int, eos: int, temper
         raise ValueError(f"temperature {temperature}: 0 is greedy, higher is more random; it cannot be negative")
     limit = model.config.decoder.max_position_embeddings - batch.num_rows
     if limit < 1:
-        raise ValueError(f"the prompt has {batch.num_rows} rows, the model's context "
-                         f"{model.config.decoder.max_position_embeddings}: shorten the question or use fewer frames")
+        raise ValueError(
+            f"the prompt has {batch.num_rows} rows, the model's context "
+            f"{model.config.decoder.max_position_embeddings}: shorten the question or use fewer frames"
+        )
     max_new_tokens = min(max_new_tokens, limit)
     cache = [LayerCache(batch.num_rows + max_new_tokens) for _ in model.decoder.layers]
     h_1D = model.hidden(batch, cache)[-1:]

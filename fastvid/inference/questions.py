@@ -118,8 +118,10 @@ def read_questions(path, files, suffixes, folder=None) -> list[Question]:
         if name is None and only is None:
             fault = f'{where} names no video ("video" or "video_name"), and --video holds {len(files)} files'
         elif isinstance(video, str) and is_url(video):
-            fault = (f'{where}: "{name}" is {shown(video)}, a URL; download the videos into the folder of --video, and '
-                     "give their names there")
+            fault = (
+                f'{where}: "{name}" is {shown(video)}, a URL; download the videos into the folder of --video, and '
+                "give their names there"
+            )
         elif found is None:
             fault = f'{where}: "{name}" is {video!r}, which is none of the {len(files)} files of --video'
         elif folder is not None and not _inside(files[found], folder):

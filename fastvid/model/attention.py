@@ -31,9 +31,16 @@ log = logging.getLogger("fastvid")
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
-def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
-           implementation: str | Callable = "auto", *, constant: tuple[Tensor, Tensor] | None = None,
-           regather: bool = True) -> Tensor:
+def attend(
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    layout: AttentionLayout,
+    implementation: str | Callable = "auto",
+    *,
+    constant: tuple[Tensor, Tensor] | None = None,
+    regather: bool = True,
+) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
 
     Args:
@@ -63,17 +70,30 @@ def attend(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, layout: AttentionLayout,
     call = _CALLS.get(implementation, implementation)
     if layout.kv_rows is None:
         return call(q_NHd, k_NKd, v_NKd, layout)
-    keys, values = (Gathered(constant_CKd, own_NKd, layout.kv_rows) for constant_CKd, own_NKd in zip(
-        constant or (None, None), (k_NKd, v_NKd)))
-    k_MKd, v_MKd = (GatherRows.apply(own_NKd, gathered, layout.own_keys, regather) for own_NKd, gathered in (
-        (k_NKd, keys), (v_NKd, values)))
+    keys, values = (
+        Gathered(constant_CKd, own_NKd, layout.kv_rows)
+        for constant_CKd, own_NKd in zip(constant or (None, None), (k_NKd, v_NKd))
+    )
+    k_MKd, v_MKd = (
+        GatherRows.apply(own_NKd, gathered, layout.own_keys, regather)
+        for own_NKd, gathered in ((k_NKd, keys), (v_NKd, values))
+    )
     with saving_no_copy(keys, values) if regather else nullcontext():
         return call(q_NHd, k_MKd, v_MKd, layout)
 
 
-def attend_rotated(qkv_NE: Tensor | Fp8Product, positions_N: Tensor, rope: tuple[Tensor, float], heads: tuple[int, int],
-                   layout: AttentionLayout, implementation: Callable, *, constant: tuple[Tensor, Tensor] | None = None,
-                   queries_LHd: Tensor | None = None, recomputed: bool = False) -> Tensor:
+def attend_rotated(
+    qkv_NE: Tensor | Fp8Product,
+    positions_N: Tensor,
+    rope: tuple[Tensor, float],
+    heads: tuple[int, int],
+    layout: AttentionLayout,
+    implementation: Callable,
+    *,
+    constant: tuple[Tensor, Tensor] | None = None,
+    queries_LHd: Tensor | None = None,
+    recomputed: bool = False,
+) -> Tensor:
     """Rotary embedding and `attend` in one: keys are rotated to where segments read them.
 
     Args:
@@ -93,8 +113,13 @@ def attend_rotated(qkv_NE: Tensor | Fp8Product, positions_N: Tensor, rope: tuple
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
-    options = {"scale": scale, "rows_M": layout.kv_rows, "way_back": layout.way_back, "constant": constant,
-               "inplace": not recomputed}
+    options = {
+        "scale": scale,
+        "rows_M": layout.kv_rows,
+        "way_back": layout.way_back,
+        "constant": constant,
+        "inplace": not recomputed,
+    }
     if isinstance(qkv_NE, Fp8Product):
         qkv_NE, q_NHd, k_MKd, v_MKd = qkv_NE.rope_keys(*settings, **options)
     else:
@@ -102,8 +127,20 @@ def attend_rotated(qkv_NE: Tensor | Fp8Product, positions_N: Tensor, rope: tuple
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
     if layout.kv_rows is None or recomputed:
         return implementation(q_NHd, k_MKd, v_MKd, layout)
-    rows = Placed(k_MKd, partial(place_keys, qkv_NE.detach(), positions_N, inv_freq_h, num_heads, num_kv_heads, scale,
-                                  layout.kv_rows, constant))
+    rows = Placed(
+        k_MKd,
+        partial(
+            place_keys,
+            qkv_NE.detach(),
+            positions_N,
+            inv_freq_h,
+            num_heads,
+            num_kv_heads,
+            scale,
+            layout.kv_rows,
+            constant,
+        ),
+    )
     with saving_no_copy(rows):
         return implementation(q_NHd, k_MKd, v_MKd, layout)
 
@@ -122,10 +159,15 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
         ValueError: `implementation` is none, or cannot be used here.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"attention implementation {implementation!r}: choose one of auto, "
-                         f"{', '.join(IMPLEMENTATIONS)}")
-    obstacle = {"flash": _flash_obstacle, "varlen": _varlen_obstacle, "avx512": partial(_avx512_obstacle, channels),
-                "blocked": _bf16_cpu_obstacle}
+        raise ValueError(
+            f"attention implementation {implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}"
+        )
+    obstacle = {
+        "flash": _flash_obstacle,
+        "varlen": _varlen_obstacle,
+        "avx512": partial(_avx512_obstacle, channels),
+        "blocked": _bf16_cpu_obstacle,
+    }
     if implementation == "auto":
         return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
     if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
@@ -208,10 +250,20 @@ def _arguments(function):
 
 def _flash(q_NHd, k_MKd, v_MKd, layout, function=None):
     function = function or next(iter(_flash_functions().values()))
-    options = {"max_seqlen_q": layout.max_seqlen_q, "max_seqlen_k": layout.max_seqlen_k,
-               "deterministic": torch.are_deterministic_algorithms_enabled()}
-    out = function(q_NHd, k_MKd, v_MKd, cu_seqlens_q=layout.cu_seqlens_q, cu_seqlens_k=layout.cu_seqlens_k, causal=True,
-                   **{name: value for name, value in options.items() if name in _arguments(function)})
+    options = {
+        "max_seqlen_q": layout.max_seqlen_q,
+        "max_seqlen_k": layout.max_seqlen_k,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    out = function(
+        q_NHd,
+        k_MKd,
+        v_MKd,
+        cu_seqlens_q=layout.cu_seqlens_q,
+        cu_seqlens_k=layout.cu_seqlens_k,
+        causal=True,
+        **{name: value for name, value in options.items() if name in _arguments(function)},
+    )
     return out[0] if isinstance(out, tuple) else out  # some generations also return the log-sum-exp
 
 
@@ -221,8 +273,16 @@ def _varlen(q_NHd, k_MKd, v_MKd, layout):
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q_NHd.shape[1] != k_MKd.shape[1] and "enable_gqa" in known:  # before it was known, fewer key heads just worked
         options["enable_gqa"] = True
-    return function(q_NHd, k_MKd, v_MKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q,
-                    layout.max_seqlen_k, **options)
+    return function(
+        q_NHd,
+        k_MKd,
+        v_MKd,
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        layout.max_seqlen_q,
+        layout.max_seqlen_k,
+        **options,
+    )
 
 
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
@@ -239,8 +299,9 @@ def _sdpa(q_NHd, k_MKd, v_MKd, layout):
         q_1Hnd, k_1Kmd, v_1Kmd = (x.transpose(0, 1)[None] for x in (q_nHd, k_mKd, v_mKd))
         square = more == lacking
         mask = None if square or queries == 1 else _last_rows_aligned(queries, keys, q_NHd.device)
-        out_1Hnd = functional.scaled_dot_product_attention(q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square,
-                                                           enable_gqa=gqa)
+        out_1Hnd = functional.scaled_dot_product_attention(
+            q_1Hnd, k_1Kmd, v_1Kmd, attn_mask=mask, is_causal=square, enable_gqa=gqa
+        )
         outs.append(out_1Hnd[0].transpose(0, 1)[more:])
     return torch.cat(outs)
 

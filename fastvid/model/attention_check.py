@@ -21,8 +21,9 @@ log = logging.getLogger("fastvid")
 TRUSTED = 2**-6
 
 
-def settle_attention(implementation: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int,
-                     channels: int) -> str | Callable:
+def settle_attention(
+    implementation: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, channels: int
+) -> str | Callable:
     """What `attend` is to use for as long as a model lives: a name, or the function of a library that passed its test.
 
     Under "auto" on a GPU no library is trusted for being there. Each, best first, computes two small segments with the
@@ -74,5 +75,11 @@ def _fault(call, device, dtype, heads, channels):
     except Exception as error:  # whatever a broken installation raises
         return f"it raises {said(error)}"
     names = "values", "queries' gradients", "keys' gradients", "values' gradients"
-    return next((f"its {name} differ from SDPA's by {error:.2g} of the largest" for name, error, limit in zip(
-        names, errors, usual) if not error <= 2 * limit + TRUSTED), None)
+    return next(
+        (
+            f"its {name} differ from SDPA's by {error:.2g} of the largest"
+            for name, error, limit in zip(names, errors, usual)
+            if not error <= 2 * limit + TRUSTED
+        ),
+        None,
+    )

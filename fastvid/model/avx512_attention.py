@@ -22,15 +22,26 @@ _POINTER = ctypes.c_void_p
 class _Arguments(ctypes.Structure):
     """`struct Attention` of the source."""
 
-    _fields_ = [*((name, _POINTER) for name in ("q", "k", "v", "constant_k", "constant_v")),
-                *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride", "constant_k_stride",
-                                                      "constant_v_stride", "constant_rows")),
-                *((name, _POINTER) for name in ("kv_rows", "q_bounds", "k_bounds")),
-                *((name, ctypes.c_int64) for name in ("segments", "heads", "kv_heads", "d", "threads"))]
+    _fields_ = [
+        *((name, _POINTER) for name in ("q", "k", "v", "constant_k", "constant_v")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_stride", "k_stride", "v_stride", "constant_k_stride", "constant_v_stride", "constant_rows")
+        ),
+        *((name, _POINTER) for name in ("kv_rows", "q_bounds", "k_bounds")),
+        *((name, ctypes.c_int64) for name in ("segments", "heads", "kv_heads", "d", "threads")),
+    ]
 
 
-def avx512_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tensor, k_bounds: Tensor,
-                     kv_rows: Tensor | None = None, constant: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def avx512_attention(
+    q_NHd: Tensor,
+    k_RKd: Tensor,
+    v_RKd: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    kv_rows: Tensor | None = None,
+    constant: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row.
 
     Args:
@@ -66,8 +77,11 @@ def obstacle() -> str | None:
 @functools.cache
 def _library():
     """The loaded library, or why there is none."""
-    found = avx512.load(SOURCE, HEADER, instead="attention in bf16 takes batched products instead of this CPU's "
-                                                "AVX512-BF16, at half the rate")
+    found = avx512.load(
+        SOURCE,
+        HEADER,
+        instead="attention in bf16 takes batched products instead of this CPU's AVX512-BF16, at half the rate",
+    )
     return found if isinstance(found, str) else _declared(found)
 
 
@@ -82,20 +96,37 @@ def _declared(library):
 def _check(rows, q_bounds, k_bounds, kv_rows, constant_in_pairs):
     """Refuse what the library, which checks nothing, would read or write out of bounds."""
     (q_NHd, k_RKd, v_RKd, *constant), (_, heads, d) = rows, rows[0].shape
-    if d % 16 or heads % k_RKd.shape[1] or not constant_in_pairs or k_RKd.shape != v_RKd.shape or any(
-            x.shape[1:] != (k_RKd.shape[1], d) or len(x) != len(constant[0]) for x in constant) or k_RKd.shape[2] != d:
+    if (
+        d % 16
+        or heads % k_RKd.shape[1]
+        or not constant_in_pairs
+        or k_RKd.shape != v_RKd.shape
+        or any(x.shape[1:] != (k_RKd.shape[1], d) or len(x) != len(constant[0]) for x in constant)
+        or k_RKd.shape[2] != d
+    ):
         raise ValueError(f"avx512 attention: rows {[list(x.shape) for x in rows]} do not fit each other")
     if not all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and _with_dense_heads(x) is x for x in rows):
         raise ValueError("avx512 attention: rows must be bf16 on the CPU, with dense heads")
-    if q_bounds.dtype != torch.int32 or k_bounds.dtype != torch.int32 or not all(
-            x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows)):
+    if (
+        q_bounds.dtype != torch.int32
+        or k_bounds.dtype != torch.int32
+        or not all(x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows))
+    ):
         raise ValueError("avx512 attention: bounds must be int32, and dense as kv_rows")
     queries, keys = np.diff(q_bounds.numpy()), np.diff(k_bounds.numpy())
     total = len(k_RKd) if kv_rows is None else len(kv_rows)
-    if len(queries) != len(keys) or (queries < 0).any() or (queries > keys).any() or q_bounds[0] or k_bounds[0] or (
-            q_bounds[-1] != len(q_NHd) or k_bounds[-1] != total):
-        raise ValueError(f"avx512 attention: segments of {queries.tolist()} queries and {keys.tolist()} keys do not "
-                         f"fit {len(q_NHd)} and {total} rows, or have more queries than keys")
+    if (
+        len(queries) != len(keys)
+        or (queries < 0).any()
+        or (queries > keys).any()
+        or q_bounds[0]
+        or k_bounds[0]
+        or (q_bounds[-1] != len(q_NHd) or k_bounds[-1] != total)
+    ):
+        raise ValueError(
+            f"avx512 attention: segments of {queries.tolist()} queries and {keys.tolist()} keys do not "
+            f"fit {len(q_NHd)} and {total} rows, or have more queries than keys"
+        )
     held = len(k_RKd) + (len(constant[0]) if constant else 0)
     if kv_rows is None:
         if constant:
@@ -112,14 +143,39 @@ def _arguments(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, con
     (_, heads, d), kv_heads = q_NHd.shape, k_RKd.shape[1]
     rows = [x for x in (q_NHd, k_RKd, v_RKd, constant_k, constant_v) if x is not None]
     _check(rows, q_bounds, k_bounds, kv_rows, len(rows) != 4)
-    pointers = {name: None if x is None else x.data_ptr() for name, x in (
-        ("q", q_NHd), ("k", k_RKd), ("v", v_RKd), ("constant_k", constant_k), ("constant_v", constant_v),
-        ("kv_rows", kv_rows), ("q_bounds", q_bounds), ("k_bounds", k_bounds))}
-    strides = {f"{name}_stride": 0 if x is None else x.stride(0) for name, x in (
-        ("q", q_NHd), ("k", k_RKd), ("v", v_RKd), ("constant_k", constant_k), ("constant_v", constant_v))}
+    pointers = {
+        name: None if x is None else x.data_ptr()
+        for name, x in (
+            ("q", q_NHd),
+            ("k", k_RKd),
+            ("v", v_RKd),
+            ("constant_k", constant_k),
+            ("constant_v", constant_v),
+            ("kv_rows", kv_rows),
+            ("q_bounds", q_bounds),
+            ("k_bounds", k_bounds),
+        )
+    }
+    strides = {
+        f"{name}_stride": 0 if x is None else x.stride(0)
+        for name, x in (
+            ("q", q_NHd),
+            ("k", k_RKd),
+            ("v", v_RKd),
+            ("constant_k", constant_k),
+            ("constant_v", constant_v),
+        )
+    }
     return library, _Arguments(
-        **pointers, **strides, constant_rows=0 if constant_k is None else len(constant_k), segments=len(q_bounds) - 1,
-        heads=heads, kv_heads=kv_heads, d=d, threads=torch.get_num_threads())
+        **pointers,
+        **strides,
+        constant_rows=0 if constant_k is None else len(constant_k),
+        segments=len(q_bounds) - 1,
+        heads=heads,
+        kv_heads=kv_heads,
+        d=d,
+        threads=torch.get_num_threads(),
+    )
 
 
 def _forward(*tensors):
@@ -141,8 +197,10 @@ def _backward(grad_NHd, *tensors):
 
 # Operations, by whose names selective recomputation keeps the result, and counters of operations know them.
 _LIBRARY = torch.library.Library("fastvid_avx512", "DEF")
-_INPUTS = ("Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor k_bounds, Tensor? kv_rows, Tensor? constant_k, "
-           "Tensor? constant_v")
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_bounds, Tensor k_bounds, Tensor? kv_rows, Tensor? constant_k, "
+    "Tensor? constant_v"
+)
 _LIBRARY.define(f"attention({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.impl("attention", _forward, "CPU")

@@ -20,8 +20,15 @@ from torch.autograd.function import once_differentiable
 BLOCK_QUERIES = 192
 
 
-def blocked_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Tensor, k_bounds: Tensor,
-                      kv_rows: Tensor | None = None, constant: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def blocked_attention(
+    q_NHd: Tensor,
+    k_RKd: Tensor,
+    v_RKd: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    kv_rows: Tensor | None = None,
+    constant: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Scaled dot-product attention, causal and aligned at each segment's last row.
 
     Args:
@@ -35,8 +42,9 @@ def blocked_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, q_bounds: Ten
         [N, H, d]. Scores and probabilities are rounded to the inputs' dtype, as plain products of matrices round them;
         the softmax between them is fp32, and so are the sums of the keys' and values' gradients. Repeatable.
     """
-    return _BlockedAttention.apply(q_NHd, k_RKd, v_RKd, q_bounds.tolist(), k_bounds.tolist(), kv_rows,
-                                   *(constant or (None, None)))
+    return _BlockedAttention.apply(
+        q_NHd, k_RKd, v_RKd, q_bounds.tolist(), k_bounds.tolist(), kv_rows, *(constant or (None, None))
+    )
 
 
 def segments(q_bounds, k_bounds, kv_rows=None):
@@ -77,10 +85,12 @@ def _gather(constant_CKd, x_RKd, runs):
     out_Kmd = x_RKd.new_empty(x_RKd.shape[1], sum(run.stop - run.start for run in runs), x_RKd.shape[2])
     at = 0
     for run in runs:
-        for source, start, stop in ((constant_CKd, run.start, min(run.stop, first)),
-                                    (x_RKd, max(run.start, first) - first, run.stop - first)):
+        for source, start, stop in (
+            (constant_CKd, run.start, min(run.stop, first)),
+            (x_RKd, max(run.start, first) - first, run.stop - first),
+        ):
             if start < stop:
-                out_Kmd[:, at:at + stop - start] = source[start:stop].transpose(0, 1)
+                out_Kmd[:, at : at + stop - start] = source[start:stop].transpose(0, 1)
                 at += stop - start
     return out_Kmd
 
@@ -92,7 +102,7 @@ def _scatter(total_RKd, first, runs, x_Kmd):
         own = slice(max(run.start - first, 0), run.stop - first)
         at += run.stop - run.start
         if own.start < own.stop:
-            total_RKd[own] += x_Kmd[:, at - own.stop + own.start:at].transpose(0, 1)
+            total_RKd[own] += x_Kmd[:, at - own.stop + own.start : at].transpose(0, 1)
 
 
 def _mask(x, size):
@@ -106,7 +116,7 @@ def _probabilities(q_Kxd, k_Kmd, mask_nn):
     n = len(mask_nn)
     s_Kxm = q_Kxd.new_empty(*q_Kxd.shape[:2], m)
     torch.baddbmm(s_Kxm, q_Kxd, k_Kmd.transpose(1, 2), beta=0, alpha=d**-0.5, out=s_Kxm)
-    s_Kxm.unflatten(1, (-1, n))[..., m - n:].add_(mask_nn)
+    s_Kxm.unflatten(1, (-1, n))[..., m - n :].add_(mask_nn)
     return torch.softmax(s_Kxm, -1)
 
 
@@ -152,8 +162,10 @@ def _backward(grad_NHd, q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, consta
 
 # One operation, by whose name selective recomputation keeps its result.
 _LIBRARY = torch.library.Library("fastvid", "DEF")
-_LIBRARY.define("blocked_attention(Tensor q, Tensor k, Tensor v, SymInt[] q_bounds, SymInt[] k_bounds, Tensor? "
-                "kv_rows, Tensor? constant_k, Tensor? constant_v) -> Tensor")
+_LIBRARY.define(
+    "blocked_attention(Tensor q, Tensor k, Tensor v, SymInt[] q_bounds, SymInt[] k_bounds, Tensor? "
+    "kv_rows, Tensor? constant_k, Tensor? constant_v) -> Tensor"
+)
 _LIBRARY.impl("blocked_attention", _forward, "CPU")
 
 
@@ -164,8 +176,9 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx, q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, constant_v):
         ctx.save_for_backward(q_NHd, k_RKd, v_RKd, kv_rows, constant_k, constant_v)
         ctx.bounds = q_bounds, k_bounds
-        return torch.ops.fastvid.blocked_attention(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k,
-                                                   constant_v)
+        return torch.ops.fastvid.blocked_attention(
+            q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, constant_k, constant_v
+        )
 
     @staticmethod
     @once_differentiable

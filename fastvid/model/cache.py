@@ -18,5 +18,5 @@ class LayerCache:
             self.buffers = tuple(x.new_empty(self.capacity, *x.shape[1:]) for x in (k_NKd, v_NKd))
         start, self.length = self.length, self.length + k_NKd.shape[0]
         for buffer, rows in zip(self.buffers, (k_NKd, v_NKd), strict=True):
-            buffer[start:self.length] = rows
-        return tuple(buffer[:self.length] for buffer in self.buffers)
+            buffer[start : self.length] = rows
+        return tuple(buffer[: self.length] for buffer in self.buffers)

@@ -38,8 +38,10 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     parameters = {"rope_theta": 10000.0, **config.rope_parameters}
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type {kind!r} is not supported: it is unknown, or its frequencies depend on the length "
-                         "of the sequence; supported are default, linear, llama3 and yarn")
+        raise ValueError(
+            f"rope_type {kind!r} is not supported: it is unknown, or its frequencies depend on the length "
+            "of the sequence; supported are default, linear, llama3 and yarn"
+        )
     with torch.device("cpu"):
         if kind == "default":
             exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -47,10 +49,18 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](LlamaConfig(
-            hidden_size=config.hidden_size, num_attention_heads=config.num_heads, head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings, rope_parameters=parameters))
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](
+            LlamaConfig(
+                hidden_size=config.hidden_size,
+                num_attention_heads=config.num_heads,
+                head_dim=config.head_dim,
+                max_position_embeddings=config.max_position_embeddings,
+                rope_parameters=parameters,
+            )
+        )
     return frequencies, float(scale)
+
+
 PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
 
 

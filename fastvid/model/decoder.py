@@ -36,8 +36,10 @@ def recomputed_layers(recompute: str | int, num_layers: int) -> int:
     """
     whole = {"none": 0, "selective": 0, "full": num_layers}.get(recompute, recompute)
     if not isinstance(whole, int) or not 0 <= whole <= num_layers:
-        raise ValueError(f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the "
-                         f"first layers, 0 to {num_layers}")
+        raise ValueError(
+            f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the "
+            f"first layers, 0 to {num_layers}"
+        )
     return whole
 
 
@@ -47,8 +49,16 @@ class RMSNorm(nn.Module):
     `for_fp8`: the rows' only readers are FP8 products, so that they are `Fp8Rows` where kernels run.
     """
 
-    def __init__(self, channels: int, eps: float, *, dtype: torch.dtype, trained: bool, compute_dtype: torch.dtype,
-                 for_fp8: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        trained: bool,
+        compute_dtype: torch.dtype,
+        for_fp8: bool = False,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, dtype=dtype), requires_grad=trained)
         self.eps = eps
@@ -57,8 +67,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, residual_ND, branch_ND):
         fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
-        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(residual_ND, branch_ND, self.weight, self.eps,
-                                                           self.compute_dtype)
+        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(
+            residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype
+        )
 
 
 class Stream(NamedTuple):
@@ -89,15 +100,31 @@ class Stream(NamedTuple):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward block."""
 
-    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype, trained_dtype: torch.dtype,
-                 norm_dtype: torch.dtype, frozen_dtype: str | None, attn_implementation: str | Callable):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        trained: bool,
+        compute_dtype: torch.dtype,
+        trained_dtype: torch.dtype,
+        norm_dtype: torch.dtype,
+        frozen_dtype: str | None,
+        attn_implementation: str | Callable,
+    ):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
         dtype = trained_dtype if trained else compute_dtype
         frozen_dtype = None if trained else frozen_dtype
         linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=frozen_dtype)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
-                       trained=trained, compute_dtype=compute_dtype, for_fp8=frozen_dtype == "fp8")
+        norm = partial(
+            RMSNorm,
+            config.hidden_size,
+            config.rms_norm_eps,
+            dtype=torch.float32 if trained else norm_dtype,
+            trained=trained,
+            compute_dtype=compute_dtype,
+            for_fp8=frozen_dtype == "fp8",
+        )
         self.input_norm = norm()
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
         self.o = linear(heads * d, config.hidden_size)
@@ -127,8 +154,10 @@ class DecoderLayer(nn.Module):
             with torch.no_grad():
                 frozen, keys_values = advance(frozen, prefix)
                 # Copied in any case: the product that they lie in need not live until backward.
-                prefix = tuple(own.contiguous() if known is None else torch.cat([known, own])
-                               for known, own in zip(prefix or (None, None), keys_values))
+                prefix = tuple(
+                    own.contiguous() if known is None else torch.cat([known, own])
+                    for known, own in zip(prefix or (None, None), keys_values)
+                )
         return advance(live, prefix, cache=cache, by_kernel=cache is None)[0], frozen
 
     def _advance(self, stream, constant, *, cache=None, by_kernel=False, **options):
@@ -173,8 +202,9 @@ class DecoderLayer(nn.Module):
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
-        x_NHd = attend(q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant,
-                       regather=not recomputed)
+        x_NHd = attend(
+            q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant, regather=not recomputed
+        )
         return (residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
 
     def _attend_by_kernel(self, call, stream, constant, *, rope, last, recomputed):
@@ -225,26 +255,55 @@ class Decoder(nn.Module):
         attn_implementation: see `attend`.
     """
 
-    def __init__(self, config: DecoderConfig, *, trained: bool, compute_dtype: torch.dtype,
-                 trained_dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None,
-                 frozen_dtype: str | None = None, recompute: str | int = "none",
-                 attn_implementation: str | Callable = "auto"):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        trained: bool,
+        compute_dtype: torch.dtype,
+        trained_dtype: torch.dtype = torch.float32,
+        norm_dtype: torch.dtype | None = None,
+        frozen_dtype: str | None = None,
+        recompute: str | int = "none",
+        attn_implementation: str | Callable = "auto",
+    ):
         super().__init__()
         norm_dtype = norm_dtype or compute_dtype
         whole = recomputed_layers(recompute, config.num_layers)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, trained=trained, compute_dtype=compute_dtype, trained_dtype=trained_dtype,
-                         norm_dtype=norm_dtype, frozen_dtype=frozen_dtype, attn_implementation=attn_implementation)
-            for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=torch.float32 if trained else norm_dtype,
-                            trained=trained, compute_dtype=compute_dtype)
+            DecoderLayer(
+                config,
+                trained=trained,
+                compute_dtype=compute_dtype,
+                trained_dtype=trained_dtype,
+                norm_dtype=norm_dtype,
+                frozen_dtype=frozen_dtype,
+                attn_implementation=attn_implementation,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(
+            config.hidden_size,
+            config.rms_norm_eps,
+            dtype=torch.float32 if trained else norm_dtype,
+            trained=trained,
+            compute_dtype=compute_dtype,
+        )
         self._selective = recompute == "selective"
         self.recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it
 
-    def forward(self, x_ND: Tensor, positions_N: Tensor, layout: AttentionLayout, cache=None, *,
-                supervised: tuple[Tensor, AttentionLayout] | None = None, frozen: Stream | None = None,
-                prefix: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_ND: Tensor,
+        positions_N: Tensor,
+        layout: AttentionLayout,
+        cache=None,
+        *,
+        supervised: tuple[Tensor, AttentionLayout] | None = None,
+        frozen: Stream | None = None,
+        prefix: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         """Rows after the final norm, [N, D] in the compute dtype; of `supervised` rows, [L, D].
 
         Args:
@@ -285,8 +344,9 @@ class Decoder(nn.Module):
 
     def _checkpointed(self, layer, *inputs, **options):
         context = {"context_fn": _keep_products} if self._selective else {}
-        return checkpoint(layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options,
-                          **context)
+        return checkpoint(
+            layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options, **context
+        )
 
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "mkldnn::_linear_pointwise")

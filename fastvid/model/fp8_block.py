@@ -72,8 +72,9 @@ class _RotatedProduct(torch.autograd.Function):
         qkv, outputs, scale, queries = ctx.settings
         if grad_q_NHd is None:  # nobody wanted the queries, of which there may be none
             grad_q_NHd = grad_k_MKd.new_zeros(queries)
-        rows = rope_keys_backward_fp8(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale=scale,
-                                      way_back=tuple(way_back) or None)
+        rows = rope_keys_backward_fp8(
+            grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale=scale, way_back=tuple(way_back) or None
+        )
         return qkv.gradient_of_fp8(*rows, outputs, grad_k_MKd.dtype), *[None] * 9
 
 

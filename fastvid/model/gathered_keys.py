@@ -68,8 +68,9 @@ class GatherRows(torch.autograd.Function):
             return grad_MKd.index_select(0, own_keys_N), None, None, None
         # Sorts by row on CUDA, where index_add would add with atomics; needs no segment bounds on the host.
         total_RE = torch.ops.aten.embedding_dense_backward(
-            grad_MKd.flatten(1).float(), rows_M, ctx.first + ctx.shape[0], -1, False)
-        return total_RE[ctx.first:].view(ctx.shape).to(grad_MKd.dtype), None, None, None
+            grad_MKd.flatten(1).float(), rows_M, ctx.first + ctx.shape[0], -1, False
+        )
+        return total_RE[ctx.first :].view(ctx.shape).to(grad_MKd.dtype), None, None, None
 
 
 def saving_no_copy(*gathered):

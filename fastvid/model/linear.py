@@ -137,8 +137,9 @@ class _TiledProduct(torch.autograd.Function):
         return ctx.tiled.backward(grad_NO), None
 
 
-def make_linear(inputs: int, outputs: int, *, bias: bool = False, trained: bool, dtype: torch.dtype,
-                frozen_dtype: str | None = None) -> nn.Module:
+def make_linear(
+    inputs: int, outputs: int, *, bias: bool = False, trained: bool, dtype: torch.dtype, frozen_dtype: str | None = None
+) -> nn.Module:
     """The linear layer that a part of the model is made of.
 
     Args:

@@ -78,8 +78,10 @@ class Fp8Linear(QuantizedLinear):
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
         if inputs % FP8_SIDE or outputs % FP8_SIDE:
-            raise ValueError(f"--frozen_dtype fp8: a matrix of the decoder is {outputs} × {inputs}, and FP8 units "
-                             f"multiply in steps of {FP8_SIDE}; choose another --frozen_dtype")
+            raise ValueError(
+                f"--frozen_dtype fp8: a matrix of the decoder is {outputs} × {inputs}, and FP8 units "
+                f"multiply in steps of {FP8_SIDE}; choose another --frozen_dtype"
+            )
 
     def quantize_(self, weight_OI):
         w_OI, scale_O = quantize_fp8(weight_OI)
@@ -158,16 +160,31 @@ class Nf4Linear(_DequantizedLinear):
         if weight_OI.dtype == torch.float64:
             weight_OI = weight_OI.float()
         packed, state = bnb.quantize_4bit(weight_OI, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
-        self._hold(packed=packed, scales=state.absmax, offset=state.offset, code=state.code,
-                   scales_of_scales=state.state2.absmax, code_of_scales=state.state2.code)
+        self._hold(
+            packed=packed,
+            scales=state.absmax,
+            offset=state.offset,
+            code=state.code,
+            scales_of_scales=state.state2.absmax,
+            code_of_scales=state.state2.code,
+        )
 
     def dequantized(self, dtype, outputs=slice(None)):
         from bitsandbytes import functional as bnb
 
-        scales = bnb.QuantState(self.scales_of_scales, code=self.code_of_scales, blocksize=SCALES_BLOCK,
-                                dtype=torch.float32)
-        state = bnb.QuantState(self.scales, shape=(self.outputs, self.inputs), code=self.code, blocksize=NF4_BLOCK,
-                               quant_type="nf4", dtype=dtype, offset=self.offset, state2=scales)
+        scales = bnb.QuantState(
+            self.scales_of_scales, code=self.code_of_scales, blocksize=SCALES_BLOCK, dtype=torch.float32
+        )
+        state = bnb.QuantState(
+            self.scales,
+            shape=(self.outputs, self.inputs),
+            code=self.code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.offset,
+            state2=scales,
+        )
         return bnb.dequantize_4bit(self.packed, state)[outputs]
 
 
@@ -199,5 +216,7 @@ def check_device(frozen_dtype: str, device: torch.device):
         log.info("--frozen_dtype fp8 on a CPU: the same quantised values, multiplied in fp32; slower than bf16")
     elif frozen_dtype == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name, found = torch.cuda.get_device_name(device), ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ValueError(f"--frozen_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with "
-                         "8.9 (Ada, Hopper); choose auto, int8 or nf4")
+        raise ValueError(
+            f"--frozen_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with "
+            "8.9 (Ada, Hopper); choose auto, int8 or nf4"
+        )

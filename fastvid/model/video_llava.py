@@ -50,10 +50,18 @@ class VideoLlava(nn.Module):
         ValueError: an unknown part, mode or projector, or "boundary" together with "embed".
     """
 
-    def __init__(self, config: ModelConfig, *, trainable: frozenset[str], compute_dtype: torch.dtype,
-                 trained_dtype: torch.dtype = torch.float32, frozen_dtype: str | None = None,
-                 fp32_residual: bool = False, recompute: str | int = "none",
-                 attn_implementation: str | Callable = "auto"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        trainable: frozenset[str],
+        compute_dtype: torch.dtype,
+        trained_dtype: torch.dtype = torch.float32,
+        frozen_dtype: str | None = None,
+        fp32_residual: bool = False,
+        recompute: str | int = "none",
+        attn_implementation: str | Callable = "auto",
+    ):
         super().__init__()
         trainable = frozenset(trainable)
         if not trainable <= PARTS:
@@ -75,9 +83,16 @@ class VideoLlava(nn.Module):
         if "boundary" in trainable:
             self.boundary = Table(2, sizes.hidden_size, dtype=trained_dtype, trained=True)
         self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
-        self.decoder = Decoder(sizes, trained="decoder" in trainable, compute_dtype=compute_dtype,
-                               trained_dtype=trained_dtype, norm_dtype=residual_dtype, frozen_dtype=frozen_dtype,
-                               recompute=recompute, attn_implementation=attn_implementation)
+        self.decoder = Decoder(
+            sizes,
+            trained="decoder" in trainable,
+            compute_dtype=compute_dtype,
+            trained_dtype=trained_dtype,
+            norm_dtype=residual_dtype,
+            frozen_dtype=frozen_dtype,
+            recompute=recompute,
+            attn_implementation=attn_implementation,
+        )
         if not sizes.tie_word_embeddings:
             self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
 
@@ -104,18 +119,29 @@ class VideoLlava(nn.Module):
         """Supervised rows after the final norm, [L, D] in the compute dtype."""
         prefix = self._prefix_of(batch)
         if batch.parts is None:
-            return self.decoder(self.splice(batch), batch.positions, batch.layout, prefix=prefix,
-                                supervised=(batch.loss_rows, batch.loss_layout))
+            return self.decoder(
+                self.splice(batch),
+                batch.positions,
+                batch.layout,
+                prefix=prefix,
+                supervised=(batch.loss_rows, batch.loss_layout),
+            )
         assert not self.trainable & {"embed", "decoder"}, (
-            "no row is frozen where its embedding or the decoder is trained")
+            "no row is frozen where its embedding or the decoder is trained"
+        )
         frozen, live = batch.parts
         first = batch.frozen_rows
         words_FD = self.embed.weight[batch.token_ids[:first]].to(self.residual_dtype)
         return self.decoder(
-            self.splice(batch, first), batch.positions[first:], live.layout, prefix=prefix,
+            self.splice(batch, first),
+            batch.positions[first:],
+            live.layout,
+            prefix=prefix,
             supervised=(live.loss_rows, live.loss_layout),
-            frozen=Stream(words_FD, None, batch.positions[:first], frozen.layout,
-                          (frozen.loss_rows, frozen.loss_layout)))
+            frozen=Stream(
+                words_FD, None, batch.positions[:first], frozen.layout, (frozen.loss_rows, frozen.loss_layout)
+            ),
+        )
 
     def keep_prefix(self, token_ids) -> None:
         """Compute once what each layer attends to in the text with which all samples begin, and keep it.
@@ -129,10 +155,15 @@ class VideoLlava(nn.Module):
         device, rows = self.embed.weight.device, len(token_ids)
         none = torch.empty(0, dtype=torch.int64, device=device)
         batch = PackedBatch(
-            token_ids=torch.tensor(token_ids, device=device), positions=torch.arange(rows, device=device),
-            layout=AttentionLayout.of_lengths([rows]).map(lambda tensor: tensor.to(device)), video_rows=none,
-            features=torch.empty(0, self.config.mm_hidden_size, device=device), boundary_rows=none, loss_rows=none,
-            targets=none)
+            token_ids=torch.tensor(token_ids, device=device),
+            positions=torch.arange(rows, device=device),
+            layout=AttentionLayout.of_lengths([rows]).map(lambda tensor: tensor.to(device)),
+            video_rows=none,
+            features=torch.empty(0, self.config.mm_hidden_size, device=device),
+            boundary_rows=none,
+            loss_rows=none,
+            targets=none,
+        )
         cache = [LayerCache(rows) for _ in self.decoder.layers]
         with torch.no_grad():
             self(batch, cache)  # not `hidden`: FSDP gathers for a forward pass
@@ -164,8 +195,15 @@ class VideoLlava(nn.Module):
         boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
-        return splice_video(batch.token_ids[first:], self.embed.weight, video_PD, video_rows, boundary_2D,
-                            boundary_rows, self.residual_dtype)
+        return splice_video(
+            batch.token_ids[first:],
+            self.embed.weight,
+            video_PD,
+            video_rows,
+            boundary_2D,
+            boundary_rows,
+            self.residual_dtype,
+        )
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Scores of the next token, [N, vocabulary] fp32."""

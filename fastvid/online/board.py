@@ -38,28 +38,28 @@ class Board:
         """Note what became of a video. One process calls this, one thread at a time."""
         finished = self.finished + 1
         self._memory[number] = state
-        self._memory[self.count:self.count + _FINISHED] = finished.to_bytes(_FINISHED, "little")
+        self._memory[self.count : self.count + _FINISHED] = finished.to_bytes(_FINISHED, "little")
 
     @property
     def finished(self) -> int:
         """Videos that do not wait any more."""
-        return int.from_bytes(self._memory[self.count:self.count + _FINISHED], "little")
+        return int.from_bytes(self._memory[self.count : self.count + _FINISHED], "little")
 
     def tell(self, error):
         """Leave word of what ends the encoder."""
         kind = next(kind for kind in (ValueError, OSError, Exception) if isinstance(error, kind))
-        message = " ".join(str(error).split())[:_LONGEST // 16]  # a character may take twelve bytes of JSON
+        message = " ".join(str(error).split())[: _LONGEST // 16]  # a character may take twelve bytes of JSON
         content = json.dumps([kind.__name__, message]).encode()
         begin = self.count + _FINISHED
-        self._memory[begin + _LENGTH:begin + _LENGTH + len(content)] = content
-        self._memory[begin:begin + _LENGTH] = len(content).to_bytes(_LENGTH, "little")
+        self._memory[begin + _LENGTH : begin + _LENGTH + len(content)] = content
+        self._memory[begin : begin + _LENGTH] = len(content).to_bytes(_LENGTH, "little")
 
     @property
     def told(self) -> tuple[str, str] | None:
         """("ValueError", "OSError" or "Exception", message) of `tell`; None before it."""
         begin = self.count + _FINISHED
-        length = int.from_bytes(self._memory[begin:begin + _LENGTH], "little")
-        return tuple(json.loads(self._memory[begin + _LENGTH:begin + _LENGTH + length])) if length else None
+        length = int.from_bytes(self._memory[begin : begin + _LENGTH], "little")
+        return tuple(json.loads(self._memory[begin + _LENGTH : begin + _LENGTH + length])) if length else None
 
     def close(self):
         self._memory.close()

@@ -17,8 +17,10 @@ _GRACE = 5.0  # seconds that the process has to end by itself
 _LINE = 4000  # bytes of a request: a pipe takes so many at once, from several processes
 # The longest that a video's decoding may take, in time-outs: see `fastvid.video.decode.worker.limit`.
 _MOST_TIMES = 10
-_REMEDY = ("Start the same command again to go on from the last checkpoint; features that `fastvid extract` has made "
-           "before need no encoder beside the training")
+_REMEDY = (
+    "Start the same command again to go on from the last checkpoint; features that `fastvid extract` has made "
+    "before need no encoder beside the training"
+)
 
 
 class Encoder:
@@ -40,8 +42,11 @@ class Encoder:
         for number in done:
             self.board.finish(number, MADE)
         setup = os.memfd_create("fastvid")
-        content = {"config": asdict(config), "order": order,
-                   "videos": [[video.source, video.name, video.target] for video in videos]}
+        content = {
+            "config": asdict(config),
+            "order": order,
+            "videos": [[video.source, video.name, video.target] for video in videos],
+        }
         with open(setup, "wb", closefd=False) as file:
             file.write(json.dumps(content).encode())
         os.lseek(setup, 0, os.SEEK_SET)
@@ -95,8 +100,9 @@ class Encoder:
             if finished != self.board.finished:
                 finished, since = self.board.finished, time.monotonic()
             if time.monotonic() - since > self.patience:
-                raise ChildProcessError("the process that encodes videos has not finished one for "
-                                        f"{self.patience:g} s. {_REMEDY}")
+                raise ChildProcessError(
+                    f"the process that encodes videos has not finished one for {self.patience:g} s. {_REMEDY}"
+                )
             time.sleep(_POLL)
 
     def _why_dead(self):
@@ -114,8 +120,12 @@ def launch(board, setup, requests):
     """Start `fastvid.online.process`; the arguments are descriptors, the result is as of `subprocess.Popen`."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "fastvid.online.process", str(board), str(setup)], pass_fds=[board, setup],
-        stdin=requests, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+        [sys.executable, "-P", "-m", "fastvid.online.process", str(board), str(setup)],
+        pass_fds=[board, setup],
+        stdin=requests,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
 
 
 def _end(process, asks, owner):

@@ -127,7 +127,7 @@ class OnlineFeatures(FeatureFolder):
         Raises:
             ValueError: nothing tells the tower, or it cannot be used; the cache holds features of other settings.
         """
-        new = self._videos[self._settled:]
+        new = self._videos[self._settled :]
         if not new:
             return
         if self._earlier is None:
@@ -147,21 +147,31 @@ class OnlineFeatures(FeatureFolder):
     def _choose(self):
         config = self.config
         if self.cache is None:
-            raise ValueError(f"videos in --video_folder {shown(self.folder)} have no features; name the folder that "
-                             "receives them with --clip_feat_path")
+            raise ValueError(
+                f"videos in --video_folder {shown(self.folder)} have no features; name the folder that "
+                "receives them with --clip_feat_path"
+            )
         self.tower = config.vision_tower or _tower_of_model(config)
         if self.tower is None:
-            raise ValueError(f"videos in --video_folder {shown(self.folder)} have no features, and nothing tells which "
-                             "tower makes them: name it with --vision_tower")
+            raise ValueError(
+                f"videos in --video_folder {shown(self.folder)} have no features, and nothing tells which "
+                "tower makes them: name it with --vision_tower"
+            )
         self._extraction = ExtractConfig(
-            str(self.folder), str(self.cache), vision_tower=str(self.tower), parity=config.parity,
-            num_frames=config.num_frames or ExtractConfig.num_frames)
+            str(self.folder),
+            str(self.cache),
+            vision_tower=str(self.tower),
+            parity=config.parity,
+            num_frames=config.num_frames or ExtractConfig.num_frames,
+        )
         refuse_departures(self._extraction)
         image_size, patch_size, channels = tower_sizes(self.tower)
         self.made_shape = self._extraction.num_frames + (image_size // patch_size) ** 2, channels
         settings = settings_of(self._extraction, revisions(self.tower)[0], image_size, patch_size)
         self._header = {
-            "tower": os.path.abspath(self.tower) if os.path.isdir(self.tower) else str(self.tower), **settings}
+            "tower": os.path.abspath(self.tower) if os.path.isdir(self.tower) else str(self.tower),
+            **settings,
+        }
         self._earlier = EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
 
     def check_channels(self, channels):
@@ -171,8 +181,10 @@ class OnlineFeatures(FeatureFolder):
             ValueError: it has others than `channels`.
         """
         if self.tower is not None and self.made_shape[1] != channels:
-            raise ValueError(f"the tower {shown(self.tower)} makes features of {self.made_shape[1]} channels, and the "
-                             f"model takes {channels}; give the model's own tower with --vision_tower")
+            raise ValueError(
+                f"the tower {shown(self.tower)} makes features of {self.made_shape[1]} channels, and the "
+                f"model takes {channels}; give the model's own tower with --vision_tower"
+            )
 
     def _probe(self, name):
         if name not in self._probed and self.resolve(name) in self._numbers:
@@ -194,7 +206,8 @@ class OnlineFeatures(FeatureFolder):
         """Whether a name's features are there, be they good or not."""
         path = self.resolve(name)
         return path not in self._faults and (
-            path not in self._numbers or path in self._made or self._state(path) == MADE)
+            path not in self._numbers or path in self._made or self._state(path) == MADE
+        )
 
     def _state(self, path):
         """What the encoder says of a feature file."""
@@ -293,9 +306,11 @@ class OnlineFeatures(FeatureFolder):
             return None
         rows, channels = self.made_shape
         made = len(self._videos) - len(self.unmade)
-        return (f"features: {len(self._videos):,} videos of --video_folder have no feature file there; "
-                f"{made:,} have one in {shown(self.cache)}, {len(self.unmade):,} are encoded when they are needed, by "
-                f"{shown(self.tower)} ({rows} × {channels} each)")
+        return (
+            f"features: {len(self._videos):,} videos of --video_folder have no feature file there; "
+            f"{made:,} have one in {shown(self.cache)}, {len(self.unmade):,} are encoded when they are needed, by "
+            f"{shown(self.tower)} ({rows} × {channels} each)"
+        )
 
 
 def training_features(config, names=()):

@@ -142,8 +142,11 @@ class _Encoding:
             _, redo, fault = self.earlier.judge(video, fresh=True)
         if fault is None and redo == "":
             return MADE
-        entry = (self.features.extract(video) if fault is None
-                 else {"video": video.name, "status": "failed", "reason": fault})
+        entry = (
+            self.features.extract(video)
+            if fault is None
+            else {"video": video.name, "status": "failed", "reason": fault}
+        )
         failed = entry["status"] == "failed"
         if failed and self.turns.stopped:  # its decoder was ended
             return None
@@ -153,9 +156,12 @@ class _Encoding:
 
     def _end_now(self, late):
         """End the process: a thread that waits for a GPU's decoder cannot be ended alone."""
-        self.board.tell(OSError(
-            f"the GPU's decoder does not answer ({', '.join(late)}); extract the features first, with `fastvid extract "
-            "--decoder pyav`"))
+        self.board.tell(
+            OSError(
+                f"the GPU's decoder does not answer ({', '.join(late)}); extract the features first, with "
+                "`fastvid extract --decoder pyav`"
+            )
+        )
         os._exit(1)
 
 

@@ -44,10 +44,13 @@ def document(views, *, title, prompt=None, warning=None) -> bytes:
         parts.append(f'<p class="warning">{_text(warning)}</p>')
     if prompt is not None:
         summary, pieces = prompt
-        parts += ["<h2>Prompt</h2>", f'<p>{_text(summary)} The model is trained to predict what is '
-                  '<span class="supervised">green</span>.</p>', '<div class="prompt">',
-                  *(f'<span class="{kind}">{_text(text)}</span>' if kind else _text(text) for text, kind in pieces),
-                  "</div>"]
+        parts += [
+            "<h2>Prompt</h2>",
+            f'<p>{_text(summary)} The model is trained to predict what is <span class="supervised">green</span>.</p>',
+            '<div class="prompt">',
+            *(f'<span class="{kind}">{_text(text)}</span>' if kind else _text(text) for text, kind in pieces),
+            "</div>",
+        ]
     for view in views:
         parts += _video(view)
     return ("".join(parts) + "</body></html>\n").encode("utf-8", "xmlcharrefreplace")
@@ -90,25 +93,35 @@ def _place(view, row):
 def _heat_map(view):
     H, W = view.spatial.shape
     yield "<h3>Norms over the frame</h3>"
-    yield (f'<figure><img alt="heat map of norms" src="{heat_map_uri(view.spatial, view.aspect)}"><figcaption>'
-           f'{H} × {W} patches, means over all frames</figcaption></figure>')
+    yield (
+        f'<figure><img alt="heat map of norms" src="{heat_map_uri(view.spatial, view.aspect)}"><figcaption>'
+        f"{H} × {W} patches, means over all frames</figcaption></figure>"
+    )
     if view.frames is not None:
         middle = len(view.frames) // 2
-        yield (f'<figure><img alt="frame" src="{frame_uri(view.frames[middle], view.aspect, MAP)}"><figcaption>'
-               f"the frame in the middle, number {view.numbers[middle]}</figcaption></figure>")
-    yield (f'<figure><img alt="scale" src="{scale_uri()}"><figcaption>{view.spatial.min():.4g} (least) to '
-           f"{view.spatial.max():.4g} (largest)</figcaption></figure>")
+        yield (
+            f'<figure><img alt="frame" src="{frame_uri(view.frames[middle], view.aspect, MAP)}"><figcaption>'
+            f"the frame in the middle, number {view.numbers[middle]}</figcaption></figure>"
+        )
+    yield (
+        f'<figure><img alt="scale" src="{scale_uri()}"><figcaption>{view.spatial.min():.4g} (least) to '
+        f"{view.spatial.max():.4g} (largest)</figcaption></figure>"
+    )
 
 
 def _frames(view):
     count = len(view.frames)
     some = range(count) if count <= _MOST_FRAMES else [i * count // _MOST_FRAMES for i in range(_MOST_FRAMES)]
-    yield (f"<h3>Frames</h3><p>{len(some)} of {count:,} frames that stand for the video, in as many pixels as the "
-           "tower takes.</p>")
+    yield (
+        f"<h3>Frames</h3><p>{len(some)} of {count:,} frames that stand for the video, in as many pixels as the "
+        "tower takes.</p>"
+    )
     for i in some:
         time = f"{view.seconds[i]:.2f} s" if i < len(view.seconds) else "time unknown"
-        yield (f'<figure><img alt="frame {view.numbers[i]}" src="{frame_uri(view.frames[i], view.aspect)}"><figcaption>'
-               f"{time}, frame {view.numbers[i]}</figcaption></figure>")
+        yield (
+            f'<figure><img alt="frame {view.numbers[i]}" src="{frame_uri(view.frames[i], view.aspect)}"><figcaption>'
+            f"{time}, frame {view.numbers[i]}</figcaption></figure>"
+        )
 
 
 def _table(view):
@@ -118,17 +131,45 @@ def _table(view):
     if "total_frames" in header:
         frames = f"{frames}, chosen from {header['total_frames']}"
     known = [
-        ("tower", header.get("tower", _NOT_TOLD)), ("revision", header.get("tower_revision", _NOT_TOLD)),
-        ("frames", frames), ("rows × channels", f"{R} × {C}"), ("dtype", f"{stored} in the file, "
-         f"{header.get('dtype', _NOT_TOLD)} in the tower" + ", its matrices in FP8" * (
-             header.get("tower_dtype") == "fp8")), ("decoder", video.get("decoder", _NOT_TOLD)),
-        ("conversion", video.get("conversion", header.get("conversion", _NOT_TOLD)))]
-    known += [(name, header[key]) for name, key in (
-        ("pixels of a picture", "image_size"), ("pixels of a patch", "patch_size"), ("video", "source"),
-        ("its bytes", "source_bytes"), ("its sha256", "source_sha256"), ("fastvid", "fastvid")) if key in header]
-    known += [(name, video[key]) for name, key in (
-        ("codec", "codec"), ("width", "width"), ("height", "height"), ("frames per second", "fps"),
-        ("seconds", "duration"), ("turned by, degrees", "rotation"), ("damaged frames", "damaged")) if key in video]
+        ("tower", header.get("tower", _NOT_TOLD)),
+        ("revision", header.get("tower_revision", _NOT_TOLD)),
+        ("frames", frames),
+        ("rows × channels", f"{R} × {C}"),
+        (
+            "dtype",
+            f"{stored} in the file, "
+            f"{header.get('dtype', _NOT_TOLD)} in the tower"
+            + ", its matrices in FP8"
+            * (header.get("tower_dtype") == "fp8"),
+        ),
+        ("decoder", video.get("decoder", _NOT_TOLD)),
+        ("conversion", video.get("conversion", header.get("conversion", _NOT_TOLD))),
+    ]
+    known += [
+        (name, header[key])
+        for name, key in (
+            ("pixels of a picture", "image_size"),
+            ("pixels of a patch", "patch_size"),
+            ("video", "source"),
+            ("its bytes", "source_bytes"),
+            ("its sha256", "source_sha256"),
+            ("fastvid", "fastvid"),
+        )
+        if key in header
+    ]
+    known += [
+        (name, video[key])
+        for name, key in (
+            ("codec", "codec"),
+            ("width", "width"),
+            ("height", "height"),
+            ("frames per second", "fps"),
+            ("seconds", "duration"),
+            ("turned by, degrees", "rotation"),
+            ("damaged frames", "damaged"),
+        )
+        if key in video
+    ]
     cells = "".join(f"<tr><th>{name}</th><td>{_text(_short(value))}</td></tr>" for name, value in known)
     yield f"<h3>What the header says</h3><table>{cells}</table>"
 

@@ -61,10 +61,14 @@ def strip_svg(norms, labels) -> str:
         shown = group[norms[group].argmax()]
         share = _LOWEST + (1 - _LOWEST) * (norms[shown] - least) / span
         fill, tall = (INK, share * height) if norms[shown] else (PADDING, height)
-        bars.append(f'<rect x="{number * step:.2f}" y="{height - tall:.2f}" width="{max(step * 0.86, 0.5):.2f}" '
-                    f'height="{tall:.2f}" fill="{fill}"><title>{labels[shown]}</title></rect>')
-    return (f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" class="strip" role="img" '
-            f'aria-label="norms over time">{"".join(bars)}</svg>')
+        bars.append(
+            f'<rect x="{number * step:.2f}" y="{height - tall:.2f}" width="{max(step * 0.86, 0.5):.2f}" '
+            f'height="{tall:.2f}" fill="{fill}"><title>{labels[shown]}</title></rect>'
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" class="strip" role="img" '
+        f'aria-label="norms over time">{"".join(bars)}</svg>'
+    )
 
 
 def _size(aspect, longer):

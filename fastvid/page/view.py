@@ -71,9 +71,16 @@ def view_file(path, *, tower=None, num_frames=None) -> VideoView:
 
     encoder = FeatureEncoder(tower, num_temporal=num_frames or NUM_FRAMES)
     info = _show_frames(view, path, encoder.num_temporal, encoder.image_size)
-    header = {"tower": str(tower), "tower_revision": encoder.revision, "image_size": encoder.image_size,
-              "patch_size": encoder.patch_size, "num_frames": encoder.num_temporal, "total_frames": info.frames,
-              "dtype": str(encoder.dtype).removeprefix("torch."), "video": asdict(info)}
+    header = {
+        "tower": str(tower),
+        "tower_revision": encoder.revision,
+        "image_size": encoder.image_size,
+        "patch_size": encoder.patch_size,
+        "num_frames": encoder.num_temporal,
+        "total_frames": info.frames,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "video": asdict(info),
+    }
     _show_features(view, encoder.encode(view.frames), header, None)
     return view
 
@@ -98,8 +105,9 @@ def view_record(name, features, video=None, *, num_frames=None) -> VideoView:
         except (ValueError, OSError) as error:
             view.notes.append(f"There are no features: {error}.")
     if video is None:
-        view.notes.append("There are no frames: a feature file holds none, and the video was not named "
-                          "(--video, --video_dir_path).")
+        view.notes.append(
+            "There are no frames: a feature file holds none, and the video was not named (--video, --video_dir_path)."
+        )
         return view
     told = view.header.get("num_frames")
     count, size = num_frames or (told if _is_count(told) else NUM_FRAMES), view.header.get("image_size")
@@ -110,9 +118,11 @@ def view_record(name, features, video=None, *, num_frames=None) -> VideoView:
         return view
     made_of = view.header.get("frame_indices")
     if isinstance(made_of, list) and made_of != view.numbers:
-        view.notes.append(f"The features were made of other frames than these: of {len(made_of)} of "
-                          f"{view.header.get('total_frames', 'an unknown number')}. The video was changed since, or "
-                          "--num_frames differs.")
+        view.notes.append(
+            f"The features were made of other frames than these: of {len(made_of)} of "
+            f"{view.header.get('total_frames', 'an unknown number')}. The video was changed since, or "
+            "--num_frames differs."
+        )
     return view
 
 
@@ -127,8 +137,11 @@ def frame_times(path, numbers, info) -> list[float]:
     """
     with open_video(path) as (container, stream, _):
         unit = float(stream.time_base or 0)
-        times = sorted(packet.pts for packet in container.demux(stream)
-                       if packet.size and packet.pts is not None and not packet.is_discard)
+        times = sorted(
+            packet.pts
+            for packet in container.demux(stream)
+            if packet.size and packet.pts is not None and not packet.is_discard
+        )
     if unit and len(times) == info.frames:
         return [(times[number] - times[0]) * unit for number in numbers]
     return [number / info.fps for number in numbers] if info.fps else []
@@ -139,8 +152,9 @@ def _show_frames(view, path, count, size):
     try:
         view.frames, info = worker.decode(str(path), num_frames=count, size=size)
     except DecodeError as error:
-        raise ValueError(f"{shown(path)} {reason}" if (reason := no_video(path) if Path(path).is_file() else None)
-                         else str(error)) from error
+        raise ValueError(
+            f"{shown(path)} {reason}" if (reason := no_video(path) if Path(path).is_file() else None) else str(error)
+        ) from error
     finally:
         worker.close()
     view.numbers, view.aspect = frame_indices(info.frames, count), info.width / info.height

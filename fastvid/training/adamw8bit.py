@@ -43,8 +43,9 @@ class Piece:
     def of(cls, name, parameter, seed):
         held, _ = shards.held_part(parameter)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        return cls(held.local, held.shape, held.offset * math.prod(held.shape[1:]),
-                   int.from_bytes(digest[:8], "little") >> 1)
+        return cls(
+            held.local, held.shape, held.offset * math.prod(held.shape[1:]), int.from_bytes(digest[:8], "little") >> 1
+        )
 
 
 def takes_8_bits(shape) -> bool:
@@ -72,8 +73,9 @@ class AdamW8bit:
 
     def __init__(self, pieces, config, paged=False):
         self.pieces = pieces
-        self.options = dict(beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon,
-                            weight_decay=config.weight_decay)
+        self.options = dict(
+            beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        )
         self.paging = _Paging() if paged and _on_gpu(pieces) else None
         if paged and self.paging is None:
             log.info("--optim paged_adamw_8bit: moments are paged on a GPU; here they are those of adamw_8bit")
@@ -83,10 +85,13 @@ class AdamW8bit:
             scales = len(piece.local), math.prod(piece.shape[1:]) // BLOCK_SIZE
             self.state[name] = {
                 key: zeros(shape, dtype=dtype, device=piece.local.device)
-                for key, shape, dtype in (("state1", piece.local.shape, torch.uint8),
-                                          ("absmax1", scales, torch.float32),
-                                          ("state2", piece.local.shape, torch.uint8),
-                                          ("absmax2", scales, torch.float32))}
+                for key, shape, dtype in (
+                    ("state1", piece.local.shape, torch.uint8),
+                    ("absmax1", scales, torch.float32),
+                    ("state2", piece.local.shape, torch.uint8),
+                    ("absmax2", scales, torch.float32),
+                )
+            }
 
     def step(self, gradients, *, step, lr, clip, skip):
         """Update in place; see `adamw8bit_step`.
@@ -108,9 +113,17 @@ class AdamW8bit:
             chunk = count if gradient.is_cuda else CPU_CHUNK
             for begin in range(0, count, max(1, chunk)):
                 blocks = slice(begin // BLOCK_SIZE, (begin + chunk) // BLOCK_SIZE)
-                adamw8bit_step(*[x[begin:begin + chunk] for x in tensors], *[x[blocks] for x in scales], lr=lr,
-                               step=step + 1, clip=clip, skip=skip, seed=piece.seed, first=piece.first + begin,
-                               **self.options)
+                adamw8bit_step(
+                    *[x[begin : begin + chunk] for x in tensors],
+                    *[x[blocks] for x in scales],
+                    lr=lr,
+                    step=step + 1,
+                    clip=clip,
+                    skip=skip,
+                    seed=piece.seed,
+                    first=piece.first + begin,
+                    **self.options,
+                )
 
 
 def round_into(destination, values, *, first, seed, step):
@@ -137,8 +150,10 @@ class _Paging:
         try:
             from bitsandbytes import functional
         except ImportError as error:
-            raise ValueError(f"--optim paged_adamw_8bit keeps moments in bitsandbytes' paged memory ({error}): "
-                             "pip install bitsandbytes, or choose --optim adamw_8bit") from error
+            raise ValueError(
+                f"--optim paged_adamw_8bit keeps moments in bitsandbytes' paged memory ({error}): "
+                "pip install bitsandbytes, or choose --optim adamw_8bit"
+            ) from error
         self.functional = functional
         self.memory = {}  # by address
 
@@ -162,8 +177,12 @@ class _Managed:
     def __init__(self, memory):
         self.memory = memory  # lives as long as this
         self.__cuda_array_interface__ = {
-            "shape": tuple(memory.shape), "typestr": {torch.uint8: "|u1", torch.float32: "<f4"}[memory.dtype],
-            "data": (memory.data_ptr(), False), "strides": None, "version": 2}
+            "shape": tuple(memory.shape),
+            "typestr": {torch.uint8: "|u1", torch.float32: "<f4"}[memory.dtype],
+            "data": (memory.data_ptr(), False),
+            "strides": None,
+            "version": 2,
+        }
 
 
 def _on_gpu(pieces):

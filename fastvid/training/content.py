@@ -21,8 +21,12 @@ _WHOLE = 2**20  # bytes of a tensor up to which all of it is looked at; of large
 _PIECES = 16
 _RECORDS = 16  # records, spread over the data, whose features are looked at
 # What of state.json's "content" each flag decides.
-FLAGS = {"data_path": "data", "video_folder": "features", "model_name_or_path": "weights",
-         "pretrain_mm_mlp_adapter": "projector"}
+FLAGS = {
+    "data_path": "data",
+    "video_folder": "features",
+    "model_name_or_path": "weights",
+    "pretrain_mm_mlp_adapter": "projector",
+}
 
 
 def content_of(state) -> dict:
@@ -37,8 +41,10 @@ def content_of(state) -> dict:
         "data": [_of_file(path) for path in config.data_path],
         "features": _of_features(state.loader.samples),
         "weights": _of_tensors(ModelFolder(folder)),
-        "tokenizer": next((_of_file(folder / name) for name in ("tokenizer.model", "tokenizer.json")
-                           if (folder / name).is_file()), None),
+        "tokenizer": next(
+            (_of_file(folder / name) for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()),
+            None,
+        ),
         "model": json.loads(json.dumps(asdict(replace(state.model.config, vision_tower=None)))),
         "projector": projector and _of_tensors(read_projector(projector, state.tokenizer.tokens)),
     }
@@ -53,24 +59,35 @@ def changes(saved: dict, now: dict, config) -> list[str]:
     """
     found = []
     if len(saved.get("data", ())) == len(now["data"]):
-        found += [f"the content of --data_path {path}" for path, was, is_ in zip(
-            config.data_path, saved["data"], now["data"]) if was != is_ and None not in (was, is_)]
+        found += [
+            f"the content of --data_path {path}"
+            for path, was, is_ in zip(config.data_path, saved["data"], now["data"])
+            if was != is_ and None not in (was, is_)
+        ]
     elif "data" in saved:
         found.append(f"the number of --data_path files ({len(saved['data'])} before, {len(now['data'])} now)")
     for was, is_ in zip(saved.get("features", ()), now["features"]):
         if was != is_ and was[1] and is_[1]:  # those that could be read
             found.append(f"the features of {is_[0]} in --video_folder {config.video_folder}")
             break
-    for name, said in (("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
-                       ("tokenizer", f"the tokenizer in --model_name_or_path {config.model_name_or_path}"),
-                       ("projector", f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"
-                        if config.pretrain_mm_mlp_adapter else
-                        "the projector to start from (--pretrain_mm_mlp_adapter is not given now)")):
+    for name, said in (
+        ("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
+        ("tokenizer", f"the tokenizer in --model_name_or_path {config.model_name_or_path}"),
+        (
+            "projector",
+            f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"
+            if config.pretrain_mm_mlp_adapter
+            else "the projector to start from (--pretrain_mm_mlp_adapter is not given now)",
+        ),
+    ):
         if name in saved and saved[name] != now[name]:
             found.append(said)
     was, is_ = _flat(saved.get("model", {})), _flat(now["model"])
-    found += [f"{name} of --model_name_or_path {config.model_name_or_path} ({was[name]!r} before, {is_[name]!r} now)"
-              for name in was.keys() & is_.keys() if was[name] != is_[name]]
+    found += [
+        f"{name} of --model_name_or_path {config.model_name_or_path} ({was[name]!r} before, {is_[name]!r} now)"
+        for name in was.keys() & is_.keys()
+        if was[name] != is_[name]
+    ]
     return found
 
 
@@ -124,7 +141,7 @@ def _pieces(tensor: Tensor):
         return [_bytes(content)]
     length = _WHOLE // _PIECES // width
     begins = [(len(content) - length) * i // (_PIECES - 1) for i in range(_PIECES)]
-    return [_bytes(content[begin:begin + length]) for begin in begins]
+    return [_bytes(content[begin : begin + length]) for begin in begins]
 
 
 def _bytes(flat):

@@ -18,10 +18,12 @@ def broken_by_an_update(state) -> str | None:
         return None
     config, names = state.config, list(dict.fromkeys(names))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (f"{', '.join(names[:3])}{more} not finite since the update of step {state.step}, though its loss and "
-            f"gradient were finite: look at --learning_rate {config.learning_rate:g}, --adam_beta1 "
-            f"{config.adam_beta1:g}, --adam_beta2 {config.adam_beta2:g} and --adam_epsilon {config.adam_epsilon:g}, "
-            "not at the samples. No checkpoint is written of this; those before it stay as they are")
+    return (
+        f"{', '.join(names[:3])}{more} not finite since the update of step {state.step}, though its loss and "
+        f"gradient were finite: look at --learning_rate {config.learning_rate:g}, --adam_beta1 "
+        f"{config.adam_beta1:g}, --adam_beta2 {config.adam_beta2:g} and --adam_epsilon {config.adam_epsilon:g}, "
+        "not at the samples. No checkpoint is written of this; those before it stay as they are"
+    )
 
 
 def explain_not_finite(state, failed):
@@ -41,8 +43,11 @@ def explain_not_finite(state, failed):
             loss = state.model(mine.to(state.world.device)) / max(1, batch.num_supervised)
             loss.backward()
             finite = bool(torch.isfinite(loss.detach()))
-            gradients = all(torch.isfinite(parallel.local_shard(p.grad)).all().item()
-                            for p in state.optimizer.parameters.values() if p.grad is not None)
+            gradients = all(
+                torch.isfinite(parallel.local_shard(p.grad)).all().item()
+                for p in state.optimizer.parameters.values()
+                if p.grad is not None
+            )
             for parameter in state.optimizer.parameters.values():
                 parameter.grad = None
             found.append((finite, gradients, batch.sample_ids))

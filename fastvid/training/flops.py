@@ -9,13 +9,34 @@ from typing import NamedTuple
 # (whose larger figures are for sparse matrices) of the data-centre cards, and its architecture white papers of GA102,
 # AD102 and GB202 for GeForce and RTX cards. The first that fits counts.
 PEAK_BF16 = (
-    ("GB300", 2500.0), ("B300", 2250.0), ("GB200", 2500.0), ("B200", 2250.0),
-    ("H200 NVL", 835.0), ("H200", 989.0), ("GH200", 989.0), ("H100 PCIe", 756.0), ("H100 NVL", 835.0), ("H100", 989.0),
-    ("H800 PCIe", 756.0), ("H800", 989.0), ("H20", 148.0),
-    ("A100", 312.0), ("A800", 312.0), ("A30", 165.0), ("A40", 150.0), ("A10", 125.0),
-    ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0),
-    ("RTX PRO 6000 Blackwell Workstation Edition", 503.0), ("RTX 6000 Ada Generation", 364.0), ("RTX A6000", 155.0),
-    ("GeForce RTX 5090", 209.0), ("GeForce RTX 4090", 165.0), ("GeForce RTX 3090", 71.0))
+    ("GB300", 2500.0),
+    ("B300", 2250.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H800 PCIe", 756.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A30", 165.0),
+    ("A40", 150.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX PRO 6000 Blackwell Workstation Edition", 503.0),
+    ("RTX 6000 Ada Generation", 364.0),
+    ("RTX A6000", 155.0),
+    ("GeForce RTX 5090", 209.0),
+    ("GeForce RTX 4090", 165.0),
+    ("GeForce RTX 3090", 71.0),
+)
 # Other cards than the one without such a word: lower clocks, fewer units, or a slice.
 _OTHER_CARDS = ("Laptop", "Max-Q", "D", "Ti", "SUPER", "MIG")
 
@@ -99,17 +120,23 @@ class Formula:
     def counts(self, batch) -> StepCounts:
         """`StepCounts` of one micro-batch; `batch` is a `PackedBatch` on the host."""
         return StepCounts(
-            samples=len(batch.sample_ids), rows=batch.num_rows, supervised=batch.num_supervised,
+            samples=len(batch.sample_ids),
+            rows=batch.num_rows,
+            supervised=batch.num_supervised,
             sample_rows=(batch.sample_rows or batch.num_rows) if batch.sample_ids else 0,
-            padding_rows=0 if batch.sample_ids else batch.num_rows, flops=self.of_batch(batch))
+            padding_rows=0 if batch.sample_ids else batch.num_rows,
+            flops=self.of_batch(batch),
+        )
 
     def __str__(self):
         layer = self.keys_values + self.others
         kind, factor = ("trained", 6) if "decoder" in self.trainable else ("frozen", 4)
-        return (f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + 12 x {self.width:,} x causal "
-                f"pairs x {self.layers} layers + {6 if 'head' in self.trainable else 4} x {self.head:,} x supervised "
-                "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
-                "trained one have no backward, neither the constant prefix nor recomputation counts")
+        return (
+            f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + 12 x {self.width:,} x causal "
+            f"pairs x {self.layers} layers + {6 if 'head' in self.trainable else 4} x {self.head:,} x supervised "
+            "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
+            "trained one have no backward, neither the constant prefix nor recomputation counts"
+        )
 
 
 def total(counts) -> StepCounts:

@@ -136,8 +136,11 @@ class LayerMemory:
         if not self.one_call_per_segment:
             return 0
         batch = self.batch
-        queries, gathered, masked = (batch.supervised_rows, batch.last_key_rows, batch.last_masked_pairs) if last else (
-            batch.rows, batch.key_rows, batch.masked_pairs)
+        queries, gathered, masked = (
+            (batch.supervised_rows, batch.last_key_rows, batch.last_masked_pairs)
+            if last
+            else (batch.rows, batch.key_rows, batch.masked_pairs)
+        )
         # On the CPU they stand in the place of the queries, which on a GPU lie in one tensor with keys and values.
         more = queries * self._widths[1] * 3 // 2 if gathered and not self.on_cpu else 0
         return self.size * (masked + more)

@@ -16,8 +16,13 @@ from fastvid.training.layer_memory import BatchRows, LayerMemory, frozen_matrix_
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
 # activations need their place.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2 + 8 / 256,
-                   "paged_adamw_8bit": 0}
+OPTIMIZER_BYTES = {
+    "adamw": 8,
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2 + 8 / 256,
+    "paged_adamw_8bit": 0,
+}
 # Parts whose gradient passes through the decoder.
 BELOW_THE_HEAD = frozenset({"projector", "boundary", "embed", "decoder"})
 # torch gives cuBLAS 32 MiB on Hopper (8 before), for the thread that runs forward and for that of backward.
@@ -75,12 +80,28 @@ def whole_gradient_bytes(config: ModelConfig, trainable: frozenset[str]) -> int:
     return 4 * sum(count for part, count in parameter_counts(config, trainable).items() if part in trainable)
 
 
-def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, supervised_rows: int,
-             compute_dtype: torch.dtype, optimizer: str = "adamw", world_size: int = 1, sharded: bool = False,
-             recompute: str | int = "none", shard_trained: bool | None = None, fp32_residual: bool = False,
-             on_cpu: bool = False, one_call_per_segment: bool = False, trained_dtype: torch.dtype = torch.float32,
-             frozen_dtype: str | None = None, tiled: bool = False, sums_replicated: bool = False,
-             summed: bool = False, **more_rows: int) -> MemoryEstimate:
+def estimate(
+    config: ModelConfig,
+    *,
+    trainable: frozenset[str],
+    rows: int,
+    supervised_rows: int,
+    compute_dtype: torch.dtype,
+    optimizer: str = "adamw",
+    world_size: int = 1,
+    sharded: bool = False,
+    recompute: str | int = "none",
+    shard_trained: bool | None = None,
+    fp32_residual: bool = False,
+    on_cpu: bool = False,
+    one_call_per_segment: bool = False,
+    trained_dtype: torch.dtype = torch.float32,
+    frozen_dtype: str | None = None,
+    tiled: bool = False,
+    sums_replicated: bool = False,
+    summed: bool = False,
+    **more_rows: int,
+) -> MemoryEstimate:
     """Memory of one rank's step.
 
     Args:
@@ -119,8 +140,9 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     if sharded and world_size > 1:
         # Gathered: the tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
-        weights += sum(count * (4 if part in unrounded else size) for part, count in counts.items()
-                       if part != "decoder")
+        weights += sum(
+            count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder"
+        )
         weights += size * 2 * linears(c) - copied
     elif "decoder" in trainable and size < stored:
         layers = 1 if recompute == "selective" else min(c.num_layers, kept_layers + 1)  # one is recomputed at a time
@@ -129,8 +151,17 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     keys_values = batch.prefix_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
     kept, at_once = _loss_bytes(c, trainable, supervised_rows, size, on_cpu)
     turned = size * max(map(math.prod, matrices(c))) if tiled else 0  # on its way to tiles of the other direction
-    layer = LayerMemory(c, batch, trained="decoder" in trainable, size=size, residual=residual, stored=stored,
-                        frozen_dtype=frozen_dtype, on_cpu=on_cpu, one_call_per_segment=one_call_per_segment)
+    layer = LayerMemory(
+        c,
+        batch,
+        trained="decoder" in trainable,
+        size=size,
+        residual=residual,
+        stored=stored,
+        frozen_dtype=frozen_dtype,
+        on_cpu=on_cpu,
+        one_call_per_segment=one_call_per_segment,
+    )
     saved, backward = _decoder_bytes(layer, recompute, c.num_layers - kept_layers)
     if not trainable & BELOW_THE_HEAD:
         saved, backward = 0, layer.forward()
@@ -142,9 +173,14 @@ def estimate(config: ModelConfig, *, trainable: frozenset[str], rows: int, super
     working = turned + max(at_once, backward) + (0 if on_cpu else _CUBLAS_WORKSPACES)
     if sums_replicated:  # when a step's activations are gone
         working = max(working, gradients - activations)
-    return MemoryEstimate(weights=weights + keys_values, gradients=gradients,
-                          optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
-                          activations=activations, working=working, recompute=recompute)
+    return MemoryEstimate(
+        weights=weights + keys_values,
+        gradients=gradients,
+        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
+        activations=activations,
+        working=working,
+        recompute=recompute,
+    )
 
 
 def _decoder_bytes(layer, recompute, recomputed):
@@ -160,7 +196,7 @@ def _decoder_bytes(layer, recompute, recomputed):
     saved = [layer.saved(mode, last=i == layers - 1) for i, mode in enumerate(modes)]
     # Layers alike take most in the first backward, while the others' still wait.
     first = max(0, layers - 2)
-    worst = max(layer.backward(modes[i]) - sum(saved[i + 1:]) for i in {first, min(first, max(0, recomputed - 1))})
+    worst = max(layer.backward(modes[i]) - sum(saved[i + 1 :]) for i in {first, min(first, max(0, recomputed - 1))})
     worst = max(worst, layer.backward(modes[-1], last=True))
     rows = layer.batch.supervised_rows
     return sum(saved) + rows * (layer.config.hidden_size * layer.residual + 4), worst  # and the final norm's

@@ -41,9 +41,21 @@ class Metrics:
         unheard: whether the reader of stderr (a pipe's other end, a terminal) is gone. Nothing more is printed then.
     """
 
-    def __init__(self, output_dir, *, total_steps: int, start_step: int = 0, report_to=("tensorboard",),
-                 run_name: str | None = None, project: str | None = None, flags: dict | None = None,
-                 progress: bool = True, rank: int = 0, peak_flops: float | None = None, row_budget: int | None = None):
+    def __init__(
+        self,
+        output_dir,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        report_to=("tensorboard",),
+        run_name: str | None = None,
+        project: str | None = None,
+        flags: dict | None = None,
+        progress: bool = True,
+        rank: int = 0,
+        peak_flops: float | None = None,
+        row_budget: int | None = None,
+    ):
         """Start the clock.
 
         Args:
@@ -65,8 +77,9 @@ class Metrics:
         reporters.chosen(report_to)
         self.path = Path(output_dir) / "metrics.jsonl"
         if self.path.exists() and not self.path.is_file():  # a pipe would wait for ever
-            raise ValueError(f"{shown(self.path)} {wrong_content(self.path)}; move it away, or choose another "
-                             "--output_dir")
+            raise ValueError(
+                f"{shown(self.path)} {wrong_content(self.path)}; move it away, or choose another --output_dir"
+            )
         self.name = run_name or Path(output_dir).resolve().name
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
         self.peak_flops, self.row_budget = peak_flops, row_budget
@@ -158,12 +171,16 @@ class Metrics:
         """The run so far (since a resume) in one line."""
         run, rates = self._run, self._run.rates(self.peak_flops)
         if not run.steps and self.start_step:
-            return (f"all {self.start_step:,} steps are done already (final loss {self._loss:.4f}): give more "
-                    "--max_steps or --num_train_epochs to go on, or --resume never to start over")
+            return (
+                f"all {self.start_step:,} steps are done already (final loss {self._loss:.4f}): give more "
+                "--max_steps or --num_train_epochs to go on, or --resume never to start over"
+            )
         steps = f"{run.steps:,} steps" + (f" (after {self.start_step:,})" if self.start_step else "")
-        return (f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
-                f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "
-                f"stopped for checkpoints {run.stalled:.2f} s")
+        return (
+            f"{steps}, {run.counts.samples:,} samples in {tqdm.format_interval(run.seconds)} "
+            f"({_readable(rates)}), final loss {self._loss:.4f}, peak memory {rates['peak_memory_gib']:.2f} GiB, "
+            f"stopped for checkpoints {run.stalled:.2f} s"
+        )
 
     def close(self) -> None:
         """End the bar and the files, and draw ``loss_curve.png`` beside them."""
@@ -259,8 +276,10 @@ def _readable(line):
     if "samples_per_second" not in line:
         return ""
     peak = f" ({line['mfu']:.1%} of peak)" if "mfu" in line else ""
-    return (f"{line['samples_per_second']:,.2f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
-            f"{line['tflops_per_second']:.3g} TFLOP/s{peak}, data wait {line['data_wait_share']:.1%}")
+    return (
+        f"{line['samples_per_second']:,.2f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
+        f"{line['tflops_per_second']:.3g} TFLOP/s{peak}, data wait {line['data_wait_share']:.1%}"
+    )
 
 
 def peak_memory() -> int:
@@ -283,8 +302,11 @@ def memory_taken(estimated: int) -> str:
     if not torch.cuda.is_initialized():
         return f"{said} resident, Python and its libraries included"
     if retries := torch.cuda.memory_stats().get("num_alloc_retries", 0):
-        log.warning("GPU memory was short %d times, which costs time: the allocator had to free what it kept. Use "
-                    "--recompute with more layers, or smaller batches", retries)
+        log.warning(
+            "GPU memory was short %d times, which costs time: the allocator had to free what it kept. Use "
+            "--recompute with more layers, or smaller batches",
+            retries,
+        )
     return f"{said} allocated, {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved"
 
 

@@ -50,14 +50,24 @@ class AdamW32:
 
     def __init__(self, pieces, config, same_bits):
         self.pieces = pieces
-        self.options = dict(beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, amsgrad=False,
-                            maximize=False, fused=True)
+        self.options = dict(
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            amsgrad=False,
+            maximize=False,
+            fused=True,
+        )
         self.weight_decay = config.weight_decay
         self.same_bits = same_bits
-        self.state = {name: {
-            "step": torch.zeros((), dtype=torch.float32, device=piece.local.device),
-            "exp_avg": torch.zeros_like(piece.local, dtype=torch.float32),
-            "exp_avg_sq": torch.zeros_like(piece.local, dtype=torch.float32)} for name, piece in pieces.items()}
+        self.state = {
+            name: {
+                "step": torch.zeros((), dtype=torch.float32, device=piece.local.device),
+                "exp_avg": torch.zeros_like(piece.local, dtype=torch.float32),
+                "exp_avg_sq": torch.zeros_like(piece.local, dtype=torch.float32),
+            }
+            for name, piece in pieces.items()
+        }
 
     def step(self, gradients, *, step, lr, clip, skip):
         """As `AdamW8bit.step`; fp32 gradients are clipped in place."""
@@ -85,22 +95,37 @@ class AdamW32:
         if clip is not None:
             torch._foreach_mul_(list(gradients.values()), clip)
         states = [self.state[name] for name in gradients]
-        adamw([self.pieces[name].local for name in gradients], list(gradients.values()),
-              *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")], [],
-              [state["step"] for state in states], **options)
+        adamw(
+            [self.pieces[name].local for name in gradients],
+            list(gradients.values()),
+            *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")],
+            [],
+            [state["step"] for state in states],
+            **options,
+        )
 
     def _step_in_kernel(self, name, gradient, step, clip, options):
         piece, state = self.pieces[name], self.state[name]
         settings = {key: options[key] for key in ("lr", "beta1", "beta2", "eps", "weight_decay")}
-        adamw_step(piece.local, gradient, state["exp_avg"], state["exp_avg_sq"], step=step + 1, clip=clip,
-                   skip=options["found_inf"], seed=piece.seed, first=piece.first, **settings)
+        adamw_step(
+            piece.local,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=step + 1,
+            clip=clip,
+            skip=options["found_inf"],
+            seed=piece.seed,
+            first=piece.first,
+            **settings,
+        )
 
     def _step_on_copy(self, name, gradient, step, clip, options):
         """A chunk at a time, in fp32 and whole vectors. A skipped step leaves the copies, which round to themselves."""
         piece, state = self.pieces[name], self.state[name]
         tensors = [x.view(-1) for x in (piece.local, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for begin in range(0, piece.local.numel(), CPU_CHUNK):
-            weights, _, *moments = parts = [x[begin:begin + CPU_CHUNK] for x in tensors]
+            weights, _, *moments = parts = [x[begin : begin + CPU_CHUNK] for x in tensors]
             count = len(weights)
             copies = [pad(x.float(), (0, -count % VECTOR)) for x in parts]
             if clip is not None:
@@ -149,8 +174,12 @@ class Optimizer:
                     parameter.grad_dtype = torch.float32
         self.rules = [AdamW32(others, config, same_bits=eight_bit)]
         if eight_bit:
-            log.info("8-bit moments: %d of %d tensors (matrices whose rows are a multiple of %d); fp32 for the others",
-                     len(coded), len(pieces), BLOCK_SIZE)
+            log.info(
+                "8-bit moments: %d of %d tensors (matrices whose rows are a multiple of %d); fp32 for the others",
+                len(coded),
+                len(pieces),
+                BLOCK_SIZE,
+            )
             self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
 
     @torch.no_grad()
@@ -172,8 +201,13 @@ class Optimizer:
         clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm > 0 else None
         skip = (self.failed_step >= 0).float()
         for rule in self.rules:
-            rule.step({name: g for name, g in gradients.items() if name in rule.pieces}, step=step, lr=lr, clip=clip,
-                      skip=skip)
+            rule.step(
+                {name: g for name, g in gradients.items() if name in rule.pieces},
+                step=step,
+                lr=lr,
+                clip=clip,
+                skip=skip,
+            )
         for parameter in self.parameters.values():
             parameter.grad = None
         return loss, norm
@@ -193,16 +227,23 @@ class Optimizer:
 
     def state_tensors(self):
         """Moments and step counts by name, for a checkpoint; those of sharded parameters as DTensors."""
-        return {f"{name}.{key}": _sharded_like(self.parameters[name], value)
-                for rule in self.rules for name, state in rule.state.items() for key, value in state.items()}
+        return {
+            f"{name}.{key}": _sharded_like(self.parameters[name], value)
+            for rule in self.rules
+            for name, state in rule.state.items()
+            for key, value in state.items()
+        }
 
 
 def _copies(parameter):
     """How many ranks hold the same shard; None: it is not sharded."""
     if not isinstance(parameter, DTensor):
         return None
-    return math.prod(size for size, placement in zip(parameter.device_mesh.shape, parameter.placements)
-                     if not isinstance(placement, Shard))
+    return math.prod(
+        size
+        for size, placement in zip(parameter.device_mesh.shape, parameter.placements)
+        if not isinstance(placement, Shard)
+    )
 
 
 def _sharded_like(parameter, value):
@@ -210,8 +251,14 @@ def _sharded_like(parameter, value):
     if not isinstance(parameter, DTensor) or not value.ndim:
         return value
     shape = torch.Size((parameter.shape[0], *value.shape[1:]))
-    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False, shape=shape,
-                              stride=torch.empty(shape, device="meta").stride())
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def _square_sum(gradients, device):

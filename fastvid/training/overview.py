@@ -10,8 +10,13 @@ from fastvid.training.memory import parameter_counts
 from fastvid.weights.starting import StartingWeights
 
 # In the order in which data passes them.
-_PARTS = {"projector": "projector", "boundary": "start and end embeddings", "embed": "embedding table",
-          "decoder": "decoder", "head": "head"}
+_PARTS = {
+    "projector": "projector",
+    "boundary": "start and end embeddings",
+    "embed": "embedding table",
+    "decoder": "decoder",
+    "head": "head",
+}
 
 
 def overview(config, model_config, loader, world, attention) -> list[str]:
@@ -25,8 +30,12 @@ def overview(config, model_config, loader, world, attention) -> list[str]:
         attention: as `settle_attention` settled it.
     """
     videos = loader.samples.features.told() if loader.samples.features is not None else None
-    return [_samples(config, loader, world), *filter(None, [videos]), _parameters(config, model_config),
-            _computing(config, world, attention)]
+    return [
+        _samples(config, loader, world),
+        *filter(None, [videos]),
+        _parameters(config, model_config),
+        _computing(config, world, attention),
+    ]
 
 
 def dry_run_lines(config, model_config, tokenizer, total_steps) -> list[str]:
@@ -37,8 +46,13 @@ def dry_run_lines(config, model_config, tokenizer, total_steps) -> list[str]:
     """
     lines = [f"operations of a step: {flops.Formula(model_config, config.trainable)}"]
     if StartingWeights.exist(config.model_name_or_path):
-        starting = StartingWeights(model_config, config.model_name_or_path, tokens=tokenizer.tokens,
-                                   projector=config.pretrain_mm_mlp_adapter, seed=config.seed)
+        starting = StartingWeights(
+            model_config,
+            config.model_name_or_path,
+            tokens=tokenizer.tokens,
+            projector=config.pretrain_mm_mlp_adapter,
+            seed=config.seed,
+        )
         starting.check()
         lines.append(f"weights: those of {config.model_name_or_path} fit the model")
     else:
@@ -51,12 +65,25 @@ def _samples(config, loader, world):
     per_epoch = getattr(order, "samples_per_epoch", len(loader.samples))
     steps = order.total_steps
     epochs = order.epoch_after(steps)
-    size = (f"{config.rows_per_batch:,} rows" if config.rows_per_batch
-            else f"{config.per_device_train_batch_size:,} samples")
-    batches = " x ".join([size, *(f"{number} {word}" for number, word in (
-        (config.gradient_accumulation_steps, "micro-batches"), (world.size, "ranks")) if number > 1)])
-    return (f"data: {len(loader.samples):,} samples in {files} file{'s' * (files > 1)}, {per_epoch:,} an epoch; "
-            f"{math.ceil(steps / epochs):,} steps an epoch, {batches} each; {epochs:.4g} epochs, {steps:,} steps")
+    size = (
+        f"{config.rows_per_batch:,} rows"
+        if config.rows_per_batch
+        else f"{config.per_device_train_batch_size:,} samples"
+    )
+    batches = " x ".join(
+        [
+            size,
+            *(
+                f"{number} {word}"
+                for number, word in ((config.gradient_accumulation_steps, "micro-batches"), (world.size, "ranks"))
+                if number > 1
+            ),
+        ]
+    )
+    return (
+        f"data: {len(loader.samples):,} samples in {files} file{'s' * (files > 1)}, {per_epoch:,} an epoch; "
+        f"{math.ceil(steps / epochs):,} steps an epoch, {batches} each; {epochs:.4g} epochs, {steps:,} steps"
+    )
 
 
 def _parameters(config, model_config):
@@ -65,8 +92,10 @@ def _parameters(config, model_config):
     # The two rows that are trained apart are rows of the table.
     total = sum(count for part, count in counts.items() if part != "boundary")
     number = sum(trained.values())
-    return (f"trained: {', '.join(f'{_PARTS[part]} {trained[part]:,}' for part in _PARTS if part in trained)}; "
-            f"{number:,} of {total:,} parameters ({number / total:.2%})")
+    return (
+        f"trained: {', '.join(f'{_PARTS[part]} {trained[part]:,}' for part in _PARTS if part in trained)}; "
+        f"{number:,} of {total:,} parameters ({number / total:.2%})"
+    )
 
 
 def _computing(config, world, attention):
@@ -79,5 +108,7 @@ def _computing(config, world, attention):
         kernels = "AVX512 kernels" if config.bf16 and not obstacle() else "torch's operations"
     peak = planning.peak_flops(config, world)
     dtype = "bf16" if config.bf16 else "fp32 with TF32 products" if config.tf32 else "fp32"
-    return (f"computing: {dtype} on {where}, {kernels}, attention {attention}; fastvid {__version__}, "
-            f"torch {torch.__version__}" + (f"; peak {peak / 1e12:,.6g} TFLOP/s" if peak else ""))
+    return (
+        f"computing: {dtype} on {where}, {kernels}, attention {attention}; fastvid {__version__}, "
+        f"torch {torch.__version__}" + (f"; peak {peak / 1e12:,.6g} TFLOP/s" if peak else "")
+    )

@@ -32,9 +32,12 @@ _COMMUNICATORS = 2**30
 _ENCODER = 6 * 2**30
 # What a step may take for the sake of speed alone: the machine's memory is not this process's alone.
 _FOR_COPIES = 0.75
-_LAYOUTS = {"replicated": "every rank holds the whole model", "full": "the whole model is sharded over the ranks",
-            "hybrid": "the whole model is sharded over some ranks, and copied on the others",
-            "trained": "trained parts are sharded over the ranks, frozen ones replicated"}
+_LAYOUTS = {
+    "replicated": "every rank holds the whole model",
+    "full": "the whole model is sharded over the ranks",
+    "hybrid": "the whole model is sharded over some ranks, and copied on the others",
+    "trained": "trained parts are sharded over the ranks, frozen ones replicated",
+}
 
 
 class MemoryPlan(NamedTuple):
@@ -69,8 +72,10 @@ def checked(config):
     """
     if config.evaluation_strategy:
         if config.eval_strategy not in ("auto", config.evaluation_strategy):
-            raise ValueError(f"--evaluation_strategy {config.evaluation_strategy} is the older name of --eval_strategy "
-                             f"{config.eval_strategy}, and differs; leave one out")
+            raise ValueError(
+                f"--evaluation_strategy {config.evaluation_strategy} is the older name of --eval_strategy "
+                f"{config.eval_strategy}, and differs; leave one out"
+            )
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
     if config.eval_strategy == "auto":
         config = dataclasses.replace(config, eval_strategy="epoch" if config.eval_data_path else "no")
@@ -78,11 +83,15 @@ def checked(config):
     given_memory(config)
     reporters.chosen(config.report_to)
     if not config.trainable:
-        raise ValueError("nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
-                         "--mm_use_vid_start_end there are no start and end embeddings to tune")
+        raise ValueError(
+            "nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
+            "--mm_use_vid_start_end there are no start and end embeddings to tune"
+        )
     if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
-        raise ValueError(f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
-                         "which --parity reference does not copy; set it to 0")
+        raise ValueError(
+            f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
+            "which --parity reference does not copy; set it to 0"
+        )
     if config.master_dtype == "bfloat16" and not config.bf16:
         raise ValueError("--master_dtype bfloat16 stores what is trained as --bf16 computes with it: add --bf16 True")
     if config.frozen_dtype != "auto":
@@ -110,8 +119,11 @@ def warmup_steps(config, total_steps) -> int:
     """Steps of the warm-up."""
     steps = _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
     if steps > total_steps and config.lr_scheduler_type != "constant":
-        log.warning("--warmup_steps %s: the run ends after %s, before the learning rate has reached --learning_rate",
-                    f"{steps:,}", f"{total_steps:,}")
+        log.warning(
+            "--warmup_steps %s: the run ends after %s, before the learning rate has reached --learning_rate",
+            f"{steps:,}",
+            f"{total_steps:,}",
+        )
     return steps
 
 
@@ -137,16 +149,22 @@ def given_memory(config) -> int | None:
 def _check_frozen_dtype(config):
     flag = f"--frozen_dtype {config.frozen_dtype}"
     if "decoder" in config.trainable:
-        raise ValueError(f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
-                         "the adapter only (--tune_mm_mlp_adapter True)")
+        raise ValueError(
+            f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
+            "the adapter only (--tune_mm_mlp_adapter True)"
+        )
     if config.parity == "reference":
-        raise ValueError(f"{flag} rounds the decoder's weights, and --parity reference computes with them as they are; "
-                         "leave one of the two out")
+        raise ValueError(
+            f"{flag} rounds the decoder's weights, and --parity reference computes with them as they are; "
+            "leave one of the two out"
+        )
     if config.frozen_dtype == "fp8" and not config.bf16:
         raise ValueError(f"{flag}: products of FP8 units come out in bf16; add --bf16 True")
     if config.shard not in ("auto", "none"):
-        raise ValueError(f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use "
-                         "--shard auto or none")
+        raise ValueError(
+            f"{flag} holds the decoder whole on every rank, and --shard {config.shard} shards it; use "
+            "--shard auto or none"
+        )
 
 
 def recompute(config):
@@ -159,8 +177,9 @@ def recompute(config):
     if given.isdecimal():
         return int(given)
     if given not in ("auto", *RECOMPUTE_MODES):
-        raise ValueError(f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first "
-                         "layers")
+        raise ValueError(
+            f"--recompute {given}: give auto, {', '.join(RECOMPUTE_MODES)}, or how many of the first layers"
+        )
     return given
 
 
@@ -221,22 +240,36 @@ def plan_memory(config, model_config, loader, world, attention):
     other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
     of_gpu = other or world.device.type == "cuda"
     options = dict(
-        batch, trainable=config.trainable, compute_dtype=compute_dtype(config),
-        optimizer=config.optim, trained_dtype=trained_dtype(config), world_size=world.size,
+        batch,
+        trainable=config.trainable,
+        compute_dtype=compute_dtype(config),
+        optimizer=config.optim,
+        trained_dtype=trained_dtype(config),
+        world_size=world.size,
         fp32_residual=config.policy.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
-        frozen_dtype=frozen_dtype(config), on_cpu=not of_gpu, one_call_per_segment=attention == "sdpa" and not other)
+        frozen_dtype=frozen_dtype(config),
+        on_cpu=not of_gpu,
+        one_call_per_segment=attention == "sdpa" and not other,
+    )
     available, of_what = _available(config, world, encodes=bool(features is not None and features.unmade))
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
         log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
-    layout = parallel.choose_layout(config.shard, world, decoder_is_trained="decoder" in config.trainable,
-                                    fits=replicated.total <= available or frozen_dtype(config) is not None)
-    options |= dict(sharded=layout in ("full", "hybrid"), shard_trained=layout != "replicated",
-                    sums_replicated=world.distributed and layout == "replicated",
-                    summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
-                    world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size))
+    layout = parallel.choose_layout(
+        config.shard,
+        world,
+        decoder_is_trained="decoder" in config.trainable,
+        fits=replicated.total <= available or frozen_dtype(config) is not None,
+    )
+    options |= dict(
+        sharded=layout in ("full", "hybrid"),
+        shard_trained=layout != "replicated",
+        sums_replicated=world.distributed and layout == "replicated",
+        summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
+        world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size),
+    )
     chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=chosen, **options)
     plan = MemoryPlan(layout, chosen, False, estimate.total)
@@ -246,8 +279,9 @@ def plan_memory(config, model_config, loader, world, attention):
         tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
         plan = plan._replace(tiled=tiled, estimated=estimate.total)
-        said = (f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies"
-                + ("" if tiled else ", for which memory is short"))
+        said = f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies" + (
+            "" if tiled else ", for which memory is short"
+        )
     whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
     if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
@@ -281,17 +315,31 @@ def _available(config, world, encodes=False):
     free = given or parallel.device_memory(world)
     if world.device.type != "cuda" and not given:
         return free, ""
-    kept = [(size, what) for size, what, needed in (
-        (_COMMUNICATORS, "NCCL", world.distributed), (_ENCODER, "the tower that encodes videos", encodes)) if needed]
-    return (int(_OF_FREE_GPU * free) - sum(size for size, _ in kept),
-            f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB {'that --memory names' if given else 'free'}"
-            + "".join(f", less {size / 2**30:g} GiB for {what}" for size, what in kept) + ")")
+    kept = [
+        (size, what)
+        for size, what, needed in (
+            (_COMMUNICATORS, "NCCL", world.distributed),
+            (_ENCODER, "the tower that encodes videos", encodes),
+        )
+        if needed
+    ]
+    return (
+        int(_OF_FREE_GPU * free) - sum(size for size, _ in kept),
+        f" ({_OF_FREE_GPU:.0%} of {free / 2**30:.1f} GiB {'that --memory names' if given else 'free'}"
+        + "".join(f", less {size / 2**30:g} GiB for {what}" for size, what in kept)
+        + ")",
+    )
 
 
 def _can_tile(config, layout, world):
     """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
-    return ("decoder" not in config.trainable and frozen_dtype(config) is None and layout in ("replicated", "trained")
-            and not config.policy.plain_products and can_tile(compute_dtype(config), world.device))
+    return (
+        "decoder" not in config.trainable
+        and frozen_dtype(config) is None
+        and layout in ("replicated", "trained")
+        and not config.policy.plain_products
+        and can_tile(compute_dtype(config), world.device)
+    )
 
 
 def _largest_batch(config, loader, world):
@@ -313,8 +361,10 @@ def _largest_batch(config, loader, world):
     most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
     share = min(_UNSEEN, most / largest["rows"])
     largest = {name: math.ceil(number * share) for name, number in largest.items()}
-    return largest, (f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the "
-                     f"texts ({_UNSEEN - 1:.0%} above those read)")
+    return largest, (
+        f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the "
+        f"texts ({_UNSEEN - 1:.0%} above those read)"
+    )
 
 
 def _most(found):
@@ -324,10 +374,20 @@ def _most(found):
 
 def rows_of(batch):
     """What `memory.estimate` asks about a `PackedBatch` on the host: fields of `layer_memory.BatchRows`."""
-    live = (batch.layout, batch.loss_layout) if batch.parts is None else (
-        batch.parts[1].layout, batch.parts[1].loss_layout)
-    return {"rows": batch.num_rows - batch.frozen_rows, "supervised_rows": batch.num_supervised,
-            "video_rows": len(batch.video_rows), "prefix_rows": batch.prefix_rows, "frozen_rows": batch.frozen_rows,
-            "key_rows": 0 if live[0].kv_rows is None else len(live[0].kv_rows), "last_key_rows": len(live[1].kv_rows),
-            "segments": len(live[0].cu_seqlens_q) - 1, "masked_pairs": masked_pairs(live[0]),
-            "last_masked_pairs": masked_pairs(live[1])}
+    live = (
+        (batch.layout, batch.loss_layout)
+        if batch.parts is None
+        else (batch.parts[1].layout, batch.parts[1].loss_layout)
+    )
+    return {
+        "rows": batch.num_rows - batch.frozen_rows,
+        "supervised_rows": batch.num_supervised,
+        "video_rows": len(batch.video_rows),
+        "prefix_rows": batch.prefix_rows,
+        "frozen_rows": batch.frozen_rows,
+        "key_rows": 0 if live[0].kv_rows is None else len(live[0].kv_rows),
+        "last_key_rows": len(live[1].kv_rows),
+        "segments": len(live[0].cu_seqlens_q) - 1,
+        "masked_pairs": masked_pairs(live[0]),
+        "last_masked_pairs": masked_pairs(live[1]),
+    }

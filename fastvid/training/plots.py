@@ -34,8 +34,13 @@ def draw_loss_curve(lines, png_path, name: str | None = None) -> bool:
         return False
     figure = Figure(figsize=(9, 6), dpi=100, facecolor="white")
     heights = [4, 1] if rate else [1]
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={
-        "height_ratios": heights, "hspace": 0.12, "left": 0.1, "right": 0.97, "top": 0.86, "bottom": 0.1})[:, 0]
+    axes = figure.subplots(
+        len(heights),
+        1,
+        sharex=True,
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights, "hspace": 0.12, "left": 0.1, "right": 0.97, "top": 0.86, "bottom": 0.1},
+    )[:, 0]
     _draw_losses(axes[0], loss, evaluation)
     if rate:
         _draw_rate(axes[1], rate)
@@ -62,11 +67,26 @@ def _draw_losses(axis, loss, evaluation):
         smooth = smoothed(values, span=math.sqrt(len(values)))
         if smooth != list(values):
             axis.plot(steps, values, color=LOSS, alpha=0.45, linewidth=1, label="training, as logged")
-        axis.plot(steps, smooth, color=LOSS, linewidth=2, marker="o" if len(loss) == 1 else None,
-                  label="training" if smooth == list(values) else "training, smoothed")
+        axis.plot(
+            steps,
+            smooth,
+            color=LOSS,
+            linewidth=2,
+            marker="o" if len(loss) == 1 else None,
+            label="training" if smooth == list(values) else "training, smoothed",
+        )
     if evaluation:
-        axis.plot(*zip(*evaluation), color=EVAL, linewidth=1, linestyle=(0, (4, 3)), marker="o", markersize=5.5,
-                  markeredgecolor="white", markeredgewidth=1, label="validation")
+        axis.plot(
+            *zip(*evaluation),
+            color=EVAL,
+            linewidth=1,
+            linestyle=(0, (4, 3)),
+            marker="o",
+            markersize=5.5,
+            markeredgecolor="white",
+            markeredgewidth=1,
+            label="validation",
+        )
     axis.set_ylabel("loss per supervised token", color=QUIET)
     values = [value for _, value in loss + evaluation]
     if min(values) > 0 and max(values) >= _LOG_FROM * min(values):
@@ -104,8 +124,11 @@ def _title(figure, loss, evaluation, name):
     shown = name and (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…").replace("$", r"\$")
     title = f"Training loss of {shown}" if name else "Training loss"
     figure.text(0.1, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
-    parts = [f"{kind} {points[-1][1]:.4g} at step {points[-1][0]:,}"
-             for kind, points in (("training", loss), ("validation", evaluation)) if points]
+    parts = [
+        f"{kind} {points[-1][1]:.4g} at step {points[-1][0]:,}"
+        for kind, points in (("training", loss), ("validation", evaluation))
+        if points
+    ]
     figure.text(0.1, 0.91, "last: " + ", ".join(parts), fontsize=10, color=QUIET, va="center")
 
 
@@ -121,5 +144,5 @@ def smoothed(values, span: float) -> list[float]:
     result = []
     for i in range(len(values)):
         reach = min(int(span) // 2, i, len(values) - 1 - i) if span >= 3 else 0
-        result.append(math.fsum(values[i - reach:i + reach + 1]) / (2 * reach + 1))
+        result.append(math.fsum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
     return result

@@ -59,8 +59,10 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
             self.say(f"profile: {snapshot} (open it in pytorch.org/memory_viz)")
         else:
-            self.say("profile: no memory snapshot: torch takes one of a GPU only; the trace tells what each operator "
-                     "allocates")
+            self.say(
+                "profile: no memory snapshot: torch takes one of a GPU only; the trace tells what each operator "
+                "allocates"
+            )
 
     def _begin(self):
         activities = [ProfilerActivity.CPU]
@@ -74,14 +76,19 @@ class Profiler:
 
 def _summary(recording, steps, gpu):
     """The operators that take most time themselves, a line each."""
+
     def microseconds(event):
         return event.self_device_time_total if gpu else event.self_cpu_time_total
 
     events = sorted(recording.key_averages(), key=microseconds, reverse=True)
     total = sum(map(microseconds, events)) or 1
-    lines = [f"profile of {steps} steps: operators by {'GPU' if gpu else 'CPU'} time of their own",
-             f"{'ms a step':>10} {'share':>6} {'calls':>7}  operator"]
+    lines = [
+        f"profile of {steps} steps: operators by {'GPU' if gpu else 'CPU'} time of their own",
+        f"{'ms a step':>10} {'share':>6} {'calls':>7}  operator",
+    ]
     for event in events[:SHOWN]:
-        lines.append(f"{microseconds(event) / steps / 1e3:10.2f} {microseconds(event) / total:6.1%} "
-                     f"{event.count / steps:7.1f}  {event.key[:88]}")
+        lines.append(
+            f"{microseconds(event) / steps / 1e3:10.2f} {microseconds(event) / total:6.1%} "
+            f"{event.count / steps:7.1f}  {event.key[:88]}"
+        )
     return "\n".join(lines)

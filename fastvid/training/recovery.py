@@ -26,18 +26,56 @@ log = logging.getLogger("fastvid")
 # epochs or steps is allowed with a word about the schedule; ranks and batch sizes may be traded for each other. Where
 # and how, such as with or without recomputation, sums may round in another order.
 MAY_CHANGE = {
-    "output_dir", "eval_data_path", "lazy_preprocess", "dataloader_num_workers", "tf32", "gradient_checkpointing",
-    "recompute", "shard", "shard_size", "ddp_timeout", "attn_implementation", "per_device_eval_batch_size",
-    "evaluation_strategy", "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps",
-    "save_total_limit", "resume", "report_to", "disable_tqdm", "peak_tflops", "profile", "dry_run", "full_determinism",
-    "run_name", "project", "memory", "clip_feat_path",
-    "vision_tower", "num_video_tokens", "on_bad_sample", "max_skipped", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "output_dir",
+    "eval_data_path",
+    "lazy_preprocess",
+    "dataloader_num_workers",
+    "tf32",
+    "gradient_checkpointing",
+    "recompute",
+    "shard",
+    "shard_size",
+    "ddp_timeout",
+    "attn_implementation",
+    "per_device_eval_batch_size",
+    "evaluation_strategy",
+    "eval_strategy",
+    "eval_steps",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "resume",
+    "report_to",
+    "disable_tqdm",
+    "peak_tflops",
+    "profile",
+    "dry_run",
+    "full_determinism",
+    "run_name",
+    "project",
+    "memory",
+    "clip_feat_path",
+    "vision_tower",
+    "num_video_tokens",
+    "on_bad_sample",
+    "max_skipped",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
 }
 # What this run would otherwise overwrite, drop or take for its own.
 RESULTS = ("mm_projector.*", "model")
-LEFT_BY_A_RUN = ("checkpoint-*", "metrics.jsonl", "tensorboard", "reporters.json", "loss_curve.png", "profile",
-                 *RESULTS)
+LEFT_BY_A_RUN = (
+    "checkpoint-*",
+    "metrics.jsonl",
+    "tensorboard",
+    "reporters.json",
+    "loss_curve.png",
+    "profile",
+    *RESULTS,
+)
 
 
 def save(state):
@@ -51,19 +89,31 @@ def save(state):
         OSError: on every rank, when the checkpoint before could not be written.
     """
     described = {
-        "step": state.step, "total_steps": state.order.total_steps,
-        "logged_step": state.logged_step, "loss_sum": state.loss_sum.item(),
-        "config": asdict(state.config), "tokens": asdict(state.tokenizer.tokens),
-        "samples_per_step": state.order.samples_per_step, "num_samples": len(state.loader.samples),
-        "skipped": skipped_samples(state), "world_size": state.world.size, "fastvid": __version__,
-        "torch": torch.__version__, "reference_order": REFERENCE_ORDER_VERSION,
+        "step": state.step,
+        "total_steps": state.order.total_steps,
+        "logged_step": state.logged_step,
+        "loss_sum": state.loss_sum.item(),
+        "config": asdict(state.config),
+        "tokens": asdict(state.tokenizer.tokens),
+        "samples_per_step": state.order.samples_per_step,
+        "num_samples": len(state.loader.samples),
+        "skipped": skipped_samples(state),
+        "world_size": state.world.size,
+        "fastvid": __version__,
+        "torch": torch.__version__,
+        "reference_order": REFERENCE_ORDER_VERSION,
         "provenance": state.loader.samples.look_again().to_json(),
-        "run": state.run, "content": _content(state) if state.world.is_main else None,
+        "run": state.run,
+        "content": _content(state) if state.world.is_main else None,
     }
     begin = time.perf_counter()
     state.saver.save(
-        state.config.output_dir, state.step, state=described, total_limit=state.config.save_total_limit,
-        groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()})
+        state.config.output_dir,
+        state.step,
+        state=described,
+        total_limit=state.config.save_total_limit,
+        groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()},
+    )
     return time.perf_counter() - begin
 
 
@@ -95,8 +145,10 @@ def resume(state):
     checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
     if broken := [name for names in state.world.gather_objects(not_finite(tensors)) for name in names]:
-        raise ValueError(f"{folder}: {broken[0]} is not finite (NaN or infinity), and no step can go on from it. Move "
-                         "this folder away to go on from the checkpoint before it, or start over with --resume never")
+        raise ValueError(
+            f"{folder}: {broken[0]} is not finite (NaN or infinity), and no step can go on from it. Move "
+            "this folder away to go on from the checkpoint before it, or start over with --resume never"
+        )
     state.step, state.logged_step = saved["step"], saved["logged_step"]
     state.loss_sum.fill_(saved["loss_sum"])
     state.skipped_before = saved.get("skipped", 0)
@@ -111,8 +163,9 @@ def _newest(state):
     try:
         return checkpoint.newest_valid(output)
     except ValueError as damaged:
-        raise ValueError(f"{damaged}. Restore one of them from a copy, or start over with --resume never, which moves "
-                         "them aside") from damaged
+        raise ValueError(
+            f"{damaged}. Restore one of them from a copy, or start over with --resume never, which moves them aside"
+        ) from damaged
 
 
 def _content(state):
@@ -154,20 +207,30 @@ def _set_aside(config, patterns):
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)
-    log.warning("%smoved %s of an earlier run to %s", "--resume never: " * (config.resume == "never"),
-                ", ".join(path.name for path in found), aside)
+    log.warning(
+        "%smoved %s of an earlier run to %s",
+        "--resume never: " * (config.resume == "never"),
+        ", ".join(path.name for path in found),
+        aside,
+    )
 
 
 def _check_not_in_use(found, config):
     """Refuse to move what this run reads."""
-    given = {"model_name_or_path": [config.model_name_or_path], "data_path": config.data_path,
-             "eval_data_path": config.eval_data_path, "video_folder": [config.video_folder],
-             "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter]}
+    given = {
+        "model_name_or_path": [config.model_name_or_path],
+        "data_path": config.data_path,
+        "eval_data_path": config.eval_data_path,
+        "video_folder": [config.video_folder],
+        "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter],
+    }
     for flag, paths in given.items():
         for path in filter(None, paths):
             if any(Path(path).resolve().is_relative_to(old.resolve()) for old in found):
-                raise ValueError(f"--{flag} {path} lies in --output_dir {config.output_dir}, among what an earlier run "
-                                 "left and this one would move aside or write over: choose another --output_dir")
+                raise ValueError(
+                    f"--{flag} {path} lies in --output_dir {config.output_dir}, among what an earlier run "
+                    "left and this one would move aside or write over: choose another --output_dir"
+                )
 
 
 def saves_at_end(state):
@@ -185,15 +248,29 @@ def write_results(state):
     if not _is_adapter(state):
         state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
-            export(ExportConfig(checkpoint=str(output / f"checkpoint-{state.step}"), output=str(output / "model"),
-                                format="llama", dtype="bfloat16" if config.bf16 else "float32"), verify=False)
+            export(
+                ExportConfig(
+                    checkpoint=str(output / f"checkpoint-{state.step}"),
+                    output=str(output / "model"),
+                    format="llama",
+                    dtype="bfloat16" if config.bf16 else "float32",
+                ),
+                verify=False,
+            )
         return [output / "model"]
     trained = {name: parallel.full_tensor(p) for name, p in state.optimizer.parameters.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
     for path in paths if state.world.is_main else ():
         write_reference_projector(
-            path, trained, config.model_name_or_path, state.tokenizer.tokens, projector=config.pretrain_mm_mlp_adapter,
-            projector_type=config.mm_projector_type, seed=config.seed, provenance=state.loader.samples.look_again())
+            path,
+            trained,
+            config.model_name_or_path,
+            state.tokenizer.tokens,
+            projector=config.pretrain_mm_mlp_adapter,
+            projector_type=config.mm_projector_type,
+            seed=config.seed,
+            provenance=state.loader.samples.look_again(),
+        )
     return paths
 
 
@@ -212,14 +289,19 @@ def _goes_on(folder, saved, state):
     before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir="")) | saved["config"]
     for settings in (given, before):
         settings["optim"] = settings["optim"].removesuffix("_torch")  # the reference's name of the same
-    flags = [f"--{name} was {before[name]!r}, is {value!r}" for name, value in given.items()
-             if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value]
+    flags = [
+        f"--{name} was {before[name]!r}, is {value!r}"
+        for name, value in given.items()
+        if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value
+    ]
     if saved["samples_per_step"] != state.order.samples_per_step:
         flags.append(f"samples_per_step was {saved['samples_per_step']}, is {state.order.samples_per_step}")
         if saved["world_size"] != state.world.size:
-            flags.append(f"ranks were {saved['world_size']}, are {state.world.size}: give "
-                         "--per_device_train_batch_size or --gradient_accumulation_steps that make as many samples a "
-                         "step")
+            flags.append(
+                f"ranks were {saved['world_size']}, are {state.world.size}: give "
+                "--per_device_train_batch_size or --gradient_accumulation_steps that make as many samples a "
+                "step"
+            )
     if state.config.policy.reference_order and saved["world_size"] != state.world.size:
         flags.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
     files = [f"{what} is not the same" for what in _changed_content(folder, saved, before, given, state)]
@@ -230,8 +312,10 @@ def _goes_on(folder, saved, state):
         log.warning("%s is the end of a finished run on other files: %s", folder, "; ".join(files))
         return False
     if flags or files:
-        raise ValueError(f"{folder} belongs to another run: {'; '.join(flags + files)}. Go on with the same flags and "
-                         "files, choose another --output_dir, or start over in this one with --resume never")
+        raise ValueError(
+            f"{folder} belongs to another run: {'; '.join(flags + files)}. Go on with the same flags and "
+            "files, choose another --output_dir, or start over in this one with --resume never"
+        )
     if state.config.policy.reference_order:
         _check_reference_order(folder, saved, before, state.order)
     if another_length:
@@ -243,8 +327,12 @@ def _changed_content(folder, saved, before, given, state):
     """What the run is made of now and was not made of before, in words; the same on every rank."""
     if saved.get("content") is None:
         if moved := [f"--{name}" for name in content.FLAGS if before[name] != given[name]]:
-            log.warning("%s was written by a version that did not note what files hold: whether %s still means the "
-                        "same is not checked", folder, ", ".join(moved))
+            log.warning(
+                "%s was written by a version that did not note what files hold: whether %s still means the "
+                "same is not checked",
+                folder,
+                ", ".join(moved),
+            )
         return []
     return _on_main(state, lambda: content.changes(saved["content"], _content(state), state.config))
 
@@ -257,4 +345,5 @@ def _check_reference_order(folder, saved, settings, order):
             f"{folder} was written when --parity reference with --gradient_accumulation_steps {accumulation} had "
             "another order of samples, in which each epoch was cut into steps by itself: going on from it would repeat "
             "some and leave out others. Start over with --resume never, choose another --output_dir, or go on with the "
-            "version of fastvid that wrote it")
+            "version of fastvid that wrote it"
+        )

@@ -59,8 +59,10 @@ class TensorBoard:
         self.writer = SummaryWriter(run.folder / "tensorboard", purge_step=run.start_step + 1, flush_secs=10)
         rows = [f"| {name} | {value} |" for name, value in run.flags.items()]
         self.writer.add_text("flags", "\n".join([f"| {run.name} | |", "|---|---|", *rows]), run.start_step)
-        plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                 for name, value in run.flags.items()}
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in run.flags.items()
+        }
         for summary in hparams(plain, {"train/loss": 0}):
             self.writer.file_writer.add_summary(summary)
 
@@ -82,8 +84,13 @@ class Trackio:
 
         self.trackio = trackio
         with contextlib.redirect_stdout(sys.stderr):
-            trackio.init(project=run.project_or("TRACKIO_PROJECT"), name=run.name, config=_plain(run.flags),
-                         resume="allow" if run.start_step else "never", embed=False)
+            trackio.init(
+                project=run.project_or("TRACKIO_PROJECT"),
+                name=run.name,
+                config=_plain(run.flags),
+                resume="allow" if run.start_step else "never",
+                embed=False,
+            )
 
     def log(self, step: int, values: dict) -> None:
         self.trackio.log(values, step=step)
@@ -101,8 +108,14 @@ class Wandb:
     def __init__(self, run: Run):
         import wandb
 
-        self.run = wandb.init(project=run.project_or("WANDB_PROJECT"), name=run.name, dir=str(run.folder),
-                              config=_plain(run.flags), id=run.kept().get("wandb"), resume="allow")
+        self.run = wandb.init(
+            project=run.project_or("WANDB_PROJECT"),
+            name=run.name,
+            dir=str(run.folder),
+            config=_plain(run.flags),
+            id=run.kept().get("wandb"),
+            resume="allow",
+        )
         run.keep(wandb=self.run.id)
         # wandb drops what is logged for a step below its last one, which a run that goes on from a checkpoint has.
         self.run.define_metric("*", step_metric="step")
@@ -131,11 +144,20 @@ class MLflow:
         if self.run_id is None:
             project = run.project_or("MLFLOW_EXPERIMENT_NAME")
             found = self.client.get_experiment_by_name(project)
-            experiment = found.experiment_id if found else self.client.create_experiment(
-                project, artifact_location=(folder / "mlartifacts").as_uri() if own else None)
+            experiment = (
+                found.experiment_id
+                if found
+                else self.client.create_experiment(
+                    project, artifact_location=(folder / "mlartifacts").as_uri() if own else None
+                )
+            )
             self.run_id = self.client.create_run(experiment, run_name=run.name).info.run_id
-            self.client.log_batch(self.run_id, params=[
-                Param(name, str(value)[:500]) for name, value in run.flags.items() if value not in (None, "", [])])
+            self.client.log_batch(
+                self.run_id,
+                params=[
+                    Param(name, str(value)[:500]) for name, value in run.flags.items() if value not in (None, "", [])
+                ],
+            )
             run.keep(mlflow=self.run_id)
         else:
             self.client.update_run(self.run_id, status="RUNNING")
@@ -167,8 +189,9 @@ def chosen(names) -> list[str]:
         # TensorBoard is what a run reports to that was told nothing: `open_reporters` goes on without it.
         if name != "tensorboard" and not _installed(REPORTERS[name].package):
             package = REPORTERS[name].package
-            raise ValueError(f"--report_to {name}: {package} is not installed; pip install {package}, or choose "
-                             "--report_to none")
+            raise ValueError(
+                f"--report_to {name}: {package} is not installed; pip install {package}, or choose --report_to none"
+            )
     return list(dict.fromkeys(names))
 
 
@@ -193,21 +216,28 @@ def open_reporters(names, run: Run, say) -> dict:
             say(f"no TensorBoard: {error}; pip install tensorboard, or --report_to none")
         except Exception as error:  # each has errors of its own, and none of them is a defect of the run
             offline = ", or set WANDB_MODE=offline" if name == "wandb" else ""
-            raise ValueError(f"--report_to {name} cannot begin: {' '.join(str(error).split())}; mend that{offline}, or "
-                             "choose --report_to none") from error
+            raise ValueError(
+                f"--report_to {name} cannot begin: {' '.join(str(error).split())}; mend that{offline}, or "
+                "choose --report_to none"
+            ) from error
     return opened
 
 
 def figures(line) -> dict:
     """{"train/…" or "eval/…": finite number} of a line of metrics.jsonl, its step apart."""
-    return {f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
-            for name, value in line.items()
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value)}
+    return {
+        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def _installed(package):
-    return package in sys.modules and sys.modules[package] is not None or (
-        package not in sys.modules and importlib.util.find_spec(package) is not None)
+    return (
+        package in sys.modules
+        and sys.modules[package] is not None
+        or (package not in sys.modules and importlib.util.find_spec(package) is not None)
+    )
 
 
 def _plain(flags):

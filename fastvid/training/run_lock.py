@@ -82,13 +82,18 @@ def _taken(folder):
             return _Lock(path, mark, made)
         ours, touched = other.get("machine") == processes.machine(), _touched(path)
         if seen is None and not ours and other:
-            log.warning("waiting until it is known whether the run of process %s on %s, which has %s, still lives",
-                        other.get("pid"), other.get("host"), path)
+            log.warning(
+                "waiting until it is known whether the run of process %s on %s, which has %s, still lives",
+                other.get("pid"),
+                other.get("host"),
+                path,
+            )
         seen = seen or touched
         if other and ((time.monotonic() - begin > PATIENCE) if ours else touched > seen):
             raise ValueError(
                 f"another run is writing to --output_dir {folder}: process {other.get('pid')} on {other.get('host')}, "
-                f"since {other.get('since')}. Give this one another --output_dir, or end that one first")
+                f"since {other.get('since')}. Give this one another --output_dir, or end that one first"
+            )
         time.sleep(0.2)
 
 
@@ -99,8 +104,14 @@ def _try(path):
         if other and _lives(other, path):
             return None, other
         mark = secrets.token_hex(8)
-        lock = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "machine": processes.machine(), "started": processes.started(os.getpid()), "mark": mark}
+        lock = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "machine": processes.machine(),
+            "started": processes.started(os.getpid()),
+            "mark": mark,
+        }
         os.pwrite(file.fileno(), json.dumps(lock).encode(), 0)
         os.ftruncate(file.fileno(), len(json.dumps(lock)))
         os.fsync(file.fileno())

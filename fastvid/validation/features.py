@@ -36,8 +36,10 @@ def check_features(report, config):
     sources, made = Sources(config.video_folder, config.video_dir_path), features.cache and Sources(features.cache)
     report.unnamed = sources.unnamed(report.videos) if sources.given else None
     if not report.videos and features.empty:
-        report.add("features missing", f"--video_folder {shown(config.video_folder)} holds no feature file, and no "
-                                       "record names a video")
+        report.add(
+            "features missing",
+            f"--video_folder {shown(config.video_folder)} holds no feature file, and no record names a video",
+        )
     for video, count in report.videos.items():
         try:
             path = features.resolve(video)
@@ -105,8 +107,11 @@ def _add_missing(report, sources, video, count, error):
         return
     lies = ""
     if sources.given:
-        lies = "; its video lies in --video_dir_path" if sources.video_of(video) else (
-            "; nor does its video lie in --video_dir_path")
+        lies = (
+            "; its video lies in --video_dir_path"
+            if sources.video_of(video)
+            else ("; nor does its video lie in --video_dir_path")
+        )
     report.add("features missing", f"{error}{lies} (records: {count})", video=video)
 
 
@@ -127,7 +132,7 @@ def _note_maker(report, makers, video, header):
 
 def _usable(report, config, found, paths):
     """{video: rows} of those whose shape fits the model or the most of them."""
-    (C, _), = Counter(channels for _, channels, _ in found.values()).most_common(1)
+    ((C, _),) = Counter(channels for _, channels, _ in found.values()).most_common(1)
     if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
         with suppress(ValueError):  # told where its tokenizer is read
             C = feature_channels(config.model_name_or_path) or C
@@ -142,9 +147,12 @@ def _usable(report, config, found, paths):
         if channels == C and rows == (required or rows):
             usable[video] = rows
         else:
-            report.add("features of another shape",
-                       f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
-                       f"× {C}; {remedy}", video=video)
+            report.add(
+                "features of another shape",
+                f"video {video!r}: {paths[video]} is {rows} × {channels} instead of {required or 'any number'} "
+                f"× {C}; {remedy}",
+                video=video,
+            )
     return usable
 
 
@@ -169,11 +177,14 @@ def _check_towers(report, wanted, makers):
                 report.add_files(
                     "features of another tower than --vision_tower",
                     f"{len(videos):,} of {names[revision]} ({revision[:19]}…): leave --vision_tower {shown(wanted)} "
-                    "out, or give that one", videos)
+                    "out, or give that one",
+                    videos,
+                )
     most, *others = sorted(towers, key=lambda revision: -len(towers[revision])) or [None]
     for revision in others:
         report.add_files(
             "features of another vision tower",
             f"{len(towers[revision]):,} of {names[revision]} ({revision[:19]}…), {len(towers[most]):,} of "
             f"{names[most]} ({most[:19]}…): extract all with one tower (fastvid extract --overwrite True)",
-            towers[revision])
+            towers[revision],
+        )

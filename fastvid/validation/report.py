@@ -94,8 +94,13 @@ class Report:
         have none yet."""
         bad = Counter(state for state, _ in self.bad_videos.values())
         to_make = len(self.to_make)
-        return Counter({"usable": len(self.videos) - bad.total() - to_make, "to be made": to_make,
-                        **{state: bad[state] for state in dict.fromkeys(STATES.values())}})
+        return Counter(
+            {
+                "usable": len(self.videos) - bad.total() - to_make,
+                "to be made": to_make,
+                **{state: bad[state] for state in dict.fromkeys(STATES.values())},
+            }
+        )
 
     @property
     def exit_code(self) -> int:
@@ -108,26 +113,40 @@ def as_json(report: Report) -> dict:
     looked_at = report.layouts is not None
     remark, warning = what_decoders_mean(report.decoders)
     return {
-        "files": report.files, "records": report.records, "text_only": report.text_only,
-        "repeated": report.duplicates, "videos": len(report.videos),
+        "files": report.files,
+        "records": report.records,
+        "text_only": report.text_only,
+        "repeated": report.duplicates,
+        "videos": len(report.videos),
         "states": dict(report.states) if looked_at else None,
         "videos_without_records": report.unnamed,
         "features_not_compared": report.not_compared,
         "features_of_damaged_videos": report.damaged,
-        "layouts": [{"rows": R, "channels": C, "dtype": str(dtype).removeprefix("torch."), "files": count}
-                    for (R, C, dtype), count in (report.layouts or Counter()).most_common()],
+        "layouts": [
+            {"rows": R, "channels": C, "dtype": str(dtype).removeprefix("torch."), "files": count}
+            for (R, C, dtype), count in (report.layouts or Counter()).most_common()
+        ],
         "formats": dict(report.formats),
-        "made_by": [{"tower": tower, "tower_revision": revision, "num_frames": frames, "files": count}
-                    for (tower, revision, frames), count in report.makers.most_common()],
-        "decoded_by": [{"decoder": decoder, "conversion": conversion, "files": count}
-                       for (decoder, conversion), count in report.decoders.most_common()],
-        "remarks": [{"remark": text, "records": count, "first": report.remarks.first[text]}
-                    for text, count in report.remarks.counts.most_common()] + [
-                        {"remark": text} for text in (remark, warning, what_fp8_means(report.in_fp8)) if text],
-        "problems": [{"kind": kind, "count": count, "examples": report.examples[kind]}
-                     for kind, count in report.problems.items()],
-        "bad_videos": [{"video": video, "state": state, "records": report.videos[video], "reason": reason}
-                       for video, (state, reason) in report.bad_videos.items()],
+        "made_by": [
+            {"tower": tower, "tower_revision": revision, "num_frames": frames, "files": count}
+            for (tower, revision, frames), count in report.makers.most_common()
+        ],
+        "decoded_by": [
+            {"decoder": decoder, "conversion": conversion, "files": count}
+            for (decoder, conversion), count in report.decoders.most_common()
+        ],
+        "remarks": [
+            {"remark": text, "records": count, "first": report.remarks.first[text]}
+            for text, count in report.remarks.counts.most_common()
+        ]
+        + [{"remark": text} for text in (remark, warning, what_fp8_means(report.in_fp8)) if text],
+        "problems": [
+            {"kind": kind, "count": count, "examples": report.examples[kind]} for kind, count in report.problems.items()
+        ],
+        "bad_videos": [
+            {"video": video, "state": state, "records": report.videos[video], "reason": reason}
+            for video, (state, reason) in report.bad_videos.items()
+        ],
     }
 
 
@@ -146,8 +165,10 @@ def summary(report: Report) -> str:
     if report.unnamed is not None:
         lines.append(f"  in no record {report.unnamed:>6,}")
         if report.not_compared:
-            lines.append(f"  not compared {report.not_compared:>6,} feature files: their video is not there, or "
-                         "nothing tells which it was")
+            lines.append(
+                f"  not compared {report.not_compared:>6,} feature files: their video is not there, or "
+                "nothing tells which it was"
+            )
     for (R, C, dtype), count in (report.layouts or Counter()).most_common(SHOWN):
         rounded = ", rounded to float32" * (str(dtype) == "torch.float64")
         lines.append(f"features    {count:>9,} of {R} × {C} {str(dtype).removeprefix('torch.')}{rounded}")
@@ -160,15 +181,18 @@ def summary(report: Report) -> str:
         rows = [R for R, _, _ in report.layouts]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
     for (decoder, conversion), count in report.decoders.most_common(SHOWN):
-        lines.append(f"decoded by  {count:>9,} {shown(decoder or 'unknown')}, colours by "
-                     f"{shown(conversion or 'unknown')}")
+        lines.append(
+            f"decoded by  {count:>9,} {shown(decoder or 'unknown')}, colours by {shown(conversion or 'unknown')}"
+        )
     lines += [f"remark      {line}" for line in report.remarks.lines()]
     if report.to_make:
-        lines.append(f"remark      {len(report.to_make):,} videos in --video_folder have no features; training makes "
-                     "them")
+        lines.append(
+            f"remark      {len(report.to_make):,} videos in --video_folder have no features; training makes them"
+        )
     if report.damaged:
-        lines.append(f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are "
-                     "(--allow_damaged)")
+        lines.append(
+            f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are (--allow_damaged)"
+        )
     remark, warning = what_decoders_mean(report.decoders)
     lines += [f"remark      {remark}"] * bool(remark)
     lines += [f"warning     {text}" for text in (warning, what_fp8_means(report.in_fp8)) if text]

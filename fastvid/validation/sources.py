@@ -30,8 +30,11 @@ class Sources:
 
     def __init__(self, video_folder, video_dir_path=None):
         self.folder, self.given = video_folder, video_dir_path is not None
-        self._failed = {stem(name): str(entry.get("reason")) for name, entry in read_manifest(video_folder).items()
-                        if entry.get("status") == "failed"}
+        self._failed = {
+            stem(name): str(entry.get("reason"))
+            for name, entry in read_manifest(video_folder).items()
+            if entry.get("status") == "failed"
+        }
         self._lines = read_files(video_folder)
         # A list may come with a data set, and whoever wrote it must not choose files elsewhere.
         is_list = self.given and os.path.isfile(video_dir_path)
@@ -94,8 +97,10 @@ class Sources:
             return why is not None, why and f"{shown(path)} is stale: {why}"
         found, shown_name = video.size(), shown(video.name if video.within else video.path)
         if found != size:
-            return True, (f"{shown(path)} was made of {size:,} bytes, and {shown_name} has {found:,}: the video was "
-                          f"changed since; {_REMEDY}")
+            return True, (
+                f"{shown(path)} was made of {size:,} bytes, and {shown_name} has {found:,}: the video was "
+                f"changed since; {_REMEDY}"
+            )
         if quick or not isinstance(digest, str):
             return True, why and f"{shown(path)} is stale: {why}"
         try:
@@ -103,8 +108,9 @@ class Sources:
                 same = hashlib.file_digest(file, "sha256").hexdigest() == digest
         except DecodeError as error:
             raise OSError(error.reason) from error
-        return True, None if same else (f"{shown(path)} was made of other bytes than {shown_name} holds: the video "
-                                        f"was changed since; {_REMEDY}")
+        return True, None if same else (
+            f"{shown(path)} was made of other bytes than {shown_name} holds: the video was changed since; {_REMEDY}"
+        )
 
 
 def _id(name):

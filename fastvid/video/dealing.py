@@ -31,8 +31,10 @@ def place(shard=None) -> tuple[int, int]:
         return rank, world
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, flags=re.ASCII)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"--shard {shard!a} is no share of the work; give 1/4 to 4/4 for four of them (a Slurm job of "
-                         "--array=1-4: --shard $SLURM_ARRAY_TASK_ID/4)")
+        raise ValueError(
+            f"--shard {shard!a} is no share of the work; give 1/4 to 4/4 for four of them (a Slurm job of "
+            "--array=1-4: --shard $SLURM_ARRAY_TASK_ID/4)"
+        )
     return (int(match[1]) - 1) * world + rank, int(match[2]) * world
 
 
@@ -72,12 +74,17 @@ class Turns:
 
     def __init__(self, shares, rank, take_over=True, first=frozenset()):
         world = len(shares)
-        self._first = deque((video, share is shares[rank]) for share in shares for video in share
-                            if video.name in first and (take_over or share is shares[rank]))
+        self._first = deque(
+            (video, share is shares[rank])
+            for share in shares
+            for video in share
+            if video.name in first and (take_over or share is shares[rank])
+        )
         shares = [[video for video in share if video.name not in first] for share in shares]
         self._own = deque(shares[rank])
         self._others = deque(
-            video for i in range(1, world) for video in reversed(shares[(rank + i) % world]) if take_over)
+            video for i in range(1, world) for video in reversed(shares[(rank + i) % world]) if take_over
+        )
         self._later, self._due, self._at = [], deque(), 0.0
 
     def next(self):

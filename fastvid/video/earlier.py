@@ -49,12 +49,16 @@ class EarlierFeatures:
         if (mine or others) and self.manifest.look_again():  # another process wrote them since the manifest was read
             mine, others = self._of_other_settings(videos)
         if others:
-            raise ValueError(f"{self.folder} holds {len(others)} feature files of another format and other settings, "
-                             f"which training might read instead ({others[0]}); choose another --clip_feat_path, or "
-                             "remove them")
+            raise ValueError(
+                f"{self.folder} holds {len(others)} feature files of another format and other settings, "
+                f"which training might read instead ({others[0]}); choose another --clip_feat_path, or "
+                "remove them"
+            )
         if mine and not self.overwrite:
-            raise ValueError(f"{self.folder} holds {len(mine)} feature files of other settings ({mine[0]}); choose "
-                             "another --clip_feat_path, or replace them with --overwrite True")
+            raise ValueError(
+                f"{self.folder} holds {len(mine)} feature files of other settings ({mine[0]}); choose "
+                "another --clip_feat_path, or replace them with --overwrite True"
+            )
 
     def _of_other_settings(self, videos):
         """What feature files of other settings there are: (those of this job's format, those of others)."""

@@ -77,8 +77,7 @@ class FeatureEncoder:
             asked for where the GPU has no units for it or the tower's sizes do not fit them.
     """
 
-    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False,
-                 fp8=False):
+    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False, fp8=False):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
@@ -90,8 +89,13 @@ class FeatureEncoder:
         self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
-        self._patchify = {"size": self.image_size, "patch": self.patch_size, "mean": self.tower.mean,
-                          "std": self.tower.std, "dtype": torch.float16}
+        self._patchify = {
+            "size": self.image_size,
+            "patch": self.patch_size,
+            "mean": self.tower.mean,
+            "std": self.tower.std,
+            "dtype": torch.float16,
+        }
         self.revision = revisions(tower)[0]
         self._idle = []
 
@@ -125,8 +129,9 @@ class FeatureEncoder:
 
     def empty_patch_rows(self, count):
         """[count, P, K] float16 on the device, for `patch_rows`."""
-        return torch.empty(count, self.num_patches, row_length(self.patch_size), dtype=torch.float16,
-                           device=self.device)
+        return torch.empty(
+            count, self.num_patches, row_length(self.patch_size), dtype=torch.float16, device=self.device
+        )
 
     def refuse_count(self, count):
         """Raise ValueError if a video may not have so many frames."""

@@ -83,8 +83,12 @@ class Extraction:
         shares, start = self.watch.begin(shares, rank, summary)
         self.began, self.before = time.perf_counter(), summary.frames
         turns = Turns(shares, rank, self.config.take_over, self.watch.suspects)
-        with (signals.noted(stop.append), progress(summary) as bar,
-              ThreadPoolExecutor(1, "tower") as self._tower, ThreadPoolExecutor(_WRITERS, "write") as self._writers):
+        with (
+            signals.noted(stop.append),
+            progress(summary) as bar,
+            ThreadPoolExecutor(1, "tower") as self._tower,
+            ThreadPoolExecutor(_WRITERS, "write") as self._writers,
+        ):
             try:
                 while not stop:
                     while self._has_room(turns, at_hand) and (piece := self._next(turns, stop, summary, bar)):
@@ -193,8 +197,11 @@ class Extraction:
         for video in videos:
             why = "the GPU's decoder does not answer; run it again with --decoder pyav"
             self._fail(video, why, 0.0, summary, bar)
-        bar.write("the GPU's decoder does not answer, and ends with this process: "
-                  + (", ".join(late) or "run it again to go on"), file=sys.stderr)
+        bar.write(
+            "the GPU's decoder does not answer, and ends with this process: "
+            + (", ".join(late) or "run it again to go on"),
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(code)
 
@@ -323,13 +330,19 @@ class Extraction:
         header = self.features.header(video.name, piece.source_bytes, piece.prepared)
         before = None
         if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
+
             def before(made):
                 self.manifest.append(video.name, "writing", **made)
+
         try:
             made = self.features.save(video, features_RC, header, before)
             self.manifest.append(video.name, "ok", seconds=round(seconds, 3), **made)
-            self.watch.settled(video.name, frames=self._frames(piece), padded=self._is_padded(piece),
-                               damaged=piece.prepared.info.damaged > 0)
+            self.watch.settled(
+                video.name,
+                frames=self._frames(piece),
+                padded=self._is_padded(piece),
+                damaged=piece.prepared.info.damaged > 0,
+            )
         except OSError as error:
             return why_not_written(error)
         return None
@@ -340,6 +353,12 @@ def progress(summary):
     from tqdm import tqdm
 
     rank = int(os.environ.get("RANK", 0))
-    return tqdm(total=summary.total, initial=summary.extracted + len(summary.failures), unit="video", desc="extract",
-                disable=rank > 0, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30)
+    return tqdm(
+        total=summary.total,
+        initial=summary.extracted + len(summary.failures),
+        unit="video",
+        desc="extract",
+        disable=rank > 0,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )

@@ -33,21 +33,31 @@ copyreg.pickle(DecodeError, lambda error: (DecodeError, (error.path, error.reaso
 def refuse_departures(config):
     """Raise ValueError if a job is to compute as the reference does and has flags that it does not know."""
     if config.policy.ffmpeg_colours and config.decoder == "dali":
-        raise ValueError("--decoder dali has colours of its own, which --parity reference does not take"
-                         "; give auto, pyav or nvdec")
+        raise ValueError(
+            "--decoder dali has colours of its own, which --parity reference does not take; give auto, pyav or nvdec"
+        )
     if config.policy.plain_tower and config.dtype == "bfloat16":
-        raise ValueError("--dtype bfloat16 rounds more than the reference, which --parity reference does not take"
-                         "; give float16 or float32")
+        raise ValueError(
+            "--dtype bfloat16 rounds more than the reference, which --parity reference does not take"
+            "; give float16 or float32"
+        )
     if config.policy.plain_tower and config.tower_dtype == "fp8":
-        raise ValueError("--tower_dtype fp8 rounds more than the reference, which --parity reference does not take"
-                         "; leave one of the two out")
+        raise ValueError(
+            "--tower_dtype fp8 rounds more than the reference, which --parity reference does not take"
+            "; leave one of the two out"
+        )
 
 
 def settings_of(config, tower_revision, image_size, patch_size) -> dict:
     """What two extractions must have in common for their features to go together: `VideoFeatures.settings`."""
-    return {"tower_revision": tower_revision, "image_size": image_size, "patch_size": patch_size,
-            "num_frames": config.num_frames, "conversion": "dali" if config.decoder == "dali" else "swscale",
-            "tower_dtype": config.tower_dtype}
+    return {
+        "tower_revision": tower_revision,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "num_frames": config.num_frames,
+        "conversion": "dali" if config.decoder == "dali" else "swscale",
+        "tower_dtype": config.tower_dtype,
+    }
 
 
 class VideoFeatures:
@@ -100,19 +110,32 @@ class VideoFeatures:
                 self._open_tower()
             if self.pipeline is None:
                 self.pipeline = Pipeline(
-                    self.encoder, decoder=self.config.decoder, workers=self.config.decode_workers,
-                    timeout=self.config.timeout, allow_damaged=self.config.allow_damaged)
+                    self.encoder,
+                    decoder=self.config.decoder,
+                    workers=self.config.decode_workers,
+                    timeout=self.config.timeout,
+                    allow_damaged=self.config.allow_damaged,
+                )
 
     def _open_tower(self):
         config, tower = self.config, self._tower
         make = functools.partial(
-            FeatureEncoder, tower, device=config.device or default_device(),
-            dtype=getattr(torch, config.dtype) if config.dtype else None, batch_size=config.infer_batch,
-            num_temporal=config.num_frames, plain=config.policy.plain_tower)
+            FeatureEncoder,
+            tower,
+            device=config.device or default_device(),
+            dtype=getattr(torch, config.dtype) if config.dtype else None,
+            batch_size=config.infer_batch,
+            num_temporal=config.num_frames,
+            plain=config.policy.plain_tower,
+        )
         fp8 = config.tower_dtype == "fp8"
         self.encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
-        self._header = {"tower": os.path.abspath(tower) if os.path.isdir(tower) else tower, **self.settings,
-                        "dtype": str(self.encoder.dtype).removeprefix("torch."), "fastvid": fastvid.__version__}
+        self._header = {
+            "tower": os.path.abspath(tower) if os.path.isdir(tower) else tower,
+            **self.settings,
+            "dtype": str(self.encoder.dtype).removeprefix("torch."),
+            "fastvid": fastvid.__version__,
+        }
 
     def close(self):
         """End the decoders, once no thread uses them; a later use opens them again."""
@@ -217,9 +240,15 @@ class VideoFeatures:
     def header(self, name, size, prepared) -> dict:
         """What a feature file says of itself; `size`: bytes of the video's file."""
         frames = prepared.info.frames
-        return {**self._header, "source": name, "source_bytes": size, "source_sha256": prepared.sha256,
-                "total_frames": frames, "frame_indices": frame_indices(frames, self.config.num_frames),
-                "video": asdict(prepared.info)}
+        return {
+            **self._header,
+            "source": name,
+            "source_bytes": size,
+            "source_sha256": prepared.sha256,
+            "total_frames": frames,
+            "frame_indices": frame_indices(frames, self.config.num_frames),
+            "video": asdict(prepared.info),
+        }
 
     def save(self, video, features_RC, header, before=None) -> dict:
         """Write a video's feature file.
@@ -236,16 +265,26 @@ class VideoFeatures:
         """
         content = feature_bytes(video.output, features_RC, header)
         folder = Path(self.config.clip_feat_path)
-        made = {"file": video.output.relative_to(folder).as_posix(), "format": self.config.format,
-                "tower": header["tower"], **self.settings, "decoder": header["video"]["decoder"],
-                "source_bytes": header["source_bytes"], "sha256": hashlib.sha256(content).hexdigest()}
+        made = {
+            "file": video.output.relative_to(folder).as_posix(),
+            "format": self.config.format,
+            "tower": header["tower"],
+            **self.settings,
+            "decoder": header["video"]["decoder"],
+            "source_bytes": header["source_bytes"],
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
         video.output.parent.mkdir(parents=True, exist_ok=True)
         if before is not None:
             before(made)
         with atomic_file(video.output) as file:
             file.write(content)
-        return {"frames": header["total_frames"], **made, "shape": list(features_RC.shape),
-                "written": written(video.output)}
+        return {
+            "frames": header["total_frames"],
+            **made,
+            "shape": list(features_RC.shape),
+            "written": written(video.output),
+        }
 
 
 def why_not_written(error) -> str:

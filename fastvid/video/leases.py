@@ -101,9 +101,14 @@ class Leases:
             return []
 
     def _write_own(self):
-        record = {"owner": self.owner, "machine": processes.machine(), "host": socket.gethostname(),
-                  "pid": os.getpid(), "started": processes.started(os.getpid()),
-                  "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {
+            "owner": self.owner,
+            "machine": processes.machine(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": processes.started(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         with naming(self._own):
             while True:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,8 @@ class Video:
         with contextlib.ExitStack() as stack:
             try:
                 copy = stack.enter_context(
-                    tempfile.NamedTemporaryFile(prefix="fastvid-", suffix=os.path.splitext(self.name)[1]))
+                    tempfile.NamedTemporaryFile(prefix="fastvid-", suffix=os.path.splitext(self.name)[1])
+                )
                 with naming(copy.name):
                     self._copy_to(copy)
             except OSError as error:
@@ -148,17 +149,24 @@ def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[li
         raise unreadable[0]
     if not videos:
         links = f"; {others['links']} links are not followed without --follow_links True" if others["links"] else ""
-        shards = f"; for its tar shards give '{shown(os.path.join(given, '*.tar'))}'" if (
-            others[TAR] and os.path.isdir(given)) else ""
+        shards = (
+            f"; for its tar shards give '{shown(os.path.join(given, '*.tar'))}'"
+            if (others[TAR] and os.path.isdir(given))
+            else ""
+        )
         where = "in it" if os.path.isdir(given) else "that it names"
-        raise ValueError(f"--video_dir_path {shown(given)}: no file {where} ends as a video does (.mp4, .mkv, …)"
-                         f"{links}{shards}")
+        raise ValueError(
+            f"--video_dir_path {shown(given)}: no file {where} ends as a video does (.mp4, .mkv, …){links}{shards}"
+        )
     same = {}
     for video in videos:
         same.setdefault(video.target, []).append(video)
     if len(same) < len(videos):
-        videos = [replace(video, fault=video.fault or _fault(video, several)) if len(several) > 1 else video
-                  for several in same.values() for video in several]
+        videos = [
+            replace(video, fault=video.fault or _fault(video, several)) if len(several) > 1 else video
+            for several in same.values()
+            for video in several
+        ]
     return sorted(videos, key=lambda video: video.name), others
 
 
@@ -177,16 +185,21 @@ def _named(given, follow_links, others):
     if os.path.isfile(given):
         ending = os.path.splitext(given)[1].lower()
         if ending in VIDEO_SUFFIXES:
-            raise ValueError(f"--video_dir_path {shown(given)} is a file; give the folder that it lies in, "
-                             f"{shown(os.path.dirname(given) or '.')}")
+            raise ValueError(
+                f"--video_dir_path {shown(given)} is a file; give the folder that it lies in, "
+                f"{shown(os.path.dirname(given) or '.')}"
+            )
         if ending == TAR:
             return [(os.path.basename(given), given)]
         found, left_out = lines(given, follow_links)
     elif "://" not in str(given) and is_pattern(given):
         found, left_out = matches(given, follow_links)
     else:
-        what = ("is a URL: download the videos and give their folder" if "://" in str(given) else
-                "does not exist; give the folder of the videos")
+        what = (
+            "is a URL: download the videos and give their folder"
+            if "://" in str(given)
+            else "does not exist; give the folder of the videos"
+        )
         raise ValueError(f"--video_dir_path {shown(given)} {what}")
     others += left_out
     return found.items()

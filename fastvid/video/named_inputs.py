@@ -52,8 +52,10 @@ def lines(file, follow_links):
     with open(file, "rb") as opened:
         content = opened.read()
     if b"\0" in content:
-        raise ValueError(f"--video_dir_path {shown(file)} is no list of paths, one on each line; give a folder, a "
-                         "pattern such as 'videos/*.mp4', a list or .tar shards")
+        raise ValueError(
+            f"--video_dir_path {shown(file)} is no list of paths, one on each line; give a folder, a "
+            "pattern such as 'videos/*.mp4', a list or .tar shards"
+        )
     root = os.path.abspath(os.path.dirname(os.path.abspath(file)))
     found, others, is_link = {}, Counter(), _link_test(root)
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
@@ -69,8 +71,10 @@ def lines(file, follow_links):
         elif follow_links:
             name = path.lstrip("/")
         else:
-            raise ValueError(f"--video_dir_path {shown(file)}: line {number} leads out of the list's folder "
-                             f"({shown(line)}); --follow_links True takes such files")
+            raise ValueError(
+                f"--video_dir_path {shown(file)}: line {number} leads out of the list's folder "
+                f"({shown(line)}); --follow_links True takes such files"
+            )
         found[name] = path
     return found, others
 

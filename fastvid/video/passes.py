@@ -104,9 +104,9 @@ class Passes:
         whole = patches_TPK if frames is None else torch.as_tensor(frames)
         encoder.refuse_count(len(whole))
         if frames is None:
-            video = _Video(key, len(whole), lambda start, n: whole[start:start + n])
+            video = _Video(key, len(whole), lambda start, n: whole[start : start + n])
         else:
-            video = _Video(key, len(whole), lambda start, n: encoder.frame_rows(whole[start:start + n]))
+            video = _Video(key, len(whole), lambda start, n: encoder.frame_rows(whole[start : start + n]))
         while video.count - video.begun >= B and video.error is None:
             self._run([(video, B)])
         if video.error is not None or video.begun == video.count:
@@ -170,8 +170,10 @@ class Passes:
         if len(parts) > 1 and self._shares is None:
             self._shares = self._can_share(rows)
             if not self._shares:
-                self.notes.append("frames of several videos do not share passes of the tower: here its numbers depend "
-                                  "on a frame's place")
+                self.notes.append(
+                    "frames of several videos do not share passes of the tower: here its numbers depend "
+                    "on a frame's place"
+                )
         if len(parts) > 1 and not self._shares:
             for part, own in zip(parts, rows):
                 self._keep([part], self._states(own))
@@ -190,9 +192,10 @@ class Passes:
         encoder, start = self.encoder, 0
         for video, n in parts:
             if video.states_TPC is None:
-                video.states_TPC = torch.empty(video.count, encoder.num_patches, encoder.hidden_size,
-                                               dtype=torch.float16, device=encoder.device)
-            video.states_TPC[video.begun:video.begun + n].copy_(states_BPC[start:start + n])
+                video.states_TPC = torch.empty(
+                    video.count, encoder.num_patches, encoder.hidden_size, dtype=torch.float16, device=encoder.device
+                )
+            video.states_TPC[video.begun : video.begun + n].copy_(states_BPC[start : start + n])
             start += n
 
     def _done(self, video):

@@ -134,8 +134,13 @@ class Pipeline:
                 self._idle_hardware.put(held)
         with _one_of(self._idle) as worker:
             frames, info, own = worker.decode_and_hash(
-                path, size=self.encoder.image_size, threads=self._threads, allow_damaged=self.allow_damaged,
-                num_frames=self.encoder.num_temporal, digest=digest is None)
+                path,
+                size=self.encoder.image_size,
+                threads=self._threads,
+                allow_damaged=self.allow_damaged,
+                num_frames=self.encoder.num_temporal,
+                digest=digest is None,
+            )
         return Prepared(frames, None, info, digest or own)
 
     def _hardware_for_one(self):

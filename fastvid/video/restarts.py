@@ -42,7 +42,8 @@ def is_broken(error) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and _BROKEN.match(str(error)) is not None)
+        isinstance(error, RuntimeError) and _BROKEN.match(str(error)) is not None
+    )
 
 
 class Watch:
@@ -175,8 +176,14 @@ class _Watched(Watch):
                 summary.padded += message["padded"]
                 summary.damaged += message["damaged"]
         summary.notes = [*summary.notes, *history.notes()]
-        left = [[replace(video, fault=history.given_up.get(video.name, video.fault)) for video in share
-                 if video.name not in history.settled] for share in shares]
+        left = [
+            [
+                replace(video, fault=history.given_up.get(video.name, video.fault))
+                for video in share
+                if video.name not in history.settled
+            ]
+            for share in shares
+        ]
         return left, history.began
 
     def decodes(self, counts):
@@ -187,9 +194,12 @@ class _Watched(Watch):
         """Others' failures are not tried again, as they are not by a process that saw them come."""
         history = self._history
         manifest.failed_elsewhere |= {
-            name for name, entry in manifest.entries.items()
-            if entry.get("status") == "failed" and when(entry) >= history.since
-            and not any(name in own for own in (history.settled, history.suspects, history.given_up))}
+            name
+            for name, entry in manifest.entries.items()
+            if entry.get("status") == "failed"
+            and when(entry) >= history.since
+            and not any(name in own for own in (history.settled, history.suspects, history.given_up))
+        }
 
     @contextlib.contextmanager
     def at(self, doing, *names, on=False):
@@ -209,8 +219,16 @@ class _Watched(Watch):
         return {"hardware": False} if self._history.suspects.get(name) == BY_PYAV else {}
 
     def settled(self, name, failure=None, *, frames=0, padded=False, damaged=False):
-        self._tell({"settled": name, "failure": failure, "frames": frames, "padded": padded, "damaged": damaged,
-                    "decoded": dict(self._counts)})
+        self._tell(
+            {
+                "settled": name,
+                "failure": failure,
+                "frames": frames,
+                "padded": padded,
+                "damaged": damaged,
+                "decoded": dict(self._counts),
+            }
+        )
 
     def lost(self, why, names):
         self._tell({"lost": why, "late": list(names)})
@@ -279,8 +297,10 @@ def watched(config) -> Watch:
         watch.code = 128 + children.stopped
     else:
         if os.WIFSIGNALED(status) and how is None and not children.stopped:
-            _say(f"the process that extracts was ended by {_ending(status)}, which is no crash of its own; "
-                 "run it again to go on")
+            _say(
+                f"the process that extracts was ended by {_ending(status)}, which is no crash of its own; "
+                "run it again to go on"
+            )
         watch.code = 1 if heard.lost else end_as(status)
     return watch
 

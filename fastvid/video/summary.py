@@ -68,16 +68,21 @@ class Summary:
 
     def __str__(self):
         seconds = max(self.seconds, 1e-9)
-        lines = [f"{self.extracted} extracted, {self.skipped} there already, {len(self.failures)} failed of "
-                 f"{self.total} videos in {self.seconds:.1f} s ({self.extracted / seconds:.2f} videos/s"
-                 + (f", {self.frames / seconds:.0f} frames/s)" if self.frames else ")")]
+        lines = [
+            f"{self.extracted} extracted, {self.skipped} there already, {len(self.failures)} failed of "
+            f"{self.total} videos in {self.seconds:.1f} s ({self.extracted / seconds:.2f} videos/s"
+            + (f", {self.frames / seconds:.0f} frames/s)" if self.frames else ")")
+        ]
         if self.taken_over:
-            lines.append(f"{self.taken_over} of them were taken over from other ranks, which had not begun with them "
-                         "or were gone")
+            lines.append(
+                f"{self.taken_over} of them were taken over from other ranks, which had not begun with them "
+                "or were gone"
+            )
         lines += self.notes
         if self.padded:
-            lines.append(f"{self.padded} of them have fewer frames than --num_frames: the rest of their temporal rows "
-                         "is zero")
+            lines.append(
+                f"{self.padded} of them have fewer frames than --num_frames: the rest of their temporal rows is zero"
+            )
         if self.damaged:
             lines.append(f"{self.damaged} of them are damaged, and were taken as they are (--allow_damaged)")
         if self.exit_code == 1:

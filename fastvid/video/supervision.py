@@ -109,7 +109,7 @@ def tell(writer, message):
     """Send the parent a message, anything that JSON takes. Not from several threads at once."""
     content = json.dumps(message).encode() + b"\n"
     while content:
-        content = content[os.write(writer, content):]
+        content = content[os.write(writer, content) :]
 
 
 def end_as(status) -> int:

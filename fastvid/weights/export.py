@@ -31,7 +31,8 @@ SHARD_BYTES = 5_000_000_000
 _EXPORTED = re.compile(
     r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.model|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|preprocessor_config\.json|processor_config\.json")
+    r"|preprocessor_config\.json|processor_config\.json"
+)
 
 
 def export(config, *, verify=True):
@@ -54,11 +55,17 @@ def export(config, *, verify=True):
     base, output = _base(folder, config.model_name_or_path, run["model_name_or_path"]), Path(config.output)
     tokenizer = load_tokenizer(base, run["mm_use_vid_start_end"])
     if json.loads(json.dumps(asdict(tokenizer.tokens))) != run["tokens"]:
-        raise ValueError(f"{base} has other ids for the video tokens than {folder} was trained with: give the folder "
-                         "that training started from (--model_name_or_path)")
+        raise ValueError(
+            f"{base} has other ids for the video tokens than {folder} was trained with: give the folder "
+            "that training started from (--model_name_or_path)"
+        )
     trained = CheckpointTensors(folder)
-    start = {"tokens": tokenizer.tokens, "projector": run["pretrain_mm_mlp_adapter"],
-             "projector_type": run["mm_projector_type"], "seed": run["seed"]}
+    start = {
+        "tokens": tokenizer.tokens,
+        "projector": run["pretrain_mm_mlp_adapter"],
+        "projector_type": run["mm_projector_type"],
+        "seed": run["seed"],
+    }
     if config.format == "projector":
         write_reference_projector(output, trained, base, **start, provenance=trained_on)
         return [output]
@@ -83,16 +90,22 @@ def export(config, *, verify=True):
             check_tower(tower, trained_on, folder)
             tensors = _llava_tensors(tensors, vision)
             values = _llava_config(values, vision, tokenizer.tokens)
-        values[EXPORT_MARK] = {"version": __version__, "format": config.format, "checkpoint": str(folder),
-                               KEY: replace(trained_on, tower=tower).to_json()}
+        values[EXPORT_MARK] = {
+            "version": __version__,
+            "format": config.format,
+            "checkpoint": str(folder),
+            KEY: replace(trained_on, tower=tower).to_json(),
+        }
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
         tokenizer.save(temporary)
         if config.format == "llava":
             _write_tokenizer_table(temporary)
             _write_processor(temporary, tower, vision.config)
         _write_json(temporary / "config.json", values)
-        _write_json(temporary / "generation_config.json", {
-            "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]})
+        _write_json(
+            temporary / "generation_config.json",
+            {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]},
+        )
         _give_name(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,8 +115,10 @@ def export(config, *, verify=True):
 def _base(folder, given, recorded):
     """The model folder to export over: the given one, else the one that the checkpoint's training started from."""
     if given is None and not Path(recorded).is_dir():
-        raise ValueError(f"{folder}: training started from {shown(recorded)}, which is not here: give that folder with "
-                         "--model_name_or_path")
+        raise ValueError(
+            f"{folder}: training started from {shown(recorded)}, which is not here: give that folder with "
+            "--model_name_or_path"
+        )
     return model_folder(given or recorded)
 
 
@@ -121,8 +136,15 @@ def _training_config(folder):
     """The flags of the run that saved a checkpoint and its "tokens", as a dict."""
     state = checkpoint.read_state(folder)
     saved = {**state.get("config", {}), "tokens": state.get("tokens")}
-    names = ("model_name_or_path", "mm_use_vid_start_end", "pretrain_mm_mlp_adapter", "mm_projector_type",
-             "vision_tower", "seed", "tokens")
+    names = (
+        "model_name_or_path",
+        "mm_use_vid_start_end",
+        "pretrain_mm_mlp_adapter",
+        "mm_projector_type",
+        "vision_tower",
+        "seed",
+        "tokens",
+    )
     missing = [name for name in names if name not in saved]
     if missing:
         raise ValueError(f"{folder}/state.json does not say {missing[0]}: it was not saved by fastvid's training")
@@ -135,9 +157,11 @@ def _check_trained(folder, starting, trained):
         parts = starting.parts.get(name, [(name, (2, starting.config.decoder.hidden_size))])
         shape = (sum(part[0] for _, part in parts), *parts[0][1][1:])
         if name not in starting.parts and name != "boundary.weight" or trained.shapes[name] != shape:
-            raise ValueError(f"{folder}: {name} is {list(trained.shapes[name])}, which does not fit "
-                             f"{starting.folder.folder}: give the folder that training started from "
-                             "(--model_name_or_path)")
+            raise ValueError(
+                f"{folder}: {name} is {list(trained.shapes[name])}, which does not fit "
+                f"{starting.folder.folder}: give the folder that training started from "
+                "(--model_name_or_path)"
+            )
 
 
 def _language_tensors(starting, trained):
@@ -146,8 +170,7 @@ def _language_tensors(starting, trained):
         if len(parts) == 1:
             yield parts[0][0], trained_tensor(ours, starting, trained)
         else:
-            pieces = (trained[ours].split([shape[0] for _, shape in parts]) if ours in trained
-                      else starting.pieces(ours))
+            pieces = trained[ours].split([shape[0] for _, shape in parts]) if ours in trained else starting.pieces(ours)
             yield from ((name, piece) for (name, _), piece in zip(parts, pieces))
 
 
@@ -165,15 +188,33 @@ def _llama_config(starting, tokenizer, tower, dtype):
     rope = {key: value for key, value in c.rope_parameters.items() if key != "rope_theta"}
     scaling = {} if rope.get("rope_type") == "default" else {"rope_scaling": {"type": rope.get("rope_type"), **rope}}
     return {
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llama", "torch_dtype": dtype,
-        "vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers, "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim, "hidden_act": "silu", "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps, "initializer_range": model.initializer_range,
-        "rope_theta": c.rope_parameters["rope_theta"], **scaling, "tie_word_embeddings": c.tie_word_embeddings,
-        "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.unk, "use_cache": True,
-        "use_mm_proj": True, "mm_projector_type": model.projector_type, "mm_hidden_size": model.mm_hidden_size,
-        "mm_vision_tower": tower, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "initializer_range": model.initializer_range,
+        "rope_theta": c.rope_parameters["rope_theta"],
+        **scaling,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.unk,
+        "use_cache": True,
+        "use_mm_proj": True,
+        "mm_projector_type": model.projector_type,
+        "mm_hidden_size": model.mm_hidden_size,
+        "mm_vision_tower": tower,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
         "mm_use_vid_start_end": tokenizer.tokens.start is not None,
     }
 
@@ -191,36 +232,60 @@ def _write_tokenizer_table(folder):
 
 
 def _write_processor(folder, tower, vision):
-    """What AutoProcessor makes a LlavaProcessor of: the tower's image processor, and which token a picture's rows take.
-    """
+    """What AutoProcessor makes a LlavaProcessor of: the tower's image processor, and the token of a picture's rows."""
     side = vision.image_size
-    image = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
-             "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
-             "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
-             "do_normalize": True, "do_convert_rgb": True}
-    told = {key: value for key, value in processor_settings(tower).items()
-            if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")}
+    image = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
+    told = {
+        key: value
+        for key, value in processor_settings(tower).items()
+        if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")
+    }
     _write_json(folder / "preprocessor_config.json", image | told)
-    _write_json(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor", "patch_size": vision.patch_size, "image_token": PATCH,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": vision.patch_size,
+            "image_token": PATCH,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    )
 
 
 def _load_tower(tower, model):
     """The CLIP tower, fp32, for LlavaForConditionalGeneration's fixed architecture."""
     if model.projector_type != "mlp2x_gelu":
-        raise ValueError("LlavaForConditionalGeneration has an mlp2x_gelu projector, this model a "
-                         f"{model.projector_type} one: export it with --format llama")
+        raise ValueError(
+            "LlavaForConditionalGeneration has an mlp2x_gelu projector, this model a "
+            f"{model.projector_type} one: export it with --format llama"
+        )
     if tower is None:
-        raise ValueError("--format llava holds the vision tower, and the model's config.json names none: "
-                         "give --vision_tower")
+        raise ValueError(
+            "--format llava holds the vision tower, and the model's config.json names none: give --vision_tower"
+        )
     vision = load_tower(tower, torch.float32)
     if is_siglip(vision):
-        raise ValueError(f"--format llava holds a tower of CLIP, and {shown(tower)} is one of SigLIP: export it with "
-                         "--format llama")
+        raise ValueError(
+            f"--format llava holds a tower of CLIP, and {shown(tower)} is one of SigLIP: export it with --format llama"
+        )
     if vision.config.hidden_size != model.mm_hidden_size:
-        raise ValueError(f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
-                         f"{model.mm_hidden_size}: give the tower that made the features")
+        raise ValueError(
+            f"--vision_tower {tower} has {vision.config.hidden_size} channels, the projector takes "
+            f"{model.mm_hidden_size}: give the tower that made the features"
+        )
     return vision
 
 
@@ -228,12 +293,17 @@ def _llava_config(llama, vision, tokens):
     """config.json of the llava format. A video's placeholders are the tokens that features take the place of."""
     from transformers import LlamaConfig, LlavaConfig
 
-    text = LlamaConfig.from_dict({key: value for key, value in llama.items()
-                                  if key != "architectures" and not key.startswith(("mm_", "use_mm"))})
+    text = LlamaConfig.from_dict(
+        {key: value for key, value in llama.items() if key != "architectures" and not key.startswith(("mm_", "use_mm"))}
+    )
     grid = vision.config.image_size // vision.config.patch_size
-    values = LlavaConfig(vision_config=vision.config.to_dict(), text_config=text.to_dict(),
-                         image_token_index=tokens.patch, image_seq_length=grid * grid,
-                         tie_word_embeddings=llama["tie_word_embeddings"]).to_dict()
+    values = LlavaConfig(
+        vision_config=vision.config.to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=tokens.patch,
+        image_seq_length=grid * grid,
+        tie_word_embeddings=llama["tie_word_embeddings"],
+    ).to_dict()
     kept = {key: value for key, value in llama.items() if key.startswith("mm_") or key.endswith("_token_id")}
     return {**values, **kept, "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": llama["torch_dtype"]}
 
@@ -282,11 +352,17 @@ def _refuse_foreign(output):
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--output {output} exists and is not an export of fastvid's; choose another folder") from None
     if others := sorted(path.name for path in output.iterdir() if not _EXPORTED.fullmatch(path.name)):
-        raise ValueError(f"--output {output} also holds {', '.join(map(shown, others[:3]))}, which would go with the "
-                         "export there; move it away, or choose another folder")
+        raise ValueError(
+            f"--output {output} also holds {', '.join(map(shown, others[:3]))}, which would go with the "
+            "export there; move it away, or choose another folder"
+        )
     told = earlier if isinstance(earlier, dict) else {}
-    log.warning("%s holds an earlier export (format %s, of %s), which is replaced", output,
-                told.get("format", "unknown"), told.get("checkpoint", "an unknown checkpoint"))
+    log.warning(
+        "%s holds an earlier export (format %s, of %s), which is replaced",
+        output,
+        told.get("format", "unknown"),
+        told.get("checkpoint", "an unknown checkpoint"),
+    )
 
 
 def _give_name(temporary, output):

@@ -18,14 +18,26 @@ _MODEL_TYPES = ("llama", "llava", "llava_llama", "videochatgpt", "video_chatgpt"
 _PROJECTORS = ("linear", "mlp2x_gelu")
 # What would change the computation, with the only value that we compute.
 _COMPUTED = {
-    "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "sliding_window": (None,),
-    "num_local_experts": (None,), "num_experts": (None,), "quantization_config": (None,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "num_local_experts": (None,),
+    "num_experts": (None,),
+    "quantization_config": (None,),
     "projector_hidden_act": ("gelu",),
 }
 
 # The largest sizes that are believed.
-_SIZES = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "head_dim": 100_000,
-          "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000}
+_SIZES = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "head_dim": 100_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 10_000_000,
+    "vocab_size": 10_000_000,
+}
 
 
 def read_model_config(folder, *, projector_type=None, vocab_size=None, projector=None, mm_hidden_size=None):
@@ -51,18 +63,30 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
     llama = _llama_config(path, values, text)
     rows = max(llama.vocab_size, vocab_size or 0)
     decoder = DecoderConfig(
-        vocab_size=rows, hidden_size=llama.hidden_size, intermediate_size=llama.intermediate_size,
-        num_layers=llama.num_hidden_layers, num_heads=llama.num_attention_heads,
-        num_kv_heads=llama.num_key_value_heads, head_dim=llama.head_dim, rms_norm_eps=llama.rms_norm_eps,
-        rope_parameters=dict(llama.rope_parameters), max_position_embeddings=llama.max_position_embeddings,
-        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")))
+        vocab_size=rows,
+        hidden_size=llama.hidden_size,
+        intermediate_size=llama.intermediate_size,
+        num_layers=llama.num_hidden_layers,
+        num_heads=llama.num_attention_heads,
+        num_kv_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        rms_norm_eps=llama.rms_norm_eps,
+        rope_parameters=dict(llama.rope_parameters),
+        max_position_embeddings=llama.max_position_embeddings,
+        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")),
+    )
     try:
         rotary_frequencies(decoder)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     kind, width = _projector(folder, path, values, projector, projector_type)
-    return ModelConfig(decoder=decoder, mm_hidden_size=width or mm_hidden_size or 1024, projector_type=kind,
-                       vision_tower=values.get("mm_vision_tower"), initializer_range=llama.initializer_range)
+    return ModelConfig(
+        decoder=decoder,
+        mm_hidden_size=width or mm_hidden_size or 1024,
+        projector_type=kind,
+        vision_tower=values.get("mm_vision_tower"),
+        initializer_range=llama.initializer_range,
+    )
 
 
 def _read_json(path):
@@ -97,12 +121,15 @@ def _llama_config(path, values, text):
     for key, most in _SIZES.items():
         value = text.get(key)
         if isinstance(value, int | float) and not 1 <= value <= most:
-            raise ValueError(f"{path}: {key} = {value!r} is no size of a model (1 to {most:,}); download the file "
-                             "again")
+            raise ValueError(
+                f"{path}: {key} = {value!r} is no size of a model (1 to {most:,}); download the file again"
+            )
     for tower in ("mm_video_tower", "mm_image_tower"):
         if values.get(tower):
-            raise ValueError(f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
-                             "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are")
+            raise ValueError(
+                f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
+                "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are"
+            )
     try:
         return LlamaConfig.from_dict({key: value for key, value in text.items() if key != "model_type"})
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
@@ -123,8 +150,9 @@ def _is_tied(path, described):
     head, table = (weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if head is None or table is None or head.shape != table.shape or torch.equal(head, table.to(head.dtype)):
         return True
-    log.warning("%s ties head and embedding (tie_word_embeddings), but the weights hold two that differ: both count",
-                path)
+    log.warning(
+        "%s ties head and embedding (tie_word_embeddings), but the weights hold two that differ: both count", path
+    )
     return False
 
 

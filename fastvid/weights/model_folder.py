@@ -25,8 +25,12 @@ _OTHER_FILES = (
     ("*-of-*.safetensors", "{} is one of several, and model.safetensors.index.json lists them: download that too"),
     ("*-of-*.bin", "{} is one of several, and pytorch_model.bin.index.json lists them: download that too"),
 )
-_MODEL_FILES = ("model.safetensors.index.json", "model.safetensors",
-                "pytorch_model.bin.index.json", "pytorch_model.bin")
+_MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
 
 class _SafetensorsFile(Mapping):
@@ -66,8 +70,10 @@ def open_tensors(path) -> Mapping[str, Tensor]:
         # torch.save's format before version 1.6 is no zip file and cannot be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or its pickle asks for more than tensors and could run code: it was not "
-                         "loaded. Download it again from a source you trust, best as .safetensors") from None
+        raise ValueError(
+            f"{path} is damaged, or its pickle asks for more than tensors and could run code: it was not "
+            "loaded. Download it again from a source you trust, best as .safetensors"
+        ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download or write it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -107,8 +113,10 @@ class ModelFolder(Mapping):
         self._open = {}
         path = self.file_of(self.folder)
         if path is None:
-            raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}; "
-                             f"{other_weights(self.folder) or 'download the model again (`hf download`)'}")
+            raise ValueError(
+                f"{self.folder} holds no weights: expected one of {', '.join(_MODEL_FILES)}; "
+                f"{other_weights(self.folder) or 'download the model again (`hf download`)'}"
+            )
         keys = self._read_index(path) if path.suffix == ".json" else dict.fromkeys(self._file(path), path)
         self._keys = {name: key for key in keys if (name := standard_name(key)) is not None}
         self.paths = {name: keys[key] for name, key in self._keys.items()}

@@ -64,8 +64,11 @@ def projector_type(names) -> str | None:
 def projector_parts(projector_type: str) -> dict[str, str]:
     """Our name → LLaVA's name of each projector tensor, in the order in which the reference saves them."""
     modules = {"linear": {"0": ""}, "mlp2x_gelu": {"0": "0.", "2": "2."}}[projector_type]
-    return {f"projector.{ours}.{kind}": f"model.mm_projector.{theirs}{kind}"
-            for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    return {
+        f"projector.{ours}.{kind}": f"model.mm_projector.{theirs}{kind}"
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }
 
 
 def tensor_parts(config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -87,8 +90,9 @@ def tensor_parts(config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         attention, mlp = theirs + "self_attn.", theirs + "mlp."
         parts[ours + "input_norm.weight"] = [(theirs + "input_layernorm.weight", (D,))]
-        parts[ours + "qkv.weight"] = [(f"{attention}{which}_proj.weight", (rows, D))
-                                      for which, rows in (("q", queries), ("k", keys), ("v", keys))]
+        parts[ours + "qkv.weight"] = [
+            (f"{attention}{which}_proj.weight", (rows, D)) for which, rows in (("q", queries), ("k", keys), ("v", keys))
+        ]
         parts[ours + "o.weight"] = [(attention + "o_proj.weight", (D, queries))]
         parts[ours + "post_norm.weight"] = [(theirs + "post_attention_layernorm.weight", (D,))]
         parts[ours + "gate_up.weight"] = [(mlp + "gate_proj.weight", (F, D)), (mlp + "up_proj.weight", (F, D))]

@@ -40,8 +40,10 @@ def read_projector(path, tokens=None) -> dict[str, Tensor]:
         larger = f"{path} holds more than a projector ({other[0]}, …): it is "
         if not path.is_dir():
             raise ValueError(larger + "a model's weights. Give the folder that it belongs to as --model_name_or_path")
-        raise ValueError(f"{larger}a checkpoint of a larger part of the model. Export it (fastvid export --checkpoint "
-                         f"{path} --format llama --output FOLDER) and start from that folder.")
+        raise ValueError(
+            f"{larger}a checkpoint of a larger part of the model. Export it (fastvid export --checkpoint "
+            f"{path} --format llama --output FOLDER) and start from that folder."
+        )
     found = {name: tensors[name] for name in names if name.startswith("projector.")}
     if tokens is not None and tokens.start is not None:
         if "boundary.weight" in names:
@@ -57,11 +59,16 @@ def _by_our_names(path):
     keys = {name: key for key in file if (name := standard_name(key)) is not None}
     kind = projector_type(keys)
     if kind is None:
-        raise ValueError(f"{path} holds no projector (mm_projector.weight, or mm_projector.0 and .2): "
-                         f"found {', '.join(list(file)[:4]) or 'nothing'}")
+        raise ValueError(
+            f"{path} holds no projector (mm_projector.weight, or mm_projector.0 and .2): "
+            f"found {', '.join(list(file)[:4]) or 'nothing'}"
+        )
     if kind not in ("linear", "mlp2x_gelu"):
-        odd = next(name for name in keys if name.startswith("model.mm_projector.") and name not in
-                   projector_parts("mlp2x_gelu").values())
+        odd = next(
+            name
+            for name in keys
+            if name.startswith("model.mm_projector.") and name not in projector_parts("mlp2x_gelu").values()
+        )
         what = f"an {kind} projector" if kind != "unknown" else "a projector of another kind"
         raise ValueError(f"{path} holds {what} ({keys[odd]}, …), which is not computed; only linear and mlp2x_gelu are")
     ours = {theirs: name for name, theirs in projector_parts(kind).items()}
@@ -82,9 +89,11 @@ def _boundary_rows(path, table, tokens):
         return table
     whole = {tokens.vocab_size} | {-(-tokens.vocab_size // multiple) * multiple for multiple in (64, 128, 256)}
     if table.dim() != 2 or table.shape[0] not in whole:
-        raise ValueError(f"{path}: model.embed_tokens.weight is {list(table.shape)}, the tokenizer of the model folder "
-                         f"has {tokens.vocab_size} tokens: it was trained on another model folder, whose <vid_start> "
-                         "and <vid_end> have other rows; give that one as --model_name_or_path")
+        raise ValueError(
+            f"{path}: model.embed_tokens.weight is {list(table.shape)}, the tokenizer of the model folder "
+            f"has {tokens.vocab_size} tokens: it was trained on another model folder, whose <vid_start> "
+            "and <vid_end> have other rows; give that one as --model_name_or_path"
+        )
     return table[[tokens.start, tokens.end]]
 
 

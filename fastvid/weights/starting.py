@@ -20,8 +20,15 @@ from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.names import projector_parts, projector_type, tensor_parts
 from fastvid.weights.projector_file import read_projector, save_tensors
 
-__all__ = ["StartingWeights", "load_weights", "read_model_config", "read_projector", "trained_tensor",
-           "trained_weights", "write_reference_projector"]
+__all__ = [
+    "StartingWeights",
+    "load_weights",
+    "read_model_config",
+    "read_projector",
+    "trained_tensor",
+    "trained_weights",
+    "write_reference_projector",
+]
 
 log = logging.getLogger("fastvid")
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".weight_scale")  # AWQ and its like
@@ -54,8 +61,9 @@ class StartingWeights:
         self.folder = ModelFolder(folder)
         self.projector_path = projector
         self.projector = {} if projector is None else read_projector(projector, tokens)
-        self.makes_projector = ("projector.0.weight" not in self.projector
-                                and projector_type(self.folder) != config.projector_type)
+        self.makes_projector = (
+            "projector.0.weight" not in self.projector and projector_type(self.folder) != config.projector_type
+        )
         self._rows = {}
 
     @staticmethod
@@ -87,29 +95,38 @@ class StartingWeights:
         if "boundary.weight" in self.projector:
             rows, shape = self.projector["boundary.weight"], (2, self.config.decoder.hidden_size)
             problems += _misfit(self.projector_path, "the start and end embeddings", rows, shape)
-        problems += [f"{self.folder.paths[name]}: {name} is unexpected" for name in self.folder
-                     if name not in expected]
+        problems += [f"{self.folder.paths[name]}: {name} is unexpected" for name in self.folder if name not in expected]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             remedy = "Complete the download, or take the projector file that belongs to this model."
             if any("quantised" in problem for problem in problems) or any(
-                    name.endswith(_QUANTISED) for name in self.folder):
+                name.endswith(_QUANTISED) for name in self.folder
+            ):
                 remedy = "These are quantised weights: take the folder of the model that they were made of."
-            raise ValueError(f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. "
-                             f"{remedy}")
+            raise ValueError(
+                f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. {remedy}"
+            )
 
     def refuse_not_finite(self, name: str):
         """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
-        sources = ([(self.projector_path, name, self.projector[name])] if name in self.projector else
-                   [(self.folder.paths[part], part, self.folder[part]) for part, _ in self.parts.get(name, ())
-                    if part in self.folder])
+        sources = (
+            [(self.projector_path, name, self.projector[name])]
+            if name in self.projector
+            else [
+                (self.folder.paths[part], part, self.folder[part])
+                for part, _ in self.parts.get(name, ())
+                if part in self.folder
+            ]
+        )
         if name in ("embed.weight", "boundary.weight") and "boundary.weight" in self.projector:
             sources.append((self.projector_path, "the start and end embeddings", self.projector["boundary.weight"]))
         for path, part, tensor in sources:
             if count := int((~torch.isfinite(tensor)).sum()):
-                raise ValueError(f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "
-                                 "infinity), and nothing can be computed from them; download it again, or take weights "
-                                 "of an earlier step")
+                raise ValueError(
+                    f"{path}: {count:,} of {tensor.numel():,} values of {part} are not finite (NaN or "
+                    "infinity), and nothing can be computed from them; download it again, or take weights "
+                    "of an earlier step"
+                )
         raise ValueError(f"{self.folder.folder}: {name} is not finite (NaN or infinity) in the precision of this run")
 
     def pieces(self, name: str) -> list[Tensor]:
@@ -150,11 +167,14 @@ class StartingWeights:
         new = sorted({*self.tokens.added, *range(len(table), self.config.decoder.vocab_size)})
         mean = [i for i in new if i in (self.tokens.start, self.tokens.end)]
         generator = _generator(self.seed, name)
-        rows = {i: torch.randn(table.shape[1], generator=generator) * self.config.initializer_range
-                for i in new if i not in mean}
+        rows = {
+            i: torch.randn(table.shape[1], generator=generator) * self.config.initializer_range
+            for i in new
+            if i not in mean
+        }
         if mean:
             before = torch.empty(mean[0], table.shape[1])
-            before[:len(table)] = table[:mean[0]]
+            before[: len(table)] = table[: mean[0]]
             for i in (i for i in rows if i < mean[0]):
                 before[i] = rows[i]
             rows |= dict.fromkeys(mean, before.mean(0))
@@ -207,8 +227,11 @@ def load_weights(model, folder, *, tokens, projector=None, seed=42):
     starting = StartingWeights(model.config, folder, tokens=tokens, projector=projector, seed=seed)
     starting.check()
     if starting.makes_projector:
-        log.warning("%s holds no %s projector and no projector file was given: the projector starts untrained",
-                    folder, model.config.projector_type)
+        log.warning(
+            "%s holds no %s projector and no projector file was given: the projector starts untrained",
+            folder,
+            model.config.projector_type,
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, starting.pieces(name))
@@ -229,7 +252,7 @@ def _fill(parameter, pieces):
     for piece in pieces:
         start, end = max(at, first), min(at + len(piece), first + len(local))
         if start < end:
-            local[start - first:end - first].copy_(piece[start - at:end - at])
+            local[start - first : end - first].copy_(piece[start - at : end - at])
         at += len(piece)
     assert at == parameter.shape[0], f"{at} rows for a parameter of {list(parameter.shape)}"
 
@@ -238,9 +261,13 @@ def _local_rows(parameter):
     """(this rank's part of a parameter, the first row that it holds)."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
-    sharded = [(size, index) for size, index, placement in zip(
-        parameter.device_mesh.shape, parameter.device_mesh.get_coordinate(), parameter.placements)
-        if isinstance(placement, Shard)]
+    sharded = [
+        (size, index)
+        for size, index, placement in zip(
+            parameter.device_mesh.shape, parameter.device_mesh.get_coordinate(), parameter.placements
+        )
+        if isinstance(placement, Shard)
+    ]
     assert len(sharded) <= 1 and all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
     first = 0
     for size, index in sharded:  # Shard cuts rows as torch.chunk does: all but the last parts alike
@@ -267,8 +294,9 @@ def trained_weights(base_folder, trained, *, tokens, projector=None, projector_t
         projector_type = "mlp2x_gelu" if "projector.2.weight" in trained else "linear"
         if tokens.start is None or {"boundary.weight", "embed.weight"} & set(trained):
             projector = None
-    config = read_model_config(base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size,
-                               projector=projector)
+    config = read_model_config(
+        base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size, projector=projector
+    )
     if weight is not None:
         config = dataclasses.replace(config, mm_hidden_size=weight.shape[1])
     return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
@@ -287,8 +315,9 @@ def trained_tensor(name, starting, trained) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def write_reference_projector(path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42,
-                              provenance=None):
+def write_reference_projector(
+    path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42, provenance=None
+):
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
@@ -303,9 +332,10 @@ def write_reference_projector(path, trained, base_folder, tokens, *, projector=N
     Raises:
         ValueError: as `read_model_config`, and for another ending.
     """
-    starting = trained_weights(base_folder, trained, tokens=tokens, projector=projector,
-                               projector_type=projector_type, seed=seed)
-    state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[:tokens.vocab_size]}
+    starting = trained_weights(
+        base_folder, trained, tokens=tokens, projector=projector, projector_type=projector_type, seed=seed
+    )
+    state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[: tokens.vocab_size]}
     for ours, theirs in projector_parts(starting.config.projector_type).items():
         state[theirs] = trained_tensor(ours, starting, trained)
     # Copies, because torch.save writes all that lies behind a view.

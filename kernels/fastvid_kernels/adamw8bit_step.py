@@ -69,12 +69,36 @@ def _factors(lr, beta1, beta2, eps, weight_decay, step):
     """
     rest1, rest2 = 1 - beta1, 1 - beta2
     size = max(lr / (1 - beta1**step) * rest1, 1e-36)  # what m is multiplied by; never 0, by which to divide
-    return (beta1 / rest1, rest1, beta2 / rest2, rest2, 1 - lr * weight_decay,
-            (rest2 / (1 - beta2**step)) ** 0.5 / size, eps / size)
+    return (
+        beta1 / rest1,
+        rest1,
+        beta2 / rest2,
+        rest2,
+        1 - lr * weight_decay,
+        (rest2 / (1 - beta2**step)) ** 0.5 / size,
+        eps / size,
+    )
 
 
-def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, lr, beta1, beta2, eps, weight_decay,
-                             step, clip=None, skip=None, seed=0, first=0):
+def adamw8bit_step_reference(
+    param,
+    grad,
+    state1,
+    state2,
+    absmax1,
+    absmax2,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    step,
+    clip=None,
+    skip=None,
+    seed=0,
+    first=0,
+):
     """`adamw8bit_step` in plain torch, whole tensors at a time."""
     count, blocks = param.numel(), absmax1.numel()
 
@@ -84,8 +108,10 @@ def adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, *, l
 
     decay1, unit1, decay2, unit2, keep, slope, offset = _factors(lr, beta1, beta2, eps, weight_decay, step)
     maps = [dynamic_map(signed, param.device) for signed in (True, False)]
-    m, v = (padded(table[codes.long()]) * (absmax * decay)[:, None]
-            for table, codes, absmax, decay in zip(maps, (state1, state2), (absmax1, absmax2), (decay1, decay2)))
+    m, v = (
+        padded(table[codes.long()]) * (absmax * decay)[:, None]
+        for table, codes, absmax, decay in zip(maps, (state1, state2), (absmax1, absmax2), (decay1, decay2))
+    )
     g, p = padded(grad).float(), padded(param).float()
     if clip is not None:
         g = g * clip
@@ -146,7 +172,7 @@ def _steps(signed):
         if negative:
             steps[256 - bins] = ((codes << 24) + 2**24 + bits)[last]
         else:
-            steps[256 if signed else 0:] = ((codes << 24) - bits - 1)[last]
+            steps[256 if signed else 0 :] = ((codes << 24) - bits - 1)[last]
     return torch.where(steps >= 2**31, steps - 2**32, steps).int()
 
 
@@ -205,16 +231,39 @@ def _random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
     """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
     group = first_group + tl.arange(0, BLOCKS * 32)
     zero = group.to(tl.uint32) * 0
-    r0, r1, r2, r3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero,
-                               n_rounds=ROUNDS)
+    r0, r1, r2, r3 = tl.philox(
+        seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero, n_rounds=ROUNDS
+    )
     words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
 
 
 @triton.jit(do_not_specialize=["step", "seed", "first"])
-def _adamw8bit_step_kernel(param_ptr, grad_ptr, state1_ptr, state2_ptr, absmax1_ptr, absmax2_ptr, book_ptr, clip_ptr,
-                           skip_ptr, count, seed, step, first, decay1, unit1, decay2, unit2, keep, slope, offset,
-                           CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
+def _adamw8bit_step_kernel(
+    param_ptr,
+    grad_ptr,
+    state1_ptr,
+    state2_ptr,
+    absmax1_ptr,
+    absmax2_ptr,
+    book_ptr,
+    clip_ptr,
+    skip_ptr,
+    count,
+    seed,
+    step,
+    first,
+    decay1,
+    unit1,
+    decay2,
+    unit2,
+    keep,
+    slope,
+    offset,
+    CLIP: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     if SKIP:
         if tl.load(skip_ptr) != 0:
             return
@@ -258,26 +307,48 @@ def _check(param, grad, state1, state2, absmax1, absmax2, first):
     """Raises ValueError for what the kernel would read or write past, or take for something else."""
     blocks, floats = triton.cdiv(param.numel(), BLOCK_SIZE), (torch.float32, torch.bfloat16, torch.float16)
     for name, x, count, dtypes in (
-            ("param", param, param.numel(), floats[:2]), ("grad", grad, param.numel(), floats),
-            ("state1", state1, param.numel(), (torch.uint8,)), ("state2", state2, param.numel(), (torch.uint8,)),
-            ("absmax1", absmax1, blocks, floats[:1]), ("absmax2", absmax2, blocks, floats[:1])):
+        ("param", param, param.numel(), floats[:2]),
+        ("grad", grad, param.numel(), floats),
+        ("state1", state1, param.numel(), (torch.uint8,)),
+        ("state2", state2, param.numel(), (torch.uint8,)),
+        ("absmax1", absmax1, blocks, floats[:1]),
+        ("absmax2", absmax2, blocks, floats[:1]),
+    ):
         if x.dtype not in dtypes:
             raise ValueError(f"adamw8bit_step: {name} must be {' or '.join(map(str, dtypes))}, found {x.dtype}")
         if x.numel() != count:
-            raise ValueError(f"adamw8bit_step: {name} must have {count} elements for a param of {param.numel()}, "
-                             f"found {x.numel()}")
+            raise ValueError(
+                f"adamw8bit_step: {name} must have {count} elements for a param of {param.numel()}, found {x.numel()}"
+            )
         if not x.is_contiguous():
-            raise ValueError(f"adamw8bit_step: {name} must be contiguous, found strides {x.stride()} of "
-                             f"{list(x.shape)}")
+            raise ValueError(
+                f"adamw8bit_step: {name} must be contiguous, found strides {x.stride()} of {list(x.shape)}"
+            )
     if first % 8:
         raise ValueError(f"adamw8bit_step: first must be a multiple of 8, found {first}")
 
 
 @torch.no_grad()
-def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, *,
-                   lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-                   clip: Tensor | None = None, skip: Tensor | None = None, seed: int = 0, first: int = 0,
-                   impl: str = "auto") -> None:
+def adamw8bit_step(
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+    impl: str = "auto",
+) -> None:
     """AdamW (arXiv:1711.05101) with blockwise 8-bit moments (arXiv:2110.02861), in place and in one pass.
 
     Moments are read from their codes, updated in fp32, used, and written as the nearest codes under new scales. All
@@ -308,18 +379,50 @@ def adamw8bit_step(param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, 
     tensors = [x for x in (param, grad, state1, state2, absmax1, absmax2, clip, skip) if x is not None]
     _check(param, grad, state1, state2, absmax1, absmax2, first)
     if not use_triton(impl, *tensors, name="adamw8bit_step"):
-        adamw8bit_step_reference(param, grad, state1, state2, absmax1, absmax2, lr=lr, beta1=beta1, beta2=beta2,
-                                 eps=eps, weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed,
-                                 first=first)
+        adamw8bit_step_reference(
+            param,
+            grad,
+            state1,
+            state2,
+            absmax1,
+            absmax2,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+            clip=clip,
+            skip=skip,
+            seed=seed,
+            first=first,
+        )
         return
     if param.numel() == 0:
         return
     blocks, warps = _tiles()
     launch(
-        _adamw8bit_step_kernel, (triton.cdiv(absmax1.numel(), blocks),),
-        param, grad, state1, state2, absmax1, absmax2, _codebook(param.device), clip, skip, param.numel(), seed, step,
-        first, *_factors(lr, beta1, beta2, eps, weight_decay, step), CLIP=clip is not None, SKIP=skip is not None,
-        BLOCKS=blocks, num_warps=warps)
+        _adamw8bit_step_kernel,
+        (triton.cdiv(absmax1.numel(), blocks),),
+        param,
+        grad,
+        state1,
+        state2,
+        absmax1,
+        absmax2,
+        _codebook(param.device),
+        clip,
+        skip,
+        param.numel(),
+        seed,
+        step,
+        first,
+        *_factors(lr, beta1, beta2, eps, weight_decay, step),
+        CLIP=clip is not None,
+        SKIP=skip is not None,
+        BLOCKS=blocks,
+        num_warps=warps,
+    )
 
 
 __all__ = ["BLOCK_SIZE", "adamw8bit_step", "adamw8bit_step_reference", "dynamic_map", "random_bits"]

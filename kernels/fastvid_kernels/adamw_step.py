@@ -19,7 +19,7 @@ def round_to_bf16(values_E: Tensor, *, seed: int, step: int, first: int = 0) -> 
     """
     begin = first // 8 * 8  # random bits come in groups of eight elements
     before, count = first - begin, len(values_E)
-    bits_E = random_bits(begin, -(-(before + count) // 8) * 8, seed, step, values_E.device)[before:before + count]
+    bits_E = random_bits(begin, -(-(before + count) // 8) * 8, seed, step, values_E.device)[before : before + count]
     return ((values_E.view(torch.int32) + bits_E) & -0x10000).view(torch.float32)
 
 
@@ -28,8 +28,23 @@ def _factors(lr, beta1, beta2, weight_decay, step):
     return (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5)
 
 
-def adamw_step_reference(param, grad, exp_avg, exp_avg_sq, *, lr, beta1, beta2, eps, weight_decay, step, clip=None,
-                         skip=None, seed=0, first=0):
+def adamw_step_reference(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    *,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    step,
+    clip=None,
+    skip=None,
+    seed=0,
+    first=0,
+):
     """`adamw_step` in plain torch."""
     rest1, decay2, rest2, keep, size, scale = _factors(lr, beta1, beta2, weight_decay, step)
     g = grad.float() if clip is None else grad.float() * clip
@@ -47,9 +62,29 @@ def _tiles():
 
 
 @triton.jit(do_not_specialize=["step", "seed", "first_group"])
-def _adamw_step_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, clip_ptr, skip_ptr, count, seed, step,
-                       first_group, rest1, decay2, rest2, keep, size, scale, eps, BEFORE: tl.constexpr,
-                       CLIP: tl.constexpr, SKIP: tl.constexpr, BLOCKS: tl.constexpr):
+def _adamw_step_kernel(
+    param_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    clip_ptr,
+    skip_ptr,
+    count,
+    seed,
+    step,
+    first_group,
+    rest1,
+    decay2,
+    rest2,
+    keep,
+    size,
+    scale,
+    eps,
+    BEFORE: tl.constexpr,
+    CLIP: tl.constexpr,
+    SKIP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """BEFORE: elements of the first group of eight, which random bits are for, that lie before the shard."""
     if SKIP:
         if tl.load(skip_ptr) != 0:
@@ -75,9 +110,24 @@ def _adamw_step_kernel(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, clip_pt
 
 
 @torch.no_grad()
-def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, lr: float, beta1: float,
-               beta2: float, eps: float, weight_decay: float, step: int, clip: Tensor | None = None,
-               skip: Tensor | None = None, seed: int = 0, first: int = 0, impl: str = "auto") -> None:
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+    impl: str = "auto",
+) -> None:
     """AdamW (arXiv:1711.05101) of bf16 weights that are rounded stochastically, in place and in one pass.
 
     All is computed in fp32. All tensors are contiguous and of one shape, on one device.
@@ -104,17 +154,47 @@ def adamw_step(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     assert exp_avg.dtype == exp_avg_sq.dtype == torch.float32
     assert param.numel() == grad.numel() == exp_avg.numel() == exp_avg_sq.numel()
     if not use_triton(impl, *tensors, name="adamw_step"):
-        adamw_step_reference(param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                             weight_decay=weight_decay, step=step, clip=clip, skip=skip, seed=seed, first=first)
+        adamw_step_reference(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+            clip=clip,
+            skip=skip,
+            seed=seed,
+            first=first,
+        )
         return
     if param.numel() == 0:
         return
     blocks, warps = _tiles()
     launch(
-        _adamw_step_kernel, (triton.cdiv(first % 8 + param.numel(), blocks * 256),),
-        param, grad, exp_avg, exp_avg_sq, clip, skip, param.numel(), seed, step, first // 8,
-        *_factors(lr, beta1, beta2, weight_decay, step), eps, BEFORE=first % 8, CLIP=clip is not None,
-        SKIP=skip is not None, BLOCKS=blocks, num_warps=warps)
+        _adamw_step_kernel,
+        (triton.cdiv(first % 8 + param.numel(), blocks * 256),),
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        clip,
+        skip,
+        param.numel(),
+        seed,
+        step,
+        first // 8,
+        *_factors(lr, beta1, beta2, weight_decay, step),
+        eps,
+        BEFORE=first % 8,
+        CLIP=clip is not None,
+        SKIP=skip is not None,
+        BLOCKS=blocks,
+        num_warps=warps,
+    )
 
 
 __all__ = ["adamw_step", "adamw_step_reference", "round_to_bf16"]

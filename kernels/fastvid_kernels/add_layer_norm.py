@@ -25,8 +25,9 @@ def _tiles(D):
 
 
 @triton.jit
-def _add_layer_norm_kernel(residual_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, y_ptr, D, eps, ADD: tl.constexpr,
-                           BLOCK_D: tl.constexpr):
+def _add_layer_norm_kernel(
+    residual_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, y_ptr, D, eps, ADD: tl.constexpr, BLOCK_D: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -51,13 +52,27 @@ def _forward_by_kernel(residual_ND, branch_ND, weight_D, bias_D, eps):
     total_ND = torch.empty_like(residual_ND) if add else residual_ND
     y_ND = torch.empty_like(residual_ND)
     BLOCK_D, num_warps = _tiles(D)
-    launch(_add_layer_norm_kernel, (N,), residual_ND, branch_ND, weight_D.contiguous(), bias_D.contiguous(), total_ND,
-           y_ND, D, eps, add, BLOCK_D, num_warps=num_warps)
+    launch(
+        _add_layer_norm_kernel,
+        (N,),
+        residual_ND,
+        branch_ND,
+        weight_D.contiguous(),
+        bias_D.contiguous(),
+        total_ND,
+        y_ND,
+        D,
+        eps,
+        add,
+        BLOCK_D,
+        num_warps=num_warps,
+    )
     return total_ND, y_ND
 
 
-def add_layer_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, *,
-                   impl: str = "auto") -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum (LayerNorm, arXiv:1607.06450).
 
     Args:
@@ -78,8 +93,10 @@ def add_layer_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tens
     shape = residual_ND.shape
     expected = [shape] * (len(tensors) - 2) + [shape[1:]] * 2
     if len(shape) != 2 or [x.shape for x in tensors] != expected:
-        raise ValueError("add_layer_norm: residual and branch must be [N, D], weight and bias [D], found "
-                         f"{[list(x.shape) for x in tensors]}")
+        raise ValueError(
+            "add_layer_norm: residual and branch must be [N, D], weight and bias [D], found "
+            f"{[list(x.shape) for x in tensors]}"
+        )
     if any(x.dtype != residual_ND.dtype for x in tensors):
         raise ValueError(f"add_layer_norm: all must have one dtype, found {[str(x.dtype) for x in tensors]}")
     refuse_gradients(*tensors, name="add_layer_norm")

@@ -52,8 +52,21 @@ def _group_rows(N, warps):
 
 
 @triton.jit
-def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_ptr, bits_ptr, scale_ptr, rstd_ptr, D,
-                             eps, ADD: tl.constexpr, FP8: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_rms_norm_fwd_kernel(
+    residual_ptr,
+    branch_ptr,
+    weight_ptr,
+    total_ptr,
+    y_ptr,
+    bits_ptr,
+    scale_ptr,
+    rstd_ptr,
+    D,
+    eps,
+    ADD: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One row a program; with FP8 rows go out in e4m3, and `y_ptr` only says what dtype they are rounded to before."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
@@ -80,9 +93,23 @@ def _add_rms_norm_fwd_kernel(residual_ptr, branch_ptr, weight_ptr, total_ptr, y_
 
 
 @triton.jit(do_not_specialize=["N", "group_rows"])
-def _add_rms_norm_bwd_kernel(total_ptr, rstd_ptr, weight_ptr, grad_total_ptr, grad_y_ptr, grad_residual_ptr,
-                             grad_branch_ptr, partial_ptr, N, D, group_rows, GRAD_TOTAL: tl.constexpr,
-                             GRAD_BRANCH: tl.constexpr, GRAD_WEIGHT: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_rms_norm_bwd_kernel(
+    total_ptr,
+    rstd_ptr,
+    weight_ptr,
+    grad_total_ptr,
+    grad_y_ptr,
+    grad_residual_ptr,
+    grad_branch_ptr,
+    partial_ptr,
+    N,
+    D,
+    group_rows,
+    GRAD_TOTAL: tl.constexpr,
+    GRAD_BRANCH: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     group = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
@@ -121,8 +148,11 @@ def _add_rms_norm_finish_kernel(partial_ptr, grad_weight_ptr, G, D, BLOCK_G: tl.
     total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for first in tl.range(0, G, BLOCK_G, loop_unroll_factor=2):  # loads under way together
         groups = first + tl.arange(0, BLOCK_G)
-        total += tl.load(partial_ptr + groups[:, None] * D + columns[None, :],
-                         mask=(groups < G)[:, None] & inside[None, :], other=0.0)
+        total += tl.load(
+            partial_ptr + groups[:, None] * D + columns[None, :],
+            mask=(groups < G)[:, None] & inside[None, :],
+            other=0.0,
+        )
     tl.store(grad_weight_ptr + columns, tl.sum(total, 0).to(grad_weight_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,9 +171,21 @@ def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=False):
         pointers = y, rstd_N, rstd_N
     BLOCK_D, num_warps = _tiles(D)
     launch(
-        _add_rms_norm_fwd_kernel, (N,),
-        residual_ND, branch_ND.contiguous() if add else residual_ND, weight_D.contiguous(), total_ND, *pointers, rstd_N,
-        D, eps, add, fp8, BLOCK_D, num_warps=num_warps)
+        _add_rms_norm_fwd_kernel,
+        (N,),
+        residual_ND,
+        branch_ND.contiguous() if add else residual_ND,
+        weight_D.contiguous(),
+        total_ND,
+        *pointers,
+        rstd_N,
+        D,
+        eps,
+        add,
+        fp8,
+        BLOCK_D,
+        num_warps=num_warps,
+    )
     return total_ND, y, rstd_N
 
 
@@ -159,15 +201,39 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     groups = triton.cdiv(N, group_rows)
     partial_GD = total_ND.new_empty(groups, D, dtype=torch.float32) if trained else grad_ND
     launch(
-        _add_rms_norm_bwd_kernel, (groups,),
-        total_ND, rstd_N, weight_D.contiguous(), grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
-        grad_y_ND.contiguous(), grad_ND, grad_branch_ND, partial_GD, N, D, group_rows, grad_total_ND is not None, apart,
-        trained, BLOCK_D, num_warps=num_warps)
+        _add_rms_norm_bwd_kernel,
+        (groups,),
+        total_ND,
+        rstd_N,
+        weight_D.contiguous(),
+        grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
+        grad_y_ND.contiguous(),
+        grad_ND,
+        grad_branch_ND,
+        partial_GD,
+        N,
+        D,
+        group_rows,
+        grad_total_ND is not None,
+        apart,
+        trained,
+        BLOCK_D,
+        num_warps=num_warps,
+    )
     grad_weight_D = None
     if trained:  # a cache line of channels a program, so that one multiprocessor each has work
         grad_weight_D = torch.empty_like(weight_D, memory_format=torch.contiguous_format)
-        launch(_add_rms_norm_finish_kernel, (triton.cdiv(D, 32),), partial_GD, grad_weight_D, groups, D, BLOCK_G=128,
-               BLOCK_D=32, num_warps=8)
+        launch(
+            _add_rms_norm_finish_kernel,
+            (triton.cdiv(D, 32),),
+            partial_GD,
+            grad_weight_D,
+            groups,
+            D,
+            BLOCK_G=128,
+            BLOCK_D=32,
+            num_warps=8,
+        )
     return grad_ND, None if branch_dtype is None else grad_branch_ND, grad_weight_D
 
 
@@ -211,8 +277,11 @@ def _backward_on_cpu(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, bran
         _backward_rows(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
     for rows in row_blocks(*total_ND.shape) if trained else ():
         grad_weight_D += torch.mv((_wide(grad_y_ND[rows]) * total_ND[rows]).T, rstd_N1[rows, 0])
-    return (grad_ND, None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
-            grad_weight_D.to(weight_D.dtype) if trained else None)
+    return (
+        grad_ND,
+        None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
+        grad_weight_D.to(weight_D.dtype) if trained else None,
+    )
 
 
 @over_rows
@@ -282,13 +351,21 @@ def _check_shapes(name, residual_ND, branch_ND, weight_D):
     tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
     N, D = residual_ND.shape
     if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
-        raise ValueError(f"{name}: residual and branch must be [N, D], the weight [D], found "
-                         f"{[list(x.shape) for x in tensors]}")
+        raise ValueError(
+            f"{name}: residual and branch must be [N, D], the weight [D], found {[list(x.shape) for x in tensors]}"
+        )
     return tensors
 
 
-def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
-                 *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    residual_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum (RMSNorm, arXiv:1910.07467).
 
     Args:
@@ -313,8 +390,15 @@ def add_rms_norm(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor
     return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
 
 
-def add_rms_norm_fp8(residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype,
-                     *, impl: str = "auto") -> tuple[Tensor, Fp8Rows]:
+def add_rms_norm_fp8(
+    residual_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Fp8Rows]:
     """`add_rms_norm` whose normalised rows, rounded to `dtype`, are quantised as `quantize_fp8` does before they leave.
 
     Args:

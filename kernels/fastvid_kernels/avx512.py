@@ -13,8 +13,20 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma",
-         "-fopenmp", "-shared", "-fPIC", f"-I{FOLDER}")
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512bf16",
+    "-mfma",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    f"-I{FOLDER}",
+)
 
 log = logging.getLogger("fastvid")
 
@@ -62,8 +74,9 @@ def _compiled(compiler, source, headers):
     for path in (folder, target):
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-            raise RuntimeError(f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names "
-                               "another folder")
+            raise RuntimeError(
+                f"{path} belongs to another user or everyone may write there; XDG_CACHE_HOME names another folder"
+            )
     return target
 
 

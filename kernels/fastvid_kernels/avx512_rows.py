@@ -16,8 +16,10 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES = {
     "quick_gelu": [_POINTER] * 2 + [_INT] * 2,
-    "swiglu_forward": [_POINTER] * 2 + [_INT] * 3, "swiglu_backward": [_POINTER] * 3 + [_INT] * 3,
-    "norm_forward": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT], "norm_backward": [_POINTER] * 6 + [_INT] * 3,
+    "swiglu_forward": [_POINTER] * 2 + [_INT] * 3,
+    "swiglu_backward": [_POINTER] * 3 + [_INT] * 3,
+    "norm_forward": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT],
+    "norm_backward": [_POINTER] * 6 + [_INT] * 3,
     "rotate": [_POINTER] * 4 + [_INT] * 5,
 }
 
@@ -25,8 +27,11 @@ _SIGNATURES = {
 @functools.cache
 def _library():
     """The loaded library, or why there is none."""
-    found = load(SOURCE, instead="norms, rotations, SwiGLU and quick-GELU in bf16 are chains of torch's operations "
-                                 "instead of this CPU's AVX512-BF16, at a third of the speed")
+    found = load(
+        SOURCE,
+        instead="norms, rotations, SwiGLU and quick-GELU in bf16 are chains of torch's operations "
+        "instead of this CPU's AVX512-BF16, at a third of the speed",
+    )
     if not isinstance(found, str):
         for name, types in _SIGNATURES.items():
             getattr(found, name).argtypes, getattr(found, name).restype = types, None
@@ -40,8 +45,9 @@ def obstacle():
 
 
 def _call(name, *arguments):
-    getattr(_library(), name)(*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments),
-                             torch.get_num_threads())
+    getattr(_library(), name)(
+        *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), torch.get_num_threads()
+    )
 
 
 def quick_gelu(out, x):

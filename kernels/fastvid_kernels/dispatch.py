@@ -34,8 +34,10 @@ def use_triton(impl, *tensors, name):
     if impl == "auto":
         return on_gpu or (INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1")
     if not (on_gpu or INTERPRETED):
-        raise ValueError(f"{name}: impl='triton' needs CUDA tensors, found {_devices(tensors)}; use impl='auto', or "
-                         "set TRITON_INTERPRET=1 before fastvid_kernels is imported to interpret the kernel")
+        raise ValueError(
+            f"{name}: impl='triton' needs CUDA tensors, found {_devices(tensors)}; use impl='auto', or "
+            "set TRITON_INTERPRET=1 before fastvid_kernels is imported to interpret the kernel"
+        )
     return True
 
 

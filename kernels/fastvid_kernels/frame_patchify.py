@@ -19,15 +19,16 @@ from .patch_rows import affine, device_table, nearest_indices, normalise, patche
 def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.float16):
     """Plain torch on any device: see `frame_patchify`. Frame by frame, so that a frame stays in cache."""
     if not isinstance(frames, torch.Tensor):
-        return torch.cat([frame_patchify_reference(clip, size=size, patch=patch, mean=mean, std=std, dtype=dtype)
-                          for clip in frames])
+        return torch.cat(
+            [frame_patchify_reference(clip, size=size, patch=patch, mean=mean, std=std, dtype=dtype) for clip in frames]
+        )
     T, H, W, _ = frames.shape
     grid = size // patch
-    rows, columns = (nearest_indices(length, size, frames.device)[:grid * patch] for length in (H, W))
+    rows, columns = (nearest_indices(length, size, frames.device)[: grid * patch] for length in (H, W))
     out_TPK = torch.empty(T, grid * grid, row_length(patch), dtype=dtype, device=frames.device)
     for frame_HW3, out_PK in zip(frames, out_TPK):
         if (H, W) == (size, size):  # every pixel is its own source
-            pixels_NN3 = frame_HW3[:grid * patch, :grid * patch]
+            pixels_NN3 = frame_HW3[: grid * patch, : grid * patch]
         else:
             pixels_NN3 = frame_HW3.index_select(0, rows).index_select(1, columns)
         normalise(patches(pixels_NN3, grid), mean, std, out_PK)
@@ -45,7 +46,7 @@ def _work(clips, frames):
     items, done = [], 0
     for clip in clips:
         for first in range(0, len(clip), frames):
-            part = clip[first:first + frames]
+            part = clip[first : first + frames]
             items.append((part.data_ptr(), *part.stride(), *part.shape[1:3], done, len(part)))
             done += len(part)
     work = torch.tensor(items, dtype=torch.int64)
@@ -62,8 +63,9 @@ def nearest_source(position, length, N: tl.constexpr):
 
 
 @triton.jit
-def normalised(byte, channel, inside, table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
-               AFFINE: tl.constexpr):
+def normalised(
+    byte, channel, inside, table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2, AFFINE: tl.constexpr
+):
     """Values of int32 bytes; zero for those that are not `inside` a patch."""
     if AFFINE:
         # A scale and an offset of zero make zeros of whatever was read, and neither changes from frame to frame.
@@ -76,8 +78,19 @@ def normalised(byte, channel, inside, table_ptr, scale_0, scale_1, scale_2, offs
 
 
 @triton.jit
-def _sampled_values(start, H, W, stride_h, stride_w, stride_c, N: tl.constexpr, p: tl.constexpr, K: tl.constexpr,
-                    BLOCK: tl.constexpr, LINE: tl.constexpr):
+def _sampled_values(
+    start,
+    H,
+    W,
+    stride_h,
+    stride_w,
+    stride_c,
+    N: tl.constexpr,
+    p: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):
     """Of a block of output values: where each one's byte lies, which channel it is, and whether it is a pixel's.
 
     They lie in lines, so that the lanes of a warp read adjacent pixels; stores lie flat, eight values a lane. What is
@@ -95,9 +108,23 @@ def _sampled_values(start, H, W, stride_h, stride_w, stride_c, N: tl.constexpr, 
 
 @triton.jit
 def _frame_patchify_fwd_kernel(
-        work_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
-        N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
-        BLOCK: tl.constexpr, LINE: tl.constexpr):
+    work_ptr,
+    table_ptr,
+    out_ptr,
+    scale_0,
+    scale_1,
+    scale_2,
+    offset_0,
+    offset_1,
+    offset_2,
+    N: tl.constexpr,
+    p: tl.constexpr,
+    K: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):
     """A block of output values of each frame of one work item; addresses within a frame are computed once."""
     VALUES: tl.constexpr = (N // p) * (N // p) * K
     work_ptr += tl.program_id(1).to(tl.int64) * 9
@@ -117,10 +144,24 @@ def _frame_patchify_fwd_kernel(
         d = tl.load(frame_ptr + tl.minimum(f + 3, count - 1) * stride_t + source)
         for i in tl.static_range(4):
             byte = a if i == 0 else b if i == 1 else c if i == 2 else d
-            out = normalised(byte.to(tl.int32), channel, inside, table_ptr, scale_0, scale_1, scale_2, offset_0,
-                             offset_1, offset_2, AFFINE).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + (first + f + i) * VALUES + flat, tl.reshape(out, (BLOCK,)),
-                     mask=(flat < VALUES) & (f + i < count))
+            out = normalised(
+                byte.to(tl.int32),
+                channel,
+                inside,
+                table_ptr,
+                scale_0,
+                scale_1,
+                scale_2,
+                offset_0,
+                offset_1,
+                offset_2,
+                AFFINE,
+            ).to(out_ptr.dtype.element_ty)
+            tl.store(
+                out_ptr + (first + f + i) * VALUES + flat,
+                tl.reshape(out, (BLOCK,)),
+                mask=(flat < VALUES) & (f + i < count),
+            )
 
 
 def _patchify(clips, size, patch, mean, std, dtype):
@@ -133,13 +174,25 @@ def _patchify(clips, size, patch, mean, std, dtype):
         work = _work(clips, frames)
         numbers = affine(mean, std, dtype)
         table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
-        reach = max(sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:]))
-                    for clip in clips)
+        reach = max(
+            sum((n - 1) * abs(stride) for n, stride in zip(clip.shape[1:], clip.stride()[1:])) for clip in clips
+        )
         launch(
-            _frame_patchify_fwd_kernel, (triton.cdiv(values, block), len(work)),
-            work, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
-            AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64, BLOCK=block,
-            LINE=line, num_warps=warps)
+            _frame_patchify_fwd_kernel,
+            (triton.cdiv(values, block), len(work)),
+            work,
+            table,
+            out_TPK,
+            *(numbers or (0.0,) * 6),
+            N=size,
+            p=patch,
+            K=row_length(patch),
+            AFFINE=numbers is not None,
+            OFFSETS=tl.int32 if reach < 2**31 else tl.int64,
+            BLOCK=block,
+            LINE=line,
+            num_warps=warps,
+        )
     return out_TPK
 
 

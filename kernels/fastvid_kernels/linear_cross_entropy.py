@@ -42,8 +42,9 @@ def _tiles(vocab_size):
 
 
 @triton.jit(do_not_specialize_on_alignment=["targets_ptr", "lse_ptr", "losses_ptr"])
-def _softmax_gradient_kernel(logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab_size, row_stride,
-                             GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_gradient_kernel(
+    logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab_size, row_stride, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of logits a program: log-sum-exp and loss out, the logits replaced by their gradient.
 
     The second reading of a row hits the caches, so that memory sees one read and one write.
@@ -80,9 +81,18 @@ def _softmax_gradient_kernel(logits_ptr, targets_ptr, lse_ptr, losses_ptr, vocab
 def _softmax_gradient_triton(logits_lV, targets_l, lse_l, losses_l, gradient):
     block, warps = _tiles(logits_lV.shape[1])
     launch(
-        _softmax_gradient_kernel, (logits_lV.shape[0],),
-        logits_lV, targets_l, lse_l, losses_l, logits_lV.shape[1], logits_lV.stride(0), GRADIENT=gradient, BLOCK=block,
-        num_warps=warps)
+        _softmax_gradient_kernel,
+        (logits_lV.shape[0],),
+        logits_lV,
+        targets_l,
+        lse_l,
+        losses_l,
+        logits_lV.shape[1],
+        logits_lV.stride(0),
+        GRADIENT=gradient,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
@@ -143,10 +153,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, max(1, size)):
             chunk = slice(start, start + size)
             h_lD = h_LD[chunk]
-            logits_lU = buffer_lW[:h_lD.shape[0], :used]
+            logits_lU = buffer_lW[: h_lD.shape[0], :used]
             torch.mm(h_lD, matrix_UD.T, out=logits_lU)
-            softmax_gradient(logits_lU[:, :vocab_size], targets_L[chunk], lse_L[chunk], losses_L[chunk],
-                             rows_due or weight_due)
+            softmax_gradient(
+                logits_lU[:, :vocab_size], targets_L[chunk], lse_L[chunk], losses_L[chunk], rows_due or weight_due
+            )
             if rows_due:
                 torch.mm(logits_lU, matrix_UD, out=grad_h_LD[chunk])
             if weight_due:
@@ -169,8 +180,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h_LD, grad_weight_VD, None, None
 
 
-def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
-                         impl: str = "auto") -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's logits, summed over rows; [L, V] never exists at once.
 
     Args:
@@ -197,7 +209,8 @@ def linear_cross_entropy(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, *,
     if weight_VD.shape[1:] != (D,) or targets_L.shape != (L,) or targets_L.dtype != torch.int64:
         raise ValueError(
             f"linear_cross_entropy: rows {list(h_LD.shape)}, head {list(weight_VD.shape)} and targets "
-            f"{list(targets_L.shape)} {targets_L.dtype} must be [L, D], [V, D] and [L] torch.int64")
+            f"{list(targets_L.shape)} {targets_L.dtype} must be [L, D], [V, D] and [L] torch.int64"
+        )
     in_triton = use_triton(impl, h_LD, weight_VD, targets_L, name="linear_cross_entropy")
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute a trained head's gradient
         h_LD, weight_VD = h_LD.detach(), weight_VD.detach()

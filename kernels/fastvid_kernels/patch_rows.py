@@ -84,5 +84,13 @@ def normalise(bytes_PK, mean, std, out_PK):
     out_PK[:, wanted:] = 0
 
 
-__all__ = ["affine", "device_table", "embedding_matrix", "nearest_indices", "normalise", "patches", "pixel_table",
-           "row_length"]
+__all__ = [
+    "affine",
+    "device_table",
+    "embedding_matrix",
+    "nearest_indices",
+    "normalise",
+    "patches",
+    "pixel_table",
+    "row_length",
+]

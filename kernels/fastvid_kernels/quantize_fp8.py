@@ -43,9 +43,11 @@ class Fp8Rows(NamedTuple):
     @staticmethod
     def empty(like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> "Fp8Rows":
         """Rows yet to be written, on the device of `like`; `dtype` is the stand-in's."""
-        return Fp8Rows(Fp8Rows.stand_in(like, (rows, channels), dtype),
-                       like.new_empty(rows, channels, dtype=torch.float8_e4m3fn),
-                       like.new_empty(rows, dtype=torch.float32))
+        return Fp8Rows(
+            Fp8Rows.stand_in(like, (rows, channels), dtype),
+            like.new_empty(rows, channels, dtype=torch.float8_e4m3fn),
+            like.new_empty(rows, dtype=torch.float32),
+        )
 
 
 def quantize_fp8_reference(x_ND, scale=None):
@@ -104,8 +106,9 @@ def divided(x, scale):
 
 
 @triton.jit
-def _quantize_fp8_kernel(x_ptr, out_ptr, scale_ptr, channels, row_stride, BY_ROW: tl.constexpr, ONE_TILE: tl.constexpr,
-                         BLOCK: tl.constexpr):
+def _quantize_fp8_kernel(
+    x_ptr, out_ptr, scale_ptr, channels, row_stride, BY_ROW: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row a program; rows longer than a tile are read twice, the second time from the caches."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
@@ -162,14 +165,24 @@ def quantize_fp8(x_ND: Tensor, scale: Tensor | None = None, *, impl: str = "auto
     block, warps = _tiles(channels)
     if rows:
         launch(
-            _quantize_fp8_kernel, (rows,),
-            x_ND, out_ND.view(torch.uint8), scale_N, channels, x_ND.stride(0), BY_ROW=scale is None,
-            ONE_TILE=block >= channels, BLOCK=block, num_warps=warps)
+            _quantize_fp8_kernel,
+            (rows,),
+            x_ND,
+            out_ND.view(torch.uint8),
+            scale_N,
+            channels,
+            x_ND.stride(0),
+            BY_ROW=scale is None,
+            ONE_TILE=block >= channels,
+            BLOCK=block,
+            num_warps=warps,
+        )
     return out_ND, scale_N
 
 
-def scaled_product(a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor, dtype: torch.dtype, *,
-                   bias_M: Tensor | None = None) -> Tensor:
+def scaled_product(
+    a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor, dtype: torch.dtype, *, bias_M: Tensor | None = None
+) -> Tensor:
     """(a·scale_N)·(b·scale_M)ᵀ + bias, [N, M] in `dtype`; a and b in e4m3, scales fp32.
 
     On a GPU it comes out of the FP8 units in bf16, sums with their fast accumulation (the error of the factors is far
@@ -179,11 +192,27 @@ def scaled_product(a_NK: Tensor, scale_N: Tensor, b_MK: Tensor, scale_M: Tensor,
         bias_M: bf16 on a GPU, whose units add it; elsewhere of any dtype.
     """
     if a_NK.is_cuda:
-        return torch._scaled_mm(a_NK, b_MK.T, scale_a=scale_N.unsqueeze(1), scale_b=scale_M.unsqueeze(0), bias=bias_M,
-                                out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+        return torch._scaled_mm(
+            a_NK,
+            b_MK.T,
+            scale_a=scale_N.unsqueeze(1),
+            scale_b=scale_M.unsqueeze(0),
+            bias=bias_M,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        ).to(dtype)
     out_NM = (a_NK.float() @ b_MK.float().T) * scale_N[:, None] * scale_M
     return (out_NM if bias_M is None else out_NM + bias_M).to(dtype)
 
 
-__all__ = ["FP8_CAPABILITY", "FP8_SIDE", "Fp8Rows", "divided", "magnitude", "quantize_fp8", "quantize_fp8_reference",
-           "scale_of", "scaled_product"]
+__all__ = [
+    "FP8_CAPABILITY",
+    "FP8_SIDE",
+    "Fp8Rows",
+    "divided",
+    "magnitude",
+    "quantize_fp8",
+    "quantize_fp8_reference",
+    "scale_of",
+    "scaled_product",
+]

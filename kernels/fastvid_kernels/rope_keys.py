@@ -44,11 +44,13 @@ class WayBack:
         return WayBack(function(self.starts_N1), function(self.places), self.constant_rows)
 
 
-def rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None,
-                        constant=None):
+def rope_keys_reference(
+    qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None, constant=None
+):
     """`rope_keys` in plain differentiable torch."""
     rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
-        1, (num_heads + 2 * num_kv_heads, -1))
+        1, (num_heads + 2 * num_kv_heads, -1)
+    )
     q_NHd, k_NKd, v_NKd = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
     if rows_M is None:
         return q_NHd, k_NKd, v_NKd
@@ -63,9 +65,24 @@ def _tiles(heads, half):
 
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
-def _place_keys_kernel(qkv_ptr, constant_k_ptr, constant_v_ptr, k_ptr, v_ptr, rows_ptr, positions_ptr, inv_freq_ptr,
-                       scale, C, num_heads, kv_heads, half, BLOCKS: tl.constexpr, BLOCK_A: tl.constexpr,
-                       BLOCK_h: tl.constexpr):
+def _place_keys_kernel(
+    qkv_ptr,
+    constant_k_ptr,
+    constant_v_ptr,
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    scale,
+    C,
+    num_heads,
+    kv_heads,
+    half,
+    BLOCKS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_h: tl.constexpr,
+):
     """Keys, then values, of a key row: copied if it is constant, else from its packed row, keys rotated."""
     program = tl.program_id(0)
     place = (program // (2 * BLOCKS)).to(tl.int64)
@@ -103,9 +120,28 @@ def _place_keys_kernel(qkv_ptr, constant_k_ptr, constant_v_ptr, k_ptr, v_ptr, ro
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
-def _collect_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_ptr, starts_ptr, places_ptr, positions_ptr, inv_freq_ptr,
-                    scale, q_stride, k_stride, v_stride, num_heads, kv_heads, half, Q_BLOCKS: tl.constexpr,
-                    KV_BLOCKS: tl.constexpr, GATHERED: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+def _collect_kernel(
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    grad_ptr,
+    starts_ptr,
+    places_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    scale,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_heads,
+    kv_heads,
+    half,
+    Q_BLOCKS: tl.constexpr,
+    KV_BLOCKS: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_h: tl.constexpr,
+):
     """A packed row's gradient: of queries, of keys summed over their places, both rotated back, of values summed."""
     BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
     program = tl.program_id(0)
@@ -165,9 +201,25 @@ def _rotate_heads(x_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written
     half = inv_freq_h.shape[0]
     if x_NE.shape[0] and written:
         block_a, block_h, blocks, warps = _rope_tiles(written, half)
-        launch(_rope_qk_kernel, (x_NE.shape[0] * blocks,), x_NE, out_NX, positions_N, inv_freq_h, scale,
-               x_NE.shape[1] // (2 * half), out_NX.shape[1] // (2 * half), rotated, written, half, blocks, False,
-               block_a, block_h, num_warps=warps)
+        launch(
+            _rope_qk_kernel,
+            (x_NE.shape[0] * blocks,),
+            x_NE,
+            out_NX,
+            positions_N,
+            inv_freq_h,
+            scale,
+            x_NE.shape[1] // (2 * half),
+            out_NX.shape[1] // (2 * half),
+            rotated,
+            written,
+            half,
+            blocks,
+            False,
+            block_a,
+            block_h,
+            num_warps=warps,
+        )
 
 
 def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant):
@@ -181,9 +233,26 @@ def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, 
     block, warps = _tiles(num_kv_heads, half)
     blocks = triton.cdiv(num_kv_heads, block)
     if out_2MKd.numel():
-        launch(_place_keys_kernel, (rows_M.shape[0] * 2 * blocks,), qkv_NE, k_CKd, v_CKd, *out_2MKd, rows_M,
-               positions_N, inv_freq_h, scale, k_CKd.shape[0], num_heads, num_kv_heads, half, blocks, block,
-               triton.next_power_of_2(half), num_warps=warps)
+        launch(
+            _place_keys_kernel,
+            (rows_M.shape[0] * 2 * blocks,),
+            qkv_NE,
+            k_CKd,
+            v_CKd,
+            *out_2MKd,
+            rows_M,
+            positions_N,
+            inv_freq_h,
+            scale,
+            k_CKd.shape[0],
+            num_heads,
+            num_kv_heads,
+            half,
+            blocks,
+            block,
+            triton.next_power_of_2(half),
+            num_warps=warps,
+        )
     return out_2MKd
 
 
@@ -196,9 +265,27 @@ def collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale, 
     q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
     if grad_NE.numel():
         starts_N1, places = way_back or (positions_N, positions_N)
-        launch(_collect_kernel, (N * (q_blocks + 2 * kv_blocks),), *grads, grad_NE, starts_N1, places, positions_N,
-               inv_freq_h, scale, *(x.stride(0) for x in grads), num_heads, num_kv_heads, half, q_blocks, kv_blocks,
-               bool(way_back), block, triton.next_power_of_2(half), num_warps=warps)
+        launch(
+            _collect_kernel,
+            (N * (q_blocks + 2 * kv_blocks),),
+            *grads,
+            grad_NE,
+            starts_N1,
+            places,
+            positions_N,
+            inv_freq_h,
+            scale,
+            *(x.stride(0) for x in grads),
+            num_heads,
+            num_kv_heads,
+            half,
+            q_blocks,
+            kv_blocks,
+            bool(way_back),
+            block,
+            triton.next_power_of_2(half),
+            num_warps=warps,
+        )
     return grad_NE
 
 
@@ -206,8 +293,9 @@ class _RopeKeys(torch.autograd.Function):
     """Saves positions, frequencies and the way back to packed rows."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant,
-                inplace):
+    def forward(
+        ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace
+    ):
         heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
         ctx.scale = scale
         ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
@@ -241,10 +329,20 @@ def rows_of_heads(x):
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int, *,
-              scale: float = 1.0, rows_M: Tensor | None = None, way_back: WayBack | None = None,
-              constant: tuple[Tensor, Tensor] | None = None, inplace: bool = False,
-              impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def rope_keys(
+    qkv_NE: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    scale: float = 1.0,
+    rows_M: Tensor | None = None,
+    way_back: WayBack | None = None,
+    constant: tuple[Tensor, Tensor] | None = None,
+    inplace: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries rotated where they lie; keys rotated and values copied to where segments read them (arXiv:2104.09864).
 
     One pass each way: forward reads the product of the QKV projection and writes what attention reads; backward reads
@@ -277,19 +375,32 @@ def rope_keys(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads
         raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
     indices = () if rows_M is None else (rows_M, way_back.starts_N1, way_back.places)
     if not use_triton(impl, qkv_NE, positions_N, inv_freq_h, *indices, *(constant or ()), name="rope_keys"):
-        return rope_keys_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M,
-                                   constant=constant)
+        return rope_keys_reference(
+            qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M, constant=constant
+        )
     constant = constant and tuple(x.detach().contiguous() for x in constant)
-    return _RopeKeys.apply(qkv_NE.contiguous(), positions_N.contiguous(), inv_freq_h.contiguous(), num_heads,
-                           num_kv_heads, scale, rows_M, way_back, constant, inplace)
+    return _RopeKeys.apply(
+        qkv_NE.contiguous(),
+        positions_N.contiguous(),
+        inv_freq_h.contiguous(),
+        num_heads,
+        num_kv_heads,
+        scale,
+        rows_M,
+        way_back,
+        constant,
+        inplace,
+    )
 
 
 def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, constant):
     """Raise ValueError unless everything fits."""
     N = qkv_NE.shape[0]
     if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * d) or positions_N.shape != (N,):
-        raise ValueError(f"rope_keys: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
-                         f"{num_heads} + 2·{num_kv_heads} heads of {d} channels")
+        raise ValueError(
+            f"rope_keys: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+            f"{num_heads} + 2·{num_kv_heads} heads of {d} channels"
+        )
     if (rows_M is None) != (way_back is None):
         raise ValueError("rope_keys: rows_M and way_back go together")
     if way_back is not None and way_back.starts_N1.shape != (N + 1,):
@@ -297,8 +408,10 @@ def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, co
     expected = 0 if way_back is None else way_back.constant_rows
     for x in constant or (qkv_NE.new_empty(0, num_kv_heads, d),):
         if x.shape != (expected, num_kv_heads, d) or x.dtype != qkv_NE.dtype:
-            raise ValueError(f"rope_keys: constant keys and values must be [{expected}, {num_kv_heads}, {d}] in "
-                             f"{qkv_NE.dtype}, found {list(x.shape)} in {x.dtype}")
+            raise ValueError(
+                f"rope_keys: constant keys and values must be [{expected}, {num_kv_heads}, {d}] in "
+                f"{qkv_NE.dtype}, found {list(x.shape)} in {x.dtype}"
+            )
 
 
 __all__ = ["WayBack", "collect", "place_keys", "rope_keys", "rope_keys_reference", "rows_of_heads"]

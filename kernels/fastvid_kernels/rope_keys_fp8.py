@@ -18,8 +18,9 @@ from .rope_qk import _cos_sin, rope_qk_reference
 LARGEST_TILE = 8192
 
 
-def rope_keys_backward_fp8_reference(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, *, scale=1.0,
-                                     way_back=None):
+def rope_keys_backward_fp8_reference(
+    grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, *, scale=1.0, way_back=None
+):
     """`rope_keys_backward_fp8` in plain torch."""
     dtype, pairs = grad_k_MKd.dtype, [grad_k_MKd.float(), grad_v_MKd.float()]
     if way_back is not None:
@@ -28,8 +29,9 @@ def rope_keys_backward_fp8_reference(grad_q_NHd, grad_k_MKd, grad_v_MKd, positio
         pairs = [x.new_zeros(len(positions_N), *x.shape[1:]).index_add_(0, own, x[places]) for x in pairs]
     grad_NE = torch.cat([grad_q_NHd.float(), *pairs], 1).flatten(1)
     heads, kv_heads = grad_q_NHd.shape[1], grad_k_MKd.shape[1]
-    return quantize_fp8_reference(rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads,
-                                                    scale).to(dtype))
+    return quantize_fp8_reference(
+        rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads, scale).to(dtype)
+    )
 
 
 def _tiles(heads, kv_heads, half):
@@ -65,10 +67,29 @@ def _store(bits_ptr, first, second, scale, offsets, inside, half):
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
-def _collect_fp8_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, bits_ptr, scale_ptr, starts_ptr, places_ptr, positions_ptr,
-                        inv_freq_ptr, factor, q_stride, k_stride, v_stride, num_heads, kv_heads, half,
-                        QUERIES: tl.constexpr, GATHERED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-                        BLOCK_h: tl.constexpr):
+def _collect_fp8_kernel(
+    grad_q_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    bits_ptr,
+    scale_ptr,
+    starts_ptr,
+    places_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    factor,
+    q_stride,
+    k_stride,
+    v_stride,
+    num_heads,
+    kv_heads,
+    half,
+    QUERIES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_h: tl.constexpr,
+):
     """A packed row's whole gradient, rounded to the dtype that it would have in memory, then quantised with one
     scale.
     """
@@ -122,9 +143,17 @@ def _collect_fp8_kernel(grad_q_ptr, grad_k_ptr, grad_v_ptr, bits_ptr, scale_ptr,
 
 
 @torch.no_grad()
-def rope_keys_backward_fp8(grad_q_NHd: Tensor, grad_k_MKd: Tensor, grad_v_MKd: Tensor, positions_N: Tensor,
-                           inv_freq_h: Tensor, *, scale: float = 1.0, way_back: tuple[Tensor, Tensor] | None = None,
-                           impl: str = "auto") -> tuple[Tensor, Tensor]:
+def rope_keys_backward_fp8(
+    grad_q_NHd: Tensor,
+    grad_k_MKd: Tensor,
+    grad_v_MKd: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    *,
+    scale: float = 1.0,
+    way_back: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """The gradient of `rope_keys`, quantised as `quantize_fp8` does before it leaves.
 
     Args:
@@ -153,9 +182,25 @@ def rope_keys_backward_fp8(grad_q_NHd: Tensor, grad_k_MKd: Tensor, grad_v_MKd: T
     bits_NE = grad_k_MKd.new_empty(N, (heads + 2 * kv_heads) * 2 * half, dtype=torch.float8_e4m3fn)
     scale_N = grad_k_MKd.new_empty(N, dtype=torch.float32)
     if N:
-        launch(_collect_fp8_kernel, (N,), *grads, bits_NE.view(torch.uint8), scale_N, *(way_back or (positions_N,) * 2),
-               positions_N, inv_freq_h, scale, *(x.stride(0) for x in grads), heads, kv_heads, half, heads > 0,
-               bool(way_back), *blocks, num_warps=warps)
+        launch(
+            _collect_fp8_kernel,
+            (N,),
+            *grads,
+            bits_NE.view(torch.uint8),
+            scale_N,
+            *(way_back or (positions_N,) * 2),
+            positions_N,
+            inv_freq_h,
+            scale,
+            *(x.stride(0) for x in grads),
+            heads,
+            kv_heads,
+            half,
+            heads > 0,
+            bool(way_back),
+            *blocks,
+            num_warps=warps,
+        )
     return bits_NE, scale_N
 
 

@@ -24,10 +24,11 @@ def rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, 
     """`rope_qk` in plain differentiable torch."""
     cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
     rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    first_NAh, second_NAh = _wide(rows_NAd[:, :num_heads + num_kv_heads]).chunk(2, dim=-1)
-    rotated_NAd = torch.cat([first_NAh * cos_N1h - second_NAh * sin_N1h,
-                             second_NAh * cos_N1h + first_NAh * sin_N1h], dim=-1)
-    return torch.cat([rotated_NAd.to(qkv_NE.dtype), rows_NAd[:, num_heads + num_kv_heads:]], dim=1).flatten(1)
+    first_NAh, second_NAh = _wide(rows_NAd[:, : num_heads + num_kv_heads]).chunk(2, dim=-1)
+    rotated_NAd = torch.cat(
+        [first_NAh * cos_N1h - second_NAh * sin_N1h, second_NAh * cos_N1h + first_NAh * sin_N1h], dim=-1
+    )
+    return torch.cat([rotated_NAd.to(qkv_NE.dtype), rows_NAd[:, num_heads + num_kv_heads :]], dim=1).flatten(1)
 
 
 def _angles(positions_N, inv_freq_h, scale):
@@ -92,9 +93,22 @@ def _cos_sin(angle):
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
-def _rope_qk_kernel(x_ptr, out_ptr, positions_ptr, inv_freq_ptr, scale, row_heads, out_heads, rotated_heads,
-                    written_heads,
-                    half, blocks, INVERSE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_h: tl.constexpr):
+def _rope_qk_kernel(
+    x_ptr,
+    out_ptr,
+    positions_ptr,
+    inv_freq_ptr,
+    scale,
+    row_heads,
+    out_heads,
+    rotated_heads,
+    written_heads,
+    half,
+    blocks,
+    INVERSE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_h: tl.constexpr,
+):
     """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
@@ -126,9 +140,24 @@ def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv
     written = rotated if out_NE is qkv_NE else row_heads
     BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
     launch(
-        _rope_qk_kernel, (qkv_NE.shape[0] * blocks,),
-        qkv_NE, out_NE, positions_N.contiguous(), inv_freq_h.contiguous(), scale, row_heads, row_heads, rotated,
-        written, half, blocks, inverse, BLOCK_A, BLOCK_h, num_warps=num_warps)
+        _rope_qk_kernel,
+        (qkv_NE.shape[0] * blocks,),
+        qkv_NE,
+        out_NE,
+        positions_N.contiguous(),
+        inv_freq_h.contiguous(),
+        scale,
+        row_heads,
+        row_heads,
+        rotated,
+        written,
+        half,
+        blocks,
+        inverse,
+        BLOCK_A,
+        BLOCK_h,
+        num_warps=num_warps,
+    )
 
 
 class _RopeQK(torch.autograd.Function):
@@ -141,8 +170,9 @@ class _RopeQK(torch.autograd.Function):
         ctx.implementation = implementation
         if inplace:
             ctx.mark_dirty(qkv_NE)
-        return _rotated(qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False,
-                        implementation)
+        return _rotated(
+            qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False, implementation
+        )
 
     @staticmethod
     @once_differentiable
@@ -165,8 +195,17 @@ def _rotated(qkv_NE, out_NE, *rest):
     return out_NE
 
 
-def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int,
-            *, scale: float = 1.0, inplace: bool = False, impl: str = "auto") -> Tensor:
+def rope_qk(
+    qkv_NE: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    scale: float = 1.0,
+    inplace: bool = False,
+    impl: str = "auto",
+) -> Tensor:
     """Rotate queries and keys by their rows' positions (arXiv:2104.09864; halves paired as in Hugging Face's LLaMA).
 
     Args:
@@ -189,8 +228,10 @@ def rope_qk(qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: 
     """
     N, h = qkv_NE.shape[0], inv_freq_h.shape[0]
     if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * 2 * h) or positions_N.shape != (N,):
-        raise ValueError(f"rope_qk: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
-                         f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels")
+        raise ValueError(
+            f"rope_qk: rows {list(qkv_NE.shape)} and positions {list(positions_N.shape)} do not fit "
+            f"{num_heads} + 2·{num_kv_heads} heads of {2 * h} channels"
+        )
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_qk: in place needs contiguous rows, found strides {qkv_NE.stride()}")
     implementation = choose(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk", dtypes=[qkv_NE.dtype])

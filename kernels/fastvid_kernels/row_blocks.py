@@ -19,6 +19,7 @@ def over_rows(chain):
     Calls `chain(*tensors, **others)` for block after block of the tensors' rows, as many as `row_blocks` gives the
     first of them; None stays None, and `others` go to every block whole.
     """
+
     @functools.wraps(chain)
     def call(*tensors, **others):
         for rows in row_blocks(tensors[0].shape[0], tensors[0][:1].numel()):

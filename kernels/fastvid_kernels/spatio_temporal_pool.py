@@ -63,10 +63,27 @@ def _tiles(B, T, P, C, itemsize):
 
 @triton.jit(do_not_specialize=["T", "P", "run_frames", "patches"])
 def _spatio_temporal_pool_fwd_kernel(
-        x_ptr, counts_ptr, temporal_BKTC_ptr, spatial_ptr, x_stride_b, x_stride_t, x_stride_p, x_stride_c,
-        T, P, spatial_stride_b, spatial_stride_s, run_frames, patches,
-        C: tl.constexpr, HAS_COUNTS: tl.constexpr, FINAL: tl.constexpr, BLOCK_P: tl.constexpr,
-        BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
+    x_ptr,
+    counts_ptr,
+    temporal_BKTC_ptr,
+    spatial_ptr,
+    x_stride_b,
+    x_stride_t,
+    x_stride_p,
+    x_stride_c,
+    T,
+    P,
+    spatial_stride_b,
+    spatial_stride_s,
+    run_frames,
+    patches,
+    C: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    FINAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Sums of a block of patches in every frame of a run, and of each patch over the run's frames (FINAL: the mean)."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block_k = tl.program_id(0).to(tl.int64) // C_BLOCKS
@@ -97,8 +114,20 @@ def _spatio_temporal_pool_fwd_kernel(
 
 @triton.jit(do_not_specialize=["T", "P", "N", "K", "S"])
 def _spatio_temporal_pool_finish_kernel(
-        temporal_BKTC_ptr, spatial_BSPC_ptr, counts_ptr, out_BRC_ptr, T, P, N, K, S,
-        C: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    temporal_BKTC_ptr,
+    spatial_BSPC_ptr,
+    counts_ptr,
+    out_BRC_ptr,
+    T,
+    P,
+    N,
+    K,
+    S,
+    C: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Partial sums, added up in order, to rows of the result: frames' means, zeros, and positions' means if S > 0."""
     video = tl.program_id(2).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK_R
@@ -112,12 +141,18 @@ def _spatio_temporal_pool_finish_kernel(
     temporal = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     # Programs whose rows are all of one kind have sums of that kind alone. Unrolled, loads are under way together.
     for k in tl.range(0, tl.where(start < count, K, 0), loop_unroll_factor=4):
-        temporal += tl.load(temporal_BKTC_ptr + ((video * K + k) * T + r)[:, None] * C + c[None, :],
-                            mask=(r < count)[:, None] & in_c, other=0.0)
+        temporal += tl.load(
+            temporal_BKTC_ptr + ((video * K + k) * T + r)[:, None] * C + c[None, :],
+            mask=(r < count)[:, None] & in_c,
+            other=0.0,
+        )
     spatial = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for s in tl.range(0, tl.where(start + BLOCK_R > N, S, 0), loop_unroll_factor=3):
-        spatial += tl.load(spatial_BSPC_ptr + ((video * S + s) * P + r - N)[:, None] * C + c[None, :],
-                           mask=(is_spatial & (r < N + P))[:, None] & in_c, other=0.0)
+        spatial += tl.load(
+            spatial_BSPC_ptr + ((video * S + s) * P + r - N)[:, None] * C + c[None, :],
+            mask=(is_spatial & (r < N + P))[:, None] & in_c,
+            other=0.0,
+        )
     temporal = temporal / tl.maximum(P, 1).to(tl.float32)
     spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     mean = tl.where(is_spatial[:, None], spatial, temporal).to(out_BRC_ptr.dtype.element_ty)
@@ -129,8 +164,18 @@ def _spatio_temporal_pool_finish_kernel(
 
 @triton.jit(do_not_specialize=["T", "P", "N", "run_frames"])
 def _spatio_temporal_pool_bwd_kernel(
-        grad_BRC_ptr, counts_ptr, grad_BTPC_ptr, T, P, N, run_frames,
-        C: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    grad_BRC_ptr,
+    counts_ptr,
+    grad_BTPC_ptr,
+    T,
+    P,
+    N,
+    run_frames,
+    C: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Gradient of a block of patches over a run of frames: the position's share, kept, plus each frame's."""
     C_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     video = tl.program_id(2).to(tl.int64)
@@ -147,8 +192,9 @@ def _spatio_temporal_pool_bwd_kernel(
     spatial = spatial / tl.maximum(count, 1).to(tl.float32)
     for t in range(first, tl.minimum(first + run_frames, T)):
         is_real = t < count
-        temporal = (tl.load(grad_BRC_ptr + t * C + c, mask=(c < C) & is_real, other=0.0).to(tl.float32)
-                    / P.to(tl.float32))
+        temporal = tl.load(grad_BRC_ptr + t * C + c, mask=(c < C) & is_real, other=0.0).to(tl.float32) / P.to(
+            tl.float32
+        )
         grad = tl.where(is_real, spatial + temporal[None, :], 0.0)
         tl.store(grad_BTPC_ptr + (video * T + t) * P * C + offsets, grad.to(grad_BTPC_ptr.dtype.element_ty), mask=mask)
 
@@ -172,24 +218,54 @@ class _SpatioTemporalPool(torch.autograd.Function):
         spatial = out_BRC[:, num_temporal:] if final else partial_BSPC
         if P:
             launch(
-                _spatio_temporal_pool_fwd_kernel, (K * triton.cdiv(C, block_c), S, B),
-                x_BTPC, counts_B, temporal_BKTC, spatial, *x_BTPC.stride(), T, P,
-                spatial.stride(0), 0 if final else spatial.stride(1), run_frames, patches,
-                C=C, HAS_COUNTS=counts_B is not None, FINAL=final, BLOCK_P=block_p, BLOCK_C=block_c,
-                STAGES=stages, num_warps=warps)
+                _spatio_temporal_pool_fwd_kernel,
+                (K * triton.cdiv(C, block_c), S, B),
+                x_BTPC,
+                counts_B,
+                temporal_BKTC,
+                spatial,
+                *x_BTPC.stride(),
+                T,
+                P,
+                spatial.stride(0),
+                0 if final else spatial.stride(1),
+                run_frames,
+                patches,
+                C=C,
+                HAS_COUNTS=counts_B is not None,
+                FINAL=final,
+                BLOCK_P=block_p,
+                BLOCK_C=block_c,
+                STAGES=stages,
+                num_warps=warps,
+            )
         rows = num_temporal + (0 if final else P)
         block_r, block_c = 4, min(256, triton.next_power_of_2(C))
         if rows:
             launch(
-                _spatio_temporal_pool_finish_kernel, (triton.cdiv(rows, block_r), triton.cdiv(C, block_c), B),
-                temporal_BKTC, partial_BSPC, counts_B, out_BRC, T, P, num_temporal, K, 0 if final else S,
-                C=C, HAS_COUNTS=counts_B is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4)
+                _spatio_temporal_pool_finish_kernel,
+                (triton.cdiv(rows, block_r), triton.cdiv(C, block_c), B),
+                temporal_BKTC,
+                partial_BSPC,
+                counts_B,
+                out_BRC,
+                T,
+                P,
+                num_temporal,
+                K,
+                0 if final else S,
+                C=C,
+                HAS_COUNTS=counts_B is not None,
+                BLOCK_R=block_r,
+                BLOCK_C=block_c,
+                num_warps=4,
+            )
         return out_BRC
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BRC):
-        counts_B, = ctx.saved_tensors
+        (counts_B,) = ctx.saved_tensors
         B, T, P, C = ctx.shape
         grad_BRC = grad_BRC.contiguous()
         grad_BTPC = grad_BRC.new_empty(ctx.shape)
@@ -198,9 +274,21 @@ class _SpatioTemporalPool(torch.autograd.Function):
             run_frames = triton.cdiv(T, triton.cdiv(T, 16))  # none much shorter than the others
             grid = triton.cdiv(P, block_p) * triton.cdiv(C, block_c), triton.cdiv(T, run_frames), B
             launch(
-                _spatio_temporal_pool_bwd_kernel, grid,
-                grad_BRC, counts_B, grad_BTPC, T, P, ctx.num_temporal, run_frames,
-                C=C, HAS_COUNTS=counts_B is not None, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=8)
+                _spatio_temporal_pool_bwd_kernel,
+                grid,
+                grad_BRC,
+                counts_B,
+                grad_BTPC,
+                T,
+                P,
+                ctx.num_temporal,
+                run_frames,
+                C=C,
+                HAS_COUNTS=counts_B is not None,
+                BLOCK_P=block_p,
+                BLOCK_C=block_c,
+                num_warps=8,
+            )
         return grad_BTPC, None, None
 
 

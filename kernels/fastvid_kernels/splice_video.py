@@ -34,8 +34,9 @@ def _tiles(rows, D):
     return BLOCK_D, blocks, (rows * blocks,)
 
 
-@triton.jit(do_not_specialize=["P", "boundaries"],
-            do_not_specialize_on_alignment=["video_rows_ptr", "boundary_rows_ptr"])
+@triton.jit(
+    do_not_specialize=["P", "boundaries"], do_not_specialize_on_alignment=["video_rows_ptr", "boundary_rows_ptr"]
+)
 def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, boundaries, BLOCK: tl.constexpr):
     """Marks the packed rows that do not come from the table: p ≥ 0 for projected row p, −2 for a start, −3 for an
     end."""
@@ -47,8 +48,9 @@ def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, bounda
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
-def _splice_fwd_kernel(sources_ptr, token_ids_ptr, table_ptr, video_ptr, boundary_ptr, out_ptr, D, blocks,
-                       BLOCK_D: tl.constexpr):
+def _splice_fwd_kernel(
+    sources_ptr, token_ids_ptr, table_ptr, video_ptr, boundary_ptr, out_ptr, D, blocks, BLOCK_D: tl.constexpr
+):
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
     columns = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -77,8 +79,9 @@ def _splice_video_bwd_kernel(grad_ptr, video_rows_ptr, grad_video_ptr, D, blocks
 
 
 @triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["boundary_rows_ptr"])
-def _splice_boundary_bwd_kernel(grad_ptr, boundary_rows_ptr, grad_boundary_ptr, V, D, BLOCK_V: tl.constexpr,
-                                BLOCK_D: tl.constexpr):
+def _splice_boundary_bwd_kernel(
+    grad_ptr, boundary_rows_ptr, grad_boundary_ptr, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr
+):
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     end = tl.program_id(1)
     total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
@@ -87,8 +90,9 @@ def _splice_boundary_bwd_kernel(grad_ptr, boundary_rows_ptr, grad_boundary_ptr, 
         rows = tl.load(boundary_rows_ptr + videos * 2 + end, mask=videos < V, other=0).to(tl.int64)
         inside = (videos < V)[:, None] & (columns < D)[None, :]
         total += tl.load(grad_ptr + rows[:, None] * D + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_boundary_ptr + end * D + columns, tl.sum(total, 0).to(grad_boundary_ptr.dtype.element_ty),
-             mask=columns < D)
+    tl.store(
+        grad_boundary_ptr + end * D + columns, tl.sum(total, 0).to(grad_boundary_ptr.dtype.element_ty), mask=columns < D
+    )
 
 
 def _forward(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype):
@@ -97,14 +101,32 @@ def _forward(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundar
     boundaries = 0 if boundary_2D is None else boundary_rows_2V.shape[0]
     sources_N = torch.full((N,), -1, dtype=torch.int32, device=token_ids_N.device)
     launch(
-        _splice_map_kernel, (triton.cdiv(max(P, boundaries), 256),),
-        sources_N, video_rows_P.contiguous(), boundary_rows_2V.contiguous(), P, boundaries, 256, num_warps=4)
+        _splice_map_kernel,
+        (triton.cdiv(max(P, boundaries), 256),),
+        sources_N,
+        video_rows_P.contiguous(),
+        boundary_rows_2V.contiguous(),
+        P,
+        boundaries,
+        256,
+        num_warps=4,
+    )
     out_ND = table_TD.new_empty(N, D, dtype=dtype)
     BLOCK_D, blocks, grid = _tiles(N, D)
     launch(
-        _splice_fwd_kernel, grid,
-        sources_N, token_ids_N.contiguous(), table_TD.contiguous(), video_PD.contiguous(),
-        table_TD if boundary_2D is None else boundary_2D.contiguous(), out_ND, D, blocks, BLOCK_D, num_warps=4)
+        _splice_fwd_kernel,
+        grid,
+        sources_N,
+        token_ids_N.contiguous(),
+        table_TD.contiguous(),
+        video_PD.contiguous(),
+        table_TD if boundary_2D is None else boundary_2D.contiguous(),
+        out_ND,
+        D,
+        blocks,
+        BLOCK_D,
+        num_warps=4,
+    )
     return out_ND
 
 
@@ -113,8 +135,17 @@ def _video_gradient(grad_ND, video_rows_P, dtype):
     P, D = video_rows_P.shape[0], grad_ND.shape[1]
     grad_video_PD = grad_ND.new_empty(P, D, dtype=dtype)
     BLOCK_D, blocks, grid = _tiles(P, D)
-    launch(_splice_video_bwd_kernel, grid, grad_ND.contiguous(), video_rows_P.contiguous(), grad_video_PD, D, blocks,
-           BLOCK_D, num_warps=4)
+    launch(
+        _splice_video_bwd_kernel,
+        grid,
+        grad_ND.contiguous(),
+        video_rows_P.contiguous(),
+        grad_video_PD,
+        D,
+        blocks,
+        BLOCK_D,
+        num_warps=4,
+    )
     return grad_video_PD
 
 
@@ -123,8 +154,17 @@ def _boundary_gradient(grad_ND, boundary_rows_2V, dtype):
     V, D = boundary_rows_2V.shape[0] // 2, grad_ND.shape[1]
     grad_boundary_2D = grad_ND.new_empty(2, D, dtype=dtype)
     launch(
-        _splice_boundary_bwd_kernel, (triton.cdiv(D, 128), 2),
-        grad_ND.contiguous(), boundary_rows_2V.contiguous(), grad_boundary_2D, V, D, 16, 128, num_warps=4)
+        _splice_boundary_bwd_kernel,
+        (triton.cdiv(D, 128), 2),
+        grad_ND.contiguous(),
+        boundary_rows_2V.contiguous(),
+        grad_boundary_2D,
+        V,
+        D,
+        16,
+        128,
+        num_warps=4,
+    )
     return grad_boundary_2D
 
 
@@ -132,8 +172,9 @@ class _SpliceVideo(torch.autograd.Function):
     """Saves indices only; gradients go to the projected rows, the boundary rows, and the table if it is trained."""
 
     @staticmethod
-    def forward(ctx, token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype,
-                triton_kernel):
+    def forward(
+        ctx, token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype, triton_kernel
+    ):
         ctx.save_for_backward(token_ids_N, video_rows_P, boundary_rows_2V)
         ctx.triton_kernel = triton_kernel
         ctx.table_size = table_TD.shape[0]
@@ -163,13 +204,22 @@ class _SpliceVideo(torch.autograd.Function):
                 grad_text_ND = grad_text_ND.index_fill_(0, boundary_rows_2V, 0.0)
             # On CUDA this sorts the ids and adds in order, where index_add would use atomics.
             grad_table_TD = torch.ops.aten.embedding_dense_backward(
-                grad_text_ND, token_ids_N, ctx.table_size, -1, False).to(table_dtype)
+                grad_text_ND, token_ids_N, ctx.table_size, -1, False
+            ).to(table_dtype)
         return None, grad_table_TD, grad_video_PD, None, grad_boundary_2D, None, None, None
 
 
-def splice_video(token_ids_N: Tensor, table_TD: Tensor, video_PD: Tensor, video_rows_P: Tensor,
-                 boundary_2D: Tensor | None, boundary_rows_2V: Tensor, dtype: torch.dtype,
-                 *, impl: str = "auto") -> Tensor:
+def splice_video(
+    token_ids_N: Tensor,
+    table_TD: Tensor,
+    video_PD: Tensor,
+    video_rows_P: Tensor,
+    boundary_2D: Tensor | None,
+    boundary_rows_2V: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> Tensor:
     """Build the packed rows that enter the decoder.
 
     Args:
@@ -192,17 +242,29 @@ def splice_video(token_ids_N: Tensor, table_TD: Tensor, video_PD: Tensor, video_
         ValueError: shapes do not fit, `impl` is unknown, or "triton" where its kernels cannot run.
     """
     D = table_TD.shape[1]
-    if video_PD.shape != (video_rows_P.shape[0], D) or boundary_rows_2V.shape[0] % 2 or (
-            boundary_2D is not None and boundary_2D.shape != (2, D)):
+    if (
+        video_PD.shape != (video_rows_P.shape[0], D)
+        or boundary_rows_2V.shape[0] % 2
+        or (boundary_2D is not None and boundary_2D.shape != (2, D))
+    ):
         raise ValueError(
             f"splice_video: a table {list(table_TD.shape)}, video rows {list(video_PD.shape)} for "
             f"{list(video_rows_P.shape)}, boundary {None if boundary_2D is None else list(boundary_2D.shape)} for "
-            f"{list(boundary_rows_2V.shape)} do not fit")
+            f"{list(boundary_rows_2V.shape)} do not fit"
+        )
     tensors = [token_ids_N, table_TD, video_PD, video_rows_P, boundary_rows_2V]
     if boundary_2D is not None:
         tensors.append(boundary_2D)
-    return _SpliceVideo.apply(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype,
-                              use_triton(impl, *tensors, name="splice_video"))
+    return _SpliceVideo.apply(
+        token_ids_N,
+        table_TD,
+        video_PD,
+        video_rows_P,
+        boundary_2D,
+        boundary_rows_2V,
+        dtype,
+        use_triton(impl, *tensors, name="splice_video"),
+    )
 
 
 __all__ = ["splice_video", "splice_video_reference"]

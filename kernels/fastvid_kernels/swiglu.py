@@ -239,8 +239,16 @@ def swiglu_fp8(gate_up_NF: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tenso
         return quantize_fp8(swiglu(gate_up_NF, impl=impl), impl=impl)
     bits_NF, scale_N = _empty_fp8(gate_up_NF, F)
     if N:
-        launch(_swiglu_fp8_fwd_kernel, (N,), gate_up_NF.contiguous(), bits_NF.view(torch.uint8), scale_N, F, tiles[0],
-               num_warps=tiles[1])
+        launch(
+            _swiglu_fp8_fwd_kernel,
+            (N,),
+            gate_up_NF.contiguous(),
+            bits_NF.view(torch.uint8),
+            scale_N,
+            F,
+            tiles[0],
+            num_warps=tiles[1],
+        )
     return bits_NF, scale_N
 
 
@@ -268,10 +276,25 @@ def swiglu_backward_fp8(gate_up_NF: Tensor, grad_NF: Tensor, *, impl: str = "aut
         return quantize_fp8(_backward_by_kernel(gate_up_NF, grad_NF), impl=impl)
     bits_NF, scale_N = _empty_fp8(gate_up_NF, 2 * F)
     if N:
-        launch(_swiglu_fp8_bwd_kernel, (N,), gate_up_NF, grad_NF, bits_NF.view(torch.uint8), scale_N, F, tiles[0],
-               num_warps=tiles[1])
+        launch(
+            _swiglu_fp8_bwd_kernel,
+            (N,),
+            gate_up_NF,
+            grad_NF,
+            bits_NF.view(torch.uint8),
+            scale_N,
+            F,
+            tiles[0],
+            num_warps=tiles[1],
+        )
     return bits_NF, scale_N
 
 
-__all__ = ["swiglu", "swiglu_backward_fp8", "swiglu_backward_fp8_reference", "swiglu_fp8", "swiglu_fp8_reference",
-           "swiglu_reference"]
+__all__ = [
+    "swiglu",
+    "swiglu_backward_fp8",
+    "swiglu_backward_fp8_reference",
+    "swiglu_fp8",
+    "swiglu_fp8_reference",
+    "swiglu_reference",
+]

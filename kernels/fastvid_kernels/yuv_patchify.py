@@ -43,8 +43,8 @@ def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype
     device, grid = frames[0][0].device, size // patch
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
     for (y, u, v), factors, out_PK in zip(frames, conversions, out_TPK):
-        rows = nearest_indices(y.shape[0], size, device)[:grid * patch, None]
-        columns = nearest_indices(y.shape[1], size, device)[:grid * patch]
+        rows = nearest_indices(y.shape[0], size, device)[: grid * patch, None]
+        columns = nearest_indices(y.shape[1], size, device)[: grid * patch]
         chroma = rows // 2, columns // 2
         normalise(patches(yuv_to_rgb(y[rows, columns], u[chroma], v[chroma], factors), grid), mean, std, out_PK)
     return out_TPK
@@ -75,6 +75,7 @@ class _Run:
 
 def _runs(frames, conversions):
     """[_Run] of all frames."""
+
     def about(numbered):
         number, frame = numbered
         return tuple((tuple(x.shape), x.stride(), x.dtype) for x in frame), conversions[number]
@@ -93,10 +94,16 @@ def _check(run):
     """Refuse planes that do not belong together, and numbers that convert nothing."""
     (shape, _, _), planes = run.y, (run.y, run.u, run.v)
     half = tuple(-(-length // 2) for length in shape)
-    if (len(shape) != 2 or 0 in shape or (run.u[0], run.v[0]) != (half, half)
-            or any(dtype != torch.uint8 for *_, dtype in planes)):
-        raise ValueError("a frame must be uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉], [⌈H/2⌉, ⌈W/2⌉], found "
-                         + ", ".join(f"{dtype} {list(shape)}" for shape, _, dtype in planes))
+    if (
+        len(shape) != 2
+        or 0 in shape
+        or (run.u[0], run.v[0]) != (half, half)
+        or any(dtype != torch.uint8 for *_, dtype in planes)
+    ):
+        raise ValueError(
+            "a frame must be uint8 planes [H, W], [⌈H/2⌉, ⌈W/2⌉], [⌈H/2⌉, ⌈W/2⌉], found "
+            + ", ".join(f"{dtype} {list(shape)}" for shape, _, dtype in planes)
+        )
     if len(run.factors) != 6 or not all(isinstance(number, int) for number in run.factors):
         raise ValueError(f"a conversion must be six whole numbers, found {run.factors}")
 
@@ -108,18 +115,32 @@ def _work(frames, runs, most):
         items [items, 14] int64: strides of rows and columns of Y and of U and V, H, W, the six factors, the first
         frame, F; addresses [T, 3] int64 of Y, U and V.
     """
-    items = [(*run.y[1], *run.u[1], *run.y[0], *run.factors, first, min(most, run.first + run.count - first))
-             for run in runs for first in range(run.first, run.first + run.count, most)]
+    items = [
+        (*run.y[1], *run.u[1], *run.y[0], *run.factors, first, min(most, run.first + run.count - first))
+        for run in runs
+        for first in range(run.first, run.first + run.count, most)
+    ]
     addresses = [[plane.data_ptr() for plane in frame] for frame in frames]
     table, device = torch.tensor(list(itertools.chain(*items, *addresses)), dtype=torch.int64), frames[0][0].device
     if device.type == "cuda":  # from pinned memory the copy, one for both, does not wait for the GPU
         table = table.pin_memory().to(device, non_blocking=True)
-    return table[:14 * len(items)].view(-1, 14), table[14 * len(items):].view(-1, 3)
+    return table[: 14 * len(items)].view(-1, 14), table[14 * len(items) :].view(-1, 3)
 
 
 @triton.jit
-def _sampled_pixels(first, y_row, y_column, uv_row, uv_column, H, W, N: tl.constexpr, p: tl.constexpr,
-                    PIXELS: tl.constexpr, LINE: tl.constexpr):
+def _sampled_pixels(
+    first,
+    y_row,
+    y_column,
+    uv_row,
+    uv_column,
+    H,
+    W,
+    N: tl.constexpr,
+    p: tl.constexpr,
+    PIXELS: tl.constexpr,
+    LINE: tl.constexpr,
+):
     """Of PIXELS pixels in the order of patch rows: where their luma lies, and where their chroma.
 
     They lie in lines, so that the lanes of a warp read adjacent pixels.
@@ -168,9 +189,24 @@ def _places(value, first, p: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _yuv_patchify_kernel(
-        work_ptr, address_ptr, table_ptr, out_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
-        N: tl.constexpr, p: tl.constexpr, K: tl.constexpr, AFFINE: tl.constexpr, OFFSETS: tl.constexpr,
-        PIXELS: tl.constexpr, LINE: tl.constexpr):
+    work_ptr,
+    address_ptr,
+    table_ptr,
+    out_ptr,
+    scale_0,
+    scale_1,
+    scale_2,
+    offset_0,
+    offset_1,
+    offset_2,
+    N: tl.constexpr,
+    p: tl.constexpr,
+    K: tl.constexpr,
+    AFFINE: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    LINE: tl.constexpr,
+):
     """A block of output values of each frame of one work item; offsets within a frame are computed once.
 
     Each pixel is read and converted once. Its three values then take it from shared memory, since the values of a
@@ -206,12 +242,35 @@ def _yuv_patchify_kernel(
                 rgb = _rgb(next_y, next_u, next_v, luma, dark, v_red, u_blue, u_green, v_green)
             rgb = tl.reshape(rgb, (PIXELS,))
             there = f + half <= last
-            out = normalised(tl.gather(rgb, many_at, 0) >> (8 * many_channel) & 255, many_channel, many_inside,
-                             table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2, AFFINE)
-            tl.store(out_ptr + (f + half) * VALUES + many, out.to(out_ptr.dtype.element_ty),
-                     mask=(many < VALUES) & there)
-            out = normalised(tl.gather(rgb, few_at, 0) >> (8 * few_channel) & 255, few_channel, few_inside,
-                             table_ptr, scale_0, scale_1, scale_2, offset_0, offset_1, offset_2, AFFINE)
+            out = normalised(
+                tl.gather(rgb, many_at, 0) >> (8 * many_channel) & 255,
+                many_channel,
+                many_inside,
+                table_ptr,
+                scale_0,
+                scale_1,
+                scale_2,
+                offset_0,
+                offset_1,
+                offset_2,
+                AFFINE,
+            )
+            tl.store(
+                out_ptr + (f + half) * VALUES + many, out.to(out_ptr.dtype.element_ty), mask=(many < VALUES) & there
+            )
+            out = normalised(
+                tl.gather(rgb, few_at, 0) >> (8 * few_channel) & 255,
+                few_channel,
+                few_inside,
+                table_ptr,
+                scale_0,
+                scale_1,
+                scale_2,
+                offset_0,
+                offset_1,
+                offset_2,
+                AFFINE,
+            )
             tl.store(out_ptr + (f + half) * VALUES + few, out.to(out_ptr.dtype.element_ty), mask=few_wanted & there)
 
 
@@ -220,8 +279,11 @@ def _patchify(frames, runs, size, patch, mean, std, dtype):
     if any(run.u[1] != run.v[1] for run in runs):  # the kernel has one offset for both
         frames = [(y, u.contiguous(), v.contiguous()) for y, u, v in frames]
         runs = _runs(frames, [run.factors for run in runs for _ in range(run.count)])
-    reach = max(sum((n - 1) * stride for n, stride in zip(shape, strides))
-                for run in runs for shape, strides, _ in (run.y, run.u))
+    reach = max(
+        sum((n - 1) * stride for n, stride in zip(shape, strides))
+        for run in runs
+        for shape, strides, _ in (run.y, run.u)
+    )
     device, grid = frames[0][0].device, size // patch
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
     values = out_TPK[0].numel()
@@ -230,10 +292,22 @@ def _patchify(frames, runs, size, patch, mean, std, dtype):
     numbers = affine(mean, std, dtype)
     table = out_TPK if numbers else device_table(mean, std, dtype, device)  # the affine kernel reads none
     launch(
-        _yuv_patchify_kernel, (triton.cdiv(values, 3 * pixels - 8), len(work)),
-        work, addresses, table, out_TPK, *(numbers or (0.0,) * 6), N=size, p=patch, K=row_length(patch),
-        AFFINE=numbers is not None, OFFSETS=tl.int32 if reach < 2**31 else tl.int64,
-        PIXELS=pixels, LINE=min(pixels, 32), num_warps=warps)
+        _yuv_patchify_kernel,
+        (triton.cdiv(values, 3 * pixels - 8), len(work)),
+        work,
+        addresses,
+        table,
+        out_TPK,
+        *(numbers or (0.0,) * 6),
+        N=size,
+        p=patch,
+        K=row_length(patch),
+        AFFINE=numbers is not None,
+        OFFSETS=tl.int32 if reach < 2**31 else tl.int64,
+        PIXELS=pixels,
+        LINE=min(pixels, 32),
+        num_warps=warps,
+    )
     return out_TPK
 
 

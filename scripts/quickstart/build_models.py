@@ -34,8 +34,12 @@ TOWER_HIDDEN = 64
 def build_tower(folder, seed):
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
-        image_size=SIZE, patch_size=PATCH, hidden_size=TOWER_HIDDEN, intermediate_size=4 * TOWER_HIDDEN,
-        num_hidden_layers=4, num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=TOWER_HIDDEN,
+        intermediate_size=4 * TOWER_HIDDEN,
+        num_hidden_layers=4,
+        num_attention_heads=4,
     )
     CLIPVisionModel(config).save_pretrained(folder)
 
@@ -43,21 +47,40 @@ def build_tower(folder, seed):
 def build_tokenizer(folder, texts):
     """A byte-pair tokenizer with the control pieces where LLaMA has them: <unk> 0, <s> 1, </s> 2."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=PIECES,
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        minloglevel=2, num_threads=1,
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=PIECES,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
     )
     (folder / "tokenizer.vocab").unlink()  # a readable list of the pieces; nothing loads it
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-                "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 2048}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 2048,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
 def build_llava(folder, tower, seed, *, hidden=HIDDEN, layers=2, heads=4, intermediate=4 * HIDDEN):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=PIECES, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=2048, initializer_range=0.02,
+        vocab_size=PIECES,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
         architectures=["LlamaForCausalLM"],
     )
     config.mm_vision_tower, config.mm_hidden_size, config.mm_projector_type = str(tower), TOWER_HIDDEN, "mlp2x_gelu"
@@ -66,8 +89,11 @@ def build_llava(folder, tower, seed, *, hidden=HIDDEN, layers=2, heads=4, interm
     for index, inputs in ((0, TOWER_HIDDEN), (2, hidden)):  # Linear, GELU, Linear
         layer = torch.nn.Linear(inputs, hidden)
         state |= {f"model.mm_projector.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
-    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in state.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def main(argv=None):

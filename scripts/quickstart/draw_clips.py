@@ -27,12 +27,19 @@ import numpy as np
 
 SIZE, PATCH, FRAMES = 64, 16, 16
 COLOURS = {
-    "red": (220, 40, 40), "blue": (50, 70, 220), "green": (40, 180, 60), "yellow": (225, 210, 50),
-    "white": (240, 240, 240), "black": (20, 20, 20), "pink": (230, 80, 200), "cyan": (60, 210, 220),
+    "red": (220, 40, 40),
+    "blue": (50, 70, 220),
+    "green": (40, 180, 60),
+    "yellow": (225, 210, 50),
+    "white": (240, 240, 240),
+    "black": (20, 20, 20),
+    "pink": (230, 80, 200),
+    "cyan": (60, 210, 220),
 }
 PAIRS = list(itertools.permutations(COLOURS, 2))
-HELD_OUT_PAIRS = [pair for pair in PAIRS if set(pair) in (
-    {"red", "blue"}, {"green", "yellow"}, {"white", "black"}, {"pink", "cyan"})]
+HELD_OUT_PAIRS = [
+    pair for pair in PAIRS if set(pair) in ({"red", "blue"}, {"green", "yellow"}, {"white", "black"}, {"pink", "cyan"})
+]
 TRAIN_PAIRS = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
 TRAIN_CLIPS, HELD_OUT_CLIPS = 10, 12  # per family and ordered pair: 48 · 10 to train with, 8 · 12 held out
 QUESTIONS = {
@@ -51,13 +58,13 @@ def draw(family, pair, rng):
     if family == "first":  # three by three of the four by four patches
         row, column = PATCH * rng.integers(0, 2, 2)
         switch = round(FRAMES * rng.uniform(0.35, 0.65))
-        frames[:switch, row:row + 3 * PATCH, column:column + 3 * PATCH] = one
-        frames[switch:, row:row + 3 * PATCH, column:column + 3 * PATCH] = other
+        frames[:switch, row : row + 3 * PATCH, column : column + 3 * PATCH] = one
+        frames[switch:, row : row + 3 * PATCH, column : column + 3 * PATCH] = other
     else:  # each two patches wide, and two or three high
         height = rng.integers(2, 4)
         top, bottom = PATCH * (rng.integers(0, 5 - height) + np.array([0, height]))
-        frames[:, top:bottom, :2 * PATCH] = one
-        frames[:, top:bottom, 2 * PATCH:] = other
+        frames[:, top:bottom, : 2 * PATCH] = one
+        frames[:, top:bottom, 2 * PATCH :] = other
     frames += rng.normal(0, 6, frames.shape)
     return frames.clip(0, 255).astype(np.uint8)
 
@@ -85,8 +92,10 @@ def main(argv=None):
     videos.mkdir(parents=True, exist_ok=True)
 
     training, held_out = [], []
-    for split, pairs, clips in (("train", TRAIN_PAIRS, arguments.train_clips),
-                                ("held_out", HELD_OUT_PAIRS, arguments.held_out_clips)):
+    for split, pairs, clips in (
+        ("train", TRAIN_PAIRS, arguments.train_clips),
+        ("held_out", HELD_OUT_PAIRS, arguments.held_out_clips),
+    ):
         for family, pair, number in itertools.product(QUESTIONS, pairs, range(clips)):
             name = f"{split}_{family}_{pair[0]}_{pair[1]}_{number:02}"
             write_video(videos / f"{name}.mp4", draw(family, pair, rng))

@@ -48,12 +48,17 @@ def right_answers(out, features, *, turned=True, **settings):
         items = [(folder.load(item["video"])[0], item) for item in asked if item["family"] == family]
 
         def share(change):
-            right = [chat.ask_features(change(features_RC), item["question"]) == item["answer"]
-                     for features_RC, item in items]
+            right = [
+                chat.ask_features(change(features_RC), item["question"]) == item["answer"]
+                for features_RC, item in items
+            ]
             return sum(right) / len(right)
 
-        result[family] = {"right": share(lambda features_RC: features_RC),
-                          **({"turned": share(turn)} if turned else {}), "questions": len(items)}
+        result[family] = {
+            "right": share(lambda features_RC: features_RC),
+            **({"turned": share(turn)} if turned else {}),
+            "questions": len(items),
+        }
     chat.close()
     return result
 
@@ -68,8 +73,12 @@ def main():
     parser.add_argument("--results", default="results.jsonl", help="file in OUT that takes the line")
     arguments = parser.parse_args()
 
-    result = {"name": arguments.name, **right_answers(
-        arguments.out, arguments.features, model_name_or_path=arguments.model, projector=arguments.projector)}
+    result = {
+        "name": arguments.name,
+        **right_answers(
+            arguments.out, arguments.features, model_name_or_path=arguments.model, projector=arguments.projector
+        ),
+    }
     with open(arguments.out / arguments.results, "a") as file:
         file.write(json.dumps(result) + "\n")
     print(json.dumps(result))

@@ -19,9 +19,17 @@ def compare(out):
     print(row("right answers of the same questions", "first?", "left?"))
     for line in (out / "compare.jsonl").read_text().splitlines():
         result = json.loads(line)
-        print(row(result["name"], *("{:.0f} of {}".format(result[family]["right"] * result[family]["questions"],
-                                                           result[family]["questions"])
-                                    for family in ("first", "left"))))
+        print(
+            row(
+                result["name"],
+                *(
+                    "{:.0f} of {}".format(
+                        result[family]["right"] * result[family]["questions"], result[family]["questions"]
+                    )
+                    for family in ("first", "left")
+                ),
+            )
+        )
     return 0
 
 

@@ -14,13 +14,24 @@ from conftest import ROOT
 from bench import kernel_rows, measure, optimizer_cases, report, roofline, vision_cases
 
 GPU = {"device": "GPU X", "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14}
-COMMON = {"python": "3.12", "commit": "abc", "date": "2026-11-22", "versions": {"torch": "2.11"}, "small": False,
-          "peak_extra_mib": None, "times_as_fast_as_baseline": 2.0, "bytes": 0, "flops": 0}
+COMMON = {
+    "python": "3.12",
+    "commit": "abc",
+    "date": "2026-11-22",
+    "versions": {"torch": "2.11"},
+    "small": False,
+    "peak_extra_mib": None,
+    "times_as_fast_as_baseline": 2.0,
+    "bytes": 0,
+    "flops": 0,
+}
 
 
 def row(kernel, way, median, **info):
-    return {"extra_info": COMMON | {"kernel": kernel, "case": "forward", "way": way} | info,
-            "stats": {"median": median, "iqr": median / 50}}
+    return {
+        "extra_info": COMMON | {"kernel": kernel, "case": "forward", "way": way} | info,
+        "stats": {"median": median, "iqr": median / 50},
+    }
 
 
 GPU_ROWS = [
@@ -28,8 +39,10 @@ GPU_ROWS = [
     row("swiglu", "eager", 2e-4, bytes=3.6e8, gb_per_s=1800.0, percent_of_copy=45.0, **GPU),
     row("linear_cross_entropy", "ours", 1e-3, flops=6e11, tflop_per_s=600.0, **GPU),
 ]
-CPU_ROWS = [row("frame_patchify", "ours", 0.25, bytes=1e8, gb_per_s=0.4, device="CPU Y"),
-            row("frame_patchify", "reference's chain", 1.0, bytes=1e8, gb_per_s=0.1, device="CPU Y")]
+CPU_ROWS = [
+    row("frame_patchify", "ours", 0.25, bytes=1e8, gb_per_s=0.4, device="CPU Y"),
+    row("frame_patchify", "reference's chain", 1.0, bytes=1e8, gb_per_s=0.1, device="CPU Y"),
+]
 
 
 def written(folder, rows, date="2026-01-01", name="rows.json"):
@@ -46,8 +59,9 @@ def test_replayed_times_are_those_measured():
 
 def test_calls_are_timed_round_by_round_on_copies_in_turn():
     seen = []
-    times = measure.time_calls(lambda x: lambda: seen.append(x) or time.sleep(0.002), [(1,), (2,)], rounds=5,
-                               on_cuda=False)
+    times = measure.time_calls(
+        lambda x: lambda: seen.append(x) or time.sleep(0.002), [(1,), (2,)], rounds=5, on_cuda=False
+    )
     assert len(times) == 5 and min(times) >= 0.002
     assert seen == [1, 2, 1, 2, 1, 2, 1]  # both once before the rounds
 
@@ -69,7 +83,7 @@ def test_a_wrong_result_is_seen(change):
         wrong = wrong[:5]
     measure.assert_agree((right.bfloat16(), right), (right, right))
     with pytest.raises(AssertionError):
-        measure.assert_agree((right, wrong)[:1 if change == "count" else 2], (right, right))
+        measure.assert_agree((right, wrong)[: 1 if change == "count" else 2], (right, right))
 
 
 def test_sampled_bytes_are_whole_sectors():
@@ -100,8 +114,11 @@ def test_newest_row_counts_and_tiny_shapes_do_not(tmp_path):
     (tmp_path / "conversion.json").write_text('{"environment": {}, "rows": [{"records": 1}]}')
     rows = report.read([tmp_path])
     assert {(r["kernel"], r["way"], r["median"]) for r in rows} == {
-        ("swiglu", "ours", 1e-4), ("swiglu", "eager", 2e-4), ("linear_cross_entropy", "ours", 1e-3),
-        ("rope_qk", "ours", 1.0)}
+        ("swiglu", "ours", 1e-4),
+        ("swiglu", "eager", 2e-4),
+        ("linear_cross_entropy", "ours", 1e-3),
+        ("rope_qk", "ours", 1.0),
+    }
 
 
 def test_table_shows_rates_and_what_is_not_measured(tmp_path):
@@ -145,12 +162,19 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=
 
 
 def test_rows_of_pytest_benchmark(tmp_path):
-    command = [*PYTEST, "bench", "-k", "test_kernels and spatio", "--small",
-               f"--benchmark-json={tmp_path / 'rows.json'}"]
+    command = [
+        *PYTEST,
+        "bench",
+        "-k",
+        "test_kernels and spatio",
+        "--small",
+        f"--benchmark-json={tmp_path / 'rows.json'}",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=ALONE | {"PYTHONPATH": ".:kernels"})
     content = json.loads((tmp_path / "rows.json").read_text())
-    ours, chain = (next(r for r in content["benchmarks"] if r["extra_info"]["way"] == way)
-                   for way in ("ours", "reference's chain"))
+    ours, chain = (
+        next(r for r in content["benchmarks"] if r["extra_info"]["way"] == way) for way in ("ours", "reference's chain")
+    )
     info = ours["extra_info"]
     assert info["times_as_fast_as_baseline"] == round(chain["stats"]["median"] / ours["stats"]["median"], 3)
     assert info["gb_per_s"] == pytest.approx(info["bytes"] / ours["stats"]["median"] / 1e9, abs=0.01)

@@ -23,30 +23,61 @@ def folder(tmp_path_factory):
 
 
 def measured(name, dtype, seconds, flops=8e9, **more):
-    row = {"seconds": seconds, "cpu_seconds": seconds, "rates": [], "samples": 15, "rows": 12000, "flops": flops,
-           "loss": 10.0, "norm": 4.0, "peak_bytes": 2**30, "start_bytes": 2**28}
+    row = {
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "rates": [],
+        "samples": 15,
+        "rows": 12000,
+        "flops": flops,
+        "loss": 10.0,
+        "norm": 4.0,
+        "peak_bytes": 2**30,
+        "start_bytes": 2**28,
+    }
     return train_step._figures(name, dtype, row | more, 16e9)
 
 
-ENVIRONMENT = {"device": "CPU X", "commit": "abc", "date": "2026-01-01",
-               "versions": {"torch": "2.13.0", "transformers": "5.23.0"}}
+ENVIRONMENT = {
+    "device": "CPU X",
+    "commit": "abc",
+    "date": "2026-01-01",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+}
 
 
 @pytest.fixture
 def result():
-    rows = [measured("reference", "bf16", [30.0, 29.0, 31.0]), measured("strong", "bf16", [20.0]),
-            measured("tuned", "bf16", [15.0]), measured("exact", "bf16", [10.0], flops=80e9, peak_bytes=2**29),
-            measured("recomputed", "bf16", [15.0], peak_bytes=2**28),
-            measured("strong_video_first", "bf16", []), measured("shared", "bf16", [3.0]),
-            measured("reference", "fp32", [60.0]), measured("exact", "fp32", [24.0], flops=192e9)]
-    return {"environment": ENVIRONMENT, "preset": "tiny", "rows": rows,
-            **train_step.summary(rows, {"bf16": 16e9, "fp32": 16e9})}
+    rows = [
+        measured("reference", "bf16", [30.0, 29.0, 31.0]),
+        measured("strong", "bf16", [20.0]),
+        measured("tuned", "bf16", [15.0]),
+        measured("exact", "bf16", [10.0], flops=80e9, peak_bytes=2**29),
+        measured("recomputed", "bf16", [15.0], peak_bytes=2**28),
+        measured("strong_video_first", "bf16", []),
+        measured("shared", "bf16", [3.0]),
+        measured("reference", "fp32", [60.0]),
+        measured("exact", "fp32", [24.0], flops=192e9),
+    ]
+    return {
+        "environment": ENVIRONMENT,
+        "preset": "tiny",
+        "rows": rows,
+        **train_step.summary(rows, {"bf16": 16e9, "fp32": 16e9}),
+    }
 
 
 def test_summary_compares_rows_of_one_precision(result):
-    assert result["ratios"] == pytest.approx({
-        "exact_vs_reference": 3.0, "exact_vs_strong": 2.0, "exact_vs_tuned": 1.5, "shared_vs_reference": 10.0,
-        "shared_vs_strong": 20 / 3, "shared_vs_tuned": 5.0})
+    assert result["ratios"] == pytest.approx(
+        {
+            "exact_vs_reference": 3.0,
+            "exact_vs_strong": 2.0,
+            "exact_vs_tuned": 1.5,
+            "shared_vs_reference": 10.0,
+            "shared_vs_strong": 20 / 3,
+            "shared_vs_tuned": 5.0,
+        }
+    )
     assert result["ratios_fp32"] == pytest.approx({"exact_vs_reference": 2.5})
     assert (result["matmul_share"], result["matmul_share_fp32"]) == pytest.approx((0.5, 0.5))
     assert (result["memory_vs_reference"], result["memory_vs_reference_recomputed"]) == (0.5, 0.25)
@@ -59,7 +90,8 @@ def test_table_and_picture_show_what_was_timed(result, tmp_path):
     figure = ladder_plot.draw(result)
     speed, memory = figure.axes
     assert sorted(bar.get_width() for bar in speed.patches) == pytest.approx(
-        sorted(row["samples_per_second"] for row in result["rows"] if row["seconds"]))
+        sorted(row["samples_per_second"] for row in result["rows"] if row["seconds"])
+    )
     assert {" 1.5  (3×)", " 0.5  (0.5×)"} <= {text.get_text() for axis in (speed, memory) for text in axis.texts}
     figure.savefig(tmp_path / "ladder.png")
 
@@ -68,15 +100,24 @@ def test_table_goes_into_its_page_between_its_comments(result, tmp_path):
     table = ladder_plot.markdown(result)
     lines = table.splitlines()
     assert lines[2] == "| reference's recipe (transformers) | 0.5 | 0 | 2 % | 1.00 GiB | 0.25 | 0 | 1 % | 1.00 GiB |"
-    assert lines[5].split(" | ")[1:] == ["1.5 (3.0×)", "8", "50 %", "0.50 GiB (0.50×)", "0.625 (2.5×)", "8", "50 %",
-                                         "1.00 GiB (1.00×) |"]
+    assert lines[5].split(" | ")[1:] == [
+        "1.5 (3.0×)",
+        "8",
+        "50 %",
+        "0.50 GiB (0.50×)",
+        "0.625 (2.5×)",
+        "8",
+        "50 %",
+        "1.00 GiB (1.00×) |",
+    ]
     assert lines[3].endswith("|  |  |  |  |") and len(lines) == 8
     text = f"# A\n{ladder_plot.BEGIN}\nold\n{ladder_plot.END}\nrest\n"
     assert ladder_plot.into_readme(text, table) == f"# A\n{ladder_plot.BEGIN}\n{table}\n{ladder_plot.END}\nrest\n"
     (tmp_path / "performance.md").write_text(text)
     (tmp_path / "result.json").write_text(json.dumps(result))
-    ladder_plot.main([str(tmp_path / "result.json"), "--png", str(tmp_path / "a.png"), "--readme",
-                      str(tmp_path / "performance.md")])
+    ladder_plot.main(
+        [str(tmp_path / "result.json"), "--png", str(tmp_path / "a.png"), "--readme", str(tmp_path / "performance.md")]
+    )
     written = (tmp_path / "performance.md").read_text()
     assert table in written and "CPU X; torch 2.13.0" in written and "old" not in written
     assert (tmp_path / "a.png").stat().st_size > 10_000
@@ -108,8 +149,9 @@ def test_rows_step_in_turn_and_the_fastest_product_counts(monkeypatch):
     monkeypatch.setattr(train_step, "RowProcess", Scripted)
     Scripted.asked, Scripted.rates = [], iter([1e9, 8e9, 2e9, 3e9, 4e9, 5e9])
     preset = dataclasses.replace(TINY, rounds={"bf16": 3})
-    rows, rate = train_step.measure(["reference", "kept", "exact", "strong_video_first"], "bf16", preset, None,
-                                    say=lambda line: None)
+    rows, rate = train_step.measure(
+        ["reference", "kept", "exact", "strong_video_first"], "bf16", preset, None, say=lambda line: None
+    )
     assert rate == 8e9 and [row["row"] for row in rows] == ["reference", "kept", "exact", "strong_video_first"]
     assert [len(row["seconds"]) for row in rows] == [3, ROWS["kept"].rounds, 3, 0]
     assert rows[0]["matmul_share"] == pytest.approx(4e9 / 2 / 8e9) and rows[3]["samples_per_second"] is None
@@ -132,8 +174,18 @@ def test_a_gpu_is_for_the_check(monkeypatch, capsys):
 
 
 def test_command_writes_the_ladder(tmp_path):
-    command = [sys.executable, "bench/train_step.py", "--preset", "tiny", "--rows", "reference,exact", "--dtypes",
-               "bf16", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "bench/train_step.py",
+        "--preset",
+        "tiny",
+        "--rows",
+        "reference,exact",
+        "--dtypes",
+        "bf16",
+        "--out",
+        str(tmp_path),
+    ]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -144,7 +196,8 @@ def test_command_writes_the_ladder(tmp_path):
     assert written["ratios"]["exact_vs_reference"] == pytest.approx(reference["seconds"][0] / exact["seconds"][0])
     assert written["faults"] == [] and reference["peak_bytes"] > reference["start_bytes"] > 2**26
     assert exact["matmul_share"] == pytest.approx(
-        exact["flops"] / exact["seconds"][0] / written["matmul_flops_per_second"]["bf16"])
+        exact["flops"] / exact["seconds"][0] / written["matmul_flops_per_second"]["bf16"]
+    )
 
 
 def test_presets_name_rows():

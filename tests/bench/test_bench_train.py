@@ -37,8 +37,9 @@ def test_samples_have_the_real_lengths(tmp_path):
     it."""
     train_data.write(tmp_path, Shape(16, 1, 2, 16, 640), videos=4)
     tokenizer = load_tokenizer(str(tmp_path / "model"), True)
-    config = TrainConfig(str(tmp_path / "model"), [str(tmp_path / "train.json")], output_dir="",
-                         mm_use_vid_start_end=True)
+    config = TrainConfig(
+        str(tmp_path / "model"), [str(tmp_path / "train.json")], output_dir="", mm_use_vid_start_end=True
+    )
     samples = SampleSet(config.data_path, tokenizer, FeatureFolder(tmp_path / "feats"), config)
     encoded = [samples.encode(i) for i in range(len(samples))]
     assert len(encoded) == 4 * 7.5 and not any(sample.refused for sample in encoded)
@@ -56,8 +57,9 @@ def test_data_depend_on_the_seed_alone(tmp_path, folder):
     for name, seed in (("same", 0), ("other", 1)):
         train_data.write(tmp_path / name, TINY.shape, TINY.videos, seed, 3)
     # sentencepiece writes the file's own path into tokenizer.model
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".safetensors", ".json",
-                                                                                            ".vocab"))
+    files = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".vocab")
+    )
     assert len(files) == 11
 
     def equal(name):
@@ -93,6 +95,7 @@ def test_products_are_counted_in_functions_too():
 
 def test_a_product_with_a_dtype_of_its_own_is_counted():
     """As a trained head's gradient is computed on a GPU: CPUs have no such product, so a stand-in is dispatched."""
+
     class AddmmOnGPU:
         _overloadpacket = torch.ops.aten.addmm
 
@@ -100,8 +103,9 @@ def test_a_product_with_a_dtype_of_its_own_is_counted():
             return out
 
     counter, total = ExecutedFlops(), torch.zeros(3, 5)
-    counter.__torch_dispatch__(AddmmOnGPU(), (), (total, torch.zeros(3, 4), torch.zeros(4, 5), torch.float32),
-                               {"out": total})
+    counter.__torch_dispatch__(
+        AddmmOnGPU(), (), (total, torch.zeros(3, 4), torch.zeros(4, 5), torch.float32), {"out": total}
+    )
     assert counter.total == 2 * 3 * 4 * 5
 
 
@@ -109,7 +113,8 @@ def test_a_product_with_a_dtype_of_its_own_is_counted():
 def test_attention_counts_what_it_computes(causal):
     q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
     _, flops = executed_flops(
-        lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward())
+        lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=causal).sum().backward()
+    )
     pairs = 16 * 17 // 2 if causal else 16 * 16
     assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
 
@@ -153,8 +158,18 @@ def first(name, folder, dtype="fp32", micro_batch=8):
 
 @pytest.fixture(scope="module")
 def firsts(folder):
-    names = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "smallest", "strong_video_first",
-             "shared")
+    names = (
+        *BASELINES,
+        "packed",
+        "kept",
+        "last",
+        "apart",
+        "exact",
+        "recomputed",
+        "smallest",
+        "strong_video_first",
+        "shared",
+    )
     return {name: first(name, folder) for name in names}
 
 
@@ -168,7 +183,7 @@ def test_every_exact_row_has_the_loss_and_gradient_of_the_reference(firsts):
 
 @pytest.mark.parametrize("change", [{"loss": 1.0001}, {"norm": 1.001}, {"loss": math.nan}])
 def test_another_loss_or_gradient_is_a_fault(firsts, change):
-    (key, factor), = change.items()
+    ((key, factor),) = change.items()
     rows = [{"row": name, "dtype": "fp32", **firsts[name]} for name in ("reference", "exact")]
     rows[1][key] *= factor
     (fault,) = train_step.compare(rows)
@@ -176,8 +191,9 @@ def test_another_loss_or_gradient_is_a_fault(firsts, change):
 
 
 def test_without_the_reference_rows_must_equal_each_other(firsts):
-    rows = [{"row": name, "dtype": "fp32", **firsts[name]}
-            for name in ("strong", "exact", "strong_video_first", "shared")]
+    rows = [
+        {"row": name, "dtype": "fp32", **firsts[name]} for name in ("strong", "exact", "strong_video_first", "shared")
+    ]
     assert list(train_step.compare(rows)) == []
     rows[1]["norm"] *= 1.001
     (fault,) = train_step.compare(rows)

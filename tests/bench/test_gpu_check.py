@@ -38,16 +38,25 @@ def run(tasks, folder, **options):
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("process", [None, "shared"])
 def test_a_fault_costs_its_own_rows(tmp_path, fault, process):
-    tasks = [task("first", process=process), task("bad", fault, process=process, seconds=3.0),
-             task("last", process=process)]
+    tasks = [
+        task("first", process=process),
+        task("bad", fault, process=process, seconds=3.0),
+        task("last", process=process),
+    ]
     outcomes = run(tasks, tmp_path)
     assert [outcome for outcome, _, _ in outcomes.values()][::2] == ["ok", "ok"]
     outcome, seconds, rows = outcomes["stage", "bad"]
     assert outcome.startswith("failed: ") and FAULTS[fault] in outcome and [row["row"] for row in rows] == ["before"]
     assert seconds < 20
     written = [(row["task"], row["row"], row["status"]) for row in results.read(tmp_path)]
-    assert written == [("first", "fine", "ok"), ("first", "end", "ok"), ("bad", "before", "ok"),
-                       ("bad", "end", "failed"), ("last", "fine", "ok"), ("last", "end", "ok")]
+    assert written == [
+        ("first", "fine", "ok"),
+        ("first", "end", "ok"),
+        ("bad", "before", "ok"),
+        ("bad", "end", "failed"),
+        ("last", "fine", "ok"),
+        ("last", "end", "ok"),
+    ]
     assert "stage bad: failed" in (tmp_path / "log.txt").read_text()
 
 
@@ -60,9 +69,16 @@ def test_a_wrong_result_fails_and_its_process_goes_on(tmp_path):
 def test_untimed_tasks_run_beside_each_other_and_timed_ones_wait(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.gpu.check.os.cpu_count", lambda: 4)
     names = ["a", "b"]
-    tasks = [task(name, "meets", untimed=True, after=("before",), arguments={
-        "name": name, "others": [other for other in names if other != name], "folder": str(tmp_path)})
-        for name in names]
+    tasks = [
+        task(
+            name,
+            "meets",
+            untimed=True,
+            after=("before",),
+            arguments={"name": name, "others": [other for other in names if other != name], "folder": str(tmp_path)},
+        )
+        for name in names
+    ]
     late = task("late", "meets", untimed=True, arguments={"name": "late", "others": [], "folder": str(tmp_path)})
     timed = task("timed", "finds", arguments={"names": [*names, "late"], "folder": str(tmp_path)})
     outcomes = run([task("before", background=True), *tasks, late, timed], tmp_path)
@@ -123,7 +139,9 @@ def test_two_sharded_ranks_train_as_one_process():
         assert [row["absent"] for row in rows] == ["one GPU"]
         return
     assert [(row["row"], row["status"], len(row["losses"])) for row in rows] == [
-        ("full, two ranks", "ok", 3), ("hybrid, two ranks", "ok", 3)], rows
+        ("full, two ranks", "ok", 3),
+        ("hybrid, two ranks", "ok", 3),
+    ], rows
 
 
 def test_two_ranks_that_cannot_start_are_said():
@@ -141,7 +159,8 @@ def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):
         file.write('{"row": "cut", "sta')
     assert [row["row"] for row in results.read(tmp_path)] == ["whole"]
     assert line_of({"row": "x", "status": "failed", "seconds_each": [1], "median": 0.123456789}) == (
-        "FAILED row x, median 0.12346")
+        "FAILED row x, median 0.12346"
+    )
 
 
 def test_tables_are_told_apart():
@@ -213,18 +232,21 @@ def answered(right, **more):
     return {"first right": first, "first asked": 96, "left right": left, "left asked": 96, "skipped": 0} | more
 
 
-@pytest.mark.parametrize("name, others, row, fault", [
-    ("exact", {}, answered((96, 93)), None),
-    ("exact", {}, answered((96, 86)), "left: 86 of 96 right, too few"),
-    ("shared", {"exact": (96, 93)}, answered((96, 88)), None),
-    ("shared", {"exact": (96, 93)}, answered((96, 84)), "left: 84 of 96 right, exact has 93; 7.6 fewer"),
-    ("shared", {"exact": (96, 96)}, answered((91, 96)), "first: 91 of 96 right, exact has 96; 4.8 fewer"),
-    ("FP8", {"exact": (90, 93)}, answered((96, 93)), None),
-    ("video first", {"exact": (96, 93)}, answered((96, 80)), None),  # its cost is told, and judged by nobody
-    ("video first, shared", {"exact": (96, 93), "video first": (96, 80)}, answered((96, 79)), None),
-    ("video first, shared", {"exact": (96, 93), "video first": (96, 93)}, answered((96, 79)), "video first has 93"),
-    ("shared", {"exact": (96, 93)}, answered((96, 93), skipped=2), "2 samples were skipped"),
-])
+@pytest.mark.parametrize(
+    "name, others, row, fault",
+    [
+        ("exact", {}, answered((96, 93)), None),
+        ("exact", {}, answered((96, 86)), "left: 86 of 96 right, too few"),
+        ("shared", {"exact": (96, 93)}, answered((96, 88)), None),
+        ("shared", {"exact": (96, 93)}, answered((96, 84)), "left: 84 of 96 right, exact has 93; 7.6 fewer"),
+        ("shared", {"exact": (96, 96)}, answered((91, 96)), "first: 91 of 96 right, exact has 96; 4.8 fewer"),
+        ("FP8", {"exact": (90, 93)}, answered((96, 93)), None),
+        ("video first", {"exact": (96, 93)}, answered((96, 80)), None),  # its cost is told, and judged by nobody
+        ("video first, shared", {"exact": (96, 93), "video first": (96, 80)}, answered((96, 79)), None),
+        ("video first, shared", {"exact": (96, 93), "video first": (96, 93)}, answered((96, 79)), "video first has 93"),
+        ("shared", {"exact": (96, 93)}, answered((96, 93), skipped=2), "2 samples were skipped"),
+    ],
+)
 def test_a_way_must_answer_as_well_as_another(name, others, row, fault):
     found = {other: answered(right) for other, right in others.items()} | {name: row}
     said = quality.verdict(name, found, False)
@@ -252,10 +274,25 @@ def test_results_lie_where_git_tracks_nothing():
 
 
 def test_command(tmp_path):
-    command = ["bash", "scripts/gpu_check.sh", "--stages", "probe,kernels", "--tasks", "card,swiglu", "--minutes", "2",
-               "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": ""})
+    command = [
+        "bash",
+        "scripts/gpu_check.sh",
+        "--stages",
+        "probe,kernels",
+        "--tasks",
+        "card,swiglu",
+        "--minutes",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable, "FASTVID_VENV": ""},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "measured: 2 of 2" in done.stdout and "no GPU: tiny sizes" in done.stderr
     rows = results.read(tmp_path)
@@ -264,11 +301,20 @@ def test_command(tmp_path):
     assert ours["median"] > 0 and ours["kernel"] == "swiglu" and json.dumps(rows)
 
 
-@pytest.mark.parametrize("words, said",
-                         [(("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
-                                         (("--minutes", "0"), "--minutes 0: give more than 0"),
-                                         (("--tasks", "swiglu,nosuch"), "no task of these stages has nosuch in its")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--stages", "kernel"), "no stage is called kernel; there are probe, correct"),
+        (("--minutes", "0"), "--minutes 0: give more than 0"),
+        (("--tasks", "swiglu,nosuch"), "no task of these stages has nosuch in its"),
+    ],
+)
 def test_command_refuses(words, said):
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", *words], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
     assert done.returncode == 2 and said in done.stderr

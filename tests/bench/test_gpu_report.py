@@ -15,13 +15,24 @@ VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
 
 
 def begin(commit, date="2026-01-01", **more):
-    return {"stage": "run", "task": "run", "status": "ok", "row": "environment", "small": False, "device": CARD,
-            "python": "3.12.3", "commit": commit, "date": date, "versions": VERSIONS} | more
+    return {
+        "stage": "run",
+        "task": "run",
+        "status": "ok",
+        "row": "environment",
+        "small": False,
+        "device": CARD,
+        "python": "3.12.3",
+        "commit": commit,
+        "date": date,
+        "versions": VERSIONS,
+    } | more
 
 
 def end(stage, task, status="ok", error=None):
     return {"stage": stage, "task": task, "status": status, "row": "end", "seconds": 1.0} | (
-        {"error": f"{status.replace('_', ' ')}: {error}"} if error else {})
+        {"error": f"{status.replace('_', ' ')}: {error}"} if error else {}
+    )
 
 
 def probed(name, **figures):
@@ -32,50 +43,115 @@ CARD_ROW = probed("card", driver_version="580.1", memory_bytes=100 * 2**30)
 
 
 def timed(kernel, way, median, *, stage="kernels", bytes=4e8, case="forward N=1", **more):
-    row = {"stage": stage, "task": kernel, "status": "ok", "at": 1.0, "row": f"{case} {way}", "kernel": kernel,
-           "case": case, "way": way, "median": median, "iqr": median / 50, "rounds": 50, "small": False, "device": CARD,
-           "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14, "baseline": "eager", "bytes": bytes,
-           "flops": 0, "peak_extra_mib": 1.0, "gb_per_s": round(bytes / median / 1e9, 2)}
+    row = {
+        "stage": stage,
+        "task": kernel,
+        "status": "ok",
+        "at": 1.0,
+        "row": f"{case} {way}",
+        "kernel": kernel,
+        "case": case,
+        "way": way,
+        "median": median,
+        "iqr": median / 50,
+        "rounds": 50,
+        "small": False,
+        "device": CARD,
+        "copy_bytes_per_second": 4e12,
+        "matmul_flops_per_second": 8e14,
+        "baseline": "eager",
+        "bytes": bytes,
+        "flops": 0,
+        "peak_extra_mib": 1.0,
+        "gb_per_s": round(bytes / median / 1e9, 2),
+    }
     return row | {"percent_of_copy": round(100 * bytes / median / 4e12, 1)} | more
 
 
 def step(name, seconds, *, rows=24_000, loss=11.0, flops=4e14, **more):
     times = [seconds] * 3 if seconds else []
-    row = {"stage": "train", "task": name, "status": "ok", "at": 9.0, "row": name, "title": f"title of {name}",
-           "dtype": "bf16", "loss": loss, "norm": 15.0, "samples": 30, "rows": rows, "sample_rows": 24_000,
-           "flops": flops, "seconds_each": times, "start_bytes": 0, "peak_bytes": 40 * 2**30}
+    row = {
+        "stage": "train",
+        "task": name,
+        "status": "ok",
+        "at": 9.0,
+        "row": name,
+        "title": f"title of {name}",
+        "dtype": "bf16",
+        "loss": loss,
+        "norm": 15.0,
+        "samples": 30,
+        "rows": rows,
+        "sample_rows": 24_000,
+        "flops": flops,
+        "seconds_each": times,
+        "start_bytes": 0,
+        "peak_bytes": 40 * 2**30,
+    }
     return row | ({"seconds": seconds} if seconds else {}) | more
 
 
 def profiled(name, device_ms, names):
-    return {"stage": "train", "task": f"{name} profile", "status": "ok", "row": name, "device_ms": device_ms,
-            "launches": 99, "kernels": names}
+    return {
+        "stage": "train",
+        "task": f"{name} profile",
+        "status": "ok",
+        "row": name,
+        "device_ms": device_ms,
+        "launches": 99,
+        "kernels": names,
+    }
 
 
 def best(seconds, block):
-    return {"stage": "sweep", "task": "swiglu", "status": "ok", "at": 1.0, "row": f"best: forward N=1 block {block}",
-            "best": True, "kernel": "swiglu", "case": "forward N=1", "candidate": {"block": block}, "seconds": seconds,
-            "percent_of_copy": 125.0}
+    return {
+        "stage": "sweep",
+        "task": "swiglu",
+        "status": "ok",
+        "at": 1.0,
+        "row": f"best: forward N=1 block {block}",
+        "best": True,
+        "kernel": "swiglu",
+        "case": "forward N=1",
+        "candidate": {"block": block},
+        "seconds": seconds,
+        "percent_of_copy": 125.0,
+    }
 
 
 FIRST = [
-    begin("aaa"), CARD_ROW, probed("product, burst", flops_per_second=8e14),
+    begin("aaa"),
+    CARD_ROW,
+    probed("product, burst", flops_per_second=8e14),
     probed("product, sustained", flops_per_second=6e14),
     probed("products of a layer, 8448 rows, fp8", flops_per_second=1.5e15),
-    timed("swiglu", "ours", 2e-4), timed("swiglu", "eager", 4e-4), end("kernels", "swiglu"),
-    step("exact", 2.0, estimated_bytes=39 * 2**30), end("train", "exact"),
-    end("train", "reference", "failed", "ran past its limit"), end("extract", "tower", "left_out", "no time"),
-    best(7e-5, 256), {"stage": "correct", "task": "AdamW", "status": "failed", "row": "float32", "at": 1.0},
+    timed("swiglu", "ours", 2e-4),
+    timed("swiglu", "eager", 4e-4),
+    end("kernels", "swiglu"),
+    step("exact", 2.0, estimated_bytes=39 * 2**30),
+    end("train", "exact"),
+    end("train", "reference", "failed", "ran past its limit"),
+    end("extract", "tower", "left_out", "no time"),
+    best(7e-5, 256),
+    {"stage": "correct", "task": "AdamW", "status": "failed", "row": "float32", "at": 1.0},
     end("correct", "AdamW", "failed", "float32"),
 ]
 SECOND = [
-    begin("bbb", "2026-01-02"), timed("swiglu", "ours", 1e-4), timed("swiglu", "Liger", 1.25e-4, stage="libraries"),
+    begin("bbb", "2026-01-02"),
+    timed("swiglu", "ours", 1e-4),
+    timed("swiglu", "Liger", 1.25e-4, stage="libraries"),
     step("exact", 1.0, estimated_bytes=30 * 2**30),
     step("exact_8448", 0.5, rows=13_000, sample_rows=13_500, samples=16),
-    step("tuned", 1.25), step("strong", 1.5), step("strong_video_first", None), step("shared", 0.4, rows=6000),
-    step("shared_fp8", 0.2, rows=6000), step("fp8", 0.7), step("full", 1.6, flops=9.6e14),
-    profiled("exact", 100.0,
-             [["nvjet_sm90_tst", 50.0, 9], ["void pytorch_flash::flash_fwd_kernel<cutlass::bf16>", 20.0, 3]]),
+    step("tuned", 1.25),
+    step("strong", 1.5),
+    step("strong_video_first", None),
+    step("shared", 0.4, rows=6000),
+    step("shared_fp8", 0.2, rows=6000),
+    step("fp8", 0.7),
+    step("full", 1.6, flops=9.6e14),
+    profiled(
+        "exact", 100.0, [["nvjet_sm90_tst", 50.0, 9], ["void pytorch_flash::flash_fwd_kernel<cutlass::bf16>", 20.0, 3]]
+    ),
     end("train", "reference", "left_out", "no time"),
     best(8e-5, 512),
 ]
@@ -89,8 +165,10 @@ def write(path, rows, cut=""):
 
 @pytest.fixture
 def files(tmp_path):
-    return [write(tmp_path / "a" / "results.jsonl", FIRST),
-            write(tmp_path / "b.jsonl", SECOND, '{"stage": "train", "ro')]
+    return [
+        write(tmp_path / "a" / "results.jsonl", FIRST),
+        write(tmp_path / "b.jsonl", SECOND, '{"stage": "train", "ro'),
+    ]
 
 
 @pytest.fixture
@@ -108,19 +186,28 @@ def test_the_later_row_counts_and_says_where_it_is_from(card):
     row = only(card.rows, row="forward N=1 ours")
     assert (row["median"], row["commit"], row["driver"], row["date"]) == (1e-4, "bbb", None, "2026-01-02")
     assert only(card.rows, row="forward N=1 eager")["commit"] == "aaa"  # which no later run timed
-    assert only(card.rows, row="card") | {"driver": "580.1", "card": CARD,
-                                          "versions": VERSIONS} == only(card.rows, row="card")
+    assert only(card.rows, row="card") | {"driver": "580.1", "card": CARD, "versions": VERSIONS} == only(
+        card.rows, row="card"
+    )
     assert not any("at" in row or row["row"] in ("end", "environment") for row in card.rows)
     assert card.slug == "h200"
 
 
 def test_failures_are_kept_apart_until_they_are_measured(card, files, tmp_path):
-    assert [(row["task"], row["row"]) for row in card.failed] == [("reference", "end"), ("AdamW", "float32"),
-                                                                  ("AdamW", "end")]
+    assert [(row["task"], row["row"]) for row in card.failed] == [
+        ("reference", "end"),
+        ("AdamW", "float32"),
+        ("AdamW", "end"),
+    ]
     assert [row["task"] for row in card.left_out] == ["tower"]  # the reference failed before it was left out
     assert card.why_missing("train", "reference") == " (failed: ran past its limit)"
-    third = [begin("ccc"), step("reference", 3.0), end("train", "reference"), {**FIRST[-2], "status": "ok"},
-             end("correct", "AdamW")]
+    third = [
+        begin("ccc"),
+        step("reference", 3.0),
+        end("train", "reference"),
+        {**FIRST[-2], "status": "ok"},
+        end("correct", "AdamW"),
+    ]
     (mended,) = merge.read([*files, write(tmp_path / "c.jsonl", third)])
     assert mended.failed == [] and only(mended.rows, task="AdamW")["commit"] == "ccc"
     failing = [begin("ddd"), step("exact", 9.0, status="failed"), end("train", "exact", "failed", "killed")]
@@ -157,8 +244,17 @@ def test_roofs_come_from_the_rows_own_run_first(card):
 def test_ladder_is_a_file_of_train_step(card, tmp_path):
     made = ladder.result(card)
     names = [row["row"] for row in made["rows"]]
-    assert names == ["strong", "tuned", "strong_video_first", "exact", "exact_8448", "shared", "fp8", "shared_fp8",
-                     "full"]
+    assert names == [
+        "strong",
+        "tuned",
+        "strong_video_first",
+        "exact",
+        "exact_8448",
+        "shared",
+        "fp8",
+        "shared_fp8",
+        "full",
+    ]
     exact = only(made["rows"], row="exact")
     assert (exact["samples_per_second"], exact["seconds"], exact["spread"]) == (30.0, [1.0] * 3, 0.0)
     assert exact["matmul_share"] == pytest.approx(4e14 / 8e14) and exact["sustained_share"] == pytest.approx(4 / 6)
@@ -170,7 +266,18 @@ def test_ladder_is_a_file_of_train_step(card, tmp_path):
     draw(json.loads(json.dumps(made))).savefig(tmp_path / "ladder.png")
     row = next(line for line in ladder.table(made).splitlines() if line.startswith("| `exact` "))
     assert [cell.strip() for cell in row.split("|")[3:-1]] == [
-        "30.0", "0.0 %", "24,000", "400", "50 %", "67 %", "", "40.0 GiB", "1.50", "1.25", "`bbb`"]
+        "30.0",
+        "0.0 %",
+        "24,000",
+        "400",
+        "50 %",
+        "67 %",
+        "",
+        "40.0 GiB",
+        "1.50",
+        "1.25",
+        "`bbb`",
+    ]
 
 
 def test_a_wrong_loss_is_a_fault(files, tmp_path):
@@ -186,17 +293,26 @@ def test_a_card_without_training_has_no_ladder(files, tmp_path):
     assert lines["7B full fine-tune"].measured == "not measured" and len(lines) == 6
 
 
-@pytest.mark.parametrize("name, group", [
-    ("nvjet_sm90_qqtst_128x128", "matrix products"), ("void cutlass::Kernel2<cutlass_75_tensorop>", "matrix products"),
-    ("void pytorch_flash::flash_bwd_kernel<cutlass::half>", "attention"),
-    ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native", "gathering keys"),
-    ("void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel", "gathering keys"),
-    ("void at::native::(anonymous namespace)::sum_and_scatter<float, long>", "gathering keys"),
-    ("_place_keys_kernel", "gathering keys"), ("_add_rms_norm_bwd_kernel", "norms"), ("_swiglu_fwd_kernel", "SwiGLU"),
-    ("_rope_qk_kernel", "rotary"), ("_quantize_fp8_kernel", "quantise"), ("_adamw8bit_step_kernel", "optimizer"),
-    ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda", "copies"),
-    ("Memset (Device)", "copies"), ("_softmax_gradient_kernel", "the rest"),
-])
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("nvjet_sm90_qqtst_128x128", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_75_tensorop>", "matrix products"),
+        ("void pytorch_flash::flash_bwd_kernel<cutlass::half>", "attention"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native", "gathering keys"),
+        ("void at_cuda_detail::cub::detail::radix_sort::DeviceRadixSortOnesweepKernel", "gathering keys"),
+        ("void at::native::(anonymous namespace)::sum_and_scatter<float, long>", "gathering keys"),
+        ("_place_keys_kernel", "gathering keys"),
+        ("_add_rms_norm_bwd_kernel", "norms"),
+        ("_swiglu_fwd_kernel", "SwiGLU"),
+        ("_rope_qk_kernel", "rotary"),
+        ("_quantize_fp8_kernel", "quantise"),
+        ("_adamw8bit_step_kernel", "optimizer"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda", "copies"),
+        ("Memset (Device)", "copies"),
+        ("_softmax_gradient_kernel", "the rest"),
+    ],
+)
 def test_groups_of_kernels(name, group):
     assert profiles.group_of(name) == group
 
@@ -232,8 +348,11 @@ def test_goals_say_what_falls_short_and_what_is_missing(card):
     assert full.reached and full.measured.startswith("600 TFLOP/s, 60.6 %")
     memory, *small = goals.memory_lines(card, made)
     assert [line.measured for line in small] == ["not measured"] * 2
-    assert (memory.reached is False and memory.measured == "40.0 GiB, +33.3 % — **falls short**"
-            and memory.share == "40 % of the memory")
+    assert (
+        memory.reached is False
+        and memory.measured == "40.0 GiB, +33.3 % — **falls short**"
+        and memory.share == "40 % of the memory"
+    )
     assert next(goals.extraction_lines(card)).measured == "not measured (left out: no time)"
     swiglu, *others = [line for line in goals.kernel_lines(card, rows) if "swiglu" in line.what]
     assert others == [] and swiglu.reached and swiglu.share == "100 %" and swiglu.commits == ("bbb",)
@@ -244,8 +363,13 @@ def test_goals_say_what_falls_short_and_what_is_missing(card):
 @pytest.mark.parametrize("speed, cosine, reached", [(2100, 0.9951, True), (1200, 0.9951, False), (2100, 0.98, False)])
 def test_an_fp8_tower_must_be_faster_and_near(speed, cosine, reached):
     def row(name, speed, **more):
-        return {"row": f"tower{name}, float16", "images_per_second": speed, "flops_per_second": 1e12, "commit": "aaa",
-                **more}
+        return {
+            "row": f"tower{name}, float16",
+            "images_per_second": speed,
+            "flops_per_second": 1e12,
+            "commit": "aaa",
+            **more,
+        }
 
     class Card:
         name = "NVIDIA H200"
@@ -262,12 +386,15 @@ def test_an_fp8_tower_must_be_faster_and_near(speed, cosine, reached):
     assert lines["tower, CUDA graph, float16"].measured == "1,400 images/s"
 
 
-@pytest.mark.parametrize("peak, built, reached, measured", [
-    (14.9e9, 0, True, "14.9 GB, -0.7 % (`smallest`)"),
-    (14.9e9, 15.5e9, True, "14.9 GB, -0.7 % (`smallest`), 15.5 GB while it was built"),
-    (14.9e9, 24.1e9, False, "14.9 GB, -0.7 % (`smallest`), 24.1 GB while it was built — **falls short**"),
-    (16e9, 0, False, "16.0 GB, +6.7 % (`smallest`) — **falls short**"),
-])
+@pytest.mark.parametrize(
+    "peak, built, reached, measured",
+    [
+        (14.9e9, 0, True, "14.9 GB, -0.7 % (`smallest`)"),
+        (14.9e9, 15.5e9, True, "14.9 GB, -0.7 % (`smallest`), 15.5 GB while it was built"),
+        (14.9e9, 24.1e9, False, "14.9 GB, -0.7 % (`smallest`), 24.1 GB while it was built — **falls short**"),
+        (16e9, 0, False, "16.0 GB, +6.7 % (`smallest`) — **falls short**"),
+    ],
+)
 def test_what_must_fit_a_small_card(tmp_path, peak, built, reached, measured):
     """While the model is built too."""
     row = step("smallest", 2.0, peak_bytes=int(peak), build_peak_bytes=int(built), estimated_bytes=15 * 10**9)
@@ -279,21 +406,45 @@ def test_what_must_fit_a_small_card(tmp_path, peak, built, reached, measured):
 
 def test_what_speed_costs_in_answers_is_told(tmp_path):
     def way(name, first, left, **more):
-        return {"stage": "quality", "task": "answers", "status": "ok", "row": name, "first right": first, "first asked":
-                96, "left right": left, "left asked": 96} | more
+        return {
+            "stage": "quality",
+            "task": "answers",
+            "status": "ok",
+            "row": name,
+            "first right": first,
+            "first asked": 96,
+            "left right": left,
+            "left asked": 96,
+        } | more
 
-    curve = {"stage": "quality", "task": "FP8 curve", "status": "failed", "row": "FP8 curve", "relative error": 0.002,
-             "of the last 50": -0.006}
-    rows = [begin("aaa"), curve, end("quality", "FP8 curve", "failed", "FP8 curve"), way("exact", 96, 93, like=None),
-            way("shared", 96, 94, like="exact"), way("FP8", 96, 70, like="exact", status="failed", error="left: 70")]
+    curve = {
+        "stage": "quality",
+        "task": "FP8 curve",
+        "status": "failed",
+        "row": "FP8 curve",
+        "relative error": 0.002,
+        "of the last 50": -0.006,
+    }
+    rows = [
+        begin("aaa"),
+        curve,
+        end("quality", "FP8 curve", "failed", "FP8 curve"),
+        way("exact", 96, 93, like=None),
+        way("shared", 96, 94, like="exact"),
+        way("FP8", 96, 70, like="exact", status="failed", error="left: 70"),
+    ]
     (card,) = merge.read([write(tmp_path / "q.jsonl", rows)])
     lines = [(line.what, line.measured, line.reached) for line in goals.quality_lines(card)]
     assert lines == [
-        ("loss of a 113M model in FP8 against bf16, 200 steps",
-         "+0.20 %, of the last 50 steps -0.60 % — **falls short**", False),
+        (
+            "loss of a 113M model in FP8 against bf16, 200 steps",
+            "+0.20 %, of the last 50 steps -0.60 % — **falls short**",
+            False,
+        ),
         ("right answers, exact", "first: 96 of 96; left: 93 of 96", None),
         ("right answers, shared", "first: 96 of 96; left: 94 of 96", True),
-        ("right answers, FP8", "first: 96 of 96; left: 70 of 96 — **falls short**", False)]
+        ("right answers, FP8", "first: 96 of 96; left: 70 of 96 — **falls short**", False),
+    ]
     mended = [begin("bbb"), curve | {"status": "ok", "of the last 50": -0.001}]
     (card,) = merge.read([tmp_path / "q.jsonl", write(tmp_path / "r.jsonl", mended)])
     assert next(goals.quality_lines(card)).reached
@@ -309,11 +460,20 @@ def test_what_speed_costs_in_answers_is_told(tmp_path):
 
 def test_the_ratio_is_of_rows_of_the_same_samples(tmp_path):
     """The fastest of theirs; batches of a budget hold others, and no flag of a user's makes `whole`."""
-    rows = [begin("aaa"), step("exact", 1.0), step("whole", 0.9), step("exact_8448", 0.2), step("tuned", 1.25),
-            step("unpadded", 1.22), step("reference", 3.0)]
+    rows = [
+        begin("aaa"),
+        step("exact", 1.0),
+        step("whole", 0.9),
+        step("exact_8448", 0.2),
+        step("tuned", 1.25),
+        step("unpadded", 1.22),
+        step("reference", 3.0),
+    ]
     (card,) = merge.read([write(tmp_path / "o.jsonl", rows)])
-    line = only([vars(line) for line in goals.training_lines(card, ladder.result(card))],
-                what="exact: × reference recipe / × best transformers row")
+    line = only(
+        [vars(line) for line in goals.training_lines(card, ladder.result(card))],
+        what="exact: × reference recipe / × best transformers row",
+    )
     assert line["measured"] == "3.00 × / 1.22 × (`exact` and `unpadded`)" and line["reached"]
 
 
@@ -327,8 +487,11 @@ def test_speeds_meant_for_another_card_are_no_goals(tmp_path):
 def test_kernels_table_reads_a_checks_rows(files, tmp_path, card):
     stored = write(tmp_path / "results" / "gpu-h200.jsonl", merge.lines(card))
     rows = kernels.read([stored.parent])
-    assert [(row["way"], row["times_as_fast_as_baseline"])
-            for row in rows] == [("ours", 4.0), ("eager", 1.0), ("Liger", 3.2)]
+    assert [(row["way"], row["times_as_fast_as_baseline"]) for row in rows] == [
+        ("ours", 4.0),
+        ("eager", 1.0),
+        ("Liger", 3.2),
+    ]
     assert "swiglu on a GPU" not in kernels.table(rows) and "driver" not in kernels.table(rows)
 
 
@@ -346,8 +509,14 @@ def test_command_writes_everything_and_the_same_again(files, tmp_path, capsys):
     folders = ["--out", str(out), "--plots", str(plots), "--readme", str(tmp_path / "README.md")]
     assert report.main([*map(str, files), *folders]) == 0
     names = {path.name for folder in (out, plots) for path in folder.iterdir()}
-    assert names == {"gpu-h200.jsonl", "train-gpu-7b-h200.json", "sweep-h200.txt", "train_step-h200.png",
-                     "kernels-h200.png", "step-h200.png"}
+    assert names == {
+        "gpu-h200.jsonl",
+        "train-gpu-7b-h200.json",
+        "sweep-h200.txt",
+        "train_step-h200.png",
+        "kernels-h200.png",
+        "step-h200.png",
+    }
     texts = [(folder / "README.md").read_text() for folder in (tmp_path, tmp_path / "bench")]
     assert all("old" not in text and text.endswith(f"{report.END}\nrest\n") for text in texts)
     assert "(bench/plots/train_step-h200.png)" in texts[0] and "(plots/step-h200.png)" in texts[1]
@@ -368,8 +537,9 @@ def test_readmes_show_the_committed_results(readme, part):
     text = (ROOT / readme).read_text()
     stored = sorted((ROOT / "bench" / "results").glob("gpu-*.jsonl"))
     if stored:
-        reports = [report.Report(card, ROOT / "bench" / "results", ROOT / "bench" / "plots")
-                   for card in merge.read(stored)]
+        reports = [
+            report.Report(card, ROOT / "bench" / "results", ROOT / "bench" / "plots") for card in merge.read(stored)
+        ]
         shown = "\n\n".join(part(made, ROOT / readme) for made in reports)
     else:
         shown = "Not yet measured."

@@ -218,6 +218,7 @@ def save_and_die(folder, step, fatal):
             if function is fsync:
                 safe.add(os.fstat(args[0]).st_ino)
             return function(*args, **kwargs)
+
         return call
 
     for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):

@@ -24,8 +24,12 @@ def foreign(folder, step):
 
 
 def save_of_run(folder, step, run):
-    return checkpoint.save(folder, step, groups={"model": {"a": torch.ones(3)}, "optimizer": {"b": torch.ones(3)}},
-                           state={"step": step, "run": run})
+    return checkpoint.save(
+        folder,
+        step,
+        groups={"model": {"a": torch.ones(3)}, "optimizer": {"b": torch.ones(3)}},
+        state={"step": step, "run": run},
+    )
 
 
 # What others wrote
@@ -52,9 +56,13 @@ def test_what_others_wrote_does_not_count(tmp_path):
 @pytest.mark.parametrize("kind", ["foreign", "file", "pipe", "dead link", "folder"])
 def test_what_is_in_the_way_of_a_save_stays(tmp_path, kind):
     path = tmp_path / "checkpoint-2"
-    make = {"foreign": lambda: foreign(tmp_path, 2), "file": lambda: path.write_text("notes"),
-            "pipe": lambda: os.mkfifo(path), "dead link": lambda: path.symlink_to(tmp_path / "unmounted"),
-            "folder": path.mkdir}[kind]
+    make = {
+        "foreign": lambda: foreign(tmp_path, 2),
+        "file": lambda: path.write_text("notes"),
+        "pipe": lambda: os.mkfifo(path),
+        "dead link": lambda: path.symlink_to(tmp_path / "unmounted"),
+        "folder": path.mkdir,
+    }[kind]
     make()
     save_step(tmp_path, 2)
     assert names_in(tmp_path) == ["checkpoint-2", "checkpoint-2.aside-1"]
@@ -70,8 +78,10 @@ def test_what_is_in_the_way_of_a_save_stays(tmp_path, kind):
 def test_damaged_ones_alone_are_an_error_that_names_each(tmp_path):
     flip_a_bit(save_step(tmp_path, 5) / SHARD)
     os.unlink(save_step(tmp_path, 10) / "checksums.json")
-    with pytest.raises(ValueError, match=f"checkpoint-10 is damaged: .*checksums.json is missing.*checkpoint-5 is "
-                                         f"damaged: the sha256 of {SHARD}"):
+    with pytest.raises(
+        ValueError,
+        match=f"checkpoint-10 is damaged: .*checksums.json is missing.*checkpoint-5 is damaged: the sha256 of {SHARD}",
+    ):
         checkpoint.newest_valid(tmp_path)
 
 
@@ -81,8 +91,12 @@ def test_only_regular_files_are_opened(tmp_path, name, other):
     save_step(tmp_path, 5)
     path = save_step(tmp_path, 10) / name
     path.unlink()
-    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir,
-     "dead link": lambda: path.symlink_to("nowhere")}[other]()
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "dead link": lambda: path.symlink_to("nowhere"),
+    }[other]()
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-5"
     with pytest.raises(ValueError, match=f"checkpoint-10 is damaged: .*{name}"):
         checkpoint.named(tmp_path / "checkpoint-10")
@@ -101,8 +115,9 @@ def test_a_pipe_of_the_right_size_is_not_opened(tmp_path):
 def test_no_checkpoint_in_its_place(tmp_path, kind):
     save_step(tmp_path, 5)
     path = tmp_path / "checkpoint-10"
-    {"pipe": lambda: os.mkfifo(path), "dead link": lambda: path.symlink_to("unmounted"),
-     "empty folder": path.mkdir}[kind]()
+    {"pipe": lambda: os.mkfifo(path), "dead link": lambda: path.symlink_to("unmounted"), "empty folder": path.mkdir}[
+        kind
+    ]()
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-5"
     shutil.rmtree(tmp_path / "checkpoint-5")
     if kind != "pipe":  # it may be all that is left of one
@@ -199,4 +214,5 @@ def test_a_tensor_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     monkeypatch.setattr(checkpoint_folders, "safe_open", fails)
     assert checkpoint_folders.fault(tmp_path / "checkpoint-1").startswith(
-        "model-00000-of-00001.safetensors cannot be read (Input/")
+        "model-00000-of-00001.safetensors cannot be read (Input/"
+    )

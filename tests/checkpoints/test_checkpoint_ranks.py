@@ -43,7 +43,7 @@ def spread(tensors, mesh):
 
 
 def save_and_load_spread(rank, mesh_shape, load_from, save_to):
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape):])
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicas", "shards")[-len(mesh_shape) :])
     tensors = whole_tensors()
     held = spread({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, mesh)
     path = checkpoint.newest_valid(load_from)
@@ -95,13 +95,17 @@ def train_sharded(rank, folder):
         return loss.item()
 
     def moments(model, optimizer):
-        return {f"{name}.{key}": value for name, parameter in model.named_parameters()
-                for key, value in optimizer.state[parameter].items()}
+        return {
+            f"{name}.{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state[parameter].items()
+        }
 
     model, optimizer = build(0)
     step(model, optimizer)
-    checkpoint.save(folder, 1, state={}, groups={"model": dict(model.named_parameters()),
-                                                 "optimizer": moments(model, optimizer)})
+    checkpoint.save(
+        folder, 1, state={}, groups={"model": dict(model.named_parameters()), "optimizer": moments(model, optimizer)}
+    )
     straight = [step(model, optimizer) for _ in range(3)]
 
     model, optimizer = build(1)
@@ -119,8 +123,9 @@ def test_sharded_training_resumes_bit_for_bit(tmp_path):
 def plan_of_rows(held, *pieces):
     """`shards._plan` for rows [start, stop) of ten, from files that hold the [start, stop) of `pieces`."""
     shard = LocalShard(torch.zeros(held[1] - held[0], 2), (10, 2), held[0])
-    plan, complete = shards._plan(shard, [shards._Piece(None, (10, 2), torch.float32, start, stop - start)
-                                          for start, stop in pieces])
+    plan, complete = shards._plan(
+        shard, [shards._Piece(None, (10, 2), torch.float32, start, stop - start) for start, stop in pieces]
+    )
     return [(rows.start, rows.stop) for _, _, rows in plan], complete
 
 
@@ -152,11 +157,14 @@ def fail_on_rank_one(rank, folder, kind):
     return "saved"
 
 
-@pytest.mark.parametrize("kind, reason", [
-    ("full", "rank 1: OSError: .*No space left"),
-    ("apart", "rank 1: FileNotFoundError: .*file system that all ranks share"),
-    ("apart, left over", "rank 0: FileNotFoundError: .*00001-of-00002.* file system that all ranks share"),
-])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("full", "rank 1: OSError: .*No space left"),
+        ("apart", "rank 1: FileNotFoundError: .*file system that all ranks share"),
+        ("apart, left over", "rank 0: FileNotFoundError: .*00001-of-00002.* file system that all ranks share"),
+    ],
+)
 def test_one_rank_s_failure_reaches_all(tmp_path, kind, reason):
     folder = tmp_path / "out"
     save_step(folder, 1)

@@ -18,8 +18,10 @@ DTYPES = {"codes": torch.uint8, "half": torch.bfloat16}
 
 
 def tensors(value=0):
-    return {name: (torch.arange(torch.Size(shape).numel()) + value).view(shape).to(DTYPES.get(name, torch.float32))
-            for name, shape in SHAPES.items()}
+    return {
+        name: (torch.arange(torch.Size(shape).numel()) + value).view(shape).to(DTYPES.get(name, torch.float32))
+        for name, shape in SHAPES.items()
+    }
 
 
 def addresses(copies):
@@ -61,9 +63,12 @@ class FakeCuda:
     def _stream(self, name):
         event = SimpleNamespace(synchronize=lambda: self.diary.append("host waits for the copies"))
         return SimpleNamespace(
-            name=name, device="cuda:0", wait_event=lambda event: self.diary.append(f"{name} waits for the copies"),
+            name=name,
+            device="cuda:0",
+            wait_event=lambda event: self.diary.append(f"{name} waits for the copies"),
             wait_stream=lambda other: self.diary.append(f"{name} waits for {other.name}"),
-            record_event=lambda: self.diary.append(f"{self.name} has made the copies") or event)
+            record_event=lambda: self.diary.append(f"{self.name} has made the copies") or event,
+        )
 
     def current_stream(self, device):
         return self._stream(self.name)
@@ -142,8 +147,9 @@ def test_a_file_is_written_when_its_copies_are_made(cuda, tmp_path, monkeypatch)
 
 
 def test_no_update_overtakes_the_copies(tmp_path, monkeypatch):
-    state = train.build(config_of(write_run(tmp_path / "run"), tmp_path / "out"),
-                        parallel.World(0, 1, 0, torch.device("cpu"), False))
+    state = train.build(
+        config_of(write_run(tmp_path / "run"), tmp_path / "out"), parallel.World(0, 1, 0, torch.device("cpu"), False)
+    )
     order, step = [], state.optimizer.step
     monkeypatch.setattr(state.saver, "hold", lambda: order.append("hold"))
     monkeypatch.setattr(state.optimizer, "step", lambda *a: order.append("update") or step(*a))

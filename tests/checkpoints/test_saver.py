@@ -115,8 +115,11 @@ def test_what_failed_is_known_before_anyone_asks(tmp_path, full_disk, caplog):
     saver._thread.join(PATIENCE)
     assert saver.failed and not saver.has(2)
     assert caplog.text.count("checkpoint-2 could not be written, and is tried again") == 1
-    with pytest.raises(OSError, match=r"\.checkpoint-2\.tmp/model-00000-of-00001.*It takes 1\.2 MB, \S+ MB are free in "
-                                      r".*: free some.*--save_total_limit.* the same command again"):
+    with pytest.raises(
+        OSError,
+        match=r"\.checkpoint-2\.tmp/model-00000-of-00001.*It takes 1\.2 MB, \S+ MB are free in "
+        r".*: free some.*--save_total_limit.* the same command again",
+    ):
         saver.wait()
     assert not saver.failed and list(tmp_path.iterdir()) == []
 

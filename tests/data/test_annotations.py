@@ -25,9 +25,16 @@ def turns(*texts, first="human"):
     return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"videos": None}, {"videos": []}, {"image": None, "images": [], "audio": ""}, {"fps": 3, "keep": True},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"videos": None},
+        {"videos": []},
+        {"image": None, "images": [], "audio": ""},
+        {"fps": 3, "keep": True},
+    ],
+)
 def test_well_formed_records_are_taken_as_they_are(change):
     given = {**TRAINING, **change}
     before = copy.deepcopy(given)
@@ -38,27 +45,36 @@ def test_well_formed_records_are_taken_as_they_are(change):
 
 
 @pytest.mark.parametrize("parity", ["none", "reference"])
-@pytest.mark.parametrize(("change", "field", "reason"), [
-    ({"video": 3}, "video", "is not a file name"),
-    ({"video": ""}, "video", "is not a file name"),
-    ({"video": ["a.pkl", 3]}, "video", "is not a list of file names"),
-    ({"videos": {"a": 1}}, "videos", "is not a list of file names"),
-    ({"videos": ["a.pkl", ""]}, "videos", "is not a list of file names"),
-    ({"conversations": []}, "conversations", "is not a list of turns"),
-    ({"conversations": None}, "conversations", "is not a list of turns"),
-    ({"conversations": ["hi"]}, "conversations", "turn 0 does not say"),
-    ({"conversations": [TEXT, {"from": "system", "value": "b"}]}, "conversations", 'turn 1 is from "system"'),
-    ({"conversations": [TEXT, {"from": "ob\nserver", "value": "b"}]}, "conversations",
-     "turn 1 is from \"'ob\\nserver'\"; write"),
-    ({"conversations": [{"from": ["human"], "value": "a"}]}, "conversations", "turn 0 does not say"),
-    ({"conversations": [{"from": "human", "value": None}]}, "conversations", 'turn 0 has no text as "value"'),
-    ({"conversations": [{"from": "human", "value": True}]}, "conversations", "turn 0 has no text"),
-    ({"conversations": [{"from": "human", "value": float("nan")}]}, "conversations", "turn 0 has no text"),
-    ({"conversations": [{"from": "human", "value": "a \ud800 b"}]}, "conversations",
-     r"turn 0 holds '\ud800', half of a surrogate pair"),
-    ({"conversations": [ASK, TEXT, TELL]}, "conversations", "turn 1 is from human again"),
-    ({"conversations": [TELL, TELL]}, "conversations", "turn 1 is from gpt again"),
-])
+@pytest.mark.parametrize(
+    ("change", "field", "reason"),
+    [
+        ({"video": 3}, "video", "is not a file name"),
+        ({"video": ""}, "video", "is not a file name"),
+        ({"video": ["a.pkl", 3]}, "video", "is not a list of file names"),
+        ({"videos": {"a": 1}}, "videos", "is not a list of file names"),
+        ({"videos": ["a.pkl", ""]}, "videos", "is not a list of file names"),
+        ({"conversations": []}, "conversations", "is not a list of turns"),
+        ({"conversations": None}, "conversations", "is not a list of turns"),
+        ({"conversations": ["hi"]}, "conversations", "turn 0 does not say"),
+        ({"conversations": [TEXT, {"from": "system", "value": "b"}]}, "conversations", 'turn 1 is from "system"'),
+        (
+            {"conversations": [TEXT, {"from": "ob\nserver", "value": "b"}]},
+            "conversations",
+            "turn 1 is from \"'ob\\nserver'\"; write",
+        ),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "conversations", "turn 0 does not say"),
+        ({"conversations": [{"from": "human", "value": None}]}, "conversations", 'turn 0 has no text as "value"'),
+        ({"conversations": [{"from": "human", "value": True}]}, "conversations", "turn 0 has no text"),
+        ({"conversations": [{"from": "human", "value": float("nan")}]}, "conversations", "turn 0 has no text"),
+        (
+            {"conversations": [{"from": "human", "value": "a \ud800 b"}]},
+            "conversations",
+            r"turn 0 holds '\ud800', half of a surrogate pair",
+        ),
+        ({"conversations": [ASK, TEXT, TELL]}, "conversations", "turn 1 is from human again"),
+        ({"conversations": [TELL, TELL]}, "conversations", "turn 1 is from gpt again"),
+    ],
+)
 def test_malformed_records(change, field, reason, parity):
     found = look_at({**TRAINING, **change}, parity)
     assert found.record is None and found.fault.kind == f"malformed record, field '{field}'"
@@ -67,7 +83,7 @@ def test_malformed_records(change, field, reason, parity):
 
 def test_what_is_no_record():
     assert look_at("x").fault == ("malformed record", "the record is text, not an object")
-    assert "is missing (the record has Q, A); write \"conversations\"" in look_at({"Q": "a", "A": "b"}).fault.text
+    assert 'is missing (the record has Q, A); write "conversations"' in look_at({"Q": "a", "A": "b"}).fault.text
     assert "fastvid convert" in look_at({"q": "a", "a": "b", "video_id": "c"}).fault.text
 
 
@@ -77,33 +93,55 @@ def test_any_id_is_a_name(given, name):
     assert look_at({key: value for key, value in TRAINING.items() if key != "id"}).record["id"] == "7"
 
 
-@pytest.mark.parametrize(("change", "kind", "text"), [
-    ({"video": None, "image": "a.jpg"}, "records of something else", "field 'image'"),
-    ({"video": None, "images": ["a.jpg"]}, "records of something else", "field 'images'"),
-    ({"video": None, "audio_path": "a.wav"}, "records of something else", "field 'audio_path'"),
-    ({"video": None, "conversations": turns("<image>\nWhat?", "That.")}, "records of something else", "<image>"),
-    ({"video": None, "conversations": turns("What?", "That <IMG>.")}, "records of something else", "<IMG>"),
-    ({"video": None, "conversations": turns("<audio> What?", "That.")}, "records of something else", "<audio>"),
-    ({"image": "a.jpg", "conversations": turns("<video> <image>", "That.")}, "records of something else", "'image'"),
-    ({"video": None, "video_path": "a.mp4"}, "the video's name in another field", "'video_path'"),
-    *[({"video": None, "conversations": turns(f"{spelled}\nWhat?", "That.")}, "records of something else",
-       "the text holds")
-      for spelled in ("<ImageHere>", "<|image_1|>", "<im_start>", "<image_placeholder>", "<audio_pad>")],
-    ({"video": None, "clip": "a.MP4"}, "the video's name in another field", "'clip'"),
-    ({"video": None, "media": ["a.pkl"]}, "the video's name in another field", "'media'"),
-    ({"video": None, "depth": "a.png", "conversations": turns("<depth> What?", "That.")}, "records of something else",
-     "'depth'"),
-    ({"conversations": turns("What?", "That.")}, "<video> placeholders", "0 <video> .* put <video> into the question"),
-    ({"conversations": turns("<video><video>", "That.")}, "<video> placeholders", '2 <video> .* "videos"'),
-    ({"conversations": turns("<image><image>", "That.")}, "<video> placeholders", r"holds 2 <image>"),
-    ({"conversations": turns("<video>", "What?", "That.", first="gpt")}, "<video> placeholders",
-     "first turn is from gpt and left out"),
-    ({"conversations": turns("<video> <vid_patch>", "That.")}, "the model's own placeholders", "<vid_patch>"),
-    ({"conversations": turns("<video>", "<vid_end>")}, "the model's own placeholders", "<vid_end>"),
-    ({"conversations": turns("<video>")}, "no answer", "no turn from gpt with an answer"),
-    ({"conversations": turns("<video>", "")}, "no answer", "no turn from gpt with an answer"),
-    ({"conversations": turns("hello", "<video>", first="gpt")}, "no answer", "no turn from gpt with an answer"),
-])
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ({"video": None, "image": "a.jpg"}, "records of something else", "field 'image'"),
+        ({"video": None, "images": ["a.jpg"]}, "records of something else", "field 'images'"),
+        ({"video": None, "audio_path": "a.wav"}, "records of something else", "field 'audio_path'"),
+        ({"video": None, "conversations": turns("<image>\nWhat?", "That.")}, "records of something else", "<image>"),
+        ({"video": None, "conversations": turns("What?", "That <IMG>.")}, "records of something else", "<IMG>"),
+        ({"video": None, "conversations": turns("<audio> What?", "That.")}, "records of something else", "<audio>"),
+        (
+            {"image": "a.jpg", "conversations": turns("<video> <image>", "That.")},
+            "records of something else",
+            "'image'",
+        ),
+        ({"video": None, "video_path": "a.mp4"}, "the video's name in another field", "'video_path'"),
+        *[
+            (
+                {"video": None, "conversations": turns(f"{spelled}\nWhat?", "That.")},
+                "records of something else",
+                "the text holds",
+            )
+            for spelled in ("<ImageHere>", "<|image_1|>", "<im_start>", "<image_placeholder>", "<audio_pad>")
+        ],
+        ({"video": None, "clip": "a.MP4"}, "the video's name in another field", "'clip'"),
+        ({"video": None, "media": ["a.pkl"]}, "the video's name in another field", "'media'"),
+        (
+            {"video": None, "depth": "a.png", "conversations": turns("<depth> What?", "That.")},
+            "records of something else",
+            "'depth'",
+        ),
+        (
+            {"conversations": turns("What?", "That.")},
+            "<video> placeholders",
+            "0 <video> .* put <video> into the question",
+        ),
+        ({"conversations": turns("<video><video>", "That.")}, "<video> placeholders", '2 <video> .* "videos"'),
+        ({"conversations": turns("<image><image>", "That.")}, "<video> placeholders", r"holds 2 <image>"),
+        (
+            {"conversations": turns("<video>", "What?", "That.", first="gpt")},
+            "<video> placeholders",
+            "first turn is from gpt and left out",
+        ),
+        ({"conversations": turns("<video> <vid_patch>", "That.")}, "the model's own placeholders", "<vid_patch>"),
+        ({"conversations": turns("<video>", "<vid_end>")}, "the model's own placeholders", "<vid_end>"),
+        ({"conversations": turns("<video>")}, "no answer", "no turn from gpt with an answer"),
+        ({"conversations": turns("<video>", "")}, "no answer", "no turn from gpt with an answer"),
+        ({"conversations": turns("hello", "<video>", first="gpt")}, "no answer", "no turn from gpt with an answer"),
+    ],
+)
 def test_what_cannot_be_trained_on(change, kind, text):
     found = look_at({**TRAINING, **change})
     assert found.record is not None and found.fault.kind.startswith(kind) and re.search(text, found.fault.text)
@@ -118,20 +156,26 @@ def test_what_depends_on_flags():
     assert "as written" in look_at(written).remarks[0] and look_at(written, "reference").remarks == []
 
 
-@pytest.mark.parametrize(("change", "remark"), [
-    ({"system": "Answer in French."}, "field 'system' is not used"),
-    ({"history": [["a", "b"]]}, "field 'history' is not used"),
-    ({"videos": ["v_1.pkl"], "video": "other.pkl"}, "field 'video' is not used beside 'videos'"),
-    ({"audio": "a.wav"}, "field 'audio' is not used"),
-    ({"image": "thumbnail.jpg"}, "field 'image' is not used"),
-    ({"conversations": [{**ASK, "weight": 0}, TELL]}, "field 'weight' of a turn is not used"),
-    ({"conversations": turns("hello", "<video>", "That.", first="gpt")}, "the first turn is from gpt: it is left out"),
-    ({"video": None}, "<video> in a record without a video: it stays text"),
-    ({"conversations": turns("<video> or <image>", "That.")}, "<image> in the text of a record with a video"),
-    ({"conversations": turns("What?", "<video>")}, "<video> stands in an answer"),
-    ({"video": None, "source": "a.mp4", "conversations": turns("What?", "That.")}, "field 'source' is not used"),
-    ({"conversations": turns("<video>", "That.", "", "That.")}, "a question is empty"),
-])
+@pytest.mark.parametrize(
+    ("change", "remark"),
+    [
+        ({"system": "Answer in French."}, "field 'system' is not used"),
+        ({"history": [["a", "b"]]}, "field 'history' is not used"),
+        ({"videos": ["v_1.pkl"], "video": "other.pkl"}, "field 'video' is not used beside 'videos'"),
+        ({"audio": "a.wav"}, "field 'audio' is not used"),
+        ({"image": "thumbnail.jpg"}, "field 'image' is not used"),
+        ({"conversations": [{**ASK, "weight": 0}, TELL]}, "field 'weight' of a turn is not used"),
+        (
+            {"conversations": turns("hello", "<video>", "That.", first="gpt")},
+            "the first turn is from gpt: it is left out",
+        ),
+        ({"video": None}, "<video> in a record without a video: it stays text"),
+        ({"conversations": turns("<video> or <image>", "That.")}, "<image> in the text of a record with a video"),
+        ({"conversations": turns("What?", "<video>")}, "<video> stands in an answer"),
+        ({"video": None, "source": "a.mp4", "conversations": turns("What?", "That.")}, "field 'source' is not used"),
+        ({"conversations": turns("<video>", "That.", "", "That.")}, "a question is empty"),
+    ],
+)
 def test_what_is_left_out_or_unusual_is_remarked(change, remark):
     found = look_at({**TRAINING, **change})
     assert found.fault is None and len(found.remarks) == 1 and found.remarks[0].startswith(remark)
@@ -141,8 +185,10 @@ def test_remarks_are_one_line_a_kind_with_their_number_and_first_record():
     remarks = Remarks()
     for number, said in enumerate([[], ["a"], ["a", "b"], ["a"]]):
         remarks.add(said, "t.json", number)
-    assert remarks.lines() == ["3 records: a (first: t.json: record 1 (from 0))",
-                               "1 record: b (first: t.json: record 2 (from 0))"]
+    assert remarks.lines() == [
+        "3 records: a (first: t.json: record 1 (from 0))",
+        "1 record: b (first: t.json: record 2 (from 0))",
+    ]
     for number in range(40):
         remarks.add([f"kind {number}"], "t.json", number)
     assert len(remarks.lines()) == 21 and remarks.lines()[-1].startswith("… and 22 more")

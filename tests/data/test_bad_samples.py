@@ -47,8 +47,11 @@ TABLE = [
     ({"conversations": turns("what", "the cat")}, True, True),
     ({**GOOD, "id": 3, "system": "x"}, True, True),
     ({"video": ["clip2.mp4"], "conversations": turns("<image> what", "cat", names=("USER", "assistant"))}, True, True),
-    ({"messages": [{"role": "user", "content": ASK}, {"role": "assistant", "content": "cat"}], "videos": ["clip2"]},
-     True, True),
+    (
+        {"messages": [{"role": "user", "content": ASK}, {"role": "assistant", "content": "cat"}], "videos": ["clip2"]},
+        True,
+        True,
+    ),
     ({**GOOD, "conversations": turns(ASK)}, False, True),  # the reference masks the sample, and keeps it
     ({**GOOD, "conversations": turns(ASK, "")}, False, True),
     ({**GOOD, "conversations": turns("what", "the cat")}, False, False),
@@ -71,22 +74,39 @@ def test_training_validation_and_inspection_refuse_the_same_records(run, tmp_pat
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record for record, *_ in TABLE]))
     config = config_of(run, "unused", "--parity", parity, "--on_bad_sample", "skip")
-    samples = SampleSet([path], load_tokenizer(config.model_name_or_path, True), FeatureFolder(config.video_folder),
-                        config)
+    samples = SampleSet(
+        [path], load_tokenizer(config.model_name_or_path, True), FeatureFolder(config.video_folder), config
+    )
     assert not any(samples.encode(index).refused for index in range(len(samples)))
-    inspected = list(inspect_records(parse(InspectConfig, [
-        "--model_name_or_path", str(run / "model"), "--data_path", str(path), "--mm_use_vid_start_end", "--parity",
-        parity, "--video_folder", str(run / "feats")])))
+    inspected = list(
+        inspect_records(
+            parse(
+                InspectConfig,
+                [
+                    "--model_name_or_path",
+                    str(run / "model"),
+                    "--data_path",
+                    str(path),
+                    "--mm_use_vid_start_end",
+                    "--parity",
+                    parity,
+                    "--video_folder",
+                    str(run / "feats"),
+                ],
+            )
+        )
+    )
     for number, (record, *fine) in enumerate(TABLE):
         alone = tmp_path / "alone.json"
         alone.write_text(json.dumps([record]))
-        report = validate.validate(ValidateConfig([str(alone)], video_folder=str(run / "feats"), parity=parity,
-                                                  mm_use_vid_start_end=True))
+        report = validate.validate(
+            ValidateConfig([str(alone)], video_folder=str(run / "feats"), parity=parity, mm_use_vid_start_end=True)
+        )
         expected = fine[parity == "reference"]
         assert (not report.problems) == expected, record
         assert (number in samples._numbers) == expected, record
         if not expected:
-            (example,), = report.examples.values()
+            ((example,),) = report.examples.values()
             assert inspected[number]["warning"].split("; ")[-1] in example
 
 
@@ -94,8 +114,15 @@ def test_validation_with_a_tokenizer_finds_the_samples_that_are_cut(run, tmp_pat
     state = train.build(config_of(run, "unused"), WORLD)
     samples = [state.loader.samples.encode(index) for index in range(SAMPLES)]
     longest = max(len(sample.token_ids) for sample in samples)
-    argv = ["--data_path", str(run / "train.json"), "--video_folder", str(run / "feats"), "--model_name_or_path",
-            str(run / "model"), "--mm_use_vid_start_end"]
+    argv = [
+        "--data_path",
+        str(run / "train.json"),
+        "--video_folder",
+        str(run / "feats"),
+        "--model_name_or_path",
+        str(run / "model"),
+        "--mm_use_vid_start_end",
+    ]
     assert validate.main(argv) == 0 and "cut to" not in capsys.readouterr().out
     assert validate.main([*argv, "--model_max_length", str(longest - 1)]) == 0
     cut = sum(len(sample.token_ids) == longest for sample in samples)
@@ -114,8 +141,10 @@ def test_all_records_at_fault_end_a_run_whatever_the_flag(run, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{**GOOD, "conversations": turns(ASK)}] * 2))
     for rule in ("error", "skip"):
-        config = parse(TrainConfig, ["--model_name_or_path", "m", "--data_path", str(path), "--output_dir", "o",
-                                     "--on_bad_sample", rule])
+        config = parse(
+            TrainConfig,
+            ["--model_name_or_path", "m", "--data_path", str(path), "--output_dir", "o", "--on_bad_sample", rule],
+        )
         with pytest.raises(ValueError, match=r"none of 2 records can be used .*(?s:.)*data\.json: record 0 .from 0."):
             SampleSet([path], None, None, config)
 
@@ -150,8 +179,20 @@ def test_features_that_are_not_finite_cost_their_sample_with_file_and_remedy(run
 def test_too_many_skipped_samples_end_the_run_and_keep_its_work(run, feats, tmp_path, damaged, limit, ends):
     for i in range(damaged):
         (feats / f"clip{i + 1}.safetensors").write_bytes(b"torn")
-    argv = flags(run, tmp_path / "out", "--video_folder", str(feats), "--max_skipped", limit, "--num_train_epochs", "1",
-                 "--save_strategy", "no", "--dataloader_num_workers", "0")
+    argv = flags(
+        run,
+        tmp_path / "out",
+        "--video_folder",
+        str(feats),
+        "--max_skipped",
+        limit,
+        "--num_train_epochs",
+        "1",
+        "--save_strategy",
+        "no",
+        "--dataloader_num_workers",
+        "0",
+    )
     if ends:
         with pytest.raises(ValueError, match=rf"4 of {SAMPLES} samples were skipped, more than --max_skipped 0\.25"):
             train.main(argv)
@@ -168,8 +209,23 @@ def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_f
             path.write_bytes(b"torn")
         else:
             save_features(path, overflowing(run).repeat(ROWS, 1), {})
-    assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats), "--logging_steps", "100",
-                            "--save_strategy", "no", "--dataloader_num_workers", "0")) == 1
+    assert (
+        train.main(
+            flags(
+                run,
+                tmp_path / "out",
+                "--video_folder",
+                str(feats),
+                "--logging_steps",
+                "100",
+                "--save_strategy",
+                "no",
+                "--dataloader_num_workers",
+                "0",
+            )
+        )
+        == 1
+    )
     assert "is not finite; " in capsys.readouterr().err
     kept = [path for path in (tmp_path / "out").glob("checkpoint-*")]
     assert len(kept) == 1 and kept[0].name < "checkpoint-6"
@@ -180,8 +236,12 @@ def test_cut_samples_and_rounded_features_are_told_once_and_counted_at_the_end(r
     np.save(feats / "clip0.npy", np.ones((ROWS, CHANNELS)))
     state = train.build(config_of(run, "unused"), WORLD)
     lengths = sorted(len(state.loader.samples.encode(index).token_ids) for index in range(SAMPLES))
-    assert train.main(flags(run, tmp_path / "out", "--video_folder", str(feats), "--model_max_length",
-                            str(lengths[-1] - 1))) == 0
+    assert (
+        train.main(
+            flags(run, tmp_path / "out", "--video_folder", str(feats), "--model_max_length", str(lengths[-1] - 1))
+        )
+        == 0
+    )
     told = [line for line in caplog.text.splitlines() if "said once" in line]
     assert sum("float64: rounded" in line for line in told) == 1
     assert sum(f"cut to its first {lengths[-1] - 1} tokens" in line for line in told) == 1

@@ -36,8 +36,10 @@ def test_reading_ahead_changes_nothing(run, workers):
     assert [step for step, _ in ahead] == list(range(3, state.order.total_steps))
     for (_, ours), (_, expected) in zip(ahead, plain, strict=True):
         assert [b.sample_ids for b in ours] == [b.sample_ids for b in expected]
-        assert all(torch.equal(a.token_ids, b.token_ids) and torch.equal(a.features, b.features)
-                   for a, b in zip(ours, expected, strict=True))
+        assert all(
+            torch.equal(a.token_ids, b.token_ids) and torch.equal(a.features, b.features)
+            for a, b in zip(ours, expected, strict=True)
+        )
 
 
 def test_an_abandoned_loader_stops_reading(run):
@@ -56,16 +58,24 @@ def test_features_of_another_tower_are_refused(run, tmp_path):
     for path in (run / "model").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "config.json").write_text(json.dumps({**config, "mm_hidden_size": CHANNELS + 1}))
-    with pytest.raises(ValueError, match=rf"clip0\.safetensors: features are \[{ROWS}, {CHANNELS}\], expected "
-                                         rf"\[any number, {CHANNELS + 1}\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"clip0\.safetensors: features are \[{ROWS}, {CHANNELS}\], expected "
+        rf"\[any number, {CHANNELS + 1}\]",
+    ):
         train.build(config_of(run, "unused", "--model_name_or_path", str(folder)), WORLD)
     with pytest.raises(ValueError, match=rf"clip0\.safetensors: .* expected \[9, {CHANNELS}\].*--num_video_tokens"):
         train.build(config_of(run, "unused", "--num_video_tokens", "9"), WORLD)
 
 
 def test_text_only_records_train(run, tmp_path):
-    records = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "what is red"},
-                                                 {"from": "gpt", "value": "the house"}]} for i in range(4)]
+    records = [
+        {
+            "id": f"t{i}",
+            "conversations": [{"from": "human", "value": "what is red"}, {"from": "gpt", "value": "the house"}],
+        }
+        for i in range(4)
+    ]
     data = tmp_path / "text.json"
     data.write_text(json.dumps(records))
     both = config_of(run, "unused", "--data_path", str(data))

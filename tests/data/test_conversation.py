@@ -36,23 +36,39 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     text = [SYSTEM["vicuna_v1_1"], "USER: What ASSISTANT: A man rides a red bike.", "cat dog and or"]
     SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 5), model_prefix=str(folder / "tokenizer"), vocab_size=350, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        sentence_iterator=iter(text * 5),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=350,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     return {use: load_tokenizer(folder, use) for use in (True, False)}
 
 
 @pytest.fixture(scope="module")
 def encode(tokenizers):
     def encode(record, policy=DEFAULT, use_start_end=True, video_tokens=5, max_length=2048):
-        return encode_sample(record, tokenizers[use_start_end], rows_of=lambda name: video_tokens,
-                             use_start_end=use_start_end, max_length=max_length, policy=policy)
+        return encode_sample(
+            record,
+            tokenizers[use_start_end],
+            rows_of=lambda name: video_tokens,
+            use_start_end=use_start_end,
+            max_length=max_length,
+            policy=policy,
+        )
+
     return encode
 
 
 def supervised_text(sample, tokenizer):
     """What each span decodes to, with its </s> marked as |."""
-    return ["|".join(tokenizer.decode(part) for part in _split(sample.token_ids[start:end], tokenizer.eos))
-            for start, end in sample.supervised]
+    return [
+        "|".join(tokenizer.decode(part) for part in _split(sample.token_ids[start:end], tokenizer.eos))
+        for start, end in sample.supervised
+    ]
 
 
 def _split(ids, at):
@@ -76,8 +92,13 @@ def encode_recorded(llama, config, name, policy):
     video = {} if "textonly" in config else {"video": "clip.pkl"}
     tokenizer = llama[use_start_end]
     return encode_sample(
-        {"id": name, **video, "conversations": RECORDED["conversations"][name]}, tokenizer, max_length=2048,
-        rows_of=lambda name: rows["video_token_len"], use_start_end=use_start_end, policy=policy), tokenizer
+        {"id": name, **video, "conversations": RECORDED["conversations"][name]},
+        tokenizer,
+        max_length=2048,
+        rows_of=lambda name: rows["video_token_len"],
+        use_start_end=use_start_end,
+        policy=policy,
+    ), tokenizer
 
 
 @pytest.mark.parametrize(("config", "name"), ENTRIES)
@@ -105,7 +126,7 @@ def test_default_gives_the_same_ids_and_supervises_every_answer_as_written(llama
         return
     # Here the reference masks the whole sample.
     turns = RECORDED["conversations"][name]
-    answers = [turn["value"] for turn in turns[turns[0]["from"] == "gpt":][1::2] if turn["value"]]
+    answers = [turn["value"] for turn in turns[turns[0]["from"] == "gpt" :][1::2] if turn["value"]]
     if not answers or name == "very_long_question_video_last":
         assert sample.refused and not sample.supervised
         return
@@ -119,8 +140,14 @@ def test_default_gives_the_same_ids_and_supervises_every_answer_as_written(llama
 @pytest.mark.parametrize("name", RECORDED["inference_prompts"])
 def test_inference_prompt_is_the_references(llama, name):
     conv_mode, rows, sound = name.split("|")
-    ids = inference_prompt("What is happening in the video?", llama[True], video_tokens=int(rows), use_start_end=True,
-                           conv_mode=conv_mode, transcript="hello there" if sound == "asr" else None)
+    ids = inference_prompt(
+        "What is happening in the video?",
+        llama[True],
+        video_tokens=int(rows),
+        use_start_end=True,
+        conv_mode=conv_mode,
+        transcript="hello there" if sound == "asr" else None,
+    )
     assert ids == expanded(RECORDED["inference_prompts"][name]["slow"])
 
 
@@ -147,8 +174,24 @@ def reference_labels(prompt, ids, tokenizer, video_ids, max_length):
     return [False] * len(ids) if current < max_length and current != total else labels
 
 
-PIECES = st.sampled_from(["cat", " ", "dog.", "\n", "</s>", "<unk>", "<s>", " ASSISTANT: ", "USER:", "ASSISTANT:",
-                          "<video>", "é", "🎬", "  "])
+PIECES = st.sampled_from(
+    [
+        "cat",
+        " ",
+        "dog.",
+        "\n",
+        "</s>",
+        "<unk>",
+        "<s>",
+        " ASSISTANT: ",
+        "USER:",
+        "ASSISTANT:",
+        "<video>",
+        "é",
+        "🎬",
+        "  ",
+    ]
+)
 MESSAGE = st.lists(PIECES, max_size=5).map("".join)
 
 
@@ -178,14 +221,14 @@ def test_default_spans_hold_each_answer_and_its_end_and_nothing_else(encode, tok
     for (start, end), (_, answer) in zip(sample.supervised, turns):
         # ":" ends the prompt's last token, and the answer is encoded after it: "▁" begins a token there.
         whole = tokenizer.encode(f"ASSISTANT: {answer}</s>", video_ids)
-        assert sample.token_ids[start:end] == whole[len(tokenizer.encode("ASSISTANT:")):]
+        assert sample.token_ids[start:end] == whole[len(tokenizer.encode("ASSISTANT:")) :]
 
 
 def test_an_empty_answer_is_the_role_alone_and_has_no_span(encode, tokenizers):
     sample = encode(record("<video>", "", "dog", "cat"))
     assert supervised_text(sample, tokenizers[True]) == ["cat|"]
     ending = tokenizers[True].encode("ASSISTANT:USER: dog ASSISTANT: cat</s>")
-    assert sample.token_ids[-len(ending):] == ending
+    assert sample.token_ids[-len(ending) :] == ending
 
 
 @pytest.mark.parametrize("text", ["a</s>b", "a<unk>b", "a ASSISTANT: b"])
@@ -202,7 +245,7 @@ def test_video_record_expands_and_text_record_does_not(encode, tokenizers):
     tokens = tokenizers[True].tokens
     sample = encode(record("What\n<video>", "cat"))
     start = sample.token_ids.index(tokens.start)
-    assert sample.token_ids[start:start + 7] == [tokens.start, *[tokens.patch] * 5, tokens.end]
+    assert sample.token_ids[start : start + 7] == [tokens.start, *[tokens.patch] * 5, tokens.end]
     assert sample.videos == ["clip.pkl"] and sample.refused is None
     text_only = encode(record("What\n<video>", "cat", video=None))
     assert tokens.patch not in text_only.token_ids and text_only.videos == []
@@ -218,32 +261,38 @@ def test_several_videos_need_a_list_of_them(encode, tokenizers):
     assert alone.token_ids == listed.token_ids and alone.supervised == listed.supervised
 
 
-@pytest.mark.parametrize(("bad", "reason"), [
-    (record("What", "cat"), "0 <video> in the text for 1 video"),
-    (record("<video>", ""), "no supervised token"),
-    (record("<video>"), "no supervised token"),
-    (record("<video>", "see <vid_patch>"), "holds <vid_patch>"),
-    (record("<video>", "see <vid_end>"), "holds <vid_end>"),
-    (record("What", "see <vid_patch>", video=None), "holds <vid_patch>"),
-    (record("<image>", "cat", video=None), "the text holds <image>"),
-    ({**record("What", "cat", video=None), "image": "a.jpg"}, "field 'image': only videos and text"),
-])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record("What", "cat"), "0 <video> in the text for 1 video"),
+        (record("<video>", ""), "no supervised token"),
+        (record("<video>"), "no supervised token"),
+        (record("<video>", "see <vid_patch>"), "holds <vid_patch>"),
+        (record("<video>", "see <vid_end>"), "holds <vid_end>"),
+        (record("What", "see <vid_patch>", video=None), "holds <vid_patch>"),
+        (record("<image>", "cat", video=None), "the text holds <image>"),
+        ({**record("What", "cat", video=None), "image": "a.jpg"}, "field 'image': only videos and text"),
+    ],
+)
 def test_refused_records_still_show_their_tokens(encode, bad, reason):
     sample = encode(bad)
     assert reason in sample.refused and sample.token_ids
 
 
-@pytest.mark.parametrize(("bad", "reason"), [
-    (record(), "conversations"),
-    ("text", "is text"),
-    ({"id": "r"}, "conversations"),
-    ({"id": "r", "video": 3, "conversations": record("a", "b")["conversations"]}, "video"),
-    ({"id": "r", "conversations": [{"from": "human", "value": "a"}] * 2}, "turn 1 is from human again"),
-    ({"id": "r", "conversations": [{"from": "gpt", "value": "a"}] * 2}, "turn 1 is from gpt again"),
-    ({"id": "r", "conversations": [{"from": "system", "value": "a"}]}, "no turn from human or gpt"),
-    ({"id": "r", "conversations": [{"from": "tool", "value": "a"}]}, 'turn 0 is from "tool"'),
-    ({"id": "r", "conversations": [{"from": "human", "value": None}]}, "turn 0"),
-])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record(), "conversations"),
+        ("text", "is text"),
+        ({"id": "r"}, "conversations"),
+        ({"id": "r", "video": 3, "conversations": record("a", "b")["conversations"]}, "video"),
+        ({"id": "r", "conversations": [{"from": "human", "value": "a"}] * 2}, "turn 1 is from human again"),
+        ({"id": "r", "conversations": [{"from": "gpt", "value": "a"}] * 2}, "turn 1 is from gpt again"),
+        ({"id": "r", "conversations": [{"from": "system", "value": "a"}]}, "no turn from human or gpt"),
+        ({"id": "r", "conversations": [{"from": "tool", "value": "a"}]}, 'turn 0 is from "tool"'),
+        ({"id": "r", "conversations": [{"from": "human", "value": None}]}, "turn 0"),
+    ],
+)
 def test_records_without_a_conversation_are_refused_without_tokens(encode, bad, reason):
     for policy in (DEFAULT, REFERENCE):
         sample = encode(bad, policy)
@@ -256,7 +305,7 @@ def test_truncation_keeps_whole_videos_or_refuses(encode, tokenizers, use_start_
     last = max(i for i, token in enumerate(whole.token_ids) if token in tokenizers[use_start_end].video_ids(1)) + 1
     for policy in (DEFAULT, REFERENCE):
         cut = encode(record("<video>", "cat dog cat"), policy, use_start_end, max_length=last - 1)
-        assert "a video is cut" in cut.refused and cut.token_ids == whole.token_ids[:last - 1]
+        assert "a video is cut" in cut.refused and cut.token_ids == whole.token_ids[: last - 1]
     unanswered = encode(record("<video>", "cat dog cat"), use_start_end=use_start_end, max_length=last)
     assert "--model_max_length" in unanswered.refused and "cut" not in unanswered.refused
     start = whole.supervised[0][0]
@@ -278,8 +327,9 @@ def test_videos_of_one_sample_have_rows_of_their_own(tokenizers, use_start_end):
     two = record("<video> cat", "dog", "<video> or dog", "red", video=None, videos=["a", "b"])
 
     def encoded(policy, max_length=2048, **rows):
-        return encode_sample(two, tokenizer, rows_of=rows.__getitem__, use_start_end=use_start_end,
-                             max_length=max_length, policy=policy)
+        return encode_sample(
+            two, tokenizer, rows_of=rows.__getitem__, use_start_end=use_start_end, max_length=max_length, policy=policy
+        )
 
     sample = encoded(DEFAULT, a=5, b=2)
     at = [i for i, token in enumerate(sample.token_ids) if token == tokenizer.tokens.patch]
@@ -306,25 +356,37 @@ def test_a_record_is_not_changed_by_encoding(encode):
 
 def test_unknown_template_is_an_error(tokenizers):
     with pytest.raises(ValueError, match="--version v0"):
-        encode_sample(record("a", "b"), tokenizers[True], rows_of=lambda name: 5, use_start_end=True, max_length=99,
-                      policy=DEFAULT, version="v0")
+        encode_sample(
+            record("a", "b"),
+            tokenizers[True],
+            rows_of=lambda name: 5,
+            use_start_end=True,
+            max_length=99,
+            policy=DEFAULT,
+            version="v0",
+        )
     with pytest.raises(ValueError, match="--conv_mode mpt"):
         inference_prompt("a", tokenizers[True], video_tokens=5, use_start_end=True, conv_mode="mpt")
 
 
 def test_inference_with_a_history_is_the_training_prompt_without_its_last_answer(encode, tokenizers):
     sample = encode(record("What\n<video>", "cat", "dog", "red"))
-    ids = inference_prompt("dog", tokenizers[True], video_tokens=5, use_start_end=True, conv_mode="vicuna_v1_1",
-                           history=[("What", "cat")])
-    assert ids == sample.token_ids[:sample.supervised[-1][0]]
+    ids = inference_prompt(
+        "dog", tokenizers[True], video_tokens=5, use_start_end=True, conv_mode="vicuna_v1_1", history=[("What", "cat")]
+    )
+    assert ids == sample.token_ids[: sample.supervised[-1][0]]
 
 
 def test_a_question_that_says_video_is_text_in_inference(tokenizers):
     tokenizer = tokenizers[False]
     ids = inference_prompt("a <video> b", tokenizer, video_tokens=5, use_start_end=False, conv_mode="vicuna_v1_1")
     assert ids.count(tokenizer.tokens.patch) == 5
-    assert ids == [tokenizer.bos, *tokenizer.encode(f"{SYSTEM['vicuna_v1_1']} USER: a <video> b"),
-                   *[tokenizer.tokens.patch] * 5, *tokenizer.encode("ASSISTANT:")]
+    assert ids == [
+        tokenizer.bos,
+        *tokenizer.encode(f"{SYSTEM['vicuna_v1_1']} USER: a <video> b"),
+        *[tokenizer.tokens.patch] * 5,
+        *tokenizer.encode("ASSISTANT:"),
+    ]
 
 
 def test_a_question_with_half_a_character_is_refused(tokenizers):

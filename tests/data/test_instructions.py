@@ -10,8 +10,11 @@ from fastvid.data.records import write_records
 from fastvid.features.folder import FeatureFolder
 
 INSTRUCTION = {"q": "What?", "a": "That.", "video_id": "v_1"}
-TRAINING = {"id": "v_1", "video": "v_1.pkl",
-            "conversations": [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}]}
+TRAINING = {
+    "id": "v_1",
+    "video": "v_1.pkl",
+    "conversations": [{"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}],
+}
 
 
 def test_the_reference_recordings(shared, tmp_path):
@@ -43,10 +46,17 @@ def test_dropped_records_keep_the_places_of_the_others():
     assert [record["conversations"][0]["value"] for record in done.records] == ["What?\n<video>", "<video>\nWhat?"]
 
 
-@pytest.mark.parametrize(("field", "value", "reason"), [
-    ("q", None, "is null, not text"), ("a", 3, "is a number, not text"), ("a", ["x"], "is a list, not text"),
-    ("video_id", 7, "is a number, not text"), ("video_id", "", "is empty"), ("q", True, "is a truth value, not text"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("q", None, "is null, not text"),
+        ("a", 3, "is a number, not text"),
+        ("a", ["x"], "is a list, not text"),
+        ("video_id", 7, "is a number, not text"),
+        ("video_id", "", "is empty"),
+        ("q", True, "is a truth value, not text"),
+    ],
+)
 def test_malformed_instructions_name_file_index_field_and_remedy(field, value, reason):
     records = [INSTRUCTION, {**INSTRUCTION, field: value}]
     with pytest.raises(ValueError, match=rf"in\.json: record 1 .*field '{field}' {reason}; .*--on_bad drop"):
@@ -95,8 +105,12 @@ def test_empty_questions_and_answers_are_counted():
 
 def test_training_records_are_kept_where_all_their_videos_have_features(tmp_path):
     (tmp_path / "v_1.safetensors").touch()
-    records = [TRAINING, {**TRAINING, "video": "no.pkl"}, {**TRAINING, "video": None, "videos": ["v_1", "no"]},
-               {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}]
+    records = [
+        TRAINING,
+        {**TRAINING, "video": "no.pkl"},
+        {**TRAINING, "video": None, "videos": ["v_1", "no"]},
+        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
+    ]
     done = keep_those_with_features(records, FeatureFolder(tmp_path))
     assert done.records == [records[0], records[3]] and done.absent == [(1, "no.pkl"), (2, "no")]
     bad = [TRAINING, {**TRAINING, "video": "../x"}, {"conversations": []}]

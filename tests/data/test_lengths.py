@@ -13,8 +13,12 @@ from fastvid.data.loader import Loader
 from fastvid.dist import parallel
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
-MODES = {"adapter": [], "adapter, shared": ["--share_video"], "full": ["--tune_mm_mlp_adapter", "False"],
-         "full, shared": ["--tune_mm_mlp_adapter", "False", "--share_video"]}
+MODES = {
+    "adapter": [],
+    "adapter, shared": ["--share_video"],
+    "full": ["--tune_mm_mlp_adapter", "False"],
+    "full, shared": ["--tune_mm_mlp_adapter", "False", "--share_video"],
+}
 BUDGET = ["--rows_per_batch", "400"]
 
 
@@ -22,8 +26,10 @@ BUDGET = ["--rows_per_batch", "400"]
 def run(tmp_path_factory):
     """Four samples per video, and a record whose video does not fit into the sample."""
     folder = write_run(tmp_path_factory.mktemp("run"))
-    records = [{**record, "video": f"clip{i // 4}.safetensors"}
-               for i, record in enumerate(json.loads((folder / "train.json").read_text()))]
+    records = [
+        {**record, "video": f"clip{i // 4}.safetensors"}
+        for i, record in enumerate(json.loads((folder / "train.json").read_text()))
+    ]
     text = {"from": "human", "value": "the cat " * 300 + "\n<video>"}
     records.append({**records[0], "id": "long", "conversations": [text, records[0]["conversations"][1]]})
     (folder / "train.json").write_text(json.dumps(records))
@@ -70,28 +76,35 @@ def test_ranks_and_processes_measure_alike(run, processes):
     assert np.array_equal(one.own, state.order.rows.own) and one.digest == state.order.rows.digest
     for rank in range(3):
         lengths.measure(state.loader.samples, Rank(rank), packing=state.loader.packing, processes=processes)
-        assert (np.array_equal(found[rank][:, 0], one.own[rank::3])
-                and np.array_equal(found[rank][:, 1], one.shared[rank::3]))
+        assert np.array_equal(found[rank][:, 0], one.own[rank::3]) and np.array_equal(
+            found[rank][:, 1], one.shared[rank::3]
+        )
 
 
 def test_a_budget_below_the_longest_sample_is_refused(run):
-    with pytest.raises(ValueError, match=r"--rows_per_batch 30: the longest sample, clip\d+ \(.*train\.json: "
-                                         r"record \d+ .from 0.\), takes"):
+    with pytest.raises(
+        ValueError,
+        match=r"--rows_per_batch 30: the longest sample, clip\d+ \(.*train\.json: "
+        r"record \d+ .from 0.\), takes",
+    ):
         build(run, "--rows_per_batch", "30")
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("options",
-                         [BUDGET, ["--share_video"], [*BUDGET, "--share_video", "--question_order", "video_first"]],
-                         ids=["rows", "shared", "rows, shared"])
+@pytest.mark.parametrize(
+    "options",
+    [BUDGET, ["--share_video"], [*BUDGET, "--share_video", "--question_order", "video_first"]],
+    ids=["rows", "shared", "rows, shared"],
+)
 def test_batches_are_the_same_for_any_workers_and_after_a_restart_at_any_step(run, options):
     state = build(run, *options)
     plain = list(state.loader.iterate())
     assert len(plain) == state.order.total_steps
     for workers in (0, 1, 4):
         for first in range(0, len(plain), 1 if workers == 0 else len(plain) - 1):
-            loader = Loader(state.loader.samples, build(run, *options).order, workers=workers,
-                            packing=state.loader.packing)
+            loader = Loader(
+                state.loader.samples, build(run, *options).order, workers=workers, packing=state.loader.packing
+            )
             for (step, found), (expected_step, expected) in zip(loader.iterate(first), plain[first:], strict=True):
                 assert step == expected_step and len(found) == len(expected)
                 for a, b in zip(found, expected):
@@ -102,8 +115,11 @@ def test_batches_are_the_same_for_any_workers_and_after_a_restart_at_any_step(ru
                     assert (a.sample_ids, a.frozen_rows, a.sample_rows) == (b.sample_ids, b.frozen_rows, b.sample_rows)
 
 
-@pytest.mark.parametrize("options", [[*BUDGET, "--share_video"], ["--share_video", "--tune_mm_mlp_adapter", "False"]],
-                         ids=["rows, adapter", "samples, full"])
+@pytest.mark.parametrize(
+    "options",
+    [[*BUDGET, "--share_video"], ["--share_video", "--tune_mm_mlp_adapter", "False"]],
+    ids=["rows, adapter", "samples, full"],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch, options):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     more = ["--save_steps", "2", *options]

@@ -44,10 +44,21 @@ def run(tmp_path_factory):
     for i, record in enumerate(json.loads((folder / "train.json").read_text())):
         question = record["conversations"][0]["value"].replace("<video>", "").strip()
         asked = f"{question}\n<video>" if i % 3 == 1 else f"<video>\n{question}"
-        records.append({**record, "video": f"clip{i // 3}.pkl",
-                        "conversations": [{"from": "human", "value": asked}, record["conversations"][1]]})
-    two = {"id": "two", "videos": ["clip2.pkl", "clip1.pkl"], "conversations": [
-        {"from": "human", "value": "<video>\nthe cat\n<video>"}, {"from": "gpt", "value": "the red house"}]}
+        records.append(
+            {
+                **record,
+                "video": f"clip{i // 3}.pkl",
+                "conversations": [{"from": "human", "value": asked}, record["conversations"][1]],
+            }
+        )
+    two = {
+        "id": "two",
+        "videos": ["clip2.pkl", "clip1.pkl"],
+        "conversations": [
+            {"from": "human", "value": "<video>\nthe cat\n<video>"},
+            {"from": "gpt", "value": "the red house"},
+        ],
+    }
     (folder / "train.json").write_text(json.dumps([*records, two]))
     return folder
 
@@ -57,6 +68,7 @@ def build(run, *more):
 
 
 # --- values and gradients
+
 
 def samples_apart_and_packed(state, frozen, share):
     samples = [state.loader.samples.read(index) for index in range(SAMPLES + 1)]
@@ -70,9 +82,17 @@ def clone(gradients):
     return {name: gradient.clone() for name, gradient in gradients.items()}
 
 
-@pytest.mark.parametrize("mode, frozen, share", [
-    ("adapter", False, False), ("adapter", False, True), ("adapter", True, False), ("adapter", True, True),
-    ("full", False, False), ("full", False, True)])
+@pytest.mark.parametrize(
+    "mode, frozen, share",
+    [
+        ("adapter", False, False),
+        ("adapter", False, True),
+        ("adapter", True, False),
+        ("adapter", True, True),
+        ("full", False, False),
+        ("full", False, True),
+    ],
+)
 def test_packed_together_they_give_the_loss_and_gradients_of_the_samples_apart(run, mode, frozen, share):
     state = build(run, *([] if mode == "adapter" else ["--tune_mm_mlp_adapter", "False"]))
     apart, packed = samples_apart_and_packed(state, frozen, share)
@@ -105,6 +125,7 @@ def test_in_bf16_they_are_as_near_to_fp32_as_the_samples_apart(run, frozen, shar
 
 # --- whole runs
 
+
 @pytest.mark.parametrize("more", [[], ["--rows_per_batch", "1200", "--share_video"]], ids=["samples", "rows, shared"])
 def test_a_folder_of_both_formats_and_several_row_counts_trains(run, tmp_path, more):
     assert train.main(flags(run, tmp_path, *LONG, "--num_train_epochs", "1", *more)) == 0
@@ -134,6 +155,7 @@ def test_a_video_longer_than_the_sample_is_left_out_and_reported(run, tmp_path, 
 
 # --- other shapes
 
+
 @pytest.fixture
 def bad(run, tmp_path):
     """The run's features, of which clip2's have a channel too many."""
@@ -150,9 +172,10 @@ def refused(state):
 def test_features_of_other_channels_cost_their_samples_with_file_and_shapes(run, bad):
     found = refused(build(run, "--video_folder", str(bad)))
     assert sorted(found) == [6, 7, 8, 12]
-    assert all(f"{bad}/clip2.safetensors: features are [20, {CHANNELS + 1}], expected [any number, "
-               f"{CHANNELS}]" in reason
-               for reason in found.values())
+    assert all(
+        f"{bad}/clip2.safetensors: features are [20, {CHANNELS + 1}], expected [any number, {CHANNELS}]" in reason
+        for reason in found.values()
+    )
 
 
 @pytest.mark.parametrize("more", [["--num_video_tokens", "676"], ["--parity", "reference"]], ids=["flag", "parity"])
@@ -190,8 +213,12 @@ def test_headers_are_read_once_and_no_values_are_read_for_them(run, monkeypatch)
     monkeypatch.setattr(feature_folder, "probe_features", lambda path: probed.append(path.name) or probe(path))
     monkeypatch.setattr(feature_folder, "load_features", lambda path: pytest.fail("values were read"))
     config = config_of(run, "unused", *LONG)
-    samples = SampleSet(config.data_path, load_tokenizer(config.model_name_or_path, True),
-                        feature_folder.FeatureFolder(config.video_folder), config)
+    samples = SampleSet(
+        config.data_path,
+        load_tokenizer(config.model_name_or_path, True),
+        feature_folder.FeatureFolder(config.video_folder),
+        config,
+    )
     for _ in range(2):
         assert not any(samples.encode(index).refused for index in range(len(samples)))
     assert sorted(probed) == ["clip0.pkl", "clip1.safetensors", "clip2.safetensors", "clip3.safetensors"]
@@ -199,8 +226,10 @@ def test_headers_are_read_once_and_no_values_are_read_for_them(run, monkeypatch)
 
 # --- the other commands
 
-@pytest.mark.parametrize("more", [[], ["--num_video_tokens", "676"], ["--parity", "reference"]],
-                         ids=["any", "flag", "parity"])
+
+@pytest.mark.parametrize(
+    "more", [[], ["--num_video_tokens", "676"], ["--parity", "reference"]], ids=["any", "flag", "parity"]
+)
 def test_inspect_shows_what_train_does(run, more):
     samples = build(run, *more).loader.samples
     lines = list(inspect_records(parse(InspectConfig, flags(run, "unused", *LONG, *more))))
@@ -216,9 +245,13 @@ def test_inspect_shows_what_train_does(run, more):
     assert list(inspect_records(parse(InspectConfig, flags(run, "unused", *LONG, *more, "--index", "4")))) == lines[4:5]
 
 
-@pytest.mark.parametrize("more, bad", [([], 0), (["--num_video_tokens", "356"], 3), (["--parity", "reference"], 3)],
-                         ids=["any", "flag", "parity"])
+@pytest.mark.parametrize(
+    "more, bad",
+    [([], 0), (["--num_video_tokens", "356"], 3), (["--parity", "reference"], 3)],
+    ids=["any", "flag", "parity"],
+)
 def test_validate_says_so_beforehand(run, more, bad):
-    report = validate.validate(parse(ValidateConfig, [
-        "--data_path", str(run / "train.json"), "--video_folder", str(run / "feats"), *more]))
+    report = validate.validate(
+        parse(ValidateConfig, ["--data_path", str(run / "train.json"), "--video_folder", str(run / "feats"), *more])
+    )
     assert report.problems.total() == bad and {R for R, _, _ in report.layouts} == set(ROWS)

@@ -19,25 +19,48 @@ from fastvid.policy import POLICIES
 
 
 def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1, batch=2, accumulation=2, seed=42):
-    return StreamOrder(counts=counts, weights=weights, epochs=epochs, max_steps=max_steps, batch_size=batch,
-                       accumulation=accumulation, rank=rank, size=size, seed=seed)
+    return StreamOrder(
+        counts=counts,
+        weights=weights,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch,
+        accumulation=accumulation,
+        rank=rank,
+        size=size,
+        seed=seed,
+    )
 
 
 def reference(rank=0, size=1, *, n=10, epochs=3.0, max_steps=-1, batch=2, accumulation=1):
-    return ReferenceOrder(num_samples=n, epochs=epochs, max_steps=max_steps, batch_size=batch,
-                          accumulation=accumulation, rank=rank, size=size, seed=42)
+    return ReferenceOrder(
+        num_samples=n,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch,
+        accumulation=accumulation,
+        rank=rank,
+        size=size,
+        seed=42,
+    )
 
 
 def flat(order, steps=None):
-    return [i for step in range(order.total_steps) if steps is None or step in steps
-            for batch in order.micro_batches(step) for i in batch]
+    return [
+        i
+        for step in range(order.total_steps)
+        if steps is None or step in steps
+        for batch in order.micro_batches(step)
+        for i in batch
+    ]
 
 
 def test_reference_order_equals_the_recordings(shared):
     recorded = json.loads((shared / "golden" / "order.json").read_text())
     assert [flat(reference(), range(5 * e, 5 * e + 5)) for e in range(3)] == recorded["single_n10_epochs3"]
-    assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)]
-            for epoch in range(2)] == recorded["dist_n10_w2"]
+    assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)] for epoch in range(2)] == recorded[
+        "dist_n10_w2"
+    ]
     assert [reference_indices(10, rank, 4, 42, 0) for rank in range(4)] == recorded["dist_n10_w4_e0"]
     for name, epochs in recorded["big"].items():
         kind, n, *size = name.split("_")
@@ -52,7 +75,11 @@ def test_reference_order_equals_the_recordings(shared):
 def test_reference_steps_go_on_from_one_epoch_into_the_next():
     order = reference(n=10, batch=2, accumulation=2, epochs=2)  # 5 micro-batches an epoch
     assert [order.micro_batches(step) for step in range(order.total_steps)] == [
-        [[4, 2], [8, 9]], [[1, 7], [0, 3]], [[5, 6], [6, 2]], [[3, 8], [5, 4]]]  # the reference's own, recorded
+        [[4, 2], [8, 9]],
+        [[1, 7], [0, 3]],
+        [[5, 6], [6, 2]],
+        [[3, 8], [5, 4]],
+    ]  # the reference's own, recorded
     assert [order.epoch_after(step) for step in range(5)] == [0, 0.4, 0.8, 1.2, 1.6]
 
 
@@ -64,7 +91,7 @@ def trainer_steps(n, batch, accumulation, epochs, max_steps):
     for epoch in range(10**6):
         indices = reference_indices(n, 0, 1, 42, epoch)
         for i in range(per_epoch):
-            waiting.append(indices[i * batch:(i + 1) * batch])
+            waiting.append(indices[i * batch : (i + 1) * batch])
             seen += 1
             if seen % accumulation == 0 or (per_epoch <= accumulation and i + 1 == per_epoch):
                 done.append(waiting)
@@ -74,8 +101,10 @@ def trainer_steps(n, batch, accumulation, epochs, max_steps):
 
 
 @pytest.mark.parametrize("epochs, max_steps", [(1, -1), (2.5, -1), (4, -1), (1, 23)])
-@pytest.mark.parametrize("n, batch, accumulation", [
-    (10, 2, 1), (10, 2, 2), (11, 2, 4), (11, 2, 5), (12, 2, 6), (5, 2, 8), (5, 1, 7), (9, 3, 4), (1, 1, 3)])
+@pytest.mark.parametrize(
+    "n, batch, accumulation",
+    [(10, 2, 1), (10, 2, 2), (11, 2, 4), (11, 2, 5), (12, 2, 6), (5, 2, 8), (5, 1, 7), (9, 3, 4), (1, 1, 3)],
+)
 def test_reference_steps_are_those_of_the_trainer(n, batch, accumulation, epochs, max_steps):
     order = reference(n=n, batch=batch, accumulation=accumulation, epochs=epochs, max_steps=max_steps)
     expected = trainer_steps(n, batch, accumulation, epochs, max_steps)
@@ -84,15 +113,16 @@ def test_reference_steps_are_those_of_the_trainer(n, batch, accumulation, epochs
 
 def first_version(order, step):
     """The micro-batches of a step as version 1 of the order chose them."""
+
     def of(epoch):
         indices = reference_indices(order.num_samples, order.rank, order.size, order.seed, epoch)
-        return [indices[i:i + order.batch_size] for i in range(0, len(indices), order.batch_size)]
+        return [indices[i : i + order.batch_size] for i in range(0, len(indices), order.batch_size)]
 
     steps_per_epoch = max(1, order.batches_per_epoch // order.accumulation)
     epoch, at = divmod(step, steps_per_epoch)
-    chosen = of(epoch)[at * order.accumulation:(at + 1) * order.accumulation]
+    chosen = of(epoch)[at * order.accumulation : (at + 1) * order.accumulation]
     if at == 0 and epoch > 0 and order.batches_per_epoch > order.accumulation:
-        chosen = of(epoch - 1)[steps_per_epoch * order.accumulation:] + chosen
+        chosen = of(epoch - 1)[steps_per_epoch * order.accumulation :] + chosen
     return chosen
 
 
@@ -100,8 +130,10 @@ def first_version(order, step):
 @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 8), st.integers(0, 12))
 def test_an_older_order_is_gone_on_from_where_it_took_the_same_samples(n, batch, accumulation, step):
     order = reference(n=n, batch=batch, accumulation=accumulation)
-    older, ours = ([tuple(batch) for i in range(step) for batch in find(i)] for find in (
-        lambda i: first_version(order, i), order.micro_batches))
+    older, ours = (
+        [tuple(batch) for i in range(step) for batch in find(i)]
+        for find in (lambda i: first_version(order, i), order.micro_batches)
+    )
     assert order.goes_on_from(1, step) == (older == ours)
     assert order.goes_on_from(2, step)
 
@@ -110,7 +142,7 @@ def test_stream_covers_each_epoch_once_in_a_fresh_order():
     order = stream(batch=3, accumulation=1)
     samples = flat(order)
     assert len(samples) == 69 and order.total_steps == 23
-    epochs = [samples[i:i + 23] for i in (0, 23, 46)]
+    epochs = [samples[i : i + 23] for i in (0, 23, 46)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert samples == flat(stream(batch=3, accumulation=1)) != flat(stream(batch=3, accumulation=1, seed=43))
@@ -144,38 +176,79 @@ def test_data_weights_repeat_and_sample_files():
 
 
 def test_weights_are_checked():
-    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1,
-                  gradient_accumulation_steps=1, rows_per_batch=None, share_video=False, question_order="reference")
-    for weights, policy, message in [([1.0], "none", "1 numbers for 2"), ([1.0, 1.0], "reference", "leave it out"),
-                                     ([0.0, 0.0], "none", "leave no sample"), ([-1.0, 2.0], "none", "leave no sample")]:
+    config = dict(
+        num_train_epochs=1,
+        max_steps=-1,
+        seed=0,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        rows_per_batch=None,
+        share_video=False,
+        question_order="reference",
+    )
+    for weights, policy, message in [
+        ([1.0], "none", "1 numbers for 2"),
+        ([1.0, 1.0], "reference", "leave it out"),
+        ([0.0, 0.0], "none", "leave no sample"),
+        ([-1.0, 2.0], "none", "leave no sample"),
+    ]:
         with pytest.raises(ValueError, match=message):
             training_order(SimpleNamespace(data_weights=weights, policy=POLICIES[policy], **config), [3, 4], 0, 1)
 
 
-@pytest.mark.parametrize("flag, value", [("rows_per_batch", 4096), ("share_video", True),
-                                         ("question_order", "video_first")])
+@pytest.mark.parametrize(
+    "flag, value", [("rows_per_batch", 4096), ("share_video", True), ("question_order", "video_first")]
+)
 def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
-    config = dict(num_train_epochs=1, max_steps=-1, seed=0, per_device_train_batch_size=1,
-                  gradient_accumulation_steps=1,
-                  data_weights=[], rows_per_batch=None, share_video=False, question_order="reference")
+    config = dict(
+        num_train_epochs=1,
+        max_steps=-1,
+        seed=0,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        data_weights=[],
+        rows_per_batch=None,
+        share_video=False,
+        question_order="reference",
+    )
     config = SimpleNamespace(policy=POLICIES["reference"], **{**config, flag: value})
     with pytest.raises(ValueError, match=f"--{flag}: the reference has none; leave it out with --parity reference"):
         training_order(config, [3, 4], 0, 1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 8), min_size=1, max_size=60),
-       st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)]))
+@given(
+    st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)])
+)
 def test_groups_stay_together_in_every_way_to_make_a_step(of, ways):
     size, accumulation, batch = ways
     groups = Groups(np.array(of))
 
     def order(rank, size, batch, accumulation):
-        return StreamOrder(counts=(len(of),), weights=(), epochs=2.0, max_steps=-1, batch_size=batch,
-                           accumulation=accumulation, rank=rank, size=size, seed=1, groups=groups)
+        return StreamOrder(
+            counts=(len(of),),
+            weights=(),
+            epochs=2.0,
+            max_steps=-1,
+            batch_size=batch,
+            accumulation=accumulation,
+            rank=rank,
+            size=size,
+            seed=1,
+            groups=groups,
+        )
 
-    plain = StreamOrder(counts=(len(of),), weights=(), epochs=2.0, max_steps=-1, batch_size=batch,
-                        accumulation=accumulation, rank=0, size=size, seed=1)
+    plain = StreamOrder(
+        counts=(len(of),),
+        weights=(),
+        epochs=2.0,
+        max_steps=-1,
+        batch_size=batch,
+        accumulation=accumulation,
+        rank=0,
+        size=size,
+        seed=1,
+    )
     one = order(0, 1, size * accumulation * batch, 1)
     ranks = [order(rank, size, batch, accumulation) for rank in range(size)]
     assert sorted(flat(one)) == sorted([*range(len(of))] * 2)

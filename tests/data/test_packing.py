@@ -115,6 +115,7 @@ def test_shared_rows_stand_once():
 
 # --- any samples, any mode: what each supervised row sees
 
+
 @st.composite
 def any_samples(draw):
     texts = st.lists(st.integers(2, 6), max_size=3)
@@ -140,20 +141,28 @@ def seen(batch, prefix):
     n = batch.prefix_rows
     rows = [(token, at, None) for at, token in enumerate(prefix[:n])]
     values = dict(zip(batch.video_rows.tolist(), batch.features[:, 0].tolist(), strict=True))
-    rows += [(token, at, values.get(row)) for row, (token, at) in enumerate(
-        zip(batch.token_ids.tolist(), batch.positions.tolist(), strict=True))]
+    rows += [
+        (token, at, values.get(row))
+        for row, (token, at) in enumerate(zip(batch.token_ids.tolist(), batch.positions.tolist(), strict=True))
+    ]
     layout = batch.layout
     keys = list(range(len(rows))) if layout.kv_rows is None else layout.kv_rows.tolist()
     contexts = []
-    for q, q_end, k, k_end in zip(*(bounds.tolist()[i:len(bounds) - 1 + i]
-                                    for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k) for i in (0, 1))):
-        contexts += [tuple(rows[key] for key in keys[k:k_end - (q_end - 1 - row)]) for row in range(q, q_end)]
+    for q, q_end, k, k_end in zip(
+        *(
+            bounds.tolist()[i : len(bounds) - 1 + i]
+            for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k)
+            for i in (0, 1)
+        )
+    ):
+        contexts += [tuple(rows[key] for key in keys[k : k_end - (q_end - 1 - row)]) for row in range(q, q_end)]
     for row, context in enumerate(contexts):
         assert [at for _, at, _ in context] == list(range(len(context))), "a row's keys are its sample's rows before it"
         assert context[-1] == rows[row + n], "a row sees itself last"
     assert sorted(set(batch.loss_rows.tolist())) == batch.loss_rows.tolist(), "no row predicts for two samples"
-    return contexts, Counter((contexts[row], target) for row, target in zip(
-        batch.loss_rows.tolist(), batch.targets.tolist(), strict=True))
+    return contexts, Counter(
+        (contexts[row], target) for row, target in zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True)
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -164,27 +173,31 @@ def test_every_row_sees_what_it_would_see_alone(given_samples, frozen, share, pr
     contexts, supervised = seen(batch, prefix)
     boundaries = list(zip(*[iter(batch.boundary_rows.tolist())] * 2))
     assert batch.token_ids[batch.boundary_rows].tolist() == [tokens.start, tokens.end] * len(boundaries)
-    assert tokens.start is None or [row for start, end in boundaries for row in range(start + 1, end)] == \
-        batch.video_rows.tolist()
+    assert (
+        tokens.start is None
+        or [row for start, end in boundaries for row in range(start + 1, end)] == batch.video_rows.tolist()
+    )
     apart = Counter()
     for one in samples:
         apart.update(seen(pack([one], tokens, 2), ())[1])
     assert supervised == apart
     starts = {tokens.patch} if tokens.start is None else {tokens.start}
     live = [any(token in starts for token, _, _ in context) for context in contexts]
-    assert not any(live[:batch.frozen_rows]) and batch.frozen_rows < batch.num_rows
+    assert not any(live[: batch.frozen_rows]) and batch.frozen_rows < batch.num_rows
     if frozen and any(live):
-        assert all(live[batch.frozen_rows:])
+        assert all(live[batch.frozen_rows :])
     assert batch.frozen_rows == 0 or frozen
     if not share:
         kept = Counter(len(prefix) for one, _ in samples if prefix and _begins_with(one, prefix)) if frozen else {}
         assert batch.num_rows + sum(size * times for size, times in kept.items()) == batch.sample_rows
     assert batch.layout.cu_seqlens_q.diff().min() > 0
     expected = batch.layout.of_rows(batch.loss_rows)
-    assert all(torch.equal(getattr(batch.loss_layout, name), getattr(expected, name))
-               for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_rows"))
+    assert all(
+        torch.equal(getattr(batch.loss_layout, name), getattr(expected, name))
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_rows")
+    )
 
 
 def _begins_with(one, prefix):
     first_supervised = min([len(one.token_ids), *(start for start, _ in one.supervised)])
-    return one.token_ids[:len(prefix)] == list(prefix) and first_supervised > len(prefix)
+    return one.token_ids[: len(prefix)] == list(prefix) and first_supervised > len(prefix)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from fastvid.data.records import place, read_records, write_records
 
 json_text = st.text(st.characters(), max_size=20)  # surrogates included: "\ud83c" alone is legal JSON
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | json_text,
-                           lambda inner: st.lists(inner, max_size=3))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | json_text, lambda inner: st.lists(inner, max_size=3)
+)
 json_records = st.lists(st.dictionaries(json_text, json_values, max_size=4), min_size=1, max_size=5)
 
 
@@ -50,16 +51,19 @@ def test_byte_order_mark_and_raw_unicode(tmp_path, form):
     assert read_records(tmp_path / "a.json") == [record]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b'[{"q": 1},\n {"q": 2]', r"a\.json: line 2, column"),
-    (b'{"q": 1}\n\n{"q": 2', r"a\.json: line 3, column .* one JSON object per line"),
-    (b'{\n "q": 1\n}\n{\n "q": 2\n}', r"a\.json: line 1, column .* expected a JSON array"),
-    (b'[{"q": "caf\xe9"}]', r"a\.json: byte 11 is not UTF-8 .* save the file as UTF-8"),
-    ("[]".encode("utf-16"), "is not UTF-8"),
-    (b" \n", r"a\.json is empty"),
-    (b"[" * 100_000, r"a\.json is not what a data file can hold .*recursion"),
-    (b'{"q": 1}\n{"q": ' + b"9" * 5000 + b"}", r"a\.json: line 2 is not what a data file can hold .*5000 digits"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"q": 1},\n {"q": 2]', r"a\.json: line 2, column"),
+        (b'{"q": 1}\n\n{"q": 2', r"a\.json: line 3, column .* one JSON object per line"),
+        (b'{\n "q": 1\n}\n{\n "q": 2\n}', r"a\.json: line 1, column .* expected a JSON array"),
+        (b'[{"q": "caf\xe9"}]', r"a\.json: byte 11 is not UTF-8 .* save the file as UTF-8"),
+        ("[]".encode("utf-16"), "is not UTF-8"),
+        (b" \n", r"a\.json is empty"),
+        (b"[" * 100_000, r"a\.json is not what a data file can hold .*recursion"),
+        (b'{"q": 1}\n{"q": ' + b"9" * 5000 + b"}", r"a\.json: line 2 is not what a data file can hold .*5000 digits"),
+    ],
+)
 def test_unreadable_files_are_named_with_the_line(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -67,29 +71,35 @@ def test_unreadable_files_are_named_with_the_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer.*git lfs pull"),
-    (gzip.compress(b"[]", mtime=0), "is packed with gzip.*gunzip"),
-    (b"<!DOCTYPE html><html></html>", "is a web page"),
-    (b"PAR1....", "is a Parquet file"),
-    (b"PK\x03\x04....", "is a zip archive"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer.*git lfs pull"),
+        (gzip.compress(b"[]", mtime=0), "is packed with gzip.*gunzip"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (b"PAR1....", "is a Parquet file"),
+        (b"PK\x03\x04....", "is a zip archive"),
+    ],
+)
 def test_other_files_are_called_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} {message}"):
         read_records(tmp_path / name)
 
 
-@pytest.mark.parametrize(("path", "message"), [
-    ("a.json,b.json", r"several files with spaces between them: a\.json b\.json"),
-    ("*.json", "without quotation marks"),
-    ("absent.json", "No such file.*give the path of a JSON or JSONL file"),
-    ("lmms-lab/LLaVA-Video-178K", "hf download lmms-lab/LLaVA-Video-178K --repo-type dataset"),
-    (".", r"is a folder, not a file; give the data files in it: a\.json"),
-    ("mixture.yaml", "YAML is no data file"),
-    ("odd\nname.json", r"^'odd\\nname\.json' cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("a.json,b.json", r"several files with spaces between them: a\.json b\.json"),
+        ("*.json", "without quotation marks"),
+        ("absent.json", "No such file.*give the path of a JSON or JSONL file"),
+        ("lmms-lab/LLaVA-Video-178K", "hf download lmms-lab/LLaVA-Video-178K --repo-type dataset"),
+        (".", r"is a folder, not a file; give the data files in it: a\.json"),
+        ("mixture.yaml", "YAML is no data file"),
+        ("odd\nname.json", r"^'odd\\nname\.json' cannot be read"),
+    ],
+)
 def test_paths_that_are_no_data_file_get_a_remedy(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.json").write_text("[]")
@@ -112,13 +122,16 @@ def test_a_pipe_that_nobody_writes_to_is_refused_and_one_of_the_shell_is_read(tm
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize(("wrapped", "records", "said"), [
-    ({"data": [{"q": 1}, {"q": 2}], "version": "1", "info": []}, [{"q": 1}, {"q": 2}], 'those under "data"'),
-    ({"a": {"q": 1}, "b": {"id": "x"}}, [{"id": "a", "q": 1}, {"id": "x"}], "names are their ids"),
-    ({"id": "a", "conversations": []}, [{"id": "a", "conversations": []}], ""),
-    ({"data": []}, [], 'those under "data"'),
-    ({"unknown": 1}, [{"unknown": 1}], ""),
-])
+@pytest.mark.parametrize(
+    ("wrapped", "records", "said"),
+    [
+        ({"data": [{"q": 1}, {"q": 2}], "version": "1", "info": []}, [{"q": 1}, {"q": 2}], 'those under "data"'),
+        ({"a": {"q": 1}, "b": {"id": "x"}}, [{"id": "a", "q": 1}, {"id": "x"}], "names are their ids"),
+        ({"id": "a", "conversations": []}, [{"id": "a", "conversations": []}], ""),
+        ({"data": []}, [], 'those under "data"'),
+        ({"unknown": 1}, [{"unknown": 1}], ""),
+    ],
+)
 def test_an_object_around_the_records_is_taken_off(tmp_path, caplog, indent, wrapped, records, said):
     (tmp_path / "a.json").write_text(json.dumps(wrapped, indent=indent))
     assert read_records(tmp_path / "a.json") == records

@@ -19,8 +19,18 @@ def sample_rows(own, shared=None, of=None, base=0):
 
 
 def order(rows, budget, rank=0, size=1, *, accumulation=1, epochs=1.0, max_steps=-1, seed=3, counts=None, weights=()):
-    return RowOrder(counts=counts or (len(rows.own),), weights=weights, epochs=epochs, max_steps=max_steps, rows=rows,
-                    budget=budget, accumulation=accumulation, rank=rank, size=size, seed=seed)
+    return RowOrder(
+        counts=counts or (len(rows.own),),
+        weights=weights,
+        epochs=epochs,
+        max_steps=max_steps,
+        rows=rows,
+        budget=budget,
+        accumulation=accumulation,
+        rank=rank,
+        size=size,
+        seed=seed,
+    )
 
 
 def cost(rows, batch):
@@ -71,8 +81,9 @@ def test_every_sample_once_an_epoch_and_no_batch_over_the_budget(given_rows, siz
 
 def test_the_plan_depends_on_the_ranks_product_with_the_accumulation_alone():
     rows = sample_rows(np.random.default_rng(0).integers(5, 40, 500))
-    ways = [[order(rows, 200, rank, size, accumulation=8 // size, epochs=2.0) for rank in range(size)]
-            for size in (1, 2, 8)]
+    ways = [
+        [order(rows, 200, rank, size, accumulation=8 // size, epochs=2.0) for rank in range(size)] for size in (1, 2, 8)
+    ]
     samples = [[sorted(i for part in parts for batch in part for i in batch) for parts in steps(way)] for way in ways]
     assert samples[0] == samples[1] == samples[2]
     assert len({way[0].samples_per_step for way in ways}) == 1
@@ -96,8 +107,9 @@ def test_groups_stay_together_unless_they_are_over_the_budget():
     for parts in steps([order(rows, 80)]):
         for batch in parts[0]:
             assert all(batch.count(i) == 1 and sum(of[j] == of[i] for j in batch) == 5 for i in batch)
-    cut = Counter(of[i] for parts in steps([order(rows, 30)]) for batch in parts[0]
-                  for i in {of[j]: j for j in batch}.values())
+    cut = Counter(
+        of[i] for parts in steps([order(rows, 30)]) for batch in parts[0] for i in {of[j]: j for j in batch}.values()
+    )
     assert set(cut.values()) == {2}, "20 + 3 · 3 rows and the rest"
 
 

@@ -28,11 +28,23 @@ def run(tmp_path_factory):
     for i, record in enumerate(json.loads((folder / "train.json").read_text())):
         question = record["conversations"][0]["value"].replace("<video>", "").strip()
         asked = f"{question}\n<video>" if i % 3 == 1 else f"<video>\n{question}"
-        records.append({**record, "video": f"clip{i // 3}.safetensors",
-                        "conversations": [{"from": "human", "value": asked}, record["conversations"][1]]})
+        records.append(
+            {
+                **record,
+                "video": f"clip{i // 3}.safetensors",
+                "conversations": [{"from": "human", "value": asked}, record["conversations"][1]],
+            }
+        )
     for i in range(2):
-        records.append({"id": f"text{i}", "conversations": [{"from": "human", "value": "why is the house red"},
-                                                            {"from": "gpt", "value": f"see the cat {i}"}]})
+        records.append(
+            {
+                "id": f"text{i}",
+                "conversations": [
+                    {"from": "human", "value": "why is the house red"},
+                    {"from": "gpt", "value": f"see the cat {i}"},
+                ],
+            }
+        )
     (folder / "train.json").write_text(json.dumps(records))
     return folder
 
@@ -42,6 +54,7 @@ def build(run, *more):
 
 
 # --- the gradient
+
 
 @pytest.mark.parametrize("mode", [[], ["--tune_mm_mlp_adapter", "False"]], ids=["adapter", "full"])
 @pytest.mark.parametrize("order", ["reference", "video_first"])
@@ -76,6 +89,7 @@ def test_training_with_and_without_sharing_takes_the_same_steps(run, tmp_path):
 
 # --- who shares
 
+
 def record(*turns, video="v.pkl", **more):
     conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
     return {"id": "r", **({"video": video} if video else {}), "conversations": conversations, **more}
@@ -83,12 +97,20 @@ def record(*turns, video="v.pkl", **more):
 
 def test_groups_are_samples_whose_prompts_are_one_up_to_the_video():
     records = [
-        record("<video>\nwhat", "a"), record("<video>\nwhy", "b"), record("what\n<video>", "a"),
-        record("why\n<video>", "b"), record("why\n<video>", "c"), record("<video>\nwhat", "a", video="w.pkl"),
-        record("hello", "a", video=None), record("hello", "a", video=None),
-        record("hi", "a", "<video>\nwhat", "b"), record("<video>\nwhat", "<video>", "why", "a"),
-        {**record("<video>\nwhat", "a"), "conversations": [{"from": "gpt", "value": "x"},
-                                                           *record("<video>\nwhat", "a")["conversations"]]},
+        record("<video>\nwhat", "a"),
+        record("<video>\nwhy", "b"),
+        record("what\n<video>", "a"),
+        record("why\n<video>", "b"),
+        record("why\n<video>", "c"),
+        record("<video>\nwhat", "a", video="w.pkl"),
+        record("hello", "a", video=None),
+        record("hello", "a", video=None),
+        record("hi", "a", "<video>\nwhat", "b"),
+        record("<video>\nwhat", "<video>", "why", "a"),
+        {
+            **record("<video>\nwhat", "a"),
+            "conversations": [{"from": "gpt", "value": "x"}, *record("<video>\nwhat", "a")["conversations"]],
+        },
         record("<video> and <video>\nwhat", "a", video=None, videos=["a", "b"]),
         record("<video> and <video>\nwhy", "a", video=None, videos=["a", "b"]),
     ]
@@ -123,11 +145,21 @@ def test_spread_cuts_a_group_only_where_no_batch_has_room():
 
 # --- the order of question and video
 
-@pytest.mark.parametrize("question, expected", [
-    ("what is it\n<video>", "<video>\nwhat is it"), ("<video>\nwhat", "<video>\nwhat"),
-    ("what <video> ", "<video>\nwhat"),
-    ("two\n<video>\n<video>", "<video>\n<video>\ntwo"), ("see <video> here", "see <video> here"),
-    ("<video>", "<video>"), ("<video> or\n<video>", "<video> or\n<video>"), ("plain", "plain"), ("", "")])
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("what is it\n<video>", "<video>\nwhat is it"),
+        ("<video>\nwhat", "<video>\nwhat"),
+        ("what <video> ", "<video>\nwhat"),
+        ("two\n<video>\n<video>", "<video>\n<video>\ntwo"),
+        ("see <video> here", "see <video> here"),
+        ("<video>", "<video>"),
+        ("<video> or\n<video>", "<video> or\n<video>"),
+        ("plain", "plain"),
+        ("", ""),
+    ],
+)
 def test_videos_at_a_questions_end_come_first(question, expected):
     assert ordered(question, "video_first") == expected
     assert ordered(question, "reference") == question
@@ -136,12 +168,15 @@ def test_videos_at_a_questions_end_come_first(question, expected):
 def test_question_order_reaches_the_tokens(run):
     state = build(run)
     options = dict(rows_of=lambda name: 4, use_start_end=True, max_length=512, policy=state.config.policy)
-    last, first = (record(text, "<video>" if text.endswith("<video>") else "cat") for text in (
-        "what is red\n<video>", "<video>\nwhat is red"))
+    last, first = (
+        record(text, "<video>" if text.endswith("<video>") else "cat")
+        for text in ("what is red\n<video>", "<video>\nwhat is red")
+    )
     last["conversations"][1]["value"] = "cat"
-    encoded = [encode_sample(r, state.tokenizer, question_order=order, **options)
-               for r, order in ((last, "reference"), (last, "video_first"), (first, "reference"),
-                                (first, "video_first"))]
+    encoded = [
+        encode_sample(r, state.tokenizer, question_order=order, **options)
+        for r, order in ((last, "reference"), (last, "video_first"), (first, "reference"), (first, "video_first"))
+    ]
     assert encoded[0].token_ids != encoded[1].token_ids
     assert encoded[1] == encoded[2] == encoded[3] and encoded[1].refused is None
 
@@ -149,18 +184,32 @@ def test_question_order_reaches_the_tokens(run):
 @pytest.mark.parametrize("order", ["reference", "video_first"])
 def test_a_question_is_asked_in_the_order_that_was_trained(run, order):
     tokenizer = build(run).tokenizer
-    trained = encode_sample(record("what is red\n<video>", "cat", "why", "red"), tokenizer, question_order=order,
-                            rows_of=lambda name: 4, use_start_end=True, max_length=512, policy=POLICIES["none"])
-    asked = inference_prompt("why", tokenizer, video_tokens=4, use_start_end=True, conv_mode="vicuna_v1_1",
-                             history=[("what is red", "cat")], question_order=order)
-    assert asked == trained.token_ids[:len(asked)] and len(asked) <= trained.supervised[1][0]
+    trained = encode_sample(
+        record("what is red\n<video>", "cat", "why", "red"),
+        tokenizer,
+        question_order=order,
+        rows_of=lambda name: 4,
+        use_start_end=True,
+        max_length=512,
+        policy=POLICIES["none"],
+    )
+    asked = inference_prompt(
+        "why",
+        tokenizer,
+        video_tokens=4,
+        use_start_end=True,
+        conv_mode="vicuna_v1_1",
+        history=[("what is red", "cat")],
+        question_order=order,
+    )
+    assert asked == trained.token_ids[: len(asked)] and len(asked) <= trained.supervised[1][0]
 
 
 def test_every_sample_begins_with_the_system_prefix(run):
     state = build(run)
     prefix = system_prefix(state.tokenizer)
     assert prefix[0] == state.tokenizer.bos and state.loader.prefix == prefix
-    assert all(tuple(state.loader.samples.encode(i).token_ids[:len(prefix)]) == prefix for i in range(SAMPLES + 2))
+    assert all(tuple(state.loader.samples.encode(i).token_ids[: len(prefix)]) == prefix for i in range(SAMPLES + 2))
     assert build(run, "--tune_mm_mlp_adapter", "False").loader.prefix == (), "a trained model's would change"
     with pytest.raises(ValueError, match="--version v9 is no template"):
         system_prefix(state.tokenizer, "v9")

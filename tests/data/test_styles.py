@@ -4,35 +4,63 @@ import pytest
 
 from fastvid.data.styles import Unreadable, canonical
 
-READ = {"id": "0", "video": "a.mp4",
-        "conversations": [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}]}
+READ = {
+    "id": "0",
+    "video": "a.mp4",
+    "conversations": [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}],
+}
 
 
 def pairs(*texts, role="from", text="value", names=("human", "gpt")):
     return [{role: names[i % 2], text: said} for i, said in enumerate(texts)]
 
 
-@pytest.mark.parametrize(("record", "remark"), [
-    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("user", "assistant"))}, "user and"),
-    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("Human", "GPT"))}, "user and"),
-    ({"video": ["a.mp4"], "conversations": pairs("<video>\nWhich?", "blue")}, "field 'video' is a list"),
-    ({"videos": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue")}, "field 'videos' is one name"),
-    ({"video": "a.mp4", "conversations": pairs("<image>\nWhich?", "blue")}, "<image> is read as <video>"),
-    ({"video": "a.mp4", "conversations": pairs("<Video>\nWhich?", "blue")}, "<Video> is read as <video>"),
-    *[({"video": "a.mp4", "conversations": pairs(f"{spelled}\nWhich?", "blue")}, f"{spelled} is read as <video>")
-      for spelled in ("<Video><VideoHere></Video>", "<video></video>", "<VideoHere>", "<vid>", "<video/>", "< video >",
-                      "<video_placeholder>", "<|vision_start|><|video_pad|><|vision_end|>", "<|video|>")],
-    ({"video": "a.mp4", "question": "<video>\nWhich?", "answer": "blue"}, "fields 'question' and 'answer'"),
-    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("human ", "gpt"))}, "user and"),
-    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "start": 3.5}, "field 'start' is not used"),
-    ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "loss": False}, "field 'loss' is not used"),
-    ({"video": "a.mp4", "conversation": pairs("<video>\nWhich?", "blue")}, "field 'conversation' is read"),
-    ({"video": "a.mp4", "conversations": [{"from": "system", "value": "Be short."}, *READ["conversations"]]},
-     "the first turn, from system, is left out"),
-    ({"videos": ["a.mp4"], "query": "<video>\nWhich?", "response": "blue"}, "fields 'query' and 'response'"),
-    ({"videos": ["a.mp4"], "instruction": "<video>", "input": "Which?", "output": "blue"}, "fields 'instruction'"),
-    ({"video": "a.mp4", "QA": [{"i": "", "q": "Which?", "a": "blue"}]}, "with <video> before the first question"),
-])
+@pytest.mark.parametrize(
+    ("record", "remark"),
+    [
+        (
+            {"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("user", "assistant"))},
+            "user and",
+        ),
+        ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("Human", "GPT"))}, "user and"),
+        ({"video": ["a.mp4"], "conversations": pairs("<video>\nWhich?", "blue")}, "field 'video' is a list"),
+        ({"videos": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue")}, "field 'videos' is one name"),
+        ({"video": "a.mp4", "conversations": pairs("<image>\nWhich?", "blue")}, "<image> is read as <video>"),
+        ({"video": "a.mp4", "conversations": pairs("<Video>\nWhich?", "blue")}, "<Video> is read as <video>"),
+        *[
+            ({"video": "a.mp4", "conversations": pairs(f"{spelled}\nWhich?", "blue")}, f"{spelled} is read as <video>")
+            for spelled in (
+                "<Video><VideoHere></Video>",
+                "<video></video>",
+                "<VideoHere>",
+                "<vid>",
+                "<video/>",
+                "< video >",
+                "<video_placeholder>",
+                "<|vision_start|><|video_pad|><|vision_end|>",
+                "<|video|>",
+            )
+        ],
+        ({"video": "a.mp4", "question": "<video>\nWhich?", "answer": "blue"}, "fields 'question' and 'answer'"),
+        ({"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue", names=("human ", "gpt"))}, "user and"),
+        (
+            {"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "start": 3.5},
+            "field 'start' is not used",
+        ),
+        (
+            {"video": "a.mp4", "conversations": pairs("<video>\nWhich?", "blue"), "loss": False},
+            "field 'loss' is not used",
+        ),
+        ({"video": "a.mp4", "conversation": pairs("<video>\nWhich?", "blue")}, "field 'conversation' is read"),
+        (
+            {"video": "a.mp4", "conversations": [{"from": "system", "value": "Be short."}, *READ["conversations"]]},
+            "the first turn, from system, is left out",
+        ),
+        ({"videos": ["a.mp4"], "query": "<video>\nWhich?", "response": "blue"}, "fields 'query' and 'response'"),
+        ({"videos": ["a.mp4"], "instruction": "<video>", "input": "Which?", "output": "blue"}, "fields 'instruction'"),
+        ({"video": "a.mp4", "QA": [{"i": "", "q": "Which?", "a": "blue"}]}, "with <video> before the first question"),
+    ],
+)
 def test_what_is_unmistakably_meant_is_read_with_a_remark(record, remark):
     read, remarks = canonical(record)
     assert read == READ and len(remarks) == 1 and remark in remarks[0]
@@ -56,24 +84,28 @@ def test_history_comes_first():
 
 
 def test_later_questions_of_video_chat2():
-    read, remarks = canonical({"video": "v", "QA": [{"i": "Look.", "q": "A?", "a": 1},
-                                                {"i": "x", "q": "B?", "a": "b"}]})
+    read, remarks = canonical(
+        {"video": "v", "QA": [{"i": "Look.", "q": "A?", "a": 1}, {"i": "x", "q": "B?", "a": "b"}]}
+    )
     assert [turn["value"] for turn in read["conversations"]] == ["<video>\nLook.\nA?", "1", "B?", "b"]
     assert any("field 'i' of a later entry" in remark for remark in remarks)
 
 
-@pytest.mark.parametrize(("record", "reason"), [
-    ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "list of parts"),
-    ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
-    ({"query": None, "response": "b"}, "no text as .query."),
-    ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
-    ({"Q": "a", "A": "b", "video_name": "c"}, "the record has Q, A, video_name"),
-    ({}, "no fields"),
-    ({"conversations": [{"from": "human", "text": "a"}]}, r"no text as .value. \(it has from, text\)"),
-    ({"conversations": '[{"from": "human"}]'}, "not a list of turns with at least one, but text"),
-    ({"video": {"path": "a.mp4"}}, "not a file name, but an object"),
-    ({"videos": [{"path": "a.mp4"}]}, "not a list of file names, but holds an object"),
-])
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "list of parts"),
+        ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
+        ({"query": None, "response": "b"}, "no text as .query."),
+        ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
+        ({"Q": "a", "A": "b", "video_name": "c"}, "the record has Q, A, video_name"),
+        ({}, "no fields"),
+        ({"conversations": [{"from": "human", "text": "a"}]}, r"no text as .value. \(it has from, text\)"),
+        ({"conversations": '[{"from": "human"}]'}, "not a list of turns with at least one, but text"),
+        ({"video": {"path": "a.mp4"}}, "not a file name, but an object"),
+        ({"videos": [{"path": "a.mp4"}]}, "not a list of file names, but holds an object"),
+    ],
+)
 def test_the_rest_is_named(record, reason):
     with pytest.raises(Unreadable, match=reason):
         canonical(record)

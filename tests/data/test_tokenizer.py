@@ -12,8 +12,10 @@ from fastvid.data.tokenizer import load_tokenizer
 
 RECORDING = SHARED / "golden" / "tokens.json"
 PROBES = json.loads(RECORDING.read_text())["probes_slow"] if RECORDING.is_file() else {}
-TEXT = ("A man rides a bike in the park. A woman walks, and the dog runs along the beach. What is the person doing in "
-        "this video? The person plays cards; then they talk. USER: ASSISTANT: Two people dance in a room. ") * 20
+TEXT = (
+    "A man rides a bike in the park. A woman walks, and the dog runs along the beach. What is the person doing in "
+    "this video? The person plays cards; then they talk. USER: ASSISTANT: Two people dance in a room. "
+) * 20
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,16 @@ def plain(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("plain")
     SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split(". ")), model_prefix=str(folder / "tokenizer"), vocab_size=340,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=0.995, minloglevel=2)
+        sentence_iterator=iter(TEXT.split(". ")),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.995,
+        minloglevel=2,
+    )
     (folder / "tokenizer.vocab").unlink()
     return folder
 
@@ -39,9 +48,11 @@ def bpe(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-                                  max_token_length=6)
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, max_token_length=6
+    )
     tokenizer.train_from_iterator(TEXT.split(" "), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -72,8 +83,13 @@ def test_folder_with_nothing_but_llamas_tokenizer_json_gives_the_same_ids(tiny, 
     assert table["pre_tokenizer"]["type"] == "Metaspace" and table["normalizer"] is None
     if prefix == "Prepend":
         table["pre_tokenizer"] = None
-        table["normalizer"] = {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
+        table["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
     path.write_text(json.dumps(table))
     assert not (tmp_path / "tokenizer.model").exists()
     tokenizer = load_tokenizer(tmp_path, True)
@@ -133,7 +149,12 @@ def test_white_space_is_stripped_around_video_tokens_only(kind, request):
     assert tokenizer.encode("a \n<vid_start>\u3000 b") == [*tokenizer.encode("a"), start, *tokenizer.encode("b")]
     assert tokenizer.encode("a </s> b") == [*tokenizer.encode("a "), tokenizer.eos, *tokenizer.encode(" b")]
     assert tokenizer.encode("a\n<video> b", [[start, 7, end]]) == [
-        *tokenizer.encode("a"), start, 7, end, *tokenizer.encode("b")]
+        *tokenizer.encode("a"),
+        start,
+        7,
+        end,
+        *tokenizer.encode("b"),
+    ]
 
 
 def test_each_video_becomes_its_own_ids_and_those_beyond_the_last_become_its(plain):
@@ -156,8 +177,10 @@ def test_unused_start_and_end_are_text_even_where_the_folder_holds_them(kind, re
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])
-@given(words=st.lists(st.sampled_from(["man", "rides", "a", "é", "🎬", "  ", "park."]), min_size=1, max_size=12),
-       data=st.data())
+@given(
+    words=st.lists(st.sampled_from(["man", "rides", "a", "é", "🎬", "  ", "park."]), min_size=1, max_size=12),
+    data=st.data(),
+)
 @settings(max_examples=40, deadline=None)
 def test_marks_count_the_tokens_that_begin_before_them(kind, request, words, data):
     tokenizer = load_tokenizer(request.getfixturevalue(kind), True)
@@ -170,7 +193,7 @@ def test_marks_count_the_tokens_that_begin_before_them(kind, request, words, dat
     assert ids == [*whole, tokenizer.eos, *whole]
     assert counts[1] == len(whole) + 1 and counts[2] - counts[1] == counts[0]
     if head and tail and not head.endswith(" ") and words[first].strip():  # "▁" begins a token there
-        assert whole[:counts[0]] == tokenizer.encode(head)
+        assert whole[: counts[0]] == tokenizer.encode(head)
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])
@@ -202,15 +225,18 @@ def test_transformers_reads_a_saved_tokenizer_alike(shared, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == [tokenizer.bos, *tokenizer.encode(text)]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    (None, None, "holds no tokenizer.model or tokenizer.json"),
-    ("tokenizer.model", b"no model", "tokenizer.model is no sentencepiece model"),
-    ("tokenizer.json", b"{", "tokenizer.json is no tokenizer file"),
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.model is a git-lfs pointer"),
-    ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a git-lfs pointer"),
-    ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1\n", "config.json is a git-lfs pointer"),
-    ("tokenizer_config.json", b"[1]", "tokenizer_config.json is no JSON object"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, None, "holds no tokenizer.model or tokenizer.json"),
+        ("tokenizer.model", b"no model", "tokenizer.model is no sentencepiece model"),
+        ("tokenizer.json", b"{", "tokenizer.json is no tokenizer file"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.model is a git-lfs pointer"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a git-lfs pointer"),
+        ("tokenizer_config.json", b"version https://git-lfs.github.com/spec/v1\n", "config.json is a git-lfs pointer"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json is no JSON object"),
+    ],
+)
 def test_unusable_folder_is_an_error_that_names_the_file(plain, tmp_path, name, content, message):
     if name == "tokenizer_config.json":
         shutil.copy(plain / "tokenizer.model", tmp_path)

@@ -108,10 +108,15 @@ class Own(Exception):
         super().__init__(first)
 
 
-@pytest.mark.parametrize("raised, expected", [
-    (MemoryError(), (ChildProcessError, "--dataloader_num_workers")), (Own("odd", 2), (RuntimeError, "Own: odd")),
-    (type("Local", (Exception,), {})("local"), (RuntimeError, "Local: local")),
-    (ValueError("file.pkl: is empty"), (ValueError, "^file.pkl: is empty$"))])
+@pytest.mark.parametrize(
+    "raised, expected",
+    [
+        (MemoryError(), (ChildProcessError, "--dataloader_num_workers")),
+        (Own("odd", 2), (RuntimeError, "Own: odd")),
+        (type("Local", (Exception,), {})("local"), (RuntimeError, "Local: local")),
+        (ValueError("file.pkl: is empty"), (ValueError, "^file.pkl: is empty$")),
+    ],
+)
 def test_an_exception_that_cannot_be_sent_is_told_all_the_same(raised, expected):
     def fails(number):
         raise raised
@@ -177,8 +182,9 @@ print(sum(len(large) for large in Ahead(lambda number: torch.zeros(3_000_000), 2
 def test_a_small_shm_does_not_matter():
     """Containers have 64 MB; here 1 MB, for batches of 12."""
     script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "{sys.executable}" -W ignore -c "$0"'
-    done = subprocess.run(["unshare", "-m", "bash", "-c", script, SMALL_SHM], capture_output=True, text=True,
-                          env=ENVIRONMENT, timeout=60)
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, SMALL_SHM], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     if "mount" in done.stderr:
         pytest.skip(f"no mount: {done.stderr}")
     assert done.stdout.split() == ["24000000"], done
@@ -221,8 +227,9 @@ for _ in Ahead(fails, 2).map(range(1000)):
 
 def test_an_error_that_nobody_catches_ends_the_run():
     """Its traceback keeps every frame until the interpreter's exit."""
-    failed = subprocess.run([sys.executable, "-W", "ignore", "-c", FAILS], stderr=subprocess.PIPE, text=True,
-                            env=ENVIRONMENT, timeout=60)
+    failed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FAILS], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert failed.returncode == 1 and "KeyError: 'broken sample'" in failed.stderr
 
 
@@ -237,8 +244,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_processes_do_not_outlive_a_killed_run():
     """More lies in their pipes than those hold: nobody will ever read it."""
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", ORPHANS], stdout=subprocess.PIPE, text=True,
-                            env=ENVIRONMENT, timeout=60)  # returns when nobody holds the pipe any more
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ORPHANS], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=60
+    )  # returns when nobody holds the pipe any more
     assert killed.returncode == -signal.SIGKILL and len(killed.stdout.split()) == 2
 
 
@@ -260,13 +268,15 @@ print(*workers.Ahead(lambda number: number + os.getppid() - parent, 2).map(range
 def test_a_process_that_hangs_in_fork_is_replaced(hang):
     """As a child of Python 3.11 does when a thread of its parent held the interpreter's list of threads."""
     program = HANGS.format(hang=hang or "set()")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
-                          env=ENVIRONMENT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert done.returncode == 0 and done.stdout.split() == ["0", "1", "2", "3", str(2 + len(hang))], done
 
 
 def test_processes_that_never_begin_are_given_up():
     program = HANGS.format(hang="range(100)").replace("(2, 2, 20)", "(0.5, 0.5, 0.5)")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
-                          env=ENVIRONMENT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
     assert done.returncode == 1 and "ChildProcessError" in done.stderr and "--dataloader_num_workers 0" in done.stderr

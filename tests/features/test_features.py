@@ -119,26 +119,29 @@ def _entry(shape, dtype="F16", size=12):
     return {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"\x10\0\0", "cut short"),
-    (struct.pack("<Q", 2**62) + b"{}", "cut short"),
-    (_safetensors(b"{" + b" " * 40), "header is damaged"),
-    (_safetensors(b"[" * 100_000), "header is damaged"),
-    (_safetensors([1]), "header is damaged"),
-    (_safetensors({"other": _entry([2, 3])}, bytes(12)), 'has no "features"'),
-    (_safetensors({"features": 3}), "header is damaged"),
-    (_safetensors({"features": _entry([2, 3]), "__metadata__": {"header": "{"}}, bytes(12)), "header is damaged"),
-    (_safetensors({"features": _entry([2, 3])}, bytes(11)), "holds 11 bytes of values instead of 12"),
-    (_safetensors({"features": _entry([2, 3])}, bytes(13)), "holds 13 bytes of values instead of 12"),
-    (_safetensors({"features": _entry([2, 3]), "more": _entry([2, 3])}, bytes(12)), "holds 12 bytes"),
-    (_safetensors({"features": _entry([2**40, 2**40])}, bytes(12)), "holds 12 bytes"),
-    (_safetensors({"features": _entry([-2, -3])}, bytes(12)), r"must be \[R, C\]"),
-    (_safetensors({"features": _entry([0, 3])}), r"must be \[R, C\]"),
-    (_safetensors({"features": _entry([6])}, bytes(12)), r"must be \[R, C\]"),
-    (_safetensors({"features": _entry(["2", 3])}, bytes(12)), r"must be \[R, C\]"),
-    (_safetensors({"features": _entry([2, 3], "I16")}, bytes(12)), r"must be \[R, C\] .* not \[2, 3\] in I16"),
-    (_safetensors({"features": _entry([2, 3], ["F16"])}, bytes(12)), r"must be \[R, C\]"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x10\0\0", "cut short"),
+        (struct.pack("<Q", 2**62) + b"{}", "cut short"),
+        (_safetensors(b"{" + b" " * 40), "header is damaged"),
+        (_safetensors(b"[" * 100_000), "header is damaged"),
+        (_safetensors([1]), "header is damaged"),
+        (_safetensors({"other": _entry([2, 3])}, bytes(12)), 'has no "features"'),
+        (_safetensors({"features": 3}), "header is damaged"),
+        (_safetensors({"features": _entry([2, 3]), "__metadata__": {"header": "{"}}, bytes(12)), "header is damaged"),
+        (_safetensors({"features": _entry([2, 3])}, bytes(11)), "holds 11 bytes of values instead of 12"),
+        (_safetensors({"features": _entry([2, 3])}, bytes(13)), "holds 13 bytes of values instead of 12"),
+        (_safetensors({"features": _entry([2, 3]), "more": _entry([2, 3])}, bytes(12)), "holds 12 bytes"),
+        (_safetensors({"features": _entry([2**40, 2**40])}, bytes(12)), "holds 12 bytes"),
+        (_safetensors({"features": _entry([-2, -3])}, bytes(12)), r"must be \[R, C\]"),
+        (_safetensors({"features": _entry([0, 3])}), r"must be \[R, C\]"),
+        (_safetensors({"features": _entry([6])}, bytes(12)), r"must be \[R, C\]"),
+        (_safetensors({"features": _entry(["2", 3])}, bytes(12)), r"must be \[R, C\]"),
+        (_safetensors({"features": _entry([2, 3], "I16")}, bytes(12)), r"must be \[R, C\] .* not \[2, 3\] in I16"),
+        (_safetensors({"features": _entry([2, 3], ["F16"])}, bytes(12)), r"must be \[R, C\]"),
+    ],
+)
 def test_damaged_safetensors_are_named_with_the_remedy(tmp_path, content, message):
     path = tmp_path / "v.safetensors"
     path.write_bytes(content)
@@ -154,7 +157,7 @@ def test_damaged_safetensors_give_features_or_a_value_error(tmp_path_factory, da
     damaged = bytearray(_safetensors({"features": _entry([2, 3]), "__metadata__": {"header": "{}"}}, bytes(12)))
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(damaged[:data.draw(st.integers(0, 2 * len(damaged)))])
+    path.write_bytes(damaged[: data.draw(st.integers(0, 2 * len(damaged)))])
     try:
         loaded, _ = load_features(path)
     except ValueError as error:
@@ -228,12 +231,18 @@ def test_other_layouts_of_npy_and_pt(tmp_path):
     assert probe_features(tmp_path / "w.pt") == (5, 3, torch.float32)
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    ({"features": FEATURES}, "holds a dict, not a plain tensor"), ([FEATURES], "holds a list"),
-    (FEATURES[None], r"holds \[1, 5, 3\] in float32"), (FEATURES.int(), "in int32"),
-    (FEATURES.to_sparse(), "not a plain tensor"), (FEATURES[:1, :1].expand(4000, 4000), "fewer values than its shape"),
-    (os.system, "asks for more than a tensor; refused"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"features": FEATURES}, "holds a dict, not a plain tensor"),
+        ([FEATURES], "holds a list"),
+        (FEATURES[None], r"holds \[1, 5, 3\] in float32"),
+        (FEATURES.int(), "in int32"),
+        (FEATURES.to_sparse(), "not a plain tensor"),
+        (FEATURES[:1, :1].expand(4000, 4000), "fewer values than its shape"),
+        (os.system, "asks for more than a tensor; refused"),
+    ],
+)
 def test_other_contents_of_pt_are_refused_with_what_to_store(tmp_path, value, message):
     torch.save(value, tmp_path / "v.pt")
     for read in (load_features, probe_features):
@@ -241,10 +250,15 @@ def test_other_contents_of_pt_are_refused_with_what_to_store(tmp_path, value, me
             read(tmp_path / "v.pt")
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (np.ones((2, 3), np.int8), "dtype is int8"), (np.ones(3, np.float16), r"shape is \[3\]"),
-    (np.ones((0, 3), np.float16), r"shape is \[0, 3\]"), (np.array([["a"]], object), "dtype is object"),
-])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((2, 3), np.int8), "dtype is int8"),
+        (np.ones(3, np.float16), r"shape is \[3\]"),
+        (np.ones((0, 3), np.float16), r"shape is \[0, 3\]"),
+        (np.array([["a"]], object), "dtype is object"),
+    ],
+)
 def test_other_contents_of_npy_are_refused(tmp_path, array, message):
     np.save(tmp_path / "v.npy", array, allow_pickle=True)
     for read in (load_features, probe_features):
@@ -263,10 +277,15 @@ def test_damaged_npy_and_pt_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", features.SUFFIXES)
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer"),
-    (b"\x1f\x8b\x08\0more", "is packed with gzip"), (b"<html></html>", "is a web page"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer"),
+        (b"\x1f\x8b\x08\0more", "is packed with gzip"),
+        (b"<html></html>", "is a web page"),
+    ],
+)
 def test_what_is_no_feature_file_is_called_by_name(tmp_path, suffix, content, message):
     (tmp_path / f"v{suffix}").write_bytes(content)
     for read in (load_features, probe_features):
@@ -300,9 +319,24 @@ def folder(tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     for path in ("inside/sub/deep", "outside"):
         (tmp_path / path).mkdir(parents=True)
-    for name in ("a.pkl", "both.pkl", "both.safetensors", "new.safetensors", "cut.pkl", "one.2.safetensors",
-                 "two.1.safetensors", "two.2.safetensors", "sub/s.pkl", "sub/deep/d.safetensors", "notes.txt",
-                 "three.npy", "three.pt", "four.pt", "five.npz", "five.mp4"):
+    for name in (
+        "a.pkl",
+        "both.pkl",
+        "both.safetensors",
+        "new.safetensors",
+        "cut.pkl",
+        "one.2.safetensors",
+        "two.1.safetensors",
+        "two.2.safetensors",
+        "sub/s.pkl",
+        "sub/deep/d.safetensors",
+        "notes.txt",
+        "three.npy",
+        "three.pt",
+        "four.pt",
+        "five.npz",
+        "five.mp4",
+    ):
         (inside / name).touch()
     (outside / "secret.pkl").touch()
     (inside / "directory.pkl").mkdir()
@@ -320,41 +354,94 @@ def folder(tmp_path):
     return inside
 
 
-@pytest.mark.parametrize(("name", "file"), [
-    ("a.pkl", "a.pkl"), ("a", "a.pkl"), ("a.safetensors", "a.pkl"), ("a.mp4", "a.pkl"), ("./a.pkl", "a.pkl"),
-    ("both.pkl", "both.pkl"), ("both.safetensors", "both.safetensors"), ("both", "both.safetensors"),
-    ("new.pkl", "new.safetensors"), ("new.webm", "new.safetensors"),
-    ("one.pkl", "one.2.safetensors"), ("one", "one.2.safetensors"), ("one.2", "one.2.safetensors"),
-    ("two.1.pkl", "two.1.safetensors"), ("two.2", "two.2.safetensors"),
-    ("cut.3.pkl", "cut.pkl"), ("cut.3.mp4", "cut.pkl"),
-    ("sub/s.pkl", "sub/s.pkl"), ("sub//deep/./d.pkl", "sub/deep/d.safetensors"),
-    ("three", "three.npy"), ("three.mp4", "three.npy"), ("three.pt", "three.pt"), ("four.pkl", "four.pt"),
-    ("link_in.pkl", "link_in.pkl"), ("folder_in/s", "folder_in/s.pkl"),
-    ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
-])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("a.pkl", "a.pkl"),
+        ("a", "a.pkl"),
+        ("a.safetensors", "a.pkl"),
+        ("a.mp4", "a.pkl"),
+        ("./a.pkl", "a.pkl"),
+        ("both.pkl", "both.pkl"),
+        ("both.safetensors", "both.safetensors"),
+        ("both", "both.safetensors"),
+        ("new.pkl", "new.safetensors"),
+        ("new.webm", "new.safetensors"),
+        ("one.pkl", "one.2.safetensors"),
+        ("one", "one.2.safetensors"),
+        ("one.2", "one.2.safetensors"),
+        ("two.1.pkl", "two.1.safetensors"),
+        ("two.2", "two.2.safetensors"),
+        ("cut.3.pkl", "cut.pkl"),
+        ("cut.3.mp4", "cut.pkl"),
+        ("sub/s.pkl", "sub/s.pkl"),
+        ("sub//deep/./d.pkl", "sub/deep/d.safetensors"),
+        ("three", "three.npy"),
+        ("three.mp4", "three.npy"),
+        ("three.pt", "three.pt"),
+        ("four.pkl", "four.pt"),
+        ("link_in.pkl", "link_in.pkl"),
+        ("folder_in/s", "folder_in/s.pkl"),
+        ("folder_in/deep/d", "folder_in/deep/d.safetensors"),
+    ],
+)
 def test_names_that_mean_a_file(folder, name, file):
     assert FeatureFolder(folder).resolve(name) == folder / file
 
 
-@pytest.mark.parametrize("name", [
-    "", ".", "./.", "absent.pkl", "A.pkl", "absent/a.pkl", "a.pkl/a.pkl", "notes.txt", "notes", "sub", "sub/",
-    "directory.pkl", "link_loop.pkl", "link_broken.pkl", "nul\0.pkl", "~/a.pkl", "\ud83c.pkl", "\ud83c/a.pkl",
-    "five", "https://x.org/a.pkl", "one.3.pkl", "a.2/a.pkl", "new.3.pkl", "sub\\s.pkl", "*.pkl", "x" * 5000,
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "./.",
+        "absent.pkl",
+        "A.pkl",
+        "absent/a.pkl",
+        "a.pkl/a.pkl",
+        "notes.txt",
+        "notes",
+        "sub",
+        "sub/",
+        "directory.pkl",
+        "link_loop.pkl",
+        "link_broken.pkl",
+        "nul\0.pkl",
+        "~/a.pkl",
+        "\ud83c.pkl",
+        "\ud83c/a.pkl",
+        "five",
+        "https://x.org/a.pkl",
+        "one.3.pkl",
+        "a.2/a.pkl",
+        "new.3.pkl",
+        "sub\\s.pkl",
+        "*.pkl",
+        "x" * 5000,
+    ],
+)
 def test_names_that_mean_nothing(folder, name):
     with pytest.raises(MissingFeatures, match=r"has no features in .*fastvid extract.*filter_for_missing_videos"):
         FeatureFolder(folder).resolve(name)
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("five.pkl", r"five\.npz lies there, but is not in a format that is read \(\.safetensors, \.pkl, \.npy, \.pt\)"),
-    ("five", "five.mp4 lies there, but is a video"), ("https://x.org/a.pkl", "is a URL"),
-    ("link_broken.pkl", "link_broken.pkl lies there, but is a link that leads nowhere"),
-    ("packed.mp4", "packed.pkl.gz lies there, but is packed with gzip: unpack it"),
-    ("loud", "loud.PKL lies there, but is not read under this ending: name it loud.pkl"),
-    ("older", "older.pth lies there, but is not read under this ending: name it older.pt"),
-    ("sub\\s.pkl", "written with /"), ("absent", "--on_bad_sample skip"),
-])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        (
+            "five.pkl",
+            r"five\.npz lies there, but is not in a format that is read \(\.safetensors, \.pkl, \.npy, \.pt\)",
+        ),
+        ("five", "five.mp4 lies there, but is a video"),
+        ("https://x.org/a.pkl", "is a URL"),
+        ("link_broken.pkl", "link_broken.pkl lies there, but is a link that leads nowhere"),
+        ("packed.mp4", "packed.pkl.gz lies there, but is packed with gzip: unpack it"),
+        ("loud", "loud.PKL lies there, but is not read under this ending: name it loud.pkl"),
+        ("older", "older.pth lies there, but is not read under this ending: name it older.pt"),
+        ("sub\\s.pkl", "written with /"),
+        ("absent", "--on_bad_sample skip"),
+    ],
+)
 def test_what_lies_there_instead_is_told(folder, name, hint):
     for other in ("packed.pkl.gz", "loud.PKL", "older.pth"):
         (folder / other).write_bytes(b"x")
@@ -362,15 +449,23 @@ def test_what_lies_there_instead_is_told(folder, name, hint):
         FeatureFolder(folder).resolve(name)
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("/etc/passwd", "absolute"), ("//etc/passwd", "absolute"), ("../outside/secret.pkl", r'has "\.\."'),
-    ("..", r'has "\.\."'), ("sub/../a.pkl", r'has "\.\."'), ("sub/../../outside/secret.pkl", r'has "\.\."'),
-    ("link_out.pkl", "a link that leads out of"), ("link_out", "a link that leads out of"),
-    ("link_up", "a link that leads out of"),
-    ("folder_out/secret.pkl", "its folder folder_out is a link that leads out of"),
-    ("sub/chain.pkl", "a link that leads out of"),
-    ("folder_prefix/x.pkl", "its folder folder_prefix is a link that leads out of"),
-])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("/etc/passwd", "absolute"),
+        ("//etc/passwd", "absolute"),
+        ("../outside/secret.pkl", r'has "\.\."'),
+        ("..", r'has "\.\."'),
+        ("sub/../a.pkl", r'has "\.\."'),
+        ("sub/../../outside/secret.pkl", r'has "\.\."'),
+        ("link_out.pkl", "a link that leads out of"),
+        ("link_out", "a link that leads out of"),
+        ("link_up", "a link that leads out of"),
+        ("folder_out/secret.pkl", "its folder folder_out is a link that leads out of"),
+        ("sub/chain.pkl", "a link that leads out of"),
+        ("folder_prefix/x.pkl", "its folder folder_prefix is a link that leads out of"),
+    ],
+)
 def test_names_that_leave_the_folder(folder, name, reason):
     features = FeatureFolder(folder)
     for _ in range(2):  # the second time from the cache
@@ -437,8 +532,15 @@ def test_a_pickles_header_is_what_the_manifest_says_of_that_very_file(tmp_path):
     for name in ("a.pkl", "sub/b.pkl", "c.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         save_features(tmp_path / name, torch.ones(2, 3), {"tower": "own"})
-    lines = [{"video": f"{name}.mp4", "file": f"{name}.pkl", "tower": "t",
-              "sha256": hashlib.sha256((tmp_path / f"{name}.pkl").read_bytes()).hexdigest()} for name in ("a", "sub/b")]
+    lines = [
+        {
+            "video": f"{name}.mp4",
+            "file": f"{name}.pkl",
+            "tower": "t",
+            "sha256": hashlib.sha256((tmp_path / f"{name}.pkl").read_bytes()).hexdigest(),
+        }
+        for name in ("a", "sub/b")
+    ]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = FeatureFolder(tmp_path)
     assert [folder.header(name)["tower"] for name in ("a", "sub/b.mp4", "c")] == ["t", "t", "own"]

@@ -93,7 +93,9 @@ def test_two_at_a_time_have_a_file_each_and_are_read_as_one(tmp_path):
     assert one.entries["a.mp4"]["status"] == "ok" and "b.mp4" not in one.entries
     assert one.look_again() and not one.look_again() and one.failed_elsewhere == {"b.mp4"}
     assert {name: entry["status"] for name, entry in read_manifest(tmp_path).items()} == {
-        "a.mp4": "ok", "b.mp4": "failed"}
+        "a.mp4": "ok",
+        "b.mp4": "failed",
+    }
     one.close()
     other.append("a.mp4", "failed", reason="no, again")
     assert len(list(tmp_path.glob("manifest-*"))) == 1
@@ -191,8 +193,11 @@ def test_two_never_append_to_one_file(tmp_path, monkeypatch):
     slow_leases, slow = _opened(tmp_path)
     with monkeypatch.context() as patch:
         lives = Leases._lives
-        patch.setattr(Leases, "_lives", lambda self, record, path: (
-            (record or {}).get("owner") != slow_leases.owner and lives(self, record, path)))
+        patch.setattr(
+            Leases,
+            "_lives",
+            lambda self, record, path: (record or {}).get("owner") != slow_leases.owner and lives(self, record, path),
+        )
         heir_leases, heir = _opened(tmp_path)
         assert heir.path == slow.path == tmp_path / "manifest.jsonl"
     slow.append("a.mp4", "ok")
@@ -223,9 +228,13 @@ def _line(video, status, when, **more):
 
 def test_the_newest_entry_wins_wherever_it_stands(tmp_path):
     (tmp_path / "manifest.jsonl").write_text(
-        _line("a.mp4", "ok", 3.0, file="a.pkl") + _line("a.mp4", "failed", 2.0, file="a.pkl")
-        + _line("old.mp4", "failed", None) + _line("old.mp4", "ok", None)
-        + _line("b.mp4", "failed", 5.0) + _line("b.mp4", "ok", 5.0))
+        _line("a.mp4", "ok", 3.0, file="a.pkl")
+        + _line("a.mp4", "failed", 2.0, file="a.pkl")
+        + _line("old.mp4", "failed", None)
+        + _line("old.mp4", "ok", None)
+        + _line("b.mp4", "failed", 5.0)
+        + _line("b.mp4", "ok", 5.0)
+    )
     entries = read_manifest(tmp_path)
     assert {name: entry["status"] for name, entry in entries.items()} == {"a.mp4": "ok", "old.mp4": "ok", "b.mp4": "ok"}
     assert Manifest(tmp_path).files["a.pkl"]["time"] == 3.0

@@ -18,17 +18,28 @@ from fastvid.features.pickled_array import OtherContent, probe_array, read_array
 
 ARRAY = (np.arange(15, dtype=np.float16) / 7).reshape(5, 3)
 # What cPickle of Python 2 writes for np.array([[1, 2]], "f2"), and what numpy 1 writes with protocol 4 and 5.
-PYTHON2 = (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03"
-           b"(K\x01K\x01K\x02\x86cnumpy\ndtype\nq\x04U\x02f2K\x00K\x01\x87Rq\x05"
-           b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-           b"U\x04\x00<\x00@tb.")
+PYTHON2 = (
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03"
+    b"(K\x01K\x01K\x02\x86cnumpy\ndtype\nq\x04U\x02f2K\x00K\x01\x87Rq\x05"
+    b"(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+    b"U\x04\x00<\x00@tb."
+)
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("array", [
-    ARRAY, ARRAY.astype(">f2"), np.asfortranarray(ARRAY), ARRAY.astype(np.float32), ARRAY.astype(">f4").T,
-    ARRAY[::2, ::2], ARRAY.astype(np.float64),
-], ids=["f2", "big-endian", "fortran", "f4", "big-endian transposed", "strided", "f8"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        ARRAY,
+        ARRAY.astype(">f2"),
+        np.asfortranarray(ARRAY),
+        ARRAY.astype(np.float32),
+        ARRAY.astype(">f4").T,
+        ARRAY[::2, ::2],
+        ARRAY.astype(np.float64),
+    ],
+    ids=["f2", "big-endian", "fortran", "f4", "big-endian transposed", "strided", "f8"],
+)
 def test_numpys_pickles_of_all_protocols(array, protocol):
     read = read_array(pickle.dumps(array, protocol))
     assert read.dtype == array.dtype.newbyteorder("=")
@@ -142,21 +153,24 @@ def test_a_refused_name_is_told():
         read_array(pickle.dumps(Call(os.system, "true")))
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    (np.array([["a", None]], object), r"dtype is 'O8'"),
-    (ARRAY.astype(np.int16), "dtype is 'i2'"),
-    (np.zeros((2, 3), [("x", "f2")]), "dtype is 'V2'"),
-    (ARRAY[0], "does not have two dimensions"),
-    (ARRAY[None], "does not have two dimensions"),
-    (ARRAY[:0], "does not fit its"),
-    (np.float16(3), "names numpy._core.multiarray.scalar"),
-    (b"\0" * 30, "does not hold a numpy array"),
-    ((1, 2), "does not hold a numpy array"),
-    ([ARRAY], "holds a list, not a numpy array"),
-    ({"features": ARRAY}, "holds a dict, not a numpy array"),
-    (torch.ones(2, 3), "holds a torch tensor, not a numpy array"),
-    (complex(1, 2), "names builtins.complex"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.array([["a", None]], object), r"dtype is 'O8'"),
+        (ARRAY.astype(np.int16), "dtype is 'i2'"),
+        (np.zeros((2, 3), [("x", "f2")]), "dtype is 'V2'"),
+        (ARRAY[0], "does not have two dimensions"),
+        (ARRAY[None], "does not have two dimensions"),
+        (ARRAY[:0], "does not fit its"),
+        (np.float16(3), "names numpy._core.multiarray.scalar"),
+        (b"\0" * 30, "does not hold a numpy array"),
+        ((1, 2), "does not hold a numpy array"),
+        ([ARRAY], "holds a list, not a numpy array"),
+        ({"features": ARRAY}, "holds a dict, not a numpy array"),
+        (torch.ones(2, 3), "holds a torch tensor, not a numpy array"),
+        (complex(1, 2), "names builtins.complex"),
+    ],
+)
 def test_other_content_is_refused(value, message):
     with pytest.raises(ValueError if "fit" in message else OtherContent, match=message):
         read_array(pickle.dumps(value, 4))
@@ -171,18 +185,22 @@ def _long1(number):
     return b"\x8a\x09" + data
 
 
-@pytest.mark.parametrize("data", [
-    _with_shape(_long1(2**62), b"K\x03"),
-    _with_shape(b"J\xff\xff\xff\xff", b"J\xf1\xff\xff\xff"),  # -1 × -15
-    _with_shape(b"K\x06", b"K\x03"),
-    b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"few.",  # BINBYTES8
-    b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"few.",  # BYTEARRAY8
-    b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"few.",  # BINUNICODE8
-    b"\x80\x02N" + b"r" + struct.pack("<I", 2**31) + b".",  # a memo of 2^31 places
-    b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",  # FRAME
-    b"(" * 1_000_000 + b".",
-    b"N" + b"\x85" * 1_000_000 + b".",
-], ids=str.split("shape negative-shape other-shape bytes bytearray text memo frame marks nested"))
+@pytest.mark.parametrize(
+    "data",
+    [
+        _with_shape(_long1(2**62), b"K\x03"),
+        _with_shape(b"J\xff\xff\xff\xff", b"J\xf1\xff\xff\xff"),  # -1 × -15
+        _with_shape(b"K\x06", b"K\x03"),
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"few.",  # BINBYTES8
+        b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"few.",  # BYTEARRAY8
+        b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"few.",  # BINUNICODE8
+        b"\x80\x02N" + b"r" + struct.pack("<I", 2**31) + b".",  # a memo of 2^31 places
+        b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",  # FRAME
+        b"(" * 1_000_000 + b".",
+        b"N" + b"\x85" * 1_000_000 + b".",
+    ],
+    ids=str.split("shape negative-shape other-shape bytes bytearray text memo frame marks nested"),
+)
 def test_declared_sizes_allocate_nothing(data):
     tracemalloc.start()
     try:

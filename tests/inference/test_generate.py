@@ -24,9 +24,14 @@ def video_prompt(seed=0):
 def test_greedy_ids_equal_transformers(changes):
     model = random_model(model_config(**changes), FULL)
     ids = torch.randint(3, 90, (9,), generator=torch.Generator().manual_seed(3)).tolist()
-    expected = llama_of(model).generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=2,
-                                        pad_token_id=0)[0, len(ids):].tolist()
-    expected = expected[:expected.index(2)] if 2 in expected else expected
+    expected = (
+        llama_of(model)
+        .generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=0)[
+            0, len(ids) :
+        ]
+        .tolist()
+    )
+    expected = expected[: expected.index(2)] if 2 in expected else expected
     assert generate(model, prompt(ids), max_new_tokens=40, eos=2) == expected
 
 
@@ -50,7 +55,7 @@ def test_stops_before_eos():
     model, batch = random_model(), video_prompt()
     answer = generate(model, batch, max_new_tokens=10, eos=-1)
     eos = answer[4]
-    assert generate(model, batch, max_new_tokens=10, eos=eos) == answer[:answer.index(eos)]
+    assert generate(model, batch, max_new_tokens=10, eos=eos) == answer[: answer.index(eos)]
 
 
 def test_sampling_follows_temperature_and_seed():

@@ -51,14 +51,20 @@ def resources(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True,
-                              check=True).stdout
+        dump = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     ptx = kernel.asm["ptx"]
-    return {"registers": usage["REG"], "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-            "stack": usage["STACK"], "local": usage["LOCAL"],
-            "wide_loads": bool(re.search(WIDE_LOAD, ptx)),
-            "wide_stores": bool(re.search(WIDE_STORE, ptx))}
+    return {
+        "registers": usage["REG"],
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
+        "wide_loads": bool(re.search(WIDE_LOAD, ptx)),
+        "wide_stores": bool(re.search(WIDE_STORE, ptx)),
+    }
 
 
 def compile_calls(calls):

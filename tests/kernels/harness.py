@@ -6,7 +6,8 @@ from fastvid_kernels.dispatch import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert DEVICE == "cuda" or INTERPRETED, (
-    "fastvid_kernels was imported before tests/conftest.py could have it interpreted")
+    "fastvid_kernels was imported before tests/conftest.py could have it interpreted"
+)
 if INTERPRETED:
     interpreter.repair()
 

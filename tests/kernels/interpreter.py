@@ -14,8 +14,14 @@ from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-TORCH = {tl.float64: torch.float64, tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
-         tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+TORCH = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
 BITS = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
 
 
@@ -50,7 +56,8 @@ def repair_casts():
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = lambda self, handle, target, rounding: self.cast_impl(handle, target)
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(
-        convert(np.array([value], np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
+        convert(np.array([value], np.float32), tl.float32, tl.bfloat16), tl.bfloat16
+    )
 
 
 def repair_arithmetic():
@@ -86,6 +93,7 @@ def repair_float_arguments():
 
 def repair_libdevice():
     """NVIDIA's device functions that other libraries' kernels call by name."""
+
     def named(name):  # looked up when called: the interpreter replaces tl.math's functions while a kernel runs
         return lambda x: getattr(tl.math, name)(x)
 

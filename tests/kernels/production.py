@@ -22,11 +22,13 @@ def spatio_temporal_pool():
         if backward:
             out.grad_fn.apply(torch.empty_like(out))
 
-    return {"336 px, 8 videos, bf16": lambda: call(8, 576, torch.bfloat16),
-            "336 px, 1 video, fp16": lambda: call(1, 576, torch.float16),
-            "224 px, 8 videos, fp16, backward": lambda: call(8, 256, torch.float16, backward=True),
-            # Triton makes arguments that are 1 constants.
-            "odd: one frame of one patch, fp32, backward": lambda: call(1, 1, torch.float32, T=1, backward=True)}
+    return {
+        "336 px, 8 videos, bf16": lambda: call(8, 576, torch.bfloat16),
+        "336 px, 1 video, fp16": lambda: call(1, 576, torch.float16),
+        "224 px, 8 videos, fp16, backward": lambda: call(8, 256, torch.float16, backward=True),
+        # Triton makes arguments that are 1 constants.
+        "odd: one frame of one patch, fp32, backward": lambda: call(1, 1, torch.float32, T=1, backward=True),
+    }
 
 
 PRODUCTION["spatio_temporal_pool"] = spatio_temporal_pool
@@ -41,8 +43,9 @@ def linear_cross_entropy_calls():
     def call(vocabulary, rows=4, channels=16):
         h = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.zeros(rows, dtype=torch.int64)
-        return lambda: linear_cross_entropy(h, torch.empty(vocabulary, channels, dtype=torch.bfloat16), targets,
-                                            impl="triton")
+        return lambda: linear_cross_entropy(
+            h, torch.empty(vocabulary, channels, dtype=torch.bfloat16), targets, impl="triton"
+        )
 
     return {f"V={vocabulary} bf16": call(vocabulary) for vocabulary in (32003, 128259)}
 
@@ -65,14 +68,17 @@ def add_rms_norm():
         outputs = add_rms_norm(x, branch, weight, 1e-5, torch.bfloat16, impl="triton")
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
-    return {"D=4096 bf16, frozen": lambda: call(4096), "D=5120 bf16, frozen": lambda: call(5120),
-            "D=4096 bf16, trained": lambda: call(4096, trained=True),
-            "D=5120 bf16, trained": lambda: call(5120, trained=True),
-            "D=4096 fp32 residual, frozen": lambda: call(4096, torch.float32),
-            "D=4096 bf16, no branch, trained": lambda: call(4096, add=False, trained=True),
-            "D=4096 bf16, frozen, to fp8": lambda: call(4096, to_fp8=True),
-            "D=5120 bf16, frozen, to fp8": lambda: call(5120, to_fp8=True),
-            "odd: D=999, 3 rows": lambda: call(999, rows=3, trained=True)}
+    return {
+        "D=4096 bf16, frozen": lambda: call(4096),
+        "D=5120 bf16, frozen": lambda: call(5120),
+        "D=4096 bf16, trained": lambda: call(4096, trained=True),
+        "D=5120 bf16, trained": lambda: call(5120, trained=True),
+        "D=4096 fp32 residual, frozen": lambda: call(4096, torch.float32),
+        "D=4096 bf16, no branch, trained": lambda: call(4096, add=False, trained=True),
+        "D=4096 bf16, frozen, to fp8": lambda: call(4096, to_fp8=True),
+        "D=5120 bf16, frozen, to fp8": lambda: call(5120, to_fp8=True),
+        "odd: D=999, 3 rows": lambda: call(999, rows=3, trained=True),
+    }
 
 
 PRODUCTION["add_rms_norm"] = add_rms_norm
@@ -92,10 +98,15 @@ def swiglu():
         out = swiglu(x, impl="triton")
         out.backward(torch.empty_like(out))
 
-    return {"F=11008 bf16": lambda: call(11008), "F=13824 bf16": lambda: call(13824),
-            "F=11008 fp32": lambda: call(11008, torch.float32), "odd: F=33 fp16": lambda: call(33, torch.float16),
-            "F=11008 bf16, to fp8": lambda: to_fp8(11008), "F=13824 bf16, to fp8": lambda: to_fp8(13824),
-            "odd: F=33 fp16, to fp8": lambda: to_fp8(33, torch.float16)}
+    return {
+        "F=11008 bf16": lambda: call(11008),
+        "F=13824 bf16": lambda: call(13824),
+        "F=11008 fp32": lambda: call(11008, torch.float32),
+        "odd: F=33 fp16": lambda: call(33, torch.float16),
+        "F=11008 bf16, to fp8": lambda: to_fp8(11008),
+        "F=13824 bf16, to fp8": lambda: to_fp8(13824),
+        "odd: F=33 fp16, to fp8": lambda: to_fp8(33, torch.float16),
+    }
 
 
 PRODUCTION["swiglu"] = swiglu
@@ -112,9 +123,13 @@ def rope_qk():
         out = rope_qk(x, positions, frequencies, heads, kv_heads, impl="triton")
         out.backward(torch.empty_like(out))
 
-    return {"32 heads bf16": lambda: call(32, 32), "40 heads bf16": lambda: call(40, 40),
-            "32 heads, 8 of keys bf16": lambda: call(32, 8), "32 heads fp32": lambda: call(32, 32, torch.float32),
-            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+    return {
+        "32 heads bf16": lambda: call(32, 32),
+        "40 heads bf16": lambda: call(40, 40),
+        "32 heads, 8 of keys bf16": lambda: call(32, 8),
+        "32 heads fp32": lambda: call(32, 32, torch.float32),
+        "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10),
+    }
 
 
 PRODUCTION["rope_qk"] = rope_qk
@@ -128,23 +143,46 @@ def splice_video():
         video = torch.empty(videos * 676, channels, dtype=torch.bfloat16, requires_grad=True)
         boundary_rows = torch.empty(2 * videos if boundary else 0, dtype=torch.int64)
         out = splice_video(
-            torch.empty(rows, dtype=torch.int64), torch.empty(32003, channels, dtype=torch.bfloat16), video,
+            torch.empty(rows, dtype=torch.int64),
+            torch.empty(32003, channels, dtype=torch.bfloat16),
+            video,
             torch.empty(videos * 676, dtype=torch.int64),
-            torch.empty(2, channels, requires_grad=True) if boundary else None, boundary_rows, dtype, impl="triton")
+            torch.empty(2, channels, requires_grad=True) if boundary else None,
+            boundary_rows,
+            dtype,
+            impl="triton",
+        )
         out.backward(torch.empty_like(out))
 
-    return {"D=4096 bf16": lambda: call(4096), "D=5120 bf16": lambda: call(5120),
-            "D=4096 fp32 residual": lambda: call(4096, torch.float32),
-            "D=4096 bf16, no boundary": lambda: call(4096, boundary=False),
-            "odd: D=33, 1 video": lambda: call(33, videos=1, rows=700)}
+    return {
+        "D=4096 bf16": lambda: call(4096),
+        "D=5120 bf16": lambda: call(5120),
+        "D=4096 fp32 residual": lambda: call(4096, torch.float32),
+        "D=4096 bf16, no boundary": lambda: call(4096, boundary=False),
+        "odd: D=33, 1 video": lambda: call(33, videos=1, rows=700),
+    }
 
 
 PRODUCTION["splice_video"] = splice_video
-WIDE |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
-         "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+WIDE |= {
+    "_add_rms_norm_fwd_kernel",
+    "_add_rms_norm_bwd_kernel",
+    "_swiglu_fwd_kernel",
+    "_swiglu_bwd_kernel",
+    "_rope_qk_kernel",
+    "_splice_fwd_kernel",
+    "_splice_video_bwd_kernel",
+}
 WIDE.add("_add_rms_norm_finish_kernel")
-WIDE_STORES |= {"_add_rms_norm_fwd_kernel", "_add_rms_norm_bwd_kernel", "_swiglu_fwd_kernel", "_swiglu_bwd_kernel",
-                "_rope_qk_kernel", "_splice_fwd_kernel", "_splice_video_bwd_kernel"}
+WIDE_STORES |= {
+    "_add_rms_norm_fwd_kernel",
+    "_add_rms_norm_bwd_kernel",
+    "_swiglu_fwd_kernel",
+    "_swiglu_bwd_kernel",
+    "_rope_qk_kernel",
+    "_splice_fwd_kernel",
+    "_splice_video_bwd_kernel",
+}
 
 
 def adamw8bit_step_calls():
@@ -155,9 +193,22 @@ def adamw8bit_step_calls():
         param, grad = (torch.empty(elements, dtype=dtype) for _ in range(2))
         codes = [torch.empty(elements, dtype=torch.uint8) for _ in range(2)]
         scales = [torch.empty(elements // 256) for _ in range(2)]
-        return lambda: adamw8bit_step(param, grad, *codes, *scales, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8,
-                                      weight_decay=0.1, step=7, seed=42, clip=torch.empty(()), skip=torch.empty(()),
-                                      impl="triton")
+        return lambda: adamw8bit_step(
+            param,
+            grad,
+            *codes,
+            *scales,
+            lr=2e-5,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            step=7,
+            seed=42,
+            clip=torch.empty(()),
+            skip=torch.empty(()),
+            impl="triton",
+        )
 
     return {"22016×4096 bf16": call(22016 * 4096, torch.bfloat16), "1024×4096 fp32": call(1024 * 4096, torch.float32)}
 
@@ -174,13 +225,28 @@ def adamw_step_calls():
     def call(elements, grad_dtype, first=0):
         param, grad = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=grad_dtype)
         moments = [torch.empty(elements) for _ in range(2)]
-        return lambda: adamw_step(param, grad, *moments, lr=2e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1,
-                                  step=7, seed=42, first=first, clip=torch.empty(()), skip=torch.empty(()),
-                                  impl="triton")
+        return lambda: adamw_step(
+            param,
+            grad,
+            *moments,
+            lr=2e-5,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            step=7,
+            seed=42,
+            first=first,
+            clip=torch.empty(()),
+            skip=torch.empty(()),
+            impl="triton",
+        )
 
-    return {"22016×4096, bf16 gradient": call(22016 * 4096, torch.bfloat16),
-            "22016×4096, fp32 gradient": call(22016 * 4096, torch.float32),
-            "odd: 41×101, from the third element": call(41 * 101, torch.bfloat16, 2)}
+    return {
+        "22016×4096, bf16 gradient": call(22016 * 4096, torch.bfloat16),
+        "22016×4096, fp32 gradient": call(22016 * 4096, torch.float32),
+        "odd: 41×101, from the third element": call(41 * 101, torch.bfloat16, 2),
+    }
 
 
 WIDE.add("_adamw_step_kernel")
@@ -195,8 +261,11 @@ def frame_patchify():
         frames = torch.empty(100, 720, 1280, 3, dtype=torch.uint8)
         return lambda: frame_patchify(frames, size=size, patch=14, mean=mean, std=std, dtype=dtype, impl="triton")
 
-    return {"336 px, bf16": call(336, torch.bfloat16), "224 px, fp16": call(224, torch.float16),
-            "336 px, fp32, by table": call(336, torch.float32)}
+    return {
+        "336 px, bf16": call(336, torch.bfloat16),
+        "224 px, fp16": call(224, torch.float16),
+        "336 px, fp32, by table": call(336, torch.float32),
+    }
 
 
 PRODUCTION["frame_patchify"] = frame_patchify
@@ -206,17 +275,29 @@ def yuv_patchify_calls():
     """A hundred surfaces of 720p, as NVDEC has them."""
     from fastvid_kernels import yuv_patchify
 
-    def call(size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
-             step=1280):
+    def call(
+        size, dtype, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), step=1280
+    ):
         y = torch.empty(720 * step, dtype=torch.uint8).as_strided((720, 1280), (step, 1))
         uv = torch.empty(360, 640, 2, dtype=torch.uint8)
         frames = [(y, uv[..., 0], uv[..., 1])] * 100
-        return lambda: yuv_patchify(frames, [(9539, 128, 14686, 17305, -1747, -4366)] * 100, size=size, patch=14,
-                                    mean=mean, std=std, dtype=dtype, impl="triton")
+        return lambda: yuv_patchify(
+            frames,
+            [(9539, 128, 14686, 17305, -1747, -4366)] * 100,
+            size=size,
+            patch=14,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            impl="triton",
+        )
 
-    return {"336 px, bf16": call(336, torch.bfloat16), "224 px, fp16": call(224, torch.float16),
-            "336 px, fp32, by table": call(336, torch.float32),
-            "336 px, bf16, rows 4 MiB apart": call(336, torch.bfloat16, step=2**22)}
+    return {
+        "336 px, bf16": call(336, torch.bfloat16),
+        "224 px, fp16": call(224, torch.float16),
+        "336 px, fp32, by table": call(336, torch.float32),
+        "336 px, bf16, rows 4 MiB apart": call(336, torch.bfloat16, step=2**22),
+    }
 
 
 PRODUCTION["yuv_patchify"] = yuv_patchify_calls
@@ -231,9 +312,13 @@ def add_layer_norm_calls():
         weight = torch.empty(channels, dtype=dtype)
         return lambda: add_layer_norm(x, branch if add else None, weight, weight, 1e-5, impl="triton")
 
-    return {"D=1024 fp16": call(1024), "D=1024 bf16": call(1024, torch.bfloat16),
-            "D=1152 fp16": call(1152), "D=1024 fp16, no branch": call(1024, add=False),
-            "odd: D=33 fp32": call(33, torch.float32, 3)}
+    return {
+        "D=1024 fp16": call(1024),
+        "D=1024 bf16": call(1024, torch.bfloat16),
+        "D=1152 fp16": call(1152),
+        "D=1024 fp16, no branch": call(1024, add=False),
+        "odd: D=33 fp32": call(33, torch.float32, 3),
+    }
 
 
 PRODUCTION["add_layer_norm"] = add_layer_norm_calls
@@ -248,9 +333,11 @@ def quick_gelu_calls():
     def call(dtype, *shape):
         return lambda: quick_gelu(torch.empty(shape, dtype=dtype), impl="triton")
 
-    return {"25 images of 577 rows, F=4096, fp16": call(torch.float16, 25 * 577, 4096),
-            "25 images of 577 rows, F=4096, bf16": call(torch.bfloat16, 25 * 577, 4096),
-            "odd: 33 elements fp32": call(torch.float32, 33)}
+    return {
+        "25 images of 577 rows, F=4096, fp16": call(torch.float16, 25 * 577, 4096),
+        "25 images of 577 rows, F=4096, bf16": call(torch.bfloat16, 25 * 577, 4096),
+        "odd: 33 elements fp32": call(torch.float32, 33),
+    }
 
 
 PRODUCTION["quick_gelu"] = quick_gelu_calls
@@ -267,8 +354,12 @@ def quantize_fp8_calls():
         x = torch.empty(64, channels, dtype=torch.bfloat16)
         return lambda: quantize_fp8(x, scale, impl="triton")
 
-    return {"D=4096 bf16": call(4096), "D=11008 bf16": call(11008), "D=22016 bf16": call(22016),
-            "D=4096 bf16, given scale": call(4096, torch.empty(1))}
+    return {
+        "D=4096 bf16": call(4096),
+        "D=11008 bf16": call(11008),
+        "D=22016 bf16": call(22016),
+        "D=4096 bf16, given scale": call(4096, torch.empty(1)),
+    }
 
 
 WIDE.add("_quantize_fp8_kernel")
@@ -286,16 +377,22 @@ def rope_keys_calls():
         keys = {}
         if gathered:
             starts, places = torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-            keys = {"rows_M": torch.empty(rows + 8, dtype=torch.int64),
-                    "way_back": WayBack(starts, places, 34),
-                    "constant": (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2}
+            keys = {
+                "rows_M": torch.empty(rows + 8, dtype=torch.int64),
+                "way_back": WayBack(starts, places, 34),
+                "constant": (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2,
+            }
         outs = rope_keys(x, positions, frequencies, heads, kv_heads, **keys, impl="triton")
         torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
 
-    return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
-            "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
-            "no queries bf16": lambda: call(0, 32),
-            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+    return {
+        "32 heads bf16": lambda: call(32, 32),
+        "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
+        "40 heads bf16": lambda: call(40, 40),
+        "32 heads, 8 of keys bf16": lambda: call(32, 8),
+        "no queries bf16": lambda: call(0, 32),
+        "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10),
+    }
 
 
 PRODUCTION["rope_keys"] = rope_keys_calls
@@ -310,17 +407,22 @@ def rope_keys_fp8_calls():
     from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 
     def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
-        way_back = (torch.empty(rows + 1, dtype=torch.int32),
-                    torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
+        way_back = (
+            (torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
+        )
         grads = [torch.empty(rows, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
-        rope_keys_backward_fp8(*grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2),
-                               way_back=way_back,
-                               impl="triton")
+        rope_keys_backward_fp8(
+            *grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2), way_back=way_back, impl="triton"
+        )
 
-    return {"32 heads bf16": lambda: call(32, 32), "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
-            "40 heads bf16": lambda: call(40, 40), "32 heads, 8 of keys bf16": lambda: call(32, 8),
-            "no queries bf16": lambda: call(0, 32),
-            "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10)}
+    return {
+        "32 heads bf16": lambda: call(32, 32),
+        "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
+        "40 heads bf16": lambda: call(40, 40),
+        "32 heads, 8 of keys bf16": lambda: call(32, 8),
+        "no queries bf16": lambda: call(0, 32),
+        "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10),
+    }
 
 
 PRODUCTION["rope_keys_fp8"] = rope_keys_fp8_calls

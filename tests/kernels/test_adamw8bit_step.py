@@ -59,14 +59,20 @@ def test_equals_reference(count, dtype):
     assert_same(run(adamw8bit_step, tensors, impl="triton"), run(adamw8bit_step_reference, tensors))
 
 
-@given(st.integers(1, 3000), st.sampled_from([torch.bfloat16, torch.float32]),
-       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(1, 10**6), st.integers(0, 99))
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(1, 10**6),
+    st.integers(0, 99),
+)
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape_and_step(count, dtype, grad_dtype, step, seed):
     tensors = inputs(count, dtype, grad_dtype, seed)
     options = {"step": step, "seed": seed, "clip": torch.tensor(0.3, device=DEVICE), "first": 8 * seed}
-    assert_same(run(adamw8bit_step, tensors, impl="triton", **options),
-                run(adamw8bit_step_reference, tensors, **options))
+    assert_same(
+        run(adamw8bit_step, tensors, impl="triton", **options), run(adamw8bit_step_reference, tensors, **options)
+    )
 
 
 def test_maps_are_those_of_bitsandbytes():
@@ -165,7 +171,7 @@ def test_steps_on_the_state_of_bitsandbytes(impl, dtype):
             table = dynamic_map(kind == "1")
 
             def moment(state):
-                scales = state["absmax" + kind].repeat_interleave(256)[:grad.numel()]
+                scales = state["absmax" + kind].repeat_interleave(256)[: grad.numel()]
                 return table[state["state" + kind].long()] * scales
 
             exact = moment(old) * beta + theirs.grad**power * (1 - beta)
@@ -222,9 +228,10 @@ def test_same_bits_again_and_nothing_behind_the_end(impl, dtype):
     tensors = inputs(1000, dtype)
     first, second = (run(adamw8bit_step, tensors, impl=impl) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    longer = [torch.nn.functional.pad(x, (0, 1000), value=255 if x.dtype == torch.uint8 else torch.nan)
-              for x in tensors]
-    found = [x[:len(old)] for x, old in zip(longer, tensors)]
+    longer = [
+        torch.nn.functional.pad(x, (0, 1000), value=255 if x.dtype == torch.uint8 else torch.nan) for x in tensors
+    ]
+    found = [x[: len(old)] for x, old in zip(longer, tensors)]
     adamw8bit_step(*found, **OPTIONS, impl=impl)
     assert all(map(torch.equal, (found[0], *found[2:]), first)) and torch.equal(found[1], tensors[1])
     assert all(((x[-1000:] == 255) if x.dtype == torch.uint8 else x[-1000:].isnan()).all() for x in longer)
@@ -291,15 +298,18 @@ def narrower(x):
     return x.to(torch.float16)
 
 
-@pytest.mark.parametrize("index, change, message", [
-    (0, narrower, "param must be torch.float32 or torch.bfloat16, found torch.float16"),
-    (1, lambda x: x.double(), "grad must be .* found torch.float64"),
-    (2, lambda x: x[:-1], "state1 must have 600 elements for a param of 600, found 599"),
-    (3, lambda x: x.int(), "state2 must be torch.uint8, found torch.int32"),
-    (4, lambda x: x[:2], "absmax1 must have 3 elements for a param of 600, found 2"),
-    (5, narrower, "absmax2 must be torch.float32, found torch.float16"),
-    (1, lambda x: x.repeat(2)[::2], r"grad must be contiguous, found strides \(2,\)"),
-])
+@pytest.mark.parametrize(
+    "index, change, message",
+    [
+        (0, narrower, "param must be torch.float32 or torch.bfloat16, found torch.float16"),
+        (1, lambda x: x.double(), "grad must be .* found torch.float64"),
+        (2, lambda x: x[:-1], "state1 must have 600 elements for a param of 600, found 599"),
+        (3, lambda x: x.int(), "state2 must be torch.uint8, found torch.int32"),
+        (4, lambda x: x[:2], "absmax1 must have 3 elements for a param of 600, found 2"),
+        (5, narrower, "absmax2 must be torch.float32, found torch.float16"),
+        (1, lambda x: x.repeat(2)[::2], r"grad must be contiguous, found strides \(2,\)"),
+    ],
+)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_unfit_tensors_are_refused(index, change, message, impl):
     tensors = inputs(600)

@@ -45,8 +45,12 @@ def test_equals_reference(count, first):
     assert_same(run(adamw_step, tensors, impl="triton", first=first), run(adamw_step_reference, tensors, first=first))
 
 
-@given(st.integers(1, 3000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(1, 10**6),
-       st.integers(0, 99))
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(1, 10**6),
+    st.integers(0, 99),
+)
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape_and_step(count, grad_dtype, step, seed):
     tensors = inputs(count, grad_dtype, seed)
@@ -60,8 +64,11 @@ def test_follows_torch(impl):
     param, grad, *moments = inputs(3000, torch.float32)
     weight = torch.nn.Parameter(param.float())
     optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1, eps=1e-2)
-    optimizer.state[weight] = {"step": torch.tensor(2.0), "exp_avg": moments[0].clone(),
-                               "exp_avg_sq": moments[1].clone()}
+    optimizer.state[weight] = {
+        "step": torch.tensor(2.0),
+        "exp_avg": moments[0].clone(),
+        "exp_avg_sq": moments[1].clone(),
+    }
     for step in range(3, 6):
         weight.grad = grad / step
         with torch.no_grad():
@@ -100,8 +107,10 @@ def test_nothing_around_a_shard_is_touched(impl, first):
 def test_sharding_changes_nothing(impl):
     tensors, start = inputs(6000), 2**33 + 6
     whole = run(adamw_step, tensors, impl=impl, first=start)
-    parts = [run(adamw_step, [x[begin:end] for x in tensors], impl=impl, first=start + begin)
-             for begin, end in ((0, 101), (101, 2568), (2568, 6000))]
+    parts = [
+        run(adamw_step, [x[begin:end] for x in tensors], impl=impl, first=start + begin)
+        for begin, end in ((0, 101), (101, 2568), (2568, 6000))
+    ]
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
 
 

@@ -17,8 +17,12 @@ def inputs(rows, channels, dtype, *, add=True, seed=0, offset=0.0):
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
-    values = (offset + normal(rows, channels), normal(rows, channels) if add else None, 1 + normal(channels) / 10,
-              normal(channels))
+    values = (
+        offset + normal(rows, channels),
+        normal(rows, channels) if add else None,
+        1 + normal(channels) / 10,
+        normal(channels),
+    )
     return tuple(None if x is None else x.to(DEVICE, dtype) for x in values)
 
 
@@ -38,8 +42,13 @@ def test_equals_reference(impl, dtype, add, shape):
     check(inputs(*shape, dtype, add=add), impl)
 
 
-@given(rows=st.integers(0, 5), channels=st.integers(1, 1500), dtype=st.sampled_from(DTYPES), add=st.booleans(),
-       seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 5),
+    channels=st.integers(1, 1500),
+    dtype=st.sampled_from(DTYPES),
+    add=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, channels, dtype, add, seed):
     check(inputs(rows, channels, dtype, add=add, seed=seed), "triton")
@@ -110,8 +119,12 @@ def test_a_gradient_is_refused(impl, which):
 
 def test_shapes_and_dtypes_that_do_not_fit():
     x, b, weight, bias = inputs(2, 8, torch.float32)
-    for misfit in ((x, b[:1], weight, bias), (x, b, weight[:4], bias), (x, b, weight, bias[:4]),
-                   (x[None], b[None], weight, bias)):
+    for misfit in (
+        (x, b[:1], weight, bias),
+        (x, b, weight[:4], bias),
+        (x, b, weight, bias[:4]),
+        (x[None], b[None], weight, bias),
+    ):
         with pytest.raises(ValueError, match=r"add_layer_norm: residual and branch must be \[N, D\]"):
             add_layer_norm(*misfit, 1e-5)
     with pytest.raises(ValueError, match="add_layer_norm: all must have one dtype, found .*torch.float16"):

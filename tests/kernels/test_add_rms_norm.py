@@ -69,8 +69,14 @@ def test_equals_reference(impl, dtypes, shape, add, trained):
     check(inputs(*shape, *kinds, add=add, trained=trained), dtype, impl)
 
 
-@given(rows=st.integers(0, 5), channels=st.integers(1, 700), dtypes=st.sampled_from(list(CASES)), add=st.booleans(),
-       trained=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 5),
+    channels=st.integers(1, 700),
+    dtypes=st.sampled_from(list(CASES)),
+    add=st.booleans(),
+    trained=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, channels, dtypes, add, trained, seed):
     *kinds, dtype = CASES[dtypes]
@@ -96,8 +102,10 @@ def test_is_torchs_rms_norm_of_the_sum(impl):
 def test_strided_inputs_and_gradients(impl):
     x, b, w = (t.detach() for t in inputs(4, 6, *[torch.float32] * 3))
     plain = [t.clone().requires_grad_() for t in (x, b, w)]
-    strided = [t.requires_grad_() for t in (x.T.contiguous().T, torch.nn.functional.pad(b, (1, 2))[:, 1:-2],
-                                            w.repeat_interleave(2)[::2])]
+    strided = [
+        t.requires_grad_()
+        for t in (x.T.contiguous().T, torch.nn.functional.pad(b, (1, 2))[:, 1:-2], w.repeat_interleave(2)[::2])
+    ]
     grads = [g[:1].expand(4, 6) for g in gradients((4, 6), torch.float32, torch.float32)]
     found = run(implementation(impl), *strided, torch.float32, grads)
     expected = run(implementation(impl), *plain, torch.float32, [g.contiguous() for g in grads])
@@ -115,8 +123,10 @@ def test_gradient_numerically(function):
 @pytest.mark.parametrize("pick", [0, 1], ids=["sum", "norm"])
 def test_only_one_output_used(impl, pick):
     x, b, w = inputs(4, 6, *[torch.float32] * 3)
-    found, expected = (torch.autograd.grad(f(x, b, w, 1e-5, torch.float32)[pick].square().sum(), (x, b))
-                       for f in (implementation(impl), add_rms_norm_reference))
+    found, expected = (
+        torch.autograd.grad(f(x, b, w, 1e-5, torch.float32)[pick].square().sum(), (x, b))
+        for f in (implementation(impl), add_rms_norm_reference)
+    )
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -146,10 +156,11 @@ def test_same_bits_again_and_inputs_left_alone(impl, dtypes):
 def test_auto_is_triton_on_cuda_only():
     case = inputs(3, 50, *[torch.float32] * 3)
     grads = gradients((3, 50), torch.float32, torch.float32)
-    found, expected = (run(implementation(impl), *case, torch.float32, grads)
-                       for impl in ("auto", "triton" if DEVICE == "cuda" else "reference"))
+    found, expected = (
+        run(implementation(impl), *case, torch.float32, grads)
+        for impl in ("auto", "triton" if DEVICE == "cuda" else "reference")
+    )
     assert all(torch.equal(*pair) for pair in zip(found, expected))
-
 
 
 def check_fp8(case, dtype, impl="triton", seed=1):
@@ -163,8 +174,10 @@ def check_fp8(case, dtype, impl="triton", seed=1):
     assert rows.stand_in_ND.shape == y.shape and rows.stand_in_ND.dtype == y.dtype
     assert not rows.bits_ND.requires_grad and not rows.scale_N.requires_grad
     sources = [t for t in case if t is not None and t.requires_grad]
-    for pair in zip(torch.autograd.grad((found_total, rows.stand_in_ND), sources, grads),
-                    torch.autograd.grad((total, y), sources, grads)):
+    for pair in zip(
+        torch.autograd.grad((found_total, rows.stand_in_ND), sources, grads),
+        torch.autograd.grad((total, y), sources, grads),
+    ):
         assert torch.equal(*pair)
     return rows
 
@@ -178,8 +191,14 @@ def test_rows_in_e4m3(dtypes, shape, add):
     assert rows.stand_in_ND.untyped_storage().nbytes() <= 4
 
 
-@given(rows=st.integers(0, 5), channels=st.integers(1, 700), dtypes=st.sampled_from(list(CASES)), add=st.booleans(),
-       trained=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 5),
+    channels=st.integers(1, 700),
+    dtypes=st.sampled_from(list(CASES)),
+    add=st.booleans(),
+    trained=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_rows_in_e4m3_of_any_shape(rows, channels, dtypes, add, trained, seed):
     *kinds, dtype = CASES[dtypes]

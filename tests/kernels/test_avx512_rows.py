@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("poisoned")
 # Where it ought to compile and does not, the tests fail.
-needs_cpu = pytest.mark.skipif(any(x in (avx512_rows.obstacle() or "") for x in (
-    "it is for", "no AVX512", "no C++ compiler")), reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}")
+needs_cpu = pytest.mark.skipif(
+    any(x in (avx512_rows.obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
+    reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}",
+)
 WIDTHS = [1, 15, 16, 17, 31, 33, 64, 1100]  # around the ends of vectors
 
 
@@ -52,8 +54,15 @@ def test_rope_qk(shape, inplace):
 
 
 @needs_cpu
-@given(rows=st.integers(0, 9), width=st.integers(1, 300), heads=st.integers(1, 9), kv_heads=st.integers(1, 9),
-       add=st.booleans(), trained=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 9),
+    width=st.integers(1, 300),
+    heads=st.integers(1, 9),
+    kv_heads=st.integers(1, 9),
+    add=st.booleans(),
+    trained=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape(rows, width, heads, kv_heads, add, trained, seed):
     swiglu.check(*swiglu.inputs(rows, width, BF16, seed), "avx512")
@@ -65,21 +74,30 @@ def results(given, impl):
     """Every value and gradient on `given`: (swiglu's, norm's, rope's) inputs and output gradients; quick-GELU's of the
     first."""
     (x, grad), (case, grads), (qkv, rest, qkv_grad) = given
-    return (quick_gelu(x.detach(), impl=impl), *swiglu.run(lambda x: fused(x, impl=impl), x, grad),
-            *norm.run(norm.implementation(impl), *case, BF16, grads),
-            *rope.run(rope_qk, qkv, rest, qkv_grad, impl=impl))
+    return (
+        quick_gelu(x.detach(), impl=impl),
+        *swiglu.run(lambda x: fused(x, impl=impl), x, grad),
+        *norm.run(norm.implementation(impl), *case, BF16, grads),
+        *rope.run(rope_qk, qkv, rest, qkv_grad, impl=impl),
+    )
 
 
 def inputs(rows=30, width=70):
     case = norm.inputs(rows, width, BF16, BF16, BF16)
     qkv, *rest = rope.inputs(rows, 3, 1, 40, BF16)
-    return [swiglu.inputs(rows, width, BF16), (case, norm.gradients((rows, width), BF16, BF16)),
-            (qkv, rest, torch.randn(qkv.shape).to(BF16))]
+    return [
+        swiglu.inputs(rows, width, BF16),
+        (case, norm.gradients((rows, width), BF16, BF16)),
+        (qkv, rest, torch.randn(qkv.shape).to(BF16)),
+    ]
 
 
 def flat(given):
-    return [x.detach() for (x, grad), (case, grads), (qkv, rest, qkv_grad) in [given] for x in (
-        x, grad, *case, *grads, qkv, qkv_grad)]
+    return [
+        x.detach()
+        for (x, grad), (case, grads), (qkv, rest, qkv_grad) in [given]
+        for x in (x, grad, *case, *grads, qkv, qkv_grad)
+    ]
 
 
 @needs_cpu
@@ -105,10 +123,16 @@ def test_rows_and_gradients_may_lie_apart():
         return torch.nn.functional.pad(x.detach(), (3, 2))[:, 3:-2].requires_grad_(x.requires_grad)
 
     expanded = [g[:1].expand(g.shape) for g in (grad, *grads, qkv_grad)]
-    strided = [(apart(x), expanded[0]), ((apart(case[0]), apart(case[1]), case[2]), expanded[1:3]),
-               (apart(qkv), rest, expanded[3])]
-    dense = [(x, expanded[0].contiguous()), (case, [g.contiguous() for g in expanded[1:3]]),
-             (qkv, rest, expanded[3].contiguous())]
+    strided = [
+        (apart(x), expanded[0]),
+        ((apart(case[0]), apart(case[1]), case[2]), expanded[1:3]),
+        (apart(qkv), rest, expanded[3]),
+    ]
+    dense = [
+        (x, expanded[0].contiguous()),
+        (case, [g.contiguous() for g in expanded[1:3]]),
+        (qkv, rest, expanded[3].contiguous()),
+    ]
     assert all(map(torch.equal, results(strided, "avx512"), results(dense, "avx512")))
 
 
@@ -116,8 +140,10 @@ def test_rows_and_gradients_may_lie_apart():
 @pytest.mark.parametrize("pick", [0, 1], ids=["sum", "norm"])
 def test_only_one_output_of_the_norm_used(pick):
     x, b, w = norm.inputs(4, 33, BF16, BF16, BF16)
-    found, expected = (torch.autograd.grad(add_rms_norm(x, b, w, 1e-5, BF16, impl=impl)[pick].sum(), (x, b))
-                       for impl in ("avx512", "reference"))
+    found, expected = (
+        torch.autograd.grad(add_rms_norm(x, b, w, 1e-5, BF16, impl=impl)[pick].sum(), (x, b))
+        for impl in ("avx512", "reference")
+    )
     for pair in zip(found, expected):
         torch.testing.assert_close(*pair, rtol=2**-7, atol=2**-7)
 
@@ -135,8 +161,9 @@ def test_swiglu_of_what_is_no_common_number(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, -3e38])
 def test_quick_gelu_of_what_is_no_common_number(value):
     x = torch.tensor([value, 1.0], dtype=BF16)
-    torch.testing.assert_close(quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0,
-                               equal_nan=True)
+    torch.testing.assert_close(
+        quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0, equal_nan=True
+    )
 
 
 @needs_cpu
@@ -155,8 +182,9 @@ def test_saves_as_little(saver):
 
 CALLS = {
     "swiglu": lambda impl, dtype: fused(torch.randn(3, 8).to(dtype), impl=impl),
-    "add_rms_norm": lambda impl, dtype: add_rms_norm(*(t.detach() for t in norm.inputs(3, 8, dtype, dtype, BF16)), 1e-5,
-                                                     BF16, impl=impl)[1],
+    "add_rms_norm": lambda impl, dtype: add_rms_norm(
+        *(t.detach() for t in norm.inputs(3, 8, dtype, dtype, BF16)), 1e-5, BF16, impl=impl
+    )[1],
     "quick_gelu": lambda impl, dtype: quick_gelu(torch.randn(3, 8).to(dtype), impl=impl),
     "rope_qk": lambda impl, dtype: rope_qk(*rope.inputs(3, 2, 1, 8, dtype), impl=impl),
 }
@@ -168,8 +196,12 @@ def test_auto_takes_it_for_bf16_alone(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     calls, call = [], avx512_rows._call
     monkeypatch.setattr(avx512_rows, "_call", lambda *given: calls.append(given) or call(*given))
-    for dtype, impl, taken in ((BF16, "auto", 1), (torch.float32, "auto", 0), (BF16, "reference", 0),
-                               (BF16, "avx512", 1)):
+    for dtype, impl, taken in (
+        (BF16, "auto", 1),
+        (torch.float32, "auto", 0),
+        (BF16, "reference", 0),
+        (BF16, "avx512", 1),
+    ):
         calls.clear()
         CALLS[name](impl, dtype)
         assert len(calls) == taken, (dtype, impl)

@@ -23,8 +23,9 @@ COMMITTED = json.loads((FOLDER / "compiled.json").read_text())
 
 @pytest.mark.parametrize("name", sorted(PRODUCTION))
 def test_compiled(name, tmp_path):
-    result = subprocess.run([sys.executable, FOLDER / "compile_worker.py", tmp_path / "compiled.json", name],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, FOLDER / "compile_worker.py", tmp_path / "compiled.json", name], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     calls = json.loads((tmp_path / "compiled.json").read_text())[triton.__version__][name]
     for description, kernels in calls.items():

@@ -9,8 +9,9 @@ from conftest import ROOT
 from fastvid_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-FILES = [path for path in sorted((ROOT / "kernels" / "fastvid_kernels").glob("*.py"))
-         if "@triton.jit" in path.read_text()]
+FILES = [
+    path for path in sorted((ROOT / "kernels" / "fastvid_kernels").glob("*.py")) if "@triton.jit" in path.read_text()
+]
 
 
 @pytest.fixture
@@ -57,22 +58,41 @@ ELSEWHERE = {
     "add_rms_norm": lambda: (rows(2, 8), rows(2, 8), rows(8, device="cuda:1"), 1e-5, torch.bfloat16),
     "swiglu": None,  # takes one tensor
     "rope_qk": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
-    "splice_video": lambda: (rows(9, dtype=torch.int64), rows(9, 8), rows(2, 8), rows(2, dtype=torch.int64),
-                             rows(2, 8, device="cuda:1"), rows(2, dtype=torch.int64), torch.bfloat16),
+    "splice_video": lambda: (
+        rows(9, dtype=torch.int64),
+        rows(9, 8),
+        rows(2, 8),
+        rows(2, dtype=torch.int64),
+        rows(2, 8, device="cuda:1"),
+        rows(2, dtype=torch.int64),
+        torch.bfloat16,
+    ),
     "linear_cross_entropy": lambda: (rows(2, 8), rows(9, 8), rows(2, dtype=torch.int64, device="cuda:1")),
     "rope_keys": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
-    "rope_keys_fp8": lambda: (*(rows(2, 1, 8) for _ in range(3)), rows(2, dtype=torch.int32),
-                              rows(4, dtype=torch.float32, device="cuda:1")),
+    "rope_keys_fp8": lambda: (
+        *(rows(2, 1, 8) for _ in range(3)),
+        rows(2, dtype=torch.int32),
+        rows(4, dtype=torch.float32, device="cuda:1"),
+    ),
     "quantize_fp8": lambda: (rows(2, 8), rows(1, dtype=torch.float32, device="cuda:1")),
     "spatio_temporal_pool": None,
     "quick_gelu": None,
     "add_layer_norm": lambda: (rows(2, 8), rows(2, 8), rows(8), rows(8, device="cuda:1"), 1e-5),
-    "adamw8bit_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.uint8) for _ in range(2)),
-                               *(rows(1, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
+    "adamw8bit_step": lambda: (
+        rows(256),
+        rows(256),
+        *(rows(256, dtype=torch.uint8) for _ in range(2)),
+        *(rows(1, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1)),
+    ),
     "adamw_step": lambda: (rows(256), rows(256), *(rows(256, dtype=torch.float32, device=f"cuda:{i}") for i in (0, 1))),
     "frame_patchify": lambda: ([rows(1, 4, 4, 3, dtype=torch.uint8, device=f"cuda:{i}") for i in (0, 0, 1)],),
-    "yuv_patchify": lambda: ([tuple(rows(*shape, dtype=torch.uint8, device=f"cuda:{i}")
-                                    for shape in ((4, 4), (2, 2), (2, 2))) for i in (0, 1)], [(1,) * 6] * 2),
+    "yuv_patchify": lambda: (
+        [
+            tuple(rows(*shape, dtype=torch.uint8, device=f"cuda:{i}") for shape in ((4, 4), (2, 2), (2, 2)))
+            for i in (0, 1)
+        ],
+        [(1,) * 6] * 2,
+    ),
 }
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
 PATCHES = {"size": 4, "patch": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -86,8 +106,10 @@ FUNCTIONS = {"rope_keys_fp8": "rope_keys_backward_fp8"}
 @pytest.mark.parametrize("name", [name for name, arguments in ELSEWHERE.items() if arguments])
 def test_tensors_of_two_gpus_are_refused(name, impl):
     function = getattr(importlib.import_module(f"fastvid_kernels.{name}"), FUNCTIONS.get(name, name))
-    with FakeTensorMode(), pytest.raises(ValueError,
-                                         match=f"{FUNCTIONS.get(name, name)}: .* one device, found cuda:0, cuda:1"):
+    with (
+        FakeTensorMode(),
+        pytest.raises(ValueError, match=f"{FUNCTIONS.get(name, name)}: .* one device, found cuda:0, cuda:1"),
+    ):
         function(*ELSEWHERE[name](), impl=impl, **OPTIONS.get(name, {}))
 
 

@@ -50,8 +50,10 @@ def _assert_as_the_chain(frames, size, patch, dtype, impl, options=CLIP):
 
 
 @each_impl
-@pytest.mark.parametrize("height, width, size, patch", [
-    (48, 64, 32, 16), (1, 1, 28, 14), (240, 320, 56, 14), (61, 35, 30, 7), (56, 56, 56, 14), (62, 76, 28, 14)])
+@pytest.mark.parametrize(
+    "height, width, size, patch",
+    [(48, 64, 32, 16), (1, 1, 28, 14), (240, 320, 56, 14), (61, 35, 30, 7), (56, 56, 56, 14), (62, 76, 28, 14)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bit_identical_to_the_chain(impl, height, width, size, patch, dtype):
     _assert_as_the_chain(_frames(10, height, width, 3), size, patch, dtype, impl)
@@ -70,8 +72,15 @@ def test_any_mean_and_deviation(impl, dtype):
 
 
 @each_impl
-@given(height=st.integers(1, 99), width=st.integers(1, 99), patch=st.integers(1, 9), extra=st.integers(0, 30),
-       T=st.integers(0, 3), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    height=st.integers(1, 99),
+    width=st.integers(1, 99),
+    patch=st.integers(1, 9),
+    extra=st.integers(0, 30),
+    T=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_size(impl, height, width, patch, extra, T, dtype, seed):
     _assert_as_the_chain(_frames(T, height, width, 3, seed=seed), patch + extra, patch, dtype, impl)
@@ -95,13 +104,16 @@ def test_the_convolution_becomes_a_product(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("strided", [
-    lambda: _frames(2, 3, 40, 50).permute(0, 2, 3, 1),
-    lambda: _frames(4, 80, 50, 3)[::2, ::2].flip(2),
-    lambda: _frames(1, 40, 50, 3).expand(3, 40, 50, 3),
-    lambda: _frames(0, 40, 50, 3),
-    lambda: _frames(3, 40, 50, 4)[..., 1:],
-])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda: _frames(2, 3, 40, 50).permute(0, 2, 3, 1),
+        lambda: _frames(4, 80, 50, 3)[::2, ::2].flip(2),
+        lambda: _frames(1, 40, 50, 3).expand(3, 40, 50, 3),
+        lambda: _frames(0, 40, 50, 3),
+        lambda: _frames(3, 40, 50, 4)[..., 1:],
+    ],
+)
 def test_strides(impl, strided):
     frames = strided()
     before = frames.clone()
@@ -116,14 +128,17 @@ def test_rows_are_multiples_of_eight(patch, length):
     assert row_length(patch) == length
 
 
-@pytest.mark.parametrize("frames, options, message", [
-    (torch.zeros(2, 4, 4, 3), {}, "uint8"),
-    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}, r"\[2, 3, 4, 4\]"),
-    (torch.zeros(2, 0, 4, 3, dtype=torch.uint8), {}, r"\[2, 0, 4, 3\]"),
-    (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"patch": 29}, "29"),
-    (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"patch": 0}, "0"),
-    (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"impl": "fast"}, "'fast'"),
-])
+@pytest.mark.parametrize(
+    "frames, options, message",
+    [
+        (torch.zeros(2, 4, 4, 3), {}, "uint8"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), {}, r"\[2, 3, 4, 4\]"),
+        (torch.zeros(2, 0, 4, 3, dtype=torch.uint8), {}, r"\[2, 0, 4, 3\]"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"patch": 29}, "29"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"patch": 0}, "0"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {"impl": "fast"}, "'fast'"),
+    ],
+)
 def test_refusals(frames, options, message):
     with pytest.raises(ValueError, match=message):
         frame_patchify(frames, **{"size": 28, "patch": 14, **CLIP, **options})
@@ -145,8 +160,9 @@ def test_pixel_values_of_the_recordings(shared, impl):
     recorded = json.loads((shared / "golden" / "preprocess.json").read_text())
     frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     for dtype, expected in (
-            (torch.float32, np.array([[int(v, 16) for v in row] for row in recorded["lut_f32_hex"]], np.uint32)),
-            (torch.float16, np.array(recorded["lut_f16"], np.float16).view(np.uint16))):
+        (torch.float32, np.array([[int(v, 16) for v in row] for row in recorded["lut_f32_hex"]], np.uint32)),
+        (torch.float16, np.array(recorded["lut_f16"], np.float16).view(np.uint16)),
+    ):
         rows = frame_patchify(frames.to(DEVICE), size=16, patch=16, dtype=dtype, impl=impl, **CLIP).cpu()
         assert (rows.view(256, 3).T.contiguous().numpy().view(expected.dtype) == expected).all()
 

@@ -40,10 +40,16 @@ def run(function, h, weight, targets, scale=0.37, **options):
 
 def check(h, weight, targets, **options):
     """Against fp64 on the same logits, which a linear layer rounds: no further away than twice eager torch."""
-    found, eager = (run(linear_cross_entropy, h, weight, targets, **options),
-                    run(linear_cross_entropy_reference, h, weight, targets))
-    exact = run(linear_cross_entropy_reference, h.detach().double().requires_grad_(),
-                weight.detach().to(h.dtype).double().requires_grad_(weight.requires_grad), targets)
+    found, eager = (
+        run(linear_cross_entropy, h, weight, targets, **options),
+        run(linear_cross_entropy_reference, h, weight, targets),
+    )
+    exact = run(
+        linear_cross_entropy_reference,
+        h.detach().double().requires_grad_(),
+        weight.detach().to(h.dtype).double().requires_grad_(weight.requires_grad),
+        targets,
+    )
     assert found[0].dtype == found[1].dtype == torch.float32 and not found[1].requires_grad
     assert len(found) == 3 + weight.requires_grad
     for ours, truth, theirs in zip(found, exact, eager):
@@ -127,8 +133,10 @@ def test_strided_targets(impl):
     h, weight, targets = inputs()
     strided = torch.stack([targets, targets.flip(0)], 1)[:, 0]
     assert not strided.is_contiguous()
-    for ours, theirs in zip(run(linear_cross_entropy, h, weight, strided, impl=impl),
-                            run(linear_cross_entropy, h, weight, targets, impl=impl)):
+    for ours, theirs in zip(
+        run(linear_cross_entropy, h, weight, strided, impl=impl),
+        run(linear_cross_entropy, h, weight, targets, impl=impl),
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -195,7 +203,6 @@ def test_without_gradients_a_trained_head_costs_what_a_frozen_one_does(small_chu
             linear_cross_entropy(h, weight, targets)
         peaks.append(live.peak)
     assert peaks[0] == peaks[1] < h.nbytes
-
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

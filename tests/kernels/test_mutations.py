@@ -17,16 +17,35 @@ from mutations import MUTATIONS
 
 KERNELS = ROOT / "kernels" / "fastvid_kernels"
 CASES = [(name, mutation) for name, mutations in MUTATIONS.items() for mutation in mutations]
-PRELOAD = ["torch", "pytest", "hypothesis", "numpy", "triton", "triton.runtime.interpreter",
-           "triton.experimental.gluon"]
+PRELOAD = [
+    "torch",
+    "pytest",
+    "hypothesis",
+    "numpy",
+    "triton",
+    "triton.runtime.interpreter",
+    "triton.experimental.gluon",
+]
 
 
 def run_test(test, kernels, log):
     """In a process of its own: exit with pytest's code."""
     os.environ.pop("TRITON_INTERPRET", None)
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"),
-                            "-o", f"pythonpath={ROOT} {kernels} {ROOT}/tests/support", test])
+        code = pytest.main(
+            [
+                "-x",
+                "-q",
+                "--tb=line",
+                "-p",
+                "no:cacheprovider",
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                "-o",
+                f"pythonpath={ROOT} {kernels} {ROOT}/tests/support",
+                test,
+            ]
+        )
     os._exit(code)
 
 
@@ -58,8 +77,9 @@ def test_fault_is_seen(name, mutation, server, tmp_path):
     assert source.count(mutation.old) == 1, f"{mutation.old!r} is to occur once in {name}.py"
     path.write_text(source.replace(mutation.old, mutation.new))
     log = tmp_path / "log"
-    process = server.Process(target=run_test, args=(
-        f"{ROOT}/tests/kernels/test_{name}.py::{mutation.test}", kernels, log))
+    process = server.Process(
+        target=run_test, args=(f"{ROOT}/tests/kernels/test_{name}.py::{mutation.test}", kernels, log)
+    )
     process.start()
     process.join()
     assert process.exitcode == pytest.ExitCode.TESTS_FAILED, log.read_text()

@@ -68,19 +68,26 @@ def test_every_number_and_every_tie(impl):
     """All numbers of e4m3, the middles between them, what lies just beside those, and what saturates, of both signs."""
     numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     middles = (numbers[1:] + numbers[:-1]) / 2
-    exact = torch.cat([numbers, middles, torch.nextafter(middles, torch.tensor(1e9)),
-                       torch.nextafter(middles, torch.tensor(0.0)), torch.tensor([1e-40, 449.0, 480.0, 1e30])])
+    exact = torch.cat(
+        [
+            numbers,
+            middles,
+            torch.nextafter(middles, torch.tensor(1e9)),
+            torch.nextafter(middles, torch.tensor(0.0)),
+            torch.tensor([1e-40, 449.0, 480.0, 1e30]),
+        ]
+    )
     x = torch.cat([exact, -exact])[None].to(DEVICE)
     found, _ = quantize_fp8(x, given_scale(1.0), impl=impl)
     found = found.float().cpu()[0]
     count = len(numbers)
     assert torch.equal(found[:count], numbers)
     even = torch.where(torch.arange(count - 1) % 2 == 0, numbers[:-1], numbers[1:])
-    assert torch.equal(found[count:2 * count - 1], even)
-    assert torch.equal(found[2 * count - 1:3 * count - 2], numbers[1:])
-    assert torch.equal(found[3 * count - 2:4 * count - 3], numbers[:-1])
-    assert found[4 * count - 3:len(exact)].tolist() == [0, 448, 448, 448]
-    assert torch.equal(found[len(exact):], -found[:len(exact)])
+    assert torch.equal(found[count : 2 * count - 1], even)
+    assert torch.equal(found[2 * count - 1 : 3 * count - 2], numbers[1:])
+    assert torch.equal(found[3 * count - 2 : 4 * count - 3], numbers[:-1])
+    assert found[4 * count - 3 : len(exact)].tolist() == [0, 448, 448, 448]
+    assert torch.equal(found[len(exact) :], -found[: len(exact)])
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -126,8 +133,9 @@ def test_a_frozen_matrix_multiplies_the_kernels_bits(monkeypatch):
     """The matrix and its transpose, rows, and a gradient that is a part of wider rows."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:
         pytest.skip("no FP8 units")
-    weight, x, wider = (inputs(*shape, torch.bfloat16, seed)
-                        for seed, shape in enumerate([(96, 64), (9, 64), (9, 200)]))
+    weight, x, wider = (
+        inputs(*shape, torch.bfloat16, seed) for seed, shape in enumerate([(96, 64), (9, 64), (9, 200)])
+    )
 
     def results(impl):
         monkeypatch.setattr(quantize, "quantize_fp8", partial(quantize_fp8, impl=impl))

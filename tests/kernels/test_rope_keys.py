@@ -28,8 +28,11 @@ def inputs(shape, way, dtype, seed=0):
     keys, constant, places = {}, None, rows
     if WAYS[way]:
         count, kind = WAYS[way]
-        chosen = torch.randperm(rows, generator=generator) if kind == "once" else torch.randint(
-            0, rows + count, (2 * rows + 1,), generator=generator)
+        chosen = (
+            torch.randperm(rows, generator=generator)
+            if kind == "once"
+            else torch.randint(0, rows + count, (2 * rows + 1,), generator=generator)
+        )
         way_back, places = WayBack.of(chosen, count, rows).map(lambda x: x.to(DEVICE)), len(chosen)
         keys = {"rows_M": chosen.to(DEVICE), "way_back": way_back}
         constant = (normal(count, kv_heads, channels), normal(count, kv_heads, channels)) if count else None
@@ -50,12 +53,26 @@ def run(function, qkv, rest, grads, **options):
 
 def check(shape, way, dtype, impl, inplace=False, seed=0):
     qkv, rest, keys, constant, grads = inputs(shape, way, dtype, seed)
-    found = run(lambda x, *args, **options: rope_keys(x.clone(), *args, **options), qkv, rest, grads, **keys,
-                constant=constant, impl=impl, inplace=inplace)
+    found = run(
+        lambda x, *args, **options: rope_keys(x.clone(), *args, **options),
+        qkv,
+        rest,
+        grads,
+        **keys,
+        constant=constant,
+        impl=impl,
+        inplace=inplace,
+    )
     rows_M = keys.get("rows_M")
     eager = run(rope_keys_reference, qkv, rest, grads, rows_M=rows_M, constant=constant)
-    exact = run(exact_keys, qkv.detach().double().requires_grad_(), rest, [x.double() for x in grads], rows_M=rows_M,
-                constant=constant and tuple(x.double() for x in constant))
+    exact = run(
+        exact_keys,
+        qkv.detach().double().requires_grad_(),
+        rest,
+        [x.double() for x in grads],
+        rows_M=rows_M,
+        constant=constant and tuple(x.double() for x in constant),
+    )
     for values in zip(found, exact, eager):
         assert_close_as_eager(*values)
 
@@ -68,8 +85,16 @@ def test_equals_reference(impl, dtype, way, shape):
     check(shape, way, dtype, impl)
 
 
-@given(rows=st.integers(1, 4), heads=st.integers(0, 20), kv_heads=st.integers(1, 20), half=st.integers(1, 70),
-       way=st.sampled_from(sorted(WAYS)), dtype=st.sampled_from(DTYPES), inplace=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 4),
+    heads=st.integers(0, 20),
+    kv_heads=st.integers(1, 20),
+    half=st.integers(1, 70),
+    way=st.sampled_from(sorted(WAYS)),
+    dtype=st.sampled_from(DTYPES),
+    inplace=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, heads, kv_heads, half, way, dtype, inplace, seed):
     check((rows, heads, kv_heads, 2 * half), way, dtype, "triton", inplace, seed)
@@ -110,8 +135,17 @@ def test_way_back_of_a_row_that_nobody_attends_to():
     assert way_back.starts_N1.tolist() == [0, 1, 1, 3] and way_back.places.tolist() == [2, 0, 3]
     qkv = torch.randn(3, 6, device=DEVICE, requires_grad=True)
     constant = torch.ones(2, 1, 2, device=DEVICE), torch.ones(2, 1, 2, device=DEVICE)
-    _, k, v = rope_keys(qkv, torch.arange(3, device=DEVICE), torch.ones(1, device=DEVICE), 1, 1, constant=constant,
-                        rows_M=rows_M.to(DEVICE), way_back=way_back.map(lambda x: x.to(DEVICE)), impl="triton")
+    _, k, v = rope_keys(
+        qkv,
+        torch.arange(3, device=DEVICE),
+        torch.ones(1, device=DEVICE),
+        1,
+        1,
+        constant=constant,
+        rows_M=rows_M.to(DEVICE),
+        way_back=way_back.map(lambda x: x.to(DEVICE)),
+        impl="triton",
+    )
     assert torch.equal(k[1], constant[0][0]) and torch.equal(v[4], constant[1][1])
     (grad,) = torch.autograd.grad(v.sum(), qkv)
     assert grad[:, 4:].tolist() == [[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]
@@ -133,8 +167,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_does_not_fit_is_refused(change):
-    qkv, (positions, frequencies, *heads), keys, constant, _ = inputs((4, 2, 1, 4), "behind constant rows",
-                                                                      torch.float32)
+    qkv, (positions, frequencies, *heads), keys, constant, _ = inputs(
+        (4, 2, 1, 4), "behind constant rows", torch.float32
+    )
     options = {"qkv": qkv, "positions": positions, "constant": constant, **keys}
     options |= CHANGES[change](options)
     qkv, positions = options.pop("qkv"), options.pop("positions")

@@ -24,22 +24,31 @@ def check(grads, positions, frequencies, way_back):
     before = [x.clone() for x in grads]
     grad = collect(*grads, positions, frequencies, 1.2, way_back)
     bits, scale = quantize_fp8(grad, impl="triton")
-    found, found_scale = rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back,
-                                                impl="triton")
+    found, found_scale = rope_keys_backward_fp8(
+        *grads, positions, frequencies, scale=1.2, way_back=way_back, impl="triton"
+    )
     assert found.dtype == torch.float8_e4m3fn and found.is_contiguous() and torch.equal(found_scale, scale)
     assert torch.equal(found.float(), bits.float())
     assert all(map(torch.equal, grads, before))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, way", [*((shape, way) for shape in SHAPES for way in WAYS),
-                                        ((0, 4, 2, 8), "in order")])
+@pytest.mark.parametrize(
+    "shape, way", [*((shape, way) for shape in SHAPES for way in WAYS), ((0, 4, 2, 8), "in order")]
+)
 def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
     check(*arguments(shape, way, dtype))
 
 
-@given(rows=st.integers(1, 4), heads=st.integers(0, 20), kv_heads=st.integers(1, 20), half=st.integers(1, 70),
-       way=st.sampled_from(sorted(WAYS)), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 4),
+    heads=st.integers(0, 20),
+    kv_heads=st.integers(1, 20),
+    half=st.integers(1, 70),
+    way=st.sampled_from(sorted(WAYS)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
     check(*arguments((rows, heads, kv_heads, 2 * half), way, dtype, seed))
@@ -49,8 +58,9 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
 def test_reference(way):
     grads, positions, frequencies, way_back = arguments((7, 4, 2, 8), way, torch.float32)
     (ours, our_scale), (theirs, their_scale) = (
-        rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back,
-                               impl=impl) for impl in ("triton", "reference"))
+        rope_keys_backward_fp8(*grads, positions, frequencies, scale=1.2, way_back=way_back, impl=impl)
+        for impl in ("triton", "reference")
+    )
     torch.testing.assert_close(our_scale, their_scale, rtol=1e-5, atol=0)
     assert ours.shape == theirs.shape
     # What is rounded differs in its last bits, so that a rare number becomes its neighbour in e4m3.

@@ -37,8 +37,9 @@ def run(function, qkv, rest, grad, **options):
 def check(case, impl, inplace=False):
     qkv, *rest = case
     grad = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, qkv.dtype)
-    found = run(lambda x, *args, **options: rope_qk(x.clone(), *args, **options), qkv, rest, grad, impl=impl,
-                inplace=inplace)
+    found = run(
+        lambda x, *args, **options: rope_qk(x.clone(), *args, **options), qkv, rest, grad, impl=impl, inplace=inplace
+    )
     eager = run(rope_qk_reference, qkv, rest, grad)
     exact = run(exact_rotation, qkv.detach().double().requires_grad_(), rest, grad.double())
     for values in zip(found, exact, eager):
@@ -53,8 +54,15 @@ def test_equals_reference(impl, dtype, shape, inplace):
     check(inputs(*shape, dtype), impl, inplace)
 
 
-@given(rows=st.integers(0, 4), heads=st.integers(1, 20), kv_heads=st.integers(1, 20), half=st.integers(1, 70),
-       dtype=st.sampled_from(DTYPES), inplace=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 4),
+    heads=st.integers(1, 20),
+    kv_heads=st.integers(1, 20),
+    half=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    inplace=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, heads, kv_heads, half, dtype, inplace, seed):
     check(inputs(rows, heads, kv_heads, 2 * half, dtype, seed), "triton", inplace)
@@ -135,8 +143,9 @@ def test_saves_positions_and_frequencies_only(impl):
 def test_auto_is_triton_on_cuda_only():
     qkv, *rest = inputs(3, 3, 1, 40)
     grad = torch.ones_like(qkv)
-    found, expected = (run(rope_qk, qkv, rest, grad, impl=impl)
-                       for impl in ("auto", "triton" if DEVICE == "cuda" else "reference"))
+    found, expected = (
+        run(rope_qk, qkv, rest, grad, impl=impl) for impl in ("auto", "triton" if DEVICE == "cuda" else "reference")
+    )
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 

@@ -47,8 +47,14 @@ def _assert_pooled(x_TPC, num_temporal, impl):
 
 
 @each_impl
-@given(T=st.integers(0, 9), P=st.integers(0, 40), C=st.integers(1, 70), extra=st.integers(0, 9),
-       dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    T=st.integers(0, 9),
+    P=st.integers(0, 40),
+    C=st.integers(1, 70),
+    extra=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape_and_dtype(impl, T, P, C, extra, dtype, seed):
     _assert_pooled(_states(T, P, C, dtype=dtype, seed=seed), T + extra, impl)
@@ -79,8 +85,9 @@ def test_batch_reads_nothing_behind_the_real_frames(impl, counts, as_tensor):
     x = _states(len(counts), 17, 6, 7)
     for video, count in zip(x, counts):
         video[count:] = float("nan")
-    out = spatio_temporal_pool(x, num_temporal=20, frame_counts=torch.tensor(counts) if as_tensor else counts,
-                               impl=impl)
+    out = spatio_temporal_pool(
+        x, num_temporal=20, frame_counts=torch.tensor(counts) if as_tensor else counts, impl=impl
+    )
     assert out.shape == (len(counts), 26, 7)
     for video, count, pooled in zip(x, counts, out):
         assert (pooled[count:20] == 0).all()
@@ -93,12 +100,15 @@ def test_no_videos(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("strided", [
-    lambda: _states(2, 5, 9, 6)[:, :, 1:],
-    lambda: _states(6, 9, 5, 2).permute(3, 2, 1, 0),
-    lambda: _states(2, 10, 9, 12)[:, ::2, :, ::2],
-    lambda: _states(2, 1, 9, 6).expand(2, 5, 9, 6),
-])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda: _states(2, 5, 9, 6)[:, :, 1:],
+        lambda: _states(6, 9, 5, 2).permute(3, 2, 1, 0),
+        lambda: _states(2, 10, 9, 12)[:, ::2, :, ::2],
+        lambda: _states(2, 1, 9, 6).expand(2, 5, 9, 6),
+    ],
+)
 def test_strides(impl, strided):
     x = strided()
     before = x.clone()
@@ -132,7 +142,7 @@ def test_gradients_of_each_dtype(impl, dtype, counts, T, P, C):
     assert (whole.grad[:, :, 0] == 0).all()
     for gradient, out_g, count in zip(whole.grad[:, :, 1:], out_gradient, counts):
         assert (gradient[count:] == 0).all()
-        exact, eager = ((g[:count, None] / P + g[None, T + 2:] / max(count, 1)) for g in (out_g.double(), out_g))
+        exact, eager = ((g[:count, None] / P + g[None, T + 2 :] / max(count, 1)) for g in (out_g.double(), out_g))
         assert_close_as_eager(gradient[:count], exact, eager)
 
 
@@ -145,16 +155,19 @@ def test_saves_nothing_but_counts(impl):
     assert sum(saved) <= 1
 
 
-@pytest.mark.parametrize("x, options, message", [
-    (torch.zeros(4, 5), {}, r"\[4, 5\]"),
-    (torch.zeros(2, 3, 4, dtype=torch.int64), {}, "int64"),
-    (torch.zeros(101, 2, 3), {}, "101 frames"),
-    (torch.zeros(3, 2, 3), {"frame_counts": [3]}, "single video"),
-    (torch.zeros(2, 3, 2, 3), {"frame_counts": [3]}, "2 integers"),
-    (torch.zeros(2, 3, 2, 3), {"frame_counts": [3, 4]}, r"\[0, 3\]"),
-    (torch.zeros(2, 3, 2, 3), {"frame_counts": [3, -1]}, r"\[0, 3\]"),
-    (torch.zeros(3, 2, 3), {"impl": "fast"}, "'fast'"),
-])
+@pytest.mark.parametrize(
+    "x, options, message",
+    [
+        (torch.zeros(4, 5), {}, r"\[4, 5\]"),
+        (torch.zeros(2, 3, 4, dtype=torch.int64), {}, "int64"),
+        (torch.zeros(101, 2, 3), {}, "101 frames"),
+        (torch.zeros(3, 2, 3), {"frame_counts": [3]}, "single video"),
+        (torch.zeros(2, 3, 2, 3), {"frame_counts": [3]}, "2 integers"),
+        (torch.zeros(2, 3, 2, 3), {"frame_counts": [3, 4]}, r"\[0, 3\]"),
+        (torch.zeros(2, 3, 2, 3), {"frame_counts": [3, -1]}, r"\[0, 3\]"),
+        (torch.zeros(3, 2, 3), {"impl": "fast"}, "'fast'"),
+    ],
+)
 def test_refusals(x, options, message):
     with pytest.raises(ValueError, match=message):
         spatio_temporal_pool(x, **options)
@@ -172,7 +185,7 @@ def test_recordings(shared, case, impl):
     meta = json.loads((shared / "golden" / "pool.meta.json").read_text())["cases"][case]
     (T, S, C), random = meta["shape"], np.random.default_rng(meta["seed"])
     x = random.standard_normal((T, S, C), dtype=np.float32) * np.float32(1.5)
-    outliers = random.permutation(C)[:max(1, C // 16)]
+    outliers = random.permutation(C)[: max(1, C // 16)]
     x[..., outliers] *= 40
     x += random.standard_normal((1, 1, C), dtype=np.float32)
     x[..., outliers[0]] += 200

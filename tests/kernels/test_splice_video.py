@@ -13,15 +13,26 @@ IMPLS = ["triton", "reference"]
 TOKENS = [3, 7, 9, 9, 9, 8, 7, 9, 9, 9, 8, 3, 5]
 VIDEO_ROWS, BOUNDARY_ROWS = [2, 3, 4, 7, 8, 9], [1, 5, 6, 10]
 MIXES = [  # table, projected rows, boundary, result
-    (torch.float32,) * 4, (torch.bfloat16,) * 4, (torch.float16,) * 4,
+    (torch.float32,) * 4,
+    (torch.bfloat16,) * 4,
+    (torch.float16,) * 4,
     (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
     (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
 ]
 
 
-def inputs(table=torch.float32, video=torch.float32, rows=torch.float32, *, boundary=True, trained=(True, True, True),
-           videos=2, channels=6, seed=0):
+def inputs(
+    table=torch.float32,
+    video=torch.float32,
+    rows=torch.float32,
+    *,
+    boundary=True,
+    trained=(True, True, True),
+    videos=2,
+    channels=6,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(count, dtype, grad):
@@ -30,9 +41,14 @@ def inputs(table=torch.float32, video=torch.float32, rows=torch.float32, *, boun
     def indices(values):
         return torch.tensor(values, dtype=torch.int64, device=DEVICE)
 
-    return (indices(TOKENS if videos else [3, 5, 3, 3]), randn(10, table, trained[0]),
-            randn(3 * videos, video, trained[1]), indices(VIDEO_ROWS[:3 * videos]),
-            randn(2, rows, trained[2]) if boundary else None, indices(BOUNDARY_ROWS[:2 * videos]))
+    return (
+        indices(TOKENS if videos else [3, 5, 3, 3]),
+        randn(10, table, trained[0]),
+        randn(3 * videos, video, trained[1]),
+        indices(VIDEO_ROWS[: 3 * videos]),
+        randn(2, rows, trained[2]) if boundary else None,
+        indices(BOUNDARY_ROWS[: 2 * videos]),
+    )
 
 
 def implementation(impl):
@@ -53,8 +69,10 @@ def gradient(case, dtype, seed=1):
 def check(case, dtype, impl):
     grad = gradient(case, dtype)
     found, eager = (run(f, case, dtype, grad) for f in (implementation(impl), splice_video_reference))
-    exact_case = [x.detach().double().requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x
-                  for x in case]
+    exact_case = [
+        x.detach().double().requires_grad_(x.requires_grad) if x is not None and x.is_floating_point() else x
+        for x in case
+    ]
     exact = run(splice_video_reference, exact_case, torch.float64, grad.double())
     assert torch.equal(found[0], eager[0])
     assert len(found) == len(eager) == len(exact)
@@ -78,11 +96,16 @@ def packings(draw):
     videos, per_video, text = draw(st.integers(0, 20)), draw(st.integers(0, 3)), draw(st.integers(0, 9))
     rows = videos * (per_video + 2) + text
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))).to(DEVICE)
-    return rows, order[:videos * per_video], order[videos * per_video:videos * (per_video + 2)]
+    return rows, order[: videos * per_video], order[videos * per_video : videos * (per_video + 2)]
 
 
-@given(packing=packings(), channels=st.sampled_from([1, 5, 128, 150]), dtypes=st.sampled_from(MIXES),
-       boundary=st.booleans(), seed=st.integers(0, 99))
+@given(
+    packing=packings(),
+    channels=st.sampled_from([1, 5, 128, 150]),
+    dtypes=st.sampled_from(MIXES),
+    boundary=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_packing(packing, channels, dtypes, boundary, seed):
     rows, video_rows, boundary_rows = packing
@@ -128,7 +151,8 @@ def test_gradients_of_replaced_rows_do_not_reach_the_table(impl):
 def test_gradient_numerically(function):
     tokens, table, video, video_rows, boundary, boundary_rows = inputs(*[torch.float64] * 3)
     assert torch.autograd.gradcheck(
-        lambda t, v, b: function(tokens, t, v, video_rows, b, boundary_rows, torch.float64), (table, video, boundary))
+        lambda t, v, b: function(tokens, t, v, video_rows, b, boundary_rows, torch.float64), (table, video, boundary)
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -136,8 +160,14 @@ def test_gradients_are_summed_in_fp32(impl):
     """In bf16, 256 + 1 is 256."""
     tokens = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1], device=DEVICE)
     table, boundary = (torch.zeros(2, 1, device=DEVICE, requires_grad=True) for _ in range(2))
-    case = (tokens, table, torch.zeros(0, 1, dtype=torch.bfloat16, device=DEVICE), tokens[:0], boundary,
-            torch.arange(3, 9, device=DEVICE))
+    case = (
+        tokens,
+        table,
+        torch.zeros(0, 1, dtype=torch.bfloat16, device=DEVICE),
+        tokens[:0],
+        boundary,
+        torch.arange(3, 9, device=DEVICE),
+    )
     grad = torch.tensor([256, 1, 1, 256, 1, 1, 256, 1, 1], dtype=torch.bfloat16, device=DEVICE)[:, None]
     _, grad_table, grad_boundary = run(implementation(impl), case, torch.bfloat16, grad)
     assert grad_table.tolist() == [[258], [0]] and grad_boundary.tolist() == [[258], [258]]
@@ -147,8 +177,14 @@ def test_gradients_are_summed_in_fp32(impl):
 def test_strided_inputs_and_gradient(impl):
     case = inputs()
     grad = gradient(case, torch.float32)[:1].expand(13, 6)
-    strided = [None if x is None else x.detach().T.contiguous().T.requires_grad_() if x.dim() == 2
-               else x.repeat_interleave(2)[::2] for x in case]
+    strided = [
+        None
+        if x is None
+        else x.detach().T.contiguous().T.requires_grad_()
+        if x.dim() == 2
+        else x.repeat_interleave(2)[::2]
+        for x in case
+    ]
     found = run(implementation(impl), strided, torch.float32, grad)
     expected = run(implementation(impl), case, torch.float32, grad.contiguous())
     assert all(torch.equal(*pair) for pair in zip(found, expected))
@@ -176,8 +212,10 @@ def test_saves_indices_only(impl):
 def test_auto_is_triton_on_cuda_only():
     case = inputs()
     grad = gradient(case, torch.float32)
-    found, expected = (run(implementation(impl), case, torch.float32, grad)
-                       for impl in ("auto", "triton" if DEVICE == "cuda" else "reference"))
+    found, expected = (
+        run(implementation(impl), case, torch.float32, grad)
+        for impl in ("auto", "triton" if DEVICE == "cuda" else "reference")
+    )
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 

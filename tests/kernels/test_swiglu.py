@@ -46,15 +46,22 @@ def test_any_shape(rows, channels, dtype, seed):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("strided", [
-    lambda x: torch.nn.functional.pad(x, (3, 9))[:, 3:-9], lambda x: x.T.contiguous().T, lambda x: x[:1].expand(6, -1),
-], ids=["columns", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: torch.nn.functional.pad(x, (3, 9))[:, 3:-9],
+        lambda x: x.T.contiguous().T,
+        lambda x: x[:1].expand(6, -1),
+    ],
+    ids=["columns", "transposed", "expanded"],
+)
 def test_strided_input_and_gradient(impl, strided):
     x, grad = inputs(6, 4, torch.float32)
     view = strided(x.detach()).requires_grad_()
     found = run(lambda x: swiglu(x, impl=impl), view, strided(grad))
-    expected = run(lambda x: swiglu(x, impl=impl), view.detach().contiguous().requires_grad_(),
-                   strided(grad).contiguous())
+    expected = run(
+        lambda x: swiglu(x, impl=impl), view.detach().contiguous().requires_grad_(), strided(grad).contiguous()
+    )
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
 
 

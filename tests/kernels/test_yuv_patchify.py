@@ -28,18 +28,20 @@ def planes(height, width, seed=0):
     """Y, U, V of noise."""
     generator = torch.Generator().manual_seed(seed)
     half = (-(-height // 2), -(-width // 2))
-    return tuple(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(DEVICE)
-                 for shape in ((height, width), half, half))
+    return tuple(
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(DEVICE)
+        for shape in ((height, width), half, half)
+    )
 
 
 def nv12(y, u, v, pitch=64):
     """The same samples as a decoder's surface has them: rows at a pitch, U and V side by side."""
     wide = -(-y.shape[1] // pitch) * pitch
     surface = torch.full((y.shape[0] + u.shape[0], wide), 77, dtype=torch.uint8, device=y.device)
-    surface[:len(y), :y.shape[1]] = y
-    chroma = surface[len(y):].view(len(u), -1, 2)
-    chroma[:, :u.shape[1], 0], chroma[:, :u.shape[1], 1] = u, v
-    return surface[:len(y), :y.shape[1]], chroma[:, :u.shape[1], 0], chroma[:, :u.shape[1], 1]
+    surface[: len(y), : y.shape[1]] = y
+    chroma = surface[len(y) :].view(len(u), -1, 2)
+    chroma[:, : u.shape[1], 0], chroma[:, : u.shape[1], 1] = u, v
+    return surface[: len(y), : y.shape[1]], chroma[:, : u.shape[1], 0], chroma[:, : u.shape[1], 1]
 
 
 def swscales(y, u, v, space=2, full=False):
@@ -47,7 +49,7 @@ def swscales(y, u, v, space=2, full=False):
     frame = av.VideoFrame(y.shape[1], y.shape[0], "yuv420p")
     for plane, values in zip(frame.planes, (y, u, v)):
         padded = np.zeros((values.shape[0], plane.line_size), np.uint8)
-        padded[:, :values.shape[1]] = values.cpu().numpy()
+        padded[:, : values.shape[1]] = values.cpu().numpy()
         plane.update(padded.tobytes())
     frame.colorspace, frame.color_range = space, FULL if full else LIMITED
     return torch.from_numpy(frame.to_ndarray(format="rgb24"))[None].to(DEVICE)
@@ -56,8 +58,9 @@ def swscales(y, u, v, space=2, full=False):
 def check(given, *, impl, size=28, patch=14, dtype=torch.float32, options=CLIP):
     """`given`: [(planes, colour space, whether of full range)]."""
     settings = {"size": size, "patch": patch, "dtype": dtype, **options}
-    found = yuv_patchify([frame for frame, *_ in given], [factors(*about) for _, *about in given], impl=impl,
-                         **settings)
+    found = yuv_patchify(
+        [frame for frame, *_ in given], [factors(*about) for _, *about in given], impl=impl, **settings
+    )
     pictures = [swscales(*frame, *about) for frame, *about in given]
     assert torch.equal(found, frame_patchify(pictures, impl="reference", **settings))
     assert found.is_contiguous() and found.dtype == dtype
@@ -65,11 +68,14 @@ def check(given, *, impl, size=28, patch=14, dtype=torch.float32, options=CLIP):
 
 @each_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("height, width, size, patch", [
-    (48, 64, 32, 16), (2, 1, 28, 14), (240, 320, 56, 14), (62, 35, 30, 7), (56, 56, 56, 14), (62, 853, 28, 14)])
+@pytest.mark.parametrize(
+    "height, width, size, patch",
+    [(48, 64, 32, 16), (2, 1, 28, 14), (240, 320, 56, 14), (62, 35, 30, 7), (56, 56, 56, 14), (62, 853, 28, 14)],
+)
 def test_the_bits_of_converted_frames(impl, dtype, height, width, size, patch):
-    check([(planes(height, width, seed), 2, False) for seed in range(3)], impl=impl, size=size, patch=patch,
-          dtype=dtype)
+    check(
+        [(planes(height, width, seed), 2, False) for seed in range(3)], impl=impl, size=size, patch=patch, dtype=dtype
+    )
 
 
 @each_impl
@@ -83,7 +89,7 @@ def test_all_triples(space, full):
     """Of the plain function; the one of the CPU's pipeline is compared with swscale on all of them."""
     numbers = np.arange(256, dtype=np.uint8)
     for y in range(0, 256, 16):
-        triple = np.meshgrid(numbers[y:y + 16], numbers, numbers, indexing="ij")
+        triple = np.meshgrid(numbers[y : y + 16], numbers, numbers, indexing="ij")
         found = yuv_to_rgb(*map(torch.from_numpy, triple), factors(space, full))
         assert np.array_equal(found.numpy(), to_rgb(*triple, space, full))
 
@@ -100,8 +106,15 @@ def test_samples_at_the_ends(impl, edge):
 
 
 @each_impl
-@given(height=st.integers(1, 60), width=st.integers(1, 99), patch=st.integers(1, 9), extra=st.integers(0, 30),
-       dtype=st.sampled_from(DTYPES), about=st.sampled_from(CONVERSIONS), seed=st.integers(0, 99))
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 99),
+    patch=st.integers(1, 9),
+    extra=st.integers(0, 30),
+    dtype=st.sampled_from(DTYPES),
+    about=st.sampled_from(CONVERSIONS),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_size(impl, height, width, patch, extra, dtype, about, seed):
     check([(planes(2 * height, width, seed), *about)], impl=impl, size=patch + extra, patch=patch, dtype=dtype)
@@ -111,8 +124,12 @@ def test_any_size(impl, height, width, patch, extra, dtype, about, seed):
 def test_frames_of_several_videos(impl):
     """Other sizes, colour spaces and strides between them; runs longer than what a program takes."""
     given = [(planes(30, 40, seed), 1, False) for seed in range(11)]
-    given += [(planes(30, 40, 20), 1, True), (nv12(*planes(30, 40, 21)), 1, True),
-              (nv12(*planes(78, 20, 22)), 9, False), (planes(30, 40, 23), 1, False)]
+    given += [
+        (planes(30, 40, 20), 1, True),
+        (nv12(*planes(30, 40, 21)), 1, True),
+        (nv12(*planes(78, 20, 22)), 9, False),
+        (planes(30, 40, 23), 1, False),
+    ]
     check(given, impl=impl, dtype=torch.float16)
 
 
@@ -124,12 +141,17 @@ def test_any_mean_and_deviation(impl, options):
 
 
 @each_impl
-@pytest.mark.parametrize("strided", [
-    nv12, lambda *frame: tuple(x.T.contiguous().T for x in frame),
-    lambda *frame: tuple(x[:1].expand(x.shape) for x in frame),
-    lambda *frame: tuple(x.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3] for x in frame),
-    lambda y, u, v: (y.T.contiguous().T, u, v.T.contiguous().T),
-], ids=["a surface", "turned", "expanded", "spread", "chroma of two kinds"])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        nv12,
+        lambda *frame: tuple(x.T.contiguous().T for x in frame),
+        lambda *frame: tuple(x[:1].expand(x.shape) for x in frame),
+        lambda *frame: tuple(x.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3] for x in frame),
+        lambda y, u, v: (y.T.contiguous().T, u, v.T.contiguous().T),
+    ],
+    ids=["a surface", "turned", "expanded", "spread", "chroma of two kinds"],
+)
 def test_strides(impl, strided):
     frame = strided(*planes(40, 50))
     before = [x.clone() for x in frame]
@@ -145,8 +167,9 @@ def test_rows_further_apart_than_32_bits_reach(impl):
         everything = torch.frombuffer(memory, dtype=torch.uint8)
         far = everything.as_strided((4, 6), (step, 1))
         far.copy_(y)
-        found = yuv_patchify([(far.to(DEVICE) if DEVICE == "cuda" else far, u, v)], [SIX], size=28, patch=14, impl=impl,
-                             **CLIP)
+        found = yuv_patchify(
+            [(far.to(DEVICE) if DEVICE == "cuda" else far, u, v)], [SIX], size=28, patch=14, impl=impl, **CLIP
+        )
         del far, everything
     assert torch.equal(found, yuv_patchify([(y, u, v)], [SIX], size=28, patch=14, impl="reference", **CLIP))
 
@@ -156,8 +179,9 @@ def test_odd_heights_are_of_the_formula(impl):
     """Which is not swscale's there: such videos are left to it."""
     frame = planes(31, 40)
     wide = [x.repeat_interleave(2, 0)[:31].repeat_interleave(2, 1)[:, :40] for x in frame[1:]]
-    expected = frame_patchify(yuv_to_rgb(frame[0], *wide, factors(6, False))[None], size=28, patch=14,
-                              impl="reference", **CLIP)
+    expected = frame_patchify(
+        yuv_to_rgb(frame[0], *wide, factors(6, False))[None], size=28, patch=14, impl="reference", **CLIP
+    )
     assert torch.equal(yuv_patchify([frame], [factors(6, False)], size=28, patch=14, impl=impl, **CLIP), expected)
 
 
@@ -173,8 +197,12 @@ def test_real_videos(shared, impl):
             continue
         if not can_gather(frame):
             continue
-        y, u, v = (torch.from_numpy(np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, :plane.width].copy())
-                   .to(DEVICE) for plane in frame.planes)
+        y, u, v = (
+            torch.from_numpy(np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width].copy()).to(
+                DEVICE
+            )
+            for plane in frame.planes
+        )
         numbers = factors(int(frame.colorspace), frame.format.name == "yuvj420p" or frame.color_range == FULL)
         settings = {"size": 336 if not seen else 56, "patch": 14, "dtype": torch.float16, **CLIP}
         found = yuv_patchify([(y, u, v)], [numbers], impl=impl, **settings)
@@ -187,20 +215,23 @@ def test_real_videos(shared, impl):
 Y, HALF = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("frames, conversions, options, message", [
-    ([], [], {}, "at least one"),
-    ([(Y, HALF, HALF)], [], {}, "a conversion for each of 1 frames, found 0"),
-    ([(Y, HALF, HALF)], [SIX[:5]], {}, r"six whole numbers, found \(9539, 128, 13075, 16525, -3209\)"),
-    ([(Y, HALF, HALF)], [(*SIX[:5], 0.5)], {}, r"six whole numbers, found .*0.5"),
-    ([(Y, HALF)], [SIX], {}, "three planes, Y, U and V, found 2"),
-    ([()], [SIX], {}, "three planes, Y, U and V, found 0"),
-    ([(Y, HALF, HALF[:1])], [SIX], {}, r"\[1, 3\]"),
-    ([(Y.short(), HALF, HALF)], [SIX], {}, "int16"),
-    ([(Y[None], HALF, HALF)], [SIX], {}, r"\[1, 4, 6\]"),
-    ([(Y[:0], HALF[:0], HALF[:0])], [SIX], {}, r"\[0, 6\]"),
-    ([(Y, HALF, HALF)], [SIX], {"patch": 29}, "29"),
-    ([(Y, HALF, HALF)], [SIX], {"impl": "fast"}, "'fast'"),
-])
+@pytest.mark.parametrize(
+    "frames, conversions, options, message",
+    [
+        ([], [], {}, "at least one"),
+        ([(Y, HALF, HALF)], [], {}, "a conversion for each of 1 frames, found 0"),
+        ([(Y, HALF, HALF)], [SIX[:5]], {}, r"six whole numbers, found \(9539, 128, 13075, 16525, -3209\)"),
+        ([(Y, HALF, HALF)], [(*SIX[:5], 0.5)], {}, r"six whole numbers, found .*0.5"),
+        ([(Y, HALF)], [SIX], {}, "three planes, Y, U and V, found 2"),
+        ([()], [SIX], {}, "three planes, Y, U and V, found 0"),
+        ([(Y, HALF, HALF[:1])], [SIX], {}, r"\[1, 3\]"),
+        ([(Y.short(), HALF, HALF)], [SIX], {}, "int16"),
+        ([(Y[None], HALF, HALF)], [SIX], {}, r"\[1, 4, 6\]"),
+        ([(Y[:0], HALF[:0], HALF[:0])], [SIX], {}, r"\[0, 6\]"),
+        ([(Y, HALF, HALF)], [SIX], {"patch": 29}, "29"),
+        ([(Y, HALF, HALF)], [SIX], {"impl": "fast"}, "'fast'"),
+    ],
+)
 def test_refusals(frames, conversions, options, message):
     with pytest.raises(ValueError, match=message):
         yuv_patchify(frames, conversions, **{"size": 28, "patch": 14, **CLIP, **options})

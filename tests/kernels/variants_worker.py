@@ -51,20 +51,37 @@ def call_all(count, first):
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     swiglu(rows(count, 2 * D), impl="triton").backward(torch.empty(count, D, dtype=BF16))
     positions, frequencies = indices(count, first, torch.int32), torch.empty(8)
-    rope_qk(rows(count, 3 * D), positions, frequencies, 4, 4,
-            impl="triton").backward(torch.empty(count, 3 * D, dtype=BF16))
+    rope_qk(rows(count, 3 * D), positions, frequencies, 4, 4, impl="triton").backward(
+        torch.empty(count, 3 * D, dtype=BF16)
+    )
     constant = (torch.empty(7, 4, 16, dtype=BF16),) * 2
     way_back = WayBack(indices(count + 1, first, torch.int32), indices(count, first, torch.int32), 7)
-    outputs = rope_keys(rows(count, 3 * D), positions, frequencies, 4, 4, rows_M=indices(count + 7, first),
-                        way_back=way_back,
-                        constant=constant, inplace=True, impl="triton")
+    outputs = rope_keys(
+        rows(count, 3 * D),
+        positions,
+        frequencies,
+        4,
+        4,
+        rows_M=indices(count + 7, first),
+        way_back=way_back,
+        constant=constant,
+        inplace=True,
+        impl="triton",
+    )
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     places = way_back.starts_N1, way_back.places
     rope_keys_backward_fp8(*outputs, positions, frequencies, way_back=places, impl="triton")
     boundary = torch.empty(2, D, requires_grad=True)
-    spliced = splice_video(indices(count, first), torch.empty(9, D, dtype=BF16), rows(count), indices(count, first),
-                           boundary,
-                           indices(2 * count, first), BF16, impl="triton")
+    spliced = splice_video(
+        indices(count, first),
+        torch.empty(9, D, dtype=BF16),
+        rows(count),
+        indices(count, first),
+        boundary,
+        indices(2 * count, first),
+        BF16,
+        impl="triton",
+    )
     spliced.backward(torch.empty_like(spliced))
     linear_cross_entropy(rows(count), torch.empty(100, D, dtype=BF16), indices(count, first), impl="triton")
     quantize_fp8(torch.empty(count, D, dtype=BF16), impl="triton")
@@ -72,19 +89,53 @@ def call_all(count, first):
     swiglu_fp8(torch.empty(count, 2 * D, dtype=BF16), impl="triton")
     swiglu_backward_fp8(torch.empty(count, 2 * D, dtype=BF16), torch.empty(count, D, dtype=BF16), impl="triton")
     param, grad, codes, scales = (torch.empty(256, dtype=dtype) for dtype in (BF16, BF16, torch.uint8, torch.float32))
-    adamw8bit_step(param, grad, codes, codes, scales[:1], scales[:1], lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
-                   weight_decay=0.1, step=count, seed=2**40 + first, first=8 * count, impl="triton")
-    adamw_step(param, grad, torch.empty(256), torch.empty(256), lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8,
-               weight_decay=0.1,
-               step=count, seed=2**40 + first, first=8 * count, impl="triton")
+    adamw8bit_step(
+        param,
+        grad,
+        codes,
+        codes,
+        scales[:1],
+        scales[:1],
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.1,
+        step=count,
+        seed=2**40 + first,
+        first=8 * count,
+        impl="triton",
+    )
+    adamw_step(
+        param,
+        grad,
+        torch.empty(256),
+        torch.empty(256),
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.1,
+        step=count,
+        seed=2**40 + first,
+        first=8 * count,
+        impl="triton",
+    )
     states = torch.empty(count, D, dtype=BF16)
     add_layer_norm(states, states, states[0], states[0], 1e-5, impl="triton")
     quick_gelu(states, impl="triton")
     frames = torch.empty(min(count, 100), 40, 40, 3, dtype=torch.uint8)
     frame_patchify(frames, size=28, patch=14, mean=(0.5,) * 3, std=(0.5,) * 3, impl="triton")
     y, half = torch.empty(40, 40, dtype=torch.uint8), torch.empty(20, 20, dtype=torch.uint8)
-    yuv_patchify([(y, half, half)] * len(frames), [(1,) * 6] * len(frames), size=28, patch=14, mean=(0.5,) * 3,
-                 std=(0.5,) * 3, impl="triton")
+    yuv_patchify(
+        [(y, half, half)] * len(frames),
+        [(1,) * 6] * len(frames),
+        size=28,
+        patch=14,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        impl="triton",
+    )
     for counts in (None, [len(frames)]):
         states = torch.empty(1, len(frames), 5, D, dtype=BF16, requires_grad=True)
         pooled = spatio_temporal_pool(states, frame_counts=counts, impl="triton")
@@ -108,8 +159,14 @@ def main():
     for count in COUNTS:
         for first in (0, 1):
             call_all(count, first)
-    print(json.dumps({name: [list(variants.values()) for variants in by_constants.values()]
-                      for name, by_constants in keys.items()}))
+    print(
+        json.dumps(
+            {
+                name: [list(variants.values()) for variants in by_constants.values()]
+                for name, by_constants in keys.items()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

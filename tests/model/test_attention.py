@@ -29,16 +29,22 @@ def test_gathered_keys_are_not_kept_for_backward():
     assert kept - lean == 2 * gathered
     assert torch.equal(out, expected)
     grad = torch.randn_like(out)
-    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(out, (q, k, v), grad),
-                                                  torch.autograd.grad(expected, (q, k, v), grad)))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad))
+    )
 
 
 @pytest.mark.parametrize("regather", [True, False])
 def test_constant_keys_come_before_the_packed_rows(regather):
     layout, _, _ = branches((3,) * 4, 5)
     q, k, v = (torch.randn(17, 4, 8) for _ in range(3))
-    layout = dataclasses.replace(layout, cu_seqlens_q=layout.cu_seqlens_q[1:] - 5,
-                                 cu_seqlens_k=layout.cu_seqlens_k[1:] - 5, kv_rows=layout.kv_rows[5:])
+    layout = dataclasses.replace(
+        layout,
+        cu_seqlens_q=layout.cu_seqlens_q[1:] - 5,
+        cu_seqlens_k=layout.cu_seqlens_k[1:] - 5,
+        kv_rows=layout.kv_rows[5:],
+    )
     whole = [x.clone().requires_grad_() for x in (q[5:], k, v)]
     own = [x[5:].clone().requires_grad_() for x in (q, k, v)]
     expected = attend(*whole, layout)
@@ -94,8 +100,10 @@ def test_segments_are_known_without_waiting_for_the_device(shared):
     for part in (layout, layout.of_rows(torch.tensor([0, 3, 4, 20, 42])), *layout.split(1)):
         far = part.map(lambda x: x.to("meta")).map(torch.Tensor.long)
         assert far.lengths == tuple(bounds.diff().tolist() for bounds in (part.cu_seqlens_q, part.cu_seqlens_k))
-        q, k, v = (torch.empty(rows, heads, 8, device="meta", requires_grad=True) for rows, heads in (
-            (int(part.cu_seqlens_q[-1]), 4), (43, 2), (43, 2)))
+        q, k, v = (
+            torch.empty(rows, heads, 8, device="meta", requires_grad=True)
+            for rows, heads in ((int(part.cu_seqlens_q[-1]), 4), (43, 2), (43, 2))
+        )
         attend(q, k, v, far).sum().backward()
         assert q.grad.shape == q.shape
 
@@ -122,8 +130,9 @@ def plain_attention(q, k, v, layout):
     """Segment by segment, with the whole matrix of scores."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     outs = []
-    for (q0, q1), (k0, k1) in zip(*(itertools.pairwise(x.tolist())
-                                    for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))):
+    for (q0, q1), (k0, k1) in zip(
+        *(itertools.pairwise(x.tolist()) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))
+    ):
         rows = torch.arange(k0, k1) if layout.kv_rows is None else layout.kv_rows[k0:k1]
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], k[rows]) * q.shape[-1] ** -0.5
         hidden = torch.ones(q1 - q0, k1 - k0, device=q.device).tril(k1 - k0 - q1 + q0) == 0
@@ -207,15 +216,37 @@ class Library:
     def torch_window(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, heads=key.shape[1])
 
-    def torch_2_13(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
-                   enable_gqa=False):
-        return self.compute(query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, gqa=enable_gqa,
-                            heads=key.shape[1])
+    def torch_2_13(
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+    ):
+        return self.compute(
+            query, key, value, cu_seq_q, cu_seq_k, window_size=window_size, gqa=enable_gqa, heads=key.shape[1]
+        )
 
-    def flash_attn_2(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                     softmax_scale=None, causal=False, deterministic=False):
-        return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, longest=(max_seqlen_q, max_seqlen_k),
-                            repeatable=deterministic)
+    def flash_attn_2(
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        deterministic=False,
+    ):
+        return self.compute(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            causal=causal,
+            longest=(max_seqlen_q, max_seqlen_k),
+            repeatable=deterministic,
+        )
 
     def flash_attn_4(self, q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
         return self.compute(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), None

@@ -24,8 +24,9 @@ def right(q, k, v, layout):
 def first_rows_aligned(q, k, v, layout):
     """As is_causal aligns them: right only where there are as many keys as queries."""
     outs = []
-    for q_part, k_part, v_part in zip(q.split(layout.lengths[0]), k.split(layout.lengths[1]),
-                                      v.split(layout.lengths[1])):
+    for q_part, k_part, v_part in zip(
+        q.split(layout.lengths[0]), k.split(layout.lengths[1]), v.split(layout.lengths[1])
+    ):
         parts = (x.transpose(0, 1)[None] for x in (q_part, k_part, v_part))
         out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
         outs.append(out[0].transpose(0, 1))
@@ -65,6 +66,7 @@ def without_gradient(q, k, v, layout):
 @pytest.fixture
 def settle(monkeypatch):
     """Chooses among pretended libraries of a GPU, for which the CPU stands in."""
+
     def settle(*calls, dtype=torch.float32, heads=(4, 2)):
         attention_check._first_that_is_right.cache_clear()
         monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
@@ -82,17 +84,20 @@ def test_a_library_that_is_right_is_taken(settle, dtype, heads, caplog):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("wrong, why", [
-    (first_rows_aligned, "its values differ from SDPA's by"),
-    (heads_confused, "its values differ from SDPA's by"),
-    (not_a_number, "its values differ from SDPA's by nan"),
-    (keys_gradient_wrong, "its keys' gradients differ from SDPA's by 0.1 of the largest"),
-    (raising, "it raises RuntimeError: CUDA error: no kernel image is available"),
-    (without_gradient, "it raises RuntimeError:"),
-])
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        (first_rows_aligned, "its values differ from SDPA's by"),
+        (heads_confused, "its values differ from SDPA's by"),
+        (not_a_number, "its values differ from SDPA's by nan"),
+        (keys_gradient_wrong, "its keys' gradients differ from SDPA's by 0.1 of the largest"),
+        (raising, "it raises RuntimeError: CUDA error: no kernel image is available"),
+        (without_gradient, "it raises RuntimeError:"),
+    ],
+)
 def test_one_that_is_wrong_leaves_it_to_the_next(settle, wrong, why, caplog):
     assert settle(wrong, right) is right
-    message, = caplog.messages
+    (message,) = caplog.messages
     assert message.startswith(f"attention: {wrong.__name__} is not used: {why}") and "\n" not in message
 
 
@@ -141,19 +146,23 @@ def test_every_library_that_is_here_is_tried_in_order(monkeypatch):
     assert list(attention.gpu_libraries()) == ["flash_attn_interface", "flash_attn"]
 
 
-@pytest.mark.parametrize("source, said", [
-    ("raise RuntimeError('cutlass does not fit\\nmore')", "RuntimeError: cutlass does not fit"),
-    ("raise ImportError('undefined symbol')", "ImportError: undefined symbol"),
-    ("import package_that_is_not_here", "ModuleNotFoundError: No module named 'package_that_is_not_here'"),
-    ("other = 1", None),
-])
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("raise RuntimeError('cutlass does not fit\\nmore')", "RuntimeError: cutlass does not fit"),
+        ("raise ImportError('undefined symbol')", "ImportError: undefined symbol"),
+        ("import package_that_is_not_here", "ModuleNotFoundError: No module named 'package_that_is_not_here'"),
+        ("other = 1", None),
+    ],
+)
 def test_a_module_that_is_broken_is_noted(tmp_path, monkeypatch, caplog, source, said):
     (tmp_path / "broken_attention.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     assert attention._find("broken_attention", "function") is None
     sys.modules.pop("broken_attention", None)
-    assert caplog.messages == ([f"attention: broken_attention is installed but cannot be imported: {said}"] if said
-                               else [])
+    assert caplog.messages == (
+        [f"attention: broken_attention is installed but cannot be imported: {said}"] if said else []
+    )
 
 
 @pytest.mark.parametrize("module", ["no_such_attention", "no_such_attention.cute", "torch.no_such_attention"])

@@ -13,7 +13,8 @@ from fastvid.model.decoder import _keep_products
 
 # Where it ought to compile and does not, the tests fail.
 if (lacking := avx512_attention.obstacle()) and any(
-        x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")):
+    x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")
+):
     pytest.skip(f"attention for AVX512-BF16: {lacking}", allow_module_level=True)
 
 BF16 = torch.bfloat16
@@ -31,9 +32,21 @@ SHAPES = {
 SHARED = {  # constant rows, rows, and who attends to which of them
     **GATHERED,
     "leading rows, fewer and more": (
-        7, 90, [[*range(70)], [*range(33)], [*range(33), *range(70, 97)], [*range(12)], [*range(12), *range(60, 81)],
-                [*range(40, 61)], [*range(40, 61)], [*range(40, 49)], [*range(40, 50), 9, 8]],
-        [50, 33, 27, 1, 21, 6, 5, 9, 2]),
+        7,
+        90,
+        [
+            [*range(70)],
+            [*range(33)],
+            [*range(33), *range(70, 97)],
+            [*range(12)],
+            [*range(12), *range(60, 81)],
+            [*range(40, 61)],
+            [*range(40, 61)],
+            [*range(40, 49)],
+            [*range(40, 50), 9, 8],
+        ],
+        [50, 33, 27, 1, 21, 6, 5, 9, 2],
+    ),
     "a row twice": (2, 9, [[3, 4, 3, 5], [3, 4, 3, 6, 6]], [2, 5]),
     "a segment without queries between": (0, 30, [[*range(20)], [*range(5, 25)], [*range(20), 28]], [7, 0, 1]),
 }
@@ -45,6 +58,7 @@ def own(q, k, v, q_bounds, k_bounds, kv_rows=None, constant=None):
 
 def gathered(kv_rows, constant):
     """Plain attention to the rows that are chosen."""
+
     def function(q, k, v, q_bounds, k_bounds):
         return plain(q, *(torch.cat([c.to(x.dtype), x])[kv_rows] for c, x in zip(constant, (k, v))), q_bounds, k_bounds)
 
@@ -56,8 +70,11 @@ def gathered(kv_rows, constant):
 @pytest.mark.parametrize("segments", SHAPES.values(), ids=SHAPES)
 def test_equals_plain_attention(segments, heads, kv_heads, channels):
     given = inputs(segments, heads, kv_heads, channels, BF16)
-    assert_close_to_exact(results(own, *given, segments), results(plain, *given, segments),
-                          results(plain, *(x.double() for x in given), segments))
+    assert_close_to_exact(
+        results(own, *given, segments),
+        results(plain, *given, segments),
+        results(plain, *(x.double() for x in given), segments),
+    )
 
 
 @pytest.mark.parametrize("heads, kv_heads, channels", [(2, 2, 16), (4, 2, 48), (3, 1, 64)])
@@ -74,14 +91,16 @@ def test_gathers_keys_and_adds_up_their_gradients(constant_rows, rows, keys, que
 
     reference, given = gathered(kv_rows, constant), (q, k, v, grad)
     found = results(ours, *given, segments)
-    assert_close_to_exact(found, results(reference, *given, segments),
-                          results(reference, *(x.double() for x in given), segments))
+    assert_close_to_exact(
+        found, results(reference, *given, segments), results(reference, *(x.double() for x in given), segments)
+    )
     never = [row for row in range(rows) if row + constant_rows not in kv_rows]
     assert not found[2][never].any() and not found[3][never].any()
 
 
-@pytest.mark.parametrize("keys", [[[0]] * 1000, [[0], [1, 0]] * 500, [[0], [1]] * 1000],
-                         ids=["kept", "moved", "in turn"])
+@pytest.mark.parametrize(
+    "keys", [[[0]] * 1000, [[0], [1, 0]] * 500, [[0], [1]] * 1000], ids=["kept", "moved", "in turn"]
+)
 def test_gradients_of_shared_keys_are_summed_in_fp32(keys):
     """Of a thousand queries that each add 1 to a key's value: bf16 alone would stop counting at 256."""
     q, grad = torch.zeros(len(keys), 1, 16, dtype=BF16), torch.ones(len(keys), 1, 16, dtype=BF16)
@@ -150,8 +169,12 @@ def test_selective_recomputation_keeps_the_result():
 
     q, k, v, _ = inputs(([9], [20]), 2, 2, 16, BF16)
     with Calls():
-        checkpoint(lambda x: own(x * 2, k, v, bounds([9]), bounds([20])), q.requires_grad_(), use_reentrant=False,
-                   context_fn=_keep_products).sum().backward()
+        checkpoint(
+            lambda x: own(x * 2, k, v, bounds([9]), bounds([20])),
+            q.requires_grad_(),
+            use_reentrant=False,
+            context_fn=_keep_products,
+        ).sum().backward()
     assert calls == ["fastvid_avx512::attention", "fastvid_avx512::attention_backward"]
 
 
@@ -163,7 +186,7 @@ def test_what_is_not_a_number_shows_in_its_own_sample_alone(name, value):
     given[name] = given[name].clone()
     given[name][30] = value
     out, *grads = results(own, *given.values(), segments)
-    assert not out[30:31 if name == "q" else 60].isfinite().any() and not grads[0][30].isfinite().any()
+    assert not out[30 : 31 if name == "q" else 60].isfinite().any() and not grads[0][30].isfinite().any()
     assert out[60:].isfinite().all()
     assert all(x[60:].isfinite().all() for x in grads)
 
@@ -178,18 +201,31 @@ def test_scores_far_apart_leave_all_to_the_greatest(size, channels):
     assert torch.equal(own(q, k, v, bounds([2]), bounds([20])), v[7].expand(2, 1, channels))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"k": (slice(19),)}, "do not fit each other"), ({"v": (slice(None), slice(1))}, "do not fit each other"),
-    ({"q": (slice(None), slice(None), slice(8))}, "do not fit each other"),
-    ({"q_bounds": [0, 3]}, "segments of"), ({"q_bounds": [0, 9, 4, 9]}, "segments of"),
-    ({"k_bounds": [0, 5]}, "segments of"),
-    ({"kv_rows": list(range(24)) + [25]}, "within the 25 rows"),
-    ({"kv_rows": [-1] + list(range(24))}, "within the 25 rows"), ({"kv_rows": None}, "need kv_rows"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": (slice(19),)}, "do not fit each other"),
+        ({"v": (slice(None), slice(1))}, "do not fit each other"),
+        ({"q": (slice(None), slice(None), slice(8))}, "do not fit each other"),
+        ({"q_bounds": [0, 3]}, "segments of"),
+        ({"q_bounds": [0, 9, 4, 9]}, "segments of"),
+        ({"k_bounds": [0, 5]}, "segments of"),
+        ({"kv_rows": list(range(24)) + [25]}, "within the 25 rows"),
+        ({"kv_rows": [-1] + list(range(24))}, "within the 25 rows"),
+        ({"kv_rows": None}, "need kv_rows"),
+    ],
+)
 def test_what_would_be_read_out_of_bounds_is_refused(change, message):
     q, k, v, _ = inputs(([9], [20]), 2, 2, 16, BF16)
-    given = {"q": q, "k": k, "v": v, "q_bounds": [0, 9], "k_bounds": [0, 25], "kv_rows": list(range(25)),
-             "constant": (k[:5], v[:5])}
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "q_bounds": [0, 9],
+        "k_bounds": [0, 25],
+        "kv_rows": list(range(25)),
+        "constant": (k[:5], v[:5]),
+    }
     for name, part in change.items():
         given[name] = given[name][part] if isinstance(part, tuple) else part
     if given["kv_rows"] is None:
@@ -202,12 +238,15 @@ def test_what_would_be_read_out_of_bounds_is_refused(change, message):
 
 def test_choice():
     cpu = torch.device("cpu")
-    assert [attention.choose_implementation("auto", cpu, *given) for given in (
-        (BF16, 16), (BF16, 128), (BF16, 8), (BF16, 24), (torch.float32, 16))] == [
-        "avx512", "avx512", "blocked", "blocked", "sdpa"]
-    for device, dtype, channels, reason in ((cpu, BF16, 8, "heads of 8 channels are no multiple of 16"),
-                                            (cpu, torch.float32, 16, "it is for bfloat16, not torch.float32"),
-                                            (torch.device("cuda"), BF16, 16, "it is for the CPU, not cuda")):
+    assert [
+        attention.choose_implementation("auto", cpu, *given)
+        for given in ((BF16, 16), (BF16, 128), (BF16, 8), (BF16, 24), (torch.float32, 16))
+    ] == ["avx512", "avx512", "blocked", "blocked", "sdpa"]
+    for device, dtype, channels, reason in (
+        (cpu, BF16, 8, "heads of 8 channels are no multiple of 16"),
+        (cpu, torch.float32, 16, "it is for bfloat16, not torch.float32"),
+        (torch.device("cuda"), BF16, 16, "it is for the CPU, not cuda"),
+    ):
         with pytest.raises(ValueError, match=f"'avx512' is impossible: {reason}; choose"):
             attention.choose_implementation("avx512", device, dtype, channels)
 

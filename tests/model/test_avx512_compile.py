@@ -16,8 +16,10 @@ from fastvid.batch import AttentionLayout
 from fastvid.model import avx512_attention
 from fastvid.model.attention import attend
 
-pytestmark = pytest.mark.skipif(any(x in (avx512_attention.obstacle() or "") for x in (
-    "it is for", "no AVX512", "no C++ compiler")), reason=f"attention for AVX512-BF16: {avx512_attention.obstacle()}")
+pytestmark = pytest.mark.skipif(
+    any(x in (avx512_attention.obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
+    reason=f"attention for AVX512-BF16: {avx512_attention.obstacle()}",
+)
 
 
 @pytest.fixture
@@ -53,8 +55,13 @@ def broken_compiler(patch, tmp_path):
 
 def other_cpu(patch, tmp_path):
     read = Path.read_text
-    patch.setattr(Path, "read_text", lambda self, *args, **options: "flags : avx512f avx512bw" if str(
-        self) == "/proc/cpuinfo" else read(self, *args, **options))
+    patch.setattr(
+        Path,
+        "read_text",
+        lambda self, *args, **options: (
+            "flags : avx512f avx512bw" if str(self) == "/proc/cpuinfo" else read(self, *args, **options)
+        ),
+    )
     return "this CPU has no AVX512-BF16"
 
 
@@ -84,8 +91,19 @@ def folder_of_everyone(patch, tmp_path):
     return f"its library cannot be compiled or loaded: {tmp_path}/cache/fastvid belongs to another user or everyone may"
 
 
-@pytest.mark.parametrize("lack", [no_compiler, failing_compiler, broken_compiler, other_cpu, no_folder, no_home,
-                                  unreadable_command, folder_of_everyone])
+@pytest.mark.parametrize(
+    "lack",
+    [
+        no_compiler,
+        failing_compiler,
+        broken_compiler,
+        other_cpu,
+        no_folder,
+        no_home,
+        unreadable_command,
+        folder_of_everyone,
+    ],
+)
 def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     reason = lack(monkeypatch, tmp_path)

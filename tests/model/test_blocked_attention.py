@@ -25,7 +25,8 @@ def test_gradient_numerically(monkeypatch):
     monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
     q, k, v, _ = (x.requires_grad_() for x in inputs(([5, 2], [6, 2]), 4, 2, 3, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: blocked_attention.blocked_attention(*x, bounds([5, 2]), bounds([6, 2])), (q, k, v))
+        lambda *x: blocked_attention.blocked_attention(*x, bounds([5, 2]), bounds([6, 2])), (q, k, v)
+    )
 
 
 def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
@@ -50,8 +51,10 @@ def test_saves_its_inputs_only():
 @pytest.mark.parametrize("heads", [2, 4])
 def test_gathers_keys_and_adds_up_their_gradients(monkeypatch, constant_rows, rows, keys, queries, heads):
     monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
-    q, k, v, grad = (torch.randn(n, h, 4, dtype=torch.float64, requires_grad=True)
-                     for n, h in ((sum(queries), heads), (rows, 2), (rows, 2), (sum(queries), heads)))
+    q, k, v, grad = (
+        torch.randn(n, h, 4, dtype=torch.float64, requires_grad=True)
+        for n, h in ((sum(queries), heads), (rows, 2), (rows, 2), (sum(queries), heads))
+    )
     constant = tuple(torch.randn(constant_rows, 2, 4, dtype=torch.float64) for _ in range(2))
     kv_rows = torch.tensor(sum(keys, []))
     given = bounds(queries), bounds(map(len, keys))
@@ -86,6 +89,10 @@ def test_selective_recomputation_keeps_the_result(monkeypatch):
     compute = blocked_attention._probabilities
     monkeypatch.setattr(blocked_attention, "_probabilities", lambda *args: calls.append(1) or compute(*args))
     q, k, v, _ = inputs(([9], [20]), 2, 2, 8, torch.bfloat16)
-    checkpoint(lambda x: blocked_attention.blocked_attention(x, k, v, bounds([9]), bounds([20])), q.requires_grad_(),
-               use_reentrant=False, context_fn=_keep_products).sum().backward()
+    checkpoint(
+        lambda x: blocked_attention.blocked_attention(x, k, v, bounds([9]), bounds([20])),
+        q.requires_grad_(),
+        use_reentrant=False,
+        context_fn=_keep_products,
+    ).sum().backward()
     assert len(calls) == 2  # forward's, and backward's own

@@ -30,20 +30,45 @@ from fastvid.model.decoder import Decoder
 ROPE = {
     "default": {},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}},
-    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-                                 "original_max_position_embeddings": 64}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
-SHAPES = {"mha": {}, "gqa": {"num_kv_heads": 2}, "mqa": {"num_kv_heads": 1}, "tied": {"tie_word_embeddings": True},
-          "wide heads": {"head_dim": 24, "num_heads": 2, "num_kv_heads": 2}}
+SHAPES = {
+    "mha": {},
+    "gqa": {"num_kv_heads": 2},
+    "mqa": {"num_kv_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"head_dim": 24, "num_heads": 2, "num_kv_heads": 2},
+}
 CASES = {**SHAPES, **{f"rope {name}": changes for name, changes in ROPE.items()}}
 
 
 def text_batch(seed=0):
-    return random_batch(seed, [{"text": (50, 4), "video": 0, "answer": 9}, {"text": (5, 6), "video": 0, "answer": 4},
-                               {"text": (1, 1), "video": 0, "answer": 1}])
+    return random_batch(
+        seed,
+        [
+            {"text": (50, 4), "video": 0, "answer": 9},
+            {"text": (5, 6), "video": 0, "answer": 4},
+            {"text": (1, 1), "video": 0, "answer": 1},
+        ],
+    )
 
 
 def llama_loss(llama, batch):
@@ -65,8 +90,10 @@ def test_equals_transformers_llama(case):
     loss, found = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     found = to_llama(model, found)
-    assert_same_gradients({name: found[name] for name, p in llama.named_parameters()},
-                          {name: p.grad for name, p in llama.named_parameters()})
+    assert_same_gradients(
+        {name: found[name] for name, p in llama.named_parameters()},
+        {name: p.grad for name, p in llama.named_parameters()},
+    )
 
 
 def test_packed_equals_one_by_one():
@@ -92,14 +119,20 @@ def test_shared_prefix_equals_samples_apart(recompute, kv_heads):
     plain = pack([(head.tolist() + tail.tolist(), range(prefix, prefix + len(tail) - 1)) for tail in tails])
     token_ids = torch.cat([head, *tails])
     loss_rows = torch.tensor([row for rows in own for row in rows[:-1]])
-    shared = dataclasses.replace(plain, token_ids=token_ids, positions=positions, layout=layout, loss_rows=loss_rows,
-                                 targets=token_ids[loss_rows + 1])
+    shared = dataclasses.replace(
+        plain,
+        token_ids=token_ids,
+        positions=positions,
+        layout=layout,
+        loss_rows=loss_rows,
+        targets=token_ids[loss_rows + 1],
+    )
 
     with torch.no_grad():
         ours = model.hidden(shared)[torch.tensor([row for rows in own for row in rows])]
         bounds = plain.layout.cu_seqlens_q.tolist()
         apart = model.hidden(plain)
-        assert_close(ours, torch.cat([apart[a + prefix:b] for a, b in itertools.pairwise(bounds)]))
+        assert_close(ours, torch.cat([apart[a + prefix : b] for a, b in itertools.pairwise(bounds)]))
     expected_loss, expected = loss_and_gradients(random_model(config, FULL), plain)
     loss, found = loss_and_gradients(model, shared)
     assert loss == pytest.approx(expected_loss, rel=1e-5)

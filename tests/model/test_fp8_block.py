@@ -17,10 +17,15 @@ from fastvid.model.fp8_block import gate_up_swiglu
 from fastvid.model.quantize import Fp8Linear
 
 PREFIX = [5, 6, 7, 8]
-KINDS = {"mha": {}, "gqa": {"config": model_config(**SIZES)}, "bf16": {"compute_dtype": torch.bfloat16},
-         "fp32 residual": {"compute_dtype": torch.bfloat16, "fp32_residual": True},
-         "selective": {"recompute": "selective"}, "full": {"recompute": "full"},
-         "one layer": {"config": model_config(num_layers=1)}}
+KINDS = {
+    "mha": {},
+    "gqa": {"config": model_config(**SIZES)},
+    "bf16": {"compute_dtype": torch.bfloat16},
+    "fp32 residual": {"compute_dtype": torch.bfloat16, "fp32_residual": True},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "one layer": {"config": model_config(num_layers=1)},
+}
 LAYERS = 2
 
 
@@ -55,10 +60,12 @@ def prepared(**options):
 def alike(frozen=False):
     """Few rows, because an interpreter is slow; all alike, or with the prefix kept and the frozen rows apart."""
     generator = torch.Generator().manual_seed(0)
-    samples = [random_sample(generator, **shape) for shape in ({"text": (5, 1), "video": 2},
-                                                               {"text": (4, 1), "video": 1, "answer": 2})]
+    samples = [
+        random_sample(generator, **shape)
+        for shape in ({"text": (5, 1), "video": 2}, {"text": (4, 1), "video": 1, "answer": 2})
+    ]
     for ids, _ in samples:
-        ids[:len(PREFIX)] = PREFIX
+        ids[: len(PREFIX)] = PREFIX
     plain = pack_alike(samples, generator=generator)
     return pack_frozen(samples, len(PREFIX), plain.features).parted() if frozen else plain
 
@@ -84,8 +91,9 @@ def assert_same_bits(found, expected):
 BATCHES = {"all rows alike": alike, "frozen rows": lambda: alike(frozen=True), "shared videos": shared}
 
 
-@pytest.mark.parametrize("kind, which", [*((kind, "frozen rows") for kind in KINDS), ("mha", "all rows alike"),
-                                         ("mha", "shared videos")])
+@pytest.mark.parametrize(
+    "kind, which", [*((kind, "frozen rows") for kind in KINDS), ("mha", "all rows alike"), ("mha", "shared videos")]
+)
 def test_equals_products_that_quantise(kind, which, quantised):
     batch = BATCHES[which]()
     model = prepared(**KINDS[kind])
@@ -113,8 +121,8 @@ def test_saves_what_is_saved_where_products_quantise():
     def saved(model):
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x,
-                lambda x: x):
+            lambda x: sizes.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x, lambda x: x
+        ):
             loss = model(alike(frozen=True))
         assert loss.requires_grad
         return sum(sizes.values())

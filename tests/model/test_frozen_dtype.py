@@ -49,8 +49,9 @@ def quantized_linears(model):
 def random_quantized(frozen_dtype, config=None, **options):
     """A random model, its decoder's matrices quantised; and that model."""
     plain = random_model(config)
-    model = VideoLlava(plain.config, trainable=ADAPTER, frozen_dtype=frozen_dtype,
-                       **{"compute_dtype": torch.float32, **options})
+    model = VideoLlava(
+        plain.config, trainable=ADAPTER, frozen_dtype=frozen_dtype, **{"compute_dtype": torch.float32, **options}
+    )
     values = dict(plain.named_parameters())
     with torch.no_grad():
         for name in quantized_linears(model):
@@ -67,15 +68,19 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     samples = [random_sample(generator, **shape) for shape in ({}, {"text": (4, 12), "answer": 5}, {"text": (9, 2)})]
     for ids, _ in samples:
-        ids[:len(PREFIX)] = PREFIX
+        ids[: len(PREFIX)] = PREFIX
     plain = pack(samples, generator=generator)
     return plain, pack_frozen(samples, len(PREFIX), plain.features).parted()
 
 
 def loaded(folder, frozen_dtype, compute_dtype=torch.float32):
     with torch.device("meta"):
-        model = VideoLlava(read_model_config(folder, vocab_size=TOKENS.vocab_size), trainable=ADAPTER,
-                           compute_dtype=compute_dtype, frozen_dtype=frozen_dtype)
+        model = VideoLlava(
+            read_model_config(folder, vocab_size=TOKENS.vocab_size),
+            trainable=ADAPTER,
+            compute_dtype=compute_dtype,
+            frozen_dtype=frozen_dtype,
+        )
     model.to_empty(device="cpu")
     load_weights(model, folder, tokens=TOKENS)
     return model
@@ -128,8 +133,9 @@ def test_model_equals_a_plain_one_that_holds_the_same_matrices(frozen_dtype, rec
         assert_same_gradients(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("frozen_dtype, loss_error, least_cosine", [
-    ("fp8", 0.002, 0.998), ("int8", 0.0005, 0.9999), ("nf4", 0.02, 0.97)])
+@pytest.mark.parametrize(
+    "frozen_dtype, loss_error, least_cosine", [("fp8", 0.002, 0.998), ("int8", 0.0005, 0.9999), ("nf4", 0.02, 0.97)]
+)
 def test_model_is_near_one_that_is_not_quantised(frozen_dtype, loss_error, least_cosine):
     model, plain = random_quantized(frozen_dtype, model_config(**SIZES))
     rows, parted = batches()
@@ -157,12 +163,17 @@ def test_fp8_is_recomputed_to_the_same_bits(recompute):
 def test_only_the_frozen_decoder_is_quantised():
     model, _ = random_quantized("nf4")
     assert all(name.startswith("decoder.layers.") for name in quantized_linears(model))
-    full = VideoLlava(model_config(), trainable=frozenset({"projector", "embed", "head", "decoder"}),
-                      compute_dtype=torch.float32, frozen_dtype="nf4")
+    full = VideoLlava(
+        model_config(),
+        trainable=frozenset({"projector", "embed", "head", "decoder"}),
+        compute_dtype=torch.float32,
+        frozen_dtype="nf4",
+    )
     assert not quantized_linears(full)
 
 
 # --- training
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -171,8 +182,19 @@ def run(tmp_path_factory):
 
 def curve(run, output, *flags):
     """Losses of 30 steps."""
-    config = config_of(run, output, "--bf16", "True", "--max_steps", "30", "--save_strategy", "no",
-                       "--dataloader_num_workers", "0", *flags)
+    config = config_of(
+        run,
+        output,
+        "--bf16",
+        "True",
+        "--max_steps",
+        "30",
+        "--save_strategy",
+        "no",
+        "--dataloader_num_workers",
+        "0",
+        *flags,
+    )
     assert train.train(config) == 0
     return list(losses(output).values())
 
@@ -240,9 +262,18 @@ def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):
 
 # --- memory
 
+
 def llama(hidden, intermediate, layers, heads):
-    return model_config(mm_hidden_size=1024, vocab_size=32003, hidden_size=hidden, intermediate_size=intermediate,
-                        num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=128)
+    return model_config(
+        mm_hidden_size=1024,
+        vocab_size=32003,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=128,
+    )
 
 
 SEVEN, THIRTEEN = llama(4096, 11008, 32, 32), llama(5120, 13824, 40, 40)
@@ -251,13 +282,29 @@ GB = 10**9
 
 def smallest(config, frozen_dtype):
     """The estimate for one sample of the longest kind that the reference trains on, everything recomputed."""
-    return estimate(config, trainable=ADAPTER, rows=2048, supervised_rows=1024, video_rows=676, recompute="full",
-                    compute_dtype=torch.bfloat16, frozen_dtype=frozen_dtype)
+    return estimate(
+        config,
+        trainable=ADAPTER,
+        rows=2048,
+        supervised_rows=1024,
+        video_rows=676,
+        recompute="full",
+        compute_dtype=torch.bfloat16,
+        frozen_dtype=frozen_dtype,
+    )
 
 
-@pytest.mark.parametrize("config, frozen_dtype, most", [
-    (SEVEN, None, 24), (SEVEN, "fp8", 24), (SEVEN, "int8", 16), (SEVEN, "nf4", 12), (THIRTEEN, "int8", 24),
-    (THIRTEEN, "nf4", 16)])
+@pytest.mark.parametrize(
+    "config, frozen_dtype, most",
+    [
+        (SEVEN, None, 24),
+        (SEVEN, "fp8", 24),
+        (SEVEN, "int8", 16),
+        (SEVEN, "nf4", 12),
+        (THIRTEEN, "int8", 24),
+        (THIRTEEN, "nf4", 16),
+    ],
+)
 def test_smallest_mode_fits_the_card(config, frozen_dtype, most):
     assert 0.2 * most * GB < smallest(config, frozen_dtype).total < most * GB
 
@@ -280,14 +327,24 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
     batch = pack([random_sample(generator, text=(9, 30), video=150, answer=20) for _ in range(2)], generator=generator)
     options = {"compute_dtype": torch.bfloat16, "recompute": recompute}
     peaks, estimates = [], []
-    for model, stored in ((random_model(config, **options), None),
-                          (random_quantized(frozen_dtype, config, **options)[0], frozen_dtype)):
+    for model, stored in (
+        (random_model(config, **options), None),
+        (random_quantized(frozen_dtype, config, **options)[0], frozen_dtype),
+    ):
         model(batch).backward()
         with LiveBytes() as live:
             model(batch).backward()
         peaks.append(live.peak)
-        expected = estimate(config, trainable=ADAPTER, rows=batch.num_rows, supervised_rows=batch.num_supervised,
-                            video_rows=300, frozen_dtype=stored, on_cpu=True, **options)
+        expected = estimate(
+            config,
+            trainable=ADAPTER,
+            rows=batch.num_rows,
+            supervised_rows=batch.num_supervised,
+            video_rows=300,
+            frozen_dtype=stored,
+            on_cpu=True,
+            **options,
+        )
         estimates.append(expected.total - expected.weights)
         assert expected.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert peaks[1] == pytest.approx(peaks[0], rel=0.01) and estimates[1] == pytest.approx(estimates[0], rel=0.01)
@@ -295,11 +352,16 @@ def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):
 
 # --- the benchmark of loss curves
 
+
 def test_curves_are_compared_with_bf16():
     plain = [2.0] * 40
     figures = compared([2.02] * 20 + [2.0] * 20, plain)
-    assert figures == pytest.approx({"mean": 2.01, "mean_last": 2.0, "difference": 0.005, "first_difference": 0.01,
-                                     "largest_gap": 0.01})
-    rows = [{"way": way, "seed": seed, **compared([2.0 * factor] * 40, plain)}
-            for seed in (0, 1) for way, factor in (("bf16", 1.0), ("fp8", 1.01 + 0.02 * seed))]
+    assert figures == pytest.approx(
+        {"mean": 2.01, "mean_last": 2.0, "difference": 0.005, "first_difference": 0.01, "largest_gap": 0.01}
+    )
+    rows = [
+        {"way": way, "seed": seed, **compared([2.0 * factor] * 40, plain)}
+        for seed in (0, 1)
+        for way, factor in (("bf16", 1.0), ("fp8", 1.01 + 0.02 * seed))
+    ]
     assert table(rows).splitlines()[2].split() == ["fp8", "2", "2.0400", "+2.00%", "1.00%", "+2.00%", "2.0400", "2.00%"]

@@ -43,9 +43,15 @@ def prepared(model):
     return model
 
 
-KINDS = {"mha": {}, "gqa": {"config": model_config(num_kv_heads=2)}, "selective": {"recompute": "selective"},
-         "full": {"recompute": "full"}, "first layer": {"recompute": 1}, "head": {"trainable": ADAPTER | {"head"}},
-         "one layer": {"config": model_config(num_layers=1)}}
+KINDS = {
+    "mha": {},
+    "gqa": {"config": model_config(num_kv_heads=2)},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "first layer": {"recompute": 1},
+    "head": {"trainable": ADAPTER | {"head"}},
+    "one layer": {"config": model_config(num_layers=1)},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,8 +75,10 @@ def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch
     One sample asks about two videos. Without gradients the loss has the same bits.
     """
     generator = torch.Generator().manual_seed(0)
-    samples = [random_sample(generator, text=text, answer=4, video=video) for text, video in (
-        ((9, 7), 6), ((6, 5), 0), ((5, 3), 6), ((8, 2), 6))]
+    samples = [
+        random_sample(generator, text=text, answer=4, video=video)
+        for text, video in (((9, 7), 6), ((6, 5), 0), ((5, 3), 6), ((8, 2), 6))
+    ]
     (ids, rows), (more, _) = samples[2], random_sample(generator, answer=1)
     samples[2] = ids + more, rows
     for ids, _ in samples:
@@ -158,9 +166,10 @@ def test_parts_attend_to_their_samples():
 
     video = [sample for sample in samples if START in sample]
     assert segments(live.layout) == video
-    assert live.layout.cu_seqlens_q.tolist() == list(itertools.accumulate(
-        [0] + [len(sample) - sample.index(START) for sample in video]))
-    texts = [sample[:sample.index(START)] if START in sample else sample for sample in samples]
+    assert live.layout.cu_seqlens_q.tolist() == list(
+        itertools.accumulate([0] + [len(sample) - sample.index(START) for sample in video])
+    )
+    texts = [sample[: sample.index(START)] if START in sample else sample for sample in samples]
     assert segments(frozen.layout) == [text for text in texts if len(text) > PREFIX]
     assert frozen.layout.cu_seqlens_q[-1] == batch.frozen_rows
     rows = torch.cat([frozen.loss_rows, live.loss_rows + batch.frozen_rows])
@@ -178,8 +187,9 @@ def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
     constant = torch.randn(first, 4, 8), torch.randn(first, 4, 8)
     out = attend(q, k, v, layout, constant=constant)
     grad = torch.randn_like(out)
-    expected = torch.autograd.grad(attend(q, k, v, dataclasses.replace(layout, own_keys=None), constant=constant),
-                                   (q, k, v), grad)
+    expected = torch.autograd.grad(
+        attend(q, k, v, dataclasses.replace(layout, own_keys=None), constant=constant), (q, k, v), grad
+    )
     assert all(map(torch.equal, torch.autograd.grad(out, (q, k, v), grad), expected))
     twice = dataclasses.replace(layout, kv_rows=layout.kv_rows.clamp(max=first), own_keys=None)
     assert twice.with_way_back(first, len(layout.own_keys)).own_keys is None

@@ -21,9 +21,14 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.model import attention
 
-KINDS = {"mha": {}, "gqa": {"config": model_config(num_kv_heads=2)}, "selective": {"recompute": "selective"},
-         "full": {"recompute": "full"}, "head": {"trainable": ADAPTER | {"head"}},
-         "one layer": {"config": model_config(num_layers=1)}}
+KINDS = {
+    "mha": {},
+    "gqa": {"config": model_config(num_kv_heads=2)},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "head": {"trainable": ADAPTER | {"head"}},
+    "one layer": {"config": model_config(num_layers=1)},
+}
 
 
 @pytest.fixture

@@ -125,8 +125,9 @@ def test_a_weight_that_changes_before_backward_is_an_error():
 
 
 @tiles
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))],
-                         ids=["copied", "pickled"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))], ids=["copied", "pickled"]
+)
 def test_a_copy_makes_its_own_tiles(duplicate):
     tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16)
     expected = tiled(x)
@@ -162,8 +163,11 @@ def test_rows_of_another_dtype_take_the_plain_product():
 def test_selective_recomputation_keeps_the_product():
     tiled = frozen_linear(64, 64, tiled=True)
     x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
-    names = products_of(lambda: checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False,
-                                           context_fn=_keep_products).sum().backward())
+    names = products_of(
+        lambda: (
+            checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False, context_fn=_keep_products).sum().backward()
+        )
+    )
     assert len(names) == 2  # forward, and the gradient
 
 
@@ -192,25 +196,33 @@ def check_copies(decoder, allowed):
     """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and
     values."""
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    held = [[tiled for each in (linear._tiled or {}).values() for tiled in (each._forward, each._backward)]
-            for linear in linears]
+    held = [
+        [tiled for each in (linear._tiled or {}).values() for tiled in (each._forward, each._backward)]
+        for linear in linears
+    ]
     assert [len(copies) for copies in held] == [
-        (4 if linear is decoder.layers[-1].qkv else 2) * allowed for linear in linears]
+        (4 if linear is decoder.layers[-1].qkv else 2) * allowed for linear in linears
+    ]
     assert sum(tiled.numel() for copies in held for tiled in copies if tiled is not None) == allowed * sum(
-        2 * linear.weight.numel() for linear in linears)
+        2 * linear.weight.numel() for linear in linears
+    )
 
 
 @tiles
-@pytest.mark.parametrize("more", [[], ["--bf16", "False"], ["--recompute", "selective"],
-                                  ["--share_video", "--question_order", "video_first"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--bf16", "False"], ["--recompute", "selective"], ["--share_video", "--question_order", "video_first"]],
+    ids=" ".join,
+)
 def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
     found = []
     for allowed in (True, False):
         with monkeypatch.context() as patch:
             if not allowed:
                 patch.setattr("fastvid.training.planning.can_tile", lambda *_: False)
-            state = train.build(config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more),
-                                WORLD)
+            state = train.build(
+                config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more), WORLD
+            )
         names = products_of(lambda: found.append(losses_of(state)))
         assert bool(names) == allowed
         check_copies(state.model.decoder, allowed)
@@ -219,12 +231,18 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
 
 
 @tiles
-@pytest.mark.parametrize("flags, tiled", [
-    (["--bf16", "True"], True), (["--bf16", "True", "--recompute", "selective"], True),
-    (["--bf16", "True", "--recompute", "full"], False), ([], True), (["--parity", "reference"], False),
-    (["--bf16", "True", "--frozen_dtype", "int8"], False),
-    (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
-])
+@pytest.mark.parametrize(
+    "flags, tiled",
+    [
+        (["--bf16", "True"], True),
+        (["--bf16", "True", "--recompute", "selective"], True),
+        (["--bf16", "True", "--recompute", "full"], False),
+        ([], True),
+        (["--parity", "reference"], False),
+        (["--bf16", "True", "--frozen_dtype", "int8"], False),
+        (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
+    ],
+)
 def test_what_is_tiled(run, flags, tiled, caplog):
     with caplog.at_level(logging.INFO, "fastvid"):
         state = train.build(config_of(run, "unused", *flags), WORLD)
@@ -241,16 +259,23 @@ def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch,
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append(estimate(*a, **k)) or found[-1])
     state = train.build(config, WORLD)
     plain, with_copies = found[-2:]
-    weights = [linear.weight.nbytes for layer in state.model.decoder.layers
-               for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    weights = [
+        linear.weight.nbytes
+        for layer in state.model.decoder.layers
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    ]
     assert with_copies.weights - plain.weights == 2 * sum(weights)
-    for memory_of_all, tiled in ((with_copies.total - 1, False), (with_copies.total / 0.75 - 1, False),
-                                 (with_copies.total / 0.75 + 1, True)):
+    for memory_of_all, tiled in (
+        (with_copies.total - 1, False),
+        (with_copies.total / 0.75 - 1, False),
+        (with_copies.total / 0.75 + 1, True),
+    ):
         caplog.clear()
         monkeypatch.setattr(parallel, "device_memory", lambda world: memory_of_all)
         assert (train.build(config, WORLD).model.decoder.layers[0].qkv._tiled is not None) == tiled
-        assert ("not also held in the layouts that this CPU multiplies, for which memory is "
-                "short" in caplog.text) != tiled
+        assert (
+            "not also held in the layouts that this CPU multiplies, for which memory is short" in caplog.text
+        ) != tiled
 
 
 def test_elsewhere_products_are_plain():

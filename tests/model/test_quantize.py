@@ -135,8 +135,9 @@ def test_bytes(frozen_dtype, shape):
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
 def test_files_of_any_precision(frozen_dtype, dtype):
     weight = random(OUT, IN, scale=0.02).to(dtype)
-    assert_close(quantized(frozen_dtype, weight)(torch.eye(IN)),
-                 quantized(frozen_dtype, weight.float())(torch.eye(IN)), 1e-3)
+    assert_close(
+        quantized(frozen_dtype, weight)(torch.eye(IN)), quantized(frozen_dtype, weight.float())(torch.eye(IN)), 1e-3
+    )
 
 
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
@@ -162,6 +163,7 @@ def test_no_rows(frozen_dtype):
 
 def test_what_is_multiplied_on_a_gpu_is_laid_out_as_fp8_units_want_it():
     """torch checks the layout of what a GPU would get: left factor row-major, right one column-major, steps of 16."""
+
     def bits(*shape):
         return torch.empty(*shape, dtype=torch.float8_e4m3fn, device="cuda")
 

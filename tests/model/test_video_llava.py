@@ -48,13 +48,29 @@ def recorded_model(recorded, variant, rows, head_rows, trainable):
     new = {"embed": rows.numpy(), "lm_head": head_rows.numpy()}
     state = {name: torch.from_numpy(x) for name, x in tiny.llava_state(variant, new).items()}
     config = ModelConfig(
-        DecoderConfig(vocab_size=tiny.BASE_VOCAB + len(rows), hidden_size=tiny.HIDDEN, num_layers=tiny.LAYERS,
-                      intermediate_size=tiny.INTERMEDIATE, num_heads=tiny.HEADS, num_kv_heads=tiny.HEADS,
-                      head_dim=tiny.HIDDEN // tiny.HEADS, rms_norm_eps=1e-5, max_position_embeddings=4096,
-                      rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False),
-        tiny.MM_HIDDEN, PROJECTORS[variant], None, 0.02)
-    ours = {"embed.weight": state["model.embed_tokens.weight"], "head.weight": state["lm_head.weight"],
-            "decoder.norm.weight": state["model.norm.weight"]}
+        DecoderConfig(
+            vocab_size=tiny.BASE_VOCAB + len(rows),
+            hidden_size=tiny.HIDDEN,
+            num_layers=tiny.LAYERS,
+            intermediate_size=tiny.INTERMEDIATE,
+            num_heads=tiny.HEADS,
+            num_kv_heads=tiny.HEADS,
+            head_dim=tiny.HIDDEN // tiny.HEADS,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+        ),
+        tiny.MM_HIDDEN,
+        PROJECTORS[variant],
+        None,
+        0.02,
+    )
+    ours = {
+        "embed.weight": state["model.embed_tokens.weight"],
+        "head.weight": state["lm_head.weight"],
+        "decoder.norm.weight": state["model.norm.weight"],
+    }
     for name, tensor in state.items():
         if "mm_projector" in name:
             name = name.removeprefix("model.mm_projector.")
@@ -63,9 +79,14 @@ def recorded_model(recorded, variant, rows, head_rows, trainable):
         ours["boundary.weight"] = rows[1:3]
     for i in range(tiny.LAYERS):
         layer = {name.removeprefix(f"model.layers.{i}."): x for name, x in state.items() if f"layers.{i}." in name}
-        fused = {"input_norm": ["input_layernorm"], "post_norm": ["post_attention_layernorm"],
-                 "qkv": [f"self_attn.{x}_proj" for x in "qkv"], "o": ["self_attn.o_proj"],
-                 "gate_up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+        fused = {
+            "input_norm": ["input_layernorm"],
+            "post_norm": ["post_attention_layernorm"],
+            "qkv": [f"self_attn.{x}_proj" for x in "qkv"],
+            "o": ["self_attn.o_proj"],
+            "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+            "down": ["mlp.down_proj"],
+        }
         for name, parts in fused.items():
             ours[f"decoder.layers.{i}.{name}.weight"] = torch.cat([layer[part + ".weight"] for part in parts])
     model = VideoLlava(config, trainable=trainable, compute_dtype=torch.float32)
@@ -86,16 +107,21 @@ def recorded_batch(recorded, variant, key, *, start_end):
     boundaries = [(tokens == token).nonzero()[:, 0] for token in (32001, 32002)]
     features = torch.cat([torch.from_numpy(tiny.features(variant, i)) for i in (0, 1)])
     return PackedBatch(
-        token_ids=tokens, positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
-        layout=AttentionLayout.of_lengths(lengths), video_rows=(tokens == 32000).nonzero()[:, 0], features=features,
+        token_ids=tokens,
+        positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
+        layout=AttentionLayout.of_lengths(lengths),
+        video_rows=(tokens == 32000).nonzero()[:, 0],
+        features=features,
         boundary_rows=torch.stack(boundaries, 1).flatten() if start_end else torch.empty(0, dtype=torch.int64),
-        loss_rows=predicted - 1, targets=targets[predicted])
+        loss_rows=predicted - 1,
+        targets=targets[predicted],
+    )
 
 
 def per_row(padded, batch):
     """[2, longest, …] → [N, …]."""
     bounds = batch.layout.cu_seqlens_q.tolist()
-    return torch.cat([padded[i, :b - a] for i, (a, b) in enumerate(itertools.pairwise(bounds))])
+    return torch.cat([padded[i, : b - a] for i, (a, b) in enumerate(itertools.pairwise(bounds))])
 
 
 def check_loss_and_lse(model, batch, loss, lse):
@@ -115,8 +141,9 @@ def check_gradients(found, tensors, key):
     assert len(names) in (3, 4, 5)
     for name in names:
         part = name.removeprefix(f"{key}/grad/").removeprefix("model.mm_projector.")
-        ours = "boundary.weight" if "embed_rows" in part else \
-            "projector." + (part if part[0].isdigit() else "0." + part)
+        ours = (
+            "boundary.weight" if "embed_rows" in part else "projector." + (part if part[0].isdigit() else "0." + part)
+        )
         assert_close(found[ours], tensors[name])
 
 
@@ -124,8 +151,13 @@ def check_gradients(found, tensors, key):
 def test_recorded_video_batch(recorded, variant):
     _, tensors, values = recorded
     values, key = values["variants"][variant], f"{variant}/video"
-    model = recorded_model(recorded, variant, tensors[f"{variant}/init/embed_rows_32000_32002"],
-                           tensors[f"{variant}/init/lm_head_rows_32000_32002"], ADAPTER)
+    model = recorded_model(
+        recorded,
+        variant,
+        tensors[f"{variant}/init/embed_rows_32000_32002"],
+        tensors[f"{variant}/init/lm_head_rows_32000_32002"],
+        ADAPTER,
+    )
     batch = recorded_batch(recorded, variant, key, start_end=True)
     assert batch.num_supervised == values["video"]["n_supervised"]
     logits, found = check_loss_and_lse(model, batch, values["video"]["loss"], tensors[f"{key}/lse"])
@@ -153,16 +185,22 @@ def test_recorded_distinct_boundary_rows(recorded):
     rows[1:] = tensors["336/distinct/embed_rows_32001_32002"]
     model = recorded_model(recorded, "336", rows, tensors["336/init/lm_head_rows_32000_32002"], ADAPTER)
     batch = recorded_batch(recorded, "336", "336/video", start_end=True)
-    _, found = check_loss_and_lse(model, batch, values["variants"]["336"]["distinct"]["loss"],
-                                  tensors["336/distinct/lse"])
+    _, found = check_loss_and_lse(
+        model, batch, values["variants"]["336"]["distinct"]["loss"], tensors["336/distinct/lse"]
+    )
     check_gradients(found, tensors, "336/distinct")
 
 
 def test_recorded_batch_without_start_and_end_tokens(recorded):
     _, tensors, values = recorded
     values = values["variants"]["336"]["nose"]
-    model = recorded_model(recorded, "336", tensors["336/nose/embed_row_32000"], tensors["336/nose/lm_head_row_32000"],
-                           frozenset({"projector", "embed", "head"}))
+    model = recorded_model(
+        recorded,
+        "336",
+        tensors["336/nose/embed_row_32000"],
+        tensors["336/nose/lm_head_row_32000"],
+        frozenset({"projector", "embed", "head"}),
+    )
     batch = recorded_batch(recorded, "336", "336/nose", start_end=False)
     _, found = check_loss_and_lse(model, batch, values["loss"], tensors["336/nose/lse"])
     check_gradients(found, tensors, "336/nose")
@@ -186,8 +224,18 @@ def test_boundary_rows_are_the_tables_rows_when_the_table_is_trained():
     assert not together["embed.weight"][97].any()  # the placeholder's row is never read
 
 
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL, frozenset({"embed", "head"}), frozenset({"projector"}),
-                                       frozenset({"boundary"}), frozenset({"head"})], ids=lambda t: "+".join(sorted(t)))
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ADAPTER,
+        FULL,
+        frozenset({"embed", "head"}),
+        frozenset({"projector"}),
+        frozenset({"boundary"}),
+        frozenset({"head"}),
+    ],
+    ids=lambda t: "+".join(sorted(t)),
+)
 def test_gradients_reach_exactly_what_is_trained(trainable):
     model = random_model(trainable=trainable, compute_dtype=torch.bfloat16)
     loss_and_gradients(model, random_batch())
@@ -227,8 +275,11 @@ def test_several_videos_in_a_sample_and_mixed_samples():
     samples = [one, text, joined]
     whole = pack(samples, generator=generator)
     first, last = pack([one]), pack([joined])
-    parts = [dataclasses.replace(first, features=whole.features[:6]), pack([text]),
-             dataclasses.replace(last, features=whole.features[6:])]
+    parts = [
+        dataclasses.replace(first, features=whole.features[:6]),
+        pack([text]),
+        dataclasses.replace(last, features=whole.features[6:]),
+    ]
     loss, together = loss_and_gradients(random_model(), whole)
     total, apart = loss_and_gradients(random_model(), *parts)
     assert loss == pytest.approx(total, rel=1e-6)
@@ -273,8 +324,9 @@ def run_rank(rank, store, queue):
 
     for name, options in SHARDED.items():
         model = random_model(**options)
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False, reduce_dtype=torch.float32,
-                                      param_dtype=options.get("compute_dtype"))
+        policy = MixedPrecisionPolicy(
+            cast_forward_inputs=False, reduce_dtype=torch.float32, param_dtype=options.get("compute_dtype")
+        )
         for module in [*model.decoder.layers, model.projector, model]:
             fully_shard(module, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
@@ -320,4 +372,5 @@ def test_fp32_residual_keeps_embeddings_and_norms_unrounded():
     model = VideoLlava(model_config(), trainable=ADAPTER, compute_dtype=torch.bfloat16, fp32_residual=True)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
-        name for name in dtypes if name == "embed.weight" or "norm" in name}
+        name for name in dtypes if name == "embed.weight" or "norm" in name
+    }

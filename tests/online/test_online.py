@@ -33,8 +33,15 @@ def run(tmp_path_factory):
     """Videos, records, a model and a tower; feats/ as `fastvid extract` makes them, before/ of a run on those."""
     torch.set_num_threads(1)  # as forks of this process have it
     run = write_videos(tmp_path_factory.mktemp("run"))
-    extract.extract(extract.ExtractConfig(
-        str(run / "videos"), str(run / "feats"), vision_tower=str(run / "tower"), num_frames=FRAMES, decode_workers=1))
+    extract.extract(
+        extract.ExtractConfig(
+            str(run / "videos"),
+            str(run / "feats"),
+            vision_tower=str(run / "tower"),
+            num_frames=FRAMES,
+            decode_workers=1,
+        )
+    )
     assert train.main(online_flags(run, run / "before", "--video_folder", str(run / "feats"))) == 0
     return run
 
@@ -54,8 +61,10 @@ def files(folder):
 def entries(folder):
     """Lines of a manifest, but for times."""
     found = [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
-    return sorted(({key: value for key, value in line.items() if key not in ("time", "seconds", "written")}
-                   for line in found), key=lambda line: line["video"])
+    return sorted(
+        ({key: value for key, value in line.items() if key not in ("time", "seconds", "written")} for line in found),
+        key=lambda line: line["video"],
+    )
 
 
 def parameters(output):
@@ -101,8 +110,9 @@ def test_a_run_on_videos_is_that_on_features_made_before(run, tmp_path, workers,
     again = online_flags(run, tmp_path / "again", "--clip_feat_path", str(out / "features"), "--max_steps", "1")
     assert train.main(again) == 0 and len(spy.encoders) == 1
     assert "12 have one in" in caplog.text and losses(tmp_path / "again")[1] == losses(run / "before")[1]
-    config = extract.ExtractConfig(str(run / "videos"), str(out / "features"), vision_tower=str(run / "tower"),
-                                   num_frames=FRAMES, decode_workers=1)
+    config = extract.ExtractConfig(
+        str(run / "videos"), str(out / "features"), vision_tower=str(run / "tower"), num_frames=FRAMES, decode_workers=1
+    )
     assert extract.extract(config).skipped == len(VIDEOS)
 
 
@@ -119,22 +129,40 @@ def test_some_have_features_and_some_are_videos(run, tmp_path, monkeypatch):
     assert train.main(argv) == 0
     assert losses(tmp_path / "out") == losses(run / "before")
     expected = files(run / "feats")
-    assert files(made) == {name: expected[name] for name in expected if name not in (
-        "clip0.safetensors", "sub/clip7.safetensors")}
-    assert {line["video"] for line in entries(made)} == set(VIDEOS) - {"clip0.mp4", "sub/clip7.mp4", "clip1.mp4",
-                                                                      "sub/clip8.mp4"}
+    assert files(made) == {
+        name: expected[name] for name in expected if name not in ("clip0.safetensors", "sub/clip7.safetensors")
+    }
+    assert {line["video"] for line in entries(made)} == set(VIDEOS) - {
+        "clip0.mp4",
+        "sub/clip7.mp4",
+        "clip1.mp4",
+        "sub/clip8.mp4",
+    }
 
 
 def test_a_validation_set_of_videos(run, tmp_path, monkeypatch):
     spy, data = Spy(monkeypatch), tmp_path / "half.json"
     data.write_text(json.dumps(json.loads((run / "train.json").read_text())[:6]))
     for output, folder in (("before", "feats"), ("out", "videos")):
-        argv = online_flags(run, tmp_path / output, "--video_folder", str(run / folder), "--max_steps", "2",
-                            "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps",
-                            "--eval_steps", "1")
+        argv = online_flags(
+            run,
+            tmp_path / output,
+            "--video_folder",
+            str(run / folder),
+            "--max_steps",
+            "2",
+            "--eval_data_path",
+            str(run / "train.json"),
+            "--eval_strategy",
+            "steps",
+            "--eval_steps",
+            "1",
+        )
         assert train.main(with_data(argv, data)) == 0
-    found, expected = ([line["eval_loss"] for line in read_metrics(tmp_path / output / "metrics.jsonl")
-                        if "eval_loss" in line] for output in ("out", "before"))
+    found, expected = (
+        [line["eval_loss"] for line in read_metrics(tmp_path / output / "metrics.jsonl") if "eval_loss" in line]
+        for output in ("out", "before")
+    )
     assert found == expected and len(found) == 2 and len(spy.encoders) == 1
 
 
@@ -158,8 +186,20 @@ def test_a_broken_video_costs_its_sample_once_a_run(run, tmp_path, caplog):
     assert read_metrics(out / "metrics.jsonl")[-1]["skipped_samples"] == 2  # once an epoch
     assert read_manifest(out / "features")["clip3.mp4"]["status"] == "failed"
     assert sum(line["video"] == "clip3.mp4" for line in entries(out / "features")) == 1  # tried once in two epochs
-    assert validate.main(["--data_path", str(broken / "train.json"), "--video_folder", str(broken / "videos"),
-                          "--clip_feat_path", str(out / "features"), "--mm_use_vid_start_end"]) == 1
+    assert (
+        validate.main(
+            [
+                "--data_path",
+                str(broken / "train.json"),
+                "--video_folder",
+                str(broken / "videos"),
+                "--clip_feat_path",
+                str(out / "features"),
+                "--mm_use_vid_start_end",
+            ]
+        )
+        == 1
+    )
     with pytest.raises(ValueError, match="1 of 12 samples were skipped, more than --max_skipped 0.01"):
         train.main([*argv, "--resume", "never", "--max_skipped", "0.01"])
     (broken / "videos" / "clip3.mp4").write_bytes(whole)  # another run looks again
@@ -170,13 +210,18 @@ def test_a_broken_video_costs_its_sample_once_a_run(run, tmp_path, caplog):
 # What is refused
 
 
-@pytest.mark.parametrize("name, message", [
-    ("../run/videos/clip0.mp4", r'has "\.\."; give it relative'), ("{run}/videos/clip0.mp4", "it is absolute"),
-    ("linked.mp4", "lies there, but is a video; .*Links in that folder were not followed"),
-    ("elsewhere/clip0.mp4", "is a link that leads out of"), ("clip", "has no features in"),
-    ("twin.mp4", r"twin.* would be written to twin\.safetensors as well; rename one of them"),
-    ("two", r"means any of two\.a, two\.b in .*; give the whole name"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("../run/videos/clip0.mp4", r'has "\.\."; give it relative'),
+        ("{run}/videos/clip0.mp4", "it is absolute"),
+        ("linked.mp4", "lies there, but is a video; .*Links in that folder were not followed"),
+        ("elsewhere/clip0.mp4", "is a link that leads out of"),
+        ("clip", "has no features in"),
+        ("twin.mp4", r"twin.* would be written to twin\.safetensors as well; rename one of them"),
+        ("two", r"means any of two\.a, two\.b in .*; give the whole name"),
+    ],
+)
 def test_names_that_are_refused(run, tmp_path, name, message):
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -218,8 +263,19 @@ def test_bad_combinations_are_refused_before_any_step(run, tmp_path):
         with pytest.raises(ValueError, match=message):
             attempt(*more, "--clip_feat_path", str(feats))
         assert attempt(*more, "--clip_feat_path", str(tmp_path / "another")) == 0
-        argv = ["--video_dir_path", str(run / "videos"), "--clip_feat_path", str(feats), "--vision_tower",
-                str(run / "tower"), "--num_frames", str(FRAMES), "--decode_workers", "1", *more]
+        argv = [
+            "--video_dir_path",
+            str(run / "videos"),
+            "--clip_feat_path",
+            str(feats),
+            "--vision_tower",
+            str(run / "tower"),
+            "--num_frames",
+            str(FRAMES),
+            "--decode_workers",
+            "1",
+            *more,
+        ]
         assert extract.main([*argv, "--overwrite", "True"]) == 0
         assert attempt(*more, "--clip_feat_path", str(feats)) == 0
 
@@ -231,8 +287,11 @@ def test_bad_combinations_are_refused_before_any_step(run, tmp_path):
     assert attempt() == 0
     with pytest.raises(ValueError, match="no such folder; give the tower's"):
         attempt("--vision_tower", str(tmp_path / "nowhere"))
-    other_settings(r"other settings.*--clip_feat_path, or .*--overwrite True \(of fastvid extract\)", "--vision_tower",
-                   str(tmp_path / "other"))
+    other_settings(
+        r"other settings.*--clip_feat_path, or .*--overwrite True \(of fastvid extract\)",
+        "--vision_tower",
+        str(tmp_path / "other"),
+    )
     other_settings("made with tower_revision|made with num_frames 4, not 5", "--num_frames", "5")
     with pytest.raises(ValueError, match="is no folder"):
         attempt("--video_folder", str(run / "train.json"))
@@ -266,8 +325,10 @@ def test_a_dry_run_validate_and_inspect(run, tmp_path, caplog, capsys):
     shutil.copy(run / "feats" / "clip0.safetensors", made)
     more = ("--clip_feat_path", str(made))
     assert train.main(online_flags(run, tmp_path / "out", "--dry_run", *more)) == 0
-    assert (f"features: 12 videos of --video_folder have no feature file there; 1 have one in {made}, 11 are encoded "
-            f"when they are needed, by {run / 'tower'} (8 × {CHANNELS} each)") in caplog.text
+    assert (
+        f"features: 12 videos of --video_folder have no feature file there; 1 have one in {made}, 11 are encoded "
+        f"when they are needed, by {run / 'tower'} (8 × {CHANNELS} each)"
+    ) in caplog.text
     assert train.main(online_flags(run, tmp_path / "out", "--dry_run", "--memory", "24GiB", *more)) == 0
     assert "less 6 GiB for the tower that encodes videos" in caplog.text
     argv = ["--data_path", str(run / "train.json"), "--video_folder", str(run / "videos"), "--mm_use_vid_start_end"]
@@ -312,8 +373,21 @@ def test_an_encoder_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp
     spy = Spy(monkeypatch)
     if workers == "2":  # the other remedy
         made = tmp_path / "out" / "features"
-        assert extract.main(["--video_dir_path", str(run / "videos"), "--clip_feat_path", str(made), "--vision_tower",
-                             str(run / "tower"), "--num_frames", str(FRAMES)]) == 0
+        assert (
+            extract.main(
+                [
+                    "--video_dir_path",
+                    str(run / "videos"),
+                    "--clip_feat_path",
+                    str(made),
+                    "--vision_tower",
+                    str(run / "tower"),
+                    "--num_frames",
+                    str(FRAMES),
+                ]
+            )
+            == 0
+        )
     assert train.main(argv) == 0 and len(spy.encoders) == (workers == "0")
     assert losses(tmp_path / "out") == losses(run / "before")
     assert files(tmp_path / "out" / "features") == files(run / "feats")
@@ -378,8 +452,19 @@ def test_two_ranks_encode_each_video_once(run, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [forked(train.main, argv, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
+    ranks = [
+        forked(
+            train.main,
+            argv,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(2)
+    ]
     for rank in ranks:
         rank.join(120)
         assert rank.exitcode == 0

@@ -42,9 +42,25 @@ def made(tmp_path_factory):
     draw(folder / "videos" / "long.mp4", 40, size=(128, 64))
     draw(folder / "videos" / "short.mp4", 4)
     write_tower(folder / "tower", image_size=56, hidden_size=CHANNELS, heads=2)
-    assert extract.main(["--video_dir_path", str(folder / "videos"), "--clip_feat_path", str(folder / "feats"),
-                         "--vision_tower", str(folder / "tower"), "--num_frames", str(FRAMES), "--device", "cpu",
-                         "--decode_workers", "1"]) == 0
+    assert (
+        extract.main(
+            [
+                "--video_dir_path",
+                str(folder / "videos"),
+                "--clip_feat_path",
+                str(folder / "feats"),
+                "--vision_tower",
+                str(folder / "tower"),
+                "--num_frames",
+                str(FRAMES),
+                "--device",
+                "cpu",
+                "--decode_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     records = [{"id": name, "video": f"{name}.mp4", "conversations": TURNS} for name in ("long", "short")]
     (folder / "train.json").write_text(json.dumps(records))
     return folder
@@ -69,8 +85,13 @@ class Page(HTMLParser):
             self.pictures.append(attributes["src"])
         if tag in ("script", "link", "iframe", "object", "a", "form", "base", "embed"):
             self.faults.append(tag)
-        self.faults += [f"{name}={value}" for name, value in attributes.items() if name.startswith("on") or name in (
-            "src", "href", "action", "style", "srcset") and not (value or "").startswith("data:image/")]
+        self.faults += [
+            f"{name}={value}"
+            for name, value in attributes.items()
+            if name.startswith("on")
+            or name in ("src", "href", "action", "style", "srcset")
+            and not (value or "").startswith("data:image/")
+        ]
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
@@ -93,8 +114,18 @@ def page(path):
 
 
 def record_flags(made, target, *more):
-    return ["--model_name_or_path", str(made / "model"), "--data_path", str(made / "train.json"), "--video_folder",
-            str(made / "feats"), "--mm_use_vid_start_end", "--html", str(target), *more]
+    return [
+        "--model_name_or_path",
+        str(made / "model"),
+        "--data_path",
+        str(made / "train.json"),
+        "--video_folder",
+        str(made / "feats"),
+        "--mm_use_vid_start_end",
+        "--html",
+        str(target),
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("source", ["--video_dir_path", "--video"])
@@ -110,9 +141,19 @@ def test_a_records_page(made, tmp_path, capsys, source):
     assert [number(np.asarray(found.picture(at))) for at in range(3, 3 + FRAMES)] == [3, 9, 16, 23, 29, 35]
     assert load_features(made / "feats" / "long.safetensors")[1]["frame_indices"] == [3, 9, 16, 23, 29, 35]
     assert {found.picture(at).size for at in (0, 1)} == {(420, 210)} and found.picture(3).size == (176, 88)
-    for text in ("0.12 s, frame 3", "1.40 s, frame 35", "row 5, frame 35 at 1.40 s: ", "4 × 4 patches",
-                 str(made / "tower"), "sha256:", f"{FRAMES}, chosen from 40", f"{FRAMES + 16} × {CHANNELS}",
-                 f"float16 in the file, {DTYPE} in the tower", "pyav 18", "swscale"):
+    for text in (
+        "0.12 s, frame 3",
+        "1.40 s, frame 35",
+        "row 5, frame 35 at 1.40 s: ",
+        "4 × 4 patches",
+        str(made / "tower"),
+        "sha256:",
+        f"{FRAMES}, chosen from 40",
+        f"{FRAMES + 16} × {CHANNELS}",
+        f"float16 in the file, {DTYPE} in the tower",
+        "pyav 18",
+        "swscale",
+    ):
         assert text in found.text
     assert found.tags.count("rect") == FRAMES and "other frames" not in found.text
 
@@ -140,8 +181,23 @@ def test_a_record_of_several_videos(made, tmp_path, capsys):
 
 def test_a_record_whose_features_are_missing(made, tmp_path, capsys):
     (tmp_path / "none").mkdir()
-    assert main(record_flags(made, tmp_path / "p.html", "--index", "0", "--video_folder", str(tmp_path / "none"),
-                             "--num_video_tokens", "3", "--video_dir_path", str(made / "videos"))) == 0
+    assert (
+        main(
+            record_flags(
+                made,
+                tmp_path / "p.html",
+                "--index",
+                "0",
+                "--video_folder",
+                str(tmp_path / "none"),
+                "--num_video_tokens",
+                "3",
+                "--video_dir_path",
+                str(made / "videos"),
+            )
+        )
+        == 0
+    )
     found = page(tmp_path / "p.html")
     assert "long.mp4' has no features" in found.kinds["warning"][0] and "There are no features: " in found.text
     assert len(found.pictures) == 40  # all its frames: nothing tells how many
@@ -170,9 +226,15 @@ def test_a_videos_page(made, tmp_path, capsys):
     assert np.array_equal(np.r_[view.temporal, view.spatial.ravel()], norms.numpy())
 
 
-@pytest.mark.parametrize("rows, num_frames, parts", [
-    (100 + 576, None, (100, (24, 24))), (8 + 16, 8, (8, (4, 4))), (8 + 15, 8, (23, None)), (5, None, (5, None)),
-])
+@pytest.mark.parametrize(
+    "rows, num_frames, parts",
+    [
+        (100 + 576, None, (100, (24, 24))),
+        (8 + 16, 8, (8, (4, 4))),
+        (8 + 15, 8, (23, None)),
+        (5, None, (5, None)),
+    ],
+)
 def test_a_feature_files_page(tmp_path, rows, num_frames, parts):
     """Without a header the rows are parted as the reference's are, or as told, or not at all."""
     save_features(tmp_path / "a.pkl", torch.rand(rows, 4), {})
@@ -187,15 +249,27 @@ def test_a_feature_files_page(tmp_path, rows, num_frames, parts):
 def test_a_header_may_hold_anything(tmp_path):
     """It is shown and never believed: no text of it becomes markup, no number of it a size."""
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m\ud800'
-    header = {"tower": evil, "tower_revision": evil, "num_frames": -3, "total_frames": evil, "dtype": [evil],
-              "image_size": 10**9, "source": evil, "frame_indices": evil, "conversion": {evil: evil},
-              "video": {"width": 10**5, "height": 1, "decoder": evil, "fps": evil, "damaged": evil}}
+    header = {
+        "tower": evil,
+        "tower_revision": evil,
+        "num_frames": -3,
+        "total_frames": evil,
+        "dtype": [evil],
+        "image_size": 10**9,
+        "source": evil,
+        "frame_indices": evil,
+        "conversion": {evil: evil},
+        "video": {"width": 10**5, "height": 1, "decoder": evil, "fps": evil, "damaged": evil},
+    }
     save_features(tmp_path / "a.safetensors", torch.rand(12, 4), header)
     view = view_file(tmp_path / "a.safetensors")
     assert 1 / 16 <= view.aspect <= 16
     line = {"warning": evil}
-    found = Page(document([view], title=evil, prompt=(evil, [(evil, "supervised"), (evil, "")]),
-                          warning=line["warning"]).decode())
+    found = Page(
+        document(
+            [view], title=evil, prompt=(evil, [(evil, "supervised"), (evil, "")]), warning=line["warning"]
+        ).decode()
+    )
     assert found.faults == [] and "script" not in found.tags and "<script>alert(1)" in found.text
     assert "\x00" not in found.text and "\x1b" not in found.text and "␛[31m" in found.text
 
@@ -218,8 +292,13 @@ def test_times_of_frames_are_those_of_the_packets(tmp_path):
 
 
 def test_long_videos_stay_small():
-    view = VideoView("x", frames=np.zeros((300, 8, 8, 3), np.uint8), numbers=list(range(300)),
-                     temporal=np.arange(5000.0), rows=(5000, 4, "float16"))
+    view = VideoView(
+        "x",
+        frames=np.zeros((300, 8, 8, 3), np.uint8),
+        numbers=list(range(300)),
+        temporal=np.arange(5000.0),
+        rows=(5000, 4, "float16"),
+    )
     text = document([view], title="x").decode()
     assert text.count("<img") == 100 and text.count("<rect") == 500 and "row 4999: 4999" in text
     assert "time unknown, frame 297" in text
@@ -235,19 +314,38 @@ def test_the_heat_map_shows_least_and_largest():
     pictures.heat_map_uri(np.ones((3, 3)), 0.01)  # all alike, and a sliver
 
 
-@pytest.mark.parametrize("mistake, said, mended", [
-    ("--index 0", "give --model_name_or_path and --data_path; or --video and --html for a page of one video",
-     ["--video {made}/videos/long.mp4 --html {out}/a.html",
-      "--model_name_or_path {made}/model --data_path {made}/train.json --video_folder {made}/feats"]),
-    ("--data_path {made}/train.json", "give --model_name_or_path, whose tokenizer makes the tokens",
-     ["--data_path {made}/train.json --model_name_or_path {made}/model --video_folder {made}/feats"]),
-    ("--video {made}/videos/long.mp4", "add --html FILE", ["--video {made}/videos/long.mp4 --html {out}/b.html"]),
-    ("--model_name_or_path {made}/model --data_path {made}/train.json --html {out}/c.html", "add --index N",
-     ["--model_name_or_path {made}/model --data_path {made}/train.json --html {out}/c.html --index 1 "
-      "--video_folder {made}/feats"]),
-    ("--video {made}/videos/long.mp4 --html {made}/videos/long.mp4", "give a name that ends in .html",
-     ["--video {made}/videos/long.mp4 --html {out}/d.HTML"]),
-])
+@pytest.mark.parametrize(
+    "mistake, said, mended",
+    [
+        (
+            "--index 0",
+            "give --model_name_or_path and --data_path; or --video and --html for a page of one video",
+            [
+                "--video {made}/videos/long.mp4 --html {out}/a.html",
+                "--model_name_or_path {made}/model --data_path {made}/train.json --video_folder {made}/feats",
+            ],
+        ),
+        (
+            "--data_path {made}/train.json",
+            "give --model_name_or_path, whose tokenizer makes the tokens",
+            ["--data_path {made}/train.json --model_name_or_path {made}/model --video_folder {made}/feats"],
+        ),
+        ("--video {made}/videos/long.mp4", "add --html FILE", ["--video {made}/videos/long.mp4 --html {out}/b.html"]),
+        (
+            "--model_name_or_path {made}/model --data_path {made}/train.json --html {out}/c.html",
+            "add --index N",
+            [
+                "--model_name_or_path {made}/model --data_path {made}/train.json --html {out}/c.html --index 1 "
+                "--video_folder {made}/feats"
+            ],
+        ),
+        (
+            "--video {made}/videos/long.mp4 --html {made}/videos/long.mp4",
+            "give a name that ends in .html",
+            ["--video {made}/videos/long.mp4 --html {out}/d.HTML"],
+        ),
+    ],
+)
 def test_mistakes_are_mended_as_told(made, tmp_path, capsys, mistake, said, mended):
     def words(text):
         return text.format(made=made, out=tmp_path).split()

@@ -16,8 +16,12 @@ SEGMENTS = {
     "empty segment": ([0, 9], [12, 9]),
 }
 GATHERED = {  # constant rows, rows, and who attends to which of them
-    "shared prefix": (5, 20, [[*range(5), *range(8)], [*range(13), *range(13, 19)], [*range(13), *range(19, 25)]],
-                      [8, 6, 6]),
+    "shared prefix": (
+        5,
+        20,
+        [[*range(5), *range(8)], [*range(13), *range(13, 19)], [*range(13), *range(19, 25)]],
+        [8, 6, 6],
+    ),
     "across the border": (4, 9, [[2, 3, 4, 5, 6], [*range(4), *range(7, 13)]], [3, 6]),
     "rows apart": (3, 6, [[0, 2, 4, 6, 8], [1, 3, 5, 7]], [2, 4]),
     "no constant rows": (0, 7, [[0, 1, 2], [0, 1, 3, 4, 5, 6]], [3, 4]),
@@ -44,7 +48,7 @@ def inputs(segments, heads, kv_heads, channels, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = [sum(lengths) for lengths in segments]
     shapes = [(rows[0], heads), (rows[1], kv_heads), (rows[1], kv_heads), (rows[0], heads)]
-    return [torch.randn(n, 2 * h, channels, generator=generator).to(dtype)[:, h // 2:h // 2 + h] for n, h in shapes]
+    return [torch.randn(n, 2 * h, channels, generator=generator).to(dtype)[:, h // 2 : h // 2 + h] for n, h in shapes]
 
 
 def results(function, q, k, v, grad, segments):
@@ -68,7 +72,11 @@ def branches(lengths, prefix):
     rows = [list(range(prefix))] + [list(range(prefix)) + rows for rows in own]
     queries = AttentionLayout.of_lengths([prefix, *lengths])
     keys = AttentionLayout.of_lengths([len(r) for r in rows])
-    layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=keys.max_seqlen_k,
-                                 kv_rows=torch.tensor([row for segment in rows for row in segment]))
+    layout = dataclasses.replace(
+        queries,
+        cu_seqlens_k=keys.cu_seqlens_k,
+        max_seqlen_k=keys.max_seqlen_k,
+        kv_rows=torch.tensor([row for segment in rows for row in segment]),
+    )
     positions = list(range(prefix)) + [prefix + i for n in lengths for i in range(n)]
     return layout, torch.tensor(positions, dtype=torch.int32), own

@@ -10,7 +10,7 @@ def numbered(index, width=64, height=48):
     """[H, W, 3] grey picture: its upper half shows `index` as eight vertical bars, lowest bit at the left."""
     picture = np.full((height, width, 3), 128, np.uint8)
     for bit in range(8):
-        picture[:height // 2, bit * width // 8:(bit + 1) * width // 8] = 255 if index >> bit & 1 else 0
+        picture[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = 255 if index >> bit & 1 else 0
     return picture
 
 
@@ -21,8 +21,18 @@ def number(picture):
     return sum(int(bar) << bit for bit, bar in enumerate(bars))
 
 
-def draw(path, frames=10, *, codec="libx264", size=(64, 48), options=None, times=None, turn=None, pictures=None,
-         pixels="yuv420p"):
+def draw(
+    path,
+    frames=10,
+    *,
+    codec="libx264",
+    size=(64, 48),
+    options=None,
+    times=None,
+    turn=None,
+    pictures=None,
+    pixels="yuv420p",
+):
     """Write a clip.
 
     Args:

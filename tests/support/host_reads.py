@@ -9,8 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CONVERSIONS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 # Operators whose result, or the shape of it, depends on values.
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
-         "unique_consecutive"}
+READS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+}
 
 
 class HostReads(TorchDispatchMode):
@@ -43,7 +51,8 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
         by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1])
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
         repeats = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         if name in READS or by_mask or repeats:
             self._note(name)
@@ -53,12 +62,14 @@ class HostReads(TorchDispatchMode):
         def counted(*args, **kwargs):
             self._note(name)
             return function(*args, **kwargs)
+
         return counted
 
     def _suspending(self, function):
         def suspending(*args, **kwargs):
             with self.not_counted():
                 return function(*args, **kwargs)
+
         return suspending
 
     @contextlib.contextmanager

@@ -17,10 +17,19 @@ PATCH, START, END = 97, 98, 99
 
 
 def decoder_config(**changes):
-    settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4,
-                "num_kv_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-5,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                    "max_position_embeddings": 256, "tie_word_embeddings": False}
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
     return DecoderConfig(**{**settings, **changes})
 
 
@@ -45,6 +54,7 @@ def random_model(config=None, trainable=ADAPTER, compute_dtype=torch.float32, se
 
 def random_sample(generator, text=(9, 7), video=6, answer=3):
     """Token ids with one video between start and end tokens (none if `video` is 0), and the supervised rows."""
+
     def words(n):
         return torch.randint(3, PATCH, (n,), generator=generator).tolist()
 
@@ -59,16 +69,23 @@ def pack(samples, channels=12, generator=None):
     lengths = [len(sample) for sample, _ in samples]
     offsets = [sum(lengths[:i]) for i in range(len(samples))]
     positions = [i for length in lengths for i in range(length)]
-    rows = torch.tensor([offset + row for offset, (_, supervised) in zip(offsets, samples) for row in supervised],
-                        dtype=torch.int64)
+    rows = torch.tensor(
+        [offset + row for offset, (_, supervised) in zip(offsets, samples) for row in supervised], dtype=torch.int64
+    )
     video_rows = (token_ids == PATCH).nonzero()[:, 0]
     starts, ends = ((token_ids == token).nonzero()[:, 0] for token in (START, END))
     features = torch.randn(len(video_rows), channels, generator=generator)
     return PackedBatch(
-        token_ids=token_ids, positions=torch.tensor(positions, dtype=torch.int32),
-        layout=AttentionLayout.of_lengths(lengths), video_rows=video_rows, features=features,
-        boundary_rows=torch.stack([starts, ends], 1).flatten(), loss_rows=rows,
-        targets=token_ids[rows + 1], sample_ids=[f"sample{i}" for i in range(len(samples))])
+        token_ids=token_ids,
+        positions=torch.tensor(positions, dtype=torch.int32),
+        layout=AttentionLayout.of_lengths(lengths),
+        video_rows=video_rows,
+        features=features,
+        boundary_rows=torch.stack([starts, ends], 1).flatten(),
+        loss_rows=rows,
+        targets=token_ids[rows + 1],
+        sample_ids=[f"sample{i}" for i in range(len(samples))],
+    )
 
 
 def random_batch(seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (3, 2), "answer": 1})):
@@ -81,8 +98,13 @@ def pack_frozen(samples, prefix, features):
     pieces = []  # of the frozen rows, then of the live ones: (tokens, first position, supervised, keys before its own)
     for ids, supervised in samples:
         video = next((i for i, token in enumerate(ids) if token in (START, PATCH)), len(ids))
-        pieces.append([(ids[a:b], a, [row - a for row in supervised if a <= row < b])
-                       for a, b in ((prefix, video), (video, len(ids))) if a < b])
+        pieces.append(
+            [
+                (ids[a:b], a, [row - a for row in supervised if a <= row < b])
+                for a, b in ((prefix, video), (video, len(ids)))
+                if a < b
+            ]
+        )
     frozen = [(i, piece) for i, sample in enumerate(pieces) for piece in sample[:1] if START not in piece[0][:1]]
     live = [(i, sample[-1]) for i, sample in enumerate(pieces) if START in sample[-1][0][:1]]
     keys, ends, kv_rows, k_lengths, rows, positions, token_ids, targets = {}, prefix, [], [], [], [], [], []
@@ -95,17 +117,25 @@ def pack_frozen(samples, prefix, features):
         targets += [samples[i][0][first + row + 1] for row in supervised]
         token_ids += ids
         positions += range(first, first + len(ids))
-    queries, of_keys = (AttentionLayout.of_lengths(lengths) for lengths in (
-        [len(piece[0]) for _, piece in frozen + live], k_lengths))
+    queries, of_keys = (
+        AttentionLayout.of_lengths(lengths) for lengths in ([len(piece[0]) for _, piece in frozen + live], k_lengths)
+    )
     token_ids = torch.tensor(token_ids)
     starts, stops = ((token_ids == token).nonzero()[:, 0] for token in (START, END))
     return PackedBatch(
-        token_ids=token_ids, positions=torch.tensor(positions, dtype=torch.int32),
-        layout=replace(queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q,
-                       kv_rows=torch.tensor(kv_rows)),
-        video_rows=(token_ids == PATCH).nonzero()[:, 0], features=features,
-        boundary_rows=torch.stack([starts, stops], 1).flatten(), loss_rows=torch.tensor(rows),
-        targets=torch.tensor(targets), prefix_rows=prefix, frozen_rows=sum(len(piece[0]) for _, piece in frozen))
+        token_ids=token_ids,
+        positions=torch.tensor(positions, dtype=torch.int32),
+        layout=replace(
+            queries, cu_seqlens_k=of_keys.cu_seqlens_q, max_seqlen_k=of_keys.max_seqlen_q, kv_rows=torch.tensor(kv_rows)
+        ),
+        video_rows=(token_ids == PATCH).nonzero()[:, 0],
+        features=features,
+        boundary_rows=torch.stack([starts, stops], 1).flatten(),
+        loss_rows=torch.tensor(rows),
+        targets=torch.tensor(targets),
+        prefix_rows=prefix,
+        frozen_rows=sum(len(piece[0]) for _, piece in frozen),
+    )
 
 
 def gradients(model):
@@ -180,12 +210,22 @@ def llama_of(model):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config.decoder
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
-        rope_parameters=dict(c.rope_parameters), tie_word_embeddings=c.tie_word_embeddings,
-        attn_implementation="eager"))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            rms_norm_eps=c.rms_norm_eps,
+            max_position_embeddings=c.max_position_embeddings,
+            rope_parameters=dict(c.rope_parameters),
+            tie_word_embeddings=c.tie_word_embeddings,
+            attn_implementation="eager",
+        )
+    )
     llama.load_state_dict(to_llama(model, dict(model.named_parameters())), strict=True)
     return llama
 
@@ -194,9 +234,11 @@ def to_llama(model, tensors):
     """Tensors by our names (weights or gradients) → by transformers' names."""
     c = model.config.decoder
     heads = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-    renamed = {"model.embed_tokens.weight": tensors["embed.weight"],
-               "model.norm.weight": tensors["decoder.norm.weight"],
-               "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"]}
+    renamed = {
+        "model.embed_tokens.weight": tensors["embed.weight"],
+        "model.norm.weight": tensors["decoder.norm.weight"],
+        "lm_head.weight": tensors["embed.weight" if c.tie_word_embeddings else "head.weight"],
+    }
     for i in range(c.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         for name, part in zip("qkv", tensors[ours + "qkv.weight"].split(heads)):

@@ -35,8 +35,19 @@ def write_videos(folder):
 
 def online_flags(run, output, *more):
     """The command line of a run of one epoch on the videos."""
-    return flags(run, output, "--video_folder", str(run / "videos"), "--vision_tower", str(run / "tower"),
-                 "--num_frames", str(FRAMES), "--num_train_epochs", "1", *more)
+    return flags(
+        run,
+        output,
+        "--video_folder",
+        str(run / "videos"),
+        "--vision_tower",
+        str(run / "tower"),
+        "--num_frames",
+        str(FRAMES),
+        "--num_train_epochs",
+        "1",
+        *more,
+    )
 
 
 def start_quickly(patch):

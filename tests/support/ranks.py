@@ -20,15 +20,17 @@ def on_ranks(world_size, function, tmp_path, *args, timeout=60):
     """
     store = tmp_path / f"store-{len(list(tmp_path.glob('store-*')))}"
     with ProcessPoolExecutor(world_size, mp_context=FORKS) as pool:
-        futures = [pool.submit(_as_rank, rank, world_size, str(store), function, args, timeout)
-                   for rank in range(world_size)]
+        futures = [
+            pool.submit(_as_rank, rank, world_size, str(store), function, args, timeout) for rank in range(world_size)
+        ]
         return [future.result(timeout=120) for future in futures]
 
 
 def _as_rank(rank, world_size, store, function, args, timeout):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
     try:
         return function(rank, *args)
     finally:

@@ -3,15 +3,22 @@
 import json
 
 
-def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=3, heads=4, seed=0, mean=None,
-                std=None):
+def write_tower(
+    folder, *, image_size=28, patch_size=14, hidden_size=32, layers=3, heads=4, seed=0, mean=None, std=None
+):
     """Save a seeded CLIP vision tower as a Hugging Face folder; a preprocessor_config.json if `mean` is given."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers, num_attention_heads=heads, projection_dim=16)
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=16,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tower = CLIPVisionModel(config)
@@ -23,8 +30,19 @@ def write_tower(folder, *, image_size=28, patch_size=14, hidden_size=32, layers=
     return folder
 
 
-def write_siglip(folder, *, image_size=30, patch_size=14, hidden_size=48, intermediate_size=80, layers=4, heads=3,
-                 seed=0, settings=None, std=0.3):
+def write_siglip(
+    folder,
+    *,
+    image_size=30,
+    patch_size=14,
+    hidden_size=48,
+    intermediate_size=80,
+    layers=4,
+    heads=3,
+    seed=0,
+    settings=None,
+    std=0.3,
+):
     """Save a seeded SigLIP vision tower as a Hugging Face folder, and `settings` as its preprocessor_config.json.
 
     Returns:
@@ -34,8 +52,13 @@ def write_siglip(folder, *, image_size=30, patch_size=14, hidden_size=48, interm
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(
-        image_size=image_size, patch_size=patch_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
-        num_hidden_layers=layers, num_attention_heads=heads)
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tower = SiglipVisionModel(config).eval()

@@ -38,15 +38,27 @@ def write_run(folder, **sizes):
     config = {**CONFIG, "vocab_size": PIECES, "max_position_embeddings": 512, **sizes}
     write_folder(folder / "model", random_state(config), config)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "model" / "tokenizer"), vocab_size=PIECES,
-        model_type="bpe", byte_fallback=True, minloglevel=2, num_threads=1, hard_vocab_limit=False)
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "model" / "tokenizer"),
+        vocab_size=PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        hard_vocab_limit=False,
+    )
     (folder / "feats").mkdir()
     records = []
     for i in range(SAMPLES):
         question, answer = texts[2 * i], texts[2 * i + 1]
         ask = f"{question}?\n<video>" if i % 2 else f"<video>\n{question}?"
-        records.append({"id": f"clip{i}", "video": f"clip{i}.safetensors", "conversations": [
-            {"from": "human", "value": ask}, {"from": "gpt", "value": answer}]})
+        records.append(
+            {
+                "id": f"clip{i}",
+                "video": f"clip{i}.safetensors",
+                "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": answer}],
+            }
+        )
         features = torch.from_numpy(rng.standard_normal((ROWS, CHANNELS)).astype(np.float16))
         save_features(folder / "feats" / f"clip{i}.safetensors", features, {})
     (folder / "train.json").write_text(json.dumps(records))
@@ -61,8 +73,12 @@ def random_state(config):
     sizes = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
     shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(LlamaConfig(**sizes)).state_dict().items()}
     hidden = config["hidden_size"]
-    shapes |= {"model.mm_projector.0.weight": (hidden, CHANNELS), "model.mm_projector.0.bias": (hidden,),
-               "model.mm_projector.2.weight": (hidden, hidden), "model.mm_projector.2.bias": (hidden,)}
+    shapes |= {
+        "model.mm_projector.0.weight": (hidden, CHANNELS),
+        "model.mm_projector.0.bias": (hidden,),
+        "model.mm_projector.2.weight": (hidden, hidden),
+        "model.mm_projector.2.bias": (hidden,),
+    }
     return {name: torch.randn(shape, generator=generator) * 0.2 + ("norm" in name) for name, shape in shapes.items()}
 
 
@@ -79,11 +95,36 @@ def overflowing(run):
 def flags(run, output, *more):
     """The command line of an adapter run: 3 epochs of 12 samples, 2 a step."""
     return [
-        "--model_name_or_path", str(run / "model"), "--data_path", str(run / "train.json"),
-        "--video_folder", str(run / "feats"), "--output_dir", str(output), "--tune_mm_mlp_adapter", "True",
-        "--mm_use_vid_start_end", "--num_train_epochs", "3", "--per_device_train_batch_size", "2",
-        "--learning_rate", "1e-2", "--warmup_ratio", "0.1", "--logging_steps", "1", "--save_steps", "4",
-        "--model_max_length", "512", "--report_to", "none", "--disable_tqdm", *more]
+        "--model_name_or_path",
+        str(run / "model"),
+        "--data_path",
+        str(run / "train.json"),
+        "--video_folder",
+        str(run / "feats"),
+        "--output_dir",
+        str(output),
+        "--tune_mm_mlp_adapter",
+        "True",
+        "--mm_use_vid_start_end",
+        "--num_train_epochs",
+        "3",
+        "--per_device_train_batch_size",
+        "2",
+        "--learning_rate",
+        "1e-2",
+        "--warmup_ratio",
+        "0.1",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "4",
+        "--model_max_length",
+        "512",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        *more,
+    ]
 
 
 def config_of(run, output, *more):
@@ -97,8 +138,9 @@ def start(program, arguments, *, ranks=1):
         assert not isinstance(program, str), "torchrun starts files and modules"
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240,
-                          env=environment)
+    return subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
 
 
 def losses(output):

@@ -14,10 +14,25 @@ from fastvid.weights.starting import load_weights
 V, D, C = 40, 24, 10  # vocabulary rows, hidden size, channels of the features
 ADAPTER = frozenset({"projector", "boundary"})
 TOKENS = VideoTokens(patch=V, start=V + 1, end=V + 2, vocab_size=V + 3, added=(V, V + 1, V + 2))
-LLAMA = {"vocab_size": V, "hidden_size": D, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128}
-CONFIG = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "hidden_act": "silu", **LLAMA,
-          "mm_hidden_size": C, "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "some/tower"}
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+}
+CONFIG = {
+    "model_type": "llava",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "hidden_act": "silu",
+    **LLAMA,
+    "mm_hidden_size": C,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_tower": "some/tower",
+}
 
 
 def llava_state(kind="mlp2x_gelu", dtype=torch.float32, tied=False):
@@ -30,15 +45,22 @@ def llava_state(kind="mlp2x_gelu", dtype=torch.float32, tied=False):
     if kind == "linear":
         shapes |= {"model.mm_projector.weight": (D, C), "model.mm_projector.bias": (D,)}
     if kind == "mlp2x_gelu":
-        shapes |= {"model.mm_projector.0.weight": (D, C), "model.mm_projector.0.bias": (D,),
-                   "model.mm_projector.2.weight": (D, D), "model.mm_projector.2.bias": (D,)}
+        shapes |= {
+            "model.mm_projector.0.weight": (D, C),
+            "model.mm_projector.0.bias": (D,),
+            "model.mm_projector.2.weight": (D, D),
+            "model.mm_projector.2.bias": (D,),
+        }
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items() if not (tied and "lm_head" in name)}
 
 
 def our_state(state):
     """{our name: tensor} of the same model, before rows are added; written out by hand."""
-    ours = {"embed.weight": state["model.embed_tokens.weight"], "decoder.norm.weight": state["model.norm.weight"],
-            "head.weight": state["lm_head.weight"]}
+    ours = {
+        "embed.weight": state["model.embed_tokens.weight"],
+        "decoder.norm.weight": state["model.norm.weight"],
+        "head.weight": state["lm_head.weight"],
+    }
     for name, tensor in state.items():
         if "mm_projector" in name:
             tail = name.removeprefix("model.mm_projector.")
@@ -94,8 +116,12 @@ def new_hf_names(state):
     return {**renamed, "model.vision_tower.post_layernorm.weight": torch.ones(3)}
 
 
-HF_CONFIG = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": LLAMA,
-             "vision_config": {"hidden_size": C, "model_type": "clip_vision_model"}}
+HF_CONFIG = {
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": LLAMA,
+    "vision_config": {"hidden_size": C, "model_type": "clip_vision_model"},
+}
 
 
 class RunsCode:

@@ -117,8 +117,11 @@ def two_steps(run, folder, *options):
     state = train.build(config, ALONE)
     with Casts() as casts:
         losses = [train.train_step(state, state.loader.read(step)[0]).loss for step in range(2)]
-    matrices = {tuple(p.shape): p for name, p in state.model.named_parameters()
-                if p.ndim == 2 and ("decoder" in name or "projector" in name)}
+    matrices = {
+        tuple(p.shape): p
+        for name, p in state.model.named_parameters()
+        if p.ndim == 2 and ("decoder" in name or "projector" in name)
+    }
     return losses, state, {shape: count for shape, count in casts.seen.items() if shape in matrices}
 
 

@@ -23,8 +23,10 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     assert train.main(flags(run, folder / "first", "--max_steps", "1")) == 0
     shutil.copy(folder / "first" / "mm_projector.bin", run / "start.bin")
-    assert train.main(flags(run, folder / "out", "--max_steps", "4", "--pretrain_mm_mlp_adapter",
-                            str(run / "start.bin"))) == 0
+    assert (
+        train.main(flags(run, folder / "out", "--max_steps", "4", "--pretrain_mm_mlp_adapter", str(run / "start.bin")))
+        == 0
+    )
     return run, folder / "out"
 
 
@@ -37,16 +39,27 @@ def moved(stopped, tmp_path):
 
 
 def go_on(run, output, *more):
-    return train.main(flags(run, output, "--max_steps", "6", "--pretrain_mm_mlp_adapter", str(run / "start.bin"),
-                            *more))
+    return train.main(
+        flags(run, output, "--max_steps", "6", "--pretrain_mm_mlp_adapter", str(run / "start.bin"), *more)
+    )
 
 
 def test_the_same_content_elsewhere_goes_on(moved, monkeypatch):
     run, output = moved
     (run / "train.json").rename(run / "renamed.json")
     monkeypatch.chdir(run)
-    argv = flags(run, output, "--max_steps", "6", "--video_folder", "feats/", "--model_name_or_path", "./model",
-                 "--pretrain_mm_mlp_adapter", "start.bin")
+    argv = flags(
+        run,
+        output,
+        "--max_steps",
+        "6",
+        "--video_folder",
+        "feats/",
+        "--model_name_or_path",
+        "./model",
+        "--pretrain_mm_mlp_adapter",
+        "start.bin",
+    )
     argv[argv.index("--data_path") + 1] = "renamed.json"
     assert train.main(argv) == 0
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
@@ -94,16 +107,22 @@ def change_projector(run):
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, run / "start.bin")
 
 
-@pytest.mark.parametrize("change, named", [
-    (change_texts, "the content of --data_path .*train.json"), (change_features, "features of clip0.* --video_folder"),
-    (change_weights, "the weights in --model_name_or_path"),
-    (change_config, r"rms_norm_eps of --model_name_or_path .* \(1e-0\d before, 0.5 now\)"),
-    (change_projector, "the content of --pretrain_mm_mlp_adapter")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (change_texts, "the content of --data_path .*train.json"),
+        (change_features, "features of clip0.* --video_folder"),
+        (change_weights, "the weights in --model_name_or_path"),
+        (change_config, r"rms_norm_eps of --model_name_or_path .* \(1e-0\d before, 0.5 now\)"),
+        (change_projector, "the content of --pretrain_mm_mlp_adapter"),
+    ],
+)
 def test_other_content_at_the_same_place_is_refused(moved, change, named):
     run, output = moved
     change(run)
-    with pytest.raises(ValueError, match=f"checkpoint-4 belongs to another run: [^;]*{named}[^;]* is not the same.*"
-                                         "--resume never"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint-4 belongs to another run: [^;]*{named}[^;]* is not the same.*--resume never"
+    ):
         go_on(run, output)
     assert go_on(run, output, "--resume", "never") == 0
 
@@ -134,7 +153,8 @@ def test_a_checkpoint_without_notes_of_content_is_taken(moved, monkeypatch, capl
     monkeypatch.setattr(checkpoint, "read_state", older)
     assert go_on(run, output) == 0
     assert "whether --model_name_or_path, --data_path" in caplog.text.replace(
-        "--data_path, --video_folder, --model_name_or_path", "--model_name_or_path, --data_path")
+        "--data_path, --video_folder, --model_name_or_path", "--model_name_or_path, --data_path"
+    )
 
 
 def test_the_run_keeps_its_name(moved):
@@ -160,6 +180,6 @@ def test_a_pipe_is_not_read_again_and_not_compared(tmp_path):
 def test_large_tensors_are_sampled_to_their_ends(at):
     large = torch.zeros(1_500_000)
     before = content._of_tensors({"a": large})
-    large[at:at + 100_000] += 1
+    large[at : at + 100_000] += 1
     assert content._of_tensors({"a": large}) != before
     assert content._of_tensors({"b": torch.zeros(1_500_000)}) != before

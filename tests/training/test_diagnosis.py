@@ -55,9 +55,14 @@ def test_no_result_is_written_of_broken_weights(run, tmp_path, monkeypatch):
     assert not (tmp_path / "mm_projector.bin").exists()
 
 
-@pytest.mark.parametrize("name, options", [
-    ("model.layers.1.mlp.up_proj.weight", []), ("model.mm_projector.0.bias", []),
-    ("model.layers.0.self_attn.q_proj.weight", ["--frozen_dtype", "int8"])])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("model.layers.1.mlp.up_proj.weight", []),
+        ("model.mm_projector.0.bias", []),
+        ("model.layers.0.self_attn.q_proj.weight", ["--frozen_dtype", "int8"]),
+    ],
+)
 def test_a_model_folder_that_is_not_finite_is_refused(run, tmp_path, name, options):
     shutil.copytree(run / "model", tmp_path / "model")
     for path in (tmp_path / "model").glob("*.safetensors"):
@@ -86,5 +91,6 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(run, tmp_path, monk
 
 
 def test_sums_that_overflow_are_finite_values():
-    assert not_finite({"a": torch.full((4,), 3e38), "b": torch.tensor([1.0, math.inf]), "c": torch.arange(3),
-                       "d": torch.empty(0)}) == ["b"]
+    assert not_finite(
+        {"a": torch.full((4,), 3e38), "b": torch.tensor([1.0, math.inf]), "c": torch.arange(3), "d": torch.empty(0)}
+    ) == ["b"]

@@ -17,8 +17,22 @@ from fastvid.training import diagnosis, recovery
 
 CPU = torch.device("cpu")
 ALONE = parallel.World(0, 1, 0, CPU, False)
-OPTIONS = ["--parity", "reference", "--bf16", "True", "--dataloader_num_workers", "0", "--max_steps", "4",
-           "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--eval_strategy", "steps"]
+OPTIONS = [
+    "--parity",
+    "reference",
+    "--bf16",
+    "True",
+    "--dataloader_num_workers",
+    "0",
+    "--max_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "1",
+    "--per_device_eval_batch_size",
+    "1",
+    "--eval_strategy",
+    "steps",
+]
 MASKED, VIDEO_FIRST, QUESTION_FIRST, ANOTHER = 0, 2, 3, 4
 # (flags, samples of both ranks)
 CASES = {
@@ -106,8 +120,12 @@ def resumed(rank, run, output, options):
     folder = checkpoint.newest_valid(output)
     checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
     checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
-    checkpoint.save(output.with_name("again"), 1, state={}, groups={
-        "model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()})
+    checkpoint.save(
+        output.with_name("again"),
+        1,
+        state={},
+        groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()},
+    )
     return [dist.get_world_size(), recovery.skipped_samples(state)]
 
 

@@ -38,8 +38,12 @@ def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
     model, batch = random_model(config, trainable=trainable), random_batch()
     with FlopCounterMode(display=False) as counter:
         model.logits(model.hidden(batch)).logsumexp(-1).sum().backward()
-    everything = replace(batch, loss_layout=None, loss_rows=torch.arange(batch.num_rows),
-                         targets=torch.zeros(batch.num_rows, dtype=torch.int64))
+    everything = replace(
+        batch,
+        loss_layout=None,
+        loss_rows=torch.arange(batch.num_rows),
+        targets=torch.zeros(batch.num_rows, dtype=torch.int64),
+    )
     assert Formula(config, trainable).of_batch(everything) == counter.get_total_flops()
 
 
@@ -57,8 +61,11 @@ def test_the_model_multiplies_what_the_formula_counts(monkeypatch, trainable, te
         model.keep_prefix([5, 6, 7, 8])
     with FlopCounterMode(display=False) as counter:
         model(batch).backward()
-    products = sum(count for operator, count in counter.get_flop_counts()["Global"].items()
-                   if str(operator) in ("aten.mm", "aten.addmm"))
+    products = sum(
+        count
+        for operator, count in counter.get_flop_counts()["Global"].items()
+        if str(operator) in ("aten.mm", "aten.addmm")
+    )
     # The head's kernel also computes the gradient of supervised rows that need none (samples without video).
     needless = 2 * 32 * 100 * int((batch.loss_rows < batch.frozen_rows).sum())
     assert Formula(config, trainable).of_batch(batch) == products - needless
@@ -89,12 +96,26 @@ def test_what_need_not_be_computed_does_not_count():
     """Two frozen pieces that attend to four rows of the constant prefix, then three live ones, one shared by two."""
     queries = AttentionLayout.of_lengths([3, 2, 6, 4, 5])
     keys = AttentionLayout.of_lengths([4 + 3, 4 + 2, 4 + 3 + 6, 4 + 3 + 6 + 4, 4 + 3 + 6 + 5])
-    layout = replace(queries, cu_seqlens_k=keys.cu_seqlens_q, max_seqlen_k=keys.max_seqlen_q,
-                     kv_rows=torch.zeros(int(keys.cu_seqlens_q[-1]), dtype=torch.int64))
+    layout = replace(
+        queries,
+        cu_seqlens_k=keys.cu_seqlens_q,
+        max_seqlen_k=keys.max_seqlen_q,
+        kv_rows=torch.zeros(int(keys.cu_seqlens_q[-1]), dtype=torch.int64),
+    )
     loss_rows = torch.tensor([3, 4, 13, 14, 17, 19])  # of a sample without video, and of both branches
-    batch = replace(random_batch(), token_ids=torch.zeros(20, dtype=torch.int64), layout=layout, loss_rows=loss_rows,
-                    targets=loss_rows, loss_layout=layout.of_rows(loss_rows), video_rows=torch.arange(5, 11),
-                    prefix_rows=4, frozen_rows=5, sample_rows=50, sample_ids=["a", "b", "c"])
+    batch = replace(
+        random_batch(),
+        token_ids=torch.zeros(20, dtype=torch.int64),
+        layout=layout,
+        loss_rows=loss_rows,
+        targets=loss_rows,
+        loss_layout=layout.of_rows(loss_rows),
+        video_rows=torch.arange(5, 11),
+        prefix_rows=4,
+        frozen_rows=5,
+        sample_rows=50,
+        sample_ids=["a", "b", "c"],
+    )
     config = model_config(num_kv_heads=2)
     formula = Formula(config, ADAPTER)
     assert formula.of_batch(batch) == by_rows(config, batch)
@@ -107,17 +128,32 @@ def test_a_batch_of_no_sample_is_padding():
     batch = replace(random_batch(), sample_ids=[])
     counts = Formula(model_config(), ADAPTER).counts(batch)
     assert counts.padding_rows == counts.rows == batch.num_rows and counts.samples == counts.sample_rows == 0
-    assert flops.total([counts, StepCounts(1, 2, 3)]) == StepCounts(1, counts.rows + 2, batch.num_supervised + 3, 0,
-                                                                    counts.rows, counts.flops)
+    assert flops.total([counts, StepCounts(1, 2, 3)]) == StepCounts(
+        1, counts.rows + 2, batch.num_supervised + 3, 0, counts.rows, counts.flops
+    )
 
 
 def test_a_7b_row_is_what_the_usual_count_says():
     """4 and 6 per weight and row of LLaVA-1.5-7B; its attention at 830 rows."""
-    config = model_config(mm_hidden_size=1024, vocab_size=32003, hidden_size=4096, intermediate_size=11008,
-                          num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128)
+    config = model_config(
+        mm_hidden_size=1024,
+        vocab_size=32003,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+    )
     layout = AttentionLayout.of_lengths([830])
-    batch = replace(random_batch(), token_ids=torch.zeros(830, dtype=torch.int64), layout=layout,
-                    loss_rows=torch.arange(830), targets=torch.arange(830), video_rows=torch.arange(0))
+    batch = replace(
+        random_batch(),
+        token_ids=torch.zeros(830, dtype=torch.int64),
+        layout=layout,
+        loss_rows=torch.arange(830),
+        targets=torch.arange(830),
+        video_rows=torch.arange(0),
+    )
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32003 * 4096
     attention = 12 * 32 * 4096 * 830 * 831 // 2
     for trainable, factor in ((ADAPTER, 4), (FULL, 6)):
@@ -126,25 +162,69 @@ def test_a_7b_row_is_what_the_usual_count_says():
         assert str(formula).startswith(f"{factor} x 202,375,168 {'frozen' if factor == 4 else 'trained'} weights")
 
 
-@pytest.mark.parametrize("name, tera", [
-    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA H100 NVL", 835), ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA GH200 480GB", 989),
-    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GB300", 2500),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
-    ("A100-SXM4-40GB", 312), ("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA A30", 165), ("NVIDIA A40", 150),
-    ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("NVIDIA L4", 121), ("NVIDIA RTX A6000", 155),
-    ("NVIDIA RTX 6000 Ada Generation", 364), ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503),
-    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 5090", 209)])
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("A100-SXM4-40GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A30", 165),
+        ("NVIDIA A40", 150),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 5090", 209),
+    ],
+)
 def test_known_gpus_have_a_peak(name, tera):
     assert flops.peak_flops(name) == tera * 1e12
 
 
-@pytest.mark.parametrize("name", [
-    "NVIDIA GeForce GTX 1080", "Tesla V100-SXM2-32GB", "Tesla T4", "NVIDIA A10G", "NVIDIA A16", "NVIDIA A2",
-    "NVIDIA L20", "NVIDIA RTX A4000", "NVIDIA RTX A400", "NVIDIA RTX 4000 Ada Generation", "NVIDIA GeForce RTX 4090 D",
-    "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 5090 D",
-    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-    "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GB10", "NVIDIA A100X"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce GTX 1080",
+        "Tesla V100-SXM2-32GB",
+        "Tesla T4",
+        "NVIDIA A10G",
+        "NVIDIA A16",
+        "NVIDIA A2",
+        "NVIDIA L20",
+        "NVIDIA RTX A4000",
+        "NVIDIA RTX A400",
+        "NVIDIA RTX 4000 Ada Generation",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA GB10",
+        "NVIDIA A100X",
+    ],
+)
 def test_other_gpus_have_none(name):
     """Also where a known card's name is part of theirs."""
     assert flops.peak_flops(name) is None

@@ -77,14 +77,21 @@ def test_a_step_leaves_no_tensor_to_the_collector(run, tmp_path, mode):
     assert len(set(tensors_after_steps(state)[1:])) == 1
 
 
-SHARDED = [["--tune_mm_mlp_adapter", "False"], ["--tune_mm_mlp_adapter", "False", "--recompute", "full"],
-           ["--gradient_accumulation_steps", "2"]]
+SHARDED = [
+    ["--tune_mm_mlp_adapter", "False"],
+    ["--tune_mm_mlp_adapter", "False", "--recompute", "full"],
+    ["--gradient_accumulation_steps", "2"],
+]
 
 
 def counts_of_a_rank(rank, run, output):
     world = parallel.World(rank, 2, rank, torch.device("cpu"), True, 2)
-    return [tensors_after_steps(train.build(config_of(run, output, "--dataloader_num_workers", "0", *options), world),
-                                steps=12) for options in SHARDED]
+    return [
+        tensors_after_steps(
+            train.build(config_of(run, output, "--dataloader_num_workers", "0", *options), world), steps=12
+        )
+        for options in SHARDED
+    ]
 
 
 def test_nor_does_a_sharded_one(run, tmp_path):

@@ -23,8 +23,16 @@ MODES = {
     "accumulation": ["--gradient_accumulation_steps", "2"],
     "recomputation": ["--recompute", "full"],
     "shared rows": ["--share_video", "True", "--rows_per_batch", "200", "--bf16", "True"],
-    "8-bit moments": ["--tune_mm_mlp_adapter", "False", "--optim", "adamw_8bit", "--bf16", "True", "--master_dtype",
-                      "bfloat16"],
+    "8-bit moments": [
+        "--tune_mm_mlp_adapter",
+        "False",
+        "--optim",
+        "adamw_8bit",
+        "--bf16",
+        "True",
+        "--master_dtype",
+        "bfloat16",
+    ],
 }
 
 
@@ -35,13 +43,21 @@ def run(tmp_path_factory):
 
 def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
     """[(steps done, what, where)] of the host's reads in a run of 9 steps that logs every 4."""
-    config = config_of(run, tmp_path / "out", "--logging_steps", "4", "--max_steps", "9", "--save_strategy", "no",
-                       *options)
+    config = config_of(
+        run, tmp_path / "out", "--logging_steps", "4", "--max_steps", "9", "--save_strategy", "no", *options
+    )
     state = train.build(config, CPU)
     # Attention on a CPU reads its segments on the host, whose memory they are in; a GPU's kernels do not.
-    reads = HostReads(monkeypatch, lambda: state.step, [
-        *((calls, name) for calls in (attention._CALLS, attention._GATHERING) for name in calls),
-        (blocked_attention, "_backward"), (Formula, "counts"), (recovery, "write_results")])
+    reads = HostReads(
+        monkeypatch,
+        lambda: state.step,
+        [
+            *((calls, name) for calls in (attention._CALLS, attention._GATHERING) for name in calls),
+            (blocked_attention, "_backward"),
+            (Formula, "counts"),
+            (recovery, "write_results"),
+        ],
+    )
     batches = state.loader.iterate
 
     def iterate(first, stopped):
@@ -72,10 +88,20 @@ def test_the_host_waits_for_nothing_between_log_lines(run, tmp_path, monkeypatch
     assert 0 < len(at_a_line) <= 12  # the latch, the loss and the norm, each as conversion and as operator
 
 
-@pytest.mark.parametrize("read", [
-    lambda loss: loss.item(), lambda loss: float(loss), lambda loss: bool(loss > 0), lambda loss: loss.tolist(),
-    lambda loss: loss.cpu(), lambda loss: (loss > 0).nonzero(), lambda loss: loss[loss > 0],
-    lambda loss: [0, 1][(loss > 0).long()], lambda loss: torch.arange(3).repeat_interleave(torch.ones(3).long())])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda loss: loss.item(),
+        lambda loss: float(loss),
+        lambda loss: bool(loss > 0),
+        lambda loss: loss.tolist(),
+        lambda loss: loss.cpu(),
+        lambda loss: (loss > 0).nonzero(),
+        lambda loss: loss[loss > 0],
+        lambda loss: [0, 1][(loss > 0).long()],
+        lambda loss: torch.arange(3).repeat_interleave(torch.ones(3).long()),
+    ],
+)
 def test_a_read_in_a_step_is_seen(run, tmp_path, monkeypatch, read):
     def reading(monkeypatch, reads):
         step = train.train_step
@@ -108,13 +134,32 @@ def test_no_step_synchronises_the_gpu(run, tmp_path, monkeypatch):
     assert len(losses(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--num_train_epochs", "1.5"], [6, 9]), (["--num_train_epochs", "2"], [6, 12]),
-    # 6 micro-batches an epoch: the second epoch begins within step 2, the run ends in its midst.
-    (["--parity", "reference", "--gradient_accumulation_steps", "4", "--num_train_epochs", "2"], [2])])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--num_train_epochs", "1.5"], [6, 9]),
+        (["--num_train_epochs", "2"], [6, 12]),
+        # 6 micro-batches an epoch: the second epoch begins within step 2, the run ends in its midst.
+        (["--parity", "reference", "--gradient_accumulation_steps", "4", "--num_train_epochs", "2"], [2]),
+    ],
+)
 def test_validation_by_epoch_comes_at_epochs_and_at_the_end(run, tmp_path, options, expected):
-    assert train.main(flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "epoch",
-                            "--save_strategy", "no", *options)) == 0
+    assert (
+        train.main(
+            flags(
+                run,
+                tmp_path,
+                "--eval_data_path",
+                str(run / "train.json"),
+                "--eval_strategy",
+                "epoch",
+                "--save_strategy",
+                "no",
+                *options,
+            )
+        )
+        == 0
+    )
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "eval_loss" in line] == expected
 
@@ -167,9 +212,19 @@ def test_the_next_batch_is_copied_while_one_is_computed(monkeypatch):
         assert batch.place == "device" and cuda.streams == ["main"]
         cuda.diary.append(f"computes {batch.name}")
     assert cuda.diary == [
-        "side copies A", "side copies B", "main waits event A", "A kept for main", "computes A",
-        "side copies C", "main waits event B", "B kept for main", "computes B",
-        "main waits event C", "C kept for main", "computes C"]
+        "side copies A",
+        "side copies B",
+        "main waits event A",
+        "A kept for main",
+        "computes A",
+        "side copies C",
+        "main waits event B",
+        "B kept for main",
+        "computes B",
+        "main waits event C",
+        "C kept for main",
+        "computes C",
+    ]
 
 
 def test_staging_on_a_cpu_hands_batches_on(run, tmp_path):

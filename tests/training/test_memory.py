@@ -28,8 +28,14 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.training.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
 from fastvid.training.planning import rows_of
 
-SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
-         "head_dim": 16}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+}
 CONFIG = model_config(mm_hidden_size=24, **SIZES)
 MODES = ["none", "selective", 1, 2, "full"]
 
@@ -42,14 +48,21 @@ def batch(video=150, samples=2):
 
 def options(rows, **changes):
     settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False}
-    return {**settings, **changes, "rows": rows.num_rows, "supervised_rows": rows.num_supervised,
-            "video_rows": len(rows.video_rows), "on_cpu": True,
-            "one_call_per_segment": {**settings, **changes}["compute_dtype"] == torch.float32}
+    return {
+        **settings,
+        **changes,
+        "rows": rows.num_rows,
+        "supervised_rows": rows.num_supervised,
+        "video_rows": len(rows.video_rows),
+        "on_cpu": True,
+        "one_call_per_segment": {**settings, **changes}["compute_dtype"] == torch.float32,
+    }
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False),
-                                                  (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    "dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL, frozenset({"head"})], ids=["adapter", "full", "head"])
 def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
     rows = batch()
@@ -57,11 +70,14 @@ def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, 
     with LiveBytes() as live:
         loss = model(rows)
         alive = live.total() - loss.nbytes
-    expected = estimate(CONFIG, recompute=recompute, **options(
-        rows, trainable=trainable, compute_dtype=dtype, fp32_residual=fp32_residual))
+    expected = estimate(
+        CONFIG,
+        recompute=recompute,
+        **options(rows, trainable=trainable, compute_dtype=dtype, fp32_residual=fp32_residual),
+    )
     if trainable == FULL and dtype != torch.float32 and recompute not in ("selective", "full"):
         # Copies of the weights that backward multiplies by: part of the estimate's weights.
-        kept = model.decoder.layers[recompute if isinstance(recompute, int) else 0:]
+        kept = model.decoder.layers[recompute if isinstance(recompute, int) else 0 :]
         alive -= sum(2 * p.numel() for name, p in kept.named_parameters() if "norm" not in name)
     assert alive == pytest.approx(expected.activations, rel=0.06, abs=2048)
 
@@ -89,8 +105,9 @@ def test_total_is_near_the_peak_of_a_step(recompute, dtype, trainable):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
 def test_total_where_tables_and_logits_are_large(tied, dtype, trainable):
-    config = model_config(mm_hidden_size=24, **{**SIZES, "num_layers": 1, "vocab_size": 20000,
-                                                "tie_word_embeddings": tied})
+    config = model_config(
+        mm_hidden_size=24, **{**SIZES, "num_layers": 1, "vocab_size": 20000, "tie_word_embeddings": tied}
+    )
     check_total(config, batch(30), recompute="none", compute_dtype=dtype, trainable=trainable)
 
 
@@ -130,9 +147,14 @@ def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind,
     model(rows).backward()
     with LiveBytes() as live:
         model(rows).backward()
-    expected = estimate(CONFIG, trainable=trainable, compute_dtype=dtype, recompute=recompute,
-                        one_call_per_segment=True,
-                        **rows_of(rows))
+    expected = estimate(
+        CONFIG,
+        trainable=trainable,
+        compute_dtype=dtype,
+        recompute=recompute,
+        one_call_per_segment=True,
+        **rows_of(rows),
+    )
     constant = sum(x.nbytes for layer in model._prefix or () for x in layer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     taken = sum(p.nbytes for p in model.parameters()) + constant + 3 * 4 * trained + live.peak
@@ -169,8 +191,17 @@ def test_parameter_counts(tied, trainable, projector):
 
 
 def seven_billion(**changes):
-    config = model_config(mm_hidden_size=1024, vocab_size=32003, hidden_size=4096, intermediate_size=11008,
-                          num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, max_position_embeddings=4096)
+    config = model_config(
+        mm_hidden_size=1024,
+        vocab_size=32003,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+    )
     settings = {"trainable": ADAPTER, "rows": 8 * 830, "supervised_rows": 8 * 75, "compute_dtype": torch.bfloat16}
     return config, {**settings, **changes}
 
@@ -231,8 +262,9 @@ def test_a_gpu_takes_more_than_the_tensors_of_the_model():
     gradients = 2 * (2 * rows + 2 * keys) * width
     own = rows * (2 * width + 4 + 2 * (2 * 11008)) - rows * width * 2  # of the feed-forward block, which is gone
     last = estimate(config, **settings, last_key_rows=keys).working - 64 * 2**20
-    assert shared.working - 64 * 2**20 >= gradients + max(2 * 2 * keys * width + 4 * rows * width,
-                                                          4 * keys * width) - own
+    assert (
+        shared.working - 64 * 2**20 >= gradients + max(2 * 2 * keys * width + 4 * rows * width, 4 * keys * width) - own
+    )
     keys_and_values = 2 * 2 * keys * width
     assert 0.98 * 2 * keys_and_values <= last <= 2 * keys_and_values
 
@@ -259,6 +291,12 @@ def test_summary_is_a_table():
     assert text.splitlines()[0] == "memory per rank (recompute none):"
     assert str(estimate(config, **settings, recompute=5)).splitlines()[0] == "memory per rank (recompute 5 layers):"
     assert [line.split()[0] for line in text.splitlines()[1:]] == [
-        "weights", "gradients", "optimizer", "activations", "working", "total"]
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "working",
+        "total",
+    ]
     weights = dataclasses.replace(estimate(config, **settings), weights=3 * 2**30)
     assert "weights          3.000 GiB" in str(weights)

@@ -78,9 +78,14 @@ def test_a_new_run_starts_a_new_log(tmp_path):
     assert steps_in(open_metrics(tmp_path).path) == []
 
 
-@pytest.mark.parametrize("put, what", [
-    (os.mkfifo, "is no regular file"), (os.mkdir, "is a folder, not a file"),
-    (lambda path: os.symlink("/dev/zero", path), "is no regular file")])
+@pytest.mark.parametrize(
+    "put, what",
+    [
+        (os.mkfifo, "is no regular file"),
+        (os.mkdir, "is a folder, not a file"),
+        (lambda path: os.symlink("/dev/zero", path), "is no regular file"),
+    ],
+)
 def test_what_is_no_file_is_not_waited_for(tmp_path, put, what):
     put(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match=f"metrics.jsonl {what}.*; move it away"):
@@ -116,9 +121,18 @@ def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
     metrics.stall(0.5)
     clock[0] += 4
     line = metrics.log(2, {"loss": 1.0})
-    expected = {"samples_per_second": 4, "rows_per_second": 750, "supervised_per_second": 30, "padding_share": 0.01,
-                "shared_row_share": 1 - 2970 / 4000, "data_wait_share": 0.125, "tflops_per_second": 1.5, "mfu": 0.75,
-                "budget_fill": 0.75, "checkpoint_stall_seconds": 0.75}
+    expected = {
+        "samples_per_second": 4,
+        "rows_per_second": 750,
+        "supervised_per_second": 30,
+        "padding_share": 0.01,
+        "shared_row_share": 1 - 2970 / 4000,
+        "data_wait_share": 0.125,
+        "tflops_per_second": 1.5,
+        "mfu": 0.75,
+        "budget_fill": 0.75,
+        "checkpoint_stall_seconds": 0.75,
+    }
     assert {name: line[name] for name in expected} == expected
 
     metrics.count(StepCounts(10, 10, 10))
@@ -158,9 +172,11 @@ def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     metrics.stall(0.75)
     metrics.log(3000, {"loss": 0.43216})
     metrics.log(3000, {"eval_loss": 0.5})
-    assert metrics.summary() == ("2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s, 50 rows/s, "
-                                 "0.25 TFLOP/s (50.0% of peak), data wait 10.0%), final loss 0.4322, "
-                                 "peak memory 1.50 GiB, stopped for checkpoints 0.75 s")
+    assert metrics.summary() == (
+        "2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s, 50 rows/s, "
+        "0.25 TFLOP/s (50.0% of peak), data wait 10.0%), final loss 0.4322, "
+        "peak memory 1.50 GiB, stopped for checkpoints 0.75 s"
+    )
 
 
 def test_peak_memory_is_in_bytes():
@@ -182,8 +198,11 @@ def test_a_full_disk_is_told_once_by_name(tmp_path, capsys):
 def test_a_run_that_was_done_already_knows_its_loss(tmp_path):
     open_metrics(tmp_path).log(100, {"loss": 0.25})
     open_metrics(tmp_path, start_step=100).log(100, {"eval_loss": 0.5})
-    assert open_metrics(tmp_path, start_step=100).summary().startswith(
-        "all 100 steps are done already (final loss 0.2500)")
+    assert (
+        open_metrics(tmp_path, start_step=100)
+        .summary()
+        .startswith("all 100 steps are done already (final loss 0.2500)")
+    )
 
 
 # What the user sees
@@ -223,14 +242,20 @@ def test_on_a_terminal_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypat
 
 def on_a_terminal(columns, tmp_path):
     """What a run of one log line shows on a terminal of so many columns."""
-    program = ("import sys\nfrom fastvid.training.flops import StepCounts\n"
-               "from fastvid.training.metrics import Metrics\n"
-               "m = Metrics(sys.argv[1], total_steps=10, report_to=[])\n"
-               "m.count(StepCounts(8, 600, 10)); m.log(1, {'loss': 1.25}); m.close()")
+    program = (
+        "import sys\nfrom fastvid.training.flops import StepCounts\n"
+        "from fastvid.training.metrics import Metrics\n"
+        "m = Metrics(sys.argv[1], total_steps=10, report_to=[])\n"
+        "m.count(StepCounts(8, 600, 10)); m.log(1, {'loss': 1.25}); m.close()"
+    )
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=theirs, cwd=ROOT, env={
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stderr=theirs,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+    )
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
@@ -275,10 +300,13 @@ def test_tensorboard_holds_the_values(tmp_path):
     assert {event.value for event in events.Scalars("eval/loss")} == {0.5}
 
 
-@pytest.mark.parametrize("missing, options, message", [
-    ("tensorboard", {"report_to": ["tensorboard"]}, "no TensorBoard: .*pip install tensorboard"),
-    ("matplotlib.figure", {}, "no loss_curve.png: .*pip install matplotlib"),
-])
+@pytest.mark.parametrize(
+    "missing, options, message",
+    [
+        ("tensorboard", {"report_to": ["tensorboard"]}, "no TensorBoard: .*pip install tensorboard"),
+        ("matplotlib.figure", {}, "no loss_curve.png: .*pip install matplotlib"),
+    ],
+)
 def test_a_missing_package_costs_one_line(tmp_path, monkeypatch, capsys, missing, options, message):
     monkeypatch.setitem(sys.modules, missing, None)
     for module in ("torch.utils.tensorboard", "fastvid.training.plots"):
@@ -306,8 +334,9 @@ def drawn(monkeypatch, path, name=None):
     from fastvid.training.plots import draw_loss_curve
 
     figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure),
-                                                                        savefig(figure, *args, **kw)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure), savefig(figure, *args, **kw))
+    )
     png = path.with_suffix(".png")
     assert draw_loss_curve(read_metrics(path), png, name)
     return figures[0], imread(png)
@@ -319,8 +348,9 @@ def write_lines(path, lines):
 
 
 def test_the_curve_shows_all_that_was_logged(tmp_path, monkeypatch):
-    lines = [{"step": step, "loss": 5 / step + 0.2 * (step % 2), "learning_rate": 1e-3 / step}
-             for step in range(1, 101)]
+    lines = [
+        {"step": step, "loss": 5 / step + 0.2 * (step % 2), "learning_rate": 1e-3 / step} for step in range(1, 101)
+    ]
     lines += [{"step": 50, "eval_loss": 0.4}, {"step": 100, "eval_loss": 0.3}, {"step": 101, "loss": None}]
     state = dict(matplotlib.rcParams)
     figure, pixels = drawn(monkeypatch, write_lines(tmp_path / "metrics.jsonl", lines))
@@ -404,13 +434,14 @@ def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
 
 def test_memory_is_told_against_the_estimate(monkeypatch, caplog):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
-    assert metrics_module.memory_taken(2**30) == ("memory: estimated 1.0 GiB, peak 1.5 GiB resident, Python and its "
-                                                  "libraries "
-                                           "included")
+    assert metrics_module.memory_taken(2**30) == (
+        "memory: estimated 1.0 GiB, peak 1.5 GiB resident, Python and its libraries included"
+    )
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
     for retries in (0, 3):
         monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": retries})
         assert metrics_module.memory_taken(2**30) == (
-            "memory: estimated 1.0 GiB, peak 1.5 GiB allocated, 2.0 GiB reserved")
+            "memory: estimated 1.0 GiB, peak 1.5 GiB allocated, 2.0 GiB reserved"
+        )
         assert ("GPU memory was short 3 times" in caplog.text) == bool(retries)

@@ -14,15 +14,31 @@ from fastvid.training.optimizer import Optimizer, learning_rate
 
 
 def settings(**changed):
-    return SimpleNamespace(**{**dict(optim="adamw", learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.9,
-                                     adam_beta2=0.999, adam_epsilon=1e-8, max_grad_norm=1.0, seed=42,
-                                     gradient_accumulation_steps=1), **changed})
+    return SimpleNamespace(
+        **{
+            **dict(
+                optim="adamw",
+                learning_rate=1e-2,
+                weight_decay=0.1,
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                adam_epsilon=1e-8,
+                max_grad_norm=1.0,
+                seed=42,
+                gradient_accumulation_steps=1,
+            ),
+            **changed,
+        }
+    )
 
 
 def parameters(seed=0):
     torch.manual_seed(seed)
-    return {"weight": torch.nn.Parameter(torch.randn(7, 5)), "bias": torch.nn.Parameter(torch.randn(7)),
-            "table": torch.nn.Parameter(torch.randn(16, 256))}
+    return {
+        "weight": torch.nn.Parameter(torch.randn(7, 5)),
+        "bias": torch.nn.Parameter(torch.randn(7)),
+        "table": torch.nn.Parameter(torch.randn(16, 256)),
+    }
 
 
 def give_gradients(parameters, scale=1.0):
@@ -41,8 +57,15 @@ def test_cosine_schedule_equals_the_recordings(shared):
             assert found == pytest.approx(lr, abs=1e-18, rel=1e-12), (name, step)
 
 
-@pytest.mark.parametrize("schedule, name", [("linear", "linear"), ("constant", "constant"), ("cosine", "cosine"),
-                                            ("constant_with_warmup", "constant_with_warmup")])
+@pytest.mark.parametrize(
+    "schedule, name",
+    [
+        ("linear", "linear"),
+        ("constant", "constant"),
+        ("cosine", "cosine"),
+        ("constant_with_warmup", "constant_with_warmup"),
+    ],
+)
 def test_schedules_equal_those_of_transformers(schedule, name):
     from transformers import get_scheduler
 
@@ -59,8 +82,13 @@ def test_schedules_equal_those_of_transformers(schedule, name):
 def test_step_equals_torch_clipping_and_adamw(max_norm):
     ours, theirs = parameters(), parameters()
     optimizer = Optimizer(ours.items(), settings(max_grad_norm=max_norm), torch.device("cpu"))
-    plain = torch.optim.AdamW([{"params": [theirs["weight"], theirs["table"]], "weight_decay": 0.1},
-                               {"params": [theirs["bias"]], "weight_decay": 0.0}], foreach=False)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [theirs["weight"], theirs["table"]], "weight_decay": 0.1},
+            {"params": [theirs["bias"]], "weight_decay": 0.0},
+        ],
+        foreach=False,
+    )
     for step in range(6):
         torch.manual_seed(step)
         give_gradients(ours)
@@ -140,8 +168,15 @@ def test_the_kernel_of_a_gpu_steps_as_the_chunks_of_a_cpu(monkeypatch, first_row
 
 
 @pytest.mark.parametrize("fault", ["gradient", "infinite gradient", "loss"])
-@pytest.mark.parametrize("optim, dtype", [("adamw", torch.float32), ("adamw", torch.bfloat16),
-                                          ("adamw_8bit", torch.float32), ("adamw_8bit", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "optim, dtype",
+    [
+        ("adamw", torch.float32),
+        ("adamw", torch.bfloat16),
+        ("adamw_8bit", torch.float32),
+        ("adamw_8bit", torch.bfloat16),
+    ],
+)
 def test_latch_keeps_everything_from_the_first_non_finite_step_on(fault, optim, dtype):
     ours = {name: torch.nn.Parameter(p.detach().to(dtype)) for name, p in parameters().items()}
     optimizer = Optimizer(ours.items(), settings(optim=optim), torch.device("cpu"))

@@ -26,13 +26,37 @@ NAMES = ("state1", "state2", "absmax1", "absmax2")
 
 
 def settings(optim="adamw_8bit", **changed):
-    return SimpleNamespace(**{**dict(optim=optim, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
-                                     max_grad_norm=1.0, seed=2**40 + 1, gradient_accumulation_steps=1), **changed})
+    return SimpleNamespace(
+        **{
+            **dict(
+                optim=optim,
+                weight_decay=0.1,
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                adam_epsilon=1e-8,
+                max_grad_norm=1.0,
+                seed=2**40 + 1,
+                gradient_accumulation_steps=1,
+            ),
+            **changed,
+        }
+    )
 
 
-@pytest.mark.parametrize("shape, eight_bit", [
-    ((32003, 4096), True), ((2, 5120), True), ((16, 256), True), ((15, 256), False), ((4096,), False),
-    ((64, 100), False), ((64, 384), False), ((5, 4, 256), True), ((8, 64, 8), True)])
+@pytest.mark.parametrize(
+    "shape, eight_bit",
+    [
+        ((32003, 4096), True),
+        ((2, 5120), True),
+        ((16, 256), True),
+        ((15, 256), False),
+        ((4096,), False),
+        ((64, 100), False),
+        ((64, 384), False),
+        ((5, 4, 256), True),
+        ((8, 64, 8), True),
+    ],
+)
 def test_who_gets_8_bits(shape, eight_bit):
     assert takes_8_bits(shape) == eight_bit
 
@@ -49,8 +73,14 @@ def test_how_many_get_8_bits_is_told(caplog, optim, told):
 # --- sharding
 
 # Uneven rows, fewer rows than ranks, rows that are no whole blocks, vectors.
-SHAPES = {"uneven": (33, 256), "few": (3, 1536), "odd": (41, 101), "vector": (77,), "norm": (4096,),
-          "table": (130, 512)}
+SHAPES = {
+    "uneven": (33, 256),
+    "few": (3, 1536),
+    "odd": (41, 101),
+    "vector": (77,),
+    "norm": (4096,),
+    "table": (130, 512),
+}
 
 
 def values(name, step):
@@ -94,8 +124,11 @@ def two_steps(rank, mesh_shape, dtype, optim, begin, load_from, save_to):
     checkpoint.save(save_to, 1, groups=groups(optimizer), state={})
 
 
-@pytest.mark.parametrize("dtype, optim", [(torch.float32, "adamw_8bit"), (torch.bfloat16, "adamw_8bit"),
-                                          (torch.bfloat16, "adamw")], ids=["fp32-8bit", "bf16-8bit", "bf16-32bit"])
+@pytest.mark.parametrize(
+    "dtype, optim",
+    [(torch.float32, "adamw_8bit"), (torch.bfloat16, "adamw_8bit"), (torch.bfloat16, "adamw")],
+    ids=["fp32-8bit", "bf16-8bit", "bf16-32bit"],
+)
 def test_any_sharding_gives_the_same_bits_and_goes_on_from_any_other(tmp_path, dtype, optim):
     """Two steps on one rank, two more on two ranks, then on four, on 2 × 2, on one: as ten steps on one."""
     straight, _ = optimizer_on(None, dtype, optim)
@@ -121,6 +154,7 @@ def test_any_sharding_gives_the_same_bits_and_goes_on_from_any_other(tmp_path, d
 
 
 # --- the format
+
 
 def test_state_is_that_of_bitsandbytes():
     """The second of three steps is bitsandbytes', from our state; the third ours again, from its."""
@@ -159,8 +193,9 @@ def test_state_is_that_of_bitsandbytes():
     # bitsandbytes on a CPU does not always take the nearest code: a few hundredths of a step of 1e-2.
     assert (ours - straight).abs().max() < 1e-3
     for name in ("absmax1", "absmax2"):
-        torch.testing.assert_close(state[f"weight.{name}"], optimizers[1].state_tensors()[f"weight.{name}"],
-                                   rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            state[f"weight.{name}"], optimizers[1].state_tensors()[f"weight.{name}"], rtol=1e-2, atol=0
+        )
 
 
 def test_follows_adamw_with_32_bits():
@@ -180,6 +215,7 @@ def test_follows_adamw_with_32_bits():
 
 
 # --- bf16 weights
+
 
 @pytest.mark.parametrize("optim, shape", [("adamw", (64, 100)), ("adamw_8bit", (64, 256)), ("adamw_8bit", (6400,))])
 def test_bf16_weights_move_by_less_than_their_unit(optim, shape):
@@ -243,8 +279,24 @@ def test_tensors_are_rounded_by_bits_of_their_own():
 def test_a_resumed_run_of_8_bit_moments_and_bf16_weights_equals_a_straight_one(tmp_path):
     """Full fine-tuning; its end is exported, in bf16."""
     run = write_run(tmp_path / "run", hidden_size=256, intermediate_size=256)
-    more = ["--tune_mm_mlp_adapter", "False", "--bf16", "True", "--master_dtype", "bfloat16", "--optim", "adamw_8bit",
-            "--learning_rate", "1e-3", "--save_steps", "2", "--max_steps", "4", "--dataloader_num_workers", "0"]
+    more = [
+        "--tune_mm_mlp_adapter",
+        "False",
+        "--bf16",
+        "True",
+        "--master_dtype",
+        "bfloat16",
+        "--optim",
+        "adamw_8bit",
+        "--learning_rate",
+        "1e-3",
+        "--save_steps",
+        "2",
+        "--max_steps",
+        "4",
+        "--dataloader_num_workers",
+        "0",
+    ]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert train.main(flags(run, straight, *more)) == 0
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
@@ -255,8 +307,10 @@ def test_a_resumed_run_of_8_bit_moments_and_bf16_weights_equals_a_straight_one(t
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
         if group == "model":
             assert all(tensor.dtype == (torch.bfloat16, torch.float32)[tensor.ndim == 1] for tensor in ours.values())
-            assert not torch.equal(ours["decoder.layers.0.qkv.weight"], checkpoint.read_full(
-                straight / "checkpoint-2", group)["decoder.layers.0.qkv.weight"])
+            assert not torch.equal(
+                ours["decoder.layers.0.qkv.weight"],
+                checkpoint.read_full(straight / "checkpoint-2", group)["decoder.layers.0.qkv.weight"],
+            )
     assert ours["decoder.layers.1.down.weight.state1"].dtype == torch.uint8
     assert "decoder.norm.weight.exp_avg" in ours
     with pytest.raises(ValueError, match="add --bf16 True"):
@@ -274,6 +328,7 @@ def test_a_resumed_run_of_8_bit_moments_and_bf16_weights_equals_a_straight_one(t
 
 
 # --- paged
+
 
 def test_on_a_cpu_nothing_is_paged(caplog):
     caplog.set_level(logging.INFO, "fastvid")

@@ -19,8 +19,13 @@ from fastvid.model.linear import Linear
 from fastvid.training import memory, planning
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
-SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 4,
-         "num_hidden_layers": 3}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +36,13 @@ def run(tmp_path_factory):
 
 
 TRAINED = {"adapter": [], "full": ["--tune_mm_mlp_adapter", "False"]}
-DATA = {"samples": ["--per_device_train_batch_size", "6"], "rows": ["--rows_per_batch", "1500"],
-        "shared": ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
-        "reference": ["--per_device_train_batch_size", "6", "--parity", "reference"],
-        "sdpa": ["--rows_per_batch", "1500", "--attn_implementation", "sdpa"]}
+DATA = {
+    "samples": ["--per_device_train_batch_size", "6"],
+    "rows": ["--rows_per_batch", "1500"],
+    "shared": ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
+    "reference": ["--per_device_train_batch_size", "6", "--parity", "reference"],
+    "sdpa": ["--rows_per_batch", "1500", "--attn_implementation", "sdpa"],
+}
 
 
 def measured(state, batches):
@@ -47,8 +55,12 @@ def measured(state, batches):
             state.model(batch).backward()
         peaks.append(live.peak)
     trained = sum(p.nbytes for p in state.model.parameters() if p.requires_grad)
-    copies = sum(2 * p.nbytes for linear in state.model.decoder.modules() if getattr(linear, "_tiled", None) is not None
-                 for p in linear.parameters())
+    copies = sum(
+        2 * p.nbytes
+        for linear in state.model.decoder.modules()
+        if getattr(linear, "_tiled", None) is not None
+        for p in linear.parameters()
+    )
     return sum(p.nbytes for p in state.model.parameters()) + constant + copies + 3 * trained + max(peaks)
 
 
@@ -61,8 +73,21 @@ def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, 
     `LiveBytes` does not look."""
     found, estimate = [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append((a, k)) or estimate(*a, **k))
-    state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", bf16, "--recompute",
-                                  recompute, *DATA[data], *TRAINED[trained]), WORLD)
+    state = train.build(
+        config_of(
+            run,
+            "unused",
+            "--dataloader_num_workers",
+            "0",
+            "--bf16",
+            bf16,
+            "--recompute",
+            recompute,
+            *DATA[data],
+            *TRAINED[trained],
+        ),
+        WORLD,
+    )
     arguments, options = found[-1]
     batch = max(state.loader.read(0)[0] + state.loader.read(1)[0], key=lambda batch: batch.num_rows - batch.frozen_rows)
     expected = estimate(*arguments, **{**options, **planning.rows_of(batch)})
@@ -71,13 +96,17 @@ def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, 
     assert taken <= expected.total <= 1.06 * (taken + unseen)
 
 
-@pytest.mark.parametrize("options", [
-    ["--rows_per_batch", "1500"],
-    ["--rows_per_batch", "1500", "--recompute", "full"],
-    ["--per_device_train_batch_size", "6"],
-    ["--rows_per_batch", "1500", "--share_video", "--tune_mm_mlp_adapter", "False"],
-    ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rows_per_batch", "1500"],
+        ["--rows_per_batch", "1500", "--recompute", "full"],
+        ["--per_device_train_batch_size", "6"],
+        ["--rows_per_batch", "1500", "--share_video", "--tune_mm_mlp_adapter", "False"],
+        ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
+    ],
+    ids=" ".join,
+)
 def test_the_plan_is_for_the_largest_batch_of_the_run(run, options):
     state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True", *options), WORLD)
     batches = [batch for _, batches in state.loader.iterate() for batch in batches]
@@ -94,9 +123,14 @@ def test_layers_recomputed_by_hand(run, given, chosen, caplog):
     assert tiled == {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
 
 
-@pytest.mark.parametrize("given, message", [
-    ("4", "--recompute 4: the model has 3 layers"),
-    ("some", "--recompute some: give auto, none, selective, full, or how"), ("-1", "--recompute -1: give auto")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("4", "--recompute 4: the model has 3 layers"),
+        ("some", "--recompute some: give auto, none, selective, full, or how"),
+        ("-1", "--recompute -1: give auto"),
+    ],
+)
 def test_other_recomputation_is_refused(run, given, message):
     with pytest.raises(ValueError, match=message):
         train.build(config_of(run, "unused", f"--recompute={given}"), WORLD)
@@ -116,8 +150,10 @@ def test_auto_recomputes_as_few_layers_as_fit(tmp_path, monkeypatch, caplog, bf1
 
     assert chosen(2**40) == "none"
     arguments, options = found[-1]
-    totals = {layers or "none": estimate(*arguments, **{**options, "recompute": layers or "none"}).total
-              for layers in range(12)}
+    totals = {
+        layers or "none": estimate(*arguments, **{**options, "recompute": layers or "none"}).total
+        for layers in range(12)
+    }
     assert totals[11] < totals["none"]
     for available in (totals["none"] - 1, totals[11]):
         fewest = next(layers for layers, total in totals.items() if total <= available)
@@ -137,8 +173,11 @@ def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
 
 
 @pytest.mark.parametrize("videos", ["alike", "mixed", "some opened"])
-@pytest.mark.parametrize("data", [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"],
-                                  ["--rows_per_batch", "420"]], ids=["text", "lengths"])
+@pytest.mark.parametrize(
+    "data",
+    [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"], ["--rows_per_batch", "420"]],
+    ids=["text", "lengths"],
+)
 def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog):
     """One sample is much longer than all others, and no batch of the first steps holds it. Videos of several lengths
     add less than its text."""
@@ -155,8 +194,9 @@ def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog
     records[last]["conversations"][1]["value"] = " ".join(["running"] * (60 if videos == "alike" else 110))
     (folder / "train.json").write_text(json.dumps(records))
     found = []
-    monkeypatch.setattr(memory, "estimate",
-                        lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k))
+    monkeypatch.setattr(
+        memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k)
+    )
     state = train.build(config, WORLD)
     batches = [batch for step in range(40) for batch in state.loader.read(step)[0]]
     most = max(batch.num_rows - batch.frozen_rows for batch in batches)
@@ -172,14 +212,25 @@ def test_videos_of_several_lengths_are_looked_at(tmp_path):
     records = json.loads((folder / "train.json").read_text())
     rng = random.Random(0)
     for i, record in enumerate(records):
-        save_features(folder / "feats" / f"clip{i}.safetensors", torch.zeros(150 if i == 7 else 10 + i % 3 * 20,
-                                                                             training_run.CHANNELS), {})
+        save_features(
+            folder / "feats" / f"clip{i}.safetensors",
+            torch.zeros(150 if i == 7 else 10 + i % 3 * 20, training_run.CHANNELS),
+            {},
+        )
     records[7]["conversations"][1]["value"] = "red"
     records = [records[i % len(records)] | {"id": str(i)} for i in range(60)]
     rng.shuffle(records)
     (folder / "train.json").write_text(json.dumps(records))
-    config = config_of(folder, "unused", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "4",
-                       "--num_train_epochs", "4")
+    config = config_of(
+        folder,
+        "unused",
+        "--dataloader_num_workers",
+        "0",
+        "--per_device_train_batch_size",
+        "4",
+        "--num_train_epochs",
+        "4",
+    )
     state = train.build(config, WORLD)
     rows = [max(batch.num_rows for batch in state.loader.read(step)[0]) for step in range(state.order.total_steps)]
     steps, _ = largest.largest_steps(state.loader, 4)
@@ -195,14 +246,20 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
     asked = [{"from": "human", "value": "<video>\nwhat is it?"}, {"from": "gpt", "value": "a red cat"}]
     for i in range(36):
         save_features(folder / "feats" / f"clip{i}.safetensors", torch.zeros(190, training_run.CHANNELS), {})
-    (folder / "train.json").write_text(json.dumps([
-        {"id": str(i), "video": f"clip{max(0, i - 11)}.safetensors", "conversations": asked} for i in range(47)]))
-    config = config_of(folder, "unused", "--dataloader_num_workers", "0", "--rows_per_batch", "700", "--share_video",
-                       *TRAINED[trained])
+    (folder / "train.json").write_text(
+        json.dumps(
+            [{"id": str(i), "video": f"clip{max(0, i - 11)}.safetensors", "conversations": asked} for i in range(47)]
+        )
+    )
+    config = config_of(
+        folder, "unused", "--dataloader_num_workers", "0", "--rows_per_batch", "700", "--share_video", *TRAINED[trained]
+    )
     state = train.build(config, WORLD)
     steps, _ = largest.largest_steps(state.loader, 4)
-    found = [max(planning.rows_of(batch)["key_rows"] for batch in state.loader.read(step)[0])
-             for step in range(state.order.total_steps)]
+    found = [
+        max(planning.rows_of(batch)["key_rows"] for batch in state.loader.read(step)[0])
+        for step in range(state.order.total_steps)
+    ]
     assert max(found[step] for step in steps) == max(found) > 2 * sorted(found)[len(found) // 2]
     assert len(steps) < len(found)
 
@@ -211,8 +268,9 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
 def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, per_segment):
     """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment."""
     found = []
-    monkeypatch.setattr(memory, "estimate", lambda *a, estimate=memory.estimate,
-                        **k: found.append(k) or estimate(*a, **k))
+    monkeypatch.setattr(
+        memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k)
+    )
     monkeypatch.setattr(parallel, "device_memory", lambda _: 2**40)
     config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
     state = train.build(config, WORLD)

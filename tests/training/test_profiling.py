@@ -24,7 +24,7 @@ def test_a_profiled_run_leaves_a_trace_and_says_what_took_time(run, tmp_path, ca
     assert "aten::mm" in names and "[memory]" in names
     # Three steps of the eight, whatever a step's number of calls is.
     assert names.count("aten::_fused_adamw_") == profiling.RECORDED * (names.count("aten::_fused_adamw_") // 3) > 0
-    table = said[said.index("profile of 3 steps"):].splitlines()
+    table = said[said.index("profile of 3 steps") :].splitlines()
     assert "operators by CPU time" in table[0] and len(table) > 10
     assert str(tmp_path / "profile" / "trace.json.gz") in said and "no memory snapshot" in said
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace.json.gz"]

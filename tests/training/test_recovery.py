@@ -44,9 +44,14 @@ class Three(parallel.World):
         return [value, *self.signals]
 
 
-@pytest.mark.parametrize("own, others, expected", [
-    (0, (0, 0), 0), (signal.SIGTERM, (signal.SIGTERM, signal.SIGTERM), signal.SIGTERM), (0, (0, signal.SIGINT),
-                                                                                          signal.SIGINT)])
+@pytest.mark.parametrize(
+    "own, others, expected",
+    [
+        (0, (0, 0), 0),
+        (signal.SIGTERM, (signal.SIGTERM, signal.SIGTERM), signal.SIGTERM),
+        (0, (0, signal.SIGINT), signal.SIGINT),
+    ],
+)
 def test_every_rank_learns_which_signal_stops_the_run(run, own, others, expected):
     state = train.build(config_of(run, "unused"), parallel.World(0, 1, 0, torch.device("cpu"), False))
     state.world, state.stop_signal = Three(0, 3, 0, torch.device("cpu"), False, signals=others), own
@@ -72,8 +77,9 @@ def test_a_signal_to_any_rank_saves_and_ends_all(run, tmp_path, stopped):
     program = tmp_path / "program.py"
     program.write_text(STOPPED_RANKS)
     options = "--save_strategy", "no", "--max_steps", "4", "--per_device_train_batch_size", "1"
-    finished = start([str(program)], [json.dumps(stopped), str(tmp_path / "code"),
-                                      *flags(run, tmp_path / "out", *options)], ranks=2)
+    finished = start(
+        [str(program)], [json.dumps(stopped), str(tmp_path / "code"), *flags(run, tmp_path / "out", *options)], ranks=2
+    )
     assert finished.returncode == 0, finished.stderr
     assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == [str(128 + signal.SIGTERM)] * 2
     assert checkpoint.newest_valid(tmp_path / "out").name == "checkpoint-2"
@@ -92,8 +98,9 @@ def test_a_stop_does_not_wait_for_a_validation(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", validate)
     monkeypatch.setattr(train, "train_step", train_step)
-    argv = flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps",
-                 "--eval_steps", "1")
+    argv = flags(
+        run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps", "--eval_steps", "1"
+    )
     assert train.main(argv) == 128 + signal.SIGTERM
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-1"
 
@@ -185,10 +192,22 @@ def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch)
 
 def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatch):
     """12 samples in steps of 2 x 5: the first step of either order takes the same, the third does not."""
+
     def reference(output, accumulation=5):
-        return flags(run, tmp_path / output, "--save_steps", "1", "--parity", "reference",
-                     "--per_device_train_batch_size",
-                     "1", "--gradient_accumulation_steps", str(accumulation), "--lr_scheduler_type", "constant")
+        return flags(
+            run,
+            tmp_path / output,
+            "--save_steps",
+            "1",
+            "--parity",
+            "reference",
+            "--per_device_train_batch_size",
+            "1",
+            "--gradient_accumulation_steps",
+            str(accumulation),
+            "--lr_scheduler_type",
+            "constant",
+        )
 
     for argv in (reference("out"), reference("same", 1)):
         assert train.main([*argv, "--max_steps", "3"]) == 0
@@ -200,8 +219,11 @@ def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatc
         return state
 
     monkeypatch.setattr(checkpoint, "read_state", read_older)
-    with pytest.raises(ValueError, match="checkpoint-3 was written when .*accumulation_steps 5 had another order of "
-                                         "samples.* Start over with --resume never"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint-3 was written when .*accumulation_steps 5 had another order of "
+        "samples.* Start over with --resume never",
+    ):
         train.main([*reference("out"), "--max_steps", "4"])
     for number in (2, 3):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{number}")
@@ -219,9 +241,19 @@ def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):
         (tmp_path / "feats" / path.name).write_bytes(path.read_bytes())
     features, header = load_features(tmp_path / "feats" / "clip0.safetensors")
     save_features(tmp_path / "feats" / "gone.safetensors", features, header)
-    state = train.build(config_of(run, tmp_path / "out", "--video_folder", str(tmp_path / "feats"), "--eval_strategy",
-                                  "steps", "--eval_data_path", str(tmp_path / "eval.json")),
-                        parallel.World(0, 1, 0, torch.device("cpu"), False))
+    state = train.build(
+        config_of(
+            run,
+            tmp_path / "out",
+            "--video_folder",
+            str(tmp_path / "feats"),
+            "--eval_strategy",
+            "steps",
+            "--eval_data_path",
+            str(tmp_path / "eval.json"),
+        ),
+        parallel.World(0, 1, 0, torch.device("cpu"), False),
+    )
     assert train.evaluate(state) > 0
     (tmp_path / "feats" / "gone.safetensors").write_bytes(b"torn")
     assert math.isnan(train.evaluate(state))
@@ -251,8 +283,13 @@ def test_a_run_goes_on_on_other_ranks_and_layouts(run, tmp_path):
     common = "--save_steps", "3", "--lr_scheduler_type", "constant"
     assert train.main(flags(run, tmp_path / "straight", "--max_steps", "9", *common)) == 0
     assert train.main(flags(run, tmp_path / "out", "--max_steps", "3", *common)) == 0
-    finished = start(["-m", "fastvid.train"], flags(run, tmp_path / "out", "--max_steps", "6", *common, "--shard",
-                                                    "full", "--per_device_train_batch_size", "1"), ranks=2)
+    finished = start(
+        ["-m", "fastvid.train"],
+        flags(
+            run, tmp_path / "out", "--max_steps", "6", *common, "--shard", "full", "--per_device_train_batch_size", "1"
+        ),
+        ranks=2,
+    )
     assert finished.returncode == 0, finished.stderr
     assert train.main(flags(run, tmp_path / "out", "--max_steps", "9", *common)) == 0
     found, expected = losses(tmp_path / "out"), losses(tmp_path / "straight")
@@ -296,16 +333,40 @@ def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
         return evaluate(state)
 
     monkeypatch.setattr(train, "evaluate", evaluating)
-    argv = flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), "--eval_strategy", "steps", "--eval_steps",
-                 "3", "--per_device_eval_batch_size", "1", "--dataloader_num_workers", "0")
+    argv = flags(
+        run,
+        tmp_path,
+        "--eval_data_path",
+        str(run / "train.json"),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "3",
+        "--per_device_eval_batch_size",
+        "1",
+        "--dataloader_num_workers",
+        "0",
+    )
     assert train.main(argv) == 128 + signal.SIGTERM
     assert looked == [0] and checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
     assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
 
 
 def test_a_validation_that_a_signal_ended_is_made_up_for(run, tmp_path, monkeypatch):
-    argv = flags(run, tmp_path / "out", "--max_steps", "6", "--eval_data_path", str(run / "train.json"),
-                 "--eval_strategy", "steps", "--eval_steps", "3", "--dataloader_num_workers", "0")
+    argv = flags(
+        run,
+        tmp_path / "out",
+        "--max_steps",
+        "6",
+        "--eval_data_path",
+        str(run / "train.json"),
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "3",
+        "--dataloader_num_workers",
+        "0",
+    )
     assert train.main([*argv, "--output_dir", str(tmp_path / "straight")]) == 0
     evaluate, calls = train.evaluate, []
 
@@ -322,8 +383,14 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(run, tmp_path, monkeypa
     assert train.main(argv) == 128 + signal.SIGTERM  # still at it
     monkeypatch.setattr(train, "evaluate", counted)
     assert train.main(argv) == 0
-    found, expected = ([(line["step"], line["eval_loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl")
-                        if "eval_loss" in line] for name in ("out", "straight"))
+    found, expected = (
+        [
+            (line["step"], line["eval_loss"])
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "eval_loss" in line
+        ]
+        for name in ("out", "straight")
+    )
     assert calls == [3, 6] and found == expected
     assert train.main(argv) == 0 and calls == [3, 6]  # all is done
 
@@ -349,9 +416,12 @@ def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program,
-                           *flags(run, tmp_path, "--save_strategy", "no")], stderr=writing, timeout=120,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *flags(run, tmp_path, "--save_strategy", "no")],
+        stderr=writing,
+        timeout=120,
+        env=environment,
+    )
     os.close(writing)
     assert done.returncode == 128 + signal.SIGPIPE
     assert checkpoint.newest_valid(tmp_path) is not None
@@ -416,8 +486,12 @@ def test_a_run_that_is_done_says_so(run, tmp_path, capfd):
 
 def test_a_second_run_in_the_same_folder_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
-    lock = {"host": "here", "pid": os.getppid(), "machine": processes.machine(),
-            "started": processes.started(os.getppid())}
+    lock = {
+        "host": "here",
+        "pid": os.getppid(),
+        "machine": processes.machine(),
+        "started": processes.started(os.getppid()),
+    }
     (tmp_path / run_lock.NAME).write_text(json.dumps(lock))
     with pytest.raises(ValueError, match=f"another run is writing .* process {os.getppid()} on here"):
         train.main(flags(run, tmp_path))

@@ -27,8 +27,11 @@ def argv(shared, tiny):
     """The recorded command line, but for accumulation and epochs; the output folder comes last."""
     recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]["argv"]
     argv = [word.replace("WORK", str(tiny)) for word in recorded]
-    for flag, value in (("--gradient_accumulation_steps", "2"), ("--num_train_epochs", "2"),
-                        ("--save_strategy", "steps")):
+    for flag, value in (
+        ("--gradient_accumulation_steps", "2"),
+        ("--num_train_epochs", "2"),
+        ("--save_strategy", "steps"),
+    ):
         argv[argv.index(flag) + 1] = value
     return [*argv, "--parity", "reference", "--save_steps", "1", "--output_dir"]
 
@@ -55,8 +58,14 @@ def test_parameters_are_those_of_a_plain_loop(argv, straight, tmp_path):
     parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     warm_up = math.ceil(0.03 * len(ORDER))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / warm_up if step < warm_up else (
-        0.5 * (1 + math.cos(math.pi * (step - warm_up) / (len(ORDER) - warm_up)))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            step / warm_up
+            if step < warm_up
+            else (0.5 * (1 + math.cos(math.pi * (step - warm_up) / (len(ORDER) - warm_up))))
+        ),
+    )
     for step, micro_batches in enumerate(ORDER):
         batches, _ = state.loader.read(step)
         assert state.order.micro_batches(step) == micro_batches
@@ -77,8 +86,9 @@ def test_a_resumed_run_is_the_straight_one(argv, straight, tmp_path, done):
     shutil.copytree(straight / f"checkpoint-{done}", tmp_path / f"checkpoint-{done}")
     shutil.copy(straight / "metrics.jsonl", tmp_path)
     assert train.main([*argv, str(tmp_path)]) == 0
-    ours, theirs = ([line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
-                    for folder in (tmp_path, straight))
+    ours, theirs = (
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (tmp_path, straight)
+    )
     assert ours == theirs
     for group in ("model", "optimizer"):
         found, expected = (checkpoint.read_full(folder / "checkpoint-4", group) for folder in (tmp_path, straight))

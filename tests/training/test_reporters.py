@@ -27,12 +27,15 @@ def is_missing(package):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Function that puts a module of these functions into a package's place; returns the list of their calls."""
+
     def install(name, **results):
         calls, module = [], types.ModuleType(name)
         for function, result in results.items():
+
             def called(*arguments, _function=function, _result=result, **options):
                 calls.append((_function, arguments, options))
                 return _result(*arguments, **options) if callable(_result) else _result
+
             setattr(module, function, called)
         monkeypatch.setitem(sys.modules, name, module)
         return calls
@@ -48,9 +51,17 @@ def test_figures_are_named_by_kind_and_finite():
     assert figures(LINE) == {"train/loss": 0.5, "eval/loss": 0.25}
 
 
-@pytest.mark.parametrize("names, expected", [
-    (["none"], []), (["None"], []), ([], []), (["TensorBoard"], ["tensorboard"]),
-    (["none", "tensorboard"], ["tensorboard"]), (["tensorboard", "tensorboard"], ["tensorboard"])])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["none"], []),
+        (["None"], []),
+        ([], []),
+        (["TensorBoard"], ["tensorboard"]),
+        (["none", "tensorboard"], ["tensorboard"]),
+        (["tensorboard", "tensorboard"], ["tensorboard"]),
+    ],
+)
 def test_names(names, expected):
     assert chosen(names) == expected
 
@@ -96,8 +107,12 @@ def test_trackio_stand_in(stand_in, tmp_path):
         reporter.close()
     assert [name for name, *_ in calls] == ["init", "log", "finish"] * 2
     (_, _, first), (_, logged, step), _, (_, _, again), *_ = calls
-    assert (first["project"], first["name"], first["resume"], again["resume"]) == ("fastvid", "my run", "never",
-                                                                                 "allow")
+    assert (first["project"], first["name"], first["resume"], again["resume"]) == (
+        "fastvid",
+        "my run",
+        "never",
+        "allow",
+    )
     assert first["config"]["learning_rate"] == 1e-3 and "run_name" not in first["config"]
     assert logged == ({"train/loss": 0.5},) and step == {"step": 7}
 
@@ -105,8 +120,12 @@ def test_trackio_stand_in(stand_in, tmp_path):
 def test_wandb_stand_in(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     told = []
-    run = SimpleNamespace(id="abc", define_metric=lambda *a, **k: told.append(("define", a, k)),
-                          log=lambda values: told.append(values), finish=lambda: told.append("finish"))
+    run = SimpleNamespace(
+        id="abc",
+        define_metric=lambda *a, **k: told.append(("define", a, k)),
+        log=lambda values: told.append(values),
+        finish=lambda: told.append("finish"),
+    )
     calls = stand_in("wandb", init=run)
     for start_step in (0, 4):
         reporter = open_reporters(["wandb"], run_of(tmp_path, start_step), pytest.fail)["wandb"]
@@ -121,10 +140,13 @@ def test_mlflow_stand_in(stand_in, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     batches, ended, made = [], [], []
     client = SimpleNamespace(
-        get_experiment_by_name=lambda name: None, create_experiment=lambda name, **k: made.append(name) or "1",
+        get_experiment_by_name=lambda name: None,
+        create_experiment=lambda name, **k: made.append(name) or "1",
         create_run=lambda experiment, run_name: SimpleNamespace(info=SimpleNamespace(run_id="r")),
         log_batch=lambda run_id, metrics=(), params=(): batches.append((run_id, list(metrics), list(params))),
-        update_run=lambda run_id, status: batches.append((run_id, status)), set_terminated=ended.append)
+        update_run=lambda run_id, status: batches.append((run_id, status)),
+        set_terminated=ended.append,
+    )
     calls = stand_in("mlflow", MlflowClient=client)
     stand_in("mlflow.entities", Metric=lambda *values: values, Param=lambda *values: values)
     monkeypatch.setattr(reporters.time, "time", lambda: 2.0)
@@ -140,9 +162,11 @@ def test_mlflow_stand_in(stand_in, tmp_path, monkeypatch):
 @pytest.mark.skipif(is_missing("trackio"), reason="trackio is not installed")
 def test_trackio_keeps_the_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
-    program = ("import sys; from pathlib import Path; from fastvid.training.reporters import Run, Trackio\n"
-               "r = Trackio(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
-               "r.log(7, {'train/loss': 0.5}); r.close()")
+    program = (
+        "import sys; from pathlib import Path; from fastvid.training.reporters import Run, Trackio\n"
+        "r = Trackio(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
+        "r.log(7, {'train/loss': 0.5}); r.close()"
+    )
     run_apart(program, tmp_path)
     stored = b"".join(path.read_bytes() for path in (tmp_path / "store").rglob("*.db*"))
     assert b"train/loss" in stored and b"my run" in stored and b"learning_rate" in stored
@@ -167,9 +191,11 @@ def test_mlflow_keeps_the_figures(tmp_path, monkeypatch):
 @pytest.mark.skipif(is_missing("wandb"), reason="wandb is not installed")
 def test_wandb_keeps_the_figures_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    program = ("import sys; from pathlib import Path; from fastvid.training.reporters import Run, Wandb\n"
-               "r = Wandb(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
-               "r.log(7, {'train/loss': 0.5}); r.close()")
+    program = (
+        "import sys; from pathlib import Path; from fastvid.training.reporters import Run, Wandb\n"
+        "r = Wandb(Run(Path(sys.argv[1]), {'learning_rate': 1e-3}, 'my run'))\n"
+        "r.log(7, {'train/loss': 0.5}); r.close()"
+    )
     run_apart(program, tmp_path)
     [stored] = tmp_path.rglob("*.wandb")
     assert b"train/loss" in stored.read_bytes() and b"learning_rate" in stored.read_bytes()

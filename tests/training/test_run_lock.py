@@ -28,8 +28,9 @@ def impatient(monkeypatch):
 def holder(tmp_path):
     """A living process that holds tmp_path/out."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE,
-                          env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout.readline() == b"held\n"
         yield process
         process.kill()
@@ -42,8 +43,14 @@ def take(folder):
 
 def write(folder, **changed):
     folder.mkdir(exist_ok=True)
-    lock = {"host": "there", "pid": os.getppid(), "since": "2020-01-01 00:00:00", "machine": processes.machine(),
-            "started": processes.started(os.getppid()), "mark": "0"}
+    lock = {
+        "host": "there",
+        "pid": os.getppid(),
+        "since": "2020-01-01 00:00:00",
+        "machine": processes.machine(),
+        "started": processes.started(os.getppid()),
+        "mark": "0",
+    }
     (folder / run_lock.NAME).write_text(json.dumps(lock | changed))
 
 

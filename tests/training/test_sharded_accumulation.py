@@ -20,11 +20,13 @@ LAYOUTS = [(2, "full", None), (2, "trained", None), (4, "hybrid", 2)]
 
 
 def model_of(layout="replicated", world=None, shard_size=None, dtype=torch.float32, adds_up_shards=False):
-    model = random_model(model_config(hidden_size=64, intermediate_size=128, head_dim=16), FULL, compute_dtype=dtype,
-                         trained_dtype=dtype)
+    model = random_model(
+        model_config(hidden_size=64, intermediate_size=128, head_dim=16), FULL, compute_dtype=dtype, trained_dtype=dtype
+    )
     if world:
-        parallel.shard(model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size,
-                       adds_up_shards=adds_up_shards)
+        parallel.shard(
+            model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size, adds_up_shards=adds_up_shards
+        )
     return model
 
 
@@ -100,10 +102,27 @@ def sums_over_copies(rank, run, output):
     said, world = [], parallel.World(rank, 2, rank, CPU, True, 2)
     for accumulation, gib in ((1, 1), (2, 1), (2, 0)):  # with 1 GiB whole gradients fit
         parallel.device_memory = lambda world: gib * 2**30
-        state = train.build(config_of(
-            run, output, "--tune_mm_mlp_adapter", "False", "--shard", "full", "--bf16", "True", "--master_dtype",
-            "bfloat16", "--gradient_accumulation_steps", str(accumulation), "--per_device_train_batch_size", "1",
-            "--dataloader_num_workers", "0"), world)
+        state = train.build(
+            config_of(
+                run,
+                output,
+                "--tune_mm_mlp_adapter",
+                "False",
+                "--shard",
+                "full",
+                "--bf16",
+                "True",
+                "--master_dtype",
+                "bfloat16",
+                "--gradient_accumulation_steps",
+                str(accumulation),
+                "--per_device_train_batch_size",
+                "1",
+                "--dataloader_num_workers",
+                "0",
+            ),
+            world,
+        )
         steps = state.loader.iterate(0)
         train.train_step(state, next(steps)[1])
         with Collectives() as collectives:
@@ -134,7 +153,8 @@ def test_whole_gradients_are_added_up_where_they_fit(tmp_path, monkeypatch, capl
     plans = []
     monkeypatch.setattr(planning, "plan_memory", planned)
     with caplog.at_level("INFO", "fastvid"):
-        state = train.build(config_of(run, tmp_path, "--gradient_accumulation_steps", "2"),
-                            parallel.World(0, 1, 0, CPU, False))
+        state = train.build(
+            config_of(run, tmp_path, "--gradient_accumulation_steps", "2"), parallel.World(0, 1, 0, CPU, False)
+        )
     assert plans[0][0] == "full" and state.plan.accumulate_whole == whole
     assert ("every micro-batch's gradient is reduced" in caplog.text) != whole

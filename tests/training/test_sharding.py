@@ -40,9 +40,12 @@ class Trainer:
     """Steps of a model whose matrices have rows of whole blocks, over a fixed set of samples, each rank its share."""
 
     def __init__(self, world, layout, *, dtype=torch.float32, optim="adamw_8bit", shard_size=None, layers=3):
-        model = random_model(model_config(
-            mm_hidden_size=256, hidden_size=256, intermediate_size=256, num_layers=layers, head_dim=64), FULL,
-            compute_dtype=dtype, trained_dtype=dtype)
+        model = random_model(
+            model_config(mm_hidden_size=256, hidden_size=256, intermediate_size=256, num_layers=layers, head_dim=64),
+            FULL,
+            compute_dtype=dtype,
+            trained_dtype=dtype,
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:
@@ -57,7 +60,7 @@ class Trainer:
         features = torch.randn(SAMPLES, 6, 256, generator=generator)
         self.batches = []
         for i in range(world.rank, SAMPLES, world.size):
-            batch = pack(samples[i:i + 1], channels=256)
+            batch = pack(samples[i : i + 1], channels=256)
             batch.features.copy_(features[i])
             self.batches.append(batch)
 
@@ -107,8 +110,10 @@ def test_8_bit_training_over_changing_ranks_and_layouts_is_one_run(tmp_path):
     # Of two copies the first is written: by the two ranks that hold it.
     writers = {path.name[-23:-21] for path in (tmp_path / "1" / "checkpoint-1").glob("optimizer-*")}
     assert len(writers) == 2
-    hybrid, full = (sum(path.stat().st_size for path in (tmp_path / stage / "checkpoint-1").glob("*.safetensors"))
-                    for stage in ("1", "2"))
+    hybrid, full = (
+        sum(path.stat().st_size for path in (tmp_path / stage / "checkpoint-1").glob("*.safetensors"))
+        for stage in ("1", "2")
+    )
     assert hybrid == pytest.approx(full, rel=0.01)
 
 
@@ -131,13 +136,21 @@ def test_bf16_weights_are_trained_sharded_as_whole(tmp_path):
 
 
 # (layout, what is trained, recomputation)
-PRECISE = [("trained", ADAPTER, "none"), ("full", ADAPTER, "none"), ("full", FULL, "none"), ("full", FULL, "full"),
-           ("trained", ADAPTER, 1), ("full", ADAPTER, 1), ("full", FULL, 1)]
+PRECISE = [
+    ("trained", ADAPTER, "none"),
+    ("full", ADAPTER, "none"),
+    ("full", FULL, "none"),
+    ("full", FULL, "full"),
+    ("trained", ADAPTER, 1),
+    ("full", ADAPTER, 1),
+    ("full", FULL, 1),
+]
 
 
 def precise(trainable, recompute):
-    return random_model(model_config(num_kv_heads=2), trainable, torch.bfloat16, fp32_residual=True,
-                        recompute=recompute)
+    return random_model(
+        model_config(num_kv_heads=2), trainable, torch.bfloat16, fp32_residual=True, recompute=recompute
+    )
 
 
 def precise_gradients(rank):
@@ -169,8 +182,9 @@ def test_copies_must_fill_the_ranks():
     assert parallel.ranks_of_a_copy("hybrid", parallel.World(0, 8, 0, CPU, True, 4)) == 4
     assert [parallel.ranks_of_a_copy(layout, world) for layout in ("replicated", "trained", "full")] == [1, 6, 6]
     for shard_size in (None, 1):
-        with pytest.raises(ValueError,
-                           match=f"copies of {shard_size or 4} of 6 ranks: give a --shard_size of 2 or more"):
+        with pytest.raises(
+            ValueError, match=f"copies of {shard_size or 4} of 6 ranks: give a --shard_size of 2 or more"
+        ):
             parallel.ranks_of_a_copy("hybrid", world, shard_size)
 
 
@@ -187,8 +201,9 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._overloadpacket.__name__
-            kind = next((kind for kind in ("allgather", "reduce_scatter", "allreduce", "barrier") if kind in name),
-                        None)
+            kind = next(
+                (kind for kind in ("allgather", "reduce_scatter", "allreduce", "barrier") if kind in name), None
+            )
             assert kind, f"{name} is not counted"
             size = max(sum(t.nbytes for t in _tensors(argument)) for argument in args)
             share = (dist.get_world_size() - 1) / dist.get_world_size()
@@ -221,8 +236,20 @@ def counted_steps(rank, run, output, modes):
 def test_adapter_training_says_little(tmp_path, ranks):
     """At most twice the bytes of what is trained, nothing of what is frozen, however many micro-batches a step has."""
     run = write_run(tmp_path / "run")
-    modes = [["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", accumulation, "--shard", shard,
-              "--dataloader_num_workers", "0"] for shard in ("auto", "none") for accumulation in ("1", "3")]
+    modes = [
+        [
+            "--per_device_train_batch_size",
+            "1",
+            "--gradient_accumulation_steps",
+            accumulation,
+            "--shard",
+            shard,
+            "--dataloader_num_workers",
+            "0",
+        ]
+        for shard in ("auto", "none")
+        for accumulation in ("1", "3")
+    ]
     for found in on_ranks(ranks, counted_steps, tmp_path, run, tmp_path / "out", modes):
         for options, (sent, calls, trained) in zip(modes, found):
             if ranks == 1:
@@ -245,7 +272,8 @@ def order_of_a_step(rank):
     for i, layer in enumerate(trainer.model.decoder.layers):
         layer.qkv.register_forward_pre_hook(lambda module, args, i=i: events.append(f"layer {i}"))
         layer.qkv.register_forward_hook(
-            lambda module, args, out, i=i: out.register_hook(lambda gradient: events.append(f"back {i}")) and None)
+            lambda module, args, out, i=i: out.register_hook(lambda gradient: events.append(f"back {i}")) and None
+        )
     with collectives:
         trainer.step(1)
     return events
@@ -253,11 +281,11 @@ def order_of_a_step(rank):
 
 def test_the_next_layer_is_gathered_while_one_computes(tmp_path):
     events = on_ranks(2, order_of_a_step, tmp_path)[0]
-    gathered = [events[:events.index(name)].count("allgather") for name in
-                ("layer 0", "layer 1", "layer 2", "layer 3", "back 3", "back 2", "back 1", "back 0")]
+    gathered = [
+        events[: events.index(name)].count("allgather")
+        for name in ("layer 0", "layer 1", "layer 2", "layer 3", "back 3", "back 2", "back 1", "back 0")
+    ]
     first = gathered[0]
     # The root, the projector, layers 0 and 1 before layer 0 computes; in backward the last layer and the one before.
     assert gathered == [first, first + 1, first + 2, first + 2, first + 4, first + 5, first + 6, first + 6]
     assert first == 4
-
-

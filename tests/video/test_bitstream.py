@@ -17,8 +17,10 @@ from fastvid.video.decode.worker import DecodeWorker
 
 # Clips that are PyAV's, and why.
 UNSUITED = {
-    "start codes.h264": "do not tell which of them are needed", "interlaced.mp4": "yuv420p of 128×96, interlaced",
-    "h264_10bits.mp4": "yuv420p10le of", "h265_10bits.mp4": "yuv420p10le of",
+    "start codes.h264": "do not tell which of them are needed",
+    "interlaced.mp4": "yuv420p of 128×96, interlaced",
+    "h264_10bits.mp4": "yuv420p10le of",
+    "h265_10bits.mp4": "yuv420p10le of",
     "testsrc2_mpeg4.avi": "do not tell which of them are needed",
     "testsrc2_odd_height_and_width_444.mp4": "yuv444p of 321×241",
 }
@@ -35,8 +37,10 @@ def planes_of(stream):
         for frame in frames:
             number = queue.pop(0) if stream.codec in IN_DISPLAY_ORDER else frame.pts
             sizes = (frame.width, frame.height), *[(-(-frame.width // 2), -(-frame.height // 2))] * 2
-            planes = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width].copy()
-                      for plane, (width, height) in zip(frame.planes, sizes))
+            planes = (
+                np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width].copy()
+                for plane, (width, height) in zip(frame.planes, sizes)
+            )
             found[number] = tuple(stream.turn.upright(torch.from_numpy(plane)) for plane in planes)
 
     for data, number in stream.packets():
@@ -66,17 +70,21 @@ def assert_same_patches(path):
 def pictures():
     """A texture that moves, so that every frame differs and is predicted from others."""
     texture = np.random.default_rng(0).integers(0, 256, (24, 120, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return [texture[:96, 3 * i % 300:][:, :128].copy() for i in range(60)]
+    return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(60)]
 
 
 @pytest.fixture
 def clip(tmp_path, pictures):
     """Draws those pictures as one of STREAMS."""
+
     def made(name, **more):
         codec, options = STREAMS[name]
         pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        return draw(tmp_path / name, **{"codec": codec, "options": options, "size": (128, 96), "pictures": pictures,
-                                        "pixels": pixels, **more})
+        return draw(
+            tmp_path / name,
+            **{"codec": codec, "options": options, "size": (128, 96), "pictures": pictures, "pixels": pixels, **more},
+        )
+
     return made
 
 
@@ -114,8 +122,9 @@ def test_patches_of_real_clips_are_pyavs(shared, name):
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (0, 1, 1, 0)])
 def test_patches_of_turned_and_mirrored_clips_are_pyavs(clip, matrix):
     a, b, c, d = (value << 16 for value in matrix)
-    stream = assert_same_patches(clip(
-        "pyramid.mp4", turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))))
+    stream = assert_same_patches(
+        clip("pyramid.mp4", turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
+    )
     assert stream.stored_size == (128, 96)
     assert (stream.info.width, stream.info.height) == ((96, 128) if b else (128, 96))
 
@@ -138,9 +147,10 @@ def test_packets_that_are_not_shown(clip, pictures):
     assert stream.numbers[:24].tolist() == [*range(21), -1, 21, 22]
 
 
-@pytest.mark.parametrize("size, pixels, told", [
-    ((64, 50), "yuv422p", "yuv422p of 64×50"),
-    ((64, 49), "yuv420p", "yuv420p of 64×49"), ((63, 48), "yuv420p", None)])
+@pytest.mark.parametrize(
+    "size, pixels, told",
+    [((64, 50), "yuv422p", "yuv422p of 64×50"), ((64, 49), "yuv420p", "yuv420p of 64×49"), ((63, 48), "yuv420p", None)],
+)
 def test_pictures_of_other_kinds(tmp_path, size, pixels, told):
     path = draw(tmp_path / "a.mkv", size=size, pixels=pixels, codec="libvpx-vp9")
     if told is None:
@@ -152,8 +162,9 @@ def test_pictures_of_other_kinds(tmp_path, size, pixels, told):
 
 def test_odd_widths_that_are_turned(tmp_path):
     """Mirrored, the chroma samples of other pairs of columns would be taken."""
-    path = draw(tmp_path / "a.mp4", size=(63, 48), codec="libvpx-vp9",
-                turn=lambda stream: stream.set_display_rotation(180))
+    path = draw(
+        tmp_path / "a.mp4", size=(63, 48), codec="libvpx-vp9", turn=lambda stream: stream.set_display_rotation(180)
+    )
     with pytest.raises(Unsuited, match="yuv420p of 63×48"):
         read_bitstream(path)
 
@@ -180,7 +191,7 @@ def test_damaged_files_are_not_passed_on_unseen(clip, name, damage):
     with av.open(str(path)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     if damage == "cut":
-        content = content[:len(content) * 6 // 10]
+        content = content[: len(content) * 6 // 10]
     else:
         packet = packets[0 if damage == "first frame" else 30]
         for at in range(packet.pos + packet.size // 3, packet.pos + packet.size // 3 + 8):
@@ -202,7 +213,7 @@ def test_a_hole_that_the_container_complains_of(tmp_path, pictures):
     with av.open(str(path)) as container:
         at = [p for p in container.demux(video=0) if p.size][57].pos
     content = bytearray(path.read_bytes())
-    content[at:at + 200] = bytes(200)
+    content[at : at + 200] = bytes(200)
     path.write_bytes(content)
     with pytest.raises(Unsuited, match="it may be damaged"):
         read_bitstream(path, indices=[0])

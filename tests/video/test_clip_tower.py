@@ -17,8 +17,15 @@ CPU = torch.device("cpu")
 
 def written(folder, activation="quick_gelu", layers=4):
     config = CLIPVisionConfig(
-        image_size=42, patch_size=14, hidden_size=48, intermediate_size=80, num_hidden_layers=layers,
-        num_attention_heads=3, layer_norm_eps=1e-3, hidden_act=activation)
+        image_size=42,
+        patch_size=14,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=layers,
+        num_attention_heads=3,
+        layer_norm_eps=1e-3,
+        hidden_act=activation,
+    )
     torch.manual_seed(0)
     model = CLIPVisionModel(config).eval()
     for parameter in model.parameters():
@@ -49,7 +56,7 @@ def patches():
 
 def pictures(patches_BPK):
     """[B, 3, 42, 42] that patches are cut from."""
-    pixels = patches_BPK[..., :3 * 14 * 14].reshape(5, 3, 3, 14, 14, 3)
+    pixels = patches_BPK[..., : 3 * 14 * 14].reshape(5, 3, 3, 14, 14, 3)
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(5, 3, 42, 42)
 
 

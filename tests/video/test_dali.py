@@ -25,8 +25,11 @@ from fastvid.video.decode.nvcuvid import NoDecoder
 from fastvid.video.encoder import FeatureEncoder
 
 # What DALI's conversion is in swscale's terms: chroma between samples is interpolated.
-SMOOTH = (av.video.reformatter.Interpolation.BILINEAR | av.video.reformatter.Interpolation.ACCURATE_RND
-          | av.video.reformatter.Interpolation.FULL_CHR_H_INT)
+SMOOTH = (
+    av.video.reformatter.Interpolation.BILINEAR
+    | av.video.reformatter.Interpolation.ACCURATE_RND
+    | av.video.reformatter.Interpolation.FULL_CHR_H_INT
+)
 ENCODERS = {"vp9": ("libvpx-vp9", "webm"), "vp8": ("libvpx", "webm"), "mjpeg": ("mjpeg", "avi")}
 
 
@@ -45,21 +48,23 @@ def decoder():
 @pytest.fixture(scope="module")
 def pictures():
     texture = np.random.default_rng(0).integers(0, 256, (24, 120, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return [texture[:96, 3 * i % 300:][:, :128].copy() for i in range(60)]
+    return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(60)]
 
 
 def clip(path, codec, **options):
     """A clip that DALI decodes on a CPU."""
     encoder, ending = ENCODERS[codec]
-    return draw(path.with_suffix(f".{ending}"), codec=encoder, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p",
-                **options)
+    return draw(
+        path.with_suffix(f".{ending}"), codec=encoder, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p", **options
+    )
 
 
 def in_dalis_colours(path):
     """Every frame of a video by PyAV, as DALI converts it."""
     with av.open(str(path)) as container:
-        return [frame.reformat(format="rgb24", interpolation=SMOOTH).to_ndarray()
-                for frame in container.decode(video=0)]
+        return [
+            frame.reformat(format="rgb24", interpolation=SMOOTH).to_ndarray() for frame in container.decode(video=0)
+        ]
 
 
 def test_the_codecs_are_those_that_are_tried():
@@ -86,12 +91,15 @@ def test_a_decoder_serves_many_videos(decoder, tmp_path):
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (0, 1, 1, 0)])
 def test_frames_are_upright(decoder, tmp_path, matrix):
     a, b, c, d = (value << 16 for value in matrix)
-    path = draw(tmp_path / "a.mp4", codec="libvpx-vp9",
-                turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
+    path = draw(
+        tmp_path / "a.mp4",
+        codec="libvpx-vp9",
+        turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)),
+    )
     stream = read_bitstream(path, indices=[5])
     stored = in_dalis_colours(path)[5]
     stored = stored.transpose(1, 0, 2) if stream.turn.transpose else stored
-    expected = stored[::-1 if stream.turn.mirror_rows else 1, ::-1 if stream.turn.mirror_columns else 1]
+    expected = stored[:: -1 if stream.turn.mirror_rows else 1, :: -1 if stream.turn.mirror_columns else 1]
     assert expected.shape == (stream.info.height, stream.info.width, 3)
     assert np.array_equal(decoder.decode(stream)[0].numpy(), expected)
 
@@ -100,8 +108,14 @@ def test_frames_are_upright(decoder, tmp_path, matrix):
 def test_remuxed_packets_decode_to_the_same_frames(tmp_path, pictures, name):
     """Of the codecs that only a GPU decodes as well: FFmpeg reads the file that DALI would get."""
     codec, options = STREAMS[name]
-    path = draw(tmp_path / name, codec=codec, options=options, size=(128, 96), pictures=pictures,
-                pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    path = draw(
+        tmp_path / name,
+        codec=codec,
+        options=options,
+        size=(128, 96),
+        pictures=pictures,
+        pixels="yuvj420p" if codec == "mjpeg" else "yuv420p",
+    )
     try:
         stream = read_bitstream(path, num_frames=7)
     except Unsuited:
@@ -132,7 +146,7 @@ def test_packets_that_are_not_shown(decoder, tmp_path, pictures):
 
 def test_an_error_costs_one_pipeline(decoder, tmp_path):
     good = read_bitstream(clip(tmp_path / "a", "vp8", frames=30), indices=[0, 29])
-    bad = replace(good, data=good.data[:good.ends[0]] + bytes(len(good.data) - good.ends[0]))
+    bad = replace(good, data=good.data[: good.ends[0]] + bytes(len(good.data) - good.ends[0]))
     decoder.decode(good)
     used = decoder._pipeline
     with pytest.raises(Unsuited, match="^DALI fails: .*Failed to send packet to decoder: Invalid data"):
@@ -144,19 +158,20 @@ def test_an_error_costs_one_pipeline(decoder, tmp_path):
 
 def test_packets_that_cannot_be_written(decoder, tmp_path):
     stream = read_bitstream(clip(tmp_path / "a", "vp9", frames=30), indices=[0, 29])
-    bad = replace(stream, data=stream.data[:stream.ends[0]] + bytes(len(stream.data) - stream.ends[0]))
+    bad = replace(stream, data=stream.data[: stream.ends[0]] + bytes(len(stream.data) - stream.ends[0]))
     with pytest.raises(Unsuited, match="cannot be written to a file"):
         decoder.decode(bad)
     bare = read_bitstream(draw(tmp_path / "a.mp4", 5, options={"bf": "0"}))
     with pytest.raises(Unsuited, match="no parameter sets"):
-        as_matroska(replace(bare, data=bare.data[bare.ends[0]:], ends=bare.ends[1:] - bare.ends[0],
-                            numbers=bare.numbers[1:]))
+        as_matroska(
+            replace(bare, data=bare.data[bare.ends[0] :], ends=bare.ends[1:] - bare.ends[0], numbers=bare.numbers[1:])
+        )
 
 
 def test_frames_that_are_not_there_are_noticed(decoder, tmp_path, monkeypatch):
     """DALI's default would be black ones."""
     stream = read_bitstream(clip(tmp_path / "a", "vp9", frames=30), indices=[0, 29])
-    short = replace(stream, data=stream.data[:stream.ends[-2]], ends=stream.ends[:-1], numbers=stream.numbers[:-1])
+    short = replace(stream, data=stream.data[: stream.ends[-2]], ends=stream.ends[:-1], numbers=stream.numbers[:-1])
     monkeypatch.setattr(module, "as_matroska", lambda _: as_matroska(short))
     with pytest.raises(Unsuited, match="DALI fails: Unexpected out-of-bounds frame index"):
         decoder.decode(stream)
@@ -231,21 +246,41 @@ def folder(tmp_path_factory):
 
 
 def job(folder, output, decoder, **options):
-    return ExtractConfig(str(folder / "videos"), str(output), vision_tower=str(folder / "tower"), num_frames=6,
-                         device="cpu", decoder=decoder, decode_workers=2, **options)
+    return ExtractConfig(
+        str(folder / "videos"),
+        str(output),
+        vision_tower=str(folder / "tower"),
+        num_frames=6,
+        device="cpu",
+        decoder=decoder,
+        decode_workers=2,
+        **options,
+    )
 
 
 def test_extraction(folder, tmp_path):
     import_name = f"dali {installed().__version__}"
-    words = ["--video_dir_path", str(folder / "videos"), "--clip_feat_path", str(tmp_path / "feats"),
-             "--vision_tower", str(folder / "tower"), "--num_frames", "6", "--device", "cpu", "--decoder", "dali"]
+    words = [
+        "--video_dir_path",
+        str(folder / "videos"),
+        "--clip_feat_path",
+        str(tmp_path / "feats"),
+        "--vision_tower",
+        str(folder / "tower"),
+        "--num_frames",
+        "6",
+        "--device",
+        "cpu",
+        "--decoder",
+        "dali",
+    ]
     assert extraction.main(words) == 0
     encoder = FeatureEncoder(folder / "tower", device="cpu", num_temporal=6)
     for codec in ON_CPU:
         features, header = load_features(tmp_path / "feats" / f"{codec}.safetensors")
         assert (header["video"]["decoder"], header["video"]["conversion"]) == (import_name, "dali")
         assert header["conversion"] == "dali"
-        path, = (folder / "videos").glob(f"{codec}.*")
+        (path,) = (folder / "videos").glob(f"{codec}.*")
         frames = in_dalis_colours(path)
         assert torch.equal(features, encoder.encode(np.stack([frames[i] for i in header["frame_indices"]])))
     _, header = load_features(tmp_path / "feats" / "h264.safetensors")
@@ -254,8 +289,10 @@ def test_extraction(folder, tmp_path):
     assert extract(job(folder, tmp_path / "feats", "dali")).skipped == 4
 
 
-@pytest.mark.parametrize("before, after, told", [
-    ("dali", "auto", "conversion dali, not swscale"), ("pyav", "dali", "conversion swscale, not dali")])
+@pytest.mark.parametrize(
+    "before, after, told",
+    [("dali", "auto", "conversion dali, not swscale"), ("pyav", "dali", "conversion swscale, not dali")],
+)
 def test_features_of_other_colours_are_not_mixed_in(folder, tmp_path, before, after, told):
     installed()
     assert extract(job(folder, tmp_path, before)).extracted == 4

@@ -34,13 +34,20 @@ def positions(path):
 def moving(tmp_path):
     """Draws 60 pictures that are predicted from one another."""
     texture = np.random.default_rng(0).integers(0, 256, (24, 80, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return lambda name, **options: draw(tmp_path / name, size=(128, 96), **options,
-                                        pictures=[texture[:, 3 * i:3 * i + 128].copy() for i in range(60)])
+    return lambda name, **options: draw(
+        tmp_path / name, size=(128, 96), **options, pictures=[texture[:, 3 * i : 3 * i + 128].copy() for i in range(60)]
+    )
 
 
-@pytest.mark.parametrize("name, left_out", [
-    ("a.mp4", [0]), ("a.mkv", [0]), ("a.mp4", range(27, 33)), ("a.mkv", range(27, 33)),
-])
+@pytest.mark.parametrize(
+    "name, left_out",
+    [
+        ("a.mp4", [0]),
+        ("a.mkv", [0]),
+        ("a.mp4", range(27, 33)),
+        ("a.mkv", range(27, 33)),
+    ],
+)
 def test_missing_packets(tmp_path, moving, name, left_out):
     path = without(moving("whole.mp4", options={"g": "20"}), tmp_path / name, *left_out)
     with pytest.raises(DecodeError, match="is damaged"):
@@ -66,7 +73,7 @@ def test_wrong_bytes(moving, ending, codec):
 def test_a_tail_of_zeros(moving, codec):
     path = moving("a.mkv", codec=codec)
     content = bytearray(path.read_bytes())
-    content[len(content) * 2 // 3:] = bytes(len(content) - len(content) * 2 // 3)
+    content[len(content) * 2 // 3 :] = bytes(len(content) - len(content) * 2 // 3)
     path.write_bytes(content)
     with pytest.raises(DecodeError):
         decode(path)
@@ -77,7 +84,7 @@ def test_zeros_between_packets(moving):
     path = moving("a.mkv", options={"bf": "0", "g": "5"})
     content, places = bytearray(path.read_bytes()), positions(path)
     (start, _), (end, size) = places[20], places[23]
-    content[start:end + size] = bytes(end + size - start)
+    content[start : end + size] = bytes(end + size - start)
     path.write_bytes(content)
     with pytest.raises(DecodeError, match="is damaged"):
         decode(path)
@@ -121,13 +128,17 @@ def test_the_cover_of_a_piece_of_music_is_no_video(tmp_path):
         decode(path)
 
 
-@pytest.mark.parametrize("matrix, rotation", [
-    ((0, 0, 0, 0), 0), ((65526, 1144, -1144, 65526), 0), ((1144, 65526, -65526, 1144), 270),
-])
+@pytest.mark.parametrize(
+    "matrix, rotation",
+    [
+        ((0, 0, 0, 0), 0),
+        ((65526, 1144, -1144, 65526), 0),
+        ((1144, 65526, -65526, 1144), 270),
+    ],
+)
 def test_matrices_as_players_read_them(tmp_path, matrix, rotation):
     a, b, c, d = matrix
-    path = draw(tmp_path / "a.mp4",
-                turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
+    path = draw(tmp_path / "a.mp4", turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
     assert probe(path).rotation == rotation
 
 
@@ -145,5 +156,9 @@ for _ in range(300):
 def test_a_video_that_is_left_while_threads_decode_it_waits_for_nothing(tmp_path):
     """Threads that have something to log want Python's lock, which closing their decoder must not hold."""
     path = draw(tmp_path / "a.mp4", 60, size=(320, 240), turn=lambda stream: stream.set_display_rotation(30))
-    subprocess.run([sys.executable, "-c", REFUSED, str(path)], check=True, timeout=120,
-                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", REFUSED, str(path)],
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )

@@ -34,7 +34,7 @@ def test_shares_are_of_one_length_and_begin_with_the_longest(tmp_path):
 def test_turns(tmp_path, monkeypatch):
     shares = deal(_videos(tmp_path, 6, 5, 4, 3, 2, 1), 3)
     assert [_names(share) for share in shares] == ["05", "14", "23"]
-    for rank, order in enumerate(["05" "41" "32", "14" "32" "50", "23" "50" "41"]):
+    for rank, order in enumerate(["054132", "143250", "235041"]):
         turns = Turns(shares, rank)
         taken = list(iter(turns.next, None))
         assert _names(video for video, _, _ in taken) == order and not turns.waits
@@ -72,9 +72,16 @@ def test_the_more_others_have_the_longer_is_the_pause(tmp_path, monkeypatch, num
     assert len(list(iter(turns.next, None))) == number and not turns.waits
 
 
-@pytest.mark.parametrize("shard, rank, world, expected", [
-    (None, None, None, (0, 1)), (None, 2, 4, (2, 4)), ("1/3", None, None, (0, 3)), ("3/3", None, None, (2, 3)),
-    ("2/3", 1, 2, (3, 6))])
+@pytest.mark.parametrize(
+    "shard, rank, world, expected",
+    [
+        (None, None, None, (0, 1)),
+        (None, 2, 4, (2, 4)),
+        ("1/3", None, None, (0, 3)),
+        ("3/3", None, None, (2, 3)),
+        ("2/3", 1, 2, (3, 6)),
+    ],
+)
 def test_places(monkeypatch, shard, rank, world, expected):
     for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
         monkeypatch.delenv(name, raising=False)
@@ -118,5 +125,5 @@ def test_some_come_before_all(tmp_path, take_over, before, after):
         assert turns.ready
         taken.append(turns.next())
     assert _names(video for video, _, _ in taken) == before
-    assert [own for _, own, _ in taken] == [True, False][:len(before)]
+    assert [own for _, own, _ in taken] == [True, False][: len(before)]
     assert _names(video for video, _, _ in iter(turns.next, None)) == after and not turns.waits

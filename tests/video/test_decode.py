@@ -20,19 +20,22 @@ def _numbers(frames):
     return [number(picture) for picture in frames]
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a.mp4", {}),
-    ("b_frames.mp4", {"options": B_FRAMES}),
-    ("b_frames.mkv", {"options": B_FRAMES}),
-    ("b_frames.ts", {"options": B_FRAMES}),
-    ("variable_rate.mp4", {"times": [7 * i * i for i in range(60)], "options": B_FRAMES}),
-    ("non_zero_start.mp4", {"times": [9000 + 24 * i for i in range(60)]}),
-    ("mpeg4_b_frames.mp4", {"codec": "mpeg4", "options": {"bf": "2"}}),
-    ("mpeg4.avi", {"codec": "mpeg4"}),
-    ("vp9.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}}),
-    ("odd_444.mp4", {"size": (71, 49), "pixels": "yuv444p"}),
-    ("10_bit.mp4", {"pixels": "yuv420p10le"}),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.mp4", {}),
+        ("b_frames.mp4", {"options": B_FRAMES}),
+        ("b_frames.mkv", {"options": B_FRAMES}),
+        ("b_frames.ts", {"options": B_FRAMES}),
+        ("variable_rate.mp4", {"times": [7 * i * i for i in range(60)], "options": B_FRAMES}),
+        ("non_zero_start.mp4", {"times": [9000 + 24 * i for i in range(60)]}),
+        ("mpeg4_b_frames.mp4", {"codec": "mpeg4", "options": {"bf": "2"}}),
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}}),
+        ("odd_444.mp4", {"size": (71, 49), "pixels": "yuv444p"}),
+        ("10_bit.mp4", {"pixels": "yuv420p10le"}),
+    ],
+)
 def test_frames_by_number_in_display_order(tmp_path, name, options):
     path = draw(tmp_path / name, 60, **options)
     frames, info = decode(path, num_frames=100)
@@ -59,6 +62,7 @@ def passes(monkeypatch):
     """Names of the passes over a video."""
     done = []
     for name in ("some", "whole"):
+
         def counted(*a, _name=name, _function=getattr(module._Pass, name)):
             done.append(_name)
             return _function(*a)
@@ -67,11 +71,18 @@ def passes(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a.mp4", {}), ("a.mkv", {}), ("a.ts", {}), ("a.mp4", {"codec": "libx265"}),
-    ("a.webm", {"codec": "libvpx-vp9"}), ("a.webm", {"codec": "libvpx"}),
-    ("a.avi", {"codec": "mjpeg", "pixels": "yuvj420p"}),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.mp4", {}),
+        ("a.mkv", {}),
+        ("a.ts", {}),
+        ("a.mp4", {"codec": "libx265"}),
+        ("a.webm", {"codec": "libvpx-vp9"}),
+        ("a.webm", {"codec": "libvpx"}),
+        ("a.avi", {"codec": "mjpeg", "pixels": "yuvj420p"}),
+    ],
+)
 def test_needed_packets_are_enough(tmp_path, passes, name, options):
     decode(draw(tmp_path / name, 60, options=B_FRAMES if "codec" not in options else {}, **options))
     assert passes == ["some"]
@@ -82,9 +93,13 @@ def test_needed_packets_are_enough_for_discarded_frames(shared, passes):
     assert passes == ["some"]
 
 
-@pytest.mark.parametrize("options", [
-    {"codec": "mpeg4"}, {"times": [0, *range(48, 24 * 59 + 48, 24)]},  # a picture is missing, or was late
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codec": "mpeg4"},
+        {"times": [0, *range(48, 24 * 59 + 48, 24)]},  # a picture is missing, or was late
+    ],
+)
 def test_every_packet_is_decoded_where_the_needed_ones_are_not_certain(tmp_path, passes, options):
     frames, info = decode(draw(tmp_path / "a.mp4", 60, **options))
     assert passes == ["whole"] and _numbers(frames) == frame_indices(60)
@@ -122,26 +137,37 @@ def test_what_it_holds(tmp_path):
 def test_rotated_videos_stand_upright(tmp_path, angle):
     stored = [np.ascontiguousarray(np.rot90(numbered(i), -angle // 90)) for i in range(5)]
     height, width = stored[0].shape[:2]
-    path = draw(tmp_path / "a.mp4", pictures=stored, size=(width, height),
-                turn=lambda stream: stream.set_display_rotation(angle))
+    path = draw(
+        tmp_path / "a.mp4",
+        pictures=stored,
+        size=(width, height),
+        turn=lambda stream: stream.set_display_rotation(angle),
+    )
     frames, info = decode(path)
     assert frames.shape[1:] == (48, 64, 3) and (info.width, info.height) == (64, 48)
     assert info.rotation == angle
     assert _numbers(frames) == frame_indices(5)
 
 
-@pytest.mark.parametrize("matrix, undo", [
-    ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
-    ((1, 0, 0, -1), lambda p: p[::-1]),
-    ((0, 1, 1, 0), lambda p: p.transpose(1, 0, 2)),
-    ((0, -1, -1, 0), lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
-])
+@pytest.mark.parametrize(
+    "matrix, undo",
+    [
+        ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+        ((1, 0, 0, -1), lambda p: p[::-1]),
+        ((0, 1, 1, 0), lambda p: p.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+    ],
+)
 def test_mirrored_videos_stand_upright(tmp_path, matrix, undo):
     a, b, c, d = (65536 * v for v in matrix)
     pictures = [np.ascontiguousarray(undo(numbered(i))) for i in range(5)]
     height, width = pictures[0].shape[:2]
-    path = draw(tmp_path / "a.mp4", pictures=pictures, size=(width, height),
-                turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
+    path = draw(
+        tmp_path / "a.mp4",
+        pictures=pictures,
+        size=(width, height),
+        turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)),
+    )
     assert _numbers(decode(path)[0]) == frame_indices(5)
 
 
@@ -186,10 +212,15 @@ def test_the_best_of_several_streams(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.55, 0.75])
-@pytest.mark.parametrize(("ending", "options"), [
-    (".mkv", None), (".avi", None), (".mp4", {"movflags": "faststart"}),
-    (".mp4", {"movflags": "frag_keyframe+empty_moov"}),
-])
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        (".mkv", None),
+        (".avi", None),
+        (".mp4", {"movflags": "faststart"}),
+        (".mp4", {"movflags": "frag_keyframe+empty_moov"}),
+    ],
+)
 def test_a_cut_file_is_refused(tmp_path, ending, options, share):
     noise = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
     whole = draw(tmp_path / f"a{ending}", codec="mpeg4", pictures=noise, options={"g": "10"})
@@ -203,7 +234,7 @@ def test_a_cut_file_is_refused(tmp_path, ending, options, share):
                     target.mux(packet)
     assert probe(whole).frames == 60
     content, cut = whole.read_bytes(), tmp_path / f"cut{ending}"
-    cut.write_bytes(content[:int(len(content) * share)])
+    cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DecodeError, match="cut short"):
         decode(cut)
 
@@ -212,7 +243,7 @@ def test_a_recording_of_unknown_length_is_whole(tmp_path):
     path = draw(tmp_path / "a.mkv", 20)
     content = path.read_bytes()
     at = content.index(b"\x18\x53\x80\x67") + 4
-    path.write_bytes(content[:at] + b"\x01" + b"\xff" * 7 + content[at + 8:])
+    path.write_bytes(content[:at] + b"\x01" + b"\xff" * 7 + content[at + 8 :])
     assert probe(path).frames == 20
 
 
@@ -236,16 +267,22 @@ def _text(content):
     return lambda path: path.write_bytes(content)
 
 
-@pytest.mark.parametrize("make, reason", [
-    (lambda path: None, "No such file"),
-    (lambda path: path.mkdir(), "is a folder"),
-    (_text(b""), "it is empty"),
-    (_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git-lfs pointer"),
-    (lambda path: os.mkfifo(path), "no regular file"),
-    (_text(b"no video at all\n" * 99), "cannot be opened as a video"),
-    (_sound, "no video stream"),
-    (lambda path: path.write_bytes(draw(path.with_suffix(".mov")).read_bytes()[:800]), "cannot be opened as a video"),
-])
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (_text(b""), "it is empty"),
+        (_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git-lfs pointer"),
+        (lambda path: os.mkfifo(path), "no regular file"),
+        (_text(b"no video at all\n" * 99), "cannot be opened as a video"),
+        (_sound, "no video stream"),
+        (
+            lambda path: path.write_bytes(draw(path.with_suffix(".mov")).read_bytes()[:800]),
+            "cannot be opened as a video",
+        ),
+    ],
+)
 def test_refusals(tmp_path, make, reason):
     path = tmp_path / "a.mp4"
     make(path)
@@ -256,10 +293,13 @@ def test_refusals(tmp_path, make, reason):
         probe(path)
 
 
-@pytest.mark.parametrize("playlist", [
-    "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n",
-    "ffconcat version 1.0\nfile {clip}\n",
-])
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{clip}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {clip}\n",
+    ],
+)
 def test_playlists_open_no_other_file(tmp_path, playlist):
     draw(tmp_path / "clip.ts")
     path = tmp_path / "a.mp4"

@@ -164,11 +164,19 @@ def test_interrupts_are_left_to_the_parent(tmp_path, worker):
 def test_ends_with_its_parent(tmp_path, busy):
     draw(tmp_path / "a.mp4")
     endless(tmp_path / "endless.mp4")
-    code = ("import os, sys, threading\nfrom fastvid.video.decode.worker import DecodeWorker, limit\n"
-            "worker = DecodeWorker()\nworker.decode('a.mp4')\nprint(worker._process.pid, flush=True)\n"
-            "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('endless.mp4')")
-    done = subprocess.run([sys.executable, "-c", code, *["busy"] * busy], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60)
+    code = (
+        "import os, sys, threading\nfrom fastvid.video.decode.worker import DecodeWorker, limit\n"
+        "worker = DecodeWorker()\nworker.decode('a.mp4')\nprint(worker._process.pid, flush=True)\n"
+        "threading.Timer(0.3, os.kill, [os.getpid(), 9]).start()\nif sys.argv[1:]: worker.decode('endless.mp4')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *["busy"] * busy],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+    )
     status = f"/proc/{int(done.stdout)}/status"
     for _ in range(100):
         if not os.path.exists(status) or "State:\tZ" in open(status).read():

@@ -45,8 +45,9 @@ def _direct(folder, frames, num_temporal, mean=CLIP_MEAN, std=CLIP_STD):
     return spatio_temporal_pool(states.half(), num_temporal=num_temporal)
 
 
-@pytest.mark.parametrize("shape", [{}, {"image_size": 32, "patch_size": 7}, {"image_size": 48, "patch_size": 16},
-                                   {"layers": 1}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"image_size": 32, "patch_size": 7}, {"image_size": 48, "patch_size": 16}, {"layers": 1}]
+)
 def test_equals_transformers(tmp_path, shape):
     folder = write_tower(tmp_path / "tower", **shape)
     encoder = FeatureEncoder(folder, device="cpu", dtype=torch.float32, batch_size=4, num_temporal=12)
@@ -102,8 +103,13 @@ def test_whole_clip_model(tmp_path, capfd):
     from transformers import CLIPConfig, CLIPModel
 
     parts = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    CLIPModel(CLIPConfig(text_config={**parts, "vocab_size": 99}, projection_dim=8,
-                         vision_config={**parts, "image_size": 28, "patch_size": 14})).save_pretrained(tmp_path)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**parts, "vocab_size": 99},
+            projection_dim=8,
+            vision_config={**parts, "image_size": 28, "patch_size": 14},
+        )
+    ).save_pretrained(tmp_path)
     capfd.readouterr()
     features = FeatureEncoder(str(tmp_path), device="cpu", dtype=torch.float32, num_temporal=3).encode(_frames(3))
     assert torch.allclose(features.float(), _direct(tmp_path, _frames(3), 3).float(), rtol=2**-10, atol=2**-12)
@@ -124,10 +130,16 @@ def test_a_tower_of_the_hub(tower, tmp_path):
     shutil.copytree(tower, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    code = ("from fastvid.video.encoder import FeatureEncoder; encoder = FeatureEncoder('some/tower', device='cpu')\n"
-            "print(encoder.revision, encoder.image_size)")
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = (
+        "from fastvid.video.encoder import FeatureEncoder; encoder = FeatureEncoder('some/tower', device='cpu')\n"
+        "print(encoder.revision, encoder.image_size)"
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [commit, "28"], done.stderr
 
@@ -170,8 +182,9 @@ def test_the_hub_id_is_in_the_command(monkeypatch):
 def test_another_model_is_no_tower(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                 vocab_size=9)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a CLIP or SigLIP vision tower .model_type llama"):
         FeatureEncoder(tmp_path)
 
@@ -240,8 +253,10 @@ def test_a_command_makes_its_gpu_the_current_one(tmp_path, monkeypatch, command)
         raise ValueError("begins")
 
     monkeypatch.setattr(module, {"chat": "Chat", "extract": "extract"}[command], begins)
-    flags = {"chat": ["--model_name_or_path", "m", "--video", str(tmp_path / "a.mp4"), "--question", "why?"],
-             "extract": ["--video_dir_path", str(tmp_path), "--clip_feat_path", str(tmp_path)]}[command]
+    flags = {
+        "chat": ["--model_name_or_path", "m", "--video", str(tmp_path / "a.mp4"), "--question", "why?"],
+        "extract": ["--video_dir_path", str(tmp_path), "--clip_feat_path", str(tmp_path)],
+    }[command]
     with pytest.raises(ValueError, match="begins"):
         module.main([*flags, "--device", "cuda:1"])
     assert current == [torch.device("cuda:1"), "cuda:1"]

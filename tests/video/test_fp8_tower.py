@@ -42,9 +42,17 @@ def made(tmp_path_factory):
 @pytest.fixture
 def job(made, tmp_path):
     def make(**given):
-        return ExtractConfig(str(made / "videos"), **{
-            "clip_feat_path": str(tmp_path / "features"), "vision_tower": str(made / "siglip"), "num_frames": 5,
-            "device": "cpu", "decode_workers": 1, **given})
+        return ExtractConfig(
+            str(made / "videos"),
+            **{
+                "clip_feat_path": str(tmp_path / "features"),
+                "vision_tower": str(made / "siglip"),
+                "num_frames": 5,
+                "device": "cpu",
+                "decode_workers": 1,
+                **given,
+            },
+        )
 
     return make
 
@@ -80,8 +88,14 @@ def test_on_a_gpu_torch_takes_the_bias_as_it_is():
     with FakeTensorMode():
         bits = [torch.empty(n, 64, dtype=torch.float8_e4m3fn, device="cuda") for n in (50, 48)]
         scales = [torch.empty(n, device="cuda") for n in (50, 48)]
-        found = scaled_product(bits[0], scales[0], bits[1], scales[1], torch.float16,
-                               bias_M=torch.empty(48, dtype=torch.bfloat16, device="cuda"))
+        found = scaled_product(
+            bits[0],
+            scales[0],
+            bits[1],
+            scales[1],
+            torch.float16,
+            bias_M=torch.empty(48, dtype=torch.bfloat16, device="cuda"),
+        )
     assert found.shape == (50, 48) and found.dtype == torch.float16
 
 
@@ -111,8 +125,10 @@ def test_the_header_and_the_summary_tell(job, made, tmp_path):
     assert extract.extract(job(tower_dtype="fp8", clip_feat_path=str(tmp_path / "again"))).notes == [line]
     assert extract.extract(job(clip_feat_path=str(tmp_path / "exact"))).notes == []
     name = line.split("features of ")[1].split(" ")[0]
-    features, exact = (load_features(tmp_path / folder / name.replace("mp4", "safetensors"))[0].float()
-                       for folder in ("features", "exact"))
+    features, exact = (
+        load_features(tmp_path / folder / name.replace("mp4", "safetensors"))[0].float()
+        for folder in ("features", "exact")
+    )
     filled = exact.norm(dim=1) > 0
     cosine = cosine_similarity(features[filled], exact[filled], dim=1)
     assert f"a cosine of {cosine.mean():.5f} " in line and f"{cosine.min():.5f} at least" in line
@@ -173,8 +189,9 @@ def test_a_training_set_of_both_is_told_and_made_alike(job, tmp_path, capsys):
     (tmp_path / "train.json").write_text(json.dumps(records))
 
     def told():
-        code = validate.main(["--data_path", str(tmp_path / "train.json"), "--video_folder",
-                              str(tmp_path / "features")])
+        code = validate.main(
+            ["--data_path", str(tmp_path / "train.json"), "--video_folder", str(tmp_path / "features")]
+        )
         headers = [load_features(tmp_path / "features" / f"{name}.safetensors")[1] for name in "ab"]
         return code, capsys.readouterr().out, headers
 

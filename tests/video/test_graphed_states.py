@@ -88,7 +88,8 @@ def test_where_it_cannot_be_captured_passes_are_plain_and_a_line_says_so_once(to
     assert len(tried) == 2  # once for each
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graph of the vision tower (operation not permitted when stream is capturing): its kernels are "
-        "launched one by one"]
+        "launched one by one"
+    ]
 
 
 def test_a_moment_without_memory_does_not_give_up_the_graph(tower):
@@ -181,8 +182,14 @@ def test_the_order_of_a_capture(monkeypatch):
         yield
         told.append("captured")
 
-    for name, fake in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", capturing), ("stream", on), ("device", on),
-                       ("current_stream", lambda: Stream("own"))):
+    for name, fake in (
+        ("Stream", Stream),
+        ("CUDAGraph", Graph),
+        ("graph", capturing),
+        ("stream", on),
+        ("device", on),
+        ("current_stream", lambda: Stream("own")),
+    ):
         monkeypatch.setattr(torch.cuda, name, fake)
     given = torch.zeros(2)
 
@@ -192,8 +199,19 @@ def test_the_order_of_a_capture(monkeypatch):
         return patches_BPK + 1
 
     replay = captured(states, given)
-    assert told == ["on cpu", "side waits for own", "on side", "states", "states", "off",
-                    "capture on side, thread_local", "states", "captured", "own waits for side", "off"]
+    assert told == [
+        "on cpu",
+        "side waits for own",
+        "on side",
+        "states",
+        "states",
+        "off",
+        "capture on side, thread_local",
+        "states",
+        "captured",
+        "own waits for side",
+        "off",
+    ]
     assert not graph._CAPTURING.locked()
     assert replay() is replay() and told[-2:] == ["replay", "replay"]
 

@@ -44,8 +44,21 @@ def extracted(tmp_path_factory):
 
 
 def extraction(folder, *more):
-    return ["--video_dir_path", str(folder / "videos"), "--clip_feat_path", str(folder / "feats"), "--vision_tower",
-            str(folder / "tower"), "--num_frames", "4", "--device", "cpu", "--decode_workers", "1", *more]
+    return [
+        "--video_dir_path",
+        str(folder / "videos"),
+        "--clip_feat_path",
+        str(folder / "feats"),
+        "--vision_tower",
+        str(folder / "tower"),
+        "--num_frames",
+        "4",
+        "--device",
+        "cpu",
+        "--decode_workers",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture
@@ -64,22 +77,35 @@ def shorten(path, by=1):
 
 
 def flags(folder, *more):
-    return ["--data_path", str(folder / "train.json"), "--video_folder", str(folder / "feats"), "--video_dir_path",
-            str(folder / "videos"), *more]
+    return [
+        "--data_path",
+        str(folder / "train.json"),
+        "--video_folder",
+        str(folder / "feats"),
+        "--video_dir_path",
+        str(folder / "videos"),
+        *more,
+    ]
 
 
 def check(folder, **settings):
-    return validate.validate(ValidateConfig(
-        [str(folder / "train.json")], video_folder=str(folder / "feats"),
-        **{"video_dir_path": str(folder / "videos"), **settings}))
+    return validate.validate(
+        ValidateConfig(
+            [str(folder / "train.json")],
+            video_folder=str(folder / "feats"),
+            **{"video_dir_path": str(folder / "videos"), **settings},
+        )
+    )
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_each_state_is_found_and_counted(spoilt, capsys, quick):
     report = check(spoilt, quick=quick)
     assert +report.states == {"usable": 2, "missing": 1, "failed": 1, "stale": 1, "truncated": 1}
-    assert report.problems == {"features missing": 1, "extraction failed": 1, "features stale": 1,
-                               "features truncated": 1} and report.unnamed == 1
+    assert (
+        report.problems == {"features missing": 1, "extraction failed": 1, "features stale": 1, "features truncated": 1}
+        and report.unnamed == 1
+    )
     reasons = {video: reason for video, (_, reason) in report.bad_videos.items()}
     assert "nor does its video lie" in reasons["missing.mp4"] and "is a web page" in reasons["failed.mp4"]
     assert "the video was changed since" in reasons["stale.mp4"] and "instead of" in reasons["cut.mp4"]
@@ -150,8 +176,9 @@ def test_videos_in_shards_are_compared(extracted, tmp_path, quick):
     for name, source in zip(names, ("good", "stale", "cut")):
         shutil.copy(extracted / "videos" / f"{source}.mp4", tmp_path / name)
     write()
-    extract.main(["--video_dir_path", str(shard), "--clip_feat_path", str(tmp_path / "feats"),
-                  *extraction(extracted)[4:]])
+    extract.main(
+        ["--video_dir_path", str(shard), "--clip_feat_path", str(tmp_path / "feats"), *extraction(extracted)[4:]]
+    )
     (tmp_path / "train.json").write_text(json.dumps([record(f"00/{name[:-4]}") for name in names]))
     report = check(tmp_path, video_dir_path=str(shard), quick=quick)
     assert not report.problems and report.states["usable"] == 3 and report.not_compared == 0 == report.unnamed
@@ -189,24 +216,36 @@ def test_the_report_as_json(spoilt, tmp_path, capsys):
     found = json.loads(file.read_text())
     assert found["states"] == check(spoilt).states and found["drop"] is None
     assert {video["video"]: video["state"] for video in found["bad_videos"]} == {
-        f"{name}.mp4": state for name, state in (
-            ("missing", "missing"), ("failed", "failed"), ("stale", "stale"), ("cut", "truncated"))}
+        f"{name}.mp4": state
+        for name, state in (("missing", "missing"), ("failed", "failed"), ("stale", "stale"), ("cut", "truncated"))
+    }
     assert [problem["count"] for problem in found["problems"]] == [1, 1, 1, 1]
     assert found["decoded_by"][0]["conversion"] == "swscale" and found["layouts"][0]["rows"] == 8
     assert validate.main(["--data_path", str(spoilt / "train.json"), "--json", str(tmp_path / "bare.json")]) == 0
     assert json.loads((tmp_path / "bare.json").read_text())["states"] is None
 
 
-ODD = [{"id": "1", "number": 0.1, "big": 2**70, "text": "é \ud800 \u2028\x00", "none": None},
-       {"id": 7, "list": [1.0, {}]}]
+ODD = [
+    {"id": "1", "number": 0.1, "big": 2**70, "text": "é \ud800 \u2028\x00", "none": None},
+    {"id": 7, "list": [1.0, {}]},
+]
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_what_is_dropped(spoilt, tmp_path, capsys, ending):
     """The filtered file holds the same records, in their order, and nothing is wrong with it."""
-    records = [record("cut"), record("good", **ODD[0]), [], record("good", conversations=TURNS[:1]), record("stale"),
-               record("sub/inner", **ODD[1]), record("good", **ODD[0]), record("failed"), record("missing"),
-               {"id": "t", "conversations": [{"from": "human", "value": "?"}, TURNS[1]]}]
+    records = [
+        record("cut"),
+        record("good", **ODD[0]),
+        [],
+        record("good", conversations=TURNS[:1]),
+        record("stale"),
+        record("sub/inner", **ODD[1]),
+        record("good", **ODD[0]),
+        record("failed"),
+        record("missing"),
+        {"id": "t", "conversations": [{"from": "human", "value": "?"}, TURNS[1]]},
+    ]
     (spoilt / "train.json").write_text(json.dumps(records))
     file = tmp_path / f"kept.{ending}"
     assert validate.main(flags(spoilt, "--drop", str(file), "--json", str(tmp_path / "r.json"))) == 0
@@ -222,11 +261,23 @@ def test_what_is_dropped(spoilt, tmp_path, capsys, ending):
 
 def test_several_files_are_dropped_into_one(spoilt, tmp_path):
     (spoilt / "more.jsonl").write_text(json.dumps(record("good", id="more")))
-    check_all = ValidateConfig([str(spoilt / name) for name in ("train.json", "more.jsonl", "train.json")],
-                               video_folder=str(spoilt / "feats"), drop=str(tmp_path / "kept.json"))
+    check_all = ValidateConfig(
+        [str(spoilt / name) for name in ("train.json", "more.jsonl", "train.json")],
+        video_folder=str(spoilt / "feats"),
+        drop=str(tmp_path / "kept.json"),
+    )
     validate.validate(check_all)
     assert [one["id"] for one in read_records(tmp_path / "kept.json")] == [
-        "good", "stale", "sub/inner", "t", "more", "good", "stale", "sub/inner", "t"]
+        "good",
+        "stale",
+        "sub/inner",
+        "t",
+        "more",
+        "good",
+        "stale",
+        "sub/inner",
+        "t",
+    ]
 
 
 def test_features_of_the_rarer_tower_are_dropped(extracted, tmp_path):
@@ -244,8 +295,9 @@ def test_what_is_there_is_not_replaced(spoilt, tmp_path, capsys):
     kept, report = tmp_path / "kept.json", tmp_path / "report.json"
     for flag, path in (("--drop", kept), ("--json", report)):
         path.write_text("mine")
-        with pytest.raises(ValueError, match=f"{flag} .* is there already; give another file, or replace it with "
-                                             "--overwrite True"):
+        with pytest.raises(
+            ValueError, match=f"{flag} .* is there already; give another file, or replace it with --overwrite True"
+        ):
             validate.main(flags(spoilt, flag, str(path)))
         assert path.read_text() == "mine"
         validate.main(flags(spoilt, flag, f"{path}.another.json"))
@@ -266,8 +318,17 @@ def test_nothing_is_written_where_nothing_can_be_kept(spoilt, tmp_path, capsys):
     for content, why in (("[{", "a data file cannot be read"), (json.dumps([[], record("cut")]), "each of the 2")):
         (spoilt / "train.json").write_text(content)
         with pytest.raises(ValueError, match=f"{why}.*: nothing was written to --drop"):
-            validate.main(flags(spoilt, "--drop", str(tmp_path / "kept.json"), "--json", str(tmp_path / "r.json"),
-                                "--overwrite", "True"))
+            validate.main(
+                flags(
+                    spoilt,
+                    "--drop",
+                    str(tmp_path / "kept.json"),
+                    "--json",
+                    str(tmp_path / "r.json"),
+                    "--overwrite",
+                    "True",
+                )
+            )
         assert not (tmp_path / "kept.json").exists() and "problem" in capsys.readouterr().out
         assert json.loads((tmp_path / "r.json").read_text())["drop"] is None
 
@@ -304,8 +365,17 @@ def test_exit_codes(spoilt, tmp_path, capsys):
         cli.main(["validate", "--data_path", str(tmp_path / "nowhere.json"), str(spoilt / "train.json")])
     assert ended.value.code == 2 and "7 in 2 files" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "--data_path", str(tmp_path / "nowhere.json"), "--model_name_or_path", "x", "--output_dir",
-                  str(tmp_path / "o")])
+        cli.main(
+            [
+                "train",
+                "--data_path",
+                str(tmp_path / "nowhere.json"),
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                str(tmp_path / "o"),
+            ]
+        )
     assert ended.value.code == 2
     for flag in ("--video_folder", "--video_dir_path"):
         with pytest.raises(SystemExit) as ended:
@@ -338,8 +408,15 @@ def test_samples_that_are_too_long_are_dropped(tmp_path):
     records = json.loads((run / "train.json").read_text())
     records[3]["conversations"][0]["value"] = "why is it " * 200 + "\n<video>"
     (run / "train.json").write_text(json.dumps(records))
-    report = validate.validate(ValidateConfig(
-        [str(run / "train.json")], model_name_or_path=str(run / "model"), video_folder=str(run / "feats"),
-        model_max_length=512, mm_use_vid_start_end=True, drop=str(tmp_path / "kept.json")))
+    report = validate.validate(
+        ValidateConfig(
+            [str(run / "train.json")],
+            model_name_or_path=str(run / "model"),
+            video_folder=str(run / "feats"),
+            model_max_length=512,
+            mm_use_vid_start_end=True,
+            drop=str(tmp_path / "kept.json"),
+        )
+    )
     assert report.problems == {"samples longer than --model_max_length": 1} and report.bad_records == {(0, 3)}
     assert read_records(tmp_path / "kept.json") == records[:3] + records[4:]

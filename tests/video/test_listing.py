@@ -21,9 +21,13 @@ def test_names(tmp_path):
     assert others == {".txt": 1}
     assert [(video.name, str(video.output)) for video in videos] == [
         ("..odd/d.mp4", "out/..odd/d.safetensors"),
-        ("a.MKV", "out/a.safetensors"), ("b.mp4", "out/b.safetensors"),
-        ("c.m2ts", "out/c.safetensors"), ("dup.2.mp4", "out/dup.2.safetensors"),
-        ("dup.3.mp4", "out/dup.3.safetensors"), ("sub/a.webm", "out/sub/a.safetensors")]
+        ("a.MKV", "out/a.safetensors"),
+        ("b.mp4", "out/b.safetensors"),
+        ("c.m2ts", "out/c.safetensors"),
+        ("dup.2.mp4", "out/dup.2.safetensors"),
+        ("dup.3.mp4", "out/dup.3.safetensors"),
+        ("sub/a.webm", "out/sub/a.safetensors"),
+    ]
     assert all(video.path == tmp_path / video.name for video in videos)
 
 
@@ -63,8 +67,10 @@ def test_links_are_followed_where_the_user_says_so(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    for given, what in ((tmp_path / "a.mp4", f"is a file; give the folder that it lies in, {tmp_path}"),
-                        ("https://a.b/c", "is a URL: download the videos")):
+    for given, what in (
+        (tmp_path / "a.mp4", f"is a file; give the folder that it lies in, {tmp_path}"),
+        ("https://a.b/c", "is a URL: download the videos"),
+    ):
         (tmp_path / "a.mp4").touch()
         with pytest.raises(ValueError, match=what):
             find_videos(given, tmp_path, ".pkl")

@@ -32,8 +32,10 @@ def count(fake_nvcuvid, name):
 
 def picture(rng, width, height):
     """Random planes (Y, U, V) of a picture."""
-    return tuple(torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8)) for size in (
-        (height, width), (-(-height // 2), -(-width // 2)), (-(-height // 2), -(-width // 2))))
+    return tuple(
+        torch.from_numpy(rng.integers(0, 256, size, dtype=np.uint8))
+        for size in ((height, width), (-(-height // 2), -(-width // 2)), (-(-height // 2), -(-width // 2)))
+    )
 
 
 def packet(planes, *, status=2, interlaced=0, field=0, shown=False):
@@ -44,15 +46,22 @@ def packet(planes, *, status=2, interlaced=0, field=0, shown=False):
     samples[:height, :width] = planes[0]
     rows, columns = planes[1].shape
     for start, plane in enumerate(planes[1:]):
-        samples[coded[1]:coded[1] + rows, start:2 * columns:2] = plane
+        samples[coded[1] : coded[1] + rows, start : 2 * columns : 2] = plane
     return struct.pack("8i", MAGIC | 0x10 * shown, width, height, *coded, status, interlaced, field) + samples.tobytes()
 
 
 def stream_of(packets, numbers, wanted, *, size, codec="h264", turn=Orientation(), frames=None):
     width, height = size[::-1] if turn.transpose else size
     info = VideoInfo(codec, width, height, frames or max(numbers) + 1, 25.0, turn.angle, 0.0, "")
-    return Bitstream(b"".join(packets), np.cumsum([len(p) for p in packets], dtype=np.int64),
-                     np.array(numbers, np.int64), wanted, (9539, 128, 13075, 16525, -3209, -6660), turn, info)
+    return Bitstream(
+        b"".join(packets),
+        np.cumsum([len(p) for p in packets], dtype=np.int64),
+        np.array(numbers, np.int64),
+        wanted,
+        (9539, 128, 13075, 16525, -3209, -6660),
+        turn,
+        info,
+    )
 
 
 def taken(decoder, stream):
@@ -89,8 +98,15 @@ def test_wanted_planes_are_handed_on(decoder, size, order, wanted):
     assert_same(taken(decoder, stream), [pictures[i] for i in wanted])
 
 
-@pytest.mark.parametrize("turn", [Orientation(90, True, True, False), Orientation(180, False, True, True),
-                                  Orientation(270, True, False, True), Orientation(0, False, False, True)])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        Orientation(90, True, True, False),
+        Orientation(180, False, True, True),
+        Orientation(270, True, False, True),
+        Orientation(0, False, False, True),
+    ],
+)
 def test_planes_are_upright(decoder, turn):
     rng, size = np.random.default_rng(1), (48, 32)
     stored = picture(rng, *size)
@@ -108,9 +124,17 @@ def test_packets_that_are_not_shown(decoder):
     assert_same(taken(decoder, stream), [pictures[1], pictures[3]])
 
 
-@pytest.mark.parametrize("fault, told", [
-    (dict(status=8), "decodes with errors"), (dict(status=9), "is concealed"), (dict(status=0), "has no status"),
-    (dict(status=110), "has no status"), (dict(interlaced=2), "interlaced"), (dict(field=1), "interlaced")])
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (dict(status=8), "decodes with errors"),
+        (dict(status=9), "is concealed"),
+        (dict(status=0), "has no status"),
+        (dict(status=110), "has no status"),
+        (dict(interlaced=2), "interlaced"),
+        (dict(field=1), "interlaced"),
+    ],
+)
 @pytest.mark.parametrize("at", [0, 3, 9])
 @pytest.mark.parametrize("wanted", [[0], [0, 4, 8]])
 def test_what_is_not_right_is_unsuited(decoder, fault, told, at, wanted):
@@ -151,8 +175,9 @@ def test_interlaced_sequences_and_other_sizes(decoder):
         taken(decoder, stream_of(two, [0, 1], [0], size=size))
 
 
-@pytest.mark.parametrize("codec, size", [("av1", (64, 64)), ("vp9", (64, 64)),
-                                         ("h264", (8, 8)), ("h264", (5000, 64)), ("flv1", (64, 64))])
+@pytest.mark.parametrize(
+    "codec, size", [("av1", (64, 64)), ("vp9", (64, 64)), ("h264", (8, 8)), ("h264", (5000, 64)), ("flv1", (64, 64))]
+)
 def test_what_the_hardware_does_not_take(decoder, codec, size):
     assert not decoder.takes(codec, *size)
     with pytest.raises(Unsuited, match=f"does not decode {codec}"):
@@ -162,8 +187,15 @@ def test_what_the_hardware_does_not_take(decoder, codec, size):
 def test_a_decoder_serves_many_videos(decoder, fake_nvcuvid):
     """One of the same kind, or smaller, takes the hardware decoder that is there; a larger one makes another."""
     rng = np.random.default_rng(7)
-    for size, created, reconfigured in (((64, 48), 1, 0), ((64, 48), 1, 0), ((32, 32), 1, 1), ((64, 48), 1, 2),
-                                        ((96, 32), 2, 2), ((64, 48), 2, 3), ((96, 48), 2, 4)):
+    for size, created, reconfigured in (
+        ((64, 48), 1, 0),
+        ((64, 48), 1, 0),
+        ((32, 32), 1, 1),
+        ((64, 48), 1, 2),
+        ((96, 32), 2, 2),
+        ((64, 48), 2, 3),
+        ((96, 48), 2, 4),
+    ):
         pictures = [picture(rng, *size) for _ in range(5)]
         stream = stream_of(list(map(packet, pictures)), list(range(5)), [0, 1, 2, 3, 4], size=size)
         assert_same(taken(decoder, stream), pictures)

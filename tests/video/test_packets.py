@@ -23,12 +23,18 @@ STREAMS = {
     "interlaced.mp4": ("libx264", {**X264, "flags": "+ildct+ilme"}),
     "every frame alone.mp4": ("libx264", {"g": "1"}),
     "hevc.mp4": ("libx265", {"preset": "ultrafast", "x265-params": "keyint=40:open-gop=0:bframes=3:log-level=none"}),
-    "hevc open.mkv": ("libx265", {"preset": "ultrafast",
-                                  "x265-params": "keyint=40:open-gop=1:bframes=3:log-level=none"}),
-    "hevc layers.mp4": ("libx265", {"preset": "ultrafast",
-                                    "x265-params": "keyint=40:temporal-layers=2:bframes=3:log-level=none"}),
-    "vp9.webm": ("libvpx-vp9", {"g": "40", "cpu-used": "8", "deadline": "good", "auto-alt-ref": "1",
-                                "lag-in-frames": "16"}),
+    "hevc open.mkv": (
+        "libx265",
+        {"preset": "ultrafast", "x265-params": "keyint=40:open-gop=1:bframes=3:log-level=none"},
+    ),
+    "hevc layers.mp4": (
+        "libx265",
+        {"preset": "ultrafast", "x265-params": "keyint=40:temporal-layers=2:bframes=3:log-level=none"},
+    ),
+    "vp9.webm": (
+        "libvpx-vp9",
+        {"g": "40", "cpu-used": "8", "deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    ),
     "vp8.webm": ("libvpx", {"g": "40", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"}),
     "av1.mkv": ("libsvtav1", {"g": "40", "preset": "12"}),
     "mjpeg.avi": ("mjpeg", {}),
@@ -44,14 +50,20 @@ def scanned(path):
 def pictures():
     """A texture that moves, so that every frame differs and is predicted from others."""
     texture = np.random.default_rng(0).integers(0, 256, (24, 120, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return [texture[:96, 3 * i % 300:][:, :128].copy() for i in range(120)]
+    return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(120)]
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
     codec, options = STREAMS[name]
-    path = draw(tmp_path / name, codec=codec, options=options, size=(128, 96), pictures=pictures,
-                pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    path = draw(
+        tmp_path / name,
+        codec=codec,
+        options=options,
+        size=(128, 96),
+        pictures=pictures,
+        pixels="yuvj420p" if codec == "mjpeg" else "yuv420p",
+    )
     packets = scanned(path)
     if packets is None:  # not every container tells times
         assert name.endswith(".h264")
@@ -75,16 +87,25 @@ def test_drawing_leaves_the_priority_alone(tmp_path):
 
 def of(order, clean="", skippable="", shown=None):
     """Packets by the places of their frames, given in decoding order."""
-    marks = ([at in where for at in range(len(order))] for where in
-             ({*map(int, clean)}, {*map(int, skippable)}))
+    marks = ([at in where for at in range(len(order))] for where in ({*map(int, clean)}, {*map(int, skippable)}))
     times = np.array([int(digit) for digit in order])
     return Packets(times, *map(np.array, marks), np.array([shown is None or digit in shown for digit in order]))
 
 
-@pytest.mark.parametrize("wanted, places", [
-    ([0], "0"), ([3], "01"), ([2], "012"), ([1], "0123"), ([4], "4"), ([6], "45"), ([5], "456"), ([0, 6], "045"),
-    ([], ""),
-])
+@pytest.mark.parametrize(
+    "wanted, places",
+    [
+        ([0], "0"),
+        ([3], "01"),
+        ([2], "012"),
+        ([1], "0123"),
+        ([4], "4"),
+        ([6], "45"),
+        ([5], "456"),
+        ([0, 6], "045"),
+        ([], ""),
+    ],
+)
 def test_what_is_needed(wanted, places):
     """Frames are decoded in the order 0 3 2 1 | 4 6 5; no other refers to 5."""
     packets = of("0321465", clean="04", skippable="6")
@@ -133,6 +154,6 @@ def test_units_that_do_not_fill_their_packet_are_left_to_the_decoder(tmp_path):
     content = bytearray(path.read_bytes())
     with open_video(path) as (container, stream, _):
         packets = [p for p in container.demux(stream) if p.size]
-    content[packets[20].pos:packets[20].pos + 4] = bytes(4)
+    content[packets[20].pos : packets[20].pos + 4] = bytes(4)
     path.write_bytes(content)
     assert scanned(path) is None

@@ -132,7 +132,8 @@ def test_a_tower_that_differs_from_some_place_on_shares_none(encoder, monkeypatc
     clips, passes = videos([1, 1, 3, 3, 2, 1]), Passes(encoder)
     few = passes.add(0, clips[0]) + passes.add(1, clips[1]) + passes.flush()  # the first pass that is shared is short
     found = {one.key: one.result() for one in few} | {
-        number + 2: features for number, features in together(passes, clips[2:])[0].items()}
+        number + 2: features for number, features in together(passes, clips[2:])[0].items()
+    }
     for number, clip in enumerate(clips):
         assert torch.equal(found[number], encoder.encode(clip)), number
     assert passes.notes

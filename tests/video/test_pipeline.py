@@ -120,15 +120,18 @@ def test_what_decoded_how_many_is_told(made, as_stand_in, video):
     held = pipeline._idle_hardware.get()
     pipeline.prepare(video)
     pipeline._idle_hardware.put(held)
-    line, = pipeline.told()
+    (line,) = pipeline.told()
     for said in ("nvdec: 2", "PyAV: a picture decodes with errors: 1", "PyAV, as the GPU's decoder was busy: 1"):
         assert said in line
 
 
 def test_a_file_is_hashed_once(made, as_stand_in, video, monkeypatch):
     asked, decode = [], DecodeWorker.decode_and_hash
-    monkeypatch.setattr(DecodeWorker, "decode_and_hash", lambda self, path, **options: asked.append(
-        options["digest"]) or decode(self, path, **options))
+    monkeypatch.setattr(
+        DecodeWorker,
+        "decode_and_hash",
+        lambda self, path, **options: asked.append(options["digest"]) or decode(self, path, **options),
+    )
     as_stand_in["status"] = 8
     assert made().prepare(video).sha256 == hashlib.sha256(video.read_bytes()).hexdigest()
     assert asked == [False]
@@ -185,6 +188,7 @@ class Decoder:
 def raising(error):
     def does(*_, **options):
         raise error
+
     return does
 
 
@@ -223,8 +227,17 @@ def test_what_cannot_be_read_is_refused(made, video, monkeypatch):
 
 def test_a_hardware_decoder_wants_a_gpu(folder, tmp_path):
     def job(decoder):
-        return extract(ExtractConfig(str(folder / "videos"), str(tmp_path / "feats"), device="cpu", decode_workers=1,
-                                     vision_tower=str(folder / "tower"), num_frames=FRAMES, decoder=decoder))
+        return extract(
+            ExtractConfig(
+                str(folder / "videos"),
+                str(tmp_path / "feats"),
+                device="cpu",
+                decode_workers=1,
+                vision_tower=str(folder / "tower"),
+                num_frames=FRAMES,
+                decoder=decoder,
+            )
+        )
 
     with pytest.raises(ValueError, match="--decoder nvdec needs a CUDA device, not cpu; auto and pyav decode anywh"):
         job("nvdec")

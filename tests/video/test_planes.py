@@ -18,7 +18,7 @@ def frame_of(y, u, v, *, space=2, reach=LIMITED, pixels="yuv420p"):
     frame = av.VideoFrame(y.shape[1], y.shape[0], pixels)
     for plane, values in zip(frame.planes, (y, u, v)):
         padded = np.zeros((values.shape[0], plane.line_size), np.uint8)
-        padded[:, :values.shape[1]] = values
+        padded[:, : values.shape[1]] = values
         plane.update(padded.tobytes())
     frame.colorspace, frame.color_range = space, reach
     return frame
@@ -42,8 +42,12 @@ def test_every_triple_is_swscales(space, reach):
 def test_gathered_pixels_are_those_of_the_whole_picture(width, height, pixels):
     rng = np.random.default_rng(width)
     half = (height // 2, -(-width // 2))
-    frame = frame_of(*(rng.integers(0, 256, shape, np.uint8) for shape in ((height, width), half, half)),
-                     space=1, reach=FULL if pixels == "yuvj420p" else LIMITED, pixels=pixels)
+    frame = frame_of(
+        *(rng.integers(0, 256, shape, np.uint8) for shape in ((height, width), half, half)),
+        space=1,
+        reach=FULL if pixels == "yuvj420p" else LIMITED,
+        pixels=pixels,
+    )
     rows, columns = rng.integers(0, height, (9, 1)), rng.integers(0, width, (1, 7))
     assert can_gather(frame)
     whole = frame.to_ndarray(format="rgb24")
@@ -54,16 +58,21 @@ def test_gathered_pixels_are_those_of_the_whole_picture(width, height, pixels):
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("pixels, height", [("yuv420p", 49), ("yuv422p", 48), ("yuv444p", 48), ("yuv420p10le", 48),
-                                            ("rgb24", 48), ("gray", 48), ("nv12", 48)])
+@pytest.mark.parametrize(
+    "pixels, height",
+    [("yuv420p", 49), ("yuv422p", 48), ("yuv444p", 48), ("yuv420p10le", 48), ("rgb24", 48), ("gray", 48), ("nv12", 48)],
+)
 def test_others_are_left_to_swscale(pixels, height):
     assert not can_gather(av.VideoFrame(64, height, pixels))
 
 
 def test_interlaced_pictures_are_left_to_swscale(tmp_path):
     """Each of their fields has chroma of its own."""
-    path = draw(tmp_path / "a.mp4", pictures=np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), np.uint8),
-                options={"crf": "1", "flags": "+ildct+ilme"})
+    path = draw(
+        tmp_path / "a.mp4",
+        pictures=np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), np.uint8),
+        options={"crf": "1", "flags": "+ildct+ilme"},
+    )
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     assert len(frames) == 4 and not any(map(can_gather, frames))

@@ -33,8 +33,16 @@ def made(tmp_path_factory):
     (folder / "videos").mkdir()
     for name, frames in NUMBERS.items():
         draw(folder / "videos" / f"{name}.mp4", frames)
-    extract(ExtractConfig(str(folder / "videos"), str(folder / "clean"), vision_tower=str(folder / "tower"),
-                          num_frames=20, device="cpu", decode_workers=1))
+    extract(
+        ExtractConfig(
+            str(folder / "videos"),
+            str(folder / "clean"),
+            vision_tower=str(folder / "tower"),
+            num_frames=20,
+            device="cpu",
+            decode_workers=1,
+        )
+    )
     return folder
 
 
@@ -46,8 +54,21 @@ class Run:
         self.features, self.said = folder / "features", [folder / f"{each}-{rank or 0}" for each in ("out", "err")]
         for each in self.said:
             each.unlink(missing_ok=True)
-        argv = ["--video_dir_path", str(made / "videos"), "--clip_feat_path", str(self.features), "--num_frames", "20",
-                "--vision_tower", str(made / "tower"), "--device", "cpu", "--decode_workers", "1", *flags]
+        argv = [
+            "--video_dir_path",
+            str(made / "videos"),
+            "--clip_feat_path",
+            str(self.features),
+            "--num_frames",
+            "20",
+            "--vision_tower",
+            str(made / "tower"),
+            "--device",
+            "cpu",
+            "--decode_workers",
+            "1",
+            *flags,
+        ]
         self.process = FORKS.Process(target=extraction, args=(argv, plan, together, self.log, self.said, rank))
         self.process.start()
 
@@ -75,15 +96,22 @@ class Run:
     def check(self, but=()):
         """The features are those of a run without a crash, and the manifest knows them."""
         there = {path.name: path.read_bytes() for path in self.features.glob("*.safetensors")}
-        assert there == {path.name: path.read_bytes() for path in (self.made / "clean").glob("*.safetensors")
-                         if path.stem not in but}
+        assert there == {
+            path.name: path.read_bytes() for path in (self.made / "clean").glob("*.safetensors") if path.stem not in but
+        }
         assert {name: entry["status"] for name, entry in read_manifest(self.features).items()} == {
-            f"{name}.mp4": "failed" if name in but else "ok" for name in NUMBERS}
+            f"{name}.mp4": "failed" if name in but else "ok" for name in NUMBERS
+        }
 
 
-@pytest.mark.parametrize("what, how", [
-    (CRASH, "SIGSEGV"), (RuntimeError(f"{ILLEGAL}\nCompile with"), ILLEGAL),
-    (broken_context, "CUDA error 700: mapping a picture failed")])
+@pytest.mark.parametrize(
+    "what, how",
+    [
+        (CRASH, "SIGSEGV"),
+        (RuntimeError(f"{ILLEGAL}\nCompile with"), ILLEGAL),
+        (broken_context, "CUDA error 700: mapping a picture failed"),
+    ],
+)
 def test_one_crash_costs_a_new_process(made, tmp_path, what, how):
     run = Run(made, tmp_path, {("c", "decoder"): [what], ("f", "decoder"): ["wait"]}, together="fc")
     output, told = run.end()
@@ -101,8 +129,14 @@ def test_one_crash_costs_a_new_process(made, tmp_path, what, how):
 
 def test_several_suspects_are_tried_one_by_one(made, tmp_path):
     """Two at hand crash it, and again alone. PyAV decodes them; the tower of one crashes even so: it is a failure."""
-    run = Run(made, tmp_path, {("f", "decoder"): [CRASH] * 2, ("e", "decoder"): [CRASH] * 2, ("e", "tower"): [CRASH]},
-              "--max_failures", "0.2", together="fe")
+    run = Run(
+        made,
+        tmp_path,
+        {("f", "decoder"): [CRASH] * 2, ("e", "decoder"): [CRASH] * 2, ("e", "tower"): [CRASH]},
+        "--max_failures",
+        "0.2",
+        together="fe",
+    )
     output, told = run.end()
     run.check(but="e")
     reason = "crashes the process that extracts it, by PyAV as well (SIGSEGV)"
@@ -110,9 +144,14 @@ def test_several_suspects_are_tried_one_by_one(made, tmp_path):
     assert "5 extracted, 0 there already, 1 failed of 6 videos" in output and f"e.mp4  {reason}" in output
     assert "SIGSEGV × 4" in output and "PyAV, for a crash: 1" in output
     assert re.search("by PyAV: (f.mp4, e.mp4|e.mp4, f.mp4)\n", output)
-    assert sorted(line.rpartition("; ")[2] for line in told) == sorted([
-        AGAIN, "a new process has PyAV decode f.mp4 alone", "a new process has PyAV decode e.mp4 alone",
-        "it is given up"])
+    assert sorted(line.rpartition("; ")[2] for line in told) == sorted(
+        [
+            AGAIN,
+            "a new process has PyAV decode f.mp4 alone",
+            "a new process has PyAV decode e.mp4 alone",
+            "it is given up",
+        ]
+    )
     for video in "fe":
         assert run.came(video)[1:] == [("decoder", False), ("PyAV", False), ("tower", False)]
     again = Run(made, tmp_path, {}).end()[0]
@@ -209,26 +248,45 @@ def test_ranks_share_the_work_over_a_crash(made, tmp_path):
 def test_others_failures_since_the_start_are_not_tried_again(tmp_path):
     history, manifest = History(since=100.0), Manifest(tmp_path)
     history.settled["settled"], history.suspects["suspect"] = {}, restarts.AGAIN
-    for name, status, when in (("new", "failed", 101.0), ("old", "failed", 99.0), ("done", "ok", 101.0),
-                               ("settled", "failed", 101.0), ("suspect", "failed", 101.0)):
+    for name, status, when in (
+        ("new", "failed", 101.0),
+        ("old", "failed", 99.0),
+        ("done", "ok", 101.0),
+        ("settled", "failed", 101.0),
+        ("suspect", "failed", 101.0),
+    ):
         manifest.entries[name] = {"video": name, "status": status, "time": when}
     restarts._Watched(history, None).failed_since(manifest)
     assert manifest.failed_elsewhere == {"new"}
 
 
-@pytest.mark.parametrize("device, decoder, driver, expected", [
-    ("cuda:1", "auto", False, True), ("cpu", "auto", True, False), ("cpu", "dali", False, True),
-    (None, "pyav", True, True), (None, "auto", False, False)])
+@pytest.mark.parametrize(
+    "device, decoder, driver, expected",
+    [
+        ("cuda:1", "auto", False, True),
+        ("cpu", "auto", True, False),
+        ("cpu", "dali", False, True),
+        (None, "pyav", True, True),
+        (None, "auto", False, False),
+    ],
+)
 def test_what_may_crash(tmp_path, monkeypatch, device, decoder, driver, expected):
     monkeypatch.setattr(restarts, "_DRIVER", ["/nowhere", str(tmp_path) if driver else "/nowhere"])
     assert may_crash(ExtractConfig("videos", "features", device=device, decoder=decoder)) is expected
 
 
-@pytest.mark.parametrize("error, expected", [
-    (RuntimeError(ILLEGAL), True), (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
-    (RuntimeError("Triton Error [CUDA]: misaligned address"), True), (torch.OutOfMemoryError("CUDA out of"), False),
-    (RuntimeError("a CUDA error is not what this is"), False), (NoDecoder("making a parser failed"), False),
-    (ValueError(ILLEGAL), False)])
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError(ILLEGAL), True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+        (torch.OutOfMemoryError("CUDA out of"), False),
+        (RuntimeError("a CUDA error is not what this is"), False),
+        (NoDecoder("making a parser failed"), False),
+        (ValueError(ILLEGAL), False),
+    ],
+)
 def test_what_breaks_a_process(error, expected):
     assert is_broken(error) is expected
 

@@ -40,8 +40,11 @@ def made(tmp_path_factory):
 
 
 def _config(made, features, **options):
-    return ExtractConfig(str(made / "videos"), str(features), **{
-        "vision_tower": str(made / "tower"), "num_frames": 6, "device": "cpu", "decode_workers": 1, **options})
+    return ExtractConfig(
+        str(made / "videos"),
+        str(features),
+        **{"vision_tower": str(made / "tower"), "num_frames": 6, "device": "cpu", "decode_workers": 1, **options},
+    )
 
 
 def _extract(config, rank, world, log, hold, together):
@@ -155,7 +158,8 @@ def test_a_share_alone(made, tmp_path):
     totals = [extract(_config(made, tmp_path / f"{i}", shard=f"{i}/3", take_over=False)).extracted for i in (1, 2, 3)]
     assert sum(totals) == 40 and min(totals) >= 10
     assert {file: content for i in (1, 2, 3) for file, content in _files(tmp_path / f"{i}").items()} == _files(
-        made / "clean")
+        made / "clean"
+    )
 
 
 def test_a_failure_costs_one_try(made, tmp_path):
@@ -164,8 +168,15 @@ def test_a_failure_costs_one_try(made, tmp_path):
     shutil.copytree(made / "videos" / "sub", videos)
     endless(videos / "0.mp4")
     (videos / "z.mp4").write_text("no video")
-    config = ExtractConfig(str(videos), str(tmp_path / "features"), vision_tower=str(made / "tower"), num_frames=6,
-                           device="cpu", decode_workers=1, timeout=3.0)
+    config = ExtractConfig(
+        str(videos),
+        str(tmp_path / "features"),
+        vision_tower=str(made / "tower"),
+        num_frames=6,
+        device="cpu",
+        decode_workers=1,
+        timeout=3.0,
+    )
     processes = [_start(config, rank, 2, log) for rank in range(2)]
     for process in processes:
         process.join(120)

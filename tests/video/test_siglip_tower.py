@@ -31,7 +31,7 @@ def pictures(count=5, size=30):
 def patches(pixels, patch=14):
     """[T, P, K] patch rows of pictures, as `frame_patchify` cuts them."""
     grid = pixels.shape[-1] // patch
-    cut = pixels[..., :grid * patch, :grid * patch].reshape(len(pixels), 3, grid, patch, grid, patch)
+    cut = pixels[..., : grid * patch, : grid * patch].reshape(len(pixels), 3, grid, patch, grid, patch)
     rows = cut.permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), grid * grid, -1)
     return pad(rows, (0, row_length(patch) - rows.shape[2]))
 
@@ -81,8 +81,9 @@ def test_in_16_bits_the_error_is_hardly_larger_than_that_of_transformers(tmp_pat
     assert found.dtype == dtype
     assert cosine_similarity(found.float(), whole(model, pictures()), dim=-1).min() >= least
     exact = by_layers(copy.deepcopy(model).double(), patches(pictures()).double())
-    error, theirs = ((x.double() - exact).norm() for x in (found, by_layers(model.to(dtype),
-                                                                            patches(pictures()).to(dtype))))
+    error, theirs = (
+        (x.double() - exact).norm() for x in (found, by_layers(model.to(dtype), patches(pictures()).to(dtype)))
+    )
     assert error <= 1.2 * theirs
 
 
@@ -97,15 +98,18 @@ def test_by_the_kernels(tmp_path, monkeypatch):
     assert error <= 1.2 * theirs
 
 
-@pytest.mark.parametrize("settings", [None, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4],
-                                             "size": {"height": 30, "width": 30}}])
+@pytest.mark.parametrize(
+    "settings",
+    [None, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "size": {"height": 30, "width": 30}}],
+)
 def test_features_are_those_of_transformers(tmp_path, settings):
     """Without preprocessor settings mean and deviation are 0.5."""
     model = write_siglip(tmp_path, settings=settings)
     frames = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
     found = FeatureEncoder(tmp_path, device="cpu", dtype=torch.float32, batch_size=3, num_temporal=6).encode(frames)
-    mean, std = (torch.tensor((settings or {}).get(name, [0.5] * 3)).view(3, 1, 1)
-                 for name in ("image_mean", "image_std"))
+    mean, std = (
+        torch.tensor((settings or {}).get(name, [0.5] * 3)).view(3, 1, 1) for name in ("image_mean", "image_std")
+    )
     pixels = interpolate(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size=(30, 30)) / 255
     expected = spatio_temporal_pool(whole(model, ((pixels - mean) / std).half().float()).half(), num_temporal=6)
     assert found.shape == (6 + 4, 48) and found.dtype == torch.float16
@@ -117,8 +121,11 @@ def test_a_whole_model_of_text_and_vision(tmp_path, capfd):
     from transformers import SiglipConfig, SiglipModel
 
     parts = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    SiglipModel(SiglipConfig(text_config={**parts, "vocab_size": 99}, vision_config={
-        **parts, "image_size": 28, "patch_size": 14})).save_pretrained(tmp_path)
+    SiglipModel(
+        SiglipConfig(
+            text_config={**parts, "vocab_size": 99}, vision_config={**parts, "image_size": 28, "patch_size": 14}
+        )
+    ).save_pretrained(tmp_path)
     capfd.readouterr()
     tower = open_tower(str(tmp_path), CPU, torch.float32)
     assert isinstance(tower, SiglipTower) and tower.num_patches == 4 and tower.hidden_size == 32
@@ -127,13 +134,36 @@ def test_a_whole_model_of_text_and_vision(tmp_path, capfd):
 
 def test_extraction_with_pixels_that_fill_no_patch(tmp_path):
     """384 pixels in patches of 14 are 27 × 27, and a file has num_frames + 729 rows."""
-    write_siglip(tmp_path / "tower", image_size=384, layers=2, hidden_size=16, intermediate_size=16, heads=2,
-                 settings={"size": {"height": 384, "width": 384}})
+    write_siglip(
+        tmp_path / "tower",
+        image_size=384,
+        layers=2,
+        hidden_size=16,
+        intermediate_size=16,
+        heads=2,
+        settings={"size": {"height": 384, "width": 384}},
+    )
     (tmp_path / "videos").mkdir()
     draw(tmp_path / "videos" / "a.mp4", 5)
-    assert extract.main(["--video_dir_path", str(tmp_path / "videos"), "--clip_feat_path", str(tmp_path / "features"),
-                         "--vision_tower", str(tmp_path / "tower"), "--num_frames", "4", "--device", "cpu",
-                         "--decode_workers", "1"]) == 0
+    assert (
+        extract.main(
+            [
+                "--video_dir_path",
+                str(tmp_path / "videos"),
+                "--clip_feat_path",
+                str(tmp_path / "features"),
+                "--vision_tower",
+                str(tmp_path / "tower"),
+                "--num_frames",
+                "4",
+                "--device",
+                "cpu",
+                "--decode_workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     features, header = load_features(tmp_path / "features" / "a.safetensors")
     assert features.shape == (4 + 27 * 27, 16) and (features.norm(dim=1) > 0).all()
     assert (header["image_size"], header["patch_size"]) == (384, 14)
@@ -163,8 +193,9 @@ def test_a_tower_without_a_fixed_resolution_is_refused_and_a_fixed_one_is_taken(
     """SigLIP 2's of a fixed resolution call themselves siglip."""
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-    Siglip2VisionModel(Siglip2VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                                           num_attention_heads=2)).save_pretrained(tmp_path / "naflex")
+    Siglip2VisionModel(
+        Siglip2VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "naflex")
     with pytest.raises(ValueError, match="is a NaFlex tower of SigLIP 2.* give one of a fixed resolution"):
         FeatureEncoder(tmp_path / "naflex", device="cpu")
     write_siglip(tmp_path / "fixed")
@@ -184,11 +215,15 @@ def test_how_many_rows_a_video_takes(tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     write_siglip(tmp_path / "tower")
     assert tower_geometry(tmp_path / "model", str(tmp_path / "tower")) == (30, 14)
-    (tmp_path / "tower" / "config.json").write_text(json.dumps(
-        {"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}))
+    (tmp_path / "tower" / "config.json").write_text(
+        json.dumps({"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}})
+    )
     assert tower_geometry(tmp_path / "model", str(tmp_path / "tower")) == (224, 16)
-    for name, sizes in (("siglip-so400m-patch14-384", (384, 14)), ("siglip2-base-patch16-256", (256, 16)),
-                        ("siglip-base-patch16-256-multilingual", (256, 16))):
+    for name, sizes in (
+        ("siglip-so400m-patch14-384", (384, 14)),
+        ("siglip2-base-patch16-256", (256, 16)),
+        ("siglip-base-patch16-256-multilingual", (256, 16)),
+    ):
         assert tower_geometry(tmp_path / "model", f"google/{name}") == sizes
     with pytest.raises(ValueError, match="cannot tell how many tokens"):
         tower_geometry(tmp_path / "model", "google/siglip2-so400m-patch16-naflex")

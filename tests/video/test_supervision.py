@@ -41,8 +41,14 @@ COUNTING = """
 
 def start(script, **options):
     """(process of its own group, number of the child that it says it has)."""
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, **options)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        **options,
+    )
     return process, int(process.stdout.readline())
 
 

@@ -39,8 +39,14 @@ def made(tmp_path_factory):
 
 
 def _config(made, features):
-    return ExtractConfig(str(made / "videos"), str(features), vision_tower=str(made / "tower"), num_frames=6,
-                         device="cpu", decode_workers=2)
+    return ExtractConfig(
+        str(made / "videos"),
+        str(features),
+        vision_tower=str(made / "tower"),
+        num_frames=6,
+        device="cpu",
+        decode_workers=2,
+    )
 
 
 def _files(folder):
@@ -105,8 +111,14 @@ def test_it_travels_to_other_processes(made, tmp_path):
 def ray_starts():
     """Whether a Ray of one processor comes up here: some sandboxes let none."""
     try:
-        return subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=1, include_dashboard=False)"],
-                              capture_output=True, timeout=90).returncode == 0
+        return (
+            subprocess.run(
+                [sys.executable, "-c", "import ray; ray.init(num_cpus=1, include_dashboard=False)"],
+                capture_output=True,
+                timeout=90,
+            ).returncode
+            == 0
+        )
     except subprocess.TimeoutExpired:
         return False
 
@@ -115,9 +127,24 @@ def ray_starts():
 def test_two_actors_of_ray_make_the_files_of_one_process(made, tmp_path):
     if not ray_starts():
         pytest.skip("Ray does not start on this machine")
-    command = [sys.executable, str(ROOT / "scripts" / "extract_ray.py"), "--actors", "2", "--video_dir_path",
-               str(made / "videos"), "--clip_feat_path", str(tmp_path / "features"), "--vision_tower",
-               str(made / "tower"), "--num_frames", "6", "--device", "cpu", "--decode_workers", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "extract_ray.py"),
+        "--actors",
+        "2",
+        "--video_dir_path",
+        str(made / "videos"),
+        "--clip_feat_path",
+        str(tmp_path / "features"),
+        "--vision_tower",
+        str(made / "tower"),
+        "--num_frames",
+        "6",
+        "--device",
+        "cpu",
+        "--decode_workers",
+        "2",
+    ]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "5 extracted, 0 there already, 1 failed" in done.stdout, done.stderr
@@ -142,8 +169,18 @@ def test_the_script_gives_the_folder_back_after_an_error(made, tmp_path, monkeyp
     monkeypatch.setattr(sys, "path", sys.path[:])
     script = runpy.run_path(str(ROOT / "scripts" / "extract_ray.py"))
     with pytest.raises(RuntimeError, match="no cluster"):
-        script["main"](["--video_dir_path", str(made / "videos"), "--clip_feat_path", str(tmp_path / "features"),
-                        "--vision_tower", str(made / "tower"), "--num_frames", "6"])
+        script["main"](
+            [
+                "--video_dir_path",
+                str(made / "videos"),
+                "--clip_feat_path",
+                str(tmp_path / "features"),
+                "--vision_tower",
+                str(made / "tower"),
+                "--num_frames",
+                "6",
+            ]
+        )
     assert os.listdir(tmp_path / "features") == ["manifest.jsonl"]
 
 

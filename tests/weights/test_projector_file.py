@@ -49,8 +49,10 @@ def test_projector_file_goes_before_the_folders_own(tmp_path):
     folder = write_folder(tmp_path / "m", state, {**CONFIG, "mm_projector_type": "linear"})
     torch.save({name: other[name] for name in other if "mm_projector" in name}, tmp_path / "p.bin")
     language = {name: state[name] for name in state if "mm_projector" not in name}
-    assert_same(load(folder, projector=tmp_path / "p.bin"),
-                {**language, **{name: other[name] for name in other if "mm_projector" in name}})
+    assert_same(
+        load(folder, projector=tmp_path / "p.bin"),
+        {**language, **{name: other[name] for name in other if "mm_projector" in name}},
+    )
     with pytest.raises(ValueError, match="p.bin holds a mlp2x_gelu projector, --mm_projector_type linear"):
         read_model_config(folder, projector=tmp_path / "p.bin", projector_type="linear")
 
@@ -61,8 +63,10 @@ def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable)
     state = llava_state()
     folder = write_folder(tmp_path / "m", state)
     table = torch.randn(table_rows, D)
-    torch.save({"model.embed_tokens.weight": table,
-                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    torch.save(
+        {"model.embed_tokens.weight": table, **{name: state[name] for name in state if "mm_projector" in name}},
+        tmp_path / "p.bin",
+    )
     model = load(folder, projector=tmp_path / "p.bin", trainable=trainable)
     assert torch.equal(model.embed.weight[-2:], table[-2:])
     assert ("boundary" in trainable) == hasattr(model, "boundary")
@@ -71,14 +75,18 @@ def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable)
     assert torch.equal(model.head.weight, load(folder).head.weight)
 
 
-@pytest.mark.parametrize("rows, fits", [(2, True), (V + 3, True), (64, True), (128, True), (256, True), (V + 6, False),
-                                        (1, False), (192, False)])
+@pytest.mark.parametrize(
+    "rows, fits",
+    [(2, True), (V + 3, True), (64, True), (128, True), (256, True), (V + 6, False), (1, False), (192, False)],
+)
 def test_a_table_of_another_tokenizer_is_refused(tmp_path, rows, fits):
     """Two rows, or the tokenizer's own number, which may be padded to a multiple of 64, 128 or 256."""
     state = llava_state()
     table = torch.randn(rows, D)
-    torch.save({"model.embed_tokens.weight": table,
-                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    torch.save(
+        {"model.embed_tokens.weight": table, **{name: state[name] for name in state if "mm_projector" in name}},
+        tmp_path / "p.bin",
+    )
     if not fits:
         with pytest.raises(ValueError, match=rf"p.bin: .* is \[{rows}, 24\], the tokenizer .* has 43 tokens"):
             read_projector(tmp_path / "p.bin", TOKENS)
@@ -91,8 +99,13 @@ def test_a_table_of_another_tokenizer_is_refused(tmp_path, rows, fits):
 def test_start_and_end_embeddings_that_are_not_finite_are_the_projector_files(tmp_path):
     state = llava_state()
     folder = write_folder(tmp_path / "m", state)
-    torch.save({"model.embed_tokens.weight": torch.full((2, D), torch.nan),
-                **{name: state[name] for name in state if "mm_projector" in name}}, tmp_path / "p.bin")
+    torch.save(
+        {
+            "model.embed_tokens.weight": torch.full((2, D), torch.nan),
+            **{name: state[name] for name in state if "mm_projector" in name},
+        },
+        tmp_path / "p.bin",
+    )
     with pytest.raises(ValueError, match=r"p\.bin: 48 of 48 values of the start and end embeddings are not finite"):
         load(folder, projector=tmp_path / "p.bin")
 
@@ -115,8 +128,11 @@ def test_projector_from_a_sharded_checkpoint(tmp_path):
     trained = {name: tensor for name, tensor in our_state(llava_state()).items() if name.startswith("projector.")}
     for rank, (start, stop) in enumerate([(0, 13), (13, D)]):
         places = {name: {"shape": list(tensor.shape), "offset": start} for name, tensor in trained.items()}
-        save_file({name: tensor[start:stop].contiguous() for name, tensor in trained.items()},
-                  tmp_path / f"model-{1 - rank:05d}-of-00002.safetensors", {"shards": str(places).replace("'", '"')})
+        save_file(
+            {name: tensor[start:stop].contiguous() for name, tensor in trained.items()},
+            tmp_path / f"model-{1 - rank:05d}-of-00002.safetensors",
+            {"shards": str(places).replace("'", '"')},
+        )
     found = read_projector(tmp_path)
     assert all(torch.equal(found[name], trained[name]) for name in trained)
     next(tmp_path.glob("model-00000*")).unlink()
@@ -190,8 +206,9 @@ def test_written_projector_reads_back_bit_for_bit(tmp_path, ending, kind, dtype)
     for name, tensor in trained.items():
         assert torch.equal(again.get_parameter(name), tensor), name
     table = (load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True))[
-        "model.embed_tokens.weight"]
-    assert table.dtype == torch.float32 and torch.equal(table[:V + 1].to(dtype), model.embed.weight[:V + 1])
+        "model.embed_tokens.weight"
+    ]
+    assert table.dtype == torch.float32 and torch.equal(table[: V + 1].to(dtype), model.embed.weight[: V + 1])
 
 
 def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
@@ -199,8 +216,14 @@ def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
     state, other = llava_state(), our_state(llava_state())
     folder = write_folder(tmp_path / "m", state)
     first = tmp_path / "first.bin"
-    write_reference_projector(first, {name: tensor + 1 for name, tensor in other.items() if "projector" in name}
-                              | {"boundary.weight": torch.randn(2, D)}, folder, TOKENS, seed=3)
+    write_reference_projector(
+        first,
+        {name: tensor + 1 for name, tensor in other.items() if "projector" in name}
+        | {"boundary.weight": torch.randn(2, D)},
+        folder,
+        TOKENS,
+        seed=3,
+    )
     model = load(folder, projector=first, seed=3)
     write_reference_projector(tmp_path / "out.bin", {}, folder, TOKENS, projector=first, seed=3)
     again = load(folder, projector=tmp_path / "out.bin", seed=3)

@@ -1,6 +1,5 @@
 """config.json in every form, and what is refused because the model would not compute it."""
 
-
 import pytest
 from weight_folders import (
     CONFIG,
@@ -34,9 +33,15 @@ def test_original_llava(tmp_path):
     assert (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.tie_word_embeddings) == (4, 2, 6, False)
 
 
-@pytest.mark.parametrize("changes", [
-    {"model_type": "llava_llama"}, {"model_type": "VideoChatGPT", "architectures": ["VideoChatGPTLlamaForCausalLM"]},
-    {"model_type": "llama"}, {"use_mm_proj": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "llava_llama"},
+        {"model_type": "VideoChatGPT", "architectures": ["VideoChatGPTLlamaForCausalLM"]},
+        {"model_type": "llama"},
+        {"use_mm_proj": True},
+    ],
+)
 def test_names_of_the_family(tmp_path, changes):
     assert read(tmp_path, CONFIG | changes) == read(tmp_path, CONFIG)
 
@@ -58,8 +63,9 @@ def test_llava_hf(tmp_path, rename):
 def test_llava_hf_leaves_out_defaults(tmp_path):
     """As llava-hf/llava-1.5-7b-hf does."""
     text = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064, "max_position_embeddings": 4096}
-    config = read(tmp_path, {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"},
-                             "text_config": text})
+    config = read(
+        tmp_path, {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}, "text_config": text}
+    )
     sizes = config.decoder
     assert (sizes.hidden_size, sizes.intermediate_size, sizes.num_layers, sizes.head_dim) == (4096, 11008, 32, 128)
     assert sizes.vocab_size == 32064 and config.mm_hidden_size == 1024
@@ -78,12 +84,17 @@ def test_tables_grow_and_never_shrink(tmp_path):
     assert read(tmp_path, CONFIG, vocab_size=V - 3).decoder.vocab_size == V
 
 
-@pytest.mark.parametrize("old, new", [
-    ({}, {"rope_theta": 10000.0, "rope_type": "default"}),
-    ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}},
-     {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}),
-])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({}, {"rope_theta": 10000.0, "rope_type": "default"}),
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0},
+        ),
+    ],
+)
 def test_rope_settings_of_both_generations(tmp_path, old, new):
     for settings in (old, {"rope_parameters": new}):
         found = dict(read(tmp_path, CONFIG | settings).decoder.rope_parameters)
@@ -91,22 +102,28 @@ def test_rope_settings_of_both_generations(tmp_path, old, new):
         assert found == new
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model_type": "mistral"}, "model_type 'mistral' is not computed; only LLaMA is"),
-    ({"text_config": LLAMA | {"model_type": "qwen2"}}, "model_type 'qwen2' is not computed"),
-    ({"attention_bias": True}, "attention_bias = True is not computed; only False is"),
-    ({"mlp_bias": True}, "mlp_bias = True"), ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not computed"),
-    ({"sliding_window": 4096}, "sliding_window = 4096"), ({"num_local_experts": 8}, "num_local_experts = 8"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type = 'mlp3x_gelu' is not computed"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "give the folder of the model that it was made of"),
-    ({"num_attention_heads": 0}, "config.json: num_attention_heads = 0 is no size"),
-    ({"num_hidden_layers": -1}, "num_hidden_layers = -1 is no size"), ({"head_dim": 0}, "head_dim = 0 is no size"),
-    ({"num_hidden_layers": 10**9}, "is no size of a model .1 to 1,000."),
-    ({"hidden_size": "wide"}, "config.json: .*hidden_size"),
-    ({"mm_video_tower": "LanguageBind/Video_merge"}, "mm_video_tower = 'LanguageBind/Video_merge' is not computed"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_type 'dynamic'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not computed; only LLaMA is"),
+        ({"text_config": LLAMA | {"model_type": "qwen2"}}, "model_type 'qwen2' is not computed"),
+        ({"attention_bias": True}, "attention_bias = True is not computed; only False is"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not computed"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type = 'mlp3x_gelu' is not computed"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "give the folder of the model that it was made of"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads = 0 is no size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers = -1 is no size"),
+        ({"head_dim": 0}, "head_dim = 0 is no size"),
+        ({"num_hidden_layers": 10**9}, "is no size of a model .1 to 1,000."),
+        ({"hidden_size": "wide"}, "config.json: .*hidden_size"),
+        ({"mm_video_tower": "LanguageBind/Video_merge"}, "mm_video_tower = 'LanguageBind/Video_merge' is not computed"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_type 'dynamic'"),
+    ],
+)
 def test_what_is_not_computed_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, CONFIG | changes)
@@ -126,8 +143,10 @@ def test_folders_without_a_usable_config(tmp_path):
             read_model_config(tmp_path)
 
 
-@pytest.mark.parametrize("config", [CONFIG | {"tie_word_embeddings": True},
-                                    HF_CONFIG | {"text_config": LLAMA | {"tie_word_embeddings": True}}])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG | {"tie_word_embeddings": True}, HF_CONFIG | {"text_config": LLAMA | {"tie_word_embeddings": True}}],
+)
 def test_tied_tables(tmp_path, config):
     assert read(tmp_path, config, llava_state(tied=True)).decoder.tie_word_embeddings
 
@@ -139,8 +158,14 @@ def test_a_head_beside_tied_tables(tmp_path, caplog, changed, tied):
 
     state = llava_state()
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + changed
-    config = {**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True,
-              "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": C}
+    config = {
+        **LLAMA,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": True,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": C,
+    }
     assert read(tmp_path, config, state).decoder.tie_word_embeddings is tied
     assert ("hold two that differ" in caplog.text) is not tied
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "m0")

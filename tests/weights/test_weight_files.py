@@ -15,9 +15,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         empty.mkdir()
         (empty / "config.json").write_text(json.dumps(CONFIG))
         load(empty)
-    for name, reason in (("m-q4.gguf", "m-q4.gguf is of llama.cpp"), ("consolidated.00.pth", "of Meta's release"),
-                         ("model.safetensors.incomplete", "its download has not ended"),
-                         ("model-00001-of-00002.safetensors", "model.safetensors.index.json lists them")):
+    for name, reason in (
+        ("m-q4.gguf", "m-q4.gguf is of llama.cpp"),
+        ("consolidated.00.pth", "of Meta's release"),
+        ("model.safetensors.incomplete", "its download has not ended"),
+        ("model-00001-of-00002.safetensors", "model.safetensors.index.json lists them"),
+    ):
         (empty / name).write_bytes(b"x")
         with pytest.raises(ValueError, match=f"holds no weights: .*{reason}"):
             load(empty)
@@ -35,9 +38,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         file.write_bytes(file.read_bytes()[:-1000])
         with pytest.raises(ValueError, match=f"{file.name} cannot be read"):
             load(folder)
-    for name, ending, files in (("model.safetensors", "safetensors", 1), ("pytorch_model.bin", "bin", 1),
-                                ("pytorch_model.bin.index.json", "bin", 2), ("config.json", "bin", 1),
-                                ("pytorch_model-00002-of-00002.bin", "bin", 2)):
+    for name, ending, files in (
+        ("model.safetensors", "safetensors", 1),
+        ("pytorch_model.bin", "bin", 1),
+        ("pytorch_model.bin.index.json", "bin", 2),
+        ("config.json", "bin", 1),
+        ("pytorch_model-00002-of-00002.bin", "bin", 2),
+    ):
         folder = write_folder(tmp_path / f"pointer-{name}", state, ending=ending, files=files)
         (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
         with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer"):

@@ -30,7 +30,9 @@ from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import StartingWeights, load_weights
 
 FORMS = {
-    "llava-bin": {}, "llava-bin-sharded": {"files": 3}, "llava-safetensors": {"ending": "safetensors"},
+    "llava-bin": {},
+    "llava-bin-sharded": {"files": 3},
+    "llava-safetensors": {"ending": "safetensors"},
     "llava-safetensors-sharded": {"ending": "safetensors", "files": 4},
 }
 
@@ -39,10 +41,13 @@ FORMS = {
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
 def test_llava_folders(tmp_path, form, kind):
     state = llava_state(kind)
-    stray = {"model.vision_tower.vision_tower.x": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq":
-             torch.ones(3)}
-    folder = write_folder(tmp_path / "m", state | stray, {**CONFIG, "mm_projector_type": kind},
-                          **{"ending": "bin", **FORMS[form]})
+    stray = {
+        "model.vision_tower.vision_tower.x": torch.ones(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
+    }
+    folder = write_folder(
+        tmp_path / "m", state | stray, {**CONFIG, "mm_projector_type": kind}, **{"ending": "bin", **FORMS[form]}
+    )
     assert_same(load(folder), state)
 
 
@@ -56,15 +61,21 @@ def test_llava_hf_folders(tmp_path, rename, files):
 def test_llava_hf_folder_as_transformers_writes_it(tmp_path):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tower = CLIPVisionConfig(hidden_size=C, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                             image_size=28, patch_size=14)
+    tower = CLIPVisionConfig(
+        hidden_size=C, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=LlamaConfig(**LLAMA)))
     model.save_pretrained(tmp_path / "m")
-    held = {name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items()
-            if "vision_tower" not in name}
+    held = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in model.state_dict().items()
+        if "vision_tower" not in name
+    }
     for i in (1, 2):
-        held = {name.replace(f"multi_modal_projector.linear_{i}", f"mm_projector.{2 * i - 2}"): tensor
-                for name, tensor in held.items()}
+        held = {
+            name.replace(f"multi_modal_projector.linear_{i}", f"mm_projector.{2 * i - 2}"): tensor
+            for name, tensor in held.items()
+        }
     assert_same(load(tmp_path / "m"), held)
 
 
@@ -82,7 +93,7 @@ def test_new_rows(tmp_path):
     for table, name in ((model.embed.weight, "model.embed_tokens.weight"), (model.head.weight, "lm_head.weight")):
         assert table.shape == (V + 3, D)
         assert 0 < table[V].abs().max() < 0.02 * 5 and abs(table[V].mean()) < 0.02
-        mean = torch.cat([state[name], table[V:V + 1].detach()]).mean(0)
+        mean = torch.cat([state[name], table[V : V + 1].detach()]).mean(0)
         assert torch.equal(table[V + 1], mean) and torch.equal(table[V + 2], mean)
     assert not torch.equal(model.embed.weight[V], model.head.weight[V])
 
@@ -108,8 +119,8 @@ def test_padded_tables_keep_their_size(tmp_path):
     model = load(write_folder(tmp_path / "m", state), tokens=tokens)
     table = state["model.embed_tokens.weight"]
     assert_same(model, state, rows=first)
-    assert model.embed.weight.shape == (V, D) and torch.equal(model.embed.weight[first + 3:], table[first + 3:])
-    mean = model.embed.weight[:first + 1].mean(0)
+    assert model.embed.weight.shape == (V, D) and torch.equal(model.embed.weight[first + 3 :], table[first + 3 :])
+    mean = model.embed.weight[: first + 1].mean(0)
     assert torch.equal(model.boundary.weight, mean.expand(2, D)) and torch.equal(model.embed.weight[first + 2], mean)
 
 
@@ -125,8 +136,9 @@ def test_rows_of_the_reference(shared, tiny, variant):
         assert torch.equal(model.get_parameter(ours), recorded[name])
     # The mean rule: the reference's start and end rows from the table and its own patch row.
     for name, kind in (("embed.weight", "embed"), ("head.weight", "lm_head")):
-        made = StartingWeights(model.config, tiny / f"model{variant}", tokens=VideoTokens(
-            32000, 32001, 32002, 32003, (32001, 32002)))
+        made = StartingWeights(
+            model.config, tiny / f"model{variant}", tokens=VideoTokens(32000, 32001, 32002, 32003, (32001, 32002))
+        )
         assert torch.equal(torch.cat(made.pieces(name))[32000:], recorded[f"{variant}/init/{kind}_rows_32000_32002"])
 
 
@@ -162,29 +174,48 @@ def test_another_projector_type_than_the_folders(tmp_path, caplog):
 
 
 BROKEN = {
-    "a tensor is missing": (lambda s: s.pop("model.layers.1.mlp.up_proj.weight"),
-                            r"m does not fit .*model\.layers\.1\.mlp\.up_proj\.weight is missing"),
-    "part of the projector is missing": (lambda s: s.pop("model.mm_projector.2.weight"),
-                                         r"model\.mm_projector\.2\.weight is missing"),
+    "a tensor is missing": (
+        lambda s: s.pop("model.layers.1.mlp.up_proj.weight"),
+        r"m does not fit .*model\.layers\.1\.mlp\.up_proj\.weight is missing",
+    ),
+    "part of the projector is missing": (
+        lambda s: s.pop("model.mm_projector.2.weight"),
+        r"model\.mm_projector\.2\.weight is missing",
+    ),
     "the head is missing": (lambda s: s.pop("lm_head.weight"), "lm_head.weight is missing"),
-    "a tensor has another shape": (lambda s: s.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(3, D)}),
-                                   r"model.safetensors: model.layers.0.self_attn.k_proj.weight is \[3, 24\], the "
-                                   r"model's is \[12, 24\]"),
-    "the projector has another width": (lambda s: s.update({"model.mm_projector.0.weight": torch.ones(D, 3)}),
-                                        r"mm_projector.0.weight is \[24, 3\], the model's is \[24, 10\]"),
-    "a table is too large": (lambda s: s.update({"lm_head.weight": torch.ones(V + 4, D)}),
-                             r"lm_head.weight is \[44, 24\], the model's is \[43, 24\]"),
-    "a table is too narrow": (lambda s: s.update({"model.embed_tokens.weight": torch.ones(V, 3)}),
-                              r"embed_tokens.weight is \[40, 3\]"),
-    "a layer too many": (lambda s: s.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
-                         "model.safetensors: model.layers.2.mlp.up_proj.weight is unexpected"),
-    "biases": (lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(D)}),
-               "q_proj.bias is unexpected"),
+    "a tensor has another shape": (
+        lambda s: s.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(3, D)}),
+        r"model.safetensors: model.layers.0.self_attn.k_proj.weight is \[3, 24\], the "
+        r"model's is \[12, 24\]",
+    ),
+    "the projector has another width": (
+        lambda s: s.update({"model.mm_projector.0.weight": torch.ones(D, 3)}),
+        r"mm_projector.0.weight is \[24, 3\], the model's is \[24, 10\]",
+    ),
+    "a table is too large": (
+        lambda s: s.update({"lm_head.weight": torch.ones(V + 4, D)}),
+        r"lm_head.weight is \[44, 24\], the model's is \[43, 24\]",
+    ),
+    "a table is too narrow": (
+        lambda s: s.update({"model.embed_tokens.weight": torch.ones(V, 3)}),
+        r"embed_tokens.weight is \[40, 3\]",
+    ),
+    "a layer too many": (
+        lambda s: s.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
+        "model.safetensors: model.layers.2.mlp.up_proj.weight is unexpected",
+    ),
+    "biases": (
+        lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(D)}),
+        "q_proj.bias is unexpected",
+    ),
     "quantised without a word in config.json": (
         lambda s: s.update({"model.layers.0.self_attn.q_proj.qweight": torch.ones(D, dtype=torch.int32)}),
-        "q_proj.qweight is unexpected.*These are quantised weights: take the folder of the model"),
-    "quantised": (lambda s: s.update({"model.norm.weight": torch.ones(D, dtype=torch.int8)}),
-                  "model.norm.weight is torch.int8: quantised"),
+        "q_proj.qweight is unexpected.*These are quantised weights: take the folder of the model",
+    ),
+    "quantised": (
+        lambda s: s.update({"model.norm.weight": torch.ones(D, dtype=torch.int8)}),
+        "model.norm.weight is torch.int8: quantised",
+    ),
 }
 
 

@@ -68,7 +68,7 @@ class ReferenceOrder:
     def _micro_batch(self, number):
         epoch, at = divmod(number, self.batches_per_epoch)
         indices = reference_indices(self.num_samples, self.rank, self.size, self.seed, epoch)
-        return indices[at * self.batch_size:(at + 1) * self.batch_size]
+        return indices[at * self.batch_size : (at + 1) * self.batch_size]
 
 
 @lru_cache(maxsize=4)
@@ -81,8 +81,9 @@ def _step_ends(batches_per_epoch, accumulation):
     if batches_per_epoch > accumulation:
         return (accumulation,)
     end = math.lcm(batches_per_epoch, accumulation)
-    return tuple(sorted({*range(accumulation, end + 1, accumulation),
-                         *range(batches_per_epoch, end + 1, batches_per_epoch)}))
+    return tuple(
+        sorted({*range(accumulation, end + 1, accumulation), *range(batches_per_epoch, end + 1, batches_per_epoch)})
+    )
 
 
 @lru_cache(maxsize=4)

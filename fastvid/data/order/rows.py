@@ -83,9 +83,11 @@ class RowOrder:
         longest = int((rows.own + rows.shared).argmax())
         needed = int(rows.own[longest] + rows.shared[longest]) + rows.base
         if needed > budget:
-            raise ValueError(f"--rows_per_batch {budget}: the longest sample, "
-                             f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} rows; give at "
-                             "least as many")
+            raise ValueError(
+                f"--rows_per_batch {budget}: the longest sample, "
+                f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} rows; give at "
+                "least as many"
+            )
         self.counts, self.weights, self.seed, self.rows = counts, weights, seed, rows
         self.budget, self.accumulation, self.rank, self.size = budget, accumulation, rank, size
         self.samples_per_epoch = epoch_length(counts, weights)
@@ -112,7 +114,7 @@ class RowOrder:
         rank."""
         epoch, at = self._locate(step)
         batches = self._epochs[epoch][at]
-        rounds = [batches[i:i + self.size] for i in range(0, len(batches), self.size)]
+        rounds = [batches[i : i + self.size] for i in range(0, len(batches), self.size)]
         # From most rows to least: every other round backwards, so that no rank always gets the most.
         return [ranks[self.rank if i % 2 == 0 else -1 - self.rank].tolist() for i, ranks in enumerate(rounds)]
 
@@ -128,7 +130,7 @@ class RowOrder:
         indices = epoch_indices(self.counts, self.weights, self.seed, epoch)
         if self.rows.groups is not None:
             indices = self.rows.groups.together(indices)
-        indices = indices[:min(len(indices), self._samples - epoch * self.samples_per_epoch)]
+        indices = indices[: min(len(indices), self._samples - epoch * self.samples_per_epoch)]
         capacity = self.budget - self.rows.base
         units = self.rows.units(indices, capacity)
         rng = np.random.default_rng([self.seed, epoch, WINDOW])
@@ -156,13 +158,13 @@ def plan_steps(units, capacity, size, accumulation, rng):
     smallest = min((rows for rows, _ in units if rows), default=0)
     steps, left = [], []
     for first in range(0, len(units), window):
-        batches = _first_fit(left + units[first:first + window], capacity, smallest)
+        batches = _first_fit(left + units[first : first + window], capacity, smallest)
         batches.sort(key=lambda batch: -batch[0])
         whole = len(batches) // per_step
         for i in rng.permutation(whole):
-            steps.append([_samples(units) for _, units in batches[i * per_step:(i + 1) * per_step]])
-        left = [unit for _, part in batches[whole * per_step:] for unit in part]
-        rest = batches[whole * per_step:]
+            steps.append([_samples(units) for _, units in batches[i * per_step : (i + 1) * per_step]])
+        left = [unit for _, part in batches[whole * per_step :] for unit in part]
+        rest = batches[whole * per_step :]
     if rest:
         steps.append([_samples(part) for part in _spread(rest, capacity, size)])
     return steps

@@ -66,11 +66,11 @@ class StreamOrder:
         first = step * self.samples_per_step
         samples = self._stream(first, min(first + self.samples_per_step, self._total_samples()))
         width = self.batch_size * self.size
-        rounds = [samples[i:i + width] for i in range(0, len(samples), width)]
+        rounds = [samples[i : i + width] for i in range(0, len(samples), width)]
         if self.groups is None:
-            return [ranks[self.rank::self.size].tolist() for ranks in rounds]
-        sizes = [len(ranks[rank::self.size]) for ranks in rounds for rank in range(self.size)]
-        return self.groups.spread(samples, sizes)[self.rank::self.size]
+            return [ranks[self.rank :: self.size].tolist() for ranks in rounds]
+        sizes = [len(ranks[rank :: self.size]) for ranks in rounds for rank in range(self.size)]
+        return self.groups.spread(samples, sizes)[self.rank :: self.size]
 
     def _total_samples(self):
         if self.max_steps > 0:
@@ -79,8 +79,12 @@ class StreamOrder:
 
     def _stream(self, first, last):
         n = self.samples_per_epoch
-        return np.concatenate([self._epoch(epoch)[max(0, first - epoch * n):last - epoch * n]
-                               for epoch in range(first // n, (last - 1) // n + 1)])
+        return np.concatenate(
+            [
+                self._epoch(epoch)[max(0, first - epoch * n) : last - epoch * n]
+                for epoch in range(first // n, (last - 1) // n + 1)
+            ]
+        )
 
     def _epoch(self, epoch):
         run = self.counts, self.weights, self.seed, epoch
@@ -104,7 +108,7 @@ class EvaluationOrder:
         """This rank's samples of validation batch `step`: one list of indices."""
         width = self.batch_size * self.size
         batch = range(step * width, min((step + 1) * width, self.num_samples))
-        return [list(batch[self.rank::self.size])]
+        return [list(batch[self.rank :: self.size])]
 
 
 @lru_cache(maxsize=4)

@@ -71,15 +71,27 @@ class Bitstream:
 
     def described(self) -> dict:
         """All but the arrays, as JSON can hold it."""
-        return {"wanted": self.wanted, "factors": self.factors, "turn": asdict(self.turn), "info": asdict(self.info),
-                "coded_size": self.coded_size}
+        return {
+            "wanted": self.wanted,
+            "factors": self.factors,
+            "turn": asdict(self.turn),
+            "info": asdict(self.info),
+            "coded_size": self.coded_size,
+        }
 
     @classmethod
     def of(cls, described, data, ends, numbers):
         """The bitstream that `described` describes."""
-        return cls(data, ends, numbers, described["wanted"], tuple(described["factors"]),
-                   Orientation(**described["turn"]), VideoInfo(**described["info"]),
-                   tuple(described["coded_size"]))
+        return cls(
+            data,
+            ends,
+            numbers,
+            described["wanted"],
+            tuple(described["factors"]),
+            Orientation(**described["turn"]),
+            VideoInfo(**described["info"]),
+            tuple(described["coded_size"]),
+        )
 
 
 def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS) -> Bitstream:
@@ -110,15 +122,23 @@ def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS)
             raise Unsuited("it may be damaged")
         turn, shape = orientation(frame, path), (frame.width, frame.height)
         if not can_gather(frame) or shape[0] % 2 and turn != Orientation():
-            raise Unsuited(f"its pictures are {frame.format.name} of {shape[0]}×{shape[1]}"
-                           + (", interlaced" if frame.interlaced_frame else ""))
+            raise Unsuited(
+                f"its pictures are {frame.format.name} of {shape[0]}×{shape[1]}"
+                + (", interlaced" if frame.interlaced_frame else "")
+            )
         full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
         coded_size = stream.codec_context.coded_width, stream.codec_context.coded_height
         info, parts = describe(container, stream, shape, turn), _annex_b(stream, sent)
         return Bitstream(
-            b"".join(parts), np.cumsum([len(part) for part in parts], dtype=np.int64), numbers[keep], wanted,
-            factors(int(frame.colorspace), full_range), turn, replace(info, frames=packets.frames, decoder=""),
-            coded_size)
+            b"".join(parts),
+            np.cumsum([len(part) for part in parts], dtype=np.int64),
+            numbers[keep],
+            wanted,
+            factors(int(frame.colorspace), full_range),
+            turn,
+            replace(info, frames=packets.frames, decoder=""),
+            coded_size,
+        )
 
 
 def _kept(container, stream, keep):

@@ -60,8 +60,9 @@ def _opened(path):
         container = av.open(f"file:{path}", container_options=options)
     except av.FFmpegError as error:
         why = wrong_content(path)
-        raise DecodeError(path, f"cannot be opened as a video ({error.strerror})" + (f": it {why}" if why else "")
-                          ) from error
+        raise DecodeError(
+            path, f"cannot be opened as a video ({error.strerror})" + (f": it {why}" if why else "")
+        ) from error
     try:
         with container:
             yield container
@@ -136,13 +137,14 @@ def refuse_cut(path, container, stream):
 
 def _segment_end(head):
     """Where a Matroska file's one segment ends (RFC 8794: four bytes of ID, then a size of variable length)."""
+
     def sized(at):
         length = 9 - (head[at] or 1).bit_length()
-        size = int.from_bytes(head[at:at + length], "big") & (1 << 7 * length) - 1
+        size = int.from_bytes(head[at : at + length], "big") & (1 << 7 * length) - 1
         return at + length, size
 
     start, size = sized(4)
-    if head[start + size:start + size + 4] != b"\x18\x53\x80\x67":
+    if head[start + size : start + size + 4] != b"\x18\x53\x80\x67":
         return 0
     start, size = sized(start + size + 4)
     return 0 if (size + 1).bit_count() == 1 else start + size  # all ones: unknown, as in a live recording

@@ -101,7 +101,7 @@ class DaliDecoder:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self._on_gpu else None
         try:
             pipeline = pipeline or self._built()
-            found, = pipeline.run(stream, data=[np.frombuffer(data, np.uint8)], frames=[places])
+            (found,) = pipeline.run(stream, data=[np.frombuffer(data, np.uint8)], frames=[places])
             frames = torch.from_dlpack(found[0])
         except Exception as error:  # DALI raises many kinds; PyAV then decodes the video, or refuses it
             raise Unsuited(f"DALI fails: {_reason(error)}") from error
@@ -118,8 +118,9 @@ class DaliDecoder:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, device="cpu")
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1, device="cpu")
             # Without pad_mode="none", frames that are not there would be black.
-            return fn.decoders.video(data, frames=frames, device="mixed" if self._on_gpu else "cpu", pad_mode="none",
-                                     affine=False)
+            return fn.decoders.video(
+                data, frames=frames, device="mixed" if self._on_gpu else "cpu", pad_mode="none", affine=False
+            )
 
         pipeline = decoding()
         pipeline.build()

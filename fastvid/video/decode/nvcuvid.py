@@ -45,64 +45,139 @@ class Area(Structure):
 class Capabilities(Structure):
     """CUVIDDECODECAPS."""
 
-    _fields_ = [("codec", c_int), ("chroma", c_int), ("depth_minus_8", c_uint), ("reserved1", c_uint * 3),
-                ("supported", c_ubyte), ("engines", c_ubyte), ("formats", c_ushort), ("max_width", c_uint),
-                ("max_height", c_uint), ("max_macroblocks", c_uint), ("min_width", c_ushort),
-                ("min_height", c_ushort), ("histogram", c_ubyte), ("counter_depth", c_ubyte),
-                ("histogram_bins", c_ushort), ("reserved3", c_uint * 10)]
+    _fields_ = [
+        ("codec", c_int),
+        ("chroma", c_int),
+        ("depth_minus_8", c_uint),
+        ("reserved1", c_uint * 3),
+        ("supported", c_ubyte),
+        ("engines", c_ubyte),
+        ("formats", c_ushort),
+        ("max_width", c_uint),
+        ("max_height", c_uint),
+        ("max_macroblocks", c_uint),
+        ("min_width", c_ushort),
+        ("min_height", c_ushort),
+        ("histogram", c_ubyte),
+        ("counter_depth", c_ubyte),
+        ("histogram_bins", c_ushort),
+        ("reserved3", c_uint * 10),
+    ]
 
 
 class VideoFormat(Structure):
     """CUVIDEOFORMAT, what a parser has read of a sequence."""
 
-    _fields_ = [("codec", c_int), ("rate_numerator", c_uint), ("rate_denominator", c_uint),
-                ("progressive_sequence", c_ubyte), ("depth_minus_8", c_ubyte), ("chroma_depth_minus_8", c_ubyte),
-                ("surfaces", c_ubyte), ("coded_width", c_uint), ("coded_height", c_uint), ("display_area", Area),
-                ("chroma", c_int), ("bit_rate", c_uint), ("aspect_x", c_int), ("aspect_y", c_int),
-                ("signal", c_ubyte * 4), ("header_bytes", c_uint)]
+    _fields_ = [
+        ("codec", c_int),
+        ("rate_numerator", c_uint),
+        ("rate_denominator", c_uint),
+        ("progressive_sequence", c_ubyte),
+        ("depth_minus_8", c_ubyte),
+        ("chroma_depth_minus_8", c_ubyte),
+        ("surfaces", c_ubyte),
+        ("coded_width", c_uint),
+        ("coded_height", c_uint),
+        ("display_area", Area),
+        ("chroma", c_int),
+        ("bit_rate", c_uint),
+        ("aspect_x", c_int),
+        ("aspect_y", c_int),
+        ("signal", c_ubyte * 4),
+        ("header_bytes", c_uint),
+    ]
 
 
 class CreateInfo(Structure):
     """CUVIDDECODECREATEINFO."""
 
-    _fields_ = [("width", c_ulong), ("height", c_ulong), ("surfaces", c_ulong), ("codec", c_int), ("chroma", c_int),
-                ("flags", c_ulong), ("depth_minus_8", c_ulong), ("intra_only", c_ulong), ("max_width", c_ulong),
-                ("max_height", c_ulong), ("reserved1", c_ulong), ("display_area", Rectangle), ("format", c_int),
-                ("deinterlace", c_int), ("target_width", c_ulong), ("target_height", c_ulong),
-                ("output_surfaces", c_ulong), ("lock", c_void_p), ("target", Rectangle), ("histogram", c_ulong),
-                ("reserved2", c_ulong * 4)]
+    _fields_ = [
+        ("width", c_ulong),
+        ("height", c_ulong),
+        ("surfaces", c_ulong),
+        ("codec", c_int),
+        ("chroma", c_int),
+        ("flags", c_ulong),
+        ("depth_minus_8", c_ulong),
+        ("intra_only", c_ulong),
+        ("max_width", c_ulong),
+        ("max_height", c_ulong),
+        ("reserved1", c_ulong),
+        ("display_area", Rectangle),
+        ("format", c_int),
+        ("deinterlace", c_int),
+        ("target_width", c_ulong),
+        ("target_height", c_ulong),
+        ("output_surfaces", c_ulong),
+        ("lock", c_void_p),
+        ("target", Rectangle),
+        ("histogram", c_ulong),
+        ("reserved2", c_ulong * 4),
+    ]
 
 
 class ReconfigureInfo(Structure):
     """CUVIDRECONFIGUREDECODERINFO."""
 
-    _fields_ = [("width", c_uint), ("height", c_uint), ("target_width", c_uint), ("target_height", c_uint),
-                ("surfaces", c_uint), ("reserved1", c_uint * 12), ("display_area", Rectangle), ("target", Rectangle),
-                ("reserved2", c_uint * 11)]
+    _fields_ = [
+        ("width", c_uint),
+        ("height", c_uint),
+        ("target_width", c_uint),
+        ("target_height", c_uint),
+        ("surfaces", c_uint),
+        ("reserved1", c_uint * 12),
+        ("display_area", Rectangle),
+        ("target", Rectangle),
+        ("reserved2", c_uint * 11),
+    ]
 
 
 class PictureParameters(Structure):
     """CUVIDPICPARAMS: its first members. The rest passes from the parser to the decoder unseen."""
 
-    _fields_ = [("width_in_blocks", c_int), ("height_in_blocks", c_int), ("surface", c_int), ("is_field", c_int),
-                ("is_bottom", c_int), ("is_second", c_int)]
+    _fields_ = [
+        ("width_in_blocks", c_int),
+        ("height_in_blocks", c_int),
+        ("surface", c_int),
+        ("is_field", c_int),
+        ("is_bottom", c_int),
+        ("is_second", c_int),
+    ]
 
 
 class DisplayInfo(Structure):
     """CUVIDPARSERDISPINFO."""
 
-    _fields_ = [("surface", c_int), ("progressive", c_int), ("top_first", c_int), ("repeat_first", c_int),
-                ("timestamp", c_longlong)]
+    _fields_ = [
+        ("surface", c_int),
+        ("progressive", c_int),
+        ("top_first", c_int),
+        ("repeat_first", c_int),
+        ("timestamp", c_longlong),
+    ]
 
 
 class MapParameters(Structure):
     """CUVIDPROCPARAMS."""
 
-    _fields_ = [("progressive", c_int), ("second_field", c_int), ("top_first", c_int), ("unpaired", c_int),
-                ("reserved_flags", c_uint), ("reserved_zero", c_uint), ("raw_input", c_ulonglong),
-                ("raw_input_pitch", c_uint), ("raw_input_format", c_uint), ("raw_output", c_ulonglong),
-                ("raw_output_pitch", c_uint), ("reserved1", c_uint), ("stream", c_void_p), ("reserved", c_uint * 46),
-                ("histogram", c_void_p), ("reserved2", c_void_p)]
+    _fields_ = [
+        ("progressive", c_int),
+        ("second_field", c_int),
+        ("top_first", c_int),
+        ("unpaired", c_int),
+        ("reserved_flags", c_uint),
+        ("reserved_zero", c_uint),
+        ("raw_input", c_ulonglong),
+        ("raw_input_pitch", c_uint),
+        ("raw_input_format", c_uint),
+        ("raw_output", c_ulonglong),
+        ("raw_output_pitch", c_uint),
+        ("reserved1", c_uint),
+        ("stream", c_void_p),
+        ("reserved", c_uint * 46),
+        ("histogram", c_void_p),
+        ("reserved2", c_void_p),
+    ]
 
 
 class DecodeStatus(Structure):
@@ -125,10 +200,23 @@ Display = ctypes.CFUNCTYPE(c_int, c_void_p, POINTER(DisplayInfo))
 class ParserParameters(Structure):
     """CUVIDPARSERPARAMS."""
 
-    _fields_ = [("codec", c_int), ("surfaces", c_uint), ("clock_rate", c_uint), ("error_threshold", c_uint),
-                ("display_delay", c_uint), ("bits", c_uint), ("reserved1", c_uint * 4), ("user", c_void_p),
-                ("sequence", Sequence), ("decode", Decode), ("display", Display), ("operating_point", c_void_p),
-                ("messages", c_void_p), ("reserved2", c_void_p * 5), ("extended_format", c_void_p)]
+    _fields_ = [
+        ("codec", c_int),
+        ("surfaces", c_uint),
+        ("clock_rate", c_uint),
+        ("error_threshold", c_uint),
+        ("display_delay", c_uint),
+        ("bits", c_uint),
+        ("reserved1", c_uint * 4),
+        ("user", c_void_p),
+        ("sequence", Sequence),
+        ("decode", Decode),
+        ("display", Display),
+        ("operating_point", c_void_p),
+        ("messages", c_void_p),
+        ("reserved2", c_void_p * 5),
+        ("extended_format", c_void_p),
+    ]
 
 
 _SIGNATURES = {
@@ -160,8 +248,10 @@ def library(name="libnvcuvid.so.1"):
     try:
         found = ctypes.CDLL(name)
     except OSError as error:
-        raise NoDecoder(f"the driver's {name} cannot be loaded ({error}); in a container, "
-                        "NVIDIA_DRIVER_CAPABILITIES must name video") from error
+        raise NoDecoder(
+            f"the driver's {name} cannot be loaded ({error}); in a container, "
+            "NVIDIA_DRIVER_CAPABILITIES must name video"
+        ) from error
     for function, arguments in _SIGNATURES.items():
         getattr(found, function).argtypes = arguments
     return found
@@ -194,8 +284,9 @@ def check(code, what):
     if code in _BREAKING:
         raise RuntimeError(f"CUDA error {code}: {what} failed, and so will all else that this process asks of the GPU")
     if code:
-        raise NoDecoder(f"{what} failed with CUDA error {code}" + (
-            " (out of memory)" if code == _OUT_OF_MEMORY else ""))
+        raise NoDecoder(
+            f"{what} failed with CUDA error {code}" + (" (out of memory)" if code == _OUT_OF_MEMORY else "")
+        )
 
 
 def capabilities(codec, lib=None) -> Capabilities | None:
@@ -214,5 +305,9 @@ def capabilities(codec, lib=None) -> Capabilities | None:
 def takes(codec, width, height, lib=None) -> bool:
     """Whether the current device's decoder takes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
     able = capabilities(codec, lib)
-    return (able is not None and able.min_width <= width <= able.max_width
-            and able.min_height <= height <= able.max_height and width * height // 256 <= able.max_macroblocks)
+    return (
+        able is not None
+        and able.min_width <= width <= able.max_width
+        and able.min_height <= height <= able.max_height
+        and width * height // 256 <= able.max_macroblocks
+    )

@@ -48,9 +48,11 @@ class NvDecoder:
         self._decoder = self._created = None
         self.cancelled = False
         self._context = nvcuvid.context_of(self.device)
-        self._callbacks = (nvcuvid.Sequence(self._guarded(self._begin_sequence)),
-                           nvcuvid.Decode(self._guarded(self._decode_picture)),
-                           nvcuvid.Display(self._guarded(self._show)))
+        self._callbacks = (
+            nvcuvid.Sequence(self._guarded(self._begin_sequence)),
+            nvcuvid.Decode(self._guarded(self._decode_picture)),
+            nvcuvid.Display(self._guarded(self._show)),
+        )
         self.name = "nvdec" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
 
     def takes(self, codec, width, height) -> bool:
@@ -120,8 +122,13 @@ class NvDecoder:
         """Send all packets through a parser, which calls back."""
         parser = ctypes.c_void_p()
         about = nvcuvid.ParserParameters(
-            codec=nvcuvid.CODECS[self._stream.codec], surfaces=1, display_delay=_DELAY, sequence=self._callbacks[0],
-            decode=self._callbacks[1], display=self._callbacks[2])
+            codec=nvcuvid.CODECS[self._stream.codec],
+            surfaces=1,
+            display_delay=_DELAY,
+            sequence=self._callbacks[0],
+            decode=self._callbacks[1],
+            display=self._callbacks[2],
+        )
         check(self.lib.cuvidCreateVideoParser(ctypes.byref(parser), ctypes.byref(about)), "making a parser")
         try:
             base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value
@@ -144,12 +151,14 @@ class NvDecoder:
 
     def _guarded(self, call):
         """A callback that keeps its exception, which ctypes would print and forget."""
+
         def called(_, about):
             try:
                 return call(about) if about and self._error is None else 0
             except BaseException as error:  # raised again by _parse
                 self._error = error
                 return 0
+
         return called
 
     def _begin_sequence(self, about):
@@ -174,23 +183,57 @@ class NvDecoder:
         """A hardware decoder for pictures of this form: the one at hand, set anew if need be, or another."""
         width, height, codec = form.coded_width, form.coded_height, form.codec
         whole = nvcuvid.Rectangle(0, 0, width, height)
-        if self._created and self._created[0] == codec and (
-                width <= self._created[1] and height <= self._created[2] and surfaces <= self._created[3]):
+        if (
+            self._created
+            and self._created[0] == codec
+            and (width <= self._created[1] and height <= self._created[2] and surfaces <= self._created[3])
+        ):
             if (width, height) != self._size:
-                check(self.lib.cuvidReconfigureDecoder(self._decoder, ctypes.byref(nvcuvid.ReconfigureInfo(
-                    width=width, height=height, target_width=width, target_height=height,
-                    surfaces=self._created[3], display_area=whole))), "setting the decoder to another size")
+                check(
+                    self.lib.cuvidReconfigureDecoder(
+                        self._decoder,
+                        ctypes.byref(
+                            nvcuvid.ReconfigureInfo(
+                                width=width,
+                                height=height,
+                                target_width=width,
+                                target_height=height,
+                                surfaces=self._created[3],
+                                display_area=whole,
+                            )
+                        ),
+                    ),
+                    "setting the decoder to another size",
+                )
         else:
             most = (width, height, surfaces)
             if self._created and self._created[0] == codec:
                 most = tuple(map(max, most, self._created[1:]))
             self.close()
             decoder = ctypes.c_void_p()
-            check(self.lib.cuvidCreateDecoder(ctypes.byref(decoder), ctypes.byref(nvcuvid.CreateInfo(
-                width=width, height=height, surfaces=most[2], codec=codec, chroma=nvcuvid.YUV_420,
-                max_width=most[0], max_height=most[1], display_area=whole, format=nvcuvid.NV12,
-                deinterlace=nvcuvid.WEAVE, target_width=width, target_height=height,
-                output_surfaces=2 * _TOGETHER))), "making a hardware decoder")
+            check(
+                self.lib.cuvidCreateDecoder(
+                    ctypes.byref(decoder),
+                    ctypes.byref(
+                        nvcuvid.CreateInfo(
+                            width=width,
+                            height=height,
+                            surfaces=most[2],
+                            codec=codec,
+                            chroma=nvcuvid.YUV_420,
+                            max_width=most[0],
+                            max_height=most[1],
+                            display_area=whole,
+                            format=nvcuvid.NV12,
+                            deinterlace=nvcuvid.WEAVE,
+                            target_width=width,
+                            target_height=height,
+                            output_surfaces=2 * _TOGETHER,
+                        )
+                    ),
+                ),
+                "making a hardware decoder",
+            )
             self._decoder, self._created = decoder, (codec, *most)
         self._size = width, height
 
@@ -235,10 +278,20 @@ class NvDecoder:
             self._hand_on()
         cuda = self.device.type == "cuda"
         address, pitch = ctypes.c_ulonglong(), ctypes.c_uint()
-        check(self.lib.cuvidMapVideoFrame64(
-            self._decoder, surface, ctypes.byref(address), ctypes.byref(pitch), ctypes.byref(nvcuvid.MapParameters(
-                progressive=1, stream=torch.cuda.current_stream(self.device).cuda_stream if cuda else None))),
-            "mapping a picture")
+        check(
+            self.lib.cuvidMapVideoFrame64(
+                self._decoder,
+                surface,
+                ctypes.byref(address),
+                ctypes.byref(pitch),
+                ctypes.byref(
+                    nvcuvid.MapParameters(
+                        progressive=1, stream=torch.cuda.current_stream(self.device).cuda_stream if cuda else None
+                    )
+                ),
+            ),
+            "mapping a picture",
+        )
         self._mapped.append((address.value, places and (places, self._planes(address.value, pitch.value))))
         self._refuse_broken(surface)
 
@@ -277,8 +330,13 @@ class _Memory:
     """Bytes at an address, as torch takes them."""
 
     def __init__(self, address, shape, strides):
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "strides": strides,
-                                         "typestr": "|u1", "version": 3}
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def _view(address, shape, strides, device):

@@ -56,7 +56,7 @@ class Packets:
         starts = np.flatnonzero(self.clean)
         for start, end in zip(starts, [*starts[1:], len(keep)]):
             last = np.flatnonzero(is_wanted[start:end])
-            keep[start + last[-1] + 1 if len(last) else start:end] = False
+            keep[start + last[-1] + 1 if len(last) else start : end] = False
         return keep
 
     def shares(self, keep, count) -> list[np.ndarray]:
@@ -135,11 +135,11 @@ def _units(data, length_bytes):
             at = content.find(b"\0\0\1", at + 3)
         return [content[start:end] for start, end in zip(starts, [*(s - 3 for s in starts[1:]), size])] or None
     while at < size:
-        length = int.from_bytes(data[at:at + length_bytes], "big")
+        length = int.from_bytes(data[at : at + length_bytes], "big")
         at += length_bytes
         if not length or at + length > size:
             return None
-        found.append(data[at:at + length])
+        found.append(data[at : at + length])
         at += length
     return found
 

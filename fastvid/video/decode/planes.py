@@ -74,8 +74,13 @@ def _convert(y, u, v, conversion, rgb):
 
 def can_gather(frame):
     """Whether `gather` gives PyAV's own bytes of a decoded frame."""
-    return (frame.format.name in ("yuv420p", "yuvj420p") and frame.height % 2 == 0 and not frame.interlaced_frame
-            and int(frame.colorspace) in _SPACES and all(plane.line_size > 0 for plane in frame.planes))
+    return (
+        frame.format.name in ("yuv420p", "yuvj420p")
+        and frame.height % 2 == 0
+        and not frame.interlaced_frame
+        and int(frame.colorspace) in _SPACES
+        and all(plane.line_size > 0 for plane in frame.planes)
+    )
 
 
 def gather(frame, rows, columns, rgb):
@@ -95,8 +100,10 @@ def gather(frame, rows, columns, rgb):
     rows, columns = rows.ravel(), columns.ravel()
     half_columns = columns >> 1
     for start in range(0, len(rows), _TOGETHER):
-        some = rows[start:start + _TOGETHER]
+        some = rows[start : start + _TOGETHER]
         # Whole rows first, then columns of them: rows are copied at once.
-        y, u, v = (plane[at].take(along, 1) for plane, at, along in zip(
-            planes, (some, some >> 1, some >> 1), (columns, half_columns, half_columns)))
-        _convert(y, u, v, conversion, rgb[start:start + _TOGETHER])
+        y, u, v = (
+            plane[at].take(along, 1)
+            for plane, at, along in zip(planes, (some, some >> 1, some >> 1), (columns, half_columns, half_columns))
+        )
+        _convert(y, u, v, conversion, rgb[start : start + _TOGETHER])

@@ -39,8 +39,18 @@ from fastvid.video.sampling import frame_indices, nearest_indices
 _MARKS_RUN_AHEAD = 3  # packets between a mark of a lost one and the place that it was lost at
 
 
-def decode(path, *, num_frames=100, indices=None, size=None, decoder="auto", max_pixels=MAX_PIXELS, threads=0,
-           allow_damaged=False, into=None):
+def decode(
+    path,
+    *,
+    num_frames=100,
+    indices=None,
+    size=None,
+    decoder="auto",
+    max_pixels=MAX_PIXELS,
+    threads=0,
+    allow_damaged=False,
+    into=None,
+):
     """Decode the frames that stand for a video, or those asked for.
 
     Args:
@@ -162,8 +172,9 @@ class _Pass:
         expected, came, filled = int((keep & packets.shown).sum()), 0, 0
         with open_again(self.path) as (container, stream):
             refuse_cut(self.path, container, stream)
-            sent = (packet for number, packet in enumerate(p for p in container.demux(stream) if p.size)
-                    if keep[number])
+            sent = (
+                packet for number, packet in enumerate(p for p in container.demux(stream) if p.size) if keep[number]
+            )
             try:
                 for frame in self._decoded(stream, sent, threads):
                     picture = held.of(frame, container, stream, self)
@@ -198,11 +209,19 @@ class _Pass:
         missing = 0 if interlaced and total <= sent.shown <= 2 * total else abs(sent.shown - total)
         damaged = max(corrupt, missing, sent.corrupt, bool(said))
         if damaged and not self.allow_damaged:
-            raise DecodeError(self.path, "is damaged: " + (
-                f"{corrupt} of {total} frames decode with errors" if corrupt
-                else f"{sent.shown} packets decode to {total} frames" if missing
-                else f"{sent.corrupt} of {sent.shown} packets are incomplete" if sent.corrupt
-                else said[0]))
+            raise DecodeError(
+                self.path,
+                "is damaged: "
+                + (
+                    f"{corrupt} of {total} frames decode with errors"
+                    if corrupt
+                    else f"{sent.shown} packets decode to {total} frames"
+                    if missing
+                    else f"{sent.corrupt} of {sent.shown} packets are incomplete"
+                    if sent.corrupt
+                    else said[0]
+                ),
+            )
         return picture.frames, replace(picture.info, frames=total, damaged=damaged)
 
     def _decoded(self, stream, packets, threads):
@@ -211,8 +230,10 @@ class _Pass:
 
         codec = stream.codec_context
         if codec.width * codec.height > self.max_pixels:
-            raise DecodeError(self.path, f"its picture of {codec.width}×{codec.height} is over the limit of "
-                              f"{self.max_pixels:,} pixels")
+            raise DecodeError(
+                self.path,
+                f"its picture of {codec.width}×{codec.height} is over the limit of {self.max_pixels:,} pixels",
+            )
         codec.thread_type, codec.thread_count = "AUTO", threads
         # Holds for pictures that grow within the stream, too.
         codec.options = {"max_pixels": str(self.max_pixels)}
@@ -263,9 +284,15 @@ def describe(container, stream, shape, turn) -> VideoInfo:
 
     version = ".".join(map(str, av.library_versions["libavcodec"]))
     return VideoInfo(
-        codec=stream.codec_context.codec.canonical_name, width=shape[turn.transpose],
-        height=shape[not turn.transpose], frames=0, fps=float(stream.average_rate or 0), rotation=turn.angle,
-        duration=(container.duration or 0) / av.time_base, decoder=f"pyav {av.__version__}, libavcodec {version}")
+        codec=stream.codec_context.codec.canonical_name,
+        width=shape[turn.transpose],
+        height=shape[not turn.transpose],
+        frames=0,
+        fps=float(stream.average_rate or 0),
+        rotation=turn.angle,
+        duration=(container.duration or 0) / av.time_base,
+        decoder=f"pyav {av.__version__}, libavcodec {version}",
+    )
 
 
 class _Held:
@@ -304,7 +331,7 @@ class _Picture:
         info = describe(container, stream, stored, turn)
         size = video.size
         shape = count, size or info.height, size or info.width, 3
-        frames = np.empty(shape, np.uint8) if video.into is None else video.into[:math.prod(shape)].reshape(shape)
+        frames = np.empty(shape, np.uint8) if video.into is None else video.into[: math.prod(shape)].reshape(shape)
         source = _source(turn, info.height, info.width, size) if size else None
         return cls(video.path, size, stored, turn, info, frames, source)
 
@@ -313,8 +340,11 @@ class _Picture:
 
     def refuse_other_size(self, frame, number):
         if not self.alike(frame):
-            raise DecodeError(self.path, f"its picture changes from {self.shape[0]}×{self.shape[1]} to {frame.width}×"
-                              f"{frame.height} at frame {number}")
+            raise DecodeError(
+                self.path,
+                f"its picture changes from {self.shape[0]}×{self.shape[1]} to {frame.width}×"
+                f"{frame.height} at frame {number}",
+            )
 
     def take(self, frame, rows):
         """Put an upright RGB frame, resized by nearest neighbour if a size is asked for, into rows of the result."""
@@ -328,8 +358,9 @@ class _Picture:
             return
         if self.turn.transpose:
             pixels = pixels.transpose(1, 0, 2)
-        step_down, step_right = (-1 if mirrored else 1 for mirrored in (self.turn.mirror_rows,
-                                                                        self.turn.mirror_columns))
+        step_down, step_right = (
+            -1 if mirrored else 1 for mirrored in (self.turn.mirror_rows, self.turn.mirror_columns)
+        )
         self.frames[rows] = pixels[::step_down, ::step_right]
 
 

@@ -88,8 +88,13 @@ class DecodeWorker:
         if self._process is None:
             self._start()
         try:
-            request = {"path": os.fspath(path), "what": what, "options": options, "timeout": self.timeout,
-                       "digest": digest}
+            request = {
+                "path": os.fspath(path),
+                "what": what,
+                "options": options,
+                "timeout": self.timeout,
+                "digest": digest,
+            }
             if piece is not None:
                 request["into"], request["new"] = self._shared.number(piece)
             self._connection.send_bytes(json.dumps(request).encode())
@@ -127,8 +132,12 @@ class DecodeWorker:
         self._connection, theirs = Pipe()
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
         theirs.close()
 
     def _cause_of_death(self, error):

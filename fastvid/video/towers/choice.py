@@ -53,11 +53,18 @@ def check_tower(tower, trained, weights, flag="--vision_tower"):
         return
     same = same_tower(trained.tower_revision, revisions(tower))
     if same is None:
-        log.warning("%s %s cannot be compared with the tower of the features that %s was trained on, %s", flag,
-                    shown(tower), weights, _described(trained))
+        log.warning(
+            "%s %s cannot be compared with the tower of the features that %s was trained on, %s",
+            flag,
+            shown(tower),
+            weights,
+            _described(trained),
+        )
     if same is False:
-        raise ValueError(f"{flag} {shown(tower)} is another tower than the one of the features that {weights} was "
-                         f"trained on, {_described(trained)}; give that one")
+        raise ValueError(
+            f"{flag} {shown(tower)} is another tower than the one of the features that {weights} was "
+            f"trained on, {_described(trained)}; give that one"
+        )
 
 
 def check_features(tower, made, folder):
@@ -75,8 +82,10 @@ def check_features(tower, made, folder):
     if tower is None or made.tower_revision is None or not os.path.isdir(tower):
         return
     if same_tower(made.tower_revision, revisions(tower)) is False:
-        raise ValueError(f"--vision_tower {shown(tower)} is another tower than the one that made the features in "
-                         f"--video_folder {shown(folder)}, {_described(made)}; leave the flag out, or give that one")
+        raise ValueError(
+            f"--vision_tower {shown(tower)} is another tower than the one that made the features in "
+            f"--video_folder {shown(folder)}, {_described(made)}; leave the flag out, or give that one"
+        )
 
 
 def choose_tower(given, trained, weights, otherwise=None):
@@ -110,8 +119,10 @@ def choose_tower(given, trained, weights, otherwise=None):
     for place in filter(None, places):
         if os.path.isdir(place) and same_tower(trained.tower_revision, revisions(place)):
             return str(place)
-    raise ValueError(f"{weights} was trained on features of {_described(trained)}, which is not to be found: "
-                     "give its folder with --vision_tower")
+    raise ValueError(
+        f"{weights} was trained on features of {_described(trained)}, which is not to be found: "
+        "give its folder with --vision_tower"
+    )
 
 
 def _described(trained):
@@ -125,9 +136,13 @@ def is_path(tower):
 
 
 def _digest(folder):
-    """"sha256:" and the hash of a folder's configuration and weights."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and (
-        path.name in ("config.json", "preprocessor_config.json") or path.suffix in (".safetensors", ".bin"))]
+    """ "sha256:" and the hash of a folder's configuration and weights."""
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (path.name in ("config.json", "preprocessor_config.json") or path.suffix in (".safetensors", ".bin"))
+    ]
     stats = [path.stat() for path in paths]
     return _digest_of(tuple(paths), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
 

@@ -28,15 +28,20 @@ class Fidelity:
             return
         try:
             encoder = self._make()
-            exact_RC = (encoder.encode(prepared.frames) if prepared.patches is None
-                        else encoder.encode_patches(prepared.patches))
+            exact_RC = (
+                encoder.encode(prepared.frames)
+                if prepared.patches is None
+                else encoder.encode_patches(prepared.patches)
+            )
         except torch.OutOfMemoryError:
             self._line = "--tower_dtype fp8: there was no memory to compare its features with the unquantised tower's"
             return
         filled_R = exact_RC.norm(dim=1, dtype=torch.float32) > 0
         cosine_R = cosine_similarity(features_RC[filled_R].float(), exact_RC[filled_R].float(), dim=1)
-        self._line = (f"--tower_dtype fp8: the features of {name} have a cosine of {cosine_R.mean():.5f} to those of "
-                      f"the unquantised tower on average, {cosine_R.min():.5f} at least")
+        self._line = (
+            f"--tower_dtype fp8: the features of {name} have a cosine of {cosine_R.mean():.5f} to those of "
+            f"the unquantised tower on average, {cosine_R.min():.5f} at least"
+        )
 
     def told(self) -> list[str]:
         """The line that says what was found; none before a video was compared."""

@@ -42,8 +42,9 @@ class GraphedStates:
     def __init__(self, tower, batch_size: int, device: torch.device, *, capture=None):
         self._states, self._capture = tower.states, capture or (captured if device.type == "cuda" else None)
         self._replay = None
-        self._patches_BPK = torch.zeros(batch_size, tower.num_patches, row_length(tower.patch_size), dtype=tower.dtype,
-                                        device=device)
+        self._patches_BPK = torch.zeros(
+            batch_size, tower.num_patches, row_length(tower.patch_size), dtype=tower.dtype, device=device
+        )
 
     @property
     def captured(self) -> bool:

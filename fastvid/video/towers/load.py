@@ -55,8 +55,10 @@ def load_tower(tower, dtype):
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        raise ValueError(f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {config.get('model_type')}): it "
-                         f"has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …")
+        raise ValueError(
+            f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {config.get('model_type')}): it "
+            f"has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …"
+        )
     return model.eval()
 
 
@@ -97,8 +99,10 @@ def _config(tower) -> dict:
     except (OSError, ValueError) as error:
         raise _cannot_load(tower, error) from error
     if str(config.get("model_type")).startswith("siglip2"):  # those of a fixed resolution call themselves siglip
-        raise ValueError(f"--vision_tower {shown(tower)} is a NaFlex tower of SigLIP 2, whose pictures have any shape; "
-                         "give one of a fixed resolution, such as google/siglip2-so400m-patch14-384")
+        raise ValueError(
+            f"--vision_tower {shown(tower)} is a NaFlex tower of SigLIP 2, whose pictures have any shape; "
+            "give one of a fixed resolution, such as google/siglip2-so400m-patch14-384"
+        )
     return config
 
 
@@ -128,8 +132,10 @@ def _refuse_what_is_no_tower(tower):
         what = "a URL" if is_url(tower) else "a file"
         raise ValueError(f"--vision_tower {shown(tower)} is {what}; give the tower's folder, or its name on the hub")
     if is_path(tower) and not os.path.isdir(tower):
-        raise ValueError(f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
-                         "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes")
+        raise ValueError(
+            f"--vision_tower {shown(tower)}: no such folder; give the tower's, which `hf download "
+            "openai/clip-vit-large-patch14-336 --local-dir FOLDER` makes"
+        )
     for path in _files(tower):
         if fault := wrong_content(path):
             raise ValueError(f"{path} {fault}")
@@ -140,7 +146,8 @@ def _cannot_load(tower, error):
     hub_id = "openai/clip-vit-large-patch14-336" if meant_a_folder else tower
     return ValueError(
         f"cannot load the vision tower {tower!r} ({str(error).strip().splitlines()[0]}); download it where there "
-        f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER")
+        f"is a network with `hf download {hub_id} --local-dir FOLDER` and pass --vision_tower FOLDER"
+    )
 
 
 def _files(tower):

@@ -34,8 +34,10 @@ class Fp8Product:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor):
         if any(side % FP8_SIDE for side in weight_OI.shape):
-            raise ValueError(f"--tower_dtype fp8: a matrix of the tower is {' × '.join(map(str, weight_OI.shape))}, "
-                             f"and FP8 units multiply in steps of {FP8_SIDE}; leave the flag out")
+            raise ValueError(
+                f"--tower_dtype fp8: a matrix of the tower is {' × '.join(map(str, weight_OI.shape))}, "
+                f"and FP8 units multiply in steps of {FP8_SIDE}; leave the flag out"
+            )
         self._weight_OI, self._scale_O = quantize_fp8(weight_OI)
         self._bias_O = bias_O.to(torch.bfloat16 if weight_OI.is_cuda else torch.float32)
 
@@ -52,5 +54,7 @@ def check_fp8(device: torch.device) -> None:
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name, found = torch.cuda.get_device_name(device), ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise ValueError(f"--tower_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with "
-                         "8.9 (Ada, Hopper); leave the flag out")
+        raise ValueError(
+            f"--tower_dtype fp8: {name} (compute capability {found}) has no FP8 units, which begin with "
+            "8.9 (Ada, Hopper); leave the flag out"
+        )

@@ -32,9 +32,12 @@ def picture_size(settings: dict, image_size: int, patch_size: int) -> int:
         ValueError: such pictures have another number of patches than the tower.
     """
     size = settings.get("size")
-    height, width = (size.get(side) or image_size for side in ("height", "width")) if isinstance(
-        size, dict) else [image_size] * 2
+    height, width = (
+        (size.get(side) or image_size for side in ("height", "width")) if isinstance(size, dict) else [image_size] * 2
+    )
     if height != width or height // patch_size != image_size // patch_size:
-        raise ValueError(f"the vision tower's preprocessor_config.json makes pictures of {height} × {width} pixels"
-                         f", its config.json takes {image_size} × {image_size}; download both again")
+        raise ValueError(
+            f"the vision tower's preprocessor_config.json makes pictures of {height} × {width} pixels"
+            f", its config.json takes {image_size} × {image_size}; download both again"
+        )
     return height

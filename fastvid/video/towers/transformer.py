@@ -58,7 +58,10 @@ class VisionTower:
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.hidden_size, self._heads, self._eps = (
-            config.hidden_size, config.num_attention_heads, config.layer_norm_eps)
+            config.hidden_size,
+            config.num_attention_heads,
+            config.layer_norm_eps,
+        )
         self.mean, self.std = tuple(settings["image_mean"]), tuple(settings["image_std"])
         self.dtype = embeddings.patch_embedding.weight.dtype
 
@@ -76,14 +79,19 @@ class VisionTower:
         self._patch_weight_CK = embedding_matrix(patch_embedding.weight.detach()).to(device)
         self._patch_bias_C = None if bias_C is None else bias_C.detach().to(device)
         self._position_PC = position_PC.detach().to(device)
-        self._layers = [_Layer(
-            attention_norm=norm(layer.layer_norm1),
-            qkv=product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-            attention_out=product(layer.self_attn.out_proj), mlp_norm=norm(layer.layer_norm2),
-            mlp_in=product(layer.mlp.fc1), mlp_out=product(layer.mlp.fc2),
-            # Activations of other names may have weights of their own.
-            activation=quick_gelu if config.hidden_act == "quick_gelu" else layer.mlp.activation_fn.to(device),
-        ) for layer in model.encoder.layers[:-1]]
+        self._layers = [
+            _Layer(
+                attention_norm=norm(layer.layer_norm1),
+                qkv=product(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                attention_out=product(layer.self_attn.out_proj),
+                mlp_norm=norm(layer.layer_norm2),
+                mlp_in=product(layer.mlp.fc1),
+                mlp_out=product(layer.mlp.fc2),
+                # Activations of other names may have weights of their own.
+                activation=quick_gelu if config.hidden_act == "quick_gelu" else layer.mlp.activation_fn.to(device),
+            )
+            for layer in model.encoder.layers[:-1]
+        ]
 
     # What stands before the patches' rows, and what all rows pass before the first layer: of some towers nothing.
     _class_row_C: Tensor | None = None
@@ -105,8 +113,9 @@ class VisionTower:
         rows_BSC = patches_BPK.new_empty(B, before + self.num_patches, C)
         if before:
             rows_BSC[:, 0] = self._class_row_C
-        torch.add(linear(patches_BPK, self._patch_weight_CK, self._patch_bias_C), self._position_PC,
-                  out=rows_BSC[:, before:])
+        torch.add(
+            linear(patches_BPK, self._patch_weight_CK, self._patch_bias_C), self._position_PC, out=rows_BSC[:, before:]
+        )
         residual_NC, branch_NC = rows_BSC.view(-1, C), None
         if self._first_norm is not None:
             residual_NC = self._normalised(residual_NC, None, self._first_norm)[1]
