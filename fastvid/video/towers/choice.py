@@ -136,7 +136,7 @@ def is_path(tower):
 
 
 def _digest(folder):
-    """ "sha256:" and the hash of a folder's configuration and weights."""
+    """A folder's configuration and weights, as "sha256:" and their hash."""
     paths = [
         path
         for path in sorted(folder.iterdir())
