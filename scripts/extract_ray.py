@@ -27,6 +27,20 @@ class Actor:
         return {"entry": [json.dumps(entry) for entry in self.threads.map(self.features.extract, batch["video"])]}
 
 
+def rows(todo, config, actors, gpus):
+    """What the actors make of the videos, a row each."""
+    from fastvid.video.features import VideoFeatures
+
+    blocks = ray.data.from_items(todo, override_num_blocks=max(min(len(todo), 4 * actors), len(todo) // 16))
+    return blocks.map_batches(
+        Actor,
+        fn_constructor_args=(VideoFeatures(config),),
+        batch_size=None,
+        num_gpus=gpus and 1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+    ).iter_rows()
+
+
 def main(argv=None) -> int:
     from fastvid.config import ExtractConfig
     from fastvid.features.manifest import Manifest
@@ -57,19 +71,7 @@ def main(argv=None) -> int:
     actors, failed = own.actors or gpus or 1, 0
     with closing(leases), closing(manifest):
         leases.open(), manifest.open(leases)
-        for row in (
-            ray.data.from_items(todo, override_num_blocks=max(min(len(todo), 4 * actors), len(todo) // 16))
-            .map_batches(
-                Actor,
-                fn_constructor_args=(VideoFeatures(config),),
-                batch_size=None,
-                num_gpus=gpus and 1,
-                compute=ray.data.ActorPoolStrategy(size=actors),
-            )
-            .iter_rows()
-            if todo
-            else ()
-        ):
+        for row in rows(todo, config, actors, gpus) if todo else ():
             manifest.append(**(entry := json.loads(row["entry"])))
             failed += entry["status"] == "failed"
     print(f"{len(todo) - failed} extracted, {len(videos) - len(todo)} there already, {failed} failed")

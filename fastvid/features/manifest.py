@@ -26,6 +26,7 @@ from fastvid.files import naming
 NAME = "manifest.jsonl"
 _BEFORE, _AFTER = "manifest-", ".jsonl"  # the owner's name between them
 _TRIES = 5  # of a write to a file that others may remove
+_PATIENCE = 0.5  # seconds that a process waits at its end for one that ends at the same time
 _TICK = 1e-6  # seconds, to which entries tell their time
 _SYNCED = ("writing", "failed")  # another machine has to see these before it may take the video
 
@@ -138,7 +139,7 @@ class Manifest:
         if self._file is None:
             return
         try:
-            if self._leases is not None and (self._leases.keeps(NAME) or self._leases.take(NAME)):
+            if self._leases is not None and self._is_ours():
                 if self.path.name != NAME:
                     self._reopen(self.folder / NAME)
                 self._gather()
@@ -147,6 +148,15 @@ class Manifest:
         finally:
             file, self._file = self._file, None
             os.close(file)
+
+    def _is_ours(self):
+        """Whether ``manifest.jsonl`` is this process's, now or once another that ends as well has given it back."""
+        end = time.monotonic() + _PATIENCE
+        while not (self._leases.keeps(NAME) or self._leases.take(NAME)):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _gather(self):
         """Move the lines of processes that write no more to ``manifest.jsonl``, which is this one's."""

@@ -33,20 +33,23 @@ KINDS = {
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """From now on kernels run, interpreted; and how often keys were put into their places for forward and backward."""
+    """From now on these kernels run, interpreted: how often keys were put into their places, forward and backward.
+
+    Other kernels do not: an interpreter is slow.
+    """
     calls = {"forward": 0, "backward": 0}
     rope_keys, place_keys = attention.rope_keys, attention.place_keys
 
-    def counted(name, function):
+    def counted(name, function, **own):
         def call(*args, **options):
             calls[name] += 1
-            return function(*args, **options)
+            return function(*args, **options, **own)
 
         return call
 
     def begin():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(attention, "rope_keys", counted("forward", rope_keys))
+        monkeypatch.setattr(attention, "use_triton", lambda *_, **__: True)
+        monkeypatch.setattr(attention, "rope_keys", counted("forward", rope_keys, impl="triton"))
         monkeypatch.setattr(attention, "place_keys", counted("backward", place_keys))
         return calls
 
