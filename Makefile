@@ -1,8 +1,5 @@
 # What a developer types. Each target is a script that works without make as well.
-.PHONY: fast test lint format bench
-
-fast:    ## the tests that take seconds: after every change
-	bash scripts/test.sh -q -m "not slow"
+.PHONY: test lint format bench
 
 test:    ## all tests
 	bash scripts/test.sh -q
