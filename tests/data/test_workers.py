@@ -252,15 +252,15 @@ def test_processes_do_not_outlive_a_killed_run():
 
 HANGS = """
 import mmap, os, time
-from fastvid.data import workers
-workers._SIGN_OF_LIFE = (2, 2, 20)
+from fastvid.data import prefetch
+prefetch._SIGN_OF_LIFE = (2, 2, 20)
 children, hang, parent = mmap.mmap(-1, 1), {hang}, os.getpid()
 def begin():
     children[0] += 1
     if children[0] in hang:
         time.sleep(1000)
 os.register_at_fork(after_in_child=begin)
-print(*workers.Ahead(lambda number: number + os.getppid() - parent, 2).map(range(4)), children[0])
+print(*prefetch.Ahead(lambda number: number + os.getppid() - parent, 2).map(range(4)), children[0])
 """
 
 
