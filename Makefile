@@ -1,5 +1,8 @@
 # What a developer types. Each target is a script that works without make as well.
-.PHONY: test lint format bench
+.PHONY: fast test lint format bench
+
+fast:    ## tests that take seconds: after every change
+	bash scripts/test.sh -q -m "not slow"
 
 test:    ## all tests
 	bash scripts/test.sh -q

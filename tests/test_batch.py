@@ -41,6 +41,7 @@ def keys_of(layout):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(layouts(), st.data())
 def test_chosen_rows_attend_to_what_they_did(layout, data):
@@ -55,6 +56,7 @@ def test_chosen_rows_attend_to_what_they_did(layout, data):
     assert len(chosen.cu_seqlens_q) == len(runs) + 1, "one segment for each run"
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.data())
 def test_split_layouts_attend_to_what_they_did(layout, data):

@@ -169,6 +169,7 @@ def test_greedy_answer_is_that_of_transformers(chat, model, features):
     assert len(answer) == 6 and chat.ask_features(features * 0, "what is?") != chat.ask_features(features, "what is?")
 
 
+@pytest.mark.slow
 def test_a_video_is_asked_about_through_its_features(chat, clip):
     from fastvid.video.decode import decode
     from fastvid.video.encoder import FeatureEncoder
@@ -293,6 +294,7 @@ def test_an_empty_question_is_refused(model, folder, question):
         main(flags(model, "--video", folder / "a.safetensors", "--question", "what is?", "--question", question))
 
 
+@pytest.mark.slow
 def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, folder, capsys, monkeypatch):
     made = []
     features_of = Chat.features
@@ -308,6 +310,7 @@ def test_a_folder_answers_as_jsonl_and_a_bad_video_costs_one_line(chat, model, f
     assert ["bad.mp4" in line for line in err.splitlines() if "error:" in line] == [True]
 
 
+@pytest.mark.slow
 def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features, tmp_path, capsys):
     pairs = [
         ("a", "who is?"),
@@ -334,6 +337,7 @@ def test_a_questions_file_is_answered_in_its_order(chat, model, folder, features
         main(flags(model, "--video", folder, "--questions_file", questions_file(tmp_path, ("unknown", "who is?"))))
 
 
+@pytest.mark.slow
 def test_a_test_of_consistency_is_one_line(chat, model, folder, features, tmp_path, capsys):
     path = tmp_path / "consistency.json"
     path.write_text(
@@ -367,12 +371,14 @@ def test_what_is_no_video_is_told_before_anything_is_loaded(folder, tmp_path):
         main(flags("no model", "--video", "https://example.com/a.mp4", "--question", "what is?"))
 
 
+@pytest.mark.slow
 def test_pictures_in_a_folder_cost_a_line_each(model, folder, capsys):
     (folder / "bad.mp4").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     assert main(flags(model, "--video", folder, "--question", "what is?")) == 1
     assert "bad.mp4 is an image, not a video" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_bad_video_is_the_users_mistake(model, folder):
     for questions in (["what is?"], ["what is?", "who is?"]):
         with pytest.raises(ValueError, match="bad.mp4.*cannot be opened"):
@@ -412,6 +418,7 @@ def test_a_tower_of_another_width_is_refused(make_model, clip):
         chat.ask(clip, "what?")
 
 
+@pytest.mark.slow
 def test_the_recordings_model_answers_about_a_real_clip(tiny, shared, tmp_path):
     torch.save(
         {"model.mm_projector.weight": torch.randn(64, 64), "model.mm_projector.bias": torch.randn(64)},

@@ -135,6 +135,7 @@ def assert_equal_models(model, other):
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [{"projector", "boundary"}, {"embed", "head"}, ALL])
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_format(tmp_path, run, trainable, tied):
@@ -159,6 +160,7 @@ def test_llama_format(tmp_path, run, trainable, tied):
     assert isinstance(AutoModelForCausalLM.from_pretrained(output), LlamaForCausalLM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [{"projector", "boundary"}, ALL])
 def test_llava_format(tmp_path, run, trainable):
     from PIL import Image
@@ -290,6 +292,7 @@ def export_with_little_room(settings):
     sys.exit(1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, run):
     folder, _, _ = run({"projector", "boundary"})
     child = FORKS.Process(
@@ -401,6 +404,7 @@ def test_the_processor_is_the_towers(tmp_path, run):
     assert (list(image.image_mean), list(image.image_std)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
 
 
+@pytest.mark.slow
 def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, capsys):
     from fastvid.features.file import save_features
     from fastvid.inference.chat import Chat

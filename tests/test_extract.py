@@ -83,6 +83,7 @@ def _state(folder):
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow
 def test_feature_files_and_manifest(job, made, tmp_path):
     summary = extract(job())
     assert (summary.total, summary.extracted, summary.skipped, summary.failures) == (3, 3, 0, [])
@@ -111,6 +112,7 @@ def test_feature_files_and_manifest(job, made, tmp_path):
     assert all(entry["seconds"] > 0 for entry in entries.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "pkl"])
 def test_a_rerun_does_what_is_missing(job, tmp_path, format):
     extract(job(format=format))
@@ -130,6 +132,7 @@ def test_a_rerun_does_what_is_missing(job, tmp_path, format):
     assert not list(features.glob(".*"))
 
 
+@pytest.mark.slow
 def test_the_references_format(job, tmp_path):
     extract(job(format="pkl"))
     array = pickle.loads((tmp_path / "features" / "b.c.pkl").read_bytes())
@@ -137,6 +140,7 @@ def test_the_references_format(job, tmp_path):
     assert (array[4:6] == 0).all() and (array[:4] != 0).any()
 
 
+@pytest.mark.slow
 def test_what_is_there_without_a_manifest_is_noted(job, tmp_path):
     extract(job())
     (tmp_path / "features" / "manifest.jsonl").unlink()
@@ -144,6 +148,7 @@ def test_what_is_there_without_a_manifest_is_noted(job, tmp_path):
     assert {entry["status"] for entry in read_manifest(tmp_path / "features").values()} == {"skipped"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, why",
     [
@@ -181,6 +186,7 @@ def test_files_that_do_not_fit_are_made_again(job, made, tmp_path, capfd, change
     assert extract(job(videos, **again)).skipped == 1
 
 
+@pytest.mark.slow
 def test_pickles_of_unknown_origin_are_made_again(job, tmp_path, capfd):
     extract(job(format="pkl"))
     (tmp_path / "features" / "manifest.jsonl").unlink()
@@ -190,6 +196,7 @@ def test_pickles_of_unknown_origin_are_made_again(job, tmp_path, capfd):
     assert "tower_revision unknown" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
     """As those are that were made before DALI decoded."""
     extract(job())
@@ -205,6 +212,7 @@ def test_features_that_do_not_tell_their_colours_are_pyavs(job, tmp_path):
         ).refuse_other_settings(find_videos(job().video_dir_path, tmp_path / "features", ".safetensors")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [("pkl", "safetensors"), ("safetensors", "pkl")])
 def test_an_entry_is_about_the_file_of_one_format_alone(job, tmp_path, first, second):
     """A folder of one tower's features takes no other tower's, in whatever format; of one tower it takes both."""
@@ -218,6 +226,7 @@ def test_an_entry_is_about_the_file_of_one_format_alone(job, tmp_path, first, se
     assert extract(job(format=second)).extracted == 3 and extract(job(format=first)).skipped == 3
 
 
+@pytest.mark.slow
 def test_a_pickle_that_the_manifest_does_not_tell_of_is_kept(job, made, tmp_path):
     """One of another tower, put over the folder's own."""
     extract(job(format="pkl"))
@@ -232,6 +241,7 @@ def test_a_pickle_that_the_manifest_does_not_tell_of_is_kept(job, made, tmp_path
     assert np.array_equal(pickle.loads(file.read_bytes()), array)
 
 
+@pytest.mark.slow
 def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatch):
     """Killed after the file and before its last line."""
     append, dead = module.Manifest.append, []
@@ -253,6 +263,7 @@ def test_a_pickle_whose_extraction_was_killed_is_known(job, tmp_path, monkeypatc
     assert sorted(entry["status"] for entry in entries) == sorted(["skipped"] * len(made) + ["ok"] * (3 - len(made)))
 
 
+@pytest.mark.slow
 def test_an_entry_of_an_older_version_is_used_where_one_file_can_be_meant(job, tmp_path):
     extract(job(format="pkl"))
     manifest = tmp_path / "features" / "manifest.jsonl"
@@ -270,6 +281,7 @@ def test_an_entry_of_an_older_version_is_used_where_one_file_can_be_meant(job, t
     assert extract(job(format="pkl")).skipped == 3
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_of_each_file(job, tmp_path):
     extract(job())
     entry = read_manifest(tmp_path / "features")["sub/a.mp4"]
@@ -282,6 +294,7 @@ def test_the_manifest_tells_of_each_file(job, tmp_path):
     assert entry["tower"] == job().vision_tower and entry["num_frames"] == 6
 
 
+@pytest.mark.slow
 def test_what_has_no_effect_or_is_left_out_costs_a_line(job, made, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -298,6 +311,7 @@ def test_what_has_no_effect_or_is_left_out_costs_a_line(job, made, tmp_path):
     assert "left out" not in quiet and "no effect" not in quiet and "fewer frames" not in quiet
 
 
+@pytest.mark.slow
 def test_a_failure_names_what_is_no_video(job, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -308,12 +322,14 @@ def test_a_failure_names_what_is_no_video(job, tmp_path):
     assert "git-lfs pointer" in failures["b.mp4"] and "is an image" in failures["c.mp4"]
 
 
+@pytest.mark.slow
 def test_a_tower_is_named_by_its_whole_path(job, made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     extract(job(vision_tower="tower"))
     assert load_features(tmp_path / "features" / "a.safetensors")[1]["tower"] == str(made / "tower")
 
 
+@pytest.mark.slow
 def test_a_bad_video_costs_one_line(job, mixed, tmp_path, capsys):
     flags = [
         "--video_dir_path",
@@ -363,6 +379,7 @@ def test_failures_are_counted_by_reason():
     assert summary.failed().endswith("1 × reason b, 8 × other reasons")
 
 
+@pytest.mark.slow
 def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path):
     result = Features.result
     monkeypatch.setattr(Features, "result", lambda self: result(self) / 0)
@@ -372,6 +389,7 @@ def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path)
     assert not list((tmp_path / "features").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_hang_costs_one_video(job, mixed):
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
@@ -379,6 +397,7 @@ def test_a_hang_costs_one_video(job, mixed):
     assert summary.extracted == 3 and "longer than 0.5 s" in dict(summary.failures)["c.mp4"]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_videos(job, mixed, tmp_path, monkeypatch):
     (mixed / "c.mp4").unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -433,6 +452,7 @@ def _start(job, videos, *flags):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_after_the_video_in_hand(job, mixed, tmp_path):
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
@@ -444,6 +464,7 @@ def test_ctrl_c_ends_it_after_the_video_in_hand(job, mixed, tmp_path):
     assert signal.getsignal(signal.SIGINT) is previous
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_interrupted_and_run_again(job, mixed, tmp_path, number, code):
     """The third video never comes: what was done beside it is kept, the rest is done by the next run."""
@@ -474,6 +495,7 @@ def test_interrupted_and_run_again(job, mixed, tmp_path, number, code):
     }
 
 
+@pytest.mark.slow
 def test_recordings(shared, tiny, tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -497,6 +519,7 @@ def test_too_many_failures_name_their_limit(limit, said):
     assert summary.exit_code == int(said) and (f"--max_failures {limit:g}" in str(summary)) == said
 
 
+@pytest.mark.slow
 def test_a_slow_video_holds_up_no_other(job, mixed, tmp_path):
     """The others are done by the time that it is given up, whatever their order."""
     endless(mixed / "0.mp4")
@@ -506,6 +529,7 @@ def test_a_slow_video_holds_up_no_other(job, mixed, tmp_path):
     assert "longer than 4 s" in dict(summary.failures)["0.mp4"]
 
 
+@pytest.mark.slow
 def test_damaged_videos_are_taken_where_the_user_says_so(job, tmp_path):
     videos = tmp_path / "damaged"
     videos.mkdir()
@@ -523,6 +547,7 @@ def test_damaged_videos_are_taken_where_the_user_says_so(job, tmp_path):
     assert header["video"]["damaged"] > 0 and header["video"]["conversion"] == "swscale"
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_costs_its_own_videos(job, tmp_path):
     videos = tmp_path / "two"
     for name in ("a.mp4", "sub/b.mp4"):
@@ -534,6 +559,7 @@ def test_a_folder_that_cannot_be_made_costs_its_own_videos(job, tmp_path):
     assert summary.extracted == 1 and "cannot be written" in dict(summary.failures)["sub/b.mp4"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it(job, mixed, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "features/a.safetensors")
@@ -543,6 +569,7 @@ def test_a_full_disk_ends_it(job, mixed, monkeypatch):
         extract(job(mixed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["safetensors", "pkl"])
 def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
     """Nor their headers, where manifest entries match the files."""
@@ -561,6 +588,7 @@ def test_a_rerun_reads_no_feature_file(job, tmp_path, monkeypatch, format):
     }
 
 
+@pytest.mark.slow
 def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
     for flags, told in (({"decoder": "dali"}, "--decoder dali"), ({"dtype": "bfloat16"}, "--dtype bfloat16")):
         with pytest.raises(ValueError, match=told):
@@ -573,6 +601,7 @@ def test_parity_takes_the_references_pixels_and_precision(job, tmp_path):
     assert extract(job(parity="reference", dtype="float32")).skipped == 3
 
 
+@pytest.mark.slow
 def test_features_without_an_entry_beside_another_ranks_lines(job, tmp_path, monkeypatch):
     """Another rank writes about another video while this one passes over files that the manifest does not name."""
     extract(job())
@@ -591,6 +620,7 @@ def test_features_without_an_entry_beside_another_ranks_lines(job, tmp_path, mon
     assert {"a.mp4", "b.c.mkv", "sub/a.mp4"} < read_manifest(features).keys()
 
 
+@pytest.mark.slow
 def test_a_failure_of_a_moment_ago_is_not_tried_again(job, mixed, tmp_path, monkeypatch):
     """Another rank records it, and gives the lease back, just before this one takes it."""
     take, features = module.Leases.take, tmp_path / "features"
@@ -610,6 +640,7 @@ def test_a_failure_of_a_moment_ago_is_not_tried_again(job, mixed, tmp_path, monk
     assert (summary.total, summary.extracted, summary.failures) == (3, 3, [])
 
 
+@pytest.mark.slow
 def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch):
     """There may be very many of them."""
     monkeypatch.setattr(extraction, "_SKIPS", 2)
@@ -628,6 +659,7 @@ def test_a_signal_while_finished_videos_are_passed_over(job, mixed, monkeypatch)
     assert summary.interrupted == signal.SIGTERM and summary.skipped == len(passed) == 1
 
 
+@pytest.mark.slow
 def test_results_are_collected_while_finished_videos_are_passed_over(job, made, tmp_path, monkeypatch):
     monkeypatch.setattr(extraction, "_SKIPS", 1)
     videos = tmp_path / "many"
@@ -650,6 +682,7 @@ def test_results_are_collected_while_finished_videos_are_passed_over(job, made, 
     assert (summary.extracted, summary.skipped) == (1, 20) and order.index("counted") < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["./features", "features/", "x/..//features", "./x/./../features"])
 def test_a_folder_is_the_same_however_it_is_spelt(job, tmp_path, monkeypatch, spelling):
     monkeypatch.chdir(tmp_path)
@@ -659,6 +692,7 @@ def test_a_folder_is_the_same_however_it_is_spelt(job, tmp_path, monkeypatch, sp
     assert (again.extracted, again.skipped) == (0, 3)
 
 
+@pytest.mark.slow
 def test_frames_wait_for_a_full_pass_only_so_long(job, made, tmp_path, monkeypatch):
     """Whole passes of other videos never take them along, and there is always one that is still decoded."""
     monkeypatch.setattr(extraction, "_FILL", 0.2)
@@ -707,6 +741,7 @@ def test_what_came_out_of_the_tower_waits_no_more(monkeypatch, last_first):
     assert not (at_hand.waiting or at_hand.in_tower or at_hand.computing) and len(at_hand.writing) == 2
 
 
+@pytest.mark.slow
 def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
     extract(job())
     looked_at, stat = [], os.stat
@@ -715,6 +750,7 @@ def test_no_video_is_looked_at_twice_at_a_rerun(job, made, monkeypatch):
     assert looked_at.count(str(made / "videos" / "sub" / "a.mp4")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [video_features.VideoFeatures, Manifest])
 def test_leases_are_given_back_whatever_closing_raises(job, tmp_path, monkeypatch, broken):
     close = broken.close
@@ -729,6 +765,7 @@ def test_leases_are_given_back_whatever_closing_raises(job, tmp_path, monkeypatc
     assert sorted(os.listdir(tmp_path / "features")) == ["a.safetensors", "b.c.safetensors", "manifest.jsonl", "sub"]
 
 
+@pytest.mark.slow
 def test_a_gpu_without_memory_costs_a_video(job, monkeypatch):
     states, tried = ClipTower.states, []
 
@@ -746,6 +783,7 @@ def test_a_gpu_without_memory_costs_a_video(job, monkeypatch):
     assert extract(job(infer_batch=2)).extracted == 3
 
 
+@pytest.mark.slow
 def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch):
     """Its thread cannot be ended alone. The manifest says which video it was."""
 

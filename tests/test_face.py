@@ -26,6 +26,7 @@ assert not {"torch", "numpy", "transformers"} & set(sys.modules)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["fastvid", "fastvid.train, fastvid.extract"])
 def test_a_command_is_its_function_whoever_imported_it_first(first):
     """Its config is refused before anything is done: there are no videos, and no data."""

@@ -30,6 +30,7 @@ def cached(tmp_path, model, *names):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_hubs_cache_is_its_snapshot(made, tmp_path):
     folder = cached(tmp_path, made / "model", "x")
     assert model_folder(folder) == model_folder(folder / "snapshots") == folder / "snapshots" / "x"
@@ -65,6 +66,7 @@ def ask(model, made, *more):
     )
 
 
+@pytest.mark.slow
 def test_an_output_dir_is_told_what_to_give_instead(made):
     with pytest.raises(ValueError, match=r"full is an --output_dir; its model is (\S+full/model): give that"):
         ask(made / "full", made)
@@ -97,6 +99,7 @@ def test_addresses_are_told(made):
         ask(made / "model", made, "--projector", "https://x/p.bin")
 
 
+@pytest.mark.slow
 def test_a_projector_is_found_in_what_training_left(made, tmp_path):
     adapter = made / "adapter"
     assert projector_path(adapter, "--projector") == adapter / "mm_projector.bin"
@@ -115,6 +118,7 @@ def test_a_projector_file_is_no_checkpoint(made, tmp_path):
         export.main(["--checkpoint", str(made / "adapter" / "mm_projector.bin"), "--output", str(tmp_path / "x.bin")])
 
 
+@pytest.mark.slow
 def test_the_model_that_training_started_from_may_be_elsewhere(made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     assert train.main(flags(made, tmp_path / "run", "--max_steps", "1", "--model_name_or_path", "model")) == 0

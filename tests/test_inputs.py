@@ -239,6 +239,7 @@ def test_no_room_for_the_copy_of_a_member_ends_the_extraction(tmp_path, monkeypa
     assert read_manifest(tmp_path / "out") == {}
 
 
+@pytest.mark.slow
 def test_features_of_a_shard_are_those_of_the_files(tmp_path):
     write_tower(tmp_path / "tower")
     (tmp_path / "v").mkdir()

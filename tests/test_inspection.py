@@ -105,6 +105,7 @@ def record(question, answer, **more):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", RECORDED["results"])
 def test_parity_prints_the_references_ids_and_spans(tiny, data, capsys, config):
     video = {} if "textonly" in config else {"video": "clip.pkl"}
@@ -138,6 +139,7 @@ def test_parity_prints_the_references_ids_and_spans(tiny, data, capsys, config):
             assert expected["warn"] in line["warning"]
 
 
+@pytest.mark.slow
 def test_a_process_prints_one_line_per_record_and_nothing_else(model, data):
     path = data(record("<video>", "the cat"), "no record", record("", "", video="x"), record("<video> \u2028", "sat"))
     command = [

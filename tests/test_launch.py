@@ -59,6 +59,7 @@ def test_one_machine(launch):
     assert "--lazy_preprocess True --max_steps 7\n" in called and "restarts after 300" in called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["launch_train.sh", "launch_train.slurm"])
 @pytest.mark.parametrize(
     "given, kept",
@@ -73,6 +74,7 @@ def test_nccl_keeps_its_last_collectives(launch, script, given, kept):
     assert f"keeps {kept}\n" in launch.calls.read_text()
 
 
+@pytest.mark.slow
 def test_slurm_starts_torchrun_on_every_node(launch):
     assert launch("launch_train.slurm", "--shard", "hybrid", **SLURM).wait(20) == 0
     called = launch.calls.read_text()
@@ -89,6 +91,7 @@ def stop(job, calls):
     job.send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(launch):
     job = launch("launch_train.slurm", STEPS="200", **SLURM)
     stop(job, launch.calls)
@@ -96,6 +99,7 @@ def test_a_slurm_job_whose_time_is_over_saves_and_queues_again(launch):
     assert launch.calls.read_text().splitlines()[-2:] == ["torchrun stops", "scontrol requeue 4711"]
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_was_done_when_its_time_was_over_is_not_queued_again(launch):
     job = launch("launch_train.slurm", STEPS="200", ENDS="0", **SLURM)
     stop(job, launch.calls)
@@ -120,6 +124,7 @@ def test_a_wrong_flag_is_told_before_torchrun_starts(launch):
     assert "unknown flag --learning_rat, did you mean --learning_rate?" in line and "--bf16 True" in line
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
     (tmp_path / "bin" / "torchrun").write_text(f"#!/usr/bin/env bash\n{RESTARTS}")
     begin = time.monotonic()

@@ -125,6 +125,7 @@ def faults(sources, packages=()):
         yield f"a circle of imports: {' imports '.join(reversed(error.args[1]))}"
 
 
+@pytest.mark.slow
 def test_imports_keep_to_the_layers():
     found = modules()
     packages = [name for name, path in found.items() if path.name == "__init__.py"]
@@ -209,6 +210,7 @@ def test_tests_lie_where_their_subject_does():
     assert len(set(names)) == len(names)  # tests import helpers by name
 
 
+@pytest.mark.slow
 def test_files_are_short():
     paths = [*modules().values(), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
@@ -216,6 +218,7 @@ def test_files_are_short():
     assert {path: count for path, count in counts.items() if count > MOST_STATEMENTS} == {}
 
 
+@pytest.mark.slow
 def test_kernels_folder_is_no_package():
     """transformers would take it for Hugging Face's package of that name, and fail to import a model."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -295,10 +298,12 @@ def import_watched(names, roots):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_importing_touches_nothing():
     assert import_watched(list(modules()), PACKAGES.values()) == []
 
 
+@pytest.mark.slow
 def test_touching_something_is_seen(tmp_path):
     folder = tmp_path / "fastvid_kernels"
     folder.mkdir()
@@ -318,6 +323,7 @@ def test_touching_something_is_seen(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_lint():
     ruff = shutil.which("ruff", path=f"{sys.prefix}/bin")
     if ruff is None:

@@ -81,6 +81,7 @@ def ask(made, weights="out/mm_projector.bin", **settings):
     )
 
 
+@pytest.mark.slow
 def test_training_notes_it_in_all_that_it_writes(made):
     expected = Provenance(
         str(made / "tower_b"), revisions(made / "tower_b")[0], FRAMES, ROWS, "vicuna_v1_1", "video_first", True
@@ -92,6 +93,7 @@ def test_training_notes_it_in_all_that_it_writes(made):
     assert tensors.keys() == same.keys() and all(torch.equal(tensors[name], same[name]) for name in same)
 
 
+@pytest.mark.slow
 def test_chat_asks_as_the_weights_were_trained(made):
     for weights in ("out", "out/mm_projector.safetensors"):
         chat = ask(made, weights)
@@ -128,6 +130,7 @@ def test_a_flag_that_contradicts_the_weights_is_refused(made, flag, value, train
         ask(made, **{flag: value})
 
 
+@pytest.mark.slow
 def test_another_tower_is_refused_whatever_its_name(made, tmp_path):
     with pytest.raises(ValueError, match="--vision_tower .*tower_a is another tower"):
         ask(made, vision_tower=str(made / "tower_a"))
@@ -201,6 +204,7 @@ def test_an_older_output_dir_tells_the_prompt(made, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_frame_count_that_gives_other_rows_is_refused(made, tmp_path):
     """Features without headers tell their rows alone."""
     tensors = torch.load(made / "out" / "mm_projector.bin", weights_only=True)
@@ -247,6 +251,7 @@ def test_an_exported_projector_keeps_it(made, tmp_path):
     assert of_weights(tmp_path / "p.bin") == of_weights(made / "out" / "checkpoint-1") != Provenance()
 
 
+@pytest.mark.slow
 def test_features_of_two_towers_are_told_before_the_first_step(made, tmp_path, caplog):
     feats = tmp_path / "feats"
     feats.mkdir()
@@ -262,6 +267,7 @@ def test_features_of_two_towers_are_told_before_the_first_step(made, tmp_path, c
     assert found.tower_revision is None and found.num_frames == FRAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "validate"])
 def test_training_with_a_tower_that_did_not_make_the_features_is_refused(made, tmp_path, command):
     for name in ("tower_b", "tower_a"):
@@ -288,6 +294,7 @@ def test_training_with_a_tower_that_did_not_make_the_features_is_refused(made, t
                 train.main(argv)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog, monkeypatch):
     feats = tmp_path / "feats"
     feats.mkdir()
@@ -299,6 +306,7 @@ def test_a_file_of_another_tower_is_told_when_it_is_read(made, tmp_path, caplog,
     assert "features are of the tower" in caplog.text and "vision towers" not in caplog.text
 
 
+@pytest.mark.slow
 def test_text_alone_keeps_what_it_started_from(made, tmp_path):
     records = [
         {"id": str(i), "conversations": [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a cat"}]}
@@ -429,6 +437,7 @@ def test_what_several_decoders_mean(headers, remark, warning):
     assert (remark or "") in (said[0] or "") and (warning or "") in (said[1] or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other, level", [(NVDEC, "INFO"), (DALI, "WARNING")])
 def test_several_decoders_are_told_once_and_kept(made, tmp_path, caplog, other, level):
     feats = tmp_path / "feats"
@@ -449,6 +458,7 @@ def test_several_decoders_are_told_once_and_kept(made, tmp_path, caplog, other, 
         assert (found.decoder, found.conversion) == (decoders, "swscale" if other is NVDEC else "dali; swscale")
 
 
+@pytest.mark.slow
 def test_a_file_of_another_conversion_is_told_when_it_is_read(made, tmp_path, caplog, monkeypatch):
     feats = tmp_path / "feats"
     feats.mkdir()
@@ -466,6 +476,7 @@ def test_a_file_of_another_conversion_is_told_when_it_is_read(made, tmp_path, ca
     assert "of the colour conversion dali, not swscale" in caplog.text and "colour conversions" not in caplog.text
 
 
+@pytest.mark.slow
 def test_features_of_one_conversion_again(made, tmp_path, caplog):
     """What the warning tells to do ends it."""
     (tmp_path / "videos").mkdir()

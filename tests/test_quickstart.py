@@ -35,6 +35,7 @@ def test_held_out_pairs_are_new_in_both_orders(pieces):
     assert len(clips.HELD_OUT_PAIRS) == 2 * len(held_out), "neither order is the more frequent answer"
 
 
+@pytest.mark.slow
 def test_clips_show_what_they_are_named(pieces, tmp_path):
     av = pytest.importorskip("av")
     clips = pieces[0]

@@ -29,6 +29,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_what_is_asked(here, capsys):
     names = {}
     exec(SNIPPETS[0], names)
@@ -42,6 +43,7 @@ def test_what_is_trained_is_what_is_asked(here, capsys):
     chat.close()
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own(here, capsys):
     names = {}
     exec(SNIPPETS[0].split("print(")[0].replace("learning_rate", "max_steps=1, learning_rate"), names)

@@ -47,6 +47,7 @@ def texts():
                 yield path.relative_to(ROOT).as_posix(), node.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern, known",
     [
@@ -89,6 +90,7 @@ def messages():
                 yield text
 
 
+@pytest.mark.slow
 def test_every_remedy_is_carried_out_by_a_test():
     ledger = json.loads((ROOT / "tests" / "remedies.json").read_text())
     pieces = {piece for some in ledger["carried out"].values() for piece in some} | {*ledger["not here"]}
@@ -159,6 +161,7 @@ TRAINING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake, said, mended", TRAINING)
 def test_training_starts_once_a_mistake_was_mended_as_told(run, tmp_path, mistake, said, mended, capsys):
     def attempt(words):

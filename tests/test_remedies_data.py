@@ -702,6 +702,7 @@ TRAINING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setup, mistake, said, steps, mended",
     [*EXTRACTING, *FLAGS, *CONVERTING, *VALIDATING, *DATA_FILES, *FEATURES, *TRAINING],
@@ -909,6 +910,7 @@ def test_no_processes_need_no_memory_to_send_with(monkeypatch):
     assert list(Ahead(str, 0).map(range(2))) == ["0", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, limit", [(1, 4096), (0, None)])
 def test_a_limit_on_open_files(processes, limit):
     def opens_many(number):
@@ -947,6 +949,7 @@ def test_no_processes_need_no_second_memory():
     assert list(Ahead(needs_much, 0).map(range(2))) == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, mended", [(1, True), (0, False)])
 def test_a_run_whose_reader_died_goes_on(user, monkeypatch, processes, mended):
     """Started again; and with no processes to read, if they would die again."""

@@ -402,6 +402,7 @@ def attempt(made, tmp_path):
     return attempt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, mistake, said, mended", [(*row[:3], row[3:]) for row in MISTAKES])
 def test_a_command_succeeds_once_a_mistake_was_mended_as_told(made, tmp_path, attempt, command, mistake, said, mended):
     with pytest.raises(ValueError) as refused:
@@ -546,6 +547,7 @@ def test_a_lora_adapter_merged_into_its_base_answers(made, tmp_path, attempt):
     assert attempt("chat", "--model_name_or_path {tmp}/merged " + ONE) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_more_than_a_projector_is_exported_by_the_command_told(made, tmp_path, attempt):
     for path in ("full/checkpoint-1", "full"):
         with pytest.raises(ValueError, match="and start from that folder") as refused:
@@ -586,6 +588,7 @@ EXTRACTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_with, asked_with, said, mended", EXTRACTED)
 def test_features_extracted_as_told_are_answered_about(attempt, made_with, asked_with, said, mended):
     about = "--video {tmp}/feats/clip.safetensors " + ASK
@@ -613,6 +616,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record, said, mended", QUESTIONS)
 def test_questions_are_answered_once_mended_as_told(made, tmp_path, attempt, capsys, record, said, mended):
     shutil.copytree(made / "feats", tmp_path / "videos")
@@ -636,6 +640,7 @@ def test_an_export_goes_where_what_was_in_its_way_is_not(tmp_path, attempt):
     assert attempt("export", OF_OUT + HERE) == 0
 
 
+@pytest.mark.slow
 def test_a_projector_file_goes_where_the_message_says(attempt):
     with pytest.raises(ValueError, match="a projector file is chat's --projector or train's --pretrain_mm_mlp_adapter"):
         attempt("export", "--checkpoint {made}/out/mm_projector.bin " + PROJECTOR)
@@ -662,6 +667,7 @@ def test_a_damaged_checkpoint_is_restored_or_another_one_named(made, tmp_path, a
     assert attempt("export", "--checkpoint {tmp}/run/checkpoint-2 " + PROJECTOR) == 0
 
 
+@pytest.mark.slow
 def test_an_address_is_downloaded_before_the_library_reads_it(made):
     settings = {"projector": str(made / "out"), "max_new_tokens": 2, "device": "cpu"}
     with closing(Chat(model_name_or_path=str(made / "model"), **settings)) as chat:

@@ -94,6 +94,7 @@ def test_every_remedy_for_a_foreign_flag_is_tried():
     assert {meaning.remedy for meaning in MEANING.values()} - {""} == {*REMEDIES, *ELSEWHERE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", REMEDIES)
 def test_a_foreign_flag_is_replaced_as_told(run, tmp_path, remedy, capsys):
     name, meaning = next((name, meaning) for name, meaning in MEANING.items() if meaning.remedy == remedy)
@@ -104,6 +105,7 @@ def test_a_foreign_flag_is_replaced_as_told(run, tmp_path, remedy, capsys):
     assert train.main(flags(run, tmp_path / "out", "--dry_run", *REMEDIES[remedy].format(run=run).split())) == 0
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_exported(run, tmp_path):
     assert (
         train.main(
@@ -129,6 +131,7 @@ def test_the_best_checkpoint_is_exported(run, tmp_path):
     assert (tmp_path / "made" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_ranks_are_started_with_torchrun_and_gpus_hidden(run, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = start(["-m", "fastvid.train"], flags(run, tmp_path, "--dry_run"), ranks=2)
@@ -146,6 +149,7 @@ def begun(run, tmp_path):
     return argv, tmp_path / "o"
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder(begun):
     argv, output = begun
     other = [*argv, "--learning_rate", "2e-2"]
@@ -161,6 +165,7 @@ def test_another_run_in_the_folder(begun):
     assert (output / "previous-1" / "checkpoint-6").is_dir()
 
 
+@pytest.mark.slow
 def test_another_number_of_samples_a_step(begun, monkeypatch):
     argv, output = begun
     read = checkpoint.read_state
@@ -175,6 +180,7 @@ def test_another_number_of_samples_a_step(begun, monkeypatch):
     assert train.main([*halved, "--gradient_accumulation_steps", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_restored(begun):
     argv, output = begun
     shutil.rmtree(output / "checkpoint-2")
@@ -187,6 +193,7 @@ def test_a_damaged_checkpoint_is_restored(begun):
     assert train.main(argv) == 0 and max(losses(output)) == 6
 
 
+@pytest.mark.slow
 def test_what_the_run_reads_lies_in_its_output(run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "o" / "model")
     argv = flags(run, tmp_path / "o", *FOUR, "--model_name_or_path", str(tmp_path / "o" / "model"))
@@ -195,6 +202,7 @@ def test_what_the_run_reads_lies_in_its_output(run, tmp_path):
     assert train.main([*argv, "--output_dir", str(tmp_path / "another")]) == 0
 
 
+@pytest.mark.slow
 def test_an_order_of_samples_that_is_no_more(run, tmp_path, monkeypatch):
     argv = flags(
         run,
@@ -218,6 +226,7 @@ def test_an_order_of_samples_that_is_no_more(run, tmp_path, monkeypatch):
     assert train.main([*again, "--resume", "never"]) == 0
 
 
+@pytest.mark.slow
 def test_too_many_skipped_samples(run, tmp_path):
     records = json.loads((run / "train.json").read_text())
     for record in records[:6]:
@@ -247,6 +256,7 @@ def test_shards_of_other_tensors(tmp_path):
 # --- places and what is installed
 
 
+@pytest.mark.slow
 def test_a_folder_where_figures_go(run, tmp_path):
     (tmp_path / "o" / "metrics.jsonl").mkdir(parents=True)
     argv = flags(run, tmp_path / "o", *FOUR)
@@ -257,6 +267,7 @@ def test_a_folder_where_figures_go(run, tmp_path):
     assert train.main(argv) == 0
 
 
+@pytest.mark.slow
 def test_a_pipe_where_the_lock_goes(run, tmp_path):
     (tmp_path / "o").mkdir()
     os.mkfifo(tmp_path / "o" / run_lock.NAME)
@@ -266,6 +277,7 @@ def test_a_pipe_where_the_lock_goes(run, tmp_path):
     assert train.main(flags(run, tmp_path / "o", *FOUR)) == 0
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_writes_to(run, tmp_path, monkeypatch):
     argv = flags(run, tmp_path / "o", *FOUR)
     monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
@@ -290,6 +302,7 @@ def test_a_reporter_that_is_not_installed(run, tmp_path, monkeypatch, name):
     assert train.main([*argv, "--report_to", "none"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake, said, mended",
     [
@@ -305,6 +318,7 @@ def test_what_this_machine_or_model_cannot(run, tmp_path, mistake, said, mended)
     assert train.main([*argv, *mended.split()]) == 0
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     argv = flags(run, tmp_path, *FOUR)
@@ -356,6 +370,7 @@ def test_flags_that_are_missing(run, tmp_path, capsys):
     parse(TrainConfig, [word for flag in named for word in (flag, str(values[flag]))])
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
     """Space is freed by a lower limit, and by a user; the same command goes on."""
     monkeypatch.setattr(saver, "RETRY_AFTER", 0.0)
@@ -379,6 +394,7 @@ def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
     assert max(losses(tmp_path)) == 8 and [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done(run, tmp_path, capsys):
     argv = flags(run, tmp_path, *FOUR)
     assert train.main(argv) == train.main(argv) == 0
@@ -392,6 +408,7 @@ def test_a_run_that_is_done(run, tmp_path, capsys):
         assert max(losses(tmp_path / "by epochs")) == steps
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_an_account(run, tmp_path, monkeypatch):
     def init(**options):
         if os.environ.get("WANDB_MODE") != "offline":

@@ -35,6 +35,7 @@ def straight(run):
 # --- against the reference's recordings
 
 
+@pytest.mark.slow
 def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path):
     recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]
     output = tmp_path / "out"
@@ -100,6 +101,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_and_sharding_do_not_change_the_losses(run, tmp_path):
     halved = [
         "--per_device_train_batch_size",
@@ -134,6 +136,7 @@ def test_ranks_and_sharding_do_not_change_the_losses(run, tmp_path):
             torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=f"{mode} {shard} {name}")
 
 
+@pytest.mark.slow
 def test_mean_of_means_weighs_micro_batches_alike(run, tmp_path):
     state = train.build(
         config_of(run, tmp_path, "--parity", "reference", "--gradient_accumulation_steps", "2"),
@@ -232,6 +235,7 @@ def test_interrupted_and_resumed_equals_straight(run, straight, tmp_path, caplog
     assert all(torch.equal(projectors[0][name], projectors[1][name]) for name in projectors[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program, code",
     [(KILL_IN_STEP.replace("state.step == 6", "state.step == 5"), -signal.SIGKILL), (TERMINATE, 128 + signal.SIGTERM)],
@@ -253,6 +257,7 @@ def test_another_run_is_not_resumed(run, straight, tmp_path):
         train.main(flags(run, straight, "--gradient_accumulation_steps", "2"))
 
 
+@pytest.mark.slow
 def test_another_name_of_the_same_optimizer_is_resumed(run, tmp_path, caplog):
     argv = flags(run, tmp_path, "--max_steps", "4")
     assert train.main([*argv, "--optim", "adamw_torch"]) == 0
@@ -271,6 +276,7 @@ def test_going_on_with_other_ranks_names_what_to_give(run, straight, monkeypatch
         train.main(flags(run, straight))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(run, straight, tmp_path, caplog):
     argv = flags(run, tmp_path, "--max_steps", "8")
     assert train.main(argv) == 0
@@ -286,6 +292,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, straight, tmp_path, caplog):
 # --- non-finite steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, capfd, ranks):
     state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
@@ -329,6 +336,7 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
             torch.testing.assert_close(kept[name], before[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_defect_ends_the_processes_that_read_ahead(run, tmp_path, monkeypatch):
     def defect(state, batches):
         assert multiprocessing.active_children()
@@ -340,6 +348,7 @@ def test_a_defect_ends_the_processes_that_read_ahead(run, tmp_path, monkeypatch)
     assert raised.tb and not multiprocessing.active_children()  # while the traceback is held
 
 
+@pytest.mark.slow
 def test_rates_of_a_run(straight, run, tmp_path, caplog):
     first = read_metrics(straight / "metrics.jsonl")[0]
     assert first["padding_share"] == 0 and first["shared_row_share"] >= 0 and 0 <= first["data_wait_share"] < 1

@@ -50,6 +50,7 @@ def test_an_unknown_reporter_is_refused_before_anything_is_read(run, tmp_path):
         planning.checked(config_of(run, tmp_path, "--report_to", "neptune"))
 
 
+@pytest.mark.slow
 def test_missing_features_stop_or_are_skipped(run, tmp_path, caplog):
     records = json.loads((run / "train.json").read_text())
     records[3]["video"] = "absent.safetensors"
@@ -63,6 +64,7 @@ def test_missing_features_stop_or_are_skipped(run, tmp_path, caplog):
     assert "2 of 24 records left out" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_corrupt_feature_file_costs_its_sample(run, tmp_path, caplog):
     feats = tmp_path / "feats"
     feats.mkdir()
@@ -181,6 +183,7 @@ def test_a_warm_up_is_steps_or_a_share(run, tmp_path, options, expected):
     assert planning.warmup_steps(config_of(run, tmp_path / "out", *options), 18) == expected
 
 
+@pytest.mark.slow
 def test_a_run_of_shares(run, tmp_path):
     argv = flags(run, tmp_path, "--logging_steps", "0.34", "--save_steps", "0.5", "--warmup_steps", "0.5")
     assert train.main(argv) == 0
@@ -189,6 +192,7 @@ def test_a_run_of_shares(run, tmp_path):
     assert rates[7] == pytest.approx(1e-2 * 6 / 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, steps", [([], [6, 12, 18]), (["--eval_strategy", "no"], [])])
 def test_a_validation_set_alone_is_used_after_each_epoch(run, tmp_path, options, steps):
     argv = flags(run, tmp_path, "--eval_data_path", str(run / "train.json"), *options)
@@ -196,6 +200,7 @@ def test_a_validation_set_alone_is_used_after_each_epoch(run, tmp_path, options,
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line] == steps
 
 
+@pytest.mark.slow
 def test_torchrun_on_the_script(run, tmp_path):
     script = ROOT / "scripts" / "train.py"
     finished = start([str(script)], flags(run, tmp_path, "--max_steps", "2"), ranks=2)

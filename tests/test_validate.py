@@ -78,6 +78,7 @@ def test_the_references_records_and_features(tiny):
     assert not report.problems and report.layouts == {(676, 32, torch.float16): 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "kind", "example"),
     [

@@ -139,6 +139,7 @@ def texts(figure):
     return [text.get_text() for place in (figure, *figure.axes) for text in place.texts]
 
 
+@pytest.mark.slow
 def test_picture_of_a_gpu(tmp_path):
     figure = roofline.draw(report.read([written(tmp_path, GPU_ROWS + CPU_ROWS)]))
     assert [[bar.get_width() for bar in axis.patches] for axis in figure.axes] == [[3600.0], [600.0], [4.0]]
@@ -161,6 +162,7 @@ ALONE = {name: value for name, value in os.environ.items() if not name.startswit
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
 
 
+@pytest.mark.slow
 def test_rows_of_pytest_benchmark(tmp_path):
     command = [
         *PYTEST,
@@ -197,6 +199,7 @@ interpreter.repair_libdevice()
 """
 
 
+@pytest.mark.slow
 def test_rows_of_liger_agree(tmp_path):
     """Its Triton kernels, interpreted, do the jobs that ours are compared on."""
     (tmp_path / "interpreted.py").write_text(INTERPRETER)
@@ -206,6 +209,7 @@ def test_rows_of_liger_agree(tmp_path):
     assert "7 passed" in result.stdout, result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_of_bitsandbytes_agrees(dtype, monkeypatch):
     import bitsandbytes
@@ -218,6 +222,7 @@ def test_row_of_bitsandbytes_agrees(dtype, monkeypatch):
     measure.assert_agree(update(*inputs)(), expected, case.tolerance)
 
 
+@pytest.mark.slow
 def test_wrong_kernel_is_not_timed(tmp_path):
     (tmp_path / "breaker.py").write_text(BREAKER)
     command = [*PYTEST, "-p", "breaker", "bench", "-k", "spatio or swiglu", "--small"]

@@ -83,6 +83,7 @@ def test_summary_compares_rows_of_one_precision(result):
     assert (result["memory_vs_reference"], result["memory_vs_reference_recomputed"]) == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_table_and_picture_show_what_was_timed(result, tmp_path):
     lines = train_step.table(result["rows"]).splitlines()
     assert lines[2].split()[-12:] == "0.5 3 % 400 0 2 % 1,024 MiB 1.00 0.67 0.50".split()
@@ -96,6 +97,7 @@ def test_table_and_picture_show_what_was_timed(result, tmp_path):
     figure.savefig(tmp_path / "ladder.png")
 
 
+@pytest.mark.slow
 def test_table_goes_into_its_page_between_its_comments(result, tmp_path):
     table = ladder_plot.markdown(result)
     lines = table.splitlines()
@@ -161,6 +163,7 @@ def test_rows_step_in_turn_and_the_fastest_product_counts(monkeypatch):
     assert all((name, "stop") in Scripted.asked for name in started)
 
 
+@pytest.mark.slow
 def test_what_ends_a_rows_process_is_told(folder):
     with pytest.raises(train_step.RowFailed, match="(?s)no_such_row ended with exit code 1.*KeyError"):
         train_step.RowProcess("no_such_row", "fp32", TINY, folder)
@@ -173,6 +176,7 @@ def test_a_gpu_is_for_the_check(monkeypatch, capsys):
     assert "gpu_check.sh --stages train" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_writes_the_ladder(tmp_path):
     command = [
         sys.executable,

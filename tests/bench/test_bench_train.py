@@ -144,6 +144,7 @@ def test_attention_on_packed_rows_counts_pairs_up_to_the_diagonal():
     assert varlen_flops((rows, rows, rows), 2) == 0
 
 
+@pytest.mark.slow
 def test_rate_of_a_matrix_product_is_the_fastest_call():
     times = iter([0.0, 0.0, 2.0, 2.0, 2.5, 3.0, 6.0, 7.0])  # begin, three calls, and a look at the clock
 
@@ -173,6 +174,7 @@ def firsts(folder):
     return {name: first(name, folder) for name in names}
 
 
+@pytest.mark.slow
 def test_every_exact_row_has_the_loss_and_gradient_of_the_reference(firsts):
     rows = [{"row": name, "dtype": "fp32", **found} for name, found in firsts.items()]
     assert list(train_step.compare(rows)) == []
@@ -218,6 +220,7 @@ def test_rows_compute_less_from_idea_to_idea(firsts):
     assert firsts["packed"]["rows"] == firsts["exact"]["sample_rows"] == firsts["reference"]["sample_rows"]
 
 
+@pytest.mark.slow
 def test_rows_for_a_gpu_run_at_tiny_sizes(folder, firsts):
     """Their figures are a GPU's; that their command lines and steps work is seen here."""
     names = [name for name in PRESETS["gpu-7b"].rows["bf16"] if name not in firsts] + [*BASELINES, "exact", "shared"]
@@ -230,6 +233,7 @@ def test_rows_for_a_gpu_run_at_tiny_sizes(folder, firsts):
     assert full["flops"] > 1.3 * firsts["exact"]["flops"] and full["norm"] > 1.5 * firsts["exact"]["norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "strong"])
 def test_the_whole_table_is_trained_but_two_rows_move(folder, name):
     row = train_rows.make(name, folder, torch.float32, 8)
@@ -244,6 +248,7 @@ def test_the_whole_table_is_trained_but_two_rows_move(folder, name):
     assert row.model.model.gradient_checkpointing == (name == "reference") and table.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, embeddings", [("strong", 640), ("tuned", 2)])
 def test_weights_in_bf16_and_what_is_tuned_by_hand(folder, name, embeddings):
     row = train_rows.make(name, folder, torch.bfloat16, 8)

@@ -35,6 +35,7 @@ def run(tasks, folder, **options):
     return check.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("process", [None, "shared"])
 def test_a_fault_costs_its_own_rows(tmp_path, fault, process):
@@ -107,6 +108,7 @@ def test_who_comes_after_what_is_absent_says_so_itself(tmp_path):
     assert [outcome for outcome, _, _ in outcomes.values()] == ["absent: no such library"] * 2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out(tmp_path):
     begin = time.monotonic()
     outcomes = run([task("long", "hangs"), task("late")], tmp_path, seconds=8.0)
@@ -116,6 +118,7 @@ def test_what_does_not_fit_is_left_out(tmp_path):
     assert "failed: 1 of 2" in said and "left out: 1 of 2" in said and "measured" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_in_every_stage_a_fault_costs_its_own_rows(tmp_path, stage):
     """The real table: one task hangs, crashes or is killed; of the others one is run, and all are told of."""
@@ -133,6 +136,7 @@ def test_in_every_stage_a_fault_costs_its_own_rows(tmp_path, stage):
         assert len(rows) == 1 if faulty else rows
 
 
+@pytest.mark.slow
 def test_two_sharded_ranks_train_as_one_process():
     rows = list(correct_steps.two_sharded_ranks(True))
     if torch.cuda.device_count() == 1:
@@ -144,6 +148,7 @@ def test_two_sharded_ranks_train_as_one_process():
     ], rows
 
 
+@pytest.mark.slow
 def test_two_ranks_that_cannot_start_are_said():
     assert "many is no whole number" in correct_steps._torchrun(2, ["--max_steps", "many"], seconds=60)
 
@@ -253,6 +258,7 @@ def test_a_way_must_answer_as_well_as_another(name, others, row, fault):
     assert said["status"] == ("failed" if fault else "ok") and (fault or "") in said.get("error", "")
 
 
+@pytest.mark.slow
 def test_the_quickstarts_task_is_learned_in_every_way(tmp_path, monkeypatch):
     """At sizes that learn nothing."""
     pytest.importorskip("av")
@@ -273,6 +279,7 @@ def test_results_lie_where_git_tracks_nothing():
     assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/results.jsonl"], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     command = [
         "bash",
@@ -301,6 +308,7 @@ def test_command(tmp_path):
     assert ours["median"] > 0 and ours["kernel"] == "swiglu" and json.dumps(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -241,6 +241,7 @@ def test_roofs_come_from_the_rows_own_run_first(card):
     assert merge.Card("X", [new]).roof("burst", new) == (None, None)
 
 
+@pytest.mark.slow
 def test_ladder_is_a_file_of_train_step(card, tmp_path):
     made = ladder.result(card)
     names = [row["row"] for row in made["rows"]]
@@ -501,6 +502,7 @@ def test_sweep_shows_the_best_beside_todays(card):
     assert line.split() == "swiglu forward N=1 80.0 µs 125 % 100 µs 100 % 1.25 block=512 bbb".split()
 
 
+@pytest.mark.slow
 def test_command_writes_everything_and_the_same_again(files, tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "bench"):
         folder.mkdir(exist_ok=True)
@@ -546,6 +548,7 @@ def test_readmes_show_the_committed_results(readme, part):
     assert into_readme(text, shown, report.BEGIN, report.END) == text
 
 
+@pytest.mark.slow
 def test_only_the_row_that_built_the_model_says_what_was_planned(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVID_CHECK_SCRATCH", str(tmp_path))
     monkeypatch.setattr(train, "HELD", {})

@@ -227,6 +227,7 @@ def save_and_die(folder, step, fatal):
     save_step(folder, step, total_limit=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step, before", [(30, (10, 20)), (1, (1,))])
 def test_killed_at_any_point_nothing_is_lost(tmp_path, step, before):
     for fatal in range(1, 100):
@@ -295,6 +296,7 @@ def save_with_little_room(folder, room):
     sys.exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [10, 700])
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, room):
     assert (save_step(tmp_path, 1) / "model-00000-of-00001.safetensors").stat().st_size < 700

@@ -57,6 +57,7 @@ def save_and_load_spread(rank, mesh_shape, load_from, save_to):
     return rows
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path):
     tensors = whole_tensors()
     checkpoint.save(tmp_path / "a", 1, groups={"model": tensors}, state={})
@@ -116,6 +117,7 @@ def train_sharded(rank, folder):
     assert [step(model, optimizer) for _ in range(3)] == straight
 
 
+@pytest.mark.slow
 def test_sharded_training_resumes_bit_for_bit(tmp_path):
     on_ranks(2, train_sharded, tmp_path, tmp_path / "out")
 
@@ -157,6 +159,7 @@ def fail_on_rank_one(rank, folder, kind):
     return "saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, reason",
     [
@@ -173,6 +176,7 @@ def test_one_rank_s_failure_reaches_all(tmp_path, kind, reason):
     assert names_in(folder) == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_a_defect_keeps_its_type_on_its_rank_and_stops_the_others(tmp_path):
     other, own = on_ranks(2, fail_on_rank_one, tmp_path, tmp_path / "out", "defect")
     assert other.startswith("OSError: checkpoint: rank 1: TypeError") and own.startswith("TypeError")
@@ -185,6 +189,7 @@ def look(rank, folder):
     return newest and newest.name, reports
 
 
+@pytest.mark.slow
 def test_all_ranks_agree_on_the_newest_valid(tmp_path):
     folder = tmp_path / "out"
     for step in (5, 10):

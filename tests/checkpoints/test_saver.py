@@ -184,6 +184,7 @@ def fail_once_on_rank_one(rank, folder):
         return saver.has(1)
 
 
+@pytest.mark.slow
 def test_both_ranks_try_again_where_one_failed(tmp_path):
     assert on_ranks(2, fail_once_on_rank_one, tmp_path, tmp_path / "out") == [True, True]
     assert weight_of(checkpoint.newest_valid(tmp_path / "out")) == [0, 1, 2, 3]
@@ -220,11 +221,13 @@ def train_and_save(rank, folder, kind):
     return saved
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_while_one_still_writes(tmp_path):
     assert on_ranks(2, train_and_save, tmp_path, tmp_path / "out", "slow") == [[[]] * 5] * 2
     assert weight_of(checkpoint.newest_valid(tmp_path / "out")) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_one_rank_s_full_disk_ends_both(tmp_path):
     said = on_ranks(2, train_and_save, tmp_path, tmp_path / "out", "full")
     assert len(set(said)) == 1 and "checkpoint-1 of" in said[0] and "rank 1: OSError" in said[0]
@@ -253,6 +256,7 @@ def save_without_copies(rank, folder, kind):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RuntimeError, OSError])
 def test_copies_that_one_rank_cannot_make_end_the_write_on_both(tmp_path, kind):
     """Whatever the error is: the other rank does not wait for what never comes."""

@@ -69,6 +69,7 @@ TABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parity", ["none", "reference"])
 def test_training_validation_and_inspection_refuse_the_same_records(run, tmp_path, parity):
     path = tmp_path / "data.json"
@@ -110,6 +111,7 @@ def test_training_validation_and_inspection_refuse_the_same_records(run, tmp_pat
             assert inspected[number]["warning"].split("; ")[-1] in example
 
 
+@pytest.mark.slow
 def test_validation_with_a_tokenizer_finds_the_samples_that_are_cut(run, tmp_path, capsys):
     state = train.build(config_of(run, "unused"), WORLD)
     samples = [state.loader.samples.encode(index) for index in range(SAMPLES)]
@@ -149,6 +151,7 @@ def test_all_records_at_fault_end_a_run_whatever_the_flag(run, tmp_path):
             SampleSet([path], None, None, config)
 
 
+@pytest.mark.slow
 def test_remarks_on_records_are_told_once_with_their_number(run, tmp_path, caplog):
     records = json.loads((run / "train.json").read_text())
     for record in records[3:5]:
@@ -162,6 +165,7 @@ def test_remarks_on_records_are_told_once_with_their_number(run, tmp_path, caplo
     assert caplog.text.count('the text holds "</s>"') == 1  # by the record alone, and not again by its sample
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_cost_their_sample_with_file_and_remedy(run, feats, tmp_path, caplog, capsys):
     bad = torch.ones(ROWS, CHANNELS)
     bad[2, 0] = float("nan")
@@ -175,6 +179,7 @@ def test_features_that_are_not_finite_cost_their_sample_with_file_and_remedy(run
     assert capsys.readouterr().err.splitlines()[-1].endswith("1 of 12 samples skipped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damaged", "limit", "ends"), [(4, "0.25", True), (3, "0.25", False), (4, "0.5", False)])
 def test_too_many_skipped_samples_end_the_run_and_keep_its_work(run, feats, tmp_path, damaged, limit, ends):
     for i in range(damaged):
@@ -202,6 +207,7 @@ def test_too_many_skipped_samples_end_the_run_and_keep_its_work(run, feats, tmp_
         assert train.main(argv) == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_finite(run, feats, tmp_path, capsys):
     for i in range(SAMPLES):
         path = feats / f"clip{i}.safetensors"
@@ -231,6 +237,7 @@ def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_f
     assert len(kept) == 1 and kept[0].name < "checkpoint-6"
 
 
+@pytest.mark.slow
 def test_cut_samples_and_rounded_features_are_told_once_and_counted_at_the_end(run, feats, tmp_path, caplog, capsys):
     (feats / "clip0.safetensors").unlink()
     np.save(feats / "clip0.npy", np.ones((ROWS, CHANNELS)))

@@ -28,6 +28,7 @@ def test_pack_of_nothing_is_one_unsupervised_row(run):
     assert all((p.grad == 0).all() for p in state.optimizer.parameters.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_reading_ahead_changes_nothing(run, workers):
     state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0"), WORLD)
@@ -42,6 +43,7 @@ def test_reading_ahead_changes_nothing(run, workers):
         )
 
 
+@pytest.mark.slow
 def test_an_abandoned_loader_stops_reading(run):
     state = train.build(config_of(run, "unused"), WORLD)
     steps = state.loader.iterate()

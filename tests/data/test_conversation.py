@@ -101,6 +101,7 @@ def encode_recorded(llama, config, name, policy):
     ), tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "name"), ENTRIES)
 def test_parity_gives_the_references_ids_and_spans(llama, config, name):
     sample, _ = encode_recorded(llama, config, name, REFERENCE)
@@ -195,6 +196,7 @@ PIECES = st.sampled_from(
 MESSAGE = st.lists(PIECES, max_size=5).map("".join)
 
 
+@pytest.mark.slow
 @given(st.lists(MESSAGE, min_size=1, max_size=5), st.integers(20, 120), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_parity_spans_equal_the_arrays_of_the_reference(encode, tokenizers, messages, max_length, use_start_end):
@@ -212,6 +214,7 @@ def test_parity_spans_equal_the_arrays_of_the_reference(encode, tokenizers, mess
     assert sample.token_ids == [tokenizer.bos, *tokenizer.encode(text, [tokenizer.video_ids(5)])][:max_length]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(MESSAGE, MESSAGE.filter(bool)), min_size=1, max_size=3))
 @settings(max_examples=100, deadline=None)
 def test_default_spans_hold_each_answer_and_its_end_and_nothing_else(encode, tokenizers, turns):

@@ -90,6 +90,7 @@ def test_a_budget_below_the_longest_sample_is_refused(run):
         build(run, "--rows_per_batch", "30")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     "options",
@@ -115,6 +116,7 @@ def test_batches_are_the_same_for_any_workers_and_after_a_restart_at_any_step(ru
                     assert (a.sample_ids, a.frozen_rows, a.sample_rows) == (b.sample_ids, b.frozen_rows, b.sample_rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [[*BUDGET, "--share_video"], ["--share_video", "--tune_mm_mlp_adapter", "False"]],
@@ -143,6 +145,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch, opti
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_run_over_other_samples_is_not_resumed(run, tmp_path):
     argv = flags(run, tmp_path, *BUDGET, "--max_steps", "2", "--save_steps", "2")
     assert train.main(argv) == 0

@@ -82,6 +82,7 @@ def clone(gradients):
     return {name: gradient.clone() for name, gradient in gradients.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, frozen, share",
     [
@@ -108,6 +109,7 @@ def test_packed_together_they_give_the_loss_and_gradients_of_the_samples_apart(r
     assert all(gradient.any() for gradient in expected.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen, share", [(False, False), (True, True)])
 def test_in_bf16_they_are_as_near_to_fp32_as_the_samples_apart(run, frozen, share):
     exact = build(run)
@@ -126,6 +128,7 @@ def test_in_bf16_they_are_as_near_to_fp32_as_the_samples_apart(run, frozen, shar
 # --- whole runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--rows_per_batch", "1200", "--share_video"]], ids=["samples", "rows, shared"])
 def test_a_folder_of_both_formats_and_several_row_counts_trains(run, tmp_path, more):
     assert train.main(flags(run, tmp_path, *LONG, "--num_train_epochs", "1", *more)) == 0
@@ -142,6 +145,7 @@ def test_planned_rows_are_those_of_each_video(run):
     assert rows.own[:3].min() > 676 and rows.own[9:12].max() < 150
 
 
+@pytest.mark.slow
 def test_a_video_longer_than_the_sample_is_left_out_and_reported(run, tmp_path, caplog):
     short = ["--model_max_length", "700"]
     assert train.main(flags(run, tmp_path / "out", *short, "--num_train_epochs", "1")) == 0

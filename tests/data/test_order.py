@@ -216,6 +216,7 @@ def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
         training_order(config, [3, 4], 0, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 8), min_size=1, max_size=60), st.sampled_from([(1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 3, 3)])

@@ -165,6 +165,7 @@ def seen(batch, prefix):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(any_samples(), st.booleans(), st.booleans(), st.sampled_from([(), SYSTEM]))
 def test_every_row_sees_what_it_would_see_alone(given_samples, frozen, share, prefix):

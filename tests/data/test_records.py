@@ -17,6 +17,7 @@ json_values = st.recursive(
 json_records = st.lists(st.dictionaries(json_text, json_values, max_size=4), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(json_records)
 def test_json_and_jsonl_round_trip(tmp_path_factory, records):

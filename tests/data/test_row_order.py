@@ -57,6 +57,7 @@ def any_rows(draw):
     return sample_rows(own, shared, of, base), draw(st.integers(55, 120))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(any_rows(), st.integers(1, 4), st.integers(1, 3), st.sampled_from([0.4, 1.0, 2.5]))
 def test_every_sample_once_an_epoch_and_no_batch_over_the_budget(given_rows, size, accumulation, epochs):
@@ -113,6 +114,7 @@ def test_groups_stay_together_unless_they_are_over_the_budget():
     assert set(cut.values()) == {2}, "20 + 3 · 3 rows and the rest"
 
 
+@pytest.mark.slow
 def test_ranks_are_even_and_batches_full():
     rng = np.random.default_rng(0)
     text = rng.gamma(2.2, 45, 12_000).clip(10, 900).astype(np.int64)

@@ -56,6 +56,7 @@ def build(run, *more):
 # --- the gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--tune_mm_mlp_adapter", "False"]], ids=["adapter", "full"])
 @pytest.mark.parametrize("order", ["reference", "video_first"])
 def test_the_gradient_of_a_group_is_that_of_its_samples_apart(run, mode, order):
@@ -76,6 +77,7 @@ def test_the_gradient_of_a_group_is_that_of_its_samples_apart(run, mode, order):
     assert_same_gradients(gradients, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_training_with_and_without_sharing_takes_the_same_steps(run, tmp_path):
     """The samples of a step depend on whether videos stay together; what is computed of them does not."""
     state, other = build(run, "--share_video"), build(run, "--share_video")
@@ -118,6 +120,7 @@ def test_groups_are_samples_whose_prompts_are_one_up_to_the_video():
     assert Groups.of_records(records, "video_first").of.tolist()[:6] == [0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.data())
 def test_together_and_spread_lose_nothing(of, data):

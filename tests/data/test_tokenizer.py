@@ -58,6 +58,7 @@ def bpe(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", PROBES)
 def test_ids_are_the_references(tiny, text):
     tokenizer = load_tokenizer(tiny / "model336", True)
@@ -70,6 +71,7 @@ def test_folder_with_nothing_but_the_sentencepiece_model_gives_the_same_ids(shar
     assert tokenizer.tokens.added == (32000, 32001, 32002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["Metaspace", "Prepend"])
 def test_folder_with_nothing_but_llamas_tokenizer_json_gives_the_same_ids(tiny, tmp_path, prefix):
     """As transformers 5 writes it (a prefix step that leaves out the dummy prefix before a space) and as 4 did."""
@@ -99,6 +101,7 @@ def test_folder_with_nothing_but_llamas_tokenizer_json_gives_the_same_ids(tiny, 
     assert tokenizer.encode_marked(text, [5, 29, len(text) - 2]) == exact.encode_marked(text, [5, 29, len(text) - 2])
 
 
+@pytest.mark.slow
 @given(st.text(alphabet="ab .,\n\té你🎬▁", max_size=30))
 @settings(max_examples=80, deadline=None)
 def test_plain_text_is_what_sentencepiece_makes_of_it(plain, text):
@@ -216,6 +219,7 @@ def test_saved_tokenizer_is_the_same(kind, use_start_end, request, tmp_path):
     assert load_tokenizer(tmp_path, None).tokens == saved.tokens
 
 
+@pytest.mark.slow
 def test_transformers_reads_a_saved_tokenizer_alike(shared, tmp_path):
     from transformers import AutoTokenizer
 

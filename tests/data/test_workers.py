@@ -38,6 +38,7 @@ def same(found, expected):
     return found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 1, 4])
 def test_results_and_their_order_are_the_same_for_any_number_of_processes(processes):
     def slow_first(number):
@@ -52,6 +53,7 @@ def test_results_and_their_order_are_the_same_for_any_number_of_processes(proces
     assert torch.equal(torch.get_rng_state(), before), "the global generator was drawn from"
 
 
+@pytest.mark.slow
 def test_an_abandoned_map_ends_its_processes_and_can_be_called_again():
     ahead = Ahead(lambda number: (number, os.getpid()), 2)
     some = ahead.map(range(100))
@@ -76,6 +78,7 @@ def test_an_error_in_a_process_is_raised_here():
         next(found)
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_job_leave_the_processes_alone():
     def signalled(number):
         for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -85,6 +88,7 @@ def test_signals_to_the_whole_job_leave_the_processes_alone():
     assert list(Ahead(signalled, 2).map(range(5))) == list(range(5))
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_named():
     def dies(number):
         if number == 4:
@@ -178,6 +182,7 @@ print(sum(len(large) for large in Ahead(lambda number: torch.zeros(3_000_000), 2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root")
 def test_a_small_shm_does_not_matter():
     """Containers have 64 MB; here 1 MB, for batches of 12."""
@@ -190,6 +195,7 @@ def test_a_small_shm_does_not_matter():
     assert done.stdout.split() == ["24000000"], done
 
 
+@pytest.mark.slow
 def test_a_long_wait_ends_when_it_is_told_to():
     def hangs(number):
         if number == 2:
@@ -225,6 +231,7 @@ for _ in Ahead(fails, 2).map(range(1000)):
 """
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_catches_ends_the_run():
     """Its traceback keeps every frame until the interpreter's exit."""
     failed = subprocess.run(
@@ -242,6 +249,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_processes_do_not_outlive_a_killed_run():
     """More lies in their pipes than those hold: nobody will ever read it."""
     killed = subprocess.run(

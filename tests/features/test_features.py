@@ -150,6 +150,7 @@ def test_damaged_safetensors_are_named_with_the_remedy(tmp_path, content, messag
             read(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_safetensors_give_features_or_a_value_error(tmp_path_factory, data):

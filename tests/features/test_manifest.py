@@ -60,6 +60,7 @@ def _write(folder, writer):
         leases.close()
 
 
+@pytest.mark.slow
 def test_several_writers(tmp_path):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write, args=(tmp_path, i)) for i in range(3)]
@@ -188,6 +189,7 @@ def test_a_stale_handle_is_replaced(tmp_path, monkeypatch):
         one.append("a.mp4", "ok")
 
 
+@pytest.mark.slow
 def test_two_never_append_to_one_file(tmp_path, monkeypatch):
     """The holder of the common file is taken for dead, and its lease goes to another process."""
     slow_leases, slow = _opened(tmp_path)
@@ -211,6 +213,7 @@ def test_two_never_append_to_one_file(tmp_path, monkeypatch):
     assert read_manifest(tmp_path).keys() == {"a.mp4", "b.mp4"}
 
 
+@pytest.mark.slow
 def test_closing_releases_the_common_file_only_if_it_is_kept(tmp_path, monkeypatch):
     slow_leases, slow = _opened(tmp_path)
     with monkeypatch.context() as patch:

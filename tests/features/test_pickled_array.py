@@ -221,6 +221,7 @@ def test_cut_and_lengthened_files_are_refused(protocol):
         read_array(data + b"more")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # from pickletools, about the damage
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 5), st.data())

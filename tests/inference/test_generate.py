@@ -20,6 +20,7 @@ def video_prompt(seed=0):
     return pack([(ids, range(0))], generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"tie_word_embeddings": True}])
 def test_greedy_ids_equal_transformers(changes):
     model = random_model(model_config(**changes), FULL)
@@ -58,6 +59,7 @@ def test_stops_before_eos():
     assert generate(model, batch, max_new_tokens=10, eos=eos) == answer[: answer.index(eos)]
 
 
+@pytest.mark.slow
 def test_sampling_follows_temperature_and_seed():
     model, batch = random_model(), video_prompt()
 

@@ -52,6 +52,7 @@ def assert_same(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 2048, 5000])
 def test_equals_reference(count, dtype):
@@ -59,6 +60,7 @@ def test_equals_reference(count, dtype):
     assert_same(run(adamw8bit_step, tensors, impl="triton"), run(adamw8bit_step_reference, tensors))
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 3000),
     st.sampled_from([torch.bfloat16, torch.float32]),
@@ -81,6 +83,7 @@ def test_maps_are_those_of_bitsandbytes():
         assert torch.equal(dynamic_map(signed), functional.create_dynamic_map(signed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_the_nearest(signed, impl):
@@ -141,6 +144,7 @@ def test_codes_beside_every_threshold_and_at_the_ends_of_bins(signed):
     assert torch.equal(found.int().cpu(), torch.bucketize(x.cpu(), thresholds).int())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_steps_on_the_state_of_bitsandbytes(impl, dtype):
@@ -237,6 +241,7 @@ def test_same_bits_again_and_nothing_behind_the_end(impl, dtype):
     assert all(((x[-1000:] == 255) if x.dtype == torch.uint8 else x[-1000:].isnan()).all() for x in longer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_sharding_changes_nothing(impl):
     tensors, start = inputs(6000), 2**33  # beyond 32 bits
@@ -249,6 +254,7 @@ def test_sharding_changes_nothing(impl):
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_random_bits_depend_on_seed_step_and_index(impl):
     tensors = inputs(4096)
@@ -262,6 +268,7 @@ def test_random_bits_depend_on_seed_step_and_index(impl):
         assert 0.1 < (usual != rounded(**options)).float().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_rounding_is_right_in_the_mean(impl):
     """Three tenths of a bf16 unit are added to each of many equal weights: that is their mean rise."""

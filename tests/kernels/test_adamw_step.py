@@ -45,6 +45,7 @@ def test_equals_reference(count, first):
     assert_same(run(adamw_step, tensors, impl="triton", first=first), run(adamw_step_reference, tensors, first=first))
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 3000),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
@@ -103,6 +104,7 @@ def test_nothing_around_a_shard_is_touched(impl, first):
     assert all((x[:1024] == 7).all() and (x[-1024:] == 7).all() for x in longer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_sharding_changes_nothing(impl):
     tensors, start = inputs(6000), 2**33 + 6
@@ -114,6 +116,7 @@ def test_sharding_changes_nothing(impl):
     assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_random_bits_are_those_of_the_8_bit_step(impl):
     """Weights of 1 that both steps move by the same lr: they round the same ones up."""
@@ -129,6 +132,7 @@ def test_random_bits_are_those_of_the_8_bit_step(impl):
     assert (ours > 1).double().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_random_bits_depend_on_seed_step_and_index(impl):
     tensors = inputs(4096)

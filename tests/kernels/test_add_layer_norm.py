@@ -34,6 +34,7 @@ def check(given, impl, eps=1e-5):
     assert_close_as_eager(found[1], exact, eager[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
@@ -42,6 +43,7 @@ def test_equals_reference(impl, dtype, add, shape):
     check(inputs(*shape, dtype, add=add), impl)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(0, 5),
     channels=st.integers(1, 1500),

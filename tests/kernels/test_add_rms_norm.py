@@ -59,6 +59,7 @@ def check(case, dtype, impl, seed=1):
         assert_close_as_eager(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtypes", CASES)
 @pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100)])
@@ -69,6 +70,7 @@ def test_equals_reference(impl, dtypes, shape, add, trained):
     check(inputs(*shape, *kinds, add=add, trained=trained), dtype, impl)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(0, 5),
     channels=st.integers(1, 700),
@@ -83,6 +85,7 @@ def test_any_shape(rows, channels, dtypes, add, trained, seed):
     check(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, "triton", seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, channels", [(13, 5), (523, 40)])
 def test_weight_gradient_over_groups_of_rows(rows, channels):
     """Each program adds up four rows, the last fewer; then 128 groups are added up at once."""
@@ -141,6 +144,7 @@ def test_saves_the_sum_and_a_number_per_row(impl):
     assert sorted(t.nbytes for t in new) == [16 * 4, total.nbytes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtypes", ["bf16", "fp32 residual"])
 def test_same_bits_again_and_inputs_left_alone(impl, dtypes):
@@ -182,6 +186,7 @@ def check_fp8(case, dtype, impl="triton", seed=1):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", CASES)
 @pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100), (2, 4096)])
 @pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
@@ -191,6 +196,7 @@ def test_rows_in_e4m3(dtypes, shape, add):
     assert rows.stand_in_ND.untyped_storage().nbytes() <= 4
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(0, 5),
     channels=st.integers(1, 700),

@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 COMMITTED = json.loads((FOLDER / "compiled.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRODUCTION))
 def test_compiled(name, tmp_path):
     result = subprocess.run(

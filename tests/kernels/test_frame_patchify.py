@@ -49,6 +49,7 @@ def _assert_as_the_chain(frames, size, patch, dtype, impl, options=CLIP):
     assert torch.equal(_pixels(rows.cpu(), size, patch), expected)
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize(
     "height, width, size, patch",
@@ -59,6 +60,7 @@ def test_bit_identical_to_the_chain(impl, height, width, size, patch, dtype):
     _assert_as_the_chain(_frames(10, height, width, 3), size, patch, dtype, impl)
 
 
+@pytest.mark.slow
 @each_impl
 def test_bit_identical_to_the_chain_at_full_size(impl):
     """212 pixels to 336 is one of the lengths where integer arithmetic takes another pixel."""
@@ -71,6 +73,7 @@ def test_any_mean_and_deviation(impl, dtype):
     _assert_as_the_chain(_frames(2, 40, 50, 3), 28, 14, dtype, impl, ODD)
 
 
+@pytest.mark.slow
 @each_impl
 @given(
     height=st.integers(1, 99),
@@ -86,6 +89,7 @@ def test_any_size(impl, height, width, patch, extra, T, dtype, seed):
     _assert_as_the_chain(_frames(T, height, width, 3, seed=seed), patch + extra, patch, dtype, impl)
 
 
+@pytest.mark.slow
 @each_impl
 def test_clips_of_several_sizes(impl):
     clips = [_frames(10, 30, 40, 3), _frames(0, 5, 6, 3), _frames(1, 77, 20, 3), _frames(3, 20, 77, 3)[:, :, ::2]]
@@ -167,6 +171,7 @@ def test_pixel_values_of_the_recordings(shared, impl):
         assert (rows.view(256, 3).T.contiguous().numpy().view(expected.dtype) == expected).all()
 
 
+@pytest.mark.slow
 def test_nearest_maps_of_the_recordings(shared):
     recorded = json.loads((shared / "golden" / "preprocess.json").read_text())["nearest"]
     identity = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}

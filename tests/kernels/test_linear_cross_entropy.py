@@ -56,6 +56,7 @@ def check(h, weight, targets, **options):
         assert_close_as_eager(ours, truth, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 10, 37])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,6 +70,7 @@ def test_plain_torch_equals_eager(rows, trained, small_chunks):
     check(*inputs(rows, trained=trained), impl="reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_bf16_rows_and_fp32_head(impl):
     """The head is rounded to the rows' dtype; its gradient is fp32."""
@@ -78,6 +80,7 @@ def test_bf16_rows_and_fp32_head(impl):
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, channels, vocabulary, dtype, seed):
@@ -101,6 +104,7 @@ def test_gradient_numerically(function, small_chunks):
     assert torch.autograd.gradcheck(lambda h, weight: function(h, weight, targets)[0], (h, weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_large_logits_do_not_overflow(impl):
     h, weight, targets = inputs()
@@ -128,6 +132,7 @@ def test_strided_rows(impl):
         assert_close(ours, theirs, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_strided_targets(impl):
     h, weight, targets = inputs()
@@ -147,6 +152,7 @@ def test_unfit_targets_are_refused(change):
         linear_cross_entropy(h, weight, change(targets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_trained_heads_gradient_is_summed_in_fp32(impl, dtype, small_chunks, monkeypatch):
@@ -166,6 +172,7 @@ def test_a_trained_heads_gradient_is_summed_in_fp32(impl, dtype, small_chunks, m
     assert (found - exact).abs().max() <= 2**-21 * exact.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_inputs_are_left_alone_and_runs_repeat(impl, small_chunks):
     h, weight, targets = inputs()
@@ -187,6 +194,7 @@ def test_without_gradients(impl):
         assert_close(ours, theirs, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False])
 def test_saves_gradients_and_not_logits(trained):
     h, weight, targets = inputs(4000, 8, 100, trained=trained)
@@ -205,6 +213,7 @@ def test_without_gradients_a_trained_head_costs_what_a_frozen_one_does(small_chu
     assert peaks[0] == peaks[1] < h.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_largest_tensor_is_a_chunk(impl, small_chunks):
     h, weight, targets = inputs(200, dtype=torch.bfloat16, trained=False)

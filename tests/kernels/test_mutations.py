@@ -68,6 +68,7 @@ def server():
     context.set_forkserver_preload(others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mutation", CASES, ids=[f"{name}-{mutation.test}" for name, mutation in CASES])
 def test_fault_is_seen(name, mutation, server, tmp_path):
     kernels = tmp_path / "kernels"
@@ -85,6 +86,7 @@ def test_fault_is_seen(name, mutation, server, tmp_path):
     assert process.exitcode == pytest.ExitCode.TESTS_FAILED, log.read_text()
 
 
+@pytest.mark.slow
 def test_every_kernel_has_three():
     with_kernels = {path.stem for path in KERNELS.glob("*.py") if "\n@triton.jit" in path.read_text()}
     assert set(MUTATIONS) == with_kernels

@@ -49,6 +49,7 @@ def test_equals_reference(shape, dtype, scale):
     assert_same(quantize_fp8(x, given_scale(scale), impl="triton"), quantize_fp8_reference(x, given_scale(scale)))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 6), st.integers(1, 700), st.sampled_from(DTYPES), st.sampled_from(SCALES), st.integers(0, 99))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape(rows, channels, dtype, scale, seed):
@@ -90,6 +91,7 @@ def test_every_number_and_every_tie(impl):
     assert torch.equal(found[len(exact) :], -found[: len(exact)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("tile", [8192, 64])
 def test_a_row_uses_the_whole_range(impl, tile, monkeypatch):
@@ -115,6 +117,7 @@ def test_nan_and_infinity_are_seen(impl):
     assert given.float()[1].isnan().nonzero().tolist() == [[3]] and given.float()[2, 5] == 448
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["columns", "rows", "transposed"])
 def test_strided_rows(view):
     x = inputs(12, 60, torch.bfloat16)
@@ -129,6 +132,7 @@ def test_input_is_left_alone_and_runs_repeat():
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 def test_a_frozen_matrix_multiplies_the_kernels_bits(monkeypatch):
     """The matrix and its transpose, rows, and a gradient that is a part of wider rows."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:

@@ -77,6 +77,7 @@ def check(shape, way, dtype, impl, inplace=False, seed=0):
         assert_close_as_eager(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way", WAYS)
@@ -85,6 +86,7 @@ def test_equals_reference(impl, dtype, way, shape):
     check(shape, way, dtype, impl)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 4),
     heads=st.integers(0, 20),
@@ -100,6 +102,7 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, inplace, seed):
     check((rows, heads, kv_heads, 2 * half), way, dtype, "triton", inplace, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_in_place_writes_no_key_that_is_placed_again(way):
     qkv, rest, keys, constant, _ = inputs((7, 4, 2, 8), way, torch.float32)

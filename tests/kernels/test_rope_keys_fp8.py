@@ -32,6 +32,7 @@ def check(grads, positions, frequencies, way_back):
     assert all(map(torch.equal, grads, before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, way", [*((shape, way) for shape in SHAPES for way in WAYS), ((0, 4, 2, 8), "in order")]
@@ -40,6 +41,7 @@ def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
     check(*arguments(shape, way, dtype))
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 4),
     heads=st.integers(0, 20),
@@ -54,6 +56,7 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
     check(*arguments((rows, heads, kv_heads, 2 * half), way, dtype, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_reference(way):
     grads, positions, frequencies, way_back = arguments((7, 4, 2, 8), way, torch.float32)
@@ -68,6 +71,7 @@ def test_reference(way):
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-3, atol=2**-9)
 
 
+@pytest.mark.slow
 def test_heads_side_by_side_in_wider_rows():
     grads, positions, frequencies, way_back = arguments((7, 4, 2, 8), "shared", torch.bfloat16)
     wider = [torch.cat([x, x[:, :1]], 1)[:, :-1] for x in grads]
@@ -76,12 +80,14 @@ def test_heads_side_by_side_in_wider_rows():
     check([x.transpose(1, 2).contiguous().transpose(1, 2) for x in grads], positions, frequencies, way_back)
 
 
+@pytest.mark.slow
 def test_rows_that_registers_cannot_hold_are_quantised_afterwards(monkeypatch):
     monkeypatch.setattr(kernel_module, "LARGEST_TILE", 15)
     monkeypatch.setattr(kernel_module, "_collect_fp8_kernel", None)
     check(*arguments((7, 4, 2, 8), "shared", torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", range(3))
 def test_nan_is_seen(which):
     grads, positions, frequencies, _ = arguments((5, 4, 2, 8), "in order", torch.bfloat16)

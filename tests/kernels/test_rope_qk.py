@@ -46,6 +46,7 @@ def check(case, impl, inplace=False):
         assert_close_as_eager(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -54,6 +55,7 @@ def test_equals_reference(impl, dtype, shape, inplace):
     check(inputs(*shape, dtype), impl, inplace)
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(0, 4),
     heads=st.integers(1, 20),
@@ -68,6 +70,7 @@ def test_any_shape(rows, heads, kv_heads, half, dtype, inplace, seed):
     check(inputs(rows, heads, kv_heads, 2 * half, dtype, seed), "triton", inplace)
 
 
+@pytest.mark.slow
 def test_far_positions():
     """Up to 100,000 radians the rotation of the unit vectors is right to 2 units in the last place."""
     positions = torch.cat([torch.arange(64), torch.arange(99_900, 100_001)]).to(DEVICE)

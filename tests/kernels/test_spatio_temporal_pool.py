@@ -46,6 +46,7 @@ def _assert_pooled(x_TPC, num_temporal, impl):
     assert torch.equal(out, spatio_temporal_pool(x_TPC, num_temporal=num_temporal, impl=impl))
 
 
+@pytest.mark.slow
 @each_impl
 @given(
     T=st.integers(0, 9),
@@ -71,6 +72,7 @@ def test_frames_are_cut_into_runs_only_within_one_wave(videos, patches):
     assert patches % of_block == 0 and of_block == block_p  # none of a tile's rows is masked
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T, P, C", [(1, 1, 1), (3, 300, 130), (17, 129, 65)])
@@ -78,6 +80,7 @@ def test_larger_than_a_tile(impl, dtype, T, P, C):
     _assert_pooled(_states(T, P, C, dtype=dtype), T, impl)
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("counts", [[0], [3, 0, 5], [17, 1, 16, 9]])
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -130,6 +133,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: spatio_temporal_pool(x[0, :, 1:], num_temporal=3), x)
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("counts", [[3, 3], [0, 2], [1, 3]])
@@ -178,6 +182,7 @@ def test_triton_is_not_silently_replaced():
         spatio_temporal_pool(torch.zeros(1, 2, 3, dtype=torch.float64), impl="triton")
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("case", ["a", "c", "d"])
 def test_recordings(shared, case, impl):

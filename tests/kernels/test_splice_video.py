@@ -80,6 +80,7 @@ def check(case, dtype, impl):
         assert_close_as_eager(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
 @pytest.mark.parametrize("boundary", [True, False], ids=["boundary", "table only"])
@@ -99,6 +100,7 @@ def packings(draw):
     return rows, order[: videos * per_video], order[videos * per_video : videos * (per_video + 2)]
 
 
+@pytest.mark.slow
 @given(
     packing=packings(),
     channels=st.sampled_from([1, 5, 128, 150]),
@@ -124,6 +126,7 @@ def test_boundary_gradient_of_many_videos():
     check((rows % 10, table, video, rows[:0], boundary, rows.flip(0)), torch.float32, "triton")
 
 
+@pytest.mark.slow
 def test_rows_wider_than_a_program():
     check(inputs(channels=2500), torch.float32, "triton")
 

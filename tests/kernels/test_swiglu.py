@@ -32,6 +32,7 @@ def check(x, grad, impl):
         assert_close_as_eager(*values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (0, 16), (4, 0), (64, 128), (2, 2500)])
@@ -39,6 +40,7 @@ def test_equals_reference(impl, dtype, shape):
     check(*inputs(*shape, dtype), impl)
 
 
+@pytest.mark.slow
 @given(rows=st.integers(0, 5), channels=st.integers(1, 2100), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, channels, dtype, seed):
@@ -113,12 +115,14 @@ def check_fp8(x, grad, impl="triton"):
     assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (0, 16), (64, 128), (2, 2500), (2, 11008)])
 def test_rows_in_e4m3(dtype, shape):
     check_fp8(*inputs(*shape, dtype))
 
 
+@pytest.mark.slow
 @given(rows=st.integers(0, 5), channels=st.integers(1, 2100), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_rows_in_e4m3_of_any_shape(rows, channels, dtype, seed):
@@ -143,6 +147,7 @@ def test_rows_of_a_layer_lie_in_registers(channels):
         assert block >= channels and block // (32 * warps) <= most
 
 
+@pytest.mark.slow
 def test_rows_in_e4m3_of_strided_input_and_gradient():
     x, grad = inputs(6, 4, torch.float32)
     check_fp8(x.detach().T.contiguous().T.requires_grad_(), grad[:1].expand(6, -1))

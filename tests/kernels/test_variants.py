@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # Kernels with several forms: what is known when a model is built tells them apart, or, of pooling, the run of frames.
 FORMS = {
     "_rope_qk_kernel": 3,  # there and back, and of queries alone
@@ -16,6 +18,7 @@ FORMS = {
 }  # frames in one run or in several
 
 
+@pytest.mark.slow
 def test_row_counts_and_offsets_make_no_variants():
     worker = Path(__file__).parent / "variants_worker.py"
     result = subprocess.run([sys.executable, worker], capture_output=True, text=True)

@@ -66,6 +66,7 @@ def check(given, *, impl, size=28, patch=14, dtype=torch.float32, options=CLIP):
     assert found.is_contiguous() and found.dtype == dtype
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -78,12 +79,14 @@ def test_the_bits_of_converted_frames(impl, dtype, height, width, size, patch):
     )
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("space, full", CONVERSIONS)
 def test_every_conversion(impl, space, full):
     check([(planes(56, 56), space, full)], impl=impl, size=56)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space, full", CONVERSIONS)
 def test_all_triples(space, full):
     """Of the plain function; the one of the CPU's pipeline is compared with swscale on all of them."""
@@ -94,6 +97,7 @@ def test_all_triples(space, full):
         assert np.array_equal(found.numpy(), to_rgb(*triple, space, full))
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("edge", [0, 16, 128, 235, 240, 255])
 def test_samples_at_the_ends(impl, edge):
@@ -105,6 +109,7 @@ def test_samples_at_the_ends(impl, edge):
         check([((y, u, v), *about)], impl=impl, size=10, patch=5)
 
 
+@pytest.mark.slow
 @each_impl
 @given(
     height=st.integers(1, 60),
@@ -120,6 +125,7 @@ def test_any_size(impl, height, width, patch, extra, dtype, about, seed):
     check([(planes(2 * height, width, seed), *about)], impl=impl, size=patch + extra, patch=patch, dtype=dtype)
 
 
+@pytest.mark.slow
 @each_impl
 def test_frames_of_several_videos(impl):
     """Other sizes, colour spaces and strides between them; runs longer than what a program takes."""
@@ -133,6 +139,7 @@ def test_frames_of_several_videos(impl):
     check(given, impl=impl, dtype=torch.float16)
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize("options", [CLIP, ODD], ids=["affine", "table"])
 def test_any_mean_and_deviation(impl, options):
@@ -140,6 +147,7 @@ def test_any_mean_and_deviation(impl, options):
         check([(planes(40, 50), 6, False)], impl=impl, dtype=dtype, options=options)
 
 
+@pytest.mark.slow
 @each_impl
 @pytest.mark.parametrize(
     "strided",
@@ -159,6 +167,7 @@ def test_strides(impl, strided):
     assert all(map(torch.equal, frame, before))
 
 
+@pytest.mark.slow
 @each_impl
 def test_rows_further_apart_than_32_bits_reach(impl):
     y, u, v = planes(4, 6)
@@ -174,6 +183,7 @@ def test_rows_further_apart_than_32_bits_reach(impl):
     assert torch.equal(found, yuv_patchify([(y, u, v)], [SIX], size=28, patch=14, impl="reference", **CLIP))
 
 
+@pytest.mark.slow
 @each_impl
 def test_odd_heights_are_of_the_formula(impl):
     """Which is not swscale's there: such videos are left to it."""
@@ -185,6 +195,7 @@ def test_odd_heights_are_of_the_formula(impl):
     assert torch.equal(yuv_patchify([frame], [factors(6, False)], size=28, patch=14, impl=impl, **CLIP), expected)
 
 
+@pytest.mark.slow
 @each_impl
 def test_real_videos(shared, impl):
     """Every clip of 8-bit 4:2:0; the first at the tower's own size, others at one small enough to be interpreted."""

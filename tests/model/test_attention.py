@@ -14,6 +14,7 @@ from fastvid.model import attention, gathered_keys
 from fastvid.model.attention import attend
 
 
+@pytest.mark.slow
 def test_gathered_keys_are_not_kept_for_backward():
     layout, _, _ = branches((3,) * 20, 50)
     q, k, v = (torch.randn(110, 4, 8, requires_grad=True) for _ in range(3))

@@ -21,6 +21,7 @@ def test_equals_plain_attention(segments, heads, kv_heads, channels, dtype):
     assert_close_to_exact(found, results(plain, *given, segments), exact)
 
 
+@pytest.mark.slow
 def test_gradient_numerically(monkeypatch):
     monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 3)
     q, k, v, _ = (x.requires_grad_() for x in inputs(([5, 2], [6, 2]), 4, 2, 3, torch.float64))
@@ -29,6 +30,7 @@ def test_gradient_numerically(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
     """A thousand queries that each add 1 to the one key's value: bf16 alone would stop counting at 256."""
     monkeypatch.setattr(blocked_attention, "BLOCK_QUERIES", 1)

@@ -202,6 +202,7 @@ def test_recomputation_changes_no_bit(recompute, dtype):
     assert all(torch.equal(found[1][name], plain[1][name]) for name in plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [0, 1, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])

@@ -94,6 +94,7 @@ def assert_same_bits(found, expected):
 BATCHES = {"all rows alike": alike, "frozen rows": lambda: alike(frozen=True), "shared videos": shared}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, which", [*((kind, "frozen rows") for kind in KINDS), ("mha", "all rows alike"), ("mha", "shared videos")]
 )
@@ -109,6 +110,7 @@ def test_equals_products_that_quantise(kind, which, quantised):
     assert 0 < fused < len(quantised)
 
 
+@pytest.mark.slow
 def test_three_of_a_layers_eight_factors_are_quantised_by_products(quantised):
     """The inputs of o; the gradients of what down and o put out."""
     batch = alike()
@@ -119,6 +121,7 @@ def test_three_of_a_layers_eight_factors_are_quantised_by_products(quantised):
     assert quantised == [(N, D)] * LAYERS * 3
 
 
+@pytest.mark.slow
 def test_saves_what_is_saved_where_products_quantise():
     def saved(model):
         sizes = {}
@@ -135,6 +138,7 @@ def test_saves_what_is_saved_where_products_quantise():
     assert found == saved(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 37])
 def test_gate_up_and_swiglu(rows, dtype):

@@ -102,6 +102,7 @@ def test_matrices_are_quantised_from_what_the_files_hold(tmp_path, frozen_dtype)
             assert torch.equal(getattr(linear, key).float(), buffer.float()), (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
 def test_matrices_are_quantised_one_after_the_other(tmp_path, monkeypatch, frozen_dtype):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
@@ -206,6 +207,7 @@ def plain_curve(run):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype, most", [("fp8", 0.005), ("int8", 0.005), ("nf4", 0.02)])
 def test_loss_curve_is_near_that_of_bf16(run, plain_curve, tmp_path, frozen_dtype, most):
     """The full comparison, over 200 steps of a task that is learnt, is bench/frozen_dtype.py."""
@@ -213,6 +215,7 @@ def test_loss_curve_is_near_that_of_bf16(run, plain_curve, tmp_path, frozen_dtyp
     assert found != plain_curve and abs(sum(found) / sum(plain_curve) - 1) < most
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_what_was_trained_and_resumes_in_the_same_format(run, tmp_path):
     output = tmp_path / "out"
     more = ["--save_steps", "2", "--lr_scheduler_type", "constant", "--dataloader_num_workers", "0"]
@@ -227,6 +230,7 @@ def test_checkpoint_holds_what_was_trained_and_resumes_in_the_same_format(run, t
     assert losses(output) == losses(straight)
 
 
+@pytest.mark.slow
 def test_ranks_hold_the_whole_decoder(run, tmp_path):
     more = ["--frozen_dtype", "int8", "--max_steps", "3", "--save_strategy", "no", "--dataloader_num_workers", "0"]
     done = start(["-m", "fastvid.train"], flags(run, tmp_path / "two", *more), ranks=2)
@@ -318,6 +322,7 @@ def test_estimate_counts_the_stored_bytes(frozen_dtype):
     assert smallest(SEVEN, frozen_dtype).weights - matrices == smallest(SEVEN, None).weights - plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("frozen_dtype", EXACT)
 def test_a_step_takes_no_more_than_over_plain_matrices(frozen_dtype, recompute):

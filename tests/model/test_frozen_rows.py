@@ -54,6 +54,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text_only", [True, False])
 def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
@@ -68,6 +69,7 @@ def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
     assert all(torch.equal(again[name], found[name]) for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", 1, "full"])
 def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch):
     """Prefix, frozen and live rows, as autocast leaves them; the error is at most twice that of all rows alike.
@@ -131,6 +133,7 @@ def test_only_live_rows_pass_back_and_only_supervised_rows_leave_the_last_layer(
     assert products(batch) == 2 * N * 2 * layer + 2 * L * V * D + projector
 
 
+@pytest.mark.slow
 def test_frozen_rows_save_their_keys_and_values_alone():
     """As many rows again, frozen: what waits for backward grows by keys and values, and the index of who reads them."""
     config = model_config(num_kv_heads=2)

@@ -56,6 +56,7 @@ def interpreted(monkeypatch):
     return begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
     _, batch = cases()
@@ -73,6 +74,7 @@ def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
             assert torch.equal(gradient, found[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
 def test_equals_gathering_of_own_rows(trainable, interpreted):
     batch = random_batch().parted()
@@ -85,6 +87,7 @@ def test_equals_gathering_of_own_rows(trainable, interpreted):
     assert calls["forward"] == len(model.decoder.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", 1, "selective", "full"])
 def test_equals_gathering_of_frozen_rows_without_a_kept_prefix(recompute, interpreted):
     """Their keys alone stand before the others', and lie in rows of their own product."""
@@ -105,6 +108,7 @@ def test_equals_gathering_of_frozen_rows_without_a_kept_prefix(recompute, interp
     assert_same_gradients(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_equals_gathering_of_shared_videos(frozen, interpreted):
     """Two videos, several questions about each: rows of a video are keys of all its branches."""

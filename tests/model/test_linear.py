@@ -208,6 +208,7 @@ def check_copies(decoder, allowed):
     )
 
 
+@pytest.mark.slow
 @tiles
 @pytest.mark.parametrize(
     "more",

@@ -140,6 +140,7 @@ def test_files_of_any_precision(frozen_dtype, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
 def test_nothing_is_saved_for_backward(frozen_dtype):
     linear = quantized(frozen_dtype, random(OUT, IN))

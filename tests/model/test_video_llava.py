@@ -147,6 +147,7 @@ def check_gradients(found, tensors, key):
         assert_close(found[ours], tensors[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["336", "224"])
 def test_recorded_video_batch(recorded, variant):
     _, tensors, values = recorded
@@ -178,6 +179,7 @@ def test_recorded_video_batch(recorded, variant):
     assert_close(log_probabilities, tensors[f"{key}/label_logprob"])
 
 
+@pytest.mark.slow
 def test_recorded_distinct_boundary_rows(recorded):
     """At initialisation start and end rows are equal; here they are not, so that their order counts."""
     _, tensors, values = recorded
@@ -191,6 +193,7 @@ def test_recorded_distinct_boundary_rows(recorded):
     check_gradients(found, tensors, "336/distinct")
 
 
+@pytest.mark.slow
 def test_recorded_batch_without_start_and_end_tokens(recorded):
     _, tensors, values = recorded
     values = values["variants"]["336"]["nose"]
@@ -343,6 +346,7 @@ def run_rank(rank, store, queue):
     leave()
 
 
+@pytest.mark.slow
 def test_fsdp2_equals_one_process(tmp_path):
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     processes = torch.multiprocessing.spawn(run_rank, (tmp_path / "store", queue), nprocs=2, join=False)

@@ -91,6 +91,7 @@ class Spy:
         patch.setattr(encoder, "launch", lambda *files: self.encoders.append(launch(*files)) or self.encoders[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_run_on_videos_is_that_on_features_made_before(run, tmp_path, workers, monkeypatch, caplog):
     out, spy = tmp_path / "out", Spy(monkeypatch)
@@ -116,6 +117,7 @@ def test_a_run_on_videos_is_that_on_features_made_before(run, tmp_path, workers,
     assert extract.extract(config).skipped == len(VIDEOS)
 
 
+@pytest.mark.slow
 def test_some_have_features_and_some_are_videos(run, tmp_path, monkeypatch):
     mixed = copy(run, tmp_path / "mixed")
     for name in ("clip0", "sub/clip7"):
@@ -140,6 +142,7 @@ def test_some_have_features_and_some_are_videos(run, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_a_validation_set_of_videos(run, tmp_path, monkeypatch):
     spy, data = Spy(monkeypatch), tmp_path / "half.json"
     data.write_text(json.dumps(json.loads((run / "train.json").read_text())[:6]))
@@ -166,6 +169,7 @@ def test_a_validation_set_of_videos(run, tmp_path, monkeypatch):
     assert found == expected and len(found) == 2 and len(spy.encoders) == 1
 
 
+@pytest.mark.slow
 def test_a_short_run_encodes_what_it_needs(run, tmp_path):
     """And is done when it is: another run goes on with what is left."""
     out = tmp_path / "out"
@@ -175,6 +179,7 @@ def test_a_short_run_encodes_what_it_needs(run, tmp_path):
     assert set(files(out / "features")) == {"clip0.safetensors", "clip1.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_broken_video_costs_its_sample_once_a_run(run, tmp_path, caplog):
     broken, out = copy(run, tmp_path / "broken"), tmp_path / "out"
     whole = (broken / "videos" / "clip3.mp4").read_bytes()
@@ -252,6 +257,7 @@ def test_a_name_means_the_file_that_an_extraction_would_have_written(run, tmp_pa
         features.await_made("clip0")
 
 
+@pytest.mark.slow
 def test_bad_combinations_are_refused_before_any_step(run, tmp_path):
     def attempt(*more, without=()):
         argv = online_flags(run, tmp_path / "out", "--dry_run", *more)
@@ -309,6 +315,7 @@ def test_bad_combinations_are_refused_before_any_step(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_tower_that_cannot_be_loaded_ends_the_run(run, tmp_path):
     shutil.copytree(run / "tower", tmp_path / "tower")
     (tmp_path / "tower" / "model.safetensors").write_bytes(b"torn")
@@ -319,6 +326,7 @@ def test_a_tower_that_cannot_be_loaded_ends_the_run(run, tmp_path):
 # What others say about it
 
 
+@pytest.mark.slow
 def test_a_dry_run_validate_and_inspect(run, tmp_path, caplog, capsys):
     made = tmp_path / "made"
     made.mkdir()
@@ -363,6 +371,7 @@ def on_first_wait(patch, act):
     patch.setattr(encoder.Encoder, "wait", acted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_an_encoder_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp_path, monkeypatch, workers):
     argv = online_flags(run, tmp_path / "out", "--dataloader_num_workers", workers)
@@ -393,6 +402,7 @@ def test_an_encoder_that_dies_ends_the_run_and_the_same_command_goes_on(run, tmp
     assert files(tmp_path / "out" / "features") == files(run / "feats")
 
 
+@pytest.mark.slow
 def test_an_encoder_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
     on_first_wait(monkeypatch, lambda self: setattr(self, "patience", 0.3))
     monkeypatch.setattr(encoder, "_GRACE", 0.1)
@@ -400,6 +410,7 @@ def test_an_encoder_that_hangs_ends_the_run(run, tmp_path, monkeypatch):
         train.main(online_flags(run, tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_signal_while_a_video_is_waited_for_stops_the_run(run, tmp_path, monkeypatch, workers):
     begun, trainer, spy = [], os.getpid(), Spy(monkeypatch)
@@ -415,6 +426,7 @@ def test_a_signal_while_a_video_is_waited_for_stops_the_run(run, tmp_path, monke
     assert (tmp_path / "out" / "checkpoint-0").exists() and started(spy.encoders[0].pid) is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run(run, tmp_path):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / ".leases").write_text("in the way")
@@ -422,6 +434,7 @@ def test_a_full_disk_ends_the_run(run, tmp_path):
         train.main(online_flags(run, tmp_path / "out", "--clip_feat_path", str(tmp_path / "features")))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(run, tmp_path, monkeypatch):
     """The encoder of a killed trainer ends as well; what it has made stays, what it had leased is free."""
     out, made = tmp_path / "out", tmp_path / "out" / "features"
@@ -447,6 +460,7 @@ def test_a_run_that_is_killed_goes_on(run, tmp_path, monkeypatch):
     assert not list(made.rglob("*.tmp")) and sorted(os.listdir(made)) == sorted(os.listdir(run / "feats"))
 
 
+@pytest.mark.slow
 def test_two_ranks_encode_each_video_once(run, tmp_path):
     argv = online_flags(run, tmp_path, "--per_device_train_batch_size", "1")
     with socket.socket() as free:

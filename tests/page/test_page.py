@@ -128,6 +128,7 @@ def record_flags(made, target, *more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["--video_dir_path", "--video"])
 def test_a_records_page(made, tmp_path, capsys, source):
     place = made / "videos" / ("long.mp4" if source == "--video" else "")
@@ -166,6 +167,7 @@ def test_a_record_without_its_video(made, tmp_path, capsys):
     assert (tmp_path / "p.html").read_text().count(pictures.PADDING) == FRAMES - 4
 
 
+@pytest.mark.slow
 def test_a_record_of_several_videos(made, tmp_path, capsys):
     turns = [{"from": "human", "value": "<video>\n<video>\nwhat does the cat see"}, TURNS[1]]
     record = {"id": "two", "videos": ["long.mp4", "short.mp4"], "conversations": turns}
@@ -179,6 +181,7 @@ def test_a_record_of_several_videos(made, tmp_path, capsys):
     assert len(found.pictures) == 2 * 3 + FRAMES + 4 and found.tags.count("h2") == 3
 
 
+@pytest.mark.slow
 def test_a_record_whose_features_are_missing(made, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     assert (
@@ -203,6 +206,7 @@ def test_a_record_whose_features_are_missing(made, tmp_path, capsys):
     assert len(found.pictures) == 40  # all its frames: nothing tells how many
 
 
+@pytest.mark.slow
 def test_a_video_that_was_changed_since(made, tmp_path):
     draw(tmp_path / "new.mp4", 30)
     view = view_record("long.mp4", FeatureFolder(made / "feats"), tmp_path / "new.mp4")
@@ -212,6 +216,7 @@ def test_a_video_that_was_changed_since(made, tmp_path):
     assert view.frames is None and any("is a web page" in note for note in view.notes)
 
 
+@pytest.mark.slow
 def test_a_videos_page(made, tmp_path, capsys):
     flags = ["--video", str(made / "videos" / "long.mp4"), "--html", str(tmp_path / "p.html"), "--num_frames", "6"]
     assert main(flags) == 0
@@ -314,6 +319,7 @@ def test_the_heat_map_shows_least_and_largest():
     pictures.heat_map_uri(np.ones((3, 3)), 0.01)  # all alike, and a sliver
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake, said, mended",
     [
@@ -359,6 +365,7 @@ def test_mistakes_are_mended_as_told(made, tmp_path, capsys, mistake, said, mend
     assert (made / "videos" / "long.mp4").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_is_no_video_is_a_mistake(made, tmp_path):
     (tmp_path / "no.mp4").write_bytes(b"<html>")
     for path in ("no.mp4", "nowhere.mp4", "nowhere.pkl"):

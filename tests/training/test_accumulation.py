@@ -40,6 +40,7 @@ def add_in_fp64(sums, gradients):
         sums[name] = sums.get(name, 0) + gradient.double()
 
 
+@pytest.mark.slow
 def test_gradients_of_64_micro_batches_are_summed_as_in_fp32():
     alone, model, expected = bf16_model(), bf16_model(), {}
     optimizer = optimizer_of(model, gradient_accumulation_steps=64)
@@ -87,6 +88,7 @@ def sums_of_a_rank(rank):
     return {name: (p.grad, expected[name]) for name, p in optimizer.parameters.items()}
 
 
+@pytest.mark.slow
 def test_ranks_sum_in_fp32(tmp_path):
     first, second = on_ranks(2, sums_of_a_rank, tmp_path)
     for name, (gradient, expected) in first.items():
@@ -125,6 +127,7 @@ def two_steps(run, folder, *options):
     return losses, state, {shape: count for shape, count in casts.seen.items() if shape in matrices}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_step_casts_each_matrix_once(run, tmp_path, monkeypatch, recompute):
     """Where nothing is recomputed; the bits are those of a cast in every micro-batch."""
@@ -140,6 +143,7 @@ def test_a_step_casts_each_matrix_once(run, tmp_path, monkeypatch, recompute):
         assert torch.equal(parameter, other.optimizer.parameters[name])
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_after_a_step(run, tmp_path):
     _, state, _ = two_steps(run, tmp_path, "--recompute", "none", "--gradient_accumulation_steps", "2")
     linear = state.model.decoder.layers[0].o

@@ -44,6 +44,7 @@ def go_on(run, output, *more):
     )
 
 
+@pytest.mark.slow
 def test_the_same_content_elsewhere_goes_on(moved, monkeypatch):
     run, output = moved
     (run / "train.json").rename(run / "renamed.json")
@@ -65,6 +66,7 @@ def test_the_same_content_elsewhere_goes_on(moved, monkeypatch):
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_weights_in_other_files_are_the_same(moved):
     run, output = moved
     tensors = load_file(run / "model" / "model.safetensors")
@@ -107,6 +109,7 @@ def change_projector(run):
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, run / "start.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -127,6 +130,7 @@ def test_other_content_at_the_same_place_is_refused(moved, change, named):
     assert go_on(run, output, "--resume", "never") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_texts, change_features, change_weights, change_projector])
 def test_a_finished_run_on_other_files_is_moved_aside(moved, change, caplog):
     """Nothing of it goes on, and nothing of it is lost."""
@@ -141,6 +145,7 @@ def test_a_finished_run_on_other_files_is_moved_aside(moved, change, caplog):
     assert (output / "mm_projector.bin").read_bytes() != ended["mm_projector.bin"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_notes_of_content_is_taken(moved, monkeypatch, caplog):
     run, output = moved
     read = checkpoint.read_state
@@ -157,6 +162,7 @@ def test_a_checkpoint_without_notes_of_content_is_taken(moved, monkeypatch, capl
     )
 
 
+@pytest.mark.slow
 def test_the_run_keeps_its_name(moved):
     run, output = moved
     before = checkpoint.read_state(output / "checkpoint-4")["run"]

@@ -31,6 +31,7 @@ def break_after(monkeypatch, step, tensor):
     monkeypatch.setattr(train, "train_step", train_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", ["projector.0.weight", "projector.2.bias.exp_avg_sq"])
 def test_broken_weights_and_moments_are_named_and_not_saved(run, tmp_path, monkeypatch, capfd, tensor):
     break_after(monkeypatch, 8, tensor)
@@ -41,6 +42,7 @@ def test_broken_weights_and_moments_are_named_and_not_saved(run, tmp_path, monke
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_the_step_after_tells_where_nothing_was_to_be_saved(run, tmp_path, monkeypatch, capfd):
     break_after(monkeypatch, 5, "projector.0.weight")
     assert train.main(flags(run, tmp_path)) == 1
@@ -49,6 +51,7 @@ def test_the_step_after_tells_where_nothing_was_to_be_saved(run, tmp_path, monke
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-4" and max(losses(tmp_path)) == 5
 
 
+@pytest.mark.slow
 def test_no_result_is_written_of_broken_weights(run, tmp_path, monkeypatch):
     break_after(monkeypatch, 2, "projector.0.weight")
     assert train.main(flags(run, tmp_path, "--max_steps", "2", "--save_strategy", "no")) == 1
@@ -75,6 +78,7 @@ def test_a_model_folder_that_is_not_finite_is_refused(run, tmp_path, name, optio
         train.main(flags(run, tmp_path / "out", "--model_name_or_path", str(tmp_path / "model"), *options))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(run, tmp_path, monkeypatch):
     """As an older version may have left it."""
     argv = flags(run, tmp_path, "--max_steps", "8")

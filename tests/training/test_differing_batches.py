@@ -87,6 +87,7 @@ def trained(rank, run, output, options, chosen):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_with_other_kinds_of_batches_train_as_one_process(run, tmp_path, case):
     options, chosen = CASES[case]
@@ -129,6 +130,7 @@ def resumed(rank, run, output, options):
     return [dist.get_world_size(), recovery.skipped_samples(state)]
 
 
+@pytest.mark.slow
 def test_norms_of_one_process_are_loaded_by_two(run, tmp_path):
     options = ["--tune_mm_mlp_adapter", "False"]
     state = build(run, tmp_path / "one", ALONE, *options)

@@ -47,6 +47,7 @@ def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
     assert Formula(config, trainable).of_batch(everything) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL, ADAPTER | {"head"}], ids=["adapter", "full", "and the head"])
 @pytest.mark.parametrize("text_only", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -18,6 +18,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_it_works_when_told_only_and_afterwards_as_before(run, tmp_path, monkeypatch):
     seen, collected = [], []
     step, collect = train.train_step, gc.collect
@@ -70,6 +71,7 @@ def tensors_after_steps(state, steps=5):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_leaves_no_tensor_to_the_collector(run, tmp_path, mode):
     """Else memory would fill up between collections."""
@@ -94,6 +96,7 @@ def counts_of_a_rank(rank, run, output):
     ]
 
 
+@pytest.mark.slow
 def test_nor_does_a_sharded_one(run, tmp_path):
     """A step's last collective may hold its tensor a moment longer, in gloo's thread; what is left behind adds up."""
     for found in on_ranks(2, counts_of_a_rank, tmp_path, run, tmp_path / "out"):

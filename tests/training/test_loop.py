@@ -77,6 +77,7 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
     return reads.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_host_waits_for_nothing_between_log_lines(run, tmp_path, monkeypatch, mode):
     seen = reads_of_a_run(run, tmp_path, monkeypatch, *MODES[mode])
@@ -88,6 +89,7 @@ def test_the_host_waits_for_nothing_between_log_lines(run, tmp_path, monkeypatch
     assert 0 < len(at_a_line) <= 12  # the latch, the loss and the norm, each as conversion and as operator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read",
     [
@@ -134,6 +136,7 @@ def test_no_step_synchronises_the_gpu(run, tmp_path, monkeypatch):
     assert len(losses(tmp_path)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, expected",
     [

@@ -59,6 +59,7 @@ def options(rows, **changes):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize(
     "dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
@@ -94,6 +95,7 @@ def check_total(config, rows, **settings):
     assert expected.total == pytest.approx(stored + live.peak + 3 * 4 * trained, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
@@ -134,6 +136,7 @@ def videos_of_questions(questions, *, frozen, share):
     return packing.pack(samples, tokens, 24, prefix=prefix, frozen=frozen, share=share), prefix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full", 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["own rows", "prefix", "shared", "prefix, shared", "full, own rows", "full, shared"])

@@ -266,6 +266,7 @@ def on_a_terminal(columns, tmp_path):
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_bar_fits_the_terminal_and_lines_stay(tmp_path):
     shown = on_a_terminal(80, tmp_path)
     assert "step 1/10, loss 1.25, " in shown
@@ -273,6 +274,7 @@ def test_a_bar_fits_the_terminal_and_lines_stay(tmp_path):
     assert any("loss 1.2500" in bar for bar in bars) and max(map(len, bars)) <= 80
 
 
+@pytest.mark.slow
 def test_a_terminal_of_no_columns_shows_lines(tmp_path):
     shown = on_a_terminal(0, tmp_path)
     assert "step 1/10, loss 1.25, " in shown and "%|" not in shown
@@ -286,6 +288,7 @@ def test_progress_can_be_turned_off(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"step 1/100, loss 1.25, .*, ETA [\d:]+\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_the_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -395,6 +398,7 @@ def test_one_point_is_a_picture(tmp_path, monkeypatch, line):
     assert figure.axes[0].lines[0].get_marker() == "o"
 
 
+@pytest.mark.slow
 def test_close_draws_over_resumes_and_nothing_without_a_loss(tmp_path, monkeypatch):
     open_metrics(tmp_path).close()
     assert not (tmp_path / "loss_curve.png").exists()

@@ -124,6 +124,7 @@ def two_steps(rank, mesh_shape, dtype, optim, begin, load_from, save_to):
     checkpoint.save(save_to, 1, groups=groups(optimizer), state={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, optim",
     [(torch.float32, "adamw_8bit"), (torch.bfloat16, "adamw_8bit"), (torch.bfloat16, "adamw")],
@@ -198,6 +199,7 @@ def test_state_is_that_of_bitsandbytes():
         )
 
 
+@pytest.mark.slow
 def test_follows_adamw_with_32_bits():
     """A quadratic, its minimum found by both."""
     torch.manual_seed(0)
@@ -217,6 +219,7 @@ def test_follows_adamw_with_32_bits():
 # --- bf16 weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim, shape", [("adamw", (64, 100)), ("adamw_8bit", (64, 256)), ("adamw_8bit", (6400,))])
 def test_bf16_weights_move_by_less_than_their_unit(optim, shape):
     """A hundred updates of 1e-4 each on weights of 1, whose units are 2^-8 and 2^-7: rounded to the nearest, all
@@ -250,6 +253,7 @@ def test_rounding_does_not_depend_on_where_a_tensor_is_cut(begin, end):
     assert torch.equal(part, whole[begin:end])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", [("adamw", torch.bfloat16), ("adamw_8bit", torch.float32)])
 def test_bits_do_not_depend_on_how_much_is_worked_on_at_a_time(monkeypatch, name, dtype):
     found = []
@@ -276,6 +280,7 @@ def test_tensors_are_rounded_by_bits_of_their_own():
 # --- a run
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_8_bit_moments_and_bf16_weights_equals_a_straight_one(tmp_path):
     """Full fine-tuning; its end is exported, in bf16."""
     run = write_run(tmp_path / "run", hidden_size=256, intermediate_size=256)

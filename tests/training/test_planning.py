@@ -64,6 +64,7 @@ def measured(state, batches):
     return sum(p.nbytes for p in state.model.parameters()) + constant + copies + 3 * trained + max(peaks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "1", "2", "selective", "full"])
 @pytest.mark.parametrize("bf16", ["True", "False"], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("trained", TRAINED)
@@ -96,6 +97,7 @@ def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, 
     assert taken <= expected.total <= 1.06 * (taken + unseen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -136,6 +138,7 @@ def test_other_recomputation_is_refused(run, given, message):
         train.build(config_of(run, "unused", f"--recompute={given}"), WORLD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", ["True", "False"], ids=["bf16", "fp32"])
 def test_auto_recomputes_as_few_layers_as_fit(tmp_path, monkeypatch, caplog, bf16):
     """Enough layers that recomputation pays, whatever this CPU needs to recompute one."""
@@ -172,6 +175,7 @@ def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
     assert planning._available(config, WORLD) == (100 * 2**30, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("videos", ["alike", "mixed", "some opened"])
 @pytest.mark.parametrize(
     "data",
@@ -206,6 +210,7 @@ def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog
     assert f"the largest micro-batch has {'about ' if guessed else ''}{found[-1]['rows']}" in caplog.text
 
 
+@pytest.mark.slow
 def test_videos_of_several_lengths_are_looked_at(tmp_path):
     """A few long videos decide, whose texts are short: their batch is among those read."""
     folder = write_run(tmp_path / "run", **SIZES)
@@ -237,6 +242,7 @@ def test_videos_of_several_lengths_are_looked_at(tmp_path):
     assert max(rows) == max(rows[step] for step in steps) and len(steps) < len(rows) // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", TRAINED)
 def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
     """All batches have about as many rows. In some all samples share one video, so that its rows are everybody's
@@ -279,6 +285,7 @@ def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, 
     assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is per_segment
 
 
+@pytest.mark.slow
 def test_the_peak_is_told_after_three_steps(run, tmp_path, capsys):
     for steps in ("2", "4"):
         assert train.train(config_of(run, tmp_path / steps, "--max_steps", steps, "--dataloader_num_workers", "0")) == 0

@@ -16,6 +16,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_a_profiled_run_leaves_a_trace_and_says_what_took_time(run, tmp_path, capsys):
     assert train.main(flags(run, tmp_path, "--profile", "--max_steps", "8", "--save_strategy", "no")) == 0
     said = capsys.readouterr().err

@@ -72,6 +72,7 @@ open(codes + rank, "w").write(str(train.main(sys.argv[3:])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [[1], [0, 1]])
 def test_a_signal_to_any_rank_saves_and_ends_all(run, tmp_path, stopped):
     program = tmp_path / "program.py"
@@ -86,6 +87,7 @@ def test_a_signal_to_any_rank_saves_and_ends_all(run, tmp_path, stopped):
     assert "stopped by a signal after step 2" in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_a_validation(run, tmp_path, monkeypatch):
     def validate(state):
         raise AssertionError("validated")
@@ -105,6 +107,7 @@ def test_a_stop_does_not_wait_for_a_validation(run, tmp_path, monkeypatch):
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-1"
 
 
+@pytest.mark.slow
 def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
     (tmp_path / "feats").mkdir()
     for path in (run / "feats").iterdir():
@@ -115,6 +118,7 @@ def test_a_non_finite_step_is_kept_where_nothing_else_is_saved(run, tmp_path):
     assert checkpoint.newest_valid(tmp_path / "out").name == "checkpoint-0"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(run, tmp_path, monkeypatch):
     """Not at the next save; what was computed until then would be thrown away."""
     monkeypatch.setattr(saver, "RETRY_AFTER", 0.0)
@@ -144,6 +148,7 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(ru
     assert (tmp_path / "mm_projector.bin").is_file()  # the run's own result is there all the same
 
 
+@pytest.mark.slow
 def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
     """A write that ends one second later keeps the next save waiting, and that is said."""
     write = shards.write
@@ -154,6 +159,7 @@ def test_the_stall_of_a_save_is_logged(run, tmp_path, monkeypatch):
     assert 0 < stalls[3] < stalls[5] and stalls[5] > 0.5
 
 
+@pytest.mark.slow
 def test_a_stall_is_the_saver_s_alone(run, tmp_path, monkeypatch):
     """Not what the ranks, or the host and its GPU, wait for each other."""
     state = train.build(config_of(run, tmp_path), parallel.World(0, 1, 0, torch.device("cpu"), False))
@@ -162,6 +168,7 @@ def test_a_stall_is_the_saver_s_alone(run, tmp_path, monkeypatch):
     assert recovery.save(state) < 0.25
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_counted_over_a_resume(run, tmp_path, caplog):
     feats = tmp_path / "feats"
     feats.mkdir()
@@ -173,6 +180,7 @@ def test_skipped_samples_are_counted_over_a_resume(run, tmp_path, caplog):
     assert [line["skipped_samples"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")][5::6] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch):
     argv = flags(run, tmp_path, "--save_steps", "2")
     assert train.main([*argv, "--max_steps", "2"]) == 0
@@ -190,6 +198,7 @@ def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch)
     assert set(losses(tmp_path)) == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatch):
     """12 samples in steps of 2 x 5: the first step of either order takes the same, the third does not."""
 
@@ -231,6 +240,7 @@ def test_an_older_order_of_samples_is_not_gone_on_from(run, tmp_path, monkeypatc
         assert train.main([*argv, "--max_steps", "4"]) == 0
 
 
+@pytest.mark.slow
 def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):
     records = json.loads((run / "train.json").read_text())
     for record in records:
@@ -259,6 +269,7 @@ def test_a_validation_set_without_supervised_tokens_has_no_loss(run, tmp_path):
     assert math.isnan(train.evaluate(state))
 
 
+@pytest.mark.slow
 def test_resume_never_starts_over_and_keeps_what_was_there(run, tmp_path):
     argv = flags(run, tmp_path, "--max_steps", "4")
     assert train.main(argv) == 0
@@ -278,6 +289,7 @@ def test_resume_never_starts_over_and_keeps_what_was_there(run, tmp_path):
     assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_ranks_and_layouts(run, tmp_path):
     """Three steps on one rank, three on two that shard, three on one: the losses of one rank alone."""
     common = "--save_steps", "3", "--lr_scheduler_type", "constant"
@@ -300,6 +312,7 @@ def test_a_run_goes_on_on_other_ranks_and_layouts(run, tmp_path):
 # --- signals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_data_is_waited_for_saves_what_is_done(run, tmp_path, monkeypatch, number):
     """A process that reads hangs: no step will come."""
@@ -319,6 +332,7 @@ def test_a_signal_while_data_is_waited_for_saves_what_is_done(run, tmp_path, mon
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
     evaluate, looked = train.evaluate, []
 
@@ -352,6 +366,7 @@ def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
     assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
 
 
+@pytest.mark.slow
 def test_a_validation_that_a_signal_ended_is_made_up_for(run, tmp_path, monkeypatch):
     argv = flags(
         run,
@@ -395,6 +410,7 @@ def test_a_validation_that_a_signal_ended_is_made_up_for(run, tmp_path, monkeypa
     assert train.main(argv) == 0 and calls == [3, 6]  # all is done
 
 
+@pytest.mark.slow
 def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
     saved, save = [], recovery.save
     monkeypatch.setattr(recovery, "save", lambda state: (saved.append(state.step), save(state))[1])
@@ -411,6 +427,7 @@ def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
     assert saved == [4]
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path):
     program = "import sys; from fastvid.cli import run; run('train', sys.argv[1:])"
     reading, writing = os.pipe()
@@ -430,6 +447,7 @@ def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path):
 # --- damage
 
 
+@pytest.mark.slow
 def test_only_damaged_checkpoints_are_an_error_and_stay(run, tmp_path, caplog):
     argv = flags(run, tmp_path, "--max_steps", "4", "--save_total_limit", "1")
     assert train.main(argv) == 0
@@ -444,6 +462,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(run, tmp_path, caplog):
     assert "moved" in caplog.text
 
 
+@pytest.mark.slow
 def test_left_over_folders_are_cleared_at_the_start(run, tmp_path):
     argv = flags(run, tmp_path, "--max_steps", "4")
     assert train.main(argv) == 0
@@ -453,6 +472,7 @@ def test_left_over_folders_are_cleared_at_the_start(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_results_of_others_are_moved_not_written_over(run, tmp_path):
     (tmp_path / "mm_projector.bin").write_bytes(b"theirs")
     (tmp_path / "model").mkdir()
@@ -469,6 +489,7 @@ def test_what_the_run_reads_is_not_moved(run, tmp_path, options):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_to_start_from_is_verified(run, tmp_path):
     assert train.main(flags(run, tmp_path, "--max_steps", "4")) == 0
     flip_a_bit(tmp_path / "checkpoint-4" / "optimizer-00000-of-00001.safetensors")
@@ -476,6 +497,7 @@ def test_a_named_checkpoint_to_start_from_is_verified(run, tmp_path):
         train.main(flags(run, tmp_path / "second", "--pretrain_mm_mlp_adapter", str(tmp_path / "checkpoint-4")))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_says_so(run, tmp_path, capfd):
     argv = flags(run, tmp_path, "--max_steps", "4")
     assert train.main(argv) == 0

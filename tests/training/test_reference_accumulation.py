@@ -43,6 +43,7 @@ def straight(argv, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_the_recorded_run_is_reached(straight):
     lines = read_metrics(straight / "metrics.jsonl")
     assert [line["loss"] for line in lines] == pytest.approx(LOSSES, abs=6e-5)  # four decimals, and 1e-5
@@ -51,6 +52,7 @@ def test_the_recorded_run_is_reached(straight):
     assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.2, 1.6]
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_a_plain_loop(argv, straight, tmp_path):
     """Torch's own AdamW, clipping and schedule over the recorded order."""
     config = parse(TrainConfig, [*argv, str(tmp_path)])
@@ -81,6 +83,7 @@ def test_parameters_are_those_of_a_plain_loop(argv, straight, tmp_path):
         assert all((saved[name] - p).abs().max() <= 1e-7 for name, p in parameters.items()), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_a_resumed_run_is_the_straight_one(argv, straight, tmp_path, done):
     shutil.copytree(straight / f"checkpoint-{done}", tmp_path / f"checkpoint-{done}")

@@ -54,6 +54,7 @@ def write(folder, **changed):
     (folder / run_lock.NAME).write_text(json.dumps(lock | changed))
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_the_killed_one_s_lock_counts_for_nothing(tmp_path, holder):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=f"--output_dir {out}: process {holder.pid} on .* since 20"):
@@ -71,6 +72,7 @@ def test_what_was_taken_is_given_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_is_just_ending_is_waited_for(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(run_lock, "PATIENCE", 20.0)
     threading.Timer(0.5, lambda: (holder.kill(), holder.wait())).start()
@@ -89,6 +91,7 @@ def test_a_lock_that_was_cut_short_counts_for_nothing(tmp_path, text):
     assert take(tmp_path)["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_another_machine_s_run_lives_while_it_touches_its_lock(tmp_path, monkeypatch):
     write(tmp_path, machine="elsewhere")
     timer = threading.Timer(0.5, os.utime, [tmp_path / run_lock.NAME])
@@ -124,6 +127,7 @@ def refused(rank, folder):
         return str(error)
 
 
+@pytest.mark.slow
 def test_all_ranks_are_refused(tmp_path, holder):
     said = on_ranks(2, refused, tmp_path, tmp_path / "out")
     assert said[0] == said[1] and "another run is writing" in said[0]

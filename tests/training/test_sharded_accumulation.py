@@ -56,6 +56,7 @@ def accumulated(rank, layout, shard_size, dtype, micro_batches):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, layout, shard_size", LAYOUTS)
 def test_sums_over_micro_batches_are_one_process_s(tmp_path, ranks, layout, shard_size):
     model = model_of()
@@ -67,6 +68,7 @@ def test_sums_over_micro_batches_are_one_process_s(tmp_path, ranks, layout, shar
                 assert_close(gradients[name], parameter.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, layout, shard_size", LAYOUTS)
 def test_a_rank_keeps_its_shard_between_micro_batches(tmp_path, ranks, layout, shard_size):
     for found in on_ranks(ranks, accumulated, tmp_path, layout, shard_size, torch.float32, MICRO_BATCHES):
@@ -78,6 +80,7 @@ def test_a_rank_keeps_its_shard_between_micro_batches(tmp_path, ranks, layout, s
         assert not accumulated_whole.keys() & {"allreduce", "reduce_scatter"}
 
 
+@pytest.mark.slow
 def test_bf16_gradients_are_summed_in_fp32(tmp_path):
     """Rounded once, whichever way: 16 shares of a gradient that were rounded one after the other would lose more."""
     micro_batches = 16
@@ -132,6 +135,7 @@ def sums_over_copies(rank, run, output):
     return said
 
 
+@pytest.mark.slow
 def test_bf16_weights_have_copies_only_where_shards_of_gradients_are_added_up(tmp_path):
     """A copy alone has nobody to sum with, and yet each unit of FSDP2 would, every step."""
     for once, whole, each in on_ranks(2, sums_over_copies, tmp_path, write_run(tmp_path / "run"), tmp_path / "out"):

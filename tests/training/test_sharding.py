@@ -94,6 +94,7 @@ def two_steps(rank, layout, shard_size, begin, load_from, save_to):
     return losses
 
 
+@pytest.mark.slow
 def test_8_bit_training_over_changing_ranks_and_layouts_is_one_run(tmp_path):
     straight = Trainer(ALONE, "replicated")
     source = None
@@ -125,6 +126,7 @@ def bf16_steps(rank):
     return steps
 
 
+@pytest.mark.slow
 def test_bf16_weights_are_trained_sharded_as_whole(tmp_path):
     """To what bf16 gradients are worth: sharded ones are summed in fp32."""
     straight = Trainer(ALONE, "replicated", dtype=torch.bfloat16)
@@ -164,6 +166,7 @@ def precise_gradients(rank):
     return found
 
 
+@pytest.mark.slow
 def test_an_fp32_residual_stream_has_the_same_bits_sharded(tmp_path):
     """Embeddings and norms are rounded nowhere, as autocast leaves them; both ranks have the same samples."""
     for found in on_ranks(2, precise_gradients, tmp_path):
@@ -232,6 +235,7 @@ def counted_steps(rank, run, output, modes):
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_adapter_training_says_little(tmp_path, ranks):
     """At most twice the bytes of what is trained, nothing of what is frozen, however many micro-batches a step has."""
@@ -279,6 +283,7 @@ def order_of_a_step(rank):
     return events
 
 
+@pytest.mark.slow
 def test_the_next_layer_is_gathered_while_one_computes(tmp_path):
     events = on_ranks(2, order_of_a_step, tmp_path)[0]
     gathered = [

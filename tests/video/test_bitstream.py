@@ -95,6 +95,7 @@ def worker():
     worker.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_patches_of_all_codecs_are_pyavs(clip, name):
     path = clip(name)
@@ -108,6 +109,7 @@ def test_patches_of_all_codecs_are_pyavs(clip, name):
         assert all(bytes(data[:3]) in (b"\0\0\1", b"\0\0\0") for data, _ in stream.packets())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CLIPS if CLIPS[name]])
 def test_patches_of_real_clips_are_pyavs(shared, name):
     path = shared / "videos" / name
@@ -139,6 +141,7 @@ def hide(path, number):
     return path
 
 
+@pytest.mark.slow
 def test_packets_that_are_not_shown(clip, pictures):
     times = [24 * i for i in range(59)]
     times.insert(21, 24 * 20 + 12)
@@ -182,6 +185,7 @@ def test_pictures_over_the_limit(tmp_path):
         read_bitstream(draw(tmp_path / "a.mp4"), max_pixels=1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyramid.mp4", "no pyramid.mkv", "hevc.mp4", "vp9.webm", "vp8.webm", "mjpeg.avi"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "first frame"])
 def test_damaged_files_are_not_passed_on_unseen(clip, name, damage):
@@ -224,6 +228,7 @@ def test_a_missing_frame_is_named(tmp_path):
         read_bitstream(draw(tmp_path / "a.mp4"), indices=[3, 10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hevc.mp4", "vp9.webm"])
 def test_the_same_from_a_process_of_its_own(clip, worker, name):
     path = clip(name, turn=lambda stream: stream.set_display_rotation(90))
@@ -235,6 +240,7 @@ def test_the_same_from_a_process_of_its_own(clip, worker, name):
     assert len(digest) == 64 and worker.read_bitstream(path, digest=False)[1] is None
 
 
+@pytest.mark.slow
 def test_what_a_process_of_its_own_refuses(tmp_path, worker):
     with pytest.raises(Unsuited, match="yuv420p of 64×49"):
         worker.read_bitstream(draw(tmp_path / "a.mkv", size=(64, 49), codec="libvpx-vp9"))

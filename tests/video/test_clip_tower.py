@@ -105,6 +105,7 @@ def test_states_want_no_gradient(tmp_path):
     assert not states.requires_grad
 
 
+@pytest.mark.slow
 def test_only_the_tensors_that_it_needs_stay_alive(tmp_path, monkeypatch):
     written(tmp_path)
     loaded, load_tower = [], load.load_tower
@@ -126,6 +127,7 @@ def test_an_activation_with_weights_of_its_own(tmp_path):
     assert torch.equal(open_tower(tmp_path, CPU, torch.float32).states(patches()), theirs(model, patches()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_by_the_kernels(tmp_path, monkeypatch, dtype):
     """On a GPU, or interpreted."""

@@ -71,6 +71,7 @@ def test_the_codecs_are_those_that_are_tried():
     assert {*ON_CPU} == {*ENCODERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [[0, 3, 4, 50], [59], [40, 2, 2, 40, 7], list(range(60))])
 @pytest.mark.parametrize("codec", ON_CPU)
 def test_frames_are_those_wanted_to_the_byte(decoder, tmp_path, pictures, codec, wanted):
@@ -104,6 +105,7 @@ def test_frames_are_upright(decoder, tmp_path, matrix):
     assert np.array_equal(decoder.decode(stream)[0].numpy(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_remuxed_packets_decode_to_the_same_frames(tmp_path, pictures, name):
     """Of the codecs that only a GPU decodes as well: FFmpeg reads the file that DALI would get."""
@@ -137,6 +139,7 @@ def test_what_the_cpu_backend_does_not_take(decoder, tmp_path):
         decoder.decode(read_bitstream(draw(tmp_path / "a.mp4")))
 
 
+@pytest.mark.slow
 def test_packets_that_are_not_shown(decoder, tmp_path, pictures):
     times = sorted([*(24 * i for i in range(59)), 24 * 20 + 12])
     path = hide(clip(tmp_path / "a", "vp8", times=times, pictures=pictures, size=(128, 96)), 21)
@@ -258,6 +261,7 @@ def job(folder, output, decoder, **options):
     )
 
 
+@pytest.mark.slow
 def test_extraction(folder, tmp_path):
     import_name = f"dali {installed().__version__}"
     words = [
@@ -289,6 +293,7 @@ def test_extraction(folder, tmp_path):
     assert extract(job(folder, tmp_path / "feats", "dali")).skipped == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before, after, told",
     [("dali", "auto", "conversion dali, not swscale"), ("pyav", "dali", "conversion swscale, not dali")],
@@ -301,6 +306,7 @@ def test_features_of_other_colours_are_not_mixed_in(folder, tmp_path, before, af
     assert extract(job(folder, tmp_path, after, overwrite=True)).extracted == 4
 
 
+@pytest.mark.slow
 def test_without_dali(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(NoDecoder, match="DALI cannot be loaded"):

@@ -39,6 +39,7 @@ def moving(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, left_out",
     [
@@ -56,6 +57,7 @@ def test_missing_packets(tmp_path, moving, name, left_out):
     assert info.damaged > 0 and len(frames) == info.frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending, codec", [(".mp4", "libx264"), (".avi", "mpeg4"), (".mpg", "mpeg2video")])
 def test_wrong_bytes(moving, ending, codec):
     path = moving(f"a{ending}", codec=codec)
@@ -69,6 +71,7 @@ def test_wrong_bytes(moving, ending, codec):
     assert decode(path, allow_damaged=True)[1].damaged > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libvpx-vp9"])
 def test_a_tail_of_zeros(moving, codec):
     path = moving("a.mkv", codec=codec)
@@ -79,6 +82,7 @@ def test_a_tail_of_zeros(moving, codec):
         decode(path)
 
 
+@pytest.mark.slow
 def test_zeros_between_packets(moving):
     """The container's reader goes on where it finds a packet again."""
     path = moving("a.mkv", options={"bf": "0", "g": "5"})
@@ -153,6 +157,7 @@ for _ in range(300):
 """
 
 
+@pytest.mark.slow
 def test_a_video_that_is_left_while_threads_decode_it_waits_for_nothing(tmp_path):
     """Threads that have something to log want Python's lock, which closing their decoder must not hold."""
     path = draw(tmp_path / "a.mp4", 60, size=(320, 240), turn=lambda stream: stream.set_display_rotation(30))

@@ -20,6 +20,7 @@ def _numbers(frames):
     return [number(picture) for picture in frames]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -71,6 +72,7 @@ def passes(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -325,6 +327,7 @@ def test_unknown_decoder(tmp_path):
         decode(tmp_path / "a.mp4", decoder="ffmpeg")
 
 
+@pytest.mark.slow
 def test_importing_it_needs_no_decoder():
     code = "import sys, fastvid.video.decode; sys.exit('av' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
@@ -354,6 +357,7 @@ def test_every_real_clip_is_in_the_table(shared):
     assert sorted(path.name for path in (shared / "videos").iterdir()) == sorted(CLIPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_real_clips(shared, name):
     path = shared / "videos" / name

@@ -26,6 +26,7 @@ def worker():
     worker.close()
 
 
+@pytest.mark.slow
 def test_same_frames(tmp_path, worker):
     path = draw(tmp_path / "a.mp4", 30)
     for options in ({}, {"num_frames": 4, "size": 28}):
@@ -34,6 +35,7 @@ def test_same_frames(tmp_path, worker):
         assert (frames == expected).all() and info == expected_info
 
 
+@pytest.mark.slow
 def test_frames_that_are_kept_stay_as_they_are(tmp_path, worker):
     """Their memory is shared with the worker, and used again only when nobody has them."""
     paths = [draw(tmp_path / f"{number}.mp4", 5 + number) for number in range(3)]
@@ -58,6 +60,7 @@ def test_frames_that_are_kept_stay_as_they_are(tmp_path, worker):
     assert np.array_equal(worker.decode(paths[1], **options)[0], expected[1]) and np.array_equal(third, expected[2])
 
 
+@pytest.mark.slow
 def test_memory_goes_back_to_the_system(tmp_path):
     path, before = draw(tmp_path / "a.mp4"), set(os.listdir("/proc/self/fd"))
     worker = DecodeWorker()
@@ -77,6 +80,7 @@ def test_a_piece_cannot_be_cut(tmp_path, worker):
             os.ftruncate(piece.descriptor, size)
 
 
+@pytest.mark.slow
 def test_few_pieces_are_kept(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     held = [worker.decode(path, num_frames=4, size=14)[0] for _ in range(5)]
@@ -84,6 +88,7 @@ def test_few_pieces_are_kept(tmp_path, worker):
     assert len(worker._shared._free) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["map", "send"])
 def test_what_this_process_cannot_do_ends_no_run(tmp_path, worker, monkeypatch, what):
     path = draw(tmp_path / "a.mp4")
@@ -105,12 +110,14 @@ def test_what_this_process_cannot_do_ends_no_run(tmp_path, worker, monkeypatch, 
     assert np.array_equal(worker.decode(path, num_frames=4, size=14)[0], expected)
 
 
+@pytest.mark.slow
 def test_frames_come_by_the_pipe_where_no_memory_is_shared(tmp_path, worker, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     path = draw(tmp_path / "a.mp4")
     assert np.array_equal(worker.decode(path, num_frames=4, size=14)[0], decode(path, num_frames=4, size=14)[0])
 
 
+@pytest.mark.slow
 def test_a_bad_file_costs_nothing_else(tmp_path, worker):
     (tmp_path / "bad.mp4").write_text("no video")
     path = draw(tmp_path / "a.mp4")
@@ -123,6 +130,7 @@ def test_a_bad_file_costs_nothing_else(tmp_path, worker):
     assert worker._process is process
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_given_up(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     worker.timeout = 0.3
@@ -134,6 +142,7 @@ def test_what_takes_too_long_is_given_up(tmp_path, worker):
     assert len(worker.decode(path)[0]) == 10
 
 
+@pytest.mark.slow
 def test_a_crash_costs_one_video(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     worker.decode(path)
@@ -143,6 +152,7 @@ def test_a_crash_costs_one_video(tmp_path, worker):
     assert len(worker.decode(path)[0]) == 10
 
 
+@pytest.mark.slow
 def test_killed_while_another_thread_waits(tmp_path, worker):
     worker.decode(draw(tmp_path / "a.mp4"))
     threading.Timer(0.3, worker.kill).start()
@@ -150,6 +160,7 @@ def test_killed_while_another_thread_waits(tmp_path, worker):
         worker.decode(endless(tmp_path / "endless.mp4"))
 
 
+@pytest.mark.slow
 def test_interrupts_are_left_to_the_parent(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     worker.decode(path)
@@ -160,6 +171,7 @@ def test_interrupts_are_left_to_the_parent(tmp_path, worker):
     assert worker._process is process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_ends_with_its_parent(tmp_path, busy):
     draw(tmp_path / "a.mp4")
@@ -191,6 +203,7 @@ def test_the_time_out_counts_the_videos_own_length(duration, seconds):
     assert limit(600, duration) == seconds
 
 
+@pytest.mark.slow
 def test_the_files_own_digest(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     assert worker.decode_and_hash(path)[2] == hashlib.sha256(path.read_bytes()).hexdigest()

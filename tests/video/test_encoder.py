@@ -72,6 +72,7 @@ def test_features_do_not_depend_on_neighbours(tower):
     assert not torch.equal(changed[5], long[5])
 
 
+@pytest.mark.slow
 def test_passes_are_evened_out(tower):
     sizes = {(100, 32): 25, (100, 100): 100, (100, 1): 1, (7, 32): 7, (64, 32): 32, (65, 32): 22}
     for (num_temporal, batch_size), expected in sizes.items():
@@ -115,6 +116,7 @@ def test_whole_clip_model(tmp_path, capfd):
     assert torch.allclose(features.float(), _direct(tmp_path, _frames(3), 3).float(), rtol=2**-10, atol=2**-12)
 
 
+@pytest.mark.slow
 def test_revision_names_the_weights(tmp_path):
     a, b = write_tower(tmp_path / "a"), write_tower(tmp_path / "b")
     other = write_tower(tmp_path / "c", seed=1)
@@ -123,6 +125,7 @@ def test_revision_names_the_weights(tmp_path):
     assert revisions[0].startswith("sha256:")
 
 
+@pytest.mark.slow
 def test_a_tower_of_the_hub(tower, tmp_path):
     """Loaded by its id from the hub's cache, without a network."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -199,6 +202,7 @@ def _check(features, expected):
     assert np.abs(features - expected).max() <= 0.004
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["336", "224"])
 def test_recordings(shared, tiny, size):
     spec = importlib.util.spec_from_file_location("tiny_clips", shared / "golden" / "tiny.py")

@@ -68,6 +68,7 @@ def test_a_product_is_near(dtype):
     assert 0.001 < error.max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, shape", [("clip", (3, 4, 32)), ("siglip", (3, 4, 48))])
 def test_states_are_near_and_others(made, kind, shape):
     rows = random(3, 4, 592)
@@ -99,6 +100,7 @@ def test_on_a_gpu_torch_takes_the_bias_as_it_is():
     assert found.shape == (50, 48) and found.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_sizes_that_fp8_units_cannot_multiply_are_refused_until_the_flag_is_left_out(job, tmp_path):
     write_siglip(tmp_path / "odd", hidden_size=24, layers=2)
     with pytest.raises(ValueError, match="a matrix of the tower is 72 × 24, .* steps of 16; leave the flag out"):
@@ -117,6 +119,7 @@ def test_a_gpu_without_fp8_units_is_refused(monkeypatch):
     check_fp8(gpu)
 
 
+@pytest.mark.slow
 def test_the_header_and_the_summary_tell(job, made, tmp_path):
     summary = extract.extract(job(tower_dtype="fp8"))
     features, header = load_features(tmp_path / "features" / "a.safetensors")
@@ -136,6 +139,7 @@ def test_the_header_and_the_summary_tell(job, made, tmp_path):
     assert load_features(tmp_path / "exact" / "a.safetensors")[1]["tower_dtype"] == "auto"
 
 
+@pytest.mark.slow
 def test_a_gpu_without_memory_for_the_comparison_costs_no_video(job, monkeypatch):
     def full(self, *given, fp8=False, **options):
         if not fp8:
@@ -149,6 +153,7 @@ def test_a_gpu_without_memory_for_the_comparison_costs_no_video(job, monkeypatch
     assert summary.extracted == 2 and ["no memory to compare" in note for note in summary.notes] == [True]
 
 
+@pytest.mark.slow
 def test_features_of_both_are_not_mixed_in_a_folder(job, tmp_path):
     extract.extract(job())
     before = (tmp_path / "features" / "a.safetensors").read_bytes()
@@ -160,6 +165,7 @@ def test_features_of_both_are_not_mixed_in_a_folder(job, tmp_path):
         extract.extract(job())
 
 
+@pytest.mark.slow
 def test_features_of_before_there_was_fp8_are_of_none(job, tmp_path):
     extract.extract(job())
     for file in (tmp_path / "features").glob("*.safetensors"):
@@ -172,6 +178,7 @@ def test_features_of_before_there_was_fp8_are_of_none(job, tmp_path):
         extract.extract(job(tower_dtype="fp8"))
 
 
+@pytest.mark.slow
 def test_the_reference_knows_no_fp8(job):
     with pytest.raises(ValueError, match="--tower_dtype fp8 rounds more than the reference.*leave one of the two out"):
         extract.extract(job(tower_dtype="fp8", parity="reference"))
@@ -179,6 +186,7 @@ def test_the_reference_knows_no_fp8(job):
     assert extract.extract(job(tower_dtype="fp8", overwrite=True)).extracted == 2
 
 
+@pytest.mark.slow
 def test_a_training_set_of_both_is_told_and_made_alike(job, tmp_path, capsys):
     """What the warning tells to do ends it."""
     extract.extract(job())

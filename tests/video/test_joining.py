@@ -98,6 +98,7 @@ def check(folder, **settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [False, True])
 def test_each_state_is_found_and_counted(spoilt, capsys, quick):
     report = check(spoilt, quick=quick)
@@ -127,6 +128,7 @@ def test_a_video_of_the_same_size_and_other_content_is_stale(extracted, tmp_path
     assert "good.mp4" not in check(folder, video_dir_path=None).bad_videos
 
 
+@pytest.mark.slow
 def test_features_are_stale_once_their_video_fails_again(extracted, tmp_path, capsys):
     folder = shutil.copytree(extracted, tmp_path / "s")
     (folder / "videos" / "good.mp4").write_bytes(b"")
@@ -137,6 +139,7 @@ def test_features_are_stale_once_their_video_fails_again(extracted, tmp_path, ca
     assert "good.mp4" not in check(folder).bad_videos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [False, True])
 def test_pickles_are_joined_through_the_manifest(extracted, tmp_path, quick):
     folder = shutil.copytree(extracted, tmp_path / "s", ignore=shutil.ignore_patterns("feats"))
@@ -162,6 +165,7 @@ def test_damaged_videos_and_several_conversions_are_told(extracted, tmp_path, ca
     assert "warning     features of 2 colour conversions: 4 of swscale, 1 of dali" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quick", [False, True])
 def test_videos_in_shards_are_compared(extracted, tmp_path, quick):
     """Each with its own bytes in the archive."""
@@ -344,6 +348,7 @@ def test_a_write_that_fails_leaves_what_was_there(spoilt, tmp_path, monkeypatch)
     assert [name for name in os.listdir(tmp_path) if name.endswith(".tmp")] == []
 
 
+@pytest.mark.slow
 def test_stale_features_are_made_again(spoilt, capsys):
     """What the message tells to do ends it, of a video of another size and of the same."""
     content = bytearray((spoilt / "videos" / "good.mp4").read_bytes())

@@ -64,6 +64,7 @@ def test_one_has_it_until_it_is_given_back(opened, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_dead_own_nothing(opened, tmp_path):
     one = opened()
     for _ in range(3):  # the second and the third take it over from the one before
@@ -74,6 +75,7 @@ def test_the_dead_own_nothing(opened, tmp_path):
     assert opened().take("a.mp4")
 
 
+@pytest.mark.slow
 def test_what_the_dead_left_is_removed(opened, tmp_path):
     one = opened()
     _kill_one_that_holds(tmp_path, "a.mp4", "b.mp4")
@@ -131,6 +133,7 @@ def test_file_systems_without_links(opened, tmp_path, monkeypatch):
     assert one.take("b.mp4") and not other.take("b.mp4")
 
 
+@pytest.mark.slow
 def test_a_lease_that_began_anew_is_seen(opened, tmp_path, monkeypatch):
     """Between the look at a dead one's lease and the next generation, others took it over, gave it back, began anew."""
     slow, quick = opened(), opened()
@@ -150,6 +153,7 @@ def test_a_lease_that_began_anew_is_seen(opened, tmp_path, monkeypatch):
     assert not slow.take("a.mp4")
 
 
+@pytest.mark.slow
 def test_a_link_whose_reply_was_lost_is_held(opened, monkeypatch):
     """A network file system makes the link, repeats the request, and says that the link exists."""
     one, link = opened(), os.link
@@ -244,6 +248,7 @@ def _fight(folder, seed):
             leases.release(name)
 
 
+@pytest.mark.slow
 def test_never_two_live_owners(tmp_path):
     chance, fighters = random.Random(0), []
     end = time.monotonic() + 6

@@ -88,6 +88,7 @@ def assert_same(found, expected):
 DISPLAY_ORDERS = [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 2, 1, 4, 3, 6, 5, 8, 7, 9]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", DISPLAY_ORDERS)
 @pytest.mark.parametrize("size", [(64, 48), (50, 34), (33, 22)])
 @pytest.mark.parametrize("wanted", [[0, 3, 4, 9], [9], list(range(10)), [2, 2, 5, 2]])

@@ -53,6 +53,7 @@ def pictures():
     return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(120)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
     codec, options = STREAMS[name]

@@ -46,6 +46,7 @@ def together(passes, clips):
     return {one.key: one.result() for one in done}, [one.key for one in done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_are_those_of_each_video_alone(folder, dtype):
     encoder = FeatureEncoder(folder, device="cpu", dtype=dtype, batch_size=4, num_temporal=12)
@@ -76,6 +77,7 @@ def test_what_fills_no_pass_waits(encoder):
     assert [one.key for one in passes.flush()] == ["short"] and passes.flush() == []
 
 
+@pytest.mark.slow
 def test_a_tower_to_which_the_place_in_a_pass_matters_shares_none(encoder, monkeypatch):
     states = encoder.tower.states
 

@@ -89,6 +89,7 @@ def by_pyav(encoder, video):
         pipeline.close()
 
 
+@pytest.mark.slow
 def test_features_by_hardware_are_pyavs(made, as_stand_in, encoder, video):
     pipeline = made()
     prepared = pipeline.prepare(video)
@@ -100,6 +101,7 @@ def test_features_by_hardware_are_pyavs(made, as_stand_in, encoder, video):
     assert pipeline.at_a_time == 2
 
 
+@pytest.mark.slow
 def test_what_decodes_with_errors_is_pyavs(made, as_stand_in, encoder, video):
     pipeline = made()
     as_stand_in["status"] = 8
@@ -110,6 +112,7 @@ def test_what_decodes_with_errors_is_pyavs(made, as_stand_in, encoder, video):
     assert pipeline.prepare(video).info.decoder.startswith("nvdec"), "the decoder is not used any more"
 
 
+@pytest.mark.slow
 def test_what_decoded_how_many_is_told(made, as_stand_in, video):
     pipeline = made()
     assert pipeline.told() == []
@@ -125,6 +128,7 @@ def test_what_decoded_how_many_is_told(made, as_stand_in, video):
         assert said in line
 
 
+@pytest.mark.slow
 def test_a_file_is_hashed_once(made, as_stand_in, video, monkeypatch):
     asked, decode = [], DecodeWorker.decode_and_hash
     monkeypatch.setattr(
@@ -137,6 +141,7 @@ def test_a_file_is_hashed_once(made, as_stand_in, video, monkeypatch):
     assert asked == [False]
 
 
+@pytest.mark.slow
 def test_a_video_that_hangs_is_told(made, video):
     seen = []
 
@@ -159,11 +164,13 @@ def test_what_is_at_hand_has_a_limit(made):
     assert [module.ahead(8, size, gpu) for size in (1, 2**30, 2**40)] == [16, 4, 2]
 
 
+@pytest.mark.slow
 def test_what_is_unsuited_is_pyavs(made, tmp_path):
     video = draw(tmp_path / "a.mkv", size=(64, 49), codec="libvpx-vp9")
     assert made().prepare(video).info.decoder.startswith("pyav")
 
 
+@pytest.mark.slow
 def test_pyav_decodes_while_the_hardware_is_busy(made, as_stand_in, video):
     pipeline = made()
     held = pipeline._idle_hardware.get()
@@ -192,6 +199,7 @@ def raising(error):
     return does
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Unsuited("no"), NoDecoder("none"), torch.OutOfMemoryError("full")])
 def test_pyav_decodes_what_a_decoder_cannot(made, video, error):
     assert made(Decoder(raising(error))).prepare(video).info.decoder.startswith("pyav")
@@ -202,6 +210,7 @@ def test_other_errors_come_through(made, video):
         made(Decoder(raising(ZeroDivisionError()))).prepare(video)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_other_colours_is_waited_for(made, video, encoder):
     """Else it would be chance which colours a video gets."""
     pipeline = made(Decoder(lambda stream, encoder: encoder.empty_patch_rows(len(stream.wanted)).zero_(), "theirs"))
@@ -225,6 +234,7 @@ def test_what_cannot_be_read_is_refused(made, video, monkeypatch):
     assert made(allow_damaged=True).prepare(video).info.decoder.startswith("pyav")
 
 
+@pytest.mark.slow
 def test_a_hardware_decoder_wants_a_gpu(folder, tmp_path):
     def job(decoder):
         return extract(

@@ -24,6 +24,7 @@ def frame_of(y, u, v, *, space=2, reach=LIMITED, pixels="yuv420p"):
     return frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reach", [LIMITED, FULL])
 @pytest.mark.parametrize("space", SPACES)
 def test_every_triple_is_swscales(space, reach):

@@ -104,6 +104,7 @@ class Run:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what, how",
     [
@@ -127,6 +128,7 @@ def test_one_crash_costs_a_new_process(made, tmp_path, what, how):
     assert sum(map(int, re.findall(r"PyAV[^:]*(?:: it is only a stand-in)?: (\d)", output))) >= 6
 
 
+@pytest.mark.slow
 def test_several_suspects_are_tried_one_by_one(made, tmp_path):
     """Two at hand crash it, and again alone. PyAV decodes them; the tower of one crashes even so: it is a failure."""
     run = Run(
@@ -158,6 +160,7 @@ def test_several_suspects_are_tried_one_by_one(made, tmp_path):
     assert "1 extracted, 5 there already, 0 failed" in again and "started anew" not in again
 
 
+@pytest.mark.slow
 def test_a_video_that_crashes_pyav_too_fails_and_the_exit_code_says_so(made, tmp_path):
     run = Run(made, tmp_path, {("d", "decoder"): [CRASH] * 2, ("d", "PyAV"): [CRASH]})
     output, told = run.end(code=1)
@@ -166,6 +169,7 @@ def test_a_video_that_crashes_pyav_too_fails_and_the_exit_code_says_so(made, tmp
     assert len(told) == 3 and told[-1].endswith("d.mp4 (decoding); it is given up")
 
 
+@pytest.mark.slow
 def test_a_decoder_that_does_not_answer_costs_its_time_once(made, tmp_path):
     run = Run(made, tmp_path, {("c", "decoder"): ["hang"] * 9}, "--timeout", "0.5")
     output, told = run.end()
@@ -175,6 +179,7 @@ def test_a_decoder_that_does_not_answer_costs_its_time_once(made, tmp_path):
     assert "6 extracted, 0 there already, 0 failed" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_a_crash_in_set_up_is_not_tried_again(made, tmp_path, first):
     """Neither at the start nor after a restart."""
@@ -184,6 +189,7 @@ def test_a_crash_in_set_up_is_not_tried_again(made, tmp_path, first):
     assert output == "" and len(told) == 2 - first and "it had not begun, and is not tried again" in told[-1]
 
 
+@pytest.mark.slow
 def test_crashes_without_end_end(made, tmp_path):
     """The machine is broken: every video crashes every process."""
     run = Run(made, tmp_path, {(name, "tower"): [CRASH] * 99 for name in NUMBERS}, "most=7")
@@ -191,6 +197,7 @@ def test_crashes_without_end_end(made, tmp_path):
     assert len(told) == 8 and "8 times without a video extracted, and is not tried again" in told[-1]
 
 
+@pytest.mark.slow
 def test_a_crash_after_the_end_changes_nothing(made, tmp_path):
     run = Run(made, tmp_path, {("end", "end"): [CRASH]})
     output, told = run.end()
@@ -198,6 +205,7 @@ def test_a_crash_after_the_end_changes_nothing(made, tmp_path):
     assert "6 extracted" in output and told == ["the process that extracts ended with SIGSEGV after all was done"]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_process_that_was_started_anew(made, tmp_path):
     run = Run(made, tmp_path, {("c", "decoder"): [CRASH, "wait"]})
     run.wait_for("c", "decoder", times=2)
@@ -211,6 +219,7 @@ def test_a_signal_ends_a_process_that_was_started_anew(made, tmp_path):
     again.check()
 
 
+@pytest.mark.slow
 def test_a_signal_after_which_it_crashes_starts_no_other(made, tmp_path):
     run = Run(made, tmp_path, {("f", "decoder"): ["crash at the end"]})
     run.wait_for("f", "decoder")
@@ -220,6 +229,7 @@ def test_a_signal_after_which_it_crashes_starts_no_other(made, tmp_path):
     assert "stopped by SIGTERM; run it again" in run.said[1].read_text()
 
 
+@pytest.mark.slow
 def test_nothing_outlives_the_process_that_watches(made, tmp_path):
     run = Run(made, tmp_path, {("c", "decoder"): [CRASH, "wait"]})
     run.wait_for("c", "decoder", times=2)
@@ -233,6 +243,7 @@ def test_nothing_outlives_the_process_that_watches(made, tmp_path):
     run.check()
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_over_a_crash(made, tmp_path):
     """Whichever comes to the video: what they count is what there is. One that was written as the crash came, and of
     which its process could not tell any more, counts as being there."""

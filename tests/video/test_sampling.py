@@ -18,11 +18,13 @@ def _direct(total, num_frames):
     return [(a + b) // 2 for a, b in zip(borders, borders[1:])]
 
 
+@pytest.mark.slow
 def test_every_length_up_to_20000_equals_a_direct_evaluation():
     for total in range(1, 20_001):
         assert frame_indices(total) == _direct(total, 100), total
 
 
+@pytest.mark.slow
 def test_exact_rational_arithmetic_would_differ():
     def exact(total):
         n = min(total, 100)

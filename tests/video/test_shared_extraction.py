@@ -112,6 +112,7 @@ def _join(*processes):
         assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[{}, {}], [{"shard": "1/2"}, {"shard": "2/2"}]])
 def test_two_runs_on_a_folder_share_the_work(made, tmp_path, options):
     log = tmp_path / "log"
@@ -120,6 +121,7 @@ def test_two_runs_on_a_folder_share_the_work(made, tmp_path, options):
     assert set(_decoded(log).values()) == {1} and len(list(log.glob("[0-9]*"))) == 2
 
 
+@pytest.mark.slow
 def test_two_runs_that_write_pickles(made, tmp_path):
     """A pickle does not say itself what it is: the other run's manifest does."""
     features, log = tmp_path / "features", tmp_path / "log"
@@ -130,6 +132,7 @@ def test_two_runs_that_write_pickles(made, tmp_path):
     assert extract(config).skipped == len(list(features.rglob("*.pkl"))) == 40
 
 
+@pytest.mark.slow
 def test_the_others_finish_the_share_of_a_rank_that_is_killed(made, tmp_path):
     features, log = tmp_path / "features", tmp_path / "log"
     ranks = [_start(_config(made, features), rank, 3, log, 0.05, together=3) for rank in range(3)]
@@ -143,6 +146,7 @@ def test_the_others_finish_the_share_of_a_rank_that_is_killed(made, tmp_path):
     assert all(each["failures"] == [] for each in summaries)
 
 
+@pytest.mark.slow
 def test_one_that_never_came_is_done_without(made, tmp_path):
     """As a task of a Slurm array that still waits for its node."""
     features = tmp_path / "features"
@@ -153,6 +157,7 @@ def test_one_that_never_came_is_done_without(made, tmp_path):
     assert late.extracted == 0 and late.total == late.skipped > 10
 
 
+@pytest.mark.slow
 def test_a_share_alone(made, tmp_path):
     """For those who do not see each other's files."""
     totals = [extract(_config(made, tmp_path / f"{i}", shard=f"{i}/3", take_over=False)).extracted for i in (1, 2, 3)]
@@ -162,6 +167,7 @@ def test_a_share_alone(made, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_failure_costs_one_try(made, tmp_path):
     """Whoever comes to a video that another process gave up passes over it."""
     videos, log = tmp_path / "videos", tmp_path / "log"
@@ -187,6 +193,7 @@ def test_a_failure_costs_one_try(made, tmp_path):
     assert not (tmp_path / "features" / NAME).exists()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(made, tmp_path):
     """Four ranks, of which one after the other is killed and comes again; the worst that a kill costs is counted."""
     chance, kills, rounds, worst = random.Random(), 0, 0, 0
@@ -220,6 +227,7 @@ def test_killed_at_random_moments(made, tmp_path):
     print(f"{kills} kills in {rounds} rounds; at most {worst:.2f} videos again for each kill of a round")
 
 
+@pytest.mark.slow
 def test_a_signal_gives_back_what_was_not_begun(made, tmp_path):
     features, log = tmp_path / "features", tmp_path / "log"
     rank = _start(_config(made, features), 0, 2, log, hold=0.05)

@@ -87,6 +87,7 @@ def test_in_16_bits_the_error_is_hardly_larger_than_that_of_transformers(tmp_pat
     assert error <= 1.2 * theirs
 
 
+@pytest.mark.slow
 def test_by_the_kernels(tmp_path, monkeypatch):
     """On a GPU, or interpreted."""
     model = write_siglip(tmp_path)
@@ -132,6 +133,7 @@ def test_a_whole_model_of_text_and_vision(tmp_path, capfd):
     assert "text_model" not in capfd.readouterr().err  # its weights are not listed one by one
 
 
+@pytest.mark.slow
 def test_extraction_with_pixels_that_fill_no_patch(tmp_path):
     """384 pixels in patches of 14 are 27 × 27, and a file has num_frames + 729 rows."""
     write_siglip(
@@ -169,6 +171,7 @@ def test_extraction_with_pixels_that_fill_no_patch(tmp_path):
     assert (header["image_size"], header["patch_size"]) == (384, 14)
 
 
+@pytest.mark.slow
 def test_preprocessing_of_another_tower_is_refused_until_both_are_the_towers(tmp_path):
     write_siglip(tmp_path, settings={"size": {"height": 42, "width": 42}})
     with pytest.raises(ValueError, match="makes pictures of 42 × 42 pixels, its config.json takes 30 × 30; download"):

@@ -52,6 +52,7 @@ def start(script, **options):
     return process, int(process.stdout.readline())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 def test_a_signal_reaches_the_child_once(send, number):
@@ -62,6 +63,7 @@ def test_a_signal_reaches_the_child_once(send, number):
     assert output.splitlines() == [str([int(number)]), f"stopped by {int(number)}"] and process.returncode == 7
 
 
+@pytest.mark.slow
 def test_nohup_stays():
     process, child = start(COUNTING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.kill(process.pid, signal.SIGHUP)
@@ -82,6 +84,7 @@ def test_the_child_dies_with_its_parent():
     assert started(child) is None
 
 
+@pytest.mark.slow
 def test_ctrl_z_stops_both_and_they_go_on_together():
     def states():
         return {open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "T" for pid in (process.pid, child)}

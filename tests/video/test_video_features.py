@@ -61,6 +61,7 @@ def _header_of(features, path):
         features.close()
 
 
+@pytest.mark.slow
 def test_features_and_header_or_the_error(made, tmp_path):
     features = VideoFeatures(_config(made, tmp_path))
     found, header = features(made / "videos" / "sub" / "1.mp4", "sub/1.mp4")
@@ -80,6 +81,7 @@ def test_features_and_header_or_the_error(made, tmp_path):
     features.close()
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_a_failure_of_its_own(made, tmp_path, monkeypatch):
     (tmp_path / "sub").write_text("in the way")
     features = VideoFeatures(_config(made, tmp_path))
@@ -97,6 +99,7 @@ def test_an_output_that_cannot_be_written_is_a_failure_of_its_own(made, tmp_path
     features.close()
 
 
+@pytest.mark.slow
 def test_it_travels_to_other_processes(made, tmp_path):
     features = VideoFeatures(_config(made, tmp_path))
     path = made / "videos" / "0.mp4"
@@ -124,6 +127,7 @@ def ray_starts():
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'")
 def test_two_actors_of_ray_make_the_files_of_one_process(made, tmp_path):
     if not ray_starts():

@@ -292,6 +292,7 @@ def write_with_little_room(path):
     sys.exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".bin", ".safetensors"])
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, ending):
     child = FORKS.Process(target=write_with_little_room, args=(tmp_path / f"p{ending}",))

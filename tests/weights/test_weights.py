@@ -263,6 +263,7 @@ def _load_sharded(rank, folder, config, rendezvous):
     leave()
 
 
+@pytest.mark.slow
 def test_sharded_over_two_ranks(tmp_path):
     folder = write_folder(tmp_path / "m", llava_state(), files=2)
     plain = load(folder)
