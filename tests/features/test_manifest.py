@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 import time
 
 import pytest
@@ -223,6 +224,20 @@ def test_closing_releases_the_common_file_only_if_it_is_kept(tmp_path, monkeypat
     assert heir_leases.keeps("manifest.jsonl")
     monkeypatch.setattr(heir, "_gather", lambda: heir_leases.release("manifest.jsonl"))  # it is lost only now
     heir.close()
+
+
+def test_one_that_ends_as_another_does_leaves_no_file_behind(tmp_path):
+    """It waits a moment for the common file, which the other one may not give back before it is gone."""
+    (first_leases, first), (second_leases, second) = _opened(tmp_path), _opened(tmp_path)
+    second.append("a.mp4", "ok")
+    given_back = threading.Timer(0.2, first_leases.release, [first.path.name])
+    given_back.start()
+    second.close()
+    given_back.join()
+    assert [path.name for path in tmp_path.glob("manifest*")] == ["manifest.jsonl"]
+    assert list(read_manifest(tmp_path)) == ["a.mp4"]
+    for leases in (first_leases, second_leases):
+        leases.close()
 
 
 def _line(video, status, when, **more):

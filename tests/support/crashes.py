@@ -33,12 +33,13 @@ class Plan:
 
     Where: a "decoder" of the process, "PyAV" or the "tower". What: a signal, an exception or a function that raises
     one, "wait" for the end, "crash at the end" or "hang". A crash comes once all videos of
-    `together` have come to anything.
+    `together` have come to anything, and never between a video's file and its process's word of it: such a video counts
+    as having been there.
     """
 
     def __init__(self, plan, together, log):
         self.plan, self.together, self.log = plan, together, log
-        self.at_hand, self.lock = 0, threading.Lock()
+        self.at_hand, self.lock, self.writing = 0, threading.Lock(), threading.Lock()
 
     def meet(self, video, where, cancelled=lambda: False):
         video = next((name for name, frames in NUMBERS.items() if frames == video), video)
@@ -56,6 +57,7 @@ class Plan:
         elif what is not None:
             while not set(self.together) <= {name for name, *_ in lines(self.log)} and time.monotonic() < end:
                 time.sleep(0.01)
+            self.writing.acquire()  # the process ends with it
             if isinstance(what, Exception):
                 raise what
             what() if callable(what) else signal.raise_signal(what)  # in this thread, before it goes on
@@ -95,7 +97,7 @@ class Plan:
 
     def install(self):
         from fastvid import extract
-        from fastvid.video import pipeline, restarts
+        from fastvid.video import extraction, pipeline, restarts
 
         prepare, add, opened = pipeline.Pipeline.prepare, pipeline.Pipeline.add, extract.open_device
 
@@ -120,7 +122,12 @@ class Plan:
             self.meet("set-up", "set-up")
             return opened(device)
 
+        def written(own, *args):
+            with self.writing:
+                return write(own, *args)
+
         pipeline.Pipeline.prepare, pipeline.Pipeline.add, extract.open_device = counted, added, set_up
+        write, extraction.Extraction._write = extraction.Extraction._write, written
         pipeline.DecodeWorker = lambda timeout: self.worker()
         pipeline._hardware_decoders = lambda *_: [self.decoder() for _ in range(2)]
         restarts.may_crash = lambda config: True
