@@ -1,5 +1,5 @@
 # What a developer types. Each target is a script that works without make as well.
-.PHONY: fast test lint format bench
+.PHONY: fast test lint format bench docs
 
 fast:    ## tests that take seconds: after every change
 	bash scripts/test.sh -q -m "not slow"
@@ -15,3 +15,6 @@ format:  ## lay out the code
 
 bench:   ## the kernels against the reference's own code, on this machine
 	python -m pytest bench -q --benchmark-json bench.json
+
+docs:    ## the documentation as a site, in site/; needs `pip install -e '.[docs]'`
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true mkdocs build --strict
