@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastvid.policy import POLICIES, Policy
+from fastvid.policy import POLICIES, Policy, Trainable
 
 LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
 
@@ -270,19 +270,20 @@ class TrainConfig(DataConfig):
     memory: str | None = _flag(None, "Plan as if each device had so much free memory: 24GiB, 80GB.")
 
     @property
-    def trainable(self) -> frozenset[str]:
-        """The parts that get a gradient: of "projector", "boundary", "embed", "head" and "decoder".
+    def trainable(self) -> Trainable:
+        """The parts that get a gradient.
 
         The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy).
         """
-        projector = set() if self.freeze_mm_mlp_adapter else {"projector"}
+        projector = not self.freeze_mm_mlp_adapter
         if self.tune_mm_mlp_adapter and self.mm_use_vid_start_end:
-            return frozenset(projector | {"boundary"})
+            return Trainable(projector=projector, boundary=True)
         if self.tune_mm_mlp_adapter:
-            return frozenset(projector | ({"embed", "head"} if self.policy.tune_tables_without_start_end else set()))
+            tables = self.policy.tune_tables_without_start_end
+            return Trainable(projector=projector, embed=tables, head=tables)
         if self.freeze_backbone:
-            return frozenset({"embed", "head"})
-        return frozenset(projector | {"embed", "head", "decoder"})
+            return Trainable(embed=True, head=True)
+        return Trainable(projector=projector, embed=True, decoder=True, head=True)
 
 
 @dataclass(frozen=True)

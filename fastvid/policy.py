@@ -1,6 +1,7 @@
-"""What ``--parity`` means: one frozen table of values for each of its settings."""
+"""What flags decide, as frozen values: ``--parity`` (one table for each of its settings), and what is trained."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,46 @@ class Policy:
 
 
 POLICIES = {"none": Policy(*[False] * 9), "reference": Policy(*[True] * 9)}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The parts of the model that get a gradient. Iterating gives their names, in the order in which data passes them.
+
+    Attributes:
+        projector: from the vision tower's channels to the decoder's.
+        boundary: the embeddings of <vid_start> and <vid_end>, a [2, D] parameter beside the frozen table.
+        embed: the whole embedding table.
+        decoder: layers and final norm.
+        head: the table of the output.
+
+    Raises:
+        ValueError: `boundary` together with `embed`, which holds it.
+    """
+
+    projector: bool = False
+    boundary: bool = False
+    embed: bool = False
+    decoder: bool = False
+    head: bool = False
+
+    def __post_init__(self):
+        if self.boundary and self.embed:
+            raise ValueError('trainable: "boundary" is part of "embed"; choose one')
+
+    def __iter__(self) -> Iterator[str]:
+        return (part.name for part in fields(self) if getattr(self, part.name))
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    @property
+    def adapter_only(self) -> bool:
+        """Whether the language model stays as it was, so that a projector file holds all that is trained."""
+        return not (self.embed or self.decoder or self.head)
+
+    @property
+    def text_is_constant(self) -> bool:
+        """Whether plain text enters and passes the decoder as it did before training: its keys and values can be kept,
+        and it needs no gradient."""
+        return not (self.embed or self.decoder)

@@ -13,6 +13,7 @@ from conftest import ROOT
 from fastvid import config as configs
 from fastvid.config import ChatConfig, ConvertConfig, ExtractConfig, InspectConfig, TrainConfig
 from fastvid.flags import parse
+from fastvid.policy import Trainable
 
 REFERENCE = shlex.split("""
     --model_name_or_path llava --version v1 --data_path train.json --video_folder features --tune_mm_mlp_adapter True
@@ -64,7 +65,7 @@ def test_the_reference_command_line():
         gradient_checkpointing=True,
         lazy_preprocess=True,
     )
-    assert config.trainable == {"projector", "boundary"}
+    assert config.trainable == Trainable(projector=True, boundary=True)
 
 
 def test_launch_script_has_the_reference_flags():
@@ -270,16 +271,25 @@ def test_parity_sets_every_policy():
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        ("tune_mm_mlp_adapter mm_use_vid_start_end", {"projector", "boundary"}),
-        ("tune_mm_mlp_adapter", {"projector"}),
-        ("tune_mm_mlp_adapter mm_use_vid_start_end freeze_mm_mlp_adapter", {"boundary"}),
-        ("freeze_backbone", {"embed", "head"}),
-        ("", {"projector", "embed", "head", "decoder"}),
-        ("freeze_mm_mlp_adapter mm_use_vid_start_end", {"embed", "head", "decoder"}),
+        ("tune_mm_mlp_adapter mm_use_vid_start_end", Trainable(projector=True, boundary=True)),
+        ("tune_mm_mlp_adapter", Trainable(projector=True)),
+        ("tune_mm_mlp_adapter mm_use_vid_start_end freeze_mm_mlp_adapter", Trainable(boundary=True)),
+        ("freeze_backbone", Trainable(embed=True, head=True)),
+        ("", Trainable(projector=True, embed=True, head=True, decoder=True)),
+        ("freeze_mm_mlp_adapter mm_use_vid_start_end", Trainable(embed=True, head=True, decoder=True)),
     ],
 )
 def test_what_is_trained(flags, parts):
     assert TrainConfig("m", ["d"], output_dir="o", **dict.fromkeys(flags.split(), True)).trainable == parts
+
+
+def test_what_code_asks_about_parts():
+    for part in ("projector", "boundary", "embed", "decoder", "head"):
+        alone = Trainable(**{part: True})
+        assert list(alone) == [part] and alone
+        assert alone.adapter_only == (part in ("projector", "boundary"))
+        assert alone.text_is_constant == (part in ("projector", "boundary", "head"))
+    assert not Trainable() and not Trainable(projector=True, head=True).adapter_only
 
 
 def test_what_the_reference_trains(shared):
@@ -308,4 +318,4 @@ def test_what_the_reference_trains(shared):
                 found = {"projector", "embed", "head", "decoder"}
             elif table[key]["orig_embeds_params"]:
                 found = found - {"embed"} | {"boundary"}
-            assert config.trainable == found, key
+            assert set(config.trainable) == found, key

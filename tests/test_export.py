@@ -1,5 +1,6 @@
 """fastvid export: the reference's projector file, LLaVA-1.5's layout, llava-hf's layout."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -22,11 +23,13 @@ from fastvid.config import ExportConfig, TrainConfig
 from fastvid.data import tokenizer
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.export import main
+from fastvid.policy import Trainable
 from fastvid.weights import export
 from fastvid.weights.model_config import read_model_config
 
 PIECES = 300
-ALL = frozenset({"projector", "embed", "head", "decoder"})
+ADAPTER = Trainable(projector=True, boundary=True)
+ALL = Trainable(projector=True, embed=True, head=True, decoder=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def run(tmp_path, tokenizer_model):
         base = write_folder(tmp_path / "base", state, config, files=2)
         (base / "tokenizer.model").write_bytes(tokenizer_model.read_bytes())
         tokenizer = load_tokenizer(base, start_end)
-        model = load(base, tokens=tokenizer.tokens, trainable=frozenset(trainable), seed=5)
+        model = load(base, tokens=tokenizer.tokens, trainable=trainable, seed=5)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for parameter in trained.values():
@@ -136,19 +139,19 @@ def assert_equal_models(model, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [{"projector", "boundary"}, {"embed", "head"}, ALL])
+@pytest.mark.parametrize("trainable", [ADAPTER, Trainable(embed=True, head=True), ALL])
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama_format(tmp_path, run, trainable, tied):
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    folder, model, tokenizer = run(trainable - ({"head"} if tied else set()), tied=tied)
+    folder, model, tokenizer = run(dataclasses.replace(trainable, head=trainable.head and not tied), tied=tied)
     output = tmp_path / "exported"
     paths = export.export(ExportConfig(str(folder), str(output), "llama"))
     assert paths == sorted(output.iterdir()) and (output / "model.safetensors").is_file()
 
     again = load_tokenizer(output, None)
     assert again.tokens.added == () and again.tokens.end == tokenizer.tokens.end
-    fresh = load(output, tokens=again.tokens, trainable=frozenset())
+    fresh = load(output, tokens=again.tokens, trainable=Trainable())
     assert_equal_models(model, fresh)
     assert read_model_config(output).vision_tower == str(tmp_path / "tower")
 
@@ -161,7 +164,7 @@ def test_llama_format(tmp_path, run, trainable, tied):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [{"projector", "boundary"}, ALL])
+@pytest.mark.parametrize("trainable", [ADAPTER, ALL])
 def test_llava_format(tmp_path, run, trainable):
     from PIL import Image
     from transformers import (
@@ -177,7 +180,7 @@ def test_llava_format(tmp_path, run, trainable):
     export.export(ExportConfig(str(folder), str(output), "llava"))
     hf, report = LlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
     assert {key: list(value) for key, value in report.items()} == dict.fromkeys(report, [])
-    fresh = load(output, tokens=load_tokenizer(output, True).tokens, trainable=frozenset())
+    fresh = load(output, tokens=load_tokenizer(output, True).tokens, trainable=Trainable())
     assert_equal_models(model, fresh)
     ids = tokenizer.encode("what is a red cat?") + [tokenizer.tokens.start]
     torch.testing.assert_close(logits(fresh, ids), hf(input_ids=torch.tensor([ids])).logits[0], rtol=1e-5, atol=1e-5)
@@ -201,7 +204,7 @@ def test_llava_format(tmp_path, run, trainable):
 
 def test_exported_twice_is_the_same(tmp_path, run):
     """An export is a starting model like any other; exporting what starts from it changes no bit."""
-    folder, model, tokenizer = run({"projector", "boundary"})
+    folder, model, tokenizer = run(ADAPTER)
     export.export(ExportConfig(str(folder), str(tmp_path / "first"), "llama"))
     tokens = load_tokenizer(tmp_path / "first", True).tokens
     state = checkpoint.read_state(folder)
@@ -215,7 +218,7 @@ def test_exported_twice_is_the_same(tmp_path, run):
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_projector_format(tmp_path, run, ending):
-    folder, model, tokenizer = run({"projector", "boundary"}, kind="linear")
+    folder, model, tokenizer = run(ADAPTER, kind="linear")
     path = tmp_path / f"mm_projector.{ending}"
     assert export.export(ExportConfig(str(folder), str(path))) == [path]
     tensors = load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True)
@@ -227,7 +230,7 @@ def test_projector_format(tmp_path, run, ending):
 
 
 def test_output_dir_means_its_newest_valid_checkpoint(tmp_path, run):
-    folder, model, _ = run({"projector", "boundary"})
+    folder, model, _ = run(ADAPTER)
     trained = {name: p + 1 for name, p in model.named_parameters() if p.requires_grad}
     checkpoint.save(folder.parent, 10, groups={"model": trained}, state=checkpoint.read_state(folder))
     export.export(ExportConfig(str(folder.parent), str(tmp_path / "p.bin")))
@@ -238,7 +241,7 @@ def test_output_dir_means_its_newest_valid_checkpoint(tmp_path, run):
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path, run):
-    folder, _, _ = run({"projector"})
+    folder, _, _ = run(Trainable(projector=True))
     flip_a_bit(next(folder.glob("model-*")))
     for named in (folder, folder.parent):
         with pytest.raises(ValueError, match="the sha256 of model-00000-of-00001.safetensors"):
@@ -248,7 +251,7 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, run):
 
 def test_pretrained_projector_and_frozen_projector(tmp_path, run):
     """Start and end rows are trained over a projector file: the export has the file's projector."""
-    first, model, _ = run({"projector", "boundary"})
+    first, model, _ = run(ADAPTER)
     export.export(ExportConfig(str(first), str(tmp_path / "p.bin")))
     rows = {"boundary.weight": torch.randn(2, D)}
     state = checkpoint.read_state(first)
@@ -294,7 +297,7 @@ def export_with_little_room(settings):
 
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, run):
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     child = FORKS.Process(
         target=export_with_little_room, args=(ExportConfig(str(folder), str(tmp_path / "exported"), "llama"),)
     )
@@ -311,7 +314,7 @@ def test_json_that_does_not_fit_is_told_by_name(write):
 
 
 def test_what_may_be_replaced(tmp_path, run, monkeypatch, caplog):
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     output = tmp_path / "exported"
     output.mkdir()
     config = ExportConfig(str(folder), str(output), "llama")
@@ -343,7 +346,7 @@ def test_what_may_be_replaced(tmp_path, run, monkeypatch, caplog):
 
 
 def test_what_cannot_be_exported(tmp_path, run):
-    folder, model, tokenizer = run({"projector", "boundary"}, kind="linear")
+    folder, model, tokenizer = run(ADAPTER, kind="linear")
     with pytest.raises(ValueError, match="has an mlp2x_gelu projector, this model a linear one.*--format llama"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava"))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))
@@ -365,7 +368,7 @@ def test_what_cannot_be_exported(tmp_path, run):
 def test_the_tower_must_fit(tmp_path, run):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=C + 2,
@@ -381,7 +384,7 @@ def test_the_tower_must_fit(tmp_path, run):
 
 
 def test_a_tower_of_siglip_is_named_and_not_held(tmp_path, run):
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     write_siglip(tmp_path / "siglip", hidden_size=12, layers=2)
     made = ExportConfig(str(folder), str(tmp_path / "x"), "llava", vision_tower=str(tmp_path / "siglip"))
     with pytest.raises(ValueError, match="siglip is one of SigLIP: export it with --format llama"):
@@ -393,7 +396,7 @@ def test_a_tower_of_siglip_is_named_and_not_held(tmp_path, run):
 def test_the_processor_is_the_towers(tmp_path, run):
     from transformers import AutoProcessor
 
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     (tmp_path / "tower" / "preprocessor_config.json").write_text(
         json.dumps(
             {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "feature_extractor_type": "CLIPProcessor"}
@@ -409,7 +412,7 @@ def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, 
     from fastvid.features.file import save_features
     from fastvid.inference.chat import Chat
 
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     (tmp_path / "features").mkdir()
     save_features(tmp_path / "features" / "clip.safetensors", torch.randn(6, C).half(), {})
     export.export(ExportConfig(str(folder), str(tmp_path / "exported-hf"), "llava"))
@@ -424,7 +427,7 @@ def test_the_documents_example_answers_as_chat_does(tmp_path, run, monkeypatch, 
 
 
 def test_the_command_prints_what_it_wrote(tmp_path, run, capsys):
-    folder, _, _ = run({"projector", "boundary"})
+    folder, _, _ = run(ADAPTER)
     assert main(["--checkpoint", str(folder), "--output", str(tmp_path / "p.safetensors")]) == 0
     size = (tmp_path / "p.safetensors").stat().st_size / 1e6
     assert capsys.readouterr().out == f"{size:12,.1f} MB  {tmp_path / 'p.safetensors'}\n"

@@ -25,6 +25,7 @@ from fastvid.model.attention import choose_implementation
 from fastvid.model.decoder import recomputed_layers
 from fastvid.model.quantize import check_device
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 from fastvid.training import adamw8bit as optim8bit
 from fastvid.training import reporters, run_lock
 
@@ -445,11 +446,15 @@ def model(trainable, projector_type="linear"):
             "choose one of none, selective, full, or how many of the first layers, 0 to 4",
             lambda: [recomputed_layers(x, 4) for x in ("none", "full", 0, 4)],
         ),
-        (lambda: model(["boundary", "embed"]), "choose one", lambda: [model([part]) for part in ("boundary", "embed")]),
         (
-            lambda: model(["projector"], "mlp9x"),
+            lambda: Trainable(boundary=True, embed=True),
+            "choose one",
+            lambda: [Trainable(boundary=True), Trainable(embed=True)],
+        ),
+        (
+            lambda: model(Trainable(projector=True), "mlp9x"),
             "choose linear or mlp2x_gelu",
-            lambda: [model(["projector"], kind) for kind in ("linear", "mlp2x_gelu")],
+            lambda: [model(Trainable(projector=True), kind) for kind in ("linear", "mlp2x_gelu")],
         ),
     ],
     ids=["attention", "recompute", "trained parts", "projector"],

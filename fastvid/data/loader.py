@@ -147,7 +147,7 @@ def training_loader(config, samples, world):
     packing = dict(
         prefix=system_prefix(samples.tokenizer, config.version),
         share=config.share_video,
-        frozen=config.trainable <= {"projector", "boundary"},
+        frozen=config.trainable.adapter_only,
     )
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(

@@ -22,6 +22,7 @@ from fastvid.files import VIDEO_SUFFIXES, is_url, model_folder, shown
 from fastvid.inference.generate import generate
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 from fastvid.provenance import Provenance, agreed, of_weights, same_tower
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
@@ -69,7 +70,7 @@ class Chat:
         attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
         with torch.device("meta"):
             self.model = VideoLlava(
-                self.model_config, trainable=frozenset(), compute_dtype=dtype, attn_implementation=attention
+                self.model_config, trainable=Trainable(), compute_dtype=dtype, attn_implementation=attention
             )
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)

@@ -61,9 +61,6 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     return frequencies, float(scale)
 
 
-PARTS = frozenset({"projector", "boundary", "embed", "head", "decoder"})
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model folder says of its model.

@@ -14,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.cache import LayerCache
-from fastvid.model.config import PARTS, ModelConfig
+from fastvid.model.config import ModelConfig
 from fastvid.model.decoder import Decoder, Stream
 from fastvid.model.linear import Linear
 from fastvid.model.rows import take_rows
+from fastvid.policy import Trainable
 
 
 class Table(nn.Module):
@@ -36,8 +37,7 @@ class VideoLlava(nn.Module):
 
     Args:
         config: sizes.
-        trainable: parts that get a gradient, of "projector", "boundary", "embed", "head", "decoder". "boundary" trains
-            the embeddings of <vid_start> and <vid_end> as a [2, D] parameter beside the frozen table.
+        trainable: parts that get a gradient.
         compute_dtype: of matrix products.
         trained_dtype: of trained matrices: fp32 masters, or bf16 under an optimizer that rounds stochastically. The few
             numbers of trained norms and biases are fp32.
@@ -47,14 +47,14 @@ class VideoLlava(nn.Module):
         attn_implementation: see `fastvid.model.attention.attend`.
 
     Raises:
-        ValueError: an unknown part, mode or projector, or "boundary" together with "embed".
+        ValueError: an unknown mode or projector.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        trainable: frozenset[str],
+        trainable: Trainable,
         compute_dtype: torch.dtype,
         trained_dtype: torch.dtype = torch.float32,
         frozen_dtype: str | None = None,
@@ -63,29 +63,24 @@ class VideoLlava(nn.Module):
         attn_implementation: str | Callable = "auto",
     ):
         super().__init__()
-        trainable = frozenset(trainable)
-        if not trainable <= PARTS:
-            raise ValueError(f"trainable {sorted(trainable - PARTS)}: the parts are {sorted(PARTS)}")
-        if {"boundary", "embed"} <= trainable:
-            raise ValueError('trainable: "boundary" is part of "embed"; choose one')
         sizes = config.decoder
         residual_dtype = torch.float32 if fp32_residual else compute_dtype
-        dtypes = {part: trained_dtype if part in trainable else compute_dtype for part in PARTS}
-        if "embed" not in trainable:
-            dtypes["embed"] = residual_dtype
         self.config = config
         self.trainable = trainable
         self.compute_dtype = compute_dtype
         self.residual_dtype = residual_dtype
         self._prefix = None  # not buffers: no checkpoint holds them
 
-        self.embed = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["embed"], trained="embed" in trainable)
-        if "boundary" in trainable:
-            self.boundary = Table(2, sizes.hidden_size, dtype=trained_dtype, trained=True)
-        self.projector = _projector(config, dtype=dtypes["projector"], trained="projector" in trainable)
+        def stored(trained, frozen_dtype=compute_dtype):
+            return {"dtype": trained_dtype if trained else frozen_dtype, "trained": trained}
+
+        self.embed = Table(sizes.vocab_size, sizes.hidden_size, **stored(trainable.embed, residual_dtype))
+        if trainable.boundary:
+            self.boundary = Table(2, sizes.hidden_size, **stored(True))
+        self.projector = _projector(config, **stored(trainable.projector))
         self.decoder = Decoder(
             sizes,
-            trained="decoder" in trainable,
+            trained=trainable.decoder,
             compute_dtype=compute_dtype,
             trained_dtype=trained_dtype,
             norm_dtype=residual_dtype,
@@ -94,7 +89,7 @@ class VideoLlava(nn.Module):
             attn_implementation=attn_implementation,
         )
         if not sizes.tie_word_embeddings:
-            self.head = Table(sizes.vocab_size, sizes.hidden_size, dtype=dtypes["head"], trained="head" in trainable)
+            self.head = Table(sizes.vocab_size, sizes.hidden_size, **stored(trainable.head))
 
     def forward(self, batch: PackedBatch, cache=None) -> Tensor:
         """Cross-entropy summed over the batch's supervised rows, fp32 scalar.
@@ -126,9 +121,7 @@ class VideoLlava(nn.Module):
                 prefix=prefix,
                 supervised=(batch.loss_rows, batch.loss_layout),
             )
-        assert not self.trainable & {"embed", "decoder"}, (
-            "no row is frozen where its embedding or the decoder is trained"
-        )
+        assert self.trainable.text_is_constant, "no row is frozen where its embedding or the decoder is trained"
         frozen, live = batch.parts
         first = batch.frozen_rows
         words_FD = self.embed.weight[batch.token_ids[:first]].to(self.residual_dtype)
@@ -151,7 +144,7 @@ class VideoLlava(nn.Module):
         Args:
             token_ids: the text, from the sample's first token on.
         """
-        assert not self.trainable & {"embed", "decoder"}, "the prefix changes with what is trained"
+        assert self.trainable.text_is_constant, "the prefix changes with what is trained"
         device, rows = self.embed.weight.device, len(token_ids)
         none = torch.empty(0, dtype=torch.int64, device=device)
         batch = PackedBatch(
@@ -192,7 +185,7 @@ class VideoLlava(nn.Module):
         """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual
         dtype."""
         video_PD = self.projector(batch.features.to(self.compute_dtype))
-        boundary_2D = self.boundary.weight if "boundary" in self.trainable else None
+        boundary_2D = self.boundary.weight if self.trainable.boundary else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
         return splice_video(

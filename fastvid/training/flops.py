@@ -5,6 +5,8 @@ Dimensions: N packed rows, L supervised rows, D channels, H query heads, K key/v
 
 from typing import NamedTuple
 
+from fastvid.policy import Trainable
+
 # Dense bf16 TFLOP/s, with sums in fp32, by words of the name that CUDA gives the device. Sources: NVIDIA's data sheets
 # (whose larger figures are for sparse matrices) of the data-centre cards, and its architecture white papers of GA102,
 # AD102 and GB202 for GeForce and RTX cards. The first that fits counts.
@@ -77,13 +79,13 @@ class Formula:
 
     Args:
         config: `fastvid.model.video_llava.ModelConfig`.
-        trainable: parts that get a gradient, as `TrainConfig.trainable` names them.
+        trainable: parts that get a gradient.
     """
 
-    def __init__(self, config, trainable: frozenset[str]):
+    def __init__(self, config, trainable: Trainable):
         sizes = config.decoder
         width, kv_width = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
-        self.trainable, self.width, self.layers = frozenset(trainable), width, sizes.num_layers
+        self.trainable, self.width, self.layers = trainable, width, sizes.num_layers
         # Weights of a layer that every row passes, and those that only rows with a query pass.
         self.keys_values = 2 * sizes.hidden_size * kv_width
         self.others = 2 * sizes.hidden_size * width + 3 * sizes.hidden_size * sizes.intermediate_size
@@ -106,13 +108,13 @@ class Formula:
         def matrix(weights, rows, live, trained):
             return 2 * weights * (rows + live + (rows if trained else 0))
 
-        decoder_trained, full_layers = "decoder" in self.trainable, self.layers - 1
+        decoder_trained, full_layers = self.trainable.decoder, self.layers - 1
         total = self.layers * matrix(self.keys_values, rows, live, decoder_trained)
         total += full_layers * matrix(self.others, rows, live, decoder_trained)
         total += matrix(self.others, last_rows, last_live, decoder_trained)
         total += self.width * (full_layers * (4 * pairs + 8 * live_pairs) + 4 * last_pairs + 8 * last_live_pairs)
-        total += matrix(self.head, supervised, supervised_live, "head" in self.trainable)
-        projected, projector_trained = batch.video_rows.numel(), "projector" in self.trainable
+        total += matrix(self.head, supervised, supervised_live, self.trainable.head)
+        projected, projector_trained = batch.video_rows.numel(), self.trainable.projector
         for i, weights in enumerate(self.projector):  # the features themselves need no gradient
             total += matrix(weights, projected, projected if i and projector_trained else 0, projector_trained)
         return total
@@ -130,10 +132,10 @@ class Formula:
 
     def __str__(self):
         layer = self.keys_values + self.others
-        kind, factor = ("trained", 6) if "decoder" in self.trainable else ("frozen", 4)
+        kind, factor = ("trained", 6) if self.trainable.decoder else ("frozen", 4)
         return (
             f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + 12 x {self.width:,} x causal "
-            f"pairs x {self.layers} layers + {6 if 'head' in self.trainable else 4} x {self.head:,} x supervised "
+            f"pairs x {self.layers} layers + {6 if self.trainable.head else 4} x {self.head:,} x supervised "
             "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
             "trained one have no backward, neither the constant prefix nor recomputation counts"
         )

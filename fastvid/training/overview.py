@@ -9,14 +9,7 @@ from fastvid.training import flops, planning
 from fastvid.training.memory import parameter_counts
 from fastvid.weights.starting import StartingWeights
 
-# In the order in which data passes them.
-_PARTS = {
-    "projector": "projector",
-    "boundary": "start and end embeddings",
-    "embed": "embedding table",
-    "decoder": "decoder",
-    "head": "head",
-}
+_NAMES = {"boundary": "start and end embeddings", "embed": "embedding table"}  # of other parts: as they are
 
 
 def overview(config, model_config, loader, world, attention) -> list[str]:
@@ -88,12 +81,12 @@ def _samples(config, loader, world):
 
 def _parameters(config, model_config):
     counts = parameter_counts(model_config, config.trainable)
-    trained = {part: count for part, count in counts.items() if part in config.trainable}
+    trained = {part: counts[part] for part in config.trainable if part in counts}  # a tied head is no part
     # The two rows that are trained apart are rows of the table.
     total = sum(count for part, count in counts.items() if part != "boundary")
     number = sum(trained.values())
     return (
-        f"trained: {', '.join(f'{_PARTS[part]} {trained[part]:,}' for part in _PARTS if part in trained)}; "
+        f"trained: {', '.join(f'{_NAMES.get(part, part)} {count:,}' for part, count in trained.items())}; "
         f"{number:,} of {total:,} parameters ({number / total:.2%})"
     )
 

@@ -14,6 +14,7 @@ from fastvid.files import shown
 from fastvid.model import quantize
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.model.linear import can_tile
+from fastvid.policy import Trainable
 from fastvid.training import flops, memory, reporters
 from fastvid.training.layer_memory import masked_pairs
 
@@ -87,7 +88,7 @@ def checked(config):
             "nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
             "--mm_use_vid_start_end there are no start and end embeddings to tune"
         )
-    if "boundary" in config.trainable and config.weight_decay and config.policy.reference_order:
+    if config.trainable.boundary and config.weight_decay and config.policy.reference_order:
         raise ValueError(
             f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
             "which --parity reference does not copy; set it to 0"
@@ -104,7 +105,7 @@ def checked(config):
         log.info("--lazy_preprocess is not needed: samples are always tokenized when they are needed")
     if config.gradient_checkpointing:
         log.info("--gradient_checkpointing True means --recompute auto: nothing is recomputed while memory suffices")
-    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == {"projector"}:
+    if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == Trainable(projector=True):
         log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
     return config
 
@@ -148,7 +149,7 @@ def given_memory(config) -> int | None:
 
 def _check_frozen_dtype(config):
     flag = f"--frozen_dtype {config.frozen_dtype}"
-    if "decoder" in config.trainable:
+    if config.trainable.decoder:
         raise ValueError(
             f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
             "the adapter only (--tune_mm_mlp_adapter True)"
@@ -260,7 +261,7 @@ def plan_memory(config, model_config, loader, world, attention):
     layout = parallel.choose_layout(
         config.shard,
         world,
-        decoder_is_trained="decoder" in config.trainable,
+        decoder_is_trained=config.trainable.decoder,
         fits=replicated.total <= available or frozen_dtype(config) is not None,
     )
     options |= dict(
@@ -293,7 +294,7 @@ def plan_memory(config, model_config, loader, world, attention):
 
 def _smaller(config, layout):
     """What a run might do to take less memory, of what it does not do yet."""
-    trained = "decoder" in config.trainable
+    trained = config.trainable.decoder
     yield "smaller batches"
     if not config.bf16:
         yield "--bf16 True"
@@ -334,7 +335,7 @@ def _available(config, world, encodes=False):
 def _can_tile(config, layout, world):
     """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
     return (
-        "decoder" not in config.trainable
+        not config.trainable.decoder
         and frozen_dtype(config) is None
         and layout in ("replicated", "trained")
         and not config.policy.plain_products

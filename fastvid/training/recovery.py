@@ -235,7 +235,7 @@ def _check_not_in_use(found, config):
 
 def saves_at_end(state):
     """Whether the run's end is saved whatever its step: the weights of a full fine-tune have no other home."""
-    return state.config.save_strategy != "no" or not _is_adapter(state)
+    return state.config.save_strategy != "no" or not state.config.trainable.adapter_only
 
 
 def write_results(state):
@@ -245,7 +245,7 @@ def write_results(state):
         The paths.
     """
     config, output = state.config, Path(state.config.output_dir)
-    if not _is_adapter(state):
+    if not state.config.trainable.adapter_only:
         state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
             export(
@@ -272,10 +272,6 @@ def write_results(state):
             provenance=state.loader.samples.look_again(),
         )
     return paths
-
-
-def _is_adapter(state):
-    return state.config.trainable <= {"projector", "boundary"}
 
 
 def _goes_on(folder, saved, state):

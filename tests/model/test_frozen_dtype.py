@@ -26,6 +26,7 @@ from fastvid.dist import parallel
 from fastvid.model import quantize
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 from fastvid.training import planning
 from fastvid.training.memory import estimate
 from fastvid.weights.model_config import read_model_config
@@ -166,7 +167,7 @@ def test_only_the_frozen_decoder_is_quantised():
     assert all(name.startswith("decoder.layers.") for name in quantized_linears(model))
     full = VideoLlava(
         model_config(),
-        trainable=frozenset({"projector", "embed", "head", "decoder"}),
+        trainable=Trainable(projector=True, embed=True, head=True, decoder=True),
         compute_dtype=torch.float32,
         frozen_dtype="nf4",
     )

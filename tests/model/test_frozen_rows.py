@@ -49,7 +49,7 @@ KINDS = {
     "selective": {"recompute": "selective"},
     "full": {"recompute": "full"},
     "first layer": {"recompute": 1},
-    "head": {"trainable": ADAPTER | {"head"}},
+    "head": {"trainable": dataclasses.replace(ADAPTER, head=True)},
     "one layer": {"config": model_config(num_layers=1)},
 }
 

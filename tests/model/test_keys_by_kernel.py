@@ -1,5 +1,7 @@
 """Layers whose keys a kernel rotates into their places equal those that gather rotated keys."""
 
+import dataclasses
+
 import pytest
 import torch
 from model_cases import (
@@ -26,7 +28,7 @@ KINDS = {
     "gqa": {"config": model_config(num_kv_heads=2)},
     "selective": {"recompute": "selective"},
     "full": {"recompute": "full"},
-    "head": {"trainable": ADAPTER | {"head"}},
+    "head": {"trainable": dataclasses.replace(ADAPTER, head=True)},
     "one layer": {"config": model_config(num_layers=1)},
 }
 

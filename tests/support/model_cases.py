@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.config import DecoderConfig, ModelConfig
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 
-ADAPTER = frozenset({"projector", "boundary"})
-FULL = frozenset({"projector", "embed", "head", "decoder"})
+ADAPTER = Trainable(projector=True, boundary=True)
+FULL = Trainable(projector=True, embed=True, head=True, decoder=True)
 PATCH, START, END = 97, 98, 99
 
 

@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from fastvid.batch import VideoTokens
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import load_weights
 
 V, D, C = 40, 24, 10  # vocabulary rows, hidden size, channels of the features
-ADAPTER = frozenset({"projector", "boundary"})
+ADAPTER = Trainable(projector=True, boundary=True)
 TOKENS = VideoTokens(patch=V, start=V + 1, end=V + 2, vocab_size=V + 3, added=(V, V + 1, V + 2))
 LLAMA = {
     "vocab_size": V,

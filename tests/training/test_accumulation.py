@@ -1,5 +1,7 @@
 """Steps of several micro-batches: gradients are summed in fp32, and weights are cast once."""
 
+import dataclasses
+
 import pytest
 import torch
 from model_cases import ADAPTER, FULL, assert_close, model_config, random_batch, random_model
@@ -78,7 +80,7 @@ def test_the_plan_counts_gradients_at_their_size(run, tmp_path, monkeypatch, mic
 
 def sums_of_a_rank(rank):
     """{name: (gradient of three backwards summed over ranks, what this rank's added to it in fp64)}."""
-    model, world = bf16_model(ADAPTER | {"head"}), parallel.World(rank, 2, rank, CPU, True, 2)
+    model, world = bf16_model(dataclasses.replace(ADAPTER, head=True)), parallel.World(rank, 2, rank, CPU, True, 2)
     optimizer, expected = optimizer_of(model), {}
     for i in range(3):
         before = {name: p.grad.double() for name, p in optimizer.parameters.items() if p.grad is not None}

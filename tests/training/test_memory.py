@@ -25,6 +25,7 @@ from model_cases import (
 from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
+from fastvid.policy import Trainable
 from fastvid.training.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
 from fastvid.training.planning import rows_of
 
@@ -64,7 +65,7 @@ def options(rows, **changes):
 @pytest.mark.parametrize(
     "dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL, frozenset({"head"})], ids=["adapter", "full", "head"])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL, Trainable(head=True)], ids=["adapter", "full", "head"])
 def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
     rows = batch()
     model = random_model(CONFIG, trainable, dtype, recompute=recompute, fp32_residual=fp32_residual)
@@ -165,19 +166,19 @@ def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind,
 
 
 @pytest.mark.parametrize("vocab_size", [4032, 4003])
-@pytest.mark.parametrize("trainable", [ADAPTER, ADAPTER | {"head"}], ids=["frozen", "trained"])
+@pytest.mark.parametrize("trainable", [ADAPTER, dataclasses.replace(ADAPTER, head=True)], ids=["frozen", "trained"])
 def test_the_head_is_padded_where_kernels_run(kernels_of_nothing, monkeypatch, trainable, vocab_size):
     """Losses and log-sum-exps, 8 bytes a row, are not planned. Products for a trained head widen no factor on a GPU."""
     module = sys.modules[linear_cross_entropy.__module__]
     monkeypatch.setattr(module, "_add_product", lambda *tensors: None)
     config = model_config(mm_hidden_size=24, **{**SIZES, "vocab_size": vocab_size, "num_layers": 1})
-    head_VD = torch.randn(vocab_size, 64, dtype=torch.float32 if "head" in trainable else torch.bfloat16)
+    head_VD = torch.randn(vocab_size, 64, dtype=torch.float32 if trainable.head else torch.bfloat16)
     h_LD, targets_L = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True), torch.zeros(40, dtype=torch.int64)
-    head_VD.requires_grad_("head" in trainable)
+    head_VD.requires_grad_(trainable.head)
     with LiveBytes() as live:
         loss, _ = linear_cross_entropy(h_LD, head_VD, targets_L)
         loss.backward()
-    kept, at_once = _loss_bytes(config.decoder, trainable, 40, 2, on_cpu=False)
+    kept, at_once = _loss_bytes(config.decoder, frozenset(trainable), 40, 2, on_cpu=False)
     assert live.peak - 10 * 40 <= kept + at_once <= (1.02 if trainable == ADAPTER else 1.2) * live.peak
 
 

@@ -26,6 +26,7 @@ from weight_folders import (
 
 from fastvid.batch import VideoTokens
 from fastvid.checkpoints import checkpoint
+from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector, save_tensors
 from fastvid.weights.starting import write_reference_projector
@@ -58,7 +59,7 @@ def test_projector_file_goes_before_the_folders_own(tmp_path):
 
 
 @pytest.mark.parametrize("table_rows", [2, V + 3])
-@pytest.mark.parametrize("trainable", [ADAPTER, frozenset({"projector"})])
+@pytest.mark.parametrize("trainable", [ADAPTER, Trainable(projector=True)])
 def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable):
     state = llava_state()
     folder = write_folder(tmp_path / "m", state)
@@ -69,8 +70,8 @@ def test_start_and_end_rows_of_a_projector_file(tmp_path, table_rows, trainable)
     )
     model = load(folder, projector=tmp_path / "p.bin", trainable=trainable)
     assert torch.equal(model.embed.weight[-2:], table[-2:])
-    assert ("boundary" in trainable) == hasattr(model, "boundary")
-    if "boundary" in trainable:
+    assert hasattr(model, "boundary") == trainable.boundary
+    if trainable.boundary:
         assert torch.equal(model.boundary.weight, table[-2:])
     assert torch.equal(model.head.weight, load(folder).head.weight)
 

@@ -26,6 +26,7 @@ from weight_folders import (
 
 from fastvid.batch import VideoTokens
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import StartingWeights, load_weights
 
@@ -89,7 +90,7 @@ def test_values_are_cast_to_the_parameters(tmp_path, dtype):
 
 def test_new_rows(tmp_path):
     state = llava_state()
-    model = load(write_folder(tmp_path / "m", state), trainable=frozenset({"embed", "head"}))
+    model = load(write_folder(tmp_path / "m", state), trainable=Trainable(embed=True, head=True))
     for table, name in ((model.embed.weight, "model.embed_tokens.weight"), (model.head.weight, "lm_head.weight")):
         assert table.shape == (V + 3, D)
         assert 0 < table[V].abs().max() < 0.02 * 5 and abs(table[V].mean()) < 0.02
@@ -226,7 +227,7 @@ def test_what_does_not_fit_is_named(tmp_path, case):
     breaks(state)
     folder = write_folder(tmp_path / "m", state)
     config = read_model_config(folder, vocab_size=V + 3)
-    model = VideoLlava(config, trainable=frozenset(), compute_dtype=torch.float32)
+    model = VideoLlava(config, trainable=Trainable(), compute_dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.fill_(7)
     with pytest.raises(ValueError, match=message):
