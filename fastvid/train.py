@@ -34,7 +34,7 @@ from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
 from fastvid.model.attention_check import settle_attention
-from fastvid.model.config import ModelConfig
+from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
 from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
@@ -64,6 +64,7 @@ class Prepared(NamedTuple):
     loader: Loader
     evaluation: Loader | None
     attention: str
+    precision: Precision
     plan: planning.MemoryPlan
 
 
@@ -100,14 +101,14 @@ def prepare(config, world):
     config = planning.with_whole_steps(config, loader.order.total_steps)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
 
-    sizes, dtype = model_config.decoder, planning.compute_dtype(config)
+    sizes, precision = model_config.decoder, planning.precision_of(config)
     attention = settle_attention(
-        config.attn_implementation, world.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+        config.attn_implementation, world.device, precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     )
     for line in overview.overview(config, model_config, loader, world, attention):
         log.info("%s", line)
-    plan = planning.plan_memory(config, model_config, loader, world, attention)
-    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
+    plan = planning.plan_memory(config, precision, model_config, loader, world, attention)
+    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, precision, plan)
 
 
 def build(config, world):
@@ -120,27 +121,22 @@ def build(config, world):
     Raises:
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
-    config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
+    config, tokenizer, model_config, loader, evaluation, attention, precision, plan = prepare(config, world)
     loader.begin()
-    dtype = planning.compute_dtype(config)
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)
     with torch.device("meta"):
         model = VideoLlava(
             model_config,
             trainable=config.trainable,
-            compute_dtype=dtype,
-            trained_dtype=planning.trained_dtype(config),
-            frozen_dtype=planning.frozen_dtype(config),
+            precision=precision,
             recompute=plan.recompute,
-            fp32_residual=config.policy.fp32_residual,
             attn_implementation=attention,
         )
     parallel.shard(
         model,
         world,
         plan.layout,
-        bf16=config.bf16,
         shard_size=config.shard_size,
         adds_up_shards=config.gradient_accumulation_steps > 1 and not plan.accumulate_whole,
     )

@@ -22,6 +22,7 @@ from fastvid.dist import parallel
 from fastvid.flags import parse
 from fastvid.flags.foreign import MEANING
 from fastvid.model.attention import choose_implementation
+from fastvid.model.config import Precision
 from fastvid.model.decoder import recomputed_layers
 from fastvid.model.quantize import check_device
 from fastvid.model.video_llava import VideoLlava
@@ -430,7 +431,7 @@ def test_weights_and_biases_without_an_account(run, tmp_path, monkeypatch):
 
 
 def model(trainable, projector_type="linear"):
-    return VideoLlava(model_config(projector_type), trainable=trainable, compute_dtype=torch.float32)
+    return VideoLlava(model_config(projector_type), trainable=trainable, precision=Precision())
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def ranks_of_a_copy(layout, world, shard_size=None):
     return size
 
 
-def shard(model, world, layout, *, bf16, shard_size=None, adds_up_shards=False):
+def shard(model, world, layout, *, shard_size=None, adds_up_shards=False):
     """Shard `model` (on the meta device) over the ranks, in place, as `layout` says.
 
     Gradients are summed, not averaged: the loss is already divided by the global count of supervised tokens.
@@ -253,12 +253,13 @@ def shard(model, world, layout, *, bf16, shard_size=None, adds_up_shards=False):
     # weights have copies, be it one.
     below_fp32 = any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
     mesh = mesh_of(world, size, copies=world.size > size or (adds_up_shards and below_fp32))
+    computes = model.precision.compute
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
     precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                                  cast_forward_inputs=False)
-                            for dtype in (torch.bfloat16 if bf16 else None, None))
-    fp32_residual = bf16 and model.residual_dtype == torch.float32
+                            for dtype in (computes if computes != torch.float32 else None, None))
+    fp32_residual = computes != model.precision.residual
     layers = list(model.decoder.layers) if layout != "trained" else []
     ignored = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
     if fp32_residual:

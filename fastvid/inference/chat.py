@@ -21,6 +21,7 @@ from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, is_url, model_folder, shown
 from fastvid.inference.generate import generate
 from fastvid.model.attention_check import settle_attention
+from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.provenance import Provenance, agreed, of_weights, same_tower
@@ -66,11 +67,13 @@ class Chat:
             raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
         if config.vision_tower is not None and Path(config.vision_tower).is_dir():
             check_tower(config.vision_tower, self.trained, self.weights)
-        sizes, dtype = self.model_config.decoder, torch.bfloat16 if config.bf16 else torch.float32
-        attention = settle_attention("auto", self.device, dtype, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+        sizes, precision = self.model_config.decoder, Precision(torch.bfloat16 if config.bf16 else torch.float32)
+        attention = settle_attention(
+            "auto", self.device, precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+        )
         with torch.device("meta"):
             self.model = VideoLlava(
-                self.model_config, trainable=Trainable(), compute_dtype=dtype, attn_implementation=attention
+                self.model_config, trainable=Trainable(), precision=precision, attn_implementation=attention
             )
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)

@@ -70,6 +70,6 @@ def _pick(logits_V, temperature, generator):
 def _next_row(model, token_1, cache):
     """The row of one more text token after all those in the cache, after the final norm: [1, D]."""
     length = cache[0].length
-    x_1D = model.embed.weight[token_1].to(model.residual_dtype)
+    x_1D = model.embed.weight[token_1].to(model.precision.residual)
     layout = AttentionLayout.of_lengths([1], [length + 1]).map(lambda bounds_2: bounds_2.to(token_1.device))
     return model.decoder(x_1D, torch.full_like(token_1, length), layout, cache)

@@ -1,4 +1,4 @@
-"""Sizes of a LLaMA decoder, and the frequencies of its rotary embedding."""
+"""Sizes of a model, the precision that it computes in, and the frequencies of its rotary embedding."""
 
 from dataclasses import dataclass
 
@@ -59,6 +59,35 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
             )
         )
     return frequencies, float(scale)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a model is stored and computed in.
+
+    Trained matrices are cast at use. The few numbers of trained norms and biases are fp32. Frozen embeddings and norms,
+    which autocast never rounds, lie in the residual stream's dtype.
+
+    Attributes:
+        compute: of matrix products, and of frozen matrices as they are stored.
+        trained: of trained matrices as they are stored: fp32 masters, or bf16 under an optimizer that rounds
+            stochastically.
+        frozen: how a frozen decoder's matrices are stored instead, see `make_linear`; None: in `compute`.
+        fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute`.
+    """
+
+    compute: torch.dtype = torch.float32
+    trained: torch.dtype = torch.float32
+    frozen: str | None = None
+    fp32_residual: bool = False
+
+    @property
+    def residual(self) -> torch.dtype:
+        return torch.float32 if self.fp32_residual else self.compute
+
+    def stored(self, trained: bool) -> torch.dtype:
+        """Of a matrix that is trained, or one that is frozen, outside of a quantised decoder."""
+        return self.trained if trained else self.compute
 
 
 @dataclass(frozen=True)

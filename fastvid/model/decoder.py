@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
-from fastvid.model.config import DecoderConfig, rotary_frequencies
+from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
 from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
 from fastvid.model.linear import make_linear
 from fastvid.model.rows import take_rows
@@ -54,15 +54,15 @@ class RMSNorm(nn.Module):
         channels: int,
         eps: float,
         *,
-        dtype: torch.dtype,
         trained: bool,
-        compute_dtype: torch.dtype,
+        precision: Precision,
         for_fp8: bool = False,
     ):
         super().__init__()
+        dtype = torch.float32 if trained else precision.residual
         self.weight = nn.Parameter(torch.empty(channels, dtype=dtype), requires_grad=trained)
         self.eps = eps
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = precision.compute
         self.for_fp8 = for_fp8
 
     def forward(self, residual_ND, branch_ND):
@@ -105,24 +105,19 @@ class DecoderLayer(nn.Module):
         config: DecoderConfig,
         *,
         trained: bool,
-        compute_dtype: torch.dtype,
-        trained_dtype: torch.dtype,
-        norm_dtype: torch.dtype,
-        frozen_dtype: str | None,
+        precision: Precision,
         attn_implementation: str | Callable,
     ):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-        dtype = trained_dtype if trained else compute_dtype
-        frozen_dtype = None if trained else frozen_dtype
-        linear = partial(make_linear, dtype=dtype, trained=trained, frozen_dtype=frozen_dtype)
+        frozen_dtype = None if trained else precision.frozen
+        linear = partial(make_linear, dtype=precision.stored(trained), trained=trained, frozen_dtype=frozen_dtype)
         norm = partial(
             RMSNorm,
             config.hidden_size,
             config.rms_norm_eps,
-            dtype=torch.float32 if trained else norm_dtype,
             trained=trained,
-            compute_dtype=compute_dtype,
+            precision=precision,
             for_fp8=frozen_dtype == "fp8",
         )
         self.input_norm = norm()
@@ -245,11 +240,8 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes.
-        trained: parameters require gradients, matrices in `trained_dtype` and norms in fp32; otherwise frozen, in
-            `compute_dtype`.
-        compute_dtype: of matrix products.
-        norm_dtype: of frozen norms; None: `compute_dtype`.
-        frozen_dtype: how frozen matrices are stored, see `make_linear`; None: in `compute_dtype`.
+        trained: parameters require gradients.
+        precision: what it is stored and computed in.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
             matrix products and attention; a number: as "full" in the first so many layers, "none" in the others.
         attn_implementation: see `attend`.
@@ -260,24 +252,17 @@ class Decoder(nn.Module):
         config: DecoderConfig,
         *,
         trained: bool,
-        compute_dtype: torch.dtype,
-        trained_dtype: torch.dtype = torch.float32,
-        norm_dtype: torch.dtype | None = None,
-        frozen_dtype: str | None = None,
+        precision: Precision,
         recompute: str | int = "none",
         attn_implementation: str | Callable = "auto",
     ):
         super().__init__()
-        norm_dtype = norm_dtype or compute_dtype
         whole = recomputed_layers(recompute, config.num_layers)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
                 trained=trained,
-                compute_dtype=compute_dtype,
-                trained_dtype=trained_dtype,
-                norm_dtype=norm_dtype,
-                frozen_dtype=frozen_dtype,
+                precision=precision,
                 attn_implementation=attn_implementation,
             )
             for _ in range(config.num_layers)
@@ -285,9 +270,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(
             config.hidden_size,
             config.rms_norm_eps,
-            dtype=torch.float32 if trained else norm_dtype,
             trained=trained,
-            compute_dtype=compute_dtype,
+            precision=precision,
         )
         self._selective = recompute == "selective"
         self.recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part

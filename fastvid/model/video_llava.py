@@ -5,6 +5,7 @@ L supervised rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.cache import LayerCache
-from fastvid.model.config import ModelConfig
+from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.decoder import Decoder, Stream
 from fastvid.model.linear import Linear
 from fastvid.model.rows import take_rows
@@ -32,17 +33,10 @@ class Table(nn.Module):
 class VideoLlava(nn.Module):
     """The model. Parameters are uninitialised; `fastvid.weights.starting.load_weights` fills them.
 
-    Trained matrices lie in `trained_dtype` and are cast at use; frozen ones lie in `compute_dtype` and get no gradient.
-    Frozen embeddings and norms, which autocast never rounds, lie in the residual stream's dtype.
-
     Args:
         config: sizes.
         trainable: parts that get a gradient.
-        compute_dtype: of matrix products.
-        trained_dtype: of trained matrices: fp32 masters, or bf16 under an optimizer that rounds stochastically. The few
-            numbers of trained norms and biases are fp32.
-        frozen_dtype: how a frozen decoder's matrices are stored, see `make_linear`; None: in `compute_dtype`.
-        fp32_residual: keep the residual stream in fp32, as autocast leaves it; otherwise it is in `compute_dtype`.
+        precision: what it is stored and computed in.
         recompute: "none", "selective", "full" or a number of layers; see `Decoder`.
         attn_implementation: see `fastvid.model.attention.attend`.
 
@@ -55,41 +49,31 @@ class VideoLlava(nn.Module):
         config: ModelConfig,
         *,
         trainable: Trainable,
-        compute_dtype: torch.dtype,
-        trained_dtype: torch.dtype = torch.float32,
-        frozen_dtype: str | None = None,
-        fp32_residual: bool = False,
+        precision: Precision,
         recompute: str | int = "none",
         attn_implementation: str | Callable = "auto",
     ):
         super().__init__()
         sizes = config.decoder
-        residual_dtype = torch.float32 if fp32_residual else compute_dtype
         self.config = config
         self.trainable = trainable
-        self.compute_dtype = compute_dtype
-        self.residual_dtype = residual_dtype
+        self.precision = precision
         self._prefix = None  # not buffers: no checkpoint holds them
 
-        def stored(trained, frozen_dtype=compute_dtype):
-            return {"dtype": trained_dtype if trained else frozen_dtype, "trained": trained}
-
-        self.embed = Table(sizes.vocab_size, sizes.hidden_size, **stored(trainable.embed, residual_dtype))
+        table = partial(Table, sizes.vocab_size, sizes.hidden_size)
+        self.embed = table(dtype=precision.trained if trainable.embed else precision.residual, trained=trainable.embed)
         if trainable.boundary:
-            self.boundary = Table(2, sizes.hidden_size, **stored(True))
-        self.projector = _projector(config, **stored(trainable.projector))
+            self.boundary = Table(2, sizes.hidden_size, dtype=precision.trained, trained=True)
+        self.projector = _projector(config, dtype=precision.stored(trainable.projector), trained=trainable.projector)
         self.decoder = Decoder(
             sizes,
             trained=trainable.decoder,
-            compute_dtype=compute_dtype,
-            trained_dtype=trained_dtype,
-            norm_dtype=residual_dtype,
-            frozen_dtype=frozen_dtype,
+            precision=precision,
             recompute=recompute,
             attn_implementation=attn_implementation,
         )
         if not sizes.tie_word_embeddings:
-            self.head = Table(sizes.vocab_size, sizes.hidden_size, **stored(trainable.head))
+            self.head = table(dtype=precision.stored(trainable.head), trained=trainable.head)
 
     def forward(self, batch: PackedBatch, cache=None) -> Tensor:
         """Cross-entropy summed over the batch's supervised rows, fp32 scalar.
@@ -124,7 +108,7 @@ class VideoLlava(nn.Module):
         assert self.trainable.text_is_constant, "no row is frozen where its embedding or the decoder is trained"
         frozen, live = batch.parts
         first = batch.frozen_rows
-        words_FD = self.embed.weight[batch.token_ids[:first]].to(self.residual_dtype)
+        words_FD = self.embed.weight[batch.token_ids[:first]].to(self.precision.residual)
         return self.decoder(
             self.splice(batch, first),
             batch.positions[first:],
@@ -184,7 +168,7 @@ class VideoLlava(nn.Module):
     def splice(self, batch: PackedBatch, first: int = 0) -> Tensor:
         """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual
         dtype."""
-        video_PD = self.projector(batch.features.to(self.compute_dtype))
+        video_PD = self.projector(batch.features.to(self.precision.compute))
         boundary_2D = self.boundary.weight if self.trainable.boundary else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
@@ -195,7 +179,7 @@ class VideoLlava(nn.Module):
             video_rows,
             boundary_2D,
             boundary_rows,
-            self.residual_dtype,
+            self.precision.residual,
         )
 
     def logits(self, h_ND: Tensor) -> Tensor:

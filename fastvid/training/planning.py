@@ -12,6 +12,7 @@ from fastvid.data.largest import largest_steps
 from fastvid.dist import parallel
 from fastvid.files import shown
 from fastvid.model import quantize
+from fastvid.model.config import Precision
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.model.linear import can_tile
 from fastvid.policy import Trainable
@@ -184,19 +185,14 @@ def recompute(config):
     return given
 
 
-def frozen_dtype(config):
-    """How a frozen decoder's matrices are stored, as `VideoLlava` takes it."""
-    return None if config.frozen_dtype == "auto" else config.frozen_dtype
-
-
-def compute_dtype(config):
-    """Of matrix products, and of frozen weights as they are stored."""
-    return torch.bfloat16 if config.bf16 else torch.float32
-
-
-def trained_dtype(config):
-    """Of trained weights as they are stored."""
-    return torch.bfloat16 if config.master_dtype == "bfloat16" else torch.float32
+def precision_of(config) -> Precision:
+    """What the run's model is stored and computed in."""
+    return Precision(
+        compute=torch.bfloat16 if config.bf16 else torch.float32,
+        trained=getattr(torch, config.master_dtype),
+        frozen=None if config.frozen_dtype == "auto" else config.frozen_dtype,
+        fp32_residual=config.policy.fp32_residual,
+    )
 
 
 def peak_flops(config, world):
@@ -212,12 +208,13 @@ def row_budget(config, world):
     return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
 
 
-def plan_memory(config, model_config, loader, world, attention):
+def plan_memory(config, precision, model_config, loader, world, attention):
     """Choose what ``--shard`` and ``--recompute`` leave open, and how to multiply; say what a step will take.
 
     Args:
         config: `TrainConfig`.
-        model_config: `fastvid.model.video_llava.ModelConfig`.
+        precision: as `precision_of` tells it.
+        model_config: `fastvid.model.config.ModelConfig`.
         loader: `fastvid.data.loader.Loader`; the run's largest micro-batches, on any rank, are planned for.
         world: `parallel.World`.
         attention: as `attention_check.settle_attention` settled it.
@@ -228,8 +225,8 @@ def plan_memory(config, model_config, loader, world, attention):
     Raises:
         ValueError: ``--recompute`` has more layers than the model.
     """
-    if frozen_dtype(config) is not None:
-        quantize.check_device(config.frozen_dtype, world.device)
+    if precision.frozen is not None:
+        quantize.check_device(precision.frozen, world.device)
     asked, layers = recompute(config), model_config.decoder.num_layers
     if isinstance(asked, int):
         if asked > layers:
@@ -243,13 +240,13 @@ def plan_memory(config, model_config, loader, world, attention):
     options = dict(
         batch,
         trainable=config.trainable,
-        compute_dtype=compute_dtype(config),
+        compute_dtype=precision.compute,
         optimizer=config.optim,
-        trained_dtype=trained_dtype(config),
+        trained_dtype=precision.trained,
         world_size=world.size,
-        fp32_residual=config.policy.fp32_residual,
+        fp32_residual=precision.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
-        frozen_dtype=frozen_dtype(config),
+        frozen_dtype=precision.frozen,
         on_cpu=not of_gpu,
         one_call_per_segment=attention == "sdpa" and not other,
     )
@@ -262,7 +259,7 @@ def plan_memory(config, model_config, loader, world, attention):
         config.shard,
         world,
         decoder_is_trained=config.trainable.decoder,
-        fits=replicated.total <= available or frozen_dtype(config) is not None,
+        fits=replicated.total <= available or precision.frozen is not None,
     )
     options |= dict(
         sharded=layout in ("full", "hybrid"),
@@ -275,7 +272,7 @@ def plan_memory(config, model_config, loader, world, attention):
     estimate = memory.estimate(model_config, recompute=chosen, **options)
     plan = MemoryPlan(layout, chosen, False, estimate.total)
     said = ""
-    if not plan.short and not other and _can_tile(config, layout, world):
+    if not plan.short and not other and _can_tile(config, precision, layout, world):
         with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
         tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
@@ -300,7 +297,7 @@ def _smaller(config, layout):
         yield "--bf16 True"
     if trained and not (config.optim.endswith("8bit") and config.master_dtype == "bfloat16"):
         yield "--optim adamw_8bit --master_dtype bfloat16"
-    if frozen_dtype(config) is None and layout != "full":
+    if config.frozen_dtype == "auto" and layout != "full":
         yield "--shard full on more ranks"
     if not trained and config.frozen_dtype != "nf4":
         yield "--frozen_dtype nf4"
@@ -332,14 +329,14 @@ def _available(config, world, encodes=False):
     )
 
 
-def _can_tile(config, layout, world):
+def _can_tile(config, precision, layout, world):
     """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
     return (
         not config.trainable.decoder
-        and frozen_dtype(config) is None
+        and precision.frozen is None
         and layout in ("replicated", "trained")
         and not config.policy.plain_products
-        and can_tile(compute_dtype(config), world.device)
+        and can_tile(precision.compute, world.device)
     )
 
 

@@ -24,7 +24,7 @@ from model_cases import (
 )
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.config import rotary_frequencies
+from fastvid.model.config import Precision, rotary_frequencies
 from fastvid.model.decoder import Decoder
 
 ROPE = {
@@ -159,7 +159,7 @@ def test_frozen_decoder_saves_no_input_of_a_linear():
     """By the layer: two residual sums, queries, keys, values, attention's output, the gate-up product, and per row
     two fp32 numbers of the norms and one per head of attention."""
     config = decoder_config(num_kv_heads=2)
-    decoder = fill(Decoder(config, trained=False, compute_dtype=torch.bfloat16, attn_implementation="sdpa"))
+    decoder = fill(Decoder(config, trained=False, precision=Precision(torch.bfloat16), attn_implementation="sdpa"))
     x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
     layout, positions = AttentionLayout.of_lengths([40]), torch.arange(40, dtype=torch.int32)
     inputs = []
@@ -227,9 +227,9 @@ def test_rope_kinds_that_depend_on_the_length_are_refused():
 
 def test_frequencies_survive_the_meta_device():
     with torch.device("meta"):
-        decoder = Decoder(decoder_config(**ROPE["yarn"]), trained=False, compute_dtype=torch.float32)
+        decoder = Decoder(decoder_config(**ROPE["yarn"]), trained=False, precision=Precision())
     fill(decoder.to_empty(device="cpu"))
-    plain = fill(Decoder(decoder_config(**ROPE["yarn"]), trained=False, compute_dtype=torch.float32))
+    plain = fill(Decoder(decoder_config(**ROPE["yarn"]), trained=False, precision=Precision()))
     x, positions = torch.randn(6, 32), torch.arange(6)
     layout = AttentionLayout.of_lengths([6])
     assert torch.equal(decoder(x, positions, layout), plain(x, positions, layout))
@@ -238,4 +238,4 @@ def test_frequencies_survive_the_meta_device():
 def test_unknown_recompute_is_refused():
     for given in ("some", 3, -1):
         with pytest.raises(ValueError, match=f"recompute {given!r}: choose one of none, selective, full, or .* 0 to 2"):
-            Decoder(decoder_config(), trained=False, compute_dtype=torch.float32, recompute=given)
+            Decoder(decoder_config(), trained=False, precision=Precision(), recompute=given)

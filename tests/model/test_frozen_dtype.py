@@ -24,6 +24,7 @@ from fastvid import train
 from fastvid.checkpoints import checkpoint
 from fastvid.dist import parallel
 from fastvid.model import quantize
+from fastvid.model.config import Precision
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
@@ -50,9 +51,7 @@ def quantized_linears(model):
 def random_quantized(frozen_dtype, config=None, **options):
     """A random model, its decoder's matrices quantised; and that model."""
     plain = random_model(config)
-    model = VideoLlava(
-        plain.config, trainable=ADAPTER, frozen_dtype=frozen_dtype, **{"compute_dtype": torch.float32, **options}
-    )
+    model = random_model(plain.config, frozen_dtype=frozen_dtype, **options)
     values = dict(plain.named_parameters())
     with torch.no_grad():
         for name in quantized_linears(model):
@@ -79,8 +78,7 @@ def loaded(folder, frozen_dtype, compute_dtype=torch.float32):
         model = VideoLlava(
             read_model_config(folder, vocab_size=TOKENS.vocab_size),
             trainable=ADAPTER,
-            compute_dtype=compute_dtype,
-            frozen_dtype=frozen_dtype,
+            precision=Precision(compute_dtype, frozen=frozen_dtype),
         )
     model.to_empty(device="cpu")
     load_weights(model, folder, tokens=TOKENS)
@@ -168,8 +166,7 @@ def test_only_the_frozen_decoder_is_quantised():
     full = VideoLlava(
         model_config(),
         trainable=Trainable(projector=True, embed=True, head=True, decoder=True),
-        compute_dtype=torch.float32,
-        frozen_dtype="nf4",
+        precision=Precision(frozen="nf4"),
     )
     assert not quantized_linears(full)
 
@@ -262,7 +259,7 @@ def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     config = config_of(run, tmp_path / "out", "--bf16", "True", "--frozen_dtype", "fp8")
     with pytest.raises(ValueError, match="RTX 3090"):
-        planning.plan_memory(config, None, None, world, "sdpa")
+        planning.plan_memory(config, planning.precision_of(config), None, None, world, "sdpa")
 
 
 # --- memory

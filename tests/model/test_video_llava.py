@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from test_frozen_rows import cases, prepared
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 
@@ -90,7 +90,7 @@ def recorded_model(recorded, variant, rows, head_rows, trainable):
         }
         for name, parts in fused.items():
             ours[f"decoder.layers.{i}.{name}.weight"] = torch.cat([layer[part + ".weight"] for part in parts])
-    model = VideoLlava(config, trainable=trainable, compute_dtype=torch.float32)
+    model = VideoLlava(config, trainable=trainable, precision=Precision())
     model.load_state_dict(ours, strict=True)
     return model
 
@@ -372,7 +372,7 @@ def test_fsdp2_equals_one_process(tmp_path):
 
 
 def test_fp32_residual_keeps_embeddings_and_norms_unrounded():
-    model = VideoLlava(model_config(), trainable=ADAPTER, compute_dtype=torch.bfloat16, fp32_residual=True)
+    model = VideoLlava(model_config(), trainable=ADAPTER, precision=Precision(torch.bfloat16, fp32_residual=True))
     dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         name for name in dtypes if name == "embed.weight" or "norm" in name

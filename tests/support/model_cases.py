@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout, PackedBatch
-from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 
@@ -48,9 +48,18 @@ def fill(module, seed=0):
     return module
 
 
-def random_model(config=None, trainable=ADAPTER, compute_dtype=torch.float32, seed=0, **options):
-    config = config or model_config()
-    return fill(VideoLlava(config, trainable=trainable, compute_dtype=compute_dtype, **options), seed)
+def random_model(
+    config=None,
+    trainable=ADAPTER,
+    compute_dtype=torch.float32,
+    seed=0,
+    trained_dtype=torch.float32,
+    frozen_dtype=None,
+    fp32_residual=False,
+    **options,
+):
+    precision = Precision(compute_dtype, trained_dtype, frozen_dtype, fp32_residual)
+    return fill(VideoLlava(config or model_config(), trainable=trainable, precision=precision, **options), seed)
 
 
 def random_sample(generator, text=(9, 7), video=6, answer=3):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastvid.batch import VideoTokens
+from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
@@ -139,7 +140,7 @@ def load(folder, *, tokens=TOKENS, trainable=ADAPTER, dtype=torch.float32, proje
     """The model that `folder` gives, made without memory first, poisoned, then filled."""
     config = read_model_config(folder, vocab_size=tokens.vocab_size, projector=projector, **options)
     with torch.device("meta"):
-        model = VideoLlava(config, trainable=trainable, compute_dtype=dtype)
+        model = VideoLlava(config, trainable=trainable, precision=Precision(dtype))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))

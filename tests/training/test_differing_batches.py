@@ -56,7 +56,7 @@ def run(tmp_path_factory):
 
 def build(run, output, world, *more):
     state = train.build(config_of(run, output, *OPTIONS, "--eval_data_path", str(run / "eval.json"), *more), world)
-    assert state.model.residual_dtype == torch.float32
+    assert state.model.precision.residual == torch.float32
     return state
 
 

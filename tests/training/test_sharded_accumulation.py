@@ -24,9 +24,7 @@ def model_of(layout="replicated", world=None, shard_size=None, dtype=torch.float
         model_config(hidden_size=64, intermediate_size=128, head_dim=16), FULL, compute_dtype=dtype, trained_dtype=dtype
     )
     if world:
-        parallel.shard(
-            model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size, adds_up_shards=adds_up_shards
-        )
+        parallel.shard(model, world, layout, shard_size=shard_size, adds_up_shards=adds_up_shards)
     return model
 
 

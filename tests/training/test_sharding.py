@@ -50,7 +50,7 @@ class Trainer:
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter *= 0.25  # of a width of 256: differences do not grow from layer to layer
-        parallel.shard(model, world, layout, bf16=dtype == torch.bfloat16, shard_size=shard_size)
+        parallel.shard(model, world, layout, shard_size=shard_size)
         self.model, self.world = model, world
         config = TrainConfig(model_name_or_path="", data_path=[], output_dir="", optim=optim, weight_decay=0.1)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -159,7 +159,7 @@ def precise_gradients(rank):
     found = []
     for layout, trainable, recompute in PRECISE:
         model = precise(trainable, recompute)
-        parallel.shard(model, world_of(rank), layout, bf16=True)
+        parallel.shard(model, world_of(rank), layout)
         loss, gradients = loss_and_gradients(model, random_batch())
         parallel.sum_replicated_gradients([p for p in model.parameters() if p.requires_grad], world_of(rank))
         found.append((loss, {name: parallel.full_tensor(gradient) for name, gradient in gradients.items()}))

@@ -25,6 +25,7 @@ from weight_folders import (
 )
 
 from fastvid.batch import VideoTokens
+from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
@@ -227,7 +228,7 @@ def test_what_does_not_fit_is_named(tmp_path, case):
     breaks(state)
     folder = write_folder(tmp_path / "m", state)
     config = read_model_config(folder, vocab_size=V + 3)
-    model = VideoLlava(config, trainable=Trainable(), compute_dtype=torch.float32)
+    model = VideoLlava(config, trainable=Trainable(), precision=Precision())
     for parameter in model.parameters():
         parameter.data.fill_(7)
     with pytest.raises(ValueError, match=message):
@@ -244,7 +245,7 @@ def _load_sharded(rank, folder, config, rendezvous):
     try:
         mesh = dist.init_device_mesh("cpu", (2,))
         with torch.device("meta"):
-            model = VideoLlava(config, trainable=ADAPTER, compute_dtype=torch.float32)
+            model = VideoLlava(config, trainable=ADAPTER, precision=Precision())
         for layer in model.decoder.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
