@@ -34,7 +34,7 @@ from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
 from fastvid.model.attention_check import settle_attention
-from fastvid.model.config import ModelConfig, Precision
+from fastvid.model.config import ModelConfig
 from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
 from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
@@ -64,8 +64,7 @@ class Prepared(NamedTuple):
     loader: Loader
     evaluation: Loader | None
     attention: str
-    precision: Precision
-    plan: planning.MemoryPlan
+    plan: planning.Plan
 
 
 def prepare(config, world):
@@ -107,8 +106,8 @@ def prepare(config, world):
     )
     for line in overview.overview(config, model_config, loader, world, attention):
         log.info("%s", line)
-    plan = planning.plan_memory(config, precision, model_config, loader, world, attention)
-    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, precision, plan)
+    plan = planning.plan(config, precision, model_config, loader, world, attention)
+    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
 
 
 def build(config, world):
@@ -121,7 +120,7 @@ def build(config, world):
     Raises:
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
-    config, tokenizer, model_config, loader, evaluation, attention, precision, plan = prepare(config, world)
+    config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
     loader.begin()
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)
@@ -129,7 +128,7 @@ def build(config, world):
         model = VideoLlava(
             model_config,
             trainable=config.trainable,
-            precision=precision,
+            precision=plan.precision,
             recompute=plan.recompute,
             attn_implementation=attention,
         )
@@ -161,7 +160,6 @@ def build(config, world):
         optimizer=Optimizer(trained, config, world.device),
         loader=loader,
         evaluation=evaluation,
-        warmup_steps=planning.warmup_steps(config, loader.order.total_steps),
         formula=flops.Formula(model_config, config.trainable),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         saver=Saver(),
@@ -203,7 +201,7 @@ def train_step(state, batches):
         state.step,
         peak=config.learning_rate,
         total_steps=state.order.total_steps,
-        warmup_steps=state.warmup_steps,
+        warmup_steps=state.plan.warmup_steps,
         schedule=config.lr_scheduler_type,
     )
     state.saver.hold()

@@ -1,10 +1,10 @@
-"""What a training run's flags mean together: contradictions, precision, and the layout that fits into memory."""
+"""What a training run's flags mean together: contradictions, and the plan of the run."""
 
 import dataclasses
 import logging
 import math
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -42,10 +42,13 @@ _LAYOUTS = {
 }
 
 
-class MemoryPlan(NamedTuple):
-    """How a run uses memory.
+@dataclass(frozen=True)
+class Plan:
+    """What a run has decided before it begins.
 
     Attributes:
+        precision: what the model is stored and computed in.
+        warmup_steps: of the learning rate.
         layout: over ranks, as `parallel.shard` takes it.
         recompute: as `fastvid.model.decoder.Decoder` takes it.
         tiled: whether to `tile` the frozen decoder.
@@ -54,16 +57,18 @@ class MemoryPlan(NamedTuple):
             fit (`parallel.set_gradient_sync`).
     """
 
+    precision: Precision
+    warmup_steps: int
     layout: str
     recompute: str | int
     tiled: bool
     estimated: int
-    accumulate_whole: bool = False
+    accumulate_whole: bool
 
     @property
     def short(self) -> bool:
-        """Whether whole layers are recomputed, which only a lack of memory is worth."""
-        return self.recompute not in ("none", "selective")
+        """Whether memory is."""
+        return _short(self.recompute)
 
 
 def checked(config):
@@ -208,8 +213,8 @@ def row_budget(config, world):
     return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
 
 
-def plan_memory(config, precision, model_config, loader, world, attention):
-    """Choose what ``--shard`` and ``--recompute`` leave open, and how to multiply; say what a step will take.
+def plan(config, precision, model_config, loader, world, attention):
+    """Choose what flags such as ``--shard`` and ``--recompute`` leave open; say what memory a step will take.
 
     Args:
         config: `TrainConfig`.
@@ -220,7 +225,7 @@ def plan_memory(config, precision, model_config, loader, world, attention):
         attention: as `attention_check.settle_attention` settled it.
 
     Returns:
-        `MemoryPlan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
+        `Plan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
 
     Raises:
         ValueError: ``--recompute`` has more layers than the model.
@@ -270,13 +275,11 @@ def plan_memory(config, precision, model_config, loader, world, attention):
     )
     chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=chosen, **options)
-    plan = MemoryPlan(layout, chosen, False, estimate.total)
-    said = ""
-    if not plan.short and not other and _can_tile(config, precision, layout, world):
+    tiled, said = False, ""
+    if not _short(chosen) and not other and _can_tile(config, precision, layout, world):
         with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
         tiled = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if tiled else estimate
-        plan = plan._replace(tiled=tiled, estimated=estimate.total)
         said = f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies" + (
             "" if tiled else ", for which memory is short"
         )
@@ -286,7 +289,20 @@ def plan_memory(config, precision, model_config, loader, world, attention):
     log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
     if estimate.total > available:
         log.warning("a step takes more than there is: try %s", ", ".join(_smaller(config, layout)))
-    return plan._replace(accumulate_whole=whole)
+    return Plan(
+        precision=precision,
+        warmup_steps=warmup_steps(config, loader.order.total_steps),
+        layout=layout,
+        recompute=chosen,
+        tiled=tiled,
+        estimated=estimate.total,
+        accumulate_whole=whole,
+    )
+
+
+def _short(recompute):
+    """Whether whole layers are recomputed, which only a lack of memory is worth."""
+    return recompute not in ("none", "selective")
 
 
 def _smaller(config, layout):

@@ -21,7 +21,7 @@ class TrainState:
 
     Attributes:
         evaluation: loader of the validation set, or None.
-        plan: how the run uses memory.
+        plan: what was decided before the first step.
         step: optimizer steps done.
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
@@ -39,12 +39,11 @@ class TrainState:
     optimizer: Optimizer
     loader: Loader
     evaluation: Loader | None
-    warmup_steps: int
     formula: flops.Formula
     loss_sum: torch.Tensor
     saver: Saver
     staging: Staging
-    plan: planning.MemoryPlan
+    plan: planning.Plan
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0

@@ -259,7 +259,7 @@ def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     config = config_of(run, tmp_path / "out", "--bf16", "True", "--frozen_dtype", "fp8")
     with pytest.raises(ValueError, match="RTX 3090"):
-        planning.plan_memory(config, planning.precision_of(config), None, None, world, "sdpa")
+        planning.plan(config, planning.precision_of(config), None, None, world, "sdpa")
 
 
 # --- memory

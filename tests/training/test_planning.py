@@ -281,7 +281,7 @@ def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, 
     config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
     state = train.build(config, WORLD)
     world = dataclasses.replace(WORLD, device=torch.device("cuda"))
-    planning.plan_memory(config, state.model.precision, state.model.config, state.loader, world, settled)
+    planning.plan(config, state.model.precision, state.model.config, state.loader, world, settled)
     assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is per_segment
 
 

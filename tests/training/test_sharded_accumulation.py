@@ -1,5 +1,7 @@
 """Gradients over micro-batches on ranks that shard the model: their sum, what a rank keeps, what it says meanwhile."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,17 +148,17 @@ def test_whole_gradients_are_added_up_where_they_fit(tmp_path, monkeypatch, capl
     run = write_run(tmp_path / "run")
     monkeypatch.setattr(parallel, "device_memory", lambda world: gib * 2**30)
     monkeypatch.setattr(parallel, "choose_layout", lambda *args, **options: "full")
-    plan = planning.plan_memory
+    plan = planning.plan
 
     def planned(*args):
         plans.append(plan(*args))
-        return plans[-1]._replace(layout="replicated")
+        return dataclasses.replace(plans[-1], layout="replicated")
 
     plans = []
-    monkeypatch.setattr(planning, "plan_memory", planned)
+    monkeypatch.setattr(planning, "plan", planned)
     with caplog.at_level("INFO", "fastvid"):
         state = train.build(
             config_of(run, tmp_path, "--gradient_accumulation_steps", "2"), parallel.World(0, 1, 0, CPU, False)
         )
-    assert plans[0][0] == "full" and state.plan.accumulate_whole == whole
+    assert plans[0].layout == "full" and state.plan.accumulate_whole == whole
     assert ("every micro-batch's gradient is reduced" in caplog.text) != whole
