@@ -3,8 +3,8 @@
 Launch with ``torchrun -m fastvid.train`` or plain ``python -m fastvid.train``.
 
     state = build(config, parallel.start())
-    for _, batches in state.loader.iterate(state.step):
-        result = train_step(state, batches)
+    for batches, waited in state.loader.iterate(state.step):
+        result = train_step(state, batches, waited)
 
 Dimensions: see `fastvid.batch`.
 """
@@ -15,7 +15,6 @@ import gc
 import logging
 import math
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,6 @@ from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
 from fastvid.data.dataset import SampleSet
 from fastvid.data.loader import Loader, evaluation_loader, training_loader
-from fastvid.data.prefetch import Stopped
 from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
@@ -168,8 +166,12 @@ def build(config, world):
     )
 
 
-def train_step(state, batches):
-    """One optimizer step over `batches`, this rank's micro-batches; None where it was stopped while it waited for them.
+def train_step(state, batches, waited=0.0):
+    """One optimizer step.
+
+    Args:
+        batches: this rank's micro-batches; None where it was stopped while it waited for them.
+        waited: seconds that it waited for them.
 
     Returns:
         `StepResult`; no number in it has waited for the device. None, and no rank makes the step, where a rank has no
@@ -179,7 +181,7 @@ def train_step(state, batches):
     mine = flops.total(map(state.formula.counts, batches or ()))
     halted = batches is None or state.saver.failed
     *counts, drawn, skipped, waited, halted, stop = world.sum_on_host(
-        [*mine, state.loader.drawn, state.loader.skipped, state.waited, halted, state.stop_signal]
+        [*mine, state.loader.drawn, state.loader.skipped, waited, halted, state.stop_signal]
     )
     if halted:
         return None
@@ -222,7 +224,7 @@ def evaluate(state):
     world = state.world
     total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
     with contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
-        for batches in _timed(state, steps):
+        for batches, _ in steps:
             if world.sum_on_host([state.stop_signal or batches is None])[0]:
                 return None
             for batch in state.staging.copies(batches):
@@ -274,8 +276,8 @@ def loop(state):
         left_out = first_step > 0 and _validation_due(state) and metrics.evaluated_step < first_step
         if state.world.gather_objects(left_out)[0] and not _validate(state, metrics):
             return _stop(state, metrics)
-        for batches in _timed(state, steps):
-            result = train_step(state, batches)
+        for batches, waited in steps:
+            result = train_step(state, batches, waited)
             if result is None:
                 state.saver.wait()  # raises what could not be written, if that is why
                 return _stop(state, metrics)
@@ -347,21 +349,6 @@ def main(argv=None):
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     return train(parse(TrainConfig, argv))
-
-
-def _timed(state, steps):
-    """The batches of each step; `state.waited` is how long the loop waited for them. None after a wait that a signal
-    ended."""
-    while True:
-        begin, batches = time.perf_counter(), None
-        try:
-            _, batches = next(steps)
-        except StopIteration:
-            return
-        except Stopped:
-            pass
-        state.waited = time.perf_counter() - begin
-        yield batches
 
 
 def _note_stop(state, number):

@@ -159,12 +159,12 @@ KILL_IN_STEP = """
 import os, signal, sys, time
 from fastvid import train
 step = train.train_step
-def train_step(state, batches):
+def train_step(state, batches, waited):
     if state.step == 6:
         while not os.path.exists(os.path.join(state.config.output_dir, "checkpoint-4")):
             time.sleep(0.01)  # it is written beside the steps, which may be faster
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(state, batches)
+    return step(state, batches, waited)
 train.train_step = train_step
 train.main(sys.argv[1:])
 """
@@ -184,10 +184,10 @@ import os, signal, sys, threading
 from fastvid import train
 from fastvid.checkpoints import shards
 step, write = train.train_step, shards.write
-def train_step(state, batches):
+def train_step(state, batches, waited):
     if state.step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(state, batches)
+    return step(state, batches, waited)
 def slow(path, held, mark):
     if "checkpoint-8" in str(path):
         threading.Event().wait()
@@ -199,10 +199,10 @@ TERMINATE = """
 import os, signal, sys
 from fastvid import train
 step = train.train_step
-def train_step(state, batches):
+def train_step(state, batches, waited):
     if state.step == 5:
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(state, batches)
+    return step(state, batches, waited)
 train.train_step = train_step
 sys.exit(train.main(sys.argv[1:]))
 """

@@ -120,7 +120,7 @@ def one_rank_sharded(small):
                     ),
                     world,
                 )
-                found = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
+                found = [train.train_step(state, batches).loss.item() for batches, _ in state.loader.iterate()]
                 losses[name, distributed] = found
         for name in ("adapter", "full"):
             error = max(abs(a / b - 1) for a, b in zip(losses[name, True], losses[name, False], strict=True))
@@ -175,7 +175,7 @@ def two_sharded_ranks(small):
             ),
             parallel.World(0, 1, 0, torch.device(DEVICE), False),
         )
-        steps = [train.train_step(state, batches) for _, batches in state.loader.iterate()]
+        steps = [train.train_step(state, batches) for batches, _ in state.loader.iterate()]
         for layout, *size in (("full",), ("hybrid", "--shard_size", "2")):
             output = f"{made}/{layout}"
             said = _torchrun(
@@ -294,7 +294,7 @@ def loss_curve(small):
                 ),
                 world,
             )
-            curves[bf16] = [train.train_step(state, batches).loss.item() for _, batches in state.loader.iterate()]
+            curves[bf16] = [train.train_step(state, batches).loss.item() for batches, _ in state.loader.iterate()]
         means = {key: sum(values) / len(values) for key, values in curves.items()}
         error = abs(means["True"] / means["False"] - 1)
         yield {

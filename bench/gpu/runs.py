@@ -32,7 +32,7 @@ def run(flags):
 def losses(flags):
     """The loss of every step."""
     state = build(flags)
-    found = [train.train_step(state, batches).loss for _, batches in state.loader.iterate()]
+    found = [train.train_step(state, batches).loss for batches, _ in state.loader.iterate()]
     return torch.stack(found).tolist()
 
 

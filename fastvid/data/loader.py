@@ -6,7 +6,9 @@ Dimensions: R rows of one video, C channels of the vision tower.
 import contextlib
 import itertools
 import logging
+import time
 from functools import partial
+from typing import NamedTuple
 
 from fastvid.data.conversation import system_prefix
 from fastvid.data.dataset import SampleSet, SampleSkipped
@@ -15,11 +17,25 @@ from fastvid.data.order.reference import ReferenceOrder
 from fastvid.data.order.rows import RowOrder
 from fastvid.data.order.stream import EvaluationOrder, StreamOrder, epoch_length
 from fastvid.data.packing import pack
-from fastvid.data.prefetch import Ahead
+from fastvid.data.prefetch import Ahead, Stopped
 from fastvid.data.sharing import Groups
 from fastvid.data.styles import record_videos
 
 log = logging.getLogger("fastvid")
+
+
+class Skipped(NamedTuple):
+    """A sample, by its index, that could not be used, and why."""
+
+    sample: int
+    reason: str
+
+
+class Remarked(NamedTuple):
+    """A sample, by its index, that was used, and what is unusual about it."""
+
+    sample: int
+    remarks: list[str]
 
 
 class Loader:
@@ -55,7 +71,7 @@ class Loader:
             self.samples.features.begin(self._videos(0))
 
     def read(self, step, *, values=True):
-        """This rank's packed micro-batches of one step, and (index, remarks, why it was skipped) of odd samples.
+        """This rank's packed micro-batches of one step, and a list of the `Skipped` and `Remarked` samples in them.
 
         Args:
             values: False where only the batches' sizes matter.
@@ -67,31 +83,38 @@ class Loader:
                 try:
                     usable.append(samples.read(index, loaded, values=values))
                 except SampleSkipped as error:
-                    odd.append((index, [], str(error)))
+                    odd.append(Skipped(index, str(error)))
                 else:
                     # What the record alone tells was told when it was read.
                     remarks = [each for each in usable[-1][0].remarks if each not in samples.remarks.counts]
                     if remarks:
-                        odd.append((index, remarks, None))
+                        odd.append(Remarked(index, remarks))
             batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
     def iterate(self, first_step=0, stopped=lambda: False):
-        """Yield (step, micro-batches) up to the order's end; name each skipped sample and each kind of remark once.
+        """Yield (micro-batches, seconds waited for them) of each step up to the order's end.
+
+        Each skipped sample and each kind of remark is named once.
 
         Args:
-            stopped: ends a long wait, see `Ahead.map`.
+            stopped: ends a long wait (`Ahead.map`); the last micro-batches are None then.
         """
-        steps = range(first_step, self.order.total_steps)
-        with contextlib.ExitStack() as stack:
-            if self.samples.features is not None:
-                stack.enter_context(self.samples.features.made_ahead(self._videos(first_step), stopped))
-            read = stack.enter_context(contextlib.closing(self._ahead.map(steps, stopped)))
-            for step, (batches, odd) in zip(steps, read):
-                for index, remarks, skipped in odd:
-                    self._report(index, remarks, skipped)
-                self.drawn += sum(map(len, self.order.micro_batches(step)))
-                yield step, [batch.pin_memory() for batch in batches] if self.pin else batches
+        begin, steps = time.perf_counter(), range(first_step, self.order.total_steps)
+        try:
+            with contextlib.ExitStack() as stack:
+                if self.samples.features is not None:
+                    stack.enter_context(self.samples.features.made_ahead(self._videos(first_step), stopped))
+                read = stack.enter_context(contextlib.closing(self._ahead.map(steps, stopped)))
+                for step, (batches, odd) in zip(steps, read):
+                    for each in odd:
+                        self._report(each)
+                    self.drawn += sum(map(len, self.order.micro_batches(step)))
+                    batches = [batch.pin_memory() for batch in batches] if self.pin else batches
+                    yield batches, time.perf_counter() - begin
+                    begin = time.perf_counter()
+        except Stopped:
+            yield None, time.perf_counter() - begin
 
     def _videos(self, first_step):
         """Names of the videos that the next samples of this rank need, as many samples as the set has; then those of
@@ -120,14 +143,16 @@ class Loader:
         lines = [f"{len(indices):,} of {len(self.samples):,} samples: {remark}" for remark, indices in remarks.items()]
         return lines, f"{len(unusable):,} of {len(self.samples):,} samples skipped"
 
-    def _report(self, index, remarks, skipped):
-        if skipped:
+    def _report(self, odd):
+        index = odd.sample
+        if isinstance(odd, Skipped):
             self.skipped += 1
             if index not in self.unusable and len(self.unusable) < self.MESSAGES:
                 last = " (further ones are counted, not shown)" * (len(self.unusable) == self.MESSAGES - 1)
-                log.warning("skipped sample %s: %s%s", self.samples.name(index), skipped, last)
+                log.warning("skipped sample %s: %s%s", self.samples.name(index), odd.reason, last)
             self.unusable.add(index)
-        for remark in remarks:
+            return
+        for remark in odd.remarks:
             if remark not in self.remarks and len(self.remarks) < self.MESSAGES:
                 log.warning("sample %s: %s (said once; counted at the end)", self.samples.name(index), remark)
             self.remarks.setdefault(remark, set()).add(index)

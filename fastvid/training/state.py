@@ -26,7 +26,6 @@ class TrainState:
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
         stop_signal: signal that asked this rank to stop, or 0. SIGPIPE: nobody reads what it prints any more.
-        waited: seconds that this rank has waited for the data of the next step.
         skipped_before: samples that were skipped, on all ranks, before the run was resumed.
         run: by which checkpoints of this run are known, however often it is resumed.
         content: on rank 0 what the run is made of (`fastvid.training.content`), once that was asked.
@@ -47,7 +46,6 @@ class TrainState:
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
-    waited: float = 0.0
     skipped_before: int = 0
     run: str | None = None
     content: dict | None = None

@@ -17,13 +17,13 @@ from fastvid.cli import run
 killed = Path(sys.argv[1])
 step = train.train_step
 
-def train_step(state, batches):
+def train_step(state, batches, waited):
     if state.step == 6 and state.world.rank == 1 and not killed.exists():
         while not Path(state.config.output_dir, "checkpoint-4").exists():
             time.sleep(0.01)  # it is written beside the steps, which may be faster
         killed.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(state, batches)
+    return step(state, batches, waited)
 
 if __name__ == "__main__":
     train.train_step = train_step

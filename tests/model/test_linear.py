@@ -186,7 +186,7 @@ def run(tmp_path_factory):
 
 def losses_of(state, steps=4):
     found = []
-    for _, batches in state.loader.iterate(0):
+    for batches, _ in state.loader.iterate(0):
         found.append(float(train.train_step(state, batches).loss))
         if len(found) == steps:
             return found

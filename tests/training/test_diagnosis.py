@@ -22,8 +22,8 @@ def break_after(monkeypatch, step, tensor):
     """Have the update of a step leave a NaN behind, in a weight or a moment, whatever its loss."""
     made = train.train_step
 
-    def train_step(state, batches):
-        result = made(state, batches)
+    def train_step(state, batches, waited):
+        result = made(state, batches, waited)
         if state.step == step:
             {**state.optimizer.parameters, **state.optimizer.state_tensors()}[tensor].data.view(-1)[0] = math.nan
         return result

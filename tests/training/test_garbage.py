@@ -23,9 +23,9 @@ def test_it_works_when_told_only_and_afterwards_as_before(run, tmp_path, monkeyp
     seen, collected = [], []
     step, collect = train.train_step, gc.collect
 
-    def train_step(state, batches):
+    def train_step(state, batches, waited):
         seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
-        return step(state, batches)
+        return step(state, batches, waited)
 
     monkeypatch.setattr(train, "train_step", train_step)
     monkeypatch.setattr(train, "_COLLECT_EVERY", 4)

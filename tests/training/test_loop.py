@@ -108,8 +108,8 @@ def test_a_read_in_a_step_is_seen(run, tmp_path, monkeypatch, read):
     def reading(monkeypatch, reads):
         step = train.train_step
 
-        def train_step(state, batches):
-            result = step(state, batches)
+        def train_step(state, batches, waited):
+            result = step(state, batches, waited)
             read(result.loss)
             return result
 
@@ -123,11 +123,11 @@ def test_a_read_in_a_step_is_seen(run, tmp_path, monkeypatch, read):
 def test_no_step_synchronises_the_gpu(run, tmp_path, monkeypatch):
     step = train.train_step
 
-    def train_step(state, batches):
+    def train_step(state, batches, waited):
         if state.step > 1:  # the first ones initialise libraries
             torch.cuda.set_sync_debug_mode("error")
         try:
-            return step(state, batches)
+            return step(state, batches, waited)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -111,7 +111,7 @@ def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, 
 )
 def test_the_plan_is_for_the_largest_batch_of_the_run(run, options):
     state = train.build(config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True", *options), WORLD)
-    batches = [batch for _, batches in state.loader.iterate() for batch in batches]
+    batches = [batch for batches, _ in state.loader.iterate() for batch in batches]
     taken = measured(state, batches)
     assert taken <= state.plan.estimated <= 1.1 * taken
 

@@ -63,10 +63,10 @@ import json, os, signal, sys
 from fastvid import train
 stopped, codes = json.loads(sys.argv[1]), sys.argv[2]
 step, rank = train.train_step, os.environ["RANK"]
-def train_step(state, batches):
+def train_step(state, batches, waited):
     if state.step == 1 and int(rank) in stopped:
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(state, batches)
+    return step(state, batches, waited)
 train.train_step = train_step
 open(codes + rank, "w").write(str(train.main(sys.argv[3:])))
 """
@@ -94,9 +94,9 @@ def test_a_stop_does_not_wait_for_a_validation(run, tmp_path, monkeypatch):
 
     step = train.train_step
 
-    def train_step(state, batches):
+    def train_step(state, batches, waited):
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, batches)
+        return step(state, batches, waited)
 
     monkeypatch.setattr(train, "evaluate", validate)
     monkeypatch.setattr(train, "train_step", train_step)
@@ -124,8 +124,8 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(ru
     monkeypatch.setattr(saver, "RETRY_AFTER", 0.0)
     step, wait = train.train_step, threading.Event().wait
 
-    def train_step(state, batches):
-        result = step(state, batches)
+    def train_step(state, batches, waited):
+        result = step(state, batches, waited)
         if state.step == 8 and result is not None:  # saved after this: give it the time of a step
             state.saver.save = lambda *a, save=state.saver.save, **k: (save(*a, **k), wait(1.0))
         return result
@@ -338,10 +338,10 @@ def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
 
     def evaluating(state):
         def iterate(*args):
-            for step, batches in type(state.evaluation).iterate(state.evaluation, *args):
-                looked.append(step)
+            for each in type(state.evaluation).iterate(state.evaluation, *args):
+                looked.append(each)
                 os.kill(os.getpid(), signal.SIGTERM)
-                yield step, batches
+                yield each
 
         state.evaluation.iterate = iterate
         return evaluate(state)
@@ -362,7 +362,7 @@ def test_a_signal_in_a_validation_ends_it(run, tmp_path, monkeypatch):
         "0",
     )
     assert train.main(argv) == 128 + signal.SIGTERM
-    assert looked == [0] and checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+    assert len(looked) == 1 and checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
     assert not [line for line in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in line]
 
 
@@ -416,11 +416,11 @@ def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(recovery, "save", lambda state: (saved.append(state.step), save(state))[1])
     step = train.train_step
 
-    def train_step(state, batches):
+    def train_step(state, batches, waited):
         if state.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-            return step(state, None)
-        return step(state, batches)
+            return step(state, None, waited)
+        return step(state, batches, waited)
 
     monkeypatch.setattr(train, "train_step", train_step)
     assert train.main(flags(run, tmp_path)) == 128 + signal.SIGTERM

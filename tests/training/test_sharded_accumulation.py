@@ -127,9 +127,9 @@ def sums_over_copies(rank, run, output):
             world,
         )
         steps = state.loader.iterate(0)
-        train.train_step(state, next(steps)[1])
+        train.train_step(state, *next(steps))
         with Collectives() as collectives:
-            train.train_step(state, next(steps)[1])
+            train.train_step(state, *next(steps))
         meshes = {p.device_mesh.ndim for p in state.model.parameters() if isinstance(p, DTensor)}
         said.append((collectives.calls["allreduce"], meshes))
     return said

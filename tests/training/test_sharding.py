@@ -227,9 +227,9 @@ def counted_steps(rank, run, output, modes):
     for options in modes:
         state = train.build(config_of(run, output, *options), world_of(rank))
         steps = state.loader.iterate(0)
-        train.train_step(state, next(steps)[1])  # FSDP2 sets itself up in the first
+        train.train_step(state, *next(steps))  # FSDP2 sets itself up in the first
         with Collectives() as collectives:
-            train.train_step(state, next(steps)[1])
+            train.train_step(state, *next(steps))
         trained = [p for p in state.model.parameters() if p.requires_grad]
         said.append((collectives.bytes, collectives.calls, sum(4 * p.numel() for p in trained)))
     return said
