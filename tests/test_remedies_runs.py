@@ -19,6 +19,7 @@ from fastvid import export, train
 from fastvid.checkpoints import checkpoint, saver, shards
 from fastvid.config import ExportConfig, TrainConfig
 from fastvid.dist import parallel
+from fastvid.dist.sharding import held_part
 from fastvid.flags import parse
 from fastvid.flags.foreign import MEANING
 from fastvid.model.attention import choose_implementation
@@ -247,7 +248,7 @@ def test_too_many_skipped_samples(run, tmp_path):
 
 def test_shards_of_other_tensors(tmp_path):
     path = tmp_path / "model-00000-of-00001.safetensors"
-    shards.write(path, {"a": shards.held_part(torch.ones(3))[0]})
+    shards.write(path, {"a": held_part(torch.ones(3))[0]})
     with pytest.raises(ValueError, match="Resume with the flags of the run that saved it, or choose another"):
         shards.load([path], {"a": torch.zeros(4)})
     target = torch.zeros(3)

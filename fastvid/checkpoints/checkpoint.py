@@ -30,12 +30,11 @@ from fastvid.checkpoints import folders as checkpoint_folders
 from fastvid.checkpoints import shards
 from fastvid.checkpoints.folders import named, newest_valid
 from fastvid.checkpoints.host_copies import HostCopies
-from fastvid.checkpoints.shards import LocalShard
 from fastvid.dist.collective import gather, rank_and_size, together
+from fastvid.dist.sharding import LocalShard
 from fastvid.files import naming
 
 __all__ = [
-    "LocalShard",
     "Snapshot",
     "save",
     "snapshot",

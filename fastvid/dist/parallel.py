@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastvid.dist import host_memory
+from fastvid.dist.collective import gather
 from fastvid.dist.heartbeat import Heartbeat, what_follows
 from fastvid.dist.rendezvous import mesh_of, store_of_this_attempt
 
@@ -61,11 +62,7 @@ class World:
 
     def gather_objects(self, value):
         """What every rank says, in rank order, on every rank."""
-        if not self.distributed:
-            return [value]
-        said = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        return gather(value) if self.distributed else [value]
 
 
 def start(seconds: int = 1200) -> World:
@@ -307,17 +304,6 @@ def reshard(model):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def local_shard(tensor):
-    """The part of `tensor` that this rank holds: the same storage, as a plain tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(parameter):
-    """The whole of a parameter, on the CPU; every rank calls it."""
-    whole = parameter.detach()
-    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
 
 
 def sum_replicated_gradients(parameters, world):

@@ -1,7 +1,8 @@
 """Which tensors hold NaN or infinity."""
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from fastvid.dist.sharding import local_shard
 
 
 def not_finite(tensors: dict) -> list[str]:
@@ -9,9 +10,7 @@ def not_finite(tensors: dict) -> list[str]:
 
     One pass over each and one wait for the device: a sum is finite unless a value is not, or it overflows.
     """
-    held = {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for name, tensor in tensors.items()
-    }
+    held = {name: local_shard(tensor.detach()) for name, tensor in tensors.items()}
     held = {name: tensor for name, tensor in held.items() if tensor.is_floating_point() and tensor.numel()}
     if not held:
         return []

@@ -14,7 +14,7 @@ from fastvid_kernels.adamw8bit_step import BLOCK_SIZE, adamw8bit_step
 from fastvid_kernels.adamw_step import round_to_bf16
 from torch import Tensor
 
-from fastvid.checkpoints import shards
+from fastvid.dist.sharding import held_part
 
 log = logging.getLogger("fastvid")
 
@@ -41,7 +41,7 @@ class Piece:
 
     @classmethod
     def of(cls, name, parameter, seed):
-        held, _ = shards.held_part(parameter)
+        held, _ = held_part(parameter)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         return cls(
             held.local, held.shape, held.offset * math.prod(held.shape[1:]), int.from_bytes(digest[:8], "little") >> 1

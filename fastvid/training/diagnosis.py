@@ -3,7 +3,7 @@
 import torch
 
 from fastvid.data.packing import pack
-from fastvid.dist import parallel
+from fastvid.dist.sharding import local_shard
 from fastvid.model.finite import not_finite
 
 
@@ -44,7 +44,7 @@ def explain_not_finite(state, failed):
             loss.backward()
             finite = bool(torch.isfinite(loss.detach()))
             gradients = all(
-                torch.isfinite(parallel.local_shard(p.grad)).all().item()
+                torch.isfinite(local_shard(p.grad)).all().item()
                 for p in state.optimizer.parameters.values()
                 if p.grad is not None
             )

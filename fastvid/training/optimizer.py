@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from fastvid_kernels.adamw8bit_step import BLOCK_SIZE
 from fastvid_kernels.adamw_step import adamw_step
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
-from fastvid.dist.parallel import local_shard
+from fastvid.dist.sharding import local_shard, ranks_of_a_shard, sharded_like
 from fastvid.training.adamw8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 
 log = logging.getLogger("fastvid")
@@ -216,7 +216,7 @@ class Optimizer:
         """Loss and gradient norm over all ranks, in one all-reduce of two numbers."""
         by_copies = {}  # {number of ranks that hold the same shard, or None where all hold the whole: gradients}
         for name, gradient in gradients.items():
-            by_copies.setdefault(_copies(self.parameters[name]), []).append(gradient)
+            by_copies.setdefault(ranks_of_a_shard(self.parameters[name]), []).append(gradient)
         whole = _square_sum(by_copies.pop(None, []), loss.device)
         sums = torch.stack([loss.detach().float(), torch.zeros((), device=loss.device)])
         for copies, sharded in by_copies.items():
@@ -228,37 +228,11 @@ class Optimizer:
     def state_tensors(self):
         """Moments and step counts by name, for a checkpoint; those of sharded parameters as DTensors."""
         return {
-            f"{name}.{key}": _sharded_like(self.parameters[name], value)
+            f"{name}.{key}": sharded_like(self.parameters[name], value)
             for rule in self.rules
             for name, state in rule.state.items()
             for key, value in state.items()
         }
-
-
-def _copies(parameter):
-    """How many ranks hold the same shard; None: it is not sharded."""
-    if not isinstance(parameter, DTensor):
-        return None
-    return math.prod(
-        size
-        for size, placement in zip(parameter.device_mesh.shape, parameter.placements)
-        if not isinstance(placement, Shard)
-    )
-
-
-def _sharded_like(parameter, value):
-    """A shard's state as the DTensor that goes with its parameter: rows with rows."""
-    if not isinstance(parameter, DTensor) or not value.ndim:
-        return value
-    shape = torch.Size((parameter.shape[0], *value.shape[1:]))
-    return DTensor.from_local(
-        value,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=shape,
-        stride=torch.empty(shape, device="meta").stride(),
-    )
 
 
 def _square_sum(gradients, device):

@@ -14,7 +14,7 @@ from fastvid import __version__
 from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig, TrainConfig
 from fastvid.data.order.reference import REFERENCE_ORDER_VERSION
-from fastvid.dist import parallel
+from fastvid.dist.sharding import full_tensor
 from fastvid.model.finite import not_finite
 from fastvid.training import content
 from fastvid.weights.export import export
@@ -258,7 +258,7 @@ def write_results(state):
                 verify=False,
             )
         return [output / "model"]
-    trained = {name: parallel.full_tensor(p) for name, p in state.optimizer.parameters.items()}
+    trained = {name: full_tensor(p) for name, p in state.optimizer.parameters.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
     for path in paths if state.world.is_main else ():
         write_reference_projector(

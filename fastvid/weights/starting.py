@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
+from fastvid.dist.sharding import held_part
 from fastvid.model.finite import not_finite
 from fastvid.model.quantize import QuantizedLinear
 from fastvid.weights.model_config import read_model_config
@@ -247,32 +247,14 @@ def load_weights(model, folder, *, tokens, projector=None, seed=42):
 
 def _fill(parameter, pieces):
     """Copy the rows that this rank holds of the tensor that `pieces` make, one under the other."""
-    local, first = _local_rows(parameter)
-    at = 0
+    held, _ = held_part(parameter)
+    local, first, at = held.local, held.offset, 0
     for piece in pieces:
         start, end = max(at, first), min(at + len(piece), first + len(local))
         if start < end:
             local[start - first : end - first].copy_(piece[start - at : end - at])
         at += len(piece)
     assert at == parameter.shape[0], f"{at} rows for a parameter of {list(parameter.shape)}"
-
-
-def _local_rows(parameter):
-    """(this rank's part of a parameter, the first row that it holds)."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    sharded = [
-        (size, index)
-        for size, index, placement in zip(
-            parameter.device_mesh.shape, parameter.device_mesh.get_coordinate(), parameter.placements
-        )
-        if isinstance(placement, Shard)
-    ]
-    assert len(sharded) <= 1 and all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
-    first = 0
-    for size, index in sharded:  # Shard cuts rows as torch.chunk does: all but the last parts alike
-        first = min(index * math.ceil(parameter.shape[0] / size), parameter.shape[0])
-    return parameter.to_local(), first
 
 
 def trained_weights(base_folder, trained, *, tokens, projector=None, projector_type=None, seed=42):

@@ -15,7 +15,7 @@ from ranks import FORKS
 from fastvid.checkpoints import checkpoint, shards
 from fastvid.checkpoints import folders as checkpoint_folders
 from fastvid.checkpoints.host_copies import HostCopies
-from fastvid.checkpoints.shards import LocalShard
+from fastvid.dist.sharding import LocalShard
 
 
 def assert_holds(path, step):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 
 from fastvid.checkpoints import checkpoint, shards
 from fastvid.checkpoints import folders as checkpoint_folders
-from fastvid.checkpoints.shards import LocalShard
+from fastvid.dist.sharding import LocalShard, held_part
 
 
 def whole_tensors():
@@ -49,10 +49,10 @@ def save_and_load_spread(rank, mesh_shape, load_from, save_to):
     path = checkpoint.newest_valid(load_from)
     checkpoint.load_into(path, "model", held)
     for name, expected in spread(tensors, mesh).items():
-        expected, shard = shards.held_part(expected)[0], shards.held_part(held[name])[0]
+        expected, shard = held_part(expected)[0], held_part(held[name])[0]
         assert torch.equal(shard.local, expected.local), name
         assert (shard.offset, shard.shape) == (expected.offset, expected.shape), name
-    rows = {name: len(shards.held_part(tensor)[0].local) for name, tensor in held.items() if name != "count"}
+    rows = {name: len(held_part(tensor)[0].local) for name, tensor in held.items() if name != "count"}
     checkpoint.save(save_to, 1, groups={"model": held}, state={"rank": rank})
     return rows
 

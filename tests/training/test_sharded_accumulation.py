@@ -13,6 +13,7 @@ from training_run import config_of, write_run
 
 from fastvid import train
 from fastvid.dist import parallel
+from fastvid.dist.sharding import full_tensor
 from fastvid.training import planning
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def accumulated(rank, layout, shard_size, dtype, micro_batches):
             kept = live.total() / sum(p.numel() for p in model.parameters())
             backward(model, seeds[-1], last=True, accumulate_whole=accumulate_whole)
         parallel.sum_replicated_gradients(model.parameters(), world)
-        gradients = {name: parallel.full_tensor(p.grad) for name, p in model.named_parameters()}
+        gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
         found.append((gradients, kept, collectives.calls))
     return found
 

@@ -21,6 +21,7 @@ from fastvid import train
 from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
 from fastvid.dist import parallel
+from fastvid.dist.sharding import full_tensor
 from fastvid.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def precise_gradients(rank):
         parallel.shard(model, world_of(rank), layout)
         loss, gradients = loss_and_gradients(model, random_batch())
         parallel.sum_replicated_gradients([p for p in model.parameters() if p.requires_grad], world_of(rank))
-        found.append((loss, {name: parallel.full_tensor(gradient) for name, gradient in gradients.items()}))
+        found.append((loss, {name: full_tensor(gradient) for name, gradient in gradients.items()}))
     return found
 
 

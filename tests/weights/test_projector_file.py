@@ -26,6 +26,7 @@ from weight_folders import (
 
 from fastvid.batch import VideoTokens
 from fastvid.checkpoints import checkpoint
+from fastvid.dist.sharding import LocalShard
 from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector, save_tensors
@@ -115,7 +116,7 @@ def test_projector_from_a_checkpoint_folder(tmp_path):
     state, trained = llava_state(), our_state(llava_state())
     trained = {name: tensor + 1 for name, tensor in trained.items() if name.startswith("projector.")}
     trained["boundary.weight"] = torch.randn(2, D)
-    rows = {name: checkpoint.LocalShard(tensor, tuple(tensor.shape), 0) for name, tensor in trained.items()}
+    rows = {name: LocalShard(tensor, tuple(tensor.shape), 0) for name, tensor in trained.items()}
     folder = checkpoint.save(tmp_path, 3, groups={"model": rows}, state={})
     model = load(write_folder(tmp_path / "m", state), projector=folder)
     for name, tensor in trained.items():
