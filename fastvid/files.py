@@ -1,4 +1,4 @@
-"""Files that are whole or absent, JSON objects that are or are not there, and files that are not what they seem."""
+"""Files and folders that are whole or absent, JSON objects that may be absent, and files that are not what they seem."""
 
 import errno
 import hashlib
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from contextlib import contextmanager, suppress
@@ -92,6 +93,66 @@ def atomic_file(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_path(path):
+    """A path to write a file at, that takes the place of `path` only once it is whole and on the disk.
+
+    For libraries that open files by themselves: it lies in a folder of its own beside `path`, with whatever they leave
+    there. The file gets its folder's permissions.
+    """
+    path = Path(path)
+    folder = path.with_name(f".{path.name}.tmp")
+    temporary = folder / path.name
+    try:
+        with naming(path):
+            _remove(folder)
+            folder.mkdir()
+            yield temporary
+            temporary.chmod(path.parent.stat().st_mode & 0o666)
+            _sync(temporary)
+            os.replace(temporary, path)
+    finally:
+        _remove(folder)
+
+
+@contextmanager
+def atomic_folder(path):
+    """A folder to fill, whose parents are made, that takes the place of the folder `path` only once it is whole."""
+    temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.replaced")
+    _remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with naming(file):
+                _sync(file)
+        if path.exists():
+            _remove(replaced)
+            path.rename(replaced)
+        temporary.rename(path)
+        _remove(replaced)
+    finally:
+        _remove(temporary)
+
+
+def _sync(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    """Write one of a model folder's JSON files, as people read them."""
+    with naming(path):
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def name_of(stem, suffix) -> str:

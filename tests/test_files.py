@@ -1,15 +1,27 @@
 """Atomic writing: after whatever happens a name leads to the old file or to the whole new one."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from fastvid.dist import processes
-from fastvid.files import atomic_file, naming, read_json_object, remove_left_over, shown, wrong_content
+from fastvid.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_path,
+    naming,
+    read_json_object,
+    remove_left_over,
+    shown,
+    write_json,
+    wrong_content,
+)
 
 
 def test_a_written_file_replaces_the_old_one(tmp_path):
@@ -175,3 +187,36 @@ def test_a_write_that_fails_names_its_file(tmp_path):
         raise OSError("its own words")
     with pytest.raises(FileNotFoundError, match="'other'"), naming("a"):
         open("other")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk as Linux plays it")
+def test_json_that_does_not_fit_is_told_by_name():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_json(Path("/dev/full"), {})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_path_for_libraries_leaves_one_whole_file(tmp_path, fails):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    (tmp_path / ".a.tmp").symlink_to("/dev/zero")  # whatever lies in the way is not opened
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext(), atomic_path(path) as temporary:
+        temporary.with_name("another").touch()
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+        if fails:
+            raise KeyboardInterrupt
+    assert path.read_bytes() == (b"old" if fails else b"new") and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_replaced_whole(tmp_path, fails):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt) if fails else contextlib.nullcontext(), atomic_folder(folder) as temporary:
+        (temporary / "new").touch()
+        assert os.listdir(folder) == ["old"]
+        if fails:
+            raise KeyboardInterrupt
+    assert os.listdir(folder) == ["old" if fails else "new"] and os.listdir(tmp_path) == ["a"]

@@ -338,7 +338,7 @@ def test_non_finite_step_changes_nothing_and_is_named(run, straight, tmp_path, c
 
 @pytest.mark.slow
 def test_a_defect_ends_the_processes_that_read_ahead(run, tmp_path, monkeypatch):
-    def defect(state, batches):
+    def defect(state, batches, waited):
         assert multiprocessing.active_children()
         raise RuntimeError("defect")
 

@@ -7,14 +7,13 @@ own LlamaTokenizer is not used: up to 5.23 it ranks merges by id instead of by s
 a row gets other ids, and it drops the dummy prefix of a piece that starts with a space.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
-from fastvid.files import model_folder, naming, read_json_object, wrong_content
+from fastvid.files import model_folder, read_json_object, write_json, wrong_content
 
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -214,12 +213,12 @@ class VideoTokenizer:
         }
         if self.unk is not None:
             config |= {"unk_token": UNK, "pad_token": UNK}
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "added_tokens.json", added)
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "added_tokens.json", added)
         if (folder / "tokenizer.json").is_file():
             table = read_json_object(folder / "tokenizer.json")
             table["added_tokens"] = [{"id": int(i), **entry} for i, entry in entries.items()]
-            _write_json(folder / "tokenizer.json", table)
+            write_json(folder / "tokenizer.json", table)
 
 
 def load_tokenizer(folder, use_start_end):
@@ -282,8 +281,3 @@ def _added_tokens(folder):
         ids.setdefault(entry["content"], entry["id"])
         flags.setdefault(entry["content"], (entry.get("lstrip", False), entry.get("rstrip", False)))
     return ids, flags
-
-
-def _write_json(path, value):
-    with naming(path):
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastvid.files import naming, shown, wrong_content
+from fastvid.files import atomic_path, naming, shown, wrong_content
 from fastvid.training import flops, reporters
 from fastvid.training.flops import StepCounts
 
@@ -334,13 +334,8 @@ def _keep_lines(path, last_step):
     """Drop the lines of steps after `last_step`, and any torn one, and return the others; no kill loses a line."""
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line["step"] <= last_step] if last_step else []
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # never opened: it may be a pipe, or a link
-    with naming(path), open(temporary, "x", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return kept
 
 

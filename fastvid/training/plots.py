@@ -1,13 +1,11 @@
 """The picture that a training run leaves: its loss and its learning rate over the steps."""
 
 import math
-import os
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fastvid.files import naming
+from fastvid.files import atomic_path
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 LOSS, EVAL, RATE = "#1f6feb", "#d9480f", "#7b8794"
@@ -51,13 +49,8 @@ def draw_loss_curve(lines, png_path, name: str | None = None) -> bool:
     _title(figure, loss, evaluation, name)
     figure.align_ylabels(axes)
 
-    temporary = Path(png_path).with_name(f".{Path(png_path).name}.tmp")
-    try:
-        with naming(png_path):
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, png_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(png_path) as temporary:
+        figure.savefig(temporary, format="png")
     return True
 
 

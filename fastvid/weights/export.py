@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import re
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from fastvid.checkpoints.find import checkpoint_folder
 from fastvid.checkpoints.shards import naming_tensors
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.files import model_folder, naming, shown
+from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import is_siglip, load_tower, processor_settings
@@ -78,10 +76,7 @@ def export(config, *, verify=True):
     starting.check()
     _check_trained(folder, starting, trained)
     tower = _tower(config, trained_on, folder, run["vision_tower"] or starting.config.vision_tower)
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(output) as temporary:
         dtype = getattr(torch, config.dtype)
         tensors = _language_tensors(starting, trained)
         values = _llama_config(starting, tokenizer, tower, config.dtype)
@@ -101,14 +96,11 @@ def export(config, *, verify=True):
         if config.format == "llava":
             _write_tokenizer_table(temporary)
             _write_processor(temporary, tower, vision.config)
-        _write_json(temporary / "config.json", values)
-        _write_json(
+        write_json(temporary / "config.json", values)
+        write_json(
             temporary / "generation_config.json",
             {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]},
         )
-        _give_name(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(path for path in output.iterdir() if path.is_file())
 
 
@@ -252,8 +244,8 @@ def _write_processor(folder, tower, vision):
         for key, value in processor_settings(tower).items()
         if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")
     }
-    _write_json(folder / "preprocessor_config.json", image | told)
-    _write_json(
+    write_json(folder / "preprocessor_config.json", image | told)
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -335,12 +327,7 @@ def _write_weights(folder, tensors):
         places |= dict.fromkeys(names, final.name)
     if len(shards) > 1:
         total = sum(size for _, _, size in shards)
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _write_json(path, values):
-    with naming(path):
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _refuse_foreign(output):
@@ -363,16 +350,3 @@ def _refuse_foreign(output):
         told.get("format", "unknown"),
         told.get("checkpoint", "an unknown checkpoint"),
     )
-
-
-def _give_name(temporary, output):
-    """Put the finished folder in its place; an earlier export there goes only now."""
-    for path in temporary.iterdir():
-        with naming(path), open(path, "rb") as file:
-            os.fsync(file.fileno())
-    replaced = output.with_name(f".{output.name}.replaced")
-    if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-    temporary.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)

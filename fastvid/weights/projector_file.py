@@ -5,15 +5,13 @@ projector (Video-LLaVA 0c8810f, VideoChatGPTTrainer._save).
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fastvid.files import naming
+from fastvid.checkpoints.shards import naming_tensors
+from fastvid.files import atomic_path
 from fastvid.provenance import KEY, add_to_bin
 from fastvid.weights.model_folder import CheckpointTensors, open_tensors
 from fastvid.weights.names import projector_parts, projector_type, standard_name
@@ -121,37 +119,15 @@ def save_tensors(path, tensors, provenance=None):
     if path.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"{path}: a projector file ends in .bin (the reference's form) or .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, for safetensors writes under a name of its own, which would stay beside `path` for ever after a kill.
-    folder = path.with_name(f".{path.name}.tmp")
-    temporary = folder / path.name
-    try:
-        with naming(path):
-            _remove(folder)
-            folder.mkdir()
-            if path.suffix == ".bin":
-                _save_pickle(tensors, temporary)
-                if provenance is not None:
-                    add_to_bin(temporary, provenance)
-            else:
-                held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
-                save_file(tensors, temporary, metadata={"format": "pt", **held})
-                _order_metadata(temporary)
-            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' own files are their owner's alone
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        _remove(folder)
-
-
-def _remove(path):
-    """A folder; or a file, as versions left that wrote beside it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with naming_tensors(path), atomic_path(path) as temporary:
+        if path.suffix == ".bin":
+            _save_pickle(tensors, temporary)
+            if provenance is not None:
+                add_to_bin(temporary, provenance)
+        else:
+            held = {} if provenance is None else {KEY: json.dumps(provenance.to_json())}
+            save_file(tensors, temporary, metadata={"format": "pt", **held})
+            _order_metadata(temporary)
 
 
 def _save_pickle(tensors, path):

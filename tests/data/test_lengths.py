@@ -129,10 +129,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch, opti
     total = max(losses(straight))
     step = train.train_step
 
-    def stop(state, batches):
+    def stop(state, batches, waited):
         if state.step == 3:
             raise KeyboardInterrupt
-        return step(state, batches)
+        return step(state, batches, waited)
 
     monkeypatch.setattr(train, "train_step", stop)
     with pytest.raises(KeyboardInterrupt):
