@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, JSON objects that may be absent, and files that are not what they seem."""
+"""Files and folders that are whole or absent, JSON objects that may be absent, files that are not what they seem."""
 
 import errno
 import hashlib
