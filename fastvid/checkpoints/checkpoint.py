@@ -24,8 +24,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from fastvid.checkpoints import folders as checkpoint_folders
 from fastvid.checkpoints import shards
 from fastvid.checkpoints.folders import named, newest_valid
@@ -137,13 +135,13 @@ def load_into(folder, group: str, targets: dict) -> None:
     shards.load(_group_files(folder, group), targets)
 
 
-def read_full(folder, group: str) -> dict[str, Tensor]:
-    """All tensors of a group, whole, on the CPU, in the dtypes that they were saved in.
+def read_full(folder, group: str) -> shards.WholeTensors:
+    """All tensors of a group, whole, each read when it is looked up.
 
     Raises:
         ValueError: no such checkpoint or group, or a damaged file.
     """
-    return shards.read(_group_files(folder, group))
+    return shards.WholeTensors(_group_files(folder, group))
 
 
 def read_state(folder) -> dict:

@@ -7,6 +7,7 @@ is ever cut. Nothing is ever unpickled.
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,13 +98,38 @@ def load(paths: list, targets: dict) -> None:
             destination.copy_(view[rows])
 
 
-def read(paths: list) -> dict[str, Tensor]:
-    """All tensors that the files hold together, whole, on the CPU, in the dtypes that they were saved in."""
-    with contextlib.ExitStack() as files:
-        index = _index(paths, files)
-        tensors = {name: torch.empty(pieces[0].shape, dtype=pieces[0].dtype) for name, pieces in index.items()}
-    load(paths, tensors)
-    return tensors
+class WholeTensors(Mapping):
+    """{name: whole tensor} that files hold together, on the CPU, in the dtypes that they were saved in.
+
+    A tensor is put together when it is looked up; of one file it is a view of that, mapped into memory.
+
+    Args:
+        paths: the files of all ranks that wrote.
+
+    Attributes:
+        shapes: {name: shape}.
+
+    Raises:
+        ValueError: a damaged file; a tensor that is incomplete.
+    """
+
+    def __init__(self, paths: list):
+        self._paths, self._files = paths, contextlib.ExitStack()  # open for as long as this lives
+        self._index = _index(paths, self._files)
+        self.shapes = {name: pieces[0].shape for name, pieces in self._index.items()}
+
+    def __getitem__(self, name):
+        rows = [piece.view[...] for piece in self._index[name]]
+        tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if tensor.shape != self.shapes[name]:
+            raise ValueError(f"{self._paths[0].parent}: {name} is incomplete: files of some ranks are missing")
+        return tensor
+
+    def __iter__(self):
+        return iter(self._index)
+
+    def __len__(self):
+        return len(self._index)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import is_siglip, load_tower, processor_settings
-from fastvid.weights.model_folder import CheckpointTensors
 from fastvid.weights.names import llava_hf_name
 from fastvid.weights.starting import trained_tensor, trained_weights, write_reference_projector
 
@@ -57,7 +56,7 @@ def export(config, *, verify=True):
             f"{base} has other ids for the video tokens than {folder} was trained with: give the folder "
             "that training started from (--model_name_or_path)"
         )
-    trained = CheckpointTensors(folder)
+    trained = checkpoint.read_full(folder, "model")
     start = {
         "tokens": tokenizer.tokens,
         "projector": run["pretrain_mm_mlp_adapter"],

@@ -39,7 +39,6 @@ class _SafetensorsFile(Mapping):
     def __init__(self, path):
         self._file = safe_open(path, framework="pt")
         self._keys = dict.fromkeys(self._file.keys())
-        self.metadata = self._file.metadata() or {}
 
     def __getitem__(self, key):
         if key not in self._keys:
@@ -152,41 +151,3 @@ class ModelFolder(Mapping):
 
     def __len__(self):
         return len(self._keys)
-
-
-class CheckpointTensors(Mapping):
-    """{our name: whole tensor} of a checkpoint folder's ``model-*.safetensors``, put together from all ranks' rows.
-
-    Attributes:
-        shapes: {our name: shape}.
-
-    Raises:
-        ValueError: names the folder, file or tensor that cannot be read.
-    """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self._pieces = {}  # {name: [(first row, file)]}
-        self.shapes = {}
-        for path in sorted(self.folder.glob("model-*.safetensors")):
-            file = open_tensors(path)
-            places = json.loads(file.metadata.get("shards", "{}"))
-            for name in file:
-                place = places.get(name, {"offset": 0, "shape": file[name].shape})
-                self._pieces.setdefault(name, []).append((place["offset"], file))
-                self.shapes[name] = tuple(place["shape"])
-        if not self._pieces:
-            raise ValueError(f"{self.folder} is not a checkpoint folder: it holds no model-*.safetensors")
-
-    def __getitem__(self, name):
-        pieces = [file[name] for _, file in sorted(self._pieces[name], key=lambda piece: piece[0])]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if tensor.shape != self.shapes[name]:
-            raise ValueError(f"{self.folder}: {name} is incomplete: files of some ranks are missing")
-        return tensor
-
-    def __iter__(self):
-        return iter(self._pieces)
-
-    def __len__(self):
-        return len(self._pieces)

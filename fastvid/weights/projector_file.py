@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.shards import naming_tensors
 from fastvid.files import atomic_path
 from fastvid.provenance import KEY, add_to_bin
-from fastvid.weights.model_folder import CheckpointTensors, open_tensors
+from fastvid.weights.model_folder import open_tensors
 from fastvid.weights.names import projector_parts, projector_type, standard_name
 
 
@@ -31,7 +32,7 @@ def read_projector(path, tokens=None) -> dict[str, Tensor]:
         ValueError: names a file that cannot be read, or a tensor that is missing, unexpected or too small.
     """
     path = Path(path)
-    tensors = CheckpointTensors(path) if path.is_dir() else _by_our_names(path)
+    tensors = checkpoint.read_full(path, "model") if path.is_dir() else _by_our_names(path)
     names = set(tensors)
     other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")))
     if other:

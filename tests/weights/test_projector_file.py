@@ -135,9 +135,16 @@ def test_projector_from_a_sharded_checkpoint(tmp_path):
             tmp_path / f"model-{1 - rank:05d}-of-00002.safetensors",
             {"shards": str(places).replace("'", '"')},
         )
+
+    def list_files():
+        files = {path.name: {"bytes": 0, "sha256": ""} for path in tmp_path.glob("model-*")}
+        (tmp_path / "checksums.json").write_text(json.dumps({"format": 1, "files": files}))
+
+    list_files()
     found = read_projector(tmp_path)
     assert all(torch.equal(found[name], trained[name]) for name in trained)
     next(tmp_path.glob("model-00000*")).unlink()
+    list_files()
     with pytest.raises(ValueError, match="projector.* is incomplete"):
         read_projector(tmp_path)
 
@@ -162,7 +169,7 @@ def test_projector_files_that_do_not_serve(tmp_path):
     refused(state | {"model.embed_tokens.weight": torch.ones(2, 3)}, "start and end embeddings is")
     with pytest.raises(ValueError, match="nowhere.bin does not exist"):
         load(folder, projector=tmp_path / "nowhere.bin")
-    with pytest.raises(ValueError, match="m is not a checkpoint folder"):
+    with pytest.raises(ValueError, match="m/checksums.json is missing: not a checkpoint"):
         load(folder, projector=folder)
 
 
