@@ -41,7 +41,7 @@ class Row:
         last_layer: the last layer computes supervised rows only.
         apart: the system prompt's keys and values are kept; rows before the first trained one get no gradient.
         micro_batch: samples of a forward pass, where it is not the preset's.
-        budget: micro-batches are filled to `--rows_per_batch`, of which there are two a step.
+        budget: micro-batches are filled to `--tokens_per_batch`, of which there are two a step.
         full: everything is trained, not the adapter.
         for_memory: on a GPU one step is timed, without a warm-up: its figure is the peak of memory.
         rounds: timed steps, where not the preset's; 0: its loss is compared, nothing else.
@@ -93,10 +93,10 @@ ROWS = {
     "exact": Row("exact: + attention by the best kernel at hand (bf16 on a CPU: its own)", flags=_NONE),
     "whole": Row("exact, but whole samples: no prompt kept, a gradient for every row", flags=_NONE, apart=False),
     "exact_8448": Row(
-        "exact, batches of 8,448 rows", flags=(*_NONE, "--rows_per_batch", "8448"), budget=True, like=None
+        "exact, batches of 8,448 rows", flags=(*_NONE, "--tokens_per_batch", "8448"), budget=True, like=None
     ),
     "exact_16896": Row(
-        "exact, batches of 16,896 rows", flags=(*_NONE, "--rows_per_batch", "16896"), budget=True, like=None
+        "exact, batches of 16,896 rows", flags=(*_NONE, "--tokens_per_batch", "16896"), budget=True, like=None
     ),
     "unpadded": Row(
         "transformers without padding: packed samples, varlen attention, Liger where installed", "unpadded", rounds=2
@@ -115,7 +115,7 @@ ROWS = {
         "exact, frozen weights in FP8, batches of 16,896 rows",
         budget=True,
         like=None,
-        flags=(*_NONE, *_FP8, "--rows_per_batch", "16896"),
+        flags=(*_NONE, *_FP8, "--tokens_per_batch", "16896"),
     ),
     "shared_fp8": Row(
         "shared, frozen weights in FP8",

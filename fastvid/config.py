@@ -20,8 +20,8 @@ def _flag(default, help, **metadata):
     Args:
         help: its ``--help`` text.
         metadata: "at_least", "above", "at_most" and "below" are a number's range (of a list, each number's); "group"
-            begins a group of ``--help``; "writes" says that a "file" or a "folder" is made there; "whole_from" is the
-            number from which on only whole ones mean something.
+            begins a group of ``--help``; "was" is an older name, which is taken too; "writes" says that a "file" or a
+            "folder" is made there; "whole_from" is the number from which on only whole ones mean something.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
@@ -74,6 +74,11 @@ class _Checked:
             for number in numbers if has_range(flag) and value is not None else ():
                 if fault := range_fault(number, flag.metadata):
                     raise ValueError(f"--{flag.name} {number}: give {fault}")
+
+
+def older_names(config_class) -> dict[str, str]:
+    """{older name: name} of the flags of one of these dataclasses that had another."""
+    return {flag.metadata["was"]: flag.name for flag in dataclasses.fields(config_class) if "was" in flag.metadata}
 
 
 def has_range(flag) -> bool:
@@ -200,8 +205,11 @@ class TrainConfig(DataConfig):
     num_train_epochs: float = _flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
     max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)
     per_device_train_batch_size: int = _flag(8, "Samples per rank and micro-batch.", at_least=1, at_most=10_000)
-    rows_per_batch: int | None = _flag(
-        None, "Rows per rank and micro-batch, packed full; instead of --per_device_train_batch_size.", at_least=1
+    tokens_per_batch: int | None = _flag(
+        None,
+        "Tokens per rank and micro-batch, packed full; instead of --per_device_train_batch_size.",
+        at_least=1,
+        was="rows_per_batch",
     )
     per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.", at_least=1, at_most=10_000)
     gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=10_000)

@@ -33,6 +33,20 @@ def test_a_suggestion_is_near_in_meaning(flag, meant, capsys):
     assert message.endswith(f"did you mean {meant}?" if meant else "see --help")
 
 
+def test_an_older_name_is_taken_and_told_once(capsys, caplog, tmp_path):
+    settings = tmp_path / "flags.yaml"
+    settings.write_text("rows_per_batch: 200\n")
+    with caplog.at_level("INFO", "fastvid"):
+        assert (
+            parse(TrainConfig, [*TRAIN, "--rows-per-batch", "300", "--rows-per-batch", "400"]).tokens_per_batch == 400
+        )
+        assert caplog.messages == ["--rows-per-batch is called --tokens_per_batch now"]
+        assert parse(TrainConfig, [*TRAIN, "--config", str(settings)]).tokens_per_batch == 200
+        assert parse(TrainConfig, [*TRAIN, "--config", str(settings), "--tokens_per_batch", "9"]).tokens_per_batch == 9
+    message = error_of(capsys, TrainConfig, [*TRAIN, "--rows_per_batch", "3", "--tokens_per_batch", "4"])
+    assert message.endswith("--rows_per_batch is the older name of --tokens_per_batch, which is given too")
+
+
 def test_suggestions_are_flags_of_the_command(capsys):
     fields = {config_class: {field.name for field in dataclasses.fields(config_class)} for config_class in CLASSES}
     known = set().union(*fields.values())
@@ -124,10 +138,10 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
         ("--resume_from_checkpoint out/checkpoint-5", "--resume auto"),
         ("--torch_compile True", "leave it out"),
         ("--push_to_hub True", "hf upload"),
-        ("--auto_find_batch_size True", "--rows_per_batch"),
+        ("--auto_find_batch_size True", "--tokens_per_batch"),
         ("--label_smoothing_factor 0.1", "leave it out"),
         ("--neftune_noise_alpha 5", "leave it out"),
-        ("--group_by_length True", "--rows_per_batch"),
+        ("--group_by_length True", "--tokens_per_batch"),
         ("--sep_video_conv_front True", "--question_order video_first"),
         ("--data_seed 0", "--seed"),
         ("--mm_vision_select_layer 0", "-2"),

@@ -141,7 +141,7 @@ TRAINING = [
     ("--recompute many", "give auto, none, selective, full", "--recompute selective"),
     ("--memory 80", "such as 24GiB or 80GB", "--memory 80GB"),
     ("--report_to figures", "known are tensorboard", "--report_to tensorboard"),
-    ("--rows_per_batch 30", "give at least as many", "--rows_per_batch 300"),
+    ("--tokens_per_batch 30", "give at least as many", "--tokens_per_batch 300"),
     ("--num_video_tokens 9", "let videos differ in rows .neither --num_video_tokens", ""),
     ("--data_weights 1 2", "give one each", "--data_weights 1"),
     ("--data_weights 0", "give a larger one", "--data_weights 1"),

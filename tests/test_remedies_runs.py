@@ -49,8 +49,8 @@ REMEDIES = {
     "validation computes as training does: --bf16 True": "--bf16 True",
     "leave it out: --shard auto (or full, hybrid) shards a model over ranks": "--shard auto",
     "leave it out: fastvid brings kernels of its own": "",
-    "give --per_device_train_batch_size or --rows_per_batch, "
-    "--recompute auto makes a step fit into memory": "--rows_per_batch 300 --recompute auto",
+    "give --per_device_train_batch_size or --tokens_per_batch, "
+    "--recompute auto makes a step fit into memory": "--tokens_per_batch 300 --recompute auto",
     "use --per_device_train_batch_size": "--per_device_train_batch_size 3",
     "use --per_device_eval_batch_size": "--per_device_eval_batch_size 3",
     "leave it out: --per_device_train_batch_size is each rank's": "--per_device_train_batch_size 3",
@@ -58,7 +58,7 @@ REMEDIES = {
     "use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay": "--adam_beta1 0.8 --adam_beta2 0.9 "
     "--adam_epsilon 1e-6 --weight_decay 0.1",
     "use --optim adamw_8bit, whose moments are small too": "--optim adamw_8bit",
-    "leave it out: --rows_per_batch N fills batches without padding": "--rows_per_batch 300",
+    "leave it out: --tokens_per_batch N fills batches without padding": "--tokens_per_batch 300",
     "leave it out: a batch goes on over an epoch's end, so none is incomplete": "",
     "leave it out: a resumed run goes on with the samples that come next": "",
     "use --seed, which decides the order of samples too": "--seed 7",

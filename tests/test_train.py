@@ -358,7 +358,7 @@ def test_rates_of_a_run(straight, run, tmp_path, caplog):
     [line] = read_metrics(tmp_path / "metrics.jsonl")
     assert line["mfu"] == pytest.approx(line["tflops_per_second"] / 0.5) and "budget_fill" not in line
 
-    options = "--rows_per_batch", "150", "--gradient_accumulation_steps", "2", "--share_video", "True"
+    options = "--tokens_per_batch", "150", "--gradient_accumulation_steps", "2", "--share_video", "True"
     assert train.main(flags(run, tmp_path / "packed", *options, "--num_train_epochs", "1")) == 0
     config = config_of(run, tmp_path, *options)
     assert planning.row_budget(config, parallel.World(0, 3, 0, torch.device("cpu"), False)) == 150 * 2 * 3

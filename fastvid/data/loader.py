@@ -167,7 +167,7 @@ def training_loader(config, samples, world):
         world: `fastvid.dist.parallel.World`; all ranks call this.
 
     Raises:
-        ValueError: flags that contradict each other, or a sample longer than --rows_per_batch.
+        ValueError: flags that contradict each other, or a sample longer than --tokens_per_batch.
     """
     packing = dict(
         prefix=system_prefix(samples.tokenizer, config.version),
@@ -221,11 +221,11 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
         counts: samples of each data file.
         rank, size: this process among all.
         groups: `fastvid.data.sharing.Groups` of samples that stay together; None where none do.
-        measure: finds the samples' rows (`fastvid.data.order.rows.SampleRows`); called for --rows_per_batch alone.
+        measure: finds the samples' rows (`fastvid.data.order.rows.SampleRows`); called for --tokens_per_batch alone.
         name: of a sample, by its index, for messages.
 
     Raises:
-        ValueError: --data_weights that do not go with the files, a sample longer than --rows_per_batch, or what the
+        ValueError: --data_weights that do not go with the files, a sample longer than --tokens_per_batch, or what the
             reference does not do with --parity reference.
     """
     weights = tuple(config.data_weights)
@@ -248,15 +248,15 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
     if config.policy.reference_order:
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
     run |= dict(counts=tuple(counts), weights=weights)
-    if config.rows_per_batch:
-        return RowOrder(rows=measure(), budget=config.rows_per_batch, name=name, **run)
+    if config.tokens_per_batch:
+        return RowOrder(rows=measure(), budget=config.tokens_per_batch, name=name, **run)
     return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
 
 
 def _check_reference(config):
     for flag, given in (
         ("data_weights", config.data_weights),
-        ("rows_per_batch", config.rows_per_batch),
+        ("tokens_per_batch", config.tokens_per_batch),
         ("share_video", config.share_video),
         ("question_order", config.question_order != "reference"),
     ):

@@ -100,6 +100,7 @@ def _filled(config_class, argv):
     given, stray = _split(argv)
     faults = [f"unexpected argument {shown(word)}" for word in stray]
     below = _read_settings(given.pop("config")) if "config" in given else {}
+    below, given = (_by_newer_names(flags, config.older_names(config_class), faults) for flags in (below, given))
     values, accepted = {}, []
     for name, (spelled, times) in (below | given).items():
         where = " in the --config file" * (name in below and name not in given)
@@ -130,6 +131,17 @@ def _filled(config_class, argv):
     if accepted and os.environ.get("RANK", "0") == "0":
         log.info("accepted, and change nothing here: %s", ", ".join(accepted))
     return filled
+
+
+def _by_newer_names(given, older, faults):
+    """What `_split` gives, older names of flags replaced by their newer ones."""
+    for name in older.keys() & given.keys():
+        spelled, newer = given[name][0], older[name]
+        if newer in given:
+            faults.append(f"{spelled} is the older name of --{newer}, which is given too")
+        elif os.environ.get("RANK", "0") == "0":
+            log.info("%s is called --%s now", spelled, newer)
+    return {older.get(name, name): words for name, words in given.items()}
 
 
 def _split(argv):

@@ -48,7 +48,7 @@ def _without_effect(names, note=""):
 
 _LORA = "fastvid has no LoRA, --tune_mm_mlp_adapter True trains the projector alone"
 _SHARD = "leave it out: --shard auto (or full, hybrid) shards a model over ranks"
-_LENGTH = "leave it out: --rows_per_batch N fills batches without padding"
+_LENGTH = "leave it out: --tokens_per_batch N fills batches without padding"
 _HUB = "leave it out, and upload --output_dir when the run has ended: `hf upload`"
 _FP16 = "use --bf16 True"
 _IMAGES = "images are not read, give --video_folder"
@@ -106,7 +106,7 @@ MEANING = {
     "torchdynamo": Meaning("leave it out: fastvid brings kernels of its own"),
     "push_to_hub": Meaning(_HUB),
     "auto_find_batch_size": Meaning(
-        "give --per_device_train_batch_size or --rows_per_batch, --recompute auto makes a step fit into memory"
+        "give --per_device_train_batch_size or --tokens_per_batch, --recompute auto makes a step fit into memory"
     ),
     "per_gpu_train_batch_size": Meaning("use --per_device_train_batch_size"),
     "per_gpu_eval_batch_size": Meaning("use --per_device_eval_batch_size"),
@@ -257,7 +257,7 @@ SYNONYMS = {
         "log_interval log_every logging_interval": "logging_steps",
         "save_interval save_every": "save_steps",
         "eval_interval eval_every": "eval_steps",
-        "packing pack": "rows_per_batch",
+        "packing pack": "tokens_per_batch",
     }.items()
     for word in words.split()
 }

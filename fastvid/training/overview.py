@@ -59,8 +59,8 @@ def _samples(config, loader, world):
     steps = order.total_steps
     epochs = order.epoch_after(steps)
     size = (
-        f"{config.rows_per_batch:,} rows"
-        if config.rows_per_batch
+        f"{config.tokens_per_batch:,} rows"
+        if config.tokens_per_batch
         else f"{config.per_device_train_batch_size:,} samples"
     )
     batches = " x ".join(

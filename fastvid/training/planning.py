@@ -209,8 +209,8 @@ def peak_flops(config, world):
 
 
 def row_budget(config, world):
-    """Rows that a step of all ranks has room for under ``--rows_per_batch``, or None."""
-    return config.rows_per_batch and config.rows_per_batch * config.gradient_accumulation_steps * world.size
+    """Rows that a step of all ranks has room for under ``--tokens_per_batch``, or None."""
+    return config.tokens_per_batch and config.tokens_per_batch * config.gradient_accumulation_steps * world.size
 
 
 def plan(config, precision, model_config, loader, world, attention):

@@ -12,7 +12,7 @@ import torch
 
 from fastvid import __version__
 from fastvid.checkpoints import checkpoint
-from fastvid.config import ExportConfig, TrainConfig
+from fastvid.config import ExportConfig, TrainConfig, older_names
 from fastvid.data.order.reference import REFERENCE_ORDER_VERSION
 from fastvid.dist.sharding import full_tensor
 from fastvid.model.finite import not_finite
@@ -282,7 +282,9 @@ def _goes_on(folder, saved, state):
     """
     given = asdict(state.config)
     # A version that lacked a flag did what is now the flag's default.
-    before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir="")) | saved["config"]
+    older = older_names(TrainConfig)
+    before = asdict(TrainConfig(model_name_or_path="", data_path=[], output_dir=""))
+    before |= {older.get(name, name): value for name, value in saved["config"].items()}
     for settings in (given, before):
         settings["optim"] = settings["optim"].removesuffix("_torch")  # the reference's name of the same
     flags = [

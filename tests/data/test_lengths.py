@@ -19,7 +19,7 @@ MODES = {
     "full": ["--tune_mm_mlp_adapter", "False"],
     "full, shared": ["--tune_mm_mlp_adapter", "False", "--share_video"],
 }
-BUDGET = ["--rows_per_batch", "400"]
+BUDGET = ["--tokens_per_batch", "400"]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_ranks_and_processes_measure_alike(run, processes):
 def test_a_budget_below_the_longest_sample_is_refused(run):
     with pytest.raises(
         ValueError,
-        match=r"--rows_per_batch 30: the longest sample, clip\d+ \(.*train\.json: "
+        match=r"--tokens_per_batch 30: the longest sample, clip\d+ \(.*train\.json: "
         r"record \d+ .from 0.\), takes",
     ):
-        build(run, "--rows_per_batch", "30")
+        build(run, "--tokens_per_batch", "30")
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_in_bf16_they_are_as_near_to_fp32_as_the_samples_apart(run, frozen, shar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--rows_per_batch", "1200", "--share_video"]], ids=["samples", "rows, shared"])
+@pytest.mark.parametrize("more", [[], ["--tokens_per_batch", "1200", "--share_video"]], ids=["samples", "rows, shared"])
 def test_a_folder_of_both_formats_and_several_row_counts_trains(run, tmp_path, more):
     assert train.main(flags(run, tmp_path, *LONG, "--num_train_epochs", "1", *more)) == 0
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -137,7 +137,7 @@ def test_a_folder_of_both_formats_and_several_row_counts_trains(run, tmp_path, m
 
 
 def test_planned_rows_are_those_of_each_video(run):
-    state = build(run, "--rows_per_batch", "1200")
+    state = build(run, "--tokens_per_batch", "1200")
     rows, samples = state.order.rows, state.loader.samples
     for index in range(SAMPLES + 1):
         one = pack([samples.read(index)], state.tokenizer.tokens, CHANNELS, **state.loader.packing)
@@ -153,7 +153,7 @@ def test_a_video_longer_than_the_sample_is_left_out_and_reported(run, tmp_path, 
     assert [line.partition(" (")[0] for line in said] == ["clip0", "clip1", "clip2"]
     assert all("(from 0)): a video is cut:" in line for line in said)
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["skipped_samples"] == 3
-    state = build(run, *short, "--rows_per_batch", "1200")
+    state = build(run, *short, "--tokens_per_batch", "1200")
     assert not state.order.rows.own[:3].any() and state.order.rows.own[3:].all()
 
 

@@ -182,7 +182,7 @@ def test_weights_are_checked():
         seed=0,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        rows_per_batch=None,
+        tokens_per_batch=None,
         share_video=False,
         question_order="reference",
     )
@@ -197,7 +197,7 @@ def test_weights_are_checked():
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("rows_per_batch", 4096), ("share_video", True), ("question_order", "video_first")]
+    "flag, value", [("tokens_per_batch", 4096), ("share_video", True), ("question_order", "video_first")]
 )
 def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
     config = dict(
@@ -207,7 +207,7 @@ def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
         data_weights=[],
-        rows_per_batch=None,
+        tokens_per_batch=None,
         share_video=False,
         question_order="reference",
     )

@@ -22,7 +22,7 @@ MODES = {
     "full fine-tune": ["--tune_mm_mlp_adapter", "False"],
     "accumulation": ["--gradient_accumulation_steps", "2"],
     "recomputation": ["--recompute", "full"],
-    "shared rows": ["--share_video", "True", "--rows_per_batch", "200", "--bf16", "True"],
+    "shared rows": ["--share_video", "True", "--tokens_per_batch", "200", "--bf16", "True"],
     "8-bit moments": [
         "--tune_mm_mlp_adapter",
         "False",

@@ -38,10 +38,10 @@ def run(tmp_path_factory):
 TRAINED = {"adapter": [], "full": ["--tune_mm_mlp_adapter", "False"]}
 DATA = {
     "samples": ["--per_device_train_batch_size", "6"],
-    "rows": ["--rows_per_batch", "1500"],
-    "shared": ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
+    "rows": ["--tokens_per_batch", "1500"],
+    "shared": ["--tokens_per_batch", "1500", "--share_video", "--question_order", "video_first"],
     "reference": ["--per_device_train_batch_size", "6", "--parity", "reference"],
-    "sdpa": ["--rows_per_batch", "1500", "--attn_implementation", "sdpa"],
+    "sdpa": ["--tokens_per_batch", "1500", "--attn_implementation", "sdpa"],
 }
 
 
@@ -101,11 +101,11 @@ def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--rows_per_batch", "1500"],
-        ["--rows_per_batch", "1500", "--recompute", "full"],
+        ["--tokens_per_batch", "1500"],
+        ["--tokens_per_batch", "1500", "--recompute", "full"],
         ["--per_device_train_batch_size", "6"],
-        ["--rows_per_batch", "1500", "--share_video", "--tune_mm_mlp_adapter", "False"],
-        ["--rows_per_batch", "1500", "--share_video", "--question_order", "video_first"],
+        ["--tokens_per_batch", "1500", "--share_video", "--tune_mm_mlp_adapter", "False"],
+        ["--tokens_per_batch", "1500", "--share_video", "--question_order", "video_first"],
     ],
     ids=" ".join,
 )
@@ -179,7 +179,7 @@ def test_a_gpu_is_not_planned_to_be_full(monkeypatch, distributed):
 @pytest.mark.parametrize("videos", ["alike", "mixed", "some opened"])
 @pytest.mark.parametrize(
     "data",
-    [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"], ["--rows_per_batch", "420"]],
+    [["--per_device_train_batch_size", "1", "--num_train_epochs", "1"], ["--tokens_per_batch", "420"]],
     ids=["text", "lengths"],
 )
 def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog):
@@ -204,7 +204,7 @@ def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog
     state = train.build(config, WORLD)
     batches = [batch for step in range(40) for batch in state.loader.read(step)[0]]
     most = max(batch.num_rows - batch.frozen_rows for batch in batches)
-    guessed = "--rows_per_batch" not in data
+    guessed = "--tokens_per_batch" not in data
     assert most <= found[-1]["rows"] <= (1.06 * most if guessed else max(batch.num_rows for batch in batches))
     assert ("rows, guessed from the length of the texts (5% above those read)" in caplog.text) == guessed
     assert f"the largest micro-batch has {'about ' if guessed else ''}{found[-1]['rows']}" in caplog.text
@@ -258,7 +258,14 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
         )
     )
     config = config_of(
-        folder, "unused", "--dataloader_num_workers", "0", "--rows_per_batch", "700", "--share_video", *TRAINED[trained]
+        folder,
+        "unused",
+        "--dataloader_num_workers",
+        "0",
+        "--tokens_per_batch",
+        "700",
+        "--share_video",
+        *TRAINED[trained],
     )
     state = train.build(config, WORLD)
     steps, _ = largest.largest_steps(state.loader, 4)

@@ -188,9 +188,17 @@ def test_a_run_of_a_version_with_fewer_flags_goes_on(run, tmp_path, monkeypatch)
 
     def read_older(folder):
         state = read(folder)
-        del state["skipped"], state["config"]["share_video"], state["config"]["rows_per_batch"]
+        del state["skipped"], state["config"]["share_video"], state["config"]["tokens_per_batch"]
         return state
 
+    def read_with_older_name(folder):
+        state = read(folder)
+        state["config"]["rows_per_batch"] = state["config"].pop("tokens_per_batch") or 400
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", read_with_older_name)
+    with pytest.raises(ValueError, match="--tokens_per_batch was 400, is None"):
+        train.main([*argv, "--max_steps", "4"])
     monkeypatch.setattr(checkpoint, "read_state", read_older)
     with pytest.raises(ValueError, match="--share_video was False, is True"):
         train.main([*argv, "--max_steps", "4", "--share_video"])

@@ -84,7 +84,7 @@ class RowOrder:
         needed = int(rows.own[longest] + rows.shared[longest]) + rows.base
         if needed > budget:
             raise ValueError(
-                f"--rows_per_batch {budget}: the longest sample, "
+                f"--tokens_per_batch {budget}: the longest sample, "
                 f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} rows; give at "
                 "least as many"
             )
