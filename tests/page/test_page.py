@@ -25,7 +25,7 @@ from fastvid.inspection import main
 from fastvid.page import pictures
 from fastvid.page.document import document
 from fastvid.page.view import VideoView, frame_times, view_file, view_record
-from fastvid.video.decode import probe
+from fastvid.video.decode import decode
 from fastvid.video.encoder import default_dtype
 
 FRAMES = 6
@@ -287,11 +287,11 @@ def test_the_browser_is_told_to_fetch_nothing():
 def test_times_of_frames_are_those_of_the_packets(tmp_path):
     times = [600, 630, 700, 1200, 1230]
     path = draw(tmp_path / "uneven.mkv", 5, codec="mjpeg", pixels="yuvj420p", times=times)
-    assert frame_times(path, [0, 2, 4], probe(path)) == pytest.approx([0, 100 / 600, 630 / 600], abs=0.002)
+    assert frame_times(path, [0, 2, 4], decode(path)[1]) == pytest.approx([0, 100 / 600, 630 / 600], abs=0.002)
     path = draw(tmp_path / "reordered.mp4", 12, options={"bf": "3"})
-    assert frame_times(path, range(12), probe(path)) == pytest.approx([i / 25 for i in range(12)])
+    assert frame_times(path, range(12), decode(path)[1]) == pytest.approx([i / 25 for i in range(12)])
     path = draw(tmp_path / "other.avi", 5, codec="mpeg4")  # of which packets do not tell
-    info = probe(path)
+    info = decode(path)[1]
     assert frame_times(path, [0, 4], replace(info, frames=9)) == [0, 0.16]
     assert frame_times(path, [1], replace(info, frames=9, fps=0)) == []
 

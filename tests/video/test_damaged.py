@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from clips import draw, number
 
-from fastvid.video.decode import DecodeError, decode, probe
+from fastvid.video.decode import DecodeError, decode
 from fastvid.video.sampling import frame_indices
 
 
@@ -96,7 +96,7 @@ def test_zeros_between_packets(moving):
 
 def test_a_gif_without_its_end(tmp_path):
     path = draw(tmp_path / "a.gif", 20, codec="gif", pixels="rgb8")
-    assert probe(path).frames == 20
+    assert decode(path)[1].frames == 20
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DecodeError, match="cut short"):
         decode(path)
@@ -143,7 +143,7 @@ def test_the_cover_of_a_piece_of_music_is_no_video(tmp_path):
 def test_matrices_as_players_read_them(tmp_path, matrix, rotation):
     a, b, c, d = matrix
     path = draw(tmp_path / "a.mp4", turn=lambda stream: stream.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30)))
-    assert probe(path).rotation == rotation
+    assert decode(path)[1].rotation == rotation
 
 
 REFUSED = """

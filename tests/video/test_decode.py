@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from clips import draw, number, numbered
 
-from fastvid.video.decode import DecodeError, decode, probe
+from fastvid.video.decode import DecodeError, decode
 from fastvid.video.decode import pyav as module
 from fastvid.video.sampling import frame_indices, nearest_indices
 
@@ -44,7 +44,6 @@ def test_frames_by_number_in_display_order(tmp_path, name, options):
     assert _numbers(frames) == frame_indices(60)
     assert _numbers(decode(path, num_frames=7)[0]) == frame_indices(60, 7)
     assert _numbers(decode(path, indices=[59, 0, 31, 31])[0]) == [59, 0, 31, 31]
-    assert probe(path) == info
     assert frames.shape[1:] == (info.height, info.width, 3) and frames.dtype == np.uint8
     assert (info.width, info.height) == options.get("size", (64, 48))
 
@@ -129,7 +128,7 @@ def test_size_is_a_nearest_resize(tmp_path):
 
 
 def test_what_it_holds(tmp_path):
-    info = probe(draw(tmp_path / "a.mp4", 50))
+    info = decode(draw(tmp_path / "a.mp4", 50))[1]
     assert (info.codec, info.width, info.height, info.frames, info.rotation) == ("h264", 64, 48, 50, 0)
     assert info.fps == 25 and info.duration == pytest.approx(2, abs=0.01)
     assert av.__version__ in info.decoder
@@ -193,7 +192,7 @@ def test_pictures_that_grow_are_refused(tmp_path):
     with pytest.raises(DecodeError, match="changes from 64×48 to 128×96 at frame 10"):
         decode(path)
     with pytest.raises(DecodeError, match="does not decode to its end"):
-        probe(path, max_pixels=64 * 48)
+        decode(path, max_pixels=64 * 48)
 
 
 def test_the_best_of_several_streams(tmp_path):
@@ -210,7 +209,8 @@ def test_the_best_of_several_streams(tmp_path):
             container.mux(stream.encode(None))
     with av.open(str(path)) as container:
         best = container.streams.best("video").index
-    assert (probe(path).width, probe(path).height) == streams[best][1]
+    info = decode(path)[1]
+    assert (info.width, info.height) == streams[best][1]
 
 
 @pytest.mark.parametrize("share", [0.55, 0.75])
@@ -234,7 +234,7 @@ def test_a_cut_file_is_refused(tmp_path, ending, options, share):
                 if packet.size:
                     packet.stream = stream
                     target.mux(packet)
-    assert probe(whole).frames == 60
+    assert decode(whole)[1].frames == 60
     content, cut = whole.read_bytes(), tmp_path / f"cut{ending}"
     cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DecodeError, match="cut short"):
@@ -246,7 +246,7 @@ def test_a_recording_of_unknown_length_is_whole(tmp_path):
     content = path.read_bytes()
     at = content.index(b"\x18\x53\x80\x67") + 4
     path.write_bytes(content[:at] + b"\x01" + b"\xff" * 7 + content[at + 8 :])
-    assert probe(path).frames == 20
+    assert decode(path)[1].frames == 20
 
 
 @pytest.mark.parametrize("count", [0, 7, 90])
@@ -291,8 +291,6 @@ def test_refusals(tmp_path, make, reason):
     with pytest.raises(DecodeError, match=reason) as error:
         decode(path)
     assert error.value.path == str(path) and str(path) in str(error.value) and reason in error.value.reason
-    with pytest.raises(DecodeError, match=reason):
-        probe(path)
 
 
 @pytest.mark.parametrize(
@@ -320,11 +318,6 @@ def test_a_frame_beyond_the_end(tmp_path):
     for indices in ([3, 10], [-1]):
         with pytest.raises(DecodeError, match="holds 10 frames"):
             decode(path, indices=indices)
-
-
-def test_unknown_decoder(tmp_path):
-    with pytest.raises(ValueError, match="'ffmpeg'"):
-        decode(tmp_path / "a.mp4", decoder="ffmpeg")
 
 
 @pytest.mark.slow

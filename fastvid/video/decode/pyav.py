@@ -45,7 +45,6 @@ def decode(
     num_frames=100,
     indices=None,
     size=None,
-    decoder="auto",
     max_pixels=MAX_PIXELS,
     threads=0,
     allow_damaged=False,
@@ -58,7 +57,6 @@ def decode(
         num_frames: most frames to take, spread as `fastvid.video.sampling.frame_indices` says.
         indices: frame numbers to take instead, in any order, repeats allowed.
         size: resize every frame to size × size by nearest neighbour; None keeps the video's size.
-        decoder: "auto" or "pyav".
         max_pixels: refuse larger pictures.
         threads: that decode; 0: as many as there are cores.
         allow_damaged: take frames that decode with errors, and put up with missing ones; `VideoInfo.damaged` counts.
@@ -71,10 +69,7 @@ def decode(
         DecodeError: the file does not exist, is damaged, cut short or not a video, or holds no frame; its picture is
             too large, changes size or is turned by an angle that is not a multiple of 90°; or it has no frame of some
             number.
-        ValueError: unknown `decoder`.
     """
-    if decoder not in ("auto", "pyav"):
-        raise ValueError(f"decoder must be 'auto' or 'pyav', found {decoder!r}")
     video = _Pass(path, size, max_pixels, threads, allow_damaged, into)
     packets = _packets(path)
     if packets is not None:
@@ -92,15 +87,6 @@ def decode(
     elif info.frames != expected:
         frames, info = video.whole(frame_indices(info.frames, num_frames))
     return frames, info
-
-
-def probe(path, *, max_pixels=MAX_PIXELS) -> VideoInfo:
-    """What a video holds. Decodes it to the end, because only that tells how many frames it has.
-
-    Raises:
-        DecodeError: as `decode`.
-    """
-    return _Pass(path, None, max_pixels).whole([])[1]
 
 
 def duration(path) -> float:
