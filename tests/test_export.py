@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoint_cases import flip_a_bit
 from conftest import ROOT
-from ranks import FORKS
+from forks import FORKS
 from safetensors.torch import load_file
 from towers import write_siglip
 from weight_folders import C, D, llava_state, load, write_folder

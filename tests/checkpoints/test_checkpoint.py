@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from checkpoint_cases import assert_same, flip_a_bit, names_in, save_step, tensors_of
-from ranks import FORKS
+from forks import FORKS
 
 from fastvid.checkpoints import checkpoint, shards
 from fastvid.checkpoints import folders as checkpoint_folders

@@ -1,6 +1,5 @@
 """A rank that dies is named, and the others end soon, wherever they are."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -11,12 +10,10 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from forks import FORKS
 
 from fastvid.dist import parallel
 from fastvid.dist.heartbeat import Heartbeat, what_follows
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["torch.distributed"])
 
 
 def connect(port):
@@ -39,7 +36,7 @@ def ranks(tmp_path):
     errors = tmp_path / "errors"
     errors.touch()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [SPAWN.Process(target=live, args=(rank, 3, store.port, str(errors)), daemon=True) for rank in range(3)]
+    processes = [FORKS.Process(target=live, args=(rank, 3, store.port, str(errors)), daemon=True) for rank in range(3)]
     for process in processes:
         process.start()
     while store.add("ready", 0) < 3:
@@ -87,12 +84,12 @@ def test_the_ranks_end_when_nobody_answers_them(tmp_path):
     """The store lies with rank 0 or its launcher: its machine is gone."""
     errors = tmp_path / "errors"
     errors.touch()
-    host = SPAWN.Process(target=hold_store, args=(str(tmp_path / "port"),), daemon=True)
+    host = FORKS.Process(target=hold_store, args=(str(tmp_path / "port"),), daemon=True)
     host.start()
     while not (tmp_path / "port").exists():
         time.sleep(0.05)
     port = int((tmp_path / "port").read_text())
-    process = SPAWN.Process(target=live, args=(0, 1, port, str(errors)), daemon=True)
+    process = FORKS.Process(target=live, args=(0, 1, port, str(errors)), daemon=True)
     process.start()
     while connect(port).add("ready", 0) < 1:
         time.sleep(0.05)

@@ -2,12 +2,12 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import threading
 import time
 
 import pytest
+from forks import FORKS
 
 from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.video.leases import Leases
@@ -63,8 +63,7 @@ def _write(folder, writer):
 
 @pytest.mark.slow
 def test_several_writers(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(tmp_path, i)) for i in range(3)]
+    writers = [FORKS.Process(target=_write, args=(tmp_path, i)) for i in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
-FORKS = multiprocessing.get_context("forkserver")
-# What each process would take seconds to import.
-FORKS.set_forkserver_preload(["fastvid.extract", "transformers.models.clip.modeling_clip", "torch._dynamo", "tqdm"])
 # Frames of the videos, by which decoders know them. They come in the order of their bytes: f first.
 NUMBERS = {name: 5 + i for i, name in enumerate("abcdef")}
 ILLEGAL = "CUDA error: an illegal memory access was encountered"

@@ -1,6 +1,6 @@
 """Processes that stand for ranks."""
 
-import multiprocessing
+import gc
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -8,9 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"])
+from forks import FORKS
 
 
 def on_ranks(world_size, function, tmp_path, *args, timeout=60):
@@ -27,6 +25,7 @@ def on_ranks(world_size, function, tmp_path, *args, timeout=60):
 
 
 def _as_rank(rank, world_size, store, function, args, timeout):
+    gc.freeze()  # of what was imported no page need be copied
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
 import sys
 
+import forks
 import numpy as np
 import sentencepiece
 import torch
@@ -138,7 +138,7 @@ def start(program, arguments, *, ranks=1):
         assert not isinstance(program, str), "torchrun starts files and modules"
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return subprocess.run(
+    return forks.run(
         [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240, env=environment
     )
 

@@ -2,19 +2,17 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
 
 import pytest
+from forks import FORKS
 
 from fastvid.dist import processes
 from fastvid.video import leases as module
 from fastvid.video.leases import NAME, Leases
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def _die_holding(folder, *names):
 
 
 def _kill_one_that_holds(folder, *names):
-    process = SPAWN.Process(target=_die_holding, args=(folder, *names))
+    process = FORKS.Process(target=_die_holding, args=(folder, *names))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -254,7 +252,7 @@ def test_never_two_live_owners(tmp_path):
     end = time.monotonic() + 6
     while time.monotonic() < end:
         while len(fighters) < 4:
-            fighters.append(SPAWN.Process(target=_fight, args=(tmp_path, chance.random())))
+            fighters.append(FORKS.Process(target=_fight, args=(tmp_path, chance.random())))
             fighters[-1].start()
         time.sleep(0.2)
         victim = fighters.pop(chance.randrange(4))

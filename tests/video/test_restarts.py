@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from clips import draw
-from crashes import FORKS, ILLEGAL, NUMBERS, broken_context, extraction, lines
+from crashes import ILLEGAL, NUMBERS, broken_context, extraction, lines
+from forks import FORKS
 from towers import write_tower
 
 from fastvid.config import ExtractConfig

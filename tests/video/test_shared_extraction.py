@@ -4,7 +4,6 @@
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ from collections import Counter
 
 import pytest
 from clips import draw_many, endless
+from forks import FORKS
 from ranks import leave
 from towers import write_tower
 
@@ -25,8 +25,6 @@ from fastvid.video.features import VideoFeatures
 from fastvid.video.leases import NAME
 
 KILLS = int(os.environ.get("FASTVID_KILLS", 5))
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fastvid.extract", "transformers", "ranks"])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from clips import draw_many
 from conftest import ROOT
-from ranks import FORKS
+from forks import FORKS
 from towers import write_tower
 
 from fastvid.config import ExtractConfig

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from ranks import FORKS
+from forks import FORKS
 from safetensors.torch import load_file, save_file
 from weight_folders import (
     ADAPTER,

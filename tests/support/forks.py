@@ -1,0 +1,213 @@
+"""Processes that begin at once: forks of one server, which has imported what they need, and nothing else has run there.
+
+To import torch, transformers and the product takes seconds of a processor for every process. `FORKS` is
+multiprocessing's context for functions; `run` and `Popen` start Python programs as those of `subprocess` do.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import io
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from multiprocessing import forkserver, popen_forkserver, process, reduction, resource_tracker
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+# For all tests: there is one server in a process, and it starts with the list that was set last.
+FORKS.set_forkserver_preload(
+    [
+        "torch.distributed.run",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.clip.modeling_clip",
+        "fastvid.train",
+        "fastvid.extract",
+        "fastvid.chat",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "hypothesis",
+        "pytest",
+        "tqdm.contrib.logging",
+    ]
+)
+LAUNCHER = ["-m", "torch.distributed.run"]
+
+
+class Popen(subprocess.Popen):
+    """As `subprocess.Popen` of a command that begins with `sys.executable`, with streams, environment, folder and
+    session of its own.
+
+    It differs in what has been imported and in its parent, which is the server. What torchrun starts are forks too.
+    """
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _info, _flags, shell, *rest):
+        pipes, (_restore, _gid, _gids, _uid, _umask, start_new_session, *_) = rest[:6], rest[6:]
+        python, *arguments = map(os.fspath, args)
+        assert python == sys.executable and not (preexec_fn or pass_fds or shell), "only programs in Python are forked"
+        theirs = pipes[0], pipes[3], pipes[5]
+        streams = [_Descriptor(number if end == -1 else end) for number, end in enumerate(theirs)]
+        environment, folder = dict(os.environ if env is None else env), os.getcwd() if cwd is None else os.fspath(cwd)
+        begin = FORKS.Process(target=_become, args=(arguments, streams, environment, folder, start_new_session))
+        with _no_main():
+            self._fork = popen_forkserver.Popen(begin)  # not in the list of those that multiprocessing waits for
+        self.pid, self._child_created = self._fork.pid, True
+        self._close_pipe_fds(*pipes)
+
+    def _internal_poll(self, _deadstate=None):
+        if self.returncode is None:
+            self.returncode = self._fork.poll()
+        return self.returncode
+
+    def _try_wait(self, wait_flags):
+        if (code := self._fork.poll(wait_flags)) is None:
+            return 0, 0
+        return self.pid, -code if code < 0 else code << 8
+
+
+def run(command, *, capture_output=False, timeout=None, check=False, **options):
+    """As `subprocess.run`, of a command that begins with `sys.executable`."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Popen(command, **options) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout)
+        except BaseException:
+            child.kill()
+            raise
+    if check and child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command, output, errors)
+    return subprocess.CompletedProcess(command, child.returncode, output, errors)
+
+
+@contextlib.contextmanager
+def _no_main():
+    """Else multiprocessing imports in the new process what runs here as ``__main__``."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class _Descriptor:
+    """A file descriptor that travels to the process that is being started."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(copy):
+    return copy.detach()
+
+
+def _become(arguments, streams, environment, folder, new_session):
+    """In the fork: run what a fresh interpreter would run for these arguments, and end as that ends."""
+    gc.freeze()  # of what was imported no page need be copied
+    launches = arguments[: len(LAUNCHER)] == LAUNCHER
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    _forget_multiprocessing(keep_server=launches)
+    if new_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    sys.stdout = sys.__stdout__ = _text(1, "strict", line_buffering=os.isatty(1))
+    sys.stderr = sys.__stderr__ = _text(2, "backslashreplace", line_buffering=True)
+    if launches:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        subprocess_handler.Popen = Popen
+    _end_with(functools.partial(_main, arguments))
+
+
+def _text(number, errors, line_buffering):
+    return io.TextIOWrapper(open(number, "wb", closefd=False), errors=errors, line_buffering=line_buffering)
+
+
+def _forget_multiprocessing(keep_server):
+    """Close what leads to the parent, and be the main process of one's own children."""
+    kept = {forkserver._forkserver._forkserver_alive_fd, resource_tracker._resource_tracker._fd} if keep_server else ()
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in kept:
+            with contextlib.suppress(OSError):  # that of the listing
+                os.close(number)
+    process._parent_process, process.current_process().name = None, "MainProcess"
+    multiprocessing.context._default_context._actual_context = None
+    if keep_server:
+        forkserver._forkserver.ensure_running = lambda: None  # it is not a child of this process
+    else:
+        resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
+        forkserver._forkserver.__init__()
+
+
+def _main(arguments):
+    """The interpreter's own command line, as far as tests use it."""
+    while arguments[0] in ("-u", "-W", "-X"):
+        option, *arguments = arguments
+        if option != "-u":
+            value, *arguments = arguments
+            if option == "-W":
+                assert value == "ignore"
+                warnings.simplefilter(value)
+            else:
+                assert value == "faulthandler=0"
+    beside = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    installed = [path for path in sys.path if Path(path).is_relative_to(sys.base_prefix) or "site-packages" in path]
+    sys.path[:] = ["", *beside, *installed, os.path.dirname(__file__)]  # the last for forks of this process
+    program, *sys.argv = arguments
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__builtins__ = __builtins__
+    if program == "-m":
+        sys.modules.pop(sys.argv[0], None)
+        runpy._run_module_as_main(sys.argv[0])
+    elif program == "-c":
+        source, sys.argv[0] = sys.argv[0], "-c"
+        exec(compile(source, "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv.insert(0, program)
+        sys.path[0], main.__file__ = os.path.dirname(os.path.abspath(program)), program
+        exec(compile(Path(program).read_bytes(), program, "exec"), main.__dict__)
+
+
+def _end_with(function):
+    """Call a function and leave with its exit code, once threads and functions for the exit have ended."""
+    code = 0
+    try:
+        function()
+    except SystemExit as exit:
+        code = 0 if exit.code is None else exit.code
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
+        sys.excepthook(*sys.exc_info())
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        signal.raise_signal(-code)
+    os._exit(code & 0xFF)
