@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(items):
 @functools.cache
 def _starts_ranks(path):
     return re.search(r"\bon_ranks\b|torchrun|\branks=", path.read_text()) is not None
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Programs in Python that are started, by the product as well, have imported what they need (`forks`)."""
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
 
 
 @pytest.fixture(scope="module")

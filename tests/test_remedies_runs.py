@@ -281,7 +281,7 @@ def test_a_pipe_where_the_lock_goes(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_another_run_writes_to(run, tmp_path, monkeypatch):
+def test_a_folder_that_another_run_writes_to(run, tmp_path, monkeypatch, forked):
     argv = flags(run, tmp_path / "o", *FOUR)
     monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}

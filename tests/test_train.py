@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from forks import FORKS
 from ranks import leave
 from safetensors.torch import load_file
 from training_run import SAMPLES, config_of, flags, losses, overflowing, start, write_run
@@ -88,9 +89,11 @@ def in_ranks(rank, size, port, cases, results):
 
 def spawn(cases, size=2):
     """Run several command lines one after the other on `size` ranks; their exit codes."""
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    results = FORKS.SimpleQueue()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(in_ranks, (size, store.port, cases, results), nprocs=size)
+    torch.multiprocessing.start_processes(
+        in_ranks, (size, store.port, cases, results), nprocs=size, start_method=FORKS.get_start_method()
+    )
     return results.get()
 
 

@@ -16,6 +16,8 @@ from conftest import ROOT
 from bench.gpu import correct_steps, quality, results, stages, train
 from bench.gpu.check import Check, Task, line_of, table
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 FAULTS = {"raises": "RuntimeError: CUDA error", "hangs": "ran past its limit", "is_killed": "killed by signal 9"}
 
 

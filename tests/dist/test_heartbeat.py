@@ -151,7 +151,7 @@ stands_here()
 
 
 @pytest.mark.parametrize("end, code", [("time.sleep(60)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT)])
-def test_a_process_shows_where_it_stands(end, code):
+def test_a_process_shows_where_it_stands(end, code, forked):
     process = subprocess.Popen([sys.executable, "-X", "faulthandler=0", "-c", HANGS.replace("END", end)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from forks import FORKS
 from model_cases import (
     ADAPTER,
     FULL,
@@ -347,8 +348,10 @@ def run_rank(rank, store, queue):
 
 @pytest.mark.slow
 def test_fsdp2_equals_one_process(tmp_path):
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    processes = torch.multiprocessing.spawn(run_rank, (tmp_path / "store", queue), nprocs=2, join=False)
+    queue = FORKS.SimpleQueue()
+    processes = torch.multiprocessing.start_processes(
+        run_rank, (tmp_path / "store", queue), nprocs=2, join=False, start_method=FORKS.get_start_method()
+    )
     found = {}
     while len(found) < 2 * len(SHARDED):
         while queue.empty():

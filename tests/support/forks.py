@@ -1,11 +1,13 @@
 """Processes that begin at once: forks of one server, which has imported what they need, and nothing else has run there.
 
 To import torch, transformers and the product takes seconds of a processor for every process. `FORKS` is
-multiprocessing's context for functions; `run` and `Popen` start Python programs as those of `subprocess` do.
+multiprocessing's context for functions; `Popen` starts Python programs as that of `subprocess` does, which the fixture
+`forked` replaces.
 """
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import io
@@ -46,49 +48,44 @@ LAUNCHER = ["-m", "torch.distributed.run"]
 
 
 class Popen(subprocess.Popen):
-    """As `subprocess.Popen` of a command that begins with `sys.executable`, with streams, environment, folder and
-    session of its own.
+    """As `subprocess.Popen`; a program in Python is a fork, with streams, environment, folder and session of its own.
 
-    It differs in what has been imported and in its parent, which is the server. What torchrun starts are forks too.
+    It differs in what has been imported and in its parent, which is the server. What torchrun starts are forks too;
+    what other children start are none: one that is killed while it asks the server takes that along.
     """
 
-    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, _info, _flags, shell, *rest):
-        pipes, (_restore, _gid, _gids, _uid, _umask, start_new_session, *_) = rest[:6], rest[6:]
-        python, *arguments = map(os.fspath, args)
-        assert python == sys.executable and not (preexec_fn or pass_fds or shell), "only programs in Python are forked"
-        theirs = pipes[0], pipes[3], pipes[5]
-        streams = [_Descriptor(number if end == -1 else end) for number, end in enumerate(theirs)]
+    _fork = None  # a program of another kind
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        shell, pipes, (_restore, _gid, _gids, _uid, _umask, new_session, *_) = rest[2], rest[3:9], rest[9:]
+        if shell or preexec_fn or isinstance(args, (str, os.PathLike)) or args[0] != sys.executable:
+            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+        theirs = {number: number if end == -1 else end for number, end in enumerate((pipes[0], pipes[3], pipes[5]))}
+        streams = {number: _Descriptor(end) for number, end in (theirs | {each: each for each in pass_fds}).items()}
         environment, folder = dict(os.environ if env is None else env), os.getcwd() if cwd is None else os.fspath(cwd)
-        begin = FORKS.Process(target=_become, args=(arguments, streams, environment, folder, start_new_session))
+        begin = FORKS.Process(
+            target=_become, args=(list(map(os.fspath, args[1:])), streams, environment, folder, new_session)
+        )
+        if multiprocessing.parent_process() is not None:
+            forkserver._forkserver.ensure_running = lambda: None  # it is no child of this process
         with _no_main():
             self._fork = popen_forkserver.Popen(begin)  # not in the list of those that multiprocessing waits for
         self.pid, self._child_created = self._fork.pid, True
         self._close_pipe_fds(*pipes)
 
-    def _internal_poll(self, _deadstate=None):
+    def _internal_poll(self, *arguments, **options):
+        if self._fork is None:
+            return super()._internal_poll(*arguments, **options)
         if self.returncode is None:
             self.returncode = self._fork.poll()
         return self.returncode
 
     def _try_wait(self, wait_flags):
+        if self._fork is None:
+            return super()._try_wait(wait_flags)
         if (code := self._fork.poll(wait_flags)) is None:
             return 0, 0
         return self.pid, -code if code < 0 else code << 8
-
-
-def run(command, *, capture_output=False, timeout=None, check=False, **options):
-    """As `subprocess.run`, of a command that begins with `sys.executable`."""
-    if capture_output:
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Popen(command, **options) as child:
-        try:
-            output, errors = child.communicate(timeout=timeout)
-        except BaseException:
-            child.kill()
-            raise
-    if check and child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command, output, errors)
-    return subprocess.CompletedProcess(command, child.returncode, output, errors)
 
 
 @contextlib.contextmanager
@@ -119,9 +116,11 @@ def _become(arguments, streams, environment, folder, new_session):
     """In the fork: run what a fresh interpreter would run for these arguments, and end as that ends."""
     gc.freeze()  # of what was imported no page need be copied
     launches = arguments[: len(LAUNCHER)] == LAUNCHER
-    for number, stream in enumerate(streams):
+    streams = {number: fcntl.fcntl(stream, fcntl.F_DUPFD, 200) for number, stream in streams.items()}
+    _forget_multiprocessing(keep_server=launches, kept=streams.values())
+    for number, stream in streams.items():
         os.dup2(stream, number)
-    _forget_multiprocessing(keep_server=launches)
+        os.close(stream)
     if new_session:
         os.setsid()
     os.chdir(folder)
@@ -141,36 +140,37 @@ def _text(number, errors, line_buffering):
     return io.TextIOWrapper(open(number, "wb", closefd=False), errors=errors, line_buffering=line_buffering)
 
 
-def _forget_multiprocessing(keep_server):
+def _forget_multiprocessing(keep_server, kept):
     """Close what leads to the parent, and be the main process of one's own children."""
-    kept = {forkserver._forkserver._forkserver_alive_fd, resource_tracker._resource_tracker._fd} if keep_server else ()
+    server = {forkserver._forkserver._forkserver_alive_fd, resource_tracker._resource_tracker._fd}
+    kept = {*kept, *(server if keep_server else ())}
     for number in map(int, os.listdir("/proc/self/fd")):
         if number > 2 and number not in kept:
             with contextlib.suppress(OSError):  # that of the listing
                 os.close(number)
-    process._parent_process, process.current_process().name = None, "MainProcess"
+    process.current_process().name = "MainProcess"
     multiprocessing.context._default_context._actual_context = None
-    if keep_server:
-        forkserver._forkserver.ensure_running = lambda: None  # it is not a child of this process
-    else:
+    if not keep_server:
+        process._parent_process = None
         resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None
         forkserver._forkserver.__init__()
 
 
 def _main(arguments):
     """The interpreter's own command line, as far as tests use it."""
-    while arguments[0] in ("-u", "-W", "-X"):
+    here = [""]
+    while arguments[0] in ("-u", "-P", "-W", "-X"):
         option, *arguments = arguments
-        if option != "-u":
-            value, *arguments = arguments
-            if option == "-W":
-                assert value == "ignore"
-                warnings.simplefilter(value)
-            else:
-                assert value == "faulthandler=0"
+        if option == "-P":
+            here = []
+        elif option == "-W":
+            assert arguments[0] == "ignore"
+            warnings.simplefilter(arguments.pop(0))
+        elif option == "-X":
+            assert arguments.pop(0) == "faulthandler=0"
     beside = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     installed = [path for path in sys.path if Path(path).is_relative_to(sys.base_prefix) or "site-packages" in path]
-    sys.path[:] = ["", *beside, *installed, os.path.dirname(__file__)]  # the last for forks of this process
+    sys.path[:] = [*here, *beside, *installed, os.path.dirname(__file__)]  # the last for forks of this process
     program, *sys.argv = arguments
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__builtins__ = __builtins__

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+from unittest import mock
 
 import forks
 import numpy as np
@@ -138,9 +140,10 @@ def start(program, arguments, *, ranks=1):
         assert not isinstance(program, str), "torchrun starts files and modules"
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    return forks.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240, env=environment
-    )
+    with mock.patch("subprocess.Popen", forks.Popen):
+        return subprocess.run(
+            [sys.executable, *command, *arguments], capture_output=True, text=True, timeout=240, env=environment
+        )
 
 
 def losses(output):

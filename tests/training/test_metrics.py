@@ -267,7 +267,7 @@ def on_a_terminal(columns, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bar_fits_the_terminal_and_lines_stay(tmp_path):
+def test_a_bar_fits_the_terminal_and_lines_stay(tmp_path, forked):
     shown = on_a_terminal(80, tmp_path)
     assert "step 1/10, loss 1.25, " in shown
     bars = [part for part in re.split(r"[\r\n]", shown) if "%|" in part]

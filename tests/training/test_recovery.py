@@ -436,7 +436,7 @@ def test_what_was_just_saved_is_not_saved_again(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path):
+def test_a_run_whose_reader_is_gone_saves_and_ends(run, tmp_path, forked):
     program = "import sys; from fastvid.cli import run; run('train', sys.argv[1:])"
     reading, writing = os.pipe()
     os.close(reading)

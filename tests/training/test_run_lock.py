@@ -16,6 +16,8 @@ from training_run import HOLD
 from fastvid.dist import parallel, processes
 from fastvid.training import run_lock
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
 
 

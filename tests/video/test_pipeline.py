@@ -24,6 +24,8 @@ from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 FRAMES = 6
 
 

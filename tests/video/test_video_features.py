@@ -27,6 +27,8 @@ from fastvid.video.decode import DecodeError
 from fastvid.video.features import VideoFeatures
 from fastvid.video.listing import find_videos
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import torch.multiprocessing as mp
+from forks import FORKS
 from ranks import leave
 from safetensors.torch import load_file, save_file
 from weight_folders import (
@@ -270,4 +271,9 @@ def test_sharded_over_two_ranks(tmp_path):
     folder = write_folder(tmp_path / "m", llava_state(), files=2)
     plain = load(folder)
     save_file(plain.state_dict(), folder / "expected")
-    mp.spawn(_load_sharded, (str(folder), plain.config, str(tmp_path / "rendezvous")), nprocs=2)
+    mp.start_processes(
+        _load_sharded,
+        (str(folder), plain.config, str(tmp_path / "rendezvous")),
+        nprocs=2,
+        start_method=FORKS.get_start_method(),
+    )
