@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes of two threads each on two cores are four times slower
-several=(-n auto --maxprocesses 8 --dist loadgroup)
+several=(-n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder)
 for argument in "$@"; do
   [[ $argument == tests/* ]] && several=() # a few files are done before further processes are ready
 done

@@ -1,13 +1,13 @@
 """Fixtures shared by all tests."""
 
-import functools
+import gc
 import importlib
 import os
 import pkgutil
-import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import forks
@@ -35,15 +35,28 @@ def pytest_configure():
         importlib.import_module("triton.experimental.gluon")  # by the first launch otherwise, and that is too late
 
 
-def pytest_collection_modifyitems(items):
-    """Under ``-n`` a file's tests stay together, for their fixtures; so do all that start ranks, which fill cores."""
+def pytest_collection_modifyitems(config, items):
+    """Under ``-n`` a file's tests stay together, for their fixtures; files of many slow tests come first."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -slow[item.path])
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if _starts_ranks(item.path) else item.module.__name__))
+        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-@functools.cache
-def _starts_ranks(path):
-    return re.search(r"\bon_ranks\b|torchrun|\branks=", path.read_text()) is not None
+def pytest_collection_finish():
+    gc.freeze()
+
+
+def pytest_runtest_logfinish():
+    """Collect a test's own garbage, and leave what stays out of later collections.
+
+    Each training run collects at its start, which takes half a second with all that tests import. At its end a run
+    takes back what was left out: then nothing is collected here.
+    """
+    if gc.get_freeze_count():
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

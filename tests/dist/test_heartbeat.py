@@ -47,6 +47,7 @@ def ranks(tmp_path):
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_dead_rank_is_named_by_all_others(ranks, dead):
     processes, _, errors = ranks
@@ -67,6 +68,7 @@ def test_a_dead_rank_is_named_by_all_others(ranks, dead):
         assert sum(f"; rank {rank} ends" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_stood_still_goes_on(ranks):
     """As Slurm's suspend, a frozen container or a moved virtual machine makes it."""
     processes, _, errors = ranks
@@ -80,6 +82,7 @@ def test_a_job_that_stood_still_goes_on(ranks):
     assert all(process.is_alive() for process in processes) and errors.read_text() == ""
 
 
+@pytest.mark.slow
 def test_the_ranks_end_when_nobody_answers_them(tmp_path):
     """The store lies with rank 0 or its launcher: its machine is gone."""
     errors = tmp_path / "errors"
@@ -150,6 +153,7 @@ stands_here()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end, code", [("time.sleep(60)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT)])
 def test_a_process_shows_where_it_stands(end, code, forked):
     process = subprocess.Popen([sys.executable, "-X", "faulthandler=0", "-c", HANGS.replace("END", end)], text=True,

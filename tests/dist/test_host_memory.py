@@ -30,6 +30,7 @@ def faults_of_a_step(call):
     return int(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_freed_memory_is_used_again():
     # Even in huge pages, 32 MiB that come anew from the system are 16 faults.
@@ -48,6 +49,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_memory_between_what_is_held_goes_back_when_it_is_not_kept():
     peak = {keep: float(subprocess.run([sys.executable, "-c", HOLES.format(keep=keep)], capture_output=True, text=True,
@@ -72,6 +74,7 @@ def test_a_library_without_the_call_is_left_alone(monkeypatch):
     assert not host_memory.keep_freed(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute, keeps", [("none", True), ("selective", True), ("full", False)])
 def test_training_on_a_cpu_keeps_it_unless_memory_is_short(monkeypatch, tmp_path, recompute, keeps):
     calls = []

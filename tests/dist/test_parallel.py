@@ -145,6 +145,7 @@ def seconds_in_a_mesh(rank, size, copies):
     return waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, copies, groups", [(2, True, 2), (4, True, 1), (4, False, 1)])
 def test_the_groups_of_a_mesh_have_the_run_s_timeout(tmp_path, size, copies, groups):
     waited = on_ranks(4, seconds_in_a_mesh, tmp_path, size, copies)[0]

@@ -45,6 +45,7 @@ def job(tmp_path_factory):
     return command, str(program)
 
 
+@pytest.mark.slow
 def test_the_job_ends_and_names_the_rank(job, tmp_path):
     command, program = job
     killed = tmp_path / "killed"
@@ -56,6 +57,7 @@ def test_the_job_ends_and_names_the_rank(job, tmp_path):
     assert "rank      : 1 (local_rank: 1)" in report and "exitcode  : -9" in report
 
 
+@pytest.mark.slow
 def test_a_restarted_job_goes_on_from_the_last_checkpoint(job, tmp_path):
     command, program = job
     killed = tmp_path / "killed"
