@@ -1,10 +1,8 @@
-"""Compiles the kernels for GPUs that are not there: ``compile_worker.py TABLES.json [NAME…]`` updates a table.
-
-The file holds a table for each version of Triton; the one that is installed is updated.
+"""Compiles kernels for GPUs that are not there: ``compile_worker.py [NAME…]`` prints what they take, as JSON.
 
 Runs without Triton's interpreter. Every launch becomes a compilation for each architecture; of the machine code it
-records what decides speed: registers, shared memory, stack and local memory (both 0 unless registers spill), and
-whether loads and stores move 16 bytes.
+tells what decides speed: registers, shared memory, stack and local memory (both 0 unless registers spill), and whether
+loads and stores move 16 bytes.
 """
 
 import json
@@ -94,16 +92,11 @@ def compile_calls(calls):
     return table
 
 
-def main(path, *names):
-    path = Path(path)
+def main(*names):
     with tempfile.TemporaryDirectory() as cache:
         knobs.cache.dir = cache
         found = {name: compile_calls(PRODUCTION[name]()) for name in names or PRODUCTION}
-    tables = json.loads(path.read_text()) if path.exists() else {}
-    tables[triton.__version__] = dict(sorted((tables.get(triton.__version__, {}) | found).items()))
-    text = json.dumps(dict(sorted(tables.items())), indent=1, ensure_ascii=False)
-    # A line for each binary.
-    path.write_text(re.sub(r"\{[^{}]*\}", lambda leaf: " ".join(leaf[0].split()), text) + "\n")
+    print(json.dumps(found, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":
