@@ -110,8 +110,10 @@ def what_follows() -> str:
     """What becomes of a job that has lost a rank: torchrun may start it again by itself."""
     count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if count < most:
-        return (f"torchrun, if it lives, starts the job again (restart {count + 1} of {most}), which goes on from the "
-                "last checkpoint")
+        return (
+            f"torchrun, if it lives, starts the job again (restart {count + 1} of {most}), which goes on from the "
+            "last checkpoint"
+        )
     return "Start the same command again to go on from the last checkpoint"
 
 

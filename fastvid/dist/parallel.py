@@ -93,16 +93,26 @@ def start(seconds: int = 1200) -> World:
     store = store_of_this_attempt(store, rank, size, timeout)
     heartbeat = Heartbeat(store, rank, size)
     # With its device NCCL connects here and now, and fails here if it cannot.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout,
-                            device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
     heartbeat.start()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return World(rank, size, local_rank, device, True, local_size, heartbeat, timeout)
 
 
 # Variables by which launchers other than torchrun number the processes that they start, and the number of processes.
-_LAUNCHERS = (("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("srun", "SLURM_PROCID", "SLURM_NTASKS"),
-              ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_RANK", "PMI_SIZE"))
+_LAUNCHERS = (
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_RANK", "PMI_SIZE"),
+)
 
 
 def _check_alone():
@@ -110,9 +120,11 @@ def _check_alone():
     for launcher, rank, size in _LAUNCHERS:
         if int(os.environ.get(size, 1)) < 2 or rank not in os.environ:
             continue
-        said = (f"{launcher} started {os.environ[size]} processes ({size}), and none knows of the others (RANK is not "
-                f"set): each would train alone. Start one torchrun per node ({launcher} torchrun … -m fastvid.train, "
-                "scripts/launch_train.slurm)")
+        said = (
+            f"{launcher} started {os.environ[size]} processes ({size}), and none knows of the others (RANK is not "
+            f"set): each would train alone. Start one torchrun per node ({launcher} torchrun … -m fastvid.train, "
+            "scripts/launch_train.slurm)"
+        )
         if size == "SLURM_NTASKS" and os.environ[rank] == "0":  # or the batch script's own process
             logging.getLogger("fastvid").warning("if %s; if this is the only one, all is well", said)
             return
@@ -228,8 +240,10 @@ def ranks_of_a_copy(layout, world, shard_size=None):
         return 1 if layout == "replicated" else world.size
     size = shard_size or world.local_size
     if size < 2 or world.size % size:
-        raise ValueError(f"--shard hybrid over copies of {size} of {world.size} ranks: give a --shard_size of 2 or "
-                         "more that divides the number of ranks, or --shard full")
+        raise ValueError(
+            f"--shard hybrid over copies of {size} of {world.size} ranks: give a --shard_size of 2 or "
+            "more that divides the number of ranks, or --shard full"
+        )
     return size
 
 
@@ -253,9 +267,10 @@ def shard(model, world, layout, *, shard_size=None, adds_up_shards=False):
     computes = model.precision.compute
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
-    precision, unrounded = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                                 cast_forward_inputs=False)
-                            for dtype in (computes if computes != torch.float32 else None, None))
+    precision, unrounded = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for dtype in (computes if computes != torch.float32 else None, None)
+    )
     fp32_residual = computes != model.precision.residual
     layers = list(model.decoder.layers) if layout != "trained" else []
     ignored = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
@@ -313,5 +328,6 @@ def sum_replicated_gradients(parameters, world):
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(
-        flat.split([g.numel() for g in gradients]), gradients)])
+    torch._foreach_copy_(
+        gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
+    )

@@ -131,6 +131,7 @@ def test_a_failed_collective_names_who_is_silent():
     with pytest.raises(RuntimeError, match="out of memory"):
         with parallel.naming_the_dead(world):
             raise RuntimeError("out of memory")
+
     def unreachable(ranks):
         raise RuntimeError("recvValueWithTimeout failed")
 
@@ -156,8 +157,12 @@ stands_here()
 @pytest.mark.slow
 @pytest.mark.parametrize("end, code", [("time.sleep(60)", -signal.SIGKILL), ("os.abort()", -signal.SIGABRT)])
 def test_a_process_shows_where_it_stands(end, code, forked):
-    process = subprocess.Popen([sys.executable, "-X", "faulthandler=0", "-c", HANGS.replace("END", end)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler=0", "-c", HANGS.replace("END", end)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout.readline() == "ready\n"
     if code == -signal.SIGKILL:  # at the signal it shows its stack, and lives on
         process.send_signal(signal.SIGUSR1)
@@ -168,9 +173,14 @@ def test_a_process_shows_where_it_stands(end, code, forked):
     assert process.returncode == code and ("in stands_here" in said) == (code == -signal.SIGABRT)
 
 
-@pytest.mark.parametrize("count, most, said", [
-    (None, None, "Start the same command again"), ("0", "3", r"torchrun, .* starts the job again \(restart 1 of 3\)"),
-    ("3", "3", "Start the same command again")])
+@pytest.mark.parametrize(
+    "count, most, said",
+    [
+        (None, None, "Start the same command again"),
+        ("0", "3", r"torchrun, .* starts the job again \(restart 1 of 3\)"),
+        ("3", "3", "Start the same command again"),
+    ],
+)
 def test_what_follows_is_said(monkeypatch, count, most, said):
     for name, value in (("RESTART_COUNT", count), ("MAX_RESTARTS", most)):
         monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)

@@ -52,8 +52,14 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_memory_between_what_is_held_goes_back_when_it_is_not_kept():
-    peak = {keep: float(subprocess.run([sys.executable, "-c", HOLES.format(keep=keep)], capture_output=True, text=True,
-                                       check=True).stdout) for keep in (True, False)}
+    peak = {
+        keep: float(
+            subprocess.run(
+                [sys.executable, "-c", HOLES.format(keep=keep)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for keep in (True, False)
+    }
     assert 100 < peak[True] - peak[False] < 140  # MiB; the holes are 128
 
 

@@ -38,12 +38,18 @@ def test_memory_is_what_the_poorest_rank_has():
     assert parallel.device_memory(told(own + 5)) == own
 
 
-@pytest.mark.parametrize("shard, world, trained, fits, layout", [
-    ("auto", ALONE, True, False, "replicated"), ("full", ALONE, True, False, "replicated"),
-    ("auto", told(1), False, True, "trained"), ("auto", told(1), False, False, "full"),
-    ("auto", told(1), True, True, "full"), ("full", told(1), False, True, "full"),
-    ("none", told(1), True, False, "replicated"),
-])
+@pytest.mark.parametrize(
+    "shard, world, trained, fits, layout",
+    [
+        ("auto", ALONE, True, False, "replicated"),
+        ("full", ALONE, True, False, "replicated"),
+        ("auto", told(1), False, True, "trained"),
+        ("auto", told(1), False, False, "full"),
+        ("auto", told(1), True, True, "full"),
+        ("full", told(1), False, True, "full"),
+        ("none", told(1), True, False, "replicated"),
+    ],
+)
 def test_layouts(shard, world, trained, fits, layout):
     assert parallel.choose_layout(shard, world, decoder_is_trained=trained, fits=fits) == layout
 
@@ -114,8 +120,10 @@ def test_the_ranks_of_an_attempt_find_nothing_of_an_earlier_one():
     store = dist.HashStore()
     for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
         with ThreadPoolExecutor(3) as pool:
-            futures = {rank: pool.submit(rendezvous.store_of_this_attempt, store, rank, 3, timedelta(seconds=30))
-                       for rank in order}
+            futures = {
+                rank: pool.submit(rendezvous.store_of_this_attempt, store, rank, 3, timedelta(seconds=30))
+                for rank in order
+            }
             stores = [futures[rank].result(30) for rank in range(3)]
         assert not any(each.check(["address"]) for each in stores)
         stores[attempt].set("address", str(attempt))
@@ -152,9 +160,14 @@ def test_the_groups_of_a_mesh_have_the_run_s_timeout(tmp_path, size, copies, gro
     assert len(waited) == groups and all(1.5 < seconds < 20 for seconds in waited), waited
 
 
-@pytest.mark.parametrize("variables", [
-    {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
-    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+    ],
+)
 def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -53,7 +53,7 @@ def test_the_job_ends_and_names_the_rank(job, tmp_path):
     assert time.time() - killed.stat().st_mtime < 30
     assert finished.returncode == 1
     assert f"Signal 9 (SIGKILL) received by PID {killed.read_text()}" in finished.stderr
-    report = finished.stderr[finished.stderr.index("Root Cause"):]
+    report = finished.stderr[finished.stderr.index("Root Cause") :]
     assert "rank      : 1 (local_rank: 1)" in report and "exitcode  : -9" in report
 
 
