@@ -23,18 +23,18 @@ class Board:
         file: its descriptor.
     """
 
-    def __init__(self, count, file=None):
+    def __init__(self, count: int, file: int | None = None):
         size = count + _FINISHED + _LENGTH + _LONGEST
         if file is None:
             file = os.memfd_create("fastvid")
             os.truncate(file, size)
         self.file, self.count, self._memory = file, count, mmap.mmap(file, size)
 
-    def state(self, number) -> int:
+    def state(self, number: int) -> int:
         """`WAITS`, `MADE` (its feature file can be read) or `FAILED` (the manifest says why)."""
         return self._memory[number]
 
-    def finish(self, number, state):
+    def finish(self, number: int, state: int) -> None:
         """Note what became of a video. One process calls this, one thread at a time."""
         finished = self.finished + 1
         self._memory[number] = state
@@ -45,9 +45,9 @@ class Board:
         """Videos that do not wait any more."""
         return int.from_bytes(self._memory[self.count : self.count + _FINISHED], "little")
 
-    def tell(self, error):
+    def tell(self, error: BaseException) -> None:
         """Leave word of what ends the encoder."""
-        kind = next(kind for kind in (ValueError, OSError, Exception) if isinstance(error, kind))
+        kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), Exception)
         message = " ".join(str(error).split())[: _LONGEST // 16]  # a character may take twelve bytes of JSON
         content = json.dumps([kind.__name__, message]).encode()
         begin = self.count + _FINISHED
@@ -61,6 +61,6 @@ class Board:
         length = int.from_bytes(self._memory[begin : begin + _LENGTH], "little")
         return tuple(json.loads(self._memory[begin + _LENGTH : begin + _LENGTH + length])) if length else None
 
-    def close(self):
+    def close(self) -> None:
         self._memory.close()
         os.close(self.file)
