@@ -9,11 +9,12 @@ a row gets other ids, and it drops the dummy prefix of a piece that starts with 
 
 import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
-from fastvid.files import model_folder, read_json_object, write_json, wrong_content
+from fastvid.files import StrPath, model_folder, read_json_object, write_json, wrong_content
 
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -107,13 +108,23 @@ class VideoTokenizer:
         tokens: ids of the video tokens, and which of them the folder lacked.
     """
 
-    def __init__(self, folder, backend, added, tokens, flags, unused=None):
+    def __init__(
+        self,
+        folder: StrPath,
+        backend: _SentencePiece | _TokenizerJson,
+        added: dict[str, int],
+        tokens: VideoTokens,
+        flags: dict[str, tuple[bool, bool]],
+        unused: dict[str, int] | None = None,
+    ):
         """`added`, `unused`: ids of added tokens; `flags`: (lstrip, rstrip) of those whose files say so."""
         self.folder = Path(folder)
         self.tokens = tokens
         self._unused = unused or {}
         self._backend = backend
-        self.bos, self.eos, self.unk = backend.token_id(BOS), backend.token_id(EOS), backend.token_id(UNK)
+        bos, eos = backend.token_id(BOS), backend.token_id(EOS)
+        assert bos is not None and eos is not None, "load_tokenizer refuses a folder without them"
+        self.bos, self.eos, self.unk = bos, eos, backend.token_id(UNK)
         names = {BOS: self.bos, EOS: self.eos, UNK: self.unk}
         self._special = {token: [i] for token, i in {**added, **names}.items() if i is not None}
         self._text_size = backend.size
@@ -126,16 +137,19 @@ class VideoTokenizer:
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._cut_at_videos = re.compile("(" + "|".join(map(re.escape, [VIDEO, *longest_first])) + ")")
 
-    def video_ids(self, rows):
+    def video_ids(self, rows: int) -> list[int]:
         """The ids that stand for one video of `rows` projected rows, start and end included where they are used."""
         patches = [self.tokens.patch] * rows
-        return patches if self.tokens.start is None else [self.tokens.start, *patches, self.tokens.end]
+        start, end = self.tokens.start, self.tokens.end
+        return patches if start is None or end is None else [start, *patches, end]
 
-    def encode(self, text, video_ids=None):
+    def encode(self, text: str, video_ids: Sequence[list[int]] | None = None) -> list[int]:
         """Ids of `text`, without BOS; `video_ids` as `encode_marked` takes them."""
         return self.encode_marked(text, (), video_ids)[0]
 
-    def encode_marked(self, text, marks, video_ids=None):
+    def encode_marked(
+        self, text: str, marks: Sequence[int], video_ids: Sequence[list[int]] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids of `text`, and for each of `marks` how many of them begin before that character.
 
         Args:
@@ -158,8 +172,11 @@ class VideoTokenizer:
             while len(counts) < len(marks) and marks[len(counts)] <= begin:
                 counts.append(len(ids))
             if index % 2:
-                ids += video_ids[min(videos, len(video_ids) - 1)] if part == VIDEO else self._special[part]
-                videos += part == VIDEO
+                if part == VIDEO and video_ids is not None:
+                    ids += video_ids[min(videos, len(video_ids) - 1)]
+                    videos += 1
+                else:
+                    ids += self._special[part]
             elif part and len(counts) < len(marks) and marks[len(counts)] < begin + len(part):
                 piece_ids, count = self._backend.encode_cut(part, marks[len(counts)] - begin)
                 counts.append(len(ids) + count)
@@ -168,15 +185,15 @@ class VideoTokenizer:
                 ids += self._backend.encode(part)
         return ids, counts + [len(ids)] * (len(marks) - len(counts))
 
-    def name(self, token_id):
+    def name(self, token_id: int) -> str | None:
         """How a special or added token is written; None for a piece of text."""
         return self._names.get(token_id)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special and added tokens are left out, as tokens: their characters in the text stay."""
         return self._backend.decode([i for i in ids if i not in self._names and 0 <= i < self._text_size])
 
-    def save(self, folder):
+    def save(self, folder: StrPath) -> None:
         """Write this tokenizer, video tokens included, for `load_tokenizer` and for transformers.
 
         The source's files are copied; those that list added tokens are written anew.
@@ -221,7 +238,7 @@ class VideoTokenizer:
             write_json(folder / "tokenizer.json", table)
 
 
-def load_tokenizer(folder, use_start_end):
+def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> VideoTokenizer:
     """The tokenizer in a model folder, with the video tokens added where it lacks them.
 
     New tokens take the ids after the last one, in the order <vid_patch>, <vid_start>, <vid_end>.
@@ -256,12 +273,13 @@ def load_tokenizer(folder, use_start_end):
         use_start_end = None not in (known[START], known[END])
     size = max(backend.size, *(i + 1 for i in added.values()), 0)
     new = []
-    for token in (PATCH, START, END) if use_start_end else (PATCH,):
+    names = (PATCH, START, END) if use_start_end else (PATCH,)
+    for token in names:
         if known[token] is None:
             known[token] = size
             new.append(size)
             size += 1
-    used = {PATCH: known[PATCH]} | ({START: known[START], END: known[END]} if use_start_end else {})
+    used = {token: i for token, i in known.items() if i is not None and token in names}
     others = {token: i for token, i in added.items() if token not in known}
     tokens = VideoTokens(used[PATCH], used.get(START), used.get(END), size, tuple(new))
     unused = {token: i for token, i in known.items() if i is not None and token not in used}

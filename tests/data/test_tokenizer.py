@@ -137,6 +137,16 @@ def test_tokens_that_a_folder_holds_keep_their_ids(kind, request, tmp_path):
     assert tokenizer.encode("<vid_start><vid_patch><vid_end><image>") == [size + 6, size + 5, size, size + 1]
 
 
+def test_a_folders_own_video_token_gives_way_to_videos_alone(plain, tmp_path):
+    shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
+    video = load_tokenizer(plain, False).tokens.patch
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<video>": video}))
+    tokenizer = load_tokenizer(tmp_path, False)
+    a, b, patches = tokenizer.encode("a"), tokenizer.encode("b"), tokenizer.video_ids(2)
+    assert tokenizer.encode("a<video>b") == [*a, video, *b]
+    assert tokenizer.encode("a<video>b", [patches]) == [*a, *patches, *b]
+
+
 def test_folder_whose_vocabulary_holds_the_tokens(bpe, tmp_path):
     table = json.loads((bpe / "tokenizer.json").read_text())
     table["model"]["vocab"] |= {"<vid_patch>": 700, "<vid_start>": 701, "<vid_end>": 702}
