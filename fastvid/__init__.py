@@ -7,9 +7,10 @@ From Python: `fastvid.Chat`, `fastvid.extract` and `fastvid.train`, with the set
 import importlib
 import sys
 import types
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]
+__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]  # pyright: ignore[reportUnsupportedDunderAll]  # see __getattr__
 
 _HOMES = {
     "Chat": "fastvid.inference.chat",
@@ -19,7 +20,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in __all__:
@@ -27,7 +28,7 @@ def __getattr__(name):
     raise AttributeError(f"module 'fastvid' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
@@ -38,7 +39,7 @@ class _Command(types.ModuleType):
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-def callable_command(name: str):
+def callable_command(name: str) -> None:
     """Have a command's module stand for its function: ``fastvid.train(config)`` beside ``fastvid.train.build``.
 
     Importing ``fastvid.train`` makes ``train`` of this package the module, whatever was there before.

@@ -8,6 +8,9 @@ Dimensions: N rows, S segments, M key/value rows, V videos, P rows of all videos
 L supervised rows.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
@@ -72,7 +75,9 @@ class AttentionLayout:
         return self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
 
     @staticmethod
-    def of_lengths(lengths, key_lengths=None, kv_rows=None):
+    def of_lengths(
+        lengths: Sequence[int], key_lengths: Sequence[int] | None = None, kv_rows: Tensor | None = None
+    ) -> AttentionLayout:
         """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of
         `kv_rows`.
         """
@@ -89,7 +94,7 @@ class AttentionLayout:
             vars(layout)["lengths"] = self.lengths
         return layout
 
-    def of_rows(self, rows):
+    def of_rows(self, rows: Tensor) -> AttentionLayout:
         """Who `rows` alone attend to, so that only they need queries: one segment for each run of consecutive rows.
 
         Args:
@@ -110,17 +115,17 @@ class AttentionLayout:
             breaks.diff().tolist(), sizes.tolist(), keys if self.kv_rows is None else self.kv_rows[keys]
         )
 
-    def split(self, segments):
+    def split(self, segments: int) -> tuple[AttentionLayout, AttentionLayout]:
         """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""
         rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
         queries, keys = self.lengths
-        halves = rows.tensor_split([int(self.cu_seqlens_k[segments])])
-        return tuple(
-            AttentionLayout.of_lengths(queries[chosen], keys[chosen], half)
-            for chosen, half in zip((slice(segments), slice(segments, None)), halves)
+        first, others = rows.tensor_split([int(self.cu_seqlens_k[segments])])
+        return (
+            AttentionLayout.of_lengths(queries[:segments], keys[:segments], first),
+            AttentionLayout.of_lengths(queries[segments:], keys[segments:], others),
         )
 
-    def with_way_back(self, first, rows):
+    def with_way_back(self, first: int, rows: int) -> AttentionLayout:
         """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`.
         On the CPU.
         """
@@ -130,7 +135,7 @@ class AttentionLayout:
         once = torch.equal(way_back.starts_N1, torch.arange(rows + 1, dtype=torch.int32))
         return self._replace(way_back=way_back, own_keys=way_back.places.long() if once else None)
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> AttentionLayout:
         """The same layout with `function`, which leaves values alone, applied to every tensor."""
         queries = function(self.cu_seqlens_q)
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
@@ -155,7 +160,7 @@ class BatchPart:
     loss_rows: Tensor
     loss_layout: AttentionLayout
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> BatchPart:
         """The same part with `function` applied to every tensor."""
         return BatchPart(self.layout.map(function), function(self.loss_rows), self.loss_layout.map(function))
 
@@ -206,19 +211,20 @@ class PackedBatch:
     def num_supervised(self) -> int:
         return self.targets.numel()
 
-    def parted(self):
+    def parted(self) -> PackedBatch:
         """The same batch with what spares the model work: `loss_layout`, ways back, `parts` if rows are frozen. On the
         CPU.
 
         Where no supervised row is left outside the frozen ones there is nothing to spare, and no parts.
         """
-        batch = replace(self, loss_layout=self.loss_layout or self.layout.of_rows(self.loss_rows))
+        loss_layout = self.loss_layout or self.layout.of_rows(self.loss_rows)
+        batch = replace(self, loss_layout=loss_layout)
         supervised = int(torch.searchsorted(self.loss_rows, self.frozen_rows))
         if not self.frozen_rows or supervised == self.num_supervised:
             return replace(
                 batch,
                 layout=batch.layout.with_way_back(self.prefix_rows, self.num_rows),
-                loss_layout=batch.loss_layout.with_way_back(self.prefix_rows, self.num_rows),
+                loss_layout=loss_layout.with_way_back(self.prefix_rows, self.num_rows),
             )
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
@@ -231,7 +237,7 @@ class PackedBatch:
         )
         return replace(batch, parts=parts)
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with `function` applied to every tensor."""
         values = {}
         for f in fields(self):
@@ -244,10 +250,10 @@ class PackedBatch:
                 values[f.name] = tuple(part.map(function) for part in value)
         return replace(self, **values)
 
-    def to(self, device, non_blocking=False):
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on `device`."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self):
+    def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory, from which copies to a GPU overlap with work."""
         return self.map(Tensor.pin_memory)

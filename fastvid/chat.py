@@ -6,7 +6,10 @@ Dimensions: R rows of a video (temporal + spatial), C channels of the vision tow
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from fastvid.config import ChatConfig
 from fastvid.files import is_url, shown
@@ -17,7 +20,7 @@ from fastvid.video.encoder import make_current, open_device
 from fastvid.video.listing import no_video
 
 
-def answer_all(chat, questions, known, *, as_json):
+def answer_all(chat: Chat, questions: Sequence[Question], known: Mapping[Path, Tensor], *, as_json: bool) -> bool:
     """Print what is answered to each question on stdout, in order, with progress on stderr.
 
     A video's features are made once, whatever the number of its questions. What cannot be answered costs one line on
@@ -34,20 +37,21 @@ def answer_all(chat, questions, known, *, as_json):
     """
     from tqdm import tqdm
 
-    left, known, complete = Counter(question.path for question in questions), dict(known), True
+    left, complete = Counter(question.path for question in questions), True
+    looked_at: dict[Path | None, Tensor | Exception] = {**known}
 
     def features_of(question):
         """The features, or why there are none."""
-        if question.path not in known:
+        if question.path not in looked_at:
             try:
-                known[question.path] = chat.features(question.path)
+                looked_at[question.path] = chat.features(question.path)
             except (ValueError, OSError) as error:
-                known[question.path] = error
+                looked_at[question.path] = error
                 complain(error)
-        features = known[question.path]
+        features = looked_at[question.path]
         left[question.path] -= 1
         if not left[question.path]:
-            del known[question.path]
+            del looked_at[question.path]
         return features
 
     def complain(error):
@@ -76,7 +80,7 @@ def answer_all(chat, questions, known, *, as_json):
     return complete
 
 
-def converse(chat, video):
+def converse(chat: Chat, video: Path) -> None:
     """Questions typed about one video, each with the turns before it; an empty line or Ctrl-D ends it."""
     import readline  # noqa: F401  gives input() a line editor and its history
 
@@ -98,7 +102,7 @@ def converse(chat, video):
         history.append((question, answer))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 if something could not be answered."""
     config = parse(ChatConfig, argv)
     if not config.video:

@@ -2,8 +2,10 @@
 
 import difflib
 import importlib
+import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from fastvid import __version__, flags
@@ -25,7 +27,7 @@ COMMANDS = {
 _MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 
 
-def run(command: str, argv=None) -> NoReturn:
+def run(command: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; the entry point of scripts and of ``python -m fastvid.<module>``.
 
     Flags are looked at before the command is imported, which takes seconds. A user's mistake (``ValueError``,
@@ -41,7 +43,8 @@ def run(command: str, argv=None) -> NoReturn:
         sys.exit(2)
     _open_closed_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: file names need not be UTF-8
     sys.argv = [f"fastvid {command}", *argv]  # a process that it starts is named after it
     module = f"fastvid.{COMMANDS[command][0]}"
     try:
@@ -94,7 +97,7 @@ def _tell(line, mistake):
     print(line, file=sys.stderr)
 
 
-def main(argv=None) -> NoReturn:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The console script ``fastvid``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else "--help"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 from fastvid import config as configs
 from fastvid.data import instructions
@@ -50,8 +51,8 @@ def convert(config: configs.ConvertConfig) -> instructions.Converted:
 def _why_none(done, folder, ids):
     """The likely reason for which every record was left out, and what to do."""
     if not done.absent:
-        index, *fault = done.dropped[0]
-        return f"all are malformed; record {index} (from 0): {instructions.describe(fault)}"
+        index, name, reason = done.dropped[0]
+        return f"all are malformed; record {index} (from 0): {instructions.describe((name, reason))}"
     wanted, files = shown(done.absent[0][1]), sorted(os.listdir(folder))
     if not ids:
         videos = [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]
@@ -89,7 +90,7 @@ def _listed(left_out, describe):
     return lines + [f"  … and {more} more"] * (more > 0)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     config = parse(configs.ConvertConfig, argv)
     done = convert(config)
     _tell(config, done)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -189,7 +190,7 @@ def _table(findings):
     return "\n".join(lines[1:])
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv)
     findings = examine(config)
     print(json.dumps([asdict(finding) for finding in findings], indent=1) if config.json else _table(findings))

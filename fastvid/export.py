@@ -6,12 +6,14 @@
 - llava: a folder in llava-hf's layout, tower included, which ``LlavaForConditionalGeneration`` loads.
 """
 
+from collections.abc import Sequence
+
 from fastvid.config import ExportConfig
 from fastvid.flags import parse
 from fastvid.weights.export import export
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints what was written, with sizes."""
     for path in export(parse(ExportConfig, argv)):
         print(f"{path.stat().st_size / 1e6:12,.1f} MB  {path}")

@@ -6,6 +6,7 @@ need no process group, and any of them may die or join at any time.
 """
 
 import contextlib
+from collections.abc import Sequence
 
 from fastvid import callable_command
 from fastvid.config import ExtractConfig
@@ -90,7 +91,7 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
     return summary
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """``fastvid extract``. Where a GPU's driver or DALI may crash it, in a child (`fastvid.video.restarts`)."""
     config = parse(ExtractConfig, argv)
     watch = watched(config)

@@ -9,10 +9,14 @@ import secrets
 import shutil
 import stat
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from fastvid.dist import processes
+
+StrPath = str | os.PathLike[str]
 
 # Endings of recorded video, of which FFmpeg's containers are known (`fastvid.video.decode.container`).
 VIDEO_SUFFIXES = (
@@ -64,7 +68,7 @@ _DAY = 86400.0
 
 
 @contextmanager
-def atomic_file(path):
+def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
     """A binary file to write to, that takes the place of `path` only once it is whole and on the disk.
 
     It is written under a temporary name in the same folder, synced and renamed; after an error or a crash `path` is
@@ -96,7 +100,7 @@ def atomic_file(path):
 
 
 @contextmanager
-def atomic_path(path):
+def atomic_path(path: StrPath) -> Iterator[Path]:
     """A path to write a file at, that takes the place of `path` only once it is whole and on the disk.
 
     For libraries that open files by themselves: it lies in a folder of its own beside `path`, with whatever they leave
@@ -118,7 +122,7 @@ def atomic_path(path):
 
 
 @contextmanager
-def atomic_folder(path):
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, whose parents are made, that takes the place of the folder `path` only once it is whole."""
     temporary, replaced = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.replaced")
     _remove(temporary)
@@ -149,13 +153,13 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
-def write_json(path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write one of a model folder's JSON files, as people read them."""
     with naming(path):
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def name_of(stem, suffix) -> str:
+def name_of(stem: str, suffix: str) -> str:
     """`stem` + `suffix`, with a stem that leaves no room for the suffix cut, and told from others by its digest."""
     content = stem.encode(errors="surrogatepass")  # a record's name may be one that no file can have
     if len(content) + len(suffix) <= LONGEST_NAME:
@@ -165,7 +169,7 @@ def name_of(stem, suffix) -> str:
 
 
 @contextmanager
-def naming(path):
+def naming(path: StrPath) -> Iterator[None]:
     """A block in which `path` is written: its OSErrors, which say a file's name only where it was opened, name it."""
     try:
         yield
@@ -175,7 +179,7 @@ def naming(path):
         raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
 
 
-def remove_left_over(folder):
+def remove_left_over(folder: StrPath) -> None:
     """Remove temporary files of `atomic_file` below a folder: of dead processes; of other machines those a day old."""
     here = processes.machine()
     for parent, _, names in os.walk(folder):
@@ -190,7 +194,7 @@ def remove_left_over(folder):
                     path.unlink()
 
 
-def read_json_object(path):
+def read_json_object(path: Path) -> dict[str, Any]:
     """The dict in a JSON file of a model's folder; empty where there is no such file.
 
     Raises:
@@ -206,7 +210,7 @@ def read_json_object(path):
         raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
 
 
-def wrong_content(path) -> str | None:
+def wrong_content(path: StrPath) -> str | None:
     """Why a file cannot hold what its name says, as far as its first bytes tell, with the remedy; None if it may.
 
     A part of a sentence that begins after the file's name. Opens regular files only: a pipe would wait for ever.
@@ -233,18 +237,18 @@ def wrong_content(path) -> str | None:
     return None if head else "is empty; download or write it again"
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A name or text from the outside as messages show it: quotation marks only where it needs to be escaped."""
     text = str(value)
     return text if text.isprintable() else ascii(text)
 
 
-def is_url(value) -> bool:
+def is_url(value: StrPath) -> bool:
     """Whether an address was given where a path is wanted."""
     return "://" in os.fspath(value)
 
 
-def model_folder(path) -> Path:
+def model_folder(path: StrPath) -> Path:
     """The folder that a model's path means: itself, or of a folder in the hub's cache its one snapshot; of several
     the one that the hub calls main.
 

@@ -4,14 +4,16 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 from fastvid.config import InspectConfig
 from fastvid.data.conversation import encode_sample
 from fastvid.data.records import read_records
-from fastvid.data.tokenizer import load_tokenizer
+from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
 from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, named_videos, video_token_count
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
@@ -22,7 +24,7 @@ log = logging.getLogger("fastvid")
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
 
-def inspect_records(config, tokenizer=None):
+def inspect_records(config: InspectConfig, tokenizer: VideoTokenizer | None = None) -> Iterator[dict[str, Any]]:
     """What training makes of each record of `config.data_path`, in order.
 
     Args:
@@ -101,7 +103,7 @@ def _looked_at(config, tokenizer):
         )
 
 
-def render(line, tokenizer, colour):
+def render(line: dict[str, Any], tokenizer: VideoTokenizer, colour: bool) -> str:
     """One record of `inspect_records` as text: a summary, its warning, and the tokens.
 
     Runs of placeholders are written as one, ``<vid_patch>×676``.
@@ -126,7 +128,7 @@ def _counted(line):
     return f"{len(line['input_ids'])} tokens, {count} supervised {where}".rstrip()
 
 
-def pieces(line, tokenizer) -> list[tuple[str, str]]:
+def pieces(line: dict[str, Any], tokenizer: VideoTokenizer) -> list[tuple[str, str]]:
     """The text of one record of `inspect_records`, parted: (text, "supervised", "placeholder" or "")."""
     ids, spans, parts = line["input_ids"], line["supervised"], []
     supervised = [False] * len(ids)
@@ -148,7 +150,9 @@ def pieces(line, tokenizer) -> list[tuple[str, str]]:
     return parts
 
 
-def page_of_record(config, line, videos, tokenizer) -> bytes:
+def page_of_record(
+    config: InspectConfig, line: dict[str, Any], videos: Sequence[str], tokenizer: VideoTokenizer
+) -> bytes:
     """The HTML page of one record of `inspect_records`.
 
     Args:
@@ -195,7 +199,7 @@ def _video_of(config, features, name):
     return Sources(config.video_folder or config.video_dir_path, config.video_dir_path).path_of(name, header)
 
 
-def page_of_video(config) -> bytes:
+def page_of_video(config: InspectConfig) -> bytes:
     """The HTML page of the video, or of the feature file, that `config.video` names.
 
     Raises:
@@ -205,11 +209,12 @@ def page_of_video(config) -> bytes:
     from fastvid.page.document import document
     from fastvid.page.view import view_file
 
+    assert config.video is not None
     view = view_file(config.video, tower=config.vision_tower, num_frames=config.num_frames)
     return document([view], title=f"Video {view.name}")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     from tqdm import tqdm
 
@@ -217,6 +222,7 @@ def main(argv=None):
     if not config.data_path:
         _write_page(config, page_of_video(config))
         return 0
+    assert config.model_name_or_path is not None, "the parser asks for it beside --data_path"
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = _looked_at(config, tokenizer)

@@ -59,7 +59,7 @@ class Trainable:
     decoder: bool = False
     head: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.boundary and self.embed:
             raise ValueError('trainable: "boundary" is part of "embed"; choose one')
 

@@ -15,10 +15,12 @@ Weights of others have none. What is read here may come from anywhere: it is che
 import json
 import zipfile
 from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Self, TypeVar
 
-from fastvid.files import shown
+from fastvid.files import StrPath, shown
 
 __all__ = [
     "EXPORT_MARK",
@@ -42,6 +44,8 @@ _MEMBER = "fastvid/provenance.json"
 _MOST_BYTES = 1 << 20  # of a member of a zip file: more is not ours
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _TEMPLATES = {"v1": "vicuna_v1_1"}  # older checkpoints know the flag --version
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Provenance:
     tower_dtype: str | None = None
 
     @classmethod
-    def of_header(cls, header):
+    def of_header(cls, header: dict[str, Any]) -> Self:
         """From the header of a feature file, which tells the decoder and the conversion under "video".
 
         A line of an extraction's manifest, where "video" is a name, tells the decoder and which conversion was asked
@@ -89,18 +93,20 @@ class Provenance:
         return cls.of({**header, **own} if own else header)
 
     @classmethod
-    def of(cls, values):
+    def of(cls, values: object) -> Self:
         """From what JSON held; what is of another type than it must be is left out."""
         kinds = {"num_frames": int, "rows": int, "use_start_end": bool}
         found = values if isinstance(values, dict) else {}
         return cls(**{f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)})
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         """{name: value} of what is known."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def of_features(looked_at):
+def of_features(
+    looked_at: Collection[tuple[int, dict[str, Any]]],
+) -> tuple[Provenance, Counter[tuple[str | None, str]]]:
     """(Provenance, {(tower, revision): how many}) of feature files, as far as their headers tell.
 
     A tower is known by its revision; of several spellings of its name the first counts.
@@ -125,7 +131,7 @@ def of_features(looked_at):
         if tower is not None and Path(tower).is_dir():
             tower = str(Path(tower).absolute())
     decoded = decoders_of(header for _, header in looked_at)
-    decoder, conversion = ("; ".join(sorted({found[place] for found in decoded} - {None})) or None for place in (0, 1))
+    decoder, conversion = _joined(name for name, _ in decoded), _joined(name for _, name in decoded)
     return Provenance(
         tower,
         revision,
@@ -137,13 +143,17 @@ def of_features(looked_at):
     ), towers
 
 
-def in_fp8(headers) -> Counter:
+def _joined(names: Iterable[str | None]) -> str | None:
+    return "; ".join(sorted({name for name in names if name is not None})) or None
+
+
+def in_fp8(headers: Iterable[dict[str, Any]]) -> Counter[bool]:
     """{whether their tower multiplied in FP8: how many} of feature files whose headers name a tower."""
     found = map(Provenance.of_header, headers)
     return Counter(made.tower_dtype == "fp8" for made in found if made.tower_revision is not None)
 
 
-def what_fp8_means(counts) -> str | None:
+def what_fp8_means(counts: Counter[bool]) -> str | None:
     """What it means that some features of a training set are of a tower in FP8, and some are not; None where all agree.
 
     Args:
@@ -157,13 +167,13 @@ def what_fp8_means(counts) -> str | None:
     )
 
 
-def decoders_of(headers) -> Counter:
+def decoders_of(headers: Iterable[dict[str, Any]]) -> Counter[tuple[str | None, str | None]]:
     """{(decoder, conversion): how many} of feature files whose headers tell one of the two; None for the other."""
     found = ((made.decoder, made.conversion) for made in map(Provenance.of_header, headers))
     return Counter(pair for pair in found if pair != (None, None))
 
 
-def what_decoders_mean(counts) -> tuple[str | None, str | None]:
+def what_decoders_mean(counts: Counter[tuple[str | None, str | None]]) -> tuple[str | None, str | None]:
     """What several decoders or conversions of one training set mean: (a remark, a warning), at most one of them.
 
     PyAV and NVDEC give the same bytes, so that several decoders of one conversion are worth a remark. Another
@@ -194,7 +204,7 @@ def _listed(counts):
     )
 
 
-def of_weights(path):
+def of_weights(path: StrPath) -> Provenance:
     """The Provenance that a projector file, a checkpoint, a model folder or an export holds; empty without one.
 
     A file that cannot be read has none: whoever loads its weights says what is wrong with it.
@@ -215,7 +225,7 @@ def of_weights(path):
     return Provenance()
 
 
-def of_state(state):
+def of_state(state: dict[str, Any]) -> Provenance:
     """The Provenance in a checkpoint's state. An older one's flags tell the prompt, and nothing tells the features."""
     flags = state.get("config", {})
     version = flags.get("version")
@@ -229,7 +239,7 @@ def of_state(state):
     return replace(told, **Provenance.of(state.get(KEY)).to_json())
 
 
-def add_to_bin(path, provenance):
+def add_to_bin(path: StrPath, provenance: Provenance) -> None:
     """Put `provenance` into a file that torch.save wrote, beside the tensors, which stay where they are."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
         root = archive.namelist()[0].partition("/")[0]
@@ -253,7 +263,7 @@ def _safetensors_metadata(path):
         return json.loads(file.read(min(length, _LONGEST_HEADER)))["__metadata__"]
 
 
-def same_tower(recorded, found):
+def same_tower(recorded: str | None, found: Sequence[str]) -> bool | None:
     """Whether the tower that `recorded` identifies is the one that has the revisions `found`.
 
     None where nothing tells: a hub's commit and a digest of files cannot be compared. Only the first of `found`, by
@@ -264,7 +274,7 @@ def same_tower(recorded, found):
     return False if found[0].startswith("sha256:") == recorded.startswith("sha256:") else None
 
 
-def agreed(flag, given, trained, otherwise, weights):
+def agreed(flag: str, given: T | None, trained: T | None, otherwise: T, weights: StrPath) -> T:
     """The value of a flag: as given, else as trained where the weights tell, else `otherwise`.
 
     Args:

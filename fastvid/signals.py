@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 # Of a scheduler, of Ctrl-C, and of a terminal or ssh session that is gone.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -12,7 +13,7 @@ SAME = 5.0
 
 
 @contextlib.contextmanager
-def noted(note):
+def noted(note: Callable[[int], object]) -> Iterator[None]:
     """Within this context a signal of `STOPPING` calls ``note(number)``. A later Ctrl-C interrupts at once.
 
     Who starts a command with SIGHUP ignored (nohup) has it stay so. Only the main thread gets signals; in another one

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastvid import config as configs
@@ -111,6 +112,7 @@ def _check_record(report, seen, record, number, path, config):
     if found.fault is not None:
         report.add(found.fault.kind, f"{place(path, number[1])}: {found.fault.text}", record=number)
         return None
+    assert found.record is not None
     digest = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).digest()
     report.duplicates += digest in seen
     seen.add(digest)
@@ -157,7 +159,7 @@ def _check_lengths(report, config, read_all, rows):
         report.remarks.add([each for each in sample.remarks if each not in told], path, number)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code.
 
     That is 0 where nothing is wrong, and where ``--drop`` has left out all that is; 1 with problems; 2 where a data

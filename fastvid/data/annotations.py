@@ -8,14 +8,16 @@ what other trainers write.
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fastvid.config import DataConfig
 from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, UNK, VIDEO
 from fastvid.data.records import place, read_records
 from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.features.names import SUFFIXES
-from fastvid.files import VIDEO_SUFFIXES, shown
+from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
 from fastvid.policy import Policy
 
 _MOST_LINES = 20  # kinds of remarks that are told
@@ -76,7 +78,7 @@ class Examined:
     remarks: list[str]
 
 
-def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examined:
+def examine(record: Any, number: int = 0, *, policy: Policy, use_start_end: bool) -> Examined:
     """What training makes of a record, which needs neither tokenizer nor features.
 
     Args:
@@ -113,7 +115,7 @@ def examine(record, number=0, *, policy: Policy, use_start_end: bool) -> Examine
     return Examined(read, fault, [] if fault else remarks)
 
 
-def examine_file(path, config):
+def examine_file(path: StrPath, config: DataConfig) -> Iterator[Examined]:
     """Yield what training makes of each record of a data file, in order.
 
     Args:
@@ -133,7 +135,7 @@ class Remarks:
     counts: Counter = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, remarks, path, number):
+    def add(self, remarks: Iterable[str], path: StrPath, number: int) -> None:
         for remark in remarks:
             self.counts[remark] += 1
             self.first.setdefault(remark, place(path, number))
@@ -148,13 +150,13 @@ class Remarks:
         return lines + [f"… and {more} more kinds of remarks"] * (more > 0)
 
 
-def asked_and_answered(record) -> list[str]:
+def asked_and_answered(record: dict[str, Any]) -> list[str]:
     """The questions and answers in turn; what gpt says before the first question is left out."""
     turns = record["conversations"]
     return [turn["value"] for turn in turns[turns[0]["from"] == "gpt" :]]
 
 
-def placeholder_in(text, use_start_end) -> str | None:
+def placeholder_in(text: str, use_start_end: bool) -> str | None:
     """Why a text cannot stand beside a video's placeholders; None if it can."""
     for token in (PATCH, START, END) if use_start_end else (PATCH,):
         if token in text:
@@ -164,7 +166,7 @@ def placeholder_in(text, use_start_end) -> str | None:
 
 def _placeholder_fault(text, use_start_end):
     found = placeholder_in(text, use_start_end)
-    return found and Fault("the model's own placeholders in the text", found)
+    return Fault("the model's own placeholders in the text", found) if found else None
 
 
 def _other_medium(record, questions, placeholder):

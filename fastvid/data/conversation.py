@@ -3,12 +3,15 @@
 The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {answer}</s>USER: …``.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastvid.data.annotations import asked_and_answered, examine, placeholder_in
 from fastvid.data.names import ASSISTANT, EOS, USER, VIDEO
 from fastvid.data.styles import half_character, record_videos
 from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
+from fastvid.policy import Policy
 
 __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
 
@@ -54,8 +57,17 @@ class EncodedSample:
 
 
 def encode_sample(
-    record, tokenizer, *, rows_of, use_start_end, max_length, policy, version="v1", question_order="reference", number=0
-):
+    record: Any,
+    tokenizer: VideoTokenizer,
+    *,
+    rows_of: Callable[[str], int],
+    use_start_end: bool,
+    max_length: int,
+    policy: Policy,
+    version: str = "v1",
+    question_order: str = "reference",
+    number: int = 0,
+) -> EncodedSample:
     """Token ids and supervised spans of one training record.
 
     Args:
@@ -79,6 +91,7 @@ def encode_sample(
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     examined = examine(record, number, policy=policy, use_start_end=use_start_end)
     if examined.record is None:
+        assert examined.fault is not None
         name = record.get("id", number) if isinstance(record, dict) else ""
         return EncodedSample(str(name), refused=examined.fault.text)
     record, remarks = examined.record, examined.remarks
@@ -112,7 +125,7 @@ def encode_sample(
     return EncodedSample(name, ids, supervised, videos, remarks, refused)
 
 
-def ordered(question, question_order):
+def ordered(question: str, question_order: str) -> str:
     """A question with the videos that stand at its end put before it, if `question_order` is "video_first"."""
     asked = question.rstrip()
     while question_order == "video_first" and asked.endswith(VIDEO):
@@ -123,7 +136,7 @@ def ordered(question, question_order):
     return "\n".join([*videos, asked])
 
 
-def system_prefix(tokenizer, version="v1"):
+def system_prefix(tokenizer: VideoTokenizer, version: str = "v1") -> tuple[int, ...]:
     """Ids with which every training sample begins, BOS included: the system text and " USER:".
 
     Args:
@@ -147,16 +160,16 @@ def _system(version):
 
 
 def inference_prompt(
-    question,
-    tokenizer,
+    question: str,
+    tokenizer: VideoTokenizer,
     *,
-    video_tokens,
-    use_start_end,
-    conv_mode,
-    transcript=None,
-    history=(),
-    question_order="reference",
-):
+    video_tokens: int,
+    use_start_end: bool,
+    conv_mode: str,
+    transcript: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    question_order: str = "reference",
+) -> list[int]:
     """Token ids of a question about one video, up to where the answer begins.
 
     Args:

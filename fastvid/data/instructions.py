@@ -3,13 +3,20 @@
 {"q": …, "a": …, "video_id": …}, in a JSON array or JSONL.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fastvid.data.records import kind_of, place
 from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.features.names import SUFFIXES
-from fastvid.files import VIDEO_SUFFIXES, shown
+from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
+
+if TYPE_CHECKING:
+    from fastvid.features.folder import FeatureFolder
 
 _OF_TRAINING = ("conversations", "messages", "conversation", "query", "QA")  # fields of training records
 
@@ -33,7 +40,9 @@ class Converted:
     empty: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
 
 
-def convert_records(records, feature_ids=None, on_bad="error", path="records") -> Converted:
+def convert_records(
+    records: Sequence[Any], feature_ids: set[str] | None = None, on_bad: str = "error", path: StrPath = "records"
+) -> Converted:
     """VideoInstruct records to training records, as the reference's two scripts do.
 
     The video stands after the question of records with an even index and before that of the others; the index counts
@@ -75,7 +84,9 @@ def convert_records(records, feature_ids=None, on_bad="error", path="records") -
     return done
 
 
-def keep_those_with_features(records, features, on_bad="error", path="records") -> Converted:
+def keep_those_with_features(
+    records: Sequence[Any], features: FeatureFolder, on_bad: str = "error", path: StrPath = "records"
+) -> Converted:
     """The training records all of whose videos have features, as they are; those without a video are kept.
 
     Args:
@@ -89,26 +100,28 @@ def keep_those_with_features(records, features, on_bad="error", path="records") 
 
     done = Converted()
     for index, record in enumerate(records):
-        name = None
+        name = ""
         try:
             for name in record_videos(canonical(record, index)[0]):
                 features.resolve(name)
         except MissingFeatures:
             done.absent.append((index, name))
         except ValueError as error:
-            fault = (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
+            field, reason = (
+                (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
+            )
             if on_bad == "error":
                 raise ValueError(
-                    f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out "
+                    f"{place(path, index)}: {describe((field, reason))}; mend it, or leave malformed records out "
                     "with --on_bad drop"
                 ) from error
-            done.dropped.append((index, *fault))
+            done.dropped.append((index, field, reason))
         else:
             done.records.append(record)
     return done
 
 
-def feature_ids(folder) -> set[str]:
+def feature_ids(folder: StrPath) -> set[str]:
     """Ids of the videos whose features lie in `folder`: names of feature files up to their first dot, as the reference
     has it.
 
@@ -136,13 +149,13 @@ def feature_ids(folder) -> set[str]:
     return ids
 
 
-def describe(fault):
+def describe(fault: tuple[str, str]) -> str:
     """A (field, reason) as part of a sentence."""
     name, reason = fault
     return f"field '{name}' {reason}" if name else f"the record {reason}"
 
 
-def _fault(record):
+def _fault(record) -> tuple[str, str] | None:
     """(field, reason) of what is wrong with a VideoInstruct record; None if it is well-formed."""
     if not isinstance(record, dict):
         return "", f"is {kind_of(record)}, not an object"

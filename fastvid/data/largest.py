@@ -4,20 +4,28 @@ Where no budget of rows had all samples tokenized, a sample's rows are those of 
 a share of its text's bytes.
 """
 
+from __future__ import annotations
+
 import heapq
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastvid.data.dataset import SampleSet
 from fastvid.data.order.rows import RowOrder, SampleRows
+from fastvid.data.sharing import Groups
 from fastvid.data.styles import record_videos
+
+if TYPE_CHECKING:
+    from fastvid.data.loader import Loader
 
 # Beyond these, a run's steps are of the same kind; looking at them takes a second or two.
 _MOST_STEPS = 20_000
 _MOST_VIDEOS = 5_000  # whose headers are read, which takes about as long
 
 
-def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int], int | None]:
+def largest_steps(loader: Loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int], int | None]:
     """The steps whose largest micro-batch of this rank has most rows, and those where one has most keys.
 
     Where samples share rows or attend to a constant prefix, batches of as many rows differ in keys, several times.
@@ -44,7 +52,7 @@ def largest_steps(loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int
     return list(steps), by_rows[0][0] + table.base if known else None
 
 
-def rows_by_text(samples, groups=None) -> SampleRows:
+def rows_by_text(samples: SampleSet, groups: Groups | None = None) -> SampleRows:
     """About how many rows each sample of a `fastvid.data.dataset.SampleSet` takes.
 
     Args:

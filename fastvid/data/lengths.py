@@ -1,17 +1,30 @@
 """How many rows each sample takes: all are tokenized once at start, by all ranks together."""
 
+from typing import Any
+
 import numpy as np
 from tqdm import tqdm
 
+from fastvid.data.dataset import SampleSet
 from fastvid.data.order.rows import SampleRows
 from fastvid.data.packing import Chain
 from fastvid.data.prefetch import Ahead
+from fastvid.data.sharing import Groups
+from fastvid.dist.parallel import World
 
 _CHUNK = 256  # samples that a process takes at a time
 _QUIET = 3  # seconds without a progress bar
 
 
-def measure(samples, world, *, packing, groups=None, processes=0, progress=False):
+def measure(
+    samples: SampleSet,
+    world: World,
+    *,
+    packing: dict[str, Any],
+    groups: Groups | None = None,
+    processes: int = 0,
+    progress: bool = False,
+) -> SampleRows:
     """Rows of all samples.
 
     Args:

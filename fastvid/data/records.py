@@ -4,8 +4,9 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
-from fastvid.files import atomic_file, shown, wrong_content
+from fastvid.files import StrPath, atomic_file, shown, wrong_content
 
 log = logging.getLogger("fastvid")
 
@@ -36,17 +37,17 @@ _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value",
 _OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
 
 
-def place(path, index) -> str:
+def place(path: StrPath, index: int) -> str:
     """How all messages name a record: the file, and the record's number in it, counted from 0."""
     return f"{shown(path)}: record {index} (from 0)"
 
 
-def kind_of(value) -> str:
+def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     return _KINDS.get(type(value), "a number")
 
 
-def read_records(path) -> list:
+def read_records(path: StrPath) -> list[Any]:
     """The records of a data file; which kind of file it is shows in its content.
 
     Lines end at "\\n" only: texts may hold U+2028 and its like. A byte-order mark and blank lines are skipped. An
@@ -77,7 +78,7 @@ def read_records(path) -> list:
     return records
 
 
-def write_records(path, records):
+def write_records(path: StrPath, records: list[Any]) -> None:
     """Write JSONL if `path` ends in .jsonl, else one JSON array as ``json.dump`` writes it by default; atomically."""
     with atomic_file(path) as file:
         if Path(path).suffix == ".jsonl":

@@ -4,13 +4,20 @@ A group is samples whose prompts are the same up to the end of their (last) vide
 rows once. In the reference's data every other question stands before its video, and shares it with none.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvid.data.conversation import ordered
 from fastvid.data.names import VIDEO
 from fastvid.data.styles import record_videos
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +31,7 @@ class Groups:
     of: np.ndarray
 
     @staticmethod
-    def of_records(records, question_order):
+    def of_records(records: Iterable[dict[str, Any]], question_order: str) -> Groups:
         """The groups of training records, from their text.
 
         Args:
@@ -34,22 +41,22 @@ class Groups:
         keys = (_beginning(record, question_order) or index for index, record in enumerate(records))
         return Groups(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64))
 
-    def without(self, apart):
+    def without(self, apart: np.ndarray) -> Groups:
         """The same groups, but that those of the samples in `apart` ([n] bool) are dissolved."""
         return Groups(np.where(apart, self.of.max(initial=0) + 1 + np.arange(len(self.of)), self.of))
 
-    def together(self, indices):
+    def together(self, indices: np.ndarray) -> np.ndarray:
         """`indices` with those of a group next to each other, in the order of each group's first."""
         if not len(indices):
             return indices
         _, first, group = np.unique(self.of[indices], return_index=True, return_inverse=True)
         return indices[np.argsort(first[group], kind="stable")]
 
-    def runs(self, indices):
+    def runs(self, indices: np.ndarray) -> list[np.ndarray]:
         """`indices` cut wherever the group changes."""
         return np.split(indices, np.flatnonzero(np.diff(self.of[indices])) + 1) if len(indices) else []
 
-    def spread(self, indices, capacities):
+    def spread(self, indices: np.ndarray, capacities: Sequence[int]) -> list[list[int]]:
         """Fill batches of given sizes, cutting a group only where no batch has room for it.
 
         Args:

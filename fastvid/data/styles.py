@@ -8,6 +8,7 @@ a remark; what could mean several things is refused by name.
 import json
 import math
 import re
+from typing import Any
 
 from fastvid.data.names import VIDEO
 from fastvid.data.records import kind_of
@@ -45,12 +46,12 @@ class Unreadable(ValueError):
         reason: continues a sentence that begins with the field.
     """
 
-    def __init__(self, field, reason):
+    def __init__(self, field: str, reason: str):
         super().__init__(field, reason)
         self.field, self.reason = field, reason
 
 
-def canonical(record, number=0):
+def canonical(record: Any, number: int = 0) -> tuple[dict[str, Any], list[str]]:
     """A record in the form that all else works on.
 
     Args:
@@ -83,14 +84,14 @@ def canonical(record, number=0):
     return {"id": str(name), **videos, "conversations": turns}, remarks
 
 
-def record_videos(record) -> list[str]:
+def record_videos(record: dict[str, Any]) -> list[str]:
     """The videos of a record in the form of `canonical`, in the order of its <video> placeholders."""
     if "videos" in record:
         return record["videos"]
     return [record["video"]] if "video" in record else []
 
 
-def half_character(text) -> str | None:
+def half_character(text: str) -> str | None:
     """What part of a character `text` holds, which JSON can write and no tokenizer can read; None if it is sound."""
     try:
         text.encode()

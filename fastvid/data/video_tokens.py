@@ -1,11 +1,18 @@
 """How many rows each video takes in the prompt, and where that number is found."""
 
+from __future__ import annotations
+
 import contextlib
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fastvid.data.styles import Unreadable, canonical, record_videos
-from fastvid.files import model_folder, read_json_object
+from fastvid.files import StrPath, model_folder, read_json_object
+
+if TYPE_CHECKING:
+    from fastvid.features.folder import FeatureFolder
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384 and their like say their patch and image size (224
@@ -31,9 +38,15 @@ class VideoRows:
         required: rows that every video must have; None: any number.
     """
 
-    def __init__(self, features, records, *, required=None, same=False):
-        self.features, self.first, self.fault, self.channels, self.required = features, None, None, 0, required
-        for name in named_videos(records) if features is not None else ():
+    def __init__(
+        self, features: FeatureFolder | None, records: Iterable[Any], *, required: int | None = None, same: bool = False
+    ):
+        self.features, self.channels, self.required = features, 0, required
+        self.first: tuple[str, int] | None = None
+        self.fault: Exception | None = None
+        if features is None:
+            return
+        for name in named_videos(records):
             try:
                 rows, self.channels = features.shape(name)
             except (ValueError, OSError) as error:  # reported where the record is used; another one may be readable
@@ -43,12 +56,13 @@ class VideoRows:
             self.required = required or (rows if same else None)
             break
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> int:
         """Rows of the video that a record calls `name`.
 
         Raises:
             ValueError, OSError: its features cannot be read, or are not those that this run takes.
         """
+        assert self.features is not None, "no video is read"
         rows, channels = self.features.shape(name)
         if channels == self.channels and rows == (self.required or rows):
             return rows
@@ -61,7 +75,13 @@ class VideoRows:
         )
 
 
-def video_token_count(model_folder, vision_tower, num_video_tokens, features, records):
+def video_token_count(
+    model_folder: StrPath,
+    vision_tower: str | None,
+    num_video_tokens: int | None,
+    features: FeatureFolder | None,
+    records: Sequence[Any],
+) -> int:
     """Rows to show for a video whose own number is not known; 0 where no record names a video.
 
     Args:
@@ -85,7 +105,7 @@ def video_token_count(model_folder, vision_tower, num_video_tokens, features, re
     return TEMPORAL + (image_size // patch_size) ** 2
 
 
-def tower_geometry(model_folder, vision_tower=None):
+def tower_geometry(model_folder: StrPath, vision_tower: str | None = None) -> tuple[int, int]:
     """(image size, patch size) of a vision tower in pixels, from its folder, its name or the model's config.json.
 
     Raises:
@@ -101,6 +121,7 @@ def tower_geometry(model_folder, vision_tower=None):
         described = {"image_size": match[2] or 224, "patch_size": match[1]}
     if isinstance(described, dict) and described.get("model_type") == "siglip_vision_model":
         described = _SIGLIP_SIZES | described
+    described = described if isinstance(described, dict) else {}
     try:
         return int(described["image_size"]), int(described["patch_size"])
     except (TypeError, KeyError, ValueError):
@@ -112,7 +133,7 @@ def tower_geometry(model_folder, vision_tower=None):
         ) from None
 
 
-def feature_channels(model_folder):
+def feature_channels(model_folder: StrPath) -> int | None:
     """Channels of the features that a model folder's config.json asks for; None where it does not say."""
     config = read_settings(model_folder)
     if "mm_hidden_size" not in config and isinstance(config.get("vision_config"), dict):  # llava-hf
@@ -120,13 +141,13 @@ def feature_channels(model_folder):
     return config.get("mm_hidden_size")
 
 
-def named_videos(records):
+def named_videos(records: Iterable[Any]) -> Iterator[str]:
     """Names of the videos of training records, of which malformed ones name none."""
     for record in records:
         with contextlib.suppress(Unreadable):
             yield from record_videos(canonical(record)[0])
 
 
-def read_settings(folder):
+def read_settings(folder: StrPath) -> dict[str, Any]:
     """A model or tower folder's config.json; empty where there is none."""
     return read_json_object(model_folder(folder) / "config.json")

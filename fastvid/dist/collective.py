@@ -1,29 +1,34 @@
 """Steps that all ranks take together: each succeeds on every rank, or none goes on."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
-def rank_and_size(process_group=None) -> tuple[int, int]:
+def rank_and_size(process_group: ProcessGroup | None = None) -> tuple[int, int]:
     """This process among its peers; 0 and 1 without torch.distributed."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
-def gather(value, process_group=None) -> list:
+def gather(value: T, process_group: ProcessGroup | None = None) -> list[T]:
     """Every rank's `value`, by rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size(process_group)
+    values: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(values, value, group=process_group)
     return values
 
 
 @contextlib.contextmanager
-def together(process_group=None):
+def together(process_group: ProcessGroup | None = None) -> Iterator[None]:
     """A block that every rank runs: it succeeds on all of them, or none of them goes on.
 
     Raises:

@@ -15,6 +15,9 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import TextIO
+
+from torch.distributed import Store
 
 STORE = "rank 0 or its launcher"  # where the store lies: who is gone when it does not answer
 LOST = "heartbeat/lost"  # key under which rank 0 tells the others who has died
@@ -23,12 +26,12 @@ LOST = "heartbeat/lost"  # key under which rank 0 tells the others who has died
 EVERY, SILENCE = 1.0, 60.0
 
 
-def show_stacks():
+def show_stacks() -> None:
     """Have this process write where its threads stand: at SIGUSR1, and when it aborts, as a timeout of NCCL makes
     it."""
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, file=_stderr())
     if not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)
+        faulthandler.enable(_stderr())
 
 
 class Heartbeat:
@@ -41,8 +44,9 @@ class Heartbeat:
         silence: seconds without one after which a rank is taken for dead, and this process ends with exit code 1.
     """
 
-    def __init__(self, store, rank, size, *, every=EVERY, silence=SILENCE):
-        self.store = store.clone()  # a store serves one caller at a time, and the main thread may wait in its own
+    def __init__(self, store: Store, rank: int, size: int, *, every: float = EVERY, silence: float = SILENCE):
+        # A store serves one caller at a time, and the main thread may wait in its own.
+        self.store: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  # torch's stub lacks it
         self.store.set_timeout(timedelta(seconds=silence))
         self.rank, self.size, self.every, self.silence = rank, size, every, silence
         self.beats = 0
@@ -50,16 +54,16 @@ class Heartbeat:
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._beat()
 
-    def start(self):
+    def start(self) -> None:
         """Begin to listen. Every rank has been constructed by then."""
         self.thread.start()
 
-    def stop(self):
+    def stop(self) -> None:
         """No more signs of life, and none expected."""
         self.stopped.set()
         self.thread.join()
 
-    def silent_ranks(self):
+    def silent_ranks(self) -> list[str]:
         """What is known of ranks that give no sign of life while this waits for a few."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
@@ -99,7 +103,7 @@ class Heartbeat:
     def _end(self, reason):
         if self.stopped.is_set():
             return
-        faulthandler.dump_traceback(sys.__stderr__)  # a peer may have died because this one hangs
+        faulthandler.dump_traceback(_stderr())  # a peer may have died because this one hangs
         # In one piece: print would let another rank's line in before its own end.
         sys.stderr.write(f"fastvid: error: {reason}; rank {self.rank} ends. {what_follows()}\n")
         sys.stderr.flush()
@@ -115,6 +119,11 @@ def what_follows() -> str:
             "last checkpoint"
         )
     return "Start the same command again to go on from the last checkpoint"
+
+
+def _stderr() -> TextIO:
+    """The process's own, whatever stands for it."""
+    return sys.__stderr__ or sys.stderr
 
 
 def _describe(rank, value):

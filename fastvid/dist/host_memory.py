@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # mallopt's parameters (malloc.h).
@@ -45,7 +46,7 @@ def keep_freed(keep: bool) -> bool:
 
 
 @contextlib.contextmanager
-def collecting_later():
+def collecting_later() -> Iterator[None]:
     """Turn Python's automatic garbage collection off while very many objects are made that stay.
 
     It would look at all of them again and again: a quarter of the time that it takes to list 100,000 videos.
@@ -60,7 +61,7 @@ def collecting_later():
 
 
 @contextlib.contextmanager
-def collecting_when_told():
+def collecting_when_told() -> Iterator[None]:
     """Turn Python's automatic garbage collection off, and leave what exists now out of every collection.
 
     It would come at another moment on every rank, and look at all records of the data set each time. Who is in this

@@ -12,18 +12,23 @@ import contextlib
 import gc
 import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import Module, Parameter
 
 from fastvid.dist import host_memory
 from fastvid.dist.collective import gather
 from fastvid.dist.heartbeat import Heartbeat, what_follows
 from fastvid.dist.rendezvous import mesh_of, store_of_this_attempt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum_on_host(self, values):
+    def sum_on_host(self, values: Sequence[float]) -> list[float]:
         """Sum a short list of numbers over ranks without touching the GPU (gloo); every rank gets the sums."""
         if not self.distributed:
             return list(values)
@@ -60,7 +65,7 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather_objects(self, value):
+    def gather_objects(self, value: T) -> list[T]:
         """What every rank says, in rank order, on every rank."""
         return gather(value) if self.distributed else [value]
 
@@ -131,7 +136,7 @@ def _check_alone():
         raise ValueError(said)
 
 
-def use_expandable_segments():
+def use_expandable_segments() -> None:
     """Let the GPU's memory grow in place, where the user has not set up torch's allocator otherwise.
 
     Each batch has another number of rows, so that freed blocks seldom fit the next one's tensors. Call before the first
@@ -146,16 +151,18 @@ def use_expandable_segments():
         tell(os.environ["PYTORCH_ALLOC_CONF"])
 
 
-def compute_repeatably(always):
+def compute_repeatably(always: bool) -> None:
     """Whether kernels that may differ from one run to the next are refused. Call before the first matrix product."""
     if always:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself with a fixed workspace only
     torch.use_deterministic_algorithms(always)
-    torch.utils.deterministic.fill_uninitialized_memory = not always  # else every torch.empty is a pass over its memory
+    # Else every torch.empty is a pass over its memory.
+    memory: Any = torch.utils.deterministic  # a module whose class has the property
+    memory.fill_uninitialized_memory = not always
 
 
 @contextlib.contextmanager
-def speaking_once(world):
+def speaking_once(world: World) -> Iterator[None]:
     """Let only rank 0 speak of what all ranks find alike (set-up); afterwards each speaks for itself."""
     logger = logging.getLogger("fastvid")
     level = logger.level
@@ -167,7 +174,7 @@ def speaking_once(world):
         logger.setLevel(level)
 
 
-def finish(world):
+def finish(world: World) -> None:
     """Leave the process group, all ranks together: one that left while another still writes could end it as well.
 
     Not for a rank that fails: it must end at once, so that its launcher sees it and ends the others.
@@ -180,7 +187,7 @@ def finish(world):
 
 
 @contextlib.contextmanager
-def naming_the_dead(world):
+def naming_the_dead(world: World) -> Iterator[None]:
     """Say whose death made a collective fail, where one did.
 
     Raises:
@@ -195,7 +202,7 @@ def naming_the_dead(world):
         raise ConnectionError(f"rank {world.rank} lost {', '.join(dead)}. {what_follows()}") from error
 
 
-def device_memory(world):
+def device_memory(world: World) -> int:
     """Bytes that every rank may use: the least that any of them has, so that all plan alike."""
     return min(world.gather_objects(_memory_of_this_rank(world)))
 
@@ -207,7 +214,7 @@ def _memory_of_this_rank(world):
     return host_memory.total() // world.local_size
 
 
-def choose_layout(shard, world, *, decoder_is_trained, fits):
+def choose_layout(shard: str, world: World, *, decoder_is_trained: bool, fits: bool) -> str:
     """The layout that ``--shard`` asks for.
 
     Args:
@@ -227,7 +234,7 @@ def choose_layout(shard, world, *, decoder_is_trained, fits):
     return "trained"
 
 
-def ranks_of_a_copy(layout, world, shard_size=None):
+def ranks_of_a_copy(layout: str, world: World, shard_size: int | None = None) -> int:
     """How many ranks hold one copy of what `layout` shards.
 
     Args:
@@ -247,7 +254,9 @@ def ranks_of_a_copy(layout, world, shard_size=None):
     return size
 
 
-def shard(model, world, layout, *, shard_size=None, adds_up_shards=False):
+def shard(
+    model: Module, world: World, layout: str, *, shard_size: int | None = None, adds_up_shards: bool = False
+) -> None:
     """Shard `model` (on the meta device) over the ranks, in place, as `layout` says.
 
     Gradients are summed, not averaged: the loss is already divided by the global count of supervised tokens.
@@ -264,31 +273,33 @@ def shard(model, world, layout, *, shard_size=None, adds_up_shards=False):
     # weights have copies, be it one.
     below_fp32 = any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters())
     mesh = mesh_of(world, size, copies=world.size > size or (adds_up_shards and below_fp32))
-    computes = model.precision.compute
+    of_model: Any = model.precision
+    computes = of_model.compute
     # The residual stream may be fp32 beside bf16 weights, so inputs keep the precision in which they come; embeddings
     # and norms are then not rounded either. What multiplies is cast at use.
     precision, unrounded = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for dtype in (computes if computes != torch.float32 else None, None)
     )
-    fp32_residual = computes != model.precision.residual
-    layers = list(model.decoder.layers) if layout != "trained" else []
+    fp32_residual = computes != of_model.residual
+    layers = list(model.get_submodule("decoder.layers").children()) if layout != "trained" else []
     ignored = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
     if fp32_residual:
         # A layer's norms would need a unit of their own, which gathers at every call; and how often they are called
         # depends on the batch, so that ranks would wait for each other for ever. They are small: every rank has them.
-        ignored |= {norm.weight for layer in layers for norm in (layer.input_norm, layer.post_norm)}
+        ignored |= {layer.get_parameter(f"{norm}.weight") for layer in layers for norm in ("input_norm", "post_norm")}
     trained = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype != torch.float32 for p in trained):  # a unit of FSDP2's has one dtype: vectors are whole
         ignored |= {p for p in trained if p.ndim == 1}
-    options = dict(mesh=mesh, mp_policy=precision, ignored_params=ignored)
-    whole = options | dict(mp_policy=unrounded) if fp32_residual else options
+    options: dict[str, Any] = dict(mesh=mesh, mp_policy=precision, ignored_params=ignored)
+    whole = {**options, "mp_policy": unrounded} if fp32_residual else options
     for layer in layers:
         fully_shard(layer, **options)
-    fully_shard(model.projector, **options, reshard_after_forward=False)
+    fully_shard(model.get_submodule("projector"), **options, reshard_after_forward=False)
     fully_shard(model, **whole, reshard_after_forward=False)
     # While one layer computes the next one is gathered; in backward FSDP2 does so by itself.
-    for module, following in zip([model, *layers], layers):
+    units = [module for module in (model, *layers) if isinstance(module, FSDPModule)]
+    for module, following in zip(units, units[1:]):
         module.set_modules_to_forward_prefetch([following])
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -296,7 +307,7 @@ def shard(model, world, layout, *, shard_size=None, adds_up_shards=False):
             module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other
 
 
-def set_gradient_sync(model, last, *, accumulate_whole=False):
+def set_gradient_sync(model: Module, last: bool, *, accumulate_whole: bool = False) -> None:
     """What the next backward does with FSDP2's gradients.
 
     What is not a decoder layer is gathered once per step: it stays until the step's last backward.
@@ -309,11 +320,13 @@ def set_gradient_sync(model, last, *, accumulate_whole=False):
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not accumulate_whole)
         model.set_requires_all_reduce(last)
-        for module in (model, model.projector):
+        projector = model.get_submodule("projector")
+        assert isinstance(projector, FSDPModule), "its parts are sharded with the model"
+        for module in (model, projector):
             module.set_reshard_after_backward(last, recurse=False)
 
 
-def reshard(model):
+def reshard(model: Module) -> None:
     """Let go of parameters that FSDP2 gathered for a forward pass without backward."""
     if isinstance(model, FSDPModule):
         for module in model.modules():
@@ -321,7 +334,7 @@ def reshard(model):
                 module.reshard()
 
 
-def sum_replicated_gradients(parameters, world):
+def sum_replicated_gradients(parameters: Iterable[Parameter], world: World) -> None:
     """Sum the gradients of replicated parameters over ranks, in place, in one all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if not world.distributed or not gradients:

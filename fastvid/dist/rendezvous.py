@@ -1,12 +1,20 @@
 """Where the ranks of one attempt meet, and the groups that they form."""
 
+from __future__ import annotations
+
 import time
 import uuid
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch.distributed import DeviceMesh, Store
+
+if TYPE_CHECKING:
+    from fastvid.dist.parallel import World
 
 
-def store_of_this_attempt(store, rank, size, timeout):
+def store_of_this_attempt(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     """A part of `store` that only the ranks of this attempt use; all ranks call it.
 
     torchrun's restarted ranks meet in the store of those before, where they would find addresses of the dead.
@@ -31,7 +39,7 @@ def store_of_this_attempt(store, rank, size, timeout):
     return dist.PrefixStore(me, store)
 
 
-def mesh_of(world, size, *, copies):
+def mesh_of(world: World, size: int, *, copies: bool) -> DeviceMesh:
     """The mesh of ranks over which a model is sharded; all ranks call it.
 
     Args:

@@ -27,7 +27,7 @@ class LocalShard:
     offset: int
 
 
-def held_part(tensor) -> tuple[LocalShard, bool]:
+def held_part(tensor: Tensor | LocalShard) -> tuple[LocalShard, bool]:
     """What this rank holds of `tensor`, sharing its storage, and whether this rank is the one that writes it.
 
     Args:
@@ -40,7 +40,9 @@ def held_part(tensor) -> tuple[LocalShard, bool]:
         writes = not dist.is_initialized() or dist.get_rank() == 0
         return LocalShard(tensor.detach(), tuple(tensor.shape), 0), writes
     mesh, offset, writes, cuts = tensor.device_mesh, 0, True, 0
-    for size, index, placement in zip(mesh.shape, mesh.get_coordinate(), tensor.placements):
+    place = mesh.get_coordinate()
+    assert place is not None, "this rank is none of the mesh"
+    for size, index, placement in zip(mesh.shape, place, tensor.placements):
         if isinstance(placement, Shard):
             cuts += 1
             assert placement.dim == 0 and cuts == 1, f"sharded other than once on dimension 0: {tensor.placements}"
@@ -49,21 +51,21 @@ def held_part(tensor) -> tuple[LocalShard, bool]:
         else:
             assert isinstance(placement, Replicate), f"neither sharded nor replicated: {tensor.placements}"
             writes = writes and index == 0
-    return LocalShard(tensor.detach().to_local(), tuple(tensor.shape), offset), writes
+    return LocalShard(local_shard(tensor.detach()), tuple(tensor.shape), offset), writes
 
 
-def local_shard(tensor):
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this rank holds: the same storage, as a plain tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensor(parameter):
+def full_tensor(parameter: Tensor) -> Tensor:
     """The whole of a parameter, on the CPU; every rank calls it."""
     whole = parameter.detach()
     return (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
 
 
-def ranks_of_a_shard(tensor) -> int | None:
+def ranks_of_a_shard(tensor: Tensor) -> int | None:
     """How many ranks hold the same shard; None: it is not sharded."""
     if not isinstance(tensor, DTensor):
         return None
@@ -71,7 +73,7 @@ def ranks_of_a_shard(tensor) -> int | None:
     return math.prod(size for size, placement in sizes if not isinstance(placement, Shard))
 
 
-def sharded_like(tensor, local):
+def sharded_like(tensor: Tensor, local: Tensor) -> Tensor:
     """A DTensor of `local`, rows that go with those that this rank holds of a DTensor; `local` where it is none."""
     if not isinstance(tensor, DTensor) or not local.ndim:
         return local

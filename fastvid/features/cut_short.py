@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvid.files import StrPath
+
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
-def is_cut_short(path) -> bool:
+def is_cut_short(path: StrPath) -> bool:
     """Whether a feature file ends before its own content says. Of one that can be read, False.
 
     Looks at beginning and end, and not at the values. A file that begins as nothing known is damaged in another way.

@@ -15,6 +15,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from fastvid.features.names import SUFFIXES
 from fastvid.features.other_arrays import ending_by_content, probe_npy, probe_pt, read_npy, read_pt
 from fastvid.features.pickled_array import OtherContent, probe_array, read_array, write_array
-from fastvid.files import atomic_file, shown, wrong_content
+from fastvid.files import StrPath, atomic_file, shown, wrong_content
 
 _TENSOR = "features"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -32,7 +33,7 @@ _REMEDY = "remove it and extract it again (fastvid extract)"
 _STORE = f"store the [rows, channels] array itself (numpy.save writes .npy, torch.save of the tensor .pt), or {_REMEDY}"
 
 
-def feature_bytes(path, features_RC: Tensor, header: dict) -> bytes:
+def feature_bytes(path: StrPath, features_RC: Tensor, header: dict) -> bytes:
     """What `save_features` writes to `path`."""
     from safetensors.torch import save
 
@@ -47,7 +48,7 @@ def feature_bytes(path, features_RC: Tensor, header: dict) -> bytes:
     return save({_TENSOR: features_RC}, metadata={"header": json.dumps(header)})
 
 
-def save_features(path, features_RC: Tensor, header: dict):
+def save_features(path: StrPath, features_RC: Tensor, header: dict) -> None:
     """Write one video's features; `path` leads to the old file or to the whole new one, never to a part.
 
     Args:
@@ -63,7 +64,7 @@ def save_features(path, features_RC: Tensor, header: dict):
         file.write(content)
 
 
-def load_features(path) -> tuple[Tensor, dict]:
+def load_features(path: StrPath) -> tuple[Tensor, dict[str, Any]]:
     """Read a feature file; nothing that it holds is executed.
 
     The values are read, not mapped: a file that is cut short while training runs is an error instead of a crash.
@@ -85,7 +86,7 @@ def load_features(path) -> tuple[Tensor, dict]:
     return features_RC, header
 
 
-def probe_features(path) -> tuple[int, int, torch.dtype]:
+def probe_features(path: StrPath) -> tuple[int, int, torch.dtype]:
     """R, C and stored dtype of a feature file, mostly without reading its values.
 
     Raises:
@@ -94,7 +95,7 @@ def probe_features(path) -> tuple[int, int, torch.dtype]:
     return describe_features(path)[0]
 
 
-def describe_features(path) -> tuple[tuple[int, int, torch.dtype], dict]:
+def describe_features(path: StrPath) -> tuple[tuple[int, int, torch.dtype], dict[str, Any]]:
     """What `probe_features` and `feature_header` tell of a feature file, which is opened once.
 
     Raises:
@@ -143,7 +144,7 @@ def _read_file(path, read):
             raise ValueError(f"{shown(path)}: {error}; {remedy}") from error
 
 
-def feature_header(path) -> dict:
+def feature_header(path: StrPath) -> dict[str, Any]:
     """What a feature file says it was made of and with, without reading its values; {} but for .safetensors.
 
     Raises:

@@ -8,17 +8,19 @@ Dimensions: R rows of one video, C channels of the vision tower.
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvid.features.file import feature_header, load_features, probe_features
-from fastvid.features.listing import scan, what_is
+from fastvid.features.listing import Listing, scan, what_is
 from fastvid.features.manifest import read_files
 from fastvid.features.names import SUFFIXES, stem
-from fastvid.files import name_of, shown
+from fastvid.files import StrPath, name_of, shown
 
 
 class MissingFeatures(ValueError):
@@ -38,7 +40,7 @@ class FeatureFolder:
         ValueError: `folder` is no folder.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"--video_folder {folder} is no folder; give the one that feature extraction wrote to")
@@ -52,7 +54,7 @@ class FeatureFolder:
         """Whether neither a feature file nor a sub-folder lies in the folder."""
         return not (self._listings[""].files or self._listings[""].folders)
 
-    def load(self, name: str) -> tuple[Tensor, dict]:
+    def load(self, name: str) -> tuple[Tensor, dict[str, Any]]:
         """`load_features` of the file that `name` means."""
         return load_features(self.resolve(name))
 
@@ -73,7 +75,7 @@ class FeatureFolder:
             self._probed[name] = probe_features(self.resolve(name))
         return self._probed[name]
 
-    def header(self, name: str) -> dict:
+    def header(self, name: str) -> dict[str, Any]:
         """`feature_header` of the file that `name` means; of a .pkl what the manifest says of that very file."""
         path = self.resolve(name)
         if path.suffix != ".pkl":
@@ -99,14 +101,15 @@ class FeatureFolder:
             ValueError: the name, or a link in its way, leaves the folder; a cut name means several videos.
         """
         *folders, base = self._parts(name)
-        listing, inner = self._list(""), ""
+        listing, inner = self._listings[""], ""
         for folder in folders:
             if folder not in listing.folders:
                 raise self._missing(name, listing)
             inner = os.path.join(inner, folder)
-            listing = self._list(inner)
-            if listing is None:
+            found = self._list(inner)
+            if found is None:
                 raise self._leaves(name, f"its folder {inner} is a link that leads out of {self.folder}")
+            listing = found
         file = self._match(listing, inner, base, name)
         if file is None:
             raise self._missing(name, listing, base)
@@ -116,29 +119,29 @@ class FeatureFolder:
 
     # What there is to ask of a folder where features are still to be made (`fastvid.online.folder.OnlineFeatures`).
 
-    unmade = ()
+    unmade: Sequence[Any] = ()
 
-    def settle(self):
+    def settle(self) -> None:
         """Called once the names of all records were resolved."""
 
-    def check_channels(self, channels):
+    def check_channels(self, channels: int) -> None:
         """Called with the model's."""
 
     def is_made(self, name: str) -> bool:
         return True
 
-    def await_made(self, name: str):
+    def await_made(self, name: str) -> None:
         """Called before features are loaded to train on."""
 
-    def stand_in(self, name: str) -> tuple[Tensor, dict]:
+    def stand_in(self, name: str) -> tuple[Tensor, dict[str, Any]]:
         """Called instead of `load` where the shape alone matters."""
         return self.load(name)
 
-    def begin(self, names):
+    def begin(self, names: Iterable[str]) -> None:
         """Called some time before `made_ahead`, with the same names."""
 
     @contextlib.contextmanager
-    def made_ahead(self, names, stopped=lambda: False):
+    def made_ahead(self, names: Iterable[str], stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Entered while samples that need the videos `names`, in this order, are read."""
         yield
 
@@ -181,11 +184,13 @@ class FeatureFolder:
             )
         return file
 
-    def _list(self, inner):
+    def _list(self, inner) -> Listing | None:
         """The cached listing of a sub-folder; None if a link takes it out of the root."""
         if inner not in self._listings:
             real = os.path.realpath(os.path.join(self._root, inner))
-            self._listings[inner] = scan(real) if self._inside(real) else None
+            if not self._inside(real):
+                return None
+            self._listings[inner] = scan(real)
         return self._listings[inner]
 
     def _inside(self, real):

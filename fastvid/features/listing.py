@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from fastvid.features.names import SUFFIXES, stem
-from fastvid.files import VIDEO_SUFFIXES, shown
+from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Listing:
     folders: set[str] = field(default_factory=set)
     others: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
-    def add_file(self, name, is_link=False):
+    def add_file(self, name: str, is_link: bool = False) -> None:
         """Add a feature file."""
         self.files[name] = is_link
         whole = stem(name)
         self.stems_by_id.setdefault(whole.partition(".")[0], set()).add(whole)
 
 
-def what_is(name) -> str:
+def what_is(name: str) -> str:
     """Why a file is not read as features, by its name; a part of a sentence."""
     if name.endswith(".gz"):
         return "packed with gzip: unpack it with `gunzip`"
@@ -42,7 +42,7 @@ def what_is(name) -> str:
     return f"not in a format that is read ({', '.join(SUFFIXES)})"
 
 
-def scan(folder) -> Listing:
+def scan(folder: StrPath) -> Listing:
     """What a folder holds.
 
     Raises:

@@ -19,9 +19,11 @@ import errno
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
-from fastvid.files import naming
+from fastvid.files import StrPath, naming
 
 NAME = "manifest.jsonl"
 _BEFORE, _AFTER = "manifest-", ".jsonl"  # the owner's name between them
@@ -29,6 +31,22 @@ _TRIES = 5  # of a write to a file that others may remove
 _PATIENCE = 0.5  # seconds that a process waits at its end for one that ends at the same time
 _TICK = 1e-6  # seconds, to which entries tell their time
 _SYNCED = ("writing", "failed")  # another machine has to see these before it may take the video
+
+
+class Leases(Protocol):
+    """What a manifest asks of its folder's leases (`fastvid.video.leases.Leases`)."""
+
+    owner: str
+
+    def take(self, name: str) -> bool: ...
+
+    def release(self, name: str) -> None: ...
+
+    def keeps(self, name: str) -> bool: ...
+
+    def lives(self, owner: str) -> bool: ...
+
+    def owners(self) -> list[str]: ...
 
 
 class Manifest:
@@ -41,15 +59,16 @@ class Manifest:
         failed_elsewhere: videos that other processes could not extract since this object was made.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath):
         self.folder, self.path = Path(folder), Path(folder) / NAME
         self.entries, self.files, self.failed_elsewhere = {}, {}, set()
-        self._file = self._leases = None
+        self._file: int | None = None
+        self._leases: Leases | None = None
         self._read_to = {}  # of each file: (inode, bytes that were read)
         self._note(self._unread(_paths(folder)))
         self.failed_elsewhere.clear()
 
-    def open(self, leases=None):
+    def open(self, leases: Leases | None = None) -> None:
         """Make the folder and the file where they are missing, and close off a torn line.
 
         Args:
@@ -63,7 +82,16 @@ class Manifest:
         if leases is not None and self.path.name == NAME:
             self._gather()
 
-    def append(self, video, status, *, reason=None, frames=None, seconds=None, **more):
+    def append(
+        self,
+        video: str,
+        status: str,
+        *,
+        reason: str | None = None,
+        frames: int | None = None,
+        seconds: float | None = None,
+        **more: Any,
+    ) -> None:
         """Record the status of one video.
 
         Args:
@@ -91,6 +119,7 @@ class Manifest:
 
     def _write(self, entries, sync):
         """Append entries to this process's file; to a new one if another process took this one for dead."""
+        assert self._file is not None, "the manifest is not open"
         content = "".join(f"{json.dumps(entry)}\n" for entry in entries).encode()
         if self._leases is not None and self.path.name == NAME and not self._leases.keeps(NAME):
             self._reopen(self._own_path())
@@ -109,9 +138,11 @@ class Manifest:
             self._reopen(self.path)
 
     def _own_path(self):
+        assert self._leases is not None
         return self.folder / f"{_BEFORE}{self._leases.owner}{_AFTER}"
 
     def _reopen(self, path):
+        assert self._file is not None
         old, self.path = self._file, path
         self._file = _appended_to(path)
         try:
@@ -120,7 +151,7 @@ class Manifest:
             if error.errno != errno.ESTALE:
                 raise
 
-    def look_again(self, *, for_new=False) -> bool:
+    def look_again(self, *, for_new: bool = False) -> bool:
         """Take in what others have written since; whether there was anything.
 
         Args:
@@ -135,7 +166,7 @@ class Manifest:
             paths.discard(self.path)
         return self._note(self._unread(paths))
 
-    def close(self):
+    def close(self) -> None:
         if self._file is None:
             return
         try:
@@ -151,6 +182,7 @@ class Manifest:
 
     def _is_ours(self):
         """Whether ``manifest.jsonl`` is this process's, now or once another that ends as well has given it back."""
+        assert self._leases is not None
         end = time.monotonic() + _PATIENCE
         while not (self._leases.keeps(NAME) or self._leases.take(NAME)):
             if time.monotonic() > end:
@@ -179,6 +211,7 @@ class Manifest:
             self._write(entries, sync=True)
 
     def _is_written(self, path):
+        assert self._leases is not None
         owner = path.name.removeprefix(_BEFORE).removesuffix(_AFTER)
         return owner != self._leases.owner and self._leases.lives(owner)
 
@@ -208,12 +241,12 @@ class Manifest:
                 known[name] = entry
 
 
-def read_manifest(folder) -> dict[str, dict]:
+def read_manifest(folder: StrPath) -> dict[str, dict[str, Any]]:
     """The last entry of each video, by name; {} where there is no manifest. Torn lines are skipped."""
     return Manifest(folder).entries
 
 
-def read_files(folder) -> dict[str, dict]:
+def read_files(folder: StrPath) -> dict[str, dict[str, Any]]:
     """The last entry about each feature file, by its path in the folder; {} where there is no manifest."""
     return Manifest(folder).files
 
@@ -267,7 +300,7 @@ def _entry(line):
         return None
 
 
-def when(entry) -> float:
+def when(entry: Mapping[str, Any]) -> float:
     """When an entry was made, in the time of day; those of older versions do not say, and come first."""
     made = entry.get("time")
     return made if isinstance(made, int | float) else 0.0

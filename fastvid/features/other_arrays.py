@@ -7,19 +7,21 @@ import os
 import pickle
 import warnings
 import zipfile
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastvid.features.pickled_array import OtherContent
+from fastvid.files import StrPath
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ZIP = b"PK\x03\x04"  # how torch.save has written since 1.6
 _OLD_PT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before
 
 
-def probe_npy(file) -> tuple[int, int, np.dtype]:
+def probe_npy(file: BinaryIO) -> tuple[int, int, np.dtype]:
     """(R, C, dtype) of an open .npy file at its beginning; leaves `file` at the first value.
 
     Raises:
@@ -28,7 +30,7 @@ def probe_npy(file) -> tuple[int, int, np.dtype]:
     return _npy_header(file)[:3]
 
 
-def read_npy(file) -> Tensor:
+def read_npy(file: BinaryIO) -> Tensor:
     """The array [R, C] in an open .npy file, in its dtype and this machine's byte order.
 
     Raises:
@@ -41,7 +43,7 @@ def read_npy(file) -> Tensor:
     return torch.from_numpy(np.array(values.reshape(R, C, order=order), dtype=dtype.newbyteorder("="), order="C"))
 
 
-def probe_pt(file) -> tuple[int, int, torch.dtype]:
+def probe_pt(file: BinaryIO) -> tuple[int, int, torch.dtype]:
     """(R, C, dtype) of the tensor in an open .pt file; mostly without reading its values.
 
     Raises:
@@ -51,7 +53,7 @@ def probe_pt(file) -> tuple[int, int, torch.dtype]:
     return *tensor.shape, tensor.dtype
 
 
-def read_pt(file) -> Tensor:
+def read_pt(file: BinaryIO) -> Tensor:
     """The tensor [R, C] in an open .pt file, read by torch's weights-only unpickler.
 
     Raises:
@@ -60,7 +62,7 @@ def read_pt(file) -> Tensor:
     return _pt_tensor(file, mapped=False).detach().clone(memory_format=torch.contiguous_format)
 
 
-def ending_by_content(path) -> str | None:
+def ending_by_content(path: StrPath) -> str | None:
     """The ending that a file's content asks for: .safetensors, .pkl, .npy, .npz or .pt; None where it does not tell."""
     with open(path, "rb") as file:
         head = file.read(16)

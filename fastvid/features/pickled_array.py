@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import pickletools
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -64,11 +65,16 @@ class _DType:
 
 
 class _Array:
-    shape = dtype = fortran = data = None
+    shape: Any = None
+    dtype: _DType | None = None
+    fortran: bool = False
+    data: bytes | bytearray | str = b""
 
 
 class _Skipped(bytes):
     """Stands for `size` bytes that were not read."""
+
+    size: int
 
     def __new__(cls, size):
         self = super().__new__(cls)
@@ -95,7 +101,7 @@ class _Skipping:
         return _Skipped(count)
 
 
-def write_array(array) -> bytes:
+def write_array(array: np.ndarray) -> bytes:
     """The pickle of a numpy array, as numpy 1 and 2 on Python ≥ 3.0 read it.
 
     Protocol 3 has no frames, whose lengths would be wrong after the name of numpy 1's module is put in: numpy 1 does
@@ -114,7 +120,7 @@ def read_array(data: bytes) -> np.ndarray:
     return _materialize(_described(io.BytesIO(data), len(data)))
 
 
-def probe_array(file) -> tuple[int, int, np.dtype]:
+def probe_array(file: BinaryIO) -> tuple[int, int, np.dtype]:
     """(rows, channels, dtype) of the array that `read_array` would make of an open file.
 
     The values are passed over where they are one string of bytes, as Python 3 writes them by default; otherwise read.
@@ -184,6 +190,7 @@ def _follow(file, size):
             raise OtherContent(f"the pickle holds {_OTHERS[name]}, not a numpy array")
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise OtherContent(f"the pickle holds more than a numpy array ({name} at byte {position})")
+    assert position is not None, "the file tells where it is"
     if position + 1 != size:
         raise ValueError(f"{size - position - 1} bytes follow the end of the pickle")
     return stack.pop()

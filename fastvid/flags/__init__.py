@@ -15,13 +15,20 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from fastvid import config
 from fastvid.files import shown
 from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger("fastvid")
+
+Config = TypeVar("Config", bound="DataclassInstance")  # a dataclass of `fastvid.config`
 
 _TRUTH = {
     "yes": True,
@@ -63,7 +70,7 @@ _LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
 
 
-def parse(config_class, argv=None):
+def parse(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Fill `config_class` from the command line, with ``--config file.yaml`` underneath.
 
     Args:
@@ -89,12 +96,12 @@ def parse(config_class, argv=None):
         raise SystemExit(2) from error
 
 
-def config_of(command):
+def config_of(command: str) -> type:
     """The dataclass of a command's flags."""
     return getattr(config, f"{command.capitalize()}Config")
 
 
-def _filled(config_class, argv):
+def _filled(config_class: type[Config], argv: list[str]) -> Config:
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     foreign = MEANING if issubclass(config_class, config.DataConfig) else {}
     given, stray = _split(argv)
@@ -291,7 +298,7 @@ def _command(config_class):
     return config_class.__name__.removesuffix("Config").lower()
 
 
-def help_text(config_class) -> str:
+def help_text(config_class: type) -> str:
     """What ``--help`` prints: the required flags, then the others in their groups, each once."""
     width = min(shutil.get_terminal_size().columns or 80, 110)
     groups = {"required": [], "flags": []}
@@ -300,7 +307,7 @@ def help_text(config_class) -> str:
         group = field.metadata.get("group", group)
         groups.setdefault("required" if _required(field) else group, []).append(field)
     lines = [f"usage: fastvid {_command(config_class)} [flags]", ""]
-    for paragraph in config_class.__doc__.strip().split("\n\n"):
+    for paragraph in (config_class.__doc__ or "").strip().split("\n\n"):
         lines += [*textwrap.wrap(" ".join(paragraph.split()), width), ""]
     for title, members in groups.items():
         if members:

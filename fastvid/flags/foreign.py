@@ -6,6 +6,7 @@ change nothing here, or nothing at the value that scripts give them; with any ot
 do instead. `SYNONYMS` are other words for flags that fastvid has, `VALUES` for values of those.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # What says "no" in any of them.
@@ -29,7 +30,7 @@ class Meaning(NamedTuple):
     zero: bool = True
     inverted: bool = False
 
-    def refuses(self, words) -> bool:
+    def refuses(self, words: Sequence[str]) -> bool:
         """Whether the flag cannot be had with this value: the words after it, of which none stand for True."""
         value = " ".join(words).strip().lower() if words else "true"
         if self.inverted:

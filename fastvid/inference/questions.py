@@ -12,12 +12,14 @@ Whatever else a record holds goes to the output with the answer.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastvid.data.records import place, read_records
 from fastvid.features.names import stem
-from fastvid.files import is_url, shown
+from fastvid.files import StrPath, is_url, shown
 
 _VIDEO = ("video", "video_name", "video_id")
 _TEXTS = (("question",), ("Q",), ("q",), ("Q1", "Q2"))
@@ -42,7 +44,7 @@ class Question:
     record: object = None
     fault: str | None = None
 
-    def line(self, answers, fault=None) -> dict:
+    def line(self, answers: Sequence[str], fault: object = None) -> dict[str, Any]:
         """What is written about it: the record, "video", "question", and "answer" or "error".
 
         A record's own "answer" is kept as "reference_answer". Of two questions there are two answers, in lists; answers
@@ -58,7 +60,7 @@ class Question:
         return {**line, "answer": _one_or_list(answers), **dict(zip(names, answers))}
 
 
-def list_media(path, suffixes) -> dict[str, Path]:
+def list_media(path: StrPath, suffixes: Sequence[str]) -> dict[str, Path]:
     """The files with one of `suffixes` below a folder, by their names relative to it; or the one file that `path` is.
 
     Raises:
@@ -74,7 +76,9 @@ def list_media(path, suffixes) -> dict[str, Path]:
     return files
 
 
-def read_questions(path, files, suffixes, folder=None) -> list[Question]:
+def read_questions(
+    path: StrPath, files: dict[str, Path], suffixes: Sequence[str], folder: StrPath | None = None
+) -> list[Question]:
     """The questions of a file, one for each record, in its order, each with the file that it is about.
 
     A question means the listed file of its video's name, else one whose name differs in the ending alone, else, as the
@@ -126,7 +130,8 @@ def read_questions(path, files, suffixes, folder=None) -> list[Question]:
             fault = f'{where}: "{name}" is {video!r}, which is none of the {len(files)} files of --video'
         elif folder is not None and not _inside(files[found], folder):
             fault = f'{where}: "{name}" is {video!r}, a link that leads out of {folder}; refused'
-        return Question(said, None if fault else files[found], texts, record, fault)
+        path = files[found] if fault is None and found is not None else None
+        return Question(said, path, texts, record, fault)
 
     records = read_records(path)
     if not records:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
+from fastvid.config import ExtractConfig
 from fastvid.data.prefetch import Stopped
 from fastvid.dist import processes
 from fastvid.online.board import MADE, WAITS, Board
+from fastvid.video.listing import Video
 
 _POLL = 0.02  # seconds between looks at the board
 _GRACE = 5.0  # seconds that the process has to end by itself
@@ -37,7 +40,7 @@ class Encoder:
         patience: seconds without any finished video, after which who waits gives up.
     """
 
-    def __init__(self, config, videos, order, done=()):
+    def __init__(self, config: ExtractConfig, videos: Sequence[Video], order: Sequence[int], done: Iterable[int] = ()):
         self.board, self.patience = Board(len(videos)), _MOST_TIMES * config.timeout
         for number in done:
             self.board.finish(number, MADE)
@@ -59,7 +62,7 @@ class Encoder:
         self.pid, self._started = process.pid, processes.started(process.pid)
         self._end = weakref.finalize(self, _end, process, self._asks, os.getpid())
 
-    def first(self, numbers):
+    def first(self, numbers: Iterable[int]) -> None:
         """Have these videos done before all others, in this order. Forked processes may call this, too."""
         lines, line = [], b""
         for number in numbers:
@@ -74,7 +77,7 @@ class Encoder:
             except BrokenPipeError:  # it is dead, or has done all: who waits sees which
                 return
 
-    def wait(self, number, stopped=lambda: False):
+    def wait(self, number: int, stopped: Callable[[], bool] = lambda: False) -> None:
         """Return once a video is finished. Forked processes may call this, too.
 
         Args:
@@ -111,12 +114,12 @@ class Encoder:
             return {"ValueError": ValueError, "OSError": OSError}[kind](message)
         return ChildProcessError(f"the process that encodes videos has died ({message}). {_REMEDY}")
 
-    def close(self):
+    def close(self) -> None:
         """End the process. What it has made stays."""
         self._end()
 
 
-def launch(board, setup, requests):
+def launch(board: int, setup: int, requests: int) -> subprocess.Popen[bytes]:
     """Start `fastvid.online.process`; the arguments are descriptors, the result is as of `subprocess.Popen`."""
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return subprocess.Popen(

@@ -7,22 +7,25 @@ the same settings would write the same, so that it may run before, beside or aft
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastvid.config import ExtractConfig
+from fastvid.config import DataConfig, ExtractConfig
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.folder import FeatureFolder, MissingFeatures
 from fastvid.features.listing import Listing
 from fastvid.features.manifest import Manifest, read_manifest
-from fastvid.files import shown
+from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
 from fastvid.provenance import of_weights
 from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.features import refuse_departures, settings_of
-from fastvid.video.listing import find_videos
+from fastvid.video.listing import Video, find_videos
 from fastvid.video.towers.choice import choose_tower, revisions
 from fastvid.video.towers.load import tower_sizes
 
@@ -35,7 +38,7 @@ class PlannedFolder(FeatureFolder):
         videos: `fastvid.video.listing.Video`s.
     """
 
-    def __init__(self, folder, videos):
+    def __init__(self, folder: StrPath, videos: Iterable[Video]):
         self.folder, self._root, self._read_as = Path(folder), os.path.realpath(folder), {}
         self.videos, self._listings = {}, {"": Listing()}
         for video in videos:
@@ -62,12 +65,15 @@ class OnlineFeatures(FeatureFolder):
         ValueError: ``--video_folder`` is no folder.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: DataConfig):
+        assert config.video_folder is not None
         super().__init__(config.video_folder)
-        self.config, self.cache = config, config.clip_feat_path
-        if self.cache is None and getattr(config, "output_dir", ""):
-            self.cache = os.path.join(config.output_dir, "features")
-        self.tower = self._earlier = self._encoder = None
+        self.config, self.cache, output = config, config.clip_feat_path, getattr(config, "output_dir", "")
+        if self.cache is None and output:
+            self.cache = os.path.join(output, "features")
+        self.tower: StrPath | None = None
+        self._earlier: EarlierFeatures | None = None
+        self._encoder: Encoder | None = None
         self._planned, self._links = None, False
         self._videos, self._numbers = [], {}  # those that records name, and the number of each by its feature file
         self._settled, self._made, self._faults = 0, set(), {}  # how many of them; of them; why there are none
@@ -75,7 +81,7 @@ class OnlineFeatures(FeatureFolder):
 
     # Which file is meant
 
-    def resolve(self, name):
+    def resolve(self, name: str) -> Path:
         """As `FeatureFolder.resolve`; of a video without features the file that they are written to.
 
         Raises:
@@ -99,7 +105,7 @@ class OnlineFeatures(FeatureFolder):
             self._videos.append(video)
         return path
 
-    def video_of(self, name):
+    def video_of(self, name: str) -> Video | None:
         """The `Video` of which a record's features are made; None of one that has them in a file of the folder."""
         number = self._numbers.get(self.resolve(name))
         return None if number is None else self._videos[number]
@@ -121,7 +127,7 @@ class OnlineFeatures(FeatureFolder):
 
     # What is known before anything is decoded
 
-    def settle(self):
+    def settle(self) -> None:
         """Choose the tower of the videos that names have been resolved to, and see which have features already.
 
         Raises:
@@ -131,7 +137,7 @@ class OnlineFeatures(FeatureFolder):
         if not new:
             return
         if self._earlier is None:
-            self._choose()
+            self._earlier = self._choose()
         try:
             self._earlier.refuse_other_settings(new)
         except ValueError as error:
@@ -144,7 +150,8 @@ class OnlineFeatures(FeatureFolder):
                 self._made.add(video.output)
         self._settled = len(self._videos)
 
-    def _choose(self):
+    def _choose(self) -> EarlierFeatures:
+        """Choose the tower; what earlier extractions with it have left in the cache."""
         config = self.config
         if self.cache is None:
             raise ValueError(
@@ -172,9 +179,9 @@ class OnlineFeatures(FeatureFolder):
             "tower": os.path.abspath(self.tower) if os.path.isdir(self.tower) else str(self.tower),
             **settings,
         }
-        self._earlier = EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
+        return EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
 
-    def check_channels(self, channels):
+    def check_channels(self, channels: int) -> None:
         """Refuse a tower whose features the model cannot take.
 
         Raises:
@@ -191,18 +198,18 @@ class OnlineFeatures(FeatureFolder):
             self._probed[name] = *self.made_shape, torch.float16
         return super()._probe(name)
 
-    def header(self, name):
+    def header(self, name: str) -> dict[str, Any]:
         """As `FeatureFolder.header`; before the features are made what is known of them."""
         return super().header(name) if self.is_made(name) else dict(self._header)
 
     # What is made
 
     @property
-    def unmade(self) -> list:
+    def unmade(self) -> list[Video]:
         """The videos whose features are still to be made."""
         return [video for video in self._videos if self._waits(video.output)]
 
-    def is_made(self, name) -> bool:
+    def is_made(self, name: str) -> bool:
         """Whether a name's features are there, be they good or not."""
         path = self.resolve(name)
         return path not in self._faults and (
@@ -216,7 +223,7 @@ class OnlineFeatures(FeatureFolder):
     def _waits(self, path):
         return path not in self._made and path not in self._faults and not self._state(path)
 
-    def load(self, name):
+    def load(self, name: str) -> tuple[Tensor, dict[str, Any]]:
         """As `FeatureFolder.load`.
 
         Raises:
@@ -228,18 +235,19 @@ class OnlineFeatures(FeatureFolder):
 
     def _why_not(self, path):
         if self._state(path) == FAILED and path not in self._faults:
+            assert self.cache is not None
             entry = read_manifest(self.cache).get(self._videos[self._numbers[path]].name, {})
             self._faults[path] = entry.get("reason") or "the manifest does not say why"
         return self._faults.get(path, "they are made when training comes to it")
 
-    def stand_in(self, name):
+    def stand_in(self, name: str) -> tuple[Tensor, dict[str, Any]]:
         """`load`, or zeros of the same shape for features that are not made yet: for whoever plans memory."""
         path = self.resolve(name)
         if path in self._numbers and self._waits(path):
             return torch.zeros(self.made_shape, dtype=torch.float16), dict(self._header)
         return self.load(name)
 
-    def await_made(self, name):
+    def await_made(self, name: str) -> None:
         """Return once a video's features are made, or cannot be. Within `made_ahead`, also in processes forked there.
 
         Raises:
@@ -251,7 +259,7 @@ class OnlineFeatures(FeatureFolder):
             self._encoder.wait(self._numbers[path], self._stopped)
 
     @contextlib.contextmanager
-    def made_ahead(self, names, stopped=lambda: False):
+    def made_ahead(self, names: Iterable[str], stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Within this context features are made, in the order in which `names` come; several may be nested.
 
         Args:
@@ -270,7 +278,7 @@ class OnlineFeatures(FeatureFolder):
             if not self._users:
                 self._end()
 
-    def begin(self, names):
+    def begin(self, names: Iterable[str]) -> None:
         """Start the encoder if it is needed, and have these videos done first; it ends with the last `made_ahead`."""
         order, waiting = [], {self._numbers[video.output] for video in self.unmade}
         if not waiting:
@@ -289,6 +297,7 @@ class OnlineFeatures(FeatureFolder):
             self._encoder.first(order)
 
     def _end(self):
+        assert self._encoder is not None
         self._encoder.close()
         for path in self._numbers:
             if path in self._faults:
@@ -313,7 +322,7 @@ class OnlineFeatures(FeatureFolder):
         )
 
 
-def training_features(config, names=()):
+def training_features(config: DataConfig, names: Iterable[str] = ()) -> OnlineFeatures | None:
     """The features of a run: `OnlineFeatures`, or None for text only.
 
     Args:

@@ -23,7 +23,7 @@ _LOOKS_UP = 0.1  # seconds between looks at whether to stop, and at decoders tha
 _GRACE = 30.0  # seconds to end in, once nobody wants more
 
 
-def main(board_file, setup_file, requests) -> int:
+def main(board_file: int, setup_file: int, requests: int) -> int:
     """Encode what is asked for; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole job: the trainer ends this
         signal.signal(number, signal.SIG_IGN)

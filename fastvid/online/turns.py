@@ -3,6 +3,9 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from fastvid.online.board import Board
 
 _PAUSE = 0.2  # seconds until a video that another process has leased is tried again
 
@@ -18,11 +21,11 @@ class Turns:
         stopped: whether no more are wanted.
     """
 
-    def __init__(self, order, board):
+    def __init__(self, order: Iterable[int], board: Board):
         self._waiting, self._later, self._busy = OrderedDict.fromkeys(order), {}, set()
         self._board, self._changed, self.stopped = board, threading.Condition(), False
 
-    def first(self, numbers):
+    def first(self, numbers: Sequence[int]) -> None:
         """Do these before all others, in this order."""
         with self._changed:
             for number in reversed(numbers):
@@ -47,7 +50,7 @@ class Turns:
                 self._changed.wait(_PAUSE)
             return None
 
-    def leave(self, number, *, again=False):
+    def leave(self, number: int, *, again: bool = False) -> None:
         """A thread is done with a video.
 
         Args:
@@ -59,7 +62,7 @@ class Turns:
                 self._later[number] = time.monotonic() + _PAUSE
             self._changed.notify_all()
 
-    def stop(self):
+    def stop(self) -> None:
         with self._changed:
             self.stopped = True
             self._changed.notify_all()

@@ -1,8 +1,10 @@
 """One HTML page that holds everything it shows: no script, nothing from elsewhere, every text escaped."""
 
 import html
+from collections.abc import Iterable
 
 from fastvid.page.pictures import MAP, frame_uri, heat_map_uri, scale_uri, strip_svg
+from fastvid.page.view import VideoView
 
 _MOST_FRAMES = 100  # on a page
 _LONGEST = 200  # characters of a value in the table
@@ -30,7 +32,13 @@ th {{ font-weight: 400; color: #52606d; white-space: nowrap }}
 """
 
 
-def document(views, *, title, prompt=None, warning=None) -> bytes:
+def document(
+    views: Iterable[VideoView],
+    *,
+    title: str,
+    prompt: tuple[str, Iterable[tuple[str, str]]] | None = None,
+    warning: str | None = None,
+) -> bytes:
     """The page.
 
     Args:

@@ -5,6 +5,7 @@ Dimensions: N side of a square picture, H × W cells of a heat map, T rows.
 
 import base64
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ _COLOURS = np.array([(38, 24, 74), (46, 77, 131), (38, 130, 142), (83, 182, 110)
 INK, PADDING = "#1f6feb", "#e4e7eb"
 
 
-def frame_uri(pixels, aspect, longer=FRAME) -> str:
+def frame_uri(pixels: np.ndarray, aspect: float, longer: int = FRAME) -> str:
     """A JPEG of a frame that the tower sees.
 
     Args:
@@ -28,7 +29,7 @@ def frame_uri(pixels, aspect, longer=FRAME) -> str:
     return _uri(Image.fromarray(np.asarray(pixels)).resize(_size(aspect, longer), Image.Resampling.BILINEAR), "jpeg")
 
 
-def heat_map_uri(values_HW, aspect) -> str:
+def heat_map_uri(values_HW: np.ndarray, aspect: float) -> str:
     """A PNG of a grid of values, from its least to its largest, in the shape of a frame of that `aspect`."""
     values = np.asarray(values_HW, np.float64)
     span = values.max() - values.min()
@@ -44,7 +45,7 @@ def scale_uri() -> str:
     return heat_map_uri(np.arange(120)[None], 12)
 
 
-def strip_svg(norms, labels) -> str:
+def strip_svg(norms: np.ndarray, labels: Sequence[str]) -> str:
     """Bars of norms over time, from the least, a low bar, to the largest: rows mostly differ by a few per cent.
 
     Args:

@@ -1,6 +1,7 @@
 """What a page shows of one video: frames with their times, norms of its features, and what their header says."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
-from fastvid.files import shown
-from fastvid.video.decode import DecodeError
+from fastvid.files import StrPath, shown
+from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode.container import open_video
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.listing import no_video
@@ -49,7 +50,7 @@ class VideoView:
     notes: list[str] = field(default_factory=list)
 
 
-def view_file(path, *, tower=None, num_frames=None) -> VideoView:
+def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | None = None) -> VideoView:
     """A video, with the features that `tower` makes of it if one is given; or a feature file.
 
     Raises:
@@ -71,6 +72,7 @@ def view_file(path, *, tower=None, num_frames=None) -> VideoView:
 
     encoder = FeatureEncoder(tower, num_temporal=num_frames or NUM_FRAMES)
     info = _show_frames(view, path, encoder.num_temporal, encoder.image_size)
+    assert view.frames is not None
     header = {
         "tower": str(tower),
         "tower_revision": encoder.revision,
@@ -85,7 +87,9 @@ def view_file(path, *, tower=None, num_frames=None) -> VideoView:
     return view
 
 
-def view_record(name, features, video=None, *, num_frames=None) -> VideoView:
+def view_record(
+    name: str, features: FeatureFolder | None, video: StrPath | None = None, *, num_frames: int | None = None
+) -> VideoView:
     """A record's video: its features, and its frames where the video is at hand.
 
     What cannot be read is a note: the page says why a record cannot be trained on.
@@ -126,7 +130,7 @@ def view_record(name, features, video=None, *, num_frames=None) -> VideoView:
     return view
 
 
-def frame_times(path, numbers, info) -> list[float]:
+def frame_times(path: StrPath, numbers: Sequence[int], info: VideoInfo) -> list[float]:
     """Seconds from a video's first frame to those numbered; by its average rate where the packets' times do not tell.
 
     Args:

@@ -12,12 +12,14 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fastvid.files import atomic_path, naming, shown, wrong_content
+from fastvid.files import StrPath, atomic_path, naming, shown, wrong_content
 from fastvid.training import flops, reporters
 from fastvid.training.flops import StepCounts
 
@@ -43,11 +45,11 @@ class Metrics:
 
     def __init__(
         self,
-        output_dir,
+        output_dir: StrPath,
         *,
         total_steps: int,
         start_step: int = 0,
-        report_to=("tensorboard",),
+        report_to: Sequence[str] = ("tensorboard",),
         run_name: str | None = None,
         project: str | None = None,
         flags: dict | None = None,
@@ -119,7 +121,7 @@ class Metrics:
         self._window.stalled += seconds
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Around work that is not training (validation): its time does not enter the rates."""
         begin = time.perf_counter()
         try:
@@ -143,6 +145,7 @@ class Metrics:
             line |= self._window.rates(self.peak_flops, self.row_budget)
             self._window = _Window()
         if self.rank == 0:
+            assert self._file is not None
             with naming(self.path):
                 text = json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False)
                 self._file.write(text + "\n")
@@ -318,7 +321,7 @@ def _columns():
         return 80
 
 
-def read_metrics(path) -> list[dict]:
+def read_metrics(path: StrPath) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; what is no complete line (the process was killed while it wrote) is left out."""
     lines = []
     with naming(path), open(path, "rb") as file:

@@ -1,11 +1,13 @@
 """The picture that a training run leaves: its loss and its learning rate over the steps."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fastvid.files import atomic_path
+from fastvid.files import StrPath, atomic_path
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 LOSS, EVAL, RATE = "#1f6feb", "#d9480f", "#7b8794"
@@ -13,7 +15,7 @@ _LOG_FROM = 10  # largest over smallest loss from which on a linear axis shows a
 _LONGEST_NAME = 60
 
 
-def draw_loss_curve(lines, png_path, name: str | None = None) -> bool:
+def draw_loss_curve(lines: Sequence[dict[str, Any]], png_path: StrPath, name: str | None = None) -> bool:
     """Draw the lines of a metrics.jsonl as a PNG of 900 x 600 pixels, replaced atomically.
 
     Above the loss: raw faint, smoothed strong, validation losses as points; on a log axis where the largest is ten
@@ -131,7 +133,7 @@ def _points(lines, name):
     return sorted((step, value) for step, value in found.items() if math.isfinite(value))
 
 
-def smoothed(values, span: float) -> list[float]:
+def smoothed(values: Sequence[float], span: float) -> list[float]:
     """Mean of each value and its neighbours, about `span` in all, as many before as after: no lag; span < 3:
     unchanged."""
     result = []

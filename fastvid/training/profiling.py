@@ -1,9 +1,12 @@
 """``--profile``: where the time of a few steps goes, as a trace for a browser, and what lies in the GPU's memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from fastvid.files import StrPath
 
 WARM_UP, RECORDED = 3, 3  # steps: the first ones compile, allocate and read ahead
 MEMORY_EVENTS = 200_000
@@ -21,7 +24,7 @@ class Profiler:
         active: otherwise nothing is recorded.
     """
 
-    def __init__(self, folder, device: torch.device, say, *, active: bool):
+    def __init__(self, folder: StrPath, device: torch.device, say: Callable[[str], object], *, active: bool):
         self.folder, self.device, self.say = Path(folder), device, say
         self.gpu = device.type == "cuda"
         self.steps, self.active = 0, active
@@ -48,6 +51,7 @@ class Profiler:
             self.say(f"--profile: nothing was recorded: the run ended within its {WARM_UP} steps of warm-up")
             return
         recording, self._profile = self._profile, None
+        assert recording is not None, "it began after the warm-up"
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / "trace.json.gz"
         recording.export_chrome_trace(str(trace))

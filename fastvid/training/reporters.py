@@ -11,8 +11,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KEPT = "reporters.json"
 
@@ -34,7 +35,7 @@ class Run(NamedTuple):
     project: str | None = None
     start_step: int = 0
 
-    def project_or(self, variable) -> str:
+    def project_or(self, variable: str) -> str:
         return self.project or os.environ.get(variable) or "fastvid"
 
     def kept(self) -> dict:
@@ -43,7 +44,7 @@ class Run(NamedTuple):
             return dict(json.loads((self.folder / KEPT).read_text()))
         return {}
 
-    def keep(self, **values) -> None:
+    def keep(self, **values: object) -> None:
         (self.folder / KEPT).write_text(json.dumps(self.kept() | values) + "\n")
 
 
@@ -63,6 +64,7 @@ class TensorBoard:
             name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in run.flags.items()
         }
+        assert self.writer.file_writer is not None, "it was just made"
         for summary in hparams(plain, {"train/loss": 0}):
             self.writer.file_writer.add_summary(summary)
 
@@ -80,7 +82,7 @@ class Trackio:
     package = "trackio"
 
     def __init__(self, run: Run):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]  # of the extra `reporters`
 
         self.trackio = trackio
         with contextlib.redirect_stdout(sys.stderr):
@@ -106,7 +108,7 @@ class Wandb:
     package = "wandb"
 
     def __init__(self, run: Run):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # of the extra `reporters`
 
         self.run = wandb.init(
             project=run.project_or("WANDB_PROJECT"),
@@ -133,8 +135,8 @@ class MLflow:
     package = "mlflow"
 
     def __init__(self, run: Run):
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # of the extra `reporters`
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]  # as before
 
         self.metric = Metric
         folder = run.folder.resolve()
@@ -173,7 +175,7 @@ class MLflow:
 REPORTERS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb, "mlflow": MLflow}
 
 
-def chosen(names) -> list[str]:
+def chosen(names: Iterable[str]) -> list[str]:
     """The reporters that ``--report_to`` means: none, those named, or with "all" those that are installed.
 
     Raises:
@@ -195,7 +197,7 @@ def chosen(names) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def open_reporters(names, run: Run, say) -> dict:
+def open_reporters(names: Iterable[str], run: Run, say: Callable[[str], object]) -> dict[str, Any]:
     """{name: reporter} of those chosen.
 
     Args:
@@ -223,7 +225,7 @@ def open_reporters(names, run: Run, say) -> dict:
     return opened
 
 
-def figures(line) -> dict:
+def figures(line: dict[str, Any]) -> dict[str, float]:
     """{"train/…" or "eval/…": finite number} of a line of metrics.jsonl, its step apart."""
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value

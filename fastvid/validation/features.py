@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fastvid.config import ValidateConfig
 from fastvid.data.video_tokens import feature_channels, tower_geometry
 from fastvid.features.cut_short import is_cut_short
 from fastvid.features.file import describe_features, load_features
@@ -15,12 +16,13 @@ from fastvid.features.folder import MissingFeatures
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
+from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources
 
 READERS = 16  # threads that open feature files: on a network file system waiting is most of the work
 
 
-def check_features(report, config):
+def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
     """Look at the features of `report.videos`, and note in `report` what is wrong with them.
 
     Args:
@@ -32,6 +34,7 @@ def check_features(report, config):
     Raises:
         ValueError: `video_folder` or `video_dir_path` is no folder.
     """
+    assert config.video_folder is not None
     features, paths = OnlineFeatures(config), {}
     sources, made = Sources(config.video_folder, config.video_dir_path), features.cache and Sources(features.cache)
     report.unnamed = sources.unnamed(report.videos) if sources.given else None
@@ -92,10 +95,11 @@ def check_features(report, config):
 
 def _rows_to_make(config):
     """Rows of features that training will make; None where nothing tells."""
-    if config.vision_tower is None and config.model_name_or_path is None:
+    folder = config.model_name_or_path or config.vision_tower
+    if folder is None:
         return None
     with suppress(ValueError):
-        image_size, patch_size = tower_geometry(config.model_name_or_path or config.vision_tower, config.vision_tower)
+        image_size, patch_size = tower_geometry(folder, config.vision_tower)
         return config.num_frames + (image_size // patch_size) ** 2
     return None
 
@@ -139,7 +143,7 @@ def _usable(report, config, found, paths):
     required = config.num_video_tokens
     if required is None and config.policy.one_video_length:
         rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
-        required = max(rows_of_C, key=rows_of_C.get, default=None)
+        required = max(rows_of_C, key=rows_of_C.__getitem__, default=None)
     usable, remedy = {}, "extract all with one tower"
     if config.num_video_tokens is not None:
         remedy += f", or leave --num_video_tokens {config.num_video_tokens} out"

@@ -1,7 +1,9 @@
 """What the check of a data set has found: counted, in words, on one screen and as JSON."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastvid.data.annotations import Remarks
 from fastvid.files import shown
@@ -69,7 +71,7 @@ class Report:
     elsewhere: int = 0
     remarks: Remarks = field(default_factory=Remarks)
 
-    def add(self, kind, message, *, video=None, record=None):
+    def add(self, kind: str, message: str, *, video: str | None = None, record: tuple[int, int] | None = None) -> None:
         """Note a problem, and what is at fault for it: a video's features or a record; None where neither is."""
         self.problems[kind] += 1
         if self.problems[kind] <= SHOWN:
@@ -81,7 +83,7 @@ class Report:
         else:
             self.elsewhere += 1
 
-    def add_files(self, kind, message, videos):
+    def add_files(self, kind: str, message: str, videos: Collection[str]) -> None:
         """Note that the features of all these videos have the same problem, which is told once."""
         self.problems[kind] += len(videos)
         self.examples.setdefault(kind, []).append(message)
@@ -108,7 +110,7 @@ class Report:
         return 2 if self.absent else 1 if self.problems else 0
 
 
-def as_json(report: Report) -> dict:
+def as_json(report: Report) -> dict[str, Any]:
     """The whole report as JSON can hold it: every video whose features cannot be used, not the first few."""
     looked_at = report.layouts is not None
     remark, warning = what_decoders_mean(report.decoders)
@@ -178,7 +180,7 @@ def summary(report: Report) -> str:
     for (tower, revision, frames), count in report.makers.most_common(SHOWN):
         lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
-        rows = [R for R, _, _ in report.layouts]
+        rows = [R for R, _, _ in report.layouts or ()]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
     for (decoder, conversion), count in report.decoders.most_common(SHOWN):
         lines.append(

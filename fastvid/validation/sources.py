@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+from fastvid.features.folder import FeatureFolder
 from fastvid.features.manifest import read_files, read_manifest
 from fastvid.features.names import stem
-from fastvid.files import shown
+from fastvid.files import StrPath, shown
 from fastvid.video.decode import DecodeError
 from fastvid.video.features import written
-from fastvid.video.listing import find_videos
+from fastvid.video.listing import Video, find_videos
 
 _REMEDY = "remove it and extract it again (fastvid extract)"
 
@@ -28,7 +32,7 @@ class Sources:
         ValueError: `video_dir_path` is none of these, names no video, or is a list that leads out of its folder.
     """
 
-    def __init__(self, video_folder, video_dir_path=None):
+    def __init__(self, video_folder: StrPath, video_dir_path: StrPath | None = None):
         self.folder, self.given = video_folder, video_dir_path is not None
         self._failed = {
             stem(name): str(entry.get("reason"))
@@ -37,9 +41,9 @@ class Sources:
         }
         self._lines = read_files(video_folder)
         # A list may come with a data set, and whoever wrote it must not choose files elsewhere.
-        is_list = self.given and os.path.isfile(video_dir_path)
+        is_list = video_dir_path is not None and os.path.isfile(video_dir_path)
         try:
-            videos = find_videos(video_dir_path, "", "", follow_links=not is_list)[0] if self.given else []
+            videos = [] if video_dir_path is None else find_videos(video_dir_path, "", "", follow_links=not is_list)[0]
         except ValueError as error:
             if "--follow_links" not in str(error):
                 raise
@@ -47,27 +51,29 @@ class Sources:
         self._videos = {os.path.normpath(video.name): video for video in videos}
         self._by_stem = {stem(name): name for name in self._videos}
 
-    def failure(self, name) -> str | None:
+    def failure(self, name: str) -> str | None:
         """Why the extraction of a record's video failed when it was last tried; None if it did not."""
         return self._failed.get(_id(name))
 
-    def video_of(self, name, header=()):
+    def video_of(self, name: str, header: object = ()) -> Video | None:
         """The video that a record names, or that the header of its features does; None where it does not lie there."""
         source = header.get("source") if isinstance(header, dict) else None
         if isinstance(source, str) and os.path.normpath(source) in self._videos:
             return self._videos[os.path.normpath(source)]
-        return self._videos.get(self._by_stem.get(_id(name)))
+        return self._videos.get(self._by_stem.get(_id(name), ""))
 
-    def path_of(self, name, header=()):
+    def path_of(self, name: str, header: object = ()) -> Path | None:
         """The file of `video_of`; None also of one in a tar shard."""
         video = self.video_of(name, header)
         return None if video is None or video.within else video.path
 
-    def unnamed(self, names) -> int:
+    def unnamed(self, names: Iterable[str]) -> int:
         """Videos in the folder that none of the records' `names` means."""
         return len(self._by_stem.keys() - {_id(name) for name in names})
 
-    def header_of(self, features, name, path, header, quick):
+    def header_of(
+        self, features: FeatureFolder, name: str, path: Path, header: dict[str, Any], quick: bool
+    ) -> dict[str, Any]:
         """What is known of how a feature file was made: its header, or of a pickle the manifest's line about it.
 
         The line counts where the pickle is the very file that it is about: by its digest, or under `quick`, which
@@ -80,7 +86,7 @@ class Sources:
         line = self._lines.get(path.relative_to(self.folder).as_posix(), {})
         return line if line.get("written") == written(path) else {}
 
-    def stale(self, name, path, header, quick) -> tuple[bool, str | None]:
+    def stale(self, name: str, path: Path, header: dict[str, Any], quick: bool) -> tuple[bool, str | None]:
         """(Whether it can be told, why a feature file is not of the video as it is now).
 
         The video's size is compared, and without `quick` also its sha256. A video that is not there is not compared.

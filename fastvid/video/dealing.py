@@ -10,7 +10,10 @@ import os
 import re
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+
+from fastvid.video.listing import Video
 
 # What a video costs beside its bytes, as bytes.
 _EACH = 1 << 20
@@ -18,7 +21,7 @@ _EACH = 1 << 20
 _PAUSE, _LONGEST_PAUSE, _PAUSE_EACH = 1.0, 15.0, 0.05
 
 
-def place(shard=None) -> tuple[int, int]:
+def place(shard: str | None = None) -> tuple[int, int]:
     """(rank, world) of this process: of torchrun's variables RANK and WORLD_SIZE, within a shard "i/n" if there is one.
 
     Shards are counted from 1, as "i of n" says.
@@ -38,7 +41,7 @@ def place(shard=None) -> tuple[int, int]:
     return (int(match[1]) - 1) * world + rank, int(match[2]) * world
 
 
-def deal(videos, world):
+def deal(videos: Iterable[Video], world: int) -> list[list[Video]]:
     """Shares of about as many bytes each, [[Video]], each with its largest first.
 
     Bytes stand for duration: to ask each file for that would take as long as half its decoding. The videos come back
@@ -72,7 +75,9 @@ class Turns:
         first: names of videos that come before all, whose share they are in.
     """
 
-    def __init__(self, shares, rank, take_over=True, first=frozenset()):
+    def __init__(
+        self, shares: Sequence[Sequence[Video]], rank: int, take_over: bool = True, first: frozenset[str] = frozenset()
+    ):
         world = len(shares)
         self._first = deque(
             (video, share is shares[rank])
@@ -87,7 +92,7 @@ class Turns:
         )
         self._later, self._due, self._at = [], deque(), 0.0
 
-    def next(self):
+    def next(self) -> tuple[Video, bool, bool] | None:
         """(video, whether it is of the own share, whether it comes for the first time); None: none at the moment."""
         if self._first:
             return *self._first.popleft(), True
@@ -102,7 +107,7 @@ class Turns:
             self._at = time.monotonic() + min(max(_PAUSE, _PAUSE_EACH * len(self._due)), _LONGEST_PAUSE)
         return (*self._due.popleft(), False) if self._due else None
 
-    def defer(self, video, own):
+    def defer(self, video: Video, own: bool) -> None:
         """Come to a video again that another process has leased."""
         self._later.append((video, own))
 

@@ -6,11 +6,16 @@ tower pass for one of another.
 
 import hashlib
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_header, probe_features
+from fastvid.features.manifest import Manifest
 from fastvid.features.names import SUFFIXES
 from fastvid.video.features import written
+from fastvid.video.listing import Video
 
 # Defaults for a setting that is missing in a header or entry, which may be older than the setting.
 _DEFAULTS = {"conversion": "swscale", "tower_dtype": "auto"}
@@ -29,14 +34,14 @@ class EarlierFeatures:
         manifest: `Manifest` of the folder.
     """
 
-    def __init__(self, config, settings, shape, manifest):
+    def __init__(self, config: ExtractConfig, settings: dict[str, Any], shape: Sequence[int], manifest: Manifest):
         self.folder, self.format, self.overwrite = Path(config.clip_feat_path), config.format, config.overwrite
         self.settings, self.shape, self.manifest = settings, list(shape), manifest
         self._prefix, self._differences = os.path.join(self.folder, ""), {}
         self._names = {}  # of the files in each folder of features
         self._matching = {}  # of videos, the manifest entry that matches their feature file
 
-    def refuse_other_settings(self, videos):
+    def refuse_other_settings(self, videos: Collection[Video]) -> None:
         """Refuse a job whose folder holds features of its videos that were made with other settings.
 
         ``--overwrite`` lets it replace its own format's; those of another format would stay, and training may read
@@ -77,13 +82,13 @@ class EarlierFeatures:
                     found.append(f"{path} was made with {why}")
         return mine, others
 
-    def look_again(self):
+    def look_again(self) -> None:
         """Take in what other processes have written since."""
         self.manifest.look_again(for_new=True)
         self._names.clear()
         self._matching.clear()
 
-    def judge(self, video, *, fresh=False):
+    def judge(self, video: Video, *, fresh: bool = False) -> tuple[int, str | None, str | None]:
         """(bytes of a video, why it is extracted, why it cannot be).
 
         Why it is extracted: None if it has no features, "" if it has those that it should.
@@ -99,7 +104,7 @@ class EarlierFeatures:
             return size, redo, f"{redo}; remove it, or replace such files with --overwrite True"
         return size, redo, None
 
-    def why_again(self, video, source_bytes, *, fresh=False):
+    def why_again(self, video: Video, source_bytes: int, *, fresh: bool = False) -> tuple[str | None, bool]:
         """(why a video's feature file is not valid for this job, whether it may be somebody else's).
 
         The reason is "" if the file is valid, None if there is none.

@@ -6,19 +6,24 @@ Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video
 1:]`` of ``CLIPVisionModel``, pooled, up to the rounding of 16 bits; of SigLIP's likewise (`fastvid.video.towers`).
 """
 
+from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from fastvid_kernels import frame_patchify, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
+from torch import Tensor
 
+from fastvid.files import StrPath
 from fastvid.video.passes import Passes
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.load import open_tower
 from fastvid.video.towers.products import check_fp8
 
 
-def open_device(name=None) -> torch.device:
+def open_device(name: str | torch.device | None = None) -> torch.device:
     """The torch device that a user means; by default a GPU if there is one.
 
     Raises:
@@ -32,7 +37,7 @@ def open_device(name=None) -> torch.device:
         raise ValueError(f"--device {name} cannot be used ({reason}); cpu can be used everywhere") from error
 
 
-def make_current(device):
+def make_current(device: torch.device) -> None:
     """Make a GPU the process's current one: else it would open a context, and pin memory, on the first GPU as well.
 
     For commands, whose process is their own: a library's caller chooses his own current GPU.
@@ -41,7 +46,7 @@ def make_current(device):
         torch.cuda.set_device(device)
 
 
-def default_dtype(device, plain=False):
+def default_dtype(device: torch.device, plain: bool = False) -> torch.dtype:
     """What a tower computes in unless told: float16 on a GPU; on a CPU bfloat16 if it multiplies that, else float32.
 
     `plain`: float32 on a CPU in any case.
@@ -77,7 +82,17 @@ class FeatureEncoder:
             asked for where the GPU has no units for it or the tower's sizes do not fit them.
     """
 
-    def __init__(self, tower, *, device=None, dtype=None, batch_size=32, num_temporal=100, plain=False, fp8=False):
+    def __init__(
+        self,
+        tower: StrPath,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 32,
+        num_temporal: int = 100,
+        plain: bool = False,
+        fp8: bool = False,
+    ):
         if batch_size < 1 or num_temporal < 1:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
@@ -89,7 +104,7 @@ class FeatureEncoder:
         self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
-        self._patchify = {
+        self._patchify: dict[str, Any] = {
             "size": self.image_size,
             "patch": self.patch_size,
             "mean": self.tower.mean,
@@ -99,7 +114,7 @@ class FeatureEncoder:
         self.revision = revisions(tower)[0]
         self._idle = []
 
-    def encode(self, frames):
+    def encode(self, frames: Tensor | np.ndarray) -> Tensor:
         """The features of one video. From any thread.
 
         Args:
@@ -114,26 +129,26 @@ class FeatureEncoder:
         with self._passes() as passes:
             return passes.one(frames)
 
-    def encode_patches(self, patches_TPK):
+    def encode_patches(self, patches_TPK: Tensor) -> Tensor:
         """The features of one video, as `encode`, of its frames' patch rows as `patch_rows` makes them."""
         with self._passes() as passes:
             return passes.one(patches_TPK=patches_TPK)
 
-    def patch_rows(self, planes, factors):
+    def patch_rows(self, planes: Sequence[tuple[Tensor, Tensor, Tensor]], factors: tuple[int, ...]) -> Tensor:
         """Patch rows [T, P, K] float16 of raw planes [(Y, U, V)] on the device: see `yuv_patchify`."""
         return yuv_patchify(planes, [factors] * len(planes), **self._patchify)
 
-    def frame_rows(self, frames):
+    def frame_rows(self, frames: Tensor) -> Tensor:
         """Patch rows [T, P, K] float16 of frames [T, H, W, 3] uint8 RGB on any device: see `frame_patchify`."""
         return frame_patchify(frames.to(self.device), **self._patchify)
 
-    def empty_patch_rows(self, count):
+    def empty_patch_rows(self, count: int) -> Tensor:
         """[count, P, K] float16 on the device, for `patch_rows`."""
         return torch.empty(
             count, self.num_patches, row_length(self.patch_size), dtype=torch.float16, device=self.device
         )
 
-    def refuse_count(self, count):
+    def refuse_count(self, count: int) -> None:
         """Raise ValueError if a video may not have so many frames."""
         if not 1 <= count <= self.num_temporal:
             raise ValueError(f"a video must have 1 to {self.num_temporal} frames, found {count}")

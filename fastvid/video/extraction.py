@@ -5,20 +5,31 @@ passes with frames of several videos; files have threads that wait for the featu
 at hand is bounded, and with them the memory.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastvid import signals
 from fastvid.dist import host_memory
+from fastvid.features.manifest import Manifest
 from fastvid.video.dealing import Turns
 from fastvid.video.decode import DecodeError
-from fastvid.video.features import why_not_written
+from fastvid.video.earlier import EarlierFeatures
+from fastvid.video.features import VideoFeatures, why_not_written
+from fastvid.video.leases import Leases
+from fastvid.video.listing import Video
 from fastvid.video.passes import Features
-from fastvid.video.pipeline import Prepared
+from fastvid.video.pipeline import Pipeline, Prepared
+from fastvid.video.restarts import Watch
 from fastvid.video.summary import Summary
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LOOK, _POLL = 1.0, 0.1  # seconds between looks at what others have written, and while there is nothing to do but wait
 _GRACE = 30.0  # seconds that a decoder of this process may take to end
@@ -66,12 +77,16 @@ class _AtHand:
 class Extraction:
     """One rank's part of an extraction."""
 
-    def __init__(self, features, manifest, earlier, leases, watch):
-        self.features, self.config, self.pipeline, self._decoders = features, features.config, None, None
+    def __init__(
+        self, features: VideoFeatures, manifest: Manifest, earlier: EarlierFeatures, leases: Leases, watch: Watch
+    ):
+        self.features, self.config = features, features.config
+        self.pipeline: Pipeline | None = None  # these two: from the first video that needs them on
+        self._decoders: ThreadPoolExecutor | None = None
         self.manifest, self.earlier, self.leases, self.watch = manifest, earlier, leases, watch
         self.looked, self.among_others = time.monotonic(), False
 
-    def run(self, shares, rank) -> Summary:
+    def run(self, shares: list[list[Video]], rank: int) -> Summary:
         """Extract a share of the videos, then what others have not finished.
 
         Args:
@@ -93,6 +108,7 @@ class Extraction:
                 while not stop:
                     while self._has_room(turns, at_hand) and (piece := self._next(turns, stop, summary, bar)):
                         start += self._open(summary)
+                        assert self._decoders is not None
                         at_hand.decoding[self._decoders.submit(self._prepare, *piece)] = piece[0]
                     if not at_hand.videos:
                         if not turns.waits:
@@ -102,7 +118,7 @@ class Extraction:
                         continue
                     passing_over = turns.ready and self._has_room(turns, at_hand)
                     self._collect(at_hand, 0 if passing_over else _POLL, stop, summary, bar)
-                    if late := self.pipeline.overdue():
+                    if self.pipeline is not None and (late := self.pipeline.overdue()):
                         self._end_now(late, at_hand.decoding.values(), summary, bar)
                 for future in at_hand.decoding:
                     future.cancel()
@@ -113,7 +129,8 @@ class Extraction:
                     self._decoders.shutdown(wait=False, cancel_futures=True)
                 until = time.monotonic() + _GRACE
                 while not all(future.done() for future in at_hand.decoding):
-                    self.pipeline.kill()
+                    if self.pipeline is not None:
+                        self.pipeline.kill()
                     if time.monotonic() > until:
                         self._end_now([], (), summary, bar, 128 + stop[0] if stop else 1)
                     time.sleep(0.01)
@@ -133,8 +150,7 @@ class Extraction:
         if self.pipeline is not None:
             return 0.0
         start = time.perf_counter()
-        self.features.open()
-        self.pipeline = self.features.pipeline
+        self.pipeline = self.features.open()
         if self.pipeline.encoder.device.type == "cpu":
             host_memory.keep_freed(True)
         self._decoders = ThreadPoolExecutor(self.pipeline.at_a_time, "decode")
@@ -146,8 +162,9 @@ class Extraction:
     def _has_room(self, turns, at_hand):
         """Whether one more can be begun. A suspect is alone."""
         names = [video.name for video in at_hand.videos]
-        alone = self.pipeline is None or turns.has_first or self.watch.suspects & set(names)
-        return len(names) < (1 if alone else self.pipeline.ahead)
+        if self.pipeline is None or turns.has_first or self.watch.suspects & set(names):
+            return not names
+        return len(names) < self.pipeline.ahead
 
     def _collect(self, at_hand, timeout, stop, summary, bar, decoding=True):
         """Wait for a stage to be done with something, and hand it on to the next one; whichever video is first goes on.
@@ -176,7 +193,8 @@ class Extraction:
                     at_hand.waiting.pop(video.name, None)
                     at_hand.writing[self._writers.submit(self._finish, video, piece, features)] = video
             else:
-                self._count(at_hand.writing.pop(future), *future.result(), summary, bar)
+                piece, failure, seconds = future.result()
+                self._count(at_hand.writing.pop(future), piece, failure, seconds, summary, bar)
         if at_hand.waiting and None not in at_hand.computing.values():
             others_come = at_hand.computing or decoding and at_hand.decoding
             if not others_come or time.monotonic() - min(at_hand.waiting.values()) > _FILL:
@@ -277,11 +295,13 @@ class Extraction:
 
     def _compute(self, video, piece) -> list[Features]:
         """Hand one video to the tower, in its thread; those whose features are on their way now."""
+        assert self.pipeline is not None
         with self.watch.at("in the tower", video.name, on=True):
             return self.pipeline.add((video, piece), piece.prepared)
 
     def _flush(self, names) -> list[Features]:
         """Have the tower compute what does not fill a pass, of videos of these names."""
+        assert self.pipeline is not None
         with self.watch.at("in the tower", *names, on=True):
             return self.pipeline.flush()
 
@@ -328,10 +348,9 @@ class Extraction:
             OSError: no other video's could be, either.
         """
         header = self.features.header(video.name, piece.source_bytes, piece.prepared)
-        before = None
-        if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
 
-            def before(made):
+        def before(made):
+            if self.config.format == "pkl":  # it cannot say itself what it is, should this process die now
                 self.manifest.append(video.name, "writing", **made)
 
         try:
@@ -348,7 +367,7 @@ class Extraction:
         return None
 
 
-def progress(summary):
+def progress(summary: Summary) -> tqdm:
     """A bar that counts videos."""
     from tqdm import tqdm
 

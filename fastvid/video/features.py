@@ -6,17 +6,21 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastvid
+from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_bytes
-from fastvid.files import NOTHING_MORE_FITS, atomic_file
+from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file
 from fastvid.video.decode import DecodeError
 from fastvid.video.encoder import FeatureEncoder
-from fastvid.video.listing import no_video
+from fastvid.video.listing import Video, no_video
+from fastvid.video.passes import Features
 from fastvid.video.pipeline import Pipeline, Prepared
 from fastvid.video.sampling import frame_indices
 from fastvid.video.towers.choice import revisions
@@ -30,7 +34,7 @@ TOWERS = {"1.1": "openai/clip-vit-large-patch14", "1.5": "openai/clip-vit-large-
 copyreg.pickle(DecodeError, lambda error: (DecodeError, (error.path, error.reason)))
 
 
-def refuse_departures(config):
+def refuse_departures(config: ExtractConfig) -> None:
     """Raise ValueError if a job is to compute as the reference does and has flags that it does not know."""
     if config.policy.ffmpeg_colours and config.decoder == "dali":
         raise ValueError(
@@ -48,7 +52,7 @@ def refuse_departures(config):
         )
 
 
-def settings_of(config, tower_revision, image_size, patch_size) -> dict:
+def settings_of(config: ExtractConfig, tower_revision: str, image_size: int, patch_size: int) -> dict[str, Any]:
     """What two extractions must have in common for their features to go together: `VideoFeatures.settings`."""
     return {
         "tower_revision": tower_revision,
@@ -75,14 +79,17 @@ class VideoFeatures:
         shape: [rows, channels] of the features; once it is described.
     """
 
-    def __init__(self, config):
-        self.config, self.encoder, self.pipeline, self._fidelity = config, None, None, None
+    def __init__(self, config: ExtractConfig):
+        self.config = config
+        self.encoder: FeatureEncoder | None = None
+        self.pipeline: Pipeline | None = None
+        self._fidelity: Fidelity | None = None
         self._opening = threading.Lock()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[ExtractConfig]]:
         return VideoFeatures, (self.config,)
 
-    def describe(self):
+    def describe(self) -> None:
         """Find out the settings and the shape, which takes neither the tower's weights nor a decoder.
 
         Raises:
@@ -98,8 +105,8 @@ class VideoFeatures:
     def _tower(self):
         return self.config.vision_tower or TOWERS[self.config.llava or "1.5"]
 
-    def open(self):
-        """Load the tower and make the decoders, unless that was done.
+    def open(self) -> Pipeline:
+        """Load the tower and make the decoders, unless that was done; the pipeline.
 
         Raises:
             ValueError: an unusable tower, device or decoder.
@@ -107,7 +114,7 @@ class VideoFeatures:
         with self._opening:
             if self.encoder is None:
                 self.describe()
-                self._open_tower()
+                self.encoder = self._open_tower()
             if self.pipeline is None:
                 self.pipeline = Pipeline(
                     self.encoder,
@@ -116,8 +123,9 @@ class VideoFeatures:
                     timeout=self.config.timeout,
                     allow_damaged=self.config.allow_damaged,
                 )
+            return self.pipeline
 
-    def _open_tower(self):
+    def _open_tower(self) -> FeatureEncoder:
         config, tower = self.config, self._tower
         make = functools.partial(
             FeatureEncoder,
@@ -129,21 +137,22 @@ class VideoFeatures:
             plain=config.policy.plain_tower,
         )
         fp8 = config.tower_dtype == "fp8"
-        self.encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
+        encoder, self._fidelity = make(fp8=fp8), Fidelity(make) if fp8 else None
         self._header = {
             "tower": os.path.abspath(tower) if os.path.isdir(tower) else tower,
             **self.settings,
-            "dtype": str(self.encoder.dtype).removeprefix("torch."),
+            "dtype": str(encoder.dtype).removeprefix("torch."),
             "fastvid": fastvid.__version__,
         }
+        return encoder
 
-    def close(self):
+    def close(self) -> None:
         """End the decoders, once no thread uses them; a later use opens them again."""
         if self.pipeline is not None:
             self.pipeline.close()
             self.pipeline = None
 
-    def __call__(self, path, name=None):
+    def __call__(self, path: StrPath, name: str | None = None) -> tuple[torch.Tensor, dict[str, Any]] | DecodeError:
         """The features of a video. From any thread: `pipeline.at_a_time` of them are decoded side by side.
 
         Args:
@@ -163,7 +172,7 @@ class VideoFeatures:
         except OSError as error:
             return DecodeError(path, f"cannot be read ({error.strerror})")
 
-    def extract(self, video) -> dict:
+    def extract(self, video: Video) -> dict[str, Any]:
         """Make a video's feature file. From any thread.
 
         Args:
@@ -190,12 +199,13 @@ class VideoFeatures:
             outcome = {"status": "failed", "reason": why_not_written(error)}
         return {"video": video.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
 
-    def prepare(self, path, **options) -> Prepared:
+    def prepare(self, path: StrPath, **options: bool) -> Prepared:
         """Decode a video, with options of `Pipeline.prepare`. From any thread, `pipeline.at_a_time` of them.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
+        assert self.pipeline is not None, "it is not open"
         try:
             return self.pipeline.prepare(path, **options)
         except DecodeError as error:
@@ -203,15 +213,16 @@ class VideoFeatures:
             fault = no_video(path) if os.path.isfile(path) else None
             raise DecodeError(path, fault or error.reason + hint) from error
 
-    def encode(self, path, prepared) -> torch.Tensor:
+    def encode(self, path: StrPath, prepared: Prepared) -> torch.Tensor:
         """The features of a decoded video alone. From `pipeline.towers` threads.
 
         Raises:
             DecodeError: they are not finite, or there is no memory for them.
         """
-        return self._checked(path, prepared, lambda: self.pipeline.encode(prepared))
+        assert self.pipeline is not None, "it is not open"
+        return self._checked(path, prepared, functools.partial(self.pipeline.encode, prepared))
 
-    def finished(self, path, prepared, features) -> torch.Tensor:
+    def finished(self, path: StrPath, prepared: Prepared, features: Features) -> torch.Tensor:
         """The features of a decoded video that came out of `Pipeline.add`. Waits for them; from any thread.
 
         Raises:
@@ -237,7 +248,7 @@ class VideoFeatures:
         """Lines on what the tower made of the videos, for the summary."""
         return [] if self._fidelity is None else self._fidelity.told()
 
-    def header(self, name, size, prepared) -> dict:
+    def header(self, name: str, size: int, prepared: Prepared) -> dict[str, Any]:
         """What a feature file says of itself; `size`: bytes of the video's file."""
         frames = prepared.info.frames
         return {
@@ -250,7 +261,13 @@ class VideoFeatures:
             "video": asdict(prepared.info),
         }
 
-    def save(self, video, features_RC, header, before=None) -> dict:
+    def save(
+        self,
+        video: Video,
+        features_RC: torch.Tensor,
+        header: dict[str, Any],
+        before: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
         """Write a video's feature file.
 
         Args:
@@ -287,7 +304,7 @@ class VideoFeatures:
         }
 
 
-def why_not_written(error) -> str:
+def why_not_written(error: OSError) -> str:
     """The reason of a video's failure whose features could not be written.
 
     Raises:
@@ -298,7 +315,7 @@ def why_not_written(error) -> str:
     return f"its features cannot be written ({error.strerror}: {error.filename})"
 
 
-def written(path) -> list[int]:
+def written(path: StrPath) -> list[int]:
     """[size in bytes, modification time in nanoseconds] of a feature file, as its manifest entry has them."""
     there = os.stat(path)
     return [there.st_size, there.st_mtime_ns]

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from fastvid.dist import processes
-from fastvid.files import naming, remove_left_over
+from fastvid.files import StrPath, naming, remove_left_over
 
 NAME = ".leases"
 EVERY, SILENCE = 10.0, 60.0  # seconds between signs of life, and without one until another machine's process is dead
@@ -38,13 +38,13 @@ class Leases:
         owner: name of this process in file names: machine, process number, random digits.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath):
         self.folder = Path(folder) / NAME
         self.owner = f"{processes.machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._own, self._held = self._file_of(self.owner), {}
         self._begun, self._closed = False, threading.Event()
 
-    def open(self):
+    def open(self) -> None:
         """Begin to hold leases, and remove those of dead processes.
 
         Raises:
@@ -55,7 +55,7 @@ class Leases:
         threading.Thread(target=self._live, name="leases", daemon=True).start()
         self._sweep()
 
-    def close(self):
+    def close(self) -> None:
         """Release all leases, and remove the files of this process and of dead ones."""
         if not self._begun or self._closed.is_set():
             return
@@ -69,22 +69,22 @@ class Leases:
             with contextlib.suppress(OSError):  # others are still there
                 self.folder.rmdir()
 
-    def take(self, name) -> bool:
+    def take(self, name: str) -> bool:
         """Take the lease of a name; False while a living process has it. Another may have done its work already."""
         return self._take(_digest(name), name)
 
-    def release(self, name):
+    def release(self, name: str) -> None:
         """Release a lease, and with it those of dead owners that it took over."""
         self._remove(*self._held.pop(name))
 
-    def keeps(self, name) -> bool:
+    def keeps(self, name: str) -> bool:
         """Whether a lease that was taken is still this owner's. It is lost to a process that took this one for dead."""
         if name in self._held and self._is_own(*self._held[name]):
             return True
         self._held.pop(name, None)
         return False
 
-    def lives(self, owner) -> bool:
+    def lives(self, owner: str) -> bool:
         """Whether the process that calls itself `owner` still lives, and has its leases open."""
         path = self._file_of(owner)
         record = _record(path)

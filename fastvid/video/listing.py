@@ -4,10 +4,11 @@ import contextlib
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvid.files import NOTHING_MORE_FITS, VIDEO_SUFFIXES, name_of, naming, shown, wrong_content
+from fastvid.files import NOTHING_MORE_FITS, VIDEO_SUFFIXES, StrPath, name_of, naming, shown, wrong_content
 from fastvid.video.decode import DecodeError
 from fastvid.video.named_inputs import TAR, is_pattern, lines, matches, members
 
@@ -45,11 +46,11 @@ class Video:
     def output(self) -> Path:
         return Path(self.target)
 
-    def lease(self, folder) -> str:
+    def lease(self, folder: StrPath) -> str:
         """What its lease in `folder` is called: two that would write the same file exclude each other."""
         return os.path.relpath(self.target, folder)
 
-    def size(self, *, fresh=False) -> int:
+    def size(self, *, fresh: bool = False) -> int:
         """Bytes of the video.
 
         Args:
@@ -63,7 +64,7 @@ class Video:
         return self.within[1] if self.within else os.stat(self.source).st_size
 
     @contextlib.contextmanager
-    def file(self):
+    def file(self) -> Iterator[Path]:
         """The path of a file that holds the video alone: within this block, of one from an archive.
 
         Raises:
@@ -79,15 +80,14 @@ class Video:
                     tempfile.NamedTemporaryFile(prefix="fastvid-", suffix=os.path.splitext(self.name)[1])
                 )
                 with naming(copy.name):
-                    self._copy_to(copy)
+                    self._copy_to(copy, *self.within)
             except OSError as error:
                 if error.errno in NOTHING_MORE_FITS:
                     raise
                 raise DecodeError(self.path, f"cannot be taken out of its archive ({error.strerror})") from error
             yield Path(copy.name)
 
-    def _copy_to(self, copy):
-        begin, left = self.within
+    def _copy_to(self, copy, begin, left):
         with open(self.path, "rb") as archive:
             while left:
                 done = os.sendfile(copy.fileno(), archive.fileno(), begin, left)
@@ -96,7 +96,7 @@ class Video:
                 begin, left = begin + done, left - done
 
 
-def no_video(path) -> str | None:
+def no_video(path: StrPath) -> str | None:
     """Why a file that cannot be decoded is no video, as far as its first bytes tell, with the remedy; None otherwise.
 
     A part of a sentence that begins after the file's name.
@@ -110,7 +110,9 @@ def no_video(path) -> str | None:
     return None
 
 
-def find_videos(given, output_folder, suffix, *, follow_links=False) -> tuple[list[Video], Counter]:
+def find_videos(
+    given: StrPath, output_folder: StrPath, suffix: str, *, follow_links: bool = False
+) -> tuple[list[Video], Counter[str]]:
     """The videos that `given` means, sorted by name; feature files mirror their names and folders.
 
     Args:

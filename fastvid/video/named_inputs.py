@@ -6,16 +6,16 @@ import os
 import tarfile
 from collections import Counter
 
-from fastvid.files import VIDEO_SUFFIXES, shown, wrong_content
+from fastvid.files import VIDEO_SUFFIXES, StrPath, shown, wrong_content
 
 TAR = ".tar"
 
 
-def is_pattern(given) -> bool:
+def is_pattern(given: StrPath) -> bool:
     return glob.has_magic(os.fspath(given))
 
 
-def matches(pattern, follow_links):
+def matches(pattern: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[str]]:
     """({name: path} of videos and tar shards that a pattern names, counts of others).
 
     Names are relative to the last folder before the pattern's first wildcard; ``**`` stands for any folders.
@@ -37,7 +37,7 @@ def matches(pattern, follow_links):
     return found, others
 
 
-def lines(file, follow_links):
+def lines(file: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[str]]:
     """({name: path} of what a list file names, a path on each line, counts of others).
 
     Paths are relative to the list's folder, and lead to files in it: a list may come with a data set, and whoever
@@ -79,7 +79,7 @@ def lines(file, follow_links):
     return found, others
 
 
-def members(path):
+def members(path: StrPath) -> tuple[list[tuple[str, str, int, int]], Counter[str]]:
     """([(name, key, where it begins, bytes)] of the videos in a tar shard, counts of others).
 
     As WebDataset has it, a member's key is its name up to the first dot after the folders.

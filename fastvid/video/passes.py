@@ -15,13 +15,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from fastvid_kernels import spatio_temporal_pool
 from torch import Tensor
 
 from fastvid.video.towers.graph import GraphedStates
+
+if TYPE_CHECKING:
+    from fastvid.video.encoder import FeatureEncoder
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Features:
             raise self._error
         if self._copied is not None:
             self._copied.synchronize()
+        assert self._features_RC is not None
         return self._features_RC
 
 
@@ -75,7 +80,7 @@ class Passes:
         notes: what a user should know, a line each.
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder: FeatureEncoder):
         self.encoder, self.notes = encoder, []
         self._states = GraphedStates(encoder.tower, encoder.batch_size, encoder.device)
         self._waiting, self._shares = deque(), None  # whether passes may be shared; None: not known yet
@@ -86,7 +91,9 @@ class Passes:
         return bool(self._waiting)
 
     @torch.no_grad()
-    def add(self, key, frames=None, patches_TPK=None) -> list[Features]:
+    def add(
+        self, key: Any, frames: Tensor | np.ndarray | None = None, patches_TPK: Tensor | None = None
+    ) -> list[Features]:
         """Compute what fills passes: the whole ones of this video, then rests of several.
 
         Args:
@@ -102,6 +109,7 @@ class Passes:
         """
         B, encoder = self.encoder.batch_size, self.encoder
         whole = patches_TPK if frames is None else torch.as_tensor(frames)
+        assert whole is not None, "frames, or patch rows of them"
         encoder.refuse_count(len(whole))
         if frames is None:
             video = _Video(key, len(whole), lambda start, n: whole[start : start + n])
@@ -125,7 +133,7 @@ class Passes:
             done += self._rest()
         return done
 
-    def one(self, frames=None, patches_TPK=None) -> Tensor:
+    def one(self, frames: Tensor | np.ndarray | None = None, patches_TPK: Tensor | None = None) -> Tensor:
         """The features of one video alone, as `Features.result` gives them; otherwise as `add`."""
         return (self.add(None, frames, patches_TPK) or self.flush())[0].result()
 

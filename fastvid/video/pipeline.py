@@ -17,17 +17,20 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from fastvid_kernels.patch_rows import row_length
 
+from fastvid.files import StrPath
 from fastvid.video.decode import DecodeError, VideoInfo
 from fastvid.video.decode.bitstream import Unsuited
 from fastvid.video.decode.dali import DaliDecoder
 from fastvid.video.decode.nvcuvid import NoDecoder, capabilities
 from fastvid.video.decode.nvdec import NvDecoder
 from fastvid.video.decode.worker import DecodeWorker, limit
+from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.passes import Features, Passes
 
 log = logging.getLogger("fastvid")
@@ -78,7 +81,15 @@ class Pipeline:
         ValueError: "nvdec" or "dali" is asked for and cannot be had.
     """
 
-    def __init__(self, encoder, *, decoder="auto", workers=None, timeout=600.0, allow_damaged=False):
+    def __init__(
+        self,
+        encoder: FeatureEncoder,
+        *,
+        decoder: str = "auto",
+        workers: int | None = None,
+        timeout: float = 600.0,
+        allow_damaged: bool = False,
+    ):
         self.encoder, self.allow_damaged, self.timeout, self.notes = encoder, allow_damaged, timeout, []
         cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         count = workers or min(_MOST_WORKERS, cores)
@@ -113,7 +124,7 @@ class Pipeline:
         rows = self.encoder.num_temporal * self.encoder.num_patches
         return rows * (2 * row_length(self.encoder.patch_size) if self._hardware else 3 * self.encoder.patch_size**2)
 
-    def prepare(self, path, *, hardware=True) -> Prepared:
+    def prepare(self, path: StrPath, *, hardware: bool = True) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
 
         Args:
@@ -217,7 +228,7 @@ class Pipeline:
         with torch.cuda.device(self.encoder.device), torch.cuda.stream(on_stream):
             yield
 
-    def add(self, key, prepared) -> list[Features]:
+    def add(self, key: Any, prepared: Prepared) -> list[Features]:
         """Hand a prepared video to the tower, whose passes hold frames of several. From one thread, as `flush`.
 
         Args:
@@ -234,31 +245,33 @@ class Pipeline:
         with self._current(self._stream):
             return self._passes.flush()
 
-    def encode(self, prepared) -> torch.Tensor:
+    def encode(self, prepared: Prepared) -> torch.Tensor:
         """The features of a prepared video alone, as `FeatureEncoder.encode` gives them. From `towers` threads."""
         on_stream = self._streams.get()
         try:
             with self._current(on_stream):
-                if prepared.patches is None:
-                    return self.encoder.encode(prepared.frames)
-                return self.encoder.encode_patches(self._own(prepared))
+                patches_TPK = self._own(prepared)
+                if patches_TPK is not None:
+                    return self.encoder.encode_patches(patches_TPK)
+                assert prepared.frames is not None
+                return self.encoder.encode(prepared.frames)
         finally:
             self._streams.put(on_stream)
 
-    def _own(self, prepared):
+    def _own(self, prepared) -> torch.Tensor | None:
         """A prepared video's patch rows, if it has any, for the stream of this thread. Another's made them."""
         if prepared.patches is not None and prepared.patches.is_cuda:
             prepared.patches.record_stream(torch.cuda.current_stream(self.encoder.device))
         return prepared.patches
 
-    def kill(self):
+    def kill(self) -> None:
         """End the processes, and what decoders of this process do: a `prepare` in another thread fails."""
         for decoder, _ in self._hardware:
             decoder.cancelled = True
         for worker in (*self._workers, *self._readers):
             worker.kill()
 
-    def close(self):
+    def close(self) -> None:
         """Give everything back, once no thread is in `prepare`."""
         for worker in (*self._workers, *self._readers):
             worker.close()
@@ -266,7 +279,7 @@ class Pipeline:
             decoder.close()
 
 
-def ahead(at_a_time, piece_bytes, device) -> int:
+def ahead(at_a_time: int, piece_bytes: int, device: torch.device) -> int:
     """Videos to have at hand at a time: see `Pipeline`."""
     return at_a_time if device.type == "cpu" else max(2, min(2 * at_a_time, _MOST_HELD // piece_bytes))
 

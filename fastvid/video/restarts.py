@@ -14,12 +14,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastvid.features.manifest import when
+from fastvid.config import ExtractConfig
+from fastvid.features.manifest import Manifest, when
 from fastvid.files import shown
+from fastvid.video.listing import Video
+from fastvid.video.summary import Summary
 from fastvid.video.supervision import Offspring, can_fork, end_as, tell
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
@@ -31,13 +35,13 @@ _NAMED = 5  # videos that a line names
 AGAIN, BY_PYAV = "alone", "alone, by PyAV"  # how a suspect is tried next
 
 
-def may_crash(config) -> bool:
+def may_crash(config: ExtractConfig) -> bool:
     """Whether an extraction may crash its process. CUDA is not asked: what is forked afterwards could not use it."""
     on_gpu = config.device.startswith("cuda") if config.device else any(map(os.path.exists, _DRIVER))
     return on_gpu or config.decoder == "dali"
 
 
-def is_broken(error) -> bool:
+def is_broken(error: BaseException) -> bool:
     """Whether an exception says that the GPU's context may be of no use any more."""
     if isinstance(error, torch.OutOfMemoryError):
         return False
@@ -54,23 +58,24 @@ class Watch:
         code: in the process that watches, the exit code of it all; None in one that extracts.
     """
 
-    suspects, code = frozenset(), None
+    suspects: frozenset[str] = frozenset()
+    code: int | None = None
 
-    def begin(self, shares, rank, summary):
+    def begin(self, shares: list[list[Video]], rank: int, summary: Summary) -> tuple[list[list[Video]], float]:
         """Set-up is over: (shares without what was settled before, seconds of `time.perf_counter` at the first start).
 
         What was settled before is added to the summary.
         """
         return shares, time.perf_counter()
 
-    def decodes(self, counts):
+    def decodes(self, counts: Counter[str]) -> None:
         """The decoders are there, and will count what decoded how many; what did before is added."""
 
-    def failed_since(self, manifest):
+    def failed_since(self, manifest: Manifest) -> None:
         """Have the manifest know the videos that failed elsewhere since the first start."""
 
     @contextlib.contextmanager
-    def at(self, doing, *names, on=False):
+    def at(self, doing: str, *names: str, on: bool = False) -> Iterator[None]:
         """Within this context, a thread does something with some videos that may crash the process.
 
         Args:
@@ -78,17 +83,19 @@ class Watch:
         """
         yield
 
-    def options(self, name) -> dict:
+    def options(self, name: str) -> dict[str, bool]:
         """How a video is decoded, as further arguments of `VideoFeatures.prepare`."""
         return {}
 
-    def settled(self, name, failure=None, *, frames=0, padded=False, damaged=False):
+    def settled(
+        self, name: str, failure: str | None = None, *, frames: int = 0, padded: bool = False, damaged: bool = False
+    ) -> None:
         """A video has its features, or a reason why there are none."""
 
-    def lost(self, why, names):
+    def lost(self, why: str, names: Iterable[str]) -> None:
         """The process has to end because of some videos. It returns where no other takes its place."""
 
-    def done(self, code):
+    def done(self, code: int) -> None:
         """All is said and done; whatever happens from now on, this is the exit code."""
 
 
@@ -115,7 +122,7 @@ class History:
     crashes: Counter = field(default_factory=Counter)
     tried: dict[str, bool] = field(default_factory=dict)
 
-    def crashed(self, how, at, late=()) -> str:
+    def crashed(self, how: str, at: Sequence[str], late: Sequence[str] = ()) -> str:
         """Note a crash; what is done about it, in words.
 
         Args:
@@ -269,7 +276,7 @@ class _Heard:
                 self.code = code
 
 
-def watched(config) -> Watch:
+def watched(config: ExtractConfig) -> Watch:
     """What the command extracts with. It returns once in each process that is to extract, and once in their parent.
 
     The parent has seen it all then, and has the exit code.
@@ -293,6 +300,7 @@ def watched(config) -> Watch:
             _say(f"the process that extracts ended with {_ending(status)} after all was done")
         watch.code = heard.code
     elif status is None or children.stopped and how is not None:
+        assert children.stopped is not None, "there was no child, for a signal had come before"
         _say(f"stopped by {signal.Signals(children.stopped).name}; run it again to go on")
         watch.code = 128 + children.stopped
     else:

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def frame_indices(total, num_frames=100) -> list[int]:
+def frame_indices(total: int, num_frames: int = 100) -> list[int]:
     """Indices of the frames that stand for a video: the middles of equal segments.
 
     n = min(total, num_frames) segments of (total − 1)/n frames; borders are rounded half to even in float64, so that
@@ -27,7 +27,7 @@ def frame_indices(total, num_frames=100) -> list[int]:
     return ((borders[:-1] + borders[1:]) // 2).tolist()
 
 
-def nearest_indices(length, size) -> np.ndarray:
+def nearest_indices(length: int, size: int) -> np.ndarray:
     """Source pixel of each of `size` pixels when `length` pixels are resized by nearest neighbour.
 
     min(floor(f32(i)·(f32(length)/f32(size))), length − 1) in float32, as ``torch.nn.functional.interpolate`` computes

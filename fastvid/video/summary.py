@@ -52,10 +52,10 @@ class Summary:
             return 128 + self.interrupted
         return int(len(self.failures) > self.max_failures * self.total)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._kinds = Counter(_kind(reason) for _, reason in self.failures)
 
-    def fail(self, video, reason):
+    def fail(self, video: str, reason: str) -> None:
         """Add a video that could not be extracted."""
         self.failures.append((video, reason))
         self._kinds[_kind(reason)] += 1
@@ -66,7 +66,7 @@ class Summary:
         rest = len(self.failures) - sum(count for _, count in common)
         return ", ".join(f"{count} × {kind}" for kind, count in common + [("other reasons", rest)] * bool(rest))
 
-    def __str__(self):
+    def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         lines = [
             f"{self.extracted} extracted, {self.skipped} there already, {len(self.failures)} failed of "

@@ -11,6 +11,8 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any, Self
 
 from fastvid.signals import STOPPING
 
@@ -33,15 +35,18 @@ class Offspring:
     """
 
     def __init__(self):
-        self.stopped, self._pid, self._reader, self._before = None, None, None, {}
+        self.stopped: int | None = None
+        self._pid: int | None = None
+        self._reader: int | None = None
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         for number in (*STOPPING, signal.SIGTSTP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self._before[number] = signal.signal(number, self._pause if number == signal.SIGTSTP else self._hand_on)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -75,12 +80,13 @@ class Offspring:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return None
 
-    def hear_out(self, heard) -> int | None:
+    def hear_out(self, heard: Callable[[dict[str, Any]], object]) -> int | None:
         """Call ``heard(message)`` for all that a child tells, until it is gone.
 
         Returns:
             how it ended, as `os.waitpid` puts it; None if there was none. Nothing of it is left then.
         """
+        assert self._reader is not None, "fork comes first"
         with open(self._reader, "rb") as lines:
             for line in lines:
                 if line.endswith(b"\n"):  # a crash may have torn the last one
@@ -105,14 +111,14 @@ class Offspring:
             os.killpg(self._pid, signal.SIGCONT)
 
 
-def tell(writer, message):
+def tell(writer: int, message: object) -> None:
     """Send the parent a message, anything that JSON takes. Not from several threads at once."""
     content = json.dumps(message).encode() + b"\n"
     while content:
         content = content[os.write(writer, content) :]
 
 
-def end_as(status) -> int:
+def end_as(status: int) -> int:
     """End like a child that ended so: the exit code, or by the same signal."""
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)

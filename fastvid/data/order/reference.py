@@ -28,28 +28,28 @@ class ReferenceOrder:
     seed: int
 
     @property
-    def batches_per_epoch(self):
+    def batches_per_epoch(self) -> int:
         return math.ceil(math.ceil(self.num_samples / self.size) / self.batch_size)
 
     @property
-    def samples_per_step(self):
+    def samples_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.size
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         if self.max_steps > 0:
             return self.max_steps
         return math.ceil(self.epochs * max(1, self.batches_per_epoch // self.accumulation))
 
-    def epoch_after(self, step):
+    def epoch_after(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         return self._micro_batches_before(step) / self.batches_per_epoch
 
-    def micro_batches(self, step):
+    def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's samples in `step` (from 0): the next of the micro-batches of all epochs, laid end to end."""
         return [self._micro_batch(i) for i in range(*map(self._micro_batches_before, (step, step + 1)))]
 
-    def goes_on_from(self, version, step):
+    def goes_on_from(self, version: int, step: int) -> bool:
         """Whether `step` steps of that version of the order took the samples that this one's take."""
         if version == REFERENCE_ORDER_VERSION:
             return True
@@ -87,7 +87,7 @@ def _step_ends(batches_per_epoch, accumulation):
 
 
 @lru_cache(maxsize=4)
-def reference_indices(num_samples, rank, size, seed, epoch):
+def reference_indices(num_samples: int, rank: int, size: int, seed: int, epoch: int) -> list[int]:
     """One rank's sample indices in one epoch: RandomSampler on one rank, DistributedSampler on several."""
     if size == 1:
         drawn = torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,7 @@ steps are shuffled. What fills no whole step opens the next window; an epoch's l
 import heapq
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from fastvid.data.sharing import Groups
 
 WINDOW = 4096  # units that are packed together
 OPEN = 64  # batches that are looked at for room
+
+Unit = tuple[int, list[int]]  # rows, and the samples that stay together in them
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +39,12 @@ class SampleRows:
     base: int = 0
 
     @property
-    def digest(self):
+    def digest(self) -> int:
         """A number that differs, almost surely, where any sample's rows do."""
         groups = b"" if self.groups is None else self.groups.of.tobytes()
         return zlib.crc32(self.own.tobytes() + self.shared.tobytes() + groups)
 
-    def units(self, indices, capacity):
+    def units(self, indices: np.ndarray, capacity: int) -> list[Unit]:
         """[(rows, samples)] of what stays together: a group, or a part of one where it has more than `capacity`
         rows."""
         own, shared = self.own[indices].tolist(), self.shared[indices].tolist()
@@ -79,7 +82,21 @@ class RowOrder:
         ValueError: a sample has more rows than `budget`.
     """
 
-    def __init__(self, *, counts, weights, epochs, max_steps, rows, budget, accumulation, rank, size, seed, name=None):
+    def __init__(
+        self,
+        *,
+        counts: tuple[int, ...],
+        weights: tuple[float, ...],
+        epochs: float,
+        max_steps: int,
+        rows: SampleRows,
+        budget: int,
+        accumulation: int,
+        rank: int,
+        size: int,
+        seed: int,
+        name: Callable[[int], str] | None = None,
+    ):
         longest = int((rows.own + rows.shared).argmax())
         needed = int(rows.own[longest] + rows.shared[longest]) + rows.base
         if needed > budget:
@@ -98,18 +115,18 @@ class RowOrder:
         self.total_steps = max_steps if max_steps > 0 else self._first_steps[-1]
 
     @property
-    def samples_per_step(self):
+    def samples_per_step(self) -> str:
         """What decides a step's samples, in words: their number varies."""
         return f"{self.size * self.accumulation} × {self.budget} rows (samples {self.rows.digest:08x})"
 
-    def epoch_after(self, step):
+    def epoch_after(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         if step == 0:
             return 0.0
         epoch, at = self._locate(step - 1)
         return (epoch * self.samples_per_epoch + int(self._done[epoch][at])) / self.samples_per_epoch
 
-    def micro_batches(self, step):
+    def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every
         rank."""
         epoch, at = self._locate(step)
@@ -140,7 +157,9 @@ class RowOrder:
         self._first_steps.append(self._first_steps[-1] + len(steps))
 
 
-def plan_steps(units, capacity, size, accumulation, rng):
+def plan_steps(
+    units: list[Unit], capacity: int, size: int, accumulation: int, rng: np.random.Generator
+) -> list[list[np.ndarray]]:
     """The steps of an epoch.
 
     Args:

@@ -5,6 +5,7 @@ With a budget of rows it is `fastvid.data.order.rows`'s; with ``--parity referen
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,24 +44,24 @@ class StreamOrder:
     groups: Groups | None = None
 
     @property
-    def samples_per_epoch(self):
+    def samples_per_epoch(self) -> int:
         return epoch_length(self.counts, self.weights)
 
     @property
-    def samples_per_step(self):
+    def samples_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.size
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         if self.max_steps > 0:
             return self.max_steps
         return max(1, math.ceil(self.epochs * self.samples_per_epoch / self.samples_per_step))
 
-    def epoch_after(self, step):
+    def epoch_after(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         return min(step * self.samples_per_step, self._total_samples()) / self.samples_per_epoch
 
-    def micro_batches(self, step):
+    def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's samples in `step` (from 0): one list of indices per micro-batch, the same number on every
         rank."""
         first = step * self.samples_per_step
@@ -101,10 +102,10 @@ class EvaluationOrder:
     size: int
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         return math.ceil(self.num_samples / (self.batch_size * self.size))
 
-    def micro_batches(self, step):
+    def micro_batches(self, step: int) -> list[list[int]]:
         """This rank's samples of validation batch `step`: one list of indices."""
         width = self.batch_size * self.size
         batch = range(step * width, min((step + 1) * width, self.num_samples))
@@ -112,7 +113,7 @@ class EvaluationOrder:
 
 
 @lru_cache(maxsize=4)
-def epoch_indices(counts, weights, seed, epoch):
+def epoch_indices(counts: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
     """Shuffled sample indices of one epoch of the stream.
 
     Args:
@@ -134,6 +135,6 @@ def epoch_indices(counts, weights, seed, epoch):
     return indices
 
 
-def epoch_length(counts, weights):
+def epoch_length(counts: Sequence[int], weights: Sequence[float]) -> int:
     """Samples per epoch."""
     return sum(round(weight * count) for count, weight in zip(counts, weights or [1.0] * len(counts)))

@@ -7,10 +7,13 @@ A GPU's decoder tells less of damage than FFmpeg, and its planes become the refe
 (`planes.can_gather`). Whatever is in doubt is `Unsuited`: PyAV decodes that video, or refuses it.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
+from fastvid.files import StrPath
 from fastvid.video.decode.container import Orientation, open_video, orientation, refuse_cut
 from fastvid.video.decode.info import MAX_PIXELS, VideoInfo
 from fastvid.video.decode.packets import scan
@@ -59,17 +62,17 @@ class Bitstream:
     @property
     def stored_size(self) -> tuple[int, int]:
         """Width and height of the picture as it is stored."""
-        size = self.info.width, self.info.height
-        return size[::-1] if self.turn.transpose else size
+        width, height = self.info.width, self.info.height
+        return (height, width) if self.turn.transpose else (width, height)
 
-    def packets(self):
+    def packets(self) -> Iterator[tuple[memoryview, int]]:
         """(bytes, frame number) of each packet."""
         view, start = memoryview(self.data), 0
         for end, number in zip(self.ends.tolist(), self.numbers.tolist()):
             yield view[start:end], number
             start = end
 
-    def described(self) -> dict:
+    def described(self) -> dict[str, Any]:
         """All but the arrays, as JSON can hold it."""
         return {
             "wanted": self.wanted,
@@ -80,7 +83,7 @@ class Bitstream:
         }
 
     @classmethod
-    def of(cls, described, data, ends, numbers):
+    def of(cls, described: dict[str, Any], data: bytes, ends: np.ndarray, numbers: np.ndarray) -> Self:
         """The bitstream that `described` describes."""
         return cls(
             data,
@@ -94,7 +97,9 @@ class Bitstream:
         )
 
 
-def read_bitstream(path, *, num_frames=100, indices=None, max_pixels=MAX_PIXELS) -> Bitstream:
+def read_bitstream(
+    path: StrPath, *, num_frames: int = 100, indices: Iterable[int] | None = None, max_pixels: int = MAX_PIXELS
+) -> Bitstream:
     """The packets that the frames standing for a video need, or those that `indices` names.
 
     Args: as `fastvid.video.decode.decode` takes them.
@@ -164,13 +169,13 @@ def _annex_b(stream, packets):
 
 
 def _with_start_codes(stream, packets):
-    import av
+    from av.bitstream import BitStreamFilterContext
 
     name = _ANNEX_B.get(stream.codec_context.codec.canonical_name)
     head = stream.codec_context.extradata
     if name is None or not head or head[0] != 1:  # of start codes already (ISO/IEC 14496-15 begins with version 1)
         return [bytes(packet) for packet in packets]
-    converter = av.bitstream.BitStreamFilterContext(name, stream)
+    converter = BitStreamFilterContext(name, stream)
     parts = []
     for packet in packets:
         made = converter.filter(packet)

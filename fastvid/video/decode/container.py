@@ -1,15 +1,24 @@
 """Containers: which file is opened as a video, which of its streams counts, and whether all of it is there."""
 
+from __future__ import annotations
+
 import math
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from torch import Tensor
 
-from fastvid.files import wrong_content
+from fastvid.files import StrPath, wrong_content
 from fastvid.video.decode.info import DecodeError
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
 
 # Containers of recorded video. Playlists (HLS, DASH, concat), which name other files and addresses, are not among them.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,dv,mxf,nut,rm,wtv,yuv4mpegpipe,h264,hevc,m4v,mpegvideo"
@@ -21,7 +30,7 @@ _STRAIGHT = 5  # degrees off a right angle that players, too, round away: phones
 
 
 @contextmanager
-def open_video(path):
+def open_video(path: StrPath) -> Iterator[tuple[InputContainer, VideoStream, Callable[[], list[str]]]]:
     """The container, its best video stream, and what FFmpeg says of damage; its errors become DecodeError.
 
     FFmpeg shows something in place of what is missing, and marks not every such frame: the third value, called, gives
@@ -34,11 +43,11 @@ def open_video(path):
 
 
 @contextmanager
-def open_again(path):
+def open_again(path: StrPath) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and stream of `open_video`, within a `log`: of one video, several at a time."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DecodeError(path, wrong_content(path))
+            raise DecodeError(path, wrong_content(path) or "is no regular file")
     except OSError as error:
         raise DecodeError(path, f"cannot be opened as a video ({error.strerror})") from error
     with _opened(path) as container:
@@ -70,7 +79,7 @@ def _opened(path):
         raise DecodeError(path, f"does not decode to its end ({error.strerror})") from error
 
 
-def _best(path, container):
+def _best(path, container: InputContainer) -> VideoStream:
     """The stream that FFmpeg thinks best, of those that are videos."""
     stream = container.streams.best("video")
     if stream is not None and _is_cover(stream):
@@ -79,11 +88,11 @@ def _best(path, container):
         raise DecodeError(path, "has no video stream")
     if stream.codec_context is None:
         raise DecodeError(path, "FFmpeg has no decoder for its codec")
-    return stream
+    return cast("VideoStream", stream)
 
 
 @contextmanager
-def log():
+def log() -> Iterator[list[tuple[int, str, str]]]:
     """FFmpeg's log lines of errors, (level, part, text), as they come, repeated ones too.
 
     To be left when every container opened within is closed, and their decoders' threads with them.
@@ -101,7 +110,7 @@ def log():
         av.logging.set_level(level)
 
 
-def complaints(lines, container, codec):
+def complaints(lines: Iterable[tuple[int, str, str]], container: str, codec: str) -> list[str]:
     """The texts among FFmpeg's log lines that speak of damage to a stream; the names are FFmpeg's."""
     found = []
     for _, part, text in lines:
@@ -113,12 +122,12 @@ def complaints(lines, container, codec):
 
 def _is_cover(stream):
     """Whether a stream is a still picture that belongs to the sound."""
-    import av
+    from av.stream import Disposition
 
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+    return bool(stream.disposition & Disposition.attached_pic)
 
 
-def refuse_cut(path, container, stream):
+def refuse_cut(path: StrPath, container: InputContainer, stream: VideoStream) -> None:
     """Raise DecodeError if the file is smaller than its container says, or lacks the container's end."""
     there, least = os.path.getsize(path), 0
     if "mov" in container.format.name:
@@ -159,7 +168,7 @@ class Orientation:
     mirror_rows: bool = False
     mirror_columns: bool = False
 
-    def upright(self, picture, axis=0):
+    def upright(self, picture: Tensor, axis: int = 0) -> Tensor:
         """A stored picture, a tensor whose rows are along `axis` and its columns along the next one, turned upright."""
         if self.transpose:
             picture = picture.transpose(axis, axis + 1)
@@ -167,7 +176,7 @@ class Orientation:
         return picture.flip(flipped) if flipped else picture
 
 
-def orientation(frame, path):
+def orientation(frame: VideoFrame, path: StrPath) -> Orientation:
     """How a frame's picture becomes upright.
 
     The display matrix is that of FFmpeg's ``libavutil/display.h``: x' = a·x + c·y, y' = b·x + d·y in 16.16 fixed point.

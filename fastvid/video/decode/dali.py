@@ -8,10 +8,13 @@ times. So it gets a file made for it: the packets that are needed, with times th
 beyond what FFmpeg or its parser refuses; containers and first frames are looked at before (`read_bitstream`).
 """
 
+from __future__ import annotations
+
 import io
 import threading
 from contextlib import ExitStack
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +22,9 @@ import torch
 from fastvid.video.decode import nvcuvid
 from fastvid.video.decode.bitstream import Bitstream, Unsuited
 from fastvid.video.decode.nvcuvid import NoDecoder
+
+if TYPE_CHECKING:
+    from fastvid.video.encoder import FeatureEncoder
 
 ON_CPU = ("vp8", "vp9", "mjpeg")  # codecs that DALI decodes on a CPU
 _START_CODES = ("h264", "hevc")  # codecs whose parameter sets a container wants apart
@@ -42,14 +48,14 @@ class DaliDecoder:
 
     conversion = "dali"
 
-    def __init__(self, device):
+    def __init__(self, device: str | torch.device):
         self.device = torch.device(device)
         self._on_gpu = self.device.type == "cuda"
         self.name, self._pipeline = f"dali {_dali().__version__}", None
         self.cancelled = False
         self._context = nvcuvid.context_of(self.device)
 
-    def takes(self, codec, width, height) -> bool:
+    def takes(self, codec: str, width: int, height: int) -> bool:
         """Whether pictures of a codec, by FFmpeg's name, and of a size are decoded."""
         return nvcuvid.takes(codec, width, height) if self._on_gpu else codec in ON_CPU
 
@@ -83,7 +89,7 @@ class DaliDecoder:
                 torch.cuda.current_stream(self.device).synchronize()
         return stream.turn.upright(frames, 1)
 
-    def patch_rows(self, stream, encoder) -> torch.Tensor:
+    def patch_rows(self, stream: Bitstream, encoder: FeatureEncoder) -> torch.Tensor:
         """The patch rows [T, P, K] of a video's wanted frames, as `decode` gives them: see `FeatureEncoder`."""
         frames = self.decode(stream)
         rows_TPK = encoder.frame_rows(frames)
@@ -91,7 +97,7 @@ class DaliDecoder:
             torch.cuda.current_stream(self.device).synchronize()
         return rows_TPK
 
-    def close(self):
+    def close(self) -> None:
         """Give the pipeline back. The next video makes another."""
         self._pipeline = None
 
@@ -108,12 +114,12 @@ class DaliDecoder:
         self._pipeline = pipeline
         return frames
 
-    def _built(self):
-        from nvidia.dali import fn, pipeline_def, types
-
+    def _built(self) -> Any:
+        dali = _dali()
+        fn, types = dali.fn, dali.types
         device_id = (self.device.index or 0) if self._on_gpu else None
 
-        @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, exec_dynamic=True, prefetch_queue_depth=1)
+        @dali.pipeline_def(batch_size=1, num_threads=1, device_id=device_id, exec_dynamic=True, prefetch_queue_depth=1)
         def decoding():
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, device="cpu")
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1, device="cpu")
@@ -137,7 +143,7 @@ class SizesSeen:
     def __init__(self):
         self._shown, self._lock = set(), threading.Lock()
 
-    def enter(self, stream):
+    def enter(self, stream: Bitstream) -> None:
         """Note a video's size, or raise Unsuited."""
         shown = stream.stored_size
         coded = {tuple(-(-side // unit) * unit for side in shown) for unit in _ALIGNED} | {stream.coded_size or shown}
@@ -150,7 +156,7 @@ class SizesSeen:
 _seen = SizesSeen()
 
 
-def as_matroska(stream) -> bytes:
+def as_matroska(stream: Bitstream) -> bytes:
     """A Matroska file of a bitstream's packets. Its frames follow each other at one interval, without gaps.
 
     Raises:
@@ -192,8 +198,8 @@ def _written(stream):
     return file.getvalue()
 
 
-def _dali():
-    """The package.
+def _dali() -> Any:
+    """The package, whose stubs lack most of what is used of it.
 
     Raises:
         NoDecoder: it is not there.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastvid.files import StrPath
+
 MAX_PIXELS = 8192 * 4320  # of a picture
 
 
@@ -13,7 +15,7 @@ class DecodeError(ValueError):
         reason: what is wrong with it.
     """
 
-    def __init__(self, path, reason):
+    def __init__(self, path: StrPath, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 

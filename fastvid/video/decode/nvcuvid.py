@@ -239,7 +239,7 @@ _BREAKING = {4, 214, 220, 700, 702, 709, 710, *range(714, 720)}
 
 
 @functools.lru_cache(maxsize=2)
-def library(name="libnvcuvid.so.1"):
+def library(name: str = "libnvcuvid.so.1") -> ctypes.CDLL:
     """The driver's library.
 
     Raises:
@@ -262,7 +262,7 @@ def _driver():
     return ctypes.CDLL("libcuda.so.1")
 
 
-def context_of(device):
+def context_of(device: torch.device) -> c_void_p | None:
     """The CUDA context of a torch device, for `use_context`; None of one that is no GPU."""
     if device.type != "cuda":
         return None
@@ -273,13 +273,13 @@ def context_of(device):
     return found
 
 
-def use_context(context):
+def use_context(context: c_void_p | None) -> None:
     """Make a context this thread's current one: a new thread has none until it calls CUDA's runtime."""
     if context is not None:
         check(_driver().cuCtxSetCurrent(context), "setting the CUDA context")
 
 
-def check(code, what):
+def check(code: int, what: str) -> None:
     """Raise NoDecoder if a call gave an error, a CUresult other than 0; RuntimeError if the process can do no more."""
     if code in _BREAKING:
         raise RuntimeError(f"CUDA error {code}: {what} failed, and so will all else that this process asks of the GPU")
@@ -289,7 +289,7 @@ def check(code, what):
         )
 
 
-def capabilities(codec, lib=None) -> Capabilities | None:
+def capabilities(codec: str, lib: ctypes.CDLL | None = None) -> Capabilities | None:
     """What the current device's decoder does with a codec in 8-bit 4:2:0, by FFmpeg's name; None: nothing.
 
     Raises:
@@ -302,7 +302,7 @@ def capabilities(codec, lib=None) -> Capabilities | None:
     return asked if asked.supported and asked.formats >> NV12 & 1 else None
 
 
-def takes(codec, width, height, lib=None) -> bool:
+def takes(codec: str, width: int, height: int, lib: ctypes.CDLL | None = None) -> bool:
     """Whether the current device's decoder takes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
     able = capabilities(codec, lib)
     return (

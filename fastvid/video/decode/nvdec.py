@@ -9,9 +9,13 @@ does not come, makes the video `Unsuited`: PyAV then decodes it, or refuses it. 
 changes its size. Not every damage is noticed: some wrong bits decode to a wrong picture without an error.
 """
 
+from __future__ import annotations
+
 import ctypes
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,11 +23,17 @@ from fastvid.video.decode import nvcuvid
 from fastvid.video.decode.bitstream import Bitstream, Unsuited
 from fastvid.video.decode.nvcuvid import NoDecoder, check
 
+if TYPE_CHECKING:
+    from fastvid.video.encoder import FeatureEncoder
+
 _TOGETHER = 4  # pictures that are handed on in one piece; as many again are decoded meanwhile
 _AHEAD = 4  # surfaces beyond those that the video needs, so that decoding goes on while pictures are shown
 _DELAY = 0  # frames that the parser holds back beyond what display order asks for
 CODECS = "h264", "hevc"  # that the hardware tells the status of (cuvidGetDecodeStatus)
 _WAITS = 2000  # milliseconds for the status of a picture
+
+Planes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # Y, U, V of a picture, uint8
+Piece = tuple[list[int], Planes]  # a picture, and its places among the wanted ones
 
 
 class NvDecoder:
@@ -43,7 +53,7 @@ class NvDecoder:
 
     conversion = "swscale"
 
-    def __init__(self, device, lib=None):
+    def __init__(self, device: str | torch.device, lib: ctypes.CDLL | None = None):
         self.device, self.lib = torch.device(device), lib or nvcuvid.library()
         self._decoder = self._created = None
         self.cancelled = False
@@ -55,11 +65,11 @@ class NvDecoder:
         )
         self.name = "nvdec" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
 
-    def takes(self, codec, width, height) -> bool:
+    def takes(self, codec: str, width: int, height: int) -> bool:
         """Whether the hardware decodes 8-bit 4:2:0 pictures of a codec, by FFmpeg's name, and of a size."""
         return codec in CODECS and nvcuvid.takes(codec, width, height, self.lib)
 
-    def decode(self, stream: Bitstream, take):
+    def decode(self, stream: Bitstream, take: Callable[[list[Piece]], object]) -> None:
         """Hand the wanted frames of a video to `take`, in display order.
 
         Args:
@@ -93,9 +103,9 @@ class NvDecoder:
             self.close()  # it may be in the middle of a picture
             raise
         finally:
-            self._stream = self._take = None  # they hold the packets, and what is made of them
+            del self._stream, self._take  # they hold the packets, and what is made of them
 
-    def patch_rows(self, stream, encoder) -> torch.Tensor:
+    def patch_rows(self, stream: Bitstream, encoder: FeatureEncoder) -> torch.Tensor:
         """The patch rows [T, P, K] of a video's wanted frames: see `FeatureEncoder`. Raises as `decode`."""
         rows_TPK = encoder.empty_patch_rows(len(stream.wanted))
 
@@ -108,7 +118,7 @@ class NvDecoder:
         self.decode(stream, take)
         return rows_TPK
 
-    def close(self):
+    def close(self) -> None:
         """Give the hardware decoder back. The next video makes another."""
         self._mapped, self._read = [], deque()
         if self._decoder is not None:
@@ -131,7 +141,7 @@ class NvDecoder:
         )
         check(self.lib.cuvidCreateVideoParser(ctypes.byref(parser), ctypes.byref(about)), "making a parser")
         try:
-            base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value
+            base = ctypes.cast(ctypes.c_char_p(self._stream.data), ctypes.c_void_p).value or 0
             start = 0
             for end, number in zip(self._stream.ends.tolist(), self._stream.numbers.tolist()):
                 if self.cancelled:
@@ -297,6 +307,7 @@ class NvDecoder:
 
     def _planes(self, address, pitch):
         """(Y, U, V) of a mapped picture, upright."""
+        assert self._area is not None, "a sequence begins before its pictures"
         left, top, _, coded_height = self._area
         width, height = self._stream.stored_size
         half = -(-height // 2), -(-width // 2)

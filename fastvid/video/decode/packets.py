@@ -12,9 +12,17 @@ have brought.
 H.264: ITU-T H.264, 7.3.1 (unit headers) and 7.4.1; HEVC: ITU-T H.265, 7.3.1.2; VP8: RFC 6386, 9.1.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
 
 # Every packet's key mark is to be believed. H.264 and HEVC also mark points from which pictures become right by and by.
 _KEYS_ARE_CLEAN = {"vp8", "vp9", "av1", "mjpeg", "ffv1"}
@@ -46,7 +54,7 @@ class Packets:
         """[frames] presentation times of the frames, in display order."""
         return np.sort(self.times[self.shown])
 
-    def needed(self, wanted) -> np.ndarray:
+    def needed(self, wanted: Sequence[int]) -> np.ndarray:
         """[P] bool, the packets to decode for frames `wanted` (numbers in display order)."""
         shown = np.flatnonzero(self.shown)
         in_order = shown[np.argsort(self.times[shown], kind="stable")]
@@ -59,7 +67,7 @@ class Packets:
             keep[start + last[-1] + 1 if len(last) else start : end] = False
         return keep
 
-    def shares(self, keep, count) -> list[np.ndarray]:
+    def shares(self, keep: np.ndarray, count: int) -> list[np.ndarray]:
         """The packets marked in `keep`, [P] bool, as at most `count` such masks, each of which decodes by itself."""
         cuts, total = [], int(keep.sum())
         done = np.concatenate([[0], np.cumsum(keep)])[np.flatnonzero(self.clean)]  # kept packets before each beginning
@@ -76,7 +84,7 @@ class Packets:
         return masks
 
 
-def scan(container, stream) -> Packets | None:
+def scan(container: InputContainer, stream: VideoStream) -> Packets | None:
     """The packets of a stream, or None where all of them have to be decoded."""
     codec = stream.codec_context.codec.canonical_name
     units = _UNITS.get(codec)

@@ -5,7 +5,14 @@ the chroma sample of the nearest whole pair: ``u[row // 2, column // 2]``. The n
 BT.601's, BT.709's and so on in 16-bit fixed point; all 2²⁴ triples of every one of them are tested.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 # FFmpeg's number of a colour space (libavutil/pixfmt.h): its row below. 2 is that of pictures that name none.
 _SPACES = {1: "709", 2: "601", 4: "fcc", 5: "601", 6: "601", 7: "240m", 9: "2020"}
@@ -21,7 +28,7 @@ _TOGETHER = 64  # rows that are converted in one piece, which stays in the proce
 _LUMA = ((9539, 128), (8192, 0))  # factor in 1/65536 of 8·Y less the offset, of limited and of full range
 
 
-def factors(colour_space, full_range):
+def factors(colour_space: int, full_range: bool) -> tuple[int, ...]:
     """(luma factor, luma offset, V to red, U to blue, U to green, V to green) of a conversion.
 
     Args:
@@ -34,7 +41,7 @@ def factors(colour_space, full_range):
     return *_LUMA[full_range], *_FACTORS[_SPACES[colour_space]][full_range]
 
 
-def to_rgb(y, u, v, colour_space, full_range):
+def to_rgb(y: np.ndarray, u: np.ndarray, v: np.ndarray, colour_space: int, full_range: bool) -> np.ndarray:
     """RGB of samples, bit for bit as swscale has it.
 
     Args:
@@ -72,7 +79,7 @@ def _convert(y, u, v, conversion, rgb):
         rgb[..., number] = np.clip(value, 0, 255, out=value)
 
 
-def can_gather(frame):
+def can_gather(frame: VideoFrame) -> bool:
     """Whether `gather` gives PyAV's own bytes of a decoded frame."""
     return (
         frame.format.name in ("yuv420p", "yuvj420p")
@@ -83,7 +90,7 @@ def can_gather(frame):
     )
 
 
-def gather(frame, rows, columns, rgb):
+def gather(frame: VideoFrame, rows: np.ndarray, columns: np.ndarray, rgb: np.ndarray) -> None:
     """Put the RGB of some pixels of a decoded frame into `rgb`.
 
     Args:
@@ -92,7 +99,8 @@ def gather(frame, rows, columns, rgb):
             h × w lie in the stored one.
         rgb: [h, w, 3] uint8.
     """
-    planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
+    buffers: list[Any] = list(frame.planes)  # as which they can be read, though PyAV's stubs do not say so
+    planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in buffers]
     full_range = frame.format.name == "yuvj420p" or frame.color_range == 2
     conversion = factors(int(frame.colorspace), full_range)
     if rows.shape[0] == 1:

@@ -14,14 +14,19 @@ for the whole video, and the frames chosen from that would stand for another one
 errors, or of which some do not come: FFmpeg shows others in their place.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastvid.files import StrPath
 from fastvid.video.decode.container import (
     Orientation,
     complaints,
@@ -36,20 +41,24 @@ from fastvid.video.decode.packets import scan
 from fastvid.video.decode.planes import can_gather, gather
 from fastvid.video.sampling import frame_indices, nearest_indices
 
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
+
 _MARKS_RUN_AHEAD = 3  # packets between a mark of a lost one and the place that it was lost at
 
 
 def decode(
-    path,
+    path: StrPath,
     *,
-    num_frames=100,
-    indices=None,
-    size=None,
-    max_pixels=MAX_PIXELS,
-    threads=0,
-    allow_damaged=False,
-    into=None,
-):
+    num_frames: int = 100,
+    indices: Iterable[int] | None = None,
+    size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    threads: int = 0,
+    allow_damaged: bool = False,
+    into: np.ndarray | None = None,
+) -> tuple[np.ndarray, VideoInfo]:
     """Decode the frames that stand for a video, or those asked for.
 
     Args:
@@ -89,7 +98,7 @@ def decode(
     return frames, info
 
 
-def duration(path) -> float:
+def duration(path: StrPath) -> float:
     """Seconds that a video lasts, as its container says; 0 if it does not.
 
     Raises:
@@ -101,7 +110,7 @@ def duration(path) -> float:
         return (container.duration or 0) / av.time_base
 
 
-def check_numbers(path, wanted, frames):
+def check_numbers(path: StrPath, wanted: Sequence[int], frames: int) -> None:
     """Raise DecodeError if a video of so many frames lacks one that is wanted."""
     if any(not 0 <= i < frames for i in wanted):
         raise DecodeError(path, f"holds {frames} frames; asked for {min(wanted)} … {max(wanted)}")
@@ -125,7 +134,7 @@ def _count_by_index(path):
 class _Pass:
     """One opening of a video; arguments as `decode`'s."""
 
-    path: str
+    path: StrPath
     size: int | None
     max_pixels: int
     threads: int = 0
@@ -147,8 +156,10 @@ class _Pass:
         with log() as lines:
             with ThreadPoolExecutor(len(shares)) as pool:
                 came = list(pool.map(lambda share, count: self._share(share, count, packets, at, held), shares, each))
-            if None in came or sum(came) != len(rows) or complaints(lines, *held.names):
+            filled = [count for count in came if count is not None]
+            if len(filled) < len(came) or sum(filled) != len(rows) or complaints(lines, *held.names):
                 return None
+        assert held.picture is not None
         return held.picture.frames, replace(held.picture.info, frames=packets.frames)
 
     def _share(self, keep, threads, packets, at, held):
@@ -264,7 +275,7 @@ class _Sent:
             raise DecodeError(path, "is cut short: its last packet is incomplete")
 
 
-def describe(container, stream, shape, turn) -> VideoInfo:
+def describe(container: InputContainer, stream: VideoStream, shape: tuple[int, int], turn: Orientation) -> VideoInfo:
     """What a video is, but for its frames, of a stored picture of (width, height) and how that is turned."""
     import av
 
@@ -303,13 +314,13 @@ class _Held:
 class _Picture:
     """What the first frame of a stream decides, and the frames taken so far."""
 
-    path: str
+    path: StrPath
     size: int | None
     shape: tuple[int, int]
     turn: Orientation
     info: VideoInfo
     frames: np.ndarray
-    source: tuple | None
+    source: tuple[np.ndarray, np.ndarray] | None
 
     @classmethod
     def of(cls, frame, container, stream, video, count):

@@ -19,9 +19,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
+from fastvid.files import StrPath
 from fastvid.video.decode import shared_frames
 from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
 from fastvid.video.decode.info import DecodeError, VideoInfo
@@ -39,28 +41,31 @@ class DecodeWorker:
         timeout: seconds after which a video is given up.
     """
 
-    def __init__(self, timeout=600.0):
+    def __init__(self, timeout: float = 600.0):
         self.timeout = timeout
-        self._process = self._connection = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         self._shared = SharedFrames()
 
-    def decode(self, path, **options):
+    def decode(self, path: StrPath, **options: Any) -> tuple[np.ndarray, VideoInfo]:
         """`fastvid.video.decode.decode(path, **options)`; a crash or time-out is a DecodeError, too.
 
         The time-out counts the video's own length as well.
         """
         return self.decode_and_hash(path, **options, digest=False)[:2]
 
-    def decode_and_hash(self, path, *, digest=True, **options):
+    def decode_and_hash(
+        self, path: StrPath, *, digest: bool = True, **options: Any
+    ) -> tuple[np.ndarray, VideoInfo, str | None]:
         """(frames, VideoInfo, SHA-256 of the file in hexadecimal, or None) of a video; otherwise as `decode`."""
         piece, size, count = None, options.get("size"), options.get("num_frames")
         if size and count and "indices" not in options:
             piece = self._shared.take(3 * size * size * count)
         try:
-            with self._answered(path, "frames", options, digest, piece) as reply:
+            with self._answered(path, "frames", options, digest, piece) as (reply, connection):
                 if piece is None:
                     frames = np.empty(reply["shape"], np.uint8)
-                    self._connection.recv_bytes_into(frames.reshape(-1))
+                    connection.recv_bytes_into(frames.reshape(-1))
                 else:
                     frames = self._shared.array(piece, reply["shape"])
                     piece = None  # the array's now
@@ -69,24 +74,25 @@ class DecodeWorker:
                 self._shared.release(piece)
         return frames, VideoInfo(**reply["info"]), reply["sha256"]
 
-    def read_bitstream(self, path, *, digest=True, **options) -> tuple[Bitstream, str | None]:
+    def read_bitstream(self, path: StrPath, *, digest: bool = True, **options: Any) -> tuple[Bitstream, str | None]:
         """(`read_bitstream(path, **options)`, SHA-256 of the file or None); otherwise as `decode`.
 
         Raises:
             Unsuited: it is PyAV's.
         """
-        with self._answered(path, "bitstream", options, digest) as reply:
+        with self._answered(path, "bitstream", options, digest) as (reply, connection):
             ends, numbers = (np.empty(reply["packets"], np.int64) for _ in range(2))
             for array in (ends, numbers):
-                self._connection.recv_bytes_into(array)
-            data = self._connection.recv_bytes()
+                connection.recv_bytes_into(array)
+            data = connection.recv_bytes()
         return Bitstream.of(reply["stream"], data, ends, numbers), reply["sha256"]
 
     @contextmanager
     def _answered(self, path, what, options, digest, piece=None):
-        """The head of the answer to a request; what follows it is read within. Frames come in a piece of memory."""
-        if self._process is None:
-            self._start()
+        """(head of the answer to a request, where what follows it is read within). Frames come in a piece of memory."""
+        if self._process is None or self._connection is None:
+            self._process, self._connection = self._started()
+        process, connection = self._process, self._connection
         try:
             request = {
                 "path": os.fspath(path),
@@ -97,15 +103,15 @@ class DecodeWorker:
             }
             if piece is not None:
                 request["into"], request["new"] = self._shared.number(piece)
-            self._connection.send_bytes(json.dumps(request).encode())
-            if request.get("new"):
-                shared_frames.send(piece, self._connection, self._process.pid)
-            reply = json.loads(self._connection.recv_bytes())
+            connection.send_bytes(json.dumps(request).encode())
+            if piece is not None and request["new"]:
+                shared_frames.send(piece, connection, process.pid)
+            reply = json.loads(connection.recv_bytes())
             if "unsuited" in reply:
                 raise Unsuited(reply["unsuited"])
             if "reason" in reply:
                 raise DecodeError(path, reply["reason"])
-            yield reply
+            yield reply, connection
         except (Unsuited, DecodeError):
             raise
         except (EOFError, OSError) as error:
@@ -114,24 +120,25 @@ class DecodeWorker:
             self.close()
             raise
 
-    def kill(self):
+    def kill(self) -> None:
         """End the process, whatever it is doing: a `decode` that waits for it in another thread fails."""
         if process := self._process:
             process.kill()
 
-    def close(self):
+    def close(self) -> None:
         """End the process, from the thread that decodes. The next `decode` starts another."""
-        if self._process is not None:
+        if self._process is not None and self._connection is not None:
             self._process.kill()
             self._process.wait()
             self._connection.close()
-            self._process = None
+            self._process = self._connection = None
             self._shared.clear()
 
-    def _start(self):
-        self._connection, theirs = Pipe()
+    def _started(self):
+        """A new process and the connection to it."""
+        ours, theirs = Pipe()
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -139,8 +146,10 @@ class DecodeWorker:
             env={**os.environ, "PYTHONPATH": paths},
         )
         theirs.close()
+        return process, ours
 
     def _cause_of_death(self, error):
+        assert self._process is not None
         try:
             code = self._process.wait(_TO_END)
         except subprocess.TimeoutExpired:  # it lives: this process could not speak to it
@@ -153,12 +162,12 @@ class DecodeWorker:
         return f"the decoder crashed ({name})"
 
 
-def limit(timeout, duration):
+def limit(timeout: float, duration: float) -> float:
     """Seconds that a video's decoding may take: the time-out and the video's own length, if that is to be believed."""
     return min(timeout + max(0.0, duration), _MOST_TIMES * timeout)
 
 
-def serve(connection):
+def serve(connection: Connection) -> None:
     """Answer requests until the other end closes. Interrupts are the parent's business."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -7,15 +7,15 @@ import os
 import re
 from pathlib import Path
 
-from fastvid.files import shown
-from fastvid.provenance import same_tower
+from fastvid.files import StrPath, shown
+from fastvid.provenance import Provenance, same_tower
 
 log = logging.getLogger("fastvid")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def revisions(tower) -> tuple[str, ...]:
+def revisions(tower: StrPath) -> tuple[str, ...]:
     """What identifies a tower's weights, best first: "sha256:" and a digest of a folder's files, or a hub's commit.
 
     A folder that came from the hub is known by both: its place in the hub's cache, or what ``hf download --local-dir``
@@ -30,13 +30,15 @@ def revisions(tower) -> tuple[str, ...]:
     if not os.path.isdir(tower):
         from transformers.utils import cached_file
 
-        folder = Path(cached_file(tower, "config.json")).parent  # in the hub's cache, snapshots/COMMIT/config.json
+        found = cached_file(tower, "config.json")
+        assert found is not None  # it raises where there is none
+        folder = Path(found).parent  # in the hub's cache, snapshots/COMMIT/config.json
         return folder.name, _digest(folder)
     folder = Path(os.path.realpath(tower))
     return tuple(filter(None, (_digest(folder), _commit(folder))))
 
 
-def check_tower(tower, trained, weights, flag="--vision_tower"):
+def check_tower(tower: StrPath, trained: Provenance, weights: StrPath, flag: str = "--vision_tower") -> None:
     """Refuse a tower that is not the one of the features that `weights` were trained on.
 
     Where that cannot be told, because one of them is known by a hub's commit alone, a line says so.
@@ -67,7 +69,7 @@ def check_tower(tower, trained, weights, flag="--vision_tower"):
         )
 
 
-def check_features(tower, made, folder):
+def check_features(tower: StrPath | None, made: Provenance, folder: StrPath) -> None:
     """Refuse a tower's folder that is not the one that made some features; a hub id is not looked at.
 
     Args:
@@ -88,7 +90,9 @@ def check_features(tower, made, folder):
         )
 
 
-def choose_tower(given, trained, weights, otherwise=None):
+def choose_tower(
+    given: StrPath | None, trained: Provenance, weights: StrPath, otherwise: StrPath | None = None
+) -> StrPath | None:
     """The tower to use: the given one, else that of the features that `weights` were trained on.
 
     A folder that is no longer where training found it is looked for beside the weights and the folders above them,
@@ -129,7 +133,7 @@ def _described(trained):
     return f"{shown(trained.tower or 'a tower without a name')} ({trained.tower_revision[:19]}…)"
 
 
-def is_path(tower):
+def is_path(tower: StrPath) -> bool:
     """Whether a folder is meant, be it here or not: a hub id has one slash, within."""
     tower = os.fspath(tower)
     return os.path.isdir(tower) or tower.startswith((".", "/", "~")) or tower.count("/") != 1

@@ -1,9 +1,17 @@
 """How near an FP8 tower's features are to those of the same tower as its weights are, measured in the run itself."""
 
+from __future__ import annotations
+
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cosine_similarity
+
+if TYPE_CHECKING:
+    from fastvid.video.encoder import FeatureEncoder
+    from fastvid.video.pipeline import Prepared
 
 
 class Fidelity:
@@ -13,10 +21,10 @@ class Fidelity:
         make_encoder: makes the `FeatureEncoder` of the unquantised tower.
     """
 
-    def __init__(self, make_encoder):
+    def __init__(self, make_encoder: Callable[[], FeatureEncoder]):
         self._make, self._first, self._line = make_encoder, threading.Lock(), None
 
-    def compare(self, name, prepared, features_RC):
+    def compare(self, name: str, prepared: Prepared, features_RC: torch.Tensor) -> None:
         """Compare a video's features, unless another's were. From any thread.
 
         Args:
@@ -28,11 +36,11 @@ class Fidelity:
             return
         try:
             encoder = self._make()
-            exact_RC = (
-                encoder.encode(prepared.frames)
-                if prepared.patches is None
-                else encoder.encode_patches(prepared.patches)
-            )
+            if prepared.patches is not None:
+                exact_RC = encoder.encode_patches(prepared.patches)
+            else:
+                assert prepared.frames is not None
+                exact_RC = encoder.encode(prepared.frames)
         except torch.OutOfMemoryError:
             self._line = "--tower_dtype fp8: there was no memory to compare its features with the unquantised tower's"
             return

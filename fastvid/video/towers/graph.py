@@ -9,12 +9,17 @@ Dimensions: B images of a pass, P patches of an image, K values of a patch row, 
 import functools
 import logging
 import threading
+from collections.abc import Callable
 
 import torch
 from fastvid_kernels.patch_rows import row_length
 from torch import Tensor
 
+from fastvid.video.towers.transformer import VisionTower
+
 log = logging.getLogger("fastvid")
+
+States = Callable[[Tensor], Tensor]  # patch rows [B, P, K] to states [B, P, C]
 
 _WARM_UP = 2  # passes before the capture: kernels are compiled and loaded, libraries choose theirs and make workspaces
 _CAPTURING = threading.Lock()  # what begins a capture waits for the whole device, which no stream in capture allows
@@ -39,7 +44,14 @@ class GraphedStates:
         captured: whether calls are replays by now.
     """
 
-    def __init__(self, tower, batch_size: int, device: torch.device, *, capture=None):
+    def __init__(
+        self,
+        tower: VisionTower,
+        batch_size: int,
+        device: torch.device,
+        *,
+        capture: Callable[[States, Tensor], Callable[[], Tensor]] | None = None,
+    ):
         self._states, self._capture = tower.states, capture or (captured if device.type == "cuda" else None)
         self._replay = None
         self._patches_BPK = torch.zeros(
@@ -70,7 +82,7 @@ class GraphedStates:
         return (self._states(self._patches_BPK) if self._replay is None else self._replay())[:count]
 
 
-def captured(states, patches_BPK: Tensor):
+def captured(states: States, patches_BPK: Tensor) -> Callable[[], Tensor]:
     """A function that computes ``states(patches_BPK)`` of whatever `patches_BPK` then holds, and returns it.
 
     It returns the same tensor in every call, and works on the stream that is current then. Other threads may work

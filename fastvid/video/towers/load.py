@@ -1,20 +1,26 @@
 """Vision towers as Hugging Face stores them: which kind a folder or hub id holds, its weights, its preprocessing."""
 
+from __future__ import annotations
+
 import json
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvid.files import is_url, shown, wrong_content
+from fastvid.files import StrPath, is_url, shown, wrong_content
 from fastvid.video.towers.choice import is_path
 from fastvid.video.towers.clip import ClipTower
 from fastvid.video.towers.siglip import SiglipTower, picture_size
 from fastvid.video.towers.transformer import VisionTower
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+
 _SIZES = "image_size", "patch_size", "hidden_size"
 
 
-def open_tower(tower, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> VisionTower:
+def open_tower(tower: StrPath, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> VisionTower:
     """The tower of a folder or hub id, of the kind that its config.json names.
 
     Args:
@@ -30,12 +36,12 @@ def open_tower(tower, device: torch.device, dtype: torch.dtype, *, fp8: bool = F
     return kind(model, processor_settings(tower, kind is SiglipTower), device, fp8=fp8)
 
 
-def is_siglip(model) -> bool:
+def is_siglip(model: PreTrainedModel | PreTrainedConfig) -> bool:
     """Whether transformers' tower, or its configuration, is SigLIP's rather than CLIP's."""
     return getattr(model, "config", model).model_type == "siglip_vision_model"
 
 
-def load_tower(tower, dtype):
+def load_tower(tower: StrPath, dtype: torch.dtype) -> CLIPVisionModel | SiglipVisionModel:
     """The CLIPVisionModel or SiglipVisionModel of a folder or hub id, in evaluation mode, on the CPU.
 
     Raises:
@@ -49,11 +55,12 @@ def load_tower(tower, dtype):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # otherwise a whole model's unused text tower is listed weight by weight
     try:
-        model, info = kind.from_pretrained(tower, dtype=dtype, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(tower, error) from error
     finally:
         logging.set_verbosity(verbosity)
+    model, info = loaded  # as that option has it
     if info["missing_keys"]:
         raise ValueError(
             f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {config.get('model_type')}): it "
@@ -62,7 +69,7 @@ def load_tower(tower, dtype):
     return model.eval()
 
 
-def tower_sizes(tower) -> tuple[int, int, int]:
+def tower_sizes(tower: StrPath) -> tuple[int, int, int]:
     """(image size, patch size, channels) of a folder or hub id, by its configuration: no weights are read.
 
     Raises:
@@ -156,7 +163,7 @@ def _files(tower):
     return [path for name in names if os.path.lexists(path := os.path.join(tower, name))]
 
 
-def processor_settings(tower, siglip: bool = False) -> dict:
+def processor_settings(tower: StrPath, siglip: bool = False) -> dict[str, Any]:
     """A tower's preprocessor_config.json; what it does not say of "image_mean" and "image_std" is its kind's."""
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.image_utils import (

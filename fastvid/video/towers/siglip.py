@@ -4,7 +4,16 @@ Its states are ``hidden_states[-2]`` of ``SiglipVisionModel``, all rows of it. P
 do where a patch has 14, are left out.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
 from fastvid.video.towers.transformer import VisionTower
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
 
 class SiglipTower(VisionTower):
@@ -14,7 +23,14 @@ class SiglipTower(VisionTower):
         ValueError: as `VisionTower`; pictures of that size have another number of patches than the tower.
     """
 
-    def __init__(self, model, settings, device, *, fp8=False):
+    def __init__(
+        self,
+        model: CLIPVisionModel | SiglipVisionModel,
+        settings: dict[str, Any],
+        device: torch.device,
+        *,
+        fp8: bool = False,
+    ):
         super().__init__(model, settings, device, fp8=fp8)
         self.image_size = picture_size(settings, self.image_size, self.patch_size)
 

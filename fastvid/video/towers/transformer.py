@@ -7,8 +7,11 @@ In fp32 on a CPU the states are those of transformers' layers to the bit. In 16 
 and rounded less often.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastvid_kernels.add_layer_norm import add_layer_norm
@@ -18,6 +21,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from fastvid.video.towers.products import Fp8Product, Product
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel, SiglipVisionModel
 
 _Norm = tuple[Tensor, Tensor]  # weight and bias
 
@@ -53,9 +59,14 @@ class VisionTower:
     """
 
     @torch.no_grad()
-    def __init__(self, model, settings: dict, device: torch.device, *, fp8: bool = False):
-        config, embeddings = model.config, model.embeddings
-        self.image_size, self.patch_size = config.image_size, config.patch_size
+    def __init__(
+        self, model: CLIPVisionModel | SiglipVisionModel, settings: dict, device: torch.device, *, fp8: bool = False
+    ):
+        config: Any = model.config  # transformers types neither its settings nor its modules as they are here
+        embeddings: Any = model.embeddings
+        layers: Any = model.encoder.layers
+        self.image_size: int = config.image_size
+        self.patch_size: int = config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.hidden_size, self._heads, self._eps = (
             config.hidden_size,
@@ -70,8 +81,10 @@ class VisionTower:
 
         def product(*parts):
             """Of a linear layer, or of several side by side. A single one's weights are not copied."""
-            pairs = [(part.weight.detach(), part.bias.detach()) for part in parts]
-            weight_OI, bias_O = ((torch.cat(some) if len(some) > 1 else some[0]).to(device) for some in zip(*pairs))
+            weights, biases = ([getattr(part, name).detach() for part in parts] for name in ("weight", "bias"))
+            weight_OI, bias_O = (
+                (torch.cat(some) if len(some) > 1 else some[0]).to(device) for some in (weights, biases)
+            )
             return Fp8Product(weight_OI, bias_O) if fp8 else Product(weight_OI, bias_O)
 
         patch_embedding = embeddings.patch_embedding
@@ -90,7 +103,7 @@ class VisionTower:
                 # Activations of other names may have weights of their own.
                 activation=quick_gelu if config.hidden_act == "quick_gelu" else layer.mlp.activation_fn.to(device),
             )
-            for layer in model.encoder.layers[:-1]
+            for layer in layers[:-1]
         ]
 
     # What stands before the patches' rows, and what all rows pass before the first layer: of some towers nothing.
@@ -109,10 +122,11 @@ class VisionTower:
             patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
         """
         B, C = len(patches_BPK), self.hidden_size
-        before = 0 if self._class_row_C is None else 1
+        class_row_C = self._class_row_C
+        before = 0 if class_row_C is None else 1
         rows_BSC = patches_BPK.new_empty(B, before + self.num_patches, C)
-        if before:
-            rows_BSC[:, 0] = self._class_row_C
+        if class_row_C is not None:
+            rows_BSC[:, 0] = class_row_C
         torch.add(
             linear(patches_BPK, self._patch_weight_CK, self._patch_bias_C), self._position_PC, out=rows_BSC[:, before:]
         )
@@ -128,7 +142,7 @@ class VisionTower:
             residual_NC = residual_NC + branch_NC
         return residual_NC.view(B, -1, C)[:, before:]
 
-    def _normalised(self, residual_NC, branch_NC, norm):
+    def _normalised(self, residual_NC: Tensor, branch_NC: Tensor | None, norm: _Norm):
         return add_layer_norm(residual_NC, branch_NC, *norm, self._eps)
 
     def _attend(self, qkv, images):
