@@ -1,5 +1,5 @@
 # What a developer types. Each target is a script that works without make as well.
-.PHONY: fast test lint format bench docs
+.PHONY: fast test lint types format bench docs
 
 fast:    ## tests that take seconds: after every change
 	bash scripts/test.sh -q -m "not slow"
@@ -9,6 +9,9 @@ test:    ## all tests
 
 lint:    ## what the linter and the formatter find
 	ruff check . && ruff format --check .
+
+types:   ## what the type checker finds
+	basedpyright
 
 format:  ## lay out the code
 	ruff check --fix . && ruff format .

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -67,15 +68,16 @@ def modules():
     return found
 
 
-def imports(name, source, known):
-    """Names of the modules that a module imports, at its top or in a function; `import` under __main__ not counted."""
+def imports(name, source, known, but_under=("__name__",)):
+    """Names of the modules that a module imports, at its top or in a function; not under an `if` of these names."""
     package = name if known.get(name, "") == "package" else name.rpartition(".")[0]
     tree = ast.parse(source)
     tree.body = [
         node
         for node in tree.body
         if not (
-            isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+            isinstance(node, ast.If)
+            and {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}.intersection(but_under)
         )
     ]
     for node in ast.walk(tree):
@@ -108,6 +110,7 @@ def faults(sources, packages=()):
     known = {name: "package" if name in packages else "module" for name in sources}
     graph = {name: set() for name in sources}
     for name, source in sources.items():
+        when_run = set(imports(name, source, known, but_under=("__name__", "TYPE_CHECKING")))
         for imported in imports(name, source, known):
             top = imported.partition(".")[0]
             if top not in PACKAGES:
@@ -116,7 +119,8 @@ def faults(sources, packages=()):
                 if top in HOMES and not any(name.startswith(home) for home in HOMES[top]):
                     yield f"{name} imports {imported}, whose home is {', '.join(HOMES[top])}"
             elif imported != "fastvid":
-                graph[name].add(imported)
+                if imported in when_run:
+                    graph[name].add(imported)
                 if not any(below(imported, each) for each in allowed(name)):
                     yield f"{name} imports {imported}"
     try:
@@ -154,6 +158,7 @@ def test_imports_keep_to_the_layers():
         ("fastvid.model.decoder", "def f():\n    import flash_attn"),
         ("fastvid.train", "import matplotlib.pyplot"),
         ("fastvid.video.sampling", "def f():\n    from fastvid.video import encoder"),
+        ("fastvid.video.sampling", "if TYPE_CHECKING:\n    from fastvid.data.records import place"),
     ],
 )
 def test_a_broken_rule_is_seen(name, source):
@@ -192,6 +197,8 @@ def test_what_the_rules_allow():
         "    from fastvid.cli import run",
         "fastvid.export": "from fastvid.features import file",
         "fastvid.cli": "import fastvid.chat",
+        "fastvid.video.encoder": "from fastvid.video.passes import Passes",
+        "fastvid.video.passes": "if TYPE_CHECKING:\n    from fastvid.video.encoder import FeatureEncoder",
     }
     assert list(faults(sources, ["fastvid", "fastvid.data"])) == []
 
@@ -216,6 +223,57 @@ def test_files_are_short():
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
     counts = {path: sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) for path, tree in trees.items()}
     assert {path: count for path, count in counts.items() if count > MOST_STATEMENTS} == {}
+
+
+def untyped(source):
+    """The parameters of a module's public functions and methods that have no type, and their results without one."""
+
+    def public(node, inside):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+                yield from public(child, f"{inside}{child.name}.")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                if not child.name.startswith("_") or child.name.endswith("__"):
+                    yield f"{inside}{child.name}", child, bool(inside)
+
+    for name, function, is_method in public(ast.parse(source), ""):
+        takes = function.args
+        parameters = [*takes.posonlyargs, *takes.args]
+        if is_method and not any(
+            isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in function.decorator_list
+        ):
+            parameters = parameters[1:]
+        parameters += [*takes.kwonlyargs, *filter(None, (takes.vararg, takes.kwarg))]
+        yield from (f"{name}: {parameter.arg}" for parameter in parameters if parameter.annotation is None)
+        if function.returns is None and not name.endswith("__init__"):
+            yield f"{name}: its result"
+
+
+def test_public_functions_have_types():
+    without = [
+        ROOT / path for path in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["ignore"]
+    ]
+    assert all(path.exists() for path in without)
+    typed = [path for path in modules().values() if not any(path.is_relative_to(each) for each in without)]
+    assert [f"{path.relative_to(ROOT)}: {what}" for path in typed for what in untyped(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("def f(a: int, *, b: int = 0) -> None: ...", []),
+        ("def f(a, /, b: int, *c, d=0, **e): ...", ["f: a", "f: d", "f: c", "f: e", "f: its result"]),
+        ("def _f(a): ...", []),
+        ("class A:\n    def __init__(self, a): ...", ["A.__init__: a"]),
+        ("class A:\n    def __call__(self): ...", ["A.__call__: its result"]),
+        ("class A:\n    @staticmethod\n    def f(a) -> int: ...", ["A.f: a"]),
+        ("class A:\n    def _f(self, a): ...", []),
+        ("class _A:\n    def f(self, a): ...", []),
+        ("async def f(a) -> int: ...", ["f: a"]),
+    ],
+)
+def test_a_missing_type_is_seen(source, found):
+    assert list(untyped(source)) == found
 
 
 @pytest.mark.slow
