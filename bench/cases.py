@@ -1,9 +1,9 @@
 """What a row of the kernels' benchmark is made of."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Callable
 
 import torch
 from fastvid_kernels.dispatch import INTERPRETED

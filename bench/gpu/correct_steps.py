@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import transformers.models.clip.modeling_clip  # noqa: F401  imported before the task's time begins
+import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama  # noqa: F401
 from safetensors.torch import load_file
 

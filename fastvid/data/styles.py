@@ -96,7 +96,7 @@ def half_character(text: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"{ascii(text[error.start])}, half of a surrogate pair, which is no character"
+        return f"{text[error.start]!a}, half of a surrogate pair, which is no character"
     return None
 
 

@@ -130,7 +130,7 @@ class VideoTokenizer:
         self._text_size = backend.size
         self._names = {ids[0]: token for token, ids in self._special.items()}
         strips = {token: flags.get(token, (True, True)) for token in added if token not in names}
-        strips |= {token: (True, True) for token in (PATCH, START, END, VIDEO)}
+        strips |= dict.fromkeys((PATCH, START, END, VIDEO), (True, True))
         self._before = {token for token, (left, _) in strips.items() if left}
         self._after = {token for token, (_, right) in strips.items() if right}
         longest_first = sorted(self._special, key=len, reverse=True)

@@ -71,9 +71,9 @@ class Encoder:
                 lines.append(line)
                 line = b""
             line += word
-        for line in reversed([*lines, line]):
+        for request in reversed([*lines, line]):
             try:
-                os.write(self._asks, line + b"\n")
+                os.write(self._asks, request + b"\n")
             except BrokenPipeError:  # it is dead, or has done all: who waits sees which
                 return
 

@@ -233,7 +233,7 @@ def test_a_run_of_too_many_skipped_samples_keeps_no_step_after_one_that_is_not_f
         == 1
     )
     assert "is not finite; " in capsys.readouterr().err
-    kept = [path for path in (tmp_path / "out").glob("checkpoint-*")]
+    kept = list((tmp_path / "out").glob("checkpoint-*"))
     assert len(kept) == 1 and kept[0].name < "checkpoint-6"
 
 
