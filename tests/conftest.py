@@ -15,8 +15,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# Recordings of the reference, its tokenizer and real clips. Large, so not part of the repository.
-SHARED = Path(os.environ.get("FASTVID_REFERENCE_DATA", ROOT.parent / "shared"))
+# Recordings of the reference: tests/golden/README.md.
+GOLDEN = Path(os.environ.get("FASTVID_REFERENCE_DATA", ROOT / "tests" / "golden"))
 
 
 def pytest_configure():
@@ -25,6 +25,8 @@ def pytest_configure():
     Triton decides when it and the kernels are first imported: here, before any test is. The variable must be gone
     again for the processes that tests start and for "auto", which reads it at each call.
     """
+    if not (GOLDEN / "tiny.py").is_file():
+        raise pytest.UsageError(f"FASTVID_REFERENCE_DATA: no recordings in {GOLDEN}; unset it to read tests/golden")
     if torch.cuda.is_available() or "fastvid_kernels" in sys.modules:
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -80,7 +82,7 @@ def fake_nvcuvid(tmp_path_factory):
     from fastvid.video.decode import nvcuvid
 
     if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
-        pytest.skip("no C compiler")
+        pytest.skip("no C compiler: apt-get install gcc")
     built = tmp_path_factory.mktemp("nvcuvid") / "fake.so"
     source = ROOT / "tests" / "support" / "fake_nvcuvid.c"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", built], check=True)
@@ -88,21 +90,25 @@ def fake_nvcuvid(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared():
+def golden():
     """Folder of the reference's recordings."""
-    if not (SHARED / "golden").is_dir():
-        pytest.skip(f"the reference's recordings are not at {SHARED}; set FASTVID_REFERENCE_DATA to their folder")
-    return SHARED
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
-def tiny(shared, tmp_path_factory):
-    """Folder with the tiny models, features, records and towers that the recordings were made on."""
+def recipe(golden):
+    """The recordings' tiny.py: what they were made on, drawn from seeds."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("tiny", shared / "golden" / "tiny.py")
+    spec = importlib.util.spec_from_file_location("tiny", golden / "tiny.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny(recipe, tmp_path_factory):
+    """Folder with the tiny models, features, records and towers that the recordings were made on."""
     folder = tmp_path_factory.mktemp("tiny")
-    module.main(str(folder))
+    recipe.main(str(folder))
     return folder

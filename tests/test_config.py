@@ -292,9 +292,9 @@ def test_what_code_asks_about_parts():
     assert not Trainable() and not Trainable(projector=True, head=True).adapter_only
 
 
-def test_what_the_reference_trains(shared):
+def test_what_the_reference_trains(golden):
     """The reference's table. Its boundary rows are the embedding table, everything else of which is detached."""
-    table = json.loads((shared / "golden" / "model.json").read_text())["trainable"]
+    table = json.loads((golden / "model.json").read_text())["trainable"]
     names = ("tune_mm_mlp_adapter", "freeze_backbone", "freeze_mm_mlp_adapter")
     for values in itertools.product([True, False], repeat=3):
         for start_end in (True, False):

@@ -25,17 +25,17 @@ def _run(command, *flags, cwd):
 
 @pytest.mark.parametrize("output", ["pgvl_convert", "pgvl_filter_a"])
 @pytest.mark.parametrize("form", ["json", "jsonl"])
-def test_the_reference_recordings(shared, tmp_path, capsys, output, form):
-    golden = json.loads((shared / "golden" / "convert.json").read_text())
-    expected = golden["outputs"][output]
+def test_the_reference_recordings(golden, tmp_path, capsys, output, form):
+    recorded = json.loads((golden / "convert.json").read_text())
+    expected = recorded["outputs"][output]
     flags = ["--input_json_file", str(tmp_path / f"in.{form}"), "--output_json_file", str(tmp_path / "out.json")]
     if output != "pgvl_convert":
-        names = golden["feature_dirs"]["fa"]
+        names = recorded["feature_dirs"]["fa"]
         (tmp_path / "features").mkdir()
         for name in names:
             (tmp_path / "features" / name).touch()
         flags += ["--clip_feature_path", str(tmp_path / "features")]
-    text = json.dumps(golden["input"]) if form == "json" else "\n".join(map(json.dumps, golden["input"]))
+    text = json.dumps(recorded["input"]) if form == "json" else "\n".join(map(json.dumps, recorded["input"]))
     (tmp_path / f"in.{form}").write_text(text)
     assert convert.main(flags) == expected["returncode"]
     assert (tmp_path / "out.json").read_bytes() == expected["raw_text"].encode()

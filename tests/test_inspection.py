@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import GOLDEN, ROOT
 
 from fastvid.config import InspectConfig
 from fastvid.data.tokenizer import load_tokenizer
@@ -15,8 +15,7 @@ from fastvid.features.file import save_features
 from fastvid.flags import parse
 from fastvid.inspection import inspect_records, main, render
 
-RECORDING = SHARED / "golden" / "tokens.json"
-RECORDED = json.loads(RECORDING.read_text()) if RECORDING.is_file() else {"results": {}}
+RECORDED = json.loads((GOLDEN / "tokens.json").read_text())
 TRAINING_FLAGS = [
     "--version",
     "v1",

@@ -385,7 +385,7 @@ def test_touching_something_is_seen(tmp_path):
 def test_lint():
     ruff = shutil.which("ruff", path=f"{sys.prefix}/bin")
     if ruff is None:
-        pytest.skip("ruff is not installed")
+        pytest.skip("ruff is not installed: pip install -e '.[test]'")
     for command in (["check"], ["format", "--check"]):
         result = subprocess.run([ruff, *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout

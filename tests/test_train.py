@@ -37,8 +37,8 @@ def straight(run):
 
 
 @pytest.mark.slow
-def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path):
-    recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]
+def test_reference_command_line_reaches_the_recorded_run(golden, tiny, tmp_path):
+    recorded = json.loads((golden / "model.json").read_text())["train"]["runs"]["336_main_r0"]
     output = tmp_path / "out"
     argv = [word.replace("WORK", str(tiny)) for word in recorded["argv"]]
     argv[argv.index("--output_dir") + 1] = str(output)
@@ -49,7 +49,7 @@ def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path)
     assert [line["loss"] for line in lines] == pytest.approx(recorded["losses"], abs=1e-5)
     assert [line["learning_rate"] for line in lines] == pytest.approx(recorded["lr"], abs=1e-15)
     assert [line["grad_norm"] for line in lines] == pytest.approx(recorded["total_norm"], rel=1e-5)
-    tensors = load_file(shared / "golden" / "model.safetensors")
+    tensors = load_file(golden / "model.safetensors")
     for step in range(1, 6):
         trained = checkpoint.read_full(output / f"checkpoint-{step}", "model")
         prefix = f"336/train_main/after_step{step}/"
@@ -59,7 +59,7 @@ def test_reference_command_line_reaches_the_recorded_run(shared, tiny, tmp_path)
             short = name.removeprefix(prefix).removeprefix("model.mm_projector.")
             ours = "boundary.weight" if "embed" in short else f"projector.{short}"
             assert (trained[ours] - tensors[name]).abs().max() <= 1e-7, (step, name)
-    keys = json.loads((shared / "golden" / "checkpoint.json").read_text())["runs"]["336_main_r0"]["bins"]
+    keys = json.loads((golden / "checkpoint.json").read_text())["runs"]["336_main_r0"]["bins"]
     state = torch.load(output / "mm_projector.bin", weights_only=True)
     assert [[name, list(t.shape), str(t.dtype)] for name, t in state.items()] == keys["mm_projector.bin"]
 

@@ -17,19 +17,19 @@ TRAINING = {
 }
 
 
-def test_the_reference_recordings(shared, tmp_path):
-    golden = json.loads((shared / "golden" / "convert.json").read_text())
+def test_the_reference_recordings(golden, tmp_path):
+    recorded = json.loads((golden / "convert.json").read_text())
     ids = {None: None}
-    for folder, names in golden["feature_dirs"].items():
+    for folder, names in recorded["feature_dirs"].items():
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / name).touch()
         ids[folder] = feature_ids(tmp_path / folder)
     for output, folder in (("pgvl_convert", None), ("pgvl_filter_a", "fa"), ("pgvl_filter_empty_dir", "fempty")):
-        done = convert_records(golden["input"], ids[folder])
+        done = convert_records(recorded["input"], ids[folder])
         write_records(tmp_path / "out.json", done.records)
-        assert (tmp_path / "out.json").read_bytes() == golden["outputs"][output]["raw_text"].encode()
-        assert done.dropped == [] and len(done.records) + len(done.absent) == len(golden["input"])
+        assert (tmp_path / "out.json").read_bytes() == recorded["outputs"][output]["raw_text"].encode()
+        assert done.dropped == [] and len(done.records) + len(done.absent) == len(recorded["input"])
 
 
 def test_the_place_of_the_video_follows_the_original_index():

@@ -55,8 +55,8 @@ def flat(order, steps=None):
     ]
 
 
-def test_reference_order_equals_the_recordings(shared):
-    recorded = json.loads((shared / "golden" / "order.json").read_text())
+def test_reference_order_equals_the_recordings(golden):
+    recorded = json.loads((golden / "order.json").read_text())
     assert [flat(reference(), range(5 * e, 5 * e + 5)) for e in range(3)] == recorded["single_n10_epochs3"]
     assert [[reference_indices(10, rank, 2, 42, epoch) for rank in range(2)] for epoch in range(2)] == recorded[
         "dist_n10_w2"

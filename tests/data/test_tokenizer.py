@@ -4,14 +4,13 @@ import json
 import shutil
 
 import pytest
-from conftest import SHARED
+from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvid.data.tokenizer import load_tokenizer
 
-RECORDING = SHARED / "golden" / "tokens.json"
-PROBES = json.loads(RECORDING.read_text())["probes_slow"] if RECORDING.is_file() else {}
+PROBES = json.loads((GOLDEN / "tokens.json").read_text())["probes_slow"]
 TEXT = (
     "A man rides a bike in the park. A woman walks, and the dog runs along the beach. What is the person doing in "
     "this video? The person plays cards; then they talk. USER: ASSISTANT: Two people dance in a room. "
@@ -65,10 +64,11 @@ def test_ids_are_the_references(tiny, text):
     assert [tokenizer.bos, *tokenizer.encode(text)] == PROBES[text]
 
 
-def test_folder_with_nothing_but_the_sentencepiece_model_gives_the_same_ids(shared):
-    tokenizer = load_tokenizer(shared / "tokenizer" / "llama2", True)
+def test_folder_with_nothing_but_the_sentencepiece_model_gives_the_same_ids(recipe, tiny, tmp_path):
+    shutil.copy(tiny / "model336" / "tokenizer.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path, True)
     assert {text: [tokenizer.bos, *tokenizer.encode(text)] for text in PROBES} == PROBES
-    assert tokenizer.tokens.added == (32000, 32001, 32002)
+    assert tokenizer.tokens.added == tuple(range(recipe.BASE_VOCAB, recipe.BASE_VOCAB + 3))
 
 
 @pytest.mark.slow
@@ -230,10 +230,10 @@ def test_saved_tokenizer_is_the_same(kind, use_start_end, request, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_reads_a_saved_tokenizer_alike(shared, tmp_path):
+def test_transformers_reads_a_saved_tokenizer_alike(tiny, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = load_tokenizer(shared / "tokenizer" / "llama2", True)
+    tokenizer = load_tokenizer(tiny / "model336", True)
     tokenizer.save(tmp_path)
     text = "USER: What is this?\n<vid_start><vid_patch><vid_patch><vid_end> ASSISTANT: a man</s>USER: And? ASSISTANT: x"
     assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == [tokenizer.bos, *tokenizer.encode(text)]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3, "seed": 2**40 + 7}
 IMPLEMENTATIONS = ("triton", "reference")
+LACKING = "bitsandbytes is not installed: pip install -e '.[gpu]'"
 
 
 def inputs(count=1000, dtype=torch.bfloat16, grad_dtype=None, seed=0):
@@ -78,7 +79,7 @@ def test_any_shape_and_step(count, dtype, grad_dtype, step, seed):
 
 
 def test_maps_are_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = pytest.importorskip("bitsandbytes.functional", reason=LACKING)
     for signed in (True, False):
         assert torch.equal(dynamic_map(signed), functional.create_dynamic_map(signed))
 
@@ -152,7 +153,7 @@ def test_steps_on_the_state_of_bitsandbytes(impl, dtype):
 
     bitsandbytes on the CPU does not always find the nearest code.
     """
-    AdamW8bit = pytest.importorskip("bitsandbytes.optim").AdamW8bit
+    AdamW8bit = pytest.importorskip("bitsandbytes.optim", reason=LACKING).AdamW8bit
     param, grad = (x.cpu() for x in inputs(4096 + 100, torch.float32)[:2])
     theirs = torch.nn.Parameter(param.clone())
     keys = ("lr", "eps", "weight_decay")

@@ -160,8 +160,8 @@ def test_scale_and_offset_replace_the_table_where_they_equal_it(dtype, holds):
 
 
 @each_impl
-def test_pixel_values_of_the_recordings(shared, impl):
-    recorded = json.loads((shared / "golden" / "preprocess.json").read_text())
+def test_pixel_values_of_the_recordings(golden, impl):
+    recorded = json.loads((golden / "preprocess.json").read_text())
     frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     for dtype, expected in (
         (torch.float32, np.array([[int(v, 16) for v in row] for row in recorded["lut_f32_hex"]], np.uint32)),
@@ -172,8 +172,8 @@ def test_pixel_values_of_the_recordings(shared, impl):
 
 
 @pytest.mark.slow
-def test_nearest_maps_of_the_recordings(shared):
-    recorded = json.loads((shared / "golden" / "preprocess.json").read_text())["nearest"]
+def test_nearest_maps_of_the_recordings(golden):
+    recorded = json.loads((golden / "preprocess.json").read_text())["nearest"]
     identity = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
     for key, maps in recorded.items():
         height, width, size = map(int, key.replace("->", "x").split("x"))

@@ -197,10 +197,10 @@ def test_odd_heights_are_of_the_formula(impl):
 
 @pytest.mark.slow
 @each_impl
-def test_real_videos(shared, impl):
+def test_clips_of_the_recordings(golden, impl):
     """Every clip of 8-bit 4:2:0; the first at the tower's own size, others at one small enough to be interpreted."""
     seen = []
-    for path in sorted((shared / "videos").glob("*")):
+    for path in sorted((golden / "videos").glob("*")):
         try:
             with av.open(str(path)) as container:
                 frame = next(container.decode(video=0))

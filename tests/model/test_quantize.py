@@ -214,7 +214,7 @@ def test_nf4_without_bitsandbytes_is_refused(monkeypatch):
 @pytest.mark.parametrize("frozen_dtype", FORMATS)
 def test_a_gpu_computes_what_the_cpu_does(frozen_dtype, outputs):
     if frozen_dtype == "nf4":
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[gpu]'")
     elif frozen_dtype == "fp8" and torch.cuda.get_device_capability() < quantize.FP8_CAPABILITY:
         pytest.skip("no FP8 units")
     weight, results = random(OUT, IN, scale=0.02), []

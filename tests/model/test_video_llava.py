@@ -1,7 +1,6 @@
 """The whole model: against the reference's recordings, what is trained, empty batches, FSDP2."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 
@@ -35,13 +34,15 @@ PROJECTORS = {"336": "mlp2x_gelu", "224": "linear"}
 
 
 @pytest.fixture(scope="module")
-def recorded(shared):
+def recorded(golden, recipe):
     """(tiny.py, tensors, values) of the reference's recordings."""
-    spec = importlib.util.spec_from_file_location("tiny_weights", shared / "golden" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    golden = shared / "golden"
-    return module, load_file(golden / "model.safetensors"), json.loads((golden / "model.json").read_text())
+    return recipe, load_file(golden / "model.safetensors"), json.loads((golden / "model.json").read_text())
+
+
+def new_rows(recorded, variant, kind):
+    """[3, D]: the rows that the reference gave the three video tokens."""
+    tiny, tensors, _ = recorded
+    return tensors[f"{variant}/init/{kind}_rows_{tiny.BASE_VOCAB}_{tiny.BASE_VOCAB + 2}"]
 
 
 def recorded_model(recorded, variant, rows, head_rows, trainable):
@@ -106,13 +107,13 @@ def recorded_batch(recorded, variant, key, *, start_end):
     targets = torch.cat([row[:n] for row, n in zip(labels, lengths)])
     # A row predicts the next row's label; a sample's first label is never predicted.
     predicted = (targets >= 0).nonzero()[:, 0]
-    boundaries = [(tokens == token).nonzero()[:, 0] for token in (32001, 32002)]
+    boundaries = [(tokens == token).nonzero()[:, 0] for token in (tiny.BASE_VOCAB + 1, tiny.BASE_VOCAB + 2)]
     features = torch.cat([torch.from_numpy(tiny.features(variant, i)) for i in (0, 1)])
     return PackedBatch(
         token_ids=tokens,
         positions=torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]),
         layout=AttentionLayout.of_lengths(lengths),
-        video_rows=(tokens == 32000).nonzero()[:, 0],
+        video_rows=(tokens == tiny.BASE_VOCAB).nonzero()[:, 0],
         features=features,
         boundary_rows=torch.stack(boundaries, 1).flatten() if start_end else torch.empty(0, dtype=torch.int64),
         loss_rows=predicted - 1,
@@ -157,8 +158,8 @@ def test_recorded_video_batch(recorded, variant):
     model = recorded_model(
         recorded,
         variant,
-        tensors[f"{variant}/init/embed_rows_32000_32002"],
-        tensors[f"{variant}/init/lm_head_rows_32000_32002"],
+        new_rows(recorded, variant, "embed"),
+        new_rows(recorded, variant, "lm_head"),
         ADAPTER,
     )
     batch = recorded_batch(recorded, variant, key, start_end=True)
@@ -184,10 +185,10 @@ def test_recorded_video_batch(recorded, variant):
 @pytest.mark.slow
 def test_recorded_distinct_boundary_rows(recorded):
     """At initialisation start and end rows are equal; here they are not, so that their order counts."""
-    _, tensors, values = recorded
-    rows = tensors["336/init/embed_rows_32000_32002"].clone()
-    rows[1:] = tensors["336/distinct/embed_rows_32001_32002"]
-    model = recorded_model(recorded, "336", rows, tensors["336/init/lm_head_rows_32000_32002"], ADAPTER)
+    tiny, tensors, values = recorded
+    rows = new_rows(recorded, "336", "embed").clone()
+    rows[1:] = tensors[f"336/distinct/embed_rows_{tiny.BASE_VOCAB + 1}_{tiny.BASE_VOCAB + 2}"]
+    model = recorded_model(recorded, "336", rows, new_rows(recorded, "336", "lm_head"), ADAPTER)
     batch = recorded_batch(recorded, "336", "336/video", start_end=True)
     _, found = check_loss_and_lse(
         model, batch, values["variants"]["336"]["distinct"]["loss"], tensors["336/distinct/lse"]
@@ -197,13 +198,13 @@ def test_recorded_distinct_boundary_rows(recorded):
 
 @pytest.mark.slow
 def test_recorded_batch_without_start_and_end_tokens(recorded):
-    _, tensors, values = recorded
+    tiny, tensors, values = recorded
     values = values["variants"]["336"]["nose"]
     model = recorded_model(
         recorded,
         "336",
-        tensors["336/nose/embed_row_32000"],
-        tensors["336/nose/lm_head_row_32000"],
+        tensors[f"336/nose/embed_row_{tiny.BASE_VOCAB}"],
+        tensors[f"336/nose/lm_head_row_{tiny.BASE_VOCAB}"],
         Trainable(projector=True, embed=True, head=True),
     )
     batch = recorded_batch(recorded, "336", "336/nose", start_end=False)

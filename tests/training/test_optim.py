@@ -46,8 +46,8 @@ def give_gradients(parameters, scale=1.0):
         p.grad = torch.randn_like(p) * scale
 
 
-def test_cosine_schedule_equals_the_recordings(shared):
-    recorded = json.loads((shared / "golden" / "order.json").read_text())["lr_schedule"]
+def test_cosine_schedule_equals_the_recordings(golden):
+    recorded = json.loads((golden / "order.json").read_text())["lr_schedule"]
     for name, table in recorded.items():
         total, ratio = (float(part.split("=")[1]) for part in name.split(","))
         warmup = math.ceil(total * ratio)

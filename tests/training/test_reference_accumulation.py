@@ -15,24 +15,18 @@ from fastvid.dist import parallel
 from fastvid.flags import parse
 from fastvid.training.metrics import read_metrics
 
-# Of the reference's own run (336-pixel folders, learning rate 2e-5, warm-up .03); losses as its log prints them.
-LOSSES = [11.0873, 10.9103, 11.0776, 10.9915]
-NORMS = [2.60560560, 2.35227704, 3.41555572, 3.52964973]
-RATES = [0, 2e-5, 1.5e-5, 5e-6]
-ORDER = [[[4, 2], [8, 9]], [[1, 7], [0, 3]], [[5, 6], [6, 2]], [[3, 8], [5, 4]]]
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    """The reference's own run: two epochs of five micro-batches, two of them a step."""
+    return json.loads((golden / "model.json").read_text())["train"]["runs"]["336_accumulated_r0"]
 
 
 @pytest.fixture(scope="module")
-def argv(shared, tiny):
-    """The recorded command line, but for accumulation and epochs; the output folder comes last."""
-    recorded = json.loads((shared / "golden" / "model.json").read_text())["train"]["runs"]["336_main_r0"]["argv"]
-    argv = [word.replace("WORK", str(tiny)) for word in recorded]
-    for flag, value in (
-        ("--gradient_accumulation_steps", "2"),
-        ("--num_train_epochs", "2"),
-        ("--save_strategy", "steps"),
-    ):
-        argv[argv.index(flag) + 1] = value
+def argv(recorded, tiny):
+    """The recorded command line; the output folder comes last."""
+    argv = [word.replace("WORK", str(tiny)) for word in recorded["argv"]]
+    argv[argv.index("--save_strategy") + 1] = "steps"
     return [*argv, "--parity", "reference", "--save_steps", "1", "--output_dir"]
 
 
@@ -44,37 +38,36 @@ def straight(argv, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_recorded_run_is_reached(straight):
+def test_the_recorded_run_is_reached(recorded, straight):
     lines = read_metrics(straight / "metrics.jsonl")
-    assert [line["loss"] for line in lines] == pytest.approx(LOSSES, abs=6e-5)  # four decimals, and 1e-5
-    assert [line["grad_norm"] for line in lines] == pytest.approx(NORMS, rel=1e-5)
-    assert [line["learning_rate"] for line in lines] == pytest.approx(RATES, abs=1e-15)
+    assert [line["loss"] for line in lines] == pytest.approx(recorded["losses"], abs=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(recorded["total_norm"], rel=1e-5)
+    assert [line["learning_rate"] for line in lines] == pytest.approx(recorded["lr"], abs=1e-15)
     assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.2, 1.6]
 
 
 @pytest.mark.slow
-def test_parameters_are_those_of_a_plain_loop(argv, straight, tmp_path):
+def test_parameters_are_those_of_a_plain_loop(recorded, argv, straight, tmp_path):
     """Torch's own AdamW, clipping and schedule over the recorded order."""
     config = parse(TrainConfig, [*argv, str(tmp_path)])
     state = train.build(config, parallel.World(0, 1, 0, torch.device("cpu"), False))
     parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    warm_up = math.ceil(0.03 * len(ORDER))
+    taken, steps = recorded["order"], len(recorded["losses"])
+    warm_up = math.ceil(0.03 * steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
-            step / warm_up
-            if step < warm_up
-            else (0.5 * (1 + math.cos(math.pi * (step - warm_up) / (len(ORDER) - warm_up))))
+            step / warm_up if step < warm_up else (0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))))
         ),
     )
-    for step, micro_batches in enumerate(ORDER):
+    for step in range(steps):
         batches, _ = state.loader.read(step)
-        assert state.order.micro_batches(step) == micro_batches
+        assert state.order.micro_batches(step) == [taken[4 * step :][:2], taken[4 * step + 2 :][:2]]
         for batch in batches:
             (state.model(batch) / batch.num_supervised / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        assert norm.item() == pytest.approx(NORMS[step], rel=1e-5)
+        assert norm.item() == pytest.approx(recorded["total_norm"][step], rel=1e-5)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -159,7 +159,7 @@ def test_mlflow_stand_in(stand_in, tmp_path, monkeypatch):
     assert batches[2:] == [("r", "RUNNING"), ("r", [("train/loss", 0.5, 2000, 7)], [])] and ended == ["r", "r"]
 
 
-@pytest.mark.skipif(is_missing("trackio"), reason="trackio is not installed")
+@pytest.mark.skipif(is_missing("trackio"), reason="trackio is not installed: pip install -e '.[reporters]'")
 def test_trackio_keeps_the_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
     program = (
@@ -172,7 +172,7 @@ def test_trackio_keeps_the_figures(tmp_path, monkeypatch, capsys):
     assert b"train/loss" in stored and b"my run" in stored and b"learning_rate" in stored
 
 
-@pytest.mark.skipif(is_missing("mlflow"), reason="mlflow is not installed")
+@pytest.mark.skipif(is_missing("mlflow"), reason="mlflow is not installed: pip install -e '.[reporters]'")
 def test_mlflow_keeps_the_figures(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     from mlflow import MlflowClient
@@ -188,7 +188,7 @@ def test_mlflow_keeps_the_figures(tmp_path, monkeypatch):
     assert found.info.status == "FINISHED" and not list(tmp_path.glob("mlruns"))
 
 
-@pytest.mark.skipif(is_missing("wandb"), reason="wandb is not installed")
+@pytest.mark.skipif(is_missing("wandb"), reason="wandb is not installed: pip install -e '.[reporters]'")
 def test_wandb_keeps_the_figures_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     program = (

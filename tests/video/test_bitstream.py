@@ -19,10 +19,10 @@ from fastvid.video.decode.worker import DecodeWorker
 UNSUITED = {
     "start codes.h264": "do not tell which of them are needed",
     "interlaced.mp4": "yuv420p of 128×96, interlaced",
-    "h264_10bits.mp4": "yuv420p10le of",
-    "h265_10bits.mp4": "yuv420p10le of",
-    "testsrc2_mpeg4.avi": "do not tell which of them are needed",
-    "testsrc2_odd_height_and_width_444.mp4": "yuv444p of 321×241",
+    "h264_10_bits.mp4": "yuv420p10le of",
+    "h265_10_bits.mp4": "yuv420p10le of",
+    "mpeg4.avi": "do not tell which of them are needed",
+    "odd_444.mp4": "yuv444p of 71×49",
 }
 IN_DISPLAY_ORDER = "vp8", "vp9", "av1"  # codecs whose packets come in the order in which their frames are shown
 PATCHES = dict(size=56, patch=14, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), dtype=torch.float32)
@@ -110,9 +110,9 @@ def test_patches_of_all_codecs_are_pyavs(clip, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLIPS if CLIPS[name]])
-def test_patches_of_real_clips_are_pyavs(shared, name):
-    path = shared / "videos" / name
+@pytest.mark.parametrize("name", CLIPS)
+def test_patches_of_the_recordings_clips_are_pyavs(golden, name):
+    path = golden / "videos" / name
     if name in UNSUITED:
         with pytest.raises(Unsuited, match=UNSUITED[name]):
             read_bitstream(path)

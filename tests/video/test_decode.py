@@ -1,5 +1,7 @@
-"""Decoding of drawn clips, whose frames show their numbers, and of real ones."""
+"""Decoding of drawn clips, whose frames show their numbers, and of those of the recordings."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +10,14 @@ import av
 import numpy as np
 import pytest
 from clips import draw, number, numbered
+from conftest import GOLDEN
 
 from fastvid.video.decode import DecodeError, decode
 from fastvid.video.decode import pyav as module
 from fastvid.video.sampling import frame_indices, nearest_indices
 
+CLIPS = sorted(path.name for path in (GOLDEN / "videos").glob("*"))
+DECORDS = json.loads((GOLDEN / "clips.json").read_text())["clips"]
 B_FRAMES = {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}
 
 
@@ -89,8 +94,8 @@ def test_needed_packets_are_enough(tmp_path, passes, name, options):
     assert passes == ["some"]
 
 
-def test_needed_packets_are_enough_for_discarded_frames(shared, passes):
-    decode(shared / "videos" / "discard_first_keyframe.mp4")
+def test_needed_packets_are_enough_for_discarded_frames(golden, passes):
+    decode(golden / "videos" / "discard_first.mp4")
     assert passes == ["some"]
 
 
@@ -326,53 +331,24 @@ def test_importing_it_needs_no_decoder():
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 
-# name: (codec, width, height, frames, degrees turned); None: refused
-CLIPS = {
-    "README.md": None,
-    "av1_video.mkv": ("av1", 640, 360, 125, 0),
-    "bt709_full_range.mp4": ("h264", 1280, 720, 30, 0),
-    "discard_first_keyframe.mp4": ("h264", 64, 64, 25, 0),
-    "h264_10bits.mp4": ("h264", 200, 200, 30, 0),
-    "h265_10bits.mp4": ("hevc", 200, 200, 30, 0),
-    "h265_video.mp4": ("hevc", 128, 128, 10, 0),
-    "nasa_13013.mp4": ("h264", 480, 270, 390, 0),
-    "nasa_13013_rotated.mp4": ("h264", 270, 480, 17, 90),
-    "test_non_zero_start.mp4": ("h264", 200, 112, 12, 0),
-    "testsrc2_h265.mp4": ("hevc", 1280, 720, 60, 0),
-    "testsrc2_mpeg4.avi": ("mpeg4", 1280, 720, 30, 0),
-    "testsrc2_odd_height_and_width_444.mp4": ("h264", 321, 241, 25, 0),
-}
-# decord has no AV1, reads 10 bits in its own way, and counts discarded frames.
-NOT_DECORD = ("README.md", "av1_video.mkv", "h264_10bits.mp4", "h265_10bits.mp4", "discard_first_keyframe.mp4")
-
-
-def test_every_real_clip_is_in_the_table(shared):
-    assert sorted(path.name for path in (shared / "videos").iterdir()) == sorted(CLIPS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
-def test_real_clips(shared, name):
-    path = shared / "videos" / name
-    if CLIPS[name] is None:
-        with pytest.raises(DecodeError, match="cannot be opened as a video"):
-            decode(path)
-        return
+def test_clips_of_the_recordings(golden, name):
+    path = golden / "videos" / name
     frames, info = decode(path, num_frames=8)
-    codec, width, height, count, rotation = CLIPS[name]
-    assert (info.codec, info.width, info.height, info.frames, info.rotation) == CLIPS[name]
-    assert frames.shape == (8, height, width, 3)
     with av.open(str(path)) as container:  # all frames at once, converted by PyAV itself, turned by hand
         stored = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.best("video"))]
-    assert len(stored) == count
-    assert (frames == np.stack([np.rot90(stored[i], rotation // 90) for i in frame_indices(count, 8)])).all()
+    assert len(stored) == info.frames and frames.shape == (8, info.height, info.width, 3)
+    assert (frames == np.stack([np.rot90(stored[i], info.rotation // 90) for i in frame_indices(len(stored), 8)])).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(CLIPS) - set(NOT_DECORD)))
-def test_real_clips_are_the_reference_decoders_to_the_pixel(shared, name):
-    decord = pytest.importorskip("decord")
-    reader = decord.VideoReader(str(shared / "videos" / name))
-    frames, info = decode(shared / "videos" / name, num_frames=30)
-    assert info.frames == len(reader)
-    expected = np.stack([reader[i].asnumpy() for i in range(len(reader))])  # in order: it errs when it skips
-    assert (frames == expected[frame_indices(len(reader), 30)]).all()
+@pytest.mark.parametrize("name", DECORDS)
+def test_pictures_are_those_of_the_reference(golden, name):
+    """Decoded, chosen and resized by the reference and decord."""
+    path, recorded = golden / "videos" / name, DECORDS[name]
+    frames, info = decode(path, num_frames=100)
+    assert info.frames == recorded["frames"] and list(frames.shape[1:]) == recorded["shape"]
+    assert frame_indices(info.frames, 100) == recorded["indices"]
+    assert hashlib.sha256(frames).hexdigest() == recorded["sha256"]
+    for size, expected in recorded["resized_sha256"].items():
+        assert hashlib.sha256(decode(path, num_frames=100, size=int(size))[0]).hexdigest() == expected

@@ -55,8 +55,8 @@ def test_nothing_to_choose(total, num_frames):
         frame_indices(total, num_frames)
 
 
-def test_frames_of_the_recordings(shared):
-    recorded = json.loads((shared / "golden" / "frames.json").read_text())
+def test_frames_of_the_recordings(golden):
+    recorded = json.loads((golden / "frames.json").read_text())
     for total, expected in recorded["frames"].items():
         assert frame_indices(int(total)) == expected
     for key, expected in recorded["extra_desired"].items():
@@ -64,8 +64,8 @@ def test_frames_of_the_recordings(shared):
 
 
 @pytest.mark.parametrize("size", [336, 224])
-def test_nearest_maps_of_the_recordings(shared, size):
-    meta = json.loads((shared / "golden" / "preprocess.json").read_text())["meta"]
+def test_nearest_maps_of_the_recordings(golden, size):
+    meta = json.loads((golden / "preprocess.json").read_text())["meta"]
     digest, integer_differs = hashlib.sha256(), []
     for length in range(1, 4097):
         source = nearest_indices(length, size)

@@ -186,9 +186,10 @@ def keys_and_shapes(path):
 
 
 @pytest.mark.parametrize("variant", ["336", "224"])
-def test_keys_and_shapes_of_the_reference(shared, tiny, tmp_path, variant):
-    recorded = json.loads((shared / "golden" / "checkpoint.json").read_text())["runs"][f"{variant}_main_r0"]["bins"]
-    tokens = VideoTokens(32000, 32001, 32002, 32003)
+def test_keys_and_shapes_of_the_reference(golden, recipe, tiny, tmp_path, variant):
+    recorded = json.loads((golden / "checkpoint.json").read_text())["runs"][f"{variant}_main_r0"]["bins"]
+    V = recipe.BASE_VOCAB
+    tokens = VideoTokens(V, V + 1, V + 2, V + 3)
     model = load(tiny / f"model{variant}", tokens=tokens)
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
     write_reference_projector(tmp_path / "mm_projector.bin", trained, tiny / f"model{variant}", tokens)
@@ -196,8 +197,8 @@ def test_keys_and_shapes_of_the_reference(shared, tiny, tmp_path, variant):
     write_reference_projector(tmp_path / "p.safetensors", trained, tiny / f"model{variant}", tokens)
     assert sorted(keys_and_shapes(tmp_path / "p.safetensors")) == sorted(recorded["mm_projector.bin"])
     table = torch.load(tmp_path / "mm_projector.bin", weights_only=True)["model.embed_tokens.weight"]
-    assert torch.equal(table[32001:], trained["boundary.weight"])
-    assert torch.equal(table[:32001], model.embed.weight[:32001])
+    assert torch.equal(table[V + 1 :], trained["boundary.weight"])
+    assert torch.equal(table[: V + 1], model.embed.weight[: V + 1])
     assert (tmp_path / "mm_projector.bin").stat().st_size < 1.01 * table.nbytes + 1e5
     assert not list(tmp_path.glob(".*")), "temporary files are gone"
 

@@ -128,10 +128,10 @@ def test_padded_tables_keep_their_size(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["336", "224"])
-def test_rows_of_the_reference(shared, tiny, variant):
-    recorded = load_file(shared / "golden" / "model.safetensors")
-    rows = recorded[f"{variant}/init/embed_rows_32000_32002"]
-    tokens = VideoTokens(32000, 32001, 32002, 32003)
+def test_rows_of_the_reference(golden, recipe, tiny, variant):
+    recorded, V = load_file(golden / "model.safetensors"), recipe.BASE_VOCAB
+    rows = recorded[f"{variant}/init/embed_rows_{V}_{V + 2}"]
+    tokens = VideoTokens(V, V + 1, V + 2, V + 3)
     model = load(tiny / f"model{variant}", tokens=tokens)
     assert torch.equal(model.boundary.weight, rows[1:])
     for name in (name for name in recorded if name.startswith(f"{variant}/init/model.mm_projector.")):
@@ -140,9 +140,9 @@ def test_rows_of_the_reference(shared, tiny, variant):
     # The mean rule: the reference's start and end rows from the table and its own patch row.
     for name, kind in (("embed.weight", "embed"), ("head.weight", "lm_head")):
         made = StartingWeights(
-            model.config, tiny / f"model{variant}", tokens=VideoTokens(32000, 32001, 32002, 32003, (32001, 32002))
+            model.config, tiny / f"model{variant}", tokens=VideoTokens(V, V + 1, V + 2, V + 3, (V + 1, V + 2))
         )
-        assert torch.equal(torch.cat(made.pieces(name))[32000:], recorded[f"{variant}/init/{kind}_rows_32000_32002"])
+        assert torch.equal(torch.cat(made.pieces(name))[V:], recorded[f"{variant}/init/{kind}_rows_{V}_{V + 2}"])
 
 
 def test_tied_head(tmp_path):
