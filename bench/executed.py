@@ -1,9 +1,8 @@
 """Floating-point operations that a step really executes in matrix products, counted as it runs.
 
 What is counted: mm, addmm, bmm, baddbmm and their in-place, out and scaled forms, and oneDNN's linear layer, inside
-autograd Functions too, and attention kernels, of whose score matrix a causal one computes the part up to the diagonal
-(of batched products: their blocks). A backward computes the scores again, and that counts: the machine does it.
-Element-wise work counts as nothing.
+autograd Functions too, and attention kernels, of whose score matrix a causal one computes the part up to the diagonal.
+A backward computes the scores again, and that counts: the machine does it. Element-wise work counts as nothing.
 """
 
 import time
@@ -11,8 +10,6 @@ import time
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-
-from fastvid.model.blocked_attention import blocks, segments
 
 FORWARD, BACKWARD = 2, 5  # matrix products of an attention kernel
 
@@ -28,9 +25,7 @@ class ExecutedFlops(TorchDispatchMode):
         name = function._overloadpacket.__name__
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # baddbmm_ is counted as baddbmm
         products = BACKWARD if "backward" in name or name.endswith("_bwd") else FORWARD
-        if name == "blocked_attention":  # its backward is made of products that are seen by themselves
-            self.total += blocked_flops(*args)
-        elif name == "_linear_pointwise":
+        if name == "_linear_pointwise":
             self.total += 2 * args[0].shape[-1] * out.numel()
         elif name.startswith("_scaled_dot_product_"):
             self.total += dense_flops(_named(function, args, kwargs), products)
@@ -55,16 +50,6 @@ def dense_flops(arguments, products):
 def _named(function, args, kwargs):
     """A call's arguments by the names of the operation's schema."""
     return {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
-
-
-def blocked_flops(q, k, v, q_bounds, k_bounds, *_):
-    """Of the forward of `fastvid.model.blocked_attention`, on packed [N, H, d] rows."""
-    pairs = sum(
-        (queries.stop - queries.start) * keys
-        for segment, (run,) in segments(q_bounds, k_bounds)
-        for queries, keys in blocks(segment, run.stop - run.start)
-    )
-    return 2 * q.shape[1] * q.shape[2] * pairs * FORWARD
 
 
 def varlen_flops(args, products):

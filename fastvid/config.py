@@ -199,8 +199,8 @@ class TrainConfig(DataConfig):
         None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.", at_least=1
     )
     ddp_timeout: int = _flag(1200, "Seconds after which a rank that lives but hangs ends the job.", at_least=1)
-    attn_implementation: Literal["auto", "flash", "varlen", "avx512", "blocked", "sdpa"] = _flag(
-        "auto", "Attention: flash-attn, torch's varlen, ours for bf16 on CPUs (avx512, blocked), or torch's SDPA."
+    attn_implementation: Literal["auto", "flash", "varlen", "avx512", "sdpa"] = _flag(
+        "auto", "Attention: flash-attn, torch's varlen, ours for bf16 on CPUs (avx512), or torch's SDPA."
     )
     num_train_epochs: float = _flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
     max_steps: int = _flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)

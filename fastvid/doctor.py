@@ -116,7 +116,7 @@ def _attention():
         "avx512",
         not reason,
         "" if reason else "bf16 on this CPU",
-        f"torch's batched products serve bf16 on the CPU instead: {reason}" if reason else "",
+        f"torch sdpa serves bf16 on the CPU instead: {reason}" if reason else "",
     )
 
 

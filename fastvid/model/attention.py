@@ -21,7 +21,6 @@ from torch.nn import functional
 from fastvid.batch import AttentionLayout
 from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
-from fastvid.model.blocked_attention import blocked_attention
 from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
 
@@ -47,12 +46,11 @@ def attend(
         q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
         layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
         implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "avx512" (for bfloat16 on CPUs that
-            multiply it), "blocked" (batched products of matrices, for bfloat16 on any CPU), "sdpa" (one call per
-            segment), or "auto": the first of these that the tensors allow. Models pass what
-            `attention_check.settle_attention` gave.
+            multiply it), "sdpa" (one call per segment), or "auto": the first of these that the tensors allow. Models
+            pass what `attention_check.settle_attention` gave.
         constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
         regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
-            where the copy lives only during its layer's backward. "avx512" and "blocked" never keep one.
+            where the copy lives only during its layer's backward. "avx512" never keeps one.
 
     Returns:
         [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment: repeatable.
@@ -166,7 +164,6 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
         "flash": _flash_obstacle,
         "varlen": _varlen_obstacle,
         "avx512": partial(_avx512_obstacle, channels),
-        "blocked": _bf16_cpu_obstacle,
     }
     if implementation == "auto":
         return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
@@ -196,16 +193,11 @@ def _varlen_obstacle(device, dtype):
     return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
 
 
-def _bf16_cpu_obstacle(device, dtype):
+def _avx512_obstacle(channels, device, dtype):
     if device.type != "cpu":
         return f"it is for the CPU, not {device.type}"
-    # Of fp32, SDPA's own kernel computes as much per second.
-    return None if dtype == torch.bfloat16 else f"it is for bfloat16, not {dtype}"
-
-
-def _avx512_obstacle(channels, device, dtype):
-    if reason := _bf16_cpu_obstacle(device, dtype):
-        return reason
+    if dtype != torch.bfloat16:
+        return f"it is for bfloat16, not {dtype}"
     return avx512_obstacle() if channels % 16 == 0 else f"heads of {channels} channels are no multiple of 16"
 
 
@@ -312,5 +304,5 @@ def _last_rows_aligned(queries, keys, device):
 
 
 _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
-_GATHERING = {"avx512": avx512_attention, "blocked": blocked_attention}  # take keys from where they lie
-IMPLEMENTATIONS = ("flash", "varlen", "avx512", "blocked", "sdpa")
+_GATHERING = {"avx512": avx512_attention}  # takes keys from where they lie
+IMPLEMENTATIONS = ("flash", "varlen", "avx512", "sdpa")

@@ -80,8 +80,7 @@ class LayerMemory:
         frozen_dtype: how frozen matrices are stored; None: in the compute dtype.
         on_cpu: the model runs on the CPU.
         one_call_per_segment: attention is "sdpa", so that its output exists twice where `o` is trained. Otherwise it
-            is, on the CPU, "avx512" or "blocked", which save their inputs only; on a GPU FlashAttention 2, which takes
-            most.
+            is, on the CPU, "avx512", which saves its inputs only; on a GPU FlashAttention 2, which takes most.
     """
 
     config: DecoderConfig

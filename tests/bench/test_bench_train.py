@@ -20,7 +20,6 @@ from fastvid.data.tokenizer import load_tokenizer
 from fastvid.features.folder import FeatureFolder
 from fastvid.model.avx512_attention import avx512_attention
 from fastvid.model.avx512_attention import obstacle as avx512_obstacle
-from fastvid.model.blocked_attention import blocked_attention
 
 TINY = PRESETS["tiny"]
 
@@ -117,15 +116,6 @@ def test_attention_counts_what_it_computes(causal):
     )
     pairs = 16 * 17 // 2 if causal else 16 * 16
     assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
-
-
-def test_attention_by_blocks_counts_its_blocks(monkeypatch):
-    """By all keys that the last of a block's queries sees."""
-    monkeypatch.setattr("fastvid.model.blocked_attention.BLOCK_QUERIES", 128)
-    q, k, v = (torch.randn(n, 3, 8, dtype=torch.bfloat16, requires_grad=True) for n in (205, 305, 305))
-    given = bounds([200, 5]), bounds([300, 5])
-    _, flops = executed_flops(lambda: blocked_attention(q, k, v, *given).sum().backward())
-    assert flops == (2 + 5) * 2 * 3 * 8 * (128 * 228 + 72 * 300 + 5 * 5)
 
 
 @pytest.mark.skipif(avx512_obstacle() is not None, reason=f"attention for AVX512-BF16: {avx512_obstacle()}")

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import branches
+from attention_cases import FLOORS, SEGMENTS, assert_close_to_exact, branches, inputs, plain, results
 from model_cases import LiveBytes, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,7 +123,7 @@ def test_impossible_attention_is_refused(implementation):
 
 def test_unknown_attention_is_refused():
     q = torch.randn(5, 2, 8)
-    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, avx512, blocked, sdpa"):
+    with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, avx512, sdpa"):
         attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
 
 
@@ -146,9 +146,8 @@ def plain_attention(q, k, v, layout):
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, shared):
     """The error against fp32 is at most twice that of plain attention in the same dtype."""
-    for_cpu = implementation in ("avx512", "blocked")
-    device = torch.device("cuda" if torch.cuda.is_available() and not for_cpu else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" or for_cpu else torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() and implementation != "avx512" else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" or implementation == "avx512" else torch.float32
     try:
         attention.choose_implementation(implementation, device, dtype, 32)
     except ValueError as error:
@@ -159,16 +158,31 @@ def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, sh
     exact = [x.to(dtype).double().requires_grad_() for x in exact]
     grad = torch.randn(367, 4, 32, device=device).to(dtype)
 
-    def results(function, inputs):
-        out = function(*inputs, layout)
-        return [out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+    def outcome(function, tensors):
+        out = function(*tensors, layout)
+        return [out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))]
 
-    expected = results(plain_attention, exact)
-    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
-    found = results(lambda *tensors: attend(*tensors, implementation), inputs)
-    for ours, plain, true in zip(found, results(plain_attention, inputs), expected):
-        allowed = 2 * (plain.double() - true).abs().max() + 1e-6 * true.abs().max()
+    expected = outcome(plain_attention, exact)
+    given = [x.detach().to(dtype).requires_grad_() for x in exact]
+    found = outcome(lambda *tensors: attend(*tensors, implementation), given)
+    for ours, eager, true in zip(found, outcome(plain_attention, given), expected):
+        allowed = 2 * (eager.double() - true).abs().max() + 1e-6 * true.abs().max()
         assert (ours.double() - true).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("heads, kv_heads, channels", [(4, 4, 32), (6, 2, 24), (3, 1, 5)])
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+def test_sdpa_equals_plain_attention(segments, heads, kv_heads, channels, dtype):
+    """It serves bf16 too, on a CPU that multiplies none, or that no compiler builds kernels for."""
+
+    def sdpa(q, k, v, q_bounds, k_bounds):
+        return attend(q, k, v, AttentionLayout(q_bounds, 0, k_bounds, 0), "sdpa")
+
+    given = inputs(segments, heads, kv_heads, channels, dtype)
+    found = results(sdpa, *given, segments)
+    exact = results(plain, *(x.double() for x in given), segments)
+    assert_close_to_exact(found, results(plain, *given, segments), exact)
 
 
 class Machine:

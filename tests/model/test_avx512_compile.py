@@ -110,7 +110,7 @@ def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, mo
     q, layout = torch.randn(5, 2, 16).bfloat16(), AttentionLayout.of_lengths([5])
     with pytest.raises(ValueError, match=f"'avx512' is impossible: {reason}.*; choose auto or sdpa"):
         attend(q, q, q, layout, "avx512")
-    assert torch.equal(attend(q, q, q, layout, "auto"), attend(q, q, q, layout, "blocked"))
+    assert torch.equal(attend(q, q, q, layout, "auto"), attend(q, q, q, layout, "sdpa"))
     with pytest.raises(RuntimeError, match=reason):
         avx512_attention.avx512_attention(q, q, q, layout.cu_seqlens_q, layout.cu_seqlens_k)
     assert lack is folder_of_everyone or not list(tmp_path.rglob("*.so"))

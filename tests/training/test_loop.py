@@ -10,7 +10,7 @@ from training_run import config_of, flags, losses, write_run
 
 from fastvid import train
 from fastvid.dist import parallel
-from fastvid.model import attention, blocked_attention
+from fastvid.model import attention
 from fastvid.training import recovery, staging
 from fastvid.training.flops import Formula
 from fastvid.training.metrics import read_metrics
@@ -53,7 +53,6 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
         lambda: state.step,
         [
             *((calls, name) for calls in (attention._CALLS, attention._GATHERING) for name in calls),
-            (blocked_attention, "_backward"),
             (Formula, "counts"),
             (recovery, "write_results"),
         ],

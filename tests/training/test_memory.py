@@ -25,6 +25,7 @@ from model_cases import (
 from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
+from fastvid.model.attention import choose_implementation
 from fastvid.policy import Trainable
 from fastvid.training.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
 from fastvid.training.planning import rows_of
@@ -48,15 +49,15 @@ def batch(video=150, samples=2):
 
 
 def options(rows, **changes):
-    settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False}
+    settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False, **changes}
+    attention = choose_implementation("auto", torch.device("cpu"), settings["compute_dtype"], SIZES["head_dim"])
     return {
         **settings,
-        **changes,
         "rows": rows.num_rows,
         "supervised_rows": rows.num_supervised,
         "video_rows": len(rows.video_rows),
         "on_cpu": True,
-        "one_call_per_segment": {**settings, **changes}["compute_dtype"] == torch.float32,
+        "one_call_per_segment": attention == "sdpa",
     }
 
 
