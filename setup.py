@@ -3,12 +3,12 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["fastvid", "fastvid.*"]) + ["fastvid_kernels"],
+    packages=find_packages(include=["fastvid", "fastvid.*"]) + ["fastvid_kernels", "fastvid_kernels.cpu"],
     # kernels/ itself is never a package: Hugging Face's `kernels` has that name, and transformers looks for it.
     package_data={
         "fastvid": ["py.typed"],
-        "fastvid.model": ["*.cpp", "*.h"],
-        "fastvid_kernels": ["*.cpp", "*.h", "py.typed"],
+        "fastvid_kernels": ["py.typed"],
+        "fastvid_kernels.cpu": ["*.cpp", "*.h"],
     },
     package_dir={"fastvid_kernels": "kernels/fastvid_kernels"},
 )

@@ -85,9 +85,9 @@ def _kernels():
     yield _package("kernels", "triton", ["triton"], "nothing that computes can be imported; pip install triton")
     if importlib.util.find_spec("triton") is None:
         return
-    from fastvid_kernels.avx512_rows import obstacle
+    from fastvid_kernels.cpu import rows_obstacle
 
-    reason = obstacle()
+    reason = rows_obstacle()
     yield Finding(
         "kernels",
         "avx512",
@@ -108,9 +108,9 @@ def _attention():
     yield Finding("attention", "torch sdpa", True, "one call per sample")
     if importlib.util.find_spec("triton") is None:
         return
-    from fastvid.model.avx512_attention import obstacle
+    from fastvid_kernels.cpu import attention_obstacle
 
-    reason = obstacle()
+    reason = attention_obstacle()
     yield Finding(
         "attention",
         "avx512",

@@ -148,7 +148,7 @@ def build(config, world):
     if loader.prefix:
         model.keep_prefix(loader.prefix)
     if plan.tiled:  # after what takes other parts of the matrices than steps do
-        model.decoder.tile()
+        model.decoder.prepack()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return TrainState(
         config=config,

@@ -13,14 +13,13 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from fastvid_kernels import cpu
 from fastvid_kernels.dispatch import use_triton
 from fastvid_kernels.rope_keys import place_keys, rope_keys
 from torch import Tensor
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.avx512_attention import avx512_attention
-from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
 
@@ -198,7 +197,7 @@ def _avx512_obstacle(channels, device, dtype):
         return f"it is for the CPU, not {device.type}"
     if dtype != torch.bfloat16:
         return f"it is for bfloat16, not {dtype}"
-    return avx512_obstacle() if channels % 16 == 0 else f"heads of {channels} channels are no multiple of 16"
+    return cpu.attention_obstacle() if channels % 16 == 0 else f"heads of {channels} channels are no multiple of 16"
 
 
 @functools.cache
@@ -304,5 +303,5 @@ def _last_rows_aligned(queries, keys, device):
 
 
 _CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
-_GATHERING = {"avx512": avx512_attention}  # takes keys from where they lie
+_GATHERING = {"avx512": cpu.avx512_attention}  # takes keys from where they lie
 IMPLEMENTATIONS = ("flash", "varlen", "avx512", "sdpa")

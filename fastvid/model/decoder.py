@@ -320,11 +320,11 @@ class Decoder(nn.Module):
             frozen_LD = self.norm(frozen.residual_ND, frozen.branch_ND)[1]
         return torch.cat([frozen_LD, h_LD])
 
-    def tile(self) -> None:
-        """`Linear.tile` of every matrix; of a frozen decoder."""
+    def prepack(self) -> None:
+        """`Linear.prepack` of every matrix; of a frozen decoder."""
         for layer in self.layers:
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                linear.tile()
+                linear.prepack()
 
     def _checkpointed(self, layer, *inputs, **options):
         context = {"context_fn": _keep_products} if self._selective else {}

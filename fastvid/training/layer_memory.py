@@ -7,8 +7,7 @@ A = H·d, B = K·d, F channels of the feed-forward block.
 import math
 from dataclasses import dataclass
 
-from fastvid_kernels import avx512_rows
-from fastvid_kernels.row_blocks import BLOCK_NUMBERS
+from fastvid_kernels import cpu
 
 from fastvid.model.config import DecoderConfig
 from fastvid.model.quantize import matrix_bytes
@@ -176,8 +175,8 @@ class LayerMemory:
 
     def _block(self):
         """Temporaries of SwiGLU where it is a chain of torch's operations."""
-        chains = self.on_cpu and (self.size == 4 or avx512_rows.obstacle() is not None)
-        numbers = min(self.batch.rows * self.config.intermediate_size, BLOCK_NUMBERS)
+        chains = self.on_cpu and (self.size == 4 or cpu.rows_obstacle() is not None)
+        numbers = min(self.batch.rows * self.config.intermediate_size, cpu.BLOCK_NUMBERS)
         return numbers * (20 if self.size < 4 else 8) if chains else 0
 
     def _feed_forward(self):

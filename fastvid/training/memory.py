@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from fastvid_kernels.cpu import BLOCK_NUMBERS
 from fastvid_kernels.linear_cross_entropy import ROW, chunk_rows
-from fastvid_kernels.row_blocks import BLOCK_NUMBERS
 
 from fastvid.model.config import ModelConfig
 from fastvid.model.decoder import recomputed_layers
@@ -110,7 +110,7 @@ def estimate(
         shard_trained: it shards the trained parts; None: as `sharded`.
         recompute: as for `Decoder`.
         on_cpu, one_call_per_segment: as `LayerMemory` takes them.
-        tiled: the decoder's matrices are there twice more (`Linear.tile`).
+        tiled: the decoder's matrices are there twice more (`Linear.prepack`).
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
         (others: as for `VideoLlava`.)

@@ -95,10 +95,10 @@ def _computing(config, world, attention):
     if world.device.type == "cuda":
         where, kernels = torch.cuda.get_device_name(world.device), "Triton kernels"
     else:
-        from fastvid_kernels.avx512_rows import obstacle
+        from fastvid_kernels.cpu import rows_obstacle
 
         where = "CPU"
-        kernels = "AVX512 kernels" if config.bf16 and not obstacle() else "torch's operations"
+        kernels = "AVX512 kernels" if config.bf16 and not rows_obstacle() else "torch's operations"
     peak = planning.peak_flops(config, world)
     dtype = "bf16" if config.bf16 else "fp32 with TF32 products" if config.tf32 else "fp32"
     return (

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from fastvid_kernels.cpu import can_prepack
 
 from fastvid.data.largest import largest_steps
 from fastvid.dist import parallel
@@ -14,7 +15,6 @@ from fastvid.files import shown
 from fastvid.model import quantize
 from fastvid.model.config import Precision
 from fastvid.model.decoder import RECOMPUTE_MODES
-from fastvid.model.linear import can_tile
 from fastvid.policy import Trainable
 from fastvid.training import flops, memory, reporters
 from fastvid.training.layer_memory import masked_pairs
@@ -346,13 +346,13 @@ def _available(config, world, encodes=False):
 
 
 def _can_tile(config, precision, layout, world):
-    """Whether the decoder is made of whole, frozen matrices whose products may take tiles."""
+    """Whether the decoder is made of whole, frozen matrices that this CPU may hold prepacked."""
     return (
         not config.trainable.decoder
         and precision.frozen is None
         and layout in ("replicated", "trained")
         and not config.policy.plain_products
-        and can_tile(precision.compute, world.device)
+        and can_prepack(precision.compute, world.device)
     )
 
 

@@ -9,23 +9,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import avx512_rows
-from .dispatch import choose, launch, use_triton
+from . import cpu
+from .dispatch import launch, use_triton
+from .plain import wide
 from .quantize_fp8 import Fp8Rows, divided, magnitude, quantize_fp8_reference, scale_of
-from .row_blocks import over_rows, row_blocks
-
-
-def _wide(x):
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     """`add_rms_norm` in plain differentiable torch."""
     if branch_ND is not None:
         residual_ND = (residual_ND + branch_ND).to(residual_ND.dtype)
-    x_ND = _wide(residual_ND)
-    y_ND = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * _wide(weight_D)
+    x_ND = wide(residual_ND)
+    y_ND = x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + eps) * wide(weight_D)
     return residual_ND, y_ND.to(dtype)
 
 
@@ -237,78 +232,18 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     return grad_ND, None if branch_dtype is None else grad_branch_ND, grad_weight_D
 
 
-def _forward_on_cpu(residual_ND, branch_ND, weight_D, eps, dtype, implementation):
-    """The same in C++ or plain torch; the reciprocal is [N, 1]."""
-    N, D = residual_ND.shape
-    if implementation == "avx512":
-        residual_ND, branch_ND = residual_ND.contiguous(), None if branch_ND is None else branch_ND.contiguous()
-    total_ND = residual_ND if branch_ND is None else residual_ND.new_empty(N, D)
-    y_ND = residual_ND.new_empty(N, D, dtype=dtype)
-    rstd_N1 = residual_ND.new_empty(N, 1, dtype=torch.promote_types(residual_ND.dtype, torch.float32))
-    if implementation == "avx512":
-        avx512_rows.norm_forward(residual_ND, branch_ND, _wide(weight_D).contiguous(), total_ND, y_ND, rstd_N1, eps)
-    else:
-        _normalise_rows(y_ND, residual_ND, branch_ND, total_ND, rstd_N1, weight_D=_wide(weight_D), eps=eps)
-    return total_ND, y_ND, rstd_N1
-
-
-@over_rows
-def _normalise_rows(y_nD, residual_nD, branch_nD, total_nD, rstd_n1, *, weight_D, eps):
-    if branch_nD is not None:
-        residual_nD = total_nD.copy_(residual_nD + branch_nD)
-    x_nD = _wide(residual_nD)
-    inverse_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True).square_().div_(x_nD.shape[1]).add_(eps).rsqrt_()
-    rstd_n1.copy_(inverse_n1)
-    y_nD.copy_((x_nD * inverse_n1).mul_(weight_D))
-
-
-def _backward_on_cpu(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained, implementation):
-    """The same in C++ or plain torch."""
-    grad_ND = torch.empty_like(total_ND, memory_format=torch.contiguous_format)
-    apart = branch_dtype is not None and branch_dtype != total_ND.dtype
-    grad_branch_ND = torch.empty_like(grad_ND, dtype=branch_dtype) if apart else None
-    wide_D = _wide(weight_D)
-    grad_weight_D = torch.zeros_like(wide_D) if trained else None
-    if implementation == "avx512":
-        total_ND, grad_y_ND = total_ND.contiguous(), grad_y_ND.contiguous()
-        grad_total_ND = None if grad_total_ND is None else grad_total_ND.contiguous()
-        avx512_rows.norm_backward(total_ND, rstd_N1, wide_D.contiguous(), grad_total_ND, grad_y_ND, grad_ND)
-    else:
-        _backward_rows(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
-    for rows in row_blocks(*total_ND.shape) if trained else ():
-        grad_weight_D += torch.mv((_wide(grad_y_ND[rows]) * total_ND[rows]).T, rstd_N1[rows, 0])
-    return (
-        grad_ND,
-        None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
-        grad_weight_D.to(weight_D.dtype) if trained else None,
-    )
-
-
-@over_rows
-def _backward_rows(grad_out_nD, total_nD, rstd_n1, grad_total_nD, grad_y_nD, grad_branch_nD, *, weight_D):
-    x_nD = _wide(total_nD)
-    grad_nD = _wide(grad_y_nD) * weight_D
-    along_n1 = torch.sum(grad_nD * x_nD, 1, keepdim=True).mul_(rstd_n1.pow(3)).div_(x_nD.shape[1])
-    grad_nD = grad_nD.mul_(rstd_n1).addcmul_(x_nD, along_n1, value=-1)
-    if grad_total_nD is not None:
-        grad_nD += grad_total_nD
-    grad_out_nD.copy_(grad_nD)
-    if grad_branch_nD is not None:
-        grad_branch_nD.copy_(grad_nD)
+_KERNELS = _forward_by_kernel, _backward_by_kernel
 
 
 class _AddRMSNorm(torch.autograd.Function):
     """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due."""
 
     @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, implementation):
-        ctx.implementation = implementation
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, passes):
+        forward, ctx.backward_pass = passes
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.set_materialize_grads(False)
-        if implementation == "triton":
-            total_ND, y_ND, rstd = _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype)
-        else:
-            total_ND, y_ND, rstd = _forward_on_cpu(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
+        total_ND, y_ND, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
         ctx.save_for_backward(total_ND, rstd, weight_D)
         return total_ND, y_ND
 
@@ -322,9 +257,7 @@ class _AddRMSNorm(torch.autograd.Function):
                 grad_branch_ND = grad_total_ND.to(ctx.branch_dtype)
             return grad_total_ND, grad_branch_ND, None, None, None, None
         given = total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype, ctx.needs_input_grad[2]
-        if ctx.implementation == "triton":
-            return *_backward_by_kernel(*given), None, None, None
-        return *_backward_on_cpu(*given, ctx.implementation), None, None, None
+        return *ctx.backward_pass(*given), None, None, None
 
 
 class _AddRMSNormFp8(_AddRMSNorm):
@@ -332,7 +265,7 @@ class _AddRMSNormFp8(_AddRMSNorm):
 
     @staticmethod
     def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype):
-        ctx.implementation = "triton"
+        ctx.backward_pass = _backward_by_kernel
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.set_materialize_grads(False)
         total_ND, rows, rstd_N = _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=True)
@@ -374,8 +307,7 @@ def add_rms_norm(
         weight_D: gain, in any of these dtypes. Its gradient is computed only if it requires one.
         eps: added to the mean square.
         dtype: of the normalised rows.
-        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
-            "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`add_rms_norm_reference`).
 
     Returns:
         (sum in the residual's dtype, normalised sum in `dtype`). Sums of squares and products are fp32, rounded once.
@@ -386,8 +318,10 @@ def add_rms_norm(
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
     """
     tensors = _check_shapes("add_rms_norm", residual_ND, branch_ND, weight_D)
-    implementation = choose(impl, *tensors, name="add_rms_norm", dtypes=[dtype, *(x.dtype for x in tensors[:-1])])
-    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, implementation)
+    in_triton = use_triton(impl, *tensors, name="add_rms_norm")
+    if impl == "reference":
+        return add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype)
+    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, _KERNELS if in_triton else cpu.ADD_RMS_NORM)
 
 
 def add_rms_norm_fp8(

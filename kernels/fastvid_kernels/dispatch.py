@@ -1,11 +1,9 @@
-"""Which implementation a call takes, the Triton kernel, C++, or plain torch; and how a kernel is launched."""
+"""Whether a call takes the Triton kernel; and how a kernel is launched."""
 
 import os
 
 import torch
 import triton
-
-from . import avx512_rows
 
 # Triton decides when a kernel is decorated, so this module and the kernels, imported together, agree.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -64,33 +62,4 @@ def launch(kernel, grid, *arguments, **options):
         kernel[grid](*arguments, **options)
 
 
-def choose(impl, *tensors, name, dtypes):
-    """The implementation of a kernel that `avx512_rows` has too: "triton", "avx512" or "torch".
-
-    "auto" takes C++ for bf16 on CPUs with AVX512-BF16 where `use_triton` takes no kernel.
-
-    Args:
-        impl: "auto", "triton", "avx512" or "reference".
-        tensors: everything that the kernel would read.
-        name: of the operation, for messages.
-        dtypes: of the rows that it reads and writes.
-
-    Raises:
-        ValueError: no such `impl`, or one that cannot run here.
-    """
-    if impl == "avx512":
-        if reason := _avx512_obstacle(tensors, dtypes):
-            raise ValueError(f"{name}: impl='avx512' is impossible: {reason}; use impl='auto'")
-        return "avx512"
-    if use_triton(impl, *tensors, name=name):
-        return "triton"
-    return "avx512" if impl == "auto" and _avx512_obstacle(tensors, dtypes) is None else "torch"
-
-
-def _avx512_obstacle(tensors, dtypes):
-    if any(dtype != torch.bfloat16 for dtype in dtypes) or any(tensor.device.type != "cpu" for tensor in tensors):
-        return "it is for bfloat16 on the CPU"
-    return avx512_rows.obstacle()
-
-
-__all__ = ["INTERPRETED", "choose", "launch", "refuse_gradients", "use_triton"]
+__all__ = ["INTERPRETED", "launch", "refuse_gradients", "use_triton"]

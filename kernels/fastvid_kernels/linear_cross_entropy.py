@@ -9,22 +9,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cpu
 from .dispatch import launch, use_triton
-from .row_blocks import row_blocks
+from .plain import wide
 
 # Logits that exist at once: 64 MiB in bf16.
 CHUNK_LOGITS = 2**25
 ROW = 64  # rows of logits are multiples of this many
 
 
-def _wide(x):
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def linear_cross_entropy_reference(h_LD, weight_VD, targets_L):
     """`linear_cross_entropy` in plain differentiable torch: holds [L, V]."""
-    logits_LV = _wide(h_LD @ weight_VD.to(h_LD.dtype).T)
+    logits_LV = wide(h_LD @ weight_VD.to(h_LD.dtype).T)
     lse_L = logits_LV.logsumexp(-1)
     return (lse_L - logits_LV.gather(1, targets_L[:, None])[:, 0]).sum(), lse_L.detach()
 
@@ -95,19 +91,6 @@ def _softmax_gradient_triton(logits_lV, targets_l, lse_l, losses_l, gradient):
     )
 
 
-def _softmax_gradient_torch(logits_lV, targets_l, lse_l, losses_l, gradient):
-    for rows in row_blocks(*logits_lV.shape):
-        targets_n1, x_nV = targets_l[rows, None], _wide(logits_lV[rows])
-        top_n1 = x_nV.amax(-1, keepdim=True)
-        p_nV = (x_nV - top_n1).exp_()
-        sum_n1 = p_nV.sum(-1, keepdim=True)
-        lse_n1 = sum_n1.log().add_(top_n1)
-        losses_l[rows] = (lse_n1 - x_nV.gather(1, targets_n1))[:, 0]
-        lse_l[rows] = lse_n1[:, 0]
-        if gradient:
-            logits_lV[rows] = p_nV.div_(sum_n1).scatter_add_(1, targets_n1, torch.full_like(sum_n1, -1.0))
-
-
 def _padded(weight_VD, width, dtype):
     """The head in `dtype` with rows of zeros up to `width`: on a GPU, products of an odd number of tokens take several
     times as long as those of the next multiple of 64."""
@@ -126,7 +109,7 @@ def _add_product(total_vD, grad_lv, h_lD):
     if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
         torch.addmm(total_vD, grad_lv.T, h_lD, out_dtype=total_vD.dtype, out=total_vD)
     else:  # torch's products on a CPU return their factors' dtype
-        torch.addmm(total_vD, _wide(grad_lv).T, _wide(h_lD), out=total_vD)
+        torch.addmm(total_vD, wide(grad_lv).T, wide(h_lD), out=total_vD)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -136,19 +119,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_LD, weight_VD, targets_L, in_triton):
         rows_due, weight_due = ctx.needs_input_grad[:2]
         (rows, channels), vocab_size = h_LD.shape, weight_VD.shape[0]
-        wide = torch.promote_types(h_LD.dtype, torch.float32)
+        wide_dtype = torch.promote_types(h_LD.dtype, torch.float32)
         # Rows of logits begin on cache lines, whatever V: matrix products and wide loads need aligned rows.
         width = triton.cdiv(vocab_size, ROW) * ROW
         buffer_lW = h_LD.new_empty(min(rows, chunk_rows(vocab_size)), width)
         if in_triton:
             matrix_UD, softmax_gradient = _padded(weight_VD, width, h_LD.dtype), _softmax_gradient_triton
         else:
-            matrix_UD, softmax_gradient = weight_VD.to(h_LD.dtype), _softmax_gradient_torch
+            matrix_UD, softmax_gradient = weight_VD.to(h_LD.dtype), cpu.softmax_gradient
             buffer_lW[:, vocab_size:] = 0  # oneDNN's products for AMX multiply it by 0, and NaN · 0 is NaN
         used = matrix_UD.shape[0]
         grad_h_LD = h_LD.new_empty(rows, channels) if rows_due else None
-        grad_weight_UD = torch.zeros_like(matrix_UD, dtype=wide) if weight_due else None
-        lse_L, losses_L = (h_LD.new_empty(rows, dtype=wide) for _ in range(2))
+        grad_weight_UD = torch.zeros_like(matrix_UD, dtype=wide_dtype) if weight_due else None
+        lse_L, losses_L = (h_LD.new_empty(rows, dtype=wide_dtype) for _ in range(2))
         size = len(buffer_lW)
         for start in range(0, rows, max(1, size)):
             chunk = slice(start, start + size)
@@ -174,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, _):
         grad_h_LD, grad_weight_VD = ctx.saved_tensors
         if grad_h_LD is not None:  # in fp32: a scale rounded to bf16 would shift every gradient alike
-            grad_h_LD = (_wide(grad_h_LD) * grad).to(grad_h_LD.dtype)
+            grad_h_LD = (wide(grad_h_LD) * grad).to(grad_h_LD.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_h_LD, grad_weight_VD, None, None
@@ -190,8 +173,9 @@ def linear_cross_entropy(
         weight_VD: head, in any dtype; cast to the rows' for the product. Its gradient is computed only if due.
         targets_L: [L] int64, each in 0…V−1. That is not checked, since the host would have to wait for the GPU; a
             target outside (-100 too: leave such rows out) reads memory that is not the logits'.
-        impl: "auto", "triton" or "reference"; see `dispatch.use_triton`. Matrix products are torch's everywhere; the
-            kernel is what lies between them: one read of a chunk's logits and one write, over them, of their gradient.
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`linear_cross_entropy_reference`).
+            Matrix products are torch's everywhere; the kernel is what lies between them: one read of a chunk's logits
+            and one write, over them, of their gradient.
 
     Returns:
         (sum of -log p(target), fp32 scalar; log-sum-exp of each row's logits, [L] fp32, without gradient). Logits are
@@ -212,6 +196,8 @@ def linear_cross_entropy(
             f"{list(targets_L.shape)} {targets_L.dtype} must be [L, D], [V, D] and [L] torch.int64"
         )
     in_triton = use_triton(impl, h_LD, weight_VD, targets_L, name="linear_cross_entropy")
+    if impl == "reference":
+        return linear_cross_entropy_reference(h_LD, weight_VD, targets_L)
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute a trained head's gradient
         h_LD, weight_VD = h_LD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(h_LD, weight_VD, targets_L.contiguous(), in_triton)

@@ -5,14 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import avx512_rows
-from .dispatch import choose, launch, refuse_gradients
+from . import cpu
+from .dispatch import launch, refuse_gradients, use_triton
+from .plain import wide
 
 
 def quick_gelu_reference(x):
     """`quick_gelu` in plain torch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+    x_wide = wide(x)
+    return (x_wide * torch.sigmoid(1.702 * x_wide)).to(x.dtype)
 
 
 def _tiles():
@@ -33,8 +34,7 @@ def quick_gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
 
     Args:
         x: any shape, fp32, bf16 or fp16. Copied if not contiguous.
-        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
-            "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`quick_gelu_reference`).
 
     Returns:
         The same shape and dtype, computed in fp32 and rounded once.
@@ -45,16 +45,12 @@ def quick_gelu(x: Tensor, *, impl: str = "auto") -> Tensor:
     if not x.is_floating_point():
         raise ValueError(f"quick_gelu: x must be floating-point, found {x.dtype}")
     refuse_gradients(x, name="quick_gelu")
-    implementation = choose(impl, x, name="quick_gelu", dtypes=[x.dtype])
-    if implementation == "torch":
-        return quick_gelu_reference(x)
+    if not use_triton(impl, x, name="quick_gelu"):
+        return quick_gelu_reference(x) if impl == "reference" else cpu.quick_gelu(x)
     x = x.contiguous()
     out = torch.empty_like(x)
-    if implementation == "avx512":
-        avx512_rows.quick_gelu(out, x)
-    else:
-        BLOCK = _tiles()
-        launch(_quick_gelu_kernel, (triton.cdiv(x.numel(), BLOCK),), x, out, x.numel(), BLOCK, num_warps=4)
+    BLOCK = _tiles()
+    launch(_quick_gelu_kernel, (triton.cdiv(x.numel(), BLOCK),), x, out, x.numel(), BLOCK, num_warps=4)
     return out
 
 

@@ -10,57 +10,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import avx512_rows
-from .dispatch import choose, launch
-from .row_blocks import over_rows
-
-
-def _wide(x):
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from . import cpu
+from .dispatch import launch, use_triton
+from .plain import rotary_angles, wide
 
 
 def rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=1.0):
     """`rope_qk` in plain differentiable torch."""
-    cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
+    cos_N1h, sin_N1h = rotary_angles(positions_N, inv_freq_h, scale)
     rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-    first_NAh, second_NAh = _wide(rows_NAd[:, : num_heads + num_kv_heads]).chunk(2, dim=-1)
+    first_NAh, second_NAh = wide(rows_NAd[:, : num_heads + num_kv_heads]).chunk(2, dim=-1)
     rotated_NAd = torch.cat(
         [first_NAh * cos_N1h - second_NAh * sin_N1h, second_NAh * cos_N1h + first_NAh * sin_N1h], dim=-1
     )
     return torch.cat([rotated_NAd.to(qkv_NE.dtype), rows_NAd[:, num_heads + num_kv_heads :]], dim=1).flatten(1)
-
-
-def _angles(positions_N, inv_freq_h, scale):
-    """Cosine and sine of every row's angles, times `scale`: [N, 1, h] fp32 each."""
-    angles_N1h = positions_N.to(inv_freq_h.dtype)[:, None, None] * inv_freq_h
-    return angles_N1h.cos() * scale, angles_N1h.sin() * scale
-
-
-def _rotate_on_cpu(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse, implementation):
-    """Rotate `qkv_NE` into `out_NE`, which may be the same, in C++ or plain torch."""
-    cos_N1h, sin_N1h = _angles(positions_N, inv_freq_h, scale)
-    sin_N1h = sin_N1h.neg_() if inverse else sin_N1h
-    heads = {"rotated": num_heads + num_kv_heads, "heads": num_heads + 2 * num_kv_heads}
-    if implementation == "avx512":
-        avx512_rows.rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, **heads)
-    else:
-        _rotate_rows(out_NE, None if out_NE is qkv_NE else qkv_NE, cos_N1h, sin_N1h, **heads)
-
-
-@over_rows
-def _rotate_rows(out_nE, source_nE, cos_n1h, sin_n1h, *, rotated, heads):
-    """Rotate the first `rotated` of a row's `heads` heads, of `out_nE` itself where there is no other source."""
-    out_nA2h = out_nE.unflatten(1, (heads, 2, -1))
-    rows_nA2h = out_nA2h if source_nE is None else source_nE.unflatten(1, (heads, 2, -1))
-    first_nAh, second_nAh = _wide(rows_nA2h[:, :rotated]).unbind(2)
-    # Both before either is written: the halves may be views of what is written to. Products are rounded, as in
-    # Hugging Face's LLaMA: a fused multiply-add would differ from it in fp32's last bits.
-    turned_first_nAh = (first_nAh * cos_n1h).sub_(second_nAh * sin_n1h)
-    out_nA2h[:, :rotated, 1] = (second_nAh * cos_n1h).add_(first_nAh * sin_n1h)
-    out_nA2h[:, :rotated, 0] = turned_first_nAh
-    if source_nE is not None:
-        out_nA2h[:, rotated:] = rows_nA2h[:, rotated:]
 
 
 def _tiles(heads, half):
@@ -134,7 +97,11 @@ def _rope_qk_kernel(
 
 
 def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
-    """Rotate `qkv_NE` into `out_NE`, contiguous both; where they are one tensor, the values are not touched."""
+    """Rotate `qkv_NE` into `out_NE`, contiguous both, or a new tensor; where they are one, the values are not
+    touched."""
+    if out_NE is None:
+        qkv_NE = qkv_NE.contiguous()
+        out_NE = torch.empty_like(qkv_NE)
     rotated, half = num_heads + num_kv_heads, inv_freq_h.shape[0]
     row_heads = rotated + num_kv_heads
     written = rotated if out_NE is qkv_NE else row_heads
@@ -158,41 +125,26 @@ def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv
         BLOCK_h,
         num_warps=num_warps,
     )
+    return out_NE
 
 
 class _RopeQK(torch.autograd.Function):
     """Saves positions and frequencies; backward rotates the other way."""
 
     @staticmethod
-    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, implementation):
+    def forward(ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, rotate):
         ctx.save_for_backward(positions_N, inv_freq_h)
         ctx.settings = num_heads, num_kv_heads, scale
-        ctx.implementation = implementation
+        ctx.rotate = rotate
         if inplace:
             ctx.mark_dirty(qkv_NE)
-        return _rotated(
-            qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False, implementation
-        )
+        return rotate(qkv_NE, qkv_NE if inplace else None, positions_N, inv_freq_h, *ctx.settings, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NE):
         # Not in place: autograd may hand the same gradient to others.
-        grad_qkv_NE = _rotated(grad_NE, None, *ctx.saved_tensors, *ctx.settings, True, ctx.implementation)
-        return grad_qkv_NE, None, None, None, None, None, None, None
-
-
-def _rotated(qkv_NE, out_NE, *rest):
-    """`qkv_NE` rotated into `out_NE`, or a new tensor."""
-    *settings, implementation = rest
-    if out_NE is None:
-        qkv_NE = qkv_NE if implementation == "torch" else qkv_NE.contiguous()
-        out_NE = torch.empty_like(qkv_NE, memory_format=torch.contiguous_format)
-    if implementation == "triton":
-        _rotate_by_kernel(qkv_NE, out_NE, *settings)
-    else:
-        _rotate_on_cpu(qkv_NE, out_NE, *settings, implementation)
-    return out_NE
+        return ctx.rotate(grad_NE, None, *ctx.saved_tensors, *ctx.settings, True), *[None] * 7
 
 
 def rope_qk(
@@ -215,8 +167,7 @@ def rope_qk(
         num_heads, num_kv_heads: H, K.
         scale: factor on cosine and sine (YaRN's attention factor).
         inplace: write into `qkv_NE`, which must be nobody's saved tensor (a frozen linear's output is not).
-        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
-            "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`rope_qk_reference`).
 
     Returns:
         [N, (H+2K)·d] with queries and keys rotated, values as they were; computed in fp32, rounded once.
@@ -234,8 +185,12 @@ def rope_qk(
         )
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_qk: in place needs contiguous rows, found strides {qkv_NE.stride()}")
-    implementation = choose(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk", dtypes=[qkv_NE.dtype])
-    return _RopeQK.apply(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inplace, implementation)
+    in_triton = use_triton(impl, qkv_NE, positions_N, inv_freq_h, name="rope_qk")
+    settings = positions_N, inv_freq_h, num_heads, num_kv_heads, scale
+    if impl == "reference":
+        rotated_NE = rope_qk_reference(qkv_NE, *settings)
+        return qkv_NE.copy_(rotated_NE) if inplace else rotated_NE
+    return _RopeQK.apply(qkv_NE, *settings, inplace, _rotate_by_kernel if in_triton else cpu.rotate)
 
 
 __all__ = ["rope_qk", "rope_qk_reference"]

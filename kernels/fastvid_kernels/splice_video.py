@@ -9,12 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cpu
 from .dispatch import launch, use_triton
-
-
-def _wide(x):
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from .plain import wide
 
 
 def splice_video_reference(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype):
@@ -168,18 +165,18 @@ def _boundary_gradient(grad_ND, boundary_rows_2V, dtype):
     return grad_boundary_2D
 
 
+_KERNELS = _forward, _video_gradient, _boundary_gradient
+
+
 class _SpliceVideo(torch.autograd.Function):
     """Saves indices only; gradients go to the projected rows, the boundary rows, and the table if it is trained."""
 
     @staticmethod
-    def forward(
-        ctx, token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype, triton_kernel
-    ):
+    def forward(ctx, token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype, passes):
         ctx.save_for_backward(token_ids_N, video_rows_P, boundary_rows_2V)
-        ctx.triton_kernel = triton_kernel
+        splice, *ctx.gradients = passes
         ctx.table_size = table_TD.shape[0]
         ctx.dtypes = table_TD.dtype, video_PD.dtype, None if boundary_2D is None else boundary_2D.dtype
-        splice = _forward if triton_kernel else splice_video_reference
         return splice(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype)
 
     @staticmethod
@@ -188,18 +185,13 @@ class _SpliceVideo(torch.autograd.Function):
         token_ids_N, video_rows_P, boundary_rows_2V = ctx.saved_tensors
         table_dtype, video_dtype, boundary_dtype = ctx.dtypes
         grad_table_TD = grad_video_PD = grad_boundary_2D = None
+        video_gradient, boundary_gradient = ctx.gradients
         if ctx.needs_input_grad[2]:
-            if ctx.triton_kernel:
-                grad_video_PD = _video_gradient(grad_ND, video_rows_P, video_dtype)
-            else:
-                grad_video_PD = grad_ND[video_rows_P].to(video_dtype)
+            grad_video_PD = video_gradient(grad_ND, video_rows_P, video_dtype)
         if ctx.needs_input_grad[4]:
-            if ctx.triton_kernel:
-                grad_boundary_2D = _boundary_gradient(grad_ND, boundary_rows_2V, boundary_dtype)
-            else:
-                grad_boundary_2D = _wide(grad_ND[boundary_rows_2V]).unflatten(0, (-1, 2)).sum(0).to(boundary_dtype)
+            grad_boundary_2D = boundary_gradient(grad_ND, boundary_rows_2V, boundary_dtype)
         if ctx.needs_input_grad[1]:
-            grad_text_ND = _wide(grad_ND).index_fill(0, video_rows_P, 0.0)
+            grad_text_ND = wide(grad_ND).index_fill(0, video_rows_P, 0.0)
             if boundary_dtype is not None:
                 grad_text_ND = grad_text_ND.index_fill_(0, boundary_rows_2V, 0.0)
             # On CUDA this sorts the ids and adds in order, where index_add would use atomics.
@@ -230,7 +222,7 @@ def splice_video(
         boundary_2D: embeddings of <vid_start> and <vid_end> that replace the table's; None: the table's rows serve.
         boundary_rows_2V: [2V] int64, distinct: start and end rows, alternating, video by video.
         dtype: of the result.
-        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`splice_video_reference`).
 
     Tables and rows are fp32, bf16 or fp16, each its own. The kernels do not check that ids and rows are in range.
 
@@ -255,16 +247,11 @@ def splice_video(
     tensors = [token_ids_N, table_TD, video_PD, video_rows_P, boundary_rows_2V]
     if boundary_2D is not None:
         tensors.append(boundary_2D)
-    return _SpliceVideo.apply(
-        token_ids_N,
-        table_TD,
-        video_PD,
-        video_rows_P,
-        boundary_2D,
-        boundary_rows_2V,
-        dtype,
-        use_triton(impl, *tensors, name="splice_video"),
-    )
+    in_triton = use_triton(impl, *tensors, name="splice_video")
+    given = token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype
+    if impl == "reference":
+        return splice_video_reference(*given)
+    return _SpliceVideo.apply(*given, _KERNELS if in_triton else cpu.SPLICE_VIDEO)
 
 
 __all__ = ["splice_video", "splice_video_reference"]

@@ -10,23 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from . import avx512_rows
-from .dispatch import choose, launch, use_triton
+from . import cpu
+from .dispatch import launch, use_triton
+from .plain import wide
 from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
-from .row_blocks import over_rows
 
 # Channels of the longest tile that `swiglu_fp8` and its gradient hold in registers.
 LONGEST_FP8_ROW = 16384
 
 
-def _wide(x):
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def swiglu_reference(gate_up_NF):
     """`swiglu` in plain differentiable torch."""
-    gate_NF, up_NF = _wide(gate_up_NF).chunk(2, dim=-1)
+    gate_NF, up_NF = wide(gate_up_NF).chunk(2, dim=-1)
     return (functional.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)
 
 
@@ -37,8 +32,9 @@ def swiglu_fp8_reference(gate_up_NF):
 
 def swiglu_backward_fp8_reference(gate_up_NF, grad_NF):
     """`swiglu_backward_fp8` in plain torch."""
-    grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
-    _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
+    with torch.enable_grad():
+        leaf_NF = gate_up_NF.detach().requires_grad_()
+        (grad_gate_up_NF,) = torch.autograd.grad(swiglu_reference(leaf_NF), leaf_NF, grad_NF)
     return quantize_fp8_reference(grad_gate_up_NF)
 
 
@@ -135,60 +131,39 @@ def _swiglu_fp8_bwd_kernel(gate_up_ptr, grad_ptr, bits_ptr, scale_ptr, F, BLOCK_
     tl.store(bits_ptr + F + columns, divided(grad_up, scale), mask=inside)
 
 
-@over_rows
-def _forward(out_nF, gate_up_nF):
-    """`swiglu` in plain torch, into `out_nF`."""
-    gate_nF, up_nF = _wide(gate_up_nF).chunk(2, 1)
-    out_nF.copy_(functional.silu(gate_nF).mul_(up_nF))
-
-
-@over_rows
-def _backward(grad_nF, gate_up_nF, grad_gate_up_nF):
-    """The gradient in plain torch, into `grad_gate_up_nF`."""
-    F, grad_nF = grad_nF.shape[1], _wide(grad_nF)
-    gate_nF, up_nF = _wide(gate_up_nF).chunk(2, 1)  # the whole row at once: rows of a part are slower to convert
-    grad_gate_up_nF[:, F:] = functional.silu(gate_nF).mul_(grad_nF)
-    grad_gate_up_nF[:, :F] = torch.ops.aten.silu_backward(grad_nF * up_nF, gate_nF)
+def _forward_by_kernel(gate_up_NF):
+    N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+    out_NF = gate_up_NF.new_empty(N, F)
+    BLOCK_F, blocks, grid = _tiles(N, F)
+    launch(_swiglu_fwd_kernel, grid, gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
+    return out_NF
 
 
 def _backward_by_kernel(gate_up_NF, grad_NF):
+    gate_up_NF = gate_up_NF.contiguous()
     grad_gate_up_NF = torch.empty_like(gate_up_NF)
     N, F = grad_NF.shape
     BLOCK_F, blocks, grid = _tiles(N, F)
-    launch(_swiglu_bwd_kernel, grid, gate_up_NF, grad_NF, grad_gate_up_NF, F, blocks, BLOCK_F, num_warps=4)
+    launch(_swiglu_bwd_kernel, grid, gate_up_NF, grad_NF.contiguous(), grad_gate_up_NF, F, blocks, BLOCK_F, num_warps=4)
     return grad_gate_up_NF
+
+
+_KERNELS = _forward_by_kernel, _backward_by_kernel
 
 
 class _SwiGLU(torch.autograd.Function):
     """Saves its input and nothing else."""
 
     @staticmethod
-    def forward(ctx, gate_up_NF, implementation):
+    def forward(ctx, gate_up_NF, passes):
         ctx.save_for_backward(gate_up_NF)
-        ctx.implementation = implementation
-        N, F = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
-        out_NF = gate_up_NF.new_empty(N, F)
-        if implementation == "triton":
-            BLOCK_F, blocks, grid = _tiles(N, F)
-            launch(_swiglu_fwd_kernel, grid, gate_up_NF.contiguous(), out_NF, F, blocks, BLOCK_F, num_warps=4)
-        elif implementation == "avx512":
-            avx512_rows.swiglu_forward(out_NF, gate_up_NF.contiguous())
-        else:
-            _forward(out_NF, gate_up_NF)
-        return out_NF
+        forward, ctx.backward_pass = passes
+        return forward(gate_up_NF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NF):
-        (gate_up_NF,) = ctx.saved_tensors
-        if ctx.implementation == "triton":
-            return _backward_by_kernel(gate_up_NF.contiguous(), grad_NF.contiguous()), None
-        grad_gate_up_NF = torch.empty_like(gate_up_NF, memory_format=torch.contiguous_format)
-        if ctx.implementation == "avx512":
-            avx512_rows.swiglu_backward(grad_NF.contiguous(), gate_up_NF.contiguous(), grad_gate_up_NF)
-        else:
-            _backward(grad_NF, gate_up_NF, grad_gate_up_NF)
-        return grad_gate_up_NF, None
+        return ctx.backward_pass(*ctx.saved_tensors, grad_NF), None
 
 
 def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
@@ -197,8 +172,7 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
     Args:
         gate_up_NF: [N, 2F], gate in the first half of the columns, up in the second; fp32, bf16 or fp16.
             Copied if not contiguous.
-        impl: "auto" (Triton on CUDA tensors, C++ for bf16 on CPUs with AVX512-BF16, else torch), "triton", "avx512" or
-            "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`swiglu_reference`).
 
     Returns:
         [N, F] in the input's dtype; computed in fp32, rounded once. Saved for backward: the input. Repeatable.
@@ -208,7 +182,10 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
     """
     if gate_up_NF.dim() != 2 or gate_up_NF.shape[1] % 2:
         raise ValueError(f"swiglu: gate_up must be [N, 2F], found {list(gate_up_NF.shape)}")
-    return _SwiGLU.apply(gate_up_NF, choose(impl, gate_up_NF, name="swiglu", dtypes=[gate_up_NF.dtype]))
+    in_triton = use_triton(impl, gate_up_NF, name="swiglu")
+    if impl == "reference":
+        return swiglu_reference(gate_up_NF)
+    return _SwiGLU.apply(gate_up_NF, _KERNELS if in_triton else cpu.SWIGLU)
 
 
 def _empty_fp8(like, channels):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import bounds
+from fastvid_kernels.cpu import attention_obstacle, avx512_attention
 from torch.nn import functional
 
 from bench import train_data, train_rows, train_step
@@ -18,8 +19,6 @@ from fastvid.data.conversation import system_prefix
 from fastvid.data.dataset import SampleSet
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.features.folder import FeatureFolder
-from fastvid.model.avx512_attention import avx512_attention
-from fastvid.model.avx512_attention import obstacle as avx512_obstacle
 
 TINY = PRESETS["tiny"]
 
@@ -118,7 +117,7 @@ def test_attention_counts_what_it_computes(causal):
     assert flops == (2 + 5) * 2 * 2 * 3 * 8 * pairs
 
 
-@pytest.mark.skipif(avx512_obstacle() is not None, reason=f"attention for AVX512-BF16: {avx512_obstacle()}")
+@pytest.mark.skipif(attention_obstacle() is not None, reason=f"attention for AVX512-BF16: {attention_obstacle()}")
 def test_attention_by_avx512_counts_pairs_up_to_the_diagonal():
     q, k, v = (torch.randn(n, 3, 16, dtype=torch.bfloat16, requires_grad=True) for n in (5, 6, 6))
     given = bounds([3, 2]), bounds([4, 2])

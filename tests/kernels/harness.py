@@ -1,4 +1,5 @@
-"""What all tests of kernels share: the device, the one table of tolerances, comparison with eager torch."""
+"""What all tests of kernels share: the device, the table of tolerances, comparison with eager torch, what was
+launched."""
 
 import interpreter
 import torch
@@ -26,3 +27,15 @@ def assert_close_as_eager(found, exact, eager):
     error, eager_error = ((values.double() - exact).abs().max().item() for values in (found, eager))
     allowed = 2 * eager_error + FLOORS[found.dtype] * exact.abs().max().item()
     assert error <= allowed, f"largest error {error:.3g}, eager torch's {eager_error:.3g}, allowed {allowed:.3g}"
+
+
+def noted_launches(monkeypatch, module):
+    """List that receives every kernel that a kernel's module launches from now on."""
+    noted, launch = [], module.launch
+
+    def noting(kernel, *arguments, **options):
+        noted.append(kernel)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(module, "launch", noting)
+    return noted

@@ -113,6 +113,34 @@ def test_tensors_of_two_gpus_are_refused(name, impl):
         function(*ELSEWHERE[name](), impl=impl, **OPTIONS.get(name, {}))
 
 
+FP8 = {"add_rms_norm_fp8": "add_rms_norm", "swiglu_fp8": "swiglu", "swiglu_backward_fp8": "swiglu"}
+ALONE = {  # arguments of those that take one tensor, or are second in their file
+    "swiglu": lambda: (rows(2, 8),),
+    "swiglu_fp8": lambda: (rows(2, 8),),
+    "swiglu_backward_fp8": lambda: (rows(2, 8), rows(2, 4)),
+    "add_rms_norm_fp8": lambda: (rows(2, 8), rows(2, 8), rows(8), 1e-5, torch.bfloat16),
+    "spatio_temporal_pool": lambda: (rows(2, 3, 4),),
+    "quick_gelu": lambda: (rows(2, 8),),
+}
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, *FP8])
+def test_reference_is_the_plain_twin_itself(name, monkeypatch):
+    """No second plain implementation, which nothing else compares: it is called, and what it returns comes back."""
+    module, called = importlib.import_module(f"fastvid_kernels.{FP8.get(name, name)}"), []
+    name = FUNCTIONS.get(name, name)
+
+    def plain(*arguments, **options):
+        called.append(name)
+        return called
+
+    monkeypatch.setattr(module, f"{name}_reference", plain)
+    with FakeTensorMode():
+        arguments = (ELSEWHERE | ALONE)[module.__name__.rpartition(".")[2] if name in FUNCTIONS.values() else name]()
+        found = getattr(module, name)(*arguments, impl="reference", **OPTIONS.get(name, {}))
+    assert called == [name] and (found is called or name in ("adamw_step", "adamw8bit_step"))
+
+
 def test_a_gpu_and_the_cpu_together_are_refused():
     with FakeTensorMode(), pytest.raises(ValueError, match="x: .* found cpu, cuda:0"):
         dispatch.use_triton("auto", rows(2), rows(2, device="cpu"), name="x")

@@ -2,15 +2,16 @@
 
 import cmath
 
+import fastvid_kernels.rope_qk as kernel_module
 import pytest
 import torch
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
-from harness import DEVICE, DTYPES, assert_close_as_eager
+from harness import DEVICE, DTYPES, assert_close_as_eager, noted_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-IMPLS = ["triton", "reference"]
+IMPLS = ["triton", "auto"]  # which is what CPUs compute their own way, where there is no GPU
 # rows, query heads, key heads, channels per head; the last two take several programs a row
 SHAPES = [(1, 1, 1, 2), (7, 4, 4, 8), (9, 6, 2, 6), (0, 2, 1, 4), (3, 32, 2, 128), (2, 9, 3, 200)]
 
@@ -97,7 +98,7 @@ def test_rotates_pairs_of_halves(impl):
     assert torch.equal(rows[:, 3], given[:, 3])
 
 
-@pytest.mark.parametrize("function", [lambda *x, scale: rope_qk(*x, scale=scale, impl="reference"), rope_qk_reference])
+@pytest.mark.parametrize("function", [rope_qk, rope_qk_reference])
 def test_gradient_numerically(function):
     qkv, positions, frequencies, *heads = inputs(3, 2, 1, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda x: function(x, positions, frequencies, *heads, scale=0.9), (qkv,))
@@ -143,13 +144,25 @@ def test_saves_positions_and_frequencies_only(impl):
     assert saved == [positions.data_ptr(), frequencies.data_ptr()]
 
 
-def test_auto_is_triton_on_cuda_only():
+def test_auto_is_triton_on_cuda_only(monkeypatch):
+    launches = noted_launches(monkeypatch, kernel_module)
     qkv, *rest = inputs(3, 3, 1, 40)
-    grad = torch.ones_like(qkv)
-    found, expected = (
-        run(rope_qk, qkv, rest, grad, impl=impl) for impl in ("auto", "triton" if DEVICE == "cuda" else "reference")
-    )
-    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    run(rope_qk, qkv, rest, torch.ones_like(qkv))
+    assert bool(launches) == (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reference_in_place(dtype):
+    qkv, *rest = inputs(5, 2, 1, 4, dtype)
+    grad, buffer = torch.ones_like(qkv), []
+
+    def in_place(x, *given, **options):
+        buffer.append(x.clone())
+        return rope_qk(buffer[0], *given, inplace=True, impl="reference", **options)
+
+    found = run(in_place, qkv, rest, grad)
+    assert found[0].data_ptr() == buffer[0].data_ptr()
+    assert all(map(torch.equal, found, run(rope_qk_reference, qkv, rest, grad)))
 
 
 def test_unknown_implementation_is_refused():

@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weights lie in oneDNN's tiles: values and gradients against the plain product, and
+"""Linear layers whose frozen weights are prepacked for oneDNN: values and gradients against the plain product, and
 when."""
 
 import copy
@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from fastvid_kernels.cpu import can_prepack
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,13 +17,13 @@ from bench.executed import executed_flops
 from fastvid import train
 from fastvid.dist import parallel
 from fastvid.model.decoder import _keep_products
-from fastvid.model.linear import Linear, can_tile
+from fastvid.model.linear import Linear
 from fastvid.training import memory
 
 CPU = torch.device("cpu")
 WORLD = parallel.World(0, 1, 0, CPU, False)
 BF16 = torch.bfloat16
-DTYPES = [dtype for dtype in (BF16, torch.float32) if can_tile(dtype, CPU)]
+DTYPES = [dtype for dtype in (BF16, torch.float32) if can_prepack(dtype, CPU)]
 UNITS = {BF16: (2**-8, 1e-4), torch.float32: (2**-20, 2**-18)}  # one rounding, and what sums of fp32 add
 tiles = pytest.mark.skipif(BF16 not in DTYPES, reason="oneDNN computes no bf16 on this CPU")
 some_tiles = pytest.mark.skipif(not DTYPES, reason="this torch has no oneDNN")
@@ -32,7 +33,7 @@ def frozen_linear(inputs, outputs, *, tiled, seed=0, dtype=BF16):
     linear = Linear(inputs, outputs, dtype=dtype, trained=False)
     linear.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5)
     if tiled:
-        linear.tile()
+        linear.prepack()
     return linear
 
 
@@ -132,7 +133,7 @@ def test_a_copy_makes_its_own_tiles(duplicate):
     tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16)
     expected = tiled(x)
     other = duplicate(tiled)
-    assert other._tiled == {} and torch.equal(other(x), expected) and other._tiled
+    assert other._prepacked.parts == {} and torch.equal(other(x), expected) and other._prepacked.parts
     with torch.no_grad():
         tiled.weight.zero_()
     assert torch.equal(other(x), expected) and not tiled(x).any()
@@ -146,10 +147,10 @@ def test_tiles_are_made_once_and_nothing_is_saved():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         for _ in range(2):
             tiled(x).sum().backward()
-            copies = {name: vars(each).copy() for name, each in tiled._tiled.items()}
+            copies = {name: vars(each).copy() for name, each in tiled._prepacked.parts.items()}
             assert list(copies) == [(0, 48)]
     assert not saved and list(tiled.state_dict()) == ["weight"]
-    again = {name: vars(each) for name, each in tiled._tiled.items()}
+    again = {name: vars(each) for name, each in tiled._prepacked.parts.items()}
     assert all(copies[name][key] is again[name][key] for name in copies for key in again[name])
 
 
@@ -192,14 +193,15 @@ def losses_of(state, steps=4):
             return found
 
 
+def parts_of(linear):
+    return linear._prepacked.parts.values() if linear._prepacked else ()
+
+
 def check_copies(decoder, allowed):
     """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and
     values."""
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    held = [
-        [tiled for each in (linear._tiled or {}).values() for tiled in (each._forward, each._backward)]
-        for linear in linears
-    ]
+    held = [[tiled for each in parts_of(linear) for tiled in (each._forward, each._backward)] for linear in linears]
     assert [len(copies) for copies in held] == [
         (4 if linear is decoder.layers[-1].qkv else 2) * allowed for linear in linears
     ]
@@ -220,7 +222,7 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
     for allowed in (True, False):
         with monkeypatch.context() as patch:
             if not allowed:
-                patch.setattr("fastvid.training.planning.can_tile", lambda *_: False)
+                patch.setattr("fastvid.training.planning.can_prepack", lambda *_: False)
             state = train.build(
                 config_of(run, "unused", "--bf16", "True", "--dataloader_num_workers", "0", *more), WORLD
             )
@@ -248,8 +250,8 @@ def test_what_is_tiled(run, flags, tiled, caplog):
     with caplog.at_level(logging.INFO, "fastvid"):
         state = train.build(config_of(run, "unused", *flags), WORLD)
     linears = [module for module in state.model.modules() if isinstance(module, Linear)]
-    assert {linear._tiled is not None for linear in linears if not linear.weight.requires_grad} <= {tiled}
-    assert not any(linear._tiled is not None for linear in linears if linear.weight.requires_grad)
+    assert {linear._prepacked is not None for linear in linears if not linear.weight.requires_grad} <= {tiled}
+    assert not any(linear._prepacked is not None for linear in linears if linear.weight.requires_grad)
     assert ("also held in the layouts that this CPU multiplies" in caplog.text) == tiled
 
 
@@ -273,14 +275,14 @@ def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch,
     ):
         caplog.clear()
         monkeypatch.setattr(parallel, "device_memory", lambda world: memory_of_all)
-        assert (train.build(config, WORLD).model.decoder.layers[0].qkv._tiled is not None) == tiled
+        assert (train.build(config, WORLD).model.decoder.layers[0].qkv._prepacked is not None) == tiled
         assert (
             "not also held in the layouts that this CPU multiplies, for which memory is short" in caplog.text
         ) != tiled
 
 
 def test_elsewhere_products_are_plain():
-    assert not can_tile(torch.float64, CPU)
+    assert not can_prepack(torch.float64, CPU)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not can_tile(torch.float32, CPU)
-    assert not any(can_tile(dtype, torch.device("cuda")) for dtype in (BF16, torch.float32))
+        assert not can_prepack(torch.float32, CPU)
+    assert not any(can_prepack(dtype, torch.device("cuda")) for dtype in (BF16, torch.float32))

@@ -58,7 +58,7 @@ def measured(state, batches):
     copies = sum(
         2 * p.nbytes
         for linear in state.model.decoder.modules()
-        if getattr(linear, "_tiled", None) is not None
+        if getattr(linear, "_prepacked", None) is not None
         for p in linear.parameters()
     )
     return sum(p.nbytes for p in state.model.parameters()) + constant + copies + 3 * trained + max(peaks)
@@ -121,7 +121,7 @@ def test_layers_recomputed_by_hand(run, given, chosen, caplog):
     caplog.set_level("INFO", "fastvid")
     state = train.build(config_of(run, "unused", "--recompute", given), WORLD)
     assert f"recompute {chosen}" in caplog.text
-    tiled = {linear._tiled is not None for linear in state.model.decoder.modules() if isinstance(linear, Linear)}
+    tiled = {linear._prepacked is not None for linear in state.model.decoder.modules() if isinstance(linear, Linear)}
     assert tiled == {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
 
 
@@ -145,7 +145,7 @@ def test_auto_recomputes_as_few_layers_as_fit(tmp_path, monkeypatch, caplog, bf1
     caplog.set_level("INFO", "fastvid")
     run, found, estimate = write_run(tmp_path / "run", **{**SIZES, "num_hidden_layers": 12}), [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append((a, k)) or estimate(*a, **k))
-    monkeypatch.setattr(planning, "can_tile", lambda *_: False)
+    monkeypatch.setattr(planning, "can_prepack", lambda *_: False)
 
     def chosen(available):
         monkeypatch.setattr(parallel, "device_memory", lambda _: available)

@@ -1,5 +1,5 @@
-"""What AVX512-BF16 computes of SwiGLU, quick-GELU, RMSNorm and rotary embedding: the kernels' own checks, edges, and
-when it serves."""
+"""SwiGLU, quick-GELU, RMSNorm and rotary embedding on CPUs: the kernels' own checks of what AVX512-BF16 computes, and
+of the chains of torch's operations that serve without it."""
 
 import pytest
 import test_add_rms_norm as norm
@@ -7,11 +7,12 @@ import test_quick_gelu as gelu
 import test_rope_qk as rope
 import test_swiglu as swiglu
 import torch
-from fastvid_kernels import avx512_rows
 from fastvid_kernels.add_rms_norm import add_rms_norm
+from fastvid_kernels.cpu import rows as cpu_rows
 from fastvid_kernels.quick_gelu import quick_gelu
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu as fused
+from harness import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +20,8 @@ BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("poisoned")
 # Where it ought to compile and does not, the tests fail.
 needs_cpu = pytest.mark.skipif(
-    any(x in (avx512_rows.obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
-    reason=f"rows for AVX512-BF16: {avx512_rows.obstacle()}",
+    any(x in (cpu_rows.obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
+    reason=f"rows for AVX512-BF16: {cpu_rows.obstacle()}",
 )
 WIDTHS = [1, 15, 16, 17, 31, 33, 64, 1100]  # around the ends of vectors
 
@@ -28,13 +29,13 @@ WIDTHS = [1, 15, 16, 17, 31, 33, 64, 1100]  # around the ends of vectors
 @needs_cpu
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0), (1, 1), *((5, width) for width in WIDTHS)])
 def test_swiglu(shape):
-    swiglu.check(*swiglu.inputs(*shape, BF16), "avx512")
+    swiglu.check(*swiglu.inputs(*shape, BF16), "auto")
 
 
 @needs_cpu
 @pytest.mark.parametrize("elements", [0, *WIDTHS])
 def test_quick_gelu(elements):
-    gelu.check(gelu.inputs(elements, BF16), "avx512")
+    gelu.check(gelu.inputs(elements, BF16), "auto")
 
 
 @needs_cpu
@@ -43,14 +44,14 @@ def test_quick_gelu(elements):
 @pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_add_rms_norm(shape, weight, add, trained):
-    norm.check(norm.inputs(*shape, BF16, BF16, weight, add=add, trained=trained), BF16, "avx512")
+    norm.check(norm.inputs(*shape, BF16, BF16, weight, add=add, trained=trained), BF16, "auto")
 
 
 @needs_cpu
 @pytest.mark.parametrize("shape", rope.SHAPES + [(5, 3, 1, 2 * width) for width in WIDTHS[:-1]])
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 def test_rope_qk(shape, inplace):
-    rope.check(rope.inputs(*shape, BF16), "avx512", inplace)
+    rope.check(rope.inputs(*shape, BF16), "auto", inplace)
 
 
 @needs_cpu
@@ -65,9 +66,9 @@ def test_rope_qk(shape, inplace):
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape(rows, width, heads, kv_heads, add, trained, seed):
-    swiglu.check(*swiglu.inputs(rows, width, BF16, seed), "avx512")
-    norm.check(norm.inputs(rows, width, BF16, BF16, BF16, add=add, trained=trained, seed=seed), BF16, "avx512", seed)
-    rope.check(rope.inputs(rows, heads, kv_heads, 2 * (width // 4 + 1), BF16, seed), "avx512", add)
+    swiglu.check(*swiglu.inputs(rows, width, BF16, seed), "auto")
+    norm.check(norm.inputs(rows, width, BF16, BF16, BF16, add=add, trained=trained, seed=seed), BF16, "auto", seed)
+    rope.check(rope.inputs(rows, heads, kv_heads, 2 * (width // 4 + 1), BF16, seed), "auto", add)
 
 
 def results(given, impl):
@@ -107,7 +108,7 @@ def test_same_bits_on_any_number_of_threads_and_inputs_left_alone():
     try:
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
-            found.append(results(given, "avx512"))
+            found.append(results(given, "auto"))
     finally:
         torch.set_num_threads(before)
     assert all(all(map(torch.equal, found[0], others)) for others in found[1:])
@@ -133,7 +134,7 @@ def test_rows_and_gradients_may_lie_apart():
         (case, [g.contiguous() for g in expanded[1:3]]),
         (qkv, rest, expanded[3].contiguous()),
     ]
-    assert all(map(torch.equal, results(strided, "avx512"), results(dense, "avx512")))
+    assert all(map(torch.equal, results(strided, "auto"), results(dense, "auto")))
 
 
 @needs_cpu
@@ -142,7 +143,7 @@ def test_only_one_output_of_the_norm_used(pick):
     x, b, w = norm.inputs(4, 33, BF16, BF16, BF16)
     found, expected = (
         torch.autograd.grad(add_rms_norm(x, b, w, 1e-5, BF16, impl=impl)[pick].sum(), (x, b))
-        for impl in ("avx512", "reference")
+        for impl in ("auto", "reference")
     )
     for pair in zip(found, expected):
         torch.testing.assert_close(*pair, rtol=2**-7, atol=2**-7)
@@ -153,7 +154,7 @@ def test_only_one_output_of_the_norm_used(pick):
 def test_swiglu_of_what_is_no_common_number(value):
     x = torch.tensor([[value, 2.0, 1.0, 3.0], [1.0, 1.0, value, 2.0]], dtype=BF16, requires_grad=True)
     grad = torch.ones(2, 2, dtype=BF16)
-    for ours, plain in zip(*(swiglu.run(lambda x: fused(x, impl=impl), x, grad) for impl in ("avx512", "reference"))):
+    for ours, plain in zip(*(swiglu.run(lambda x: fused(x, impl=impl), x, grad) for impl in ("auto", "reference"))):
         torch.testing.assert_close(ours, plain, rtol=2**-7, atol=0, equal_nan=True)
 
 
@@ -162,7 +163,7 @@ def test_swiglu_of_what_is_no_common_number(value):
 def test_quick_gelu_of_what_is_no_common_number(value):
     x = torch.tensor([value, 1.0], dtype=BF16)
     torch.testing.assert_close(
-        quick_gelu(x, impl="avx512"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0, equal_nan=True
+        quick_gelu(x, impl="auto"), quick_gelu(x, impl="reference"), rtol=2**-7, atol=0, equal_nan=True
     )
 
 
@@ -170,14 +171,14 @@ def test_quick_gelu_of_what_is_no_common_number(value):
 def test_what_is_not_a_number_stays_in_its_row():
     x, b, w = (t.detach() for t in norm.inputs(5, 33, BF16, BF16, BF16))
     x[2, 7] = float("nan")
-    total, y = add_rms_norm(x, b, w, 1e-5, BF16, impl="avx512")
+    total, y = add_rms_norm(x, b, w, 1e-5, BF16, impl="auto")
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all() and total.isnan().sum() == 1
 
 
 @needs_cpu
 @pytest.mark.parametrize("saver", [swiglu.test_saves_its_input_only, norm.test_saves_the_sum_and_a_number_per_row])
 def test_saves_as_little(saver):
-    saver("avx512")
+    saver("auto")
 
 
 CALLS = {
@@ -193,29 +194,34 @@ CALLS = {
 @needs_cpu
 @pytest.mark.parametrize("name", CALLS)
 def test_auto_takes_it_for_bf16_alone(name, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    calls, call = [], avx512_rows._call
-    monkeypatch.setattr(avx512_rows, "_call", lambda *given: calls.append(given) or call(*given))
-    for dtype, impl, taken in (
-        (BF16, "auto", 1),
-        (torch.float32, "auto", 0),
-        (BF16, "reference", 0),
-        (BF16, "avx512", 1),
-    ):
+    calls, call = [], cpu_rows._call
+    monkeypatch.setattr(cpu_rows, "_call", lambda *given: calls.append(given) or call(*given))
+    for dtype, impl, taken in ((BF16, "auto", 1), (torch.float32, "auto", 0), (BF16, "reference", 0)):
         calls.clear()
         CALLS[name](impl, dtype)
         assert len(calls) == taken, (dtype, impl)
 
 
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(cpu_rows, "_library", lambda: "no luck")
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_where_it_cannot_run_torch_serves(name, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(avx512_rows, "_library", lambda: "no luck")
+def test_where_it_cannot_run_torch_serves(name, no_library):
     torch.manual_seed(0)
     found = CALLS[name]("auto", BF16)
     torch.manual_seed(0)
-    assert torch.equal(found, CALLS[name]("reference", BF16))
-    with pytest.raises(ValueError, match=f"{name}: impl='avx512' is impossible: no luck; use impl='auto'"):
-        CALLS[name]("avx512", BF16)
-    with pytest.raises(ValueError, match=f"{name}: impl='avx512' is impossible: it is for bfloat16 on the CPU"):
-        CALLS[name]("avx512", torch.float32)
+    torch.testing.assert_close(found, CALLS[name]("reference", BF16), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 16), (5, 33), (2, 1100)])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
+def test_chains_of_torchs_operations(no_library, monkeypatch, shape, dtype, add):
+    """In several blocks of rows, of which the last is shorter."""
+    monkeypatch.setattr("fastvid_kernels.cpu.row_blocks.BLOCK_NUMBERS", 2 * shape[1] + 1)
+    swiglu.check(*swiglu.inputs(*shape, dtype), "auto")
+    gelu.check(gelu.inputs(shape, dtype), "auto")
+    norm.check(norm.inputs(*shape, dtype, dtype, torch.float32, add=add), dtype, "auto")
+    rope.check(rope.inputs(shape[0], shape[1] // 10, 1, 10, dtype), "auto", inplace=add)

@@ -2,7 +2,7 @@
 //
 // Each row, or run of 16 elements, is one thread's, is read once, computed in fp32, and rounded once. Numbers below 2**-126 round to 0.
 
-#include <avx512.h>
+#include "vectors.h"
 
 #include <cmath>
 #include <cstring>

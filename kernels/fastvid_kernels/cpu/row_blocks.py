@@ -7,9 +7,9 @@ import functools
 BLOCK_NUMBERS = 2**18
 
 
-def row_blocks(rows: int, columns: int, numbers: int = BLOCK_NUMBERS) -> list[slice]:
-    """Slices that cut `rows` into blocks of at most `numbers` numbers, but of at least one row."""
-    size = max(1, numbers // max(1, columns))
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Slices that cut `rows` into blocks of at most `BLOCK_NUMBERS` numbers, but of at least one row."""
+    size = max(1, BLOCK_NUMBERS // max(1, columns))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

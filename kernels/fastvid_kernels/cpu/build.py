@@ -25,17 +25,16 @@ FLAGS = (
     "-fopenmp",
     "-shared",
     "-fPIC",
-    f"-I{FOLDER}",
 )
 
 log = logging.getLogger("fastvid")
 
 
-def load(source: Path, *headers: Path, instead: str) -> ctypes.CDLL | str:
+def load(source: Path, *, instead: str) -> ctypes.CDLL | str:
     """The library that `source` compiles to, or why there is none, of which a CPU that could run it is warned.
 
     Args:
-        headers: of the source, besides `avx512.h`, which lies on its path.
+        source: may include every header of this folder.
         instead: what is done without the library, for the warning.
     """
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -44,7 +43,7 @@ def load(source: Path, *headers: Path, instead: str) -> ctypes.CDLL | str:
         if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
             return "this CPU has no AVX512-BF16"
         compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-        return ctypes.CDLL(str(_compiled(compiler, source, [FOLDER / "avx512.h", *headers])))
+        return ctypes.CDLL(str(_compiled(compiler, source)))
     except subprocess.CalledProcessError as error:
         said = (error.stderr.decode(errors="replace").strip() or str(error)).splitlines()
         reason = f"{error.cmd[0]} cannot compile {source.name}: {next((x for x in said if 'error' in x), said[-1])}"
@@ -54,13 +53,13 @@ def load(source: Path, *headers: Path, instead: str) -> ctypes.CDLL | str:
     return reason
 
 
-def _compiled(compiler, source, headers):
-    """The library's file, compiled unless the same source was before by the same command; whole or not there."""
+def _compiled(compiler, source):
+    """The library's file, compiled unless the same sources were before by the same command; whole or not there."""
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"no C++ compiler is installed ({compiler[0]}; CXX names another)")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     command = "\0".join([*compiler, *FLAGS]).encode()
-    texts = [path.read_bytes() for path in (*headers, source)]
+    texts = [path.read_bytes() for path in (*sorted(FOLDER.glob("*.h")), source)]
     key = hashlib.sha256(b"\0".join([version, command, *texts])).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME", "")
     folder = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "fastvid"

@@ -3,18 +3,17 @@
 import pytest
 import torch
 from attention_cases import GATHERED, SEGMENTS, assert_close_to_exact, bounds, inputs, plain, results
+from fastvid_kernels.cpu import attention_obstacle, avx512_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
-from fastvid.model import attention, avx512_attention
+from fastvid.model import attention
 from fastvid.model.attention import attend
 from fastvid.model.decoder import _keep_products
 
 # Where it ought to compile and does not, the tests fail.
-if (lacking := avx512_attention.obstacle()) and any(
-    x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")
-):
+if (lacking := attention_obstacle()) and any(x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")):
     pytest.skip(f"attention for AVX512-BF16: {lacking}", allow_module_level=True)
 
 BF16 = torch.bfloat16
@@ -53,7 +52,7 @@ SHARED = {  # constant rows, rows, and who attends to which of them
 
 
 def own(q, k, v, q_bounds, k_bounds, kv_rows=None, constant=None):
-    return avx512_attention.avx512_attention(q, k, v, q_bounds, k_bounds, kv_rows, constant)
+    return avx512_attention(q, k, v, q_bounds, k_bounds, kv_rows, constant)
 
 
 def gathered(kv_rows, constant):
@@ -263,5 +262,5 @@ def test_attend_takes_it_with_constant_rows():
 def test_rows_whose_heads_lie_apart_are_copied():
     rows = [torch.randn(2, 9, 16).bfloat16().transpose(0, 1), *(torch.randn(9, 1, 16).bfloat16().expand(9, 2, 16),) * 2]
     lengths = bounds([9])
-    expected = avx512_attention.avx512_attention(*(x.contiguous() for x in rows), lengths, lengths)
-    assert torch.equal(avx512_attention.avx512_attention(*rows, lengths, lengths), expected)
+    expected = avx512_attention(*(x.contiguous() for x in rows), lengths, lengths)
+    assert torch.equal(avx512_attention(*rows, lengths, lengths), expected)

@@ -1,4 +1,4 @@
-"""Causal attention on CPUs with AVX512-BF16: `avx512_attention.cpp`, compiled when it is first needed.
+"""Causal attention on CPUs with AVX512-BF16: `attention.cpp`, compiled when it is first needed.
 
 Dimensions: N query rows, R rows that are keys and values, C constant rows before those, M keys of all segments,
 S segments, H query heads, K key/value heads, d channels per head.
@@ -8,14 +8,13 @@ import ctypes
 import functools
 from pathlib import Path
 
-import numpy as np
 import torch
-from fastvid_kernels import avx512
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .build import load
+
 SOURCE = Path(__file__).with_suffix(".cpp")
-HEADER = SOURCE.with_name("avx512_tiles.h")
 _POINTER = ctypes.c_void_p
 
 
@@ -77,9 +76,8 @@ def obstacle() -> str | None:
 @functools.cache
 def _library():
     """The loaded library, or why there is none."""
-    found = avx512.load(
+    found = load(
         SOURCE,
-        HEADER,
         instead="attention in bf16 takes torch's SDPA instead of this CPU's AVX512-BF16, at a fraction of the rate",
     )
     return found if isinstance(found, str) else _declared(found)
@@ -113,7 +111,7 @@ def _check(rows, q_bounds, k_bounds, kv_rows, constant_in_pairs):
         or not all(x is None or x.is_contiguous() for x in (q_bounds, k_bounds, kv_rows))
     ):
         raise ValueError("avx512 attention: bounds must be int32, and dense as kv_rows")
-    queries, keys = np.diff(q_bounds.numpy()), np.diff(k_bounds.numpy())
+    queries, keys = (bounds[1:] - bounds[:-1] for bounds in (q_bounds.numpy(), k_bounds.numpy()))
     total = len(k_RKd) if kv_rows is None else len(kv_rows)
     if (
         len(queries) != len(keys)
@@ -219,3 +217,6 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NHd):
         return *torch.ops.fastvid_avx512.attention_backward(grad_NHd, *ctx.saved_tensors), *[None] * 5
+
+
+__all__ = ["avx512_attention", "obstacle"]

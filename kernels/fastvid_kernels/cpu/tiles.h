@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include <avx512.h>
+#include "vectors.h"
 
 #include <algorithm>
 #include <cmath>

@@ -5,7 +5,7 @@
 // second pass, and backward computes it again from queries and keys: nothing else is saved. Scores, softmax, and sums
 // over queries and keys are fp32; probabilities and their gradients are rounded to bf16 as operands of products.
 
-#include "avx512_tiles.h"
+#include "tiles.h"
 
 extern "C" {
 

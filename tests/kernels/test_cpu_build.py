@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from fastvid_kernels import avx512
+from fastvid_kernels.cpu import attention as cpu_attention
+from fastvid_kernels.cpu import attention_obstacle, avx512_attention, build
 
 from fastvid.batch import AttentionLayout
-from fastvid.model import avx512_attention
 from fastvid.model.attention import attend
 
 pytestmark = pytest.mark.skipif(
-    any(x in (avx512_attention.obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
-    reason=f"attention for AVX512-BF16: {avx512_attention.obstacle()}",
+    any(x in (attention_obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
+    reason=f"attention for AVX512-BF16: {attention_obstacle()}",
 )
 
 
 @pytest.fixture
 def anew():
     """The library is looked for again, now and after the test."""
-    avx512_attention._library.cache_clear()
+    cpu_attention._library.cache_clear()
     yield
-    avx512_attention._library.cache_clear()
+    cpu_attention._library.cache_clear()
 
 
 def compiler(path, body):
@@ -44,13 +44,13 @@ def no_compiler(patch, tmp_path):
 def failing_compiler(patch, tmp_path):
     path = compiler(tmp_path / "failing", '[ "$1" = --version ] || { echo out of luck >&2; exit 1; }')
     patch.setenv("CXX", str(path))
-    return f"{path} cannot compile avx512_attention.cpp: .*out of luck"
+    return f"{path} cannot compile attention.cpp: .*out of luck"
 
 
 def broken_compiler(patch, tmp_path):
     path = compiler(tmp_path / "broken", "exit 1")
     patch.setenv("CXX", str(path))
-    return f"{path} cannot compile avx512_attention.cpp"
+    return f"{path} cannot compile attention.cpp"
 
 
 def other_cpu(patch, tmp_path):
@@ -112,7 +112,7 @@ def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, mo
         attend(q, q, q, layout, "avx512")
     assert torch.equal(attend(q, q, q, layout, "auto"), attend(q, q, q, layout, "sdpa"))
     with pytest.raises(RuntimeError, match=reason):
-        avx512_attention.avx512_attention(q, q, q, layout.cu_seqlens_q, layout.cu_seqlens_k)
+        avx512_attention(q, q, q, layout.cu_seqlens_q, layout.cu_seqlens_k)
     assert lack is folder_of_everyone or not list(tmp_path.rglob("*.so"))
 
 
@@ -122,15 +122,15 @@ def test_another_process_finds_it_compiled(anew, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     monkeypatch.setenv("CXX", str(compiler(tmp_path / "noting", f'echo "$1" >> {log}\nexec {real} "$@"')))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert avx512_attention.obstacle() is None
-    assert log.read_text().split() == ["--version", avx512.FLAGS[0]]
+    assert attention_obstacle() is None
+    assert log.read_text().split() == ["--version", build.FLAGS[0]]
     log.unlink()
-    question = "from fastvid.model.avx512_attention import obstacle; raise SystemExit(obstacle())"
+    question = "from fastvid_kernels.cpu import attention_obstacle as obstacle; raise SystemExit(obstacle())"
     subprocess.run([sys.executable, "-c", question], cwd=ROOT, check=True)
     assert log.read_text().split() == ["--version"]
     [made] = (tmp_path / "cache" / "fastvid").iterdir()
     assert made.suffix == ".so"
     monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DOTHER")  # another command, another file
-    avx512_attention._library.cache_clear()
-    assert avx512_attention.obstacle() is None
+    cpu_attention._library.cache_clear()
+    assert attention_obstacle() is None
     assert len(list((tmp_path / "cache" / "fastvid").iterdir())) == 2

@@ -1,7 +1,7 @@
-"""SwiGLU, quick-GELU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `avx512_rows.cpp`.
+"""SwiGLU, quick-GELU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `rows.cpp`.
 
 Each function writes into its outputs what the kernel of its name computes, in one pass over the rows, where torch's
-chains take ten. Rows are dense bf16 on the CPU; nothing is checked here (`dispatch.choose`).
+chains take ten. Rows are dense bf16 on the CPU; nothing is checked here but by `serve`.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .avx512 import load
+from .build import load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -42,6 +42,13 @@ def obstacle():
     """Why this cannot run here, or None. Compiles at the first call."""
     found = _library()
     return found if isinstance(found, str) else None
+
+
+def serve(*tensors: torch.Tensor, dtypes=None) -> bool:
+    """Whether this computes what is made of `tensors`, whose rows are of `dtypes` (None: the first one's)."""
+    if any(dtype != torch.bfloat16 for dtype in dtypes or [tensors[0].dtype]):
+        return False
+    return all(tensor.device.type == "cpu" for tensor in tensors) and obstacle() is None
 
 
 def _call(name, *arguments):
@@ -80,4 +87,13 @@ def rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, *, rotated, heads):
     _call("rotate", qkv_NE, out_NE, cos_N1h, sin_N1h, qkv_NE.shape[0], heads, rotated, cos_N1h.shape[2])
 
 
-__all__ = ["norm_backward", "norm_forward", "obstacle", "quick_gelu", "rotate", "swiglu_backward", "swiglu_forward"]
+__all__ = [
+    "norm_backward",
+    "norm_forward",
+    "obstacle",
+    "quick_gelu",
+    "rotate",
+    "serve",
+    "swiglu_backward",
+    "swiglu_forward",
+]
