@@ -128,7 +128,7 @@ def build(config, world):
             trainable=config.trainable,
             precision=plan.precision,
             recompute=plan.recompute,
-            attn_implementation=attention,
+            attention=attention,
         )
     parallel.shard(
         model,

@@ -109,7 +109,7 @@ def chat(model):
 
 
 def test_attention_is_settled_when_the_model_is_built(chat):
-    assert {layer.attn_implementation for layer in chat.model.decoder.layers} <= {*IMPLEMENTATIONS}
+    assert {layer.attention for layer in chat.model.decoder.layers} <= {*IMPLEMENTATIONS.values()}
 
 
 @pytest.fixture(scope="module")

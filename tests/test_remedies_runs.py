@@ -22,7 +22,7 @@ from fastvid.dist import parallel
 from fastvid.dist.sharding import held_part
 from fastvid.flags import parse
 from fastvid.flags.foreign import MEANING
-from fastvid.model.attention import choose_implementation
+from fastvid.model.attention import choose_attention
 from fastvid.model.config import Precision
 from fastvid.model.decoder import recomputed_layers
 from fastvid.model.quantize import check_device
@@ -439,9 +439,9 @@ def model(trainable, projector_type="linear"):
     "call, said, mended",
     [
         (
-            lambda: choose_implementation("fast", CPU, torch.float32, 64),
+            lambda: choose_attention("fast", CPU, torch.float32, 64),
             "choose one of auto, ",
-            lambda: choose_implementation("auto", CPU, torch.float32, 64),
+            lambda: choose_attention("auto", CPU, torch.float32, 64),
         ),
         (
             lambda: recomputed_layers("some", 4),

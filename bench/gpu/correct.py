@@ -12,7 +12,7 @@ from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_refere
 from bench import kernel_rows
 from bench.measure import assert_agree, worst_error
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend, choose_implementation
+from fastvid.model.attention import choose_attention
 from fastvid.model.quantize import Fp8Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,11 +50,11 @@ LAYOUTS = {  # {name: [(queries, keys of the segment: None for its own rows, els
 
 
 def attention(small, implementation, grouped=False):
-    """`attend` on segments of unequal lengths, gathered and shared keys, against fp64; errors beside eager's in
+    """Attention on segments of unequal lengths, gathered and shared keys, against fp64; errors beside eager's in
     bf16."""
     heads, kv_heads, width = (4, 2 if grouped else 4, 16) if small else (32, 8 if grouped else 32, 128)
     try:
-        choose_implementation(implementation, torch.device(DEVICE), torch.bfloat16, width)
+        chosen = choose_attention(implementation, torch.device(DEVICE), torch.bfloat16, width)
     except ValueError as error:
         yield {"row": implementation, "status": "ok", "absent": str(error)}
         return
@@ -76,9 +76,7 @@ def attention(small, implementation, grouped=False):
 
         moved = layout.map(lambda tensor: tensor.to(DEVICE))
         options = {"constant": None} if not constant else {}
-        ours = run(
-            lambda q, k, v, c: attend(q, k, v, moved, implementation, **({"constant": c} | options)), torch.bfloat16
-        )
+        ours = run(lambda q, k, v, c: chosen(q, k, v, moved, **({"constant": c} | options)), torch.bfloat16)
         exact = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.float64)
         eager = run(lambda q, k, v, c: plain_attention(q, k, v, layout, c), torch.bfloat16)
         row = {"row": f"{implementation}, {name}{', grouped heads' if grouped else ''}", "status": "ok"}

@@ -72,9 +72,7 @@ class Chat:
             "auto", self.device, precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
         )
         with torch.device("meta"):
-            self.model = VideoLlava(
-                self.model_config, trainable=Trainable(), precision=precision, attn_implementation=attention
-            )
+            self.model = VideoLlava(self.model_config, trainable=Trainable(), precision=precision, attention=attention)
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
         self._encoder = None

@@ -1,4 +1,4 @@
-"""Causal attention over packed rows: one function, `attend`, over whichever library the machine has.
+"""Causal attention over packed rows, by whichever library the machine has.
 
 Dimensions: N query rows, M key/value rows, C constant ones, H query heads, K key/value heads, d channels per head,
 S segments.
@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,54 +30,63 @@ log = logging.getLogger("fastvid")
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
-def attend(
-    q_NHd: Tensor,
-    k_NKd: Tensor,
-    v_NKd: Tensor,
-    layout: AttentionLayout,
-    implementation: str | Callable = "auto",
-    *,
-    constant: tuple[Tensor, Tensor] | None = None,
-    regather: bool = True,
-) -> Tensor:
-    """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention by one library: what a decoder calls, chosen when it is built (`choose_attention`).
 
-    Args:
-        q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
-        layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
-        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "avx512" (for bfloat16 on CPUs that
-            multiply it), "sdpa" (one call per segment), or "auto": the first of these that the tensors allow. Models
-            pass what `attention_check.settle_attention` gave.
-        constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
-        regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under recomputation,
-            where the copy lives only during its layer's backward. "avx512" never keeps one.
-
-    Returns:
-        [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment: repeatable.
-
-    Raises:
-        ValueError: the implementation cannot serve these tensors here; says why.
+    Attributes:
+        name: of the implementation or the library.
+        call: function of queries, keys, values and layout; keys and values lie in its order.
+        takes_rows: instead, `call` takes the packed rows as they are, and `constant` ones, by the layout's `kv_rows`.
     """
-    if isinstance(implementation, str):
-        implementation = choose_implementation(implementation, q_NHd.device, q_NHd.dtype, q_NHd.shape[2])
-    if q_NHd.shape[0] == 0:
-        return q_NHd.clone()
-    assert constant is None or layout.kv_rows is not None
-    if gathering := _GATHERING.get(implementation):
-        return gathering(q_NHd, k_NKd, v_NKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_rows, constant)
-    call = _CALLS.get(implementation, implementation)
-    if layout.kv_rows is None:
-        return call(q_NHd, k_NKd, v_NKd, layout)
-    keys, values = (
-        Gathered(constant_CKd, own_NKd, layout.kv_rows)
-        for constant_CKd, own_NKd in zip(constant or (None, None), (k_NKd, v_NKd))
-    )
-    k_MKd, v_MKd = (
-        GatherRows.apply(own_NKd, gathered, layout.own_keys, regather)
-        for own_NKd, gathered in ((k_NKd, keys), (v_NKd, values))
-    )
-    with saving_no_copy(keys, values) if regather else nullcontext():
-        return call(q_NHd, k_MKd, v_MKd, layout)
+
+    name: str
+    call: Callable[..., Tensor]
+    takes_rows: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(
+        self,
+        q_NHd: Tensor,
+        k_NKd: Tensor,
+        v_NKd: Tensor,
+        layout: AttentionLayout,
+        *,
+        constant: tuple[Tensor, Tensor] | None = None,
+        regather: bool = True,
+    ) -> Tensor:
+        """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
+
+        Args:
+            q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
+            layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
+            constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
+            regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under
+                recomputation, where the copy lives only during its layer's backward. Where `takes_rows`, there is none.
+
+        Returns:
+            [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment:
+            repeatable.
+        """
+        if q_NHd.shape[0] == 0:
+            return q_NHd.clone()
+        assert constant is None or layout.kv_rows is not None
+        if self.takes_rows:
+            return self.call(q_NHd, k_NKd, v_NKd, layout, constant)
+        if layout.kv_rows is None:
+            return self.call(q_NHd, k_NKd, v_NKd, layout)
+        keys, values = (
+            Gathered(constant_CKd, own_NKd, layout.kv_rows)
+            for constant_CKd, own_NKd in zip(constant or (None, None), (k_NKd, v_NKd))
+        )
+        k_MKd, v_MKd = (
+            GatherRows.apply(own_NKd, gathered, layout.own_keys, regather)
+            for own_NKd, gathered in ((k_NKd, keys), (v_NKd, values))
+        )
+        with saving_no_copy(keys, values) if regather else nullcontext():
+            return self.call(q_NHd, k_MKd, v_MKd, layout)
 
 
 def attend_rotated(
@@ -85,13 +95,13 @@ def attend_rotated(
     rope: tuple[Tensor, float],
     heads: tuple[int, int],
     layout: AttentionLayout,
-    implementation: Callable,
+    attention: Attention,
     *,
     constant: tuple[Tensor, Tensor] | None = None,
     queries_LHd: Tensor | None = None,
     recomputed: bool = False,
 ) -> Tensor:
-    """Rotary embedding and `attend` in one: keys are rotated to where segments read them.
+    """Rotary embedding and `attention` in one: keys are rotated to where segments read them.
 
     Args:
         qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`; see
@@ -99,14 +109,14 @@ def attend_rotated(
         positions_N: of its rows.
         rope: radians per position [d/2], factor on cosine and sine.
         heads: H, K.
-        layout: as for `attend`; with `kv_rows` its `way_back` must be known.
-        implementation: function of queries, keys, values and layout.
-        constant: as for `attend`; contiguous.
+        layout: as for `attention`; with `kv_rows` its `way_back` must be known.
+        attention: one for which `rotates_to_keys`.
+        constant: as for `attention`; contiguous.
         queries_LHd: rotated queries of other rows, in the place of the product's (H is 0 then).
         recomputed: backward computes this again: the product is kept as it is, and copies of keys with it.
 
     Returns:
-        [N, H, d], or [L, H, d]; gradients as `attend`'s.
+        [N, H, d], or [L, H, d]; gradients as `attention`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
@@ -123,7 +133,7 @@ def attend_rotated(
         q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, *settings, **options)
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
     if layout.kv_rows is None or recomputed:
-        return implementation(q_NHd, k_MKd, v_MKd, layout)
+        return attention.call(q_NHd, k_MKd, v_MKd, layout)
     rows = Placed(
         k_MKd,
         partial(
@@ -139,21 +149,23 @@ def attend_rotated(
         ),
     )
     with saving_no_copy(rows):
-        return implementation(q_NHd, k_MKd, v_MKd, layout)
+        return attention.call(q_NHd, k_MKd, v_MKd, layout)
 
 
-def rotates_to_keys(implementation: str | Callable, qkv_NE: Tensor) -> Callable | None:
-    """The function of `implementation` that `attend_rotated` takes, where the kernel of `rope_keys` can run; else
-    None."""
-    call = _CALLS.get(implementation, implementation)
-    return call if callable(call) and use_triton("auto", qkv_NE, name="rope_keys") else None
+def rotates_to_keys(attention: Attention, qkv_NE: Tensor) -> bool:
+    """Whether the kernel of `rope_keys` can run, and `attention` takes keys that it has put into their places."""
+    return not attention.takes_rows and use_triton("auto", qkv_NE, name="rope_keys")
 
 
-def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype, channels: int) -> str:
-    """The library that `attend` uses for tensors on `device` in `dtype`, with so many channels per head.
+def choose_attention(implementation: str, device: torch.device, dtype: torch.dtype, channels: int) -> Attention:
+    """The attention of tensors on `device` in `dtype`, with so many channels per head.
+
+    Args:
+        implementation: "flash" (flash-attn), "varlen" (torch's own FlashAttention), "avx512" (for bfloat16 on CPUs that
+            multiply it), "sdpa" (one call per segment), or "auto": the first of these that the tensors allow.
 
     Raises:
-        ValueError: `implementation` is none, or cannot be used here.
+        ValueError: `implementation` is none, or cannot be used here; says why.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
@@ -165,10 +177,10 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
         "avx512": partial(_avx512_obstacle, channels),
     }
     if implementation == "auto":
-        return next((name for name, find in obstacle.items() if find(device, dtype) is None), "sdpa")
+        return next((IMPLEMENTATIONS[name] for name, find in obstacle.items() if find(device, dtype) is None), SDPA)
     if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
         raise ValueError(f"attention implementation {implementation!r} is impossible: {reason}; choose auto or sdpa")
-    return implementation
+    return IMPLEMENTATIONS[implementation]
 
 
 def kernel_obstacle(device, dtype):
@@ -212,11 +224,10 @@ def _varlen_function():
     return _find("torch.nn.attention.varlen", "varlen_attn")
 
 
-def gpu_libraries() -> dict[str, Callable]:
-    """{name: function of queries, keys, values and layout} of every attention library for GPUs that is here, best
-    first."""
-    libraries = {module: partial(_flash, function=function) for module, function in _flash_functions().items()}
-    return libraries | ({"torch's varlen_attn": _varlen} if _varlen_function() else {})
+def gpu_libraries() -> list[Attention]:
+    """Attention of every library for GPUs that is here, best first."""
+    flash = [Attention(module, partial(_flash, function=function)) for module, function in _flash_functions().items()]
+    return [*flash, *([Attention("torch's varlen_attn", _varlen)] if _varlen_function() else [])]
 
 
 def _find(module, name):
@@ -302,6 +313,12 @@ def _last_rows_aligned(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
-_CALLS = {"flash": _flash, "varlen": _varlen, "sdpa": _sdpa}
-_GATHERING = {"avx512": cpu.avx512_attention}  # takes keys from where they lie
-IMPLEMENTATIONS = ("flash", "varlen", "avx512", "sdpa")
+def _avx512(q_NHd, k_RKd, v_RKd, layout, constant):
+    return cpu.avx512_attention(q_NHd, k_RKd, v_RKd, layout.cu_seqlens_q, layout.cu_seqlens_k, layout.kv_rows, constant)
+
+
+SDPA = Attention("sdpa", _sdpa)  # serves everywhere
+IMPLEMENTATIONS = {
+    each.name: each
+    for each in (Attention("flash", _flash), Attention("varlen", _varlen), Attention("avx512", _avx512, True), SDPA)
+}

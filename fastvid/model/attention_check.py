@@ -5,13 +5,12 @@ Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d 
 
 import functools
 import logging
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend, choose_implementation, gpu_libraries, kernel_obstacle, said
+from fastvid.model.attention import SDPA, Attention, choose_attention, gpu_libraries, kernel_obstacle, said
 
 log = logging.getLogger("fastvid")
 
@@ -23,14 +22,14 @@ TRUSTED = 2**-6
 
 def settle_attention(
     implementation: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, channels: int
-) -> str | Callable:
-    """What `attend` is to use for as long as a model lives: a name, or the function of a library that passed its test.
+) -> Attention:
+    """What a model is to attend by for as long as it lives.
 
     Under "auto" on a GPU no library is trusted for being there. Each, best first, computes two small segments with the
     model's heads, once per process. One that raises, or differs from SDPA, costs a warning, and the next is tried.
 
     Args:
-        implementation: as of `attend`; what is named is not tested.
+        implementation: as of `choose_attention`; what is named is not tested.
         device, dtype: of the model's queries, keys and values.
         heads, kv_heads, channels: H, K, d.
 
@@ -38,21 +37,21 @@ def settle_attention(
         ValueError: `implementation` is none, or cannot be used here.
     """
     if implementation != "auto" or kernel_obstacle(device, dtype):
-        return choose_implementation(implementation, device, dtype, channels)
+        return choose_attention(implementation, device, dtype, channels)
     return _first_that_is_right(device, dtype, heads, kv_heads, channels)
 
 
 @functools.cache
 def _first_that_is_right(device, dtype, heads, kv_heads, channels):
-    for name, call in gpu_libraries().items():
-        if not (fault := _fault(call, device, dtype, (heads, kv_heads, kv_heads), channels)):
-            return call
-        log.warning("attention: %s is not used: %s", name, fault)
-    return "sdpa"
+    for library in gpu_libraries():
+        if not (fault := _fault(library, device, dtype, (heads, kv_heads, kv_heads), channels)):
+            return library
+        log.warning("attention: %s is not used: %s", library, fault)
+    return SDPA
 
 
-def _fault(call, device, dtype, heads, channels):
-    """Why a library's function cannot be trusted with such queries, keys and values, or None."""
+def _fault(library, device, dtype, heads, channels):
+    """Why a library cannot be trusted with such queries, keys and values, or None."""
     layout = AttentionLayout.of_lengths([40, 133], [200, 150]).map(lambda tensor: tensor.to(device))
     random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     tensors = [random(rows, count, channels).to(dtype) for rows, count in zip((173, 350, 350), heads)]
@@ -67,11 +66,10 @@ def _fault(call, device, dtype, heads, channels):
     def distances(found):
         return [((ours - true).abs().max() / true.abs().max()).item() for ours, true in zip(found, exact)]
 
-    sdpa = partial(attend, implementation="sdpa")
-    exact = results(sdpa, [x.float() for x in tensors])
-    usual = distances(results(sdpa, [x.clone() for x in tensors]))
+    exact = results(SDPA, [x.float() for x in tensors])
+    usual = distances(results(SDPA, [x.clone() for x in tensors]))
     try:
-        errors = distances(results(call, tensors))
+        errors = distances(results(library, tensors))
     except Exception as error:  # whatever a broken installation raises
         return f"it raises {said(error)}"
     names = "values", "queries' gradients", "keys' gradients", "values' gradients"

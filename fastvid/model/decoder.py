@@ -5,7 +5,6 @@ E = (H + 2K)·d columns of fused queries, keys and values, H query heads, K key/
 F channels of the feed-forward block.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend, attend_rotated, rotates_to_keys
+from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
 from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
 from fastvid.model.linear import make_linear
@@ -106,7 +105,7 @@ class DecoderLayer(nn.Module):
         *,
         trained: bool,
         precision: Precision,
-        attn_implementation: str | Callable,
+        attention: Attention,
     ):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
@@ -127,7 +126,7 @@ class DecoderLayer(nn.Module):
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
         self.heads = heads, kv_heads
-        self.attn_implementation = attn_implementation
+        self.attention = attention
 
     def forward(self, live, frozen, rope, prefix, *, last=False, cache=None, recomputed=False):
         """Both streams after this layer.
@@ -162,9 +161,8 @@ class DecoderLayer(nn.Module):
         Args:
             by_kernel: let a kernel put keys into their places, if it can.
         """
-        call = self._kernel_of_keys(stream, options["last"]) if by_kernel else None
-        if call is not None:
-            attended, keys_values = self._attend_by_kernel(call, stream, constant, **options)
+        if by_kernel and self._kernel_places_keys(stream, options["last"]):
+            attended, keys_values = self._attend_by_kernel(stream, constant, **options)
         else:
             attended, keys_values = self._attend(stream, constant, cache=cache, **options)
         residual_ND, x_NHd, positions_N, layout = attended
@@ -197,33 +195,33 @@ class DecoderLayer(nn.Module):
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
-        x_NHd = attend(
-            q_NHd, k_NKd, v_NKd, layout, self.attn_implementation, constant=constant, regather=not recomputed
-        )
+        x_NHd = self.attention(q_NHd, k_NKd, v_NKd, layout, constant=constant, regather=not recomputed)
         return (residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
 
-    def _attend_by_kernel(self, call, stream, constant, *, rope, last, recomputed):
-        """The same, where a kernel puts rotated keys into their places and `call` attends to them."""
+    def _attend_by_kernel(self, stream, constant, *, rope, last, recomputed):
+        """The same, where a kernel puts rotated keys into their places."""
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, options = stream.positions_N, {"constant": constant, "recomputed": recomputed}
         if not (last and stream.supervised is not None):
             qkv_NE = product_to_rotate(x_ND, self.qkv)
-            x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, call, **options)
+            x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, self.attention, **options)
             return (residual_ND, x_NHd, positions_N, stream.layout), None
         layout = stream.supervised[1]
         kv_NE = product_to_rotate(x_ND, self.qkv, slice(heads * 2 * inv_freq.shape[0], None))
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
         residual_LD, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
-        x_LHd = attend_rotated(kv_NE, positions_N, rope, (0, kv_heads), layout, call, queries_LHd=q_LHd, **options)
+        x_LHd = attend_rotated(
+            kv_NE, positions_N, rope, (0, kv_heads), layout, self.attention, queries_LHd=q_LHd, **options
+        )
         return (residual_LD, x_LHd, positions_L, layout), None
 
-    def _kernel_of_keys(self, live, last):
-        """Attention for `_attend_by_kernel`, or None where that is impossible, or no row's keys are wanted any more."""
+    def _kernel_places_keys(self, live, last):
+        """Whether `_attend_by_kernel` is possible, and some row's keys are still wanted."""
         rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
         if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.way_back is None:
-            return None
-        return rotates_to_keys(self.attn_implementation, live.residual_ND)
+            return False
+        return rotates_to_keys(self.attention, live.residual_ND)
 
     def _supervised_queries(self, stream, residual_ND, rotate, inv_freq):
         """(residual stream, positions, queries) of the stream's supervised rows."""
@@ -244,7 +242,7 @@ class Decoder(nn.Module):
         precision: what it is stored and computed in.
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
             matrix products and attention; a number: as "full" in the first so many layers, "none" in the others.
-        attn_implementation: see `attend`.
+        attention: of every layer; SDPA serves on every device.
     """
 
     def __init__(
@@ -254,7 +252,7 @@ class Decoder(nn.Module):
         trained: bool,
         precision: Precision,
         recompute: str | int = "none",
-        attn_implementation: str | Callable = "auto",
+        attention: Attention = SDPA,
     ):
         super().__init__()
         whole = recomputed_layers(recompute, config.num_layers)
@@ -263,7 +261,7 @@ class Decoder(nn.Module):
                 config,
                 trained=trained,
                 precision=precision,
-                attn_implementation=attn_implementation,
+                attention=attention,
             )
             for _ in range(config.num_layers)
         )

@@ -4,7 +4,6 @@ Dimensions: N packed rows, D channels of the decoder, P projected rows of all vi
 L supervised rows.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.model.attention import SDPA, Attention
 from fastvid.model.cache import LayerCache
 from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.decoder import Decoder, Stream
@@ -38,7 +38,7 @@ class VideoLlava(nn.Module):
         trainable: parts that get a gradient.
         precision: what it is stored and computed in.
         recompute: "none", "selective", "full" or a number of layers; see `Decoder`.
-        attn_implementation: see `fastvid.model.attention.attend`.
+        attention: `choose_attention` and `settle_attention` choose one; SDPA serves on every device.
 
     Raises:
         ValueError: an unknown mode or projector.
@@ -51,7 +51,7 @@ class VideoLlava(nn.Module):
         trainable: Trainable,
         precision: Precision,
         recompute: str | int = "none",
-        attn_implementation: str | Callable = "auto",
+        attention: Attention = SDPA,
     ):
         super().__init__()
         sizes = config.decoder
@@ -70,7 +70,7 @@ class VideoLlava(nn.Module):
             trained=trainable.decoder,
             precision=precision,
             recompute=recompute,
-            attn_implementation=attn_implementation,
+            attention=attention,
         )
         if not sizes.tie_word_embeddings:
             self.head = table(dtype=precision.stored(trainable.head), trained=trainable.head)

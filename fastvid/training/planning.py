@@ -253,7 +253,7 @@ def plan(config, precision, model_config, loader, world, attention):
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=precision.frozen,
         on_cpu=not of_gpu,
-        one_call_per_segment=attention == "sdpa" and not other,
+        one_call_per_segment=attention.name == "sdpa" and not other,
     )
     available, of_what = _available(config, world, encodes=bool(features is not None and features.unmade))
     wanted = "none" if asked == "auto" else asked

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
-from clips import draw  # noqa: E402 the tests' own
+from clips import draw
 
 B_FRAMES = {"bf": "3", "g": "12", "x264-params": "b-adapt=0"}
 QUIET = {"x265-params": "log-level=none"}

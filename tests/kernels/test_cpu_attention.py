@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
-from fastvid.model import attention
-from fastvid.model.attention import attend
+from fastvid.model.attention import choose_attention
 from fastvid.model.decoder import _keep_products
 
 # Where it ought to compile and does not, the tests fail.
@@ -238,7 +237,7 @@ def test_what_would_be_read_out_of_bounds_is_refused(change, message):
 def test_choice():
     cpu = torch.device("cpu")
     assert [
-        attention.choose_implementation("auto", cpu, *given)
+        choose_attention("auto", cpu, *given).name
         for given in ((BF16, 16), (BF16, 128), (BF16, 8), (BF16, 24), (torch.float32, 16))
     ] == ["avx512", "avx512", "sdpa", "sdpa", "sdpa"]
     for device, dtype, channels, reason in (
@@ -247,16 +246,17 @@ def test_choice():
         (torch.device("cuda"), BF16, 16, "it is for the CPU, not cuda"),
     ):
         with pytest.raises(ValueError, match=f"'avx512' is impossible: {reason}; choose"):
-            attention.choose_implementation("avx512", device, dtype, channels)
+            choose_attention("avx512", device, dtype, channels)
 
 
-def test_attend_takes_it_with_constant_rows():
+def test_models_take_it_with_constant_rows():
     constant_rows, rows, keys, queries = GATHERED["across the border"]
     q, k, v = (torch.randn(n, 2, 16).to(BF16) for n in (sum(queries), rows, rows))
     constant = tuple(torch.randn(constant_rows, 2, 16).to(BF16) for _ in range(2))
     given = bounds(queries), bounds(map(len, keys)), torch.tensor(sum(keys, []))
     layout = AttentionLayout(given[0], max(queries), given[1], max(map(len, keys)), given[2])
-    assert torch.equal(attend(q, k, v, layout, constant=constant), own(q, k, v, *given, constant))
+    chosen = choose_attention("auto", q.device, BF16, 16)
+    assert torch.equal(chosen(q, k, v, layout, constant=constant), own(q, k, v, *given, constant))
 
 
 def test_rows_whose_heads_lie_apart_are_copied():

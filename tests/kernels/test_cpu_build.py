@@ -14,7 +14,7 @@ from fastvid_kernels.cpu import attention as cpu_attention
 from fastvid_kernels.cpu import attention_obstacle, avx512_attention, build
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend
+from fastvid.model.attention import SDPA, choose_attention
 
 pytestmark = pytest.mark.skipif(
     any(x in (attention_obstacle() or "") for x in ("it is for", "no AVX512", "no C++ compiler")),
@@ -109,8 +109,8 @@ def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, mo
     reason = lack(monkeypatch, tmp_path)
     q, layout = torch.randn(5, 2, 16).bfloat16(), AttentionLayout.of_lengths([5])
     with pytest.raises(ValueError, match=f"'avx512' is impossible: {reason}.*; choose auto or sdpa"):
-        attend(q, q, q, layout, "avx512")
-    assert torch.equal(attend(q, q, q, layout, "auto"), attend(q, q, q, layout, "sdpa"))
+        choose_attention("avx512", q.device, q.dtype, 16)
+    assert choose_attention("auto", q.device, q.dtype, 16) is SDPA
     with pytest.raises(RuntimeError, match=reason):
         avx512_attention(q, q, q, layout.cu_seqlens_q, layout.cu_seqlens_k)
     assert lack is folder_of_everyone or not list(tmp_path.rglob("*.so"))

@@ -1,4 +1,4 @@
-"""`attend`: shared and constant keys, every library that a machine may have, which is chosen, what is saved."""
+"""Attention: shared and constant keys, every library that a machine may have, which is chosen, what is saved."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import attention, gathered_keys
-from fastvid.model.attention import attend
+from fastvid.model.attention import SDPA, choose_attention
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_gathered_keys_are_not_kept_for_backward():
 
     def live(**options):
         with LiveBytes() as live:
-            out = attend(q, k, v, layout, **options)
+            out = SDPA(q, k, v, layout, **options)
             return live.total(), out
 
     kept, expected = live(regather=False)
@@ -48,8 +48,8 @@ def test_constant_keys_come_before_the_packed_rows(regather):
     )
     whole = [x.clone().requires_grad_() for x in (q[5:], k, v)]
     own = [x[5:].clone().requires_grad_() for x in (q, k, v)]
-    expected = attend(*whole, layout)
-    found = attend(*own, layout, constant=(k[:5], v[:5]), regather=regather)
+    expected = SDPA(*whole, layout)
+    found = SDPA(*own, layout, constant=(k[:5], v[:5]), regather=regather)
     assert torch.equal(found, expected)
     grad = torch.randn_like(found)
     for ours, theirs in zip(torch.autograd.grad(found, own, grad), torch.autograd.grad(expected, whole, grad)):
@@ -69,18 +69,18 @@ def test_shared_gradients_are_summed_in_fp32():
 def test_attend_aligns_the_last_rows():
     """Two queries over five keys are the last two of five queries, four the last four; one query sees all."""
     q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
-    whole = attend(q, k, v, AttentionLayout.of_lengths([5]))
+    whole = SDPA(q, k, v, AttentionLayout.of_lengths([5]))
     keys = AttentionLayout.of_lengths([5])
     for n in (1, 2, 4):
         queries = AttentionLayout.of_lengths([n])
         layout = dataclasses.replace(queries, cu_seqlens_k=keys.cu_seqlens_k, max_seqlen_k=5)
-        assert_close(attend(q[-n:], k, v, layout), whole[-n:])
+        assert_close(SDPA(q[-n:], k, v, layout), whole[-n:])
 
 
 def test_gradients_of_segments_are_put_together_once():
     """A slice's gradient would be a tensor of all rows, for each segment."""
     q, k, v = (torch.randn(320, 2, 8, requires_grad=True) for _ in range(3))
-    out = attend(q, k, v, AttentionLayout.of_lengths([16] * 20), "sdpa")
+    out = SDPA(q, k, v, AttentionLayout.of_lengths([16] * 20))
     made = []
 
     class Sizes(TorchDispatchMode):
@@ -105,26 +105,24 @@ def test_segments_are_known_without_waiting_for_the_device(shared):
             torch.empty(rows, heads, 8, device="meta", requires_grad=True)
             for rows, heads in ((int(part.cu_seqlens_q[-1]), 4), (43, 2), (43, 2))
         )
-        attend(q, k, v, far).sum().backward()
+        SDPA(q, k, v, far).sum().backward()
         assert q.grad.shape == q.shape
 
 
 def test_attend_without_rows():
     q, k = torch.randn(0, 2, 8, requires_grad=True), torch.randn(0, 2, 8)
-    assert attend(q, k, k, AttentionLayout.of_lengths([])).shape == (0, 2, 8)
+    assert SDPA(q, k, k, AttentionLayout.of_lengths([])).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("implementation", ["flash", "varlen"])
 def test_impossible_attention_is_refused(implementation):
-    q = torch.randn(5, 2, 8)
     with pytest.raises(ValueError, match=f"{implementation}.*needs a CUDA device, not cpu.*choose auto or sdpa"):
-        attend(q, q, q, AttentionLayout.of_lengths([5]), implementation)
+        choose_attention(implementation, torch.device("cpu"), torch.float32, 8)
 
 
 def test_unknown_attention_is_refused():
-    q = torch.randn(5, 2, 8)
     with pytest.raises(ValueError, match="'sdqa': choose one of auto, flash, varlen, avx512, sdpa"):
-        attend(q, q, q, AttentionLayout.of_lengths([5]), "sdqa")
+        choose_attention("sdqa", torch.device("cpu"), torch.float32, 8)
 
 
 def plain_attention(q, k, v, layout):
@@ -149,7 +147,7 @@ def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, sh
     device = torch.device("cuda" if torch.cuda.is_available() and implementation != "avx512" else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" or implementation == "avx512" else torch.float32
     try:
-        attention.choose_implementation(implementation, device, dtype, 32)
+        chosen = choose_attention(implementation, device, dtype, 32)
     except ValueError as error:
         pytest.skip(str(error))
     layout = branches((6, 1, 290), 70)[0] if shared else AttentionLayout.of_lengths([70, 1, 296])
@@ -164,7 +162,7 @@ def test_all_attention_that_this_machine_has_agrees(implementation, kv_heads, sh
 
     expected = outcome(plain_attention, exact)
     given = [x.detach().to(dtype).requires_grad_() for x in exact]
-    found = outcome(lambda *tensors: attend(*tensors, implementation), given)
+    found = outcome(chosen, given)
     for ours, eager, true in zip(found, outcome(plain_attention, given), expected):
         allowed = 2 * (eager.double() - true).abs().max() + 1e-6 * true.abs().max()
         assert (ours.double() - true).abs().max() <= allowed
@@ -177,7 +175,7 @@ def test_sdpa_equals_plain_attention(segments, heads, kv_heads, channels, dtype)
     """It serves bf16 too, on a CPU that multiplies none, or that no compiler builds kernels for."""
 
     def sdpa(q, k, v, q_bounds, k_bounds):
-        return attend(q, k, v, AttentionLayout(q_bounds, 0, k_bounds, 0), "sdpa")
+        return SDPA(q, k, v, AttentionLayout(q_bounds, 0, k_bounds, 0))
 
     given = inputs(segments, heads, kv_heads, channels, dtype)
     found = results(sdpa, *given, segments)
@@ -195,7 +193,7 @@ class Machine:
         monkeypatch.setattr(attention, "_varlen_function", lambda: varlen)
 
     def choose(self, implementation="auto", dtype=torch.bfloat16):
-        return attention.choose_implementation(implementation, torch.device("cuda"), dtype, 64)
+        return choose_attention(implementation, torch.device("cuda"), dtype, 64).name
 
 
 def test_choice_on_cuda(monkeypatch):
@@ -298,7 +296,7 @@ def test_flash_backward_adds_in_order_where_that_is_asked_for(monkeypatch):
 
 
 def test_torch_varlen_signature_is_known():
-    """Of the installed torch: everything that `attend` passes exists."""
+    """Of the installed torch: everything that `_varlen` passes exists."""
     known = attention._arguments(attention._varlen_function())
     assert {"window_size", "is_causal"} & known
     assert attention._arguments(attention._varlen_function()) >= {"cu_seq_q", "cu_seq_k", "max_q", "max_k"}

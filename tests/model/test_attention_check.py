@@ -4,21 +4,19 @@ import sys
 
 import pytest
 import torch
-from attention_cases import bounds
 from training_run import config_of, write_run
 
 from fastvid import train
-from fastvid.batch import AttentionLayout
 from fastvid.dist import parallel
 from fastvid.model import attention, attention_check
-from fastvid.model.attention import attend
+from fastvid.model.attention import SDPA, Attention
 from fastvid.model.attention_check import settle_attention
 
 CPU = torch.device("cpu")
 
 
 def right(q, k, v, layout):
-    return attend(q, k, v, layout, "sdpa")
+    return SDPA.call(q, k, v, layout)
 
 
 def first_rows_aligned(q, k, v, layout):
@@ -70,7 +68,9 @@ def settle(monkeypatch):
     def settle(*calls, dtype=torch.float32, heads=(4, 2)):
         attention_check._first_that_is_right.cache_clear()
         monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
-        monkeypatch.setattr(attention_check, "gpu_libraries", lambda: {call.__name__: call for call in calls})
+        monkeypatch.setattr(
+            attention_check, "gpu_libraries", lambda: [Attention(call.__name__, call) for call in calls]
+        )
         return settle_attention("auto", CPU, dtype, *heads, 16)
 
     yield settle
@@ -80,7 +80,7 @@ def settle(monkeypatch):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_library_that_is_right_is_taken(settle, dtype, heads, caplog):
-    assert settle(right, raising, dtype=dtype, heads=heads) is right
+    assert settle(right, raising, dtype=dtype, heads=heads).call is right
     assert caplog.messages == []
 
 
@@ -96,13 +96,13 @@ def test_a_library_that_is_right_is_taken(settle, dtype, heads, caplog):
     ],
 )
 def test_one_that_is_wrong_leaves_it_to_the_next(settle, wrong, why, caplog):
-    assert settle(wrong, right) is right
+    assert settle(wrong, right).call is right
     (message,) = caplog.messages
     assert message.startswith(f"attention: {wrong.__name__} is not used: {why}") and "\n" not in message
 
 
 def test_sdpa_serves_where_no_library_does(settle, caplog):
-    assert settle(raising, first_rows_aligned) == settle() == "sdpa"
+    assert settle(raising, first_rows_aligned) == settle() == SDPA
     assert len(caplog.messages) == 2
 
 
@@ -113,37 +113,33 @@ def test_libraries_are_tried_once_per_process(settle, caplog):
         tried.append(tensors)
         return right(*tensors)
 
-    assert settle(raising, counted) is counted and len(tried) == len(caplog.messages) == 1
-    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16) is counted and len(tried) == len(caplog.messages) == 1
+    assert settle(raising, counted).call is counted and len(tried) == len(caplog.messages) == 1
+    assert (
+        settle_attention("auto", CPU, torch.float32, 4, 2, 16).call is counted
+        and len(tried) == len(caplog.messages) == 1
+    )
 
 
 def test_what_is_named_is_not_tried(settle):
     settle(raising)
-    assert settle_attention("sdpa", CPU, torch.float32, 4, 2, 16) == "sdpa"
+    assert settle_attention("sdpa", CPU, torch.float32, 4, 2, 16) is SDPA
     with pytest.raises(ValueError, match="flash.*needs a CUDA device, not cpu"):
         settle_attention("flash", CPU, torch.float32, 4, 2, 16)
 
 
 def test_on_a_cpu_nothing_is_tried():
-    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16) == "sdpa"
-    assert settle_attention("auto", CPU, torch.bfloat16, 4, 2, 16) in ("avx512", "sdpa")
-
-
-def test_attend_calls_what_was_settled():
-    q, k, v = (torch.randn(rows, 2, 8) for rows in (3, 5, 5))
-    layout = AttentionLayout(bounds([3]), 3, bounds([5]), 5)
-    seen = []
-    attend(q, k, v, layout, lambda *tensors: seen.append(tensors) or q)
-    assert seen == [(q, k, v, layout)]
+    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16) is SDPA
+    assert settle_attention("auto", CPU, torch.bfloat16, 4, 2, 16).name in ("avx512", "sdpa")
 
 
 def test_every_library_that_is_here_is_tried_in_order(monkeypatch):
     monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn_interface": right, "flash_attn": raising})
     monkeypatch.setattr(attention, "_varlen_function", lambda: right)
-    assert list(attention.gpu_libraries()) == ["flash_attn_interface", "flash_attn", "torch's varlen_attn"]
-    assert attention.gpu_libraries()["flash_attn"].keywords == {"function": raising}
+    libraries = attention.gpu_libraries()
+    assert [each.name for each in libraries] == ["flash_attn_interface", "flash_attn", "torch's varlen_attn"]
+    assert libraries[1].call.keywords == {"function": raising}
     monkeypatch.setattr(attention, "_varlen_function", lambda: None)
-    assert list(attention.gpu_libraries()) == ["flash_attn_interface", "flash_attn"]
+    assert [each.name for each in attention.gpu_libraries()] == ["flash_attn_interface", "flash_attn"]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +166,19 @@ def test_a_module_that_is_absent_is_not_noted(caplog, module):
     assert attention._find(module, "function") is None and caplog.messages == []
 
 
-def test_training_settles_it_when_the_model_is_built(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "settle_attention", lambda *given: asked.append(given) or right)
+def test_it_is_settled_when_the_model_is_built(tmp_path, monkeypatch):
+    """And not at each layer of each step: a step asks nothing."""
+    asked, called = [], []
+    noting = Attention("noting", lambda *given: called.append(len(given)) or right(*given))
+    monkeypatch.setattr(train, "settle_attention", lambda *given: asked.append(given) or noting)
     run = write_run(tmp_path / "run")
     state = train.build(config_of(run, "unused"), parallel.World(0, 1, 0, CPU, False))
     sizes = state.model.config.decoder
     assert asked == [("auto", CPU, torch.float32, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)]
-    assert {layer.attn_implementation for layer in state.model.decoder.layers} == {right}
+    assert {layer.attention for layer in state.model.decoder.layers} == {noting}
+    for name in ("_flash_obstacle", "_varlen_obstacle", "_avx512_obstacle"):
+        monkeypatch.setattr(attention, name, None)
+    called.clear()
+    _, batches = next(state.loader.iterate(0))
+    train.train_step(state, batches)
+    assert set(called) == {4} and len(called) >= sizes.num_layers

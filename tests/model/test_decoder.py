@@ -159,7 +159,7 @@ def test_frozen_decoder_saves_no_input_of_a_linear():
     """By the layer: two residual sums, queries, keys, values, attention's output, the gate-up product, and per row
     two fp32 numbers of the norms and one per head of attention."""
     config = decoder_config(num_kv_heads=2)
-    decoder = fill(Decoder(config, trained=False, precision=Precision(torch.bfloat16), attn_implementation="sdpa"))
+    decoder = fill(Decoder(config, trained=False, precision=Precision(torch.bfloat16)))
     x = torch.randn(40, 32, dtype=torch.bfloat16, requires_grad=True)
     layout, positions = AttentionLayout.of_lengths([40]), torch.arange(40, dtype=torch.int32)
     inputs = []

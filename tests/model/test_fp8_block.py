@@ -55,7 +55,7 @@ def prepared(**options):
     """A model that keeps the prefix. To make it needs no kernel, and an interpreter is slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET")
-        model, _ = random_quantized("fp8", attn_implementation="sdpa", **options)
+        model, _ = random_quantized("fp8", **options)
         model.keep_prefix(PREFIX)
     return model
 

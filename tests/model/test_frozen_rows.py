@@ -21,7 +21,7 @@ from model_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.model import decoder
-from fastvid.model.attention import attend
+from fastvid.model.attention import SDPA
 
 PREFIX = 4
 
@@ -188,10 +188,10 @@ def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
     assert layout.kv_rows[layout.own_keys].tolist() == list(range(first, first + len(layout.own_keys)))
     q, k, v = (torch.randn(len(layout.own_keys), 4, 8, requires_grad=True) for _ in range(3))
     constant = torch.randn(first, 4, 8), torch.randn(first, 4, 8)
-    out = attend(q, k, v, layout, constant=constant)
+    out = SDPA(q, k, v, layout, constant=constant)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(
-        attend(q, k, v, dataclasses.replace(layout, own_keys=None), constant=constant), (q, k, v), grad
+        SDPA(q, k, v, dataclasses.replace(layout, own_keys=None), constant=constant), (q, k, v), grad
     )
     assert all(map(torch.equal, torch.autograd.grad(out, (q, k, v), grad), expected))
     twice = dataclasses.replace(layout, kv_rows=layout.kv_rows.clamp(max=first), own_keys=None)

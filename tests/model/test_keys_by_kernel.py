@@ -63,7 +63,7 @@ def interpreted(monkeypatch):
 def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
     _, batch = cases()
     batch = batch.parted()
-    model = prepared(random_model(**KINDS[kind], attn_implementation="sdpa"))
+    model = prepared(random_model(**KINDS[kind]))
     expected_loss, expected = loss_and_gradients(model, batch)
     calls = interpreted()
     loss, found = loss_and_gradients(model, batch)
@@ -80,7 +80,7 @@ def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
 def test_equals_gathering_of_own_rows(trainable, interpreted):
     batch = random_batch().parted()
-    model = random_model(trainable=trainable, attn_implementation="sdpa")
+    model = random_model(trainable=trainable)
     expected_loss, expected = loss_and_gradients(model, batch)
     calls = interpreted()
     loss, found = loss_and_gradients(model, batch)
@@ -102,7 +102,7 @@ def test_equals_gathering_of_frozen_rows_without_a_kept_prefix(recompute, interp
     tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
     batch = pack(samples, tokens, 12, prefix=(5, 6), frozen=True)
     assert batch.prefix_rows == 0 and batch.frozen_rows == 6
-    model = random_model(attn_implementation="sdpa", recompute=recompute)
+    model = random_model(recompute=recompute)
     expected_loss, expected = loss_and_gradients(model, batch)
     interpreted()
     loss, found = loss_and_gradients(model, batch)
@@ -123,7 +123,7 @@ def test_equals_gathering_of_shared_videos(frozen, interpreted):
     tokens = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
     batch = pack(samples, tokens, 12, prefix=(5, 6, 7, 8), frozen=frozen, share=True)
     assert (batch.parts or [batch])[-1].layout.way_back is not None and batch.prefix_rows == (4 if frozen else 0)
-    model = random_model(attn_implementation="sdpa")
+    model = random_model()
     model.keep_prefix([5, 6, 7, 8])
     expected_loss, expected = loss_and_gradients(model, batch)
     interpreted()

@@ -9,12 +9,12 @@ from test_frozen_rows import cases
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.batch import AttentionLayout
-from fastvid.model import decoder
+from fastvid.model.attention import Attention
 from fastvid.training import flops
 from fastvid.training.flops import Formula, StepCounts
 
 
-def dense_attend(q_NHd, k_NKd, v_NKd, layout, *_, **__):
+def dense_attend(q_NHd, k_NKd, v_NKd, layout):
     """Attention over whole segments, two products forward and four backward, whose every pair torch counts."""
     parts, bounds = [], layout.cu_seqlens_q.tolist()
     for first, last in zip(bounds, bounds[1:]):
@@ -32,10 +32,10 @@ def all_pairs(layout, live):
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
     """Without shortcuts: the last layer and the head see all rows (the head's loss is plain here)."""
-    monkeypatch.setattr(decoder, "attend", dense_attend)
     monkeypatch.setattr(flops, "_pairs", all_pairs)
     config = model_config(projector_type=projector)
-    model, batch = random_model(config, trainable=trainable), random_batch()
+    model = random_model(config, trainable=trainable, attention=Attention("dense", dense_attend))
+    batch = random_batch()
     with FlopCounterMode(display=False) as counter:
         model.logits(model.hidden(batch)).logsumexp(-1).sum().backward()
     everything = replace(

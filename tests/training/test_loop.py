@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastvid_kernels.cpu import attention as cpu_attention
 from host_reads import HostReads
 from training_run import config_of, flags, losses, write_run
 
 from fastvid import train
 from fastvid.dist import parallel
-from fastvid.model import attention
 from fastvid.training import recovery, staging
 from fastvid.training.flops import Formula
 from fastvid.training.metrics import read_metrics
@@ -52,7 +52,7 @@ def reads_of_a_run(run, tmp_path, monkeypatch, *options, around=None):
         monkeypatch,
         lambda: state.step,
         [
-            *((calls, name) for calls in (attention._CALLS, attention._GATHERING) for name in calls),
+            (cpu_attention, "_check"),
             (Formula, "counts"),
             (recovery, "write_results"),
         ],

@@ -25,7 +25,7 @@ from model_cases import (
 from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
-from fastvid.model.attention import choose_implementation
+from fastvid.model.attention import SDPA, choose_attention
 from fastvid.policy import Trainable
 from fastvid.training.memory import _CUBLAS_WORKSPACES, _loss_bytes, choose_recompute, estimate, parameter_counts
 from fastvid.training.planning import rows_of
@@ -48,16 +48,20 @@ def batch(video=150, samples=2):
     return pack(samples, channels=24, generator=generator).parted()
 
 
+def chosen(dtype):
+    """The attention of this CPU."""
+    return choose_attention("auto", torch.device("cpu"), dtype, SIZES["head_dim"])
+
+
 def options(rows, **changes):
     settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False, **changes}
-    attention = choose_implementation("auto", torch.device("cpu"), settings["compute_dtype"], SIZES["head_dim"])
     return {
         **settings,
         "rows": rows.num_rows,
         "supervised_rows": rows.num_supervised,
         "video_rows": len(rows.video_rows),
         "on_cpu": True,
-        "one_call_per_segment": attention == "sdpa",
+        "one_call_per_segment": chosen(settings["compute_dtype"]) is SDPA,
     }
 
 
@@ -69,7 +73,8 @@ def options(rows, **changes):
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL, Trainable(head=True)], ids=["adapter", "full", "head"])
 def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
     rows = batch()
-    model = random_model(CONFIG, trainable, dtype, recompute=recompute, fp32_residual=fp32_residual)
+    more = {"fp32_residual": fp32_residual, "attention": chosen(dtype)}
+    model = random_model(CONFIG, trainable, dtype, recompute=recompute, **more)
     with LiveBytes() as live:
         loss = model(rows)
         alive = live.total() - loss.nbytes
@@ -87,7 +92,8 @@ def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, 
 
 def check_total(config, rows, **settings):
     """Of a further micro-batch, which finds gradients."""
-    model = random_model(config, settings["trainable"], settings["compute_dtype"], recompute=settings["recompute"])
+    dtype = settings["compute_dtype"]
+    model = random_model(config, settings["trainable"], dtype, recompute=settings["recompute"], attention=chosen(dtype))
     model(rows).backward()
     with LiveBytes() as live:
         model(rows).backward()
@@ -146,7 +152,7 @@ def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind,
     """As on a GPU in fp32, or without a library that can be trusted."""
     frozen, share, trainable = "prefix" in kind, "shared" in kind, FULL if "full" in kind else ADAPTER
     rows, prefix = videos_of_questions(8 if share else 1, frozen=frozen, share=share)
-    model = random_model(CONFIG, trainable, dtype, recompute=recompute, attn_implementation="sdpa")
+    model = random_model(CONFIG, trainable, dtype, recompute=recompute)
     if frozen:
         model.keep_prefix(prefix)
     model(rows).backward()
