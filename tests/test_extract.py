@@ -41,8 +41,6 @@ from fastvid.video.sampling import frame_indices
 from fastvid.video.summary import Summary
 from fastvid.video.towers.clip import ClipTower
 
-pytestmark = pytest.mark.usefixtures("forked")
-
 ROWS = 6 + 4  # frames per video, patches of the tower
 
 

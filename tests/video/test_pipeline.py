@@ -24,8 +24,6 @@ from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.pipeline import Pipeline
 
-pytestmark = pytest.mark.usefixtures("forked")
-
 FRAMES = 6
 
 
