@@ -41,6 +41,36 @@ def test_a_fork_is_as_an_interpreter(program, tmp_path, monkeypatch):
     assert found[0] == found[1]
 
 
+UNHEARD = """
+import sys
+for _ in range(2):
+    try:
+        print("x", file=sys.stderr)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        print("said to nobody")
+try:
+    sys.stderr.flush()
+except BrokenPipeError:
+    print("kept")
+    import os; sys.stdout.flush(); os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stream_that_nobody_reads(unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    found = []
+    for popen in (subprocess.Popen, forks.Popen):
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        reading, writing = os.pipe()
+        os.close(reading)
+        found.append(subprocess.run([sys.executable, "-c", UNHEARD], stdout=subprocess.PIPE, stderr=writing, text=True))
+        os.close(writing)
+    assert found[0].stdout == found[1].stdout and "said to nobody" in found[0].stdout
+
+
 @pytest.mark.slow
 def test_a_defect_is_told_with_its_traceback(forked):
     done = subprocess.run([sys.executable, "-c", "raise ValueError('x')"], capture_output=True, text=True)

@@ -137,6 +137,8 @@ def _become(arguments, streams, environment, folder, new_session):
 
 
 def _text(number, errors, line_buffering):
+    if os.environ.get("PYTHONUNBUFFERED"):
+        return io.TextIOWrapper(open(number, "wb", 0, closefd=False), errors=errors, write_through=True)
     return io.TextIOWrapper(open(number, "wb", closefd=False), errors=errors, line_buffering=line_buffering)
 
 
