@@ -179,6 +179,6 @@ def test_it_is_settled_when_the_model_is_built(tmp_path, monkeypatch):
     for name in ("_flash_obstacle", "_varlen_obstacle", "_avx512_obstacle"):
         monkeypatch.setattr(attention, name, None)
     called.clear()
-    _, batches = next(state.loader.iterate(0))
+    batches, _ = next(state.loader.iterate(0))
     train.train_step(state, batches)
     assert set(called) == {4} and len(called) >= sizes.num_layers

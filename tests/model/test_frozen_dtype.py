@@ -24,6 +24,7 @@ from fastvid import train
 from fastvid.checkpoints import checkpoint
 from fastvid.dist import parallel
 from fastvid.model import quantize
+from fastvid.model.attention import SDPA
 from fastvid.model.config import Precision
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
@@ -259,7 +260,7 @@ def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     config = config_of(run, tmp_path / "out", "--bf16", "True", "--frozen_dtype", "fp8")
     with pytest.raises(ValueError, match="RTX 3090"):
-        planning.plan(config, planning.precision_of(config), None, None, world, "sdpa")
+        planning.plan(config, planning.precision_of(config), None, None, world, SDPA)
 
 
 # --- memory

@@ -15,6 +15,7 @@ from fastvid.config import TrainConfig
 from fastvid.data import largest
 from fastvid.dist import parallel
 from fastvid.features.file import save_features
+from fastvid.model.attention import IMPLEMENTATIONS
 from fastvid.model.linear import Linear
 from fastvid.training import memory, planning
 
@@ -277,7 +278,7 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
     assert len(steps) < len(found)
 
 
-@pytest.mark.parametrize("settled, per_segment", [("sdpa", True), ("varlen", False), (print, False)])
+@pytest.mark.parametrize("settled, per_segment", [("sdpa", True), ("varlen", False), ("flash", False)])
 def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, per_segment):
     """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment."""
     found = []
@@ -288,7 +289,7 @@ def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, 
     config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
     state = train.build(config, WORLD)
     world = dataclasses.replace(WORLD, device=torch.device("cuda"))
-    planning.plan(config, state.model.precision, state.model.config, state.loader, world, settled)
+    planning.plan(config, state.model.precision, state.model.config, state.loader, world, IMPLEMENTATIONS[settled])
     assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is per_segment
 
 
