@@ -79,11 +79,12 @@ class AttentionLayout:
         lengths: Sequence[int], key_lengths: Sequence[int] | None = None, kv_rows: Tensor | None = None
     ) -> AttentionLayout:
         """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of
-        `kv_rows`.
+        `kv_rows`. A segment without queries passes over keys.
         """
         queries = _cumulative(lengths)
         keys, key_lengths = (queries, lengths) if key_lengths is None else (_cumulative(key_lengths), key_lengths)
-        layout = AttentionLayout(queries, max(lengths, default=0), keys, max(key_lengths, default=0), kv_rows)
+        longest = max((rows for asked, rows in zip(lengths, key_lengths) if asked), default=0)
+        layout = AttentionLayout(queries, max(lengths, default=0), keys, longest, kv_rows)
         vars(layout)["lengths"] = list(lengths), list(key_lengths)
         return layout
 

@@ -61,7 +61,7 @@ def pack(samples, tokens, channels, *, prefix=(), frozen=False, share=False):
     layout, prefix_rows = _layout(pieces, len(prefix))
     return PackedBatch(
         token_ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(_ranges([p.first for p in pieces], [len(p.ids) for p in pieces]).astype(np.int32)),
+        positions=torch.from_numpy(ranges([p.first for p in pieces], [len(p.ids) for p in pieces]).astype(np.int32)),
         layout=layout,
         video_rows=torch.from_numpy(patches),
         features=torch.cat(features) if features else torch.empty(0, channels, dtype=torch.float16),
@@ -179,7 +179,7 @@ def _layout(pieces, prefix):
         starts += [start for start, _ in runs]
         sizes += [size for _, size in runs]
         totals.append(sum(size for _, size in runs))
-    return AttentionLayout.of_lengths(lengths, totals, torch.from_numpy(_ranges(starts, sizes))), prefix
+    return AttentionLayout.of_lengths(lengths, totals, torch.from_numpy(ranges(starts, sizes))), prefix
 
 
 def _supervised(chains, leaves):
@@ -187,7 +187,7 @@ def _supervised(chains, leaves):
     rows, targets = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     for chain, leaf in zip(chains, leaves):
         spans = chain.sample.supervised
-        at = _ranges([start for start, _ in spans], [end - start for start, end in spans])
+        at = ranges([start for start, _ in spans], [end - start for start, end in spans])
         targets.append(chain.ids[at])
         lineage = leaf.lineage()
         piece = np.searchsorted([piece.first for piece in lineage], at - 1, side="right") - 1
@@ -197,7 +197,7 @@ def _supervised(chains, leaves):
     return torch.from_numpy(rows[order]), torch.from_numpy(targets[order])
 
 
-def _ranges(starts, sizes):
+def ranges(starts, sizes):
     """[start, start + size) of each, one after the other; int64."""
     starts, sizes = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, sizes))
     return np.arange(sizes.sum()) + np.repeat(starts - sizes.cumsum() + sizes, sizes)

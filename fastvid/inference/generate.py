@@ -1,4 +1,4 @@
-"""Answers token by token: the prompt through the packed forward pass into a KV cache, then one row at a time.
+"""One answer, token by token: the prompt through the packed forward pass into a KV cache, then one row at a time.
 
 Dimensions: N rows of the prompt, K key/value heads, d channels per head, D channels of the decoder.
 """
@@ -40,18 +40,12 @@ def generate(
         raise ValueError(f"generate continues one prompt; the batch holds {batch.layout.cu_seqlens_q.numel() - 1}")
     if temperature < 0:
         raise ValueError(f"temperature {temperature}: 0 is greedy, higher is more random; it cannot be negative")
-    limit = model.config.decoder.max_position_embeddings - batch.num_rows
-    if limit < 1:
-        raise ValueError(
-            f"the prompt has {batch.num_rows} rows, the model's context "
-            f"{model.config.decoder.max_position_embeddings}: shorten the question or use fewer frames"
-        )
-    max_new_tokens = min(max_new_tokens, limit)
+    max_new_tokens = min(max_new_tokens, rows_left(model, batch.num_rows))
     cache = [LayerCache(batch.num_rows + max_new_tokens) for _ in model.decoder.layers]
     h_1D = model.hidden(batch, cache)[-1:]
     answer = []
     while len(answer) < max_new_tokens:
-        token = _pick(model.logits(h_1D)[0], temperature, generator)
+        token = next_token(model.logits(h_1D)[0], temperature, generator)
         if token.item() == eos:
             break
         answer.append(token.item())
@@ -60,8 +54,22 @@ def generate(
     return answer
 
 
-def _pick(logits_V, temperature, generator):
-    """The next token, [1] int64."""
+def rows_left(model, rows: int) -> int:
+    """Tokens that may follow a prompt of so many rows.
+
+    Raises:
+        ValueError: none may.
+    """
+    context = model.config.decoder.max_position_embeddings
+    if rows >= context:
+        raise ValueError(
+            f"the prompt has {rows} rows, the model's context {context}: shorten the question or use fewer frames"
+        )
+    return context - rows
+
+
+def next_token(logits_V, temperature, generator):
+    """The likeliest token, or one that is drawn where the temperature is not 0; [1] int64."""
     if temperature == 0:
         return logits_V.argmax(-1, keepdim=True)
     return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,159 @@
+"""Many answers at once: each is what `generate` gives of its prompt alone, whoever else runs."""
+
+import random
+
+import pytest
+import torch
+from model_cases import END, PATCH, START, model_config, random_model
+
+from fastvid.batch import VideoTokens
+from fastvid.data.conversation import EncodedSample
+from fastvid.data.packing import pack
+from fastvid.inference.batching import Batcher, Request
+from fastvid.inference.generate import generate
+
+TOKENS = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
+EOS, CHANNELS = 2, 12
+FEATURES = {
+    name: torch.randn(rows, CHANNELS, generator=torch.Generator().manual_seed(rows))
+    for name, rows in (("a", 6), ("b", 11), ("c", 3))
+}
+
+
+def request(key, rng, *, video="drawn", opening=None, **settings):
+    """A prompt of 1 to 20 words behind or around a video; prompts of one `opening` and video begin alike."""
+    video = rng.choice([*FEATURES, None]) if video == "drawn" else video
+    words = random.Random(opening if opening is not None else rng.random())
+    before = [words.randrange(3, PATCH) for _ in range(4 if opening is not None else rng.randrange(1, 9))]
+    after = [rng.randrange(3, PATCH) for _ in range(rng.randrange(1, 12))]
+    features = FEATURES.get(video)
+    placeholder = [START] + [PATCH] * len(features) + [END] if video else []
+    settings.setdefault("max_new_tokens", rng.randrange(1, 15))
+    return Request(key, before + placeholder + after, features, video, **settings)
+
+
+def alone(model, asked):
+    """The answer of `generate`."""
+    batch = pack([(EncodedSample("alone", asked.token_ids), asked.videos)], TOKENS, CHANNELS)
+    return generate(
+        model,
+        batch,
+        max_new_tokens=asked.max_new_tokens,
+        eos=EOS,
+        temperature=asked.temperature,
+        generator=torch.Generator().manual_seed(asked.seed),
+    )
+
+
+def batcher(model, *, rows=600, **settings):
+    row_bytes = Batcher(model, TOKENS, eos=EOS, cache_bytes=0).row_bytes
+    return Batcher(model, TOKENS, eos=EOS, cache_bytes=rows * row_bytes, **settings)
+
+
+def likely_to_end(model):
+    """Raise the score of EOS, so that some answers end by it."""
+    with torch.no_grad():
+        model.head.weight[EOS] += 0.2 * model.head.weight.norm(dim=1).mean()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}])
+def test_two_hundred_prompts_equal_one_by_one(changes):
+    """Shared and unshared videos, or none; several lengths. They wait for each other, for there is little room."""
+    model, rng = likely_to_end(random_model(model_config(**changes))), random.Random(7)
+    asked = [request(i, rng, opening=rng.choice([None, 1, 2])) for i in range(220)]
+    answers = dict(batcher(model, rows=300, at_once=9, prefill_rows=60).run(iter(asked)))
+    assert answers == {each.key: alone(model, each) for each in asked}
+    ended_early = sum(len(answers[each.key]) < each.max_new_tokens for each in asked)
+    assert 20 < ended_early < 200  # both ways to end were tried
+
+
+def test_who_joins_a_running_batch_changes_nothing():
+    model, rng = random_model(), random.Random(3)
+    batch = batcher(model)
+    asked = [request(i, rng, video="b", opening=5, max_new_tokens=12 + i) for i in range(12)]
+    answers = {}
+    for each in asked:  # each joins while its forerunners, whose video it shares, are at other tokens
+        batch.add(each)
+        answers.update(batch.step())
+    while len(batch):
+        answers.update(batch.step())
+    assert answers == {each.key: alone(model, each) for each in asked}
+
+
+def test_a_shared_beginning_is_computed_once(monkeypatch):
+    model, rng = random_model(), random.Random(4)
+    rows = []
+    monkeypatch.setattr(model.decoder, "forward", _counting(model.decoder.forward, rows))
+    batch = batcher(model)
+    asked = [request(i, rng, video="b", opening=5, max_new_tokens=9) for i in range(4)]
+    end = 4 + len(FEATURES["b"]) + 2
+    tails = [len(each.token_ids) - end for each in asked]
+    for each in asked[:3]:
+        batch.add(each)
+    batch.step()
+    assert rows == [end + sum(tails[:3]) + 3, 3]  # and a row of each that stands for what is to be predicted
+    batch.add(asked[3])
+    batch.step()
+    assert rows[2:] == [tails[3], 4]
+
+
+def _counting(forward, rows):
+    def counted(x_ND, *arguments, **options):
+        rows.append(len(x_ND))
+        return forward(x_ND, *arguments, **options)
+
+    return counted
+
+
+def test_draws_depend_on_the_request_alone():
+    model, rng = random_model(), random.Random(5)
+    asked = [request(i, rng, temperature=(0.0, 0.7, 1.5)[i % 3], seed=i) for i in range(24)]
+    few, many = (dict(batcher(model, at_once=n).run(iter(asked))) for n in (2, 24))
+    assert few == many == {each.key: alone(model, each) for each in asked}
+
+
+def test_bf16_answers_are_near_ties_at_most():
+    """Each token is nearly the likeliest after what was answered before it."""
+    model, rng = random_model(compute_dtype=torch.bfloat16), random.Random(6)
+    with torch.no_grad():
+        model.head.weight[PATCH:] = 0  # `pack` would look for the features of a placeholder in an answer
+    asked = [request(i, rng, opening=1, max_new_tokens=10) for i in range(8)]
+    for key, answer in batcher(model).run(iter(asked)):
+        each = asked[key]
+        ids = [*each.token_ids, *answer]
+        spans = [(len(each.token_ids), len(ids))]
+        again = pack([(EncodedSample("again", ids, spans), each.videos)], TOKENS, CHANNELS)
+        with torch.no_grad():
+            logits = model.logits(model.hidden(again)[again.loss_rows])
+        top = logits.max(-1).values
+        assert torch.all(top - logits.gather(1, torch.tensor(answer)[:, None])[:, 0] <= 0.02 * top.abs())
+
+
+def test_the_context_ends_an_answer():
+    model, rng = random_model(model_config(max_position_embeddings=40)), random.Random(8)
+    each = request(0, rng, video="a", max_new_tokens=500)
+    ((_, answer),) = batcher(model).run([each])
+    assert answer == alone(model, each)
+    with pytest.raises(ValueError, match="the prompt has 40 rows, the model's context 40: shorten"):
+        batcher(model).add(Request("long", [5] * 40))
+
+
+def test_what_can_never_be_answered_is_refused():
+    batch = batcher(random_model(), rows=30)
+    with pytest.raises(ValueError, match="prompt of 20 rows and an answer of 11 .* raise --kv_cache_gib"):
+        batch.add(Request("long", [5] * 20, max_new_tokens=11))
+    with pytest.raises(ValueError, match="temperature -1"):
+        batch.add(Request("cold", [5], temperature=-1))
+    batch.add(Request("fits", [5] * 20, max_new_tokens=10))
+    assert [key for key, _ in batch.run([])] == ["fits"]
+
+
+def test_memory_is_bounded():
+    """The buffer has the rows that it was given, however many wait."""
+    model, rng = random_model(), random.Random(9)
+    batch = batcher(model, rows=120)
+    answers = dict(batch.run(request(i, rng) for i in range(30)))
+    assert len(answers) == 30
+    assert {buffer.shape[0] for layer in batch._pool.layers for buffer in layer.buffers} == {120}
