@@ -169,6 +169,7 @@ def inference_prompt(
     transcript: str | None = None,
     history: Sequence[tuple[str, str]] = (),
     question_order: str = "reference",
+    answer: str | None = None,
 ) -> list[int]:
     """Token ids of a question about one video, up to where the answer begins.
 
@@ -180,6 +181,7 @@ def inference_prompt(
         transcript: of the video's sound, if there is one.
         history: (question, answer) turns before this one.
         question_order: "reference": the video stands after the first question; "video_first": before it.
+        answer: an answer that follows, up to its </s>, in the tokens in which training would have it.
 
     Raises:
         ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders or no character.
@@ -189,7 +191,7 @@ def inference_prompt(
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     questions = [asked for asked, _ in history] + [question]
     answers = [answer for _, answer in history]
-    for text in (*questions, *answers, transcript or ""):
+    for text in (*questions, *answers, transcript or "", answer or ""):
         if fault := placeholder_in(text, use_start_end):
             raise ValueError(f"question {question!r}: {fault}")
         if half := half_character(text):
@@ -199,6 +201,8 @@ def inference_prompt(
     after_video += f" {ASSISTANT}:"
     if answers:
         after_video += f" {answers[0]}{EOS}" + _turns(messages)[0]
+    if answer is not None:
+        after_video += f" {answer}{EOS}"
     before_video = f"{SYSTEM[conv_mode]} {USER}:"
     if question_order == "video_first":
         after_video = questions[0] + after_video

@@ -117,8 +117,8 @@ class Batcher:
         """Requests that are not answered yet."""
         return len(self._waiting) + len(self._running)
 
-    def add(self, request: Request) -> None:
-        """Let a request wait for its turn.
+    def check(self, request: Request) -> int:
+        """Tokens that its answer may have.
 
         Raises:
             ValueError: a negative temperature, a prompt as long as the model's context, or one whose keys and values do
@@ -134,6 +134,15 @@ class Batcher:
                 f"{(prompt + new_tokens) * self.row_bytes / 2**30:.2g} GiB for keys and values, there are "
                 f"{self._pool.rows * self.row_bytes / 2**30:.2g}: raise --kv_cache_gib, or lower --max_new_tokens"
             )
+        return new_tokens
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        new_tokens, prompt = self.check(request), len(request.token_ids)
         chain = Chain(self._sample(request), self._tokens, share=True)
         end = max(chain.shareable, default=0)
         self._waiting.append(_Waiting(request, prompt, new_tokens, end, chain.beginning(end) if end else ()))

@@ -19,6 +19,7 @@ from fastvid.data.video_tokens import read_settings
 from fastvid.features.file import load_features
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, is_url, model_folder, shown
+from fastvid.inference.batching import Batcher, Request
 from fastvid.inference.generate import generate
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import Precision
@@ -110,23 +111,10 @@ class Chat:
 
     def ask_features(self, features_RC, question, history=()):
         """`ask` about the [R, C] features of a video."""
-        channels = self.model_config.mm_hidden_size
-        if features_RC.dim() != 2 or features_RC.shape[1] != channels:
-            raise ValueError(
-                f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
-                "were made with another vision tower"
-            )
-        tokens = self.tokenizer.tokens
-        ids = inference_prompt(
-            question,
-            self.tokenizer,
-            video_tokens=len(features_RC),
-            use_start_end=tokens.start is not None,
-            conv_mode=self.config.conv_mode,
-            history=history,
-            question_order=self.config.question_order,
+        ids = self.prompt(features_RC, question, history)
+        batch = pack(
+            [(EncodedSample("question", ids), [features_RC])], self.tokenizer.tokens, self.model_config.mm_hidden_size
         )
-        batch = pack([(EncodedSample("question", ids), [features_RC])], tokens, channels)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         answer = generate(
             self.model,
@@ -137,6 +125,57 @@ class Chat:
             generator=generator,
         )
         return self.tokenizer.decode(answer).strip()
+
+    def prompt(self, features_RC, question, history=(), answer=None) -> list[int]:
+        """Token ids of a question about the [R, C] features of a video, and of its answer if one is given.
+
+        Raises:
+            ValueError: features that do not fit the model, or a text that cannot be asked.
+        """
+        channels = self.model_config.mm_hidden_size
+        if features_RC.dim() != 2 or features_RC.shape[1] != channels:
+            raise ValueError(
+                f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
+                "were made with another vision tower"
+            )
+        return inference_prompt(
+            question,
+            self.tokenizer,
+            video_tokens=len(features_RC),
+            use_start_end=self.tokenizer.tokens.start is not None,
+            conv_mode=self.config.conv_mode,
+            history=history,
+            question_order=self.config.question_order,
+            answer=answer,
+        )
+
+    def request(self, key, video, features_RC, question) -> Request:
+        """A question for `batcher`, whose answer is that of `ask_features`.
+
+        Args:
+            key: what its answer comes back with.
+            video: name of the features; questions of the same name share what they have in common.
+
+        Raises:
+            ValueError: as `prompt`.
+        """
+        config = self.config
+        ids = self.prompt(features_RC, question)
+        return Request(key, ids, features_RC, video, config.max_new_tokens, config.temperature, config.seed)
+
+    def batcher(self, at_once=32, cache_bytes=None) -> Batcher:
+        """What answers many `request`s together.
+
+        Args:
+            at_once: most answers that are continued together.
+            cache_bytes: of their keys and values. Default: seven tenths of what a GPU has free; 4 GiB on a CPU.
+        """
+        if cache_bytes is None:
+            gpu = self.device.type == "cuda"
+            cache_bytes = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if gpu else 4 << 30
+        return Batcher(
+            self.model, self.tokenizer.tokens, eos=self.tokenizer.eos, at_once=at_once, cache_bytes=cache_bytes
+        )
 
     def features(self, video):
         """[R, C] features of a video, or those that lie in a feature file.

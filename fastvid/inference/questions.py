@@ -76,14 +76,37 @@ def list_media(path: StrPath, suffixes: Sequence[str]) -> dict[str, Path]:
     return files
 
 
+class MediaNames:
+    """Which of the listed files a record's name means: that of its name, else one whose name differs in the ending
+    alone, else, as the reference looks for ActivityNet's, one with "v_" before that.
+
+    A name is only looked up, and never opened, so that none leads elsewhere.
+
+    Args:
+        files: as `list_media` gives them.
+        suffixes: endings, in the order in which one of several files is taken.
+    """
+
+    def __init__(self, files: dict[str, Path], suffixes: Sequence[str]):
+        self.files, self._by_stem = files, {}
+        for name in sorted(files, key=lambda name: (_rank(name, suffixes), name)):
+            self._by_stem.setdefault(stem(name), name)
+
+    def find(self, video: str) -> str | None:
+        """The name of a listed file, or None."""
+        if video in self.files:
+            return video
+        asked = stem(video)
+        head, _, tail = asked.rpartition("/")
+        return self._by_stem.get(asked) or self._by_stem.get(f"{head}/v_{tail}".lstrip("/"))
+
+
 def read_questions(
     path: StrPath, files: dict[str, Path], suffixes: Sequence[str], folder: StrPath | None = None
 ) -> list[Question]:
     """The questions of a file, one for each record, in its order, each with the file that it is about.
 
-    A question means the listed file of its video's name, else one whose name differs in the ending alone, else, as the
-    reference looks for ActivityNet's, one with "v_" before that. It is only looked up, and never opened, so that no
-    name leads elsewhere. The video may be missing where one file is listed.
+    `MediaNames` says which file a question means. The video may be missing where one file is listed.
 
     Args:
         path: questions file.
@@ -94,17 +117,8 @@ def read_questions(
     Raises:
         ValueError: the file is no JSON or JSONL, or holds no record.
     """
-    by_stem = {}
-    for name in sorted(files, key=lambda name: (_rank(name, suffixes), name)):
-        by_stem.setdefault(stem(name), name)
+    names = MediaNames(files, suffixes)
     only = next(iter(files)) if len(files) == 1 else None
-
-    def find(video):
-        if video in files:
-            return video
-        asked = stem(video)
-        head, _, tail = asked.rpartition("/")
-        return by_stem.get(asked) or by_stem.get(f"{head}/v_{tail}".lstrip("/"))
 
     def question(record, where):
         if not isinstance(record, dict):
@@ -117,7 +131,7 @@ def read_questions(
         if keys is None or not all(isinstance(record[key], str) for key in keys):
             return Question(said, None, (), record, f'{where} has no text as "question" (or "Q", or "Q1" and "Q2")')
         texts = tuple(record[key] for key in keys)
-        found = find(video) if isinstance(video, str) else None
+        found = names.find(video) if isinstance(video, str) else None
         fault = None
         if name is None and only is None:
             fault = f'{where} names no video ("video" or "video_name"), and --video holds {len(files)} files'
@@ -128,7 +142,7 @@ def read_questions(
             )
         elif found is None:
             fault = f'{where}: "{name}" is {video!r}, which is none of the {len(files)} files of --video'
-        elif folder is not None and not _inside(files[found], folder):
+        elif folder is not None and not inside(files[found], folder):
             fault = f'{where}: "{name}" is {video!r}, a link that leads out of {folder}; refused'
         path = files[found] if fault is None and found is not None else None
         return Question(said, path, texts, record, fault)
@@ -143,7 +157,8 @@ def _one_or_list(values):
     return values[0] if len(values) == 1 else list(values)
 
 
-def _inside(path, folder):
+def inside(path: StrPath, folder: StrPath) -> bool:
+    """Whether a file lies below a folder, its links followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
