@@ -500,6 +500,68 @@ class ChatConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig(_Checked):
+    """Answer a benchmark's questions, and have the answers judged."""
+
+    output: str = field(
+        metadata={
+            "help": "Folder of predictions, judgements and scores; a run that was killed goes on there.",
+            "writes": "folder",
+        }
+    )
+    task: Literal["vcg", "vcg_diverse", "activitynet_qa", "msvd_qa", "msrvtt_qa", "tgif_qa", "mc", "match"] | None = (
+        _flag(
+            None, "The benchmark; mc: any multiple choice (MVBench, Video-MME); match: short answers, compared as text."
+        )
+    )
+    annotations: str | None = _flag(None, "The benchmark's own file, or the folder of its files.")
+    video: str | None = _flag(None, "Folder of its videos, or of their feature files.")
+    compare: str | None = _flag(None, "Another --output whose scores are set against these.")
+    parity: Literal["reference"] | None = _flag(
+        None, "reference: also write and score the judge's replies as upstream's scripts do."
+    )
+    model_name_or_path: str | None = _flag(
+        None,
+        "Folder of the language model and tokenizer. Without it, predictions that are there are judged.",
+        group="predictions",
+    )
+    projector: str | None = _flag(None, "Trained projector: as for chat.")
+    vision_tower: str | None = _flag(None, "Vision tower (hub id or folder): as for chat.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
+        None, "System text and template of the prompt: as for chat."
+    )
+    question_order: Literal["reference", "video_first"] | None = _flag(
+        None, "Where the video stands in the prompt: as for chat."
+    )
+    mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
+    temperature: float = _flag(0.0, "0 is greedy; the reference samples at 0.2.", at_least=0, at_most=1000)
+    max_new_tokens: int = _flag(1024, "Longest answer.", at_least=1)
+    num_frames: int | None = _flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    bf16: bool = _flag(False, "Compute in bf16.")
+    device: str | None = _flag(None, "torch device. Default: a GPU if there is one, under torchrun the rank's own.")
+    seed: int = _flag(0, "Seed of sampling.", at_least=0, at_most=2**63 - 1)
+    at_once: int = _flag(32, "Most answers that are continued together.", at_least=1, at_most=4096)
+    kv_cache_gib: float | None = _flag(
+        None,
+        "Memory for keys and values. Default: seven tenths of what a GPU has free; 4 GiB on a CPU.",
+        above=0,
+        at_most=10**6,
+    )
+    judge: str | None = _flag(
+        None, "URL of an interface like OpenAI's, such as http://localhost:8000/v1.", group="judgements"
+    )
+    judge_model: str | None = _flag(None, "The judge's name there.")
+    judge_key_variable: str = _flag(
+        "OPENAI_API_KEY", "Environment variable that holds the judge's key, if it wants one."
+    )
+    judge_at_once: int = _flag(8, "Requests that wait for the judge together.", at_least=1, at_most=256)
+    judge_timeout: float = _flag(60.0, "Seconds after which a reply is given up.", above=0, at_most=10**5)
+    judge_retries: int = _flag(
+        5, "Times that a request is repeated that met 429, 5xx or no connection.", at_least=0, at_most=100
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig(_Checked):
     """A checkpoint to the reference's or Hugging Face's format."""
 

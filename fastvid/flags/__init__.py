@@ -43,9 +43,11 @@ _TRUTH = {
     "0": False,
 }
 _PLACES = {  # flags of which an empty text would mean the folder that a command is started in
+    "annotations",
     "checkpoint",
     "clip_feat_path",
     "clip_feature_path",
+    "compare",
     "data_path",
     "drop",
     "eval_data_path",

@@ -1,0 +1,78 @@
+"""Files that grow by whole lines of JSON, so that a killed run goes on: what is written stays written.
+
+Ranks write to a file each, and read those of all. A line that a crash has torn is the last of its file: nobody reads
+it, and whoever writes on removes it.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from fastvid.files import naming, shown
+
+
+def read_lines(folder, name: str) -> list[dict]:
+    """The records of every ``name*.jsonl`` in a folder, file by file.
+
+    Raises:
+        ValueError: a line that is no object, and is not the last of its file.
+    """
+    records = []
+    for path in sorted(Path(folder).glob(f"{name}*.jsonl")):
+        *lines, torn = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{shown(path)}: line {number} is damaged ({error}); remove it, and what it held is made again"
+                ) from error
+    return records
+
+
+class Lines:
+    """A file that one process at a time appends to.
+
+    Args:
+        path: the file; made if it is not there.
+
+    Raises:
+        ValueError: another process appends to it.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise ValueError(
+                f"{shown(path)} is written by another process ({error.strerror}); wait until that has ended, or give "
+                "another --output"
+            ) from error
+        content = self.path.read_bytes()
+        os.ftruncate(self._file, content.rfind(b"\n") + 1)  # a line that a crash has torn
+
+    def append(self, record: dict) -> None:
+        """Write a record as one line.
+
+        Raises:
+            OSError: naming the file: no room is left.
+        """
+        line = json.dumps(record, ensure_ascii=True).encode("ascii") + b"\n"
+        with naming(self.path):
+            while line:
+                line = line[os.write(self._file, line) :]
+
+    def close(self) -> None:
+        """Bring what was written to the disk, and let others write."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -1,0 +1,244 @@
+"""From predictions and judgements to scores, each with an interval that knows which questions share a video.
+
+Dimensions: V videos, T resamples.
+"""
+
+import ast
+import json
+import re
+import string
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from fastvid.evaluation.tasks import LETTERS
+from fastvid.files import atomic_file, read_json_object, shown
+
+SCORES, VALUES = "scores.json", "values.json"
+_RESAMPLES = 2000
+_SAME = ("task", "annotations", "samples", "judge", "prompts")  # what two sets of scores must have in common
+# How answers name a letter, the plainest first: "(B)"; "B", "B." or "B: …"; "the answer is B".
+_LETTERED = (
+    re.compile(r"\(([A-Z])\)"),
+    re.compile(r"^\s*([A-Z])(?=[).:,]|\s*$)"),
+    re.compile(r"\b(?:[Aa]nswer|[Oo]ption)(?: is)?:?\s+([A-Z])\b"),
+)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def interval(values, videos) -> tuple[float, float, float]:
+    """(mean, low, high) of values, with the 95 % interval of a bootstrap that draws whole videos (seeded).
+
+    Args:
+        values: numbers, at least one.
+        videos: of each value, its video's name.
+    """
+    sums, counts = defaultdict(float), Counter()
+    for value, video in zip(values, videos, strict=True):
+        sums[video] += value
+        counts[video] += 1
+    names = sorted(counts)
+    sums_V, counts_V = (np.array([of[name] for name in names], dtype=float) for of in (sums, counts))
+    drawn_TV = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), size=_RESAMPLES)
+    means_T = (drawn_TV @ sums_V) / (drawn_TV @ counts_V)
+    low, high = np.percentile(means_T, [2.5, 97.5])
+    return float(sums_V.sum() / counts_V.sum()), float(low), float(high)
+
+
+def choice_values(lines) -> dict[str, dict]:
+    """Of multiple choices: whether the likeliest option is right, by its whole text and by its mean token; and whether
+    the letter that the answer names is. {figure: {id: (1 or 0, video)}}"""
+    figures = defaultdict(dict)
+    for line in lines:
+        logs = [value for value, _ in line["likelihoods"]]
+        per_token = [value / tokens for value, tokens in line["likelihoods"]]
+        letter = read_letter(line["prediction"], line["options"])
+        chosen = {"likelihood": _best(logs), "likelihood_per_token": _best(per_token), "letter": letter}
+        for figure, option in chosen.items():
+            right = float(option == line["right"])
+            for name in (figure, f"{figure}/{line['group']}") if line["group"] else (figure,):
+                figures[name][line["id"]] = (right, line["video"])
+    return dict(figures)
+
+
+def _best(values):
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def read_letter(text: str, options) -> int | None:
+    """The option that an answer names by its letter, or else by its whole text; None if it names none or several."""
+    for pattern in _LETTERED:
+        named = {letter for letter in pattern.findall(text) if letter in LETTERS[: len(options)]}
+        if named:
+            return LETTERS.index(named.pop()) if len(named) == 1 else None
+    same = [number for number, option in enumerate(options) if _plain(option) == _plain(text)]
+    return same[0] if len(same) == 1 else None
+
+
+def match_values(lines) -> dict[str, dict]:
+    """Of short answers: exact match and F1 of the words, both without case, articles and punctuation."""
+    figures = defaultdict(dict)
+    for line in lines:
+        found, right = _plain(line["prediction"]), _plain(line["answer"])
+        for figure, value in (("exact", float(found == right)), ("f1", word_f1(found, right))):
+            for name in (figure, f"{figure}/{line['group']}") if line["group"] else (figure,):
+                figures[name][line["id"]] = (value, line["video"])
+    return dict(figures)
+
+
+def _plain(text):
+    words = _ARTICLES.sub(" ", "".join(c for c in text.lower() if c not in string.punctuation))
+    return " ".join(words.split())
+
+
+def word_f1(found: str, right: str) -> float:
+    """Harmonic mean of the shares of words that two texts have in common."""
+    found, right = found.split(), right.split()
+    common = (Counter(found) & Counter(right)).total()
+    return 2 * common / (len(found) + len(right)) if common else float(found == right)
+
+
+def judged_values(lines, wanted, judgements) -> tuple[dict[str, dict], Counter, Counter]:
+    """Of judged predictions: ({figure: {id: (value, video)}}, replies that cannot be read, and those that are not
+    there, both by aspect).
+
+    Args:
+        lines: of the predictions.
+        wanted: `fastvid.evaluation.judge.asks` of them.
+        judgements: lines of the replies.
+    """
+    of, by_key = {line["id"]: line for line in lines}, {}
+    for judgement in judgements:
+        by_key.setdefault(judgement["key"], judgement)
+    figures, unreadable, unanswered = defaultdict(dict), Counter(), Counter()
+    groups = defaultdict(dict)  # of a group: its samples' mean over correctness and detail
+    for ask in wanted:
+        line, judgement = of[ask.id], by_key.get(ask.key)
+        if judgement is None:
+            unanswered[ask.aspect] += 1
+        elif "score" not in judgement:
+            unreadable[ask.aspect] += 1
+        else:
+            score = float(judgement["score"])
+            figures["score" if ask.aspect == "qa" else ask.aspect][ask.id] = (score, line["video"])
+            if ask.aspect == "qa":
+                figures["accuracy"][ask.id] = (float(judgement["pred"] == "yes"), line["video"])
+            if line["group"] and ask.aspect in ("correctness", "detail"):
+                groups[line["group"]].setdefault(ask.id, []).append(score)
+    for group, of_ids in groups.items():
+        figures[f"correctness and detail/{group}"] = {
+            name: (sum(scores) / 2, of[name]["video"]) for name, scores in of_ids.items() if len(scores) == 2
+        }
+    return dict(figures), unreadable, unanswered
+
+
+def upstream_entries(lines, wanted, judgements) -> dict[str, dict]:
+    """{aspect: {key: [reply, {question, answer, prediction}]}}: what upstream's scoring scripts combine, with their
+    keys, of the replies that they can read.
+
+    Those keys are the video's name and how many of its samples came before.
+    """
+    of, by_key, counts = {line["id"]: line for line in lines}, {j["key"]: j for j in judgements}, Counter()
+    combined = defaultdict(dict)
+    for ask in wanted:
+        line, judgement = of[ask.id], by_key.get(ask.key)
+        number = counts[ask.aspect, line["video"]]
+        counts[ask.aspect, line["video"]] += 1
+        if judgement is None:
+            continue
+        try:
+            reply = ast.literal_eval(judgement["reply"])
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue  # upstream asks again until it can be read
+        paired = isinstance(line["question"], list)
+        values = [*line["question"], line["answer"], *line["prediction"]] if paired else None
+        pair = (
+            dict(zip(("q1", "q2", "a", "pred1", "pred2"), values))
+            if paired
+            else {"q": line["question"], "a": line["answer"], "pred": line["prediction"]}
+        )
+        combined[ask.aspect][f"{line['video']}_{number}"] = [reply, pair]
+    return dict(combined)
+
+
+def upstream_figures(combined: dict) -> dict[str, float]:
+    """What upstream's scripts compute of a combined file {key: [reply, pair]}: the mean of int(score), in which what
+    has no score counts as 0; and for replies with a "pred" the share of "yes" among "yes" and "no".
+
+    Source: quantitative_evaluation/evaluate_benchmark_1_correctness.py and evaluate_activitynet_qa.py of
+    Video-ChatGPT.
+    """
+    total, yes, no = 0, 0, 0
+    for reply, *_ in combined.values():
+        try:
+            total += int(reply["score"])
+            said = str(reply.get("pred", "")).lower()
+        except (KeyError, ValueError, TypeError, AttributeError):
+            continue
+        yes, no = yes + ("yes" in said), no + ("yes" not in said and "no" in said)
+    figures = {"average_score": total / len(combined)} if combined else {}
+    return figures | ({"accuracy": yes / (yes + no)} if yes + no else {})
+
+
+def write_scores(output, about: dict, figures: dict[str, dict], more: dict) -> dict:
+    """Write ``scores.json`` and, for comparisons, every sample's values to ``values.json``.
+
+    Args:
+        about: what the scores are of.
+        figures: {figure: {id: (value, video)}}.
+        more: what else is told of the figures.
+
+    Returns:
+        what scores.json holds.
+    """
+    told = {}
+    for name, values in sorted(figures.items()):
+        mean, low, high = interval(*zip(*values.values()))
+        told[name] = {"mean": mean, "low": low, "high": high, "n": len(values)}
+    scores = {**about, **more, "scores": told}
+    for file, content in ((VALUES, figures), (SCORES, scores)):
+        with atomic_file(Path(output) / file) as out:
+            out.write(json.dumps(content, indent=1 if file == SCORES else None).encode() + b"\n")
+    return scores
+
+
+def table(scores: dict) -> str:
+    """Scores for a terminal."""
+    rows = [
+        f"{name:<32} {each['mean']:8.4f}   [{each['low']:.4f}, {each['high']:.4f}]   {each['n']:,}"
+        for name, each in scores["scores"].items()
+    ]
+    return "\n".join([f"{'score':<32} {'mean':>8}   95 % interval      samples", *rows])
+
+
+def compare(output, other) -> str:
+    """How much the scores of one folder are above those of another, for a terminal; of the samples that both have.
+
+    Raises:
+        ValueError: scores that cannot be compared: of other questions, another judge or other prompts.
+    """
+    one, two = (_read(folder, SCORES) for folder in (output, other))
+    differing = [f"{name}: {one.get(name)} and {two.get(name)}" for name in _SAME if one.get(name) != two.get(name)]
+    if differing:
+        raise ValueError(
+            f"scores of {shown(output)} and {shown(other)} cannot be compared ({'; '.join(differing)}); judge both "
+            "folders' predictions by one judge, with one version of fastvid"
+        )
+    rows = [f"{'score':<32} {'here':>8} {'there':>8} {'more':>8}   95 % interval      samples"]
+    values, others = (_read(folder, VALUES) for folder in (output, other))
+    for name in sorted(values.keys() & others.keys()):
+        ids = [each for each in values[name] if each in others[name]]
+        if ids:
+            here, there = ([of[name][each][0] for each in ids] for of in (values, others))
+            more, low, high = interval([a - b for a, b in zip(here, there)], [values[name][each][1] for each in ids])
+            means = f"{sum(here) / len(ids):8.4f} {sum(there) / len(ids):8.4f} {more:+8.4f}"
+            rows.append(f"{name:<32} {means}   [{low:+.4f}, {high:+.4f}]   {len(ids):,}")
+    return "\n".join(rows)
+
+
+def _read(folder, name):
+    found = read_json_object(Path(folder) / name)
+    if not found:
+        raise ValueError(f"{shown(folder)} holds no scores: score its predictions first (fastvid evaluate --output …)")
+    return found

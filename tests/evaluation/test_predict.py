@@ -1,0 +1,155 @@
+"""First stage: whose answers are written, what a missing video costs, and how a run goes on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluation_run import settings, write_evaluation
+
+from fastvid.config import EvaluateConfig
+from fastvid.data.conversation import EncodedSample
+from fastvid.data.packing import pack
+from fastvid.evaluation.predict import answered, predict, read_settings
+from fastvid.features.file import load_features
+from fastvid.inference.chat import Chat
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_evaluation(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def chat(run):
+    chat = Chat(model_name_or_path=str(run / "model"), max_new_tokens=9, device="cpu")
+    yield chat
+    chat.close()
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path
+
+
+def config(run, output, task="vcg", **changes):
+    return EvaluateConfig(**{**settings(run, output, task), **changes})
+
+
+def features(run, name):
+    return load_features(run / "feats" / f"{name}.safetensors")[0]
+
+
+def test_answers_are_chats_own(run, chat, output):
+    assert not predict(chat, config(run, output), 0, 1)  # one video is missing
+    found = answered(output)
+    assert len(found) == 6
+    for name, line in found.items():
+        known = features(run, line["video"])
+        texts = line["question"] if isinstance(line["question"], list) else [line["question"]]
+        expected = [chat.ask_features(known, text) for text in texts]
+        assert (line["prediction"] if name.startswith("consistency") else [line["prediction"]]) == expected
+    failed = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    (failed,) = [line for line in failed if "error" in line]
+    assert failed["id"] == "generic/3" and failed["error"].startswith("clip99 is none of the files of")
+    generic = json.loads((output / "upstream" / "generic.json").read_text())
+    assert [record["video_name"] for record in generic] == ["clip0", "clip1", "clip0", "clip2"]
+    assert generic[1]["pred"] == found["generic/1"]["prediction"]
+    told = read_settings(output)
+    assert (told["samples"], told["task"], told["max_new_tokens"]) == (7, "vcg", 9)
+
+
+@pytest.mark.parametrize("question_order", ["reference", "video_first"])
+def test_likelihoods_are_those_of_each_text_alone(run, chat, output, question_order):
+    asked = Chat(replace(chat.config, question_order=question_order))
+    try:
+        predict(asked, config(run, output, "mc"), 0, 1)
+        found = answered(output)
+        assert sorted(found) == [f"mc/{i}" for i in range(5)]
+        for line in found.values():
+            known = features(run, "sub/star_1_5" if line["video"] == "star.mp4" else line["video"][:-4])
+            for option, (value, tokens) in zip(line["options"], line["likelihoods"], strict=True):
+                prompt = asked.prompt(known, line["question"])
+                ids = asked.prompt(known, line["question"], answer=option)
+                assert ids[: len(prompt)] == prompt and ids[-1] == asked.tokenizer.eos
+                assert asked.tokenizer.decode(ids[len(prompt) : -1]).strip() == option
+                batch = pack([(EncodedSample("", ids), [known])], asked.tokenizer.tokens, known.shape[1])
+                with torch.no_grad():
+                    logs = asked.model.logits(asked.model.hidden(batch)).log_softmax(-1)
+                expected = sum(logs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
+                assert value == pytest.approx(expected, abs=1e-4) and tokens == len(ids) - len(prompt)
+    finally:
+        asked.close()
+    errors = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [line["error"].split(" below")[0] for line in errors if "error" in line] == [
+        "same.mp4 is the name of 2 videos"
+    ]
+
+
+def test_a_part_of_a_video_is_a_file_of_its_own(run, chat, output):
+    record = {"video": "clip1.mp4", "question": "when?", "candidates": ["a", "b"], "answer": "a", "start": 1, "end": 5}
+    parts = run / "parts.json"
+    parts.write_text(json.dumps([record]))
+    predict(chat, config(run, output, "mc", annotations=str(parts)), 0, 1)
+    errors = (output / "predictions.jsonl").read_text()
+    assert "clip1_1_5 is none of the files of" in errors and "seconds 1 to 5 of clip1.mp4; cut that file" in errors
+
+
+def test_a_run_goes_on_behind_a_torn_line(run, chat, output):
+    predict(chat, config(run, output), 0, 1)
+    whole, path = answered(output), output / "predictions.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if "error" not in line]
+    kept = lines[:2]
+    path.write_text("".join(kept) + lines[2][:20])
+    assert len(answered(output)) == 2
+    predict(chat, config(run, output), 0, 1)
+    assert answered(output) == whole
+    assert path.read_text().startswith("".join(kept))
+
+
+def test_ranks_share_and_one_goes_on_for_others(run, chat, output):
+    predict(chat, config(run, output), 0, 2)
+    some = answered(output)
+    assert 0 < len(some) < 6 and {line["video"] for line in some.values()} == {"clip0", "clip2"}
+    predict(chat, config(run, output), 1, 2)
+    assert len(answered(output)) == 6
+    before = (output / "predictions.0.jsonl").read_bytes(), (output / "predictions.1.jsonl").read_bytes()
+    predict(chat, config(run, output), 0, 1)  # alone: nothing but what failed is tried
+    after = (output / "predictions.0.jsonl").read_bytes(), (output / "predictions.1.jsonl").read_bytes()
+    assert before == after
+    assert len((output / "predictions.jsonl").read_text().splitlines()) == 1
+
+
+def test_other_settings_want_another_folder(run, chat, output):
+    predict(chat, config(run, output), 0, 1)
+    with pytest.raises(
+        ValueError, match="predictions of other settings .task vcg there, mc now.*give another --output"
+    ):
+        predict(chat, config(run, output, "mc"), 0, 1)
+
+
+def test_a_prompt_that_is_too_long_costs_its_sample(run, chat, output):
+    long = run / "long.json"
+    long.write_text(json.dumps([{"video": "clip0", "question": q, "answer": "a"} for q in ("cat " * 200, "why?")]))
+    predict(chat, config(run, output, "match", annotations=str(long)), 0, 1)
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [("error" in line, line["id"]) for line in lines] == [(True, "long/0"), (False, "long/1")]
+    assert "shorten the question" in lines[0]["error"]
+
+
+def test_a_damaged_line_is_told(run, chat, output):
+    predict(chat, config(run, output), 0, 1)
+    path = output / "predictions.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    with pytest.raises(ValueError, match="predictions.jsonl: line 1 is damaged .* remove it"):
+        predict(chat, config(run, output), 0, 1)
+    path.write_text(path.read_text().partition("\n")[2])
+    assert len(answered(output)) == 6
+
+
+def test_two_writers_are_refused(run, chat, output):
+    from fastvid.evaluation.lines import Lines
+
+    with Lines(output / "predictions.jsonl"):
+        with pytest.raises(ValueError, match="is written by another process .* wait until that has ended"):
+            predict(chat, config(run, output), 0, 1)

@@ -1,0 +1,202 @@
+"""Scores, computed by hand: intervals, multiple choices, short answers, and upstream's arithmetic on its own files."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastvid.evaluation import scores
+from fastvid.evaluation.judge import asks
+
+
+def test_the_interval_draws_whole_videos():
+    """Two videos: each resample has both, or one of them twice. All weights are counted out."""
+    values, videos = [1, 1, 1, 0], ["a", "a", "a", "b"]
+    mean, low, high = scores.interval(values, videos)
+    assert (mean, low, high) == (0.75, 0, 1)  # both, a quarter of the time only b, a quarter only a
+    alone = scores.interval([1.0, 3.0], ["a", "a"])
+    assert alone == (2, 2, 2)  # one video says nothing of how videos differ
+
+
+def test_the_interval_is_wider_when_a_video_decides():
+    rng = np.random.default_rng(1)
+    of_video = rng.integers(0, 2, 60)
+    values = [float(each) for each in of_video for _ in range(5)]
+    apart = scores.interval(values, range(300))
+    together = scores.interval(values, [i // 5 for i in range(300)])
+    assert apart[0] == together[0]
+    ratio = (together[2] - together[1]) / (apart[2] - apart[1])
+    assert 1.8 < ratio < 2.7  # sqrt(5) = 2.24
+    expected = 1.96 * (np.var(of_video) / 60) ** 0.5
+    assert (together[2] - together[1]) / 2 == pytest.approx(expected, rel=0.15)
+    assert together == scores.interval(values, [i // 5 for i in range(300)])
+
+
+@pytest.mark.parametrize(
+    "text, option",
+    [
+        ("(B)", 1),
+        ("B", 1),
+        ("B.", 1),
+        ("B. the dog", 1),
+        ("Best option: (C) a cat", 2),
+        ("The answer is A.", 0),
+        ("Answer: C", 2),
+        ("A man walks", None),
+        ("I think so", None),
+        ("(A) or (B)", None),
+        ("(Z)", None),
+        ("The Dog!", 1),
+        ("", None),
+    ],
+)
+def test_letters(text, option):
+    assert scores.read_letter(text, ["a man", "the dog", "a cat"]) == option
+
+
+def test_choices():
+    def line(name, logs, right, text, group=""):
+        return {
+            "id": name,
+            "video": "v",
+            "group": group,
+            "likelihoods": logs,
+            "options": ["a", "b c d"],
+            "right": right,
+            "prediction": text,
+        }
+
+    figures = scores.choice_values(
+        [line("1", [[-2.0, 1], [-3.0, 3]], 0, "(A)"), line("2", [[-4.0, 1], [-3.0, 3]], 0, "nothing", "g")]
+    )
+    assert figures == {
+        "likelihood": {"1": (1, "v"), "2": (0, "v")},
+        "likelihood_per_token": {"1": (0, "v"), "2": (0, "v")},
+        "letter": {"1": (1, "v"), "2": (0, "v")},
+        "likelihood/g": {"2": (0, "v")},
+        "likelihood_per_token/g": {"2": (0, "v")},
+        "letter/g": {"2": (0, "v")},
+    }
+
+
+@pytest.mark.parametrize(
+    "found, right, exact, f1",
+    [
+        ("The red car.", "red car", 1, 1),
+        ("a red car", "blue car", 0, 0.5),
+        ("red red car", "red", 0, 0.5),  # 1 common word: 2 · 1 / (3 + 1)
+        ("", "red", 0, 0),
+        ("the", "A", 1, 1),  # nothing is left of either
+    ],
+)
+def test_short_answers(found, right, exact, f1):
+    line = {"id": "1", "video": "v", "group": "", "prediction": found, "answer": right}
+    assert scores.match_values([line]) == {"exact": {"1": (exact, "v")}, "f1": {"1": (f1, "v")}}
+
+
+def upstream_loop(combined):
+    """The lines of upstream's scripts, as they stand there."""
+    score_sum, count, yes_count, no_count = 0, 0, 0, 0
+    for key, result in combined.items():
+        count += 1
+        try:
+            score = int(result[0]["score"])
+            score_sum += score
+        except Exception:
+            continue
+        pred = result[0].get("pred", "")
+        if "yes" in pred.lower():
+            yes_count += 1
+        elif "no" in pred.lower():
+            no_count += 1
+    return score_sum / count, yes_count, no_count
+
+
+def test_upstreams_arithmetic_on_its_own_files():
+    """4.8 counts as 4, "3" as 3; a reply without a score counts as 0 in the mean, and in no accuracy."""
+    replies = [
+        {"pred": "yes", "score": 4.8},
+        {"pred": "No", "score": "3"},
+        {"pred": "yes"},
+        {"pred": "yes", "score": 5},
+    ]
+    combined = {f"v_{i}": [reply, {"q": "q", "a": "a", "pred": "p"}] for i, reply in enumerate(replies)}
+    figures = scores.upstream_figures(json.loads(json.dumps(combined)))
+    assert figures == {"average_score": 12 / 4, "accuracy": 2 / 3}
+    mean, yes, no = upstream_loop(combined)
+    assert figures == {"average_score": mean, "accuracy": yes / (yes + no)}
+    assert scores.upstream_figures({"v_0": [{"score": 2}, {}]}) == {"average_score": 2}
+    assert scores.upstream_figures({}) == {}
+
+
+def line(name, kind="generic", video="v", group="", paired=False):
+    texts = ["q", "r"] if paired else "q"
+    return {
+        "id": name,
+        "kind": kind,
+        "video": video,
+        "group": group,
+        "question": texts,
+        "answer": "a",
+        "prediction": ["p1", "p2"] if paired else f"p{name}",
+    }
+
+
+def judged(ask, **values):
+    return {"key": ask.key, "id": ask.id, "aspect": ask.aspect, "reply": json.dumps(values), **values}
+
+
+def test_judged_values():
+    lines = [line("1", group="spatial"), line("2", group="spatial", video="w"), line("3", "qa")]
+    wanted = asks(lines, "m")
+    by = {(ask.id, ask.aspect): ask for ask in wanted}
+    found = [
+        judged(by["1", "correctness"], score=4),
+        judged(by["1", "detail"], score=1),
+        judged(by["1", "context"], fault="no"),
+        judged(by["2", "correctness"], score=2),
+        judged(by["3", "qa"], score=3, pred="yes"),
+        judged(by["3", "qa"], score=0, pred="no"),  # a second reply to the same counts for nothing
+    ]
+    figures, unreadable, unanswered = scores.judged_values(lines, wanted, found)
+    assert figures == {
+        "correctness": {"1": (4, "v"), "2": (2, "w")},
+        "detail": {"1": (1, "v")},
+        "score": {"3": (3, "v")},
+        "accuracy": {"3": (1, "v")},
+        "correctness and detail/spatial": {"1": (2.5, "v")},
+    }
+    assert unreadable == Counter(context=1)
+    assert unanswered == Counter(detail=1, context=1)
+
+
+def test_upstreams_combined_files():
+    lines = [line("1"), line("2"), line("3", "consistency", paired=True)]
+    wanted = asks(lines, "m")
+    replies = itertools.cycle(["{'score': 4.8}", "five"])
+    found = [{"key": ask.key, "reply": next(replies)} for ask in wanted]
+    combined = scores.upstream_entries(lines, wanted, found)
+    pair = {"q": "q", "a": "a", "pred": "p1"}
+    assert combined["correctness"] == {"v_0": [{"score": 4.8}, pair]}  # the second sample's reply was "five"
+    assert combined["context"] == {"v_0": [{"score": 4.8}, pair]}
+    assert combined["detail"] == {"v_1": [{"score": 4.8}, {**pair, "pred": "p2"}]}
+    assert combined["consistency"] == {
+        "v_0": [{"score": 4.8}, {"q1": "q", "q2": "r", "a": "a", "pred1": "p1", "pred2": "p2"}]
+    }
+
+
+def test_comparison_is_paired_and_refuses_another_judge(tmp_path):
+    about = {"task": "vcg", "annotations": "x", "samples": 2, "judge": "m", "prompts": "y"}
+    folders = [tmp_path / name for name in ("one", "two", "other")]
+    for folder, values, more in zip(folders, ([4, 2, 5], [3, 1], [3, 1]), ({}, {}, {"judge": "n"})):
+        folder.mkdir()
+        figures = {"detail": {str(i): (float(value), f"v{i}") for i, value in enumerate(values)}}
+        scores.write_scores(folder, about, figures, more)
+    told = scores.compare(*folders[:2]).splitlines()[1].split()
+    assert told == ["detail", "3.0000", "2.0000", "+1.0000", "[+1.0000,", "+1.0000]", "2"]
+    with pytest.raises(ValueError, match="cannot be compared .judge: m and n.; judge both"):
+        scores.compare(folders[0], folders[2])
+    with pytest.raises(ValueError, match="holds no scores: score its predictions first"):
+        scores.compare(folders[0], tmp_path)

@@ -1,0 +1,186 @@
+"""Benchmarks' own files, made by hand: which samples they hold, and what is written for upstream's scripts."""
+
+import json
+
+import pytest
+
+from fastvid.evaluation.tasks import TASKS, read_samples, upstream_files
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def facts(samples):
+    return [(each.id, each.video, each.texts, each.answer, each.kind) for each in samples]
+
+
+GENERIC = [{"video_name": "v_1", "Q": "what?", "A": "a cat"}, {"video_name": "v_1", "Q": "who?", "A": "a man"}]
+PAIRED = [{"video_name": "v_2", "Q1": "what?", "Q2": "which?", "A": "a dog"}]
+
+
+def test_vcg(tmp_path):
+    write(tmp_path, generic_qa__json=GENERIC, temporal_qa__json=GENERIC[:1], consistency_qa__json=PAIRED)
+    samples, files = read_samples("vcg", tmp_path)
+    assert facts(samples) == [
+        ("generic/0", "v_1", ("what?",), "a cat", "generic"),
+        ("generic/1", "v_1", ("who?",), "a man", "generic"),
+        ("temporal/0", "v_1", ("what?",), "a cat", "temporal"),
+        ("consistency/0", "v_2", ("what?", "which?"), "a dog", "consistency"),
+    ]
+    assert len(files) == 3
+    answers = {"generic/1": ["him"], "temporal/0": ["it"], "consistency/0": ["one", "two"]}
+    assert upstream_files("vcg", samples, answers) == {
+        "generic.json": [{**GENERIC[1], "pred": "him"}],
+        "temporal.json": [{**GENERIC[0], "pred": "it"}],
+        "consistency.json": [{**PAIRED[0], "pred1": "one", "pred2": "two"}],
+    }
+    alone, _ = read_samples("vcg", tmp_path / "consistency_qa.json")
+    assert [each.id for each in alone] == ["consistency/0"]
+
+
+def test_vcg_diverse(tmp_path):
+    records = [
+        {"id": 5, "type": "summary", "video_name": "a", "Q": "what?", "A": "x"},
+        {"id": 6, "type": "temporal", "video_name": "a", "Q": "when?", "A": "y"},
+        {"id": 7, "type": "consistency", "video_name": "b", "Q1": "one?", "Q2": "two?", "A": "z"},
+    ]
+    samples, _ = read_samples("vcg_diverse", write(tmp_path, vcgbench_diverse_qa__json=records))
+    assert [(each.id, each.kind, each.group) for each in samples] == [
+        ("5", "generic", "summary"),
+        ("6", "temporal", ""),
+        ("7", "consistency", ""),
+    ]
+    written = upstream_files("vcg_diverse", samples, {"5": ["p"], "7": ["q", "r"]})["vcg_diverse.json"]
+    assert written == [
+        {"video_name": "a", "prompt": "what?", "text": "p", "answer": "x", "ann_id": 5},
+        {
+            "video_name": "b",
+            "prompt_1": "one?",
+            "text_1": "q",
+            "prompt_2": "two?",
+            "text_2": "r",
+            "answer": "z",
+            "ann_id": 7,
+        },
+    ]
+
+
+def test_activitynet_joins_by_id(tmp_path):
+    """Upstream joins the two lists by position."""
+    questions = [{"video_name": "x", "question": q, "question_id": f"x_{i}"} for i, q in enumerate("ab")]
+    answers = [{"answer": "two", "question_id": "x_1"}, {"answer": "one", "question_id": "x_0"}]
+    samples, _ = read_samples("activitynet_qa", write(tmp_path, test_q__json=questions, test_a__json=answers))
+    assert facts(samples) == [("x_0", "x", ("a",), "one", "qa"), ("x_1", "x", ("b",), "two", "qa")]
+    assert upstream_files("activitynet_qa", samples, {"x_0": ["no"]}) == {
+        "activitynet_qa.json": [{"id": "x_0", "question": "a", "answer": "one", "pred": "no"}]
+    }
+
+
+def test_msvd_has_a_mapping(tmp_path):
+    record = {"video_id": 1301, "id": 9, "question": "what?", "answer": "cat"}
+    write(tmp_path, test_qa__json=[record], youtube_mapping__txt="abc_1 vid1300\n-4wsuPCjDBc_5_15 vid1301\n")
+    samples, _ = read_samples("msvd_qa", tmp_path)
+    assert facts(samples) == [("9", "-4wsuPCjDBc_5_15", ("what?",), "cat", "qa")]
+    assert upstream_files("msvd_qa", samples, {"9": ["dog"]})["msvd_qa.json"] == [{**record, "pred": "dog"}]
+
+
+def test_msrvtt_and_tgif(tmp_path):
+    samples, _ = read_samples(
+        "msrvtt_qa", write(tmp_path, test_qa__json=[{"video_id": 7010, "id": 1, "question": "q", "answer": "a"}])
+    )
+    assert facts(samples) == [("1", "video7010", ("q",), "a", "qa")]
+    table = "gif_name\tquestion\tanswer\tdescription\ntumblr_1\twhat, is?\tdogs\ta, b\n"
+    samples, _ = read_samples("tgif_qa", write(tmp_path, frameqa__csv=table) / "frameqa.csv")
+    assert facts(samples) == [("0", "tumblr_1", ("what, is?",), "dogs", "qa")]
+    assert upstream_files("tgif_qa", samples, {"0": ["cat"]})["tgif_qa.json"] == [
+        {"gif_name": "tumblr_1", "question": "what, is?", "answer": "dogs", "description": "a, b", "pred": "cat"}
+    ]
+
+
+def test_mvbench(tmp_path):
+    record = {"video": "v.mp4", "question": "q", "candidates": ["up", "down"], "answer": "down"}
+    write(tmp_path, moving__json=[record], star__json=[{**record, "start": 1.5, "end": 9}])
+    samples, _ = read_samples("mc", tmp_path)
+    assert [(each.id, each.group, each.options, each.right, each.part) for each in samples] == [
+        ("moving/0", "moving", ("up", "down"), 1, None),
+        ("star/0", "star", ("up", "down"), 1, (1.5, 9)),
+    ]
+
+
+def test_video_mme_as_it_is(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [
+        {
+            "video_id": "001",
+            "videoID": "fFjv93ACGo8",
+            "duration": "short",
+            "question_id": "001-1",
+            "question": "q",
+            "options": ["A. Apples.", "B. A candle.", "C. Three. Four.", "D. Berries."],
+            "answer": "C",
+        }
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    ((sample,), _) = read_samples("mc", tmp_path / "test.parquet")
+    assert (sample.id, sample.video, sample.group) == ("test/001-1", "fFjv93ACGo8", "short")
+    assert sample.options == ("Apples.", "A candle.", "Three. Four.", "Berries.")
+    assert (sample.right, sample.answer) == (2, "Three. Four.")
+
+
+@pytest.mark.parametrize("answer, right", [("down", 1), ("B", 1), (0, 0)])
+def test_an_answer_is_a_text_a_letter_or_a_number(tmp_path, answer, right):
+    record = {"video": "v", "question": "q", "options": ["up", "down"], "answer": answer}
+    ((sample,), _) = read_samples("mc", write(tmp_path, a__jsonl=json.dumps(record)) / "a.jsonl")
+    assert sample.right == right
+
+
+def test_match(tmp_path):
+    record = {"video": "v", "question": "q", "answer": "red"}
+    samples, _ = read_samples("match", write(tmp_path, a__json=[record]) / "a.json")
+    assert facts(samples) == [("a/0", "v", ("q",), "red", "match")]
+
+
+@pytest.mark.parametrize(
+    "task, files, message",
+    [
+        ("vcg", {"other.json": []}, "holds no file of this benchmark: .* give the folder"),
+        ("vcg", {"generic_a.json": [], "generic_b.json": []}, "several files with 'generic' .* leave one"),
+        ("vcg", {"generic.json": [{"video_name": "v", "Q": "q"}]}, 'record 0 .* no text as "A"; give'),
+        ("activitynet_qa", {"test_q.json": []}, "needs test_q.json and test_a.json: give"),
+        (
+            "activitynet_qa",
+            {"test_q.json": [{"video_name": "x", "question": "q", "question_id": "1"}], "test_a.json": []},
+            "no answer to '1'; give the two files",
+        ),
+        ("msvd_qa", {"test_qa.json": []}, "needs its questions and youtube_mapping.txt: give"),
+        (
+            "msvd_qa",
+            {"test_qa.json": [{"video_id": 3, "question": "q", "answer": "a"}], "mapping.txt": "b vid2\n"},
+            "no vid3; give",
+        ),
+        ("mc", {"a.json": [{"video": "v", "question": "q", "answer": "a"}]}, "no list of options"),
+        (
+            "mc",
+            {"a.json": [{"video": "v", "question": "q", "options": ["x", "y"], "answer": "C"}]},
+            'record 0 .* "answer" is "C", which is none of the options; give',
+        ),
+        ("mc", {"a.txt": ""}, "holds no file that ends in .json, .jsonl, .parquet; give"),
+        ("match", {"a.json": [7]}, "record 0 .* is no object; give"),
+        ("match", {"a.json": []}, "holds no question"),
+    ],
+)
+def test_what_is_no_benchmark_is_told(tmp_path, task, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read_samples(task, tmp_path)
+
+
+def test_a_missing_path_is_told(tmp_path):
+    assert set(TASKS) >= {"vcg", "mc"}
+    with pytest.raises(ValueError, match="--annotations .*nowhere does not exist; give"):
+        read_samples("vcg", tmp_path / "nowhere")

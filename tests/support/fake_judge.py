@@ -1,0 +1,88 @@
+"""A judge on a local HTTP server that answers as a test wants: well, badly, late or not at all."""
+
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+GOOD = '{"pred": "yes", "score": 4}'
+
+
+def wrap(text):
+    """A completion, as the interface has it."""
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+class FakeJudge:
+    """What the server was asked, and its address.
+
+    Attributes:
+        url: for --judge.
+        bodies: of all requests, in the order of their coming.
+        headers: of all requests.
+    """
+
+    def __init__(self, url):
+        self.url, self.bodies, self.headers, self.released = url, [], [], threading.Event()
+
+    @property
+    def asked(self):
+        """{the user's message: how often it was graded}."""
+        return Counter(body["messages"][1]["content"] + body["messages"][0]["content"] for body in self.bodies)
+
+
+@contextmanager
+def fake_judge(answer):
+    """A server for as long as the context lasts.
+
+    Args:
+        answer: from (number of the request, its body) to a reply's text; to (status, text) of another answer; to
+            seconds that it keeps silent, or None to wait until the end.
+    """
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(judge.bodies)
+                judge.bodies.append(body)
+                judge.headers.append(dict(self.headers))
+            found = answer(number, body)
+            if found is None or isinstance(found, float):
+                judge.released.wait(found)
+                found = GOOD
+            status, content = found if isinstance(found, tuple) else (200, wrap(found))
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content.encode())))
+                self.end_headers()
+                self.wfile.write(content.encode())
+            except OSError:
+                pass  # who asked has gone
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    judge = FakeJudge(f"http://127.0.0.1:{server.server_port}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield judge
+    finally:
+        judge.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def wait_until(condition, seconds=60):
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)

@@ -1,0 +1,220 @@
+"""The evaluate command: both stages, what exit codes tell, and runs that are killed at any moment."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+
+import pytest
+from evaluation_run import flags, settings, write_evaluation
+from fake_judge import GOOD, fake_judge, wait_until
+
+from fastvid.evaluate import main
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = write_evaluation(tmp_path_factory.mktemp("evaluation"))
+    records = json.loads((run / "vcg" / "generic_qa.json").read_text())
+    (run / "vcg" / "generic_qa.json").write_text(json.dumps([r for r in records if r["video_name"] != "clip99"]))
+    return run
+
+
+@pytest.fixture(scope="module")
+def predicted(run, tmp_path_factory):
+    """An --output with all predictions of vcg: 4 generic samples and 2 of consistency, 14 judgements."""
+    output = tmp_path_factory.mktemp("predicted")
+    assert main(flags(settings(run, output))) == 0
+    return output
+
+
+def copy(predicted, tmp_path):
+    for name in ("predictions.jsonl", "settings.json"):
+        (tmp_path / name).write_bytes((predicted / name).read_bytes())
+    return tmp_path
+
+
+def judging(output, url, *more):
+    return ["--output", str(output), "--judge", url, "--judge_model", "m", "--judge_retries", "0", *more]
+
+
+def score_of(number, body):
+    """A reply that hangs on what is graded alone."""
+    return json.dumps({"score": len(body["messages"][1]["content"]) % 6})
+
+
+def test_both_stages(predicted, tmp_path, capsys):
+    with fake_judge(score_of) as judge:
+        assert main(judging(copy(predicted, tmp_path), judge.url, "--parity", "reference")) == 0
+        assert len(judge.bodies) == 4 * 3 + 2
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert told["judge"] == "m" and told["answered"] == told["samples"] == 6 and told["missing"] == 0
+    assert {name: each["n"] for name, each in told["scores"].items()} == {
+        "correctness": 4,
+        "detail": 4,
+        "context": 4,
+        "consistency": 2,
+    }
+    of = Counter()
+    for line in (tmp_path / "judgements.jsonl").read_text().splitlines():
+        of[json.loads(line)["aspect"]] += json.loads(line)["score"]
+    for name, count in (("correctness", 4), ("consistency", 2)):
+        assert told["scores"][name]["mean"] == of[name] / count == told["upstream"][name]["average_score"]
+    assert "consistency" in capsys.readouterr().out
+    assert json.loads((tmp_path / "upstream" / "detail_judged.json").read_text()).keys() == {
+        "clip0_0",
+        "clip0_1",
+        "clip1_0",
+        "clip2_0",
+    }
+
+
+def test_predictions_alone(run, predicted, tmp_path, capsys):
+    assert main(["--output", str(copy(predicted, tmp_path))]) == 0
+    assert "6 predictions are in" in capsys.readouterr().out
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_multiple_choice_needs_no_judge(run, tmp_path, capsys):
+    assert main(flags(settings(run, tmp_path, "mc"))) == 1  # a name that two videos have
+    out = capsys.readouterr().out
+    assert "1 of 6 samples have no prediction" in out
+    told = json.loads((tmp_path / "scores.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "likelihoods" in line]
+    right = [max(range(3), key=lambda i: line["likelihoods"][i][0]) == line["right"] for line in lines]
+    assert told["scores"]["likelihood"]["mean"] == sum(right) / 5 and told["scores"]["letter"]["n"] == 5
+
+
+def test_unreadable_replies_are_told(predicted, tmp_path, capsys):
+    with fake_judge(lambda n, body: "well" if n == 3 else score_of(n, body)) as judge:
+        assert main(judging(copy(predicted, tmp_path), judge.url)) == 1
+    assert "1 of 14 replies cannot be read and count in no score: too many" in capsys.readouterr().out
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert sum(told["unreadable"].values()) == 1 and sum(each["n"] for each in told["scores"].values()) == 13
+
+
+def test_a_silent_judge_leaves_the_rest_to_the_next_run(predicted, tmp_path, capsys):
+    with fake_judge(lambda n, body: (500, "") if n % 2 else score_of(n, body)) as judge:
+        assert main(judging(copy(predicted, tmp_path), judge.url)) == 1
+    assert "7 of 14 are not judged; the next run asks again" in capsys.readouterr().out
+    with fake_judge(score_of) as judge:
+        assert main(judging(tmp_path, judge.url)) == 0
+        assert len(judge.bodies) == 7
+
+
+def test_comparison(predicted, tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, score in ((there, 2), (here, 3)):
+        folder.mkdir()
+        with fake_judge(lambda *_: f'{{"score": {score}}}') as judge:
+            more = ["--compare", str(there)] if folder == here else []
+            assert main(judging(copy(predicted, folder), judge.url, *more)) == 0
+    assert "+1.0000   [+1.0000, +1.0000]   4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--model_name_or_path", "x"], "give --annotations and --video and --task"),
+        (["--judge", "http://x"], "give --judge and --judge_model together"),
+        (["--judge", "localhost", "--judge_model", "m"], "localhost is no URL; give one such as http://"),
+        ([], "holds no predictions: give --model_name_or_path, --annotations and --video first"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--output", str(tmp_path), *more])
+
+
+def test_a_judge_and_several_ranks(predicted, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--judge needs one process"):
+        main(judging(copy(predicted, tmp_path), "http://x"))
+
+
+def test_another_task_is_told(predicted, tmp_path):
+    with pytest.raises(ValueError, match="holds predictions of vcg, not of --task mc"):
+        main(["--output", str(copy(predicted, tmp_path)), "--task", "mc"])
+
+
+def in_child(arguments):
+    """A process that runs the command."""
+    FORKS.set_forkserver_preload(["fastvid.evaluate", "fastvid.train", "tqdm", "urllib3"])
+    child = FORKS.Process(target=_run, args=(arguments,))
+    child.start()
+    return child
+
+
+def _run(arguments):
+    os._exit(main(arguments))
+
+
+def kill(child):
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+
+@pytest.mark.slow
+def test_a_judging_run_is_killed_again_and_again(predicted, tmp_path):
+    """A judge is asked twice only for what it was asked in the moment of a kill; no line is there twice."""
+    stop_at, at_once, killed = iter([1, 4, 5, 9, 10]), 2, 0
+    with fake_judge(lambda n, body: None if n == limit else score_of(n, body)) as judge:
+        for more in (*stop_at, None):
+            limit = None if more is None else len(judge.bodies) + more - 1
+            child = in_child(judging(copy(predicted, tmp_path), judge.url, "--judge_at_once", str(at_once)))
+            if limit is None:
+                child.join()
+                assert child.exitcode == 0
+                break
+            wait_until(lambda: len(judge.bodies) > limit or not child.is_alive())
+            if not child.is_alive():
+                break
+            kill(child)
+            killed += 1
+            if more == 4:
+                with open(tmp_path / "judgements.jsonl", "a") as file:
+                    file.write('{"key": "a line that a crash has tor')
+        asked = judge.asked
+    assert killed >= 2
+    lines = [json.loads(line) for line in (tmp_path / "judgements.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 14
+    assert sum(asked.values()) <= 14 + at_once * killed and len(asked) == 14
+    told = json.loads((tmp_path / "scores.json").read_text())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    with fake_judge(score_of) as judge:
+        main(judging(copy(predicted, whole), judge.url))
+    assert told["scores"] == json.loads((whole / "scores.json").read_text())["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_a_predicting_run_is_killed(run, predicted, tmp_path, kept):
+    """It is killed once so many predictions are there, and goes on."""
+    arguments = flags({**settings(run, tmp_path), "at_once": 1})
+    child = in_child(arguments)
+    path = tmp_path / "predictions.jsonl"
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= kept or not child.is_alive())
+    kill(child) if child.is_alive() else child.join()
+    before = path.read_bytes()
+    child = in_child(arguments)
+    child.join()
+    assert child.exitcode == 0
+    assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    found, expected = (
+        sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda line: line["id"])
+        for file in (path, predicted / "predictions.jsonl")
+    )
+    assert found == expected
+
+
+def test_the_key_is_in_no_file(predicted, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    with fake_judge(lambda *_: GOOD) as judge:
+        main(judging(copy(predicted, tmp_path), judge.url, "--judge_key_variable", "MY_KEY"))
+        assert judge.headers[0]["Authorization"] == "Bearer sk-secret"
+    assert not any("sk-secret" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
