@@ -2,7 +2,8 @@
 
 A prompt passes the decoder packed, as in training, and what several prompts have in common up to the end of their video
 passes it once. After that each step takes one token of every answer. Keys and values of all answers lie in one buffer,
-a run of rows for each, so that attention reads them where they are.
+a run of rows for each, so that attention reads them where they are. Those of a beginning that prompts have in common
+lie there once, in the run of the first of them, which stays until the last has ended.
 
 Dimensions: B answers, N packed rows, P rows that are written, R rows of a video, C channels of the vision tower, D
 channels of the decoder, V tokens of the vocabulary.
@@ -21,6 +22,7 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import Chain, pack, ranges
 from fastvid.inference.generate import next_token, rows_left
 from fastvid.model.cache import LayerCache, RowPool
+from fastvid.model.decoding import DecodingLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,23 +69,40 @@ class _Waiting:
 
 
 @dataclass(eq=False)
+class _Run:
+    """Rows [first, stop) of the buffer, which so many answers need."""
+
+    first: int
+    stop: int
+    users: int = 0
+
+
+@dataclass(eq=False)
 class _Running:
     """A prompt in the buffer, and its answer so far.
 
     Attributes:
-        first: its first row in the buffer.
-        length: rows of it that are there; the last token's is not yet.
+        own: its rows: all of them, or those behind the beginning that it has in common with others.
+        base: the run that holds its beginning; None of a prompt that can share none.
+        length: rows of it that are there, its beginning included; the last token's is not yet.
     """
 
     waiting: _Waiting
-    first: int
+    own: _Run
+    base: _Run | None
     length: int
     generator: torch.Generator | None
     answer: list[int] = field(default_factory=list)
 
     @property
-    def stop(self):
-        return self.first + self.waiting.rows
+    def behind(self):
+        """Whether its beginning lies in another's run."""
+        return self.base is not None and self.base is not self.own
+
+    @property
+    def next_row(self):
+        """Where the next row of it belongs."""
+        return self.own.first + self.length - (self.waiting.end if self.behind else 0)
 
 
 class Batcher:
@@ -111,7 +130,8 @@ class Batcher:
         self._device = model.embed.weight.device
         self._pool = RowPool(sizes.num_layers, rows)
         self._at_once, self._prefill_rows = at_once, prefill_rows
-        self._waiting, self._running = deque(), []  # running: in the order of their rows
+        self._waiting, self._running = deque(), []
+        self._runs, self._bases = [], {}  # in the order of their rows; {beginning: the run that holds it}
 
     def __len__(self) -> int:
         """Requests that are not answered yet."""
@@ -167,44 +187,55 @@ class Batcher:
         return ended + (self._continue() if self._running else [])
 
     def _with_room(self):
-        """[(request, first row)] of those that join now, in the order in which they wait."""
+        """Those that join now, in the order in which they wait."""
         joining, prompt_rows = [], 0
-        taken = [(running.first, running.stop) for running in self._running]
-        while self._waiting and len(taken) < self._at_once:
-            request = self._waiting[0]
-            first = _first_gap(taken, request.rows, self._pool.rows)
-            prompt_rows += request.prompt
-            if first is None or joining and prompt_rows > self._prefill_rows:
+        while self._waiting and len(self._running) + len(joining) < self._at_once:
+            waiting = self._waiting[0]
+            base = self._bases.get(waiting.beginning) if waiting.end else None
+            shared = 0 if base is None else waiting.end
+            prompt_rows += waiting.prompt - shared
+            own = self._free_run(waiting.rows - shared)
+            if own is None or joining and prompt_rows > self._prefill_rows:
                 break
-            taken = sorted([*taken, (first, first + request.rows)])
-            joining.append((self._waiting.popleft(), first))
+            self._waiting.popleft()
+            self._runs = sorted([*self._runs, own], key=lambda run: run.first)
+            if waiting.end and base is None:
+                base = self._bases[waiting.beginning] = own
+            for run in {own, base} - {None}:
+                run.users += 1
+            joining.append(_Running(waiting, own, base, waiting.prompt, self._generator(waiting)))
         return joining
+
+    def _free_run(self, rows):
+        """The first run of `rows` rows that is free; None without any."""
+        free = 0
+        for run in self._runs:
+            if run.first - free >= rows:
+                break
+            free = run.stop
+        return _Run(free, free + rows) if free + rows <= self._pool.rows else None
+
+    def _leave(self, running):
+        """Free the runs that nobody needs any more."""
+        for run in {running.own, running.base} - {None}:
+            run.users -= 1
+        self._runs = [run for run in self._runs if run.users]
+        if running.base is not None and not running.base.users:
+            del self._bases[running.waiting.beginning]
 
     def _begin(self, joining):
         """Compute prompts into the buffer; returns those whose first token ended them."""
-        by_beginning = {running.waiting.beginning: running for running in self._running if running.waiting.end}
-        groups = {}  # by whom they follow: None, or one that runs and begins alike
-        for request, first in joining:
-            known = by_beginning.get(request.beginning) if request.end else None
-            groups.setdefault(known, []).append((request, first))
-        begun, rows = [], []
-        for known, group in groups.items():
-            rows.append(self._whole(group) if known is None else self._behind(known, group))
-            begun += [_Running(request, first, request.prompt, self._generator(request)) for request, first in group]
-        ended = self._take(begun, self._model.logits(torch.cat(rows)))
-        self._running.sort(key=lambda running: running.first)
-        return ended
+        new = {each.own for each in joining}
+        groups = {}  # by the run of a beginning that is there already; None: with all that they begin with
+        for each in joining:
+            groups.setdefault(each.base if each.base not in new else None, []).append(each)
+        rows = [self._whole(group) if base is None else self._behind(base, group) for base, group in groups.items()]
+        return self._take([each for group in groups.values() for each in group], self._model.logits(torch.cat(rows)))
 
     def _whole(self, group):
         """The last rows of whole prompts, [B, D]; what they have in common is computed once."""
         model = self._model
-        samples = [
-            (
-                self._sample(waiting.request),
-                [] if waiting.request.features_RC is None else [waiting.request.features_RC],
-            )
-            for waiting, _ in group
-        ]
+        samples = [(self._sample(each.waiting.request), each.waiting.request.videos) for each in group]
         batch = pack(samples, self._tokens, model.config.mm_hidden_size, share=True).to(self._device)
         cache = [LayerCache(batch.num_rows) for _ in model.decoder.layers]
         h_BD = model.decoder(
@@ -214,55 +245,81 @@ class Batcher:
             cache,
             supervised=(batch.loss_rows, batch.loss_layout),
         )
-        self._write(batch.loss_layout.kv_rows, [(first, waiting.prompt) for waiting, first in group], cache)
+        prompts = [each.waiting.prompt for each in group]
+        skipped = [each.waiting.end if each.behind else 0 for each in group]
+        starts = [sum(prompts[:i]) + skip for i, skip in enumerate(skipped)]
+        sizes = [prompt - skip for prompt, skip in zip(prompts, skipped)]
+        wanted = torch.from_numpy(ranges(starts, sizes)).to(self._device)
+        self._write(batch.loss_layout.kv_rows[wanted], [each.own.first for each in group], sizes, cache)
         return h_BD
 
-    def _behind(self, known, group):
-        """The same, of prompts that begin as one that runs: of its rows they need a copy, and only theirs are
-        computed."""
-        model, end = self._model, known.waiting.end
-        tails = [waiting.request.token_ids[end:] for waiting, _ in group]
+    def _behind(self, base, group):
+        """The same, of prompts whose beginning is there: only what is behind it is computed."""
+        model, end = self._model, group[0].waiting.end
+        tails = [each.waiting.request.token_ids[end:] for each in group]
         sizes = [len(tail) for tail in tails]
-        ends = torch.tensor(sizes).cumsum(0)
-        starts = (ends - torch.tensor(sizes)).tolist()
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
         kv_rows = ranges(
             [row for start in starts for row in (0, end + start)], [n for size in sizes for n in (end, size)]
         )
         layout = AttentionLayout.of_lengths(sizes, [end + size for size in sizes], torch.from_numpy(kv_rows))
-        last = (ends - 1).to(self._device)
         x_ND = model.embed.weight[torch.tensor(sum(tails, []), device=self._device)].to(model.residual_dtype)
         positions = torch.from_numpy(ranges([end] * len(group), sizes)).int().to(self._device)
-        prefix = self._pool.views(known.first, known.first + end)
         cache = [LayerCache(len(x_ND)) for _ in model.decoder.layers]
-        h_ND = model.decoder(x_ND, positions, layout.map(lambda rows: rows.to(self._device)), cache, prefix=prefix)
-        for _, first in group:
-            self._pool.copy(known.first, first, end)
-        own = torch.arange(len(x_ND), device=self._device)
-        self._write(own, [(first + end, size) for (_, first), size in zip(group, sizes)], cache)
-        return h_ND[last]
+        h_ND = model.decoder(
+            x_ND,
+            positions,
+            layout.map(lambda rows: rows.to(self._device)),
+            cache,
+            prefix=self._pool.views(base.first, base.first + end),
+        )
+        self._write(torch.arange(len(x_ND), device=self._device), [each.own.first for each in group], sizes, cache)
+        return h_ND[torch.tensor(sizes, device=self._device).cumsum(0) - 1]
 
-    def _write(self, rows_P, runs, cache):
-        """Put `rows_P` of a cache of packed rows into runs of the buffer, given as (first row, rows)."""
-        places_P = torch.from_numpy(ranges(*zip(*runs))).to(self._device)
+    def _write(self, rows_P, starts, sizes, cache):
+        """Put `rows_P` of a cache of packed rows into runs of the buffer."""
+        places_P = torch.from_numpy(ranges(starts, sizes)).to(self._device)
         for layer, packed in zip(self._pool.layers, cache, strict=True):
             layer.write(places_P, *(buffer.index_select(0, rows_P) for buffer in packed.buffers))
 
     def _continue(self):
         """One token more of each answer; returns those that ended."""
-        running, device = self._running, self._device
-        layout = _layout(running)
+        running, layout = self._in_order()
         tokens_B, places_B, positions_B = torch.tensor(
-            [(each.answer[-1], each.first + each.length, each.length) for each in running]
-        ).T.to(device)
+            [(each.answer[-1], each.next_row, each.length) for each in running]
+        ).T.to(self._device)
         x_BD = self._model.embed.weight[tokens_B].to(self._model.residual_dtype)
-        self._pool.aim(places_B, running[-1].first + running[-1].length + 1)
+        self._pool.aim(places_B, max(run.stop for run in self._runs))
         h_BD = self._model.decoder(
-            x_BD, positions_B.int(), layout.map(lambda rows: rows.to(device, non_blocking=True)), self._pool.layers
+            x_BD,
+            positions_B.int(),
+            layout.map(lambda rows: rows.to(self._device, non_blocking=True)),
+            self._pool.layers,
         )
         for each in running:
             each.length += 1
         self._running = []
         return self._take(running, self._model.logits(h_BD))
+
+    def _in_order(self):
+        """(who runs, those ahead whose rows are one run and nobody else's; the layout of their next rows)."""
+        by_base = {}
+        for each in self._running:
+            by_base.setdefault(each.base or each.own, []).append(each)
+        groups = [group for group in by_base.values() if len(group) > 1 or group[0].behind]
+        grouped = {each for group in groups for each in group}
+        alone = sorted((each for each in self._running if each not in grouped), key=lambda each: each.own.first)
+        ordered = alone + [each for group in groups for each in group]
+        return ordered, DecodingLayout.of(
+            [(each.own.first, each.length + 1) for each in alone],
+            [
+                (
+                    (group[0].base.first, end := group[0].waiting.end),
+                    [(each.next_row - each.length + end, each.length - end + 1) for each in group],
+                )
+                for group in groups
+            ],
+        )
 
     def _take(self, running, logits_BV):
         """Add the next token of each; those that go on run, the others' (key, ids) are returned."""
@@ -276,6 +333,7 @@ class Batcher:
                 each.answer.append(token)
             if token == self._eos or len(each.answer) == waiting.new_tokens:
                 ended.append((waiting.request.key, each.answer))
+                self._leave(each)
             else:
                 self._running.append(each)
         return ended
@@ -292,26 +350,3 @@ class Batcher:
         if waiting.request.temperature == 0:
             return None
         return torch.Generator(self._device).manual_seed(waiting.request.seed)
-
-
-def _first_gap(taken, rows, capacity):
-    """The first row of the first free run of `rows` rows between the [first, stop) of `taken`; None without any."""
-    free = 0
-    for first, stop in taken:
-        if first - free >= rows:
-            return free
-        free = stop
-    return free if capacity - free >= rows else None
-
-
-def _layout(running):
-    """One query for each, which sees its rows and itself. Rows between those are keys of segments without queries."""
-    queries, keys, at = [], [], 0
-    for each in running:
-        if each.first > at:
-            queries.append(0)
-            keys.append(each.first - at)
-        queries.append(1)
-        keys.append(each.length + 1)
-        at = each.first + keys[-1]
-    return AttentionLayout.of_lengths(queries, keys)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
+from fastvid.model.decoding import DecodingLayout, shared_attention
 from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
 
@@ -52,7 +53,7 @@ class Attention:
         q_NHd: Tensor,
         k_NKd: Tensor,
         v_NKd: Tensor,
-        layout: AttentionLayout,
+        layout: AttentionLayout | DecodingLayout,
         *,
         constant: tuple[Tensor, Tensor] | None = None,
         regather: bool = True,
@@ -61,7 +62,8 @@ class Attention:
 
         Args:
             q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
-            layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows.
+            layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows. Or
+                that of answers that grow by a row each, without gradient.
             constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
             regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under
                 recomputation, where the copy lives only during its layer's backward. Where `takes_rows`, there is none.
@@ -72,6 +74,11 @@ class Attention:
         """
         if q_NHd.shape[0] == 0:
             return q_NHd.clone()
+        if isinstance(layout, DecodingLayout):
+            n, rows = layout.sizes_alone
+            outs = [self(q_NHd[:n], k_NKd[:rows], v_NKd[:rows], layout.alone)] if n else []
+            outs += [shared_attention(q_NHd[n:], k_NKd, v_NKd, layout.shared)] if layout.shared else []
+            return torch.cat(outs)
         assert constant is None or layout.kv_rows is not None
         if self.takes_rows:
             return self.call(q_NHd, k_NKd, v_NKd, layout, constant)

@@ -45,12 +45,6 @@ class RowPool:
         """Keys and values [stop - first, K, d] of those rows, for each layer."""
         return [tuple(buffer[first:stop] for buffer in layer.buffers) for layer in self.layers]
 
-    def copy(self, source: int, target: int, rows: int) -> None:
-        """Copy `rows` rows from the row `source` on to `target` on; the runs do not overlap."""
-        for layer in self.layers:
-            for buffer in layer.buffers:
-                buffer[target : target + rows] = buffer[source : source + rows]
-
 
 class PoolLayer:
     """One layer of a `RowPool`; a model takes it for a `LayerCache`."""

@@ -146,8 +146,10 @@ def test_what_can_never_be_answered_is_refused():
         batch.add(Request("long", [5] * 20, max_new_tokens=11))
     with pytest.raises(ValueError, match="temperature -1"):
         batch.add(Request("cold", [5], temperature=-1))
-    batch.add(Request("fits", [5] * 20, max_new_tokens=10))
-    assert [key for key, _ in batch.run([])] == ["fits"]
+    batch.add(Request("shorter", [5] * 20, max_new_tokens=10))
+    assert [key for key, _ in batch.run([])] == ["shorter"]
+    larger = batcher(random_model(), rows=31)
+    assert [key for key, _ in larger.run([Request("long", [5] * 20, max_new_tokens=11)])] == ["long"]
 
 
 def test_memory_is_bounded():
