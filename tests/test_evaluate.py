@@ -76,6 +76,9 @@ def test_predictions_alone(run, predicted, tmp_path, capsys):
     assert main(["--output", str(copy(predicted, tmp_path))]) == 0
     assert "6 predictions are in" in capsys.readouterr().out
     assert not (tmp_path / "scores.json").exists()
+    with fake_judge(score_of) as judge:
+        assert main(judging(tmp_path, judge.url)) == 0  # as it says
+    assert (tmp_path / "scores.json").exists()
 
 
 def test_multiple_choice_needs_no_judge(run, tmp_path, capsys):
@@ -116,29 +119,28 @@ def test_comparison(predicted, tmp_path, capsys):
     assert "+1.0000   [+1.0000, +1.0000]   4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--model_name_or_path", "x"], "give --annotations and --video and --task"),
-        (["--judge", "http://x"], "give --judge and --judge_model together"),
-        (["--judge", "localhost", "--judge_model", "m"], "localhost is no URL; give one such as http://"),
-        ([], "holds no predictions: give --model_name_or_path, --annotations and --video first"),
-    ],
-)
-def test_flags_that_do_not_go_together(tmp_path, more, message):
-    with pytest.raises(ValueError, match=message):
-        main(["--output", str(tmp_path), *more])
+def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):
+    """Each mistake's message says what the next line gives."""
 
+    def refused(arguments, message):
+        with pytest.raises(ValueError, match=message):
+            main(arguments)
 
-def test_a_judge_and_several_ranks(predicted, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--judge needs one process"):
-        main(judging(copy(predicted, tmp_path), "http://x"))
-
-
-def test_another_task_is_told(predicted, tmp_path):
-    with pytest.raises(ValueError, match="holds predictions of vcg, not of --task mc"):
-        main(["--output", str(copy(predicted, tmp_path)), "--task", "mc"])
+    output, whole = str(tmp_path), flags(settings(run, tmp_path, "vcg"))
+    refused(["--output", output], "holds no predictions: give --model_name_or_path, --annotations and --video first")
+    refused(["--output", output, "--model_name_or_path", "x"], "give --annotations and --video and --task")
+    assert main(whole) == 0
+    refused(["--output", output, "--task", "mc"], "holds predictions of vcg, not of --task mc")
+    assert main(["--output", output, "--task", "vcg"]) == 0
+    refused(["--output", output, "--judge", "http://x"], "give --judge and --judge_model together")
+    refused(judging(output, "localhost"), "localhost is no URL; give one such as http://")
+    with fake_judge(score_of) as judge:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        refused(judging(output, judge.url), "--judge needs one process")
+        monkeypatch.delenv("WORLD_SIZE")
+        refused(judging(output, judge.url, "--compare", str(predicted)), "holds no scores: score its predictions first")
+        assert main(judging(predicted, judge.url)) == 0
+        assert main(judging(output, judge.url, "--compare", str(predicted))) == 0
 
 
 def in_child(arguments):

@@ -160,6 +160,8 @@ def test_a_server_without_json_mode(tmp_path):
 def test_a_refusal_ends_the_run(tmp_path, status):
     with pytest.raises(ValueError, match=f"status {status} .no such key.*check --judge, --judge_model, and the key"):
         graded(lambda *_: (status, "no such key"), tmp_path, asks(lines(), "m"))
+    found, _, _ = graded(lambda *_: GOOD, tmp_path, asks(lines(), "m"), key="the right one")
+    assert len(found) == 4
 
 
 def test_a_dead_judge_ends_the_run(tmp_path):
@@ -167,6 +169,8 @@ def test_a_dead_judge_ends_the_run(tmp_path):
         url = server.url
     with pytest.raises(OSError, match="did not answer 16 times in a row.*start the command again"):
         judge_all(Judge(url, "m", retries=0, timeout=1.0), asks(lines(40), "m"), tmp_path, at_once=2)
+    found, _, _ = graded(lambda *_: GOOD, tmp_path, asks(lines(40), "m"))
+    assert len(found) == 40
 
 
 @pytest.mark.parametrize("content", ["", "<html>", "{}", '{"choices": []}', '{"choices": [{"message": 7}]}'])

@@ -126,6 +126,9 @@ def test_other_settings_want_another_folder(run, chat, output):
         ValueError, match="predictions of other settings .task vcg there, mc now.*give another --output"
     ):
         predict(chat, config(run, output, "mc"), 0, 1)
+    (run / "another").mkdir()
+    predict(chat, config(run, run / "another", "mc"), 0, 1)
+    assert len(answered(run / "another")) == 5
 
 
 def test_a_prompt_that_is_too_long_costs_its_sample(run, chat, output):
@@ -153,3 +156,18 @@ def test_two_writers_are_refused(run, chat, output):
     with Lines(output / "predictions.jsonl"):
         with pytest.raises(ValueError, match="is written by another process .* wait until that has ended"):
             predict(chat, config(run, output), 0, 1)
+    predict(chat, config(run, output), 0, 1)
+    assert len(answered(output)) == 6
+
+
+def test_a_name_that_two_videos_have_is_clear_once_the_other_is_moved(run, chat, output):
+    record = {"video": "same.mp4", "question": "q", "answer": "a"}
+    (run / "same.json").write_text(json.dumps([record]))
+    asked = config(run, output, "match", annotations=str(run / "same.json"))
+    predict(chat, asked, 0, 1)
+    assert "is the name of 2 videos" in (output / "predictions.jsonl").read_text()
+    (run / "feats" / "b" / "same.safetensors").rename(output / "same.safetensors")
+    try:
+        assert predict(chat, asked, 0, 1)
+    finally:
+        (output / "same.safetensors").rename(run / "feats" / "b" / "same.safetensors")

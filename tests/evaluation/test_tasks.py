@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastvid.evaluation.tasks import TASKS, read_samples, upstream_files
+from fastvid.evaluation.tasks import read_samples, upstream_files
 
 
 def write(folder, **files):
@@ -144,43 +144,71 @@ def test_match(tmp_path):
     assert facts(samples) == [("a/0", "v", ("q",), "red", "match")]
 
 
+QA = {"video_id": 3, "question": "q", "answer": "a"}
+ASKED = {"video_name": "x", "question": "q", "question_id": "1"}
+ANSWERED = {"answer": "a", "question_id": "1"}
+CHOICE = {"video": "v", "question": "q", "options": ["x", "y"], "answer": "y"}
+
+
 @pytest.mark.parametrize(
-    "task, files, message",
+    "task, files, message, mended",
     [
-        ("vcg", {"other.json": []}, "holds no file of this benchmark: .* give the folder"),
-        ("vcg", {"generic_a.json": [], "generic_b.json": []}, "several files with 'generic' .* leave one"),
-        ("vcg", {"generic.json": [{"video_name": "v", "Q": "q"}]}, 'record 0 .* no text as "A"; give'),
-        ("activitynet_qa", {"test_q.json": []}, "needs test_q.json and test_a.json: give"),
+        ("vcg", {"other.json": GENERIC}, "holds no file of this benchmark: .* give", {"generic.json": GENERIC}),
+        (
+            "vcg",
+            {"generic_a.json": GENERIC, "generic_b.json": GENERIC},
+            "several files with 'generic' .* leave one",
+            {"generic_b.json": None},
+        ),
+        (
+            "vcg",
+            {"generic.json": [{"video_name": "v", "Q": "q"}]},
+            'record 0 .* no text as "A"; give',
+            {"generic.json": GENERIC},
+        ),
+        ("activitynet_qa", {"test_q.json": [ASKED]}, "needs test_q.json and .* give", {"test_a.json": [ANSWERED]}),
         (
             "activitynet_qa",
-            {"test_q.json": [{"video_name": "x", "question": "q", "question_id": "1"}], "test_a.json": []},
+            {"test_q.json": [ASKED], "test_a.json": []},
             "no answer to '1'; give the two files",
+            {"test_a.json": [ANSWERED]},
         ),
-        ("msvd_qa", {"test_qa.json": []}, "needs its questions and youtube_mapping.txt: give"),
+        ("msvd_qa", {"test_qa.json": [QA]}, "needs its questions and .* give", {"mapping.txt": "b vid3\n"}),
         (
             "msvd_qa",
-            {"test_qa.json": [{"video_id": 3, "question": "q", "answer": "a"}], "mapping.txt": "b vid2\n"},
+            {"test_qa.json": [QA], "mapping.txt": "b vid2\n"},
             "no vid3; give",
+            {"mapping.txt": "b vid2\nc vid3\n"},
         ),
-        ("mc", {"a.json": [{"video": "v", "question": "q", "answer": "a"}]}, "no list of options"),
+        ("mc", {"a.json": [{**CHOICE, "options": "xy"}]}, "no list of options .* give", {"a.json": [CHOICE]}),
         (
             "mc",
-            {"a.json": [{"video": "v", "question": "q", "options": ["x", "y"], "answer": "C"}]},
+            {"a.json": [{**CHOICE, "answer": "C"}]},
             'record 0 .* "answer" is "C", which is none of the options; give',
+            {"a.json": [{**CHOICE, "answer": "B"}]},
         ),
-        ("mc", {"a.txt": ""}, "holds no file that ends in .json, .jsonl, .parquet; give"),
-        ("match", {"a.json": [7]}, "record 0 .* is no object; give"),
-        ("match", {"a.json": []}, "holds no question"),
+        ("mc", {"a.txt": ""}, "holds no file that ends in .json, .jsonl, .parquet; give", {"a.json": [CHOICE]}),
+        ("mc", {"a.json": [7]}, "record 0 .* is no object; give", {"a.json": [CHOICE]}),
+        ("mc", {"a.json": []}, "holds no question", {"a.json": [CHOICE]}),
     ],
 )
-def test_what_is_no_benchmark_is_told(tmp_path, task, files, message):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+def test_a_benchmark_is_read_once_mended_as_told(tmp_path, task, files, message, mended):
+    def write_all(files):
+        for name, content in files.items():
+            if content is None:
+                (tmp_path / name).unlink()
+            else:
+                (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    write_all(files)
     with pytest.raises(ValueError, match=message):
         read_samples(task, tmp_path)
+    write_all(mended)
+    assert read_samples(task, tmp_path)[0]
 
 
 def test_a_missing_path_is_told(tmp_path):
-    assert set(TASKS) >= {"vcg", "mc"}
-    with pytest.raises(ValueError, match="--annotations .*nowhere does not exist; give"):
-        read_samples("vcg", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--annotations .*nowhere does not exist; give the benchmark's file"):
+        read_samples("mc", tmp_path / "nowhere")
+    (tmp_path / "nowhere").write_text(json.dumps([CHOICE]))
+    assert read_samples("mc", tmp_path / "nowhere")[0]
