@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastvid.config import ChatConfig, EvaluateConfig
@@ -17,7 +18,7 @@ from fastvid.video.features import default_device
 _MOST_UNREADABLE = 0.01  # of a judge's replies, with exit code 0
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 if something has no answer, no judgement, or cannot be read."""
     config = parse(EvaluateConfig, argv)
     rank, world = place()

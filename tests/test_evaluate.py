@@ -1,7 +1,6 @@
 """The evaluate command: both stages, what exit codes tell, and runs that are killed at any moment."""
 
 import json
-import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -9,10 +8,9 @@ from collections import Counter
 import pytest
 from evaluation_run import flags, settings, write_evaluation
 from fake_judge import GOOD, fake_judge, wait_until
+from forks import FORKS
 
 from fastvid.evaluate import main
-
-FORKS = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +143,6 @@ def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):
 
 def in_child(arguments):
     """A process that runs the command."""
-    FORKS.set_forkserver_preload(["fastvid.evaluate", "fastvid.train", "tqdm", "urllib3"])
     child = FORKS.Process(target=_run, args=(arguments,))
     child.start()
     return child

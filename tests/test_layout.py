@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "online": {"features", "video", "data"},
     "training": {"data", "model", "weights", "checkpoints", "fastvid_kernels"},
     "inference": {"features", "video", "data", "model", "weights", "checkpoints"},
-    "evaluation": {"data", "inference"},
+    "evaluation": {"features", "data", "inference"},
     "page": {"features", "video"},
     "validation": {"features", "video", "data", "online"},
     "cli": COMMANDS,

@@ -11,11 +11,13 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastvid.evaluation.lines import Lines, read_lines
+from fastvid.files import StrPath
 
 JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
@@ -97,7 +99,7 @@ def prompts_digest() -> str:
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def asks(lines, model: str) -> list[Ask]:
+def asks(lines: Iterable[dict], model: str) -> list[Ask]:
     """What is to be judged of predictions, in their order.
 
     Args:
@@ -199,7 +201,7 @@ class Judge:
         )
         self._as_json = True  # ask for JSON, until the server refuses that
 
-    def reply(self, messages) -> str:
+    def reply(self, messages: Iterable[dict]) -> str:
         """What the model replies, at temperature 0.
 
         Raises:
@@ -247,7 +249,7 @@ def _excerpt(content):
     return ascii(content[:200].decode(errors="replace"))[1:-1]
 
 
-def judge_all(judge: Judge, wanted: list[Ask], output, *, at_once: int) -> dict[str, str]:
+def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int) -> dict[str, str]:
     """Let a judge grade all that has no reply yet; returns {key: why not} of those that got none.
 
     Raises:

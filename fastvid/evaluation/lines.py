@@ -9,10 +9,10 @@ import json
 import os
 from pathlib import Path
 
-from fastvid.files import naming, shown
+from fastvid.files import StrPath, naming, shown
 
 
-def read_lines(folder, name: str) -> list[dict]:
+def read_lines(folder: StrPath, name: str) -> list[dict]:
     """The records of every ``name*.jsonl`` in a folder, file by file.
 
     Raises:
@@ -41,7 +41,7 @@ class Lines:
         ValueError: another process appends to it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: StrPath):
         self.path = Path(path)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
@@ -71,8 +71,8 @@ class Lines:
         os.fsync(self._file)
         os.close(self._file)
 
-    def __enter__(self):
+    def __enter__(self) -> "Lines":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -10,12 +10,15 @@ import json
 import logging
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+from fastvid.config import EvaluateConfig
 from fastvid.evaluation.lines import Lines, read_lines
-from fastvid.evaluation.tasks import LETTERS, read_samples, upstream_files
-from fastvid.files import atomic_file, read_json_object, shown
-from fastvid.inference.chat import MEDIA_SUFFIXES
+from fastvid.evaluation.tasks import LETTERS, Sample, read_samples, upstream_files
+from fastvid.features.names import stem
+from fastvid.files import StrPath, atomic_file, read_json_object, shown
+from fastvid.inference.chat import MEDIA_SUFFIXES, Chat
 from fastvid.inference.likelihood import answer_likelihoods
 from fastvid.inference.questions import MediaNames, inside, list_media
 
@@ -33,15 +36,15 @@ class Videos:
         folder: with videos or feature files below it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath):
         self.folder = Path(folder)
         self.files = list_media(folder, MEDIA_SUFFIXES)
         self._names = MediaNames(self.files, MEDIA_SUFFIXES)
         self._by_last = {}
         for name in self.files:
-            self._by_last.setdefault(_without_ending(name.rpartition("/")[2]), []).append(name)
+            self._by_last.setdefault(stem(name.rpartition("/")[2]), []).append(name)
 
-    def find(self, sample) -> Path:
+    def find(self, sample: Sample) -> Path:
         """The file that a sample is about.
 
         A benchmark that keeps its videos in folders may name them without these.
@@ -52,12 +55,12 @@ class Videos:
         video, told = sample.video, ""
         if sample.part is not None:
             first, last = sample.part
-            video = f"{_without_ending(video)}_{first:g}_{last:g}"
+            video = f"{stem(video)}_{first:g}_{last:g}"
             told = f" (seconds {first:g} to {last:g} of {sample.video}; cut that file)"
         found = self._names.find(video)
         if found is None:
             last = video.rpartition("/")[2]
-            stems = {_without_ending(name) for name in self._by_last.get(_without_ending(last), ())}
+            stems = {stem(name) for name in self._by_last.get(stem(last), ())}
             if len(stems) > 1:
                 raise ValueError(f"{video} is the name of {len(stems)} videos below {self.folder}; move the others")
             found = self._names.find(stems.pop()) if stems else None
@@ -69,13 +72,7 @@ class Videos:
         return path
 
 
-def _without_ending(name):
-    """A name without the ending of a video or of a feature file."""
-    ending = Path(name).suffix
-    return name[: -len(ending)] if ending.lower() in MEDIA_SUFFIXES else name
-
-
-def predict(chat, config, rank: int, world: int) -> bool:
+def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
     """Answer this rank's share of the questions that have no answer yet.
 
     Args:
@@ -105,7 +102,7 @@ def predict(chat, config, rank: int, world: int) -> bool:
     return not failed
 
 
-def answered(output) -> dict[str, dict]:
+def answered(output: StrPath) -> dict[str, dict]:
     """{id: line} of the samples that are answered."""
     found = {}
     for line in read_lines(output, PREDICTIONS):
@@ -114,7 +111,7 @@ def answered(output) -> dict[str, dict]:
     return found
 
 
-def write_upstream(task, samples, output):
+def write_upstream(task: str, samples: Iterable[Sample], output: StrPath) -> None:
     """Write the files of upstream's inference scripts, of what is answered so far."""
     answers = {
         name: line["prediction"] if isinstance(line["prediction"], list) else [line["prediction"]]
@@ -252,7 +249,7 @@ def _fingerprint(paths):
     return digest.hexdigest()[:16]
 
 
-def read_settings(output) -> dict:
+def read_settings(output: StrPath) -> dict:
     """What the predictions in a folder are of.
 
     Raises:

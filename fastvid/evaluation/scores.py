@@ -8,12 +8,14 @@ import json
 import re
 import string
 from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fastvid.evaluation.judge import Ask
 from fastvid.evaluation.tasks import LETTERS
-from fastvid.files import atomic_file, read_json_object, shown
+from fastvid.files import StrPath, atomic_file, read_json_object, shown
 
 SCORES, VALUES = "scores.json", "values.json"
 _RESAMPLES = 2000
@@ -27,7 +29,7 @@ _LETTERED = (
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def interval(values, videos) -> tuple[float, float, float]:
+def interval(values: Iterable[float], videos: Iterable[Hashable]) -> tuple[float, float, float]:
     """(mean, low, high) of values, with the 95 % interval of a bootstrap that draws whole videos (seeded).
 
     Args:
@@ -46,7 +48,7 @@ def interval(values, videos) -> tuple[float, float, float]:
     return float(sums_V.sum() / counts_V.sum()), float(low), float(high)
 
 
-def choice_values(lines) -> dict[str, dict]:
+def choice_values(lines: Iterable[dict]) -> dict[str, dict]:
     """Of multiple choices: whether the likeliest option is right, by its whole text and by its mean token; and whether
     the letter that the answer names is. {figure: {id: (1 or 0, video)}}"""
     figures = defaultdict(dict)
@@ -66,7 +68,7 @@ def _best(values):
     return max(range(len(values)), key=values.__getitem__)
 
 
-def read_letter(text: str, options) -> int | None:
+def read_letter(text: str, options: Sequence[str]) -> int | None:
     """The option that an answer names by its letter, or else by its whole text; None if it names none or several."""
     for pattern in _LETTERED:
         named = {letter for letter in pattern.findall(text) if letter in LETTERS[: len(options)]}
@@ -76,7 +78,7 @@ def read_letter(text: str, options) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def match_values(lines) -> dict[str, dict]:
+def match_values(lines: Iterable[dict]) -> dict[str, dict]:
     """Of short answers: exact match and F1 of the words, both without case, articles and punctuation."""
     figures = defaultdict(dict)
     for line in lines:
@@ -99,7 +101,9 @@ def word_f1(found: str, right: str) -> float:
     return 2 * common / (len(found) + len(right)) if common else float(found == right)
 
 
-def judged_values(lines, wanted, judgements) -> tuple[dict[str, dict], Counter, Counter]:
+def judged_values(
+    lines: list[dict], wanted: list[Ask], judgements: list[dict]
+) -> tuple[dict[str, dict], Counter, Counter]:
     """Of judged predictions: ({figure: {id: (value, video)}}, replies that cannot be read, and those that are not
     there, both by aspect).
 
@@ -133,7 +137,7 @@ def judged_values(lines, wanted, judgements) -> tuple[dict[str, dict], Counter, 
     return dict(figures), unreadable, unanswered
 
 
-def upstream_entries(lines, wanted, judgements) -> dict[str, dict]:
+def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict]) -> dict[str, dict]:
     """{aspect: {key: [reply, {question, answer, prediction}]}}: what upstream's scoring scripts combine, with their
     keys, of the replies that they can read.
 
@@ -181,7 +185,7 @@ def upstream_figures(combined: dict) -> dict[str, float]:
     return figures | ({"accuracy": yes / (yes + no)} if yes + no else {})
 
 
-def write_scores(output, about: dict, figures: dict[str, dict], more: dict) -> dict:
+def write_scores(output: StrPath, about: dict, figures: dict[str, dict], more: dict) -> dict:
     """Write ``scores.json`` and, for comparisons, every sample's values to ``values.json``.
 
     Args:
@@ -212,7 +216,7 @@ def table(scores: dict) -> str:
     return "\n".join([f"{'score':<32} {'mean':>8}   95 % interval      samples", *rows])
 
 
-def compare(output, other) -> str:
+def compare(output: StrPath, other: StrPath) -> str:
     """How much the scores of one folder are above those of another, for a terminal; of the samples that both have.
 
     Raises:

@@ -3,12 +3,12 @@
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvid.data.records import place, read_records
-from fastvid.files import shown, wrong_content
+from fastvid.files import StrPath, shown, wrong_content
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _VIDEO = ("video", "videoID", "video_name", "video_id", "video_path")
@@ -58,7 +58,7 @@ class Task:
     upstream: Callable[[dict, tuple[str, ...]], dict]
 
 
-def read_samples(name: str, annotations) -> tuple[list[Sample], list[Path]]:
+def read_samples(name: str, annotations: StrPath) -> tuple[list[Sample], list[Path]]:
     """(samples in the files' order, the files) of a task.
 
     Args:
@@ -78,7 +78,7 @@ def read_samples(name: str, annotations) -> tuple[list[Sample], list[Path]]:
     return samples, list(files.values())
 
 
-def upstream_files(name: str, samples, answers) -> dict[str, list]:
+def upstream_files(name: str, samples: Iterable[Sample], answers: Mapping[str, Sequence[str]]) -> dict[str, list]:
     """{file name: records} as upstream's inference scripts write them, of the samples that have answers.
 
     Args:
@@ -110,7 +110,8 @@ def _found(**patterns):
                 raise ValueError(
                     f"{shown(path)} holds several files with {piece!r} in their names ({names}); leave one"
                 )
-            found |= {role: file for file in fitting}
+            if fitting:
+                found[role] = fitting[0]
         if not found:
             raise ValueError(
                 f"{shown(path)} holds no file of this benchmark: a name must hold one of "

@@ -23,6 +23,7 @@ from fastvid.data.packing import Chain, pack, ranges
 from fastvid.inference.generate import next_token, rows_left
 from fastvid.model.cache import LayerCache, RowPool
 from fastvid.model.decoding import DecodingLayout
+from fastvid.model.video_llava import VideoLlava
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +122,17 @@ class Batcher:
     """
 
     def __init__(
-        self, model, tokens: VideoTokens, *, eos: int, at_once: int = 32, cache_bytes: int, prefill_rows: int = 8192
+        self,
+        model: VideoLlava,
+        tokens: VideoTokens,
+        *,
+        eos: int,
+        at_once: int = 32,
+        cache_bytes: int,
+        prefill_rows: int = 8192,
     ):
         sizes = model.config.decoder
-        self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.compute_dtype.itemsize
+        self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
         rows = min(cache_bytes // self.row_bytes, at_once * sizes.max_position_embeddings)
         self._model, self._tokens, self._eos = model, tokens, eos
         self._device = model.embed.weight.device
@@ -263,7 +271,7 @@ class Batcher:
             [row for start in starts for row in (0, end + start)], [n for size in sizes for n in (end, size)]
         )
         layout = AttentionLayout.of_lengths(sizes, [end + size for size in sizes], torch.from_numpy(kv_rows))
-        x_ND = model.embed.weight[torch.tensor(sum(tails, []), device=self._device)].to(model.residual_dtype)
+        x_ND = model.embed.weight[torch.tensor(sum(tails, []), device=self._device)].to(model.precision.residual)
         positions = torch.from_numpy(ranges([end] * len(group), sizes)).int().to(self._device)
         cache = [LayerCache(len(x_ND)) for _ in model.decoder.layers]
         h_ND = model.decoder(
@@ -288,7 +296,7 @@ class Batcher:
         tokens_B, places_B, positions_B = torch.tensor(
             [(each.answer[-1], each.next_row, each.length) for each in running]
         ).T.to(self._device)
-        x_BD = self._model.embed.weight[tokens_B].to(self._model.residual_dtype)
+        x_BD = self._model.embed.weight[tokens_B].to(self._model.precision.residual)
         self._pool.aim(places_B, max(run.stop for run in self._runs))
         h_BD = self._model.decoder(
             x_BD,

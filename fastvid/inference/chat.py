@@ -3,9 +3,11 @@
 Dimensions: R rows of a video (temporal + spatial), C channels of the vision tower.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -126,7 +128,13 @@ class Chat:
         )
         return self.tokenizer.decode(answer).strip()
 
-    def prompt(self, features_RC, question, history=(), answer=None) -> list[int]:
+    def prompt(
+        self,
+        features_RC: torch.Tensor,
+        question: str,
+        history: Sequence[tuple[str, str]] = (),
+        answer: str | None = None,
+    ) -> list[int]:
         """Token ids of a question about the [R, C] features of a video, and of its answer if one is given.
 
         Raises:
@@ -149,7 +157,7 @@ class Chat:
             answer=answer,
         )
 
-    def request(self, key, video, features_RC, question) -> Request:
+    def request(self, key: Any, video: str, features_RC: torch.Tensor, question: str) -> Request:
         """A question for `batcher`, whose answer is that of `ask_features`.
 
         Args:
@@ -163,7 +171,7 @@ class Chat:
         ids = self.prompt(features_RC, question)
         return Request(key, ids, features_RC, video, config.max_new_tokens, config.temperature, config.seed)
 
-    def batcher(self, at_once=32, cache_bytes=None) -> Batcher:
+    def batcher(self, at_once: int = 32, cache_bytes: int | None = None) -> Batcher:
         """What answers many `request`s together.
 
         Args:

@@ -3,16 +3,26 @@
 Dimensions: N packed rows, L tokens of answers, V tokens of the vocabulary, R rows of a video, C channels of the tower.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
+from fastvid.inference.chat import Chat
 
 _MOST_SCORES = 1 << 26  # logits that lie in memory together
 
 
 @torch.inference_mode()
-def answer_likelihoods(chat, video, features_RC, choices, *, most_rows=8192) -> list[list[tuple[float, int]]]:
+def answer_likelihoods(
+    chat: Chat,
+    video: str,
+    features_RC: torch.Tensor,
+    choices: Sequence[tuple[str, Sequence[str]]],
+    *,
+    most_rows: int = 8192,
+) -> list[list[tuple[float, int]]]:
     """(log-likelihood, tokens) of each option of each question about one video, the </s> that ends it included.
 
     Options of a question, and with the video first all questions, share the rows that they begin with.

@@ -37,6 +37,7 @@ FORKS.set_forkserver_preload(
         "fastvid.train",
         "fastvid.extract",
         "fastvid.chat",
+        "fastvid.evaluate",
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "hypothesis",
