@@ -21,8 +21,9 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.inference.batching import Batcher, Request
 from fastvid.inference.generate import generate
-from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
 
 MODELS = {"110m": Shape(768, 12, 12, 2048), "tiny": Shape(64, 2, 2, 128, 640, 24, 16)}
 WORDS = 24  # of a question
@@ -44,7 +45,7 @@ def build(shape, dtype, device):
         tie_word_embeddings=False,
     )
     model = VideoLlava(
-        ModelConfig(config, shape.channels, "mlp2x_gelu", None, 0.02), trainable=frozenset(), compute_dtype=dtype
+        ModelConfig(config, shape.channels, "mlp2x_gelu", None, 0.02), trainable=Trainable(), precision=Precision(dtype)
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

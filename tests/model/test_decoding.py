@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.attention import attend
+from fastvid.model.attention import SDPA
 from fastvid.model.decoding import DecodingLayout
 
 
@@ -35,8 +35,8 @@ def test_each_query_sees_its_own_rows(kv_heads, alone, shared, dtype, tolerance)
     expected = []
     for query, rows in zip(q, seen):
         layout = AttentionLayout.of_lengths([1], [len(rows)])
-        expected.append(attend(query[None], k[list(rows)], v[list(rows)], layout, "sdpa"))
+        expected.append(SDPA(query[None], k[list(rows)], v[list(rows)], layout))
     layout = DecodingLayout.of(alone, shared)
-    found = attend(*(x.to(dtype) for x in (q, k, v)), layout, "sdpa")
+    found = SDPA(*(x.to(dtype) for x in (q, k, v)), layout)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), torch.cat(expected), atol=tolerance, rtol=tolerance)
