@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not config.data_path:
         _write_page(config, page_of_video(config))
         return 0
-    assert config.model_name_or_path is not None, "the parser asks for it beside --data_path"
+    assert config.model_name_or_path is not None  # the parser refuses --data_path without it
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = _looked_at(config, tokenizer)
