@@ -92,6 +92,7 @@ def prepare(config, world):
         projector=config.pretrain_mm_mlp_adapter,
         mm_hidden_size=samples.channels or None,
     )
+    planning.check_window(config, model_config.decoder)
     samples.fit(model_config.mm_hidden_size)
     check_features(config.vision_tower, samples.provenance, config.video_folder)
     loader = training_loader(config, samples, world)

@@ -133,7 +133,7 @@ class Batcher:
     ):
         sizes = model.config.decoder
         self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
-        rows = min(cache_bytes // self.row_bytes, at_once * sizes.max_position_embeddings)
+        rows = min(cache_bytes // self.row_bytes, at_once * sizes.context)
         self._model, self._tokens, self._eos = model, tokens, eos
         self._device = model.embed.weight.device
         self._pool = RowPool(sizes.num_layers, rows)

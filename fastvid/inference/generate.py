@@ -60,7 +60,7 @@ def rows_left(model, rows: int) -> int:
     Raises:
         ValueError: none may.
     """
-    context = model.config.decoder.max_position_embeddings
+    context = model.config.decoder.context
     if rows >= context:
         raise ValueError(
             f"the prompt has {rows} rows, the model's context {context}: shorten the question or use fewer frames"

@@ -53,7 +53,7 @@ def _sample(chat, video, features_RC, question, option):
     """The prompt with the option behind it, whose tokens are supervised."""
     ids = chat.prompt(features_RC, question, answer=option)
     prompt = chat.prompt(features_RC, question)
-    context = chat.model_config.decoder.max_position_embeddings
+    context = chat.model_config.decoder.context
     if len(ids) > context:
         raise ValueError(
             f"question and option have {len(ids)} rows, the model's context {context}: shorten the question or use "

@@ -1,6 +1,7 @@
 """Sizes of a model, the precision that it computes in, and the frequencies of its rotary embedding."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,12 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a LLaMA decoder.
+    """Sizes of a decoder: LLaMA's, and what other families have besides.
 
     Attributes:
         rope_parameters: as transformers 5 has them (`LlamaConfig(...).rope_parameters`): `rope_type`, `rope_theta`, ….
         max_position_embeddings: context length; some RoPE scalings depend on it.
         tie_word_embeddings: the head is the embedding table.
+        qkv_bias: queries, keys and values have biases (Qwen2).
+        qk_norm: each head of the queries and keys is normalised before the rotation (Qwen3).
+        unrotated_layers: layers, counted from 0, whose queries and keys know no positions (SmolLM3's NoPE,
+            arXiv:2501.18795).
+        sliding_window: rows that a row attends to at most, itself included; None: all before it. It is not computed:
+            no segment may be longer, see `context`.
     """
 
     vocab_size: int
@@ -27,6 +34,15 @@ class DecoderConfig:
     rope_parameters: dict
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    unrotated_layers: frozenset[int] = frozenset()
+    sliding_window: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Most rows of a sample that this model computes as its family does."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
@@ -99,6 +115,8 @@ class ModelConfig:
         projector_type: "linear" (Video-ChatGPT) or "mlp2x_gelu" (LLaVA-1.5).
         vision_tower: folder or hub id, if the folder names one.
         initializer_range: standard deviation of new rows.
+        model_type: transformers' word for the language model's family.
+        family_settings: what its config.json says besides sizes, for exports to say again.
     """
 
     decoder: DecoderConfig
@@ -106,3 +124,5 @@ class ModelConfig:
     projector_type: str
     vision_tower: str | None
     initializer_range: float
+    model_type: str = "llama"
+    family_settings: Mapping = field(default_factory=dict, compare=False)

@@ -1,10 +1,11 @@
-"""The LLaMA decoder on packed rows (arXiv:2302.13971), equal to transformers' LlamaForCausalLM.
+"""The LLaMA decoder on packed rows (arXiv:2302.13971), and those of its kind, equal to transformers' models.
 
 Dimensions: N packed rows, L supervised ones, C constant rows whose keys and values are known, D channels,
 E = (H + 2K)·d columns of fused queries, keys and values, H query heads, K key/value heads, d channels per head,
 F channels of the feed-forward block.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -113,16 +114,17 @@ class DecoderLayer(nn.Module):
         linear = partial(make_linear, dtype=precision.stored(trained), trained=trained, frozen_dtype=frozen_dtype)
         norm = partial(
             RMSNorm,
-            config.hidden_size,
-            config.rms_norm_eps,
+            eps=config.rms_norm_eps,
             trained=trained,
             precision=precision,
-            for_fp8=frozen_dtype == "fp8",
         )
-        self.input_norm = norm()
-        self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d)
+        for_fp8 = frozen_dtype == "fp8"
+        self.input_norm = norm(config.hidden_size, for_fp8=for_fp8)
+        self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d, bias=config.qkv_bias)
+        head_norm = partial(norm, d, precision=replace(precision, fp32_residual=False))  # no residual stream
+        self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
         self.o = linear(heads * d, config.hidden_size)
-        self.post_norm = norm()
+        self.post_norm = norm(config.hidden_size, for_fp8=for_fp8)
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
         self.heads = heads, kv_heads
@@ -183,12 +185,14 @@ class DecoderLayer(nn.Module):
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, layout = stream.positions_N, stream.layout
         if not (last and stream.supervised is not None):
-            qkv_NE = rotate(self.qkv(x_ND), positions_N, inv_freq, heads, kv_heads)
+            qkv_NE = self._normalised(self.qkv(x_ND), heads, kv_heads)
+            qkv_NE = rotate(qkv_NE, positions_N, inv_freq, heads, kv_heads)
             q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         else:
             rows_L, layout = stream.supervised
             queries = heads * 2 * inv_freq.shape[0]
-            kv_NE = rotate(self.qkv(x_ND, outputs=slice(queries, None)), positions_N, inv_freq, 0, kv_heads)
+            kv_NE = self._normalised(self.qkv(x_ND, outputs=slice(queries, None)), 0, kv_heads)
+            kv_NE = rotate(kv_NE, positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
             if not len(rows_L):
                 return (None, None, None, None), (k_NKd, v_NKd)
@@ -217,7 +221,12 @@ class DecoderLayer(nn.Module):
         return (residual_LD, x_LHd, positions_L, layout), None
 
     def _kernel_places_keys(self, live, last):
-        """Whether `_attend_by_kernel` is possible, and some row's keys are still wanted."""
+        """Whether `_attend_by_kernel` is possible, and some row's keys are still wanted.
+
+        The kernel takes keys from their product: it knows no norm in between.
+        """
+        if self.k_norm is not None:
+            return False
         rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
         if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.way_back is None:
             return False
@@ -230,7 +239,22 @@ class DecoderLayer(nn.Module):
         residual_LD, positions_L = take_rows(residual_ND, rows_L), stream.positions_N.index_select(0, rows_L)
         # Normalised again rather than taken from x: one gradient less to scatter.
         q_LE = self.qkv(self.input_norm(residual_LD, None)[1], outputs=slice(heads * 2 * inv_freq.shape[0]))
+        q_LE = self._normalised(q_LE, heads, 0)
         return residual_LD, positions_L, rotate(q_LE, positions_L, inv_freq, heads, 0).unflatten(-1, (heads, -1))
+
+    def _normalised(self, qkv_NE, heads, kv_heads):
+        """Columns of `heads` queries and `kv_heads` keys and values, where queries and keys are normalised per head.
+
+        Without norms they are the given tensor; with them a new one, which nothing saves.
+        """
+        if self.k_norm is None:
+            return qkv_NE
+        parts = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+        normalised = [
+            norm(x_NGd.flatten(0, 1), None)[1].view_as(x_NGd) if x_NGd.shape[1] else x_NGd
+            for norm, x_NGd in zip((self.q_norm, self.k_norm), parts)
+        ]
+        return torch.cat([*normalised, parts[2]], 1).flatten(1)
 
 
 class Decoder(nn.Module):
@@ -274,6 +298,7 @@ class Decoder(nn.Module):
         self._selective = recompute == "selective"
         self.recomputed = config.num_layers if self._selective else whole  # so many layers, in whole or in part
         self._rope = rotary_frequencies(config)  # not a buffer: survives the meta device, and no checkpoint holds it
+        self._unrotated = config.unrotated_layers
 
     def forward(
         self,
@@ -300,17 +325,20 @@ class Decoder(nn.Module):
         """
         if self._rope[0].device != x_ND.device:
             self._rope = self._rope[0].to(x_ND.device), self._rope[1]
+        # Angles of 0 turn nothing, to the bit.
+        still = (torch.zeros_like(self._rope[0]), 1.0) if self._unrotated else None
         recomputed = self.recomputed if torch.is_grad_enabled() else 0
         live = Stream(x_ND, None, positions_N, layout, supervised)
         for i, layer in enumerate(self.layers):
             options = {"last": i == len(self.layers) - 1}
             constant = None if prefix is None else prefix[i]
+            rope = still if i in self._unrotated else self._rope
             if i < recomputed:
                 # Added here, so that the layer's one saved input is the sum.
                 live, frozen = live.summed(), frozen and frozen.summed()
-                live, frozen = self._checkpointed(layer, live, frozen, self._rope, constant, **options)
+                live, frozen = self._checkpointed(layer, live, frozen, rope, constant, **options)
             else:
-                live, frozen = layer(live, frozen, self._rope, constant, cache=cache and cache[i], **options)
+                live, frozen = layer(live, frozen, rope, constant, cache=cache and cache[i], **options)
         h_LD = self.norm(live.residual_ND, live.branch_ND)[1]
         if frozen is None:
             return h_LD

@@ -34,10 +34,8 @@ class Linear(nn.Module):
             outputs: compute these channels only, consecutive ones: rows of the weight. None: all.
         """
         if self._prepacked is not None and x_NI.dtype == self.weight.dtype:
-            return self._prepacked.multiply(x_NI, self.weight, outputs)
-        bias = self.bias
-        if bias is not None:
-            bias = (bias if outputs is None else bias[outputs]).to(x_NI.dtype)
+            return self._prepacked.multiply(x_NI, self.weight, outputs, self._cast_bias(outputs, x_NI.dtype))
+        bias = self._cast_bias(outputs, x_NI.dtype)
         return functional.linear(x_NI, self._cast_weight(outputs, x_NI.dtype), bias)
 
     def keep_casts(self, keep: bool) -> None:
@@ -47,6 +45,11 @@ class Linear(nn.Module):
         weight that FSDP2 shards is cast by FSDP2.
         """
         self._kept = {} if keep and self.weight.requires_grad and not isinstance(self.weight, DTensor) else None
+
+    def _cast_bias(self, outputs, dtype):
+        if self.bias is None:
+            return None
+        return (self.bias if outputs is None else self.bias[outputs]).to(dtype)
 
     def _cast_weight(self, outputs, dtype):
         def cast():
@@ -61,7 +64,7 @@ class Linear(nn.Module):
 
     def prepack(self) -> None:
         """From now on, multiply by copies of the weight in the layouts that this CPU multiplies (`cpu.can_prepack`)."""
-        assert not self.weight.requires_grad and self.bias is None and not isinstance(self.weight, DTensor)
+        assert not self.weight.requires_grad and not isinstance(self.weight, DTensor)
         self._prepacked = cpu.PrepackedWeight()
 
     def __getstate__(self):
@@ -80,6 +83,6 @@ def make_linear(
         frozen_dtype: how a frozen weight is stored instead, one of `quantize.FORMATS`; None: in `dtype`.
     """
     if frozen_dtype is not None:
-        assert not (trained or bias)
-        return FORMATS[frozen_dtype](inputs, outputs)
+        assert not trained
+        return FORMATS[frozen_dtype](inputs, outputs, bias_dtype=dtype if bias else None)
     return Linear(inputs, outputs, bias=bias, dtype=dtype, trained=trained)

@@ -38,17 +38,23 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """y = x·Wᵀ with a frozen W in few bits. Holds none until `quantize_` gives it one; has no parameters.
+    """y = x·Wᵀ (+ b) with a frozen W in few bits. Holds none until `quantize_` gives it one; has no parameter but b.
 
     Its buffers are no part of a state dict: they are made from the model folder's weights whenever a run starts.
+
+    Args:
+        bias_dtype: of a frozen bias; None: no bias.
     """
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, *, bias_dtype: torch.dtype | None = None):
         super().__init__()
         self.inputs, self.outputs = inputs, outputs
+        self.bias = None
+        if bias_dtype is not None:
+            self.bias = nn.Parameter(torch.empty(outputs, dtype=bias_dtype), requires_grad=False)
 
     def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
-        """x·Wᵀ, [N, O] in x's dtype.
+        """x·Wᵀ (+ b), [N, O] in x's dtype.
 
         Args:
             outputs: compute these columns only, consecutive ones: rows of W. None: all.
@@ -60,12 +66,16 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def product(self, x_NI: Tensor, outputs: slice) -> Tensor:
-        """x·W[outputs]ᵀ in x's dtype."""
+        """x·W[outputs]ᵀ (+ b[outputs]) in x's dtype."""
         raise NotImplementedError
 
     def gradient(self, g_NO: Tensor, outputs: slice) -> Tensor:
         """g·W[outputs] in g's dtype."""
         raise NotImplementedError
+
+    def with_bias(self, y_NO: Tensor, outputs: slice) -> Tensor:
+        """A product, to which the bias was added in place."""
+        return y_NO if self.bias is None else y_NO.add_(self.bias[outputs])
 
     def _hold(self, **tensors):
         for name, tensor in tensors.items():
@@ -75,8 +85,8 @@ class QuantizedLinear(nn.Module):
 class Fp8Linear(QuantizedLinear):
     """Both factors in e4m3, one scale per row of the left and column of the right one."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs)
+    def __init__(self, inputs, outputs, **options):
+        super().__init__(inputs, outputs, **options)
         if inputs % FP8_SIDE or outputs % FP8_SIDE:
             raise ValueError(
                 f"--frozen_dtype fp8: a matrix of the decoder is {outputs} × {inputs}, and FP8 units "
@@ -102,7 +112,8 @@ class Fp8Linear(QuantizedLinear):
 
     def product_of_fp8(self, bits_NI: Tensor, scale_N: Tensor, outputs: slice, dtype: torch.dtype) -> Tensor:
         """`product` in `dtype` of rows as `quantize_fp8` returns them."""
-        return scaled_product(bits_NI, scale_N, self.w_OI[outputs], self.scale_O[outputs], dtype)
+        y_NO = scaled_product(bits_NI, scale_N, self.w_OI[outputs], self.scale_O[outputs], dtype)
+        return self.with_bias(y_NO, outputs)
 
     def gradient_of_fp8(self, bits_NO: Tensor, scale_N: Tensor, outputs: slice, dtype: torch.dtype) -> Tensor:
         """`gradient` in `dtype` of rows as `quantize_fp8` returns them."""
@@ -131,7 +142,7 @@ class _DequantizedLinear(QuantizedLinear):
         raise NotImplementedError
 
     def product(self, x_NI, outputs):
-        return x_NI @ self.dequantized(x_NI.dtype, outputs).T
+        return self.with_bias(x_NI @ self.dequantized(x_NI.dtype, outputs).T, outputs)
 
     def gradient(self, g_NO, outputs):
         return g_NO @ self.dequantized(g_NO.dtype, outputs)

@@ -62,6 +62,12 @@ def linears(c: DecoderConfig) -> int:
     return sum(map(math.prod, matrices(c)))
 
 
+def vectors(c: DecoderConfig) -> int:
+    """Elements of one layer's norms and biases."""
+    biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
+    return 2 * c.hidden_size + biases + (2 * c.head_dim if c.qk_norm else 0)
+
+
 def frozen_matrix_bytes(c: DecoderConfig, frozen_dtype: str) -> int:
     """Bytes of one layer's matrices as `frozen_dtype` stores them."""
     return sum(matrix_bytes(frozen_dtype, *shape) for shape in matrices(c))
@@ -127,6 +133,8 @@ class LayerMemory:
         inputs = rows * D + leaving * (D + F + twice + (D if last else 0)) if self.trained else 0
         norm = D * self.residual + 4
         norms = (rows + leaving * (2 if last else 1)) * norm
+        if self.config.qk_norm:  # each head's rows, and a number for each
+            norms += leaving * (A * size + 4 * self.config.num_heads) + rows * (B * size + 4 * self.config.num_kv_heads)
         return norms + size * (products + inputs) + statistics + self._of_segments(last) + before
 
     def _of_segments(self, last):

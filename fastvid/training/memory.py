@@ -12,7 +12,7 @@ from fastvid_kernels.linear_cross_entropy import ROW, chunk_rows
 
 from fastvid.model.config import ModelConfig
 from fastvid.model.decoder import recomputed_layers
-from fastvid.training.layer_memory import BatchRows, LayerMemory, frozen_matrix_bytes, linears, matrices
+from fastvid.training.layer_memory import BatchRows, LayerMemory, frozen_matrix_bytes, linears, matrices, vectors
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
 # activations need their place.
@@ -67,7 +67,7 @@ def parameter_counts(config: ModelConfig, trainable: frozenset[str]) -> dict[str
     c = config.decoder
     D, V = c.hidden_size, c.vocab_size
     projector = config.mm_hidden_size * D + D + (D * D + D if config.projector_type == "mlp2x_gelu" else 0)
-    counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (linears(c) + 2 * D) + D}
+    counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (linears(c) + vectors(c)) + D}
     if "boundary" in trainable:
         counts["boundary"] = 2 * D
     if not c.tie_word_embeddings:

@@ -200,6 +200,21 @@ def precision_of(config) -> Precision:
     )
 
 
+def check_window(config, sizes):
+    """Refuse samples longer than the model's sliding window: within it, a row attends to all before it.
+
+    Args:
+        config: `TrainConfig`.
+        sizes: `DecoderConfig`.
+    """
+    window = sizes.sliding_window
+    if window is not None and config.model_max_length > window:
+        raise ValueError(
+            f"--model_max_length {config.model_max_length}: rows of {config.model_name_or_path} attend to {window} "
+            f"rows at most (sliding_window), and longer samples are not computed; give --model_max_length {window}"
+        )
+
+
 def peak_flops(config, world):
     """Operations per second of all devices together that utilisation is stated against, or None."""
     peak = config.peak_tflops and config.peak_tflops * 1e12

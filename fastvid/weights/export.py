@@ -18,6 +18,7 @@ from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import is_siglip, load_tower, processor_settings
+from fastvid.weights.families import by_model_type
 from fastvid.weights.names import llava_hf_name
 from fastvid.weights.starting import trained_tensor, trained_weights, write_reference_projector
 
@@ -78,7 +79,7 @@ def export(config, *, verify=True):
     with atomic_folder(output) as temporary:
         dtype = getattr(torch, config.dtype)
         tensors = _language_tensors(starting, trained)
-        values = _llama_config(starting, tokenizer, tower, config.dtype)
+        values = _model_config(starting, tokenizer, tower, config.dtype)
         if config.format == "llava":
             vision = _load_tower(tower, starting.config)
             check_tower(tower, trained_on, folder)
@@ -173,14 +174,15 @@ def _llava_tensors(language, vision):
         yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", tensor
 
 
-def _llama_config(starting, tokenizer, tower, dtype):
+def _model_config(starting, tokenizer, tower, dtype):
     """config.json of the llama format; rope settings as every version of transformers reads them."""
     model, c = starting.config, starting.config.decoder
+    family = by_model_type(model.model_type)
     rope = {key: value for key, value in c.rope_parameters.items() if key != "rope_theta"}
     scaling = {} if rope.get("rope_type") == "default" else {"rope_scaling": {"type": rope.get("rope_type"), **rope}}
     return {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "torch_dtype": dtype,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -196,6 +198,7 @@ def _llama_config(starting, tokenizer, tower, dtype):
         "rope_theta": c.rope_parameters["rope_theta"],
         **scaling,
         "tie_word_embeddings": c.tie_word_embeddings,
+        **model.family_settings,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.unk,
@@ -280,23 +283,28 @@ def _load_tower(tower, model):
     return vision
 
 
-def _llava_config(llama, vision, tokens):
+def _llava_config(language, vision, tokens):
     """config.json of the llava format. A video's placeholders are the tokens that features take the place of."""
-    from transformers import LlamaConfig, LlavaConfig
+    import transformers
 
-    text = LlamaConfig.from_dict(
-        {key: value for key, value in llama.items() if key != "architectures" and not key.startswith(("mm_", "use_mm"))}
+    text = getattr(transformers, by_model_type(language["model_type"]).config).from_dict(
+        {
+            key: value
+            for key, value in language.items()
+            if key != "architectures" and not key.startswith(("mm_", "use_mm"))
+        }
     )
     grid = vision.config.image_size // vision.config.patch_size
-    values = LlavaConfig(
+    values = transformers.LlavaConfig(
         vision_config=vision.config.to_dict(),
         text_config=text.to_dict(),
         image_token_index=tokens.patch,
         image_seq_length=grid * grid,
-        tie_word_embeddings=llama["tie_word_embeddings"],
+        tie_word_embeddings=language["tie_word_embeddings"],
     ).to_dict()
-    kept = {key: value for key, value in llama.items() if key.startswith("mm_") or key.endswith("_token_id")}
-    return {**values, **kept, "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": llama["torch_dtype"]}
+    kept = {key: value for key, value in language.items() if key.startswith("mm_") or key.endswith("_token_id")}
+    dtype = {"torch_dtype": language["torch_dtype"]}
+    return {**values, **kept, "architectures": ["LlavaForConditionalGeneration"], **dtype}
 
 
 def _write_weights(folder, tensors):

@@ -8,26 +8,13 @@ import torch
 from fastvid.files import model_folder, wrong_content
 from fastvid.model.config import DecoderConfig, ModelConfig, rotary_frequencies
 from fastvid.weights import names
+from fastvid.weights.families import family_of, sliding_window, unrotated_layers
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.projector_file import read_projector
 
 log = logging.getLogger("fastvid")
 
-# LLaMA and Vicuna; LLaVA (1.0 and 1.5 "llava", later "llava_llama") and llava-hf ("llava"); the reference.
-_MODEL_TYPES = ("llama", "llava", "llava_llama", "videochatgpt", "video_chatgpt")
 _PROJECTORS = ("linear", "mlp2x_gelu")
-# What would change the computation, with the only value that we compute.
-_COMPUTED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "num_local_experts": (None,),
-    "num_experts": (None,),
-    "quantization_config": (None,),
-    "projector_hidden_act": ("gelu",),
-}
-
 # The largest sizes that are believed.
 _SIZES = {
     "num_hidden_layers": 1000,
@@ -37,14 +24,15 @@ _SIZES = {
     "hidden_size": 1_000_000,
     "intermediate_size": 10_000_000,
     "vocab_size": 10_000_000,
+    "sliding_window": 10_000_000,
 }
 
 
 def read_model_config(folder, *, projector_type=None, vocab_size=None, projector=None, mm_hidden_size=None):
-    """The ModelConfig of a LLaMA, Vicuna, LLaVA, llava-hf, Video-ChatGPT, PG-Video-LLaVA or exported folder.
+    """The ModelConfig of a folder of one of `families.FAMILIES`, of LLaVA, llava-hf, PG-Video-LLaVA, or exported.
 
-    What config.json leaves out has LlamaConfig's defaults. A projector that config.json does not describe is
-    recognised by its tensors.
+    What config.json leaves out has the defaults of transformers' configuration. A projector that config.json does not
+    describe is recognised by its tensors.
 
     Args:
         folder: holds config.json and the weights.
@@ -60,20 +48,28 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
     path = folder / "config.json"
     values = _read_json(path)
     text = values.get("text_config") or values
-    llama = _llama_config(path, values, text)
-    rows = max(llama.vocab_size, vocab_size or 0)
+    try:
+        family = family_of(values, text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    said = _said(path, values, text, family)
+    rows = max(said.vocab_size, vocab_size or 0)
     decoder = DecoderConfig(
         vocab_size=rows,
-        hidden_size=llama.hidden_size,
-        intermediate_size=llama.intermediate_size,
-        num_layers=llama.num_hidden_layers,
-        num_heads=llama.num_attention_heads,
-        num_kv_heads=llama.num_key_value_heads,
-        head_dim=llama.head_dim,
-        rms_norm_eps=llama.rms_norm_eps,
-        rope_parameters=dict(llama.rope_parameters),
-        max_position_embeddings=llama.max_position_embeddings,
-        tie_word_embeddings=_is_tied(path, llama.tie_word_embeddings or values.get("tie_word_embeddings")),
+        hidden_size=said.hidden_size,
+        intermediate_size=said.intermediate_size,
+        num_layers=said.num_hidden_layers,
+        num_heads=said.num_attention_heads,
+        num_kv_heads=said.num_key_value_heads,
+        head_dim=getattr(said, "head_dim", None) or said.hidden_size // said.num_attention_heads,
+        rms_norm_eps=said.rms_norm_eps,
+        rope_parameters=dict(said.rope_parameters),
+        max_position_embeddings=said.max_position_embeddings,
+        tie_word_embeddings=_is_tied(path, said.tie_word_embeddings or values.get("tie_word_embeddings")),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        unrotated_layers=unrotated_layers(said),
+        sliding_window=sliding_window(said),
     )
     try:
         rotary_frequencies(decoder)
@@ -85,7 +81,9 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
         mm_hidden_size=width or mm_hidden_size or 1024,
         projector_type=kind,
         vision_tower=values.get("mm_vision_tower"),
-        initializer_range=llama.initializer_range,
+        initializer_range=said.initializer_range,
+        model_type=family.model_type,
+        family_settings={key: text[key] for key in family.settings if key in text},
     )
 
 
@@ -105,19 +103,15 @@ def _read_json(path):
     return values
 
 
-def _llama_config(path, values, text):
-    """transformers' LlamaConfig of config.json's language model: defaults filled in, rope settings in today's form."""
+def _said(path, values, text, family):
+    """transformers' configuration of config.json's language model: defaults filled in, rope settings in today's
+    form."""
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
 
-    for model_type in (values.get("model_type", "llama"), text.get("model_type", "llama")):
-        if str(model_type).lower() not in _MODEL_TYPES:
-            raise ValueError(f"{path}: model_type {model_type!r} is not computed; only LLaMA is")
-    for key, allowed in _COMPUTED.items():
-        for section in (values, text):
-            if section.get(key, allowed[0]) not in allowed:
-                remedy = "; give the folder of the model that it was made of" * (key == "quantization_config")
-                raise ValueError(f"{path}: {key} = {section[key]!r} is not computed; only {allowed[0]!r} is{remedy}")
+    for section in (values, text):
+        if obstacle := family.obstacle(section):
+            raise ValueError(f"{path}: {obstacle}")
     for key, most in _SIZES.items():
         value = text.get(key)
         if isinstance(value, int | float) and not 1 <= value <= most:
@@ -131,7 +125,12 @@ def _llama_config(path, values, text):
                 "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are"
             )
     try:
-        return LlamaConfig.from_dict({key: value for key, value in text.items() if key != "model_type"})
+        kind = getattr(transformers, family.config)
+        return kind.from_dict({key: value for key, value in text.items() if key != "model_type"})
+    except IndexError:
+        raise ValueError(
+            f"{path}: a list that says something of each layer is too short; download the file again"
+        ) from None
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 

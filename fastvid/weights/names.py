@@ -1,7 +1,8 @@
 """The names of a model's tensors: ours, those of LLaVA (LLaMA's and ``model.mm_projector``), and those of llava-hf.
 
 Ours fuse what one matrix product computes: ``qkv.weight`` is LLaMA's q, k and v projections one under the other,
-``gate_up.weight`` its gate and up projections. Every other tensor is LLaMA's under a shorter name.
+``gate_up.weight`` its gate and up projections; ``qkv.bias`` likewise. Every other tensor is LLaMA's under a shorter
+name. Families of LLaMA's kind use its names, and the same names for what they have besides.
 
 LLaVA's names are the common tongue: each file's keys are brought to them (`standard_name`), and each of our tensors
 is made of them (`tensor_parts`).
@@ -93,6 +94,14 @@ def tensor_parts(config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         parts[ours + "qkv.weight"] = [
             (f"{attention}{which}_proj.weight", (rows, D)) for which, rows in (("q", queries), ("k", keys), ("v", keys))
         ]
+        if c.qkv_bias:
+            parts[ours + "qkv.bias"] = [
+                (f"{attention}{which}_proj.bias", (rows,)) for which, rows in (("q", queries), ("k", keys), ("v", keys))
+            ]
+        if c.qk_norm:
+            parts |= {
+                f"{ours}{which}_norm.weight": [(f"{attention}{which}_norm.weight", (c.head_dim,))] for which in "qk"
+            }
         parts[ours + "o.weight"] = [(attention + "o_proj.weight", (D, queries))]
         parts[ours + "post_norm.weight"] = [(theirs + "post_attention_layernorm.weight", (D,))]
         parts[ours + "gate_up.weight"] = [(mlp + "gate_proj.weight", (F, D)), (mlp + "up_proj.weight", (F, D))]

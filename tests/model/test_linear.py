@@ -37,6 +37,24 @@ def frozen_linear(inputs, outputs, *, tiled, seed=0, dtype=BF16):
     return linear
 
 
+@some_tiles
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [None, slice(16, 64)])
+def test_a_bias_is_added_to_products_with_tiles(outputs, dtype):
+    linear, plain = (Linear(32, 64, bias=True, dtype=dtype, trained=False) for _ in range(2))
+    for parameter, other in zip(linear.parameters(), plain.parameters()):
+        parameter.copy_(torch.randn(parameter.shape))
+        other.copy_(parameter)
+    linear.tile()
+    columns = 64 if outputs is None else 48
+    x_NI, grad_NO = torch.randn(7, 32, dtype=dtype), torch.randn(7, columns)
+    found, expected = (
+        value_and_gradient(lambda x, each=each: each(x, outputs=outputs), x_NI, grad_NO) for each in (linear, plain)
+    )
+    for value, wanted in zip(found, expected):
+        assert (value - wanted).abs().max() <= UNITS[dtype][0] * wanted.abs().max()
+
+
 def value_and_gradient(function, x_NI, grad_NO):
     x_NI = x_NI.clone().requires_grad_()
     y_NO = function(x_NI)

@@ -38,6 +38,20 @@ def model_config(projector_type="mlp2x_gelu", mm_hidden_size=12, **changes):
     return ModelConfig(decoder_config(**changes), mm_hidden_size, projector_type, None, 0.02)
 
 
+# What each family has besides LLaMA's, with its model_type; small enough for the model of `model_config`.
+FAMILIES = {
+    "mistral": {"num_kv_heads": 2, "sliding_window": 256},
+    "qwen2": {"num_kv_heads": 2, "qkv_bias": True},
+    "qwen3": {"num_kv_heads": 2, "qk_norm": True, "head_dim": 16, "tie_word_embeddings": True},
+    "smollm3": {"num_kv_heads": 2, "num_layers": 3, "unrotated_layers": frozenset({1}), "tie_word_embeddings": True},
+}
+
+
+def family_config(model_type, **changes):
+    """ModelConfig of a small model of a family."""
+    return replace(model_config(**{**FAMILIES[model_type], **changes}), model_type=model_type)
+
+
 def fill(module, seed=0):
     """Seeded weights of a size at which every part of the model matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -216,12 +230,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def llama_of(model):
-    """transformers' model with the same weights, in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """transformers' model of the same family with the same weights, in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     c = model.config.decoder
-    llama = LlamaForCausalLM(
-        LlamaConfig(
+    own = {"no_rope_layers": [int(i not in c.unrotated_layers) for i in range(c.num_layers)]}
+    llama = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            model.config.model_type,
             vocab_size=c.vocab_size,
             hidden_size=c.hidden_size,
             intermediate_size=c.intermediate_size,
@@ -234,6 +250,8 @@ def llama_of(model):
             rope_parameters=dict(c.rope_parameters),
             tie_word_embeddings=c.tie_word_embeddings,
             attn_implementation="eager",
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+            **(own if c.unrotated_layers else {}),
         )
     )
     llama.load_state_dict(to_llama(model, dict(model.named_parameters())), strict=True)
@@ -253,6 +271,12 @@ def to_llama(model, tensors):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         for name, part in zip("qkv", tensors[ours + "qkv.weight"].split(heads)):
             renamed[f"{theirs}self_attn.{name}_proj.weight"] = part
+        if c.qkv_bias:
+            for name, part in zip("qkv", tensors[ours + "qkv.bias"].split(heads)):
+                renamed[f"{theirs}self_attn.{name}_proj.bias"] = part
+        if c.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                renamed[f"{theirs}self_attn.{name}.weight"] = tensors[f"{ours}{name}.weight"]
         for name, part in zip(("gate", "up"), tensors[ours + "gate_up.weight"].chunk(2)):
             renamed[f"{theirs}mlp.{name}_proj.weight"] = part
         renamed[theirs + "self_attn.o_proj.weight"] = tensors[ours + "o.weight"]

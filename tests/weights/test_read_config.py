@@ -105,8 +105,14 @@ def test_rope_settings_of_both_generations(tmp_path, old, new):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not computed; only LLaMA is"),
-        ({"text_config": LLAMA | {"model_type": "qwen2"}}, "model_type 'qwen2' is not computed"),
+        (
+            {"model_type": "gemma"},
+            r"model_type 'gemma' is not computed; these are: llama \(LLaMA 1 to 3, .*\), mistral",
+        ),
+        ({"text_config": LLAMA | {"model_type": "phi3"}}, "model_type 'phi3' is not computed"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True is not computed"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0 is no size"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "a list that says something of each layer is too short"),
         ({"attention_bias": True}, "attention_bias = True is not computed; only False is"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not computed"),
@@ -127,6 +133,52 @@ def test_rope_settings_of_both_generations(tmp_path, old, new):
 def test_what_is_not_computed_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, CONFIG | changes)
+
+
+BARE = {key: value for key, value in LLAMA.items() if key != "model_type"}
+
+
+@pytest.mark.parametrize(
+    "model_type, more, expected",
+    [
+        ("mistral", {}, {"sliding_window": 4096}),  # transformers' default
+        ("mistral", {"sliding_window": None, "head_dim": 8}, {"head_dim": 8}),
+        ("llava_mistral", {"sliding_window": 100}, {"sliding_window": 100}),
+        ("qwen2", {}, {"qkv_bias": True}),
+        ("llava_qwen", {"sliding_window": 100, "use_sliding_window": False}, {"qkv_bias": True}),
+        (
+            "qwen2",
+            {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 1},
+            {"qkv_bias": True, "sliding_window": 100},
+        ),
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, {"qkv_bias": True}),
+        ("qwen3", {}, {"qk_norm": True, "head_dim": 128}),
+        ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, {"qk_norm": True, "head_dim": 10, "tied": True}),
+        ("smollm3", {"no_rope_layer_interval": 2}, {"unrotated_layers": frozenset({1}), "tied": True}),
+        ("smollm3", {"no_rope_layers": [0, 1]}, {"unrotated_layers": frozenset({0}), "tied": True}),
+        ("llama", {"head_dim": 8}, {"head_dim": 8}),
+    ],
+)
+def test_families(tmp_path, model_type, more, expected):
+    """What each has besides sizes; as a folder of its own, and as the language model of llava-hf's."""
+    plain = {
+        "qkv_bias": False,
+        "qk_norm": False,
+        "unrotated_layers": frozenset(),
+        "sliding_window": None,
+        "head_dim": 6,
+        "tied": False,
+    }
+    state = llava_state(tied=True)
+    text = BARE | {"model_type": model_type, **more}
+    for config in (CONFIG | text, HF_CONFIG | {"text_config": text}):
+        found = read(tmp_path, config, state)
+        c = found.decoder
+        told = {name: c.tie_word_embeddings if name == "tied" else getattr(c, name) for name in plain}
+        assert told == plain | expected
+        assert found.model_type == {"llava_mistral": "mistral", "llava_qwen": "qwen2"}.get(model_type, model_type)
+        assert found.family_settings == {key: more[key] for key in more if "head" not in key and "tie" not in key}
+        assert c.context == min(128, expected.get("sliding_window") or 128)
 
 
 def test_folders_without_a_usable_config(tmp_path):

@@ -28,14 +28,19 @@ class PrepackedWeight:
     def __init__(self):
         self.parts = {}  # {(first, last) output channel: their `_Part`}
 
-    def multiply(self, x_NI: Tensor, weight_OI: Tensor, outputs: slice | None = None) -> Tensor:
-        """x·Wᵀ of the channels `outputs`, consecutive ones; None: all. Saves nothing for backward."""
+    def multiply(
+        self, x_NI: Tensor, weight_OI: Tensor, outputs: slice | None = None, bias_O: Tensor | None = None
+    ) -> Tensor:
+        """x·Wᵀ (+ b) of the channels `outputs`, consecutive ones; None: all. Saves nothing for backward.
+
+        `bias_O` is frozen, and of those channels alone.
+        """
         first, last, step = (outputs or slice(None)).indices(weight_OI.shape[0])
         assert step == 1
         found = self.parts.get((first, last))
         if found is None or not found.holds(weight_OI):
             found = self.parts[first, last] = _Part(weight_OI, first, last)
-        return _Product.apply(x_NI, found)
+        return _Product.apply(x_NI, found, bias_O)
 
     def __getstate__(self):
         """Without the copies, which nothing can copy or pickle; they are made anew."""
@@ -58,10 +63,10 @@ class _Part:
         """Whether these are rows of `weight` as it is."""
         return self._state_of(weight) == self._state
 
-    def forward(self, x_NI):
+    def forward(self, x_NI, bias_O):
         if self._forward is None:
             self._forward = torch.ops.mkldnn._reorder_linear_weight(self._rows_OI)
-        return _product(x_NI, self._forward)
+        return _product(x_NI, self._forward, bias_O)
 
     def backward(self, grad_NO):
         if not self.holds(self._weight):
@@ -71,22 +76,22 @@ class _Part:
         return _product(grad_NO, self._backward)
 
 
-def _product(x_NI, prepacked):
-    return torch.ops.mkldnn._linear_pointwise(x_NI, prepacked, None, "none", [], "")
+def _product(x_NI, prepacked, bias_O=None):
+    return torch.ops.mkldnn._linear_pointwise(x_NI, prepacked, bias_O, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
     """Saves nothing."""
 
     @staticmethod
-    def forward(ctx, x_NI, part):
+    def forward(ctx, x_NI, part, bias_O):
         ctx.part = part
-        return part.forward(x_NI)
+        return part.forward(x_NI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO):
-        return ctx.part.backward(grad_NO), None
+        return ctx.part.backward(grad_NO), None, None
 
 
 __all__ = ["PrepackedWeight", "can_prepack"]
