@@ -92,7 +92,12 @@ class DataConfig(_Checked):
 
     model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
     data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."})
-    version: str = _flag("v1", "Conversation template: v1 (= vicuna_v1_1).", group="data and model")
+    version: str = _flag(
+        "auto",
+        "Conversation template: v1 (= vicuna_v1_1), for tokenizers of LLaMA 2's kind; chat_template, the model's own, "
+        "for the others. auto: as the tokenizer is.",
+        group="data and model",
+    )
     video_folder: str | None = _flag(
         None,
         "Folder that the records' `video` fields are relative to: of feature files, or of videos, whose features "
@@ -474,10 +479,10 @@ class ChatConfig(_Checked):
         "Vision tower (hub id or folder). Default: the one that made the features the weights were trained on, "
         "or the model's own setting.",
     )
-    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = _flag(
         None,
-        "System text and template of the prompt. Default: as the weights were trained; pg-video-llava, as the "
-        "reference asks, where they do not tell.",
+        "System text and template of the prompt. Default: as the weights were trained; where they do not tell "
+        "pg-video-llava, as the reference asks, or the model's chat_template.",
     )
     question_order: Literal["reference", "video_first"] | None = _flag(
         None,

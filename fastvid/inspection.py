@@ -13,7 +13,7 @@ from typing import Any
 from fastvid.config import InspectConfig
 from fastvid.data.conversation import encode_sample
 from fastvid.data.records import read_records
-from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
+from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, named_videos, video_token_count
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
@@ -24,12 +24,12 @@ log = logging.getLogger("fastvid")
 _SUPERVISED, _PLACEHOLDER, _RESET = "\033[32m", "\033[2m", "\033[0m"
 
 
-def inspect_records(config: InspectConfig, tokenizer: VideoTokenizer | None = None) -> Iterator[dict[str, Any]]:
+def inspect_records(config: InspectConfig, tokenizer: ModelTokenizer | None = None) -> Iterator[dict[str, Any]]:
     """What training makes of each record of `config.data_path`, in order.
 
     Args:
         config: InspectConfig.
-        tokenizer: `fastvid.data.conversation.VideoTokenizer`; None loads that of `config`.
+        tokenizer: as `load_tokenizer` gives it; None loads that of `config`.
 
     Yields:
         {"id", "input_ids": ids with the video's placeholders written out, "supervised": [start, end) spans of them,
@@ -103,7 +103,7 @@ def _looked_at(config, tokenizer):
         )
 
 
-def render(line: dict[str, Any], tokenizer: VideoTokenizer, colour: bool) -> str:
+def render(line: dict[str, Any], tokenizer: ModelTokenizer, colour: bool) -> str:
     """One record of `inspect_records` as text: a summary, its warning, and the tokens.
 
     Runs of placeholders are written as one, ``<vid_patch>×676``.
@@ -128,7 +128,7 @@ def _counted(line):
     return f"{len(line['input_ids'])} tokens, {count} supervised {where}".rstrip()
 
 
-def pieces(line: dict[str, Any], tokenizer: VideoTokenizer) -> list[tuple[str, str]]:
+def pieces(line: dict[str, Any], tokenizer: ModelTokenizer) -> list[tuple[str, str]]:
     """The text of one record of `inspect_records`, parted: (text, "supervised", "placeholder" or "")."""
     ids, spans, parts = line["input_ids"], line["supervised"], []
     supervised = [False] * len(ids)
@@ -151,7 +151,7 @@ def pieces(line: dict[str, Any], tokenizer: VideoTokenizer) -> list[tuple[str, s
 
 
 def page_of_record(
-    config: InspectConfig, line: dict[str, Any], videos: Sequence[str], tokenizer: VideoTokenizer
+    config: InspectConfig, line: dict[str, Any], videos: Sequence[str], tokenizer: ModelTokenizer
 ) -> bytes:
     """The HTML page of one record of `inspect_records`.
 

@@ -26,9 +26,10 @@ from fastvid import callable_command, signals
 from fastvid.checkpoints.find import projector_path
 from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
+from fastvid.data.conversation import settled_version
 from fastvid.data.dataset import SampleSet
 from fastvid.data.loader import Loader, evaluation_loader, training_loader
-from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
+from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
 from fastvid.model.attention_check import settle_attention
@@ -57,7 +58,7 @@ class Prepared(NamedTuple):
     """What a run is made of before there is a model: see `TrainState`; `attention` is that which was settled."""
 
     config: TrainConfig
-    tokenizer: VideoTokenizer
+    tokenizer: ModelTokenizer
     model_config: ModelConfig
     loader: Loader
     evaluation: Loader | None
@@ -84,6 +85,7 @@ def prepare(config, world):
     parallel.compute_repeatably(config.full_determinism)
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
+    config = dataclasses.replace(config, version=settled_version(config.version, tokenizer, config.policy))
     samples = SampleSet(config.data_path, tokenizer, training_features(config), config)
     model_config = read_model_config(
         config.model_name_or_path,

@@ -50,6 +50,7 @@ HOMES = {
     "bitsandbytes": ("fastvid.training.adamw8bit", "fastvid.model.quantize"),
     "flash_attn": ("fastvid.model.attention",),
     "flash_attn_interface": ("fastvid.model.attention",),
+    "jinja2": ("fastvid.data.templates",),
     "liger_kernel": ("fastvid.model.decoder",),
     "matplotlib": ("fastvid.training.plots",),
     "tensorboard": ("fastvid.training.reporters",),

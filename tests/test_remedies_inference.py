@@ -260,7 +260,12 @@ MISTAKES = [
         MODEL + ONE,
     ),
     ("chat", OTHER + "bare " + ONE, "holds no tokenizer.model or tokenizer.json", MODEL + ONE),
-    ("chat", OTHER + "family " + ONE, "has no </s>.*: use a model of the LLaMA / Vicuna family", MODEL + ONE),
+    (
+        "chat",
+        OTHER + "family " + ONE,
+        "has no chat template .*: give the folder of the model's instruct version",
+        MODEL + ONE,
+    ),
     ("chat", OTHER + "llama.cpp " + ONE, "m.gguf is of llama.cpp, .*: give the folder of the model", MODEL + ONE),
     ("chat", OTHER + "meta " + ONE, "is of Meta's release, .*: give the folder that transformers reads", MODEL + ONE),
     ("chat", OTHER + "gptq " + ONE, "quantization_config .*; give the folder of the model", MODEL + ONE),
@@ -495,9 +500,9 @@ def test_a_model_that_was_downloaded_to_the_folder_given_is_read(made, tmp_path)
 def test_generation_with_a_temperature_that_is_allowed():
     model, prompt = random_model(), pack([([5, 6], range(0))])
     with pytest.raises(ValueError, match="temperature -1: 0 is greedy, higher is more random; it cannot be negative"):
-        generate(model, prompt, max_new_tokens=2, eos=-1, temperature=-1)
+        generate(model, prompt, max_new_tokens=2, stops=(), temperature=-1)
     for temperature in (0, 1):
-        assert len(generate(model, prompt, max_new_tokens=2, eos=-1, temperature=temperature)) == 2
+        assert len(generate(model, prompt, max_new_tokens=2, stops=(), temperature=temperature)) == 2
 
 
 def test_a_bin_that_asks_for_more_than_tensors_may_be_downloaded_as_safetensors(made, tmp_path, attempt):

@@ -1,6 +1,7 @@
 """From a record to token ids and the spans of them that are supervised; prompts for inference.
 
-The template is LLaVA's vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {answer}</s>USER: …``.
+v1 is LLaVA's template vicuna_v1_1: ``{system} USER: {question} ASSISTANT: {answer}</s>USER: …``. Tokenizers that are
+not of LLaMA 2's kind have the template of their family (`ChatTemplate`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from fastvid.data.annotations import asked_and_answered, examine, placeholder_in
 from fastvid.data.names import ASSISTANT, EOS, USER, VIDEO
 from fastvid.data.styles import half_character, record_videos
-from fastvid.data.tokenizer import VideoTokenizer, load_tokenizer
+from fastvid.data.tokenizer import ChatTokenizer, ModelTokenizer, VideoTokenizer, load_tokenizer
 from fastvid.policy import Policy
 
 __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
@@ -26,7 +27,8 @@ SYSTEM = {
     "pg-video-llava": f"You are PG-Video-LLaVA, a large vision-language assistant. {_VIDEO_SYSTEM}",
     "video-chatgpt_v1": f"You are Video-ChatGPT, a large vision-language assistant. {_VIDEO_SYSTEM}",
 }
-TRAINING_TEMPLATES = {"v1": "vicuna_v1_1", "vicuna_v1_1": "vicuna_v1_1"}
+CHAT_TEMPLATE = "chat_template"
+TRAINING_TEMPLATES = {"v1": "vicuna_v1_1", "vicuna_v1_1": "vicuna_v1_1", CHAT_TEMPLATE: CHAT_TEMPLATE}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class EncodedSample:
 
     Attributes:
         id: the record's.
-        token_ids: BOS first, each video's placeholders written out; empty where the record allows none to be made.
+        token_ids: BOS first where the template has it, each video's placeholders written out; empty where the record
+            allows none to be made.
         supervised: [start, end) of the tokens that are to be predicted.
         videos: names of the videos, in the order of their placeholders.
         remarks: what a reader of a report should know; the same text for each sample of the same kind, or the
@@ -58,13 +61,13 @@ class EncodedSample:
 
 def encode_sample(
     record: Any,
-    tokenizer: VideoTokenizer,
+    tokenizer: ModelTokenizer,
     *,
     rows_of: Callable[[str], int],
     use_start_end: bool,
     max_length: int,
     policy: Policy,
-    version: str = "v1",
+    version: str = "auto",
     question_order: str = "reference",
     number: int = 0,
 ) -> EncodedSample:
@@ -72,12 +75,12 @@ def encode_sample(
 
     Args:
         record: as `fastvid.data.annotations` describes it; anything else is refused, not raised.
-        tokenizer: `VideoTokenizer`, loaded with the same `use_start_end`.
+        tokenizer: as `load_tokenizer` gives it for the same `use_start_end`.
         rows_of: from a video's name to its rows, which may differ from video to video; where it raises ValueError or
             OSError (features that cannot be used) the record is refused.
         max_length: longest sample in tokens, BOS included; what is beyond it is cut off.
         policy: `fastvid.config.Policy`.
-        version: training template.
+        version: as for `settled_version`.
         question_order: "reference" or "video_first" (`ordered`).
         number: of the record in its file, which names one without an id.
 
@@ -85,9 +88,9 @@ def encode_sample(
         EncodedSample
 
     Raises:
-        ValueError: an unknown `version`.
+        ValueError: as `settled_version`.
     """
-    system = _system(version)
+    version = settled_version(version, tokenizer, policy)
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     examined = examine(record, number, policy=policy, use_start_end=use_start_end)
     if examined.record is None:
@@ -98,24 +101,23 @@ def encode_sample(
     name, videos, texts = record["id"], list(record_videos(record)), asked_and_answered(record)
     if videos:
         texts[::2] = [ordered(question, question_order) for question in texts[::2]]
-    prompt, answers = _prompt(system, texts)
     try:
         rows = [rows_of(name) for name in videos]
+        if isinstance(tokenizer, ChatTokenizer):
+            ids, spans = _by_chat_template(tokenizer, texts, rows)
+        else:
+            prompt, ids, spans, video_ids = _by_v1(tokenizer, _system(version), texts, rows)
     except (ValueError, OSError) as error:
         return EncodedSample(name, videos=videos, refused=examined.fault.text if examined.fault else str(error))
-    video_ids = [tokenizer.video_ids(number) for number in rows] or None
-    ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
-    ids.insert(0, tokenizer.bos)
     length = len(ids)
     del ids[max_length:]
     if policy.mask_by_retokenizing:
         supervised, warning = _reference_spans(prompt, ids, tokenizer, video_ids, max_length)
         remarks = [warning] if warning else []
     else:
-        spans = [(start + 1, end + 1) for start, end in zip(marks[::2], marks[1::2])]
         supervised = [(start, min(end, len(ids))) for start, end in spans if start < min(end, len(ids))]
     refused = examined.fault and examined.fault.text
-    refused = refused or _cut_video(prompt, ids, tokenizer.tokens, rows, length)
+    refused = refused or _cut_video(texts, ids, tokenizer.tokens, rows, length)
     if length > max_length and not supervised and not policy.mask_by_retokenizing:
         refused = refused or (
             f"no supervised token: no answer within the first {max_length} of {length} tokens (--model_max_length)"
@@ -123,6 +125,49 @@ def encode_sample(
     if length > max_length and not refused and not policy.mask_by_retokenizing:
         remarks = [*remarks, f"cut to its first {max_length} tokens (--model_max_length)"]
     return EncodedSample(name, ids, supervised, videos, remarks, refused)
+
+
+def settled_version(version: str, tokenizer: ModelTokenizer, policy: Policy | None = None) -> str:
+    """The training template that is meant: "auto" is v1 for tokenizers of LLaMA 2's kind, and the family's otherwise.
+
+    Args:
+        version: "auto" or one of `TRAINING_TEMPLATES`.
+        tokenizer: as `load_tokenizer` gives it.
+        policy: `fastvid.config.Policy`, which may rule a template out.
+
+    Raises:
+        ValueError: an unknown template, or one that the tokenizer or the policy does not allow.
+    """
+    if version not in ("auto", *TRAINING_TEMPLATES):
+        raise ValueError(f"--version {version} is no template; known: auto, {', '.join(TRAINING_TEMPLATES)}")
+    own = "v1" if tokenizer.template is None else CHAT_TEMPLATE
+    if version != "auto" and (version == CHAT_TEMPLATE) != (own == CHAT_TEMPLATE):
+        raise ValueError(
+            f"--version {version}: the tokenizer in {tokenizer.folder} is {'' if own == 'v1' else 'not '}of LLaMA 2's "
+            f"kind, whose template is v1; give --version {own}, or leave it out"
+        )
+    if own == CHAT_TEMPLATE and policy is not None and policy.mask_by_retokenizing:
+        raise ValueError(
+            f"--parity reference: the reference has no model with a tokenizer as in {tokenizer.folder}; leave it out"
+        )
+    return own if version == "auto" else version
+
+
+def _by_v1(tokenizer, system, texts, rows):
+    """(text, ids, supervised spans, ids of each video) of a conversation in v1."""
+    prompt, answers = _prompt(system, texts)
+    video_ids = [tokenizer.video_ids(number) for number in rows] or None
+    ids, marks = tokenizer.encode_marked(prompt, [at for answer in answers for at in answer], video_ids)
+    spans = [(start + 1, end + 1) for start, end in zip(marks[::2], marks[1::2])]
+    return prompt, [tokenizer.bos, *ids], spans, video_ids
+
+
+def _by_chat_template(tokenizer, texts, rows):
+    """(ids, supervised spans) of a conversation in the family's template."""
+    if rows:
+        texts = [text.replace(VIDEO, tokenizer.video) for text in texts]
+    text, answers = tokenizer.template.conversation(texts)
+    return tokenizer.encode(text, rows, answers)
 
 
 def ordered(question: str, question_order: str) -> str:
@@ -136,32 +181,33 @@ def ordered(question: str, question_order: str) -> str:
     return "\n".join([*videos, asked])
 
 
-def system_prefix(tokenizer: VideoTokenizer, version: str = "v1") -> tuple[int, ...]:
-    """Ids with which every training sample begins, BOS included: the system text and " USER:".
+def system_prefix(tokenizer: ModelTokenizer, version: str = "auto") -> tuple[int, ...]:
+    """Ids with which every training sample begins, BOS included: of v1 the system text and " USER:".
 
     Args:
-        tokenizer: `VideoTokenizer`.
-        version: training template.
+        tokenizer: as `load_tokenizer` gives it.
+        version: as for `settled_version`.
 
     Returns:
-        tuple of ids. A sample cut short, or with a text that a tokenizer joins to the colon, begins otherwise.
+        tuple of ids. A sample cut short, or with a text that a tokenizer joins to the last one, begins otherwise.
 
     Raises:
-        ValueError: an unknown `version`.
+        ValueError: as `settled_version`.
     """
+    version = settled_version(version, tokenizer)
+    if isinstance(tokenizer, ChatTokenizer):
+        return tuple(tokenizer.encode(tokenizer.template.prefix)[0])
     return (tokenizer.bos, *tokenizer.encode(f"{_system(version)} {USER}:"))
 
 
 def _system(version):
-    """The system text of a training template."""
-    if version not in TRAINING_TEMPLATES:
-        raise ValueError(f"--version {version} is no template; known: {', '.join(TRAINING_TEMPLATES)}")
+    """The system text of v1 under one of its names."""
     return SYSTEM[TRAINING_TEMPLATES[version]]
 
 
 def inference_prompt(
     question: str,
-    tokenizer: VideoTokenizer,
+    tokenizer: ModelTokenizer,
     *,
     video_tokens: int,
     use_start_end: bool,
@@ -175,19 +221,19 @@ def inference_prompt(
 
     Args:
         question: text; a literal ``<video>`` in it stays text.
-        tokenizer: `VideoTokenizer`, loaded with the same `use_start_end`.
+        tokenizer: as `load_tokenizer` gives it for the same `use_start_end`.
         video_tokens: rows of the video (temporal + spatial).
-        conv_mode: system text, one of `SYSTEM`.
+        conv_mode: system text, one of `SYSTEM`; or "chat_template", the family's.
         transcript: of the video's sound, if there is one.
         history: (question, answer) turns before this one.
         question_order: "reference": the video stands after the first question; "video_first": before it.
-        answer: an answer that follows, up to its </s>, in the tokens in which training would have it.
+        answer: an answer that follows, up to the token that ends its turn, in the tokens in which training would have it.
 
     Raises:
-        ValueError: an unknown `conv_mode`, or a text that holds one of the model's own placeholders or no character.
+        ValueError: a `conv_mode` that is unknown or not the tokenizer's, or a text that holds one of the model's own
+            placeholders or no character.
     """
-    if conv_mode not in SYSTEM:
-        raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join(SYSTEM)}")
+    check_conv_mode(conv_mode, tokenizer)
     assert use_start_end == (tokenizer.tokens.start is not None), "the tokenizer was loaded for other placeholders"
     questions = [asked for asked, _ in history] + [question]
     answers = [answer for _, answer in history]
@@ -197,6 +243,14 @@ def inference_prompt(
         if half := half_character(text):
             raise ValueError(f"question {question!r}: the text holds {half}")
     after_video = f'\nThe noisy audio transcript of this video is:\n"{transcript}"' if transcript else ""
+    if isinstance(tokenizer, ChatTokenizer):
+        first = [questions[0], tokenizer.video]
+        questions[0] = "\n".join(first[::-1] if question_order == "video_first" else first) + after_video
+        texts = [text for turn in zip(questions, answers) for text in turn] + questions[-1:]
+        if answer is None:
+            return tokenizer.encode(tokenizer.template.question(texts), [video_tokens])[0]
+        text, spans = tokenizer.template.conversation([*texts, answer])
+        return tokenizer.encode(text[: spans[-1][1]], [video_tokens])[0]
     messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
     after_video += f" {ASSISTANT}:"
     if answers:
@@ -215,6 +269,16 @@ def inference_prompt(
         *tokenizer.video_ids(video_tokens),
         *tokenizer.encode(after_video.lstrip()),
     ]
+
+
+def check_conv_mode(conv_mode: str, tokenizer: ModelTokenizer) -> None:
+    """Refuse a template that is unknown, or not the tokenizer's (ValueError)."""
+    if conv_mode not in (*SYSTEM, CHAT_TEMPLATE):
+        raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join((*SYSTEM, CHAT_TEMPLATE))}")
+    if (conv_mode == CHAT_TEMPLATE) != (tokenizer.template is not None):
+        raise ValueError(
+            f"--conv_mode {conv_mode} is not for the tokenizer in {tokenizer.folder}; leave --conv_mode out"
+        )
 
 
 def _prompt(system, messages):
@@ -266,12 +330,12 @@ def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
     return spans, None
 
 
-def _cut_video(prompt, ids, tokens, rows, length):
-    """Why the videos, which have `rows` each, are not whole in `ids`; None if they are."""
+def _cut_video(texts, ids, tokens, rows, length):
+    """Why the videos of `texts`, which have `rows` each, are not whole in `ids`; None if they are."""
     if not rows:
         return None
     kept = ids.count(tokens.patch if tokens.end is None else tokens.end)
-    if kept < (sum(rows) if tokens.end is None else prompt.count(VIDEO)):
+    if kept < (sum(rows) if tokens.end is None else sum(text.count(VIDEO) for text in texts)):
         return (
             f"a video is cut: the sample has {length} tokens, --model_max_length keeps {len(ids)}; raise it, "
             "or shorten the text before the video"

@@ -10,7 +10,7 @@ import torch
 
 from fastvid import provenance
 from fastvid.data.annotations import Remarks, examine_file
-from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample
+from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample, settled_version
 from fastvid.data.records import place
 from fastvid.data.styles import record_videos
 from fastvid.data.video_tokens import VideoRows
@@ -28,7 +28,7 @@ class SampleSet:
 
     Args:
         paths: JSON or JSONL files.
-        tokenizer: `fastvid.data.conversation.VideoTokenizer`.
+        tokenizer: as `load_tokenizer` gives it.
         features: `fastvid.features.folder.FeatureFolder`, or None for text only.
         config: `TrainConfig`.
 
@@ -70,7 +70,7 @@ class SampleSet:
         if self.rows_of.fault:
             raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
         self.provenance = provenance.Provenance(
-            conv_mode=TRAINING_TEMPLATES.get(config.version),
+            conv_mode=TRAINING_TEMPLATES[settled_version(config.version, tokenizer, config.policy)],
             question_order=config.question_order,
             use_start_end=config.mm_use_vid_start_end,
         )

@@ -1,4 +1,4 @@
-"""LLaMA's tokenizer with the video tokens: text to ids exactly as the reference's tokenizer makes them.
+"""LLaMA 2's tokenizer with the video tokens: text to ids exactly as the reference's tokenizer makes them.
 
 The reference's tokenizer (transformers 4.28, slow) cuts the text at special tokens, strips white space around *added*
 ones, and encodes each piece of text on its own, with its own dummy prefix. That cutting is done here; each piece is
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
+from fastvid.data.chat_tokenizer import ChatTokenizer
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
 from fastvid.files import StrPath, model_folder, read_json_object, write_json, wrong_content
 
@@ -103,10 +104,14 @@ class VideoTokenizer:
     """Text to ids and back. Made by `load_tokenizer`.
 
     Attributes:
+        template: None: its template is v1.
         bos, eos: ids of <s> and </s>.
-        unk: id of <unk>, which is also the reference's padding; None in a tokenizer without it.
+        stops: ids that end an answer.
+        unk, pad: id of <unk>, which is also the reference's padding; None in a tokenizer without it.
         tokens: ids of the video tokens, and which of them the folder lacked.
     """
+
+    template = None
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class VideoTokenizer:
         bos, eos = backend.token_id(BOS), backend.token_id(EOS)
         assert bos is not None and eos is not None, "load_tokenizer refuses a folder without them"
         self.bos, self.eos, self.unk = bos, eos, backend.token_id(UNK)
+        self.pad, self.stops = self.unk, (eos,)
         names = {BOS: self.bos, EOS: self.eos, UNK: self.unk}
         self._special = {token: [i] for token, i in {**added, **names}.items() if i is not None}
         self._text_size = backend.size
@@ -238,20 +244,31 @@ class VideoTokenizer:
             write_json(folder / "tokenizer.json", table)
 
 
-def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> VideoTokenizer:
+ModelTokenizer = VideoTokenizer | ChatTokenizer
+
+
+def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> ModelTokenizer:
     """The tokenizer in a model folder, with the video tokens added where it lacks them.
 
     New tokens take the ids after the last one, in the order <vid_patch>, <vid_start>, <vid_end>.
 
+    One with <s> and </s> is of LLaMA 2's kind, but for Mistral's.
+
     Args:
-        folder: holds tokenizer.model or tokenizer.json; the former is used where both are.
+        folder: holds tokenizer.model or tokenizer.json; of LLaMA 2's kind the former is used where both are.
         use_start_end: have <vid_start> and <vid_end>. Without them those are ordinary text, even where the folder's
             tokenizer knows them. None: as the folder's tokenizer does.
 
+    Returns:
+        `VideoTokenizer` of LLaMA 2's kind, `ChatTokenizer` otherwise.
+
     Raises:
-        ValueError: no tokenizer in the folder, or one without <s> or </s>, which the template writes.
+        ValueError: no tokenizer in the folder, or one that has neither <s> and </s>, which v1 writes, nor a chat
+            template.
     """
     folder = model_folder(folder)
+    if _is_mistral(folder):
+        return ChatTokenizer(folder, use_start_end)
     if (folder / "tokenizer.model").is_file():
         backend = _SentencePiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():
@@ -261,12 +278,8 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> VideoTokenize
             f"{folder} holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder "
             "on this machine (`hf download NAME --local-dir FOLDER` makes one)"
         )
-    for token in (BOS, EOS):
-        if backend.token_id(token) is None:
-            raise ValueError(
-                f"the tokenizer in {folder} has no {token}, which the v1 template needs: "
-                "use a model of the LLaMA / Vicuna family"
-            )
+    if None in (backend.token_id(BOS), backend.token_id(EOS)):
+        return ChatTokenizer(folder, use_start_end)
     added, flags = _added_tokens(folder)
     known = {token: backend.token_id(token) if token not in added else added[token] for token in (PATCH, START, END)}
     if use_start_end is None:
@@ -284,6 +297,12 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> VideoTokenize
     tokens = VideoTokens(used[PATCH], used.get(START), used.get(END), size, tuple(new))
     unused = {token: i for token, i in known.items() if i is not None and token not in used}
     return VideoTokenizer(folder, backend, {**others, **used}, tokens, flags, unused)
+
+
+def _is_mistral(folder):
+    values = read_json_object(folder / "config.json")
+    told = (values, values.get("text_config") or {})
+    return any("mistral" in str(section.get("model_type")).lower() for section in told)
 
 
 def _added_tokens(folder):

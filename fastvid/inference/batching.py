@@ -10,7 +10,7 @@ channels of the decoder, V tokens of the vocabulary.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,7 @@ class Batcher:
     Args:
         model: `VideoLlava`.
         tokens: its `VideoTokens`.
-        eos: id that ends an answer; it is not part of what is returned.
+        stops: ids that end an answer; they are not part of what is returned.
         at_once: most answers that are continued together.
         cache_bytes: of all keys and values.
         prefill_rows: most rows of prompts that join in one step, unless a single one has more.
@@ -126,7 +126,7 @@ class Batcher:
         model: VideoLlava,
         tokens: VideoTokens,
         *,
-        eos: int,
+        stops: Collection[int],
         at_once: int = 32,
         cache_bytes: int,
         prefill_rows: int = 8192,
@@ -134,7 +134,7 @@ class Batcher:
         sizes = model.config.decoder
         self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
         rows = min(cache_bytes // self.row_bytes, at_once * sizes.context)
-        self._model, self._tokens, self._eos = model, tokens, eos
+        self._model, self._tokens, self._stops = model, tokens, stops
         self._device = model.embed.weight.device
         self._pool = RowPool(sizes.num_layers, rows)
         self._at_once, self._prefill_rows = at_once, prefill_rows
@@ -337,9 +337,9 @@ class Batcher:
             waiting = each.waiting
             if each.generator is not None:
                 token = next_token(logits_V, waiting.request.temperature, each.generator).item()
-            if token != self._eos:
+            if token not in self._stops:
                 each.answer.append(token)
-            if token == self._eos or len(each.answer) == waiting.new_tokens:
+            if token in self._stops or len(each.answer) == waiting.new_tokens:
                 ended.append((waiting.request.key, each.answer))
                 self._leave(each)
             else:

@@ -14,7 +14,7 @@ import torch
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import projector_path
 from fastvid.config import ChatConfig
-from fastvid.data.conversation import EncodedSample, inference_prompt
+from fastvid.data.conversation import CHAT_TEMPLATE, EncodedSample, check_conv_mode, inference_prompt
 from fastvid.data.packing import pack
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
@@ -59,6 +59,10 @@ class Chat:
         self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
         self.config = config = self._as_trained(config)
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
+        if config.conv_mode is None:
+            own = "pg-video-llava" if self.tokenizer.template is None else CHAT_TEMPLATE
+            self.config = config = replace(config, conv_mode=own)
+        check_conv_mode(config.conv_mode, self.tokenizer)
         tokens, seed = self.tokenizer.tokens, _seed(projector)
         self.model_config = read_model_config(
             config.model_name_or_path, vocab_size=tokens.vocab_size, projector=projector
@@ -90,7 +94,7 @@ class Chat:
         told = {
             name: agreed(f"--{name}", getattr(config, name), getattr(self.trained, name), otherwise, self.weights)
             for name, otherwise in (
-                ("conv_mode", "pg-video-llava"),
+                ("conv_mode", None),
                 ("question_order", "reference"),
                 ("num_frames", 100),
             )
@@ -122,7 +126,7 @@ class Chat:
             self.model,
             batch.to(self.device),
             max_new_tokens=self.config.max_new_tokens,
-            eos=self.tokenizer.eos,
+            stops=self.tokenizer.stops,
             temperature=self.config.temperature,
             generator=generator,
         )
@@ -182,7 +186,7 @@ class Chat:
             gpu = self.device.type == "cuda"
             cache_bytes = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if gpu else 4 << 30
         return Batcher(
-            self.model, self.tokenizer.tokens, eos=self.tokenizer.eos, at_once=at_once, cache_bytes=cache_bytes
+            self.model, self.tokenizer.tokens, stops=self.tokenizer.stops, at_once=at_once, cache_bytes=cache_bytes
         )
 
     def features(self, video):

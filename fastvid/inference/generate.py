@@ -3,6 +3,8 @@
 Dimensions: N rows of the prompt, K key/value heads, d channels per head, D channels of the decoder.
 """
 
+from collections.abc import Collection
+
 import torch
 
 from fastvid.batch import AttentionLayout, PackedBatch
@@ -15,7 +17,7 @@ def generate(
     batch: PackedBatch,
     *,
     max_new_tokens: int,
-    eos: int,
+    stops: Collection[int],
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[int]:
@@ -25,7 +27,7 @@ def generate(
         model: `VideoLlava`, not sharded.
         batch: the prompt alone, on the model's device; its supervised rows are ignored.
         max_new_tokens: longest answer.
-        eos: id that ends the answer; it is not part of what is returned.
+        stops: ids that end the answer; they are not part of what is returned.
         temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
         generator: of the draws, on the model's device.
 
@@ -46,7 +48,7 @@ def generate(
     answer = []
     while len(answer) < max_new_tokens:
         token = next_token(model.logits(h_1D)[0], temperature, generator)
-        if token.item() == eos:
+        if token.item() in stops:
             break
         answer.append(token.item())
         if len(answer) < max_new_tokens:

@@ -36,7 +36,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
-    unrotated_layers: frozenset[int] = frozenset()
+    unrotated_layers: tuple[int, ...] = ()
     sliding_window: int | None = None
 
     @property

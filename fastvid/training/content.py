@@ -30,13 +30,14 @@ FLAGS = {
 
 
 def content_of(state) -> dict:
-    """JSON values that are equal for equal content: "data", "features", "weights", "tokenizer", "model", "projector".
+    """JSON values that are equal for equal content: "data", "features", "weights", "tokenizer", "chat_template",
+    "model", "projector".
 
     Reads all data files, and of weights and features a part. For rank 0: the others have the same.
     """
     config = state.config
     folder = model_folder(config.model_name_or_path)
-    projector = config.pretrain_mm_mlp_adapter
+    projector, template = config.pretrain_mm_mlp_adapter, state.tokenizer.template
     return {
         "data": [_of_file(path) for path in config.data_path],
         "features": _of_features(state.loader.samples),
@@ -45,6 +46,7 @@ def content_of(state) -> dict:
             (_of_file(folder / name) for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()),
             None,
         ),
+        "chat_template": template and hashlib.sha256(template.source.encode()).hexdigest(),
         "model": json.loads(json.dumps(asdict(replace(state.model.config, vision_tower=None)))),
         "projector": projector and _of_tensors(read_projector(projector, state.tokenizer.tokens)),
     }
@@ -73,6 +75,7 @@ def changes(saved: dict, now: dict, config) -> list[str]:
     for name, said in (
         ("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
         ("tokenizer", f"the tokenizer in --model_name_or_path {config.model_name_or_path}"),
+        ("chat_template", f"the chat template in --model_name_or_path {config.model_name_or_path}"),
         (
             "projector",
             f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"

@@ -25,6 +25,7 @@ def overview(config, model_config, loader, world, attention) -> list[str]:
     videos = loader.samples.features.told() if loader.samples.features is not None else None
     return [
         _samples(config, loader, world),
+        f"prompts: {config.version}",
         *filter(None, [videos]),
         _parameters(config, model_config),
         _computing(config, world, attention),

@@ -7,7 +7,7 @@ import torch
 from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
 from fastvid.data.loader import Loader
-from fastvid.data.tokenizer import VideoTokenizer
+from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.dist import parallel
 from fastvid.model.video_llava import VideoLlava
 from fastvid.training import flops, planning
@@ -33,7 +33,7 @@ class TrainState:
 
     config: TrainConfig
     world: parallel.World
-    tokenizer: VideoTokenizer
+    tokenizer: ModelTokenizer
     model: VideoLlava
     optimizer: Optimizer
     loader: Loader

@@ -29,7 +29,7 @@ SHARD_BYTES = 5_000_000_000
 _EXPORTED = re.compile(
     r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.model|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|preprocessor_config\.json|processor_config\.json"
+    r"|preprocessor_config\.json|processor_config\.json|chat_template\.jinja"
 )
 
 
@@ -99,7 +99,11 @@ def export(config, *, verify=True):
         write_json(temporary / "config.json", values)
         write_json(
             temporary / "generation_config.json",
-            {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": values["pad_token_id"]},
+            {
+                "bos_token_id": tokenizer.bos,
+                "eos_token_id": tokenizer.eos if len(tokenizer.stops) == 1 else list(tokenizer.stops),
+                "pad_token_id": tokenizer.pad,
+            },
         )
     return sorted(path for path in output.iterdir() if path.is_file())
 
@@ -201,7 +205,7 @@ def _model_config(starting, tokenizer, tower, dtype):
         **model.family_settings,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.unk,
+        "pad_token_id": tokenizer.pad,
         "use_cache": True,
         "use_mm_proj": True,
         "mm_projector_type": model.projector_type,

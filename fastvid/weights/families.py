@@ -99,10 +99,10 @@ def by_model_type(model_type: str) -> Family:
     return next(family for family in FAMILIES if family.model_type == model_type)
 
 
-def unrotated_layers(config: Any) -> frozenset[int]:
+def unrotated_layers(config: Any) -> tuple[int, ...]:
     """Layers without positions, of transformers' configuration."""
     marks = getattr(config, "no_rope_layers", None) or ()
-    return frozenset(layer for layer in range(config.num_hidden_layers) if marks and not marks[layer])
+    return tuple(layer for layer in range(config.num_hidden_layers) if marks and not marks[layer])
 
 
 def sliding_window(config: Any) -> int | None:

@@ -39,15 +39,15 @@ def alone(model, asked):
         model,
         batch,
         max_new_tokens=asked.max_new_tokens,
-        eos=EOS,
+        stops=(EOS,),
         temperature=asked.temperature,
         generator=torch.Generator().manual_seed(asked.seed),
     )
 
 
 def batcher(model, *, rows=600, **settings):
-    row_bytes = Batcher(model, TOKENS, eos=EOS, cache_bytes=0).row_bytes
-    return Batcher(model, TOKENS, eos=EOS, cache_bytes=rows * row_bytes, **settings)
+    row_bytes = Batcher(model, TOKENS, stops=(EOS,), cache_bytes=0).row_bytes
+    return Batcher(model, TOKENS, stops=(EOS,), cache_bytes=rows * row_bytes, **settings)
 
 
 def likely_to_end(model):

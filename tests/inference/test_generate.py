@@ -33,14 +33,14 @@ def test_greedy_ids_equal_transformers(changes):
         .tolist()
     )
     expected = expected[: expected.index(2)] if 2 in expected else expected
-    assert generate(model, prompt(ids), max_new_tokens=40, eos=2) == expected
+    assert generate(model, prompt(ids), max_new_tokens=40, stops=(2,)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_video_equals_the_whole_sequence_again(dtype):
     """Each token is the likeliest after prompt and answer so far, computed without a cache."""
     model, batch = random_model(compute_dtype=dtype), video_prompt()
-    answer = generate(model, batch, max_new_tokens=12, eos=-1)
+    answer = generate(model, batch, max_new_tokens=12, stops=(-1,))
     assert len(answer) == 12
     ids = batch.token_ids.tolist() + answer
     again = replace(pack([(ids, range(len(ids) - 13, len(ids) - 1))]), features=batch.features)
@@ -54,9 +54,9 @@ def test_with_video_equals_the_whole_sequence_again(dtype):
 
 def test_stops_before_eos():
     model, batch = random_model(), video_prompt()
-    answer = generate(model, batch, max_new_tokens=10, eos=-1)
+    answer = generate(model, batch, max_new_tokens=10, stops=(-1,))
     eos = answer[4]
-    assert generate(model, batch, max_new_tokens=10, eos=eos) == answer[: answer.index(eos)]
+    assert generate(model, batch, max_new_tokens=10, stops=(eos,)) == answer[: answer.index(eos)]
 
 
 @pytest.mark.slow
@@ -65,9 +65,9 @@ def test_sampling_follows_temperature_and_seed():
 
     def draw(seed, temperature, tokens=8):
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, batch, max_new_tokens=tokens, eos=-1, temperature=temperature, generator=generator)
+        return generate(model, batch, max_new_tokens=tokens, stops=(-1,), temperature=temperature, generator=generator)
 
-    greedy = generate(model, batch, max_new_tokens=8, eos=-1)
+    greedy = generate(model, batch, max_new_tokens=8, stops=(-1,))
     assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
     assert draw(0, 1e-4) == greedy
     firsts = [draw(seed, 1.0, tokens=1)[0] for seed in range(150)]
@@ -80,23 +80,23 @@ def test_sampling_follows_temperature_and_seed():
 def test_stops_at_the_context():
     model = random_model(model_config(max_position_embeddings=20))
     batch = video_prompt()
-    assert len(generate(model, batch, max_new_tokens=50, eos=-1)) == 20 - batch.num_rows
+    assert len(generate(model, batch, max_new_tokens=50, stops=(-1,))) == 20 - batch.num_rows
     with pytest.raises(ValueError, match="the prompt has 17 rows, the model's context 17: shorten"):
-        generate(random_model(model_config(max_position_embeddings=17)), batch, max_new_tokens=5, eos=-1)
+        generate(random_model(model_config(max_position_embeddings=17)), batch, max_new_tokens=5, stops=(-1,))
 
 
 def test_refuses_several_prompts_and_negative_temperature():
     model = random_model()
     with pytest.raises(ValueError, match="one prompt; the batch holds 2"):
-        generate(model, pack([([5, 6], range(0)), ([7], range(0))]), max_new_tokens=5, eos=2)
+        generate(model, pack([([5, 6], range(0)), ([7], range(0))]), max_new_tokens=5, stops=(2,))
     with pytest.raises(ValueError, match="temperature -1"):
-        generate(model, prompt([5, 6]), max_new_tokens=5, eos=2, temperature=-1)
+        generate(model, prompt([5, 6]), max_new_tokens=5, stops=(2,), temperature=-1)
 
 
 def test_recomputation_does_not_disturb_generation():
     batch = video_prompt()
-    plain = generate(random_model(), batch, max_new_tokens=6, eos=-1)
-    assert generate(random_model(recompute="full"), batch, max_new_tokens=6, eos=-1) == plain
+    plain = generate(random_model(), batch, max_new_tokens=6, stops=(-1,))
+    assert generate(random_model(recompute="full"), batch, max_new_tokens=6, stops=(-1,)) == plain
 
 
 def test_cache_returns_all_rows_so_far():

@@ -43,7 +43,7 @@ FAMILIES = {
     "mistral": {"num_kv_heads": 2, "sliding_window": 256},
     "qwen2": {"num_kv_heads": 2, "qkv_bias": True},
     "qwen3": {"num_kv_heads": 2, "qk_norm": True, "head_dim": 16, "tie_word_embeddings": True},
-    "smollm3": {"num_kv_heads": 2, "num_layers": 3, "unrotated_layers": frozenset({1}), "tie_word_embeddings": True},
+    "smollm3": {"num_kv_heads": 2, "num_layers": 3, "unrotated_layers": (1,), "tie_word_embeddings": True},
 }
 
 

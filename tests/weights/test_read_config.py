@@ -154,8 +154,8 @@ BARE = {key: value for key, value in LLAMA.items() if key != "model_type"}
         ("qwen2", {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 2}, {"qkv_bias": True}),
         ("qwen3", {}, {"qk_norm": True, "head_dim": 128}),
         ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, {"qk_norm": True, "head_dim": 10, "tied": True}),
-        ("smollm3", {"no_rope_layer_interval": 2}, {"unrotated_layers": frozenset({1}), "tied": True}),
-        ("smollm3", {"no_rope_layers": [0, 1]}, {"unrotated_layers": frozenset({0}), "tied": True}),
+        ("smollm3", {"no_rope_layer_interval": 2}, {"unrotated_layers": (1,), "tied": True}),
+        ("smollm3", {"no_rope_layers": [0, 1]}, {"unrotated_layers": (0,), "tied": True}),
         ("llama", {"head_dim": 8}, {"head_dim": 8}),
     ],
 )
@@ -164,7 +164,7 @@ def test_families(tmp_path, model_type, more, expected):
     plain = {
         "qkv_bias": False,
         "qk_norm": False,
-        "unrotated_layers": frozenset(),
+        "unrotated_layers": (),
         "sliding_window": None,
         "head_dim": 6,
         "tied": False,

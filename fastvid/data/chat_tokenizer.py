@@ -1,0 +1,181 @@
+"""tokenizer.json with the video tokens and the family's chat template: all families but LLaMA 1 and 2.
+
+The tokenizers library encodes a rendered conversation at once, special tokens included, as transformers'
+`apply_chat_template` does. A video is one placeholder there, whose id then becomes as many as the video has rows.
+"""
+
+import bisect
+import json
+import shutil
+from pathlib import Path
+
+from fastvid.batch import VideoTokens
+from fastvid.data.names import END, PATCH, START
+from fastvid.data.templates import ChatTemplate, read_chat_template
+from fastvid.files import read_json_object, write_json, wrong_content
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class ChatTokenizer:
+    """Conversations to ids and back. Made by `load_tokenizer`.
+
+    Args:
+        folder: holds tokenizer.json.
+        use_start_end: as `load_tokenizer` takes it.
+
+    Attributes:
+        template: `ChatTemplate`.
+        bos, eos, pad: ids, as the folder's files name them; None where they name none.
+        stops: ids that end an answer: that of the template's turn, and eos.
+        tokens: ids of the video tokens, and which of them the folder lacked.
+
+    Raises:
+        ValueError: the folder's files cannot be read, or lack what training needs.
+    """
+
+    def __init__(self, folder: Path, use_start_end: bool | None):
+        self.folder = folder
+        self._tokenizer, known = _read(folder / "tokenizer.json", use_start_end)
+        names = _special_names(folder)
+        ids = {name: self._tokenizer.token_to_id(token) for name, token in names.items()}
+        self.bos, self.eos, self.pad = (ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
+        before = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        use_start_end = None not in (known[START], known[END]) if use_start_end is None else use_start_end
+        used = (PATCH, START, END) if use_start_end else (PATCH,)
+        self._add(used)
+        video = {token: self._tokenizer.token_to_id(token) for token in used}
+        self._unused = {token: i for token, i in known.items() if i is not None and token not in used}
+        self.tokens = VideoTokens(
+            video[PATCH],
+            video.get(START),
+            video.get(END),
+            max(before, *(i + 1 for i in (*video.values(), *self._unused.values()))),
+            tuple(i for i in video.values() if i >= before),
+        )
+        self._names = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self.template = self._template(names)
+        if self.eos is None:
+            raise ValueError(
+                f"{folder}/tokenizer_config.json names no eos_token of tokenizer.json; copy the model's folder again"
+            )
+        turn_end = self._tokenizer.token_to_id(self.template.turn_end)
+        self.stops = tuple(dict.fromkeys((turn_end, self.eos)))
+
+    def _add(self, tokens):
+        from tokenizers import AddedToken
+
+        self._tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+
+    def _template(self, names):
+        source = read_chat_template(self.folder)
+        if source is None:
+            raise ValueError(
+                f"{self.folder} has no chat template (chat_template.jinja, or in tokenizer_config.json), and its "
+                "tokenizer is not of LLaMA 2's kind, for which v1 is: give the folder of the model's instruct version"
+            )
+        try:
+            return ChatTemplate(source, names, list(self._names.values()))
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    @property
+    def video(self) -> str:
+        """What stands for a video in a text."""
+        return PATCH if self.tokens.start is None else START + PATCH + END
+
+    def encode(
+        self, text: str, rows: list[int] = (), spans: list[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered text, and the tokens [start, end) of each of `spans` of its characters.
+
+        As transformers has it, a token that a span cuts is within it.
+
+        Args:
+            text: special tokens and videos (`video`) written out.
+            rows: of each video.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = encoding.offsets
+        begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+        found = [(bisect.bisect_right(ends, start), bisect.bisect_left(begins, end)) for start, end in spans]
+        ids, places, left = [], [], iter(rows)
+        for i in encoding.ids:
+            places.append(len(ids))
+            ids += [i] * next(left, 1) if i == self.tokens.patch and rows else [i]
+        places.append(len(ids))
+        return ids, [(places[start], places[end]) for start, end in found]
+
+    def name(self, token_id: int) -> str | None:
+        """How a special or added token is written; None for a piece of text."""
+        return self._names.get(token_id)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, without special and added tokens."""
+        return self._tokenizer.decode([i for i in ids if i not in self._names], skip_special_tokens=False)
+
+    def save(self, folder: Path):
+        """Write this tokenizer, video tokens included, for `load_tokenizer` and for transformers."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (self.folder / name).is_file() and (self.folder / name).resolve() != (folder / name).resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+        video = {i: token for i, token in self._names.items() if token in (PATCH, START, END)}
+        video |= {i: token for token, i in self._unused.items()}
+        entries = {i: _entry(token) for i, token in sorted(video.items())}
+        table = read_json_object(folder / "tokenizer.json")
+        table["added_tokens"] = [each for each in table.get("added_tokens", []) if each["id"] not in entries]
+        table["added_tokens"] += [{"id": i, **entry} for i, entry in entries.items()]
+        write_json(folder / "tokenizer.json", table)
+        config = read_json_object(folder / "tokenizer_config.json")
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"] |= {str(i): entry for i, entry in entries.items()}
+        write_json(folder / "tokenizer_config.json", config)
+
+
+def _entry(token):
+    """An added token as files describe it."""
+    plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": token, **plain, "special": True}
+
+
+def _read(path, use_start_end):
+    """(the library's tokenizer of a tokenizer.json, {video token: its id there, or None}).
+
+    Without start and end tokens, those that the file knows are ordinary text.
+    """
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} holds no tokenizer.json, which this model's tokens are made with; download it "
+            "(`hf download NAME tokenizer.json --local-dir FOLDER`)"
+        )
+    if fault := wrong_content(path):
+        raise ValueError(f"{path} {fault}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        known = {token: tokenizer.token_to_id(token) for token in (PATCH, START, END)}
+        if use_start_end is False and {known[START], known[END]} != {None}:
+            table = read_json_object(path)
+            table["added_tokens"] = [each for each in table["added_tokens"] if each["content"] not in (START, END)]
+            tokenizer = Tokenizer.from_str(json.dumps(table))
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        raise ValueError(f"{path} is no tokenizer file ({error}); copy the model's folder again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = False
+    tokenizer.post_processor = None  # it would trim the offsets of tokens that begin with a space
+    return tokenizer, known
+
+
+def _special_names(folder):
+    """{name: text} of the special tokens that a folder's files name."""
+    said = read_json_object(folder / "special_tokens_map.json") | read_json_object(folder / "tokenizer_config.json")
+    texts = {name: value["content"] if isinstance(value := said.get(name), dict) else value for name in _NAMES}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
