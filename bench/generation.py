@@ -82,13 +82,13 @@ def one_by_one(model, asked, tokens):
     for each in asked:
         batch = pack([(EncodedSample("", each.token_ids), each.videos)], tokens, model.config.mm_hidden_size)
         batch = batch.to(model.embed.weight.device)
-        answers.append(generate(model, batch, max_new_tokens=each.max_new_tokens, eos=-1))
+        answers.append(generate(model, batch, max_new_tokens=each.max_new_tokens, stops=()))
     return answers, clock() - begin
 
 
 def at_once(model, asked, tokens):
     """The same, all together."""
-    clock, batch = _clock(model), Batcher(model, tokens, eos=-1, at_once=len(asked), cache_bytes=8 << 30)
+    clock, batch = _clock(model), Batcher(model, tokens, stops=(), at_once=len(asked), cache_bytes=8 << 30)
     begin = clock()
     answers = dict(batch.run(asked))
     return [answers[each.key] for each in asked], clock() - begin

@@ -88,7 +88,7 @@ class ChatTemplate:
         other = self._render([texts[i] if i % 2 == 0 else stand_ins[i // 2] for i in range(len(texts))])[0]
         between, spans = re.split("|".join(map(re.escape, stand_ins)), other) if stand_ins else [other], []
         if len(between) != len(stand_ins) + 1:
-            raise ValueError("the chat template does not write each answer once")
+            raise ValueError("the chat template has an answer twice, or not at all")
         at = 0
         for k, (before, after, answer) in enumerate(zip(between, between[1:], texts[1::2])):
             start = at + len(before)

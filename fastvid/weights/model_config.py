@@ -127,10 +127,10 @@ def _said(path, values, text, family):
     try:
         kind = getattr(transformers, family.config)
         return kind.from_dict({key: value for key, value in text.items() if key != "model_type"})
-    except IndexError:
+    except IndexError as error:
         raise ValueError(
-            f"{path}: a list that says something of each layer is too short; download the file again"
-        ) from None
+            f"{path}: a list that says something of each layer is too short ({error}); download the file again"
+        ) from error
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 

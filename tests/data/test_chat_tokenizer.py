@@ -251,10 +251,13 @@ def test_versions(tokenizer):
             "ends an answer with '\\\\n', which is no special token",
         ),
         ("{{ raise_exception('only in English') }}", "cannot be rendered .only in English."),
-        ("{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}", "does not write each answer once"),
-        ("{{ messages[9].content }}", "cannot be rendered|does not write each answer once"),
+        (
+            "{% for m in messages %}{{ m.content + m.content }}<|im_end|>{% endfor %}",
+            "has an answer twice, or not at all",
+        ),
+        ("{{ messages[9].content }}", "cannot be rendered|has an answer twice"),
         ("{% if %}", "cannot be rendered"),
-        ("{{ ''.__class__.__mro__ }}", "cannot be rendered|does not write"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be rendered|has an answer twice"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, template, message):
@@ -274,8 +277,10 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="tokenizer_config.json names no eos_token of tokenizer.json"):
         load_tokenizer(folder, True)
     (write_tokenizer(tmp_path / "o", "mistral") / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="o holds no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"o holds no tokenizer.json.*download it \(`hf download NAME tokenizer.json"):
         load_tokenizer(tmp_path / "o", True)
+    write_tokenizer(tmp_path / "o", "mistral")
+    assert load_tokenizer(tmp_path / "o", True).tokens.start is not None
 
 
 def test_templates_by_name_and_answers_that_are_rewritten():

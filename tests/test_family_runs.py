@@ -144,3 +144,4 @@ def test_versions_that_are_not_the_models(tmp_path, data):
         run(base, data, tmp_path / "out", "--dry_run", "--parity", "reference")
     with pytest.raises(ValueError, match="--conv_mode vicuna_v1_1 is not for .*; leave --conv_mode out"):
         Chat(model_name_or_path=str(base), conv_mode="vicuna_v1_1")
+    assert Chat(model_name_or_path=str(base)).config.conv_mode == "chat_template"
