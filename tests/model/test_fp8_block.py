@@ -20,6 +20,9 @@ PREFIX = [5, 6, 7, 8]
 KINDS = {
     "mha": {},
     "gqa": {"config": model_config(**SIZES)},
+    "bias": {"config": model_config(qkv_bias=True)},
+    "norms of heads": {"config": model_config(qk_norm=True)},
+    "no positions": {"config": model_config(unrotated_layers=(0,))},
     "bf16": {"compute_dtype": torch.bfloat16},
     "fp32 residual": {"compute_dtype": torch.bfloat16, "fp32_residual": True},
     "selective": {"recompute": "selective"},
