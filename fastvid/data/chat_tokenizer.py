@@ -170,7 +170,6 @@ def _read(path, use_start_end):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = False
-    tokenizer.post_processor = None  # it would trim the offsets of tokens that begin with a space
     return tokenizer, known
 
 
