@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_cases import FAMILIES, assert_close, family_config, llama_of, pack, random_model
+from model_cases import ADAPTER, FAMILIES, FULL, assert_close, family_config, llama_of, pack, random_model
 from weight_folders import VideoTokens, load
 
 from fastvid.training.memory import parameter_counts
@@ -12,7 +12,7 @@ TOKENS = VideoTokens(patch=97, start=98, end=99, vocab_size=100)
 
 def written(folder, family, **changes):
     """(transformers' model, the folder that it wrote)."""
-    theirs = llama_of(random_model(family_config(family, **changes), frozenset({"decoder"})))
+    theirs = llama_of(random_model(family_config(family, **changes), FULL))
     for parameter in theirs.parameters():
         parameter.data.copy_(torch.randn_like(parameter) * 0.2)
     theirs.save_pretrained(folder)
@@ -23,7 +23,7 @@ def written(folder, family, **changes):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers(tmp_path, family, frozen):
     theirs = written(tmp_path / "m", family)
-    trainable = frozenset({"projector"} if frozen else {"projector", "embed", "head", "decoder"})
+    trainable = ADAPTER if frozen else FULL
     model = load(tmp_path / "m", tokens=TOKENS, trainable=trainable, mm_hidden_size=12)
     ids = torch.tensor([5, 9, 33, 2, 70])
     batch = batch_of(ids)
