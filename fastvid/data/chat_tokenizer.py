@@ -7,12 +7,13 @@ The tokenizers library encodes a rendered conversation at once, special tokens i
 import bisect
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
 from fastvid.data.names import END, PATCH, START
 from fastvid.data.templates import ChatTemplate, read_chat_template
-from fastvid.files import read_json_object, write_json, wrong_content
+from fastvid.files import StrPath, read_json_object, write_json, wrong_content
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -86,7 +87,7 @@ class ChatTokenizer:
         return PATCH if self.tokens.start is None else START + PATCH + END
 
     def encode(
-        self, text: str, rows: list[int] = (), spans: list[tuple[int, int]] = ()
+        self, text: str, rows: Sequence[int] = (), spans: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text, and the tokens [start, end) of each of `spans` of its characters.
 
@@ -115,7 +116,7 @@ class ChatTokenizer:
         """Text of `ids`, without special and added tokens."""
         return self._tokenizer.decode([i for i in ids if i not in self._names], skip_special_tokens=False)
 
-    def save(self, folder: Path):
+    def save(self, folder: StrPath) -> None:
         """Write this tokenizer, video tokens included, for `load_tokenizer` and for transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

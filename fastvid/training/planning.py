@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from fastvid_kernels.cpu import can_prepack
 
+from fastvid.config import TrainConfig
 from fastvid.data.largest import largest_steps
 from fastvid.dist import parallel
 from fastvid.files import shown
 from fastvid.model import quantize
-from fastvid.model.config import Precision
+from fastvid.model.config import DecoderConfig, Precision
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.policy import Trainable
 from fastvid.training import flops, memory, reporters
@@ -200,7 +201,7 @@ def precision_of(config) -> Precision:
     )
 
 
-def check_window(config, sizes):
+def check_window(config: TrainConfig, sizes: DecoderConfig) -> None:
     """Refuse samples longer than the model's sliding window: within it, a row attends to all before it.
 
     Args:

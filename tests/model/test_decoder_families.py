@@ -97,7 +97,7 @@ def test_kernels_of_keys_serve_the_families_that_they_know(family, interpreted):
     heads come between, so that those layers go the other way."""
     _, batch = cases()
     batch = batch.parted()
-    model = prepared(random_model(family_config(family), attn_implementation="sdpa"))
+    model = prepared(random_model(family_config(family)))
     expected_loss, expected = loss_and_gradients(model, batch)
     calls = interpreted()
     loss, found = loss_and_gradients(model, batch)
@@ -154,7 +154,7 @@ def test_norms_of_heads_keep_one_copy_of_their_rows():
     batch, sizes = random_batch(), {"num_kv_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
     taken = []
     for config in (family_config("qwen3", **sizes), family_config("mistral", **sizes)):
-        model = random_model(config, attn_implementation="sdpa")
+        model = random_model(config)
         with LiveBytes() as live:
             loss = model(batch)
             taken.append(live.total())

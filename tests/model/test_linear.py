@@ -40,12 +40,12 @@ def frozen_linear(inputs, outputs, *, tiled, seed=0, dtype=BF16):
 @some_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [None, slice(16, 64)])
-def test_a_bias_is_added_to_products_with_tiles(outputs, dtype):
+def test_a_bias_is_added_to_prepacked_products(outputs, dtype):
     linear, plain = (Linear(32, 64, bias=True, dtype=dtype, trained=False) for _ in range(2))
     for parameter, other in zip(linear.parameters(), plain.parameters()):
         parameter.copy_(torch.randn(parameter.shape))
         other.copy_(parameter)
-    linear.tile()
+    linear.prepack()
     columns = 64 if outputs is None else 48
     x_NI, grad_NO = torch.randn(7, 32, dtype=dtype), torch.randn(7, columns)
     found, expected = (
