@@ -227,7 +227,7 @@ def inference_prompt(
         transcript: of the video's sound, if there is one.
         history: (question, answer) turns before this one.
         question_order: "reference": the video stands after the first question; "video_first": before it.
-        answer: an answer that follows, up to the token that ends its turn, in the tokens in which training would have it.
+        answer: an answer that follows, up to the token that ends its turn, in training's tokens.
 
     Raises:
         ValueError: a `conv_mode` that is unknown or not the tokenizer's, or a text that holds one of the model's own

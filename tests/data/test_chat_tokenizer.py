@@ -137,16 +137,16 @@ def test_prompts_of_chat_are_those_of_training(tokenizer):
             texts = [first, *asked[1:], "so it is"]
             turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
             sample = encoded({"id": "0", "video": "a", "conversations": turns}, tokenizer)
-            prompt = inference_prompt(
-                asked[-1],
-                tokenizer,
-                video_tokens=5,
-                use_start_end=tokenizer.tokens.start is not None,
-                conv_mode="chat_template",
-                history=history,
-                question_order=order,
-            )
-            assert sample.token_ids[: sample.supervised[-1][0]] == prompt
+            options = {
+                "video_tokens": 5,
+                "use_start_end": tokenizer.tokens.start is not None,
+                "conv_mode": "chat_template",
+                "history": history,
+                "question_order": order,
+            }
+            start, end = sample.supervised[-1]
+            assert sample.token_ids[:start] == inference_prompt(asked[-1], tokenizer, **options)
+            assert sample.token_ids[:end] == inference_prompt(asked[-1], tokenizer, answer="so it is", **options)
 
 
 def test_what_is_asked_may_hold_the_records_placeholder(tokenizer):
