@@ -532,7 +532,7 @@ class EvaluateConfig(_Checked):
     )
     projector: str | None = _flag(None, "Trained projector: as for chat.")
     vision_tower: str | None = _flag(None, "Vision tower (hub id or folder): as for chat.")
-    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1"] | None = _flag(
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = _flag(
         None, "System text and template of the prompt: as for chat."
     )
     question_order: Literal["reference", "video_first"] | None = _flag(
