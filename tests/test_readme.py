@@ -46,7 +46,7 @@ def test_what_is_trained_is_what_is_asked(here, capsys):
 @pytest.mark.slow
 def test_a_loop_of_ones_own(here, capsys):
     names = {}
-    exec(SNIPPETS[0].split("print(")[0].replace("learning_rate", "max_steps=1, learning_rate"), names)
+    exec(SNIPPETS[0].split("print(")[0].replace("**settings", "**settings, max_steps=1"), names)
     capsys.readouterr()
     exec(SNIPPETS[1], names)
     losses = [float(line.split("(")[1].split(",")[0].rstrip(")")) for line in capsys.readouterr().out.splitlines()]
