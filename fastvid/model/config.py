@@ -31,7 +31,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_parameters: dict
+    rope_parameters: dict = field(hash=False)
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool = False

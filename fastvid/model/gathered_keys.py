@@ -15,7 +15,7 @@ class Gathered:
         self.constant_CKd = constant_CKd
         self.source_NKd = source_NKd.detach()
         self.rows_M = rows_M
-        self.storage = None  # address of the copy that forward made; only forward compares it, while the copy lives
+        self.storage = None  # of the copy that forward made; only forward compares it, while the copy lives
         self.again_MKd = None
 
     def copy(self):
@@ -26,7 +26,7 @@ class Gathered:
 
     def forward_copy(self):
         rows_MKd = self.copy()
-        self.storage = rows_MKd.untyped_storage().data_ptr()
+        self.storage = rows_MKd.untyped_storage()._cdata
         return rows_MKd
 
     def backward_copy(self):
@@ -39,7 +39,7 @@ class Placed:
     """Keys and values in one allocation, made again when backward asks for them."""
 
     def __init__(self, k_MKd, again):
-        self.storage, self.again, self.made = k_MKd.untyped_storage().data_ptr(), again, None
+        self.storage, self.again, self.made = k_MKd.untyped_storage()._cdata, again, None
 
     def backward_copy(self):
         if self.made is None:  # once for both; it goes with the graph that asks for it
@@ -77,7 +77,7 @@ def saving_no_copy(*gathered):
     """Within this context, autograd saves a tensor that lies in a gathered one as its place there."""
 
     def pack(tensor):
-        storage = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()._cdata  # which meta tensors have too
         for each in gathered:
             if each.storage == storage:
                 return each, tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -1,16 +1,29 @@
-"""Bytes that one decoder layer takes: what it saves for backward, and the temporaries of its backward.
+"""Bytes that a step's tensors take: measured on a model of the same width and few layers, on the meta device.
 
-Dimensions: N packed rows, M keys of all segments, D channels, E = (H + 2K)·d columns of queries, keys and values,
-A = H·d, B = K·d, F channels of the feed-forward block.
+Its tensors have shapes but no numbers, so that nothing is allocated or computed; functions allocate as they would on
+the device that runs (`fastvid_kernels.dispatch.meta_stands_for`). Libraries of attention do not say what they allocate:
+functions that do stand for them.
+
+Dimensions: N packed rows, M keys of all segments, H query heads, K key/value heads, d channels per head.
 """
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fastvid_kernels import cpu
+import torch
+from fastvid_kernels.dispatch import meta_stands_for
+from fastvid_kernels.rope_keys import WayBack
+from torch.autograd.function import once_differentiable
 
-from fastvid.model.config import DecoderConfig
-from fastvid.model.quantize import matrix_bytes
+from fastvid.batch import AttentionLayout, BatchPart, PackedBatch
+from fastvid.model.attention import IMPLEMENTATIONS, Attention
+from fastvid.model.config import DecoderConfig, ModelConfig, Precision
+from fastvid.model.decoder import recomputed_layers
+from fastvid.model.quantize import QuantizedLinear, matrix_bytes
+from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Trainable
+from fastvid.training.live_bytes import LiveBytes
 
 _FLASH_BLOCK = 128  # FlashAttention 2 rounds each segment of the queries' fp32 gradient up to so many rows
 
@@ -43,18 +56,54 @@ class BatchRows:
     masked_pairs: int = 0
     last_masked_pairs: int = 0
 
+    def on_meta(self, channels: int) -> PackedBatch:
+        """A batch of such rows without numbers, with features of so many channels."""
+        before, rows = self.prefix_rows + self.frozen_rows, self.rows + self.frozen_rows
+        own = _layout(self.rows, self.key_rows or (self.rows + before if before else 0), before, self.rows)
+        last_keys = self.last_key_rows or self.rows + before
+        last = _layout(self.supervised_rows, last_keys, before, self.rows)
+        batch = PackedBatch(
+            token_ids=_indices(rows),
+            positions=_indices(rows, torch.int32),
+            layout=own,
+            video_rows=_indices(self.rows if self.video_rows is None else self.video_rows),
+            features=torch.empty(
+                self.rows if self.video_rows is None else self.video_rows, channels, dtype=torch.float16, device="meta"
+            ),
+            boundary_rows=_indices(2 * max(self.segments, 1)),  # as if each had a video
+            loss_rows=_indices(self.supervised_rows),
+            targets=_indices(self.supervised_rows),
+            loss_layout=last,
+            prefix_rows=self.prefix_rows,
+            frozen_rows=self.frozen_rows,
+        )
+        if not self.frozen_rows:
+            return batch
+        none = AttentionLayout.of_lengths([], [], _indices(0))
+        frozen = _layout(self.frozen_rows, before, self.prefix_rows, self.frozen_rows)
+        return replace(
+            batch,
+            parts=(BatchPart(frozen, _indices(0), none), BatchPart(own, batch.loss_rows, last)),
+        )
+
+
+def _indices(count, dtype=torch.int64):
+    return torch.empty(count, dtype=dtype, device="meta")
+
+
+def _layout(queries, keys, before, rows):
+    """Of so many queries and keys, which lie among `rows` packed rows behind `before` others; 0 keys: their own."""
+    bounds = _indices(2, torch.int32)
+    if not keys:
+        return AttentionLayout(bounds, queries, bounds, queries)
+    way_back = WayBack(_indices(rows + 1, torch.int32), _indices(keys, torch.int32), before)
+    return AttentionLayout(bounds, queries, bounds, keys, _indices(keys), way_back)
+
 
 def masked_pairs(layout) -> int:
     """(Query, key) pairs of the segments of an `AttentionLayout` that "sdpa" needs a mask for. On the CPU."""
     queries, keys = (bounds.diff().long() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     return int((queries * keys * (4 * (keys - queries) > queries)).sum())
-
-
-def matrices(c: DecoderConfig) -> tuple[tuple[int, int], ...]:
-    """(inputs, outputs) of one layer's matrices."""
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    D, F = c.hidden_size, c.intermediate_size
-    return (D, queries + 2 * keys), (queries, D), (D, 2 * F), (F, D)
 
 
 def linears(c: DecoderConfig) -> int:
@@ -68,173 +117,158 @@ def vectors(c: DecoderConfig) -> int:
     return 2 * c.hidden_size + biases + (2 * c.head_dim if c.qk_norm else 0)
 
 
+def matrices(c: DecoderConfig) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of one layer's matrices."""
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    D, F = c.hidden_size, c.intermediate_size
+    return (D, queries + 2 * keys), (queries, D), (D, 2 * F), (F, D)
+
+
 def frozen_matrix_bytes(c: DecoderConfig, frozen_dtype: str) -> int:
     """Bytes of one layer's matrices as `frozen_dtype` stores them."""
     return sum(matrix_bytes(frozen_dtype, *shape) for shape in matrices(c))
 
 
-@dataclass(frozen=True)
-class LayerMemory:
-    """One layer of a decoder in which gradients pass.
+# Under a name by which selective recomputation keeps the results, as it keeps those of the libraries.
+_LIBRARY = torch.library.Library("fastvid_measured", "DEF")
+_LIBRARY.define("attention(Tensor q) -> (Tensor, Tensor)")
+_LIBRARY.impl("attention", lambda q: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)), "Meta")
 
-    Attributes:
-        config: sizes.
-        batch: `BatchRows`.
-        trained: its parameters get gradients.
-        size, residual, stored: bytes of a number in the compute dtype, the residual stream and a parameter's gradient.
-        frozen_dtype: how frozen matrices are stored; None: in the compute dtype.
+
+class _Flash(torch.autograd.Function):
+    """What FlashAttention 2 takes, which is most of its kind: its backward sums the queries' gradient in fp32, and
+    makes those of fewer key heads for each query head."""
+
+    @staticmethod
+    def forward(ctx, q_NHd, k_MKd, v_MKd, segments):
+        out_NHd, lse_NH = torch.ops.fastvid_measured.attention(q_NHd)
+        ctx.save_for_backward(q_NHd, k_MKd, v_MKd, out_NHd, lse_NH)
+        ctx.segments = segments
+        return out_NHd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NHd):
+        q_NHd, k_MKd, v_MKd, *_ = ctx.saved_tensors
+        (N, H, d), (M, K, _) = q_NHd.shape, k_MKd.shape
+        grads = [x.new_empty(x.shape) for x in (q_NHd, k_MKd, v_MKd)]
+        workspace = [
+            q_NHd.new_empty(N + _FLASH_BLOCK * ctx.segments, H, d, dtype=torch.float32),
+            q_NHd.new_empty(2, N, H, dtype=torch.float32),
+            k_MKd.new_empty(2 if K != H else 0, M, H, d),
+        ]
+        del workspace
+        return *grads, None
+
+
+class _OneSegment(torch.autograd.Function):
+    """What `scaled_dot_product_attention` takes, beside a mask and copies with more rows, of which `others` are."""
+
+    @staticmethod
+    def forward(ctx, q_NHd, k_MKd, v_MKd, *others):
+        out_NHd, lse_NH = torch.ops.fastvid_measured.attention(q_NHd)
+        ctx.save_for_backward(q_NHd, k_MKd, v_MKd, out_NHd, lse_NH, *others)
+        return out_NHd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NHd):
+        return *(x.new_empty(x.shape) for x in ctx.saved_tensors[:3]), None, None
+
+
+def _attention(batch, on_cpu, one_call_per_segment):
+    """What allocates as a model's attention does."""
+    if not one_call_per_segment and on_cpu:
+        return IMPLEMENTATIONS["avx512"]
+    if not one_call_per_segment:
+        return Attention("flash", lambda q, k, v, layout: _Flash.apply(q, k, v, batch.segments))
+
+    def call(q_NHd, k_MKd, v_MKd, layout):
+        """As for each of many segments: tensors are split, and outputs and gradients joined."""
+        last = len(q_NHd) != batch.rows
+        masked = q_NHd.new_empty(batch.last_masked_pairs if last else batch.masked_pairs)
+        # Queries and outputs of up to a quarter more rows. On a CPU they stand in the place of the queries, which on a
+        # GPU lie in one tensor with keys and values.
+        longer = not on_cpu and (batch.last_key_rows if last else batch.key_rows)
+        more = q_NHd.new_empty(q_NHd.numel() * 3 // 2 if longer else 0)
+        parts = (x.split([len(x)])[0] for x in (q_NHd, k_MKd, v_MKd))
+        return torch.cat([_OneSegment.apply(*parts, masked, more)])
+
+    return Attention("sdpa", call)
+
+
+def measured(
+    config: ModelConfig,
+    batch: BatchRows,
+    *,
+    trainable: Trainable,
+    precision: Precision,
+    recompute: str | int,
+    on_cpu: bool,
+    one_call_per_segment: bool,
+) -> tuple[int, int]:
+    """(Bytes that wait for backward when a micro-batch's loss is there, most bytes of its step beyond those).
+
+    Neither counts parameters, their gradients, the batch, and the constant prefix.
+
+    Args:
+        trainable, precision, recompute: as for `VideoLlava`.
         on_cpu: the model runs on the CPU.
-        one_call_per_segment: attention is "sdpa", so that its output exists twice where `o` is trained. Otherwise it
-            is, on the CPU, "avx512", which saves its inputs only; on a GPU FlashAttention 2, which takes most.
+        one_call_per_segment: attention is "sdpa". Otherwise it is, on the CPU, "avx512", which saves its inputs only;
+            on a GPU FlashAttention 2, which takes most.
     """
+    layers = config.decoder.num_layers
+    whole = recomputed_layers(recompute, layers)
+    # Layers alike take alike, but for the first of a kind, and the model's last.
+    few_whole, few_kept = min(whole, 3), min(layers - whole, 3)
+    few = replace(config, decoder=replace(config.decoder, num_layers=few_whole + few_kept))
+    recompute = recompute if recompute == "selective" else few_whole
+    saved, begun, turns = _measured(few, batch, trainable, precision, recompute, on_cpu, one_call_per_segment)
+    more_whole = (whole - few_whole) * (begun[2] - begun[1] if few_whole == 3 else 0)
+    more_kept = (layers - whole - few_kept) * (begun[-1] - begun[-2] if few_kept == 3 else 0)
+    peak = max(peak + more_whole * (i > 0) + more_kept * (i > few_whole) for i, peak in enumerate(turns))
+    saved += more_whole + more_kept
+    return saved, peak - saved
 
-    config: DecoderConfig
-    batch: BatchRows
-    trained: bool
-    size: int
-    residual: int
-    stored: int
-    frozen_dtype: str | None
-    on_cpu: bool
-    one_call_per_segment: bool
 
-    @property
-    def _widths(self):
-        c = self.config
-        return c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+@functools.lru_cache(maxsize=64)
+def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_per_segment):
+    """(Bytes after forward, bytes when each layer begins, most bytes while it is each layer's turn to go backward).
 
-    @property
-    def _inputs_only(self):
-        """Whether attention takes keys from where they lie, and saves neither a copy nor its output."""
-        return self.on_cpu and not self.one_call_per_segment
+    The last layer's turn begins with the step, and the first one's lasts until its end.
+    """
+    if precision.frozen == "nf4":  # bitsandbytes keeps the first table that it makes, for everybody
+        precision = replace(precision, frozen="int8")  # which makes a matrix anew for each product too
+    options = {"trainable": trainable, "precision": precision, "recompute": recompute}
+    with meta_stands_for("cpu" if on_cpu else "cuda"):
+        with torch.device("meta"):
+            model = VideoLlava(config, attention=_attention(batch, on_cpu, one_call_per_segment), **options)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.quantize_(torch.empty(module.outputs, module.inputs, dtype=precision.compute, device="meta"))
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if batch.prefix_rows:
+            model.keep_prefix([0] * batch.prefix_rows)
+        rows, live, begun, turns = batch.on_meta(config.mm_hidden_size), LiveBytes(), [], []
 
-    def saved(self, recompute: str, *, last: bool = False) -> int:
-        """Bytes that wait for backward, with the layer recomputed as "none", "selective" or "full".
+        def begin(layer, inputs):
+            if len(begun) < config.decoder.num_layers:  # it is not being recomputed
+                begun.append(live.now)
 
-        Args:
-            last: it is the last layer, of which only supervised rows go on.
-        """
-        (D, A, B, F), size, batch = self._widths, self.size, self.batch
-        rows, frozen = batch.rows, batch.frozen_rows
-        if recompute == "none":  # keys and values of all rows before the first trained one
-            before = (batch.prefix_rows + frozen) * 2 * B * size if frozen else 0
-        else:  # the frozen stream that the layer begins with; "selective" keeps its products too
-            before = frozen * (D * self.residual + (size * 2 * (A + B + D + F) if recompute == "selective" else 0))
-        if recompute == "full":
-            return rows * D * self.residual + before
-        leaving = batch.supervised_rows if last else rows
-        inputs_only = self._inputs_only
-        output = 0 if inputs_only and not self.trained and recompute == "none" else A
-        products = rows * 2 * B + leaving * (A + output + 2 * F)
-        statistics = 0 if inputs_only else leaving * 4 * self.config.num_heads  # attention's log-sum-exp
-        if recompute == "selective":  # which makes masks again
-            return rows * D * self.residual + size * (products + leaving * 2 * D) + statistics + before
-        twice = A if self.one_call_per_segment else 0
-        inputs = rows * D + leaving * (D + F + twice + (D if last else 0)) if self.trained else 0
-        norm = D * self.residual + 4
-        norms = (rows + leaving * (2 if last else 1)) * norm
-        if self.config.qk_norm:  # each head's rows, and a number for each
-            norms += leaving * (A * size + 4 * self.config.num_heads) + rows * (B * size + 4 * self.config.num_kv_heads)
-        return norms + size * (products + inputs) + statistics + self._of_segments(last) + before
+        def end(layer, inputs, outputs):
+            if outputs[0].branch_ND.requires_grad and len(begun) < config.decoder.num_layers:
+                outputs[0].branch_ND.register_hook(turn)
 
-    def _of_segments(self, last):
-        """Of segments with more keys than queries: masks, or queries and outputs of up to a quarter more rows."""
-        if not self.one_call_per_segment:
-            return 0
-        batch = self.batch
-        queries, gathered, masked = (
-            (batch.supervised_rows, batch.last_key_rows, batch.last_masked_pairs)
-            if last
-            else (batch.rows, batch.key_rows, batch.masked_pairs)
-        )
-        # On the CPU they stand in the place of the queries, which on a GPU lie in one tensor with keys and values.
-        more = queries * self._widths[1] * 3 // 2 if gathered and not self.on_cpu else 0
-        return self.size * (masked + more)
+        def turn(_):
+            turns.append(live.peak)
+            live.peak = live.now
 
-    def backward(self, recompute: str, *, last: bool = False) -> int:
-        """Most bytes that its backward takes beyond what the layer had saved.
-
-        Args:
-            last: as for `saved`. What then takes most is the gradient of keys and values, which all rows have.
-        """
-        made_again = self._made_again(recompute, last)
-        if last:
-            return made_again + max(self._attention(recompute == "none", last), self._keys_and_values())
-        phases = self._feed_forward(), self._attention(recompute == "none"), self._quantized_product()
-        return made_again + self._residual_gradient() + max(phases)
-
-    def forward(self) -> int:
-        """Most bytes that its forward takes, where nothing is saved."""
-        rows, F, size = self.batch.rows, self.config.intermediate_size, self.size
-        return max(rows * 3 * F * size + self._block(), self._quantized_product()) + self._residual_gradient()
-
-    def _made_again(self, recompute, last):
-        """What recomputation brings back for the layer's backward, less what it kept for that alone."""
-        if recompute == "none":
-            return 0
-        gathered = 0 if self._inputs_only else 2 * self.batch.key_rows * self._widths[2] * self.size
-        if recompute == "selective":  # the last product, which nothing saved needs, is not asked for again
-            gathered += (self.batch.supervised_rows if last else self.batch.rows) * self.config.hidden_size * self.size
-        return self.saved("none", last=last) - self.saved(recompute, last=last) + gathered
-
-    def _residual_gradient(self):
-        rows, size, residual = self.batch.rows, self.size, self.residual
-        return rows * self.config.hidden_size * (residual + (size if size != residual else 0))
-
-    def _block(self):
-        """Temporaries of SwiGLU where it is a chain of torch's operations."""
-        chains = self.on_cpu and (self.size == 4 or cpu.rows_obstacle() is not None)
-        numbers = min(self.batch.rows * self.config.intermediate_size, cpu.BLOCK_NUMBERS)
-        return numbers * (20 if self.size < 4 else 8) if chains else 0
-
-    def _feed_forward(self):
-        (D, _, _, F), rows, size = self._widths, self.batch.rows, self.size
-        if not self.trained:
-            return rows * 3 * F * size + self._block()
-        # A weight's gradient, in the compute dtype and then in its own, beside the one that it is added to.
-        each = size + (self.stored if self.stored != size else 0)
-        down = rows * F * size + each * D * F
-        swiglu = rows * 2 * F * size + self._block()  # down's input is gone
-        gate_up = rows * (D - F) * size + each * 2 * D * F  # SwiGLU's too
-        return max(down, swiglu, gate_up)
-
-    def _attention(self, regathers, last=False):
-        """Of attention, when the feed-forward block's saved tensors are gone."""
-        (D, A, B, F), batch, size = self._widths, self.batch, self.size
-        rows, gathered = batch.rows, batch.last_key_rows if last else batch.key_rows
-        keys, queries = gathered or rows, batch.supervised_rows if last else rows
-        gone = queries * (D * self.residual + 4 + size * (2 * F + (D + F if self.trained else 0)))
-        gradients = size * (2 * queries * A + 2 * keys * B)  # of the output and the queries; of keys and values
-        again = size * 2 * gathered * B if regathers else 0
-        if self._inputs_only:
-            return size * 2 * queries * A + 2 * rows * B * (4 + size) - gone
-        if self.one_call_per_segment:  # each segment's, and all of them, when a GPU's copies of keys are gone
-            joined = size * max(queries * A, keys * B)
-            call = again + joined if self.on_cpu else max(again, joined)
-        else:  # the queries' in fp32 until all blocks of keys are done; with fewer heads of keys, theirs for each head
-            call = again + 4 * A * (queries + _FLASH_BLOCK * batch.segments) + 8 * self.config.num_heads * queries
-            call += size * 2 * keys * A if A != B else 0
-        if not self.on_cpu:  # rope_keys' kernel sums shared keys' in registers, when the output's is gone
-            summed = size * (rows * ((0 if last else A) + 2 * B) - queries * A)
-        elif gathered:  # in fp32: of K and then of V the rows widened, and their sums
-            summed = 2 * 4 * B * (rows + batch.frozen_rows + batch.prefix_rows) + (0 if size == 4 else 4 * B * gathered)
-        else:
-            summed = 0
-        return gradients + max(call, summed) - gone
-
-    def _keys_and_values(self):
-        """Of the last layer's keys and values, when nothing else of the layer is left but its first norm's."""
-        (D, A, B, _), rows, size = self._widths, self.batch.rows, self.size
-        kept = rows * (D * self.residual + 4 + (size * D if self.trained else 0))
-        each = (size + (self.stored if self.stored != size else 0)) if self.trained else 0
-        angles = 4 * rows * self.config.head_dim * 2
-        taken = 2 * self._residual_gradient() + rows * size * 4 * B + angles + each * D * (A + 2 * B)
-        return taken + kept - self.saved("none", last=True)
-
-    def _quantized_product(self):
-        """Temporaries of the gradient of the widest product with a matrix in few bits: the matrix or the rows anew."""
-        if self.frozen_dtype is None:
-            return 0
-        (inputs, outputs), rows = max(matrices(self.config), key=math.prod), self.batch.rows
-        made = rows * outputs if self.frozen_dtype == "fp8" else self.size * inputs * outputs
-        return made + rows * self.size * (inputs + outputs)
+        for layer in model.decoder.layers:
+            layer.register_forward_pre_hook(begin)
+            layer.register_forward_hook(end)
+        with live:
+            loss = model(rows)
+            saved = live.now
+            loss.backward()
+    return saved, begun, [*turns, live.peak][::-1]

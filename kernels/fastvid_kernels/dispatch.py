@@ -1,12 +1,34 @@
 """Whether a call takes the Triton kernel; and how a kernel is launched."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
 
 # Triton decides when a kernel is decorated, so this module and the kernels, imported together, agree.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+_STOOD_FOR = ContextVar("stood_for", default="cpu")
+
+
+@contextmanager
+def meta_stands_for(device_type: str) -> Iterator[None]:
+    """Within this context meta tensors are treated as those of "cuda" or "cpu" are; otherwise, as those of "cpu".
+
+    Functions allocate what they would there, for whoever counts it. Nothing is launched, called or compiled.
+    """
+    token = _STOOD_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _STOOD_FOR.reset(token)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether it lies on a GPU, or stands for a tensor that does."""
+    return tensor.is_cuda or tensor.is_meta and _STOOD_FOR.get() == "cuda"
 
 
 def use_triton(impl, *tensors, name):
@@ -26,12 +48,12 @@ def use_triton(impl, *tensors, name):
         raise ValueError(f"{name}: impl must be 'auto', 'triton' or 'reference', found {impl!r}")
     if impl == "reference":
         return False
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    kernel = all(on_gpu(tensor) for tensor in tensors)
     if any(tensor.device != tensors[0].device for tensor in tensors) and any(tensor.is_cuda for tensor in tensors):
         raise ValueError(f"{name}: all tensors must lie on one device, found {_devices(tensors)}")
     if impl == "auto":
-        return on_gpu or (INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1")
-    if not (on_gpu or INTERPRETED):
+        return kernel or (INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1")
+    if not (kernel or INTERPRETED):
         raise ValueError(
             f"{name}: impl='triton' needs CUDA tensors, found {_devices(tensors)}; use impl='auto', or "
             "set TRITON_INTERPRET=1 before fastvid_kernels is imported to interpret the kernel"
@@ -56,10 +78,13 @@ def refuse_gradients(*tensors, name):
 def launch(kernel, grid, *arguments, **options):
     """``kernel[grid](*arguments, **options)`` on the device of the first argument, a tensor.
 
-    Triton launches on the process's current device, whatever device the arguments' addresses are of.
+    Triton launches on the process's current device, whatever device the arguments' addresses are of. On meta tensors
+    nothing is launched.
     """
+    if arguments[0].is_meta:
+        return
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
 
 
-__all__ = ["INTERPRETED", "launch", "refuse_gradients", "use_triton"]
+__all__ = ["INTERPRETED", "launch", "meta_stands_for", "on_gpu", "refuse_gradients", "use_triton"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu
-from .dispatch import launch, use_triton
+from .dispatch import launch, on_gpu, use_triton
 from .plain import wide
 
 # Logits that exist at once: 64 MiB in bf16.
@@ -106,7 +106,7 @@ def _padded(weight_VD, width, dtype):
 def _add_product(total_vD, grad_lv, h_lD):
     """total += gradᵀ·h in the total's dtype: the product of bf16 factors has fp32 sums, and they are not rounded to
     bf16."""
-    if total_vD.is_cuda and total_vD.dtype != h_lD.dtype:
+    if on_gpu(total_vD) and total_vD.dtype != h_lD.dtype:
         torch.addmm(total_vD, grad_lv.T, h_lD, out_dtype=total_vD.dtype, out=total_vD)
     else:  # torch's products on a CPU return their factors' dtype
         torch.addmm(total_vD, wide(grad_lv).T, wide(h_lD), out=total_vD)

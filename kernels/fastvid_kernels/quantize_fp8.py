@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from .dispatch import launch, use_triton
+from .dispatch import launch, on_gpu, use_triton
 
 FP8_CAPABILITY = (8, 9)  # of the first GPUs with FP8 units
 # Sides of FP8 matrices, and the outputs that a product takes of one, are multiples of this.
@@ -191,7 +191,7 @@ def scaled_product(
     Args:
         bias_M: bf16 on a GPU, whose units add it; elsewhere of any dtype.
     """
-    if a_NK.is_cuda:
+    if on_gpu(a_NK):
         return torch._scaled_mm(
             a_NK,
             b_MK.T,

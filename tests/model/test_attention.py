@@ -6,12 +6,13 @@ import itertools
 import pytest
 import torch
 from attention_cases import FLOORS, SEGMENTS, assert_close_to_exact, branches, inputs, plain, results
-from model_cases import LiveBytes, assert_close
+from model_cases import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout
 from fastvid.model import attention, gathered_keys
 from fastvid.model.attention import SDPA, choose_attention
+from fastvid.training.live_bytes import LiveBytes
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_gathered_keys_are_not_kept_for_backward():
     def live(**options):
         with LiveBytes() as live:
             out = SDPA(q, k, v, layout, **options)
-            return live.total(), out
+            return live.now, out
 
     kept, expected = live(regather=False)
     lean, out = live()

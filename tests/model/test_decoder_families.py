@@ -9,7 +9,6 @@ from model_cases import (
     ADAPTER,
     FAMILIES,
     FULL,
-    LiveBytes,
     assert_close,
     assert_same_gradients,
     family_config,
@@ -26,6 +25,7 @@ from test_frozen_rows import cases, prepared
 from test_keys_by_kernel import interpreted  # noqa: F401
 
 from fastvid.model.quantize import FORMATS
+from fastvid.training.live_bytes import LiveBytes
 
 HEADS = {"mha": {"num_kv_heads": 4}, "gqa": {"num_kv_heads": 2}, "mqa": {"num_kv_heads": 1}}
 
@@ -157,7 +157,7 @@ def test_norms_of_heads_keep_one_copy_of_their_rows():
         model = random_model(config)
         with LiveBytes() as live:
             loss = model(batch)
-            taken.append(live.total())
+            taken.append(live.now)
         del loss
     more = batch.num_rows * (4 + 2) * (16 + 1) * 4 * model.config.decoder.num_layers
     assert taken[0] - taken[1] == more

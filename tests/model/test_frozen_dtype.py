@@ -7,7 +7,6 @@ import pytest
 import torch
 from model_cases import (
     ADAPTER,
-    LiveBytes,
     assert_same_gradients,
     loss_and_gradients,
     model_config,
@@ -30,6 +29,7 @@ from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.training import planning
+from fastvid.training.live_bytes import LiveBytes
 from fastvid.training.memory import estimate
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import load_weights
@@ -112,7 +112,7 @@ def test_matrices_are_quantised_one_after_the_other(tmp_path, monkeypatch, froze
     folder = write_folder(tmp_path / "m", llava_state(), {**CONFIG, **sizes})
     with LiveBytes() as live:
         model = loaded(folder, frozen_dtype)
-        held = live.total()
+        held = live.now
     whole = sum(4 * linear.inputs * linear.outputs for linear in quantized_linears(model).values())
     largest = 4 * 2 * 128 * 64
     assert live.peak - held < 5 * largest < whole / 4

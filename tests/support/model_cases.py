@@ -1,11 +1,8 @@
 """Small models and batches for the tests of fastvid.model."""
 
-import gc
-import weakref
 from dataclasses import replace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
@@ -188,45 +185,6 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
             assert_close(found[name], expected[name], tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of storages that were created in this context: those still alive, and the most that ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if self.seen(t)}
-        results = function(*args, **(kwargs or {}))
-        for tensor in results if isinstance(results, (tuple, list)) else [results]:
-            if self.seen(tensor) and tensor.untyped_storage()._cdata not in given:
-                self.add(tensor.untyped_storage())
-        return results
-
-    @staticmethod
-    def seen(value):
-        """Whether it is a tensor with a storage: oneDNN's own have none."""
-        return isinstance(value, torch.Tensor) and not value.is_mkldnn
-
-    def add(self, storage):
-        key = storage._cdata
-        if key in self.storages and self.storages[key][0]() is not None:
-            return
-        size = storage.nbytes()
-
-        def gone(_):
-            self.now -= size
-
-        self.storages[key] = weakref.ref(storage, gone), size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def total(self):
-        gc.collect()
-        return self.now
 
 
 def llama_of(model):

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 import training_run
-from model_cases import LiveBytes
 from training_run import config_of, write_run
 
 from fastvid import train
@@ -18,6 +17,7 @@ from fastvid.features.file import save_features
 from fastvid.model.attention import IMPLEMENTATIONS
 from fastvid.model.linear import Linear
 from fastvid.training import memory, planning
+from fastvid.training.live_bytes import LiveBytes
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 SIZES = {
@@ -71,8 +71,7 @@ def measured(state, batches):
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("data", DATA)
 def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, bf16, recompute):
-    """Never more, and hardly less. Attention of bf16 rows makes its keys' and values' gradients in fp32 where
-    `LiveBytes` does not look."""
+    """Never more, and hardly less."""
     found, estimate = [], memory.estimate
     monkeypatch.setattr(memory, "estimate", lambda *a, **k: found.append((a, k)) or estimate(*a, **k))
     state = train.build(

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from model_cases import FULL, LiveBytes, assert_close, model_config, random_batch, random_model
+from model_cases import FULL, assert_close, model_config, random_batch, random_model
 from ranks import on_ranks
 from test_sharding import Collectives
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,7 @@ from fastvid import train
 from fastvid.dist import parallel
 from fastvid.dist.sharding import full_tensor
 from fastvid.training import planning
+from fastvid.training.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 MICRO_BATCHES = 3
@@ -49,7 +50,7 @@ def accumulated(rank, layout, shard_size, dtype, micro_batches):
             with LiveBytes() as live, Collectives() as collectives:
                 for seed in seeds[:-1]:
                     backward(model, seed, last=False, accumulate_whole=accumulate_whole)
-            kept = live.total() / sum(p.numel() for p in model.parameters())
+            kept = live.now / sum(p.numel() for p in model.parameters())
             backward(model, seeds[-1], last=True, accumulate_whole=accumulate_whole)
         parallel.sum_replicated_gradients(model.parameters(), world)
         gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters()}

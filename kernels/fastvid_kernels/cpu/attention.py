@@ -190,7 +190,16 @@ def _backward(grad_NHd, *tensors):
     grad_q_NHd = torch.empty_like(grad_NHd)
     grad_k_RKd, grad_v_RKd = (k_RKd.new_zeros(k_RKd.shape, dtype=torch.float32) for _ in range(2))
     library.attention_backward(arguments, *(x.data_ptr() for x in (grad_NHd, grad_q_NHd, grad_k_RKd, grad_v_RKd)))
-    return grad_q_NHd, grad_k_RKd.bfloat16(), grad_v_RKd.bfloat16()
+    return grad_q_NHd, grad_k_RKd, grad_v_RKd
+
+
+def _unwritten(q_NHd, *others):
+    """Results of the forward pass for tensors without numbers."""
+    return torch.empty_like(q_NHd, memory_format=torch.contiguous_format)
+
+
+def _unwritten_gradients(grad_NHd, q_NHd, k_RKd, v_RKd, *others):
+    return torch.empty_like(grad_NHd), *(k_RKd.new_empty(k_RKd.shape, dtype=torch.float32) for _ in range(2))
 
 
 # Operations, by whose names selective recomputation keeps the result, and counters of operations know them.
@@ -203,6 +212,8 @@ _LIBRARY.define(f"attention({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.impl("attention", _forward, "CPU")
 _LIBRARY.impl("attention_backward", _backward, "CPU")
+_LIBRARY.impl("attention", _unwritten, "Meta")
+_LIBRARY.impl("attention_backward", _unwritten_gradients, "Meta")
 
 
 class _Attention(torch.autograd.Function):
@@ -216,7 +227,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NHd):
-        return *torch.ops.fastvid_avx512.attention_backward(grad_NHd, *ctx.saved_tensors), *[None] * 5
+        grad_q_NHd, *grads_RKd = torch.ops.fastvid_avx512.attention_backward(grad_NHd, *ctx.saved_tensors)
+        return grad_q_NHd, *(x_RKd.to(grad_q_NHd.dtype) for x_RKd in grads_RKd), *[None] * 5
 
 
 __all__ = ["avx512_attention", "obstacle"]

@@ -30,6 +30,32 @@ FLAGS = (
 log = logging.getLogger("fastvid")
 
 
+def foreseen_obstacle() -> str | None:
+    """What keeps sources from being compiled or run here, as far as it is known without compiling; or None."""
+    try:
+        if reason := _unfit():
+            return reason
+        _compiler()
+    except (OSError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _unfit():
+    """Why this machine cannot run any of them, or None."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
+    return None if " avx512_bf16" in Path("/proc/cpuinfo").read_text() else "this CPU has no AVX512-BF16"
+
+
+def _compiler():
+    """The command of the C++ compiler, which is installed."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"no C++ compiler is installed ({compiler[0]}; CXX names another)")
+    return compiler
+
+
 def load(source: Path, *, instead: str) -> ctypes.CDLL | str:
     """The library that `source` compiles to, or why there is none, of which a CPU that could run it is warned.
 
@@ -37,13 +63,10 @@ def load(source: Path, *, instead: str) -> ctypes.CDLL | str:
         source: may include every header of this folder.
         instead: what is done without the library, for the warning.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"it is for Linux on x86-64, not {platform.system()} on {platform.machine()}"
     try:
-        if " avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-            return "this CPU has no AVX512-BF16"
-        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-        return ctypes.CDLL(str(_compiled(compiler, source)))
+        if reason := _unfit():
+            return reason
+        return ctypes.CDLL(str(_compiled(_compiler(), source)))
     except subprocess.CalledProcessError as error:
         said = (error.stderr.decode(errors="replace").strip() or str(error)).splitlines()
         reason = f"{error.cmd[0]} cannot compile {source.name}: {next((x for x in said if 'error' in x), said[-1])}"
@@ -55,8 +78,6 @@ def load(source: Path, *, instead: str) -> ctypes.CDLL | str:
 
 def _compiled(compiler, source):
     """The library's file, compiled unless the same sources were before by the same command; whole or not there."""
-    if shutil.which(compiler[0]) is None:
-        raise RuntimeError(f"no C++ compiler is installed ({compiler[0]}; CXX names another)")
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     command = "\0".join([*compiler, *FLAGS]).encode()
     texts = [path.read_bytes() for path in (*sorted(FOLDER.glob("*.h")), source)]
@@ -79,4 +100,4 @@ def _compiled(compiler, source):
     return target
 
 
-__all__ = ["load"]
+__all__ = ["foreseen_obstacle", "load"]

@@ -11,7 +11,7 @@ from .row_blocks import row_blocks
 
 def softmax_gradient(logits_lV, targets_l, lse_l, losses_l, gradient):
     """Log-sum-exp and loss of each row of logits out; with `gradient`, the logits are replaced by their gradient."""
-    for rows in row_blocks(*logits_lV.shape):
+    for rows in row_blocks(logits_lV):
         targets_n1, x_nV = targets_l[rows, None], wide(logits_lV[rows])
         top_n1 = x_nV.amax(-1, keepdim=True)
         p_nV = (x_nV - top_n1).exp_()

@@ -3,14 +3,20 @@ cache."""
 
 import functools
 
+from torch import Tensor
+
 # Numbers of a block of one operand: 1 MiB in fp32, shared by the cores. Smaller blocks would spend the time on calls.
 BLOCK_NUMBERS = 2**18
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices that cut `rows` into blocks of at most `BLOCK_NUMBERS` numbers, but of at least one row."""
+def row_blocks(x: Tensor) -> list[slice]:
+    """Slices that cut the rows of x into blocks of at most `BLOCK_NUMBERS` numbers, but of at least one row.
+
+    Of a meta tensor, which has no numbers, the first two: no more of them are in memory at once.
+    """
+    rows, columns = x.shape[0], x[:1].numel()
     size = max(1, BLOCK_NUMBERS // max(1, columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)][: 2 if x.is_meta else None]
 
 
 def over_rows(chain):
@@ -22,7 +28,7 @@ def over_rows(chain):
 
     @functools.wraps(chain)
     def call(*tensors, **others):
-        for rows in row_blocks(tensors[0].shape[0], tensors[0][:1].numel()):
+        for rows in row_blocks(tensors[0]):
             chain(*(tensor if tensor is None else tensor[rows] for tensor in tensors), **others)
 
     return call

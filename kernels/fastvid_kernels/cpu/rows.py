@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .build import load
+from .build import foreseen_obstacle, load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -45,13 +45,20 @@ def obstacle():
 
 
 def serve(*tensors: torch.Tensor, dtypes=None) -> bool:
-    """Whether this computes what is made of `tensors`, whose rows are of `dtypes` (None: the first one's)."""
+    """Whether this computes what is made of `tensors`, whose rows are of `dtypes` (None: the first one's).
+
+    On meta tensors it computes nothing, and compiles nothing.
+    """
     if any(dtype != torch.bfloat16 for dtype in dtypes or [tensors[0].dtype]):
         return False
+    if all(tensor.is_meta for tensor in tensors):
+        return foreseen_obstacle() is None
     return all(tensor.device.type == "cpu" for tensor in tensors) and obstacle() is None
 
 
 def _call(name, *arguments):
+    if arguments[0].is_meta:
+        return
     getattr(_library(), name)(
         *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments), torch.get_num_threads()
     )
