@@ -18,6 +18,7 @@ from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_bytes
 from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file
 from fastvid.video.decode import DecodeError
+from fastvid.video.decode.kinds import KINDS
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.listing import Video, no_video
 from fastvid.video.passes import Features
@@ -36,9 +37,10 @@ copyreg.pickle(DecodeError, lambda error: (DecodeError, (error.path, error.reaso
 
 def refuse_departures(config: ExtractConfig) -> None:
     """Raise ValueError if a job is to compute as the reference does and has flags that it does not know."""
-    if config.policy.ffmpeg_colours and config.decoder == "dali":
+    if config.policy.ffmpeg_colours and KINDS[config.decoder].conversion != "swscale":
         raise ValueError(
-            "--decoder dali has colours of its own, which --parity reference does not take; give auto, pyav or nvdec"
+            f"--decoder {config.decoder} has colours of its own, which --parity reference does not take; "
+            "give auto, pyav or nvdec"
         )
     if config.policy.plain_tower and config.dtype == "bfloat16":
         raise ValueError(
@@ -59,7 +61,7 @@ def settings_of(config: ExtractConfig, tower_revision: str, image_size: int, pat
         "image_size": image_size,
         "patch_size": patch_size,
         "num_frames": config.num_frames,
-        "conversion": "dali" if config.decoder == "dali" else "swscale",
+        "conversion": KINDS[config.decoder].conversion,
         "tower_dtype": config.tower_dtype,
     }
 

@@ -307,8 +307,10 @@ def _hardware_decoders(device, decoder, workers, notes):
         except NoDecoder as error:
             raise ValueError(f"--decoder {decoder}: {error}") from error
     if device.type != "cuda":
-        if decoder == "nvdec":
-            raise ValueError(f"--decoder nvdec needs a CUDA device, not {device.type}; auto and pyav decode anywhere")
+        if decoder != "auto":
+            raise ValueError(
+                f"--decoder {decoder} needs a CUDA device, not {device.type}; auto and pyav decode anywhere"
+            )
         return []
     try:
         with torch.cuda.device(device):
@@ -317,7 +319,7 @@ def _hardware_decoders(device, decoder, workers, notes):
             if able is None:
                 raise NoDecoder("the GPU does not decode H.264")
             count = _EACH_ENGINE * max(able.engines, 1)
-            kind = DaliDecoder if decoder == "dali" else NvDecoder
+            kind = {"auto": NvDecoder, "nvdec": NvDecoder, "dali": DaliDecoder}[decoder]
             return [(kind(device), torch.cuda.Stream(device)) for _ in range(count)]
     except NoDecoder as error:
         if decoder != "auto":

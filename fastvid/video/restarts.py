@@ -22,6 +22,7 @@ import torch
 from fastvid.config import ExtractConfig
 from fastvid.features.manifest import Manifest, when
 from fastvid.files import shown
+from fastvid.video.decode.kinds import KINDS
 from fastvid.video.listing import Video
 from fastvid.video.summary import Summary
 from fastvid.video.supervision import Offspring, can_fork, end_as, tell
@@ -38,7 +39,7 @@ AGAIN, BY_PYAV = "alone", "alone, by PyAV"  # how a suspect is tried next
 def may_crash(config: ExtractConfig) -> bool:
     """Whether an extraction may crash its process. CUDA is not asked: what is forked afterwards could not use it."""
     on_gpu = config.device.startswith("cuda") if config.device else any(map(os.path.exists, _DRIVER))
-    return on_gpu or config.decoder == "dali"
+    return on_gpu or KINDS[config.decoder].may_crash
 
 
 def is_broken(error: BaseException) -> bool:
