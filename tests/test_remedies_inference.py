@@ -423,6 +423,10 @@ def outside(text):
     return text.replace("model-00001", "../sharded/model-00001")
 
 
+def told(**values):
+    return lambda text: json.dumps(json.loads(text) | values)
+
+
 # (model folder, file, what becomes of it, what is said): bytes; None, it is gone; a path, it is a link to that; a
 # function of the text.
 DAMAGED = [
@@ -434,6 +438,14 @@ DAMAGED = [
         lambda text: text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 0'),
         "is no size of a model .*; download the file again",
     ),
+    (
+        "model",
+        "config.json",
+        told(text_config=["llama"]),
+        "text_config = .* is no JSON object; download the file again",
+    ),
+    ("model", "config.json", told(num_key_value_heads=3), "is no multiple of .*; download the file again"),
+    ("model", "config.json", told(rope_theta="1e6"), "give no frequencies .*; download the file again"),
     ("model", "tokenizer.model", b"none", "no sentencepiece model .*; copy the model's folder again"),
     ("table", "tokenizer.json", b"{", "no tokenizer file .*; copy the model's folder again"),
     ("model", "model.safetensors", b"cut short", "cannot be read .*; download or write it again"),

@@ -301,8 +301,8 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> ModelTokenize
 
 def _is_mistral(folder):
     values = read_json_object(folder / "config.json")
-    told = (values, values.get("text_config") or {})
-    return any("mistral" in str(section.get("model_type")).lower() for section in told)
+    sections = [each for each in (values, values.get("text_config")) if isinstance(each, dict)]
+    return any("mistral" in str(section.get("model_type")).lower() for section in sections)
 
 
 def _added_tokens(folder):

@@ -49,7 +49,8 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     """Radians per position, [d/2] fp32 on the CPU, and the factor on cosine and sine.
 
     Raises:
-        ValueError: the scaling is unknown, or its frequencies depend on the length of the sequence.
+        ValueError: the scaling is unknown, its frequencies depend on the length of the sequence, or the settings give
+            none.
     """
     parameters = {"rope_theta": 10000.0, **config.rope_parameters}
     kind = parameters.get("rope_type", "default")
@@ -58,22 +59,36 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
             f"rope_type {kind!r} is not supported: it is unknown, or its frequencies depend on the length "
             "of the sequence; supported are default, linear, llama3 and yarn"
         )
-    with torch.device("cpu"):
-        if kind == "default":
-            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-            return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-        from transformers import LlamaConfig
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    part = parameters.get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise ValueError(f"partial_rotary_factor = {part!r} is not computed; only 1.0 is")
+    try:
+        with torch.device("cpu"):
+            frequencies, scale = _frequencies(config, kind, parameters)
+        wrong = "" if frequencies.isfinite().all() else ": not all frequencies are finite"
+    except (TypeError, ArithmeticError) as error:
+        wrong = f" ({error})"
+    if wrong:
+        raise ValueError(f"the rope settings {parameters} give no frequencies{wrong}; download the file again")
+    return frequencies, scale
 
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](
-            LlamaConfig(
-                hidden_size=config.hidden_size,
-                num_attention_heads=config.num_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=config.max_position_embeddings,
-                rope_parameters=parameters,
-            )
+
+def _frequencies(config, kind, parameters):
+    if kind == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=parameters,
         )
+    )
     return frequencies, float(scale)
 
 

@@ -13,6 +13,7 @@ _COMPUTED = {
     "quantization_config": (None,),
     "projector_hidden_act": ("gelu",),
 }
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Family:
             if values.get(key, known[0]) not in known:
                 remedy = "; give the folder of the model that it was made of" * (key == "quantization_config")
                 return f"{key} = {values[key]!r} is not computed; only {known[0]!r} is{remedy}"
+        kinds = values.get("layer_types") if "layer_types" in self.settings else None
+        for kind in kinds if isinstance(kinds, list) else ():
+            if kind not in _LAYER_TYPES:
+                return f"layer_types: {kind!r} is not computed; only {' and '.join(_LAYER_TYPES)} are"
         return None
 
 

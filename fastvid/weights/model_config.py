@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from fastvid.files import model_folder, wrong_content
+from fastvid.files import model_folder, shown, wrong_content
 from fastvid.model.config import DecoderConfig, ModelConfig, rotary_frequencies
 from fastvid.weights import names
 from fastvid.weights.families import family_of, sliding_window, unrotated_layers
@@ -24,6 +24,7 @@ _SIZES = {
     "hidden_size": 1_000_000,
     "intermediate_size": 10_000_000,
     "vocab_size": 10_000_000,
+    "max_position_embeddings": 1_000_000_000,
     "sliding_window": 10_000_000,
 }
 
@@ -48,11 +49,13 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
     path = folder / "config.json"
     values = _read_json(path)
     text = values.get("text_config") or values
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config = {shown(text)} is no JSON object; download the file again")
     try:
         family = family_of(values, text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    said = _said(path, values, text, family)
+    said, unrotated = _said(path, values, text, family)
     rows = max(said.vocab_size, vocab_size or 0)
     decoder = DecoderConfig(
         vocab_size=rows,
@@ -68,7 +71,7 @@ def read_model_config(folder, *, projector_type=None, vocab_size=None, projector
         tie_word_embeddings=_is_tied(path, said.tie_word_embeddings or values.get("tie_word_embeddings")),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        unrotated_layers=unrotated_layers(said),
+        unrotated_layers=unrotated,
         sliding_window=sliding_window(said),
     )
     try:
@@ -104,8 +107,8 @@ def _read_json(path):
 
 
 def _said(path, values, text, family):
-    """transformers' configuration of config.json's language model: defaults filled in, rope settings in today's
-    form."""
+    """(transformers' configuration of config.json's language model: defaults filled in, rope settings in today's form;
+    its layers without positions)."""
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -126,13 +129,20 @@ def _said(path, values, text, family):
             )
     try:
         kind = getattr(transformers, family.config)
-        return kind.from_dict({key: value for key, value in text.items() if key != "model_type"})
+        said = kind.from_dict({key: value for key, value in text.items() if key != "model_type"})
+        unrotated = unrotated_layers(said)
     except IndexError as error:
         raise ValueError(
             f"{path}: a list that says something of each layer is too short ({error}); download the file again"
         ) from error
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if said.num_attention_heads % said.num_key_value_heads:
+        raise ValueError(
+            f"{path}: num_attention_heads = {said.num_attention_heads} is no multiple of num_key_value_heads = "
+            f"{said.num_key_value_heads}; download the file again"
+        )
+    return said, unrotated
 
 
 def _is_tied(path, described):
