@@ -1,22 +1,26 @@
 """tokenizer.json with the video tokens and the family's chat template: all families but LLaMA 1 and 2.
 
 The tokenizers library encodes a rendered conversation at once, special tokens included, as transformers'
-`apply_chat_template` does. A video is one placeholder there, whose id then becomes as many as the video has rows.
+`apply_chat_template` does. A video is one placeholder there, whose id then becomes as many as the video has rows. But a
+special token that a record or a user writes out is text: it neither ends a turn nor begins one.
 """
 
 import bisect
 import json
+import re
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastvid.batch import VideoTokens
-from fastvid.data.names import END, PATCH, START
+from fastvid.data.names import END, PATCH, START, VIDEO
 from fastvid.data.templates import ChatTemplate, read_chat_template
 from fastvid.files import StrPath, read_json_object, write_json, wrong_content
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_WRITTEN = "\ue002{}\ue003"  # in the place of a special token that is text: characters of no script
 
 
 class ChatTokenizer:
@@ -55,7 +59,8 @@ class ChatTokenizer:
             max(before, *(i + 1 for i in (*video.values(), *self._unused.values()))),
             tuple(i for i in video.values() if i >= before),
         )
-        self._names = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._names = {i: token.content for i, token in added.items()}
         self.template = self._template(names)
         if self.eos is None:
             raise ValueError(
@@ -63,6 +68,10 @@ class ChatTokenizer:
             )
         turn_end = self._tokenizer.token_to_id(self.template.turn_end)
         self.stops = tuple(dict.fromkeys((turn_end, self.eos)))
+        controls = {token.content for token in added.values() if token.special} | {self.template.turn_end}
+        self._controls = sorted(controls - {PATCH, START, END, VIDEO}, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, self._controls)))
+        self._renamed = None  # `_Renamed`, once a text writes out a special token
 
     def _add(self, tokens):
         from tokenizers import AddedToken
@@ -86,6 +95,14 @@ class ChatTokenizer:
         """What stands for a video in a text."""
         return PATCH if self.tokens.start is None else START + PATCH + END
 
+    def as_text(self, text: str) -> str:
+        """What a record or a user wrote, in which `encode` takes special tokens for text; templates leave it as it is.
+
+        Args:
+            text: without placeholders of videos, but for a record's ``<video>``.
+        """
+        return self._control.sub(lambda written: _WRITTEN.format(self._controls.index(written[0])), text)
+
     def encode(
         self, text: str, rows: Sequence[int] = (), spans: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -94,15 +111,19 @@ class ChatTokenizer:
         As transformers has it, a token that a span cuts is within it.
 
         Args:
-            text: special tokens and videos (`video`) written out.
+            text: special tokens and videos (`video`) written out; those of records and users as `as_text` leaves them.
             rows: of each video.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        offsets = encoding.offsets
+        if re.search(_WRITTEN.format(r"\d+"), text):
+            self._renamed = self._renamed or _Renamed(self._tokenizer, self._controls)
+            encoded, offsets, spans = self._renamed.encode(text, spans)
+        else:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoded, offsets = encoding.ids, encoding.offsets
         begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
         found = [(bisect.bisect_right(ends, start), bisect.bisect_left(begins, end)) for start, end in spans]
         ids, places, left = [], [], iter(rows)
-        for i in encoding.ids:
+        for i in encoded:
             places.append(len(ids))
             ids += [i] * next(left, 1) if i == self.tokens.patch and rows else [i]
         places.append(len(ids))
@@ -135,6 +156,53 @@ class ChatTokenizer:
         if "added_tokens_decoder" in config:
             config["added_tokens_decoder"] |= {str(i): entry for i, entry in entries.items()}
         write_json(folder / "tokenizer_config.json", config)
+
+
+class _Renamed:
+    """A tokenizer whose special tokens have names that nobody can write, so that their own names are text.
+
+    Args:
+        tokenizer: of the tokenizers library.
+        controls: names of its special tokens, the longest first.
+    """
+
+    def __init__(self, tokenizer, controls):
+        from tokenizers import Tokenizer
+
+        secret = secrets.token_hex(16)
+        self._controls, self._names = controls, {name: f"\ue004{secret} {i}\ue005" for i, name in enumerate(controls)}
+        self._cut = re.compile("|".join([_WRITTEN.format(r"(\d+)"), *map(re.escape, controls)]))
+        table = json.loads(tokenizer.to_str())
+        for token in table["added_tokens"]:
+            token["content"] = self._names.get(token["content"], token["content"])
+        self._tokenizer = Tokenizer.from_str(json.dumps(table))
+        # The library gives ids anew to tokens that are not of the vocabulary.
+        added = tokenizer.get_added_tokens_decoder()
+        self._ids = {
+            self._tokenizer.token_to_id(self._names.get(token.content, token.content)): i for i, token in added.items()
+        }
+
+    def encode(self, text, spans):
+        """(Ids of a text as of `ChatTokenizer.as_text`; [begin, end) of each in another text; `spans` in that text)."""
+        parts, at, places = [], 0, [(0, 0)]  # (place in the text, the same in the other one) after each change
+        for found in self._cut.finditer(text):
+            number = found[1]
+            if number is None:
+                new = self._names[found[0]]
+            else:  # of a number too large the characters are what was written
+                new = self._controls[int(number)] if int(number) < len(self._controls) else found[0]
+            parts += [text[at : found.start()], new]
+            before = places[-1][1] + found.start() - places[-1][0]
+            places.append((found.end(), before + len(new)))
+            at = found.end()
+        encoding = self._tokenizer.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+
+        def moved(place):
+            old, new = places[bisect.bisect_right(places, place, key=lambda pair: pair[0]) - 1]
+            return new + place - old
+
+        ids = [self._ids.get(i, i) for i in encoding.ids]
+        return ids, encoding.offsets, [(moved(start), moved(end)) for start, end in spans]
 
 
 def _entry(token):

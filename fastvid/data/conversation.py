@@ -164,6 +164,7 @@ def _by_v1(tokenizer, system, texts, rows):
 
 def _by_chat_template(tokenizer, texts, rows):
     """(ids, supervised spans) of a conversation in the family's template."""
+    texts = [tokenizer.as_text(text) for text in texts]
     if rows:
         texts = [text.replace(VIDEO, tokenizer.video) for text in texts]
     text, answers = tokenizer.template.conversation(texts)
@@ -244,12 +245,14 @@ def inference_prompt(
             raise ValueError(f"question {question!r}: the text holds {half}")
     after_video = f'\nThe noisy audio transcript of this video is:\n"{transcript}"' if transcript else ""
     if isinstance(tokenizer, ChatTokenizer):
+        questions, answers = ([tokenizer.as_text(text) for text in texts] for texts in (questions, answers))
         first = [questions[0], tokenizer.video]
+        after_video = tokenizer.as_text(after_video)
         questions[0] = "\n".join(first[::-1] if question_order == "video_first" else first) + after_video
         texts = [text for turn in zip(questions, answers) for text in turn] + questions[-1:]
         if answer is None:
             return tokenizer.encode(tokenizer.template.question(texts), [video_tokens])[0]
-        text, spans = tokenizer.template.conversation([*texts, answer])
+        text, spans = tokenizer.template.conversation([*texts, tokenizer.as_text(answer)])
         return tokenizer.encode(text[: spans[-1][1]], [video_tokens])[0]
     messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
     after_video += f" {ASSISTANT}:"

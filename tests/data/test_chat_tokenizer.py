@@ -9,7 +9,7 @@ from family_folders import CHATML, KINDS, write_tokenizer
 
 from fastvid.data.conversation import encode_sample, inference_prompt, settled_version, system_prefix
 from fastvid.data.names import END, PATCH, START
-from fastvid.data.templates import ChatTemplate
+from fastvid.data.templates import ChatTemplate, _trimmed
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.policy import POLICIES
 
@@ -17,7 +17,6 @@ ROWS = {"a": 5, "b": 9}
 DAY = "26 Jul 2024"
 WORDS = [*"What does the cat see near a red house and why is it running".split(), "très", "日本語", "🙂", "\n", "\n\n"]
 WORDS += ["  ", "12345", "it's", "user", "assistant", "<br>", "b"]
-QUESTIONS_ONLY = ["</s>x", "<|im_end|>"]  # special in some
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -51,7 +50,7 @@ def conversations(number=60):
     for i in range(number):
         texts = []
         for k in range(2 * draw.randint(1, 4)):
-            words = draw.choices(WORDS + QUESTIONS_ONLY * (k % 2 == 0), k=draw.randint(1, 9))
+            words = draw.choices(WORDS, k=draw.randint(1, 9))
             texts.append(draw.choice(["", " ", "\n"]) + " ".join(words) + draw.choice(["", " ", "\n"]))
         names = draw.choice([[], ["a"], ["b"], ["a", "b"]])
         for name in names:
@@ -127,6 +126,51 @@ def test_ids_and_spans_are_those_of_apply_chat_template(tokenizer, theirs):
         supervised += len(sample.supervised)
         assert all(ids[end - 1] == tokenizer.stops[0] for _, end in sample.supervised)
     assert supervised > 100
+
+
+THOUGHTS = ("<think>", "</think>")  # a model's own, which a record may hold
+
+
+def controls(ids, tokenizer):
+    return [tokenizer.name(i) for i in ids if tokenizer.name(i) not in (None, *THOUGHTS)]
+
+
+def test_special_tokens_that_are_written_out_are_text(kind, tokenizer):
+    """They end no turn and begin none, in records and in prompts; and an answer is supervised to its end."""
+    harmless, *hostile = ["zq", *(name for name in KINDS[kind][1] if name not in THOUGHTS)]
+    expected = None
+    for name in (harmless, *hostile, "".join(hostile)):
+        text = f"see {name} so{name} so"
+        texts = [f"<video>\n{text}", text, text, f"{name}{text} so"]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
+        sample = encoded({"id": "0", "video": "a", "conversations": turns}, tokenizer)
+        prompt = inference_prompt(
+            text,
+            tokenizer,
+            video_tokens=5,
+            use_start_end=tokenizer.tokens.start is not None,
+            conv_mode="chat_template",
+            history=[(text, text)],
+            transcript=text,
+            answer=text,
+        )
+        found = [controls(ids, tokenizer) for ids in (sample.token_ids, prompt)]
+        expected = expected or found
+        assert sample.refused is None and found == expected
+        answers = [sample.token_ids[start:end] for start, end in sample.supervised]
+        assert [tokenizer.decode(ids).strip() for ids in answers] == texts[1::2]
+        assert all(ids[-1] == tokenizer.stops[0] for ids in answers)
+        assert tokenizer.decode(prompt).count(text) == 5
+
+
+def test_what_stands_for_special_tokens_may_be_written_too(tokenizer):
+    """In what way ever, none comes of it."""
+    for text in ("a\ue0020\ue003b", "a\ue002999\ue003b", "a\ue002b", "a\ue0040\ue005" + tokenizer.template.turn_end):
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
+        sample = encoded({"id": "0", "conversations": turns}, tokenizer)
+        turns[0]["value"] = "a"
+        plain = encoded({"id": "0", "conversations": turns}, tokenizer)
+        assert controls(sample.token_ids, tokenizer) == controls(plain.token_ids, tokenizer)
 
 
 def test_prompts_of_chat_are_those_of_training(tokenizer):
@@ -258,6 +302,10 @@ def test_versions(tokenizer):
         ("{{ messages[9].content }}", "cannot be rendered|has an answer twice"),
         ("{% if %}", "cannot be rendered"),
         ("{{ ''.__class__.__mro__ }}", "cannot be rendered|has an answer twice"),
+        ("{{ 1 / 0 }}", "cannot be rendered .division by zero"),
+        ("{% for i in range(10**6) %}{% endfor %}", "cannot be rendered .Range too big"),
+        ("{% macro more() %}{{ more() }}{% endmacro %}{{ more() }}", "cannot be rendered .maximum recursion depth"),
+        ("{% include '/etc/hostname' %}", "cannot be rendered .no loader"),
     ],
 )
 def test_templates_that_cannot_be_used(tmp_path, template, message):
@@ -290,3 +338,17 @@ def test_templates_by_name_and_answers_that_are_rewritten():
     assert template.conversation(["q", "a"]) == ("userq<e>assistanta<e>", [(17, 21)])
     with pytest.raises(ValueError, match="rewrites an answer"):
         template.conversation(["q", "axa"])
+
+
+@pytest.mark.parametrize("kept", ["m.content | trim", "' ' + m.content.lstrip()", "m.content.rstrip()", "m.content"])
+def test_answers_are_found_among_white_space(kept):
+    """Few are the places to look at: a data set may hold long runs of it."""
+    template = ChatTemplate("{% for m in messages %}{{ " + kept + " }}<e>{% endfor %}", {}, ["<e>"])
+    for blank in ("", " ", "\n \t", " \n" * 3000):
+        for core in ("a", "a\n b", ""):
+            answer = blank + core + blank
+            text, spans = template.conversation(["q", answer])
+            assert [text[start:end].split() for start, end in spans] == [text[text.index("q<e>") + 4 :].split()] * bool(
+                answer
+            )
+            assert sum(1 for _ in _trimmed(answer, text, spans[0][0] if spans else 0)) <= len(answer) + 1
