@@ -96,7 +96,7 @@ class ChatTemplate:
             at = next(
                 (
                     start + len(written)
-                    for written in _trimmed(answer)
+                    for written in _trimmed(answer, text, start)
                     if text.startswith(written + after, start)
                     and (not is_last or start + len(written + after) == len(text))
                 ),
@@ -109,7 +109,6 @@ class ChatTemplate:
 
     def _render(self, texts, **options):
         """(text, where the template marks what a model writes)."""
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -121,8 +120,9 @@ class ChatTemplate:
                 **self._names,
                 **options,
             )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template cannot be rendered ({' '.join(str(error).split())})") from error
+        except Exception as error:  # a template may raise whatever Python's operations do
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the chat template cannot be rendered ({said})") from error
         return text, marks
 
 
@@ -138,14 +138,19 @@ def read_chat_template(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _trimmed(answer):
-    """What templates make of an answer that trim white space, or some of it, at its ends; the longest first."""
-    core = answer.strip()
+def _trimmed(answer, text, start):
+    """What templates that trim white space, or some of it, at an answer's ends may have made of it; the longest first.
+
+    Args:
+        text, start: where the answer stands, with as much white space before it as the template left.
+    """
     left = len(answer) - len(answer.lstrip())
-    right = len(answer) - left - len(core)
-    for more in range(left, -1, -1):
-        for beyond in range(right, -1, -1):
-            yield answer[left - more : left + len(core) + beyond]
+    right = max(left, len(answer.rstrip()))
+    stands = text[start : start + left]
+    blank = len(stands) - len(stands.lstrip())
+    for begin in range(left + 1) if left == len(answer) else [left - blank]:
+        for end in range(len(answer), right - 1, -1):
+            yield answer[begin:end]
 
 
 def _common(one, other):
