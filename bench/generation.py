@@ -21,6 +21,7 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.inference.batching import Batcher, Request
 from fastvid.inference.generate import generate
+from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
@@ -30,7 +31,7 @@ WORDS = 24  # of a question
 
 
 def build(shape, dtype, device):
-    """The model, with seeded random weights."""
+    """The model, with seeded random weights, and the attention that `Chat` would have there."""
     config = DecoderConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -44,8 +45,12 @@ def build(shape, dtype, device):
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
     model = VideoLlava(
-        ModelConfig(config, shape.channels, "mlp2x_gelu", None, 0.02), trainable=Trainable(), precision=Precision(dtype)
+        ModelConfig(config, shape.channels, "mlp2x_gelu", None, 0.02),
+        trainable=Trainable(),
+        precision=Precision(dtype),
+        attention=settle_attention("auto", torch.device(device), dtype, *heads),
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -32,6 +32,7 @@ from fastvid.data.loader import Loader, evaluation_loader, training_loader
 from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
+from fastvid.model.attention import Attention
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import ModelConfig
 from fastvid.model.video_llava import VideoLlava
@@ -62,7 +63,7 @@ class Prepared(NamedTuple):
     model_config: ModelConfig
     loader: Loader
     evaluation: Loader | None
-    attention: str
+    attention: Attention
     plan: planning.Plan
 
 

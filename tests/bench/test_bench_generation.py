@@ -1,0 +1,26 @@
+"""The benchmark of generation: its model is what chat's is."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fastvid.model.attention import SDPA
+
+
+@pytest.fixture
+def generation(monkeypatch):
+    """bench/generation.py, which is run from its folder."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import generation
+
+    return generation
+
+
+def test_attention_is_settled_as_for_chat(generation, monkeypatch):
+    asked, settled = [], dataclasses.replace(SDPA, name="best of this machine")
+    monkeypatch.setattr(generation, "settle_attention", lambda *given: asked.append(given) or settled)
+    model = generation.build(generation.MODELS["tiny"], torch.bfloat16, "cpu")
+    assert {layer.attention for layer in model.decoder.layers} == {settled}
+    assert asked == [("auto", torch.device("cpu"), torch.bfloat16, 2, 2, 32)]
