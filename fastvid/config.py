@@ -6,15 +6,19 @@ reference has one. A number states its range where it is declared; every datacla
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastvid.policy import POLICIES, Policy, Trainable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
 
 
-def _flag(default, help, **metadata):
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field.
 
     Args:
@@ -28,12 +32,12 @@ def _flag(default, help, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def _steps(default, help, **metadata):
+def _steps(default: float, help: str, **metadata: Any) -> Any:
     """A field that counts steps: below 1, and above 0, it is a share of all steps."""
     return _flag(default, help + "; below 1: a share of all steps.", whole_from=1, **metadata)
 
 
-def range_fault(value, metadata) -> str | None:
+def range_fault(value: object, metadata: Mapping[str, Any]) -> str | None:
     """The range of a number, in words, if `value` lies outside of it.
 
     Whole numbers are at most `LARGEST` where nothing else is stated, and no number is nan or infinite.
@@ -64,10 +68,11 @@ def range_fault(value, metadata) -> str | None:
     return lower + upper + share
 
 
+@dataclass(frozen=True)
 class _Checked:
     """Numbers are checked against the ranges that their flags state, however the configuration is made."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for flag in dataclasses.fields(self):
             value = getattr(self, flag.name)
             numbers = value if isinstance(value, list | tuple) else [value]
@@ -76,12 +81,12 @@ class _Checked:
                     raise ValueError(f"--{flag.name} {number}: give {fault}")
 
 
-def older_names(config_class) -> dict[str, str]:
+def older_names(config_class: "type[DataclassInstance]") -> dict[str, str]:
     """{older name: name} of the flags of one of these dataclasses that had another."""
     return {flag.metadata["was"]: flag.name for flag in dataclasses.fields(config_class) if "was" in flag.metadata}
 
 
-def has_range(flag) -> bool:
+def has_range(flag: dataclasses.Field) -> bool:
     """Whether a field of these dataclasses is a number, or a list of numbers, whose range is checked."""
     return any(name in flag.metadata for name in ("at_least", "above", "at_most", "below"))
 
