@@ -21,16 +21,20 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch.distributed import ProcessGroup
 
 from fastvid.checkpoints import folders as checkpoint_folders
 from fastvid.checkpoints import shards
 from fastvid.checkpoints.folders import named, newest_valid
 from fastvid.checkpoints.host_copies import HostCopies
 from fastvid.dist.collective import gather, rank_and_size, together
-from fastvid.dist.sharding import LocalShard
-from fastvid.files import naming
+from fastvid.dist.sharding import Held, LocalShard
+from fastvid.files import StrPath, naming
 
 __all__ = [
     "Snapshot",
@@ -69,7 +73,13 @@ class Snapshot:
 
 
 def save(
-    output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None, process_group=None
+    output_dir: StrPath,
+    step: int,
+    *,
+    groups: Mapping[str, Mapping[str, Held]],
+    state: dict[str, Any],
+    total_limit: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Path:
     """Write ``checkpoint-<step>``; every rank calls it.
 
@@ -95,7 +105,13 @@ def save(
     return write(output_dir, step, taken, total_limit=total_limit, process_group=process_group)
 
 
-def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None = None, process_group=None) -> Snapshot:
+def snapshot(
+    groups: Mapping[str, Mapping[str, Held]],
+    state: dict[str, Any],
+    *,
+    copies: HostCopies | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Snapshot:
     """The first half of `save`: copies of what this rank will write. Arguments as `save`'s.
 
     Args:
@@ -118,7 +134,7 @@ def snapshot(groups: dict[str, dict], state: dict, *, copies: HostCopies | None 
         )
 
 
-def load_into(folder, group: str, targets: dict) -> None:
+def load_into(folder: StrPath, group: str, targets: Mapping[str, Held]) -> None:
     """Copy a group's saved values into `targets`, whatever the number of ranks that saved and that load.
 
     Each rank reads only the rows that it needs. Saved tensors that no target names are left alone. Nothing is
@@ -135,7 +151,7 @@ def load_into(folder, group: str, targets: dict) -> None:
     shards.load(_group_files(folder, group), targets)
 
 
-def read_full(folder, group: str) -> shards.WholeTensors:
+def read_full(folder: StrPath, group: str) -> shards.WholeTensors:
     """All tensors of a group, whole, each read when it is looked up.
 
     Raises:
@@ -144,7 +160,7 @@ def read_full(folder, group: str) -> shards.WholeTensors:
     return shards.WholeTensors(_group_files(folder, group))
 
 
-def read_state(folder) -> dict:
+def read_state(folder: StrPath) -> dict[str, Any]:
     """The `state` that was saved (as JSON has it: tuples are lists, keys are strings)."""
     path = Path(folder) / "state.json"
     with naming(path):
@@ -152,14 +168,14 @@ def read_state(folder) -> dict:
 
 
 def write(
-    output_dir,
+    output_dir: StrPath,
     step: int,
     snapshot: Snapshot,
     *,
     copies: HostCopies | None = None,
     total_limit: int | None = None,
-    process_group=None,
-    written_before=(),
+    process_group: ProcessGroup | None = None,
+    written_before: Collection[int] = (),
 ) -> Path:
     """The second half of `save`. Touches nothing that training changes: fit for another thread.
 
@@ -204,7 +220,7 @@ def write(
     return final
 
 
-def tidy(output_dir):
+def tidy(output_dir: Path) -> None:
     """Undo or finish what a save left that died. For the one run that writes to the folder."""
     for path in output_dir.glob(".checkpoint-*.replaced"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fastvid.checkpoints import checkpoint
-from fastvid.files import is_url, shown
+from fastvid.files import StrPath, is_url, shown
 
 _PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")  # in the order in which a folder is searched
 
 
-def checkpoint_folder(path) -> Path:
+def checkpoint_folder(path: StrPath) -> Path:
     """The checkpoint that `path` is, or the newest valid one in it; verified.
 
     Raises:
@@ -24,7 +24,7 @@ def checkpoint_folder(path) -> Path:
     return folder
 
 
-def projector_path(path, flag) -> Path:
+def projector_path(path: StrPath, flag: str) -> Path:
     """The projector file or checkpoint folder that a flag means: of an --output_dir what training left at its end.
 
     A checkpoint is verified.

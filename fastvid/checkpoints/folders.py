@@ -12,11 +12,13 @@ import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 from safetensors import SafetensorError, safe_open
+from torch.distributed import ProcessGroup
 
 from fastvid.dist.collective import gather, rank_and_size, together
-from fastvid.files import naming, shown, wrong_content
+from fastvid.files import StrPath, naming, shown, wrong_content
 
 log = logging.getLogger("fastvid")
 
@@ -25,7 +27,14 @@ _OURS = re.compile(r"checksums\.json|state\.json|(model|optimizer)-00000-of-\d{5
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
-def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
+class FileEntry(TypedDict):
+    """What checksums.json says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def newest_valid(output_dir: StrPath, *, process_group: ProcessGroup | None = None, alone: bool = False) -> Path | None:
     """The checkpoint of the highest number whose files are all as they were written; None where there are none.
 
     Under torch.distributed every rank calls it: each verifies a part of the files, and all get the same answer. Rank 0
@@ -40,7 +49,9 @@ def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
         ValueError: on every rank; there are checkpoints, and none of them is valid. Names each, and why.
         OSError: on every rank, when rank 0 cannot read the folder.
     """
-    output_dir, candidates, foreign = Path(output_dir), None, []
+    output_dir = Path(output_dir)
+    candidates: list[int] = []
+    foreign: list[int] = []
     rank, size = (0, 1) if alone else rank_and_size(process_group)
     with contextlib.nullcontext() if alone else together(process_group):
         if rank == 0:
@@ -54,7 +65,7 @@ def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
             ", ".join(f"checkpoint-{step}" for step in foreign),
             output_dir,
         )
-    faults = {}
+    faults: dict[Path, str] = {}
     for step in (step for step in candidates if step not in foreign):
         path = output_dir / f"checkpoint-{step}"
         found = [fault(path, rank, size)] if alone else gather(fault(path, rank, size), process_group)
@@ -71,7 +82,7 @@ def newest_valid(output_dir, *, process_group=None, alone=False) -> Path | None:
     return None
 
 
-def named(path) -> Path | None:
+def named(path: StrPath) -> Path | None:
     """The checkpoint folder that a user names, verified, or the newest valid one in it; None if it is neither.
 
     Each process verifies for itself.
@@ -92,13 +103,13 @@ def named(path) -> Path | None:
     return path
 
 
-def steps(output_dir) -> list[int]:
+def steps(output_dir: StrPath) -> list[int]:
     """Numbers of all that is called checkpoint-N, whatever it is."""
     names = os.listdir(output_dir) if Path(output_dir).is_dir() else []
     return [int(match[1]) for match in map(re.compile(r"checkpoint-(0|[1-9]\d*)").fullmatch, names) if match]
 
 
-def is_foreign(path) -> bool:
+def is_foreign(path: StrPath) -> bool:
     """Whether fastvid did not write this: it is a file, or a folder as Hugging Face's Trainer leaves them."""
     try:
         names = os.listdir(path)
@@ -109,7 +120,7 @@ def is_foreign(path) -> bool:
     return bool(names) and not any(map(_OURS.fullmatch, names))
 
 
-def is_whole(path) -> bool:
+def is_whole(path: StrPath) -> bool:
     """Whether this is a checkpoint of ours and no file of it is missing or cut short. Contents are not looked at."""
     try:
         _check_files(Path(path), read_checksums(path))
@@ -118,7 +129,7 @@ def is_whole(path) -> bool:
     return True
 
 
-def fault(folder, rank=0, world_size=1) -> str | None:
+def fault(folder: StrPath, rank: int = 0, world_size: int = 1) -> str | None:
     """Why a checkpoint is not valid, or None. Of `world_size` ranks that share the hashing this one is `rank`."""
     folder = Path(folder)
     try:
@@ -139,13 +150,13 @@ def fault(folder, rank=0, world_size=1) -> str | None:
     return None
 
 
-def measure(path) -> dict:
+def measure(path: StrPath) -> FileEntry:
     """{"bytes", "sha256"} of a file."""
     with naming(path), open(path, "rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def read_checksums(folder) -> dict:
+def read_checksums(folder: StrPath) -> dict[str, FileEntry]:
     """{file name: {"bytes", "sha256"}} of a checkpoint folder. The names come from a file: look them up, never join.
 
     Raises:

@@ -1,11 +1,15 @@
 """Copies of tensors in host memory that is used again from one time to the next; a GPU's are made while it computes."""
 
 import logging
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("fastvid")
+
+K = TypeVar("K", bound=Hashable)
 
 # torch rounds page-locked memory up to a power of two, so it is taken in blocks of one.
 BLOCK_BYTES = 2**30
@@ -20,10 +24,11 @@ class HostCopies:
     """
 
     def __init__(self):
-        self._copies = {}
-        self._stream = self._copied = None
+        self._copies: dict[Any, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.Event | None = None
 
-    def take(self, tensors: dict) -> dict:
+    def take(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
         """{key: copy of the tensor}, contiguous, in the memory of the copies before if their shapes and dtypes
         agree."""
         device = _gpu_of(tensors)
@@ -45,7 +50,7 @@ class HostCopies:
 
     def hold(self) -> None:
         """What this thread gives the GPU from now on begins when the copies are made. The host waits for nothing."""
-        if self._copied is not None:
+        if self._stream is not None and self._copied is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
 
     def wait(self) -> None:

@@ -5,14 +5,20 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.host_copies import HostCopies
 from fastvid.dist.collective import gather, rank_and_size
+from fastvid.dist.sharding import Held
+from fastvid.files import StrPath
 
 log = logging.getLogger("fastvid")
 
@@ -35,14 +41,26 @@ class Saver:
     """
 
     def __init__(self):
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        self._group: ProcessGroup | None = None
+        if dist.is_initialized():
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            assert isinstance(group, ProcessGroup), "all ranks are in it"
+            self._group = group
         self._copies = HostCopies()
-        self._thread = self._error = None
-        self._written, self._last = set(), None  # steps
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._written: set[int] = set()  # steps
+        self._last: int | None = None
         self.failed = False
 
     def save(
-        self, output_dir, step: int, *, groups: dict[str, dict], state: dict, total_limit: int | None = None
+        self,
+        output_dir: StrPath,
+        step: int,
+        *,
+        groups: Mapping[str, Mapping[str, Held]],
+        state: dict[str, Any],
+        total_limit: int | None = None,
     ) -> None:
         """Copy the tensors to the host and begin to write ``checkpoint-<step>``; arguments as `checkpoint.save`'s.
 
@@ -121,10 +139,12 @@ class Saver:
         except Exception as error:
             return error
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None:
             self.wait()
             return

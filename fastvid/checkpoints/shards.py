@@ -7,19 +7,21 @@ is ever cut. Nothing is ever unpickled.
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvid.dist.sharding import LocalShard, held_part
-from fastvid.files import naming
+from fastvid.dist.sharding import Held, LocalShard, held_part
+from fastvid.files import StrPath, naming
 
 
-def written_parts(tensors: dict) -> dict[str, LocalShard]:
+def written_parts(tensors: Mapping[str, Held]) -> dict[str, LocalShard]:
     """What this rank writes of ``{name: Tensor | DTensor | LocalShard}``, sharing its storage.
 
     An empty piece is kept only where its tensor begins, so that a tensor without rows keeps its name.
@@ -33,7 +35,7 @@ def written_parts(tensors: dict) -> dict[str, LocalShard]:
 
 
 @contextlib.contextmanager
-def naming_tensors(path):
+def naming_tensors(path: StrPath) -> Iterator[None]:
     """`files.naming`, for the errors of safetensors too, which are OSErrors then."""
     try:
         with naming(path):
@@ -42,7 +44,7 @@ def naming_tensors(path):
         raise OSError(f"{path}: {error}") from error
 
 
-def write(path, shards: dict[str, LocalShard], mark: dict[str, str] | None = None) -> None:
+def write(path: Path, shards: dict[str, LocalShard], mark: dict[str, str] | None = None) -> None:
     """Write a snapshot to one safetensors file, as readable for others as its folder is; `mark` joins its metadata."""
     places = {
         name: {"shape": shard.shape, "offset": shard.offset}
@@ -57,7 +59,7 @@ def write(path, shards: dict[str, LocalShard], mark: dict[str, str] | None = Non
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
 
 
-def load(paths: list, targets: dict) -> None:
+def load(paths: list[Path], targets: Mapping[str, Held]) -> None:
     """Copy into `targets` the values that the files `paths` hold together, reading only the rows needed.
 
     Tensors that no target names are left alone. Nothing is copied unless everything fits; bf16 fits into fp32.
@@ -98,7 +100,7 @@ def load(paths: list, targets: dict) -> None:
             destination.copy_(view[rows])
 
 
-class WholeTensors(Mapping):
+class WholeTensors(Mapping[str, Tensor]):
     """{name: whole tensor} that files hold together, on the CPU, in the dtypes that they were saved in.
 
     A tensor is put together when it is looked up; of one file it is a view of that, mapped into memory.
@@ -113,22 +115,22 @@ class WholeTensors(Mapping):
         ValueError: a damaged file; a tensor that is incomplete.
     """
 
-    def __init__(self, paths: list):
+    def __init__(self, paths: list[Path]):
         self._paths, self._files = paths, contextlib.ExitStack()  # open for as long as this lives
         self._index = _index(paths, self._files)
         self.shapes = {name: pieces[0].shape for name, pieces in self._index.items()}
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Tensor:
         rows = [piece.view[...] for piece in self._index[name]]
         tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
         if tensor.shape != self.shapes[name]:
             raise ValueError(f"{self._paths[0].parent}: {name} is incomplete: files of some ranks are missing")
         return tensor
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._index)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._index)
 
 
@@ -136,7 +138,7 @@ class WholeTensors(Mapping):
 class _Piece:
     """One file's rows of a tensor: `rows` from `offset` of a tensor of `shape`; `view` reads them."""
 
-    view: object
+    view: Any  # safetensors has no type for it
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int

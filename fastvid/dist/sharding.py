@@ -27,7 +27,10 @@ class LocalShard:
     offset: int
 
 
-def held_part(tensor: Tensor | LocalShard) -> tuple[LocalShard, bool]:
+Held = Tensor | LocalShard  # what `held_part` takes; a DTensor is a Tensor
+
+
+def held_part(tensor: Held) -> tuple[LocalShard, bool]:
     """What this rank holds of `tensor`, sharing its storage, and whether this rank is the one that writes it.
 
     Args:
