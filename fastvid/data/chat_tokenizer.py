@@ -50,7 +50,7 @@ class ChatTokenizer:
         use_start_end = None not in (known[START], known[END]) if use_start_end is None else use_start_end
         used = (PATCH, START, END) if use_start_end else (PATCH,)
         self._add(used)
-        video = {token: self._tokenizer.token_to_id(token) for token in used}
+        video = {token: self._id(token) for token in used}
         self._unused = {token: i for token, i in known.items() if i is not None and token not in used}
         self.tokens = VideoTokens(
             video[PATCH],
@@ -66,12 +66,17 @@ class ChatTokenizer:
             raise ValueError(
                 f"{folder}/tokenizer_config.json names no eos_token of tokenizer.json; copy the model's folder again"
             )
-        turn_end = self._tokenizer.token_to_id(self.template.turn_end)
-        self.stops = tuple(dict.fromkeys((turn_end, self.eos)))
+        self.stops = tuple(dict.fromkeys((self._id(self.template.turn_end), self.eos)))
         controls = {token.content for token in added.values() if token.special} | {self.template.turn_end}
         self._controls = sorted(controls - {PATCH, START, END, VIDEO}, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, self._controls)))
         self._renamed = None  # `_Renamed`, once a text writes out a special token
+
+    def _id(self, token):
+        """Of a token that is there."""
+        number = self._tokenizer.token_to_id(token)
+        assert number is not None, f"{token} is a token of this tokenizer"
+        return number
 
     def _add(self, tokens):
         from tokenizers import AddedToken

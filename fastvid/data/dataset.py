@@ -4,17 +4,23 @@ Dimensions: R rows of one video, C channels of the vision tower.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvid import provenance
+from fastvid.config import TrainConfig
 from fastvid.data.annotations import Remarks, examine_file
-from fastvid.data.conversation import TRAINING_TEMPLATES, encode_sample, settled_version
+from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
 from fastvid.data.records import place
 from fastvid.data.styles import record_videos
+from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.data.video_tokens import VideoRows
-from fastvid.files import shown
+from fastvid.features.folder import FeatureFolder
+from fastvid.files import StrPath, shown
 
 log = logging.getLogger("fastvid")
 
@@ -42,16 +48,23 @@ class SampleSet:
 
     HEADERS = 64  # feature files whose headers are looked at before the first step, spread over the set
 
-    def __init__(self, paths, tokenizer, features, config):
+    def __init__(
+        self, paths: Iterable[StrPath], tokenizer: ModelTokenizer, features: FeatureFolder | None, config: TrainConfig
+    ):
         self.tokenizer, self.features, self.config = tokenizer, features, config
-        self.paths, self.records, self.counts, self.remarks = list(paths), [], [], Remarks()
-        self._numbers, bad, found_before = [], [], set()
+        self.paths, self.remarks = list(paths), Remarks()
+        self.records: list[dict[str, Any]] = []
+        self.counts: list[int] = []
+        self._numbers: list[int] = []
+        bad: list[str] = []
+        found_before: set[str] = set()
         for path in self.paths:
             before = len(self.records)
             for number, found in enumerate(examine_file(path, config)):
                 if reason := found.fault.text if found.fault else self._missing_feature(found.record, found_before):
                     bad.append(f"{place(path, number)}: {reason}")
                     continue
+                assert found.record is not None, "what has no fault is a record"
                 self.records.append(found.record)
                 self._numbers.append(number)
                 self.remarks.add(found.remarks, path, number)
@@ -76,11 +89,17 @@ class SampleSet:
         )
 
     @property
-    def channels(self):
+    def _folder(self):
+        """`features`, for the videos that records name: without a folder `_missing_feature` refuses such records."""
+        assert self.features is not None
+        return self.features
+
+    @property
+    def channels(self) -> int:
         """C of all features: those of the first, or the model's since `fit`; 0 where neither is known."""
         return self.rows_of.channels
 
-    def fit(self, channels, required=None):
+    def fit(self, channels: int, required: int | None = None) -> None:
         """Take features of the model's `channels` only, and check the first video's, before any step is made.
 
         Args:
@@ -96,7 +115,7 @@ class SampleSet:
             self.rows_of(self.rows_of.first[0])
         self._look_at_headers(log)
 
-    def look_again(self):
+    def look_again(self) -> provenance.Provenance:
         """`provenance`, also of the features that were made since it was noted."""
         if self._unmade:
             self._look_at_headers(None)
@@ -108,8 +127,8 @@ class SampleSet:
         self._unmade = False
         for name in names[:: max(1, len(names) // self.HEADERS)]:
             try:
-                looked_at.append((self.features.shape(name)[0], self.features.header(name)))
-                self._unmade |= not self.features.is_made(name)
+                looked_at.append((self._folder.shape(name)[0], self._folder.header(name)))
+                self._unmade |= not self._folder.is_made(name)
             except (ValueError, OSError):  # reported where the record is used
                 continue
         found, towers = provenance.of_features(looked_at)
@@ -143,7 +162,7 @@ class SampleSet:
             found, conv_mode=prompt.conv_mode, question_order=prompt.question_order, use_start_end=prompt.use_start_end
         )
 
-    def check_some(self, limit=64):
+    def check_some(self, limit: int = 64) -> None:
         """Look at some samples spread over the set.
 
         Raises:
@@ -156,7 +175,7 @@ class SampleSet:
                 f"{samples[0].refused}"
             )
 
-    def name(self, index) -> str:
+    def name(self, index: int) -> str:
         """How messages name a sample: its id, and its record in its file."""
         first = 0
         for path, count in zip(self.paths, self.counts):
@@ -187,11 +206,11 @@ class SampleSet:
             raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
         log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def encode(self, index):
-        """Tokens of one sample; `fastvid.data.conversation.EncodedSample`."""
+    def encode(self, index: int) -> EncodedSample:
+        """Tokens of one sample."""
         config = self.config
         return encode_sample(
             self.records[index],
@@ -204,7 +223,9 @@ class SampleSet:
             question_order=config.question_order,
         )
 
-    def read(self, index, loaded=None, *, values=True):
+    def read(
+        self, index: int, loaded: dict[str, Tensor] | None = None, *, values: bool = True
+    ) -> tuple[EncodedSample, list[Tensor]]:
         """Tokens and features of one sample.
 
         Args:
@@ -225,14 +246,14 @@ class SampleSet:
             if name in loaded:
                 continue
             if values:
-                self.features.await_made(name)
+                self._folder.await_made(name)
             try:
-                features, header = (self.features.load if values else self.features.stand_in)(name)
+                features, header = (self._folder.load if values else self._folder.stand_in)(name)
             except (ValueError, OSError) as error:
                 raise SampleSkipped(str(error)) from error
-            if tuple(features.shape) != self.features.shape(name):
+            if tuple(features.shape) != self._folder.shape(name):
                 raise SampleSkipped(
-                    f"{self.features.resolve(name)} was {list(self.features.shape(name))} when this "
+                    f"{self._folder.resolve(name)} was {list(self._folder.shape(name))} when this "
                     f"run first looked, is {list(features.shape)} now; start the run again"
                 )
             made, expected = provenance.Provenance.of_header(header), self.provenance.tower_revision
@@ -256,6 +277,6 @@ class SampleSet:
                     ],
                 )
             loaded[name] = features
-        if any(self.features.dtype(name) == torch.float64 for name in sample.videos):
+        if any(self._folder.dtype(name) == torch.float64 for name in sample.videos):
             sample = replace(sample, remarks=[*sample.remarks, "its features are float64: rounded to float32"])
         return sample, [loaded[name] for name in sample.videos]

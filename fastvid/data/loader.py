@@ -7,21 +7,30 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from fastvid.data.conversation import system_prefix
+from torch import Tensor
+
+from fastvid.batch import PackedBatch
+from fastvid.config import TrainConfig
+from fastvid.data.conversation import EncodedSample, system_prefix
 from fastvid.data.dataset import SampleSet, SampleSkipped
 from fastvid.data.lengths import measure
 from fastvid.data.order.reference import ReferenceOrder
-from fastvid.data.order.rows import RowOrder
+from fastvid.data.order.rows import RowOrder, SampleRows
 from fastvid.data.order.stream import EvaluationOrder, StreamOrder, epoch_length
 from fastvid.data.packing import pack
 from fastvid.data.prefetch import Ahead, Stopped
 from fastvid.data.sharing import Groups
 from fastvid.data.styles import record_videos
+from fastvid.dist.parallel import World
 
 log = logging.getLogger("fastvid")
+
+TrainingOrder = ReferenceOrder | RowOrder | StreamOrder
+Order = TypeVar("Order", bound=TrainingOrder | EvaluationOrder)
 
 
 class Skipped(NamedTuple):
@@ -38,7 +47,7 @@ class Remarked(NamedTuple):
     remarks: list[str]
 
 
-class Loader:
+class Loader(Generic[Order]):
     """Packed batches by step, read ahead in processes.
 
     Args:
@@ -58,27 +67,40 @@ class Loader:
 
     MESSAGES = 10  # skipped samples and remarks told one by one; the rest are only counted
 
-    def __init__(self, samples, order, *, workers=2, pin=False, packing=None):
+    def __init__(
+        self,
+        samples: SampleSet,
+        order: Order,
+        *,
+        workers: int = 2,
+        pin: bool = False,
+        packing: dict[str, Any] | None = None,
+    ):
         self.samples, self.order, self.pin, self.packing = samples, order, pin, packing or {}
         self.prefix = self.packing.get("prefix", ()) if self.packing.get("frozen") else ()
-        self.drawn, self.skipped, self.validation = 0, 0, None
-        self.unusable, self.remarks = set(), {}
+        self.drawn = self.skipped = 0
+        self.validation: Loader[EvaluationOrder] | None = None
+        self.unusable: set[int] = set()
+        self.remarks: dict[str, set[int]] = {}
         self._ahead = Ahead(self.read, workers, pin=pin)
 
-    def begin(self):
+    def begin(self) -> None:
         """Have features that are not made yet begin to be made, some time before the first step."""
         if self.samples.features is not None:
             self.samples.features.begin(self._videos(0))
 
-    def read(self, step, *, values=True):
+    def read(self, step: int, *, values: bool = True) -> tuple[list[PackedBatch], list[Skipped | Remarked]]:
         """This rank's packed micro-batches of one step, and a list of the `Skipped` and `Remarked` samples in them.
 
         Args:
             values: False where only the batches' sizes matter.
         """
-        samples, batches, odd = self.samples, [], []
+        samples = self.samples
+        batches: list[PackedBatch] = []
+        odd: list[Skipped | Remarked] = []
         for indices in self.order.micro_batches(step):
-            usable, loaded = [], {}
+            usable: list[tuple[EncodedSample, list[Tensor]]] = []
+            loaded: dict[str, Tensor] = {}
             for index in indices:
                 try:
                     usable.append(samples.read(index, loaded, values=values))
@@ -92,7 +114,9 @@ class Loader:
             batches.append(pack(usable, samples.tokenizer.tokens, samples.channels, **self.packing))
         return batches, odd
 
-    def iterate(self, first_step=0, stopped=lambda: False):
+    def iterate(
+        self, first_step: int = 0, stopped: Callable[[], object] = lambda: False
+    ) -> Generator[tuple[list[PackedBatch] | None, float]]:
         """Yield (micro-batches, seconds waited for them) of each step up to the order's end.
 
         Each skipped sample and each kind of remark is named once.
@@ -129,13 +153,14 @@ class Loader:
         if self.validation is not None:
             yield from self.validation._videos(0)
 
-    def account(self, world) -> tuple[list[str], str]:
+    def account(self, world: World) -> tuple[list[str], str]:
         """What became of the samples of all ranks since this process began; every rank calls it.
 
         Returns:
             (one line for each kind of remark, how many samples were skipped)
         """
-        unusable, remarks = set(), {}
+        unusable: set[int] = set()
+        remarks: dict[str, set[int]] = {}
         for theirs, made in world.gather_objects((self.unusable, self.remarks)):
             unusable |= theirs
             for remark, indices in made.items():
@@ -158,7 +183,7 @@ class Loader:
             self.remarks.setdefault(remark, set()).add(index)
 
 
-def training_loader(config, samples, world):
+def training_loader(config: TrainConfig, samples: SampleSet, world: World) -> Loader[TrainingOrder]:
     """The batches of a training run.
 
     Args:
@@ -197,7 +222,7 @@ def training_loader(config, samples, world):
     )
 
 
-def evaluation_loader(config, training, world):
+def evaluation_loader(config: TrainConfig, training: Loader[TrainingOrder], world: World) -> Loader[EvaluationOrder]:
     """The batches of the validation set, packed as those of `training`, the training run's `Loader`.
 
     Raises:
@@ -207,13 +232,21 @@ def evaluation_loader(config, training, world):
     samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
     samples.fit(trained.channels, trained.rows_of.required)
     order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
-    training.validation = Loader(
-        samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing
-    )
-    return training.validation
+    loader = Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing)
+    training.validation = loader
+    return loader
 
 
-def training_order(config, counts, rank, size, *, groups=None, measure=None, name=None):
+def training_order(
+    config: TrainConfig,
+    counts: Sequence[int],
+    rank: int,
+    size: int,
+    *,
+    groups: Groups | None = None,
+    measure: Callable[[], SampleRows] | None = None,
+    name: Callable[[int], str] | None = None,
+) -> TrainingOrder:
     """The order of a training run.
 
     Args:
@@ -237,7 +270,7 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
         _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
         raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
-    run = dict(
+    run: dict[str, Any] = dict(
         epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         rank=rank,
@@ -249,6 +282,7 @@ def training_order(config, counts, rank, size, *, groups=None, measure=None, nam
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
     run |= dict(counts=tuple(counts), weights=weights)
     if config.tokens_per_batch:
+        assert measure is not None, "batches of so many tokens need the samples' rows"
         return RowOrder(rows=measure(), budget=config.tokens_per_batch, name=name, **run)
     return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
 

@@ -12,16 +12,28 @@ Dimensions: N packed rows, R rows of one video, C channels of the vision tower.
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.batch import AttentionLayout, PackedBatch, VideoTokens
+from fastvid.data.conversation import EncodedSample
 
 
-def pack(samples, tokens, channels, *, prefix=(), frozen=False, share=False):
+def pack(
+    samples: Sequence[tuple[EncodedSample, list[Tensor]]],
+    tokens: VideoTokens,
+    channels: int,
+    *,
+    prefix: Sequence[int] = (),
+    frozen: bool = False,
+    share: bool = False,
+) -> PackedBatch:
     """Lay samples end to end.
 
     Args:
@@ -91,11 +103,11 @@ class _Piece:
     ids: np.ndarray
     first: int
     parent: "_Piece | None"
-    videos: list
+    videos: list[Tensor]
     frozen: bool
     row: int = 0
 
-    def lineage(self):
+    def lineage(self) -> "list[_Piece]":
         """Its ancestors, the earliest first, and itself."""
         return [*self.parent.lineage(), self] if self.parent else [self]
 
@@ -111,7 +123,15 @@ class Chain:
         shareable: ends of what it may have in common with others, ascending.
     """
 
-    def __init__(self, sample, tokens, *, prefix=(), frozen=False, share=False):
+    def __init__(
+        self,
+        sample: EncodedSample,
+        tokens: VideoTokens,
+        *,
+        prefix: Sequence[int] = (),
+        frozen: bool = False,
+        share: bool = False,
+    ):
         self.sample = sample
         self.ids = np.asarray(sample.token_ids, dtype=np.int64)
         self.patches = np.flatnonzero(self.ids == tokens.patch)
@@ -125,20 +145,20 @@ class Chain:
         self.shareable = [end for end in (system, self.video_end) if share and self.kept < end <= latest]
 
     @property
-    def rows(self):
+    def rows(self) -> tuple[int, int]:
         """(rows that it alone needs, rows of the video that it may share); those of a shared system prompt are
         neither."""
         *before, last = [0, self.kept, *self.shareable]
         return len(self.ids) - last, last - max(before) if last == self.video_end else 0
 
-    def pieces(self, shared):
+    def pieces(self, shared: Iterable[int]) -> Iterator[tuple[int, int, bool, bool]]:
         """(first, end, whether it holds the videos, whether it is frozen) of each piece, cut at `shared` and where
         due."""
         cuts = {self.kept, len(self.ids), *shared, *([self.live] if self.live > self.kept else [])}
         for first, end in pairwise(sorted(cuts)):
             yield first, end, first < self.video_end <= end, end <= self.live
 
-    def beginning(self, end):
+    def beginning(self, end: int) -> tuple[bytes, tuple[str, ...]]:
         """What the rows before `end` are computed from."""
         return self.ids[:end].tobytes(), tuple(self.sample.videos) if self.video_end <= end else ()
 
@@ -197,7 +217,7 @@ def _supervised(chains, leaves):
     return torch.from_numpy(rows[order]), torch.from_numpy(targets[order])
 
 
-def ranges(starts, sizes):
+def ranges(starts: ArrayLike, sizes: ArrayLike) -> np.ndarray:
     """[start, start + size) of each, one after the other; int64."""
-    starts, sizes = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, sizes))
-    return np.arange(sizes.sum()) + np.repeat(starts - sizes.cumsum() + sizes, sizes)
+    firsts, lengths = (np.asarray(numbers, dtype=np.int64) for numbers in (starts, sizes))
+    return np.arange(lengths.sum()) + np.repeat(firsts - lengths.cumsum() + lengths, lengths)

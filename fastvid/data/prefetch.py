@@ -14,14 +14,18 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.reduction import DupFd
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
 log = logging.getLogger("fastvid")
+
+R = TypeVar("R")
 
 AHEAD = 2  # steps that each process is ahead
 _LARGE = 1 << 20  # bytes from which on a tensor is not pickled but laid beside the pickle
@@ -49,7 +53,7 @@ class _Calls(Dataset):
             return _Failure(error)
 
 
-class Ahead:
+class Ahead(Generic[R]):
     """Calls a function in processes ahead of the one who waits for its results.
 
     Args:
@@ -58,8 +62,9 @@ class Ahead:
         pin: have large tensors in page-locked memory.
     """
 
-    def __init__(self, function, processes, *, pin=False):
-        self.function, self.processes, self._numbers = function, processes, []
+    def __init__(self, function: Callable[[int], R], processes: int, *, pin: bool = False):
+        self.function, self.processes = function, processes
+        self._numbers: list[int] = []
         self._loader = (
             None
             if not processes
@@ -78,7 +83,7 @@ class Ahead:
             )
         )  # a draw from the global one would depend on the number of processes
 
-    def map(self, numbers, stopped=lambda: False):
+    def map(self, numbers: Iterable[int], stopped: Callable[[], object] = lambda: False) -> Generator[R]:
         """Yield `function` of each of `numbers`, in order; the processes live until the last, or until the caller ends
         it.
 
@@ -93,7 +98,7 @@ class Ahead:
             yield from map(self.function, numbers)
             return
         self._numbers[:] = numbers
-        results = self._start()
+        results = self._start(self._loader)
         try:
             for _ in range(len(self._numbers)):
                 parcel = _next(results, stopped)
@@ -107,10 +112,11 @@ class Ahead:
             # exit, which would wait for processes that heed no signal.
             _end(results)
 
-    def _start(self):
+    @staticmethod
+    def _start(loader):
         try:
             _Fork().Queue().close()  # torch prints a traceback of its own where it fails to make one
-            results = iter(self._loader)
+            results = iter(loader)
         except OSError as error:
             raise ChildProcessError(
                 f"no process to read data with can be started ({error}){_about_shared_memory(error)}; "
@@ -128,6 +134,8 @@ class _ForkedProcess(ForkProcess):
     Up to Python 3.11 a child waits for ever, inside of fork, for the interpreter's list of threads, when another thread
     of its parent was just entering it. So do threads of gloo, which take the interpreter's lock to let go of a tensor.
     """
+
+    begun: int  # descriptor that the process writes to when it runs
 
     @staticmethod
     def _Popen(process):
@@ -370,5 +378,6 @@ def _live_with_the_job(worker):
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # torch's own check comes seconds late
+    # torch's own check comes seconds late. Its C++ adds the function to the module.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
     gc.enable()

@@ -6,6 +6,7 @@ in tokenizer_config.json.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from fastvid.files import naming, read_json_object
 
@@ -42,9 +43,10 @@ class ChatTemplate:
         self._lead = 0
         text, [(start, end)] = self.conversation(["a", "b"])
         answer = text[start:end].rstrip()
-        self.turn_end = next((token for token in longest_first if answer.endswith(token)), None)
-        if self.turn_end is None:
+        turn_end = next((token for token in longest_first if answer.endswith(token)), None)
+        if turn_end is None:
             raise ValueError(f"the chat template ends an answer with {text[end:]!r}, which is no special token")
+        self.turn_end = turn_end
         asked = self.question(["a"])
         if not self._marked and text.startswith(asked) and text[len(asked) : start].isspace():
             self._lead = start - len(asked)  # a space between a prompt and its answer is the model's to write
@@ -107,7 +109,7 @@ class ChatTemplate:
             spans.append((start, at))
         return spans
 
-    def _render(self, texts, **options):
+    def _render(self, texts, **options) -> tuple[str, Any]:
         """(text, where the template marks what a model writes)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -141,7 +141,7 @@ class FeatureFolder:
         """Called some time before `made_ahead`, with the same names."""
 
     @contextlib.contextmanager
-    def made_ahead(self, names: Iterable[str], stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def made_ahead(self, names: Iterable[str], stopped: Callable[[], object] = lambda: False) -> Iterator[None]:
         """Entered while samples that need the videos `names`, in this order, are read."""
         yield
 

@@ -77,7 +77,7 @@ class Encoder:
             except BrokenPipeError:  # it is dead, or has done all: who waits sees which
                 return
 
-    def wait(self, number: int, stopped: Callable[[], bool] = lambda: False) -> None:
+    def wait(self, number: int, stopped: Callable[[], object] = lambda: False) -> None:
         """Return once a video is finished. Forked processes may call this, too.
 
         Args:

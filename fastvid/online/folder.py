@@ -259,7 +259,7 @@ class OnlineFeatures(FeatureFolder):
             self._encoder.wait(self._numbers[path], self._stopped)
 
     @contextlib.contextmanager
-    def made_ahead(self, names: Iterable[str], stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def made_ahead(self, names: Iterable[str], stopped: Callable[[], object] = lambda: False) -> Iterator[None]:
         """Within this context features are made, in the order in which `names` come; several may be nested.
 
         Args:
