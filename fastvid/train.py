@@ -15,6 +15,7 @@ import gc
 import logging
 import math
 import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,14 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastvid import callable_command, signals
+from fastvid.batch import PackedBatch
 from fastvid.checkpoints.find import projector_path
 from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
 from fastvid.data.conversation import settled_version
 from fastvid.data.dataset import SampleSet
-from fastvid.data.loader import Loader, evaluation_loader, training_loader
+from fastvid.data.loader import Loader, TrainingOrder, evaluation_loader, training_loader
+from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.flags import parse
@@ -61,17 +64,16 @@ class Prepared(NamedTuple):
     config: TrainConfig
     tokenizer: ModelTokenizer
     model_config: ModelConfig
-    loader: Loader
-    evaluation: Loader | None
+    loader: Loader[TrainingOrder]
+    evaluation: Loader[EvaluationOrder] | None
     attention: Attention
     plan: planning.Plan
 
 
-def prepare(config, world):
+def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     """Check the flags, read the data, and plan; say what the run consists of.
 
     Args:
-        config: `TrainConfig`.
         world: `parallel.start()`.
 
     Raises:
@@ -112,11 +114,10 @@ def prepare(config, world):
     return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
 
 
-def build(config, world):
+def build(config: TrainConfig, world: parallel.World) -> TrainState:
     """Set up a run: data, model, optimizer, loader; weights loaded and sharded, nothing resumed yet.
 
     Args:
-        config: `TrainConfig`.
         world: `parallel.start()`.
 
     Raises:
@@ -170,7 +171,7 @@ def build(config, world):
     )
 
 
-def train_step(state, batches, waited=0.0):
+def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: float = 0.0) -> StepResult | None:
     """One optimizer step.
 
     Args:
@@ -178,7 +179,7 @@ def train_step(state, batches, waited=0.0):
         waited: seconds that it waited for them.
 
     Returns:
-        `StepResult`; no number in it has waited for the device. None, and no rank makes the step, where a rank has no
+        No number in it has waited for the device. None, and no rank makes the step, where a rank has no
         batches, or has seen that a checkpoint could not be written.
     """
     config, world = state.config, state.world
@@ -187,7 +188,7 @@ def train_step(state, batches, waited=0.0):
     *counts, drawn, skipped, waited, halted, stop = world.sum_on_host(
         [*mine, state.loader.drawn, state.loader.skipped, waited, halted, state.stop_signal]
     )
-    if halted:
+    if batches is None or halted:
         return None
     counts = flops.StepCounts(*map(int, counts))
     loss = torch.zeros((), device=world.device)
@@ -220,16 +221,18 @@ def train_step(state, batches, waited=0.0):
 
 
 @torch.no_grad()
-def evaluate(state):
+def evaluate(state: TrainState) -> float | None:
     """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token.
 
     None where a rank is to stop: who sends SIGTERM does not wait for the rest.
     """
     world = state.world
+    assert state.evaluation is not None
     total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
     with contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
         for batches, _ in steps:
-            if world.sum_on_host([state.stop_signal or batches is None])[0]:
+            halted = world.sum_on_host([state.stop_signal or batches is None])[0]
+            if batches is None or halted:
                 return None
             for batch in state.staging.copies(batches):
                 total += state.model(batch)
@@ -239,7 +242,7 @@ def evaluate(state):
     return total / supervised if supervised else math.nan
 
 
-def loop(state):
+def loop(state: TrainState) -> int:
     """The steps of a run, with logging, validation and saving.
 
     Returns:
@@ -328,7 +331,7 @@ def loop(state):
     return 0
 
 
-def train(config):
+def train(config: TrainConfig) -> int:
     """Run a training job; returns `loop`'s exit code."""
     heartbeat.show_stacks()
     world = parallel.start(config.ddp_timeout)
@@ -348,7 +351,7 @@ def train(config):
     return code
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command ``train``."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)

@@ -7,13 +7,16 @@ same bits on any number of ranks.
 import hashlib
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from fastvid_kernels.adamw8bit_step import BLOCK_SIZE, adamw8bit_step
 from fastvid_kernels.adamw_step import round_to_bf16
 from torch import Tensor
 
+from fastvid.config import TrainConfig
 from fastvid.dist.sharding import held_part
 
 log = logging.getLogger("fastvid")
@@ -40,7 +43,7 @@ class Piece:
     seed: int
 
     @classmethod
-    def of(cls, name, parameter, seed):
+    def of(cls, name: str, parameter: Tensor, seed: int) -> Self:
         held, _ = held_part(parameter)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         return cls(
@@ -48,7 +51,7 @@ class Piece:
         )
 
 
-def takes_8_bits(shape) -> bool:
+def takes_8_bits(shape: Sequence[int]) -> bool:
     """Whether a parameter of this global shape gets 8-bit moments.
 
     Shards are rows, as FSDP2 cuts them: where a row is whole blocks, no sharding cuts a block.
@@ -71,7 +74,7 @@ class AdamW8bit:
         ValueError: `paged` without bitsandbytes.
     """
 
-    def __init__(self, pieces, config, paged=False):
+    def __init__(self, pieces: Mapping[str, Piece], config: TrainConfig, paged: bool = False):
         self.pieces = pieces
         self.options = dict(
             beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
@@ -80,7 +83,7 @@ class AdamW8bit:
         if paged and self.paging is None:
             log.info("--optim paged_adamw_8bit: moments are paged on a GPU; here they are those of adamw_8bit")
         zeros = self.paging.zeros if self.paging else torch.zeros
-        self.state = {}
+        self.state: dict[str, dict[str, Tensor]] = {}
         for name, piece in pieces.items():
             scales = len(piece.local), math.prod(piece.shape[1:]) // BLOCK_SIZE
             self.state[name] = {
@@ -93,7 +96,7 @@ class AdamW8bit:
                 )
             }
 
-    def step(self, gradients, *, step, lr, clip, skip):
+    def step(self, gradients: Mapping[str, Tensor], *, step: int, lr: float, clip: Tensor | None, skip: Tensor) -> None:
         """Update in place; see `adamw8bit_step`.
 
         Args:
@@ -126,7 +129,7 @@ class AdamW8bit:
                 )
 
 
-def round_into(destination, values, *, first, seed, step):
+def round_into(destination: Tensor, values: Tensor, *, first: int, seed: int, step: int) -> None:
     """Write fp32 `values` into flat `destination`: as they are into fp32, stochastically rounded into bf16.
 
     Rounds up with the probability of the part cut off; what bf16 holds exactly stays. The random bits are those of

@@ -8,12 +8,16 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvid.config import TrainConfig
+from fastvid.data.dataset import SampleSet
 from fastvid.data.styles import record_videos
 from fastvid.files import model_folder
+from fastvid.training.state import TrainState
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.projector_file import read_projector
 
@@ -29,7 +33,7 @@ FLAGS = {
 }
 
 
-def content_of(state) -> dict:
+def content_of(state: TrainState) -> dict[str, Any]:
     """JSON values that are equal for equal content: "data", "features", "weights", "tokenizer", "chat_template",
     "model", "projector".
 
@@ -52,7 +56,7 @@ def content_of(state) -> dict:
     }
 
 
-def changes(saved: dict, now: dict, config) -> list[str]:
+def changes(saved: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> list[str]:
     """What differs between the content of the run that a checkpoint belongs to and this run's, a line each.
 
     Args:
@@ -94,7 +98,7 @@ def changes(saved: dict, now: dict, config) -> list[str]:
     return found
 
 
-def completed(found: dict, samples) -> dict:
+def completed(found: dict[str, Any], samples: SampleSet) -> dict[str, Any]:
     """What `content_of` returned, also of features that were not made yet."""
     if all(digest for _, digest in found["features"]):
         return found

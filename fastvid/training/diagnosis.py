@@ -5,9 +5,10 @@ import torch
 from fastvid.data.packing import pack
 from fastvid.dist.sharding import local_shard
 from fastvid.model.finite import not_finite
+from fastvid.training.state import TrainState
 
 
-def broken_by_an_update(state) -> str | None:
+def broken_by_an_update(state: TrainState) -> str | None:
     """What trained weights and moments are not finite after the steps done, in a line; None if all are finite.
 
     All ranks call it and get the same.
@@ -26,7 +27,7 @@ def broken_by_an_update(state) -> str | None:
     )
 
 
-def explain_not_finite(state, failed):
+def explain_not_finite(state: TrainState, failed: int) -> str:
     """Name the rank and the samples that made step `failed` non-finite.
 
     Computes the step's micro-batches again, one at a time over all ranks, with the parameters as they were before it.

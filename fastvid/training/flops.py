@@ -3,8 +3,11 @@
 Dimensions: N packed rows, L supervised rows, D channels, H query heads, K key/value heads, d channels per head.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from fastvid.batch import PackedBatch
+from fastvid.model.config import ModelConfig
 from fastvid.policy import Trainable
 
 # Dense bf16 TFLOP/s, with sums in fp32, by words of the name that CUDA gives the device. Sources: NVIDIA's data sheets
@@ -78,11 +81,11 @@ class Formula:
     - what is no matrix product: norms, rotations, embeddings, softmax, the optimizer.
 
     Args:
-        config: `fastvid.model.video_llava.ModelConfig`.
+        config: of the model.
         trainable: parts that get a gradient.
     """
 
-    def __init__(self, config, trainable: Trainable):
+    def __init__(self, config: ModelConfig, trainable: Trainable):
         sizes = config.decoder
         width, kv_width = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         self.trainable, self.width, self.layers = trainable, width, sizes.num_layers
@@ -94,8 +97,8 @@ class Formula:
         if config.projector_type != "linear":
             self.projector.append(sizes.hidden_size**2)
 
-    def of_batch(self, batch) -> int:
-        """Operations of one micro-batch, forward and backward; `batch` is a `PackedBatch` on the host."""
+    def of_batch(self, batch: PackedBatch) -> int:
+        """Operations of one micro-batch, forward and backward; `batch` is on the host."""
         rows, live, supervised = batch.num_rows, batch.num_rows - batch.frozen_rows, batch.num_supervised
         supervised_live = int((batch.loss_rows >= batch.frozen_rows).sum())
         pairs, live_pairs = _pairs(batch.layout, batch.layout.cu_seqlens_q[:-1] >= batch.frozen_rows)
@@ -119,8 +122,8 @@ class Formula:
             total += matrix(weights, projected, projected if i and projector_trained else 0, projector_trained)
         return total
 
-    def counts(self, batch) -> StepCounts:
-        """`StepCounts` of one micro-batch; `batch` is a `PackedBatch` on the host."""
+    def counts(self, batch: PackedBatch) -> StepCounts:
+        """`StepCounts` of one micro-batch; `batch` is on the host."""
         return StepCounts(
             samples=len(batch.sample_ids),
             rows=batch.num_rows,
@@ -130,7 +133,7 @@ class Formula:
             flops=self.of_batch(batch),
         )
 
-    def __str__(self):
+    def __str__(self) -> str:
         layer = self.keys_values + self.others
         kind, factor = ("trained", 6) if self.trainable.decoder else ("frozen", 4)
         return (
@@ -141,7 +144,7 @@ class Formula:
         )
 
 
-def total(counts) -> StepCounts:
+def total(counts: Iterable[StepCounts]) -> StepCounts:
     """The sum of several `StepCounts`."""
     return StepCounts(*map(sum, zip(StepCounts(), *counts)))
 

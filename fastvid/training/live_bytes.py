@@ -1,6 +1,8 @@
 """Bytes that tensors hold, counted as operations make them and as they go."""
 
 import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +21,13 @@ class LiveBytes(TorchDispatchMode):
         self.storages = {}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         given = {t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if self._seen(t)}
         results = function(*args, **(kwargs or {}))
         for tensor in results if isinstance(results, (tuple, list)) else [results]:

@@ -6,15 +6,20 @@ kernel that knows nothing of sharding.
 
 import logging
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fastvid_kernels.adamw8bit_step import BLOCK_SIZE
 from fastvid_kernels.adamw_step import adamw_step
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.nn.functional import pad
 from torch.optim.adamw import adamw
 
+from fastvid.config import TrainConfig
 from fastvid.dist.sharding import local_shard, ranks_of_a_shard, sharded_like
 from fastvid.training.adamw8bit import CPU_CHUNK, AdamW8bit, Piece, round_into, takes_8_bits
 
@@ -24,7 +29,7 @@ log = logging.getLogger("fastvid")
 VECTOR = 64
 
 
-def learning_rate(step, *, peak, total_steps, warmup_steps, schedule):
+def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: str) -> float:
     """Learning rate of update `step` (from 0), as transformers' schedules have it: the first warm-up update uses 0."""
     if step < warmup_steps and schedule != "constant":
         return peak * step / max(1, warmup_steps)
@@ -48,9 +53,9 @@ class AdamW32:
             neighbours in a vector only.
     """
 
-    def __init__(self, pieces, config, same_bits):
+    def __init__(self, pieces: Mapping[str, Piece], config: TrainConfig, same_bits: bool):
         self.pieces = pieces
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             eps=config.adam_epsilon,
@@ -69,7 +74,7 @@ class AdamW32:
             for name, piece in pieces.items()
         }
 
-    def step(self, gradients, *, step, lr, clip, skip):
+    def step(self, gradients: Mapping[str, Tensor], *, step: int, lr: float, clip: Tensor | None, skip: Tensor) -> None:
         """As `AdamW8bit.step`; fp32 gradients are clipped in place."""
         for decays in (True, False):
             # Biases and norms (the vectors) do not decay.
@@ -98,7 +103,8 @@ class AdamW32:
         adamw(
             [self.pieces[name].local for name in gradients],
             list(gradients.values()),
-            *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             **options,
@@ -127,13 +133,14 @@ class AdamW32:
         for begin in range(0, piece.local.numel(), CPU_CHUNK):
             weights, _, *moments = parts = [x[begin : begin + CPU_CHUNK] for x in tensors]
             count = len(weights)
-            copies = [pad(x.float(), (0, -count % VECTOR)) for x in parts]
+            new, gradient, *averages = (pad(x.float(), (0, -count % VECTOR)) for x in parts)
             if clip is not None:
-                copies[1] = copies[1] * clip
-            adamw(*[[x] for x in copies], [], [state["step"].clone()], **options)
-            for moment, copy in zip(moments, copies[2:]):
+                gradient = gradient * clip
+            average, average_of_squares = averages
+            adamw([new], [gradient], [average], [average_of_squares], [], [state["step"].clone()], **options)
+            for moment, copy in zip(moments, averages):
                 moment.copy_(copy[:count])
-            round_into(weights, copies[0][:count], first=piece.first + begin, seed=piece.seed, step=step + 1)
+            round_into(weights, new[:count], first=piece.first + begin, seed=piece.seed, step=step + 1)
         state["step"] += 1 - options["found_inf"]
 
 
@@ -160,7 +167,7 @@ class Optimizer:
         ValueError: `optim` needs a package that is missing.
     """
 
-    def __init__(self, named_parameters, config, device):
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], config: TrainConfig, device: torch.device):
         self.parameters = dict(named_parameters)
         self.max_norm = config.max_grad_norm
         self.failed_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -172,7 +179,7 @@ class Optimizer:
             for parameter in self.parameters.values():
                 if parameter.dtype == torch.bfloat16 and not isinstance(parameter, DTensor):
                     parameter.grad_dtype = torch.float32
-        self.rules = [AdamW32(others, config, same_bits=eight_bit)]
+        self.rules: list[AdamW32 | AdamW8bit] = [AdamW32(others, config, same_bits=eight_bit)]
         if eight_bit:
             log.info(
                 "8-bit moments: %d of %d tensors (matrices whose rows are a multiple of %d); fp32 for the others",
@@ -183,7 +190,7 @@ class Optimizer:
             self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
 
     @torch.no_grad()
-    def step(self, step, lr, loss):
+    def step(self, step: int, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip, update, and zero the gradients.
 
         Args:
@@ -214,18 +221,19 @@ class Optimizer:
 
     def _global_loss_and_norm(self, loss, gradients):
         """Loss and gradient norm over all ranks, in one all-reduce of two numbers."""
-        by_copies = {}  # {number of ranks that hold the same shard, or None where all hold the whole: gradients}
+        whole: list[Tensor] = []  # gradients that every rank holds the whole of
+        by_copies: dict[int, list[Tensor]] = {}  # {number of ranks that hold the same shard: gradients}
         for name, gradient in gradients.items():
-            by_copies.setdefault(ranks_of_a_shard(self.parameters[name]), []).append(gradient)
-        whole = _square_sum(by_copies.pop(None, []), loss.device)
+            copies = ranks_of_a_shard(self.parameters[name])
+            (whole if copies is None else by_copies.setdefault(copies, [])).append(gradient)
         sums = torch.stack([loss.detach().float(), torch.zeros((), device=loss.device)])
         for copies, sharded in by_copies.items():
             sums[1] += _square_sum(sharded, loss.device) / copies
         if dist.is_initialized():
             dist.all_reduce(sums)
-        return sums[0], (sums[1] + whole).sqrt()
+        return sums[0], (sums[1] + _square_sum(whole, loss.device)).sqrt()
 
-    def state_tensors(self):
+    def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts by name, for a checkpoint; those of sharded parameters as DTensors."""
         return {
             f"{name}.{key}": sharded_like(self.parameters[name], value)

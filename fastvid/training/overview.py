@@ -5,6 +5,12 @@ import math
 import torch
 
 from fastvid import __version__
+from fastvid.config import TrainConfig
+from fastvid.data.loader import Loader, TrainingOrder
+from fastvid.data.tokenizer import ModelTokenizer
+from fastvid.dist.parallel import World
+from fastvid.model.attention import Attention
+from fastvid.model.config import ModelConfig
 from fastvid.training import flops, planning
 from fastvid.training.memory import parameter_counts
 from fastvid.weights.starting import StartingWeights
@@ -12,14 +18,12 @@ from fastvid.weights.starting import StartingWeights
 _NAMES = {"boundary": "start and end embeddings", "embed": "embedding table"}  # of other parts: as they are
 
 
-def overview(config, model_config, loader, world, attention) -> list[str]:
+def overview(
+    config: TrainConfig, model_config: ModelConfig, loader: Loader[TrainingOrder], world: World, attention: Attention
+) -> list[str]:
     """The samples and steps of a run, videos that it encodes, what it trains, and what computes that.
 
     Args:
-        config: `TrainConfig`.
-        model_config: `fastvid.model.video_llava.ModelConfig`.
-        loader: `fastvid.data.loader.Loader`.
-        world: `fastvid.dist.parallel.World`.
         attention: as `settle_attention` settled it.
     """
     videos = loader.samples.features.told() if loader.samples.features is not None else None
@@ -32,7 +36,9 @@ def overview(config, model_config, loader, world, attention) -> list[str]:
     ]
 
 
-def dry_run_lines(config, model_config, tokenizer, total_steps) -> list[str]:
+def dry_run_lines(
+    config: TrainConfig, model_config: ModelConfig, tokenizer: ModelTokenizer, total_steps: int
+) -> list[str]:
     """What a dry run tells beyond `overview`: the formula of operations, and whether the weights fit the model.
 
     Raises:

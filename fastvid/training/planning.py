@@ -5,16 +5,21 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastvid_kernels.cpu import can_prepack
 
+from fastvid.batch import PackedBatch
 from fastvid.config import TrainConfig
 from fastvid.data.largest import largest_steps
+from fastvid.data.loader import Loader, TrainingOrder
 from fastvid.dist import parallel
+from fastvid.dist.parallel import World
 from fastvid.files import shown
 from fastvid.model import quantize
-from fastvid.model.config import DecoderConfig, Precision
+from fastvid.model.attention import Attention
+from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.decoder import RECOMPUTE_MODES
 from fastvid.policy import Trainable
 from fastvid.training import flops, memory, reporters
@@ -72,7 +77,7 @@ class Plan:
         return _short(self.recompute)
 
 
-def checked(config):
+def checked(config: TrainConfig) -> TrainConfig:
     """The configuration with older names resolved.
 
     Raises:
@@ -117,13 +122,13 @@ def checked(config):
     return config
 
 
-def with_whole_steps(config, total_steps):
+def with_whole_steps(config: TrainConfig, total_steps: int) -> TrainConfig:
     """The configuration with shares of all steps (those below 1) as numbers of steps, but for the warm-up's."""
     names = ("logging_steps", "eval_steps", "save_steps")
     return dataclasses.replace(config, **{name: _whole(getattr(config, name), total_steps) for name in names})
 
 
-def warmup_steps(config, total_steps) -> int:
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     """Steps of the warm-up."""
     steps = _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
     if steps > total_steps and config.lr_scheduler_type != "constant":
@@ -139,7 +144,7 @@ def _whole(steps, total_steps):
     return math.ceil(steps * total_steps) if steps < 1 else int(steps)
 
 
-def given_memory(config) -> int | None:
+def given_memory(config: TrainConfig) -> int | None:
     """Bytes that ``--memory`` names, or None.
 
     Raises:
@@ -175,7 +180,7 @@ def _check_frozen_dtype(config):
         )
 
 
-def recompute(config):
+def recompute(config: TrainConfig) -> str | int:
     """``--recompute``: "auto", a mode, or a number of layers.
 
     Raises:
@@ -191,7 +196,7 @@ def recompute(config):
     return given
 
 
-def precision_of(config) -> Precision:
+def precision_of(config: TrainConfig) -> Precision:
     """What the run's model is stored and computed in."""
     return Precision(
         compute=torch.bfloat16 if config.bf16 else torch.float32,
@@ -216,7 +221,7 @@ def check_window(config: TrainConfig, sizes: DecoderConfig) -> None:
         )
 
 
-def peak_flops(config, world):
+def peak_flops(config: TrainConfig, world: World) -> float | None:
     """Operations per second of all devices together that utilisation is stated against, or None."""
     peak = config.peak_tflops and config.peak_tflops * 1e12
     if peak is None and config.bf16 and world.device.type == "cuda":
@@ -224,24 +229,28 @@ def peak_flops(config, world):
     return peak and peak * world.size
 
 
-def row_budget(config, world):
+def row_budget(config: TrainConfig, world: World) -> int | None:
     """Rows that a step of all ranks has room for under ``--tokens_per_batch``, or None."""
     return config.tokens_per_batch and config.tokens_per_batch * config.gradient_accumulation_steps * world.size
 
 
-def plan(config, precision, model_config, loader, world, attention):
+def plan(
+    config: TrainConfig,
+    precision: Precision,
+    model_config: ModelConfig,
+    loader: Loader[TrainingOrder],
+    world: World,
+    attention: Attention,
+) -> Plan:
     """Choose what flags such as ``--shard`` and ``--recompute`` leave open; say what memory a step will take.
 
     Args:
-        config: `TrainConfig`.
         precision: as `precision_of` tells it.
-        model_config: `fastvid.model.config.ModelConfig`.
-        loader: `fastvid.data.loader.Loader`; the run's largest micro-batches, on any rank, are planned for.
-        world: `parallel.World`.
+        loader: the run's largest micro-batches, on any rank, are planned for.
         attention: as `attention_check.settle_attention` settled it.
 
     Returns:
-        `Plan`. The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
+        The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
 
     Raises:
         ValueError: ``--recompute`` has more layers than the model.
@@ -258,7 +267,7 @@ def plan(config, precision, model_config, loader, world, attention):
     # A dry run plans for a GPU that this machine need not have.
     other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
     of_gpu = other or world.device.type == "cuda"
-    options = dict(
+    options: dict[str, Any] = dict(
         batch,
         trainable=config.trainable,
         compute_dtype=precision.compute,
@@ -402,22 +411,20 @@ def _most(found):
     return {name: max(rows[name] for rows in found) for name in found[0]}
 
 
-def rows_of(batch):
-    """What `memory.estimate` asks about a `PackedBatch` on the host: fields of `layer_memory.BatchRows`."""
-    live = (
-        (batch.layout, batch.loss_layout)
-        if batch.parts is None
-        else (batch.parts[1].layout, batch.parts[1].loss_layout)
-    )
+def rows_of(batch: PackedBatch) -> dict[str, int]:
+    """What `memory.estimate` asks about a batch on the host: fields of `layer_memory.BatchRows`."""
+    live = batch if batch.parts is None else batch.parts[1]
+    layout, last = live.layout, live.loss_layout
+    assert last is not None and last.kv_rows is not None, "a batch that `pack` made"
     return {
         "rows": batch.num_rows - batch.frozen_rows,
         "supervised_rows": batch.num_supervised,
         "video_rows": len(batch.video_rows),
         "prefix_rows": batch.prefix_rows,
         "frozen_rows": batch.frozen_rows,
-        "key_rows": 0 if live[0].kv_rows is None else len(live[0].kv_rows),
-        "last_key_rows": len(live[1].kv_rows),
-        "segments": len(live[0].cu_seqlens_q) - 1,
-        "masked_pairs": masked_pairs(live[0]),
-        "last_masked_pairs": masked_pairs(live[1]),
+        "key_rows": 0 if layout.kv_rows is None else len(layout.kv_rows),
+        "last_key_rows": len(last.kv_rows),
+        "segments": len(layout.cu_seqlens_q) - 1,
+        "masked_pairs": masked_pairs(layout),
+        "last_masked_pairs": masked_pairs(last),
     }

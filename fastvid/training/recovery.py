@@ -17,6 +17,7 @@ from fastvid.data.order.reference import REFERENCE_ORDER_VERSION
 from fastvid.dist.sharding import full_tensor
 from fastvid.model.finite import not_finite
 from fastvid.training import content
+from fastvid.training.state import TrainState
 from fastvid.weights.export import export
 from fastvid.weights.starting import write_reference_projector
 
@@ -78,7 +79,7 @@ LEFT_BY_A_RUN = (
 )
 
 
-def save(state):
+def save(state: TrainState) -> float:
     """Begin to write checkpoint-<steps done>: what was trained, the optimizer, and where the run stands.
 
     Returns:
@@ -117,12 +118,12 @@ def save(state):
     return time.perf_counter() - begin
 
 
-def skipped_samples(state):
+def skipped_samples(state: TrainState) -> int:
     """Samples skipped since the run began, on all ranks; every rank calls it."""
     return state.skipped_before + int(state.world.sum_on_host([state.loader.skipped])[0])
 
 
-def resume(state):
+def resume(state: TrainState) -> None:
     """Go on from the newest valid checkpoint of the output folder, if there is one.
 
     Raises:
@@ -133,7 +134,7 @@ def resume(state):
     if state.config.resume == "never":
         _on_main(state, lambda: _set_aside(state.config, LEFT_BY_A_RUN))
     folder = None if state.config.resume == "never" else _newest(state)
-    saved = folder and checkpoint.read_state(folder)
+    saved = {} if folder is None else checkpoint.read_state(folder)
     if folder is not None and not _goes_on(folder, saved, state):
         _on_main(state, lambda: _set_aside(state.config, LEFT_BY_A_RUN))
         folder = None
@@ -233,12 +234,12 @@ def _check_not_in_use(found, config):
                 )
 
 
-def saves_at_end(state):
+def saves_at_end(state: TrainState) -> bool:
     """Whether the run's end is saved whatever its step: the weights of a full fine-tune have no other home."""
     return state.config.save_strategy != "no" or not state.config.trainable.adapter_only
 
 
-def write_results(state):
+def write_results(state: TrainState) -> list[Path]:
     """Write what training leaves for others, on rank 0: a projector file as the reference's, or a model folder.
 
     Returns:

@@ -10,10 +10,12 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvid.dist import processes
-from fastvid.files import naming
+from fastvid.dist.parallel import World
+from fastvid.files import StrPath, naming
 
 log = logging.getLogger("fastvid")
 
@@ -23,7 +25,7 @@ EVERY, SILENCE = 10.0, 60.0  # seconds between signs of life, and without one un
 
 
 @contextlib.contextmanager
-def held(output_dir, world):
+def held(output_dir: StrPath, world: World) -> Iterator[None]:
     """Within this context `output_dir` is this run's; all ranks enter it together, and rank 0 takes the lock.
 
     The lock of a dead process counts for nothing. Of this machine's processes it is known who lives. Another machine's
@@ -98,7 +100,7 @@ def _taken(folder):
 
 
 def _try(path):
-    """(mark of the lock that is now ours, None) or (None, what the lock of a living run says)."""
+    """(mark of the lock that is now ours, {}) or (None, what the lock of a living run says)."""
     with naming(path), _alone(path) as file:
         other = _parse(file.read())
         if other and _lives(other, path):
@@ -116,7 +118,7 @@ def _try(path):
         os.ftruncate(file.fileno(), len(json.dumps(lock)))
         os.fsync(file.fileno())
     written = _read(path)  # where flock does nothing (some network file systems) another may have come in between
-    return (mark, None) if written.get("mark") == mark else (None, written)
+    return (mark, {}) if written.get("mark") == mark else (None, written)
 
 
 @contextlib.contextmanager

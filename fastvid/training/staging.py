@@ -1,6 +1,10 @@
 """Batches on their way to the device: copied on a stream of their own, one ahead of the one in use."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
+
+from fastvid.batch import PackedBatch
 
 
 class Staging:
@@ -14,8 +18,8 @@ class Staging:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copies(self, batches):
-        """Yield each of `batches` (`fastvid.batch.PackedBatch`) on the device, while the next is being copied."""
+    def copies(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield each of `batches` on the device, while the next is being copied."""
         ahead = None
         for batch in batches:
             begun = self._begin(batch)

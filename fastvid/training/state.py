@@ -1,12 +1,14 @@
 """What a training run consists of, and what one step of it gave."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastvid.checkpoints.saver import Saver
 from fastvid.config import TrainConfig
-from fastvid.data.loader import Loader
+from fastvid.data.loader import Loader, TrainingOrder
+from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.dist import parallel
 from fastvid.model.video_llava import VideoLlava
@@ -36,8 +38,8 @@ class TrainState:
     tokenizer: ModelTokenizer
     model: VideoLlava
     optimizer: Optimizer
-    loader: Loader
-    evaluation: Loader | None
+    loader: Loader[TrainingOrder]
+    evaluation: Loader[EvaluationOrder] | None
     formula: flops.Formula
     loss_sum: torch.Tensor
     saver: Saver
@@ -48,10 +50,10 @@ class TrainState:
     stop_signal: int = 0
     skipped_before: int = 0
     run: str | None = None
-    content: dict | None = None
+    content: dict[str, Any] | None = None
 
     @property
-    def order(self):
+    def order(self) -> TrainingOrder:
         """Which samples each step takes (`fastvid.data.order.stream`)."""
         return self.loader.order
 

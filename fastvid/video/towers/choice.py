@@ -69,13 +69,13 @@ def check_tower(tower: StrPath, trained: Provenance, weights: StrPath, flag: str
         )
 
 
-def check_features(tower: StrPath | None, made: Provenance, folder: StrPath) -> None:
+def check_features(tower: StrPath | None, made: Provenance, folder: StrPath | None) -> None:
     """Refuse a tower's folder that is not the one that made some features; a hub id is not looked at.
 
     Args:
         tower: ``--vision_tower``, or None.
         made: Provenance of the features.
-        folder: where they lie, for the message.
+        folder: where they lie, for the message; None without any.
 
     Raises:
         ValueError: it is another one.
