@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastvid.config import ChatConfig, EvaluateConfig
 from fastvid.evaluation import judge, predict, scores
@@ -52,7 +53,8 @@ def _check(config, world):
 def _predict(config, rank, world):
     """First stage; returns whether this rank's share is answered."""
     names = ChatConfig.__dataclass_fields__.keys() & EvaluateConfig.__dataclass_fields__.keys()
-    settings = {name: getattr(config, name) for name in names} | {"device": config.device or default_device()}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    settings["device"] = config.device or default_device()
     make_current(open_device(settings["device"]))
     Path(config.output).mkdir(parents=True, exist_ok=True)
     chat = Chat(ChatConfig(**settings))

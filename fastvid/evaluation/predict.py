@@ -85,6 +85,7 @@ def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
     Raises:
         ValueError: annotations that cannot be read; an --output of other settings.
     """
+    assert config.task is not None and config.annotations is not None and config.video is not None, "flags are checked"
     output = Path(config.output)
     samples, files = read_samples(config.task, config.annotations)
     _same_settings(output, _settings(chat, config, files, samples))

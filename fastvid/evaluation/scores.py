@@ -96,9 +96,9 @@ def _plain(text):
 
 def word_f1(found: str, right: str) -> float:
     """Harmonic mean of the shares of words that two texts have in common."""
-    found, right = found.split(), right.split()
-    common = (Counter(found) & Counter(right)).total()
-    return 2 * common / (len(found) + len(right)) if common else float(found == right)
+    words, others = found.split(), right.split()
+    common = (Counter(words) & Counter(others)).total()
+    return 2 * common / (len(words) + len(others)) if common else float(words == others)
 
 
 def judged_values(
@@ -155,13 +155,11 @@ def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict
             reply = ast.literal_eval(judgement["reply"])
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue  # upstream asks again until it can be read
-        paired = isinstance(line["question"], list)
-        values = [*line["question"], line["answer"], *line["prediction"]] if paired else None
-        pair = (
-            dict(zip(("q1", "q2", "a", "pred1", "pred2"), values))
-            if paired
-            else {"q": line["question"], "a": line["answer"], "pred": line["prediction"]}
-        )
+        if isinstance(line["question"], list):
+            values = [*line["question"], line["answer"], *line["prediction"]]
+            pair = dict(zip(("q1", "q2", "a", "pred1", "pred2"), values))
+        else:
+            pair = {"q": line["question"], "a": line["answer"], "pred": line["prediction"]}
         combined[ask.aspect][f"{line['video']}_{number}"] = [reply, pair]
     return dict(combined)
 

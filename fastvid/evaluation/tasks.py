@@ -50,12 +50,12 @@ class Task:
     Attributes:
         files: from what --annotations names to the files that are read, {role: path}.
         samples: from those to samples.
-        upstream: from (record, kind, answers) to the record that upstream's inference script writes.
+        upstream: from (record, answers) to the record that upstream's inference script writes.
     """
 
     files: Callable[[Path], dict[str, Path]]
     samples: Callable[[dict[str, Path]], list[Sample]]
-    upstream: Callable[[dict, tuple[str, ...]], dict]
+    upstream: Callable[[dict, Sequence[str]], dict]
 
 
 def read_samples(name: str, annotations: StrPath) -> tuple[list[Sample], list[Path]]:
