@@ -258,6 +258,7 @@ class Batcher:
         starts = [sum(prompts[:i]) + skip for i, skip in enumerate(skipped)]
         sizes = [prompt - skip for prompt, skip in zip(prompts, skipped)]
         wanted = torch.from_numpy(ranges(starts, sizes)).to(self._device)
+        assert batch.loss_layout is not None and batch.loss_layout.kv_rows is not None, "a batch that `pack` made"
         self._write(batch.loss_layout.kv_rows[wanted], [each.own.first for each in group], sizes, cache)
         return h_BD
 

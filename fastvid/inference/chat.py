@@ -20,7 +20,7 @@ from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.file import load_features
 from fastvid.features.names import SUFFIXES
-from fastvid.files import VIDEO_SUFFIXES, is_url, model_folder, shown
+from fastvid.files import VIDEO_SUFFIXES, StrPath, is_url, model_folder, shown
 from fastvid.inference.batching import Batcher, Request
 from fastvid.inference.generate import generate
 from fastvid.model.attention_check import settle_attention
@@ -44,13 +44,13 @@ class Chat:
     """A loaded model that answers questions about videos.
 
     Args:
-        config: ChatConfig; or its fields by name: ``Chat(model_name_or_path=…, projector=…)``.
+        config: or its fields by name: ``Chat(model_name_or_path=…, projector=…)``.
 
     Raises:
         ValueError: a folder, file or tensor that cannot be used, with the remedy.
     """
 
-    def __init__(self, config=None, **settings):
+    def __init__(self, config: ChatConfig | None = None, **settings: Any):
         config = config or ChatConfig(**settings)
         config = replace(config, model_name_or_path=str(model_folder(config.model_name_or_path)))
         self.device = open_device(config.device)
@@ -62,6 +62,7 @@ class Chat:
         if config.conv_mode is None:
             own = "pg-video-llava" if self.tokenizer.template is None else CHAT_TEMPLATE
             self.config = config = replace(config, conv_mode=own)
+        assert config.conv_mode is not None
         check_conv_mode(config.conv_mode, self.tokenizer)
         tokens, seed = self.tokenizer.tokens, _seed(projector)
         self.model_config = read_model_config(
@@ -82,7 +83,7 @@ class Chat:
             self.model = VideoLlava(self.model_config, trainable=Trainable(), precision=precision, attention=attention)
         self.model.to_empty(device=self.device)
         load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
-        self._encoder = None
+        self._encoder: FeatureEncoder | None = None
         self._worker = DecodeWorker()
 
     def _as_trained(self, config):
@@ -101,7 +102,7 @@ class Chat:
         }
         return replace(config, **told)
 
-    def ask(self, video, question, history=()):
+    def ask(self, video: StrPath, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """The answer to a question about a video.
 
         Args:
@@ -115,7 +116,7 @@ class Chat:
         """
         return self.ask_features(self.features(video), question, history)
 
-    def ask_features(self, features_RC, question, history=()):
+    def ask_features(self, features_RC: torch.Tensor, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """`ask` about the [R, C] features of a video."""
         ids = self.prompt(features_RC, question, history)
         batch = pack(
@@ -150,14 +151,16 @@ class Chat:
                 f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
                 "were made with another vision tower"
             )
+        config = self.config
+        assert config.conv_mode is not None and config.question_order is not None, "settled with the weights"
         return inference_prompt(
             question,
             self.tokenizer,
             video_tokens=len(features_RC),
             use_start_end=self.tokenizer.tokens.start is not None,
-            conv_mode=self.config.conv_mode,
+            conv_mode=config.conv_mode,
             history=history,
-            question_order=self.config.question_order,
+            question_order=config.question_order,
             answer=answer,
         )
 
@@ -189,7 +192,7 @@ class Chat:
             self.model, self.tokenizer.tokens, stops=self.tokenizer.stops, at_once=at_once, cache_bytes=cache_bytes
         )
 
-    def features(self, video):
+    def features(self, video: StrPath) -> torch.Tensor:
         """[R, C] features of a video, or those that lie in a feature file.
 
         Raises:
@@ -203,17 +206,20 @@ class Chat:
             self._check_made_alike(video, header)
             self._check_rows(video, len(features_RC), extracted=True)
         else:
-            encoder = self._loaded_encoder()
-            self._check_rows(
-                f"{video} with --num_frames {self.config.num_frames} and this tower",
-                self.config.num_frames + encoder.num_patches,
-            )
+            encoder, num_frames = self._loaded_encoder(), self._num_frames
+            self._check_rows(f"{video} with --num_frames {num_frames} and this tower", num_frames + encoder.num_patches)
             try:
-                frames, _ = self._worker.decode(str(video), num_frames=self.config.num_frames, size=encoder.image_size)
+                frames, _ = self._worker.decode(str(video), num_frames=num_frames, size=encoder.image_size)
             except DecodeError as error:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
             features_RC = encoder.encode(frames)
         return features_RC
+
+    @property
+    def _num_frames(self):
+        """Frames of each video, as settled with the weights."""
+        assert self.config.num_frames is not None
+        return self.config.num_frames
 
     def _check_rows(self, what, rows, *, extracted=False):
         """Refuse features of another number of rows than all that the weights were trained on.
@@ -222,7 +228,7 @@ class Chat:
         """
         trained = self.trained.rows
         if trained is not None and rows != trained:
-            frames = trained - rows + self.config.num_frames
+            frames = trained - rows + self._num_frames
             remedy = (
                 "extract it with "
                 if extracted
@@ -265,7 +271,7 @@ class Chat:
         tower = self.config.vision_tower
         return revisions(tower) if tower and Path(tower).is_dir() else ()
 
-    def close(self):
+    def close(self) -> None:
         """End the process that decodes."""
         self._worker.close()
 
@@ -274,7 +280,7 @@ class Chat:
             tower = choose_tower(self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
             if tower is None:
                 raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
-            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.config.num_frames)
+            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self._num_frames)
             if encoder.hidden_size != self.model_config.mm_hidden_size:
                 raise ValueError(
                     f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "

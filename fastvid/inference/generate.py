@@ -6,14 +6,16 @@ Dimensions: N rows of the prompt, K key/value heads, d channels per head, D chan
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.cache import LayerCache
+from fastvid.model.video_llava import VideoLlava
 
 
 @torch.inference_mode()
 def generate(
-    model,
+    model: VideoLlava,
     batch: PackedBatch,
     *,
     max_new_tokens: int,
@@ -24,7 +26,7 @@ def generate(
     """Continue one prompt.
 
     Args:
-        model: `VideoLlava`, not sharded.
+        model: not sharded.
         batch: the prompt alone, on the model's device; its supervised rows are ignored.
         max_new_tokens: longest answer.
         stops: ids that end the answer; they are not part of what is returned.
@@ -48,15 +50,15 @@ def generate(
     answer = []
     while len(answer) < max_new_tokens:
         token = next_token(model.logits(h_1D)[0], temperature, generator)
-        if token.item() in stops:
+        if int(token) in stops:
             break
-        answer.append(token.item())
+        answer.append(int(token))
         if len(answer) < max_new_tokens:
             h_1D = _next_row(model, token, cache)
     return answer
 
 
-def rows_left(model, rows: int) -> int:
+def rows_left(model: VideoLlava, rows: int) -> int:
     """Tokens that may follow a prompt of so many rows.
 
     Raises:
@@ -70,7 +72,7 @@ def rows_left(model, rows: int) -> int:
     return context - rows
 
 
-def next_token(logits_V, temperature, generator):
+def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """The likeliest token, or one that is drawn where the temperature is not 0; [1] int64."""
     if temperature == 0:
         return logits_V.argmax(-1, keepdim=True)

@@ -5,6 +5,7 @@ import logging
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from fastvid import __version__, provenance
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import checkpoint_folder
 from fastvid.checkpoints.shards import naming_tensors
+from fastvid.config import ExportConfig
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
@@ -33,17 +35,16 @@ _EXPORTED = re.compile(
 )
 
 
-def export(config, *, verify=True):
+def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
     """Write what ``--format`` asks for; whole or not at all.
 
     Tensors are read, merged, cast and written one after the other: at most one shard (5 GB) is held in memory.
 
     Args:
-        config: ExportConfig.
         verify: compare the checkpoint with its checksums before. Not for one that this process has just written.
 
     Returns:
-        list of Path: the files written.
+        The files written.
 
     Raises:
         ValueError: names the checkpoint, folder, file or tensor that cannot be used, and the remedy.
@@ -58,7 +59,7 @@ def export(config, *, verify=True):
             "that training started from (--model_name_or_path)"
         )
     trained = checkpoint.read_full(folder, "model")
-    start = {
+    start: dict[str, Any] = {
         "tokens": tokenizer.tokens,
         "projector": run["pretrain_mm_mlp_adapter"],
         "projector_type": run["mm_projector_type"],
@@ -82,6 +83,7 @@ def export(config, *, verify=True):
         values = _model_config(starting, tokenizer, tower, config.dtype)
         if config.format == "llava":
             vision = _load_tower(tower, starting.config)
+            assert tower is not None, "_load_tower refuses that"
             check_tower(tower, trained_on, folder)
             tensors = _llava_tensors(tensors, vision)
             values = _llava_config(values, vision, tokenizer.tokens)

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from fastvid.files import model_folder, shown, wrong_content
+from fastvid.files import StrPath, model_folder, shown, wrong_content
 from fastvid.model.config import DecoderConfig, ModelConfig, rotary_frequencies
 from fastvid.weights import names
 from fastvid.weights.families import family_of, sliding_window, unrotated_layers
@@ -29,7 +29,14 @@ _SIZES = {
 }
 
 
-def read_model_config(folder, *, projector_type=None, vocab_size=None, projector=None, mm_hidden_size=None):
+def read_model_config(
+    folder: StrPath,
+    *,
+    projector_type: str | None = None,
+    vocab_size: int | None = None,
+    projector: StrPath | None = None,
+    mm_hidden_size: int | None = None,
+) -> ModelConfig:
     """The ModelConfig of a folder of one of `families.FAMILIES`, of LLaVA, llava-hf, PG-Video-LLaVA, or exported.
 
     What config.json leaves out has the defaults of transformers' configuration. A projector that config.json does not

@@ -7,14 +7,14 @@ index gives must be one of the folder's own.
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastvid.files import model_folder, wrong_content
+from fastvid.files import StrPath, model_folder, wrong_content
 from fastvid.weights.names import standard_name
 
 # Index or single file, in the order in which a folder is searched.
@@ -33,7 +33,7 @@ _MODEL_FILES = (
 )
 
 
-class _SafetensorsFile(Mapping):
+class _SafetensorsFile(Mapping[str, Tensor]):
     """{key: tensor} of a safetensors file; a tensor is a view of the mapped file."""
 
     def __init__(self, path):
@@ -52,7 +52,7 @@ class _SafetensorsFile(Mapping):
         return len(self._keys)
 
 
-def open_tensors(path) -> Mapping[str, Tensor]:
+def open_tensors(path: StrPath) -> Mapping[str, Tensor]:
     """The tensors of a ``.safetensors`` file, or of one that ``torch.save`` wrote, by their keys, on the CPU.
 
     Raises:
@@ -80,7 +80,7 @@ def open_tensors(path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def other_weights(folder) -> str | None:
+def other_weights(folder: StrPath) -> str | None:
     """What lies in a folder instead of weights that are read, with the remedy; None where nothing is known."""
     for name in _MODEL_FILES:
         if (Path(folder) / name).is_symlink():
@@ -91,7 +91,7 @@ def other_weights(folder) -> str | None:
     return None
 
 
-class ModelFolder(Mapping):
+class ModelFolder(Mapping[str, Tensor]):
     """{LLaVA's name: tensor} of a model folder: single or sharded, safetensors or .bin, LLaVA's or llava-hf's keys.
 
     Attributes:
@@ -103,13 +103,13 @@ class ModelFolder(Mapping):
     """
 
     @staticmethod
-    def file_of(folder) -> Path | None:
+    def file_of(folder: StrPath) -> Path | None:
         """The file that holds a folder's weights, or lists those that do; None where there is none."""
         return next((Path(folder) / name for name in _MODEL_FILES if (Path(folder) / name).is_file()), None)
 
-    def __init__(self, folder):
+    def __init__(self, folder: StrPath):
         self.folder = model_folder(folder)
-        self._open = {}
+        self._open: dict[Path, Mapping[str, Tensor]] = {}
         path = self.file_of(self.folder)
         if path is None:
             raise ValueError(
@@ -139,15 +139,15 @@ class ModelFolder(Mapping):
             self._open[path] = open_tensors(path)
         return self._open[path]
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Tensor:
         key, path = self._keys[name], self.paths[name]
         try:
             return self._file(path)[key]
         except KeyError:
             raise ValueError(f"{path} lacks {key}, which the folder's index says it holds; download it again") from None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._keys)

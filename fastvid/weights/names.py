@@ -9,6 +9,9 @@ is made of them (`tensor_parts`).
 """
 
 import re
+from collections.abc import Iterable
+
+from fastvid.model.config import ModelConfig
 
 # Keys of llava-hf folders, as transformers 4 (and transformers 5, on disk) and transformers 5 (in memory) spell them,
 # and of projector files without the leading `model.`.
@@ -46,7 +49,7 @@ def llava_hf_name(name: str) -> str:
     raise AssertionError(f"{name} is not one of LLaVA's names")
 
 
-def projector_type(names) -> str | None:
+def projector_type(names: Iterable[str]) -> str | None:
     """The kind of projector that LLaVA's tensors among `names` make, in LLaVA's words; None without any.
 
     "linear" and "mlp2x_gelu" are computed; "mlp3x_gelu" and so on, and "unknown" of tensors of another form, are not.
@@ -56,8 +59,8 @@ def projector_type(names) -> str | None:
         return None
     if tails & {"weight", "bias"}:
         return "linear"
-    layers = [re.fullmatch(r"(\d+)\.(weight|bias)", tail) for tail in tails]
-    if None in layers:
+    layers = [found for tail in tails if (found := re.fullmatch(r"(\d+)\.(weight|bias)", tail))]
+    if len(layers) < len(tails):
         return "unknown"
     return f"mlp{max(2, *(int(layer[1]) // 2 + 1 for layer in layers))}x_gelu"
 
@@ -72,18 +75,15 @@ def projector_parts(projector_type: str) -> dict[str, str]:
     }
 
 
-def tensor_parts(config) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+def tensor_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """Our name → [(LLaVA's name, shape), …]: the tensors that lie one under the other in ours, in model order.
 
     `boundary.weight` is not among them: it holds two rows of the embedding table.
-
-    Args:
-        config: the ModelConfig.
     """
     c = config.decoder
     V, D, F = c.vocab_size, c.hidden_size, c.intermediate_size
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    parts = {"embed.weight": [("model.embed_tokens.weight", (V, D))]}
+    parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {"embed.weight": [("model.embed_tokens.weight", (V, D))]}
     shapes = {"projector.0.weight": (D, config.mm_hidden_size), "projector.2.weight": (D, D)}
     for ours, theirs in projector_parts(config.projector_type).items():
         parts[ours] = [(theirs, shapes.get(ours, (D,)))]

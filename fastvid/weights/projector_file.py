@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvid.batch import VideoTokens
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.shards import naming_tensors
-from fastvid.files import atomic_path
-from fastvid.provenance import KEY, add_to_bin
+from fastvid.files import StrPath, atomic_path
+from fastvid.provenance import KEY, Provenance, add_to_bin
 from fastvid.weights.model_folder import open_tensors
 from fastvid.weights.names import projector_parts, projector_type, standard_name
 
 
-def read_projector(path, tokens=None) -> dict[str, Tensor]:
+def read_projector(path: StrPath, tokens: VideoTokens | None = None) -> dict[str, Tensor]:
     """A trained projector by our names, and "boundary.weight" [2, D] if the file holds start and end embeddings.
 
     Read are the reference's ``mm_projector.bin`` (an embedding table and ``model.mm_projector.*``), LLaVA's pretrained
@@ -26,7 +27,7 @@ def read_projector(path, tokens=None) -> dict[str, Tensor]:
 
     Args:
         path: file or folder.
-        tokens: VideoTokens; which rows of a whole table are the start's and the end's. None: the projector alone.
+        tokens: which rows of a whole table are the start's and the end's. None: the projector alone.
 
     Raises:
         ValueError: names a file that cannot be read, or a tensor that is missing, unexpected or too small.
@@ -108,11 +109,11 @@ def _order_metadata(path):
         file.write(text.ljust(length))
 
 
-def save_tensors(path, tensors, provenance=None):
+def save_tensors(path: StrPath, tensors: dict[str, Tensor], provenance: Provenance | None = None) -> None:
     """Write a file of named tensors, as .safetensors or with torch.save by its ending; whole or not at all.
 
     Args:
-        provenance: `fastvid.provenance.Provenance` to keep in it; the tensors are the same without.
+        provenance: to keep in it; the tensors are the same without.
     """
     from safetensors.torch import save_file
 

@@ -7,14 +7,21 @@ import dataclasses
 import logging
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from fastvid.batch import VideoTokens
 from fastvid.dist.sharding import held_part
+from fastvid.files import StrPath
+from fastvid.model.config import ModelConfig
 from fastvid.model.finite import not_finite
 from fastvid.model.quantize import QuantizedLinear
+from fastvid.model.video_llava import VideoLlava
+from fastvid.provenance import Provenance
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.names import projector_parts, projector_type, tensor_parts
@@ -43,12 +50,19 @@ class StartingWeights:
     included. Here they depend on `seed` and nothing else.
     """
 
-    def __init__(self, config, folder, *, tokens, projector=None, seed=42):
+    def __init__(
+        self,
+        config: ModelConfig,
+        folder: StrPath,
+        *,
+        tokens: VideoTokens,
+        projector: StrPath | None = None,
+        seed: int = 42,
+    ):
         """
         Args:
-            config: ModelConfig that `read_model_config` made of `folder`.
+            config: that `read_model_config` made of `folder`.
             folder: the model folder.
-            tokens: VideoTokens.
             projector: file or checkpoint folder whose projector (and start and end rows) go before the folder's.
             seed: of new rows, and of a projector that no file holds.
 
@@ -64,14 +78,14 @@ class StartingWeights:
         self.makes_projector = (
             "projector.0.weight" not in self.projector and projector_type(self.folder) != config.projector_type
         )
-        self._rows = {}
+        self._rows: dict[str, dict[int, Tensor]] = {}
 
     @staticmethod
-    def exist(folder) -> bool:
+    def exist(folder: StrPath) -> bool:
         """Whether a model's folder holds weights in any form."""
         return ModelFolder.file_of(folder) is not None
 
-    def check(self):
+    def check(self) -> None:
         """Compare names, shapes and dtypes of the files' tensors with the model's, before anything is copied.
 
         Raises:
@@ -107,7 +121,7 @@ class StartingWeights:
                 f"{self.folder.folder} does not fit its config.json: {'; '.join(problems[:8])}{more}. {remedy}"
             )
 
-    def refuse_not_finite(self, name: str):
+    def refuse_not_finite(self, name: str) -> NoReturn:
         """Raise ValueError for our tensor `name`, which holds NaN or infinity; names the file and its tensor."""
         sources = (
             [(self.projector_path, name, self.projector[name])]
@@ -179,6 +193,7 @@ class StartingWeights:
                 before[i] = rows[i]
             rows |= dict.fromkeys(mean, before.mean(0))
         if name == "embed.weight" and "boundary.weight" in self.projector:
+            assert self.tokens.start is not None and self.tokens.end is not None
             rows |= zip((self.tokens.start, self.tokens.end), self.projector["boundary.weight"].float())
         return rows
 
@@ -206,17 +221,19 @@ def _misfit(path, name, tensor, shape, grows=False):
     return []
 
 
-def load_weights(model, folder, *, tokens, projector=None, seed=42):
+def load_weights(
+    model: VideoLlava, folder: StrPath, *, tokens: VideoTokens, projector: StrPath | None = None, seed: int = 42
+) -> None:
     """Fill every parameter of a VideoLlava, a tensor at a time; of a sharded one each rank copies its own rows.
 
     Matrices in few bits are quantised on the model's device, one after the other, from what the files hold: no two of
     them exist there in full at once.
 
     Args:
-        model: VideoLlava, plain or FSDP2-sharded on dimension 0; may come from ``to_empty``. Values are cast to the
+        model: plain or FSDP2-sharded on dimension 0; may come from ``to_empty``. Values are cast to the
             parameters' dtypes.
         folder: model folder in any form that `read_model_config` reads; `model.config` was read from it.
-        tokens: VideoTokens; `added` are the ids whose rows are made new.
+        tokens: `added` are the ids whose rows are made new.
         projector: projector file or checkpoint folder; its projector and its start and end rows replace the folder's.
         seed: of what no file holds.
 
@@ -257,13 +274,21 @@ def _fill(parameter, pieces):
     assert at == parameter.shape[0], f"{at} rows for a parameter of {list(parameter.shape)}"
 
 
-def trained_weights(base_folder, trained, *, tokens, projector=None, projector_type=None, seed=42):
+def trained_weights(
+    base_folder: StrPath,
+    trained: Mapping[str, Tensor],
+    *,
+    tokens: VideoTokens,
+    projector: StrPath | None = None,
+    projector_type: str | None = None,
+    seed: int = 42,
+) -> StartingWeights:
     """The StartingWeights that a training run had, as far as its trained tensors leave them in use.
 
     Args:
         base_folder: the model folder that training started from.
         trained: {our name: whole tensor} of what it trained.
-        tokens: VideoTokens of the run.
+        tokens: of the run.
         projector: the projector file that it started from, if any; need not exist any more once all of it was trained.
         projector_type: as the run was told.
         seed: of the run.
@@ -284,7 +309,7 @@ def trained_weights(base_folder, trained, *, tokens, projector=None, projector_t
     return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
 
 
-def trained_tensor(name, starting, trained) -> Tensor:
+def trained_tensor(name: str, starting: StartingWeights, trained: Mapping[str, Tensor]) -> Tensor:
     """Our tensor `name` after training, whole, on the CPU: the trained one, else the one that training started from.
 
     The rows of <vid_start> and <vid_end> in the embedding table are those of a trained "boundary.weight".
@@ -298,8 +323,16 @@ def trained_tensor(name, starting, trained) -> Tensor:
 
 
 def write_reference_projector(
-    path, trained, base_folder, tokens, *, projector=None, projector_type=None, seed=42, provenance=None
-):
+    path: StrPath,
+    trained: Mapping[str, Tensor],
+    base_folder: StrPath,
+    tokens: VideoTokens,
+    *,
+    projector: StrPath | None = None,
+    projector_type: str | None = None,
+    seed: int = 42,
+    provenance: Provenance | None = None,
+) -> None:
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
@@ -309,7 +342,7 @@ def write_reference_projector(
         path: ends in .bin (torch.save) or .safetensors.
         trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
         base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
-        provenance: `Provenance` that goes into the file.
+        provenance: goes into the file.
 
     Raises:
         ValueError: as `read_model_config`, and for another ending.
