@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["fastvid", "fastvid.*"]) + ["fastvid_kernels", "fastvid_kernels.cpu"],
+    packages=[*find_packages(include=["fastvid", "fastvid.*"]), "fastvid_kernels", "fastvid_kernels.cpu"],
     # kernels/ itself is never a package: Hugging Face's `kernels` has that name, and transformers looks for it.
     package_data={
         "fastvid": ["py.typed"],

@@ -1,5 +1,6 @@
 """The packed batch and its attention layout: rows chosen from it, its parts, its copies."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ def layouts(draw):
         layout,
         cu_seqlens_k=of_keys.cu_seqlens_q,
         max_seqlen_k=of_keys.max_seqlen_q,
-        kv_rows=torch.tensor(sum(keys, []), dtype=torch.int64),
+        kv_rows=torch.tensor(list(itertools.chain.from_iterable(keys)), dtype=torch.int64),
     )
 
 
@@ -35,8 +36,8 @@ def keys_of(layout):
         found += [
             rows[k[segment] : k[segment + 1] - (q[segment + 1] - 1 - row)] for row in range(*q[segment : segment + 2])
         ]
-    assert layout.max_seqlen_q == max([b - a for a, b in zip(q, q[1:])], default=0)
-    assert layout.max_seqlen_k == max([b - a for a, b in zip(k, k[1:])], default=0)
+    assert layout.max_seqlen_q == max([b - a for a, b in itertools.pairwise(q)], default=0)
+    assert layout.max_seqlen_k == max([b - a for a, b in itertools.pairwise(k)], default=0)
     assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
     return found
 

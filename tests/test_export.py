@@ -155,7 +155,7 @@ def test_llama_format(tmp_path, run, trainable, tied):
     hf, report = LlamaForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"] and not report["error_msgs"]
     assert all("mm_projector" in key for key in report["unexpected_keys"])
-    ids = again.encode("what is a red cat?") + [again.tokens.patch]
+    ids = [*again.encode("what is a red cat?"), again.tokens.patch]
     torch.testing.assert_close(logits(fresh, ids), hf(torch.tensor([ids])).logits[0], rtol=1e-5, atol=1e-5)
     assert isinstance(AutoModelForCausalLM.from_pretrained(output), LlamaForCausalLM)
 
@@ -176,10 +176,10 @@ def test_llava_format(tmp_path, run, trainable):
     output = tmp_path / "exported"
     export.export(ExportConfig(str(folder), str(output), "llava"))
     hf, report = LlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
-    assert {key: list(value) for key, value in report.items()} == dict.fromkeys(report, [])
+    assert {key: list(value) for key, value in report.items()} == {key: [] for key in report}
     fresh = load(output, tokens=load_tokenizer(output, True).tokens, trainable=Trainable())
     assert_equal_models(model, fresh)
-    ids = tokenizer.encode("what is a red cat?") + [tokenizer.tokens.start]
+    ids = [*tokenizer.encode("what is a red cat?"), tokenizer.tokens.start]
     torch.testing.assert_close(logits(fresh, ids), hf(input_ids=torch.tensor([ids])).logits[0], rtol=1e-5, atol=1e-5)
     features = torch.randn(4, C)
     torch.testing.assert_close(hf.model.multi_modal_projector(features), model.projector(features))

@@ -23,7 +23,7 @@ GROUND = {"config", "policy", "flags", "batch", "files", "signals", "provenance"
 # What each part of fastvid may import of ours, beside itself and the ground; a name stands for all that is below it.
 # Everybody may ask for `fastvid` itself (the version). Commands join the parts, and nobody but cli imports a command.
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND - {"batch"}, set()),
+    **{name: set() for name in GROUND - {"batch"}},
     "batch": {"fastvid_kernels"},
     "features": set(),
     "video": {"features", "fastvid_kernels"},
@@ -234,9 +234,10 @@ def untyped(source):
         for child in node.body:
             if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
                 yield from public(child, f"{inside}{child.name}.")
-            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                if not child.name.startswith("_") or child.name.endswith("__"):
-                    yield f"{inside}{child.name}", child, bool(inside)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (
+                not child.name.startswith("_") or child.name.endswith("__")
+            ):
+                yield f"{inside}{child.name}", child, bool(inside)
 
     for name, function, is_method in public(ast.parse(source), ""):
         takes = function.args

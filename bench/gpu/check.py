@@ -5,6 +5,7 @@ result is appended to FOLDER/results.jsonl when it exists. A task that fails, ha
 rows alone.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -124,10 +125,8 @@ class Worker:
 
     def stop(self):
         """Kill it and whatever it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -293,7 +292,7 @@ def table(outcomes):
     """What was measured, what this machine has not, what failed, and what was left out."""
     kinds = {"ok": "measured", "absent": "not to be had here", "failed": "failed", "left out": "left out"}
     found = {kind: [] for kind in kinds}
-    for (stage, name), (outcome, seconds, rows) in outcomes.items():
+    for (stage, name), (outcome, _, rows) in outcomes.items():
         kind, _, why = outcome.partition(": ")
         text = f"{stage} {name}" + (
             f" ({len(rows)} rows)" if kind == "ok" else f": {why.splitlines()[0][:120] if why else ''}"

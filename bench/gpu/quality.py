@@ -138,7 +138,10 @@ def curve_errors(found, baseline, last=50, limit=5e-3):
     }
 
 
-def answers(small, at_once=len(WAYS) if runs.DEVICE == "cuda" else 0):
+_AT_ONCE = len(WAYS) if runs.DEVICE == "cuda" else 0
+
+
+def answers(small, at_once=_AT_ONCE):
     """Right answers to held-out questions after stage 2, a row for each of WAYS.
 
     Args:

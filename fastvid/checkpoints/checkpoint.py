@@ -38,15 +38,15 @@ from fastvid.files import StrPath, naming
 
 __all__ = [
     "Snapshot",
-    "save",
-    "snapshot",
-    "write",
-    "tidy",
+    "load_into",
     "named",
     "newest_valid",
-    "load_into",
     "read_full",
     "read_state",
+    "save",
+    "snapshot",
+    "tidy",
+    "write",
 ]
 
 log = logging.getLogger("fastvid")

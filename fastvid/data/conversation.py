@@ -254,7 +254,7 @@ def inference_prompt(
             return tokenizer.encode(tokenizer.template.question(texts), [video_tokens])[0]
         text, spans = tokenizer.template.conversation([*texts, tokenizer.as_text(answer)])
         return tokenizer.encode(text[: spans[-1][1]], [video_tokens])[0]
-    messages = [text for turn in zip(questions[1:], answers[1:] + [""]) for text in turn]
+    messages = [text for turn in zip(questions[1:], [*answers[1:], ""]) for text in turn]
     after_video += f" {ASSISTANT}:"
     if answers:
         after_video += f" {answers[0]}{EOS}" + _turns(messages)[0]

@@ -180,9 +180,9 @@ class SampleSet:
         first = 0
         for path, count in zip(self.paths, self.counts):
             if index < first + count:
-                break
+                return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
             first += count
-        return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
+        raise IndexError(f"sample {index} of {first}")
 
     def _missing_feature(self, record, found_before):
         """Why features of a record are not to be had, or None; `found_before` are videos that have some."""

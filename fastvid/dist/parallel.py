@@ -10,6 +10,7 @@ Layouts of a model over ranks:
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -299,7 +300,7 @@ def shard(
     fully_shard(model, **whole, reshard_after_forward=False)
     # While one layer computes the next one is gathered; in backward FSDP2 does so by itself.
     units = [module for module in (model, *layers) if isinstance(module, FSDPModule)]
-    for module, following in zip(units, units[1:]):
+    for module, following in itertools.pairwise(units):
         module.set_modules_to_forward_prefetch([following])
     for module in model.modules():
         if isinstance(module, FSDPModule):

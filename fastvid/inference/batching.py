@@ -12,6 +12,7 @@ channels of the decoder, V tokens of the vocabulary.
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -272,7 +273,8 @@ class Batcher:
             [row for start in starts for row in (0, end + start)], [n for size in sizes for n in (end, size)]
         )
         layout = AttentionLayout.of_lengths(sizes, [end + size for size in sizes], torch.from_numpy(kv_rows))
-        x_ND = model.embed.weight[torch.tensor(sum(tails, []), device=self._device)].to(model.precision.residual)
+        token_ids = torch.tensor(list(chain.from_iterable(tails)), device=self._device)
+        x_ND = model.embed.weight[token_ids].to(model.precision.residual)
         positions = torch.from_numpy(ranges([end] * len(group), sizes)).int().to(self._device)
         cache = [LayerCache(len(x_ND)) for _ in model.decoder.layers]
         h_ND = model.decoder(

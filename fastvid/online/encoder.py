@@ -1,5 +1,6 @@
 """A rank's encoder, as the rank and its forked readers see it: started, asked, waited for, ended."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -134,10 +135,8 @@ def launch(board: int, setup: int, requests: int) -> subprocess.Popen[bytes]:
 def _end(process, asks, owner):
     if os.getpid() != owner:  # a forked reader's copy
         return
-    try:
+    with contextlib.suppress(BrokenPipeError):
         os.write(asks, b"end\n")
-    except BrokenPipeError:
-        pass
     os.close(asks)
     try:
         process.wait(_GRACE)

@@ -4,6 +4,7 @@ The child is a fork that goes on where its parent was. So the parent must have n
 neither outlives a fork. (Those of NumPy's OpenBLAS may be there; it ends them before each fork.)
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -72,10 +73,8 @@ class Offspring:
                 self.__exit__()
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 return writer
-            try:
+            with contextlib.suppress(PermissionError, ProcessLookupError):  # it is past an exec, or gone
                 os.setpgid(self._pid, self._pid)  # whichever of the two comes first
-            except (PermissionError, ProcessLookupError):  # it is past an exec, or gone
-                pass
         os.close(writer)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return None

@@ -40,12 +40,15 @@ def built(work, words, width):
         raise _Stop
 
     command = ["train.py", *(word.replace("WORK", str(work)) for word in words)]
-    with upstream.tiny_models(width), mock.patch.object(sys, "argv", command):
-        with mock.patch.object(train, "VideoChatGPTTrainer", stop):
-            try:
-                train.train()
-            except _Stop:
-                return taken
+    with (
+        upstream.tiny_models(width),
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(train, "VideoChatGPTTrainer", stop),
+    ):
+        try:
+            train.train()
+        except _Stop:
+            return taken
     raise AssertionError("train() made no trainer")
 
 

@@ -53,7 +53,7 @@ def conversations(number=60):
             words = draw.choices(WORDS, k=draw.randint(1, 9))
             texts.append(draw.choice(["", " ", "\n"]) + " ".join(words) + draw.choice(["", " ", "\n"]))
         names = draw.choice([[], ["a"], ["b"], ["a", "b"]])
-        for name in names:
+        for _ in names:
             texts[0] = draw.choice([f"<video>\n{texts[0]}", f"{texts[0]}\n<video>"])
         turns = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(texts)]
         yield {"id": str(i), "conversations": turns, **({"videos": names} if names else {})}

@@ -213,7 +213,7 @@ def test_marks_count_the_tokens_that_begin_before_them(kind, request, words, dat
 def test_decoding_leaves_out_tokens_and_never_characters(kind, request):
     tokenizer = load_tokenizer(request.getfixturevalue(kind), True)
     ids = [tokenizer.bos, *tokenizer.encode("plays cards"), tokenizer.tokens.patch, tokenizer.eos]
-    assert tokenizer.decode(ids + [tokenizer.tokens.vocab_size, 10**6]) == "plays cards"
+    assert tokenizer.decode([*ids, tokenizer.tokens.vocab_size, 10**6]) == "plays cards"
 
 
 @pytest.mark.parametrize("kind", ["plain", "bpe"])

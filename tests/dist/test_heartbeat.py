@@ -124,21 +124,20 @@ def test_a_failed_collective_names_who_is_silent():
     mine, living, dead = (Heartbeat(store, rank, 3, every=0.05, silence=60) for rank in range(3))
     living.start()
     world = parallel.World(0, 3, 0, None, True, heartbeat=mine)
-    with pytest.raises(ConnectionError, match=rf"^rank 0 lost rank 2 \(pid {os.getpid()} on [^)]*\)\. Start the same"):
-        with parallel.naming_the_dead(world):
-            raise RuntimeError("Connection closed by peer")
+    lost = rf"^rank 0 lost rank 2 \(pid {os.getpid()} on [^)]*\)\. Start the same"
+    with pytest.raises(ConnectionError, match=lost), parallel.naming_the_dead(world):
+        raise RuntimeError("Connection closed by peer")
     dead.start()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        with parallel.naming_the_dead(world):
-            raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"), parallel.naming_the_dead(world):
+        raise RuntimeError("out of memory")
 
     def unreachable(ranks):
         raise RuntimeError("recvValueWithTimeout failed")
 
     mine._heard = unreachable
-    with pytest.raises(ConnectionError, match="rank 0 lost rank 0 or its launcher"):
-        with parallel.naming_the_dead(world):
-            raise RuntimeError("Connection closed by peer")
+    lost = "rank 0 lost rank 0 or its launcher"
+    with pytest.raises(ConnectionError, match=lost), parallel.naming_the_dead(world):
+        raise RuntimeError("Connection closed by peer")
     for heartbeat in (living, dead):
         heartbeat.stop()
 

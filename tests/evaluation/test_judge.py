@@ -175,9 +175,8 @@ def test_a_dead_judge_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "<html>", "{}", '{"choices": []}', '{"choices": [{"message": 7}]}'])
 def test_what_is_no_completion(content):
-    with fake_judge(lambda *_: (200, content)) as server:
-        with pytest.raises(NoAnswer, match="no completion"):
-            Judge(server.url, "m", retries=0).reply(asks(lines(1), "m")[0].messages)
+    with fake_judge(lambda *_: (200, content)) as server, pytest.raises(NoAnswer, match="no completion"):
+        Judge(server.url, "m", retries=0).reply(asks(lines(1), "m")[0].messages)
 
 
 def test_prompts_are_known_by_their_texts(monkeypatch):

@@ -153,9 +153,9 @@ def test_a_damaged_line_is_told(run, chat, output):
 def test_two_writers_are_refused(run, chat, output):
     from fastvid.evaluation.lines import Lines
 
-    with Lines(output / "predictions.jsonl"):
-        with pytest.raises(ValueError, match="is written by another process .* wait until that has ended"):
-            predict(chat, config(run, output), 0, 1)
+    refused = "is written by another process .* wait until that has ended"
+    with Lines(output / "predictions.jsonl"), pytest.raises(ValueError, match=refused):
+        predict(chat, config(run, output), 0, 1)
     predict(chat, config(run, output), 0, 1)
     assert len(answered(output)) == 6
 

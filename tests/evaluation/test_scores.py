@@ -99,7 +99,7 @@ def test_short_answers(found, right, exact, f1):
 def upstream_loop(combined):
     """The lines of upstream's scripts, as they stand there."""
     score_sum, count, yes_count, no_count = 0, 0, 0, 0
-    for key, result in combined.items():
+    for result in combined.values():
         count += 1
         try:
             score = int(result[0]["score"])

@@ -1,5 +1,7 @@
 """Attention for AVX512-BF16: values and gradients against plain attention, how it is compiled and refused."""
 
+from itertools import chain
+
 import pytest
 import torch
 from attention_cases import GATHERED, SEGMENTS, assert_close_to_exact, bounds, inputs, plain, results
@@ -82,7 +84,7 @@ def test_gathers_keys_and_adds_up_their_gradients(constant_rows, rows, keys, que
     q, _, _, grad = inputs(segments, heads, kv_heads, channels, BF16)
     _, k, v, _ = inputs(([0], [rows]), heads, kv_heads, channels, BF16, seed=1)
     _, *constant, _ = inputs(([0], [constant_rows]), heads, kv_heads, channels, BF16, seed=2)
-    kv_rows = torch.tensor(sum(keys, []))
+    kv_rows = torch.tensor(list(chain.from_iterable(keys)))
 
     def ours(*x):
         return own(*x, kv_rows, tuple(constant) if constant_rows else None)
@@ -104,7 +106,7 @@ def test_gradients_of_shared_keys_are_summed_in_fp32(keys):
     q, grad = torch.zeros(len(keys), 1, 16, dtype=BF16), torch.ones(len(keys), 1, 16, dtype=BF16)
     k, v = (torch.zeros(2, 1, 16, dtype=BF16) for _ in range(2))
     q[:] = k[0] = 40  # the first key takes all where there is a choice
-    kv_rows = torch.tensor(sum(keys, []))
+    kv_rows = torch.tensor(list(chain.from_iterable(keys)))
     found = results(lambda *x: own(*x, kv_rows), q, k, v, grad, ([1] * len(keys), list(map(len, keys))))[3]
     assert found[0].unique().tolist() == [1000]
 
@@ -208,8 +210,8 @@ def test_scores_far_apart_leave_all_to_the_greatest(size, channels):
         ({"q_bounds": [0, 3]}, "segments of"),
         ({"q_bounds": [0, 9, 4, 9]}, "segments of"),
         ({"k_bounds": [0, 5]}, "segments of"),
-        ({"kv_rows": list(range(24)) + [25]}, "within the 25 rows"),
-        ({"kv_rows": [-1] + list(range(24))}, "within the 25 rows"),
+        ({"kv_rows": [*range(24), 25]}, "within the 25 rows"),
+        ({"kv_rows": [-1, *range(24)]}, "within the 25 rows"),
         ({"kv_rows": None}, "need kv_rows"),
     ],
 )
@@ -253,7 +255,7 @@ def test_models_take_it_with_constant_rows():
     constant_rows, rows, keys, queries = GATHERED["across the border"]
     q, k, v = (torch.randn(n, 2, 16).to(BF16) for n in (sum(queries), rows, rows))
     constant = tuple(torch.randn(constant_rows, 2, 16).to(BF16) for _ in range(2))
-    given = bounds(queries), bounds(map(len, keys)), torch.tensor(sum(keys, []))
+    given = bounds(queries), bounds(map(len, keys)), torch.tensor(list(chain.from_iterable(keys)))
     layout = AttentionLayout(given[0], max(queries), given[1], max(map(len, keys)), given[2])
     chosen = choose_attention("auto", q.device, BF16, 16)
     assert torch.equal(chosen(q, k, v, layout, constant=constant), own(q, k, v, *given, constant))

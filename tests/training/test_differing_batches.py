@@ -134,7 +134,7 @@ def resumed(rank, run, output, options):
 def test_norms_of_one_process_are_loaded_by_two(run, tmp_path):
     options = ["--tune_mm_mlp_adapter", "False"]
     state = build(run, tmp_path / "one", ALONE, *options)
-    for step in range(2):
+    for _ in range(2):
         train.train_step(state, [batch_of(state, VIDEO_FIRST)])
     recovery.save(state)
     state.saver.wait()

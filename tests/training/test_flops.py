@@ -1,5 +1,6 @@
 """Operations of a step: the formula against what torch counts, and what it leaves out."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from fastvid.training.flops import Formula, StepCounts
 def dense_attend(q_NHd, k_NKd, v_NKd, layout):
     """Attention over whole segments, two products forward and four backward, whose every pair torch counts."""
     parts, bounds = [], layout.cu_seqlens_q.tolist()
-    for first, last in zip(bounds, bounds[1:]):
+    for first, last in itertools.pairwise(bounds):
         q, k, v = (x[first:last].transpose(0, 1) for x in (q_NHd, k_NKd, v_NKd))
         parts.append(((q @ k.transpose(1, 2)).softmax(-1) @ v).transpose(0, 1))
     return torch.cat(parts)

@@ -165,7 +165,7 @@ def test_steps_without_samples_share_nothing(tmp_path, clock):
 def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(metrics_module, "peak_memory", lambda: 3 * 2**29)
     metrics = open_metrics(tmp_path, start_step=1000, total_steps=3000, peak_flops=5e11)
-    for step in range(1001, 3001):
+    for _ in range(1001, 3001):
         metrics.count(StepCounts(8, 100, 10, flops=5 * 10**11))
         metrics.wait(0.2)
         clock[0] += 2

@@ -216,7 +216,7 @@ def test_videos_of_several_lengths_are_looked_at(tmp_path):
     folder = write_run(tmp_path / "run", **SIZES)
     records = json.loads((folder / "train.json").read_text())
     rng = random.Random(0)
-    for i, record in enumerate(records):
+    for i in range(len(records)):
         save_features(
             folder / "feats" / f"clip{i}.safetensors",
             torch.zeros(150 if i == 7 else 10 + i % 3 * 20, training_run.CHANNELS),

@@ -67,8 +67,9 @@ def passes(monkeypatch):
     """Names of the passes over a video."""
     done = []
     for name in ("some", "whole"):
+        function = getattr(module._Pass, name)
 
-        def counted(*a, _name=name, _function=getattr(module._Pass, name)):
+        def counted(*a, _name=name, _function=function):
             done.append(_name)
             return _function(*a)
 

@@ -50,7 +50,10 @@ def packet(planes, *, status=2, interlaced=0, field=0, shown=False):
     return struct.pack("8i", MAGIC | 0x10 * shown, width, height, *coded, status, interlaced, field) + samples.tobytes()
 
 
-def stream_of(packets, numbers, wanted, *, size, codec="h264", turn=Orientation(), frames=None):
+UPRIGHT = Orientation()
+
+
+def stream_of(packets, numbers, wanted, *, size, codec="h264", turn=UPRIGHT, frames=None):
     width, height = size[::-1] if turn.transpose else size
     info = VideoInfo(codec, width, height, frames or max(numbers) + 1, 25.0, turn.angle, 0.0, "")
     return Bitstream(

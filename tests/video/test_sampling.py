@@ -1,6 +1,7 @@
 """Frame choice and nearest resize, against direct evaluations and the reference's recordings."""
 
 import hashlib
+import itertools
 import json
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ def _direct(total, num_frames):
     n = min(total, num_frames)
     segment = float(total - 1) / n
     borders = [round(segment * i) for i in range(n + 1)]  # half to even, on the float64 product
-    return [(a + b) // 2 for a, b in zip(borders, borders[1:])]
+    return [(a + b) // 2 for a, b in itertools.pairwise(borders)]
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_exact_rational_arithmetic_would_differ():
     def exact(total):
         n = min(total, 100)
         borders = [round(Fraction(total - 1, n) * i) for i in range(n + 1)]
-        return [(a + b) // 2 for a, b in zip(borders, borders[1:])]
+        return [(a + b) // 2 for a, b in itertools.pairwise(borders)]
 
     assert [total for total in range(1, 1001) if frame_indices(total) != exact(total)]
 

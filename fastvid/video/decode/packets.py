@@ -14,6 +14,7 @@ H.264: ITU-T H.264, 7.3.1 (unit headers) and 7.4.1; HEVC: ITU-T H.265, 7.3.1.2; 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,7 +77,7 @@ class Packets:
             cuts.append(np.flatnonzero(self.clean)[nearest])
         borders = [0, *sorted(set(cuts) - {0}), len(keep)]
         masks = []
-        for start, end in zip(borders, borders[1:]):
+        for start, end in itertools.pairwise(borders):
             mask = np.zeros(len(keep), bool)
             mask[start:end] = keep[start:end]
             if mask.any():

@@ -20,9 +20,9 @@ from .splice import SPLICE_VIDEO
 __all__ = [
     "ADD_RMS_NORM",
     "BLOCK_NUMBERS",
-    "PrepackedWeight",
     "SPLICE_VIDEO",
     "SWIGLU",
+    "PrepackedWeight",
     "attention_obstacle",
     "avx512_attention",
     "can_prepack",
