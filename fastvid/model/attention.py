@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from fastvid_kernels import cpu
@@ -76,7 +77,8 @@ class Attention:
             return q_NHd.clone()
         if isinstance(layout, DecodingLayout):
             n, rows = layout.sizes_alone
-            outs = [self(q_NHd[:n], k_NKd[:rows], v_NKd[:rows], layout.alone)] if n else []
+            alone = layout.alone
+            outs = [] if alone is None else [self(q_NHd[:n], k_NKd[:rows], v_NKd[:rows], alone)]
             outs += [shared_attention(q_NHd[n:], k_NKd, v_NKd, layout.shared)] if layout.shared else []
             return torch.cat(outs)
         assert constant is None or layout.kv_rows is not None
@@ -190,7 +192,7 @@ def choose_attention(implementation: str, device: torch.device, dtype: torch.dty
     return IMPLEMENTATIONS[implementation]
 
 
-def kernel_obstacle(device, dtype):
+def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no FlashAttention kernel can run, or None."""
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
@@ -247,7 +249,7 @@ def _find(module, name):
         return None
 
 
-def said(error):
+def said(error: BaseException) -> str:
     """An exception in one line."""
     return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
 
@@ -278,8 +280,9 @@ def _flash(q_NHd, k_MKd, v_MKd, layout, function=None):
 
 def _varlen(q_NHd, k_MKd, v_MKd, layout):
     function = _varlen_function()
+    assert function is not None, "it was there when it was chosen"
     known = _arguments(function)  # they changed from one torch to the next
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q_NHd.shape[1] != k_MKd.shape[1] and "enable_gqa" in known:  # before it was known, fewer key heads just worked
         options["enable_gqa"] = True
     return function(

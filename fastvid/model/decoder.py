@@ -7,7 +7,7 @@ F channels of the feed-forward block.
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
@@ -20,9 +20,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
+from fastvid.model.cache import Cache, LayerCache, PoolLayer
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
 from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
-from fastvid.model.linear import make_linear
+from fastvid.model.linear import Linear, make_linear
+from fastvid.model.quantize import Fp8Linear
 from fastvid.model.rows import take_rows
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -34,7 +36,8 @@ def recomputed_layers(recompute: str | int, num_layers: int) -> int:
     Raises:
         ValueError: `recompute` is neither a mode nor a number of so many layers.
     """
-    whole = {"none": 0, "selective": 0, "full": num_layers}.get(recompute, recompute)
+    modes = {"none": 0, "selective": 0, "full": num_layers}
+    whole = modes.get(recompute) if isinstance(recompute, str) else recompute
     if not isinstance(whole, int) or not 0 <= whole <= num_layers:
         raise ValueError(
             f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the "
@@ -65,7 +68,7 @@ class RMSNorm(nn.Module):
         self.compute_dtype = precision.compute
         self.for_fp8 = for_fp8
 
-    def forward(self, residual_ND, branch_ND):
+    def forward(self, residual_ND: Tensor, branch_ND: Tensor | None) -> tuple[Tensor, Tensor | Fp8Rows]:
         fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
         return (add_rms_norm_fp8 if fp8 else add_rms_norm)(
             residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype
@@ -90,7 +93,7 @@ class Stream(NamedTuple):
     layout: AttentionLayout
     supervised: tuple[Tensor, AttentionLayout] | None = None
 
-    def summed(self):
+    def summed(self) -> "Stream":
         """The same with the branch added."""
         if self.branch_ND is None:
             return self
@@ -130,16 +133,26 @@ class DecoderLayer(nn.Module):
         self.heads = heads, kv_heads
         self.attention = attention
 
-    def forward(self, live, frozen, rope, prefix, *, last=False, cache=None, recomputed=False):
+    def forward(
+        self,
+        live: Stream,
+        frozen: Stream | None,
+        rope: tuple[Tensor, float],
+        prefix: tuple[Tensor, Tensor] | None,
+        *,
+        last: bool = False,
+        cache: LayerCache | PoolLayer | None = None,
+        recomputed: bool = False,
+    ) -> tuple[Stream, Stream | None]:
         """Both streams after this layer.
 
         Args:
-            live: `Stream` of the rows that need gradients.
-            frozen: `Stream` of rows before them that need none, or None.
+            live: the rows that need gradients.
+            frozen: rows before them that need none, or None.
             rope: angular frequencies and scale, as of `rotary_frequencies`.
             prefix: keys and values [C, K, d] of constant rows before all those, or None.
             last: only supervised rows go on.
-            cache: `LayerCache` of the live rows, or None.
+            cache: of the live rows, or None.
             recomputed: whether backward computes this again.
 
         Returns:
@@ -150,11 +163,15 @@ class DecoderLayer(nn.Module):
             with torch.no_grad():
                 frozen, keys_values = advance(frozen, prefix)
                 # Copied in any case: the product that they lie in need not live until backward.
-                prefix = tuple(
+                assert keys_values is not None, "no kernel places them"
+                keys, values = (
                     own.contiguous() if known is None else torch.cat([known, own])
                     for known, own in zip(prefix or (None, None), keys_values)
                 )
-        return advance(live, prefix, cache=cache, by_kernel=cache is None)[0], frozen
+                prefix = keys, values
+        live_after, _ = advance(live, prefix, cache=cache, by_kernel=cache is None)
+        assert live_after is not None, "some live row is supervised"
+        return live_after, frozen
 
     def _advance(self, stream, constant, *, cache=None, by_kernel=False, **options):
         """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places
@@ -167,17 +184,22 @@ class DecoderLayer(nn.Module):
             attended, keys_values = self._attend_by_kernel(stream, constant, **options)
         else:
             attended, keys_values = self._attend(stream, constant, cache=cache, **options)
+        if attended is None:
+            return None, keys_values
         residual_ND, x_NHd, positions_N, layout = attended
         del attended
-        if x_NHd is None:
-            return None, keys_values
         residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
-        h_NF = gate_up_swiglu(x_ND, self.gate_up) if isinstance(x_ND, Fp8Rows) else swiglu(self.gate_up(x_ND))
+        if isinstance(x_ND, Fp8Rows):
+            assert isinstance(self.gate_up, Fp8Linear), "the norm before it makes such rows for it"
+            h_NF = gate_up_swiglu(x_ND, self.gate_up)
+        else:
+            h_NF = swiglu(self.gate_up(x_ND))
         return Stream(residual_ND, self.down(h_NF), positions_N, layout, stream.supervised), keys_values
 
     def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
-        """((residual stream, attention's output or None, positions, layout) of the rows that go on, keys and
-        values).
+        """((residual stream, attention's output, positions, layout) of the rows that go on; keys and values).
+
+        The first is None where no row goes on.
         """
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         # In place, but not where recomputation keeps the product that would be overwritten.
@@ -195,7 +217,7 @@ class DecoderLayer(nn.Module):
             kv_NE = rotate(kv_NE, positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
             if not len(rows_L):
-                return (None, None, None, None), (k_NKd, v_NKd)
+                return None, (k_NKd, v_NKd)
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
@@ -247,7 +269,7 @@ class DecoderLayer(nn.Module):
 
         Without norms they are the given tensor; with them a new one, which nothing saves.
         """
-        if self.k_norm is None:
+        if self.q_norm is None or self.k_norm is None:
             return qkv_NE
         parts = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         normalised = [
@@ -305,7 +327,7 @@ class Decoder(nn.Module):
         x_ND: Tensor,
         positions_N: Tensor,
         layout: AttentionLayout,
-        cache=None,
+        cache: Cache | None = None,
         *,
         supervised: tuple[Tensor, AttentionLayout] | None = None,
         frozen: Stream | None = None,
@@ -317,7 +339,7 @@ class Decoder(nn.Module):
             x_ND: residual stream, in its own dtype.
             positions_N: rotary position of each row.
             layout: who attends to whom; `kv_rows` counts those of `prefix`, of `frozen`, and of x.
-            cache: one `LayerCache` per layer, whose rows the layout's keys include; None without.
+            cache: its rows are among the layout's keys; None without.
             supervised: (rows of x, ascending; who they attend to), if no others are wanted.
             frozen: rows of no gradient that x attends to, computed and saved as such. Those of them that are supervised
                 come out first.
@@ -338,7 +360,7 @@ class Decoder(nn.Module):
                 live, frozen = live.summed(), frozen and frozen.summed()
                 live, frozen = self._checkpointed(layer, live, frozen, rope, constant, **options)
             else:
-                live, frozen = layer(live, frozen, rope, constant, cache=cache and cache[i], **options)
+                live, frozen = layer(live, frozen, rope, constant, cache=None if cache is None else cache[i], **options)
         h_LD = self.norm(live.residual_ND, live.branch_ND)[1]
         if frozen is None:
             return h_LD
@@ -349,11 +371,13 @@ class Decoder(nn.Module):
     def prepack(self) -> None:
         """`Linear.prepack` of every matrix; of a frozen decoder."""
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                assert isinstance(linear, Linear), "matrices in few bits are not prepacked"
                 linear.prepack()
 
     def _checkpointed(self, layer, *inputs, **options):
-        context = {"context_fn": _keep_products} if self._selective else {}
+        context: dict[str, Any] = {"context_fn": _keep_products} if self._selective else {}
         return checkpoint(
             layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options, **context
         )

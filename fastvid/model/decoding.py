@@ -7,6 +7,7 @@ Dimensions: B answers, R rows of the buffer, P rows of a beginning, L rows behin
 G = H / K, d channels per head.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastvid.batch import AttentionLayout
+
+Run = tuple[int, int]  # consecutive rows: the first, and how many
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class DecodingLayout:
     shared: tuple[Sharing, ...]
 
     @staticmethod
-    def of(alone, shared):
-        """From runs of rows, each (first row, rows).
+    def of(alone: Sequence[Run], shared: Iterable[tuple[Run, Sequence[Run]]]) -> "DecodingLayout":
+        """From runs of rows.
 
         Args:
             alone: a run for each query, in the order of their rows.
@@ -54,7 +57,7 @@ class DecodingLayout:
         """
         return DecodingLayout(_of_runs(alone) if alone else None, tuple(_sharing(*group) for group in shared))
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DecodingLayout":
         """The same layout with `function`, which leaves values alone, applied to every tensor."""
         return DecodingLayout(
             self.alone and self.alone.map(function),
@@ -66,7 +69,10 @@ class DecodingLayout:
     @property
     def sizes_alone(self) -> tuple[int, int]:
         """Queries of `alone`, and rows of the buffer up to the last of their keys."""
-        return tuple(map(sum, self.alone.lengths)) if self.alone else (0, 0)
+        if self.alone is None:
+            return 0, 0
+        queries, keys = self.alone.lengths
+        return sum(queries), sum(keys)
 
 
 def _of_runs(runs):
@@ -87,7 +93,8 @@ def _sharing(beginning, own):
     steps_L = torch.arange(int(rows_B1.max()))
     there_BL = steps_L < rows_B1
     hidden_BL = torch.zeros(there_BL.shape).masked_fill_(~there_BL, float("-inf"))
-    return Sharing(*beginning, firsts_B1 + steps_L * there_BL, hidden_BL)
+    first, rows = beginning
+    return Sharing(first, rows, firsts_B1 + steps_L * there_BL, hidden_BL)
 
 
 def shared_attention(q_NHd: Tensor, k_RKd: Tensor, v_RKd: Tensor, groups: tuple[Sharing, ...]) -> Tensor:

@@ -4,14 +4,14 @@ Dimensions: N rows, M key rows, D channels, F channels of the feed-forward block
 keys and values, H query heads, K key/value heads, d channels per head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_keys import rope_keys
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastvid.model.quantize import Fp8Linear
@@ -28,7 +28,8 @@ class _GateUpSwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up_NF)
         bits_NF, scale_N = swiglu_fp8(gate_up_NF)
         ctx.mark_non_differentiable(bits_NF, scale_N)
-        return Fp8Rows.stand_in(gate_up_NF, bits_NF.shape), bits_NF, scale_N
+        rows, columns = bits_NF.shape
+        return Fp8Rows.stand_in(gate_up_NF, (rows, columns)), bits_NF, scale_N
 
     @staticmethod
     @once_differentiable
@@ -91,11 +92,16 @@ class Fp8Product(NamedTuple):
     qkv: Fp8Linear
     outputs: slice = slice(None)
 
-    def rope_keys(self, positions_N, inv_freq_h, *heads, scale, **options) -> tuple[Tensor, ...]:
+    def rope_keys(
+        self, positions_N: Tensor, inv_freq_h: Tensor, *heads: int, scale: float, **options: Any
+    ) -> tuple[Tensor, ...]:
         """(product [N, E] without gradient, and, to the bit, `rope_keys` of it), whose gradient goes back in e4m3."""
         return _RotatedProduct.apply(*self.x_ND, self.qkv, self.outputs, positions_N, inv_freq_h, heads, scale, options)
 
 
-def product_to_rotate(x_ND: Tensor | Fp8Rows, qkv, outputs: slice = slice(None)) -> Tensor | Fp8Product:
+def product_to_rotate(x_ND: Tensor | Fp8Rows, qkv: nn.Module, outputs: slice = slice(None)) -> Tensor | Fp8Product:
     """What `attend_rotated` takes for `qkv(x, outputs=outputs)`."""
-    return Fp8Product(x_ND, qkv, outputs) if isinstance(x_ND, Fp8Rows) else qkv(x_ND, outputs=outputs)
+    if not isinstance(x_ND, Fp8Rows):
+        return qkv(x_ND, outputs=outputs)
+    assert isinstance(qkv, Fp8Linear), "the norm before it makes such rows for it"
+    return Fp8Product(x_ND, qkv, outputs)

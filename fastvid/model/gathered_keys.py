@@ -3,6 +3,10 @@
 Dimensions: N packed rows, M key/value rows, C constant ones, K key/value heads, d channels per head.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,25 +15,25 @@ from torch.autograd.function import once_differentiable
 class Gathered:
     """The rows of `constant` and then `source` that segments attend to; gathered again when backward asks for them."""
 
-    def __init__(self, constant_CKd, source_NKd, rows_M):
+    def __init__(self, constant_CKd: Tensor | None, source_NKd: Tensor, rows_M: Tensor):
         self.constant_CKd = constant_CKd
         self.source_NKd = source_NKd.detach()
         self.rows_M = rows_M
         self.storage = None  # of the copy that forward made; only forward compares it, while the copy lives
         self.again_MKd = None
 
-    def copy(self):
+    def copy(self) -> Tensor:
         source_NKd = self.source_NKd
         if self.constant_CKd is not None:
             source_NKd = torch.cat([self.constant_CKd, source_NKd])
         return source_NKd.index_select(0, self.rows_M)
 
-    def forward_copy(self):
+    def forward_copy(self) -> Tensor:
         rows_MKd = self.copy()
         self.storage = rows_MKd.untyped_storage()._cdata
         return rows_MKd
 
-    def backward_copy(self):
+    def backward_copy(self) -> Tensor:
         if self.again_MKd is None:
             self.again_MKd = self.copy()
         return self.again_MKd
@@ -38,10 +42,10 @@ class Gathered:
 class Placed:
     """Keys and values in one allocation, made again when backward asks for them."""
 
-    def __init__(self, k_MKd, again):
+    def __init__(self, k_MKd: Tensor, again: Callable[[], Tensor]):
         self.storage, self.again, self.made = k_MKd.untyped_storage()._cdata, again, None
 
-    def backward_copy(self):
+    def backward_copy(self) -> Tensor:
         if self.made is None:  # once for both; it goes with the graph that asks for it
             self.made = self.again()
         return self.made
@@ -52,7 +56,7 @@ class GatherRows(torch.autograd.Function):
     order."""
 
     @staticmethod
-    def forward(ctx, source_NKd, gathered, own_keys_N, regather):
+    def forward(ctx: Any, source_NKd: Tensor, gathered: Gathered, own_keys_N: Tensor | None, regather: bool) -> Tensor:
         ctx.save_for_backward(gathered.rows_M, own_keys_N)
         ctx.first = 0 if gathered.constant_CKd is None else len(gathered.constant_CKd)
         ctx.shape = source_NKd.shape
@@ -61,7 +65,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_MKd):
+    def backward(ctx: Any, grad_MKd: Tensor) -> tuple[Tensor, None, None, None]:
         rows_M, own_keys_N = ctx.saved_tensors
         ctx.gathered = None  # attention's backward, its only reader, is done; this node lives until the loss is gone
         if own_keys_N is not None:
@@ -73,7 +77,7 @@ class GatherRows(torch.autograd.Function):
         return total_RE[ctx.first :].view(ctx.shape).to(grad_MKd.dtype), None, None, None
 
 
-def saving_no_copy(*gathered):
+def saving_no_copy(*gathered: Gathered | Placed) -> AbstractContextManager[None]:
     """Within this context, autograd saves a tensor that lies in a gathered one as its place there."""
 
     def pack(tensor):

@@ -3,6 +3,8 @@
 Dimensions: N rows, I channels in, O channels out.
 """
 
+from typing import Any
+
 import torch
 from fastvid_kernels import cpu
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ class Linear(nn.Module):
         assert not self.weight.requires_grad and not isinstance(self.weight, DTensor)
         self._prepacked = cpu.PrepackedWeight()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """Without the cast weights, which are made anew."""
         return {**super().__getstate__(), "_kept": None}
 

@@ -13,6 +13,7 @@ Dimensions: N rows, I inputs and O outputs of a matrix.
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 from fastvid_kernels.quantize_fp8 import FP8_CAPABILITY, FP8_SIDE, Fp8Rows, quantize_fp8, scaled_product
@@ -61,7 +62,7 @@ class QuantizedLinear(nn.Module):
         """
         return _Product.apply(x_NI, self, outputs or slice(None))
 
-    def quantize_(self, weight_OI: Tensor):
+    def quantize_(self, weight_OI: Tensor) -> None:
         """Hold `weight_OI`, of any floating dtype, on its device."""
         raise NotImplementedError
 
@@ -85,7 +86,12 @@ class QuantizedLinear(nn.Module):
 class Fp8Linear(QuantizedLinear):
     """Both factors in e4m3, one scale per row of the left and column of the right one."""
 
-    def __init__(self, inputs, outputs, **options):
+    w_OI: Tensor
+    scale_O: Tensor
+    w_IO: Tensor
+    scale_I: Tensor
+
+    def __init__(self, inputs: int, outputs: int, **options: Any):
         super().__init__(inputs, outputs, **options)
         if inputs % FP8_SIDE or outputs % FP8_SIDE:
             raise ValueError(
@@ -93,7 +99,7 @@ class Fp8Linear(QuantizedLinear):
                 f"multiply in steps of {FP8_SIDE}; choose another --frozen_dtype"
             )
 
-    def quantize_(self, weight_OI):
+    def quantize_(self, weight_OI: Tensor) -> None:
         w_OI, scale_O = quantize_fp8(weight_OI)
         w_IO, scale_I = quantize_fp8(weight_OI.T)
         self._hold(w_OI=w_OI, scale_O=scale_O, w_IO=w_IO, scale_I=scale_I)
@@ -104,10 +110,10 @@ class Fp8Linear(QuantizedLinear):
             return _ProductOfFp8.apply(*x_NI, self, outputs or slice(None))
         return super().forward(x_NI, outputs=outputs)
 
-    def product(self, x_NI, outputs):
+    def product(self, x_NI: Tensor, outputs: slice) -> Tensor:
         return self.product_of_fp8(*quantize_fp8(x_NI), outputs, x_NI.dtype)
 
-    def gradient(self, g_NO, outputs):
+    def gradient(self, g_NO: Tensor, outputs: slice) -> Tensor:
         return self.gradient_of_fp8(*quantize_fp8(g_NO), outputs, g_NO.dtype)
 
     def product_of_fp8(self, bits_NI: Tensor, scale_N: Tensor, outputs: slice, dtype: torch.dtype) -> Tensor:
@@ -151,12 +157,15 @@ class _DequantizedLinear(QuantizedLinear):
 class Int8Linear(_DequantizedLinear):
     """Integers from −127 to 127, and the step of each row."""
 
-    def quantize_(self, weight_OI):
+    w_OI: Tensor
+    scale_O: Tensor
+
+    def quantize_(self, weight_OI: Tensor) -> None:
         weight_OI = weight_OI.float()
         largest_O = weight_OI.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
         self._hold(w_OI=torch.round(weight_OI * (127.0 / largest_O)[:, None]).to(torch.int8), scale_O=largest_O / 127.0)
 
-    def dequantized(self, dtype, outputs=slice(None)):
+    def dequantized(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
         w_OI = self.w_OI[outputs]
         # Multiplied in fp32 and rounded once, without a copy in fp32.
         return torch.mul(w_OI, self.scale_O[outputs, None], out=torch.empty_like(w_OI, dtype=dtype))
@@ -165,12 +174,20 @@ class Int8Linear(_DequantizedLinear):
 class Nf4Linear(_DequantizedLinear):
     """Two weights in a byte: places in the table of 16 quantiles of the normal distribution; see bitsandbytes."""
 
-    def quantize_(self, weight_OI):
+    packed: Tensor
+    scales: Tensor
+    offset: Tensor
+    code: Tensor
+    scales_of_scales: Tensor
+    code_of_scales: Tensor
+
+    def quantize_(self, weight_OI: Tensor) -> None:
         from bitsandbytes import functional as bnb
 
         if weight_OI.dtype == torch.float64:
             weight_OI = weight_OI.float()
         packed, state = bnb.quantize_4bit(weight_OI, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+        assert state.state2 is not None, "of compressed statistics"
         self._hold(
             packed=packed,
             scales=state.absmax,
@@ -180,7 +197,7 @@ class Nf4Linear(_DequantizedLinear):
             code_of_scales=state.state2.code,
         )
 
-    def dequantized(self, dtype, outputs=slice(None)):
+    def dequantized(self, dtype: torch.dtype, outputs: slice = slice(None)) -> Tensor:
         from bitsandbytes import functional as bnb
 
         scales = bnb.QuantState(
@@ -215,7 +232,7 @@ def matrix_bytes(frozen_dtype: str, inputs: int, outputs: int) -> int:
     return -(-weights // 2) + blocks + 4 * -(-blocks // SCALES_BLOCK) + 4 * (16 + 256 + 1)
 
 
-def check_device(frozen_dtype: str, device: torch.device):
+def check_device(frozen_dtype: str, device: torch.device) -> None:
     """Whether this machine computes with `frozen_dtype`, one of `FORMATS`.
 
     Raises:

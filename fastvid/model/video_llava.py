@@ -4,6 +4,7 @@ Dimensions: N packed rows, D channels of the decoder, P projected rows of all vi
 L supervised rows.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.attention import SDPA, Attention
-from fastvid.model.cache import LayerCache
+from fastvid.model.cache import Cache, LayerCache
 from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.decoder import Decoder, Stream
 from fastvid.model.linear import Linear
@@ -58,7 +59,7 @@ class VideoLlava(nn.Module):
         self.config = config
         self.trainable = trainable
         self.precision = precision
-        self._prefix = None  # not buffers: no checkpoint holds them
+        self._prefix: list[tuple[Tensor, Tensor]] | None = None  # not buffers: no checkpoint holds them
 
         table = partial(Table, sizes.vocab_size, sizes.hidden_size)
         self.embed = table(dtype=precision.trained if trainable.embed else precision.residual, trained=trainable.embed)
@@ -75,14 +76,14 @@ class VideoLlava(nn.Module):
         if not sizes.tie_word_embeddings:
             self.head = table(dtype=precision.stored(trainable.head), trained=trainable.head)
 
-    def forward(self, batch: PackedBatch, cache=None) -> Tensor:
+    def forward(self, batch: PackedBatch, cache: Cache | None = None) -> Tensor:
         """Cross-entropy summed over the batch's supervised rows, fp32 scalar.
 
         Its graph reaches every trained parameter, whatever the batch lacks (videos, supervised rows), so that
         all ranks take part in the same collectives.
 
         Args:
-            cache: one `LayerCache` per layer, which receives all rows' keys and values; None without.
+            cache: receives all rows' keys and values; None without.
         """
         if batch.loss_layout is None or not batch.num_supervised or cache is not None:
             h_LD = take_rows(self.hidden(batch, cache), batch.loss_rows)
@@ -90,7 +91,7 @@ class VideoLlava(nn.Module):
             h_LD = self._supervised(batch)
         return linear_cross_entropy(h_LD, self.head_weight, batch.targets)[0]
 
-    def hidden(self, batch: PackedBatch, cache=None) -> Tensor:
+    def hidden(self, batch: PackedBatch, cache: Cache | None = None) -> Tensor:
         """All rows after the final norm, [N, D] in the compute dtype."""
         return self.decoder(self.splice(batch), batch.positions, batch.layout, cache, prefix=self._prefix_of(batch))
 
@@ -120,7 +121,7 @@ class VideoLlava(nn.Module):
             ),
         )
 
-    def keep_prefix(self, token_ids) -> None:
+    def keep_prefix(self, token_ids: Sequence[int]) -> None:
         """Compute once what each layer attends to in the text with which all samples begin, and keep it.
 
         Batches with `prefix_rows` need it. All ranks call it; frozen weights must be as they will stay.
@@ -147,7 +148,7 @@ class VideoLlava(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what it would keep for the backward pass
-        self._prefix = [layer.buffers for layer in cache]
+        self._prefix = [layer.views() for layer in cache]
 
     def keep_casts(self, keep: bool) -> None:
         """`Linear.keep_casts` of every trained matrix; the micro-batches of a step share what they cast.
