@@ -100,7 +100,7 @@ def _layout(queries, keys, before, rows):
     return AttentionLayout(bounds, queries, bounds, keys, _indices(keys), way_back)
 
 
-def masked_pairs(layout) -> int:
+def masked_pairs(layout: AttentionLayout) -> int:
     """(Query, key) pairs of the segments of an `AttentionLayout` that "sdpa" needs a mask for. On the CPU."""
     queries, keys = (bounds.diff().long() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
     return int((queries * keys * (4 * (keys - queries) > queries)).sum())

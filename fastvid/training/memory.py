@@ -6,6 +6,7 @@ Dimensions: D channels, V tokens of the vocabulary, W of a padded row of logits.
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self) if f.type is int)
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [(f.name, getattr(self, f.name)) for f in fields(self) if f.type is int] + [("total", self.total)]
         table = "\n".join(f"  {name:<12}{size / 2**30:10.3f} GiB" for name, size in lines)
         layers = " layers" if isinstance(self.recompute, int) else ""
@@ -174,7 +175,7 @@ def estimate(
     )
 
 
-def choose_recompute(available: int, config: ModelConfig, **options) -> str | int:
+def choose_recompute(available: int, config: ModelConfig, **options: Any) -> str | int:
     """The fewest recomputed layers with which a step fits into `available` bytes; "full" if all are too few.
 
     Args:
