@@ -109,7 +109,7 @@ def test_every_remedy_is_carried_out_by_a_test():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = write_run(tmp_path_factory.mktemp("run"))
+    folder = write_run(tmp_path_factory.mktemp("run"), hidden_size=32, intermediate_size=48)  # sides for FP8
     records = json.loads((folder / "train.json").read_text())
     (folder / "missing.json").write_text(json.dumps([*records, {**records[0], "video": "nowhere"}]))
     (folder / "image.json").write_text(json.dumps([*records, {**records[0], "image": "a.jpg", "video": None}]))

@@ -49,7 +49,7 @@ def conversations(number=60):
     draw = random.Random(0)
     for i in range(number):
         texts = []
-        for k in range(2 * draw.randint(1, 4)):
+        for _ in range(2 * draw.randint(1, 4)):
             words = draw.choices(WORDS, k=draw.randint(1, 9))
             texts.append(draw.choice(["", " ", "\n"]) + " ".join(words) + draw.choice(["", " ", "\n"]))
         names = draw.choice([[], ["a"], ["b"], ["a", "b"]])
