@@ -683,7 +683,7 @@ TRAINING = [
         "train",
     ),
     ("", "train --num_video_tokens 9", "or let videos differ in rows (neither --num_video_tokens nor", "", "train"),
-    ("", "train --version v9", "--version v9 is no template; known: v1", "", "train --version v1"),
+    ("", "train --version v9", "--version v9 is no template; known: auto, v1", "", "train --version v1"),
     (
         "",
         "inspect -video_folder",

@@ -138,9 +138,12 @@ def settled_version(version: str, tokenizer: ModelTokenizer, policy: Policy | No
     Raises:
         ValueError: an unknown template, or one that the tokenizer or the policy does not allow.
     """
-    if version not in ("auto", *TRAINING_TEMPLATES):
-        raise ValueError(f"--version {version} is no template; known: auto, {', '.join(TRAINING_TEMPLATES)}")
     own = "v1" if tokenizer.template is None else CHAT_TEMPLATE
+    if version not in ("auto", *TRAINING_TEMPLATES):
+        known = (
+            [CHAT_TEMPLATE] if own == CHAT_TEMPLATE else [each for each in TRAINING_TEMPLATES if each != CHAT_TEMPLATE]
+        )
+        raise ValueError(f"--version {version} is no template; known: {', '.join(['auto', *known])}")
     if version != "auto" and (version == CHAT_TEMPLATE) != (own == CHAT_TEMPLATE):
         raise ValueError(
             f"--version {version}: the tokenizer in {tokenizer.folder} is {'' if own == 'v1' else 'not '}of LLaMA 2's "
@@ -277,7 +280,8 @@ def inference_prompt(
 def check_conv_mode(conv_mode: str, tokenizer: ModelTokenizer) -> None:
     """Refuse a template that is unknown, or not the tokenizer's (ValueError)."""
     if conv_mode not in (*SYSTEM, CHAT_TEMPLATE):
-        raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join((*SYSTEM, CHAT_TEMPLATE))}")
+        known = SYSTEM if tokenizer.template is None else [CHAT_TEMPLATE]
+        raise ValueError(f"--conv_mode {conv_mode} is no template; known: {', '.join(known)}")
     if (conv_mode == CHAT_TEMPLATE) != (tokenizer.template is not None):
         raise ValueError(
             f"--conv_mode {conv_mode} is not for the tokenizer in {tokenizer.folder}; leave --conv_mode out"

@@ -279,7 +279,7 @@ def test_versions(tokenizer):
     assert settled_version("auto", tokenizer) == settled_version("chat_template", tokenizer) == "chat_template"
     with pytest.raises(ValueError, match="--version v1: .*is not of LLaMA 2's kind.*give --version chat_template"):
         settled_version("v1", tokenizer)
-    with pytest.raises(ValueError, match="--version v9 is no template; known: auto, v1, vicuna_v1_1, chat_template"):
+    with pytest.raises(ValueError, match="--version v9 is no template; known: auto, chat_template$"):
         settled_version("v9", tokenizer)
     with pytest.raises(ValueError, match="--parity reference"):
         settled_version("auto", tokenizer, POLICIES["reference"])
