@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 from fastvid_kernels import dispatch
+from fastvid_kernels.cpu import rows as rows_of_cpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 FILES = [
@@ -139,6 +140,29 @@ def test_reference_is_the_plain_twin_itself(name, monkeypatch):
         arguments = (ELSEWHERE | ALONE)[module.__name__.rpartition(".")[2] if name in FUNCTIONS.values() else name]()
         found = getattr(module, name)(*arguments, impl="reference", **OPTIONS.get(name, {}))
     assert called == [name] and (found is called or name in ("adamw_step", "adamw8bit_step"))
+
+
+def test_meta_tensors_stand_for_others(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x = rows(2, device="meta")
+    assert not dispatch.use_triton("auto", x, name="x") and not dispatch.on_gpu(x)
+    with dispatch.meta_stands_for("cuda"):
+        assert dispatch.use_triton("auto", x, name="x") and dispatch.on_gpu(x)
+        assert not dispatch.use_triton("auto", rows(2, device="cpu"), name="x")
+        dispatch.launch(None, (1,), x)
+        with dispatch.meta_stands_for("cpu"):
+            assert not dispatch.use_triton("auto", x, name="x")
+        assert dispatch.on_gpu(x)
+
+
+@pytest.mark.parametrize("obstacle", [None, "no such CPU"])
+def test_meta_tensors_compile_nothing(monkeypatch, obstacle):
+    monkeypatch.setattr(rows_of_cpu, "_library", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(rows_of_cpu, "foreseen_obstacle", lambda: obstacle)
+    x = rows(2, device="meta")
+    assert rows_of_cpu.serve(x, x) == (obstacle is None)
+    assert not rows_of_cpu.serve(x, dtypes=[torch.float32])
+    rows_of_cpu.quick_gelu(x, x)
 
 
 def test_a_gpu_and_the_cpu_together_are_refused():

@@ -50,7 +50,8 @@ MODES = ["none", "selective", 1, 2, "full"]
 def batch(video=150, samples=2):
     generator = torch.Generator().manual_seed(0)
     samples = [random_sample(generator, text=(9, 30), video=video, answer=20) for _ in range(samples)]
-    return pack(samples, channels=24, generator=generator).parted()
+    rows = pack(samples, channels=24, generator=generator).parted()
+    return dataclasses.replace(rows, features=rows.features.half())  # as files hold them
 
 
 def chosen(dtype):
@@ -62,9 +63,7 @@ def options(rows, **changes):
     settings = {"trainable": ADAPTER, "compute_dtype": torch.float32, "fp32_residual": False, **changes}
     return {
         **settings,
-        "rows": rows.num_rows,
-        "supervised_rows": rows.num_supervised,
-        "video_rows": len(rows.video_rows),
+        **rows_of(rows),
         "on_cpu": True,
         "one_call_per_segment": chosen(settings["compute_dtype"]) is SDPA,
     }
@@ -88,7 +87,7 @@ def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, 
         recompute=recompute,
         **options(rows, trainable=trainable, compute_dtype=dtype, fp32_residual=fp32_residual),
     )
-    assert alive == pytest.approx(expected.activations, rel=0.06, abs=2048)
+    assert alive <= expected.activations <= 1.02 * alive
 
 
 def check_total(config, rows, **settings):
@@ -101,7 +100,8 @@ def check_total(config, rows, **settings):
     expected = estimate(config, **options(rows, **settings))
     stored = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert expected.total == pytest.approx(stored + live.peak + 3 * 4 * trained, rel=0.1)
+    taken = stored + live.peak + 3 * 4 * trained
+    assert taken <= expected.total <= 1.02 * taken
 
 
 @pytest.mark.slow
@@ -120,6 +120,15 @@ def test_total_where_tables_and_logits_are_large(tied, dtype, trainable):
         mm_hidden_size=24, **{**SIZES, "num_layers": 1, "vocab_size": 20000, "tie_word_embeddings": tied}
     )
     check_total(config, batch(30), recompute="none", compute_dtype=dtype, trainable=trainable)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+def test_total_of_other_families(dtype, trainable):
+    config = model_config(
+        mm_hidden_size=24, **{**SIZES, "num_layers": 5}, qkv_bias=True, qk_norm=True, unrotated_layers=(1,)
+    )
+    check_total(config, batch(), recompute="none", compute_dtype=dtype, trainable=trainable)
 
 
 @pytest.fixture
