@@ -7,12 +7,16 @@ asked again by the next run.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +25,9 @@ from fastvid.files import StrPath
 
 JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
+_LONGEST_PAUSE = 60.0  # seconds before a retry, whatever the server wishes
 _MOST_BYTES = 1 << 20  # of a reply
+_SECRET = 8  # letters of a key that is one; shorter ones, such as "EMPTY", may be words of a reply
 _AGAIN = (429, 500, 502, 503, 504)
 _REFUSALS = (401, 403, 404)  # every request would meet them
 _SILENCES = 16  # failures in a row after which the judge is given up
@@ -140,6 +146,8 @@ def read_reply(text: str, aspect: str) -> dict:
     """
     try:
         found = json.loads(text.strip(), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it holds thousands of brackets") from None
     except ValueError:
         objects = re.findall(r"\{[^{}]*\}", text)
         if len(objects) != 1:
@@ -185,21 +193,27 @@ class Judge:
     def __init__(self, url: str, model: str, *, key: str | None = None, timeout: float = 60.0, retries: int = 5):
         import urllib3
 
-        self._url, self.model, self._timeout = url.rstrip("/") + "/chat/completions", model, timeout
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        again = urllib3.Retry(
-            total=retries,
-            redirect=0,
-            status_forcelist=_AGAIN,
-            allowed_methods=None,
-            backoff_factor=BACKOFF,
-            backoff_max=60,
-            raise_on_status=False,
+        self._url, self.model, self._timeout, self._retries = (
+            url.rstrip("/") + "/chat/completions",
+            model,
+            timeout,
+            retries,
         )
-        self._pool = urllib3.PoolManager(
-            maxsize=64, retries=again, timeout=urllib3.Timeout(connect=min(10, timeout), read=timeout)
+        self._key, self._headers = key, {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        # Of urllib3's own retries each reads a refusal to its end, and sleeps as long as the server says.
+        self._pool = urllib3.connection_from_url(
+            self._url, maxsize=64, retries=False, timeout=urllib3.Timeout(connect=min(10, timeout), read=timeout)
         )
+        self._pool.ConnectionCls = _bounded(self._pool.ConnectionCls, timeout)
+        self._path = urllib3.util.parse_url(self._url).request_uri
         self._as_json = True  # ask for JSON, until the server refuses that
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Try nothing again: every request that is under way ends with its next answer or failure."""
+        self._stopped.set()
 
     def reply(self, messages: Iterable[dict]) -> str:
         """What the model replies, at temperature 0.
@@ -214,6 +228,11 @@ class Judge:
         if status in (400, 422) and as_json:
             status, content = self._post(body)
             self._as_json = status != 200 and self._as_json
+        if 300 <= status < 400:
+            raise ValueError(
+                f"the judge at {self._url} sends requests elsewhere (status {status}), and is not followed: give "
+                "--judge the address that answers itself"
+            )
         if status in _REFUSALS:
             raise ValueError(
                 f"the judge at {self._url} refuses with status {status} ({_excerpt(content)}): check --judge, "
@@ -223,26 +242,90 @@ class Judge:
             raise NoAnswer(f"status {status} ({_excerpt(content)})")
         try:
             text = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise NoAnswer(f"it sent no completion ({_excerpt(content)})") from error
         return text if isinstance(text, str) else ""
 
     def _post(self, body):
-        """(status, body of the answer)."""
+        """(status, body of the answer), after as many tries as it takes."""
+        content = json.dumps(body).encode("ascii")
+        for tried in itertools.count():
+            pause = min(_LONGEST_PAUSE, BACKOFF * 2 ** (tried - 1)) if tried else 0
+            last = tried >= self._retries or self._stopped.is_set()
+            try:
+                status, answer, told = self._once(content)
+            except _MayPass as error:
+                if last:
+                    raise NoAnswer(str(error)) from error
+            else:
+                if status not in _AGAIN or last:
+                    return status, answer
+                pause = max(pause, min(_LONGEST_PAUSE, told))
+            self._stopped.wait(pause)
+
+    def _once(self, content):
+        """(status, body, seconds after which the server wants to be asked again)."""
         import urllib3
 
+        end, answer = time.monotonic() + self._timeout, b""
         try:
-            response = self._pool.request("POST", self._url, json=body, headers=self._headers, preload_content=False)
-            end, content = time.monotonic() + self._timeout, b""
-            while piece := response.read1(1 << 16):
-                content += piece
-                if len(content) > _MOST_BYTES or time.monotonic() > end:
-                    response.close()
-                    raise NoAnswer(f"its answer does not end within {self._timeout:g} s or {_MOST_BYTES:,} bytes")
+            response = self._pool.request(
+                "POST", self._path, body=content, headers=self._headers, preload_content=False, decode_content=False
+            )
+            with _at(end, response.shutdown):  # a read that waits for more than its own timeout
+                while piece := response.read1(1 << 16):
+                    answer += piece
+                    if len(answer) > _MOST_BYTES or time.monotonic() > end:
+                        break
+            if len(answer) > _MOST_BYTES or time.monotonic() > end:
+                response.close()
+                raise NoAnswer(f"its answer does not end within {self._timeout:g} s or {_MOST_BYTES:,} bytes")
             response.release_conn()
         except urllib3.exceptions.HTTPError as error:
-            raise NoAnswer(str(error)) from error
-        return response.status, content
+            raise _MayPass(str(error)) from error
+        if self._key and len(self._key) >= _SECRET:
+            answer = answer.replace(self._key.encode(), b"***")  # what it says is kept and shown
+        told = response.headers.get("Retry-After", "")
+        return response.status, answer, int(told) if told.isdecimal() and len(told) < 9 else 0
+
+
+class _MayPass(Exception):
+    """No connection, or one that broke."""
+
+
+def _bounded(kind, seconds):
+    """A class of connections whose answers must begin, headers included, within so many seconds.
+
+    A socket's own timeout bounds each read, and a server may send a byte at a time.
+    """
+
+    class Bounded(kind):
+        def getresponse(self):
+            end = time.monotonic() + seconds
+            with _at(end, lambda: self.sock and self.sock.shutdown(socket.SHUT_RD)):
+                response = super().getresponse()
+            if time.monotonic() > end:
+                raise TimeoutError(f"no answer within {seconds:g} s")
+            return response
+
+    return Bounded
+
+
+@contextmanager
+def _at(end, function):
+    """Call a function at a time of the monotonic clock, unless the block has ended before."""
+    timer = threading.Timer(max(0, end - time.monotonic()), _quietly, (function,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _quietly(function):
+    with suppress(OSError, ValueError):  # the connection has just ended
+        function()
 
 
 def _excerpt(content):
@@ -283,6 +366,7 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
                         ) from error
                 progress.update()
         finally:
+            judge.stop()
             workers.shutdown(cancel_futures=True)
     return unanswered
 

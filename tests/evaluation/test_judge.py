@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from fake_judge import GOOD, fake_judge
+from fake_judge import GOOD, fake_judge, raw_server
 
 from fastvid.evaluation import judge as module
 from fastvid.evaluation.judge import Judge, NoAnswer, asks, judge_all, prompts_digest, read_reply
@@ -144,6 +144,94 @@ def test_a_reply_that_never_comes_is_given_up(tmp_path):
     found, silent, _ = graded(lambda *_: None, tmp_path, asks(lines(1), "m"), timeout=0.3, retries=1)
     assert found == {} and len(silent) == 1
     assert time.monotonic() - begin < 30
+
+
+def drip(head, piece):
+    """Sends what comes first, and then piece by piece for ever."""
+
+    def talk(connection, ended):
+        connection.sendall(head)
+        while not ended.wait(0.02):
+            connection.sendall(piece)
+
+    return talk
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        drip(b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n", b" "),
+        drip(b"HTTP/1.1 500 No\r\nContent-Length: 900000\r\n\r\n", b" "),
+        drip(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        drip(b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+        drip(b"", b"H"),
+        drip(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 900000\r\n\r\n", b" "),
+    ],
+    ids=["body", "failure", "chunk", "header", "status", "redirection"],
+)
+def test_an_answer_that_drips_is_given_up(talk):
+    begin = time.monotonic()
+    with raw_server(talk) as url, pytest.raises(NoAnswer):
+        Judge(url, "m", retries=1, timeout=0.4).reply(asks(lines(1), "m")[0].messages)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_huge_failure_is_not_read_to_its_end():
+    sent = []
+
+    def talk(connection, ended):
+        connection.sendall(b"HTTP/1.1 500 No\r\nContent-Length: 999999999\r\n\r\n")
+        while len(sent) < 100 and not ended.is_set():
+            connection.sendall(bytes(1 << 20))
+            sent.append(1)
+
+    with raw_server(talk) as url, pytest.raises(NoAnswer):
+        Judge(url, "m", retries=1, timeout=5.0).reply(asks(lines(1), "m")[0].messages)
+    assert len(sent) < 50
+
+
+def test_a_server_cannot_have_one_wait_for_hours(monkeypatch):
+    monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.1)
+    busy = b"HTTP/1.1 429 Busy\r\nRetry-After: 30\r\nContent-Length: 0\r\n\r\n"
+    begin = time.monotonic()
+    with raw_server(lambda connection, _: connection.sendall(busy)) as url, pytest.raises(NoAnswer, match="status 429"):
+        Judge(url, "m", retries=2).reply(asks(lines(1), "m")[0].messages)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_redirection_is_not_followed(tmp_path):
+    """The key would go elsewhere."""
+    with fake_judge(lambda *_: GOOD) as other:
+        moved = f"HTTP/1.1 307 Moved\r\nLocation: {other.url}/chat/completions\r\nContent-Length: 0\r\n\r\n".encode()
+        with raw_server(lambda connection, _: connection.sendall(moved)) as url:
+            asked = Judge(url, "m", key="secret", retries=2)
+            with pytest.raises(ValueError, match="status 307.*give --judge the address that answers itself"):
+                judge_all(asked, asks(lines(), "m"), tmp_path, at_once=2)
+        assert other.bodies == []
+        assert not judge_all(Judge(other.url, "m"), asks(lines(), "m"), tmp_path, at_once=2)
+
+
+def test_the_key_is_hidden_in_what_comes_back(tmp_path):
+    found, _, _ = graded(lambda *_: "your key is sk-secret", tmp_path, asks(lines(1), "m"), key="sk-secret")
+    assert found["s0"]["reply"] == "your key is ***"
+    with pytest.raises(ValueError, match=r"refuses with status 401 \(bad key: \*\*\*\)"):
+        graded(lambda *_: (401, "bad key: sk-secret"), tmp_path, asks(lines(2), "m"), key="sk-secret")
+    found, _, _ = graded(lambda *_: '{"pred": "no", "score": 0}', tmp_path, asks(lines(2), "m"), key="no")
+    assert found["s1"]["pred"] == "no"  # what servers without keys are told is no secret
+
+
+def test_texts_that_no_encoding_has(tmp_path):
+    """JSON files can hold half of a surrogate pair."""
+    found, silent, _ = graded(lambda *_: GOOD, tmp_path, asks([{**lines(1)[0], "answer": "\ud800"}], "m"))
+    assert found["s0"]["score"] == 4 and not silent
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"score":' * 50_000])
+def test_a_reply_of_brackets_is_unreadable(tmp_path, text):
+    found, silent, _ = graded(lambda *_: text, tmp_path, asks(lines(1), "m"))
+    assert "fault" in found["s0"] and not silent
+    found, silent, _ = graded(lambda *_: (200, text), tmp_path, asks(lines(2), "m"))
+    assert "no completion" in "".join(silent.values())
 
 
 def test_a_server_without_json_mode(tmp_path):

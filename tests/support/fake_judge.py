@@ -4,8 +4,9 @@ import json
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 GOOD = '{"pred": "yes", "score": 4}'
 
@@ -75,6 +76,30 @@ def fake_judge(answer):
         yield judge
     finally:
         judge.released.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def raw_server(talk):
+    """A server that has `talk` do what it likes with each connection's socket, once the request's head is read."""
+    ended = threading.Event()
+
+    class Handler(BaseRequestHandler):
+        def handle(self):
+            with suppress(OSError):
+                self.request.recv(1 << 16)
+                talk(self.request, ended)
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
