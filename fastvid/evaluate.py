@@ -44,8 +44,8 @@ def _check(config, world):
         raise ValueError(f"give {' and '.join(missing)}: predictions need all of --{', --'.join(first)}")
     if (config.judge is None) != (config.judge_model is None):
         raise ValueError("give --judge and --judge_model together")
-    if config.judge is not None and not config.judge.startswith(("http://", "https://")):
-        raise ValueError(f"--judge {config.judge} is no URL; give one such as http://localhost:8000/v1")
+    if config.judge is not None:
+        judge.check_address(config.judge)
     if config.judge is not None and world > 1:
         raise ValueError("--judge needs one process: predict with all ranks first, then judge without torchrun")
 

@@ -132,6 +132,12 @@ def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):
     assert main(["--output", output, "--task", "vcg"]) == 0
     refused(["--output", output, "--judge", "http://x"], "give --judge and --judge_model together")
     refused(judging(output, "localhost"), "localhost is no URL; give one such as http://")
+    for wrong in ("http://", "http://h:99999/v1", "http://[::1/v1", "file:///etc"):
+        refused(judging(output, wrong), "is no URL; give one such as http://")
+    for secret in ("http://me:sk-secret@h/v1", "http://h/v1?key=sk-secret", "http://h/v1#sk-secret"):
+        with pytest.raises(ValueError, match="--judge holds more than an address.*--judge_key_variable") as told:
+            main(judging(output, secret))
+        assert "secret" not in str(told.value)
     with fake_judge(score_of) as judge:
         monkeypatch.setenv("WORLD_SIZE", "2")
         refused(judging(output, judge.url), "--judge needs one process")

@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastvid.evaluation.lines import Lines, read_lines
-from fastvid.files import StrPath
+from fastvid.files import StrPath, shown
 
 JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
@@ -30,6 +31,7 @@ _MOST_BYTES = 1 << 20  # of a reply
 _SECRET = 8  # letters of a key that is one; shorter ones, such as "EMPTY", may be words of a reply
 _AGAIN = (429, 500, 502, 503, 504)
 _REFUSALS = (401, 403, 404)  # every request would meet them
+_TOO_LONG = (400, 413, 422)  # or otherwise not what the server takes: this request alone
 _SILENCES = 16  # failures in a row after which the judge is given up
 
 _GRADE = (
@@ -179,6 +181,10 @@ class NoAnswer(Exception):
     """The judge did not answer one request: a later run asks again."""
 
 
+class NotTaken(NoAnswer):
+    """The judge is there, and refuses this request, such as one that is too long for it."""
+
+
 class Judge:
     """A model behind an HTTP interface like OpenAI's.
 
@@ -225,7 +231,7 @@ class Judge:
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": 128}
         as_json = self._as_json
         status, content = self._post(body | ({"response_format": {"type": "json_object"}} if as_json else {}))
-        if status in (400, 422) and as_json:
+        if status in _TOO_LONG and as_json:
             status, content = self._post(body)
             self._as_json = status != 200 and self._as_json
         if 300 <= status < 400:
@@ -239,7 +245,7 @@ class Judge:
                 "--judge_model, and the key in the variable that --judge_key_variable names"
             )
         if status != 200:
-            raise NoAnswer(f"status {status} ({_excerpt(content)})")
+            raise (NotTaken if status in _TOO_LONG else NoAnswer)(f"status {status} ({_excerpt(content)})")
         try:
             text = json.loads(content)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -341,16 +347,17 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
     """
     from tqdm import tqdm
 
-    known = {line["key"] for line in read_lines(output, JUDGEMENTS)}
-    todo = list({ask.key: ask for ask in wanted if ask.key not in known}.values())
     unanswered, silences = {}, 0
     with (
         Lines(Path(output) / f"{JUDGEMENTS}.jsonl") as lines,
-        tqdm(total=len(todo), desc="judge", unit=" replies", mininterval=1) as progress,
+        tqdm(desc="judge", unit=" replies", mininterval=1) as progress,
     ):
-        workers = ThreadPoolExecutor(at_once)
+        known = {line["key"] for line in read_lines(output, JUDGEMENTS)}  # nobody else adds to them now
+        todo = list({ask.key: ask for ask in wanted if ask.key not in known}.values())
+        progress.reset(len(todo))
+        workers, futures = ThreadPoolExecutor(at_once), {}
         try:
-            futures = {workers.submit(judge.reply, ask.messages): ask for ask in todo}
+            futures |= {workers.submit(judge.reply, ask.messages): ask for ask in todo}
             for future in as_completed(futures):
                 ask = futures.pop(future)
                 try:
@@ -358,8 +365,8 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
                     silences = 0
                 except NoAnswer as error:
                     unanswered[ask.key] = str(error)
-                    silences += 1
-                    if silences == _SILENCES:
+                    silences += not isinstance(error, NotTaken)
+                    if silences >= _SILENCES:
                         raise OSError(
                             f"the judge did not answer {silences} times in a row; the last time: {error}. What it "
                             "answered before is kept: start the command again once it answers"
@@ -368,6 +375,9 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
         finally:
             judge.stop()
             workers.shutdown(cancel_futures=True)
+            for future, ask in futures.items():  # of a run that ends early: they are paid for
+                if not future.cancelled() and future.exception() is None:
+                    lines.append(_judgement(ask, judge.model, future.result()))
     return unanswered
 
 
@@ -381,5 +391,34 @@ def _judgement(ask, model, reply):
 
 
 def key_of(variable: str) -> str | None:
-    """The key in an environment variable; None where it is not set."""
-    return os.environ.get(variable) or None
+    """The key in an environment variable; None where it is not set.
+
+    Raises:
+        ValueError: no header can hold it; the message does not show it.
+    """
+    key = os.environ.get(variable, "").strip("\n")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ValueError(
+            f"the variable {shown(variable)} holds letters that no key has (spaces, or others beyond ASCII); set it "
+            "again"
+        )
+    return key or None
+
+
+def check_address(url: str) -> None:
+    """Refuse what is no address of a judge, and one that says a secret: addresses are written to files.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(f"--judge {shown(url)} is no URL; give one such as http://localhost:8000/v1") from error
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "--judge holds more than an address (a user, or something after ? or #); give the address alone, and the "
+            "key in the environment variable that --judge_key_variable names"
+        )

@@ -7,7 +7,7 @@ import pytest
 from fake_judge import GOOD, fake_judge, raw_server
 
 from fastvid.evaluation import judge as module
-from fastvid.evaluation.judge import Judge, NoAnswer, asks, judge_all, prompts_digest, read_reply
+from fastvid.evaluation.judge import Judge, NoAnswer, asks, judge_all, key_of, prompts_digest, read_reply
 from fastvid.evaluation.lines import read_lines
 
 
@@ -259,6 +259,56 @@ def test_a_dead_judge_ends_the_run(tmp_path):
         judge_all(Judge(url, "m", retries=0, timeout=1.0), asks(lines(40), "m"), tmp_path, at_once=2)
     found, _, _ = graded(lambda *_: GOOD, tmp_path, asks(lines(40), "m"))
     assert len(found) == 40
+
+
+def test_requests_that_are_too_long_end_no_run(tmp_path):
+    """Who refuses these very requests is there."""
+
+    def answer(number, body):
+        return GOOD if '"a dog 4' in body["messages"][1]["content"] else (400, "too long")
+
+    found, silent, _ = graded(answer, tmp_path, asks(lines(44), "m"), retries=0)
+    assert len(silent) == 39 and len(found) == 5 and "status 400 (too long)" in next(iter(silent.values()))
+
+
+def test_a_refused_request_in_between_does_not_hide_a_dead_judge(tmp_path):
+    def answer(number, body):
+        return (400, "long") if "dog 3" in body["messages"][1]["content"] else (500, "broken")
+
+    with pytest.raises(OSError, match="did not answer 16 times in a row"):
+        graded(answer, tmp_path, asks(lines(40), "m"), retries=0)
+
+
+def test_replies_of_an_interrupted_run_are_kept(tmp_path, monkeypatch):
+    """They are paid for."""
+    monkeypatch.setattr(module, "_judgement", interrupted := Interrupted(module._judgement))
+    with fake_judge(lambda n, body: 0.5 if n else GOOD) as server:
+        with pytest.raises(KeyboardInterrupt):
+            judge_all(Judge(server.url, "m"), asks(lines(3), "m"), tmp_path, at_once=3)
+    assert interrupted.calls and len(server.bodies) == 3 and len(read_lines(tmp_path, "judgements")) >= 2
+
+
+class Interrupted:
+    """A function that Ctrl-C meets the first time it is called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == 1:
+            raise KeyboardInterrupt
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\r", "sk-secret\u2019", "sk-se cret"])
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ValueError, match="MY_KEY holds .* set it again") as told:
+        key_of("MY_KEY")
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("MY_KEY", "sk-secret\n")  # as `read` and files give it
+    assert key_of("MY_KEY") == "sk-secret"
 
 
 @pytest.mark.parametrize("content", ["", "<html>", "{}", '{"choices": []}', '{"choices": [{"message": 7}]}'])
