@@ -20,15 +20,18 @@ _MOST_UNREADABLE = 0.01  # of a judge's replies, with exit code 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 if something has no answer, no judgement, or cannot be read."""
+    """The command line; returns the exit code: 1 if something has no answer, no judgement, or cannot be read.
+
+    Of several ranks it is 0 even so: torchrun ends all of them once one returns anything else.
+    """
     config = parse(EvaluateConfig, argv)
     rank, world = place()
     _check(config, world)
     complete = True
     if config.model_name_or_path is not None:
         complete = _predict(config, rank, world)
-    if rank:
-        return 0 if complete else 1
+    if world > 1 and (rank or _unanswered(config)):
+        return 0
     return 0 if _score(config) and complete else 1
 
 
@@ -62,6 +65,18 @@ def _predict(config, rank, world):
         return predict.predict(chat, config, rank, world)
     finally:
         chat.close()
+
+
+def _unanswered(config):
+    """Whether other ranks, or samples that failed, are left; says so."""
+    samples = predict.read_settings(config.output)["samples"]
+    missing = samples - len(predict.answered(config.output))
+    if missing:
+        print(
+            f"{missing:,} of {samples:,} samples have no prediction yet; once all ranks have ended, `fastvid evaluate "
+            f"--output {config.output}` tells what is left, and scores the rest"
+        )
+    return missing > 0
 
 
 def _score(config):

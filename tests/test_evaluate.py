@@ -90,6 +90,22 @@ def test_multiple_choice_needs_no_judge(run, tmp_path, capsys):
     assert told["scores"]["likelihood"]["mean"] == sum(right) / 5 and told["scores"]["letter"]["n"] == 5
 
 
+def test_no_rank_ends_the_others(run, tmp_path, monkeypatch, capsys):
+    """torchrun ends all ranks once one of them exits with another code than 0."""
+    arguments = flags(settings(run, tmp_path, "mc"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, missing in ((0, "4 of 6"), (1, None)):  # the second has the video that cannot be found
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert (f"{missing} samples have no prediction yet; once all ranks have ended" in out) == (rank == 0)
+        assert not (tmp_path / "scores.json").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert main(["--output", str(tmp_path)]) == 1  # as it says
+    assert "1 of 6 samples have no prediction" in capsys.readouterr().out and (tmp_path / "scores.json").exists()
+
+
 def test_unreadable_replies_are_told(predicted, tmp_path, capsys):
     with fake_judge(lambda n, body: "well" if n == 3 else score_of(n, body)) as judge:
         assert main(judging(copy(predicted, tmp_path), judge.url)) == 1
