@@ -56,7 +56,7 @@ def read_records(path: StrPath) -> list[Any]:
     Raises:
         ValueError: naming the file that cannot be read, or the line of what is no JSON or no UTF-8.
     """
-    text = _text(path)
+    text = read_text(path)
     first = text.lstrip()[:1]
     if first == "[":
         return _parse(text, path)
@@ -87,7 +87,12 @@ def write_records(path: StrPath, records: list[Any]) -> None:
             file.write(json.dumps(records).encode("ascii"))
 
 
-def _text(path):
+def read_text(path: StrPath) -> str:
+    """The text of a file, with "\\n" as the end of each line and no byte-order mark.
+
+    Raises:
+        ValueError: naming the file that cannot be read, or is no UTF-8.
+    """
     if not str(path).startswith(_OPEN_ALREADY) and (reason := wrong_content(path)):
         remedy = "" if Path(path).is_file() else f"; {_what_to_give(path)}"
         raise ValueError(f"{shown(path)} {reason}{remedy}")

@@ -1,13 +1,15 @@
 """Benchmarks: from their own files to samples, and from answers to the files that upstream's scripts read."""
 
 import csv
+import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvid.data.records import place, read_records
+from fastvid.data.records import place, read_records, read_text
 from fastvid.files import StrPath, shown, wrong_content
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -75,6 +77,13 @@ def read_samples(name: str, annotations: StrPath) -> tuple[list[Sample], list[Pa
     samples = task.samples(files)
     if not samples:
         raise ValueError(f"--annotations {shown(path)} holds no question")
+    known = {}
+    for number, sample in enumerate(samples):
+        if known.setdefault(sample.id, number) != number:
+            raise ValueError(
+                f"--annotations {shown(path)}: questions {known[sample.id]} and {number} (from 0) have one id, "
+                f"{shown(sample.id)}; give each record an id of its own, and each file another name"
+            )
     return samples, list(files.values())
 
 
@@ -137,8 +146,8 @@ def _every(*endings):
 
 
 def _text(record, key, where):
-    value = record.get(key) if isinstance(record, dict) else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    value = record.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f'{where} has no text as "{key}"; give the benchmark\'s own file')
@@ -146,14 +155,23 @@ def _text(record, key, where):
 
 
 def _records(path):
-    return [(place(path, number), record) for number, record in enumerate(read_records(path))]
+    """(place, record) of a JSON or JSONL file."""
+    return _objects((place(path, number), record) for number, record in enumerate(read_records(path)))
+
+
+def _objects(records):
+    records = list(records)
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is no object; give the benchmark's own file")
+    return records
 
 
 def _vcg(files):
     samples = []
     for kind, path in files.items():
         for number, (where, record) in enumerate(_records(path)):
-            paired = "Q1" in record if isinstance(record, dict) else False
+            paired = "Q1" in record
             samples.append(
                 Sample(
                     f"{kind}/{number}",
@@ -190,7 +208,11 @@ def _activitynet(files):
     if files.keys() != {"questions", "answers"}:
         raise ValueError("activitynet_qa needs test_q.json and test_a.json: give --annotations the folder of both")
     questions, answers = (_records(files[role]) for role in ("questions", "answers"))
-    by_id = {str(record.get("question_id")): record for _, record in answers if isinstance(record, dict)}
+    by_id = {}
+    for where, record in answers:
+        name = _text(record, "question_id", where)
+        if by_id.setdefault(name, record) is not record:
+            raise ValueError(f"{where}: another record answers {shown(name)} too; leave the right one")
     samples = []
     for where, record in questions:
         name = _text(record, "question_id", where)
@@ -209,7 +231,7 @@ def _msvd(files):
     if files.keys() != {"qa", "mapping"}:
         raise ValueError("msvd_qa needs its questions and youtube_mapping.txt: give --annotations the folder of both")
     names = {}
-    for line in files["mapping"].read_text(encoding="utf-8").splitlines():
+    for line in read_text(files["mapping"]).splitlines():
         name, _, number = line.rpartition(" ")
         names[number.removeprefix("vid")] = name
     samples = []
@@ -217,27 +239,32 @@ def _msvd(files):
         video = _text(record, "video_id", where)
         if video not in names:
             raise ValueError(f"{where}: {shown(files['mapping'])} has no vid{video}; give the two files of one set")
-        samples.append(_question(f"{record.get('id', number)}", names[video], record, where))
+        samples.append(_question(_name(record, "id", number), names[video], record, where))
     return samples
 
 
 def _msrvtt(files):
     return [
-        _question(f"{record.get('id', number)}", f"video{_text(record, 'video_id', where)}", record, where)
+        _question(_name(record, "id", number), f"video{_text(record, 'video_id', where)}", record, where)
         for number, (where, record) in enumerate(_records(files["qa"]))
     ]
 
 
 def _tgif(files):
     path = files["qa"]
-    if fault := wrong_content(path):
-        raise ValueError(f"{shown(path)} {fault}")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"))
+    except csv.Error as error:
+        raise ValueError(f"{shown(path)} is no table with tabs ({error}); give the benchmark's own file") from error
     return [
         _question(str(number), _text(row, "gif_name", place(path, number)), row, place(path, number))
         for number, row in enumerate(rows)
     ]
+
+
+def _name(record, key, number):
+    """A record's own id, or its number."""
+    return str(number if record.get(key) is None else record[key])
 
 
 def _question(name, video, record, where):
@@ -249,17 +276,20 @@ def _choices(files):
     for path in files.values():
         for number, (where, record) in enumerate(_table(path)):
             options = next((record[key] for key in ("candidates", "options") if key in record), None)
-            if not isinstance(options, list) or len(options) < 2 or len(options) > len(LETTERS):
+            if (
+                not isinstance(options, list)
+                or not 2 <= len(options) <= len(LETTERS)
+                or not all(isinstance(option, str | int | float) for option in options)
+            ):
                 raise ValueError(f'{where} has no list of options as "candidates" or "options"; give a multiple choice')
-            options = tuple(map(str, options))
             right = _right(options, record.get("answer"), where)
+            options = tuple(map(str, options))
             options = tuple(_LABEL.sub("", option, count=1) if _labelled(options) else option for option in options)
             video = next((key for key in _VIDEO if key in record), "video")
             group = path.stem if len(files) > 1 else str(record.get("task_type") or record.get("duration") or "")
-            part = (record["start"], record["end"]) if {"start", "end"} <= record.keys() else None
             samples.append(
                 Sample(
-                    f"{path.stem}/{record.get('question_id', number)}",
+                    f"{path.stem}/{_name(record, 'question_id', number)}",
                     _text(record, video, where),
                     (_text(record, "question", where),),
                     options[right],
@@ -267,11 +297,21 @@ def _choices(files):
                     group,
                     options,
                     right,
-                    part,
+                    _part(record, where),
                     record,
                 )
             )
     return samples
+
+
+def _part(record, where):
+    ends = tuple(record.get(key) for key in ("start", "end"))
+    if ends == (None, None):
+        return None
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
+        told = " and ".join(shown(json.dumps(end, ensure_ascii=False)) for end in ends)
+        raise ValueError(f'{where}: "start" and "end" are {told}; give both in seconds, or leave both out')
+    return ends
 
 
 def _labelled(options):
@@ -280,6 +320,14 @@ def _labelled(options):
 
 
 def _right(options, answer, where):
+    if answer in options and type(answer) in (int, float) and answer != options.index(answer):
+        if isinstance(answer, float) or not 0 <= answer < len(options):
+            return options.index(answer)
+        raise ValueError(
+            f'{where}: "answer" is {answer}, which is an option and the number (from 0) of another; write the options '
+            "and the answer as texts"
+        )
+    options = tuple(map(str, options))
     if isinstance(answer, str) and answer in options:
         return options.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]:
@@ -295,19 +343,20 @@ def _right(options, answer, where):
 def _table(path):
     """(place, record) of a JSON, JSONL or Parquet file."""
     if path.suffix != ".parquet":
-        found = _records(path)
-    else:
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError(
-                f"{shown(path)} is a Parquet file: `pip install pyarrow` reads it, or write its records as JSONL"
-            ) from error
-        found = [(place(path, number), row) for number, row in enumerate(parquet.read_table(path).to_pylist())]
-    for where, record in found:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is no object; give the benchmark's own file")
-    return found
+        return _records(path)
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{shown(path)} is a Parquet file: `pip install pyarrow` reads it, or write its records as JSONL"
+        ) from error
+    if fault := wrong_content(path):
+        raise ValueError(f"{shown(path)} {fault}")
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{shown(path)} is no whole Parquet file ({error}); download it again") from error
+    return _objects((place(path, number), row) for number, row in enumerate(rows))
 
 
 def _plain(files):

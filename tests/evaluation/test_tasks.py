@@ -1,6 +1,7 @@
 """Benchmarks' own files, made by hand: which samples they hold, and what is written for upstream's scripts."""
 
 import json
+import math
 
 import pytest
 
@@ -190,6 +191,31 @@ CHOICE = {"video": "v", "question": "q", "options": ["x", "y"], "answer": "y"}
         ("mc", {"a.txt": ""}, "holds no file that ends in .json, .jsonl, .parquet; give", {"a.json": [CHOICE]}),
         ("mc", {"a.json": [7]}, "record 0 .* is no object; give", {"a.json": [CHOICE]}),
         ("mc", {"a.json": []}, "holds no question", {"a.json": [CHOICE]}),
+        (
+            "mc",
+            {"a.json": [{**CHOICE, "question_id": 7}] * 2},
+            "give each record an id of its own",
+            {"a.json": [{**CHOICE, "question_id": n} for n in (7, 8)]},
+        ),
+        (
+            "mc",
+            {"a.json": [{**CHOICE, "start": None, "end": 3}]},
+            "give both in seconds, or leave both out",
+            {"a.json": [{**CHOICE, "start": 0, "end": 3}]},
+        ),
+        (
+            "activitynet_qa",
+            {"test_q.json": [ASKED], "test_a.json": [ANSWERED, ANSWERED]},
+            "leave the right one",
+            {"test_a.json": [ANSWERED]},
+        ),
+        (
+            "tgif_qa",
+            {"qa.csv": "gif_name\tquestion\tanswer\n" + "a" * 200_000 + "\tq\ta\n"},
+            "is no table .* give",
+            {"qa.csv": "gif_name\tquestion\tanswer\na\tq\ta\n"},
+        ),
+        ("mc", {"a.parquet": "cut"}, "download it again", {"a.parquet": None, "a.json": [CHOICE]}),
     ],
 )
 def test_a_benchmark_is_read_once_mended_as_told(tmp_path, task, files, message, mended):
@@ -205,6 +231,87 @@ def test_a_benchmark_is_read_once_mended_as_told(tmp_path, task, files, message,
         read_samples(task, tmp_path)
     write_all(mended)
     assert read_samples(task, tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "options, answer, right", [([1, 2, 3], 3, 2), ([0, 1, 2], 1, 1), ([7, 8.5], 8.5, 1), ([7, 8], 1, 1)]
+)
+def test_a_number_among_numbers(tmp_path, options, answer, right):
+    """It is an option, or else an option's place."""
+    record = {"video": "v", "question": "how many?", "options": options, "answer": answer}
+    ((sample,), _) = read_samples("mc", write(tmp_path, a__json=[record]) / "a.json")
+    assert (sample.right, sample.answer) == (right, str(options[right]))
+
+
+def test_a_number_that_may_be_two_options_is_clear_as_text(tmp_path):
+    record = {"video": "v", "question": "how many?", "options": [1, 2, 3], "answer": 1}
+    path = write(tmp_path, a__json=[record]) / "a.json"
+    with pytest.raises(
+        ValueError, match='"answer" is 1, which is an option and .* write the options and the answer as'
+    ):
+        read_samples("mc", path)
+    path.write_text(json.dumps([{**record, "options": ["1", "2", "3"], "answer": "1"}]))
+    assert read_samples("mc", path)[0][0].right == 0
+
+
+def test_parts_that_are_null_are_none(tmp_path):
+    """As columns of a Parquet file are that most records lack."""
+    path = write(tmp_path, a__json=[{**CHOICE, "start": None, "end": None, "question_id": None}]) / "a.json"
+    assert [(each.id, each.part) for each in read_samples("mc", path)[0]] == [("a/0", None)]
+
+
+@pytest.mark.parametrize(
+    "task, files, message",
+    [
+        (
+            "mc",
+            {"a.json": [{**CHOICE, "question_id": 7}] * 2},
+            "questions 0 and 1 .* have one id, a/7; give each record an id",
+        ),
+        (
+            "mc",
+            {"x/a.json": [CHOICE], "y/a.json": [CHOICE]},
+            "questions 0 and 1 .* have one id, a/0; .* and each file another name",
+        ),
+        (
+            "vcg_diverse",
+            {"qa.json": [{"id": 5, "type": "summary", "video_name": "v", "Q": "q", "A": "a"}] * 2},
+            "have one id, 5; give",
+        ),
+        ("msrvtt_qa", {"qa.json": [{**QA, "id": 1}] * 2}, "have one id, 1; give"),
+        (
+            "activitynet_qa",
+            {"test_q.json": [ASKED], "test_a.json": [ANSWERED, {**ANSWERED, "answer": "b"}]},
+            "test_a.json: record 1 .*: another record answers 1 too; leave the right one",
+        ),
+        ("msrvtt_qa", {"qa.json": [7]}, "record 0 .* is no object"),
+        ("vcg_diverse", {"qa.json": [7]}, "record 0 .* is no object"),
+        ("activitynet_qa", {"test_q.json": [7], "test_a.json": [7]}, "record 0 .* is no object"),
+        ("match", {"a.json": '[{"video": "v", "question": "q", "answer": NaN}]'}, 'record 0 .* no text as "answer"'),
+        ("match", {"a.json": "<html>moved</html>"}, "a.json is a web page"),
+        ("tgif_qa", {"frameqa_qa.csv": b"gif_name\tquestion\tanswer\n\xff\tq\ta\n"}, "qa.csv.* UTF-8"),
+        (
+            "tgif_qa",
+            {"qa.csv": "gif_name\tquestion\tanswer\n" + "a" * 200_000 + "\tq\ta\n"},
+            "qa.csv is no table with tabs .*limit.*; give",
+        ),
+        ("tgif_qa", {"qa.csv": "gif_name,question,answer\na,q,a\n"}, 'record 0 .* no text as "gif_name"'),
+        ("msvd_qa", {"test_qa.json": [QA], "mapping.txt": b"\xff vid3\n"}, "mapping.txt.* UTF-8"),
+        ("msvd_qa", {"test_qa.json": [QA], "mapping.txt": "<html>"}, "mapping.txt is a web page"),
+        ("mc", {"a.parquet": "no"}, "a.parquet .* download it again"),
+        ("mc", {"a.json": [{**CHOICE, "start": "x", "end": 3}]}, 'record 0 .*"start" and "end" are "x" and 3'),
+        ("mc", {"a.json": [{**CHOICE, "start": None, "end": 3}]}, 'record 0 .*"start" and "end" are null and 3'),
+        ("mc", {"a.json": json.dumps([{**CHOICE, "start": math.nan, "end": 3}])}, '"start" and "end" are NaN and 3'),
+        ("mc", {"a.json": [{**CHOICE, "options": ["x", ["y"]], "answer": "x"}]}, "record 0 .* no list of options"),
+    ],
+)
+def test_bad_annotations_cost_one_line(tmp_path, task, files, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = content if isinstance(content, str | bytes) else json.dumps(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_samples(task, tmp_path)
 
 
 def test_a_missing_path_is_told(tmp_path):
