@@ -56,16 +56,16 @@ class Videos:
         if sample.part is not None:
             first, last = sample.part
             video = f"{stem(video)}_{first:g}_{last:g}"
-            told = f" (seconds {first:g} to {last:g} of {sample.video}; cut that file)"
+            told = f" (seconds {first:g} to {last:g} of {shown(sample.video)}; cut that file)"
         found = self._names.find(video)
         if found is None:
             last = video.rpartition("/")[2]
             stems = {stem(name) for name in self._by_last.get(stem(last), ())}
             if len(stems) > 1:
-                raise ValueError(f"{video} is the name of {len(stems)} videos below {self.folder}; move the others")
+                raise ValueError(f"{shown(video)} is the name of {len(stems)} videos below {self.folder}; move the others")
             found = self._names.find(stems.pop()) if stems else None
         if found is None:
-            raise ValueError(f"{video} is none of the files of {self.folder}{told}")
+            raise ValueError(f"{shown(video)} is none of the files of {self.folder}{told}")
         path = self.files[found]
         if not inside(path, self.folder):
             raise ValueError(f"{path} is a link that leads out of {self.folder}; refused")

@@ -153,8 +153,11 @@ def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict
             continue
         try:
             reply = ast.literal_eval(judgement["reply"])
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue  # upstream asks again until it can be read
+            json.dumps(reply)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue  # upstream asks again until it can be read, and writes it
+        if not isinstance(reply, dict):
+            continue
         if isinstance(line["question"], list):
             values = [*line["question"], line["answer"], *line["prediction"]]
             pair = dict(zip(("q1", "q2", "a", "pred1", "pred2"), values))
@@ -174,9 +177,9 @@ def upstream_figures(combined: dict) -> dict[str, float]:
     total, yes, no = 0, 0, 0
     for reply, *_ in combined.values():
         try:
-            total += int(reply["score"])
+            total += float(int(reply["score"]))
             said = str(reply.get("pred", "")).lower()
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             continue
         yes, no = yes + ("yes" in said), no + ("yes" not in said and "no" in said)
     figures = {"average_score": total / len(combined)} if combined else {}

@@ -187,6 +187,34 @@ def test_upstreams_combined_files():
     }
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "{[]: 1}",
+        "b'x'",
+        "{'score': {1}}",
+        "{'score': 3, (1, 2): 3}",
+        "{'score': 3, 'x': 1j}",
+        "[1]",
+        "\x00",
+        "-" * 1_000_000,
+    ],
+)
+def test_replies_that_upstream_cannot_read_are_left_out(reply):
+    lines = [line("1"), line("2", video="w")]
+    wanted = [ask for ask in asks(lines, "m") if ask.aspect == "detail"]
+    found = [{"key": ask.key, "reply": said} for ask, said in zip(wanted, (reply, "{'score': 4.8}"))]
+    combined = scores.upstream_entries(lines, wanted, found)
+    assert list(combined["detail"]) == ["w_0"]
+    json.dumps(combined)
+
+
+def test_an_endless_score_counts_as_none():
+    found = (float("inf"), "9" * 400, "9" * 6000, 2)
+    combined = {f"v_{i}": [{"score": score}, {}] for i, score in enumerate(found)}
+    assert scores.upstream_figures(combined) == {"average_score": 0.5}
+
+
 def test_comparison_is_paired_and_refuses_another_judge(tmp_path):
     about = {"task": "vcg", "annotations": "x", "samples": 2, "judge": "m", "prompts": "y"}
     folders = [tmp_path / name for name in ("one", "two", "other")]
