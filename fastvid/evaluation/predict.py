@@ -34,35 +34,49 @@ class Videos:
 
     Args:
         folder: with videos or feature files below it.
+        asked: names of all videos of the benchmark: two of them are never one file.
     """
 
-    def __init__(self, folder: StrPath):
+    def __init__(self, folder: StrPath, asked: Iterable[str] = ()):
         self.folder = Path(folder)
         self.files = list_media(folder, MEDIA_SUFFIXES)
         self._names = MediaNames(self.files, MEDIA_SUFFIXES)
         self._by_last = {}
         for name in self.files:
-            self._by_last.setdefault(stem(name.rpartition("/")[2]), []).append(name)
+            self._by_last.setdefault(_last(name), []).append(stem(name))
+        self._asked = {}
+        for name in {stem(video) for video in asked}:
+            self._asked.setdefault(_last(name), []).append(name)
 
     def find(self, sample: Sample) -> Path:
         """The file that a sample is about.
 
-        A benchmark that keeps its videos in folders may name them without these.
+        A benchmark that keeps its videos in folders may name them without these, and the other way round. What is in
+        another folder is another video.
 
         Raises:
             ValueError: there is none, there are several, or it lies elsewhere.
         """
-        video, told = sample.video, ""
+        video, part, told = sample.video, "", ""
         if sample.part is not None:
             first, last = sample.part
-            video = f"{stem(video)}_{first:g}_{last:g}"
+            part = f"_{first:g}_{last:g}"
+            video = stem(video) + part
             told = f" (seconds {first:g} to {last:g} of {shown(sample.video)}; cut that file)"
         found = self._names.find(video)
         if found is None:
-            last = video.rpartition("/")[2]
-            stems = {stem(name) for name in self._by_last.get(stem(last), ())}
+            stems = {name for name in self._by_last.get(_last(video), ()) if _same_end(name, stem(video))}
             if len(stems) > 1:
-                raise ValueError(f"{shown(video)} is the name of {len(stems)} videos below {self.folder}; move the others")
+                raise ValueError(
+                    f"{shown(video)} is the name of {len(stems)} videos below {self.folder}; move the others"
+                )
+            names = self._asked.get(_last(sample.video), ()) if stems else ()
+            several = [name for name in names if _same_end(name + part, *stems)]
+            if len(several) > 1:
+                raise ValueError(
+                    f"{' and '.join(map(shown, sorted(several)))} are several videos, of which {self.folder} has one "
+                    "without its folder; move it to a folder of that name"
+                )
             found = self._names.find(stems.pop()) if stems else None
         if found is None:
             raise ValueError(f"{shown(video)} is none of the files of {self.folder}{told}")
@@ -70,6 +84,16 @@ class Videos:
         if not inside(path, self.folder):
             raise ValueError(f"{path} is a link that leads out of {self.folder}; refused")
         return path
+
+
+def _last(name):
+    """A video's name without folders and ending."""
+    return stem(name.rpartition("/")[2])
+
+
+def _same_end(one, other):
+    """Whether one path is the end of the other."""
+    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
 
 
 def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
@@ -89,7 +113,7 @@ def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
     output = Path(config.output)
     samples, files = read_samples(config.task, config.annotations)
     _same_settings(output, _settings(chat, config, files, samples))
-    videos, done = Videos(config.video), answered(output)
+    videos, done = Videos(config.video, (sample.video for sample in samples)), answered(output)
     names = sorted({sample.video for sample in samples})
     share = set(names[rank::world])
     todo = [sample for sample in samples if sample.video in share and sample.id not in done]

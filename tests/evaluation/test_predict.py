@@ -10,7 +10,8 @@ from evaluation_run import settings, write_evaluation
 from fastvid.config import EvaluateConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
-from fastvid.evaluation.predict import answered, predict, read_settings
+from fastvid.evaluation.predict import Videos, answered, predict, read_settings
+from fastvid.evaluation.tasks import Sample
 from fastvid.features.file import load_features
 from fastvid.inference.chat import Chat
 
@@ -84,6 +85,35 @@ def test_likelihoods_are_those_of_each_text_alone(run, chat, output, question_or
     assert [line["error"].split(" below")[0] for line in errors if "error" in line] == [
         "same.mp4 is the name of 2 videos"
     ]
+
+
+def test_nobody_is_answered_with_a_namesakes_frames(run, chat, output):
+    """A video of that name in another folder is another video, and two names in folders are not one file."""
+    asked = ("sub/star_1_5", "other/star_1_5", "p/clip1", "q/clip1.mp4", "p/clip2", "clip3", "p/clip3")
+    records = [{"video": name, "question": "why?", "answer": "a"} for name in asked]
+    (run / "folders.json").write_text(json.dumps(records))
+    settings = config(run, output, "match", annotations=str(run / "folders.json"))
+    assert not predict(chat, settings, 0, 1)
+    assert {line["video"] for line in answered(output).values()} == {"sub/star_1_5", "p/clip2", "clip3"}
+    told = (output / "predictions.jsonl").read_text()
+    assert "other/star_1_5 is none of the files of" in told
+    assert "p/clip1 and q/clip1 are several videos, of which " in told and "move it to a folder of that name" in told
+    (run / "feats" / "p").mkdir()
+    (run / "feats" / "clip1.safetensors").rename(run / "feats" / "p" / "clip1.safetensors")
+    try:
+        predict(chat, settings, 0, 1)
+        assert "p/clip1" in {line["video"] for line in answered(output).values()}
+    finally:
+        (run / "feats" / "p" / "clip1.safetensors").rename(run / "feats" / "clip1.safetensors")
+
+
+def test_a_part_is_of_one_video(run):
+    sample = Sample("1", "y/sub/star.mp4", ("q",), "a", "match", part=(1, 5))
+    assert Videos(run / "feats", [sample.video]).find(sample).name == "star_1_5.safetensors"
+    with pytest.raises(ValueError, match="are several videos"):
+        Videos(run / "feats", [sample.video, "z/sub/star.mp4"]).find(sample)
+    with pytest.raises(ValueError, match="is none of the files"):
+        Videos(run / "feats", ["z/star.mp4"]).find(replace(sample, video="z/star.mp4"))
 
 
 def test_a_part_of_a_video_is_a_file_of_its_own(run, chat, output):
