@@ -92,7 +92,9 @@ def _score(config):
         print(f"{missing:,} of {settings['samples']:,} samples have no prediction")
     judged = settings["task"] not in ("mc", "match")
     if not lines or judged and config.judge is None:
-        if lines:
+        if config.compare is not None:
+            print(scores.compare(config.output, config.compare))
+        elif lines:
             print(f"{len(lines):,} predictions are in {config.output}; --judge and --judge_model have them judged")
         return not missing
     more, good = {"answered": len(lines), "missing": missing}, True

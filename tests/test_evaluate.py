@@ -124,13 +124,18 @@ def test_a_silent_judge_leaves_the_rest_to_the_next_run(predicted, tmp_path, cap
 
 
 def test_comparison(predicted, tmp_path, capsys):
-    here, there = tmp_path / "here", tmp_path / "there"
+    here, there, fresh = (tmp_path / name for name in ("here", "there", "fresh"))
+    fresh.mkdir()
     for folder, score in ((there, 2), (here, 3)):
         folder.mkdir()
         with fake_judge(lambda *_: f'{{"score": {score}}}') as judge:
             more = ["--compare", str(there)] if folder == here else []
             assert main(judging(copy(predicted, folder), judge.url, *more)) == 0
     assert "+1.0000   [+1.0000, +1.0000]   4" in capsys.readouterr().out
+    assert main(["--output", str(there), "--compare", str(here)]) == 0  # both are judged
+    assert "-1.0000   [-1.0000, -1.0000]   4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no scores"):
+        main(["--output", str(copy(predicted, fresh)), "--compare", str(here)])
 
 
 def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):

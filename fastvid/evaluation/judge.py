@@ -28,6 +28,7 @@ JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
 _LONGEST_PAUSE = 60.0  # seconds before a retry, whatever the server wishes
 _MOST_BYTES = 1 << 20  # of a reply
+_MOST_KEPT = 1 << 13  # letters of a reply; 128 tokens have fewer
 _SECRET = 8  # letters of a key that is one; shorter ones, such as "EMPTY", may be words of a reply
 _AGAIN = (429, 500, 502, 503, 504)
 _REFUSALS = (401, 403, 404)  # every request would meet them
@@ -383,7 +384,7 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
 
 def _judgement(ask, model, reply):
     """The line of a reply."""
-    line = {"key": ask.key, "id": ask.id, "aspect": ask.aspect, "judge": model, "reply": reply}
+    line = {"key": ask.key, "id": ask.id, "aspect": ask.aspect, "judge": model, "reply": reply[:_MOST_KEPT]}
     try:
         return line | read_reply(reply, ask.aspect)
     except ValueError as error:

@@ -62,9 +62,14 @@ class Lines:
             OSError: naming the file: no room is left.
         """
         line = json.dumps(record, ensure_ascii=True).encode("ascii") + b"\n"
+        end = os.fstat(self._file).st_size
         with naming(self.path):
-            while line:
-                line = line[os.write(self._file, line) :]
+            try:
+                while line:
+                    line = line[os.write(self._file, line) :]
+            except OSError:
+                os.ftruncate(self._file, end)  # what is written behind a part of a line would be lost with it
+                raise
 
     def close(self) -> None:
         """Bring what was written to the disk, and let others write."""

@@ -5,6 +5,7 @@ killed run goes on; one that failed (a missing or damaged video) is tried again.
 video's frames.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -138,15 +139,17 @@ def answered(output: StrPath) -> dict[str, dict]:
 
 def write_upstream(task: str, samples: Iterable[Sample], output: StrPath) -> None:
     """Write the files of upstream's inference scripts, of what is answered so far."""
-    answers = {
-        name: line["prediction"] if isinstance(line["prediction"], list) else [line["prediction"]]
-        for name, line in answered(output).items()
-    }
-    for name, records in upstream_files(task, samples, answers).items():
-        folder = Path(output) / "upstream"
-        folder.mkdir(exist_ok=True)
-        with atomic_file(folder / name) as file:
-            file.write(json.dumps(records, default=str).encode("ascii"))
+    with open(Path(output) / SETTINGS, "r+b") as lock:  # NFS locks only what may be written
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of ranks that end together the last to read is the last to write
+        answers = {
+            name: line["prediction"] if isinstance(line["prediction"], list) else [line["prediction"]]
+            for name, line in answered(output).items()
+        }
+        for name, records in upstream_files(task, samples, answers).items():
+            folder = Path(output) / "upstream"
+            folder.mkdir(exist_ok=True)
+            with atomic_file(folder / name) as file:
+                file.write(json.dumps(records, default=str).encode("ascii"))
 
 
 def _answer(chat, config, videos, todo, lines):

@@ -1,6 +1,7 @@
 """The judge: what its replies mean, and what a bad one costs."""
 
 import json
+import resource
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from fake_judge import GOOD, fake_judge, raw_server
 
 from fastvid.evaluation import judge as module
 from fastvid.evaluation.judge import Judge, NoAnswer, asks, judge_all, key_of, prompts_digest, read_reply
-from fastvid.evaluation.lines import read_lines
+from fastvid.evaluation.lines import Lines, read_lines
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,25 @@ def test_a_reply_of_brackets_is_unreadable(tmp_path, text):
     assert "fault" in found["s0"] and not silent
     found, silent, _ = graded(lambda *_: (200, text), tmp_path, asks(lines(2), "m"))
     assert "no completion" in "".join(silent.values())
+
+
+def test_long_replies_fill_no_disk(tmp_path):
+    found, _, _ = graded(lambda *_: '{"score": 3}' + " x" * 300_000, tmp_path, asks(lines(2, "temporal"), "m"))
+    assert found["s0"]["score"] == 3 and (tmp_path / "judgements.jsonl").stat().st_size < 30_000
+
+
+def test_a_line_for_which_there_is_no_room_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Lines(tmp_path / "x.jsonl") as file:
+        file.append({"n": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(OSError, match="x.jsonl"):
+                file.append({"n": "2" * 200})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        file.append({"n": 3})
+    assert read_lines(tmp_path, "x") == [{"n": 1}, {"n": 3}]
 
 
 def test_a_server_without_json_mode(tmp_path):

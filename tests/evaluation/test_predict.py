@@ -1,6 +1,8 @@
 """First stage: whose answers are written, what a missing video costs, and how a run goes on."""
 
+import fcntl
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,8 @@ from evaluation_run import settings, write_evaluation
 from fastvid.config import EvaluateConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
-from fastvid.evaluation.predict import Videos, answered, predict, read_settings
+from fastvid.evaluation.lines import Lines
+from fastvid.evaluation.predict import Videos, answered, predict, read_settings, write_upstream
 from fastvid.evaluation.tasks import Sample
 from fastvid.features.file import load_features
 from fastvid.inference.chat import Chat
@@ -150,6 +153,20 @@ def test_ranks_share_and_one_goes_on_for_others(run, chat, output):
     assert len((output / "predictions.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_last_of_several_ranks_writes_all_for_upstream(tmp_path):
+    """Of two that end together one may have read before the other's last line was there, and write after it."""
+    sample = Sample("1", "v", ("q",), "a", "match", record={"q": "q"})
+    with Lines(tmp_path / "predictions.0.jsonl") as lines, open(tmp_path / "settings.json", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = threading.Thread(target=write_upstream, args=("match", [sample], tmp_path))
+        writer.start()
+        writer.join(0.5)
+        lines.append({"id": "1", "prediction": "p"})
+        fcntl.flock(other, fcntl.LOCK_UN)
+        writer.join()
+    assert json.loads((tmp_path / "upstream" / "match.json").read_text()) == [{"q": "q", "pred": "p"}]
+
+
 def test_other_settings_want_another_folder(run, chat, output):
     predict(chat, config(run, output), 0, 1)
     with pytest.raises(
@@ -181,8 +198,6 @@ def test_a_damaged_line_is_told(run, chat, output):
 
 
 def test_two_writers_are_refused(run, chat, output):
-    from fastvid.evaluation.lines import Lines
-
     refused = "is written by another process .* wait until that has ended"
     with Lines(output / "predictions.jsonl"), pytest.raises(ValueError, match=refused):
         predict(chat, config(run, output), 0, 1)
