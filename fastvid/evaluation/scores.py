@@ -19,6 +19,7 @@ from fastvid.files import StrPath, atomic_file, read_json_object, shown
 
 SCORES, VALUES = "scores.json", "values.json"
 _RESAMPLES = 2000
+_MOST_DRAWN = 1 << 20  # numbers of resamples that lie in memory together
 _SAME = ("task", "annotations", "samples", "judge", "prompts")  # what two sets of scores must have in common
 # How answers name a letter, the plainest first: "(B)"; "B", "B." or "B: …"; "the answer is B".
 _LETTERED = (
@@ -42,8 +43,13 @@ def interval(values: Iterable[float], videos: Iterable[Hashable]) -> tuple[float
         counts[video] += 1
     names = sorted(counts)
     sums_V, counts_V = (np.array([of[name] for name in names], dtype=float) for of in (sums, counts))
-    drawn_TV = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), size=_RESAMPLES)
-    means_T = (drawn_TV @ sums_V) / (drawn_TV @ counts_V)
+    draws, means = np.random.default_rng(0), []
+    at_once = max(1, _MOST_DRAWN // len(names))
+    for done in range(0, _RESAMPLES, at_once):
+        size = min(at_once, _RESAMPLES - done)
+        drawn_TV = draws.multinomial(len(names), [1 / len(names)] * len(names), size=size)
+        means.append((drawn_TV @ sums_V) / (drawn_TV @ counts_V))
+    means_T = np.concatenate(means)
     low, high = np.percentile(means_T, [2.5, 97.5])
     return float(sums_V.sum() / counts_V.sum()), float(low), float(high)
 
@@ -141,11 +147,11 @@ def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict
     """{aspect: {key: [reply, {question, answer, prediction}]}}: what upstream's scoring scripts combine, with their
     keys, of the replies that they can read.
 
-    Those keys are the video's name and how many of its samples came before.
+    Those keys are the video's name and how many of its samples come before in the benchmark, where ids ascend.
     """
     of, by_key, counts = {line["id"]: line for line in lines}, {j["key"]: j for j in judgements}, Counter()
     combined = defaultdict(dict)
-    for ask in wanted:
+    for ask in sorted(wanted, key=lambda ask: _natural(ask.id)):
         line, judgement = of[ask.id], by_key.get(ask.key)
         number = counts[ask.aspect, line["video"]]
         counts[ask.aspect, line["video"]] += 1
@@ -165,6 +171,11 @@ def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict
             pair = {"q": line["question"], "a": line["answer"], "pred": line["prediction"]}
         combined[ask.aspect][f"{line['video']}_{number}"] = [reply, pair]
     return dict(combined)
+
+
+def _natural(name):
+    """A key by which "x/2" is sorted before "x/10"."""
+    return [int(piece) if number % 2 else piece for number, piece in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 
 def upstream_figures(combined: dict) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,21 @@ def test_the_interval_draws_whole_videos():
     assert (mean, low, high) == (0.75, 0, 1)  # both, a quarter of the time only b, a quarter only a
     alone = scores.interval([1.0, 3.0], ["a", "a"])
     assert alone == (2, 2, 2)  # one video says nothing of how videos differ
+
+
+def test_intervals_of_many_videos_need_little_memory(monkeypatch):
+    rng = np.random.default_rng(2)
+    values, videos = rng.random(10_000), range(10_000)
+    tracemalloc.start()
+    try:
+        found = scores.interval(values, videos)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20  # all resamples together have 153 MiB
+    finally:
+        tracemalloc.stop()
+    some = scores.interval(values[:30], range(30))
+    monkeypatch.setattr(scores, "_MOST_DRAWN", 70)
+    assert scores.interval(values[:30], range(30)) == pytest.approx(some)
+    assert found[0] == pytest.approx(values.mean()) and found[1] < found[0] < found[2]
 
 
 def test_the_interval_is_wider_when_a_video_decides():
@@ -184,6 +200,19 @@ def test_upstreams_combined_files():
     assert combined["detail"] == {"v_1": [{"score": 4.8}, {**pair, "pred": "p2"}]}
     assert combined["consistency"] == {
         "v_0": [{"score": 4.8}, {"q1": "q", "q2": "r", "a": "a", "pred1": "p1", "pred2": "p2"}]
+    }
+
+
+def test_upstreams_keys_count_in_the_benchmarks_order():
+    """Answers are written as they end."""
+    lines = [line("generic/10"), line("generic/2"), line("generic/1", video="w")]
+    wanted = asks(lines, "m")
+    found = [{"key": ask.key, "reply": "{'score': 1}"} for ask in wanted]
+    combined = scores.upstream_entries(lines, wanted, found)
+    assert {key: pair["pred"] for key, (_, pair) in combined["detail"].items()} == {
+        "v_0": "pgeneric/2",
+        "v_1": "pgeneric/10",
+        "w_0": "pgeneric/1",
     }
 
 
