@@ -219,7 +219,7 @@ class Judge:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Try nothing again: every request that is under way ends with its next answer or failure."""
+        """Try nothing again: requests that are under way end with their next answer or failure, or in their pause."""
         self._stopped.set()
 
     def reply(self, messages: Iterable[dict]) -> str:
@@ -258,7 +258,7 @@ class Judge:
         content = json.dumps(body).encode("ascii")
         for tried in itertools.count():
             pause = min(_LONGEST_PAUSE, BACKOFF * 2 ** (tried - 1)) if tried else 0
-            last = tried >= self._retries or self._stopped.is_set()
+            last = tried >= self._retries
             try:
                 status, answer, told = self._once(content)
             except _MayPass as error:
@@ -268,7 +268,8 @@ class Judge:
                 if status not in _AGAIN or last:
                     return status, answer
                 pause = max(pause, min(_LONGEST_PAUSE, told))
-            self._stopped.wait(pause)
+            if self._stopped.wait(pause):
+                raise NoAnswer("the run ends")
 
     def _once(self, content):
         """(status, body, seconds after which the server wants to be asked again)."""

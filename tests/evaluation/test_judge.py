@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 import time
 
 import pytest
@@ -233,6 +234,16 @@ def test_a_reply_of_brackets_is_unreadable(tmp_path, text):
     assert "fault" in found["s0"] and not silent
     found, silent, _ = graded(lambda *_: (200, text), tmp_path, asks(lines(2), "m"))
     assert "no completion" in "".join(silent.values())
+
+
+def test_a_run_that_ends_tries_nothing_again(monkeypatch):
+    monkeypatch.setattr(module, "BACKOFF", 3.0)
+    with fake_judge(lambda *_: (500, "broken")) as server:
+        asked = Judge(server.url, "m", retries=9)
+        threading.Timer(0.5, asked.stop).start()
+        with pytest.raises(NoAnswer, match="500|ends"):
+            asked.reply(asks(lines(1), "m")[0].messages)
+        assert len(server.bodies) == 2  # the third would have come after the pause
 
 
 def test_long_replies_fill_no_disk(tmp_path):
