@@ -25,7 +25,9 @@ _SAME = ("task", "annotations", "samples", "judge", "prompts")  # what two sets 
 _LETTERED = (
     re.compile(r"\(([A-Z])\)"),
     re.compile(r"^\s*([A-Z])(?=[).:,]|\s*$)"),
-    re.compile(r"\b(?:[Aa]nswer|[Oo]ption)(?: is)?:?\s+([A-Z])\b"),
+    re.compile(
+        r"\b(?:[Aa]nswer|[Oo]ption)(?: is)?:?\s+([A-Z])\b(?!(?<=A)\s+(?!because|since|as\b)[a-z])"
+    ),  # no "A dog"
 )
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
