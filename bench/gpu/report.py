@@ -16,7 +16,7 @@ from bench import report as kernels
 from bench.gpu import goals, ladder, merge, profiles
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BEGIN, END = "<!-- gpu: python -m bench.gpu.report -->", "<!-- end of gpu -->"
+BEGIN, END = "<!-- gpu: python -m bench.gpu.report bench/results/gpu-*.jsonl -->", "<!-- end of gpu -->"
 
 
 def sweep(card, rows):

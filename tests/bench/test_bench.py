@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 from bench import kernel_rows, measure, optimizer_cases, report, roofline, vision_cases
+from bench.gpu import sweep
 
 GPU = {"device": "GPU X", "copy_bytes_per_second": 4e12, "matmul_flops_per_second": 8e14}
 COMMON = {
@@ -153,8 +154,9 @@ def test_picture_without_a_gpu_says_so(tmp_path):
     assert len(figure.axes) == 1 and "On a GPU: not yet measured." in texts(figure)
 
 
-def test_every_kernel_has_cases():
+def test_every_kernel_has_cases_and_block_sizes_to_try():
     assert {case.kernel for case in kernel_rows.all_cases(small=False)} == set(report.KERNELS)
+    assert set(sweep.SPACES) == set(report.KERNELS)
 
 
 # A pytest that another one runs in several processes is none of them: it would not measure.

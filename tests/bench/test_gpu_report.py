@@ -545,7 +545,7 @@ def test_readmes_show_the_committed_results(readme, part):
         shown = "\n\n".join(part(made, ROOT / readme) for made in reports)
     else:
         shown = "Not yet measured."
-    assert into_readme(text, shown, report.BEGIN, report.END) == text
+    assert into_readme(text, shown, report.BEGIN, report.END) == text, f"the comment in {readme} says what renews it"
 
 
 @pytest.mark.slow
