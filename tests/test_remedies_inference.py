@@ -496,8 +496,10 @@ def test_chat_answers_once_a_file_was_copied_again(made, tmp_path, attempt, kind
 def test_a_model_is_exported_once_its_configuration_was_downloaded_again(made, tmp_path, attempt):
     words = OF_OUT + PROJECTOR + "--model_name_or_path {tmp}/model"
     (shutil.copytree(made / "model", tmp_path / "model") / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON .*; download it again"):
+    with pytest.raises(ValueError, match="config.json is no JSON object .*; copy the model's folder again"):
         attempt("export", words)
+    with pytest.raises(ValueError, match="config.json is not JSON .*; download it again"):
+        read_model_config(tmp_path / "model")
     shutil.copy(made / "model" / "config.json", tmp_path / "model")
     assert attempt("export", words) == 0
 

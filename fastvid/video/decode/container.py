@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-from torch import Tensor
 
 from fastvid.files import StrPath, wrong_content
 from fastvid.video.decode.info import DecodeError
@@ -19,6 +18,7 @@ from fastvid.video.decode.info import DecodeError
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
+    from torch import Tensor
 
 # Containers of recorded video. Playlists (HLS, DASH, concat), which name other files and addresses, are not among them.
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,dv,mxf,nut,rm,wtv,yuv4mpegpipe,h264,hevc,m4v,mpegvideo"
