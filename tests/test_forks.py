@@ -87,5 +87,13 @@ def test_a_fork_can_be_waited_for_and_killed(forked):
         assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
+def test_the_group_of_a_fork_is_there_when_it_begins(forked):
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(20) == -signal.SIGKILL
+
+
 def test_other_programs_are_no_forks(forked):
     assert subprocess.run(["sh", "-c", "exit 3"]).returncode == 3

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 import warnings
 from multiprocessing import forkserver, popen_forkserver, process, reduction, resource_tracker
@@ -73,6 +74,10 @@ class Popen(subprocess.Popen):
             self._fork = popen_forkserver.Popen(begin)  # not in the list of those that multiprocessing waits for
         self.pid, self._child_created = self._fork.pid, True
         self._close_pipe_fds(*pipes)
+        # Whoever kills the group at once relies on it: `subprocess` returns when the session is there.
+        with contextlib.suppress(ProcessLookupError):
+            while new_session and os.getsid(self.pid) != self.pid and self._fork.poll() is None:
+                time.sleep(0.001)
 
     def _internal_poll(self, *arguments, **options):
         if self._fork is None:
