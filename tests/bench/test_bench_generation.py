@@ -1,6 +1,7 @@
 """The benchmark of generation: its model is what chat's is."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from fastvid.model.attention import SDPA
 
 @pytest.fixture
 def generation(monkeypatch):
-    """bench/generation.py, which is run from its folder."""
+    """bench/generation.py, which is run from its folder; modules of tests have names of that folder's."""
     monkeypatch.syspath_prepend(ROOT / "bench")
+    names = "generation", "harness", "train_presets"
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import generation
 
+    for name in names:
+        del sys.modules[name]
     return generation
 
 
