@@ -184,7 +184,8 @@ class _Renamed:
         # The library gives ids anew to tokens that are not of the vocabulary.
         added = tokenizer.get_added_tokens_decoder()
         self._ids = {
-            self._tokenizer.token_to_id(self._names.get(token.content, token.content)): i for i, token in added.items()
+            self._tokenizer.token_to_id(self._names.get(str(token.content), str(token.content))): i
+            for i, token in added.items()
         }
 
     def encode(self, text, spans):

@@ -7,7 +7,6 @@ asked again by the next run.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -199,6 +198,7 @@ class Judge:
 
     def __init__(self, url: str, model: str, *, key: str | None = None, timeout: float = 60.0, retries: int = 5):
         import urllib3
+        from urllib3.util import parse_url
 
         self._url, self.model, self._timeout, self._retries = (
             url.rstrip("/") + "/chat/completions",
@@ -214,7 +214,7 @@ class Judge:
             self._url, maxsize=64, retries=False, timeout=urllib3.Timeout(connect=min(10, timeout), read=timeout)
         )
         self._pool.ConnectionCls = _bounded(self._pool.ConnectionCls, timeout)
-        self._path = urllib3.util.parse_url(self._url).request_uri
+        self._path = parse_url(self._url).request_uri
         self._as_json = True  # ask for JSON, until the server refuses that
         self._stopped = threading.Event()
 
@@ -253,10 +253,11 @@ class Judge:
             raise NoAnswer(f"it sent no completion ({_excerpt(content)})") from error
         return text if isinstance(text, str) else ""
 
-    def _post(self, body):
+    def _post(self, body) -> tuple[int, bytes]:
         """(status, body of the answer), after as many tries as it takes."""
         content = json.dumps(body).encode("ascii")
-        for tried in itertools.count():
+        tried = 0
+        while True:
             pause = min(_LONGEST_PAUSE, BACKOFF * 2 ** (tried - 1)) if tried else 0
             last = tried >= self._retries
             try:
@@ -270,6 +271,7 @@ class Judge:
                 pause = max(pause, min(_LONGEST_PAUSE, told))
             if self._stopped.wait(pause):
                 raise NoAnswer("the run ends")
+            tried += 1
 
     def _once(self, content):
         """(status, body, seconds after which the server wants to be asked again)."""
