@@ -93,6 +93,7 @@ def run(tmp_path, tokenizer_model):
             model_name_or_path=str(base),
             data_path=[],
             output_dir=str(tmp_path / "out"),
+            version="v1",  # as runs settle it
             seed=5,
             mm_use_vid_start_end=start_end,
             **flags,

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from forks import FORKS
+from forks import FORKS, Streams
 from ranks import leave
 from safetensors.torch import load_file
 from training_run import SAMPLES, config_of, flags, losses, overflowing, start, write_run
@@ -67,7 +67,8 @@ def test_reference_command_line_reaches_the_recorded_run(golden, tiny, tmp_path)
 # --- ranks
 
 
-def in_ranks(rank, size, port, cases, results):
+def in_ranks(rank, size, port, streams, cases, results):
+    streams.use()
     torch.set_num_threads(1)
     codes = []
     for attempt, argv in enumerate(cases):  # as torchrun's ranks, which begin anew in the store of their launcher
@@ -92,7 +93,7 @@ def spawn(cases, size=2):
     results = FORKS.SimpleQueue()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.start_processes(
-        in_ranks, (size, store.port, cases, results), nprocs=size, start_method=FORKS.get_start_method()
+        in_ranks, (size, store.port, Streams(), cases, results), nprocs=size, start_method=FORKS.get_start_method()
     )
     return results.get()
 

@@ -121,11 +121,16 @@ class WholeTensors(Mapping[str, Tensor]):
         self.shapes = {name: pieces[0].shape for name, pieces in self._index.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        rows = [piece.view[...] for piece in self._index[name]]
-        tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if tensor.shape != self.shapes[name]:
+        pieces, shape = self._index[name], self.shapes[name]
+        if len(pieces) == 1 and pieces[0].view.get_shape() == list(shape):
+            return pieces[0].view[...]
+        whole = LocalShard(torch.empty(shape, dtype=pieces[0].dtype), shape, 0)
+        plan, complete = _plan(whole, pieces)  # replicas may each have written the same rows
+        if not complete:
             raise ValueError(f"{self._paths[0].parent}: {name} is incomplete: files of some ranks are missing")
-        return tensor
+        for destination, view, rows in plan:
+            destination.copy_(view[rows])
+        return whole.local
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)

@@ -94,6 +94,21 @@ class Popen(subprocess.Popen):
         return self.pid, -code if code < 0 else code << 8
 
 
+class Streams:
+    """Standard output and error of this process, for a function of `FORKS` that calls `use`: the server has others.
+
+    A test that captures file descriptors reads then what the function writes.
+    """
+
+    def __init__(self):
+        self._streams = {number: _Descriptor(number) for number in (1, 2)}
+
+    def use(self):
+        for number, copy in self._streams.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
 @contextlib.contextmanager
 def _no_main():
     """Else multiprocessing imports in the new process what runs here as ``__main__``."""
