@@ -11,8 +11,8 @@ row is a process of its own, which may use all cores; rows take turns. The tower
 random weights. The clips are copies of the one that ``decode.py`` draws: 60 seconds of 720p H.264.
 
 The features are compared first. "ratios": ``extract_vs_reference``, videos per second of fastvid in the default dtype
-over the reference's; ``extract_vs_reference_fp32``. "matrix_share" is the tower's part of a large product's rate, of a
-video's frames alone.
+over the reference's; ``extract_vs_reference_fp32``. "matrix_share" is the tower's rate, of a pass of frames, over the
+best that large products of 2,048 and 4,096 rows and columns reach.
 
 ``--flat N`` extracts N small clips and tells the largest growth of the process's memory after the first tenth.
 """
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from harness import ROOT, environment
 
+from fastvid.dist import host_memory
 from fastvid.video.encoder import default_dtype
 
 FRAMES, SIZE, PATCH, HIDDEN, LAYERS = 100, 224, 32, 768, 12
@@ -112,18 +113,24 @@ def one(way, videos, features, tower):
 
 def tower_share(dtype):
     """FLOP/s of the tower over those of a large product, in one dtype."""
-    from fastvid.video.towers.load import open_tower
+    from fastvid.video.encoder import FeatureEncoder
 
+    host_memory.keep_freed(True)  # as `fastvid extract` does on a CPU
     with tempfile.TemporaryDirectory() as folder:
         write_tower(folder)
-        tower = open_tower(folder, torch.device("cpu"), dtype)
-    rows = torch.randn(25, tower.num_patches, 3 * PATCH**2).to(dtype)
+        encoder = FeatureEncoder(folder, device="cpu", dtype=dtype)
+    tower, images = encoder.tower, encoder.batch_size
+    rows = torch.randn(images, tower.num_patches, 3 * PATCH**2).to(dtype)
     tokens = tower.num_patches + 1
     layer = 24 * tokens * HIDDEN**2 + 4 * tokens**2 * HIDDEN
-    flops = 25 * ((LAYERS - 1) * layer + 2 * tokens * 3 * PATCH**2 * HIDDEN)
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    flops = images * ((LAYERS - 1) * layer + 2 * tokens * 3 * PATCH**2 * HIDDEN)
     done = flops / _median(lambda: tower.states(rows))
-    return done / (2 * 2048**3 / _median(lambda: a @ b))
+    return done / max(_product_rate(side, dtype) for side in (2048, 4096))
+
+
+def _product_rate(side, dtype):
+    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+    return 2 * side**3 / _median(lambda: a @ b)
 
 
 def _median(call, rounds=9):

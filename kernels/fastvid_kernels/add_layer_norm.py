@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from . import cpu
 from .dispatch import launch, refuse_gradients, use_triton
 
 
@@ -80,7 +81,7 @@ def add_layer_norm(
         branch_ND: what a block adds to it, in the same dtype; None adds nothing.
         weight_D, bias_D: gain and offset, in the same dtype.
         eps: added to the variance.
-        impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (plain torch).
+        impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`add_layer_norm_reference`).
 
     Returns:
         (sum, normalised sum), both in the residual's dtype; without a branch the sum is the residual itself. The
@@ -101,7 +102,8 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm: all must have one dtype, found {[str(x.dtype) for x in tensors]}")
     refuse_gradients(*tensors, name="add_layer_norm")
     if not use_triton(impl, *tensors, name="add_layer_norm"):
-        return add_layer_norm_reference(residual_ND, branch_ND, weight_D, bias_D, eps)
+        compute = add_layer_norm_reference if impl == "reference" else cpu.add_layer_norm
+        return compute(residual_ND, branch_ND, weight_D, bias_D, eps)
     return _forward_by_kernel(residual_ND, branch_ND, weight_D, bias_D, eps)
 
 

@@ -1,12 +1,14 @@
-"""SwiGLU, quick-GELU, RMSNorm and rotary embedding on CPUs: the kernels' own checks of what AVX512-BF16 computes, and
+"""SwiGLU, quick-GELU, norms and rotary embedding on CPUs: the kernels' own checks of what AVX512-BF16 computes, and
 of the chains of torch's operations that serve without it."""
 
 import pytest
+import test_add_layer_norm as layer_norm
 import test_add_rms_norm as norm
 import test_quick_gelu as gelu
 import test_rope_qk as rope
 import test_swiglu as swiglu
 import torch
+from fastvid_kernels.add_layer_norm import add_layer_norm
 from fastvid_kernels.add_rms_norm import add_rms_norm
 from fastvid_kernels.cpu import rows as cpu_rows
 from fastvid_kernels.quick_gelu import quick_gelu
@@ -48,6 +50,18 @@ def test_add_rms_norm(shape, weight, add, trained):
 
 
 @needs_cpu
+@pytest.mark.parametrize("shape", [(0, 16), *((5, width) for width in WIDTHS)])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
+def test_add_layer_norm(shape, add):
+    layer_norm.check(layer_norm.inputs(*shape, BF16, add=add), "auto")
+
+
+@needs_cpu
+def test_layer_norm_of_rows_far_from_zero():
+    layer_norm.check(layer_norm.inputs(4, 200, BF16, add=False, offset=300.0), "auto")
+
+
+@needs_cpu
 @pytest.mark.parametrize("shape", rope.SHAPES + [(5, 3, 1, 2 * width) for width in WIDTHS[:-1]])
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in place"])
 def test_rope_qk(shape, inplace):
@@ -68,16 +82,18 @@ def test_rope_qk(shape, inplace):
 def test_any_shape(rows, width, heads, kv_heads, add, trained, seed):
     swiglu.check(*swiglu.inputs(rows, width, BF16, seed), "auto")
     norm.check(norm.inputs(rows, width, BF16, BF16, BF16, add=add, trained=trained, seed=seed), BF16, "auto", seed)
+    layer_norm.check(layer_norm.inputs(rows, width, BF16, add=add, seed=seed), "auto")
     rope.check(rope.inputs(rows, heads, kv_heads, 2 * (width // 4 + 1), BF16, seed), "auto", add)
 
 
 def results(given, impl):
     """Every value and gradient on `given`: (swiglu's, norm's, rope's) inputs and output gradients; quick-GELU's of the
-    first."""
+    first, LayerNorm's of the second."""
     (x, grad), (case, grads), (qkv, rest, qkv_grad) = given
     return (
         quick_gelu(x.detach(), impl=impl),
         *swiglu.run(lambda x: fused(x, impl=impl), x, grad),
+        *add_layer_norm(*(x.detach() for x in (*case, case[2])), 1e-5, impl=impl),
         *norm.run(norm.implementation(impl), *case, BF16, grads),
         *rope.run(rope_qk, qkv, rest, qkv_grad, impl=impl),
     )
@@ -186,6 +202,7 @@ CALLS = {
     "add_rms_norm": lambda impl, dtype: add_rms_norm(
         *(t.detach() for t in norm.inputs(3, 8, dtype, dtype, BF16)), 1e-5, BF16, impl=impl
     )[1],
+    "add_layer_norm": lambda impl, dtype: add_layer_norm(*layer_norm.inputs(3, 8, dtype), 1e-5, impl=impl)[1],
     "quick_gelu": lambda impl, dtype: quick_gelu(torch.randn(3, 8).to(dtype), impl=impl),
     "rope_qk": lambda impl, dtype: rope_qk(*rope.inputs(3, 2, 1, 8, dtype), impl=impl),
 }

@@ -4,16 +4,22 @@ Dimensions: B images, P patches of an image, S rows of an image (P, and one more
 of a patch row, C channels, N = B · S.
 
 In fp32 on a CPU the states are those of transformers' layers to the bit. In 16 bits they are as near to the exact ones,
-and rounded less often.
+and rounded less often. A CPU's threads each have images of their own: passes over a few megabytes, one after the other
+and each shared by all threads, would leave them waiting for each other half of the time.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastvid_kernels import cpu
 from fastvid_kernels.add_layer_norm import add_layer_norm
 from fastvid_kernels.patch_rows import embedding_matrix
 from fastvid_kernels.quick_gelu import quick_gelu
@@ -26,6 +32,31 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModel, SiglipVisionModel
 
 _Norm = tuple[Tensor, Tensor]  # weight and bias
+_Map = Callable[[Tensor], Tensor]  # of rows
+
+
+def cpu_threads(images: int) -> int:
+    """How many threads share so many images on a CPU."""
+    return max(1, min(images, torch.get_num_threads()))
+
+
+@functools.cache
+def _threads(count):
+    """Threads that compute beside each other, on as many cores each."""
+    threads = torch.get_num_threads()
+    all_begun = threading.Barrier(count)
+
+    def begin():
+        torch.get_num_threads()  # else its first operation sets the number anew
+        torch.set_num_threads(threads // count)
+
+    pool = ThreadPoolExecutor(count, "tower", initializer=begin)
+    list(pool.map(lambda _: all_begun.wait(), range(count)))
+    torch.set_num_threads(threads)  # what other threads begin with
+    return pool
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of the threads
 
 
 @dataclass(frozen=True)
@@ -33,12 +64,12 @@ class _Layer:
     """A layer's norms and products; queries, keys and values are one product."""
 
     attention_norm: _Norm
-    qkv: Product | Fp8Product
-    attention_out: Product | Fp8Product
+    qkv: _Map
+    attention_out: _Map
     mlp_norm: _Norm
-    mlp_in: Product | Fp8Product
-    activation: Callable[[Tensor], Tensor]
-    mlp_out: Product | Fp8Product
+    mlp_in: _Map
+    activation: _Map
+    mlp_out: _Map
 
 
 class VisionTower:
@@ -76,6 +107,10 @@ class VisionTower:
         self.mean, self.std = tuple(settings["image_mean"]), tuple(settings["image_std"])
         self.dtype = embeddings.patch_embedding.weight.dtype
 
+        # In fp32 another order of sums would not be transformers'.
+        packed = self.dtype == torch.bfloat16 and cpu.can_prepack(self.dtype, device)
+        plain = cpu.PrepackedProduct if packed else Product
+
         def norm(part):
             return part.weight.detach().to(device), part.bias.detach().to(device)
 
@@ -85,7 +120,7 @@ class VisionTower:
             weight_OI, bias_O = (
                 (torch.cat(some) if len(some) > 1 else some[0]).to(device) for some in (weights, biases)
             )
-            return Fp8Product(weight_OI, bias_O) if fp8 else Product(weight_OI, bias_O)
+            return (Fp8Product if fp8 else plain)(weight_OI, bias_O)
 
         patch_embedding = embeddings.patch_embedding
         bias_C, position_PC = patch_embedding.bias, self._place(model, norm, device)
@@ -121,6 +156,13 @@ class VisionTower:
         Args:
             patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
         """
+        threads = cpu_threads(len(patches_BPK)) if patches_BPK.device.type == "cpu" else 1
+        if threads == 1:
+            return self._states(patches_BPK)
+        return torch.cat(list(_threads(threads).map(self._states, patches_BPK.tensor_split(threads))))
+
+    @torch.no_grad()  # which holds for one thread
+    def _states(self, patches_BPK):
         B, C = len(patches_BPK), self.hidden_size
         class_row_C = self._class_row_C
         before = 0 if class_row_C is None else 1

@@ -10,8 +10,8 @@ from .attention import avx512_attention
 from .attention import obstacle as attention_obstacle
 from .feed_forward import SWIGLU, quick_gelu
 from .loss import softmax_gradient
-from .norm import ADD_RMS_NORM
-from .prepacked import PrepackedWeight, can_prepack
+from .norm import ADD_RMS_NORM, add_layer_norm
+from .prepacked import PrepackedProduct, PrepackedWeight, can_prepack
 from .rotary import rotate
 from .row_blocks import BLOCK_NUMBERS
 from .rows import obstacle as rows_obstacle
@@ -22,7 +22,9 @@ __all__ = [
     "BLOCK_NUMBERS",
     "SPLICE_VIDEO",
     "SWIGLU",
+    "PrepackedProduct",
     "PrepackedWeight",
+    "add_layer_norm",
     "attention_obstacle",
     "avx512_attention",
     "can_prepack",

@@ -1,9 +1,11 @@
-"""Residual addition and RMSNorm on CPUs.
+"""Residual addition and RMSNorm or LayerNorm on CPUs.
 
 Dimensions: N rows, n of a block, D channels.
 """
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from ..plain import wide
 from . import rows
@@ -74,4 +76,19 @@ def _backward_chain(grad_out_nD, total_nD, rstd_n1, grad_total_nD, grad_y_nD, gr
 
 ADD_RMS_NORM = _forward, _backward
 
-__all__ = ["ADD_RMS_NORM"]
+
+def add_layer_norm(
+    residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Sum and normalised sum, as `fastvid_kernels.add_layer_norm.add_layer_norm`."""
+    if not rows.serve(*(x for x in (residual_ND, branch_ND, weight_D, bias_D) if x is not None)):
+        total_ND = residual_ND if branch_ND is None else residual_ND + branch_ND
+        return total_ND, functional.layer_norm(total_ND, weight_D.shape, weight_D, bias_D, eps)
+    residual_ND, branch_ND = residual_ND.contiguous(), None if branch_ND is None else branch_ND.contiguous()
+    total_ND = residual_ND if branch_ND is None else torch.empty_like(residual_ND)
+    y_ND = torch.empty_like(residual_ND)
+    rows.layer_norm(residual_ND, branch_ND, weight_D.contiguous(), bias_D.contiguous(), total_ND, y_ND, eps)
+    return total_ND, y_ND
+
+
+__all__ = ["ADD_RMS_NORM", "add_layer_norm"]

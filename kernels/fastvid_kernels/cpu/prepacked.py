@@ -47,6 +47,21 @@ class PrepackedWeight:
         return {"parts": {}}
 
 
+class PrepackedProduct:
+    """x·Wᵀ + b of a frozen matrix, without gradients: of the weight only that layout is kept.
+
+    Args:
+        weight_OI, bias_O: of a dtype that `can_prepack`, on the CPU.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor):
+        self._prepacked, self._bias_O = torch.ops.mkldnn._reorder_linear_weight(weight_OI), bias_O
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """[N, O] in x's dtype, the weight's."""
+        return _product(x_NI, self._prepacked, self._bias_O)
+
+
 class _Part:
     """Rows of a weight in oneDNN's layouts, which no other operation reads: for forward and for the gradient of x."""
 
@@ -94,4 +109,4 @@ class _Product(torch.autograd.Function):
         return ctx.part.backward(grad_NO), None, None
 
 
-__all__ = ["PrepackedWeight", "can_prepack"]
+__all__ = ["PrepackedProduct", "PrepackedWeight", "can_prepack"]

@@ -1,4 +1,4 @@
-// What lies between a model's matrix products, on bf16 rows end to end: SwiGLU, quick-GELU, RMSNorm, rotary embedding.
+// What lies between a model's matrix products, on bf16 rows end to end: SwiGLU, quick-GELU, norms, rotary embedding.
 //
 // Each row, or run of 16 elements, is one thread's, is read once, computed in fp32, and rounded once. Numbers below 2**-126 round to 0.
 
@@ -122,6 +122,38 @@ void norm_backward(const bf16* total, const float* rstd, const float* weight, co
             __m512 x = _mm512_fnmadd_ps(along, read(total + at + c, some), _mm512_mul_ps(slope, scale));
             if (grad_total) x = _mm512_add_ps(x, read(grad_total + at + c, some));
             write(grad + at + c, some, x);
+        }
+    }
+}
+
+// residual, branch, total, y: [N, D]; weight, bias: [D]. Without a branch total is not written.
+void layer_norm(const bf16* residual, const bf16* branch, const bf16* weight, const bf16* bias, bf16* total, bf16* y,
+                int64_t N, int64_t D, float eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < N; ++row) {
+        const int64_t at = row * D;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t c = 0; c < D; c += 16) {
+            const __mmask16 some = lanes(D - c);
+            __m512 x = read(residual + at + c, some);
+            if (branch) {
+                x = rounded(_mm512_add_ps(x, read(branch + at + c, some)));  // the norm is that of the rounded sum
+                write(total + at + c, some, x);
+            }
+            sum = _mm512_add_ps(sum, x);
+        }
+        const bf16* summed = branch ? total : residual;
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
+        for (int64_t c = 0; c < D; c += 16) {
+            const __mmask16 some = lanes(D - c);
+            const __m512 centred = _mm512_maskz_sub_ps(some, read(summed + at + c, some), mean);
+            squares = _mm512_fmadd_ps(centred, centred, squares);
+        }
+        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps));
+        for (int64_t c = 0; c < D; c += 16) {
+            const __mmask16 some = lanes(D - c);
+            const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(read(summed + at + c, some), mean), scale);
+            write(y + at + c, some, _mm512_fmadd_ps(unit, read(weight + c, some), read(bias + c, some)));
         }
     }
 }

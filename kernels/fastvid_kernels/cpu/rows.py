@@ -1,4 +1,4 @@
-"""SwiGLU, quick-GELU, RMSNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `rows.cpp`.
+"""SwiGLU, quick-GELU, RMSNorm, LayerNorm and rotary embedding of bf16 rows on CPUs with AVX512-BF16: `rows.cpp`.
 
 Each function writes into its outputs what the kernel of its name computes, in one pass over the rows, where torch's
 chains take ten. Rows are dense bf16 on the CPU; nothing is checked here but by `serve`.
@@ -20,6 +20,7 @@ _SIGNATURES = {
     "swiglu_backward": [_POINTER] * 3 + [_INT] * 3,
     "norm_forward": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT],
     "norm_backward": [_POINTER] * 6 + [_INT] * 3,
+    "layer_norm": [_POINTER] * 6 + [_INT] * 2 + [ctypes.c_float, _INT],
     "rotate": [_POINTER] * 4 + [_INT] * 5,
 }
 
@@ -89,12 +90,18 @@ def norm_backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND
     _call("norm_backward", total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND, *grad_ND.shape)
 
 
+def layer_norm(residual_ND, branch_ND, weight_D, bias_D, total_ND, y_ND, eps):
+    """`add_layer_norm` into `total_ND` (where there is a branch) and `y_ND`; weight and bias dense."""
+    _call("layer_norm", residual_ND, branch_ND, weight_D, bias_D, total_ND, y_ND, *y_ND.shape, eps)
+
+
 def rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, *, rotated, heads):
     """`rope_qk` of the first `rotated` of a row's `heads` heads into `out_NE`, which may be `qkv_NE`."""
     _call("rotate", qkv_NE, out_NE, cos_N1h, sin_N1h, qkv_NE.shape[0], heads, rotated, cos_N1h.shape[2])
 
 
 __all__ = [
+    "layer_norm",
     "norm_backward",
     "norm_forward",
     "obstacle",
