@@ -404,7 +404,7 @@ class ExtractConfig(_Checked):
     llava: Literal["1.1", "1.5"] | None = _flag(
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel."
     )
-    vision_tower: str | None = _flag(None, "CLIP or SigLIP tower (hub id or folder). Default: as --llava says.")
+    vision_tower: str | None = _flag(None, "CLIP, SigLIP or DINO tower (hub id or folder). Default: as --llava says.")
     follow_links: bool = _flag(
         False,
         "Follow links in the folder of videos, to files and to folders, and lines of "

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": {"features"},
     "model": {"fastvid_kernels"},
     "checkpoints": set(),
-    "weights": {"model", "checkpoints", "data.names", "data.tokenizer", "video.towers"},
+    "weights": {"model", "checkpoints", "data.names", "data.tokenizer", "features.towers", "video.towers"},
     "online": {"features", "video", "data"},
     "training": {"data", "model", "weights", "checkpoints", "fastvid_kernels"},
     "inference": {"features", "video", "data", "model", "weights", "checkpoints"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.features.towers import CLIP, kind_of, picture_sizes
 from fastvid.files import StrPath, model_folder, read_json_object
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
 # openai/clip-vit-large-patch14-336, google/siglip-so400m-patch14-384 and their like say their patch and image size (224
-# where none is said).
+# where none is said). facebook/dinov3-vitb16-pretrain-lvd1689m says its patch; facebook/dinov2-base has patches of 14.
 _TOWER_NAME = re.compile(r"(?:clip-vit|siglip2?)-\w+-patch(\d+)(?:-(\d+)(?:-multilingual|-i18n)?)?$")
-# What a SigLIP folder's config.json leaves out.
-_SIGLIP_SIZES = {"image_size": 224, "patch_size": 16}
+_DINO_NAME = re.compile(
+    r"dinov2-(?:with-registers-)?(?:small|base|large|giant)$|dinov3-vit(?:s|b|l|h|7b)(\d+)(?:plus)?-pretrain"
+)
 
 
 class VideoRows:
@@ -115,12 +117,14 @@ def tower_geometry(model_folder: StrPath, vision_tower: str | None = None) -> tu
     tower = vision_tower or config.get("mm_vision_tower")
     described = None if vision_tower else config.get("vision_config")
     if tower and Path(tower).is_dir():
-        described = read_settings(tower)
-        described = described.get("vision_config", described)  # a whole model's folder, of text and vision
+        settings = read_settings(tower)
+        if (kind_of(settings) or CLIP) is not CLIP:
+            return picture_sizes(settings, read_json_object(Path(tower) / "preprocessor_config.json"))[:2]
+        described = settings.get("vision_config", settings)  # a whole model's folder, of text and vision
     elif tower and (match := _TOWER_NAME.search(tower.rstrip("/"))):
         described = {"image_size": match[2] or 224, "patch_size": match[1]}
-    if isinstance(described, dict) and described.get("model_type") == "siglip_vision_model":
-        described = _SIGLIP_SIZES | described
+    elif tower and (match := _DINO_NAME.search(tower.rstrip("/"))):
+        described = {"image_size": 224, "patch_size": match[1] or 14}
     described = described if isinstance(described, dict) else {}
     try:
         return int(described["image_size"]), int(described["patch_size"])

@@ -61,13 +61,13 @@ def default_dtype(device: torch.device, plain: bool = False) -> torch.dtype:
 
 
 class FeatureEncoder:
-    """A CLIP or SigLIP vision tower that turns a video's frames into its features.
+    """A CLIP, SigLIP or DINO vision tower that turns a video's frames into its features.
 
     Every pass of the tower has the same number of frames, the last one padded, because the rows of a matrix product
     depend on how many there are: so a video's features depend on nothing but its frames (`fastvid.video.passes`).
 
     Args:
-        tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
+        tower: Hugging Face folder or hub id of a CLIP, SigLIP or DINO model, or of its vision tower.
         device: default: a GPU if there is one.
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25. On a CPU the

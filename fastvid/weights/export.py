@@ -16,10 +16,11 @@ from fastvid.checkpoints.shards import naming_tensors
 from fastvid.config import ExportConfig
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
+from fastvid.features.towers import CLIP, kind_of
 from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
-from fastvid.video.towers.load import is_siglip, load_tower, processor_settings
+from fastvid.video.towers.load import load_tower, processor_settings
 from fastvid.weights.families import by_model_type
 from fastvid.weights.names import llava_hf_name
 from fastvid.weights.starting import trained_tensor, trained_weights, write_reference_projector
@@ -277,9 +278,10 @@ def _load_tower(tower, model):
             "--format llava holds the vision tower, and the model's config.json names none: give --vision_tower"
         )
     vision = load_tower(tower, torch.float32)
-    if is_siglip(vision):
+    if (kind := kind_of(vision.config.to_dict())) is not CLIP:
+        name = kind.name if kind else "another kind"
         raise ValueError(
-            f"--format llava holds a tower of CLIP, and {shown(tower)} is one of SigLIP: export it with --format llama"
+            f"--format llava holds a tower of CLIP, and {shown(tower)} is one of {name}: export it with --format llama"
         )
     if vision.config.hidden_size != model.mm_hidden_size:
         raise ValueError(

@@ -132,7 +132,7 @@ def _said(path, values, text, family):
         if values.get(tower):
             raise ValueError(
                 f"{path}: {tower} = {values[tower]!r} is not computed (LanguageBind's towers come with "
-                "PKU's Video-LLaVA); only features of a CLIP or SigLIP tower (mm_vision_tower) are"
+                "PKU's Video-LLaVA); only features of a CLIP, SigLIP or DINO tower (mm_vision_tower) are"
             )
     try:
         kind = getattr(transformers, family.config)

@@ -82,3 +82,29 @@ def write_siglip(
     if settings:
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return tower
+
+
+def write_dino(folder, kind, *, side=28, layers=3, seed=0, preprocessor=None, **settings):
+    """Save a seeded DINOv2 or DINOv3 tower whose config.json says 28 pixels, and a preprocessor_config.json.
+
+    Args:
+        kind: model_type.
+        side: pixels of the pictures that `preprocessor` makes, where that is not given.
+
+    Returns:
+        transformers' model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": layers}
+    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=4, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tower = AutoModel.from_config(config).eval()
+        for parameter in tower.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    tower.save_pretrained(folder)
+    made = {"size": {"height": side, "width": side}} if preprocessor is None else preprocessor
+    (folder / "preprocessor_config.json").write_text(json.dumps(made))
+    return tower

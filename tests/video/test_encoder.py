@@ -232,7 +232,7 @@ def test_another_model_is_no_tower(tmp_path):
     LlamaForCausalLM(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a CLIP or SigLIP vision tower .model_type llama"):
+    with pytest.raises(ValueError, match="not a CLIP, SigLIP, DINOv2 or DINOv3 vision tower .model_type llama"):
         FeatureEncoder(tmp_path)
 
 

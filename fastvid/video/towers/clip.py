@@ -11,6 +11,6 @@ class ClipTower(VisionTower):
 
     def _place(self, model, norm, device):
         embeddings, position_SC = model.embeddings, model.embeddings.position_embedding.weight
-        self._class_row_C = (embeddings.class_embedding + position_SC[0]).to(device)
+        self._leading_LC = (embeddings.class_embedding + position_SC[0])[None].to(device)
         self._first_norm = norm(model.pre_layrnorm)
         return position_SC[1:]

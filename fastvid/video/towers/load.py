@@ -8,62 +8,67 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastvid.features.towers import CLIP, DINOV2, DINOV3, SIGLIP, kind_of, picture_sizes
 from fastvid.files import StrPath, is_url, shown, wrong_content
 from fastvid.video.towers.choice import is_path
 from fastvid.video.towers.clip import ClipTower
-from fastvid.video.towers.siglip import SiglipTower, picture_size
+from fastvid.video.towers.dino import Dinov2Tower, Dinov3Tower
+from fastvid.video.towers.siglip import SiglipTower
 from fastvid.video.towers.transformer import VisionTower
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+    from transformers import PreTrainedModel
 
-_SIZES = "image_size", "patch_size", "hidden_size"
+# Ours, and transformers' class by the model_type of config.json.
+_TOWERS = {
+    CLIP: (ClipTower, {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"}),
+    SIGLIP: (SiglipTower, {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}),
+    DINOV2: (Dinov2Tower, {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}),
+    DINOV3: (Dinov3Tower, {"dinov3_vit": "DINOv3ViTModel"}),
+}
+_KNOWN = "CLIP, SigLIP, DINOv2 or DINOv3"
 
 
 def open_tower(tower: StrPath, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> VisionTower:
     """The tower of a folder or hub id, of the kind that its config.json names.
 
     Args:
-        tower: Hugging Face folder or hub id of a CLIP or SigLIP model, or of its vision tower.
+        tower: Hugging Face folder or hub id of a CLIP, SigLIP, DINOv2 or DINOv3 model, or of its vision tower.
         device, dtype: where and in what it computes.
         fp8: multiply the layers' matrices in e4m3 (`VisionTower`).
 
     Raises:
         ValueError: as `load_tower`; FP8 cannot multiply its matrices; its preprocessing is another tower's.
     """
-    model = load_tower(tower, dtype)
-    kind = SiglipTower if is_siglip(model) else ClipTower
-    return kind(model, processor_settings(tower, kind is SiglipTower), device, fp8=fp8)
+    model, settings = load_tower(tower, dtype), processor_settings(tower)
+    mean, std = settings["image_mean"], settings["image_std"]
+    return _TOWERS[_kind(tower)][0](model, tower_sizes(tower)[0], mean, std, device, fp8=fp8)
 
 
-def is_siglip(model: PreTrainedModel | PreTrainedConfig) -> bool:
-    """Whether transformers' tower, or its configuration, is SigLIP's rather than CLIP's."""
-    return getattr(model, "config", model).model_type == "siglip_vision_model"
-
-
-def load_tower(tower: StrPath, dtype: torch.dtype) -> CLIPVisionModel | SiglipVisionModel:
-    """The CLIPVisionModel or SiglipVisionModel of a folder or hub id, in evaluation mode, on the CPU.
+def load_tower(tower: StrPath, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' vision tower of a folder or hub id, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: it is missing or damaged, or is no vision tower of CLIP or SigLIP.
+        ValueError: it is missing or damaged, or is no vision tower of a kind that is known.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import CLIPVisionModel, SiglipVisionModel, logging
 
     config = _config(tower)
-    kind = SiglipVisionModel if _is_siglip(config) else CLIPVisionModel
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # otherwise a whole model's unused text tower is listed weight by weight
+    classes = _TOWERS[_kind(tower)][1]
+    kind = getattr(transformers, classes.get(str(config.get("model_type")), "CLIPVisionModel"))
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else a whole model's unused text tower is listed weight by weight
     try:
         loaded: Any = kind.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(tower, error) from error
     finally:
-        logging.set_verbosity(verbosity)
+        transformers.logging.set_verbosity(verbosity)
     model, info = loaded  # as that option has it
     if info["missing_keys"]:
         raise ValueError(
-            f"{tower!r} is not a CLIP or SigLIP vision tower (model_type {config.get('model_type')}): it "
+            f"{tower!r} is not a {_KNOWN} vision tower (model_type {config.get('model_type')}): it "
             f"has no weights for {', '.join(sorted(info['missing_keys'])[:3])}, …"
         )
     return model.eval()
@@ -73,21 +78,19 @@ def tower_sizes(tower: StrPath) -> tuple[int, int, int]:
     """(image size, patch size, channels) of a folder or hub id, by its configuration: no weights are read.
 
     Raises:
-        ValueError: it is missing or damaged, or is no vision tower of CLIP or SigLIP.
+        ValueError: it is missing or damaged, or is no vision tower of a kind that is known.
     """
-    config = _config(tower)
-    siglip = _is_siglip(config)
-    config = config.get("vision_config") or config
-    if not all(isinstance(config.get(name), int) for name in _SIZES):
-        config = _with_defaults(config, siglip)
-    image_size, patch_size, channels = (config[name] for name in _SIZES)
-    if siglip:
-        image_size = picture_size(_preprocessor(tower), image_size, patch_size)
-    return image_size, patch_size, channels
+    return picture_sizes(_config(tower), _preprocessor(tower))
 
 
-def _is_siglip(config):
-    return str(config.get("model_type")).startswith("siglip")
+def processor_settings(tower: StrPath) -> dict[str, Any]:
+    """A tower's preprocessor_config.json; what it does not say of "image_mean" and "image_std" is its kind's."""
+    kind = _kind(tower)
+    return {"image_mean": kind.mean, "image_std": kind.std, **_preprocessor(tower)}
+
+
+def _kind(tower):
+    return kind_of(_config(tower)) or CLIP
 
 
 def _config(tower) -> dict:
@@ -115,23 +118,21 @@ def _config(tower) -> dict:
 
 def _preprocessor(tower) -> dict:
     """A tower's preprocessor_config.json; {} where it has none. Of a folder it is read here, as `_config` does."""
-    if not os.path.isdir(tower):
-        return processor_settings(tower)
     try:
-        with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as file:
-            settings = json.load(file)
+        if os.path.isdir(tower):
+            with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as file:
+                settings = json.load(file)
+        else:
+            from transformers.image_processing_base import ImageProcessingMixin
+
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(tower)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
+        if not os.path.isdir(tower):
+            return {}  # transformers tells a hub's missing file by such an error
         raise _cannot_load(tower, error) from error
     return settings if isinstance(settings, dict) else {}
-
-
-def _with_defaults(config, siglip):
-    """A tower's configuration with what it leaves to transformers."""
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
-
-    return (SiglipVisionConfig if siglip else CLIPVisionConfig)(**config).to_dict()
 
 
 def _refuse_what_is_no_tower(tower):
@@ -161,21 +162,3 @@ def _files(tower):
     """Configuration and weights of a tower's folder; of a hub id none."""
     names = ("config.json", "model.safetensors", "pytorch_model.bin")
     return [path for name in names if os.path.lexists(path := os.path.join(tower, name))]
-
-
-def processor_settings(tower: StrPath, siglip: bool = False) -> dict[str, Any]:
-    """A tower's preprocessor_config.json; what it does not say of "image_mean" and "image_std" is its kind's."""
-    from transformers.image_processing_base import ImageProcessingMixin
-    from transformers.image_utils import (
-        IMAGENET_STANDARD_MEAN,
-        IMAGENET_STANDARD_STD,
-        OPENAI_CLIP_MEAN,
-        OPENAI_CLIP_STD,
-    )
-
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(tower)
-    except OSError:
-        settings = {}
-    mean, std = (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD) if siglip else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    return {"image_mean": mean, "image_std": std, **settings}
