@@ -219,6 +219,14 @@ def test_tests_lie_where_their_subject_does():
     assert len(set(names)) == len(names)  # tests import helpers by name
 
 
+def test_a_folder_of_tests_runs_alone():
+    """What tests of several folders use lies in support/."""
+    folders = {path.stem: path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    for name, folder in folders.items():
+        used = set(imports(name, (folder / f"{name}.py").read_text(), {}))
+        assert {other for other in used & folders.keys() if folders[other] != folder} == set(), f"{name}.py"
+
+
 @pytest.mark.slow
 def test_files_are_short():
     paths = [*modules().values(), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]

@@ -15,13 +15,14 @@ from model_cases import (
     llama_of,
     loss_and_gradients,
     pack,
+    prepared,
     random_batch,
     random_model,
     random_sample,
     to_llama,
+    with_prefix,
 )
 from test_decoder import llama_loss, text_batch
-from test_frozen_rows import cases, prepared
 from test_keys_by_kernel import interpreted  # noqa: F401
 
 from fastvid.model.quantize import FORMATS
@@ -68,7 +69,7 @@ def test_packed_equals_one_by_one(family, trainable):
 @pytest.mark.parametrize("recompute", ["none", "selective", 1, "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_prefix_frozen_and_supervised_rows_equal_all_rows(family, recompute):
-    plain, batch = cases()
+    plain, batch = with_prefix()
     options = {"config": family_config(family), "recompute": recompute}
     expected_loss, expected = loss_and_gradients(random_model(**options), plain)
     model = prepared(random_model(**options))
@@ -95,7 +96,7 @@ def test_recomputation_changes_no_bit(family, dtype, recompute):
 def test_kernels_of_keys_serve_the_families_that_they_know(family, interpreted):  # noqa: F811
     """A bias lies in the product that the kernel rotates, and layers without positions are turned by nothing; norms of
     heads come between, so that those layers go the other way."""
-    _, batch = cases()
+    _, batch = with_prefix()
     batch = batch.parted()
     model = prepared(random_model(family_config(family)))
     expected_loss, expected = loss_and_gradients(model, batch)

@@ -8,40 +8,23 @@ import torch
 from model_cases import (
     ADAPTER,
     FULL,
+    PREFIX,
     START,
     assert_same_gradients,
     loss_and_gradients,
     model_config,
     pack,
     pack_frozen,
+    prepared,
     random_model,
     random_sample,
+    with_prefix,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.model import decoder
 from fastvid.model.attention import SDPA
 from fastvid.training.live_bytes import LiveBytes
-
-PREFIX = 4
-
-
-def cases(text_only=True, seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (9, 2), "answer": 1})):
-    """Samples that begin alike: questions before the video, none, and text only; packed plainly and in parts."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = [random_sample(generator, **shape) for shape in shapes]
-    if text_only:
-        samples.insert(1, random_sample(generator, text=(6, 5), video=0, answer=4))
-    for ids, _ in samples:
-        ids[:PREFIX] = [5, 6, 7, 8]
-    plain = pack(samples, generator=generator)
-    return plain, pack_frozen(samples, PREFIX, plain.features)
-
-
-def prepared(model):
-    model.keep_prefix([5, 6, 7, 8])
-    return model
-
 
 KINDS = {
     "mha": {},
@@ -58,7 +41,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text_only", [True, False])
 def test_prefix_and_frozen_rows_equal_all_rows(kind, text_only):
-    plain, batch = cases(text_only)
+    plain, batch = with_prefix(text_only)
     expected_loss, expected = loss_and_gradients(random_model(**KINDS[kind]), plain)
     model = prepared(random_model(**KINDS[kind]))
     for ours in (batch, batch.parted()):  # every packed row with a gradient, and only those that need one
@@ -84,9 +67,9 @@ def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch
     (ids, rows), (more, _) = samples[2], random_sample(generator, answer=1)
     samples[2] = ids + more, rows
     for ids, _ in samples:
-        ids[:PREFIX] = [5, 6, 7, 8]
+        ids[: len(PREFIX)] = PREFIX
     plain = pack(samples, generator=generator)
-    batch = pack_frozen(samples, PREFIX, plain.features)
+    batch = pack_frozen(samples, len(PREFIX), plain.features)
     assert len(plain.features) == 4 * 6
 
     config = model_config(num_kv_heads=2)
@@ -116,7 +99,7 @@ def test_only_live_rows_pass_back_and_only_supervised_rows_leave_the_last_layer(
     c = config.decoder
     D, A, E, F, V = c.hidden_size, 32, 32 + 2 * 16, c.intermediate_size, c.vocab_size
     model = prepared(random_model(config))
-    _, batch = cases(text_only=False)
+    _, batch = with_prefix(text_only=False)
     N, L, P = batch.num_rows, batch.num_supervised, len(batch.video_rows)
     live = N - batch.frozen_rows
     assert 0 < batch.frozen_rows and 0 < L < live < N
@@ -141,10 +124,10 @@ def test_frozen_rows_save_their_keys_and_values_alone():
 
     def alive(question):
         generator = torch.Generator().manual_seed(0)
-        samples = [random_sample(generator, text=(PREFIX + question, 5))]
-        samples[0][0][:PREFIX] = [5, 6, 7, 8]
+        samples = [random_sample(generator, text=(len(PREFIX) + question, 5))]
+        samples[0][0][: len(PREFIX)] = PREFIX
         features = torch.randn(6, 12)
-        batch = pack_frozen(samples, PREFIX, features).parted()
+        batch = pack_frozen(samples, len(PREFIX), features).parted()
         model(batch)
         with LiveBytes() as live:
             loss = model(batch)
@@ -157,10 +140,10 @@ def test_frozen_rows_save_their_keys_and_values_alone():
 
 
 def test_parts_attend_to_their_samples():
-    plain, batch = cases()
+    plain, batch = with_prefix()
     bounds = plain.layout.cu_seqlens_q.tolist()
     samples = [plain.token_ids[a:b].tolist() for a, b in itertools.pairwise(bounds)]
-    tokens = torch.cat([torch.tensor([5, 6, 7, 8]), batch.token_ids])
+    tokens = torch.cat([torch.tensor(PREFIX), batch.token_ids])
     frozen, live = batch.parted().parts
 
     def segments(layout):
@@ -173,7 +156,7 @@ def test_parts_attend_to_their_samples():
         itertools.accumulate([0] + [len(sample) - sample.index(START) for sample in video])
     )
     texts = [sample[: sample.index(START)] if START in sample else sample for sample in samples]
-    assert segments(frozen.layout) == [text for text in texts if len(text) > PREFIX]
+    assert segments(frozen.layout) == [text for text in texts if len(text) > len(PREFIX)]
     assert frozen.layout.cu_seqlens_q[-1] == batch.frozen_rows
     rows = torch.cat([frozen.loss_rows, live.loss_rows + batch.frozen_rows])
     assert torch.equal(rows, batch.loss_rows)
@@ -182,9 +165,9 @@ def test_parts_attend_to_their_samples():
 
 
 def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
-    _, batch = cases()
+    _, batch = with_prefix()
     layout = batch.parted().parts[1].layout
-    first = PREFIX + batch.frozen_rows
+    first = len(PREFIX) + batch.frozen_rows
     assert layout.kv_rows[layout.own_keys].tolist() == list(range(first, first + len(layout.own_keys)))
     q, k, v = (torch.randn(len(layout.own_keys), 4, 8, requires_grad=True) for _ in range(3))
     constant = torch.randn(first, 4, 8), torch.randn(first, 4, 8)
@@ -200,19 +183,19 @@ def test_where_no_row_is_shared_the_gradient_of_keys_is_a_gather():
 
 def test_a_batch_without_live_supervised_rows_has_no_parts():
     """It then takes the plain way, whose graph reaches what is trained."""
-    _, batch = cases(shapes=())
+    _, batch = with_prefix(shapes=())
     assert batch.frozen_rows == batch.num_rows and batch.parted().parts is None
     model = prepared(random_model())
     model(batch.parted()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    _, batch = cases()
+    _, batch = with_prefix()
     first = int((batch.loss_rows < batch.frozen_rows).sum())
     lacking = dataclasses.replace(batch, loss_rows=batch.loss_rows[:first], targets=batch.targets[:first])
     assert lacking.parted().parts is None
 
 
 def test_prefix_that_the_model_does_not_keep_is_refused():
-    _, batch = cases()
+    _, batch = with_prefix()
     with pytest.raises(AssertionError, match="keep_prefix was not told this prefix"):
         random_model()(batch)
     model = random_model()

@@ -13,10 +13,11 @@ from model_cases import (
     assert_same_gradients,
     loss_and_gradients,
     model_config,
+    prepared,
     random_batch,
     random_model,
+    with_prefix,
 )
-from test_frozen_rows import cases, prepared
 
 from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
@@ -61,7 +62,7 @@ def interpreted(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
-    _, batch = cases()
+    _, batch = with_prefix()
     batch = batch.parted()
     model = prepared(random_model(**KINDS[kind]))
     expected_loss, expected = loss_and_gradients(model, batch)

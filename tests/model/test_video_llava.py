@@ -17,13 +17,14 @@ from model_cases import (
     loss_and_gradients,
     model_config,
     pack,
+    prepared,
     random_batch,
     random_model,
     random_sample,
+    with_prefix,
 )
 from ranks import leave
 from safetensors.torch import load_file
-from test_frozen_rows import cases, prepared
 
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
@@ -317,7 +318,7 @@ SHARDED = {
 def rank_batches(name):
     """Ranks whose batches differ in all that may lack; as one process has them, and as they are computed."""
     if name.startswith("frozen rows"):
-        return zip(*(cases(text_only=i == 0, seed=i) for i in (0, 1)))
+        return zip(*(with_prefix(text_only=i == 0, seed=i) for i in (0, 1)))
     return 2 * [[random_batch(5), random_batch(6, [{"video": 0}])]]
 
 

@@ -242,3 +242,23 @@ def to_llama(model, tensors):
         renamed[theirs + "input_layernorm.weight"] = tensors[ours + "input_norm.weight"]
         renamed[theirs + "post_attention_layernorm.weight"] = tensors[ours + "post_norm.weight"]
     return {name: tensor.detach() for name, tensor in renamed.items()}
+
+
+PREFIX = [5, 6, 7, 8]  # of all that follow: a run's constant prompt
+
+
+def with_prefix(text_only=True, seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (9, 2), "answer": 1})):
+    """Samples that begin alike: questions before the video, none, and text only; packed plainly and in parts."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = [random_sample(generator, **shape) for shape in shapes]
+    if text_only:
+        samples.insert(1, random_sample(generator, text=(6, 5), video=0, answer=4))
+    for ids, _ in samples:
+        ids[: len(PREFIX)] = PREFIX
+    plain = pack(samples, generator=generator)
+    return plain, pack_frozen(samples, len(PREFIX), plain.features)
+
+
+def prepared(model):
+    model.keep_prefix(PREFIX)
+    return model

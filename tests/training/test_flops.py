@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cases import ADAPTER, FULL, fill, model_config, random_batch, random_model
-from test_frozen_rows import cases
+from model_cases import ADAPTER, FULL, fill, model_config, prepared, random_batch, random_model, with_prefix
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.batch import AttentionLayout
@@ -57,12 +56,12 @@ def test_the_formula_is_what_torch_counts(monkeypatch, trainable, projector):
 def test_the_model_multiplies_what_the_formula_counts(monkeypatch, trainable, text_only, kv_heads):
     """Prefix, frozen rows and the last layer as training has them; attention is left out of both counts."""
     monkeypatch.setattr(flops, "_pairs", lambda layout, live: (0, 0))
-    plain, batch = cases(text_only)
+    plain, batch = with_prefix(text_only)
     config = model_config(num_kv_heads=kv_heads)
     model = random_model(config, trainable=trainable)
     batch = plain.parted() if trainable is FULL else batch.parted()
     if trainable is not FULL:
-        model.keep_prefix([5, 6, 7, 8])
+        prepared(model)
     with FlopCounterMode(display=False) as counter:
         model(batch).backward()
     products = sum(
