@@ -17,14 +17,18 @@ from mutations import MUTATIONS
 
 KERNELS = ROOT / "kernels" / "fastvid_kernels"
 CASES = [(name, mutation) for name, mutations in MUTATIONS.items() for mutation in mutations]
+# What a test of kernels imports beside the kernels.
 PRELOAD = [
     "torch",
     "pytest",
+    "pytest_timeout",
+    "xdist.plugin",
     "hypothesis",
     "numpy",
     "triton",
     "triton.runtime.interpreter",
     "triton.experimental.gluon",
+    "torch.utils.flop_counter",
 ]
 
 
@@ -37,6 +41,11 @@ def run_test(test, kernels, log):
                 "-x",
                 "-q",
                 "--tb=line",
+                "--disable-plugin-autoload",  # of other packages' plugins, two that the settings and marks name
+                "-p",
+                "pytest_timeout",
+                "-p",
+                "xdist.plugin",
                 "-p",
                 "no:cacheprovider",
                 "-c",
