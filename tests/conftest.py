@@ -35,6 +35,7 @@ def pytest_configure():
         for module in pkgutil.iter_modules(package.__path__, "fastvid_kernels."):
             importlib.import_module(module.name)
         importlib.import_module("triton.experimental.gluon")  # by the first launch otherwise, and that is too late
+    importlib.import_module("interpreter").repair()
 
 
 def pytest_collection_modifyitems(config, items):

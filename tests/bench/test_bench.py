@@ -194,7 +194,7 @@ vision_cases.spatio_temporal_pool = lambda *x, **keywords: whole(*x, **keywords)
 
 INTERPRETER = """
 import sys
-sys.path.insert(0, "tests/kernels")
+sys.path.insert(0, "tests/support")
 import interpreter
 interpreter.repair()
 interpreter.repair_libdevice()

@@ -1,7 +1,6 @@
 """What all tests of kernels share: the device, the table of tolerances, comparison with eager torch, what was
 launched."""
 
-import interpreter
 import torch
 from fastvid_kernels.dispatch import INTERPRETED
 
@@ -9,8 +8,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 assert DEVICE == "cuda" or INTERPRETED, (
     "fastvid_kernels was imported before tests/conftest.py could have it interpreted"
 )
-if INTERPRETED:
-    interpreter.repair()
 
 # What a kernel may err where eager torch happens to be exact, as a part of the largest exact value: half a unit in the
 # last place, and in fp32, where sums of different orders differ, four units.

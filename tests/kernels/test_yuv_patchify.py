@@ -216,7 +216,7 @@ def test_clips_of_the_recordings(golden, impl):
         )
         numbers = factors(int(frame.colorspace), frame.format.name == "yuvj420p" or frame.color_range == FULL)
         large = not seen and (impl == "reference" or DEVICE != "cpu")
-        settings = {"size": 336 if large else 56, "patch": 14, "dtype": torch.float16, **CLIP}
+        settings = {"size": 336 if large else 28, "patch": 14, "dtype": torch.float16, **CLIP}
         found = yuv_patchify([(y, u, v)], [numbers], impl=impl, **settings)
         picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None].to(DEVICE)
         assert torch.equal(found, frame_patchify(picture, impl="reference", **settings)), path.name

@@ -8,6 +8,7 @@ import torch
 from model_cases import (
     ADAPTER,
     FAMILIES,
+    FEW,
     FULL,
     assert_close,
     assert_same_gradients,
@@ -96,7 +97,7 @@ def test_recomputation_changes_no_bit(family, dtype, recompute):
 def test_kernels_of_keys_serve_the_families_that_they_know(family, interpreted):  # noqa: F811
     """A bias lies in the product that the kernel rotates, and layers without positions are turned by nothing; norms of
     heads come between, so that those layers go the other way."""
-    _, batch = with_prefix()
+    _, batch = with_prefix(shapes=FEW)
     batch = batch.parted()
     model = prepared(random_model(family_config(family)))
     expected_loss, expected = loss_and_gradients(model, batch)

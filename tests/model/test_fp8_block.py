@@ -4,8 +4,7 @@ import pytest
 import torch
 from fastvid_kernels.quantize_fp8 import Fp8Rows, quantize_fp8
 from fastvid_kernels.swiglu import swiglu
-from model_cases import END, PATCH, START, loss_and_gradients, model_config, pack_frozen, random_sample
-from model_cases import pack as pack_alike
+from model_cases import END, FEW, PATCH, PREFIX, START, loss_and_gradients, model_config, with_prefix
 from test_frozen_dtype import SIZES, random_quantized
 
 from fastvid.batch import VideoTokens
@@ -16,17 +15,13 @@ from fastvid.model.decoder import RMSNorm
 from fastvid.model.fp8_block import gate_up_swiglu
 from fastvid.model.quantize import Fp8Linear
 
-PREFIX = [5, 6, 7, 8]
 KINDS = {
     "mha": {},
-    "gqa": {"config": model_config(**SIZES)},
-    "bias": {"config": model_config(qkv_bias=True)},
+    "gqa, a bias": {"config": model_config(**SIZES, qkv_bias=True)},
     "norms of heads": {"config": model_config(qk_norm=True)},
-    "no positions": {"config": model_config(unrotated_layers=(0,))},
+    "no positions, full": {"config": model_config(unrotated_layers=(0,)), "recompute": "full"},
     "bf16": {"compute_dtype": torch.bfloat16},
-    "fp32 residual": {"compute_dtype": torch.bfloat16, "fp32_residual": True},
-    "selective": {"recompute": "selective"},
-    "full": {"recompute": "full"},
+    "fp32 residual, selective": {"compute_dtype": torch.bfloat16, "fp32_residual": True, "recompute": "selective"},
     "one layer": {"config": model_config(num_layers=1)},
 }
 LAYERS = 2
@@ -65,15 +60,8 @@ def prepared(**options):
 
 def alike(frozen=False):
     """Few rows, because an interpreter is slow; all alike, or with the prefix kept and the frozen rows apart."""
-    generator = torch.Generator().manual_seed(0)
-    samples = [
-        random_sample(generator, **shape)
-        for shape in ({"text": (5, 1), "video": 2}, {"text": (4, 1), "video": 1, "answer": 2})
-    ]
-    for ids, _ in samples:
-        ids[: len(PREFIX)] = PREFIX
-    plain = pack_alike(samples, generator=generator)
-    return pack_frozen(samples, len(PREFIX), plain.features).parted() if frozen else plain
+    plain, batch = with_prefix(text_only=False, shapes=FEW)
+    return batch.parted() if frozen else plain
 
 
 def shared():

@@ -245,6 +245,7 @@ def to_llama(model, tensors):
 
 
 PREFIX = [5, 6, 7, 8]  # of all that follow: a run's constant prompt
+FEW = {"text": (5, 1), "video": 2}, {"text": (4, 1), "video": 1, "answer": 2}  # an interpreter is slow
 
 
 def with_prefix(text_only=True, seed=0, shapes=({}, {"text": (4, 12), "answer": 5}, {"text": (9, 2), "answer": 1})):

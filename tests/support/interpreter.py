@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, which gets bfloat16 silently wrong and float arguments not at all.
+"""Repairs of Triton's interpreter, which gets bfloat16 silently wrong and float arguments not at all, and is slow.
 
 It keeps bfloat16 as uint16 and then truncates where hardware rounds to nearest even, adds the bits of two numbers as
 integers, and hands floats to kernels unwrapped. Conversions here go through torch. NaN is to hardware the integer 0,
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import libdevice as cuda_libdevice
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, TensorHandle
 
 TORCH = {
     tl.float64: torch.float64,
@@ -103,8 +103,41 @@ def repair_libdevice():
         module.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
 
 
+def spare_repetitions():
+    """A third of an interpreted kernel's time: every call of a device function replaces the language's functions,
+    which last until the launch ends, and every result has a table of numpy's types made."""
+    launch, numpy_type, replaced, known = GridExecutor.__call__, interpreter._get_np_dtype, set(), {}
+
+    def launched(self, *args, **options):
+        replaced.clear()
+        try:
+            return launch(self, *args, **options)
+        finally:
+            replaced.clear()
+
+    def device_function(self, *args, **options):
+        if (module := id(self.fn.__globals__)) not in replaced:
+            replaced.add(module)
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **options)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    def looked_up(kind):
+        if isinstance(kind.scalar, tl.pointer_type):
+            return numpy_type(kind)
+        if (name := kind.scalar.name) not in known:
+            known[name] = numpy_type(kind.scalar)
+        return known[name]
+
+    GridExecutor.__call__, InterpretedFunction.__call__ = launched, device_function
+    interpreter._get_np_dtype = looked_up
+
+
 def repair():
     """Once per process."""
     repair_casts()
     repair_arithmetic()
     repair_float_arguments()
+    spare_repetitions()
