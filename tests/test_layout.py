@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import tomllib
 
 import pytest
 from conftest import ROOT
@@ -248,6 +247,8 @@ def untyped(source):
                 yield f"{inside}{child.name}", child, bool(inside)
 
     for name, function, is_method in public(ast.parse(source), ""):
+        if any(ast.unparse(mark).startswith("triton.jit") for mark in function.decorator_list):
+            continue  # Triton's language
         takes = function.args
         parameters = [*takes.posonlyargs, *takes.args]
         if is_method and not any(
@@ -261,12 +262,7 @@ def untyped(source):
 
 
 def test_public_functions_have_types():
-    without = [
-        ROOT / path for path in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["ignore"]
-    ]
-    assert all(path.exists() for path in without)
-    typed = [path for path in modules().values() if not any(path.is_relative_to(each) for each in without)]
-    assert [f"{path.relative_to(ROOT)}: {what}" for path in typed for what in untyped(path.read_text())] == []
+    assert [f"{path.name}: {what}" for path in modules().values() for what in untyped(path.read_text())] == []
 
 
 @pytest.mark.parametrize(
@@ -281,6 +277,7 @@ def test_public_functions_have_types():
         ("class A:\n    def _f(self, a): ...", []),
         ("class _A:\n    def f(self, a): ...", []),
         ("async def f(a) -> int: ...", ["f: a"]),
+        ("@triton.jit\ndef f(a): ...", []),
     ],
 )
 def test_a_missing_type_is_seen(source, found):

@@ -35,7 +35,7 @@ def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat(values).sort().values.to(device)
 
 
-def random_bits(first, count, seed, step, device):
+def random_bits(first: int, count: int, seed: int, step: int, device: torch.device | str) -> Tensor:
     """The bits that `adamw8bit_step` rounds with: 16 for each of the elements first … first + count - 1, [count] int32.
 
     Args:
@@ -81,24 +81,24 @@ def _factors(lr, beta1, beta2, eps, weight_decay, step):
 
 
 def adamw8bit_step_reference(
-    param,
-    grad,
-    state1,
-    state2,
-    absmax1,
-    absmax2,
+    param: Tensor,
+    grad: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
     *,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    step,
-    clip=None,
-    skip=None,
-    seed=0,
-    first=0,
-):
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> None:
     """`adamw8bit_step` in plain torch, whole tensors at a time."""
     count, blocks = param.numel(), absmax1.numel()
 

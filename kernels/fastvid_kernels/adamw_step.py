@@ -29,22 +29,22 @@ def _factors(lr, beta1, beta2, weight_decay, step):
 
 
 def adamw_step_reference(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     *,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    step,
-    clip=None,
-    skip=None,
-    seed=0,
-    first=0,
-):
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    clip: Tensor | None = None,
+    skip: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> None:
     """`adamw_step` in plain torch."""
     rest1, decay2, rest2, keep, size, scale = _factors(lr, beta1, beta2, weight_decay, step)
     g = grad.float() if clip is None else grad.float() * clip

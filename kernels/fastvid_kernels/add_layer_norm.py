@@ -13,7 +13,9 @@ from . import cpu
 from .dispatch import launch, refuse_gradients, use_triton
 
 
-def add_layer_norm_reference(residual_ND, branch_ND, weight_D, bias_D, eps):
+def add_layer_norm_reference(
+    residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """`add_layer_norm` in plain torch."""
     total_ND = residual_ND if branch_ND is None else residual_ND + branch_ND
     return total_ND, functional.layer_norm(total_ND, weight_D.shape, weight_D, bias_D, eps)

@@ -15,7 +15,9 @@ from .plain import wide
 from .quantize_fp8 import Fp8Rows, divided, magnitude, quantize_fp8_reference, scale_of
 
 
-def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
+def add_rms_norm_reference(
+    residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain differentiable torch."""
     if branch_ND is not None:
         residual_ND = (residual_ND + branch_ND).to(residual_ND.dtype)
@@ -24,7 +26,9 @@ def add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype):
     return residual_ND, y_ND.to(dtype)
 
 
-def add_rms_norm_fp8_reference(residual_ND, branch_ND, weight_D, eps, dtype):
+def add_rms_norm_fp8_reference(
+    residual_ND: Tensor, branch_ND: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Fp8Rows]:
     """`add_rms_norm_fp8` in plain differentiable torch."""
     total_ND, y_ND = add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype)
     return total_ND, Fp8Rows(y_ND, *quantize_fp8_reference(y_ND.detach()))

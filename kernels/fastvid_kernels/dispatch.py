@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
-import triton
+from triton import knobs
 
 # Triton decides when a kernel is decorated, so this module and the kernels, imported together, agree.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 _STOOD_FOR = ContextVar("stood_for", default="cpu")
 
 
@@ -31,7 +32,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or tensor.is_meta and _STOOD_FOR.get() == "cuda"
 
 
-def use_triton(impl, *tensors, name):
+def use_triton(impl: str, *tensors: torch.Tensor, name: str) -> bool:
     """Whether `impl` means the Triton kernel for these tensors.
 
     "auto" takes the kernel for CUDA tensors, and anywhere under Triton's interpreter while ``TRITON_INTERPRET=1``.
@@ -65,7 +66,7 @@ def _devices(tensors):
     return ", ".join(sorted({str(tensor.device) for tensor in tensors}))
 
 
-def refuse_gradients(*tensors, name):
+def refuse_gradients(*tensors: torch.Tensor, name: str) -> None:
     """Refuse to compute what a gradient would have to come back through, for operations that have none.
 
     Raises:
@@ -75,7 +76,7 @@ def refuse_gradients(*tensors, name):
         raise ValueError(f"{name} has no gradient, and one of its inputs requires one; call it under torch.no_grad()")
 
 
-def launch(kernel, grid, *arguments, **options):
+def launch(kernel: Any, grid: tuple, *arguments: Any, **options: Any) -> None:
     """``kernel[grid](*arguments, **options)`` on the device of the first argument, a tensor.
 
     Triton launches on the process's current device, whatever device the arguments' addresses are of. On meta tensors

@@ -8,15 +8,26 @@ F frames of one work item of the kernel.
 The pixels are those of PG-Video-LLaVA's feature script (nearest resize, then CLIPImageProcessor), bit for bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .dispatch import launch, use_triton
 from .patch_rows import affine, device_table, nearest_indices, normalise, patches, row_length
 
 
-def frame_patchify_reference(frames, *, size, patch, mean, std, dtype=torch.float16):
+def frame_patchify_reference(
+    frames: Tensor | Sequence[Tensor],
+    *,
+    size: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float16,
+) -> Tensor:
     """Plain torch on any device: see `frame_patchify`. Frame by frame, so that a frame stays in cache."""
     if not isinstance(frames, torch.Tensor):
         return torch.cat(
@@ -196,7 +207,16 @@ def _patchify(clips, size, patch, mean, std, dtype):
     return out_TPK
 
 
-def frame_patchify(frames, *, size, patch, mean, std, dtype=torch.float16, impl="auto"):
+def frame_patchify(
+    frames: Tensor | Sequence[Tensor],
+    *,
+    size: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float16,
+    impl: str = "auto",
+) -> Tensor:
     """Frames resized to the tower's size, normalised, cut into patches.
 
     A row holds its patch as `patch_rows` lays it out, so the tower's patch embedding is

@@ -18,7 +18,7 @@ CHUNK_LOGITS = 2**25
 ROW = 64  # rows of logits are multiples of this many
 
 
-def linear_cross_entropy_reference(h_LD, weight_VD, targets_L):
+def linear_cross_entropy_reference(h_LD: Tensor, weight_VD: Tensor, targets_L: Tensor) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` in plain differentiable torch: holds [L, V]."""
     logits_LV = wide(h_LD @ weight_VD.to(h_LD.dtype).T)
     lse_L = logits_LV.logsumexp(-1)
@@ -141,12 +141,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax_gradient(
                 logits_lU[:, :vocab_size], targets_L[chunk], lse_L[chunk], losses_L[chunk], rows_due or weight_due
             )
-            if rows_due:
+            if grad_h_LD is not None:
                 torch.mm(logits_lU, matrix_UD, out=grad_h_LD[chunk])
-            if weight_due:
+            if grad_weight_UD is not None:
                 for part_uD, grad_lu in zip(grad_weight_UD.split(2**13), logits_lU.split(2**13, dim=1)):
                     _add_product(part_uD, grad_lu, h_lD)
-        grad_weight_VD = grad_weight_UD[:vocab_size] if weight_due else None
+        grad_weight_VD = None if grad_weight_UD is None else grad_weight_UD[:vocab_size]
         ctx.save_for_backward(grad_h_LD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(lse_L)

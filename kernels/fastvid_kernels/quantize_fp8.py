@@ -50,7 +50,7 @@ class Fp8Rows(NamedTuple):
         )
 
 
-def quantize_fp8_reference(x_ND, scale=None):
+def quantize_fp8_reference(x_ND: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` in plain torch."""
     x_ND = x_ND.float()
     if scale is None:

@@ -10,7 +10,7 @@ from .dispatch import launch, refuse_gradients, use_triton
 from .plain import wide
 
 
-def quick_gelu_reference(x):
+def quick_gelu_reference(x: Tensor) -> Tensor:
     """`quick_gelu` in plain torch."""
     x_wide = wide(x)
     return (x_wide * torch.sigmoid(1.702 * x_wide)).to(x.dtype)

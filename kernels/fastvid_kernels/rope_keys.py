@@ -4,6 +4,7 @@ Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns 
 heads, A heads of a row, d channels per head, h = d / 2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,22 @@ class WayBack:
         first = int(starts_N1[0])
         return WayBack((starts_N1 - first).int(), order[first:].int(), constant_rows)
 
-    def map(self, function):
+    def map(self, function: Callable[[Tensor], Tensor]) -> "WayBack":
         """The same with `function` applied to both tensors."""
         return WayBack(function(self.starts_N1), function(self.places), self.constant_rows)
 
 
 def rope_keys_reference(
-    qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, *, scale=1.0, rows_M=None, constant=None
-):
+    qkv_NE: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    scale: float = 1.0,
+    rows_M: Tensor | None = None,
+    constant: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rope_keys` in plain differentiable torch."""
     rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
         1, (num_heads + 2 * num_kv_heads, -1)
@@ -54,8 +63,8 @@ def rope_keys_reference(
     q_NHd, k_NKd, v_NKd = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
     if rows_M is None:
         return q_NHd, k_NKd, v_NKd
-    constant = constant or (k_NKd[:0], v_NKd[:0])
-    return q_NHd, *(torch.cat(pair)[rows_M] for pair in zip(constant, (k_NKd, v_NKd)))
+    k_CKd, v_CKd = constant or (k_NKd[:0], v_NKd[:0])
+    return q_NHd, torch.cat([k_CKd, k_NKd])[rows_M], torch.cat([v_CKd, v_NKd])[rows_M]
 
 
 def _tiles(heads, half):
@@ -222,7 +231,16 @@ def _rotate_heads(x_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written
         )
 
 
-def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant):
+def place_keys(
+    qkv_NE: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    rows_M: Tensor,
+    constant: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet. All
     contiguous.
     """
@@ -256,7 +274,15 @@ def place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, 
     return out_2MKd
 
 
-def collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale, way_back):
+def collect(
+    grad_q_NHd: Tensor,
+    grad_k_MKd: Tensor,
+    grad_v_MKd: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    scale: float,
+    way_back: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """The gradient [N, E] of `rope_keys`, by the kernel; `way_back` is (starts, places), or nothing without."""
     grads = [rows_of_heads(x) for x in (grad_q_NHd, grad_k_MKd, grad_v_MKd)]
     N, half, (num_heads, num_kv_heads) = positions_N.shape[0], inv_freq_h.shape[0], (x.shape[1] for x in grads[:2])
@@ -320,11 +346,12 @@ class _RopeKeys(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd):
         positions_N, inv_freq_h, *way_back = ctx.saved_tensors
-        grad_NE = collect(grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, ctx.scale, way_back)
+        grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
+        grad_NE = collect(*grads, positions_N, inv_freq_h, ctx.scale, tuple(way_back) or None)
         return grad_NE, None, None, None, None, None, None, None, None, None
 
 
-def rows_of_heads(x):
+def rows_of_heads(x: Tensor) -> Tensor:
     """The same numbers with the heads of a row side by side, as a slice of wider rows may have them."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
@@ -373,12 +400,14 @@ def rope_keys(
     _check(qkv_NE, positions_N, 2 * inv_freq_h.shape[0], num_heads, num_kv_heads, rows_M, way_back, constant)
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
-    indices = () if rows_M is None else (rows_M, way_back.starts_N1, way_back.places)
+    indices = () if rows_M is None or way_back is None else (rows_M, way_back.starts_N1, way_back.places)
     if not use_triton(impl, qkv_NE, positions_N, inv_freq_h, *indices, *(constant or ()), name="rope_keys"):
         return rope_keys_reference(
             qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M, constant=constant
         )
-    constant = constant and tuple(x.detach().contiguous() for x in constant)
+    if constant is not None:
+        k_CKd, v_CKd = constant
+        constant = k_CKd.detach().contiguous(), v_CKd.detach().contiguous()
     return _RopeKeys.apply(
         qkv_NE.contiguous(),
         positions_N.contiguous(),

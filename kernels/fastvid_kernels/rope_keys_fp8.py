@@ -19,8 +19,15 @@ LARGEST_TILE = 8192
 
 
 def rope_keys_backward_fp8_reference(
-    grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, *, scale=1.0, way_back=None
-):
+    grad_q_NHd: Tensor,
+    grad_k_MKd: Tensor,
+    grad_v_MKd: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    *,
+    scale: float = 1.0,
+    way_back: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """`rope_keys_backward_fp8` in plain torch."""
     dtype, pairs = grad_k_MKd.dtype, [grad_k_MKd.float(), grad_v_MKd.float()]
     if way_back is not None:

@@ -15,7 +15,9 @@ from .dispatch import launch, use_triton
 from .plain import rotary_angles, wide
 
 
-def rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=1.0):
+def rope_qk_reference(
+    qkv_NE: Tensor, positions_N: Tensor, inv_freq_h: Tensor, num_heads: int, num_kv_heads: int, scale: float = 1.0
+) -> Tensor:
     """`rope_qk` in plain differentiable torch."""
     cos_N1h, sin_N1h = rotary_angles(positions_N, inv_freq_h, scale)
     rows_NAd = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))

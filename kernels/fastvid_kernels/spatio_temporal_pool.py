@@ -5,15 +5,20 @@ Dimensions: B videos, T frames, P patches per frame, C channels, N temporal rows
 From Video-ChatGPT (Maaz et al., 2023, section 3.1), ``get_spatio_temporal_features`` of its feature script.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import launch, use_triton
 
 
-def spatio_temporal_pool_reference(x, *, num_temporal=100, frame_counts=None):
+def spatio_temporal_pool_reference(
+    x: Tensor, *, num_temporal: int = 100, frame_counts: Sequence[int] | Tensor | None = None
+) -> Tensor:
     """Plain torch, differentiable, on any device: see `spatio_temporal_pool`.
 
     Frame by frame, so that both means come from one read of the input while the frame is in cache.
@@ -292,7 +297,9 @@ class _SpatioTemporalPool(torch.autograd.Function):
         return grad_BTPC, None, None
 
 
-def spatio_temporal_pool(x, *, num_temporal=100, frame_counts=None, impl="auto"):
+def spatio_temporal_pool(
+    x: Tensor, *, num_temporal: int = 100, frame_counts: Sequence[int] | Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """Mean over the patches of each frame, and over the frames at each patch position.
 
     The input is read once for both. Accumulates in fp32 (fp64 for fp64 input) and rounds once. Differentiable; nothing

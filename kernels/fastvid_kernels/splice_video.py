@@ -14,7 +14,15 @@ from .dispatch import launch, use_triton
 from .plain import wide
 
 
-def splice_video_reference(token_ids_N, table_TD, video_PD, video_rows_P, boundary_2D, boundary_rows_2V, dtype):
+def splice_video_reference(
+    token_ids_N: Tensor,
+    table_TD: Tensor,
+    video_PD: Tensor,
+    video_rows_P: Tensor,
+    boundary_2D: Tensor | None,
+    boundary_rows_2V: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """`splice_video` in plain differentiable torch."""
     rows_ND = torch.nn.functional.embedding(token_ids_N, table_TD).to(dtype)
     rows_ND = rows_ND.index_copy(0, video_rows_P, video_PD.to(dtype))

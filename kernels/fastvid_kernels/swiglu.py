@@ -19,18 +19,18 @@ from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_referen
 LONGEST_FP8_ROW = 16384
 
 
-def swiglu_reference(gate_up_NF):
+def swiglu_reference(gate_up_NF: Tensor) -> Tensor:
     """`swiglu` in plain differentiable torch."""
     gate_NF, up_NF = wide(gate_up_NF).chunk(2, dim=-1)
     return (functional.silu(gate_NF) * up_NF).to(gate_up_NF.dtype)
 
 
-def swiglu_fp8_reference(gate_up_NF):
+def swiglu_fp8_reference(gate_up_NF: Tensor) -> tuple[Tensor, Tensor]:
     """`swiglu_fp8` in plain torch."""
     return quantize_fp8_reference(swiglu_reference(gate_up_NF))
 
 
-def swiglu_backward_fp8_reference(gate_up_NF, grad_NF):
+def swiglu_backward_fp8_reference(gate_up_NF: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
     """`swiglu_backward_fp8` in plain torch."""
     with torch.enable_grad():
         leaf_NF = gate_up_NF.detach().requires_grad_()

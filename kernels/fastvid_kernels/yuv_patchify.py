@@ -9,18 +9,20 @@ to the bit what a decoder must give, so planes of a GPU's decoder become the ver
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .dispatch import launch, use_triton
 from .frame_patchify import nearest_source, normalised
 from .patch_rows import affine, device_table, nearest_indices, normalise, patches, row_length
 
 
-def yuv_to_rgb(y, u, v, factors):
+def yuv_to_rgb(y: Tensor, u: Tensor, v: Tensor, factors: Sequence[int]) -> Tensor:
     """RGB of samples, in plain torch.
 
     Args:
@@ -38,7 +40,16 @@ def yuv_to_rgb(y, u, v, factors):
     return torch.stack([grey + channel for channel in added], -1).clamp(0, 255).to(torch.uint8)
 
 
-def yuv_patchify_reference(frames, conversions, *, size, patch, mean, std, dtype=torch.float16):
+def yuv_patchify_reference(
+    frames: Sequence[Sequence[Tensor]],
+    conversions: Sequence[Sequence[int]],
+    *,
+    size: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float16,
+) -> Tensor:
     """Plain torch on any device: see `yuv_patchify`."""
     device, grid = frames[0][0].device, size // patch
     out_TPK = torch.empty(len(frames), grid * grid, row_length(patch), dtype=dtype, device=device)
@@ -311,7 +322,17 @@ def _patchify(frames, runs, size, patch, mean, std, dtype):
     return out_TPK
 
 
-def yuv_patchify(frames, conversions, *, size, patch, mean, std, dtype=torch.float16, impl="auto"):
+def yuv_patchify(
+    frames: Sequence[Sequence[Tensor]],
+    conversions: Sequence[Sequence[int]],
+    *,
+    size: int,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float16,
+    impl: str = "auto",
+) -> Tensor:
     """Planes of 8-bit 4:2:0 frames resized to the tower's size, converted to RGB, normalised, cut into patches.
 
     The result is what `frame_patchify` makes of the frames as PyAV's ``to_ndarray(format="rgb24")`` gives them, to the

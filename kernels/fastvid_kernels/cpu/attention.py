@@ -58,8 +58,8 @@ def avx512_attention(
         RuntimeError: it cannot run here (`obstacle`).
         ValueError: shapes, dtypes, bounds or rows do not fit.
     """
-    q_NHd, k_RKd, v_RKd, *constant = (_with_dense_heads(x) for x in (q_NHd, k_RKd, v_RKd, *(constant or ())))
-    return _Attention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(constant or (None, None)))
+    q_NHd, k_RKd, v_RKd, *dense = (_with_dense_heads(x) for x in (q_NHd, k_RKd, v_RKd, *(constant or ())))
+    return _Attention.apply(q_NHd, k_RKd, v_RKd, q_bounds, k_bounds, kv_rows, *(dense or (None, None)))
 
 
 def _with_dense_heads(x_RKd):

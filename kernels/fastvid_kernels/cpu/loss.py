@@ -4,12 +4,13 @@ Dimensions: l rows of a chunk, n of a block, V tokens of the vocabulary.
 """
 
 import torch
+from torch import Tensor
 
 from ..plain import wide
 from .row_blocks import row_blocks
 
 
-def softmax_gradient(logits_lV, targets_l, lse_l, losses_l, gradient):
+def softmax_gradient(logits_lV: Tensor, targets_l: Tensor, lse_l: Tensor, losses_l: Tensor, gradient: bool) -> None:
     """Log-sum-exp and loss of each row of logits out; with `gradient`, the logits are replaced by their gradient."""
     for rows in row_blocks(logits_lV):
         targets_n1, x_nV = targets_l[rows, None], wide(logits_lV[rows])

@@ -52,12 +52,13 @@ def _backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, branch_dtyp
         rows.norm_backward(total_ND, rstd_N1, wide_D.contiguous(), grad_total_ND, grad_y_ND, grad_ND)
     else:
         _backward_chain(grad_ND, total_ND, rstd_N1, grad_total_ND, grad_y_ND, grad_branch_ND, weight_D=wide_D)
-    for block in row_blocks(total_ND) if trained else ():
-        grad_weight_D += torch.mv((wide(grad_y_ND[block]) * total_ND[block]).T, rstd_N1[block, 0])
+    if grad_weight_D is not None:
+        for block in row_blocks(total_ND):
+            grad_weight_D += torch.mv((wide(grad_y_ND[block]) * total_ND[block]).T, rstd_N1[block, 0])
     return (
         grad_ND,
         None if branch_dtype is None else grad_branch_ND if apart else grad_ND,
-        grad_weight_D.to(weight_D.dtype) if trained else None,
+        None if grad_weight_D is None else grad_weight_D.to(weight_D.dtype),
     )
 
 

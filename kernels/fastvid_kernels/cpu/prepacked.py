@@ -42,7 +42,7 @@ class PrepackedWeight:
             found = self.parts[first, last] = _Part(weight_OI, first, last)
         return _Product.apply(x_NI, found, bias_O)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, dict]:
         """Without the copies, which nothing can copy or pickle; they are made anew."""
         return {"parts": {}}
 

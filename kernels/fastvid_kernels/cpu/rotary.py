@@ -4,13 +4,23 @@ Dimensions: N rows, n of a block, E = (H + 2K)·d columns of a row, A heads of a
 """
 
 import torch
+from torch import Tensor
 
 from ..plain import rotary_angles, wide
 from . import rows
 from .row_blocks import over_rows
 
 
-def rotate(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
+def rotate(
+    qkv_NE: Tensor,
+    out_NE: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    inverse: bool,
+) -> Tensor:
     """`qkv_NE` rotated into `out_NE`, which may be the same; None: into a new tensor."""
     in_cpp = rows.serve(qkv_NE)
     if out_NE is None:

@@ -2,6 +2,7 @@
 cache."""
 
 import functools
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ def row_blocks(x: Tensor) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)][: 2 if x.is_meta else None]
 
 
-def over_rows(chain):
+def over_rows(chain: Callable[..., None]) -> Callable[..., None]:
     """Decorator for a chain that treats every row by itself and writes its results into some of its tensors.
 
     Calls `chain(*tensors, **others)` for block after block of the tensors' rows, as many as `row_blocks` gives the

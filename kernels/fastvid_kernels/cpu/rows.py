@@ -6,9 +6,11 @@ chains take ten. Rows are dense bf16 on the CPU; nothing is checked here but by 
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .build import foreseen_obstacle, load
 
@@ -39,13 +41,13 @@ def _library():
     return found
 
 
-def obstacle():
+def obstacle() -> str | None:
     """Why this cannot run here, or None. Compiles at the first call."""
     found = _library()
     return found if isinstance(found, str) else None
 
 
-def serve(*tensors: torch.Tensor, dtypes=None) -> bool:
+def serve(*tensors: torch.Tensor, dtypes: Iterable[torch.dtype] | None = None) -> bool:
     """Whether this computes what is made of `tensors`, whose rows are of `dtypes` (None: the first one's).
 
     On meta tensors it computes nothing, and compiles nothing.
@@ -65,37 +67,60 @@ def _call(name, *arguments):
     )
 
 
-def quick_gelu(out, x):
+def quick_gelu(out: Tensor, x: Tensor) -> None:
     """`quick_gelu` into `out`."""
     _call("quick_gelu", x, out, x.numel())
 
 
-def swiglu_forward(out_NF, gate_up_NF):
+def swiglu_forward(out_NF: Tensor, gate_up_NF: Tensor) -> None:
     """`swiglu` into `out_NF`."""
     _call("swiglu_forward", gate_up_NF, out_NF, *out_NF.shape)
 
 
-def swiglu_backward(grad_NF, gate_up_NF, grad_gate_up_NF):
+def swiglu_backward(grad_NF: Tensor, gate_up_NF: Tensor, grad_gate_up_NF: Tensor) -> None:
     """Its gradient into `grad_gate_up_NF`."""
     _call("swiglu_backward", grad_NF, gate_up_NF, grad_gate_up_NF, *grad_NF.shape)
 
 
-def norm_forward(residual_ND, branch_ND, weight_D, total_ND, y_ND, rstd_N1, eps):
+def norm_forward(
+    residual_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    total_ND: Tensor,
+    y_ND: Tensor,
+    rstd_N1: Tensor,
+    eps: float,
+) -> None:
     """`add_rms_norm` into `total_ND` (where there is a branch), `y_ND` and `rstd_N1` [N, 1] fp32; weight dense fp32."""
     _call("norm_forward", residual_ND, branch_ND, weight_D, total_ND, y_ND, rstd_N1, *y_ND.shape, eps)
 
 
-def norm_backward(total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND):
+def norm_backward(
+    total_ND: Tensor,
+    rstd_N1: Tensor,
+    weight_D: Tensor,
+    grad_total_ND: Tensor | None,
+    grad_y_ND: Tensor,
+    grad_ND: Tensor,
+) -> None:
     """The gradient of residual and branch into `grad_ND`; weight dense fp32."""
     _call("norm_backward", total_ND, rstd_N1, weight_D, grad_total_ND, grad_y_ND, grad_ND, *grad_ND.shape)
 
 
-def layer_norm(residual_ND, branch_ND, weight_D, bias_D, total_ND, y_ND, eps):
+def layer_norm(
+    residual_ND: Tensor,
+    branch_ND: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    total_ND: Tensor,
+    y_ND: Tensor,
+    eps: float,
+) -> None:
     """`add_layer_norm` into `total_ND` (where there is a branch) and `y_ND`; weight and bias dense."""
     _call("layer_norm", residual_ND, branch_ND, weight_D, bias_D, total_ND, y_ND, *y_ND.shape, eps)
 
 
-def rotate(qkv_NE, out_NE, cos_N1h, sin_N1h, *, rotated, heads):
+def rotate(qkv_NE: Tensor, out_NE: Tensor, cos_N1h: Tensor, sin_N1h: Tensor, *, rotated: int, heads: int) -> None:
     """`rope_qk` of the first `rotated` of a row's `heads` heads into `out_NE`, which may be `qkv_NE`."""
     _call("rotate", qkv_NE, out_NE, cos_N1h, sin_N1h, qkv_NE.shape[0], heads, rotated, cos_N1h.shape[2])
 
