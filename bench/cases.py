@@ -106,7 +106,7 @@ def library(package, name, make, *, triton=False):
 
     It runs on a GPU; one written in Triton also where Triton is interpreted.
     """
-    there = (torch.cuda.is_available() or triton and INTERPRETED) and find_spec(package)
+    there = (torch.cuda.is_available() or (triton and INTERPRETED)) and find_spec(package)
     return {name: Later(make)} if there else {}
 
 

@@ -307,9 +307,9 @@ def main(argv=None):
     print(f"{table(result['rows'])}\n")
     print(json.dumps({key: value for key, value in result.items() if key not in ("environment", "rows")}, indent=1))
     target = arguments.out and arguments.out / f"train-{arguments.preset}"
-    if path := arguments.json or target and target.with_suffix(".json"):
+    if path := arguments.json or (target and target.with_suffix(".json")):
         path.write_text(json.dumps(result, indent=1) + "\n")
-    if path := arguments.png or target and target.with_suffix(".png"):
+    if path := arguments.png or (target and target.with_suffix(".png")):
         from bench.ladder_plot import draw
 
         draw(result).savefig(path)

@@ -91,7 +91,7 @@ def _score(config):
     if missing:
         print(f"{missing:,} of {settings['samples']:,} samples have no prediction")
     judged = settings["task"] not in ("mc", "match")
-    if not lines or judged and config.judge is None:
+    if not lines or (judged and config.judge is None):
         if config.compare is not None:
             print(scores.compare(config.output, config.compare))
         elif lines:

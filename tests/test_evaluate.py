@@ -224,7 +224,7 @@ def test_a_predicting_run_is_killed(run, predicted, tmp_path, kept):
     arguments = flags({**settings(run, tmp_path), "at_once": 1})
     child = in_child(arguments)
     path = tmp_path / "predictions.jsonl"
-    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= kept or not child.is_alive())
+    wait_until(lambda: (path.exists() and path.read_bytes().count(b"\n") >= kept) or not child.is_alive())
     kill(child) if child.is_alive() else child.join()
     before = path.read_bytes()
     child = in_child(arguments)

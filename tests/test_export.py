@@ -202,7 +202,7 @@ def test_llava_format(tmp_path, run, trainable):
 
 def test_exported_twice_is_the_same(tmp_path, run):
     """An export is a starting model like any other; exporting what starts from it changes no bit."""
-    folder, model, tokenizer = run(ADAPTER)
+    folder, _model, _tokenizer = run(ADAPTER)
     export.export(ExportConfig(str(folder), str(tmp_path / "first"), "llama"))
     tokens = load_tokenizer(tmp_path / "first", True).tokens
     state = checkpoint.read_state(folder)
@@ -216,7 +216,7 @@ def test_exported_twice_is_the_same(tmp_path, run):
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_projector_format(tmp_path, run, ending):
-    folder, model, tokenizer = run(ADAPTER, kind="linear")
+    folder, model, _tokenizer = run(ADAPTER, kind="linear")
     path = tmp_path / f"mm_projector.{ending}"
     assert export.export(ExportConfig(str(folder), str(path))) == [path]
     tensors = load_file(path) if ending == "safetensors" else torch.load(path, weights_only=True)
@@ -337,7 +337,7 @@ def test_what_may_be_replaced(tmp_path, run, monkeypatch, caplog):
 
 
 def test_what_cannot_be_exported(tmp_path, run):
-    folder, model, tokenizer = run(ADAPTER, kind="linear")
+    folder, _model, _tokenizer = run(ADAPTER, kind="linear")
     with pytest.raises(ValueError, match="has an mlp2x_gelu projector, this model a linear one.*--format llama"):
         export.export(ExportConfig(str(folder), str(tmp_path / "x"), "llava"))
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".x*"))

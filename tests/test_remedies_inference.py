@@ -410,9 +410,8 @@ def attempt(made, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("command, mistake, said, mended", [(*row[:3], row[3:]) for row in MISTAKES])
 def test_a_command_succeeds_once_a_mistake_was_mended_as_told(made, tmp_path, attempt, command, mistake, said, mended):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=said):
         attempt(command, mistake)
-    assert re.search(said, str(refused.value))
     for words in mended:
         assert attempt(command, words) == 0
         for left in tmp_path.iterdir():

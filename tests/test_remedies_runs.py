@@ -170,7 +170,7 @@ def test_another_run_in_the_folder(begun):
 
 @pytest.mark.slow
 def test_another_number_of_samples_a_step(begun, monkeypatch):
-    argv, output = begun
+    argv, _output = begun
     read = checkpoint.read_state
     monkeypatch.setattr(checkpoint, "read_state", lambda folder: read(folder) | {"world_size": 2})
     halved = [*argv, "--per_device_train_batch_size", "1"]

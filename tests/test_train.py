@@ -72,16 +72,16 @@ def in_ranks(rank, size, port, streams, cases, results):
     torch.set_num_threads(1)
     codes = []
     for attempt, argv in enumerate(cases):  # as torchrun's ranks, which begin anew in the store of their launcher
-        os.environ |= dict(
-            RANK=str(rank),
-            WORLD_SIZE=str(size),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT=str(attempt),
-        )
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
         codes.append(train.main(argv))
     if rank == 0:
         results.put(codes)

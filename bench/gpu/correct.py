@@ -136,7 +136,16 @@ def adamw_8bit(small):
             *(torch.randint(256, (count,), generator=generator, dtype=torch.uint8) for _ in range(2)),
             *(scale * (0.5 + 0.5 * torch.rand(count // 256, generator=generator)) for scale in (1e-3, 1e-6)),
         ]
-        options = dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10, seed=3, first=2**33)
+        options = {
+            "lr": 1e-4,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "step": 10,
+            "seed": 3,
+            "first": 2**33,
+        }
         there, before = [x.to(DEVICE, copy=True) for x in tensors], tensors[0].double()
         adamw8bit_step(*there, **options)
         adamw8bit_step_reference(*tensors, **options)

@@ -47,13 +47,13 @@ class Tower:
 CLIP_L, TINY = Tower(336, 14, 1024, 24, 16), Tower(28, 14, 32, 3, 4)
 ON_GPU = torch.cuda.is_available()
 MOST_ENGINES = 7  # of hardware decoders, on an H100 or H200
-PATCHES = dict(
-    size=336,
-    patch=14,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    dtype=torch.float16,
-)
+PATCHES = {
+    "size": 336,
+    "patch": 14,
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "dtype": torch.float16,
+}
 
 
 def write_tower(folder, shape):

@@ -126,9 +126,9 @@ def training_lines(card, made):
             24_000,
             "rows/s",
             "exact",
-            dict(fp8=False, shared=False),
+            {"fp8": False, "shared": False},
         ),
-        ("7B adapter, FP8", "rows_per_second", 33_000, 36_000, "rows/s", "fp8", dict(fp8=True, shared=False)),
+        ("7B adapter, FP8", "rows_per_second", 33_000, 36_000, "rows/s", "fp8", {"fp8": True, "shared": False}),
         (
             "7B adapter, FP8, shared video first",
             "samples_per_second",
@@ -136,7 +136,7 @@ def training_lines(card, made):
             167,
             "samples/s",
             "shared_fp8",
-            dict(fp8=True, shared=True),
+            {"fp8": True, "shared": True},
         ),
     ):
         row, here = _best(made, key, **family), CARD in card.name

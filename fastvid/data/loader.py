@@ -194,11 +194,11 @@ def training_loader(config: TrainConfig, samples: SampleSet, world: World) -> Lo
     Raises:
         ValueError: flags that contradict each other, or a sample longer than --tokens_per_batch.
     """
-    packing = dict(
-        prefix=system_prefix(samples.tokenizer, config.version),
-        share=config.share_video,
-        frozen=config.trainable.adapter_only,
-    )
+    packing = {
+        "prefix": system_prefix(samples.tokenizer, config.version),
+        "share": config.share_video,
+        "frozen": config.trainable.adapter_only,
+    }
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(
         config,
@@ -270,17 +270,17 @@ def training_order(
         _check_reference(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
         raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
-    run: dict[str, Any] = dict(
-        epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        rank=rank,
-        size=size,
-        seed=config.seed,
-        accumulation=config.gradient_accumulation_steps,
-    )
+    run: dict[str, Any] = {
+        "epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "rank": rank,
+        "size": size,
+        "seed": config.seed,
+        "accumulation": config.gradient_accumulation_steps,
+    }
     if config.policy.reference_order:
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
-    run |= dict(counts=tuple(counts), weights=weights)
+    run |= {"counts": tuple(counts), "weights": weights}
     if config.tokens_per_batch:
         assert measure is not None, "batches of so many tokens need the samples' rows"
         return RowOrder(rows=measure(), budget=config.tokens_per_batch, name=name, **run)

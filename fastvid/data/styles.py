@@ -74,7 +74,9 @@ def canonical(record: Any, number: int = 0) -> tuple[dict[str, Any], list[str]]:
         turns = _with_placeholders(turns, len(names), remarks)
     used |= {"id", "video", "videos"}
     for name, value in record.items():
-        telling = isinstance(value, (str, list, dict)) and value or value is not None and _WOULD_CHANGE.fullmatch(name)
+        telling = (isinstance(value, (str, list, dict)) and value) or (
+            value is not None and _WOULD_CHANGE.fullmatch(name)
+        )
         if name not in used and telling:
             remarks.append(f"field '{shown(name)}' is not used")
     name = record.get("id")
@@ -244,7 +246,7 @@ def _text(value, field, where, key, remarks):
     if isinstance(value, str) and value.isascii():
         return value
     before = f"{where} " if where else ""
-    if isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and math.isfinite(value):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         _add(remarks, "a number stands where a text is wanted: its digits are taken")
         return json.dumps(value)
     if isinstance(value, list) and value and isinstance(value[0], dict):

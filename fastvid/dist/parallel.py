@@ -292,7 +292,7 @@ def shard(
     trained = [p for p in model.parameters() if p.requires_grad]
     if any(p.dtype != torch.float32 for p in trained):  # a unit of FSDP2's has one dtype: vectors are whole
         ignored |= {p for p in trained if p.ndim == 1}
-    options: dict[str, Any] = dict(mesh=mesh, mp_policy=precision, ignored_params=ignored)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "ignored_params": ignored}
     whole = {**options, "mp_policy": unrounded} if fp32_residual else options
     for layer in layers:
         fully_shard(layer, **options)

@@ -20,7 +20,7 @@ def read_lines(folder: StrPath, name: str) -> list[dict]:
     """
     records = []
     for path in sorted(Path(folder).glob(f"{name}*.jsonl")):
-        *lines, torn = path.read_bytes().split(b"\n")
+        *lines, _torn = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(dict(json.loads(line)))

@@ -204,7 +204,7 @@ class Batcher:
             shared = 0 if base is None else waiting.end
             prompt_rows += waiting.prompt - shared
             own = self._free_run(waiting.rows - shared)
-            if own is None or joining and prompt_rows > self._prefill_rows:
+            if own is None or (joining and prompt_rows > self._prefill_rows):
                 break
             self._waiting.popleft()
             self._runs = sorted([*self._runs, own], key=lambda run: run.first)

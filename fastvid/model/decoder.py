@@ -250,7 +250,7 @@ class DecoderLayer(nn.Module):
         if self.k_norm is not None:
             return False
         rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
-        if rows_L is not None and not len(rows_L) or layout.kv_rows is not None and layout.way_back is None:
+        if (rows_L is not None and not len(rows_L)) or (layout.kv_rows is not None and layout.way_back is None):
             return False
         return rotates_to_keys(self.attention, live.residual_ND)
 

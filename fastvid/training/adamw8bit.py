@@ -76,9 +76,12 @@ class AdamW8bit:
 
     def __init__(self, pieces: Mapping[str, Piece], config: TrainConfig, paged: bool = False):
         self.pieces = pieces
-        self.options = dict(
-            beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_epsilon, weight_decay=config.weight_decay
-        )
+        self.options = {
+            "beta1": config.adam_beta1,
+            "beta2": config.adam_beta2,
+            "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }
         self.paging = _Paging() if paged and _on_gpu(pieces) else None
         if paged and self.paging is None:
             log.info("--optim paged_adamw_8bit: moments are paged on a GPU; here they are those of adamw_8bit")

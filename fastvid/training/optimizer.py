@@ -55,14 +55,14 @@ class AdamW32:
 
     def __init__(self, pieces: Mapping[str, Piece], config: TrainConfig, same_bits: bool):
         self.pieces = pieces
-        self.options: dict[str, Any] = dict(
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            amsgrad=False,
-            maximize=False,
-            fused=True,
-        )
+        self.options: dict[str, Any] = {
+            "beta1": config.adam_beta1,
+            "beta2": config.adam_beta2,
+            "eps": config.adam_epsilon,
+            "amsgrad": False,
+            "maximize": False,
+            "fused": True,
+        }
         self.weight_decay = config.weight_decay
         self.same_bits = same_bits
         self.state = {

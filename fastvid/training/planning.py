@@ -291,13 +291,13 @@ def plan(
         decoder_is_trained=config.trainable.decoder,
         fits=replicated.total <= available or precision.frozen is not None,
     )
-    options |= dict(
-        sharded=layout in ("full", "hybrid"),
-        shard_trained=layout != "replicated",
-        sums_replicated=world.distributed and layout == "replicated",
-        summed=config.gradient_accumulation_steps > 1 or layout == "replicated" and world.distributed,
-        world_size=parallel.ranks_of_a_copy(layout, world, config.shard_size),
-    )
+    options |= {
+        "sharded": layout in ("full", "hybrid"),
+        "shard_trained": layout != "replicated",
+        "sums_replicated": world.distributed and layout == "replicated",
+        "summed": config.gradient_accumulation_steps > 1 or (layout == "replicated" and world.distributed),
+        "world_size": parallel.ranks_of_a_copy(layout, world, config.shard_size),
+    }
     chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=chosen, **options)
     tiled, said = False, ""

@@ -235,10 +235,8 @@ def figures(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _installed(package):
-    return (
-        package in sys.modules
-        and sys.modules[package] is not None
-        or (package not in sys.modules and importlib.util.find_spec(package) is not None)
+    return (package in sys.modules and sys.modules[package] is not None) or (
+        package not in sys.modules and importlib.util.find_spec(package) is not None
     )
 
 

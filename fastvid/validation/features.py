@@ -48,7 +48,7 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
             path = features.resolve(video)
             if features.video_of(video) is None or path.exists():
                 paths[video] = path
-            elif failed := sources.failure(video) or made and made.failure(video):
+            elif failed := sources.failure(video) or (made and made.failure(video)):
                 _add_failed(report, video, count, failed)
             else:
                 report.to_make.add(video)

@@ -196,7 +196,7 @@ class Extraction:
                 piece, failure, seconds = future.result()
                 self._count(at_hand.writing.pop(future), piece, failure, seconds, summary, bar)
         if at_hand.waiting and None not in at_hand.computing.values():
-            others_come = at_hand.computing or decoding and at_hand.decoding
+            others_come = at_hand.computing or (decoding and at_hand.decoding)
             if not others_come or time.monotonic() - min(at_hand.waiting.values()) > _FILL:
                 at_hand.computing[self._tower.submit(self._flush, list(at_hand.waiting))] = None
 

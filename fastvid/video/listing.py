@@ -105,7 +105,7 @@ def no_video(path: StrPath) -> str | None:
         return fault
     with open(path, "rb") as file:
         head = file.read(16)
-    if head.startswith(_PICTURES) or head[:4] == b"RIFF" and head[8:12] == b"WEBP" or head[4:12] == b"ftypheic":
+    if head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypheic":
         return "is an image, not a video"
     return None
 

@@ -134,7 +134,7 @@ class History:
         self.crashes[how] += 1
         again = len(at) == 1 and at[0] in self.suspects
         for name in late or at:
-            if name in late or again and self.suspects[name] == AGAIN:
+            if name in late or (again and self.suspects[name] == AGAIN):
                 self.suspects[name] = BY_PYAV
             elif again:
                 del self.suspects[name]
@@ -300,7 +300,7 @@ def watched(config: ExtractConfig) -> Watch:
         if status != heard.code << 8:
             _say(f"the process that extracts ended with {_ending(status)} after all was done")
         watch.code = heard.code
-    elif status is None or children.stopped and how is not None:
+    elif status is None or (children.stopped and how is not None):
         assert children.stopped is not None, "there was no child, for a signal had come before"
         _say(f"stopped by {signal.Signals(children.stopped).name}; run it again to go on")
         watch.code = 128 + children.stopped

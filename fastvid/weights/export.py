@@ -155,7 +155,7 @@ def _check_trained(folder, starting, trained):
     for name in trained:
         parts = starting.parts.get(name, [(name, (2, starting.config.decoder.hidden_size))])
         shape = (sum(part[0] for _, part in parts), *parts[0][1][1:])
-        if name not in starting.parts and name != "boundary.weight" or trained.shapes[name] != shape:
+        if (name not in starting.parts and name != "boundary.weight") or trained.shapes[name] != shape:
             raise ValueError(
                 f"{folder}: {name} is {list(trained.shapes[name])}, which does not fit "
                 f"{starting.folder.folder}: give the folder that training started from "

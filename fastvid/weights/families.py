@@ -113,6 +113,6 @@ def unrotated_layers(config: Any) -> tuple[int, ...]:
 def sliding_window(config: Any) -> int | None:
     """Rows that a row of some layer attends to at most, of transformers' configuration; None: all."""
     kinds = getattr(config, "layer_types", None)
-    if not getattr(config, "use_sliding_window", True) or kinds is not None and "sliding_attention" not in kinds:
+    if not getattr(config, "use_sliding_window", True) or (kinds is not None and "sliding_attention" not in kinds):
         return None
     return getattr(config, "sliding_window", None)

@@ -29,7 +29,7 @@ def meta_stands_for(device_type: str) -> Iterator[None]:
 
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether it lies on a GPU, or stands for a tensor that does."""
-    return tensor.is_cuda or tensor.is_meta and _STOOD_FOR.get() == "cuda"
+    return tensor.is_cuda or (tensor.is_meta and _STOOD_FOR.get() == "cuda")
 
 
 def use_triton(impl: str, *tensors: torch.Tensor, name: str) -> bool:

@@ -259,7 +259,7 @@ def test_a_sample_that_is_too_long_is_cut(tokenizer):
     turns = [{"from": "human", "value": "<video>\nwhy"}, {"from": "gpt", "value": "because of it"}]
     record = {"id": "0", "video": "a", "conversations": turns}
     whole = encoded(record, tokenizer)
-    ((start, end),) = whole.supervised
+    ((start, _end),) = whole.supervised
     cut = encoded(record, tokenizer, max_length=start + 2)
     assert cut.token_ids == whole.token_ids[: start + 2] and cut.supervised == [(start, start + 2)]
     assert cut.refused is None and "cut to its first" in cut.warning

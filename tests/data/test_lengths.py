@@ -91,7 +91,6 @@ def test_a_budget_below_the_longest_sample_is_refused(run):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     "options",
     [BUDGET, ["--share_video"], [*BUDGET, "--share_video", "--question_order", "video_first"]],

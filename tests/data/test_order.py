@@ -63,7 +63,7 @@ def test_reference_order_equals_the_recordings(golden):
     ]
     assert [reference_indices(10, rank, 4, 42, 0) for rank in range(4)] == recorded["dist_n10_w4_e0"]
     for name, epochs in recorded["big"].items():
-        kind, n, *size = name.split("_")
+        _kind, n, *size = name.split("_")
         n, size = int(n[1:]), int(size[0][1:]) if size else 1
         for epoch, saved in enumerate(epochs):
             indices = reference_indices(n, 0, size, 42, epoch)
@@ -176,16 +176,16 @@ def test_data_weights_repeat_and_sample_files():
 
 
 def test_weights_are_checked():
-    config = dict(
-        num_train_epochs=1,
-        max_steps=-1,
-        seed=0,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        tokens_per_batch=None,
-        share_video=False,
-        question_order="reference",
-    )
+    config = {
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "seed": 0,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "tokens_per_batch": None,
+        "share_video": False,
+        "question_order": "reference",
+    }
     for weights, policy, message in [
         ([1.0], "none", "1 numbers for 2"),
         ([1.0, 1.0], "reference", "leave it out"),
@@ -200,17 +200,17 @@ def test_weights_are_checked():
     "flag, value", [("tokens_per_batch", 4096), ("share_video", True), ("question_order", "video_first")]
 )
 def test_what_the_reference_lacks_is_refused_with_its_parity(flag, value):
-    config = dict(
-        num_train_epochs=1,
-        max_steps=-1,
-        seed=0,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=1,
-        data_weights=[],
-        tokens_per_batch=None,
-        share_video=False,
-        question_order="reference",
-    )
+    config = {
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "seed": 0,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "data_weights": [],
+        "tokens_per_batch": None,
+        "share_video": False,
+        "question_order": "reference",
+    }
     config = SimpleNamespace(policy=POLICIES["reference"], **{**config, flag: value})
     with pytest.raises(ValueError, match=f"--{flag}: the reference has none; leave it out with --parity reference"):
         training_order(config, [3, 4], 0, 1)

@@ -172,7 +172,7 @@ def test_videos_at_a_questions_end_come_first(question, expected):
 
 def test_question_order_reaches_the_tokens(run):
     state = build(run)
-    options = dict(rows_of=lambda name: 4, use_start_end=True, max_length=512, policy=state.config.policy)
+    options = {"rows_of": lambda name: 4, "use_start_end": True, "max_length": 512, "policy": state.config.policy}
     last, first = (
         record(text, "<video>" if text.endswith("<video>") else "cat")
         for text in ("what is red\n<video>", "<video>\nwhat is red")

@@ -17,10 +17,7 @@ from conftest import ROOT
 from fastvid.data import prefetch as workers
 from fastvid.data.prefetch import Ahead, Stopped
 
-pytestmark = [
-    pytest.mark.usefixtures("forked"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # as many as the machine has cores
-]
+pytestmark = pytest.mark.usefixtures("forked")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
 

@@ -222,7 +222,8 @@ def test_arrays_of_other_programs_are_read_and_float64_is_rounded(tmp_path, suff
 def test_other_layouts_of_npy_and_pt(tmp_path):
     np.save(tmp_path / "v.npy", np.asfortranarray(FEATURES.numpy().astype(">f4")))
     assert torch.equal(load_features(tmp_path / "v.npy")[0], FEATURES)
-    np.lib.format.write_array(open(tmp_path / "w.npy", "wb"), FEATURES.numpy(), version=(2, 0))
+    with open(tmp_path / "w.npy", "wb") as file:
+        np.lib.format.write_array(file, FEATURES.numpy(), version=(2, 0))
     assert torch.equal(load_features(tmp_path / "w.npy")[0], FEATURES)
     torch.save(torch.nn.Parameter(FEATURES.bfloat16().T), tmp_path / "v.pt")
     loaded, _ = load_features(tmp_path / "v.pt")

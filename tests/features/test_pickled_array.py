@@ -86,7 +86,10 @@ def test_the_shape_is_found_without_the_values(tmp_path, protocol, dtype):
 def test_cut_and_lengthened_files_have_no_shape(tmp_path, change, protocol):
     data = pickle.dumps(np.ones((100, 90), np.float16), protocol)
     (tmp_path / "a.pkl").write_bytes(change(data))
-    with open(tmp_path / "a.pkl", "rb") as file, pytest.raises(ValueError):
+    with (
+        open(tmp_path / "a.pkl", "rb") as file,
+        pytest.raises(ValueError, match="damaged or cut short|4 bytes follow the end"),
+    ):
         probe_array(file)
 
 
@@ -204,7 +207,7 @@ def _long1(number):
 def test_declared_sizes_allocate_nothing(data):
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="damaged or cut short|does not fit its|does not hold|longer than that of"):
             read_array(data)
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
@@ -215,7 +218,7 @@ def test_declared_sizes_allocate_nothing(data):
 def test_cut_and_lengthened_files_are_refused(protocol):
     data = pickle.dumps(ARRAY, protocol)
     for length in range(len(data)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="the pickle is damaged or cut short"):
             read_array(data[:length])
     with pytest.raises(ValueError, match="4 bytes follow the end"):
         read_array(data + b"more")

@@ -52,6 +52,8 @@ def run_test(test, kernels, log):
                 str(ROOT / "pyproject.toml"),
                 "-o",
                 f"pythonpath={ROOT} {kernels} {ROOT}/tests/support",
+                "-o",
+                "filterwarnings=default",  # a fault shows in what a kernel computes
                 test,
             ]
         )

@@ -89,8 +89,7 @@ class Page(HTMLParser):
             f"{name}={value}"
             for name, value in attributes.items()
             if name.startswith("on")
-            or name in ("src", "href", "action", "style", "srcset")
-            and not (value or "").startswith("data:image/")
+            or (name in ("src", "href", "action", "style", "srcset") and not (value or "").startswith("data:image/"))
         ]
 
     def handle_endtag(self, tag):

@@ -16,17 +16,17 @@ from fastvid.training.optimizer import Optimizer, learning_rate
 def settings(**changed):
     return SimpleNamespace(
         **{
-            **dict(
-                optim="adamw",
-                learning_rate=1e-2,
-                weight_decay=0.1,
-                adam_beta1=0.9,
-                adam_beta2=0.999,
-                adam_epsilon=1e-8,
-                max_grad_norm=1.0,
-                seed=42,
-                gradient_accumulation_steps=1,
-            ),
+            **{
+                "optim": "adamw",
+                "learning_rate": 1e-2,
+                "weight_decay": 0.1,
+                "adam_beta1": 0.9,
+                "adam_beta2": 0.999,
+                "adam_epsilon": 1e-8,
+                "max_grad_norm": 1.0,
+                "seed": 42,
+                "gradient_accumulation_steps": 1,
+            },
             **changed,
         }
     )

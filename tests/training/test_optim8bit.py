@@ -28,16 +28,16 @@ NAMES = ("state1", "state2", "absmax1", "absmax2")
 def settings(optim="adamw_8bit", **changed):
     return SimpleNamespace(
         **{
-            **dict(
-                optim=optim,
-                weight_decay=0.1,
-                adam_beta1=0.9,
-                adam_beta2=0.999,
-                adam_epsilon=1e-8,
-                max_grad_norm=1.0,
-                seed=2**40 + 1,
-                gradient_accumulation_steps=1,
-            ),
+            **{
+                "optim": optim,
+                "weight_decay": 0.1,
+                "adam_beta1": 0.9,
+                "adam_beta2": 0.999,
+                "adam_epsilon": 1e-8,
+                "max_grad_norm": 1.0,
+                "seed": 2**40 + 1,
+                "gradient_accumulation_steps": 1,
+            },
             **changed,
         }
     )

@@ -25,7 +25,7 @@ UNSUITED = {
     "odd_444.mp4": "yuv444p of 71×49",
 }
 IN_DISPLAY_ORDER = "vp8", "vp9", "av1"  # codecs whose packets come in the order in which their frames are shown
-PATCHES = dict(size=56, patch=14, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), dtype=torch.float32)
+PATCHES = {"size": 56, "patch": 14, "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "dtype": torch.float32}
 
 
 def planes_of(stream):

@@ -108,7 +108,7 @@ def test_needed_packets_are_enough_for_discarded_frames(golden, passes):
     ],
 )
 def test_every_packet_is_decoded_where_the_needed_ones_are_not_certain(tmp_path, passes, options):
-    frames, info = decode(draw(tmp_path / "a.mp4", 60, **options))
+    frames, _info = decode(draw(tmp_path / "a.mp4", 60, **options))
     assert passes == ["whole"] and _numbers(frames) == frame_indices(60)
 
 

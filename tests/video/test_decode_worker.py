@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,9 +190,9 @@ def test_ends_with_its_parent(tmp_path, busy):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=60,
     )
-    status = f"/proc/{int(done.stdout)}/status"
+    status = Path(f"/proc/{int(done.stdout)}/status")
     for _ in range(100):
-        if not os.path.exists(status) or "State:\tZ" in open(status).read():
+        if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
     os.kill(int(done.stdout), 9)

@@ -131,12 +131,12 @@ def test_packets_that_are_not_shown(decoder):
 @pytest.mark.parametrize(
     "fault, told",
     [
-        (dict(status=8), "decodes with errors"),
-        (dict(status=9), "is concealed"),
-        (dict(status=0), "has no status"),
-        (dict(status=110), "has no status"),
-        (dict(interlaced=2), "interlaced"),
-        (dict(field=1), "interlaced"),
+        ({"status": 8}, "decodes with errors"),
+        ({"status": 9}, "is concealed"),
+        ({"status": 0}, "has no status"),
+        ({"status": 110}, "has no status"),
+        ({"interlaced": 2}, "interlaced"),
+        ({"field": 1}, "interlaced"),
     ],
 )
 @pytest.mark.parametrize("at", [0, 3, 9])

@@ -76,7 +76,7 @@ def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
         found = video.some(wanted, packets, keep)
         frames, info = video.whole(wanted)
         assert found is not None and np.array_equal(found[0], frames) and found[1] == info
-        assert keep.sum() < 120 or codec == "libx264" and "refresh" in name or wanted == [119] and "open" in name
+        assert keep.sum() < 120 or (codec == "libx264" and "refresh" in name) or (wanted == [119] and "open" in name)
 
 
 def test_drawing_leaves_the_priority_alone(tmp_path):

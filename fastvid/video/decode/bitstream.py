@@ -126,7 +126,7 @@ def read_bitstream(
         if frame is None or complaints():
             raise Unsuited("it may be damaged")
         turn, shape = orientation(frame, path), (frame.width, frame.height)
-        if not can_gather(frame) or shape[0] % 2 and turn != Orientation():
+        if not can_gather(frame) or (shape[0] % 2 and turn != Orientation()):
             raise Unsuited(
                 f"its pictures are {frame.format.name} of {shape[0]}×{shape[1]}"
                 + (", interlaced" if frame.interlaced_frame else "")

@@ -115,7 +115,7 @@ def complaints(lines: Iterable[tuple[int, str, str]], container: str, codec: str
     found = []
     for _, part, text in lines:
         of_pictures = part == codec and not any(words in text for words in _NOT_OF_PICTURES)
-        if of_pictures or part == container and any(words in text for words in _OF_CONTAINERS):
+        if of_pictures or (part == container and any(words in text for words in _OF_CONTAINERS)):
             found.append(" ".join(text.split()))
     return found
 

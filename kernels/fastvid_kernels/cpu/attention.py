@@ -129,7 +129,7 @@ def _check(rows, q_bounds, k_bounds, kv_rows, constant_in_pairs):
     if kv_rows is None:
         if constant:
             raise ValueError("avx512 attention: constant rows need kv_rows")
-    elif kv_rows.dtype != torch.int64 or total and not 0 <= kv_rows.numpy().min() <= kv_rows.numpy().max() < held:
+    elif kv_rows.dtype != torch.int64 or (total and not 0 <= kv_rows.numpy().min() <= kv_rows.numpy().max() < held):
         raise ValueError(f"avx512 attention: kv_rows must be int64 and within the {held} rows")
 
 

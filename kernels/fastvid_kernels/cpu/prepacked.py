@@ -15,7 +15,7 @@ def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies `dtype` on `device`."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class PrepackedWeight:
