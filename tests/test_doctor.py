@@ -4,6 +4,7 @@ import json
 from importlib import metadata
 from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 
@@ -38,7 +39,6 @@ def test_an_absence_has_its_cost_and_a_presence_has_none(monkeypatch):
 
 
 def test_decoders(monkeypatch):
-    av = pytest.importorskip("av")
     assert findings()["decoders"].found
     monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"hevc"})
     decoders = findings()["decoders"]
@@ -75,7 +75,6 @@ def test_disk(tmp_path, monkeypatch):
 
 
 def test_table_and_json(capsys):
-    pytest.importorskip("av")
     assert doctor.main([]) == 0
     table = capsys.readouterr().out
     assert "  + torch" in table and "\nattention\n" in table

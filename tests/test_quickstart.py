@@ -3,6 +3,7 @@
 import json
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,6 @@ def test_held_out_pairs_are_new_in_both_orders(pieces):
 
 @pytest.mark.slow
 def test_clips_show_what_they_are_named(pieces, tmp_path):
-    av = pytest.importorskip("av")
     clips = pieces[0]
     for seed in range(10):
         rng = np.random.default_rng(seed)

@@ -263,7 +263,6 @@ def test_a_way_must_answer_as_well_as_another(name, others, row, fault):
 @pytest.mark.slow
 def test_the_quickstarts_task_is_learned_in_every_way(tmp_path, monkeypatch):
     """At sizes that learn nothing."""
-    pytest.importorskip("av")
     monkeypatch.setenv("FASTVID_CHECK_SCRATCH", str(tmp_path))
     assert [row["clips"] for row in quality.clips(True)] == [2 * (48 + 8)]
     (curve,) = quality.fp8_curve(True)

@@ -31,7 +31,6 @@ def faults_of_a_step(call):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_freed_memory_is_used_again():
     # Even in huge pages, 32 MiB that come anew from the system are 16 faults.
     assert faults_of_a_step("assert host_memory.keep_freed(True)") < 12 < faults_of_a_step("")
@@ -50,7 +49,6 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told")
 def test_memory_between_what_is_held_goes_back_when_it_is_not_kept():
     peak = {
         keep: float(

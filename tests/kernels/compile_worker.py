@@ -6,6 +6,7 @@ loads and stores move 16 bytes.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def compile_calls(calls):
 
 def main(*names):
     with tempfile.TemporaryDirectory() as cache:
-        knobs.cache.dir = cache
+        if "TRITON_CACHE_DIR" not in os.environ:
+            knobs.cache.dir = cache
         found = {name: compile_calls(PRODUCTION[name]()) for name in names or PRODUCTION}
     print(json.dumps(found, indent=1, ensure_ascii=False))
 
