@@ -78,6 +78,7 @@ def test_any_shape_and_step(count, dtype, grad_dtype, step, seed):
     )
 
 
+@pytest.mark.slow
 def test_maps_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional", reason=LACKING)
     for signed in (True, False):

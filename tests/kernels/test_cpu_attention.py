@@ -55,7 +55,7 @@ SHARED = {  # constant rows, rows, and who attends to which of them
 HEADS = [(4, 4), (6, 2), (3, 1)]
 CHANNELS = [16, 48, 64, 80, 128]
 # Every two of them together: a third of all.
-PAIRS = [(shape, HEADS[(i + j) % 3], c) for i, shape in enumerate(SHAPES) for j, c in enumerate(CHANNELS)]
+PAIRS = [(shape, *HEADS[(i + j) % 3], c) for i, shape in enumerate(SHAPES) for j, c in enumerate(CHANNELS)]
 
 
 def own(q, k, v, q_bounds, k_bounds, kv_rows=None, constant=None):
@@ -71,9 +71,9 @@ def gathered(kv_rows, constant):
     return function
 
 
-@pytest.mark.parametrize("shape, heads, channels", PAIRS)
-def test_equals_plain_attention(shape, heads, channels):
-    segments, (heads, kv_heads) = SHAPES[shape], heads
+@pytest.mark.parametrize("shape, heads, kv_heads, channels", PAIRS)
+def test_equals_plain_attention(shape, heads, kv_heads, channels):
+    segments = SHAPES[shape]
     given = inputs(segments, heads, kv_heads, channels, BF16)
     assert_close_to_exact(
         results(own, *given, segments),

@@ -116,6 +116,7 @@ def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, mo
     assert lack is folder_of_everyone or not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 def test_another_process_finds_it_compiled(anew, monkeypatch, tmp_path):
     log = tmp_path / "log"
     real = os.environ.get("CXX", "g++")

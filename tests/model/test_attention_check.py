@@ -166,6 +166,7 @@ def test_a_module_that_is_absent_is_not_noted(caplog, module):
     assert attention._find(module, "function") is None and caplog.messages == []
 
 
+@pytest.mark.slow
 def test_it_is_settled_when_the_model_is_built(tmp_path, monkeypatch):
     """And not at each layer of each step: a step asks nothing."""
     asked, called = [], []
