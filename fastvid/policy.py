@@ -1,7 +1,9 @@
 """What flags decide, as frozen values: ``--parity`` (one table for each of its settings), and what is trained."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,62 @@ class Policy:
 POLICIES = {"none": Policy(*[False] * 9), "reference": Policy(*[True] * 9)}
 
 
+# A layer's matrices as LoRA's targets, by the names of transformers' modules, in the order of data; and words for some.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_WORDS = {"all": LORA_TARGETS, "attention": LORA_TARGETS[:4], "mlp": LORA_TARGETS[4:]}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank matrices beside frozen ones (arXiv:2106.09685): y = x·Wᵀ + `scaling` · dropout(x)·Aᵀ·Bᵀ.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: what `scaling` is made of.
+        dropout: share of x's values that A does not see in training.
+        targets: matrices that have them, of each layer: some of `LORA_TARGETS`, in their order.
+        rslora: `scaling` is alpha / √rank (arXiv:2312.03732), otherwise alpha / rank.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LORA_TARGETS
+    rslora: bool = False
+
+    @classmethod
+    def of_flags(cls, flags: Mapping[str, Any]) -> Self | None:
+        """What training's flags, or those that a checkpoint keeps, ask for; None: no LoRA.
+
+        Raises:
+            ValueError: ``--lora_targets`` names what is no matrix of a layer.
+        """
+        if not flags.get("lora_enable"):
+            return None
+        targets = lora_targets(flags["lora_targets"])
+        return cls(flags["lora_r"], flags["lora_alpha"], flags["lora_dropout"], targets, flags["use_rslora"])
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def lora_targets(words: Iterable[str]) -> tuple[str, ...]:
+    """The targets that words of ``--lora_targets`` name, one or several in each, with commas.
+
+    Raises:
+        ValueError: a word is none of `LORA_WORDS` and `LORA_TARGETS`, or there is none.
+    """
+    known = {**LORA_WORDS, **{target: (target,) for target in LORA_TARGETS}}
+    given = [word for text in words for word in text.replace(",", " ").split()]
+    unknown = [word for word in given if word not in known]
+    if unknown or not given:
+        fault = f"{unknown[0]!r} names no matrix of a layer" if unknown else "names nothing"
+        raise ValueError(f"--lora_targets {fault}; give {', '.join(LORA_WORDS)}, or some of {', '.join(LORA_TARGETS)}")
+    chosen = {target for word in given for target in known[word]}
+    return tuple(target for target in LORA_TARGETS if target in chosen)
+
+
 @dataclass(frozen=True)
 class Trainable:
     """The parts of the model that get a gradient. Iterating gives their names, in the order in which data passes them.
@@ -47,19 +105,23 @@ class Trainable:
         boundary: the embeddings of <vid_start> and <vid_end>, a [2, D] parameter beside the frozen table.
         embed: the whole embedding table.
         decoder: layers and final norm.
+        lora: low-rank matrices beside those of the layers, which are frozen then; None: there are none.
         head: the table of the output.
 
     Raises:
-        ValueError: `boundary` together with `embed`, which holds it.
+        ValueError: `boundary` together with `embed`, which holds it; `lora` together with `decoder`.
     """
 
     projector: bool = False
     boundary: bool = False
     embed: bool = False
     decoder: bool = False
+    lora: Lora | None = None
     head: bool = False
 
     def __post_init__(self) -> None:
+        if self.lora and self.decoder:
+            raise ValueError('trainable: "lora" is beside a frozen "decoder"; choose one')
         if self.boundary and self.embed:
             raise ValueError('trainable: "boundary" is part of "embed"; choose one')
 
@@ -72,10 +134,15 @@ class Trainable:
     @property
     def adapter_only(self) -> bool:
         """Whether the language model stays as it was, so that a projector file holds all that is trained."""
-        return not (self.embed or self.decoder or self.head)
+        return not (self.own_weights or self.lora)
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether weights of the language model itself are trained, which only a whole model folder holds."""
+        return self.embed or self.decoder or self.head
 
     @property
     def text_is_constant(self) -> bool:
         """Whether plain text enters and passes the decoder as it did before training: its keys and values can be kept,
         and it needs no gradient."""
-        return not (self.embed or self.decoder)
+        return not (self.embed or self.decoder or self.lora)

@@ -114,7 +114,7 @@ def attend_rotated(
 
     Args:
         qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`; see
-            `product_to_rotate`.
+            `DecoderLayer`.
         positions_N: of its rows.
         rope: radians per position [d/2], factor on cosine and sine.
         heads: H, K.

@@ -22,10 +22,12 @@ from fastvid.batch import AttentionLayout
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
 from fastvid.model.cache import Cache, LayerCache, PoolLayer
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
-from fastvid.model.fp8_block import gate_up_swiglu, product_to_rotate
+from fastvid.model.fp8_block import Fp8Product, gate_up_swiglu
 from fastvid.model.linear import Linear, make_linear
+from fastvid.model.lora import LoraBranch, beside
 from fastvid.model.quantize import Fp8Linear
 from fastvid.model.rows import take_rows
+from fastvid.policy import Lora
 
 RECOMPUTE_MODES = ("none", "selective", "full")
 
@@ -101,7 +103,12 @@ class Stream(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward block."""
+    """Attention and feed-forward block.
+
+    Args:
+        (others: as for `Decoder`.)
+        keeps_products: recomputation keeps the products of matrices, which must not be overwritten.
+    """
 
     def __init__(
         self,
@@ -110,6 +117,8 @@ class DecoderLayer(nn.Module):
         trained: bool,
         precision: Precision,
         attention: Attention,
+        lora: Lora | None = None,
+        keeps_products: bool = False,
     ):
         super().__init__()
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
@@ -121,13 +130,21 @@ class DecoderLayer(nn.Module):
             trained=trained,
             precision=precision,
         )
-        for_fp8 = frozen_dtype == "fp8"
-        self.input_norm = norm(config.hidden_size, for_fp8=for_fp8)
+        places = {} if lora is None else beside(config, lora)
+        self.lora = nn.ModuleDict(
+            {
+                matrix: LoraBranch(place, lora, dtype=precision.trained, inplace=not keeps_products)
+                for matrix, place in places.items()
+                if lora is not None
+            }
+        )
+        fp8 = frozen_dtype == "fp8"  # low-rank products read rows as they are
+        self.input_norm = norm(config.hidden_size, for_fp8=fp8 and "qkv" not in places)
         self.qkv = linear(config.hidden_size, (heads + 2 * kv_heads) * d, bias=config.qkv_bias)
         head_norm = partial(norm, d, precision=replace(precision, fp32_residual=False))  # no residual stream
         self.q_norm, self.k_norm = (head_norm(), head_norm()) if config.qk_norm else (None, None)
         self.o = linear(heads * d, config.hidden_size)
-        self.post_norm = norm(config.hidden_size, for_fp8=for_fp8)
+        self.post_norm = norm(config.hidden_size, for_fp8=fp8 and not {"gate_up", "down"} & places.keys())
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
         self.heads = heads, kv_heads
@@ -188,13 +205,25 @@ class DecoderLayer(nn.Module):
             return None, keys_values
         residual_ND, x_NHd, positions_N, layout = attended
         del attended
-        residual_ND, x_ND = self.post_norm(residual_ND, self.o(x_NHd.flatten(1)))
+        residual_ND, x_ND = self.post_norm(residual_ND, self._product("o", x_NHd.flatten(1)))
         if isinstance(x_ND, Fp8Rows):
             assert isinstance(self.gate_up, Fp8Linear), "the norm before it makes such rows for it"
             h_NF = gate_up_swiglu(x_ND, self.gate_up)
         else:
-            h_NF = swiglu(self.gate_up(x_ND))
-        return Stream(residual_ND, self.down(h_NF), positions_N, layout, stream.supervised), keys_values
+            h_NF = swiglu(self._product("gate_up", x_ND))
+        return Stream(residual_ND, self._product("down", h_NF), positions_N, layout, stream.supervised), keys_values
+
+    def _product(self, matrix, x_NI, outputs=None):
+        """x times a matrix of this name, with what LoRA adds to it."""
+        y_NO = getattr(self, matrix)(x_NI, outputs=outputs)
+        return self.lora[matrix](y_NO, x_NI, outputs) if matrix in self.lora else y_NO
+
+    def _product_to_rotate(self, x_ND, outputs=slice(None)):
+        """What `attend_rotated` takes of rows for queries, keys and values."""
+        if not isinstance(x_ND, Fp8Rows):
+            return self._product("qkv", x_ND, outputs)
+        assert isinstance(self.qkv, Fp8Linear), "the norm before it makes such rows for it"
+        return Fp8Product(x_ND, self.qkv, outputs)
 
     def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
         """((residual stream, attention's output, positions, layout) of the rows that go on; keys and values).
@@ -207,13 +236,13 @@ class DecoderLayer(nn.Module):
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, layout = stream.positions_N, stream.layout
         if not (last and stream.supervised is not None):
-            qkv_NE = self._normalised(self.qkv(x_ND), heads, kv_heads)
+            qkv_NE = self._normalised(self._product("qkv", x_ND), heads, kv_heads)
             qkv_NE = rotate(qkv_NE, positions_N, inv_freq, heads, kv_heads)
             q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         else:
             rows_L, layout = stream.supervised
             queries = heads * 2 * inv_freq.shape[0]
-            kv_NE = self._normalised(self.qkv(x_ND, outputs=slice(queries, None)), 0, kv_heads)
+            kv_NE = self._normalised(self._product("qkv", x_ND, slice(queries, None)), 0, kv_heads)
             kv_NE = rotate(kv_NE, positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
             if not len(rows_L):
@@ -230,11 +259,11 @@ class DecoderLayer(nn.Module):
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
         positions_N, options = stream.positions_N, {"constant": constant, "recomputed": recomputed}
         if not (last and stream.supervised is not None):
-            qkv_NE = product_to_rotate(x_ND, self.qkv)
+            qkv_NE = self._product_to_rotate(x_ND)
             x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, self.attention, **options)
             return (residual_ND, x_NHd, positions_N, stream.layout), None
         layout = stream.supervised[1]
-        kv_NE = product_to_rotate(x_ND, self.qkv, slice(heads * 2 * inv_freq.shape[0], None))
+        kv_NE = self._product_to_rotate(x_ND, slice(heads * 2 * inv_freq.shape[0], None))
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
         residual_LD, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         x_LHd = attend_rotated(
@@ -260,7 +289,7 @@ class DecoderLayer(nn.Module):
         heads, _ = self.heads
         residual_LD, positions_L = take_rows(residual_ND, rows_L), stream.positions_N.index_select(0, rows_L)
         # Normalised again rather than taken from x: one gradient less to scatter.
-        q_LE = self.qkv(self.input_norm(residual_LD, None)[1], outputs=slice(heads * 2 * inv_freq.shape[0]))
+        q_LE = self._product("qkv", self.input_norm(residual_LD, None)[1], slice(heads * 2 * inv_freq.shape[0]))
         q_LE = self._normalised(q_LE, heads, 0)
         return residual_LD, positions_L, rotate(q_LE, positions_L, inv_freq, heads, 0).unflatten(-1, (heads, -1))
 
@@ -289,6 +318,7 @@ class Decoder(nn.Module):
         recompute: "none"; "full": a layer's activations are computed again in backward; "selective": all but its
             matrix products and attention; a number: as "full" in the first so many layers, "none" in the others.
         attention: of every layer; SDPA serves on every device.
+        lora: low-rank matrices beside those of every layer, which are trained.
     """
 
     def __init__(
@@ -299,6 +329,7 @@ class Decoder(nn.Module):
         precision: Precision,
         recompute: str | int = "none",
         attention: Attention = SDPA,
+        lora: Lora | None = None,
     ):
         super().__init__()
         whole = recomputed_layers(recompute, config.num_layers)
@@ -308,6 +339,8 @@ class Decoder(nn.Module):
                 trained=trained,
                 precision=precision,
                 attention=attention,
+                lora=lora,
+                keeps_products=recompute == "selective",
             )
             for _ in range(config.num_layers)
         )

@@ -11,7 +11,7 @@ from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_keys import rope_keys
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvid.model.quantize import Fp8Linear
@@ -97,11 +97,3 @@ class Fp8Product(NamedTuple):
     ) -> tuple[Tensor, ...]:
         """(product [N, E] without gradient, and, to the bit, `rope_keys` of it), whose gradient goes back in e4m3."""
         return _RotatedProduct.apply(*self.x_ND, self.qkv, self.outputs, positions_N, inv_freq_h, heads, scale, options)
-
-
-def product_to_rotate(x_ND: Tensor | Fp8Rows, qkv: nn.Module, outputs: slice = slice(None)) -> Tensor | Fp8Product:
-    """What `attend_rotated` takes for `qkv(x, outputs=outputs)`."""
-    if not isinstance(x_ND, Fp8Rows):
-        return qkv(x_ND, outputs=outputs)
-    assert isinstance(qkv, Fp8Linear), "the norm before it makes such rows for it"
-    return Fp8Product(x_ND, qkv, outputs)

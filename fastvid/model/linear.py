@@ -38,7 +38,7 @@ class Linear(nn.Module):
         if self._prepacked is not None and x_NI.dtype == self.weight.dtype:
             return self._prepacked.multiply(x_NI, self.weight, outputs, self._cast_bias(outputs, x_NI.dtype))
         bias = self._cast_bias(outputs, x_NI.dtype)
-        return functional.linear(x_NI, self._cast_weight(outputs, x_NI.dtype), bias)
+        return functional.linear(x_NI, self.cast_weight(outputs, x_NI.dtype), bias)
 
     def keep_casts(self, keep: bool) -> None:
         """Whether to cast the weight once from now on, at its first use, instead of at every use.
@@ -53,7 +53,9 @@ class Linear(nn.Module):
             return None
         return (self.bias if outputs is None else self.bias[outputs]).to(dtype)
 
-    def _cast_weight(self, outputs, dtype):
+    def cast_weight(self, outputs: slice | None, dtype: torch.dtype) -> Tensor:
+        """The weight of these output channels in `dtype`; gradients reach it."""
+
         def cast():
             return (self.weight if outputs is None else self.weight[outputs]).to(dtype)  # no more than these is cast
 

@@ -72,6 +72,7 @@ class VideoLlava(nn.Module):
             precision=precision,
             recompute=recompute,
             attention=attention,
+            lora=trainable.lora,
         )
         if not sizes.tie_word_embeddings:
             self.head = table(dtype=precision.stored(trainable.head), trained=trainable.head)

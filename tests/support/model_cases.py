@@ -7,10 +7,11 @@ import torch
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
+from fastvid.policy import Lora, Trainable
 
 ADAPTER = Trainable(projector=True, boundary=True)
 FULL = Trainable(projector=True, embed=True, head=True, decoder=True)
+LORA = Trainable(projector=True, boundary=True, lora=Lora(4, 8.0, 0.1))
 PATCH, START, END = 97, 98, 99
 
 

@@ -1,0 +1,213 @@
+"""LoRA: low-rank matrices beside frozen ones (arXiv:2106.09685), one product A for what is computed together.
+
+A layer computes queries, keys and values in one product, and gate and up in another. A's of such targets lie one under
+the other, so that x is read once; each target has its own B. The frozen matrix may be stored in any form.
+
+Dimensions: N rows, I inputs and O outputs of a frozen matrix, r rank, R = r · (number of targets), P outputs of the
+targets together.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastvid.model.config import DecoderConfig
+from fastvid.model.linear import Linear
+from fastvid.policy import Lora
+
+_MATRICES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+class Beside(NamedTuple):
+    """What lies beside one of a layer's frozen matrices.
+
+    Attributes:
+        inputs: of the matrix.
+        columns: {target: (first, last) of its outputs}, in their order.
+    """
+
+    inputs: int
+    columns: dict[str, tuple[int, int]]
+
+    @property
+    def outputs(self) -> int:
+        """Of all targets together."""
+        return sum(last - first for first, last in self.columns.values())
+
+
+def beside(config: DecoderConfig, lora: Lora) -> dict[str, Beside]:
+    """{name of a layer's matrix: what lies beside it}, of those matrices that hold a target."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    D, F = config.hidden_size, config.intermediate_size
+    sizes = {
+        "q_proj": queries,
+        "k_proj": keys,
+        "v_proj": keys,
+        "o_proj": D,
+        "gate_proj": F,
+        "up_proj": F,
+        "down_proj": D,
+    }
+    inputs = {"qkv": D, "o": queries, "gate_up": D, "down": F}
+    found = {}
+    for matrix, targets in _MATRICES.items():
+        columns, first = {}, 0
+        for target in targets:
+            if target in lora.targets:
+                columns[target] = first, first + sizes[target]
+            first += sizes[target]
+        if columns:
+            found[matrix] = Beside(inputs[matrix], columns)
+    return found
+
+
+def shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, int]]:
+    """{name within a layer: shape} of what LoRA trains there."""
+    return {
+        f"lora.{matrix}.{which}.weight": shape
+        for matrix, found in beside(config, lora).items()
+        for which, shape in (
+            ("a", (lora.rank * len(found.columns), found.inputs)),
+            ("b", (found.outputs, lora.rank)),
+        )
+    }
+
+
+class LoraBranch(nn.Module):
+    """Adds scaling · dropout(x)·Aᵀ·Bᵀ to a frozen matrix's product of x, in x's dtype.
+
+    Attributes:
+        a, b: `a.weight` [R, I] and `b.weight` [P, r] hold the targets' own one under the other.
+        drawn: what the values that dropout leaves out are drawn from; None: it leaves out none.
+
+    Args:
+        place: the frozen matrix.
+        lora: rank, scaling and dropout.
+        dtype: of the parameters.
+        inplace: overwrite the product. Not where selective recomputation keeps it.
+    """
+
+    def __init__(self, place: Beside, lora: Lora, *, dtype: torch.dtype, inplace: bool):
+        super().__init__()
+        self.settings, self.place, self.inplace = lora, place, inplace
+        self.a = Linear(place.inputs, lora.rank * len(place.columns), dtype=dtype, trained=True)
+        self.b = Linear(lora.rank, place.outputs, dtype=dtype, trained=True)
+        self.drawn: str | None = None
+
+    def forward(self, y_NO: Tensor, x_NI: Tensor, outputs: slice | None = None) -> Tensor:
+        """[N, O]: y with what is added to it.
+
+        Args:
+            y_NO: the frozen matrix's product of x.
+            outputs: the outputs that y consists of, those of whole targets; None: all.
+        """
+        wanted = outputs or slice(None)
+        begin, end = wanted.start or 0, wanted.stop
+        found = [
+            (i, first, last)
+            for i, (first, last) in enumerate(self.place.columns.values())
+            if first >= begin and (end is None or last <= end)
+        ]
+        if not found:
+            return y_NO
+        # Targets follow each other in A and in B as in the matrix, and so do those that are found.
+        r, widths = self.settings.rank, [last - first for first, last in self.place.columns.values()]
+        before, width = sum(widths[: found[0][0]]), sum(last - first for _, first, last in found)
+        a_RI = self.a.cast_weight(slice(r * found[0][0], r * (found[-1][0] + 1)), x_NI.dtype)
+        b_Pr = self.b.cast_weight(slice(before, before + width), x_NI.dtype)
+        columns = tuple((first - begin, last - begin) for _, first, last in found)
+        key = None if self.drawn is None or not self.settings.dropout else f"{self.drawn} {begin}"
+        return _Add.apply(y_NO, x_NI, a_RI, b_Pr, columns, self.settings, key, self.inplace)
+
+
+class _Add(torch.autograd.Function):
+    """Saves x and x·Aᵀ; what dropout leaves out is drawn again."""
+
+    @staticmethod
+    def forward(ctx, y_NO, x_NI, a_RI, b_Pr, columns, lora, key, inplace):
+        if inplace:
+            ctx.mark_dirty(y_NO)
+        else:
+            y_NO = y_NO.clone()
+        dropped_NI, scaling = _dropped(x_NI, lora, key)
+        h_NR = _without(x_NI, dropped_NI) @ a_RI.T
+        for (first, last), h_Nr, b_or in _by_target(columns, lora.rank, h_NR, b_Pr):
+            y_NO[:, first:last].addmm_(h_Nr, b_or.T, alpha=scaling)
+        ctx.save_for_backward(x_NI, h_NR, a_RI, b_Pr)
+        ctx.settings = columns, lora, key
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_NO):
+        x_NI, h_NR, a_RI, b_Pr = ctx.saved_tensors
+        columns, lora, key = ctx.settings
+        dropped_NI, scaling = _dropped(x_NI, lora, key)
+        g_h_NR, g_b_Pr = torch.empty_like(h_NR), torch.empty_like(b_Pr)
+        parts = zip(_by_target(columns, lora.rank, h_NR, b_Pr), _by_target(columns, lora.rank, g_h_NR, g_b_Pr))
+        for ((first, last), h_Nr, b_or), (_, g_h_Nr, g_b_or) in parts:
+            g_No = g_NO[:, first:last]
+            torch.mm(g_No, b_or, out=g_h_Nr)
+            torch.mm(g_No.T, h_Nr, out=g_b_or)
+        g_h_NR.mul_(scaling)
+        g_b_Pr.mul_(scaling)
+        g_a_RI = g_h_NR.T @ _without(x_NI, dropped_NI)
+        g_x_NI = None
+        if ctx.needs_input_grad[1]:
+            g_x_NI = g_h_NR @ a_RI
+            if dropped_NI is not None:
+                g_x_NI.masked_fill_(dropped_NI, 0)
+        return g_NO, g_x_NI, g_a_RI, g_b_Pr, None, None, None, None
+
+
+def _by_target(columns, rank, h_NR, b_Pr):
+    """((first, last) column, rows times its A [N, r], its B [last - first, r]) of each target."""
+    widths = [last - first for first, last in columns]
+    return zip(columns, h_NR.split(rank, 1), b_Pr.split(widths))
+
+
+def _without(x_NI, dropped_NI):
+    return x_NI if dropped_NI is None else x_NI.masked_fill(dropped_NI, 0)
+
+
+def _dropped(x_NI, lora, key):
+    """(bool [N, I], where dropout leaves x out, or None; the factor on the branch), the same for the same key.
+
+    A value takes 16 random bits, a quarter of a draw: drawing costs a CPU as much as the products do.
+    """
+    if key is None:
+        return None, lora.scaling
+    count, steps = x_NI.numel(), 1 << 16
+    left_out = min(round(lora.dropout * steps), steps - 1)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=x_NI.device)
+    if not x_NI.is_meta:
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
+        draws.random_(-(1 << 63), None, generator=torch.Generator(x_NI.device).manual_seed(seed))
+    dropped = draws.view(torch.int16)[:count] < left_out - steps // 2
+    return dropped.view_as(x_NI), lora.scaling * steps / (steps - left_out)
+
+
+def delta(a_rI: Tensor, b_Or: Tensor, lora: Lora) -> Tensor:
+    """What a target's A and B add to its frozen matrix, [O, I] fp32."""
+    return (b_Or.float() @ a_rI.float()) * lora.scaling
+
+
+def draw_dropout(model: nn.Module, what: tuple[int, ...] | None) -> None:
+    """From now on, dropout leaves out values drawn from these numbers and from the place in the model; None: none.
+
+    The same numbers leave out the same values, in backward, under recomputation and when a run is repeated.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraBranch):
+            module.drawn = None if what is None else f"{what} {name}"
+
+
+__all__ = ["Beside", "LoraBranch", "beside", "delta", "draw_dropout", "shapes"]
