@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastvid.policy import POLICIES, Policy, Trainable
+from fastvid.policy import POLICIES, Lora, Policy, Trainable
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -180,6 +180,21 @@ class TrainConfig(DataConfig):
         None, "Projector to start from: .bin, .safetensors, a checkpoint folder or the --output_dir of its training."
     )
     mm_projector_type: Literal["linear", "mlp2x_gelu"] | None = _flag(None, "Default: as the model's config says.")
+    lora_enable: bool = _flag(
+        False, "Train LoRA's matrices beside a frozen decoder's, the projector and the start/end embeddings."
+    )
+    lora_r: int = _flag(128, "Rank of LoRA's matrices.", at_least=1, at_most=10_000)
+    lora_alpha: float = _flag(256.0, "LoRA's products are scaled by alpha / r.", above=0, at_most=10**6)
+    lora_dropout: float = _flag(0.05, "Share of the values that LoRA's matrices do not see.", at_least=0, below=1)
+    lora_targets: list[str] = _flag(
+        ["all"],
+        "Matrices that get them: all, attention, mlp, or names (q_proj k_proj v_proj o_proj gate_proj up_proj "
+        "down_proj).",
+    )
+    lora_weights: str | None = _flag(
+        None, "LoRA adapter to start from: a folder in PEFT's format, a checkpoint folder, or an --output_dir."
+    )
+    use_rslora: bool = _flag(False, "Scale by alpha / √r instead.")
     bf16: bool = _flag(
         False,
         "Compute in bf16 over --master_dtype weights; without it everything is fp32.",
@@ -224,6 +239,9 @@ class TrainConfig(DataConfig):
     per_device_eval_batch_size: int = _flag(8, "Samples per rank and validation batch.", at_least=1, at_most=10_000)
     gradient_accumulation_steps: int = _flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=10_000)
     learning_rate: float = _flag(5e-5, "Peak learning rate.", at_least=0, at_most=100)
+    mm_projector_lr: float | None = _flag(
+        None, "Peak learning rate of the projector. Default: --learning_rate.", at_least=0, at_most=100
+    )
     weight_decay: float = _flag(0.0, "AdamW weight decay (not applied to biases and norms).", at_least=0, at_most=100)
     adam_beta1: float = _flag(0.9, "AdamW beta 1.", at_least=0, below=1)
     adam_beta2: float = _flag(0.999, "AdamW beta 2.", at_least=0, below=1)
@@ -291,9 +309,15 @@ class TrainConfig(DataConfig):
     def trainable(self) -> Trainable:
         """The parts that get a gradient.
 
-        The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy).
+        The reference's own table of flag combinations, but for adapter tuning without start and end tokens (Policy);
+        with LoRA, LLaVA's: the decoder is frozen, whatever else is said of it.
+
+        Raises:
+            ValueError: ``--lora_targets`` names what is no matrix of a layer.
         """
         projector = not self.freeze_mm_mlp_adapter
+        if lora := Lora.of_flags(vars(self)):
+            return Trainable(projector=projector, boundary=self.mm_use_vid_start_end, lora=lora)
         if self.tune_mm_mlp_adapter and self.mm_use_vid_start_end:
             return Trainable(projector=projector, boundary=True)
         if self.tune_mm_mlp_adapter:
@@ -472,6 +496,11 @@ class ChatConfig(_Checked):
     projector: str | None = _flag(
         None, "Trained projector: .bin, .safetensors, a checkpoint folder, or the --output_dir of its training."
     )
+    adapter: str | None = _flag(
+        None,
+        "LoRA adapter: a folder in PEFT's format, a checkpoint folder, or an --output_dir. Default: the one beside "
+        "--projector.",
+    )
     video: str | None = _flag(None, "A video, a feature file, or a folder of either.")
     question: list[str] = _flag([], "Questions (repeat the flag, or several after one).")
     questions_file: str | None = _flag(
@@ -536,6 +565,7 @@ class EvaluateConfig(_Checked):
         group="predictions",
     )
     projector: str | None = _flag(None, "Trained projector: as for chat.")
+    adapter: str | None = _flag(None, "LoRA adapter: as for chat.")
     vision_tower: str | None = _flag(None, "Vision tower (hub id or folder): as for chat.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = _flag(
         None, "System text and template of the prompt: as for chat."
@@ -576,11 +606,15 @@ class ExportConfig(_Checked):
     """A checkpoint to the reference's or Hugging Face's format."""
 
     checkpoint: str = field(metadata={"help": "checkpoint-N folder, or an output_dir (its newest checkpoint)."})
-    output: str = field(metadata={"help": "File (projector) or folder (llama, llava) to write."})
-    format: Literal["projector", "llama", "llava"] = _flag(
-        "projector",
-        "projector: mm_projector.bin or .safetensors by ending; llama: LLaVA-1.5 layout that "
-        "LlamaForCausalLM loads; llava: LlavaForConditionalGeneration.",
+    output: str = field(metadata={"help": "File (projector) or folder (peft, llama, llava) to write."})
+    format: Literal["projector", "peft", "llama", "llava"] | None = _flag(
+        None,
+        "projector, the default: mm_projector.bin or .safetensors by ending; peft: a LoRA adapter, which PEFT "
+        "loads, and the projector; llama: LLaVA-1.5 layout that LlamaForCausalLM loads; llava: "
+        "LlavaForConditionalGeneration.",
+    )
+    merge: bool = _flag(
+        False, "Merge a LoRA adapter into the model: --format llama, where no other is given. llava merges it too."
     )
     model_name_or_path: str | None = _flag(None, "Starting weights. Default: those the checkpoint was trained from.")
     vision_tower: str | None = _flag(

@@ -1,9 +1,12 @@
 """``fastvid export``: a checkpoint to the reference's projector file, or to a Hugging Face folder.
 
 - projector: ``mm_projector.bin`` or ``.safetensors``, as the reference's training leaves it.
+- peft: a LoRA adapter in PEFT's format, and the projector beside it.
 - llama: a folder in LLaVA-1.5's own layout: LLaMA's names and ``model.mm_projector``. Its model_type is "llama", so
   that ``LlamaForCausalLM`` and ``AutoModelForCausalLM`` load the language model; fastvid starts from it too.
 - llava: a folder in llava-hf's layout, tower included, which ``LlavaForConditionalGeneration`` loads.
+
+A LoRA adapter is merged into the matrices of a llama or llava folder.
 """
 
 from collections.abc import Sequence

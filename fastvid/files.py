@@ -272,8 +272,8 @@ def model_folder(path: StrPath) -> Path:
         *folder.glob("pytorch_model*.bin"),
     ]:
         raise ValueError(
-            f"{shown(folder)} is a LoRA adapter, which is not computed: merge it into its base model, and "
-            "give the folder of that"
+            f"{shown(folder)} is a LoRA adapter: give the model that it was trained on, and {shown(folder)} as "
+            "--adapter (chat, evaluate) or --lora_weights (train)"
         )
     if (folder / "config.json").exists() or not folder.is_dir():
         return folder

@@ -64,6 +64,7 @@ class Provenance:
         conversion: what made RGB of their samples ("swscale" or "dali"); of several all, likewise.
         tower_dtype: ``--tower_dtype`` of their extraction, "auto" or "fp8"; of several all, likewise. Of files that
             are all "auto" it is None, as of those that do not tell.
+        lora: whether a LoRA adapter was trained together with these weights, which are nothing without it.
     """
 
     tower: str | None = None
@@ -76,6 +77,7 @@ class Provenance:
     decoder: str | None = None
     conversion: str | None = None
     tower_dtype: str | None = None
+    lora: bool | None = None
 
     @classmethod
     def of_header(cls, header: dict[str, Any]) -> Self:
@@ -95,7 +97,7 @@ class Provenance:
     @classmethod
     def of(cls, values: object) -> Self:
         """From what JSON held; what is of another type than it must be is left out."""
-        kinds = {"num_frames": int, "rows": int, "use_start_end": bool}
+        kinds = {"num_frames": int, "rows": int, "use_start_end": bool, "lora": bool}
         found = values if isinstance(values, dict) else {}
         return cls(**{f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)})
 

@@ -47,6 +47,7 @@ from fastvid.training.profiling import Profiler
 from fastvid.training.staging import Staging
 from fastvid.training.state import StepResult, TrainState
 from fastvid.video.towers.choice import check_features
+from fastvid.weights.adapter import adapter_folder, adapter_of
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import load_weights
 
@@ -84,6 +85,10 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
         found = projector_path(config.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
         if found != Path(config.pretrain_mm_mlp_adapter):
             config = dataclasses.replace(config, pretrain_mm_mlp_adapter=str(found))
+        if config.lora_weights is None and (left := adapter_of(found)):
+            log.warning("%s also holds a LoRA adapter, which is left out: --lora_weights %s takes it", left, left)
+    if config.lora_weights is not None:
+        config = dataclasses.replace(config, lora_weights=str(adapter_folder(config.lora_weights)))
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     parallel.compute_repeatably(config.full_determinism)
 
@@ -149,6 +154,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
         tokens=tokenizer.tokens,
         projector=config.pretrain_mm_mlp_adapter,
         seed=config.seed,
+        adapter=config.lora_weights,
     )
     if loader.prefix:
         model.keep_prefix(loader.prefix)
@@ -199,20 +205,24 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
         else:
             scale = 1 / max(1, counts.supervised)
         parallel.set_gradient_sync(state.model, i == len(batches) - 1, accumulate_whole=state.plan.accumulate_whole)
+        state.draw_dropout(state.step, i)
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
     state.model.keep_casts(False)
+    state.end_dropout()
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
-    lr = learning_rate(
+    rate = partial(
+        learning_rate,
         state.step,
-        peak=config.learning_rate,
         total_steps=state.order.total_steps,
         warmup_steps=state.plan.warmup_steps,
         schedule=config.lr_scheduler_type,
     )
+    lr = rate(peak=config.learning_rate)
+    projector_lr = None if config.mm_projector_lr is None else rate(peak=config.mm_projector_lr)
     state.saver.hold()
-    loss, norm = state.optimizer.step(state.step, lr, loss)
+    loss, norm = state.optimizer.step(state.step, lr, loss, projector_lr=projector_lr)
     # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
@@ -337,7 +347,7 @@ def train(config: TrainConfig) -> int:
     world = parallel.start(config.ddp_timeout)
     if config.dry_run:
         with parallel.speaking_once(world):
-            _, tokenizer, model_config, loader, *_ = prepare(config, world)
+            config, tokenizer, model_config, loader, *_ = prepare(config, world)
             for line in overview.dry_run_lines(config, model_config, tokenizer, loader.order.total_steps):
                 log.info("%s", line)
         parallel.finish(world)

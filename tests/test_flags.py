@@ -71,21 +71,20 @@ def test_all_mistakes_are_told_at_once(capsys):
             *TRAIN[2:],
             "--fp16",
             "True",
-            "--lora_enable",
+            "--use_dora",
             "--deepspeed=zero3.json",
             "--epochs",
             "3",
             "--bf16",
             "perhaps",
             "--wat",
-            "--lora_r",
-            "8",
+            "--double_quant",
             "--do_train",
         ],
     )
     for part in (
         "--fp16 True: use --bf16 True",
-        "--lora_enable: fastvid has no LoRA",
+        "--use_dora: fastvid has nothing like it",
         "--deepspeed zero3.json: ",
         "--shard",
         "unknown flag --epochs, did you mean --num_train_epochs?",
@@ -94,7 +93,7 @@ def test_all_mistakes_are_told_at_once(capsys):
         "give --model_name_or_path",
     ):
         assert part in message
-    assert "--lora_r" not in message and "--do_train" not in message
+    assert "--double_quant" not in message and "--do_train" not in message
 
 
 REFERENCES_OWN = """--is_multimodal True --sep_video_conv_front False --video_token_len 0 --frame_aspect_ratio square
@@ -106,7 +105,7 @@ HARMLESS = """--logging_first_step True --overwrite_output_dir True --dataloader
     --lora_enable False --group_by_length False --push_to_hub no --train_sampling_strategy random --optim
     adamw_torch_fused --save_total_limit None --tf32 True --auto_find_batch_size False --stage sft
     --freeze_vision_tower True --freeze_vit true --tuner_type full --trust_remote_code True --target_modules all-linear
-    --val_size 0"""
+    --val_size 0 --lora_r 8 --lora_bias none --quant_type nf4"""
 
 
 def test_what_changes_nothing_is_accepted_in_one_line(caplog):
@@ -132,7 +131,11 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
         ("--fp16 True", "--bf16 True"),
         ("--deepspeed zero2.json", "--shard"),
         ("--fsdp full_shard auto_wrap", "--shard"),
-        ("--lora_enable True", "no LoRA"),
+        ("--use_qlora True", "--lora_enable True --frozen_dtype nf4"),
+        ("--lora_bias all", "biases stay"),
+        ("--quant_type fp4", "--frozen_dtype nf4"),
+        ("--target_modules q_proj,v_proj", "--lora_targets"),
+        ("--modules_to_save lm_head", "trained beside LoRA"),
         ("--bits 4", "--frozen_dtype nf4"),
         ("--bits 8", "int8"),
         ("--resume_from_checkpoint out/checkpoint-5", "--resume auto"),
@@ -148,11 +151,10 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
         ("--mm_use_im_start_end", "--mm_use_vid_start_end"),
         ("--no_cuda True", "CUDA_VISIBLE_DEVICES="),
         ("--dataloader_drop_last True", "leave it out"),
-        ("--mm_projector_lr 2e-5", "--learning_rate"),
         ("--per_gpu_train_batch_size 4", "--per_device_train_batch_size"),
         ("--freeze_vision_tower False", "vision tower is not trained"),
         ("--freeze_vit false", "tower is not trained"),
-        ("--train_type lora", "no LoRA"),
+        ("--train_type lora", "--lora_enable True"),
         ("--frames_upbound 32", "--num_frames"),
         ("--stage dpo", "sft"),
         ("--val_size 0.1", "--eval_data_path"),

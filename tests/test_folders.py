@@ -151,7 +151,7 @@ def test_what_is_no_model_folder_is_named(tmp_path):
         model_folder(file)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a LoRA adapter, .* merge it into its base model"):
+    with pytest.raises(ValueError, match="is a LoRA adapter: give the model .*, and .* as --adapter"):
         model_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     assert model_folder(tmp_path) == tmp_path

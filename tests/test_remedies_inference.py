@@ -545,26 +545,6 @@ def test_a_download_that_did_not_end_is_made_again(made, tmp_path, attempt, name
     assert attempt("chat", words) == 0
 
 
-def test_a_lora_adapter_merged_into_its_base_answers(made, tmp_path, attempt):
-    name, rank, alpha = "model.layers.0.self_attn.q_proj", 2, 4
-    tensors = load_file(made / "model" / "model.safetensors")
-    a, b = torch.randn(rank, tensors[f"{name}.weight"].shape[1]), torch.randn(len(tensors[f"{name}.weight"]), rank)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}))
-    save_file(
-        {f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))},
-        adapter / "adapter_model.safetensors",
-    )
-    with pytest.raises(ValueError, match="merge it into its base model, and give the folder of that"):
-        attempt("chat", "--model_name_or_path {tmp}/adapter " + ONE)
-    merged = shutil.copytree(made / "model", tmp_path / "merged")
-    save_file(
-        tensors | {f"{name}.weight": tensors[f"{name}.weight"] + alpha / rank * b @ a}, merged / "model.safetensors"
-    )
-    assert attempt("chat", "--model_name_or_path {tmp}/merged " + ONE) == 0
-
-
 @pytest.mark.slow
 def test_a_checkpoint_of_more_than_a_projector_is_exported_by_the_command_told(made, tmp_path, attempt):
     for path in ("full/checkpoint-1", "full"):

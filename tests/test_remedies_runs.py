@@ -37,7 +37,11 @@ FOUR = ("--max_steps", "4", "--save_steps", "2")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"))
+    """A run's inputs, and lora/, a LoRA adapter."""
+    run = write_run(tmp_path_factory.mktemp("run"))
+    words = ["--lora_enable", "True", "--lora_r", "4", "--max_steps", "1", "--save_strategy", "no"]
+    assert train.main(flags(run, run / "lora", *words)) == 0
+    return run
 
 
 # {a remedy of another trainer's flag: the same as flags of fastvid}. "": the flag is left out, and that is all.
@@ -63,8 +67,14 @@ REMEDIES = {
     "leave it out: a resumed run goes on with the samples that come next": "",
     "use --seed, which decides the order of samples too": "--seed 7",
     "fastvid computes on CUDA GPUs and CPUs, leave it out": "",
-    "fastvid has no LoRA, --tune_mm_mlp_adapter True trains the projector alone": "--tune_mm_mlp_adapter True",
-    "leave it out: --learning_rate is of all that is trained": "--learning_rate 1e-4",
+    "use --lora_enable True, with --lora_r, --lora_alpha and --lora_targets": "--lora_enable True --lora_r 4 "
+    "--lora_alpha 8 --lora_targets attention",
+    "use --lora_enable True --frozen_dtype nf4": "--lora_enable True --frozen_dtype nf4",
+    "use --lora_targets: all, attention, mlp, or names such as q_proj": "--lora_enable True --lora_targets q_proj mlp",
+    "use --lora_r": "--lora_enable True --lora_r 4",
+    "use --lora_weights FOLDER": "--lora_enable True --lora_weights {run}/lora --lora_r 4",
+    "leave it out: biases stay as they are": "",
+    "leave it out: the projector and the start and end embeddings are trained beside LoRA": "--lora_enable True",
     "the vision tower is not trained: its features are extracted before training, leave it out": "",
     "use --tune_mm_mlp_adapter True for the projector, everything is trained without it": "--tune_mm_mlp_adapter False",
     "fastvid extract takes layer -2, leave it out": "",

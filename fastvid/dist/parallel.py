@@ -283,7 +283,11 @@ def shard(
         for dtype in (computes if computes != torch.float32 else None, None)
     )
     fp32_residual = computes != of_model.residual
-    layers = list(model.get_submodule("decoder.layers").children()) if layout != "trained" else []
+    layers = [  # of a replicated decoder those that hold something trained: LoRA's matrices
+        layer
+        for layer in model.get_submodule("decoder.layers").children()
+        if layout != "trained" or any(p.requires_grad for p in layer.parameters())
+    ]
     ignored = {p for p in model.parameters() if not p.requires_grad} if layout == "trained" else set()
     if fp32_residual:
         # A layer's norms would need a unit of their own, which gathers at every call; and how often they are called

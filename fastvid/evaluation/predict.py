@@ -28,6 +28,7 @@ log = logging.getLogger("fastvid")
 PREDICTIONS, SETTINGS = "predictions", "settings.json"
 _ENDS = 1 << 20  # bytes of a file's beginning and end by which it is known
 _WEIGHTS = ("*.safetensors", "*.bin")
+_ADAPTER = ("adapter_model.*", "model-*.safetensors")  # in PEFT's format, or in a checkpoint
 
 
 class Videos:
@@ -249,6 +250,7 @@ def _settings(chat, config, files, samples):
     weights = [path for pattern in _WEIGHTS for path in sorted(model.glob(pattern))]
     own = Path(chat.weights)
     own = [own] if own.is_file() else [path for pattern in _WEIGHTS for path in sorted(own.rglob(pattern))]
+    adapter = [path for pattern in _ADAPTER for path in sorted(chat.adapter.glob(pattern))] if chat.adapter else []
     return {
         "task": config.task,
         "annotations": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16],
@@ -256,6 +258,7 @@ def _settings(chat, config, files, samples):
         "videos": len({sample.video for sample in samples}),
         "model": _fingerprint(weights),
         "weights": _fingerprint(own),
+        **({"adapter": _fingerprint(adapter)} if adapter else {}),
         **{
             name: getattr(told, name)
             for name in ("conv_mode", "question_order", "num_frames", "temperature", "max_new_tokens", "seed", "bf16")

@@ -47,7 +47,9 @@ def _without_effect(names, note=""):
     return {name: Meaning(note=note) for name in names.split()}
 
 
-_LORA = "fastvid has no LoRA, --tune_mm_mlp_adapter True trains the projector alone"
+_LORA = "use --lora_enable True, with --lora_r, --lora_alpha and --lora_targets"
+_TARGETS = "use --lora_targets: all, attention, mlp, or names such as q_proj"
+_QLORA = "use --lora_enable True --frozen_dtype nf4"
 _SHARD = "leave it out: --shard auto (or full, hybrid) shards a model over ranks"
 _LENGTH = "leave it out: --tokens_per_batch N fills batches without padding"
 _HUB = "leave it out, and upload --output_dir when the run has ended: `hf upload`"
@@ -135,18 +137,24 @@ MEANING = {
     "use_ipex": Meaning(_DEVICE),
     # LLaVA's and its forks'.
     **_without_effect(
-        "mm_use_im_patch_token image_aspect_ratio image_grid_pinpoints mm_patch_merge_type lora_r "
-        "lora_alpha lora_dropout lora_bias lora_weight_path lora_target double_quant quant_type "
-        "mpt_attn_impl"
+        "mm_use_im_patch_token image_aspect_ratio image_grid_pinpoints mm_patch_merge_type double_quant mpt_attn_impl"
     ),
-    "lora_enable": Meaning(_LORA),
+    "quant_type": Meaning("use --frozen_dtype nf4", ("nf4",)),
+    "lora_bias": Meaning("leave it out: biases stay as they are"),
+    "lora_weight_path": Meaning("use --lora_weights FOLDER"),
+    "use_dora": Meaning(_NO_SUCH),
+    "lora_rank": Meaning("use --lora_r"),
+    **dict.fromkeys(
+        "lora_target target_modules lora_modules lora_target_modules".split(), Meaning(_TARGETS, ("all", "all-linear"))
+    ),
+    "modules_to_save": Meaning("leave it out: the projector and the start and end embeddings are trained beside LoRA"),
+    **dict.fromkeys("adapter_name_or_path adapters resume_adapter".split(), Meaning("use --lora_weights FOLDER")),
     "use_lora": Meaning(_LORA),
     "lora": Meaning(_LORA),
     "use_peft": Meaning(_LORA),
-    "use_qlora": Meaning(_LORA),
-    "qlora": Meaning(_LORA),
+    "use_qlora": Meaning(_QLORA),
+    "qlora": Meaning(_QLORA),
     "finetuning_type": Meaning(_LORA, ("full",)),
-    "mm_projector_lr": Meaning("leave it out: --learning_rate is of all that is trained"),
     "mm_vision_tower_lr": Meaning(_TOWER),
     "vision_tower_lr": Meaning(_TOWER),
     "unfreeze_mm_vision_tower": Meaning(_TOWER),
@@ -178,7 +186,7 @@ MEANING = {
     **_without_effect("""
         preprocessing_num_workers preprocessing_batch_size overwrite_cache plot_loss trust_remote_code dataset_num_proc
         use_fast_tokenizer use_hf lazy_tokenize load_from_cache_file check_model model_author model_revision
-        target_modules modules_to_save lora_modules quant_method image_max_pixels image_min_pixels padding_free"""),
+        quant_method image_max_pixels image_min_pixels padding_free"""),
     **dict.fromkeys("freeze_vision_tower freeze_vit".split(), Meaning(_TOWER, inverted=True)),
     **dict.fromkeys("train_type tuner_type sft_type".split(), Meaning(_LORA, ("full",))),
     **dict.fromkeys(
@@ -248,9 +256,10 @@ SYNONYMS = {
         "images image video_file": "video",
         "clip tower mm_vision_tower vision_encoder clip_model video_tower": "vision_tower",
         "frames n_frames num_segments max_frames": "num_frames",
-        "projector mm_projector adapter pretrain_projector mm_projector_path": "projector pretrain_mm_mlp_adapter",
+        "projector mm_projector pretrain_projector mm_projector_path": "projector pretrain_mm_mlp_adapter",
         "freeze_multi_modal_projector freeze_aligner freeze_projector": "freeze_mm_mlp_adapter",
         "freeze_llm freeze_language_model tune_projector": "tune_mm_mlp_adapter",
+        "lora lora_path lora_adapter adapter peft peft_path adapter_path": "adapter lora_weights",
         "random_seed": "seed",
         "device_map": "device shard",
         "zero_stage": "shard",

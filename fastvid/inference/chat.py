@@ -27,12 +27,13 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
-from fastvid.provenance import Provenance, agreed, of_weights, same_tower
+from fastvid.provenance import EXPORT_MARK, Provenance, agreed, of_weights, same_tower
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
 from fastvid.video.listing import no_video
 from fastvid.video.towers.choice import check_tower, choose_tower, revisions
+from fastvid.weights.adapter import adapter_folder, adapter_of
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector
 from fastvid.weights.starting import StartingWeights, load_weights
@@ -41,7 +42,7 @@ MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of se
 
 
 class Chat:
-    """A loaded model that answers questions about videos.
+    """A loaded model that answers questions about videos. A LoRA adapter is merged into its matrices.
 
     Args:
         config: or its fields by name: ``Chat(model_name_or_path=…, projector=…)``.
@@ -56,7 +57,13 @@ class Chat:
         self.device = open_device(config.device)
         projector = None if config.projector is None else projector_path(config.projector, "--projector")
         self.weights = str(projector or config.model_name_or_path)
+        self.adapter = _adapter(config, projector)
         self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
+        if self.trained.lora and self.adapter is None:
+            raise ValueError(
+                f"{self.weights} was trained together with a LoRA adapter, and would answer wrongly without it: give "
+                "the adapter's folder as --adapter"
+            )
         self.config = config = self._as_trained(config)
         self.tokenizer = load_tokenizer(config.model_name_or_path, _use_start_end(config, self.trained, projector))
         if config.conv_mode is None:
@@ -82,7 +89,14 @@ class Chat:
         with torch.device("meta"):
             self.model = VideoLlava(self.model_config, trainable=Trainable(), precision=precision, attention=attention)
         self.model.to_empty(device=self.device)
-        load_weights(self.model, config.model_name_or_path, tokens=tokens, projector=projector, seed=seed)
+        load_weights(
+            self.model,
+            config.model_name_or_path,
+            tokens=tokens,
+            projector=projector,
+            seed=seed,
+            adapter=self.adapter,
+        )
         self._encoder: FeatureEncoder | None = None
         self._worker = DecodeWorker()
 
@@ -301,6 +315,26 @@ def _trained_on(given, weights):
             newest = None
         return trained if newest is None else of_weights(newest)
     return trained
+
+
+def _adapter(config, projector):
+    """The folder of the LoRA adapter that is given, or lies beside the projector; None: there is none.
+
+    Raises:
+        ValueError: it cannot be used, or the model is an export that it was merged into.
+    """
+    if config.adapter is not None:
+        adapter = adapter_folder(config.adapter)
+    else:
+        adapter = None if projector is None else adapter_of(projector)
+    mark = read_settings(config.model_name_or_path).get(EXPORT_MARK)
+    if adapter is not None and isinstance(mark, dict) and mark.get("merged") is True:
+        run = Path(str(mark.get("checkpoint"))).resolve().parent
+        if run in (adapter.resolve(), adapter.resolve().parent):
+            raise ValueError(
+                f"{adapter} is merged into {config.model_name_or_path} already: leave --adapter and --projector out"
+            )
+    return adapter
 
 
 def _seed(projector):

@@ -18,6 +18,7 @@ from fastvid.data.dataset import SampleSet
 from fastvid.data.styles import record_videos
 from fastvid.files import model_folder
 from fastvid.training.state import TrainState
+from fastvid.weights.adapter import read_adapter
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.projector_file import read_projector
 
@@ -30,18 +31,20 @@ FLAGS = {
     "video_folder": "features",
     "model_name_or_path": "weights",
     "pretrain_mm_mlp_adapter": "projector",
+    "lora_weights": "adapter",
 }
 
 
 def content_of(state: TrainState) -> dict[str, Any]:
     """JSON values that are equal for equal content: "data", "features", "weights", "tokenizer", "chat_template",
-    "model", "projector".
+    "model", "projector", "adapter".
 
     Reads all data files, and of weights and features a part. For rank 0: the others have the same.
     """
     config = state.config
     folder = model_folder(config.model_name_or_path)
     projector, template = config.pretrain_mm_mlp_adapter, state.tokenizer.template
+    adapter = config.lora_weights and read_adapter(config.lora_weights, state.model.config.decoder)
     return {
         "data": [_of_file(path) for path in config.data_path],
         "features": _of_features(state.loader.samples),
@@ -53,6 +56,7 @@ def content_of(state: TrainState) -> dict[str, Any]:
         "chat_template": template and hashlib.sha256(template.source.encode()).hexdigest(),
         "model": json.loads(json.dumps(asdict(replace(state.model.config, vision_tower=None)))),
         "projector": projector and _of_tensors(read_projector(projector, state.tokenizer.tokens)),
+        "adapter": adapter and _of_tensors(adapter.tensors),
     }
 
 
@@ -85,6 +89,12 @@ def changes(saved: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> 
             f"the content of --pretrain_mm_mlp_adapter {config.pretrain_mm_mlp_adapter}"
             if config.pretrain_mm_mlp_adapter
             else "the projector to start from (--pretrain_mm_mlp_adapter is not given now)",
+        ),
+        (
+            "adapter",
+            f"the content of --lora_weights {config.lora_weights}"
+            if config.lora_weights
+            else "the LoRA adapter to start from (--lora_weights is not given now)",
         ),
     ):
         if name in saved and saved[name] != now[name]:

@@ -39,7 +39,8 @@ def explain_not_finite(state: TrainState, failed: int) -> str:
     nothing = pack([], state.tokenizer.tokens, state.loader.samples.channels)
     found = []
     for rank in range(state.world.size):
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            state.draw_dropout(failed, i)
             mine = batch if rank == state.world.rank else nothing
             loss = state.model(mine.to(state.world.device)) / max(1, batch.num_supervised)
             loss.backward()
@@ -52,6 +53,7 @@ def explain_not_finite(state: TrainState, failed: int) -> str:
             for parameter in state.optimizer.parameters.values():
                 parameter.grad = None
             found.append((finite, gradients, batch.sample_ids))
+    state.end_dropout()
     said = state.world.gather_objects(found)
     lines = []
     for i in range(len(found)):

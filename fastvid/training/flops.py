@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fastvid.batch import PackedBatch
 from fastvid.model.config import ModelConfig
+from fastvid.model.lora import beside
 from fastvid.policy import Trainable
 
 # Dense bf16 TFLOP/s, with sums in fp32, by words of the name that CUDA gives the device. Sources: NVIDIA's data sheets
@@ -71,8 +72,8 @@ class Formula:
 
     Of a weight matrix with W entries: 2 W per row forward, 2 W per row whose input needs a gradient, 2 W per row for
     the gradient of the matrix if it is trained: 4 W in a frozen backbone, 6 W where it is trained (Kaplan et al. 2020,
-    appendix B). Of attention: 4 H d per pair of a query and a key that the causal mask lets through, 8 H d backward
-    (Chowdhery et al. 2022, appendix B). What need not be computed does not count:
+    appendix B) and of LoRA's. Of attention: 4 H d per pair of a query and a key that the causal mask lets through, 8 H
+    d backward (Chowdhery et al. 2022, appendix B). What need not be computed does not count:
 
     - recomputation, and what a kernel computes twice;
     - backward of rows before the first trained one (`PackedBatch.frozen_rows`);
@@ -93,6 +94,16 @@ class Formula:
         self.keys_values = 2 * sizes.hidden_size * kv_width
         self.others = 2 * sizes.hidden_size * width + 3 * sizes.hidden_size * sizes.intermediate_size
         self.head = sizes.hidden_size * sizes.vocab_size
+        # LoRA's, of the same two kinds.
+        self.low_rank_keys_values = self.low_rank_others = 0
+        lora = trainable.lora
+        for place in beside(sizes, lora).values() if lora else ():
+            for target, (first, last) in place.columns.items():
+                weights = lora.rank * (place.inputs + last - first) if lora else 0
+                if target in ("k_proj", "v_proj"):
+                    self.low_rank_keys_values += weights
+                else:
+                    self.low_rank_others += weights
         self.projector = [config.mm_hidden_size * sizes.hidden_size]
         if config.projector_type != "linear":
             self.projector.append(sizes.hidden_size**2)
@@ -115,6 +126,9 @@ class Formula:
         total = self.layers * matrix(self.keys_values, rows, live, decoder_trained)
         total += full_layers * matrix(self.others, rows, live, decoder_trained)
         total += matrix(self.others, last_rows, last_live, decoder_trained)
+        total += self.layers * matrix(self.low_rank_keys_values, rows, live, True)
+        total += full_layers * matrix(self.low_rank_others, rows, live, True)
+        total += matrix(self.low_rank_others, last_rows, last_live, True)
         total += self.width * (full_layers * (4 * pairs + 8 * live_pairs) + 4 * last_pairs + 8 * last_live_pairs)
         total += matrix(self.head, supervised, supervised_live, self.trainable.head)
         projected, projector_trained = batch.video_rows.numel(), self.trainable.projector
@@ -136,8 +150,10 @@ class Formula:
     def __str__(self) -> str:
         layer = self.keys_values + self.others
         kind, factor = ("trained", 6) if self.trainable.decoder else ("frozen", 4)
+        low_rank = self.low_rank_keys_values + self.low_rank_others
+        lora = f"6 x {low_rank:,} weights of LoRA x rows x {self.layers} layers + " if low_rank else ""
         return (
-            f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + 12 x {self.width:,} x causal "
+            f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + {lora}12 x {self.width:,} x causal "
             f"pairs x {self.layers} layers + {6 if self.trainable.head else 4} x {self.head:,} x supervised "
             "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
             "trained one have no backward, neither the constant prefix nor recomputation counts"

@@ -20,6 +20,7 @@ from fastvid.batch import AttentionLayout, BatchPart, PackedBatch
 from fastvid.model.attention import IMPLEMENTATIONS, Attention
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.decoder import recomputed_layers
+from fastvid.model.lora import draw_dropout
 from fastvid.model.quantize import QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
@@ -250,6 +251,7 @@ def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_p
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         if batch.prefix_rows:
             model.keep_prefix([0] * batch.prefix_rows)
+        draw_dropout(model, (0,))
         rows, live, begun, turns = batch.on_meta(config.mm_hidden_size), LiveBytes(), [], []
 
         def begin(layer, inputs):

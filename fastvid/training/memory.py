@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from fastvid.model.config import ModelConfig, Precision
+from fastvid.model.lora import shapes
 from fastvid.policy import Trainable
+from fastvid.training.adamw8bit import takes_8_bits
 from fastvid.training.layer_memory import BatchRows, frozen_matrix_bytes, linears, matrices, measured, vectors
 
 # AdamW keeps two moments: fp32, or codes and the scale of each block of 256. Paged ones leave the device when a step's
@@ -68,6 +70,8 @@ def parameter_counts(config: ModelConfig, trainable: Trainable) -> dict[str, int
     counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (linears(c) + vectors(c)) + D}
     if trainable.boundary:
         counts["boundary"] = 2 * D
+    if trainable.lora:
+        counts["lora"] = c.num_layers * sum(map(math.prod, shapes(c, trainable.lora).values()))
     if not c.tie_word_embeddings:
         counts["head"] = V * D
     return counts
@@ -137,9 +141,18 @@ def estimate(
         # The tables and the projector, which stay, and two layers: one computes, the next is on its way.
         unrounded = {"embed", *trainable} - {"projector"} if fp32_residual else ()
         weights += sum(
-            count * (4 if part in unrounded else size) for part, count in counts.items() if part != "decoder"
+            count * (4 if part in unrounded else size)
+            for part, count in counts.items()
+            if part not in ("decoder", "lora")
         )
         weights += size * 2 * linears(c)
+    # LoRA's matrices are gathered with their layer, also where nothing else of it is.
+    of_a_layer = counts.get("lora", 0) // c.num_layers
+    gathers_lora = of_a_layer > 0 and shard_trained and world_size > 1
+    if gathers_lora:
+        weights += size * 2 * of_a_layer
+    if gathers_lora and not gathers:
+        weights += size * sum(counts[part] for part in ("projector", "boundary") if part in trainable)
     keys_values = batch.prefix_rows * 2 * c.num_kv_heads * c.head_dim * size * c.num_layers
     activations, working = measured(
         config,
@@ -147,7 +160,7 @@ def estimate(
         trainable=trainable,
         precision=Precision(
             compute=compute_dtype,
-            trained=compute_dtype if gathers else trained_dtype,  # FSDP2 gathers what it casts
+            trained=compute_dtype if gathers or gathers_lora else trained_dtype,  # FSDP2 gathers what it casts
             frozen=frozen_dtype,
             fp32_residual=fp32_residual,
         ),
@@ -158,17 +171,26 @@ def estimate(
     if gathers and trainable.decoder:
         # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.
         working += (size + 4) * linears(c)
+    if gathers_lora:
+        working += (size + 4) * of_a_layer
     if tiled:  # a matrix on its way to tiles of the other direction
         working += size * max(map(math.prod, matrices(c)))
     if not on_cpu:
         working += _CUBLAS_WORKSPACES
     gradients = (4 if summed else stored) * trained // trained_ranks
+    # Elements of LoRA's whose moments stay in fp32, be the rank no multiple of the blocks.
+    whole = 0
+    if trainable.lora and optimizer.endswith("8bit"):
+        whole = c.num_layers * sum(
+            math.prod(shape) for shape in shapes(c, trainable.lora).values() if not takes_8_bits(shape)
+        )
     if sums_replicated:  # when a step's activations are gone
         working = max(working, gradients - activations)
     return MemoryEstimate(
         weights=weights + keys_values,
         gradients=gradients,
-        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // trained_ranks,
+        optimizer=int(OPTIMIZER_BYTES[optimizer] * (trained - whole) + OPTIMIZER_BYTES["adamw"] * whole)
+        // trained_ranks,
         activations=activations,
         working=working,
         recompute=recompute,

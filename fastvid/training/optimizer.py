@@ -159,7 +159,7 @@ class Optimizer:
         named_parameters: (name, parameter) pairs that require gradients; replicated or FSDP2-sharded on dim 0; fp32, or
             bf16, which is rounded stochastically. From now on gradients of replicated bf16 parameters are fp32 where
             they are sums, over micro-batches or ranks: bf16 loses what is small beside the sum.
-        config: optim, learning_rate, weight_decay, adam_beta1/2, adam_epsilon, max_grad_norm, seed,
+        config: optim, weight_decay, adam_beta1/2, adam_epsilon, max_grad_norm, seed,
             gradient_accumulation_steps.
         device: where the parameters live.
 
@@ -190,12 +190,13 @@ class Optimizer:
             self.rules.append(AdamW8bit(coded, config, paged=config.optim == "paged_adamw_8bit"))
 
     @torch.no_grad()
-    def step(self, step: int, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, step: int, lr: float, loss: Tensor, *, projector_lr: float | None = None) -> tuple[Tensor, Tensor]:
         """Clip, update, and zero the gradients.
 
         Args:
             step: number of this update, for the latch, the bias correction and the random bits; from 0.
             lr: learning rate of this update.
+            projector_lr: that of the projector; None: the same.
             loss: this rank's share of the step's loss, a scalar on the device; the shares sum to the loss.
 
         Returns:
@@ -207,14 +208,12 @@ class Optimizer:
         self.failed_step.masked_fill_((self.failed_step < 0) & bad, step)
         clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm > 0 else None
         skip = (self.failed_step >= 0).float()
+        apart = {name for name in gradients if projector_lr is not None and name.startswith("projector.")}
         for rule in self.rules:
-            rule.step(
-                {name: g for name, g in gradients.items() if name in rule.pieces},
-                step=step,
-                lr=lr,
-                clip=clip,
-                skip=skip,
-            )
+            for names, rate in ((gradients.keys() - apart, lr), (apart, projector_lr)):
+                chosen = {name: g for name, g in gradients.items() if name in rule.pieces and name in names}
+                if chosen and rate is not None:
+                    rule.step(chosen, step=step, lr=rate, clip=clip, skip=skip)
         for parameter in self.parameters.values():
             parameter.grad = None
         return loss, norm

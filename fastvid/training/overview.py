@@ -15,7 +15,11 @@ from fastvid.training import flops, planning
 from fastvid.training.memory import parameter_counts
 from fastvid.weights.starting import StartingWeights
 
-_NAMES = {"boundary": "start and end embeddings", "embed": "embedding table"}  # of other parts: as they are
+_NAMES = {
+    "boundary": "start and end embeddings",
+    "embed": "embedding table",
+    "lora": "LoRA",
+}  # of other parts: as they are
 
 
 def overview(
@@ -32,6 +36,7 @@ def overview(
         f"prompts: {config.version}",
         *filter(None, [videos]),
         _parameters(config, model_config),
+        *filter(None, [_lora(config)]),
         _computing(config, world, attention),
     ]
 
@@ -52,6 +57,8 @@ def dry_run_lines(
             tokens=tokenizer.tokens,
             projector=config.pretrain_mm_mlp_adapter,
             seed=config.seed,
+            lora=config.trainable.lora,
+            adapter=config.lora_weights,
         )
         starting.check()
         lines.append(f"weights: those of {config.model_name_or_path} fit the model")
@@ -95,6 +102,17 @@ def _parameters(config, model_config):
     return (
         f"trained: {', '.join(f'{_NAMES.get(part, part)} {count:,}' for part, count in trained.items())}; "
         f"{number:,} of {total:,} parameters ({number / total:.2%})"
+    )
+
+
+def _lora(config):
+    lora = config.trainable.lora
+    if lora is None:
+        return None
+    told = f", from {config.lora_weights}" if config.lora_weights else ""
+    return (
+        f"LoRA: r {lora.rank}, alpha {lora.alpha:g}{' / √r' * lora.rslora}, dropout {lora.dropout:g}, on "
+        f"{', '.join(lora.targets)}{told}; every row has a gradient, so no system prompt is kept and no row is frozen"
     )
 
 

@@ -100,6 +100,7 @@ def checked(config: TrainConfig) -> TrainConfig:
             "nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
             "--mm_use_vid_start_end there are no start and end embeddings to tune"
         )
+    _check_lora(config)
     if config.trainable.boundary and config.weight_decay and config.policy.reference_order:
         raise ValueError(
             f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
@@ -159,12 +160,27 @@ def given_memory(config: TrainConfig) -> int | None:
     return int(size)
 
 
+def _check_lora(config):
+    if config.trainable.lora and config.parity == "reference":
+        raise ValueError("--lora_enable True: PG-Video-LLaVA has no LoRA, so leave --parity reference out")
+    if config.lora_weights is not None and not config.trainable.lora:
+        raise ValueError(
+            f"--lora_weights {config.lora_weights}: there are no matrices that could start from it; add --lora_enable "
+            "True, or leave it out"
+        )
+    if config.mm_projector_lr is not None and not config.trainable.projector:
+        raise ValueError(
+            f"--mm_projector_lr {config.mm_projector_lr:g}: the projector is frozen; leave the flag out, or give "
+            "--freeze_mm_mlp_adapter False"
+        )
+
+
 def _check_frozen_dtype(config):
     flag = f"--frozen_dtype {config.frozen_dtype}"
     if config.trainable.decoder:
         raise ValueError(
             f"{flag}: the decoder is trained, so nothing of it is frozen; leave the flag out, or train "
-            "the adapter only (--tune_mm_mlp_adapter True)"
+            "the adapter only (--tune_mm_mlp_adapter True), or LoRA (--lora_enable True)"
         )
     if config.parity == "reference":
         raise ValueError(

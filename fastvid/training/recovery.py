@@ -18,6 +18,7 @@ from fastvid.dist.sharding import full_tensor
 from fastvid.model.finite import not_finite
 from fastvid.training import content
 from fastvid.training.state import TrainState
+from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, split, write_adapter
 from fastvid.weights.export import export
 from fastvid.weights.starting import write_reference_projector
 
@@ -67,7 +68,7 @@ MAY_CHANGE = {
     "max_steps",
 }
 # What this run would otherwise overwrite, drop or take for its own.
-RESULTS = ("mm_projector.*", "model")
+RESULTS = ("mm_projector.*", "adapter_model.*", "adapter_config.json", "model")
 LEFT_BY_A_RUN = (
     "checkpoint-*",
     "metrics.jsonl",
@@ -103,7 +104,7 @@ def save(state: TrainState) -> float:
         "fastvid": __version__,
         "torch": torch.__version__,
         "reference_order": REFERENCE_ORDER_VERSION,
-        "provenance": state.loader.samples.look_again().to_json(),
+        "provenance": _provenance(state).to_json(),
         "run": state.run,
         "content": _content(state) if state.world.is_main else None,
     }
@@ -116,6 +117,11 @@ def save(state: TrainState) -> float:
         groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()},
     )
     return time.perf_counter() - begin
+
+
+def _provenance(state):
+    """What the trained weights are told to be trained on and with."""
+    return replace(state.loader.samples.look_again(), lora=True if state.config.trainable.lora else None)
 
 
 def skipped_samples(state: TrainState) -> int:
@@ -224,6 +230,7 @@ def _check_not_in_use(found, config):
         "eval_data_path": config.eval_data_path,
         "video_folder": [config.video_folder],
         "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter],
+        "lora_weights": [config.lora_weights],
     }
     for flag, paths in given.items():
         for path in filter(None, paths):
@@ -236,17 +243,19 @@ def _check_not_in_use(found, config):
 
 def saves_at_end(state: TrainState) -> bool:
     """Whether the run's end is saved whatever its step: the weights of a full fine-tune have no other home."""
-    return state.config.save_strategy != "no" or not state.config.trainable.adapter_only
+    return state.config.save_strategy != "no" or state.config.trainable.own_weights
 
 
 def write_results(state: TrainState) -> list[Path]:
-    """Write what training leaves for others, on rank 0: a projector file as the reference's, or a model folder.
+    """Write what training leaves for others, on rank 0: a projector file as the reference's, and with LoRA the adapter
+    for PEFT; or a model folder.
 
     Returns:
         The paths.
     """
     config, output = state.config, Path(state.config.output_dir)
-    if not state.config.trainable.adapter_only:
+    lora = config.trainable.lora
+    if config.trainable.own_weights:
         state.saver.wait()  # the export reads the last checkpoint
         if state.world.is_main:
             export(
@@ -270,9 +279,14 @@ def write_results(state: TrainState) -> list[Path]:
             projector=config.pretrain_mm_mlp_adapter,
             projector_type=config.mm_projector_type,
             seed=config.seed,
-            provenance=state.loader.samples.look_again(),
+            provenance=_provenance(state),
         )
-    return paths
+    if lora is None:
+        return paths
+    if state.world.is_main:
+        tensors = split(lora, trained, state.model.config.decoder)
+        write_adapter(output, lora, tensors, config.model_name_or_path, _provenance(state))
+    return [*paths, output / CONFIG_FILE, output / WEIGHTS_FILE]
 
 
 def _goes_on(folder, saved, state):

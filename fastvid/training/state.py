@@ -11,6 +11,7 @@ from fastvid.data.loader import Loader, TrainingOrder
 from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.dist import parallel
+from fastvid.model.lora import draw_dropout
 from fastvid.model.video_llava import VideoLlava
 from fastvid.training import flops, planning
 from fastvid.training.optimizer import Optimizer
@@ -56,6 +57,17 @@ class TrainState:
     def order(self) -> TrainingOrder:
         """Which samples each step takes (`fastvid.data.order.stream`)."""
         return self.loader.order
+
+    def draw_dropout(self, step: int, micro_batch: int) -> None:
+        """Draw anew what LoRA's dropout leaves out, for this rank's micro-batch of a step: the same whenever a run
+        computes it."""
+        lora = self.config.trainable.lora
+        if lora is not None and lora.dropout:
+            draw_dropout(self.model, (self.config.seed, step, micro_batch * self.world.size + self.world.rank))
+
+    def end_dropout(self) -> None:
+        """From now on nothing is left out."""
+        draw_dropout(self.model, None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import load_tower, processor_settings
+from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter, write_adapter
 from fastvid.weights.families import by_model_type
+from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import llava_hf_name
 from fastvid.weights.starting import trained_tensor, trained_weights, write_reference_projector
 
@@ -66,15 +68,23 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
         "projector_type": run["mm_projector_type"],
         "seed": run["seed"],
     }
-    if config.format == "projector":
+    adapter = adapter_of(folder)
+    chosen = _format(config, folder, adapter)
+    if chosen == "projector":
+        if adapter is not None:
+            log.warning(
+                "%s also holds a LoRA adapter, which is left out: --format peft, llama or llava holds it", folder
+            )
         write_reference_projector(output, trained, base, **start, provenance=trained_on)
         return [output]
+    if chosen == "peft":
+        return _write_peft(output, folder, base, trained, start, trained_on)
 
     for source in (folder, base):
         if output.resolve() == source.resolve():
             raise ValueError(f"--output {output} is what the export is made of; choose another folder")
     _refuse_foreign(output)
-    starting = trained_weights(base, trained, **start)
+    starting = trained_weights(base, trained, **start, adapter=adapter)
     starting.check()
     _check_trained(folder, starting, trained)
     tower = _tower(config, trained_on, folder, run["vision_tower"] or starting.config.vision_tower)
@@ -82,7 +92,7 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
         dtype = getattr(torch, config.dtype)
         tensors = _language_tensors(starting, trained)
         values = _model_config(starting, tokenizer, tower, config.dtype)
-        if config.format == "llava":
+        if chosen == "llava":
             vision = _load_tower(tower, starting.config)
             assert tower is not None, "_load_tower refuses that"
             check_tower(tower, trained_on, folder)
@@ -90,13 +100,14 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             values = _llava_config(values, vision, tokenizer.tokens)
         values[EXPORT_MARK] = {
             "version": __version__,
-            "format": config.format,
+            "format": chosen,
             "checkpoint": str(folder),
-            KEY: replace(trained_on, tower=tower).to_json(),
+            "merged": adapter is not None,
+            KEY: replace(trained_on, tower=tower, lora=None).to_json(),  # an adapter is merged
         }
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
         tokenizer.save(temporary)
-        if config.format == "llava":
+        if chosen == "llava":
             _write_tokenizer_table(temporary)
             _write_processor(temporary, tower, vision.config)
         write_json(temporary / "config.json", values)
@@ -109,6 +120,31 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             },
         )
     return sorted(path for path in output.iterdir() if path.is_file())
+
+
+def _format(config, folder, adapter):
+    """What ``--format`` and ``--merge`` ask for."""
+    if adapter is None and (config.merge or config.format == "peft"):
+        flag = "--merge True" if config.merge else "--format peft"
+        raise ValueError(f"{flag}: {folder} holds no LoRA adapter (--lora_enable); leave the flag out")
+    if config.merge and config.format in ("projector", "peft"):
+        raise ValueError(
+            f"--merge makes a whole model, and --format {config.format} is none; give --format llama or llava"
+        )
+    return config.format or ("llama" if config.merge else "projector")
+
+
+def _write_peft(output, folder, base, trained, start, trained_on):
+    """An adapter for PEFT, and the projector beside it."""
+    others = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    projector = "mm_projector.safetensors"
+    if output.is_file() or set(others) - {CONFIG_FILE, WEIGHTS_FILE, projector}:
+        raise ValueError(f"--output {output} holds something else than an adapter; choose another folder")
+    config = read_model_config(base, vocab_size=start["tokens"].vocab_size)
+    adapter = read_adapter(folder, config.decoder)
+    output.mkdir(parents=True, exist_ok=True)
+    write_reference_projector(output / projector, trained, base, **start, provenance=trained_on)
+    return [*write_adapter(output, adapter.lora, adapter.tensors, str(base), trained_on), output / projector]
 
 
 def _base(folder, given, recorded):
@@ -153,6 +189,8 @@ def _training_config(folder):
 def _check_trained(folder, starting, trained):
     """Refuse trained tensors that are not of this model."""
     for name in trained:
+        if ".lora." in name:  # `read_adapter` has looked
+            continue
         parts = starting.parts.get(name, [(name, (2, starting.config.decoder.hidden_size))])
         shape = (sum(part[0] for _, part in parts), *parts[0][1][1:])
         if (name not in starting.parts and name != "boundary.weight") or trained.shapes[name] != shape:

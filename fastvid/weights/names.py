@@ -11,11 +11,14 @@ is made of them (`tensor_parts`).
 import re
 from collections.abc import Iterable
 
-from fastvid.model.config import ModelConfig
+from fastvid.model.config import DecoderConfig, ModelConfig
+from fastvid.model.lora import beside
+from fastvid.policy import Lora
 
 # Keys of llava-hf folders, as transformers 4 (and transformers 5, on disk) and transformers 5 (in memory) spell them,
-# and of projector files without the leading `model.`.
+# and of projector files without the leading `model.`; and of what lies beside a LoRA adapter.
 _RENAMES = [
+    (re.compile(r"^base_model\.model\."), ""),  # PEFT's
     (re.compile(r"^language_model\.(?=model\.|lm_head\.)"), ""),
     (re.compile(r"^model\.language_model\."), "model."),
     (re.compile(r"^(model\.)?multi_modal_projector\.linear_1\."), "model.mm_projector.0."),
@@ -109,4 +112,21 @@ def tensor_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ..
     parts["decoder.norm.weight"] = [("model.norm.weight", (D,))]
     if not c.tie_word_embeddings:
         parts["head.weight"] = [("lm_head.weight", (V, D))]
+    return parts
+
+
+def lora_parts(config: DecoderConfig, lora: Lora) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Our name → [(PEFT's name behind `base_model.model.`, shape), …] of LoRA's matrices, as `tensor_parts`."""
+    r, parts = lora.rank, {}
+    for i in range(config.num_layers):
+        for matrix, place in beside(config, lora).items():
+            ours = f"decoder.layers.{i}.lora.{matrix}"
+            block = f"model.layers.{i}.{'self_attn' if matrix in ('qkv', 'o') else 'mlp'}"
+            parts[f"{ours}.a.weight"] = [
+                (f"{block}.{target}.lora_A.weight", (r, place.inputs)) for target in place.columns
+            ]
+            parts[f"{ours}.b.weight"] = [
+                (f"{block}.{target}.lora_B.weight", (last - first, r))
+                for target, (first, last) in place.columns.items()
+            ]
     return parts

@@ -35,7 +35,8 @@ def read_projector(path: StrPath, tokens: VideoTokens | None = None) -> dict[str
     path = Path(path)
     tensors = checkpoint.read_full(path, "model") if path.is_dir() else _by_our_names(path)
     names = set(tensors)
-    other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")))
+    low_rank = {name for name in names if ".lora." in name}  # `weights.adapter` reads those
+    other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")) - low_rank)
     if other:
         larger = f"{path} holds more than a projector ({other[0]}, …): it is "
         if not path.is_dir():

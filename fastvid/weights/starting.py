@@ -19,12 +19,15 @@ from fastvid.dist.sharding import held_part
 from fastvid.files import StrPath
 from fastvid.model.config import ModelConfig
 from fastvid.model.finite import not_finite
+from fastvid.model.lora import delta
 from fastvid.model.quantize import QuantizedLinear
 from fastvid.model.video_llava import VideoLlava
+from fastvid.policy import Lora
 from fastvid.provenance import Provenance
+from fastvid.weights.adapter import read_adapter
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.model_folder import ModelFolder
-from fastvid.weights.names import projector_parts, projector_type, tensor_parts
+from fastvid.weights.names import lora_parts, projector_parts, projector_type, tensor_parts
 from fastvid.weights.projector_file import read_projector, save_tensors
 
 __all__ = [
@@ -58,16 +61,21 @@ class StartingWeights:
         tokens: VideoTokens,
         projector: StrPath | None = None,
         seed: int = 42,
+        lora: Lora | None = None,
+        adapter: StrPath | None = None,
     ):
         """
         Args:
             config: that `read_model_config` made of `folder`.
             folder: the model folder.
             projector: file or checkpoint folder whose projector (and start and end rows) go before the folder's.
-            seed: of new rows, and of a projector that no file holds.
+            seed: of new rows, and of a projector and low-rank matrices that no file holds.
+            lora: the model has low-rank matrices beside its own.
+            adapter: folder that holds those (`read_adapter`). Without `lora` they are merged into the model's own
+                matrices.
 
         Raises:
-            ValueError: names a file that cannot be read.
+            ValueError: names a file that cannot be read; an adapter that is none of `lora`'s settings.
         """
         assert tokens.vocab_size <= config.decoder.vocab_size, "read_model_config was not told the tokenizer's size"
         self.config, self.tokens, self.seed = config, tokens, seed
@@ -78,6 +86,11 @@ class StartingWeights:
         self.makes_projector = (
             "projector.0.weight" not in self.projector and projector_type(self.folder) != config.projector_type
         )
+        self.low_rank = {} if lora is None else lora_parts(config.decoder, lora)
+        self.adapter = None if adapter is None else read_adapter(adapter, config.decoder)
+        if self.adapter is not None and lora is not None:
+            _check_settings(self.adapter, lora)
+        self._merges = self.adapter is not None and lora is None
         self._rows: dict[str, dict[int, Tensor]] = {}
 
     @staticmethod
@@ -156,7 +169,26 @@ class StartingWeights:
             return [self.projector[name]]
         if name.startswith("projector.") and self.makes_projector:
             return [self._new_projector_tensor(name)]
-        return [self.folder[part] for part, _ in self.parts[name]]
+        if name in self.low_rank:
+            return [self._low_rank_tensor(part, shape) for part, shape in self.low_rank[name]]
+        return [self._merged(part) if self._merges else self.folder[part] for part, _ in self.parts[name]]
+
+    def _low_rank_tensor(self, part, shape):
+        """The adapter's, or a new one as PEFT draws it: A as nn.Linear's weight, B zeros."""
+        if self.adapter is not None:
+            return self.adapter.tensors[part]
+        if part.endswith(".lora_B.weight"):
+            return torch.zeros(shape)
+        return _uniform(shape, shape[1], _generator(self.seed, part))
+
+    def _merged(self, part):
+        """The folder's tensor; where the adapter has a product to add to it, their sum in fp32."""
+        assert self.adapter is not None
+        held, place = self.folder[part], part.removesuffix(".weight")
+        if f"{place}.lora_A.weight" not in self.adapter.tensors:
+            return held
+        a_rI, b_Or = (self.adapter.tensors[f"{place}.lora_{which}.weight"] for which in "AB")
+        return held.float() + delta(a_rI, b_Or, self.adapter.lora)
 
     def _table_pieces(self, name):
         table, rows = self.folder[_TABLES[name]], self._replaced_rows(name)
@@ -200,9 +232,28 @@ class StartingWeights:
     def _new_projector_tensor(self, name):
         """What nn.Linear's reset_parameters draws: uniform within ±1/sqrt(inputs), weight and bias alike."""
         weight = name.replace(".bias", ".weight")
-        bound = 1 / math.sqrt(self.parts[weight][0][1][1])
-        shape = self.parts[name][0][1]
-        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(self.seed, name))
+        return _uniform(self.parts[name][0][1], self.parts[weight][0][1][1], _generator(self.seed, name))
+
+
+def _uniform(shape, inputs, generator):
+    bound = 1 / math.sqrt(inputs)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _check_settings(adapter, lora):
+    """Refuse to start from an adapter of other settings than the run's."""
+    flags = {
+        "--lora_r": (adapter.lora.rank, lora.rank),
+        "--lora_alpha": (f"{adapter.lora.alpha:g}", f"{lora.alpha:g}"),
+        "--lora_targets": (" ".join(adapter.lora.targets), " ".join(lora.targets)),
+        "--use_rslora": (adapter.lora.rslora, lora.rslora),
+    }
+    differing = {flag: theirs for flag, (theirs, ours) in flags.items() if theirs != ours}
+    if differing:
+        raise ValueError(
+            f"--lora_weights: {adapter.path} has other settings than this run: give "
+            f"{' '.join(f'{flag} {value}' for flag, value in differing.items())}"
+        )
 
 
 def _generator(seed, name):
@@ -222,7 +273,13 @@ def _misfit(path, name, tensor, shape, grows=False):
 
 
 def load_weights(
-    model: VideoLlava, folder: StrPath, *, tokens: VideoTokens, projector: StrPath | None = None, seed: int = 42
+    model: VideoLlava,
+    folder: StrPath,
+    *,
+    tokens: VideoTokens,
+    projector: StrPath | None = None,
+    seed: int = 42,
+    adapter: StrPath | None = None,
 ) -> None:
     """Fill every parameter of a VideoLlava, a tensor at a time; of a sharded one each rank copies its own rows.
 
@@ -236,12 +293,22 @@ def load_weights(
         tokens: `added` are the ids whose rows are made new.
         projector: projector file or checkpoint folder; its projector and its start and end rows replace the folder's.
         seed: of what no file holds.
+        adapter: folder of LoRA's matrices (`read_adapter`): what a model with LoRA starts from, and what is merged into
+            the matrices of one without.
 
     Raises:
         ValueError: names missing, mis-shaped and unexpected tensors, their file and the remedy; nothing was copied.
             Or tensors with values that are not finite.
     """
-    starting = StartingWeights(model.config, folder, tokens=tokens, projector=projector, seed=seed)
+    starting = StartingWeights(
+        model.config,
+        folder,
+        tokens=tokens,
+        projector=projector,
+        seed=seed,
+        lora=model.trainable.lora,
+        adapter=adapter,
+    )
     starting.check()
     if starting.makes_projector:
         log.warning(
@@ -282,6 +349,7 @@ def trained_weights(
     projector: StrPath | None = None,
     projector_type: str | None = None,
     seed: int = 42,
+    adapter: StrPath | None = None,
 ) -> StartingWeights:
     """The StartingWeights that a training run had, as far as its trained tensors leave them in use.
 
@@ -292,6 +360,7 @@ def trained_weights(
         projector: the projector file that it started from, if any; need not exist any more once all of it was trained.
         projector_type: as the run was told.
         seed: of the run.
+        adapter: the LoRA adapter to merge into the model's matrices, if any.
 
     Raises:
         ValueError: as `read_model_config`.
@@ -306,7 +375,7 @@ def trained_weights(
     )
     if weight is not None:
         config = dataclasses.replace(config, mm_hidden_size=weight.shape[1])
-    return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed)
+    return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed, adapter=adapter)
 
 
 def trained_tensor(name: str, starting: StartingWeights, trained: Mapping[str, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from model_cases import (
     ADAPTER,
     END,
     FULL,
+    LORA,
     PATCH,
     START,
     model_config,
@@ -29,6 +30,7 @@ from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
 from fastvid.model.attention import SDPA, choose_attention
+from fastvid.model.lora import draw_dropout
 from fastvid.policy import Trainable
 from fastvid.training import layer_memory
 from fastvid.training.live_bytes import LiveBytes
@@ -74,7 +76,9 @@ def options(rows, **changes):
 @pytest.mark.parametrize(
     "dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL, Trainable(head=True)], ids=["adapter", "full", "head"])
+@pytest.mark.parametrize(
+    "trainable", [ADAPTER, FULL, Trainable(head=True), LORA], ids=["adapter", "full", "head", "lora"]
+)
 def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
     rows = batch()
     more = {"fp32_residual": fp32_residual, "attention": chosen(dtype)}
@@ -94,6 +98,7 @@ def check_total(config, rows, **settings):
     """Of a further micro-batch, which finds gradients."""
     dtype = settings["compute_dtype"]
     model = random_model(config, settings["trainable"], dtype, recompute=settings["recompute"], attention=chosen(dtype))
+    draw_dropout(model, (0,))
     model(rows).backward()
     with LiveBytes() as live:
         model(rows).backward()
@@ -107,7 +112,7 @@ def check_total(config, rows, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL, LORA], ids=["adapter", "full", "lora"])
 def test_total_is_near_the_peak_of_a_step(recompute, dtype, trainable):
     check_total(CONFIG, batch(), recompute=recompute, compute_dtype=dtype, trainable=trainable)
 
@@ -123,7 +128,7 @@ def test_total_where_tables_and_logits_are_large(tied, dtype, trainable):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
+@pytest.mark.parametrize("trainable", [ADAPTER, FULL, LORA], ids=["adapter", "full", "lora"])
 def test_total_of_other_families(dtype, trainable):
     config = model_config(
         mm_hidden_size=24, **{**SIZES, "num_layers": 5}, qkv_bias=True, qk_norm=True, unrotated_layers=(1,)
