@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from fastvid import policy
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import tensor_parts
 from fastvid.weights.starting import StartingWeights
@@ -48,6 +49,7 @@ class Baseline:
 
     def __init__(self, folder, samples, tokens, *, dtype, micro_batch, device, learning_rate):
         self.tokens, self.dtype, self.device, self.learning_rate = tokens, dtype, device, learning_rate
+        self.folder = folder
         self.model, self.projector = load(folder, tokens, self.weight_dtype, self.device, self.attention())
         self.prepare()
         self.trained = [
@@ -195,6 +197,39 @@ class Tuned(Strong):
 
     def boundary(self, x_TD, start, end):
         return self.pair.weight.to(self.dtype).split(1)
+
+
+class Lora(Tuned):
+    """LoRA by `peft` on weights in the compute dtype, its own too, as tuned by hand: nothing recomputed, no mask."""
+
+    settings = policy.Lora(64, 128.0)
+
+    def prepare(self):
+        import peft
+
+        super().prepare()
+        lora = self.settings
+        config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+        self.model = peft.inject_adapter_in_model(config, self.model)
+        targets = {name: p for name, p in self.model.named_parameters() if ".lora_" in name}
+        model = read_model_config(self.folder, vocab_size=self.tokens.vocab_size)
+        starting = StartingWeights(model, self.folder, tokens=self.tokens, lora=lora)
+        with torch.no_grad():
+            for ours, parts in starting.low_rank.items():
+                for (name, _), piece in zip(parts, starting.pieces(ours), strict=True):
+                    targets.pop(name.replace(".weight", ".default.weight")).copy_(piece)
+        assert not targets, f"not filled: {sorted(targets)}"
+
+
+class LoraRecipe(Lora):
+    """The same as LLaVA's script has it: batches in the file's order with their mask, every layer recomputed."""
+
+    sorted_by_length = False
+    masked = True
+
+    def prepare(self):
+        super().prepare()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 class Compiled(Tuned):

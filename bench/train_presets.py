@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 QUESTIONS = (8, 7)  # of a video, in turn: 7.5 on average, as VideoInstruct-100K has it
 BASELINES = "reference", "strong", "tuned"  # rows of transformers' model
+LORA_BASELINES = "lora_recipe", "lora_tuned"  # rows of transformers' model with PEFT
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Row:
             f"{flag} {value}"
             for flag, value in pairs
             if flag in ("--recompute", "--frozen_dtype", "--attn_implementation", "--optim", "--master_dtype")
+            or flag.startswith("--lora_")
         )
 
 
 _NONE, _ALL = ("--recompute", "none"), ("--recompute", "full")
+_LORA = ("--lora_enable", "True", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0")
 _FP8, _ROUGHLY = ("--frozen_dtype", "fp8"), (5e-3, 0.2)
 _FIRST, _SDPA = ("--question_order", "video_first"), ("--attn_implementation", "sdpa")
 ROWS = {
@@ -110,6 +113,9 @@ ROWS = {
         micro_batch=15,
         like="strong_video_first",
     ),
+    "lora_recipe": Row("LLaVA's LoRA recipe (transformers and PEFT), r 64", "lora_recipe", like=None),
+    "lora_tuned": Row("the same tuned by hand: nothing recomputed, sorted, no mask", "lora", like="lora_recipe"),
+    "lora": Row("fastvid: LoRA, r 64", flags=(*_NONE, *_LORA), like="lora_recipe"),
     "fp8": Row("exact, frozen weights in FP8", flags=(*_NONE, *_FP8), like="exact", tolerance=_ROUGHLY),
     "fp8_16896": Row(
         "exact, frozen weights in FP8, batches of 16,896 rows",
@@ -169,6 +175,7 @@ class Preset:
 
 
 _LADDER = (*BASELINES, "packed", "kept", "last", "apart", "exact", "recomputed", "strong_video_first", "shared")
+_LORA_ROWS = ("lora_recipe", "lora_tuned", "lora")
 _BOTH = {"bf16": _LADDER, "fp32": (*BASELINES, "exact", "strong_video_first", "shared")}
 _GPU = {
     "bf16": (
@@ -197,6 +204,9 @@ PRESETS = {
     "tiny": Preset(_TINY, 2, 8, _BOTH, {"bf16": 1, "fp32": 1}),
     "tiny-gpu": Preset(_TINY, 4, 8, _GPU, {"bf16": 1}, 8),
     "cpu-110m": Preset(Shape(768, 12, 12, 2048), 2, 8, _BOTH, {"bf16": 3, "fp32": 2}),
+    "cpu-110m-lora": Preset(
+        Shape(768, 12, 12, 2048), 2, 8, dict.fromkeys(("bf16", "fp32"), _LORA_ROWS), {"bf16": 5, "fp32": 2}
+    ),
     "gpu-7b": Preset(_7B, 4, 8, _GPU, {"bf16": 3}, 12),
     "gpu-13b": Preset(_13B, 4, 8, {"bf16": ("tuned", "exact", "fp8", "full")}, {"bf16": 2}, 12),
 }

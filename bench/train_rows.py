@@ -172,6 +172,8 @@ def baseline(row, folder, dtype, micro_batch):
         "tuned": baselines.Tuned,
         "unpadded": baselines.Unpadded,
         "compiled": baselines.Compiled,
+        "lora": baselines.Lora,
+        "lora_recipe": baselines.LoraRecipe,
     }
     tokens, samples = step_samples(row, folder)
     return kinds[row.kind](

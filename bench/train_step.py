@@ -9,6 +9,7 @@ It times CPUs; a GPU, which would have to hold all rows at once, is timed by scr
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from bench.harness import environment  # noqa: E402  found by the line above
-from bench.train_presets import BASELINES, PRESETS, ROWS  # noqa: E402
+from bench.train_presets import BASELINES, LORA_BASELINES, PRESETS, ROWS  # noqa: E402
 
 # Largest relative difference of the loss and of the gradient norm from those of the row that one must equal, at the
 # starting weights. The reference keeps the residual stream in fp32 under autocast, the others round it to bf16.
@@ -175,12 +176,12 @@ def compare(rows):
 
 
 def ratios(rows, dtype):
-    """Samples per second of the exact and the shared rows over the baselines'."""
+    """Samples per second of the exact, the shared and the LoRA rows over their baselines'."""
     speed = {row["row"]: row["samples_per_second"] for row in rows if row["dtype"] == dtype}
+    pairs = [*itertools.product(("exact", "shared"), BASELINES), *itertools.product(("lora",), LORA_BASELINES)]
     return {
         f"{ours}_vs_{theirs}": speed[ours] / speed[theirs]
-        for ours in ("exact", "shared")
-        for theirs in BASELINES
+        for ours, theirs in pairs
         if speed.get(ours) and speed.get(theirs)
     }
 
@@ -210,7 +211,9 @@ def summary(rows, rates):
 
 def table(rows):
     """The ladder as text."""
-    cells = [("", "samples/s", "±", "rows/s", "GFLOP/s", "matmul", "memory", *(f"× {name}" for name in BASELINES))]
+    run = {row["row"] for row in rows if row["seconds"]}
+    baselines = [name for name in (*BASELINES, *LORA_BASELINES) if name in run]
+    cells = [("", "samples/s", "±", "rows/s", "GFLOP/s", "matmul", "memory", *(f"× {name}" for name in baselines))]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         here = [row for row in rows if row["dtype"] == dtype and row["seconds"]]
         base = {row["row"]: row["samples_per_second"] for row in here}
@@ -226,7 +229,7 @@ def table(rows):
                     f"{row['flops_per_second'] / 1e9:,.0f}",
                     f"{100 * row['matmul_share']:.0f} %",
                     f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-                    *(f"{speed / base[name]:.2f}" if name in base else "" for name in BASELINES),
+                    *(f"{speed / base[name]:.2f}" if name in base else "" for name in baselines),
                 )
             )
     widths = [max(map(len, column)) for column in zip(*cells)]

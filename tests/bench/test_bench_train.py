@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from bench import train_data, train_rows, train_step
 from bench.executed import ExecutedFlops, executed_flops, matmul_rate, varlen_flops
-from bench.train_presets import BASELINES, PRESETS, ROWS, Shape
+from bench.train_presets import BASELINES, LORA_BASELINES, PRESETS, ROWS, Shape
 from fastvid.config import TrainConfig
 from fastvid.data.conversation import system_prefix
 from fastvid.data.dataset import SampleSet
@@ -207,6 +207,20 @@ def test_rows_compute_less_from_idea_to_idea(firsts):
     assert rows == sorted(rows, reverse=True) and len(set(rows)) == len(rows)
     assert firsts["strong"]["rows"] == firsts["reference"]["rows"]
     assert firsts["packed"]["rows"] == firsts["exact"]["sample_rows"] == firsts["reference"]["sample_rows"]
+
+
+@pytest.mark.slow
+def test_rows_of_lora_have_the_loss_and_gradient_of_peft(folder):
+    pytest.importorskip("peft")
+    names = (*LORA_BASELINES, "lora")
+    rows = [{"row": name, "dtype": "fp32", **first(name, folder)} for name in names]
+    assert list(train_step.compare(rows)) == []
+    assert rows[0]["flops"] > rows[1]["flops"] > rows[2]["flops"]
+    row = train_rows.make("lora_tuned", folder, torch.bfloat16, 8)
+    ours = train_rows.make("lora", folder, torch.bfloat16, 8)
+    assert {p.dtype for p in row.model.parameters()} == {torch.bfloat16}
+    trained = sum(p.numel() for p in ours.state.optimizer.parameters.values())
+    assert sum(p.numel() for p in row.trained) == trained
 
 
 @pytest.mark.slow
