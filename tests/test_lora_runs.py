@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig
 from fastvid.dist import parallel
 from fastvid.dist.sharding import full_tensor
+from fastvid.evaluation import predict
 from fastvid.inference.chat import Chat
 from fastvid.policy import LORA_TARGETS
 from fastvid.training import planning, recovery
@@ -384,3 +386,18 @@ def test_a_projector_alone_leaves_the_adapter_out_and_says_so(made, tmp_path, ca
     words = ["--max_steps", "1", "--pretrain_mm_mlp_adapter", str(made / "out"), "--dry_run", "True"]
     assert train.main(flags(made, tmp_path, *words)) == 0
     assert "holds a LoRA adapter, which is left out: --lora_weights" in caplog.text
+
+
+def test_predictions_know_the_adapter_that_they_are_of(made):
+    """An --output of another adapter's, or of none, is not gone on with."""
+    found = [
+        predict._settings(
+            Chat(model_name_or_path=str(made / "model"), projector=str(made / "out"), adapter=adapter and str(adapter)),
+            SimpleNamespace(task="match"),
+            [],
+            [],
+        )
+        for adapter in (None, made / "out" / "checkpoint-4", made / "out" / "checkpoint-6")
+    ]
+    assert len({settings["adapter"] for settings in found}) == 3
+    assert len({settings["weights"] for settings in found}) == 1
