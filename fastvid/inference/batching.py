@@ -39,6 +39,7 @@ class Request:
         max_new_tokens: longest answer.
         temperature: 0 is greedy.
         seed: of the draws, which no other request changes.
+        top_p: as for `next_token`.
     """
 
     key: Any
@@ -48,6 +49,7 @@ class Request:
     max_new_tokens: int = 1024
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
 
     @property
     def videos(self) -> list[Tensor]:
@@ -120,6 +122,12 @@ class Batcher:
         at_once: most answers that are continued together.
         cache_bytes: of all keys and values.
         prefill_rows: most rows of prompts that join in one step, unless a single one has more.
+        keep_beginnings: keep the beginning of prompts, up to the end of their video, for later ones, until its room
+            is needed. What was not used for longest goes first.
+
+    Attributes:
+        row_bytes: of one row of keys and values, of all layers.
+        found: how many prompts had a beginning that was there already.
     """
 
     def __init__(
@@ -131,6 +139,7 @@ class Batcher:
         at_once: int = 32,
         cache_bytes: int,
         prefill_rows: int = 8192,
+        keep_beginnings: bool = False,
     ):
         sizes = model.config.decoder
         self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
@@ -138,13 +147,31 @@ class Batcher:
         self._model, self._tokens, self._stops = model, tokens, stops
         self._device = model.embed.weight.device
         self._pool = RowPool(sizes.num_layers, rows)
-        self._at_once, self._prefill_rows = at_once, prefill_rows
+        self._at_once, self._prefill_rows, self._keep = at_once, prefill_rows, keep_beginnings
         self._waiting, self._running = deque(), []
-        self._runs, self._bases = [], {}  # in the order of their rows; {beginning: the run that holds it}
+        self._runs = []  # in the order of their rows
+        self._bases = {}  # {beginning: the run that holds it}; what was used last is the last
+        self.found = 0
 
     def __len__(self) -> int:
         """Requests that are not answered yet."""
         return len(self._waiting) + len(self._running)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the beginnings that are kept for later prompts alone."""
+        return self.row_bytes * sum(run.stop - run.first for run in self._runs if not run.users)
+
+    def running(self) -> Iterator[tuple[Any, list[int]]]:
+        """(key, ids so far) of the answers that are being continued; the lists grow with each `step`."""
+        return ((each.waiting.request.key, each.answer) for each in self._running)
+
+    def cancel(self, key: Any) -> None:
+        """Give up the request of a key, between steps. One that has ended, or never was, is none."""
+        self._waiting = deque(each for each in self._waiting if each.request.key != key)
+        for each in [each for each in self._running if each.waiting.request.key == key]:
+            self._running.remove(each)
+            self._leave(each)
 
     def check(self, request: Request) -> int:
         """Tokens that its answer may have.
@@ -200,37 +227,52 @@ class Batcher:
         joining, prompt_rows = [], 0
         while self._waiting and len(self._running) + len(joining) < self._at_once:
             waiting = self._waiting[0]
-            base = self._bases.get(waiting.beginning) if waiting.end else None
-            shared = 0 if base is None else waiting.end
-            prompt_rows += waiting.prompt - shared
-            own = self._free_run(waiting.rows - shared)
-            if own is None or (joining and prompt_rows > self._prefill_rows):
+            room = self._room_for(waiting)
+            if room is None:
+                break
+            own, base = room
+            prompt_rows += waiting.prompt - (0 if base is None else waiting.end)
+            if joining and prompt_rows > self._prefill_rows:
                 break
             self._waiting.popleft()
             self._runs = sorted([*self._runs, own], key=lambda run: run.first)
-            if waiting.end and base is None:
-                base = self._bases[waiting.beginning] = own
+            self.found += base is not None
+            if waiting.end:
+                self._bases.pop(waiting.beginning, None)
+                base = self._bases[waiting.beginning] = base or own
             for run in {own, base} - {None}:
                 run.users += 1
             joining.append(_Running(waiting, own, base, waiting.prompt, self._generator(waiting)))
         return joining
 
-    def _free_run(self, rows):
-        """The first run of `rows` rows that is free; None without any."""
-        free = 0
-        for run in self._runs:
-            if run.first - free >= rows:
-                break
-            free = run.stop
-        return _Run(free, free + rows) if free + rows <= self._pool.rows else None
+    def _room_for(self, waiting):
+        """(a run for what it alone needs, the run of its beginning or None), for which beginnings that nobody uses are
+        given up; None without room."""
+        there = self._bases.get(waiting.beginning) if waiting.end else None
+        choices = [] if there is None else [(waiting.rows - waiting.end, there)]
+        if there is None or not there.users:  # its beginning may be what is in the way
+            choices.append((waiting.rows, None))
+        for rows, base in choices:
+            if _free_run([run for run in self._runs if run.users or run is base], rows, self._pool.rows) is None:
+                continue
+            while (own := _free_run(self._runs, rows, self._pool.rows)) is None:
+                idle = next(key for key, run in self._bases.items() if not run.users and run is not base)
+                self._runs.remove(self._bases.pop(idle))
+            return own, base
+        return None
 
     def _leave(self, running):
         """Free the runs that nobody needs any more."""
         for run in {running.own, running.base} - {None}:
             run.users -= 1
-        self._runs = [run for run in self._runs if run.users]
-        if running.base is not None and not running.base.users:
-            del self._bases[running.waiting.beginning]
+        base, waiting = running.base, running.waiting
+        if base is not None and not base.users:
+            if self._keep:
+                base.stop = base.first + waiting.end
+            else:
+                del self._bases[waiting.beginning]
+        kept = self._bases.values() if self._keep else ()
+        self._runs = [run for run in self._runs if run.users or run in kept]
 
     def _begin(self, joining):
         """Compute prompts into the buffer; returns those whose first token ended them."""
@@ -339,7 +381,8 @@ class Batcher:
         for each, logits_V, token in zip(running, logits_BV, greedy_B):
             waiting = each.waiting
             if each.generator is not None:
-                token = next_token(logits_V, waiting.request.temperature, each.generator).item()
+                request = waiting.request
+                token = next_token(logits_V, request.temperature, each.generator, request.top_p).item()
             if token not in self._stops:
                 each.answer.append(token)
             if token in self._stops or len(each.answer) == waiting.new_tokens:
@@ -361,3 +404,13 @@ class Batcher:
         if waiting.request.temperature == 0:
             return None
         return torch.Generator(self._device).manual_seed(waiting.request.seed)
+
+
+def _free_run(runs, rows, total):
+    """The first run of `rows` rows that is free of `runs`, among `total`; None without any."""
+    free = 0
+    for run in runs:
+        if run.first - free >= rows:
+            break
+        free = run.stop
+    return _Run(free, free + rows) if free + rows <= total else None

@@ -72,11 +72,18 @@ def rows_left(model: VideoLlava, rows: int) -> int:
     return context - rows
 
 
-def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The likeliest token, or one that is drawn where the temperature is not 0; [1] int64."""
+def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0) -> Tensor:
+    """The likeliest token, or one that is drawn where the temperature is not 0; [1] int64.
+
+    `top_p` below 1: of the likeliest tokens alone, as few as have that probability together (arXiv:1904.09751).
+    """
     if temperature == 0:
         return logits_V.argmax(-1, keepdim=True)
-    return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+    p_V = (logits_V / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_V, order_V = p_V.sort(descending=True, stable=True)
+        p_V[order_V[sorted_V.cumsum(-1) - sorted_V >= top_p]] = 0
+    return torch.multinomial(p_V, 1, generator=generator)
 
 
 def _next_row(model, token_1, cache):

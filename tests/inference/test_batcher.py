@@ -1,6 +1,7 @@
 """Many answers at once: each is what `generate` gives of its prompt alone, whoever else runs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.inference.batching import Batcher, Request
-from fastvid.inference.generate import generate
+from fastvid.inference.generate import generate, next_token
 
 TOKENS = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
 EOS, CHANNELS = 2, 12
@@ -159,3 +160,72 @@ def test_memory_is_bounded():
     answers = dict(batch.run(request(i, rng) for i in range(30)))
     assert len(answers) == 30
     assert {buffer.shape[0] for layer in batch._pool.layers for buffer in layer.buffers} == {120}
+
+
+@pytest.mark.parametrize("rows", [70, 90, 300])
+def test_kept_beginnings_change_no_answer(rows):
+    """They come and go as there is room, and are found again."""
+    model, rng = random_model(), random.Random(10)
+    batch = batcher(model, rows=rows, at_once=3, keep_beginnings=True)
+    asked = [request(i, rng, opening=rng.choice([None, 1, 2, 3]), max_new_tokens=5 + i % 7) for i in range(60)]
+    answers = {}
+    for each in asked:
+        batch.add(each)
+        answers.update(batch.step())
+    while len(batch):
+        answers.update(batch.step())
+    assert answers == {each.key: alone(model, each) for each in asked}
+    assert 0 < batch.kept_bytes <= rows * batch.row_bytes
+    assert batch.found > (10 if rows == 300 else 0)
+
+
+def test_a_kept_beginning_is_not_computed_again(monkeypatch):
+    model, rng = random_model(), random.Random(4)
+    rows = []
+    monkeypatch.setattr(model.decoder, "forward", _counting(model.decoder.forward, rows))
+    first, second = (request(i, rng, video="b", opening=5, max_new_tokens=1) for i in range(2))
+    for keep, found in ((True, len(second.token_ids) - 4 - len(FEATURES["b"]) - 2), (False, len(second.token_ids) + 1)):
+        batch = batcher(model, keep_beginnings=keep)
+        for each in (first, second):
+            list(batch.run([each]))
+        assert rows.pop() == found
+        assert bool(batch.kept_bytes) == keep
+
+
+def test_the_beginning_in_the_way_of_its_own_prompt_goes():
+    """A prompt that fills the buffer finds its beginning there, in the middle."""
+    model, rng = random_model(), random.Random(12)
+    other = request("other", rng, video="c", opening=1, max_new_tokens=9)
+    small, large = (request(name, rng, video="b", opening=5, max_new_tokens=1) for name in ("small", "large"))
+    large = replace(large, max_new_tokens=80 - len(large.token_ids))
+    batch, answers = batcher(model, rows=80, keep_beginnings=True), {}
+    for each in (other, small, large):
+        batch.add(each)
+    for _ in range(100):
+        answers.update(batch.step())
+    assert answers == {each.key: alone(model, each) for each in (other, small, large)}
+
+
+def test_who_is_given_up_frees_its_place():
+    model, rng = random_model(), random.Random(11)
+    batch = batcher(model, rows=200, at_once=4)
+    asked = [request(i, rng, video="b", opening=5, max_new_tokens=14) for i in range(8)]
+    for each in asked:
+        batch.add(each)
+    batch.step()
+    assert sorted(key for key, _ in batch.running()) == [0, 1, 2, 3]
+    assert all(len(ids) == 2 for _, ids in batch.running())
+    for key in (0, 2, 5, "nobody"):  # one whose rows others begin with, one that runs, one that waits
+        batch.cancel(key)
+    answers = dict(batch.run([]))
+    assert answers == {each.key: alone(model, each) for each in asked if each.key not in (0, 2, 5)}
+    assert batch._runs == []
+    assert batch._bases == {}
+
+
+def test_draws_are_of_the_likeliest_tokens_that_reach_top_p():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for top_p, possible in ((1e-9, {1}), (0.4, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+        generator = torch.Generator().manual_seed(0)
+        drawn = {int(next_token(logits, 1.0, generator, top_p)) for _ in range(200)}
+        assert drawn == possible
