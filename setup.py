@@ -7,6 +7,7 @@ setup(
     # kernels/ itself is never a package: Hugging Face's `kernels` has that name, and transformers looks for it.
     package_data={
         "fastvid": ["py.typed"],
+        "fastvid.serving": ["*.css", "*.html", "*.js"],
         "fastvid_kernels": ["py.typed"],
         "fastvid_kernels.cpu": ["*.cpp", "*.h"],
     },

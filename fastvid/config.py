@@ -602,6 +602,59 @@ class EvaluateConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class ServeConfig(_Checked):
+    """Answer questions about videos over HTTP, as OpenAI's chat completions."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
+    projector: str | None = _flag(None, "Trained projector: as for chat.")
+    vision_tower: str | None = _flag(None, "Vision tower (hub id or folder): as for chat.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = _flag(
+        None, "System text and template of the prompt: as for chat."
+    )
+    question_order: Literal["reference", "video_first"] | None = _flag(
+        None, "Where the video stands in the prompt: as for chat."
+    )
+    mm_use_vid_start_end: bool | None = _flag(None, "Default: as the tokenizer or the projector file says.")
+    temperature: float = _flag(0.0, "Of requests that name none; 0 is greedy.", at_least=0, at_most=2)
+    max_new_tokens: int = _flag(1024, "Longest answer, whatever a request asks for.", at_least=1)
+    num_frames: int | None = _flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    bf16: bool = _flag(False, "Compute in bf16.")
+    device: str | None = _flag(None, "torch device. Default: a GPU if there is one.")
+    host: str = _flag("127.0.0.1", "Address to listen at; 0.0.0.0: every network of this machine.", group="server")
+    port: int = _flag(8000, "Port to listen at; 0: any that is free.", at_least=0, at_most=65535)
+    served_model_name: str | None = _flag(None, "The model's name in requests. Default: its folder's.")
+    api_key: str | None = _flag(
+        None,
+        "Key that requests must bring. Default: FASTVID_API_KEY, which a list of processes does not show; none if "
+        "that is not set.",
+    )
+    allowed_folder: str | None = _flag(None, "Folder whose files requests may name by file:// addresses.")
+    allow_host: list[str] = _flag([], "Hosts (name, or name:port) whose videos requests may name by http(s) addresses.")
+    demo: bool = _flag(False, "Serve a page to try the model, at the server's address.")
+    at_once: int = _flag(32, "Most answers that are continued together.", at_least=1, at_most=4096, group="limits")
+    max_waiting: int = _flag(256, "Requests that may wait beside those; more are refused with 429.", at_least=0)
+    kv_cache_gib: float | None = _flag(
+        None,
+        "Memory for keys and values. Default: seven tenths of what a GPU has free; 4 GiB on a CPU.",
+        above=0,
+        at_most=10**6,
+    )
+    feature_cache_mib: int = _flag(1024, "Memory for features of videos that were asked about.", at_least=0)
+    max_body_mib: int = _flag(128, "Largest request.", at_least=1, at_most=4096)
+    max_video_mib: int = _flag(1024, "Largest video of a file:// or http(s) address.", at_least=1)
+    max_pixels: int = _flag(8192 * 4320, "Most pixels of a picture.", at_least=1)
+    max_frames: int = _flag(1_000_000, "Most frames of a video, and most pictures of a request.", at_least=1)
+    max_seconds: float = _flag(4 * 3600.0, "Longest video.", above=0, at_most=10**7)
+    decode_timeout: float = _flag(
+        60.0, "Seconds, beside a video's own length, after which its decoding is given up.", above=0, at_most=10**5
+    )
+    request_timeout: float = _flag(600.0, "Seconds after which a request is given up.", above=0, at_most=10**6)
+    grace: float = _flag(
+        30.0, "Seconds that a server which is told to end gives its answers.", at_least=0, at_most=10**5
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig(_Checked):
     """A checkpoint to the reference's or Hugging Face's format."""
 

@@ -143,15 +143,19 @@ class Batcher:
     ):
         sizes = model.config.decoder
         self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
-        rows = min(cache_bytes // self.row_bytes, at_once * sizes.context)
+        self._rows = min(cache_bytes // self.row_bytes, at_once * sizes.context)
         self._model, self._tokens, self._stops = model, tokens, stops
         self._device = model.embed.weight.device
-        self._pool = RowPool(sizes.num_layers, rows)
         self._at_once, self._prefill_rows, self._keep = at_once, prefill_rows, keep_beginnings
+        self.found = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all requests and beginnings, and free the buffer."""
+        self._pool = RowPool(self._model.config.decoder.num_layers, self._rows)
         self._waiting, self._running = deque(), []
         self._runs = []  # in the order of their rows
         self._bases = {}  # {beginning: the run that holds it}; what was used last is the last
-        self.found = 0
 
     def __len__(self) -> int:
         """Requests that are not answered yet."""
@@ -184,11 +188,11 @@ class Batcher:
             raise ValueError(f"temperature {request.temperature}: 0 is greedy, higher is more random")
         prompt = len(request.token_ids)
         new_tokens = min(request.max_new_tokens, rows_left(self._model, prompt))
-        if prompt + new_tokens > self._pool.rows:
+        if prompt + new_tokens > self._rows:
             raise ValueError(
                 f"a prompt of {prompt} rows and an answer of {new_tokens} need "
                 f"{(prompt + new_tokens) * self.row_bytes / 2**30:.2g} GiB for keys and values, there are "
-                f"{self._pool.rows * self.row_bytes / 2**30:.2g}: raise --kv_cache_gib, or lower --max_new_tokens"
+                f"{self._rows * self.row_bytes / 2**30:.2g}: raise --kv_cache_gib, or lower --max_new_tokens"
             )
         return new_tokens
 
@@ -253,9 +257,9 @@ class Batcher:
         if there is None or not there.users:  # its beginning may be what is in the way
             choices.append((waiting.rows, None))
         for rows, base in choices:
-            if _free_run([run for run in self._runs if run.users or run is base], rows, self._pool.rows) is None:
+            if _free_run([run for run in self._runs if run.users or run is base], rows, self._rows) is None:
                 continue
-            while (own := _free_run(self._runs, rows, self._pool.rows)) is None:
+            while (own := _free_run(self._runs, rows, self._rows)) is None:
                 idle = next(key for key, run in self._bases.items() if not run.users and run is not base)
                 self._runs.remove(self._bases.pop(idle))
             return own, base

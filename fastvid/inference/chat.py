@@ -178,32 +178,49 @@ class Chat:
             answer=answer,
         )
 
-    def request(self, key: Any, video: str, features_RC: torch.Tensor, question: str) -> Request:
+    def request(
+        self,
+        key: Any,
+        video: str,
+        features_RC: torch.Tensor,
+        question: str,
+        history: Sequence[tuple[str, str]] = (),
+        **sampling: Any,
+    ) -> Request:
         """A question for `batcher`, whose answer is that of `ask_features`.
 
         Args:
             key: what its answer comes back with.
             video: name of the features; questions of the same name share what they have in common.
+            history: as for `ask`.
+            sampling: max_new_tokens, temperature, seed and top_p, where they are others than the configuration's.
 
         Raises:
             ValueError: as `prompt`.
         """
         config = self.config
-        ids = self.prompt(features_RC, question)
-        return Request(key, ids, features_RC, video, config.max_new_tokens, config.temperature, config.seed)
+        ids = self.prompt(features_RC, question, history)
+        own = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
+        return Request(key, ids, features_RC, video, **own | sampling)
 
-    def batcher(self, at_once: int = 32, cache_bytes: int | None = None) -> Batcher:
+    def batcher(self, at_once: int = 32, cache_bytes: int | None = None, *, keep_beginnings: bool = False) -> Batcher:
         """What answers many `request`s together.
 
         Args:
             at_once: most answers that are continued together.
             cache_bytes: of their keys and values. Default: seven tenths of what a GPU has free; 4 GiB on a CPU.
+            keep_beginnings: as for `Batcher`.
         """
         if cache_bytes is None:
             gpu = self.device.type == "cuda"
             cache_bytes = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if gpu else 4 << 30
         return Batcher(
-            self.model, self.tokenizer.tokens, stops=self.tokenizer.stops, at_once=at_once, cache_bytes=cache_bytes
+            self.model,
+            self.tokenizer.tokens,
+            stops=self.tokenizer.stops,
+            at_once=at_once,
+            cache_bytes=cache_bytes,
+            keep_beginnings=keep_beginnings,
         )
 
     def features(self, video: StrPath) -> torch.Tensor:
@@ -220,18 +237,17 @@ class Chat:
             self._check_made_alike(video, header)
             self._check_rows(video, len(features_RC), extracted=True)
         else:
-            encoder, num_frames = self._loaded_encoder(), self._num_frames
-            self._check_rows(f"{video} with --num_frames {num_frames} and this tower", num_frames + encoder.num_patches)
+            encoder = self.loaded_encoder(str(video))
             try:
-                frames, _ = self._worker.decode(str(video), num_frames=num_frames, size=encoder.image_size)
+                frames, _ = self._worker.decode(str(video), num_frames=self.num_frames, size=encoder.image_size)
             except DecodeError as error:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
             features_RC = encoder.encode(frames)
         return features_RC
 
     @property
-    def _num_frames(self):
-        """Frames of each video, as settled with the weights."""
+    def num_frames(self) -> int:
+        """Most frames of a video, as settled with the weights."""
         assert self.config.num_frames is not None
         return self.config.num_frames
 
@@ -242,7 +258,7 @@ class Chat:
         """
         trained = self.trained.rows
         if trained is not None and rows != trained:
-            frames = trained - rows + self._num_frames
+            frames = trained - rows + self.num_frames
             remedy = (
                 "extract it with "
                 if extracted
@@ -289,12 +305,20 @@ class Chat:
         """End the process that decodes."""
         self._worker.close()
 
-    def _loaded_encoder(self):
+    def loaded_encoder(self, video: str = "a video") -> FeatureEncoder:
+        """The tower, which is loaded when it is first needed.
+
+        Args:
+            video: what is to be encoded, for messages.
+
+        Raises:
+            ValueError: there is none, or not the one of training; features of `num_frames` are not those of training.
+        """
         if self._encoder is None:
             tower = choose_tower(self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
             if tower is None:
                 raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
-            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self._num_frames)
+            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.num_frames)
             if encoder.hidden_size != self.model_config.mm_hidden_size:
                 raise ValueError(
                     f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
@@ -302,6 +326,9 @@ class Chat:
                 )
             check_tower(tower, self.trained, self.weights)
             self._encoder = encoder
+        self._check_rows(
+            f"{video} with --num_frames {self.num_frames} and this tower", self.num_frames + self._encoder.num_patches
+        )
         return self._encoder
 
 

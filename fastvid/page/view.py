@@ -1,7 +1,6 @@
 """What a page shows of one video: frames with their times, norms of its features, and what their header says."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, shown
-from fastvid.video.decode import DecodeError, VideoInfo
-from fastvid.video.decode.container import open_video
+from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.listing import no_video
 from fastvid.video.sampling import frame_indices
@@ -61,7 +59,7 @@ def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | 
     if path.suffix in SUFFIXES:
         features_RC, header = load_features(path)
         header = header or _of_manifest(path)
-        _show_features(view, features_RC, header, num_frames)
+        show_features(view, features_RC, header, num_frames)
         view.notes.append("There are no frames: a feature file holds none.")
         return view
     if tower is None:
@@ -83,7 +81,7 @@ def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | 
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "video": asdict(info),
     }
-    _show_features(view, encoder.encode(view.frames), header, None)
+    show_features(view, encoder.encode(view.frames), header, None)
     return view
 
 
@@ -105,7 +103,7 @@ def view_record(
     else:
         try:
             features_RC, _ = features.load(name)
-            _show_features(view, features_RC, features.header(name), num_frames)
+            show_features(view, features_RC, features.header(name), num_frames)
         except (ValueError, OSError) as error:
             view.notes.append(f"There are no features: {error}.")
     if video is None:
@@ -130,49 +128,34 @@ def view_record(
     return view
 
 
-def frame_times(path: StrPath, numbers: Sequence[int], info: VideoInfo) -> list[float]:
-    """Seconds from a video's first frame to those numbered; by its average rate where the packets' times do not tell.
-
-    Args:
-        info: `fastvid.video.decode.VideoInfo` of it.
-
-    Raises:
-        DecodeError: it cannot be opened.
-    """
-    with open_video(path) as (container, stream, _):
-        unit = float(stream.time_base or 0)
-        times = sorted(
-            packet.pts
-            for packet in container.demux(stream)
-            if packet.size and packet.pts is not None and not packet.is_discard
-        )
-    if unit and len(times) == info.frames:
-        return [(times[number] - times[0]) * unit for number in numbers]
-    return [number / info.fps for number in numbers] if info.fps else []
-
-
 def _show_frames(view, path, count, size):
     worker = DecodeWorker(_TIMEOUT)
     try:
         view.frames, info = worker.decode(str(path), num_frames=count, size=size)
+        view.numbers, view.aspect = frame_indices(info.frames, count), info.width / info.height
+        view.seconds = worker.frame_times(path, view.numbers, info)
     except DecodeError as error:
         raise ValueError(
             f"{shown(path)} {reason}" if (reason := no_video(path) if Path(path).is_file() else None) else str(error)
         ) from error
     finally:
         worker.close()
-    view.numbers, view.aspect = frame_indices(info.frames, count), info.width / info.height
-    view.seconds = frame_times(path, view.numbers, info)
     return info
 
 
-def _show_features(view, features_RC, header, num_frames):
-    """Norms of the rows, parted into temporal and spatial ones as far as anything tells how."""
+def show_features(view: VideoView, features_RC: torch.Tensor, header: dict, num_frames: int | None) -> None:
+    """Put the norms of the rows into a view, parted into temporal and spatial ones as far as anything tells how.
+
+    Args:
+        features_RC: [R, C].
+        header: of their file; an empty one tells nothing.
+        num_frames: temporal rows where the header does not tell.
+    """
     R, C = features_RC.shape
     view.header, view.rows = header, (R, C, str(features_RC.dtype).removeprefix("torch."))
     norms = torch.linalg.vector_norm(features_RC.float(), dim=1).numpy()
     told = header.get("num_frames")
-    T = told if _is_count(told, R) else num_frames or NUM_FRAMES
+    T = told if isinstance(told, int) and _is_count(told, R) else num_frames or NUM_FRAMES
     side = math.isqrt(max(R - T, 0))
     if T >= R or side * side != R - T:
         view.temporal = norms

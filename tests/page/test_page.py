@@ -24,8 +24,9 @@ from fastvid.flags import parse
 from fastvid.inspection import main
 from fastvid.page import pictures
 from fastvid.page.document import document
-from fastvid.page.view import VideoView, frame_times, view_file, view_record
+from fastvid.page.view import VideoView, view_file, view_record
 from fastvid.video.decode import decode
+from fastvid.video.decode.pyav import frame_times
 from fastvid.video.encoder import default_dtype
 
 FRAMES = 6

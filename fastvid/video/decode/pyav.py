@@ -55,6 +55,8 @@ def decode(
     indices: Iterable[int] | None = None,
     size: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    max_frames: int | None = None,
+    max_seconds: float | None = None,
     threads: int = 0,
     allow_damaged: bool = False,
     into: np.ndarray | None = None,
@@ -67,6 +69,7 @@ def decode(
         indices: frame numbers to take instead, in any order, repeats allowed.
         size: resize every frame to size × size by nearest neighbour; None keeps the video's size.
         max_pixels: refuse larger pictures.
+        max_frames, max_seconds: refuse videos that say they have more; None: no limit.
         threads: that decode; 0: as many as there are cores.
         allow_damaged: take frames that decode with errors, and put up with missing ones; `VideoInfo.damaged` counts.
         into: flat uint8 array, of at least as many values as the frames have, to put them into. It takes a `size`.
@@ -76,11 +79,16 @@ def decode(
 
     Raises:
         DecodeError: the file does not exist, is damaged, cut short or not a video, or holds no frame; its picture is
-            too large, changes size or is turned by an angle that is not a multiple of 90°; or it has no frame of some
-            number.
+            too large, changes size or is turned by an angle that is not a multiple of 90°; it has no frame of some
+            number; or it is longer than a limit.
     """
+    if max_seconds is not None and (lasts := duration(path)) > max_seconds:
+        raise DecodeError(path, f"lasts {lasts:,.1f} s, over the limit of {max_seconds:,g} s")
     video = _Pass(path, size, max_pixels, threads, allow_damaged, into)
     packets = _packets(path)
+    expected = packets.frames if packets is not None else _count_by_index(path)
+    if max_frames is not None and expected > max_frames:
+        raise DecodeError(path, f"has {expected:,} frames, over the limit of {max_frames:,}")
     if packets is not None:
         wanted = frame_indices(packets.frames, num_frames) if indices is None else list(indices)
         check_numbers(path, wanted, packets.frames)
@@ -88,7 +96,6 @@ def decode(
         keep = packets.needed([*wanted, packets.frames - 1])
         if found := video.some(wanted, packets, keep):
             return found
-    expected = packets.frames if packets is not None else _count_by_index(path)
     wanted = (frame_indices(expected, num_frames) if expected else []) if indices is None else list(indices)
     frames, info = video.whole(wanted)
     if indices is not None:
@@ -108,6 +115,27 @@ def duration(path: StrPath) -> float:
 
     with open_video(path) as (container, _, _):
         return (container.duration or 0) / av.time_base
+
+
+def frame_times(path: StrPath, numbers: Sequence[int], info: VideoInfo) -> list[float]:
+    """Seconds from a video's first frame to those numbered; by its average rate where the packets' times do not tell.
+
+    Args:
+        info: of the video.
+
+    Raises:
+        DecodeError: it cannot be opened.
+    """
+    with open_video(path) as (container, stream, _):
+        unit = float(stream.time_base or 0)
+        times = sorted(
+            packet.pts
+            for packet in container.demux(stream)
+            if packet.size and packet.pts is not None and not packet.is_discard
+        )
+    if unit and len(times) == info.frames:
+        return [(times[number] - times[0]) * unit for number in numbers]
+    return [number / info.fps for number in numbers] if info.fps else []
 
 
 def check_numbers(path: StrPath, wanted: Sequence[int], frames: int) -> None:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import Pipe
@@ -27,7 +28,7 @@ from fastvid.files import StrPath
 from fastvid.video.decode import shared_frames
 from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
 from fastvid.video.decode.info import DecodeError, VideoInfo
-from fastvid.video.decode.pyav import decode, duration
+from fastvid.video.decode.pyav import decode, duration, frame_times
 from fastvid.video.decode.shared_frames import ReceivedFrames, SharedFrames
 
 _TO_END = 5.0  # seconds that a process takes to be gone, once its end of the pipe is closed
@@ -87,6 +88,20 @@ class DecodeWorker:
             data = connection.recv_bytes()
         return Bitstream.of(reply["stream"], data, ends, numbers), reply["sha256"]
 
+    def frame_times(self, path: StrPath, numbers: Sequence[int], info: VideoInfo) -> list[float]:
+        """`fastvid.video.decode.pyav.frame_times` of a video's frames; otherwise as `decode`."""
+        options = {"numbers": list(numbers), "info": asdict(info)}
+        with self._answered(path, "times", options, digest=False) as (reply, _):
+            return reply["times"]
+
+    def pictures(self, paths: Sequence[StrPath], **options: Any) -> np.ndarray:
+        """`fastvid.video.decode.still.pictures(paths, **options)`; a crash or time-out is a DecodeError, too."""
+        options["paths"] = [os.fspath(path) for path in paths]
+        with self._answered(options["paths"][0], "pictures", options, digest=False) as (reply, connection):
+            frames = np.empty(reply["shape"], np.uint8)
+            connection.recv_bytes_into(frames.reshape(-1))
+        return frames
+
     @contextmanager
     def _answered(self, path, what, options, digest, piece=None):
         """(head of the answer to a request, where what follows it is read within). Frames come in a piece of memory."""
@@ -110,7 +125,7 @@ class DecodeWorker:
             if "unsuited" in reply:
                 raise Unsuited(reply["unsuited"])
             if "reason" in reply:
-                raise DecodeError(path, reply["reason"])
+                raise DecodeError(reply.get("path", path), reply["reason"])
             yield reply, connection
         except (Unsuited, DecodeError):
             raise
@@ -182,11 +197,12 @@ def serve(connection: Connection) -> None:
         timeout, path = request["timeout"], request["path"]
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
+            if request["what"] != "pictures":
+                signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
             reply, arrays = _ANSWERS[request["what"]](path, request["options"], into)
             reply["sha256"] = _sha256(path) if request["digest"] else None
         except DecodeError as error:
-            reply, arrays = {"reason": error.reason}, []
+            reply, arrays = {"reason": error.reason, "path": error.path}, []
         except Unsuited as error:
             reply, arrays = {"unsuited": str(error)}, []
         except MemoryError:
@@ -210,7 +226,18 @@ def _bitstream(path, options, _):
     return {"packets": len(stream.ends), "stream": stream.described()}, [stream.ends, stream.numbers, stream.data]
 
 
-_ANSWERS = {"frames": _frames, "bitstream": _bitstream}
+def _times(path, options, _):
+    return {"times": frame_times(path, options["numbers"], VideoInfo(**options["info"]))}, []
+
+
+def _pictures(_, options, __):
+    from fastvid.video.decode.still import pictures
+
+    frames = pictures(**options)
+    return {"shape": frames.shape}, [frames.reshape(-1)]
+
+
+_ANSWERS = {"frames": _frames, "bitstream": _bitstream, "times": _times, "pictures": _pictures}
 
 
 def _sha256(path):

@@ -1,0 +1,89 @@
+"""A page to try the model: its files, and what it shows of a video."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from importlib import resources
+
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from fastvid.page.pictures import frame_uri, heat_map_uri, scale_uri, strip_svg
+from fastvid.page.view import VideoView, show_features
+from fastvid.serving.features import Look
+from fastvid.serving.service import Service
+
+_MOST_FRAMES = 100  # on the page
+_KINDS = {"demo.html": "text/html", "demo.js": "text/javascript", "demo.css": "text/css"}
+# Nothing from elsewhere, and no script but the page's own file.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def routes(service: Service, body: Callable[[Request, str], Awaitable[bytes]]) -> list[Route]:
+    """The page's addresses.
+
+    Args:
+        service: that answers.
+        body: reads a request's body of a content type, which is held until `Service.release`.
+    """
+
+    async def look(request: Request) -> Response:
+        """POST /demo/look: a video's bytes to what the page shows of it."""
+        with ExitStack() as held:
+            held.enter_context(service.admitted())
+            content = await body(request, "application/octet-stream")
+            held.callback(service.release, content)
+            seen = await service.look(content)
+            return JSONResponse(await anyio.to_thread.run_sync(_shown, seen, service.num_frames))
+
+    page = [Route(f"/{name}" if name != "demo.html" else "/", _file(name, kind)) for name, kind in _KINDS.items()]
+    return [*page, Route("/demo/look", look, methods=["POST"])]
+
+
+def _file(name, kind):
+    async def file(_: Request) -> Response:
+        content = resources.files("fastvid.serving").joinpath(name).read_bytes()
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+        return Response(content, headers=headers, media_type=kind)
+
+    return file
+
+
+def _shown(seen: Look, num_frames: int):
+    """What the page shows of a video, as JSON: pictures are data URIs, the strip is SVG."""
+    view = VideoView("video", seen.frames, seen.numbers, seen.seconds, seen.info.width / seen.info.height)
+    show_features(view, seen.features_RC, {}, num_frames)
+    view.aspect = min(max(view.aspect, 1 / 16), 16)
+    count = len(seen.frames)
+    some = range(count) if count <= _MOST_FRAMES else [i * count // _MOST_FRAMES for i in range(_MOST_FRAMES)]
+    assert view.temporal is not None
+    filled = view.temporal[view.temporal > 0]
+    low, span = (filled.min(), filled.max() - filled.min() or 1) if len(filled) else (0, 1)
+    split = view.spatial is not None
+    labels = [f"row {row}: {norm:.4g}" for row, norm in enumerate(view.temporal)]
+    frames = [
+        {
+            "src": frame_uri(seen.frames[i], view.aspect),
+            "number": seen.numbers[i],
+            "seconds": seen.seconds[i] if i < len(seen.seconds) else None,
+            "norm": float((view.temporal[i] - low) / span) if split else None,
+        }
+        for i in some
+    ]
+    return {
+        "video": seen.key,
+        "width": seen.info.width,
+        "height": seen.info.height,
+        "duration": seen.info.duration,
+        "total_frames": seen.info.frames,
+        "rows": len(seen.features_RC),
+        "frames": frames,
+        "strip": strip_svg(view.temporal[:count] if split else view.temporal, labels),
+        "heat": heat_map_uri(view.spatial, view.aspect) if view.spatial is not None else None,
+        "middle": frame_uri(seen.frames[count // 2], view.aspect, 420),
+        "scale": scale_uri(),
+    }

@@ -1,0 +1,244 @@
+"""Features of what requests are about: made once, by several processes that decode and one tower, and kept for a while.
+
+Dimensions: R rows of a video, C channels, T frames.
+"""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from fastvid.config import ServeConfig
+from fastvid.features.names import SUFFIXES
+from fastvid.inference.chat import Chat
+from fastvid.serving.errors import ApiError
+from fastvid.serving.media import MediaFile
+from fastvid.serving.metrics import Metrics
+from fastvid.video.decode import DecodeError, VideoInfo
+from fastvid.video.decode.worker import DecodeWorker
+from fastvid.video.listing import no_video
+from fastvid.video.sampling import frame_indices
+
+
+@dataclass(frozen=True)
+class Look:
+    """A video, decoded: what a page shows of it.
+
+    Attributes:
+        key: its name in the cache.
+        frames: [T, N, N, 3] uint8 RGB.
+        numbers, seconds: of each frame.
+        info: `VideoInfo`.
+        features_RC: its features.
+    """
+
+    key: str
+    frames: np.ndarray
+    numbers: list[int]
+    seconds: list[float]
+    info: VideoInfo
+    features_RC: torch.Tensor
+
+
+class FeatureStore:
+    """Features by content. Of one event loop.
+
+    Args:
+        chat: whose tower makes them.
+        config: its limits.
+        metrics: which count.
+        workers: processes that decode.
+    """
+
+    def __init__(self, chat: Chat, config: ServeConfig, metrics: Metrics, workers: int):
+        self._chat, self._config, self._metrics = chat, config, metrics
+        self._encoder, self._budget = chat.loaded_encoder(), config.feature_cache_mib << 20
+        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._jobs: dict[str, _Job] = {}
+        self._workers = [DecodeWorker(config.decode_timeout) for _ in range(workers)]
+        self._idle: asyncio.Queue[DecodeWorker] = asyncio.Queue()
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+        self._threads = ThreadPoolExecutor(workers, "decode")
+        self._tower = ThreadPoolExecutor(1, "tower")
+        self.bytes = 0
+
+    def known(self, key: str) -> torch.Tensor | None:
+        """The features of a key, if they are kept."""
+        features_RC = self._kept.get(key)
+        if features_RC is not None:
+            self._kept.move_to_end(key)
+        return features_RC
+
+    async def of(self, key: str, files: list[MediaFile], pictures: bool) -> torch.Tensor:
+        """[R, C] features of a video, or of pictures. The files are removed, if they were made for this.
+
+        Several who ask for the same at a time wait for one job. It is given up when all of them are.
+
+        Raises:
+            ApiError: 400, what cannot be decoded.
+        """
+        features_RC, job = self.known(key), self._jobs.get(key)
+        self._metrics.cache.labels("yes" if features_RC is not None or job is not None else "no").inc()
+        if features_RC is not None or job is not None:
+            _remove(files)
+        if features_RC is not None:
+            return features_RC
+        if job is None:
+            job = self._jobs[key] = _Job(asyncio.create_task(self._make(key, files, pictures)))
+            job.task.add_done_callback(lambda _: self._jobs.pop(key, None))
+        job.waiters += 1
+        try:
+            return await asyncio.shield(job.task)
+        finally:
+            job.waiters -= 1
+            if not job.waiters and not job.task.done():
+                self._jobs.pop(key, None)
+                job.task.cancel()
+
+    async def look(self, file: MediaFile) -> Look:
+        """Decode a video to be shown, and keep its features. The file is removed, if it was made for this.
+
+        Raises:
+            ApiError: 400, what cannot be decoded.
+        """
+        try:
+            async with self._worker() as worker:
+                frames, info = await self._in_worker(worker, self._decode, worker, file)
+                numbers = frame_indices(info.frames, self._chat.num_frames)
+                seconds = await self._in_worker(worker, worker.frame_times, file.path, numbers, info)
+        except DecodeError as error:
+            raise _told(error, file) from error
+        finally:
+            file.remove()
+        key = video_key([file])
+        features_RC = self.known(key)
+        if features_RC is None:
+            features_RC = await self._encoded(frames)
+            self._keep(key, features_RC)
+        return Look(key, frames, numbers, seconds, info, features_RC)
+
+    async def _make(self, key, files, pictures):
+        started = perf_counter()
+        try:
+            if files[0].path.suffix in SUFFIXES and not files[0].ours and not pictures:
+                features_RC = await self._in_thread(self._threads, self._chat.features, files[0].path)
+            else:
+                async with self._worker() as worker:
+                    decode = self._pictures if pictures else self._decode
+                    frames = await self._in_worker(worker, decode, worker, files if pictures else files[0])
+                features_RC = await self._encoded(frames if pictures else frames[0])
+        except DecodeError as error:
+            raise _told(error, next((file for file in files if str(file.path) == error.path), files[0])) from error
+        except (ValueError, OSError) as error:
+            raise ApiError(400, f"{files[0].path.name}: its features cannot be used; {_reason(error)}") from error
+        finally:
+            _remove(files)
+        self._metrics.video_seconds.observe(perf_counter() - started)
+        self._keep(key, features_RC)
+        return features_RC
+
+    async def _encoded(self, frames):
+        features_RC = await self._in_thread(self._tower, self._encoder.encode, frames)
+        if not features_RC.isfinite().all():
+            raise ApiError(400, "the video's features are not finite: it is not one that the tower can see")
+        return features_RC
+
+    def _keep(self, key, features_RC):
+        size = features_RC.nbytes
+        if size > self._budget or key in self._kept:
+            return
+        self._kept[key] = features_RC
+        self.bytes += size
+        while self.bytes > self._budget:
+            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+
+    @asynccontextmanager
+    async def _worker(self):
+        worker = await self._idle.get()
+        try:
+            yield worker
+        finally:
+            self._idle.put_nowait(worker)
+
+    def _decode(self, worker, file):
+        if (why := no_video(file.path)) is not None:
+            raise DecodeError(file.path, why)
+        config = self._config
+        return worker.decode(
+            file.path,
+            num_frames=self._chat.num_frames,
+            size=self._encoder.image_size,
+            max_pixels=config.max_pixels,
+            max_frames=config.max_frames,
+            max_seconds=config.max_seconds,
+        )
+
+    def _pictures(self, worker, files):
+        chosen = [files[i] for i in frame_indices(len(files), self._chat.num_frames)]
+        return worker.pictures(
+            [file.path for file in chosen], size=self._encoder.image_size, max_pixels=self._config.max_pixels
+        )
+
+    async def _in_worker(self, worker, function, *arguments):
+        """Call what waits for a process that decodes. If nobody waits for the result any more, the process is ended."""
+        return await self._in_thread(self._threads, function, *arguments, if_given_up=worker.kill)
+
+    async def _in_thread(self, threads, function, *arguments, if_given_up: Callable[[], None] | None = None):
+        future = asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if if_given_up is not None:
+                if_given_up()
+            await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()
+            raise
+
+    async def close(self) -> None:
+        """Give up what is being made, and end the processes."""
+        for job in list(self._jobs.values()):
+            job.task.cancel()
+        await asyncio.gather(*(job.task for job in self._jobs.values()), return_exceptions=True)
+        for threads in (self._threads, self._tower):
+            threads.shutdown()
+        for worker in self._workers:
+            worker.close()
+
+
+@dataclass(eq=False)
+class _Job:
+    """Features that are being made, and how many wait for them."""
+
+    task: asyncio.Task[torch.Tensor]
+    waiters: int = 0
+
+
+def video_key(files: list[MediaFile], pictures: bool = False) -> str:
+    """The name of some content in the cache."""
+    if not pictures:
+        return f"sha256:{files[0].digest}"
+    return "pictures:" + hashlib.sha256(" ".join(file.digest for file in files).encode()).hexdigest()
+
+
+def _remove(files: Iterable[MediaFile]):
+    for file in files:
+        file.remove()
+
+
+def _told(error, file):
+    """A file that cannot be decoded, without the path of what was made here."""
+    name = "the file" if file.ours else file.path.name
+    return ApiError(400, f"{name} {error.reason}" if error.reason[:3] in ("is ", "has") else f"{name}: {error.reason}")
+
+
+def _reason(error):
+    return str(error.strerror) if isinstance(error, OSError) else str(error)

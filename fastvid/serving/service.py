@@ -1,0 +1,278 @@
+"""One model that answers requests: what comes of a request between its body and its answer."""
+
+import asyncio
+import math
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvid.config import ServeConfig
+from fastvid.inference.chat import Chat
+from fastvid.serving import protocol
+from fastvid.serving.engine import Answer, Engine
+from fastvid.serving.errors import ApiError
+from fastvid.serving.features import FeatureStore, Look, video_key
+from fastvid.serving.media import Addresses, MediaFile
+from fastvid.serving.metrics import Metrics
+from fastvid.serving.protocol import Asked
+from fastvid.serving.text import AnswerText
+
+_MOST_WORKERS = 8
+_BODIES = 8  # requests of the largest size whose bytes may be held at a time
+_CHARACTERS = 32  # of texts, for each token of the model's context: no token stands for more
+
+
+@dataclass(eq=False)
+class Reply:
+    """An answer on its way.
+
+    Attributes:
+        key: of the completion.
+        prompt: tokens of the prompt.
+        finish: "stop" or "length" once it has ended.
+    """
+
+    key: str
+    prompt: int
+    answer: Answer
+    text: AnswerText
+    finish: str = "stop"
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return protocol.usage(self.prompt, self.text.tokens)
+
+
+class Service:
+    """Chat completions of one model. Of one event loop, which calls `start` and `close`.
+
+    Args:
+        chat: the model. It is the caller's.
+        config: ServeConfig.
+
+    Attributes:
+        name: of the model in requests.
+        stopping: nothing new is begun.
+        most_body: bytes of a request.
+
+    Raises:
+        ValueError: an `allowed_folder` that is none; a tower that cannot be used.
+    """
+
+    def __init__(self, chat: Chat, config: ServeConfig):
+        if config.allowed_folder is not None and not Path(config.allowed_folder).is_dir():
+            raise ValueError(f"--allowed_folder {config.allowed_folder} is no folder")
+        self.config, self.stopping = config, False
+        self.name = config.served_model_name or Path(os.path.abspath(config.model_name_or_path)).name
+        self.api_key = config.api_key or os.environ.get("FASTVID_API_KEY") or None
+        self.most_body, self.created = config.max_body_mib << 20, int(time.time())
+        self._chat, self._held, self._in_flight = chat, 0, 0
+        cache_bytes = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
+        self._engine = Engine(chat, at_once=config.at_once, cache_bytes=cache_bytes)
+        self.metrics = Metrics(
+            {
+                "requests_in_flight": ("Chat requests that are not answered yet.", lambda: self._in_flight),
+                "answers_running": ("Answers that are being continued.", lambda: self._engine.state["running"]),
+                "answers_waiting": ("Prompts that wait for a place.", lambda: self._engine.state["waiting"]),
+                "feature_cache_bytes": ("Features that are kept.", lambda: self._features.bytes),
+                "prefix_cache_bytes": ("Keys and values kept for later.", lambda: self._engine.state["kept"]),
+                "prefix_cache_hits": ("Prompts whose beginning was there.", lambda: self._engine.state["found"]),
+                "body_bytes": ("Bytes of requests that are held.", lambda: self._held),
+            }
+        )
+        self._features = FeatureStore(chat, config, self.metrics, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+        self._spool = tempfile.TemporaryDirectory(prefix="fastvid-serve-")
+        self._addresses = Addresses(
+            Path(self._spool.name),
+            allowed_folder=config.allowed_folder,
+            allow_host=config.allow_host,
+            most_bytes=config.max_video_mib << 20,
+            timeout=config.decode_timeout,
+        )
+        self._longest_text = _CHARACTERS * chat.model_config.decoder.context
+        self._parsers = asyncio.Semaphore(2)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._engine.start()
+
+    async def close(self) -> None:
+        """End: what is not answered is lost."""
+        self.stopping = True
+        await self._features.close()
+        await asyncio.to_thread(self._engine.close)
+        self._spool.cleanup()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in hand."""
+        return not self._in_flight
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place for one request.
+
+        Raises:
+            ApiError: 503 of a server that ends, 429 if there is none.
+        """
+        if self.stopping:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+        if self._in_flight >= self.config.at_once + self.config.max_waiting:
+            raise ApiError(
+                429,
+                f"{self._in_flight} requests wait already (--max_waiting); try again later",
+                code="queue_full",
+                retry_after=max(1, math.ceil(self.config.max_waiting / self.config.at_once)),
+            )
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    async def read_body(self, pieces: AsyncIterator[bytes], declared: str | None) -> bytes:
+        """A request's body, whose bytes count as held until `release`.
+
+        Args:
+            pieces: as they come.
+            declared: the request's content-length.
+
+        Raises:
+            ApiError: 413, or 429 if too many bytes of other requests are held.
+        """
+        too_large = ApiError(413, f"the request has more than {self.config.max_body_mib} MiB (--max_body_mib)")
+        if declared is not None and declared.isdecimal() and int(declared[:20]) > self.most_body:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async for piece in pieces:
+                if size + len(piece) > self.most_body:
+                    raise too_large
+                if self._held + len(piece) > _BODIES * self.most_body:
+                    raise ApiError(429, "other requests fill the memory for them; try again later", retry_after=5)
+                parts.append(piece)
+                size += len(piece)
+                self._held += len(piece)
+            return b"".join(parts)
+        except BaseException:
+            self._held -= size
+            raise
+
+    def release(self, body: bytes) -> None:
+        """The body of `read_body` is not needed any more."""
+        self._held -= len(body)
+
+    async def read(self, body: bytes) -> tuple[Asked, str, list[MediaFile]]:
+        """(what is asked, key of its media, their files: none where the key's features are kept already).
+
+        Raises:
+            ApiError: 400, 404, 413, 415 or 504.
+        """
+        async with self._parsers:
+            asked = await asyncio.to_thread(protocol.read, body, self._longest_text)
+            if asked.model is not None and asked.model != self.name:
+                raise ApiError(
+                    404,
+                    f"there is no model {asked.model!r} here, but {self.name!r}",
+                    param="model",
+                    code="model_not_found",
+                )
+            urls, pictures = asked.media.urls, asked.media.pictures
+            if len(urls) > self.config.max_frames:
+                raise ApiError(400, f"{len(urls)} pictures are more than --max_frames {self.config.max_frames}")
+            if not pictures and urls[0].startswith("sha256:"):
+                return asked, urls[0], []
+            files = []
+            try:
+                for url in urls:
+                    files.append(await _finished(self._addresses.open, url, pictures))
+            except BaseException:
+                for file in files:
+                    file.remove()
+                raise
+        return asked, video_key(files, pictures), files
+
+    def no_model(self, asked: str) -> ApiError:
+        """What somebody is told who asks for another model."""
+        told = f"there is no model {asked[:80]!r} here, but {self.name!r}"
+        return ApiError(404, told, param="model", code="model_not_found")
+
+    async def reply(self, asked: Asked, key: str, files: list[MediaFile]) -> Reply:
+        """Let a request wait for its answer; the features of its video are made first. Arguments as `read` gives them.
+
+        Raises:
+            ApiError: 400.
+        """
+        if files:
+            features_RC = await self._features.of(key, files, asked.media.pictures)
+        else:
+            features_RC = self._features.known(key)
+            if features_RC is None:
+                raise ApiError(400, f"{key[:80]} is not kept (any more): send the video", code="video_not_kept")
+        name = f"chatcmpl-{secrets.token_hex(12)}"
+        sampling = {"temperature": self.config.temperature, "seed": secrets.randbits(63), **asked.sampling}
+        sampling["max_new_tokens"] = min(
+            sampling.get("max_new_tokens", self.config.max_new_tokens), self.config.max_new_tokens
+        )
+        try:
+            request = await asyncio.to_thread(
+                self._chat.request, name, key, features_RC, asked.question, asked.history, **sampling
+            )
+            answer = self._engine.submit(request)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        self.metrics.tokens.labels("prompt").inc(len(request.token_ids))
+        return Reply(name, len(request.token_ids), answer, AnswerText(self._chat.tokenizer.decode, asked.stop))
+
+    async def pieces(self, reply: Reply, began: float) -> AsyncGenerator[str, None]:
+        """The pieces of an answer's text. Who stops to ask for them gives the answer up.
+
+        Args:
+            began: when the request came, of `time.perf_counter`.
+        """
+        text = reply.text
+        try:
+            while (ids := await reply.answer.more()) is not None:
+                if not text.tokens:
+                    self.metrics.first_seconds.observe(time.perf_counter() - began)
+                if piece := text.add(ids):
+                    yield piece
+                if text.stopped:
+                    return
+            if text.tokens >= reply.answer.longest:
+                reply.finish = "length"
+            if piece := text.end():
+                yield piece
+        finally:
+            reply.answer.give_up()
+            self.metrics.tokens.labels("answer").inc(text.tokens)
+
+    async def look(self, content: bytes) -> Look:
+        """What a page shows of a video.
+
+        Raises:
+            ApiError: 400, what cannot be decoded.
+        """
+        return await self._features.look(await asyncio.to_thread(self._addresses.keep, content))
+
+    @property
+    def num_frames(self) -> int:
+        """Temporal rows of the features."""
+        return self._chat.num_frames
+
+
+async def _finished(function, *arguments) -> Any:
+    """Call what blocks, in a thread; if nobody waits any more, what it made is removed all the same."""
+    call = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            (await call).remove()
+        raise
