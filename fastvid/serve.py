@@ -18,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config = parse(ServeConfig, argv)
     try:
-        from fastvid.serving.server import Server, address, listen
+        from fastvid.serving.server import Server, address, bind
         from fastvid.serving.service import Service
     except ModuleNotFoundError as error:
         raise ValueError(f"fastvid serve needs {error.name}: pip install 'fastvid[serve]'") from error
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    listener = listen(config)  # before the model, which takes minutes
+    listener = bind(config)  # before the model, which takes minutes
     with listener:
         make_current(open_device(config.device))
         names = ChatConfig.__dataclass_fields__.keys() & ServeConfig.__dataclass_fields__.keys()

@@ -21,8 +21,8 @@ _STALLED = 30.0  # seconds that a client may read nothing of what is sent to it
 _CONNECTIONS = 4096
 
 
-def listen(config: ServeConfig) -> socket.socket:
-    """A socket that listens where the flags say.
+def bind(config: ServeConfig) -> socket.socket:
+    """A socket at the address that the flags name; it listens once the server starts.
 
     Raises:
         ValueError: there it cannot.
@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
 
     Args:
         service: which it starts and closes.
-        listener: as `listen` gives it.
+        listener: as `bind` gives it.
     """
 
     def __init__(self, service: Service, listener: socket.socket):
