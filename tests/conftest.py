@@ -121,3 +121,37 @@ def tiny(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     recipe.main(str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def serving_folder(tmp_path_factory):
+    """model/, and below videos/ clips of 4, 9 and 30 frames."""
+    from chat_models import model_maker
+    from clips import draw
+
+    root = tmp_path_factory.mktemp("serving")
+    model_maker(root)("model")
+    (root / "videos").mkdir()
+    for frames in (4, 9, 30):
+        draw(root / "videos" / f"{frames}.mp4", frames)
+    return root
+
+
+@pytest.fixture(scope="session")
+def serving_chat(serving_folder):
+    """`Chat` of that model, for servers."""
+    from fastvid.inference.chat import Chat
+
+    settings = {"max_new_tokens": 12, "device": "cpu", "num_frames": 12, "question_order": "video_first"}
+    chat = Chat(model_name_or_path=str(serving_folder / "model"), **settings)
+    yield chat
+    chat.close()
+
+
+@pytest.fixture(scope="module")
+def server(serving_chat, serving_folder):
+    """A server of usual settings that allows files (`serving_run.Served`)."""
+    from serving_run import served
+
+    with served(serving_chat, serving_folder / "model", allowed_folder=str(serving_folder / "videos")) as running:
+        yield running

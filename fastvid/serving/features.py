@@ -93,15 +93,20 @@ class FeatureStore:
             return features_RC
         if job is None:
             job = self._jobs[key] = _Job(asyncio.create_task(self._make(key, files, pictures)))
-            job.task.add_done_callback(lambda _: self._jobs.pop(key, None))
+            job.task.add_done_callback(lambda _, job=job: self._forget(key, job))
         job.waiters += 1
         try:
             return await asyncio.shield(job.task)
         finally:
             job.waiters -= 1
             if not job.waiters and not job.task.done():
-                self._jobs.pop(key, None)
+                self._forget(key, job)
                 job.task.cancel()
+
+    def _forget(self, key, job):
+        """Nobody else waits for a job. While one that was given up ends, another may make the same."""
+        if self._jobs.get(key) is job:
+            del self._jobs[key]
 
     async def look(self, file: MediaFile) -> Look:
         """Decode a video to be shown, and keep its features. The file is removed, if it was made for this.

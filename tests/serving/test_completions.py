@@ -8,7 +8,6 @@ import pytest
 import torch
 from clips import draw
 from PIL import Image
-from serving_cases import server, serving_chat, serving_folder  # noqa: F401  fixtures
 from serving_run import asking, served, text_of, uri
 
 from fastvid.features.file import save_features
@@ -18,7 +17,7 @@ from fastvid.video.decode import decode
 QUESTIONS = ["what plays?", "who is the assistant", "cards", "what who is? plays", "large user: cards?"]
 
 
-def test_concurrent_answers_are_those_of_chat(server, serving_chat, serving_folder):  # noqa: F811
+def test_concurrent_answers_are_those_of_chat(server, serving_chat, serving_folder):
     """Several videos and questions, some with turns before, streamed and not, by file and by content, all at once."""
     rng = random.Random(0)
     videos = [serving_folder / "videos" / f"{frames}.mp4" for frames in (4, 9, 30)]
@@ -47,7 +46,7 @@ def test_concurrent_answers_are_those_of_chat(server, serving_chat, serving_fold
     assert server.metric("fastvid_prefix_cache_hits") > 10
 
 
-def test_a_completion_is_as_openai_has_it(server, serving_folder):  # noqa: F811
+def test_a_completion_is_as_openai_has_it(server, serving_folder):
     url = f"file://{serving_folder}/videos/9.mp4"
     status, answer = server.ask(url, model="model", max_tokens=5, user="somebody", n=1, logprobs=False, tools=[])
     assert status == 200
@@ -70,7 +69,7 @@ def test_a_completion_is_as_openai_has_it(server, serving_folder):  # noqa: F811
     assert len({event["id"] for event in events[:-1]}) == 1
 
 
-def test_stop_texts_end_an_answer(server, serving_folder):  # noqa: F811
+def test_stop_texts_end_an_answer(server, serving_folder):
     url = f"file://{serving_folder}/videos/9.mp4"
     (whole, _), (middle, size) = text_of(server.ask(url)[1]), (0, 3)
     middle = len(whole) // 2
@@ -81,7 +80,7 @@ def test_stop_texts_end_an_answer(server, serving_folder):  # noqa: F811
     assert text_of(server.ask(url, stop=["never said"])[1])[0] == whole
 
 
-def test_draws_follow_the_seed(server, serving_folder):  # noqa: F811
+def test_draws_follow_the_seed(server, serving_folder):
     url = f"file://{serving_folder}/videos/9.mp4"
     greedy = text_of(server.ask(url)[1])[0]
 
@@ -96,7 +95,7 @@ def test_draws_follow_the_seed(server, serving_folder):  # noqa: F811
     assert drawn(top_p=1, seed=1) == first[0]
 
 
-def test_pictures_stand_for_frames(server, serving_chat, serving_folder, tmp_path):  # noqa: F811
+def test_pictures_stand_for_frames(server, serving_chat, serving_folder, tmp_path):
     """PNGs of a video's frames have the features of the video; as many as there are are spread as its frames are."""
     for frames in (9, 30):
         path = draw(tmp_path / f"{frames}.avi", frames, codec="ffv1", pixels="bgr0")
@@ -112,7 +111,7 @@ def test_pictures_stand_for_frames(server, serving_chat, serving_folder, tmp_pat
         assert answer == text_of(server.ask(pictures[:-1] + pictures[-1:])[1])[0]
 
 
-def test_feature_files_are_asked_about(server, serving_chat, serving_folder):  # noqa: F811
+def test_feature_files_are_asked_about(server, serving_chat, serving_folder):
     features = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).half()
     path = serving_folder / "videos" / "made.safetensors"
     save_features(path, features, {})
@@ -123,7 +122,7 @@ def test_feature_files_are_asked_about(server, serving_chat, serving_folder):  #
     assert "[16, 8], the projector takes [rows, 16]" in content["error"]["message"]
 
 
-def test_the_model_is_named(server):  # noqa: F811
+def test_the_model_is_named(server):
     _, _, models = server.call("GET", "/v1/models")
     assert [each["id"] for each in models["data"]] == ["model"]
     assert server.call("GET", "/v1/models/model")[2]["object"] == "model"
@@ -131,7 +130,7 @@ def test_the_model_is_named(server):  # noqa: F811
     assert server.call("GET", "/v1/models/other")[0] == 404
 
 
-def test_the_openai_package_is_served(server, serving_chat, serving_folder):  # noqa: F811
+def test_the_openai_package_is_served(server, serving_chat, serving_folder):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     video = serving_folder / "videos" / "9.mp4"
@@ -149,7 +148,7 @@ def test_the_openai_package_is_served(server, serving_chat, serving_folder):  # 
         client.chat.completions.create(model="model", messages=messages, n=2)
 
 
-def test_features_are_kept_up_to_a_budget(serving_chat, serving_folder, tmp_path):  # noqa: F811
+def test_features_are_kept_up_to_a_budget(serving_chat, serving_folder, tmp_path):
     with served(serving_chat, serving_folder / "model", feature_cache_mib=0) as none:
         for _ in range(2):
             assert none.ask(uri(serving_folder / "videos" / "4.mp4"))[0] == 200
@@ -164,7 +163,7 @@ def test_features_are_kept_up_to_a_budget(serving_chat, serving_folder, tmp_path
         assert some.metric("fastvid_feature_cache_bytes") == store._budget
 
 
-def test_a_failing_model_costs_the_answers_in_hand(serving_chat, serving_folder, caplog):  # noqa: F811
+def test_a_failing_model_costs_the_answers_in_hand(serving_chat, serving_folder, caplog):
     url = uri(serving_folder / "videos" / "4.mp4")
     with served(serving_chat, serving_folder / "model") as running:
         wanted = running.ask(url)

@@ -42,8 +42,8 @@ class Served:
         return status, content
 
     def post(self, value, **headers):
-        """(status, headers, body) of a chat completion that a JSON value or bytes ask for."""
-        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        """(status, headers, body) of a chat completion that a JSON value asks for, or bytes or their pieces."""
+        body = json.dumps(value).encode() if isinstance(value, dict) else value
         headers = {"content_type": "application/json", **headers}
         return self.call("POST", "/v1/chat/completions", body, **headers)
 
@@ -116,3 +116,21 @@ def text_of(answer):
         return choice["message"]["content"], choice["finish_reason"]
     chunks = [event["choices"][0] for event in answer if event != "[DONE]" and event["choices"]]
     return "".join(chunk["delta"].get("content", "") for chunk in chunks), chunks[-1]["finish_reason"]
+
+
+@contextmanager
+def held_answers(running):
+    """Holds a server's answers before their next step; a call of what it gives lets them go on, as does the end."""
+    batcher, opened = running.service._engine._batcher, threading.Event()
+    step = batcher.step
+
+    def held():
+        opened.wait(60)
+        return step()
+
+    batcher.step = held
+    try:
+        yield opened.set
+    finally:
+        opened.set()
+        batcher.step = step

@@ -1,0 +1,262 @@
+"""Many clients, slow ones, and those that go away: others are answered, and nothing of them is left."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT
+from fake_judge import wait_until
+from serving_run import asking, held_answers, served, text_of, uri
+
+from fastvid.serving import server as server_module
+
+
+def head(body, extra=""):
+    return (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{extra}"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
+
+
+def memory():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) << 10
+
+
+def left_nothing(running):
+    """Check that a server holds nothing of any request."""
+    wait_until(lambda: running.metric("fastvid_requests_in_flight") == 0)
+    wait_until(lambda: running.metric("fastvid_answers_running") == running.metric("fastvid_answers_waiting") == 0)
+    wait_until(lambda: os.listdir(running.service._spool.name) == [])
+    assert running.metric("fastvid_body_bytes") == 0
+    assert running.service._engine._answers == {}
+    assert running.service._engine._held == set()
+    assert running.service._features._jobs == {}
+
+
+@pytest.mark.slow
+def test_two_hundred_at_once(serving_chat, serving_folder):
+    """Good requests among bad ones, slow clients and such as leave: each gets its own answer."""
+    rng = random.Random(3)
+    videos = [serving_folder / "videos" / f"{frames}.mp4" for frames in (4, 9, 30)]
+    questions = ["what plays?", "who is the assistant", "cards"]
+    wanted = {(v, q): serving_chat.ask(v, q) for v in videos for q in questions}
+    with served(serving_chat, serving_folder / "model", max_body_mib=1, at_once=16) as running:
+        running.ask(uri(videos[0]))
+        before = memory()
+
+        def good():
+            video, question = rng.choice(videos), rng.choice(questions)
+            if rng.random() < 0.5:
+                return text_of(running.stream(uri(video), question))[0] == wanted[video, question]
+            status, content = running.ask(uri(video), question)
+            return status == 200 and text_of(content)[0] == wanted[video, question]
+
+        def oversize():
+            return running.ask(uri(bytes(1 << 20)))[0] == 413
+
+        def malformed():
+            return running.post(rng.choice([b"{", b"\xff", b"[" * 9999]))[0] == 400
+
+        def damaged():
+            return running.ask(uri(videos[0].read_bytes()[: rng.randrange(400)]))[0] == 400
+
+        def slow():
+            body = json.dumps(asking(uri(videos[0]), max_tokens=1)).encode()
+            with running.connection() as made:
+                made.sendall(head(body))
+                for first in range(0, len(body), 1 + len(body) // 5):
+                    made.sendall(body[first : first + 1 + len(body) // 5])
+                    time.sleep(0.1)
+                return made.recv(12) == b"HTTP/1.1 200"
+
+        def leaving():
+            body = json.dumps(asking(uri(rng.choice(videos)), stream=rng.random() < 0.5)).encode()
+            with running.connection() as made:
+                made.sendall((head(body) + body)[: rng.choice([20, 300, None])])
+                time.sleep(rng.random() * 0.3)
+            return True
+
+        kinds = [good] * 120 + [oversize] * 20 + [malformed] * 20 + [damaged] * 10 + [slow] * 10 + [leaving] * 20
+        rng.shuffle(kinds)
+        with ThreadPoolExecutor(200) as pool:
+            done = list(pool.map(lambda kind: (kind.__name__, kind()), kinds))
+        assert [name for name, well in done if not well] == []
+        left_nothing(running)
+        assert memory() - before < 300 << 20
+        assert sum(1 for each in threading.enumerate() if each.name.startswith("decode")) <= 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_frees_the_place(serving_chat, serving_folder, stream):
+    body = json.dumps(asking(uri(serving_folder / "videos" / "4.mp4"), stream=stream)).encode()
+    with served(serving_chat, serving_folder / "model", at_once=1, max_waiting=1) as running:
+        with held_answers(running):
+            made = [running.connection() for _ in range(2)]
+            for each in made:
+                each.sendall(head(body) + body)
+            wait_until(lambda: len(running.service._engine._answers) == 2)
+            for each in made:
+                each.close()
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 0)
+        left_nothing(running)
+        wait_until(lambda: running.metric('fastvid_requests_total{path="/v1/chat/completions",status="499"}') == 2)
+        assert running.post(body)[0] == 200
+
+
+def test_who_leaves_while_a_video_is_decoded(serving_chat, serving_folder, monkeypatch):
+    """Its process is ended if nobody else waits for the video; if somebody does, he gets his answer."""
+    url = uri(serving_folder / "videos" / "4.mp4")
+    body = json.dumps(asking(url)).encode()
+    with served(serving_chat, serving_folder / "model") as running:
+        store, begun, killed = running.service._features, threading.Event(), threading.Event()
+        decode, released = store._decode, threading.Event()
+
+        def slow(worker, file):
+            begun.set()
+            released.wait(60)
+            return decode(worker, file)
+
+        store._decode = slow
+        for worker in store._workers:
+            monkeypatch.setattr(worker, "kill", lambda: (killed.set(), released.set()))
+        with running.connection() as made:
+            made.sendall(head(body) + body)
+            assert begun.wait(60)
+        assert killed.wait(60)
+        left_nothing(running)
+
+        for event in (begun, killed, released):
+            event.clear()
+        with ThreadPoolExecutor(1) as pool:
+            with running.connection() as made:
+                made.sendall(head(body) + body)
+                assert begun.wait(60)
+                other = pool.submit(running.ask, url)
+                wait_until(lambda: [job.waiters for job in store._jobs.values()] == [2])
+            wait_until(lambda: [job.waiters for job in store._jobs.values()] == [1])
+            released.set()
+            assert other.result()[0] == 200
+        assert not killed.is_set()
+        left_nothing(running)
+
+
+def test_a_slow_reader_holds_up_nobody(serving_chat, serving_folder, monkeypatch):
+    """What it does not read stays in the system's buffers; if they are full for long, the connection is closed."""
+    monkeypatch.setattr(server_module, "_STALLED", 0.5)
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", max_new_tokens=600, served_model_name="m" * 4000) as running:
+        body = json.dumps(asking(url, stream=True)).encode()
+        with running.connection(receive_bytes=4096) as made:
+            wait_until(lambda: running.server.server_state.connections)
+            for connection in list(running.server.server_state.connections):
+                connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            made.sendall(head(body) + body)
+            began = time.monotonic()
+            assert running.ask(url, max_tokens=5)[0] == 200
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 0, 30)
+            assert time.monotonic() - began < 25
+            received = b"".join(iter(lambda: made.recv(1 << 20), b""))
+            assert received.startswith(b"HTTP/1.1 200")
+            assert b"[DONE]" not in received
+        left_nothing(running)
+
+
+def test_a_silent_connection_is_closed(serving_chat, serving_folder, monkeypatch):
+    """Whether it sends nothing, or a head byte by byte; one whose answer takes its time is not."""
+    monkeypatch.setattr(server_module, "_SILENT", 0.4)
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model") as running:
+        with running.connection() as silent, running.connection() as slow:
+            began = time.monotonic()
+            with pytest.raises(OSError):
+                while time.monotonic() - began < 10:
+                    slow.sendall(b"G")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 9
+            assert silent.recv(1) == b""
+        with held_answers(running) as let_go:
+            threading.Timer(1.0, let_go).start()
+            assert running.ask(url)[0] == 200
+
+
+def test_bytes_of_requests_are_bounded(serving_chat, serving_folder):
+    """Clients that send large bodies and never end fill only so much memory; when they leave, others are served."""
+    with served(serving_chat, serving_folder / "model", max_body_mib=1) as running:
+        body, made = bytes(1 << 20), [running.connection() for _ in range(9)]
+        for each in made[:8]:
+            each.sendall(head(body) + body[:-1])
+        wait_until(lambda: running.metric("fastvid_body_bytes") == 8 * (len(body) - 1))
+        status, headers, content = running.post(body)
+        assert status == 429
+        assert "other requests fill the memory" in content["error"]["message"]
+        assert headers["retry-after"] == "5"
+        for each in made:
+            each.close()
+        left_nothing(running)
+        assert running.ask(uri(serving_folder / "videos" / "4.mp4"))[0] == 200
+
+
+def test_the_end_lets_answers_end(serving_chat, serving_folder):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model") as running, ThreadPoolExecutor(1) as pool:
+        wanted = running.ask(url)
+        with held_answers(running):
+            answer = pool.submit(running.stream, url)
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 1)
+            running.server.end()
+            status, headers, content = running.post(asking(url))
+            assert (status, content["error"]["code"], headers["retry-after"]) == (503, "stopping", "5")
+            assert running.call("GET", "/health")[0] == 503
+        assert text_of(answer.result()) == text_of(wanted[1])
+
+
+def test_the_end_does_not_wait_for_ever(serving_chat, serving_folder):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", grace=0.3) as running:
+        batcher = running.service._engine._batcher
+        step, batcher.step = batcher.step, lambda: time.sleep(0.1) or []  # never ends
+        with running.connection() as made:
+            body = json.dumps(asking(url)).encode()
+            made.sendall(head(body) + body)
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 1)
+            running.server.end()
+            wait_until(lambda: running.server.should_exit, 5)
+        batcher.step = step
+
+
+@pytest.mark.slow
+def test_the_command(serving_folder, forked):
+    """It serves until SIGTERM, then exits with 0; a port that is taken, and folders that are none, cost one line."""
+    flags = ["--model_name_or_path", str(serving_folder / "model"), "--device", "cpu", "--max_new_tokens", "4"]
+    command = [sys.executable, "-m", "fastvid", "serve", *flags]
+    process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    line = next(line for line in process.stderr if " at http" in line)
+    name, _, url = line.strip().partition(" at ")
+    assert name == "model"
+    port = url.rpartition(":")[2]
+
+    def fails(*more):
+        ended = subprocess.run([*command, *more], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        assert ended.returncode == 2
+        return ended.stderr.splitlines()[-1]
+
+    assert f"--port {port} cannot be used" in fails("--port", port)
+    assert "--allowed_folder /nowhere is no folder" in fails("--port", "0", "--allowed_folder", "/nowhere")
+    with socket.create_connection(("127.0.0.1", int(port)), 60) as made:
+        made.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b'"id": "model"' in made.recv(1 << 16)
+    process.send_signal(signal.SIGTERM)
+    told = process.stderr.read()
+    assert process.wait(60) == 0
+    assert "GET /v1/models 200" in told
+    assert "stopping" in told
+    assert "Traceback" not in told

@@ -1,0 +1,340 @@
+"""What a server does not answer: bad requests, addresses that are not for it, and more than it may take."""
+
+import io
+import os
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from clips import draw, endless
+from fake_judge import wait_until
+from PIL import Image
+from serving_run import asking, held_answers, served, uri
+
+from fastvid.serving import media
+
+VIDEO = "data:video/mp4;base64,AAAA"
+
+
+def refused(answer, status, message, **named):
+    """Check a refusal's form."""
+    found, content = answer if len(answer) == 2 else (answer[0], answer[2])
+    assert found == status, content
+    assert content["error"].keys() == {"message", "type", "param", "code"}
+    assert message in content["error"]["message"]
+    assert named.items() <= content["error"].items()
+
+
+def without(*path):
+    value = asking(VIDEO)
+    place = value
+    for step in path[:-1]:
+        place = place[step]
+    del place[path[-1]]
+    return value
+
+
+def messages(*texts, roles=("user", "assistant")):
+    value = asking(VIDEO)
+    value["messages"] += [{"role": roles[1 - i % 2], "content": text} for i, text in enumerate(texts)]
+    return value
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"\xff{}", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"a": NaN}', "NaN is no JSON"),
+        (b'{"a": ' + b"1" * 10_000 + b"}", "no JSON"),
+        (without("messages"), "messages: must be a list"),
+        (asking(VIDEO) | {"messages": []}, "messages: must be a list"),
+        (asking(VIDEO) | {"messages": [1]}, "messages[0]: must be the user's"),
+        (without("messages", 0, "content"), "messages[0].content: must be a text or a list"),
+        (without("messages", 0, "content", 0), "holds no text"),
+        (without("messages", 0, "content", 1), "must hold a video_url"),
+        (without("messages", 0, "content", 1, "video_url"), 'must be {"type": "video_url"'),
+        (asking([VIDEO, VIDEO]) | {"messages": asking(VIDEO)["messages"] * 2}, "messages[1]: must be the assistant's"),
+        (messages("cards"), "must end with the user's question"),
+        (messages("cards", ""), "messages[2].content: holds no text"),
+        (messages("cards", roles=("user", "system")), "messages[1]: the system text is that of the model's training"),
+        ({"messages": [*messages("a")["messages"], asking(VIDEO)["messages"][0]]}, "a video belongs into the first"),
+        (asking(VIDEO, question="x" * 100_000), "more than 25,600 characters"),
+        (asking(VIDEO, n=2), "n: must be 1"),
+        (asking(VIDEO, temperature=-0.1), "temperature: must be 0 to 2"),
+        (asking(VIDEO, temperature="hot"), "temperature: must be a number"),
+        (asking(VIDEO, temperature=True), "temperature: must be a number"),
+        (asking(VIDEO, top_p=1.01), "top_p: must be 0 to 1"),
+        (asking(VIDEO, max_tokens=0), "max_tokens: must be 1 or more"),
+        (asking(VIDEO, max_completion_tokens=1.5), "max_completion_tokens: must be a whole number"),
+        (asking(VIDEO, seed="one"), "seed: must be a whole number"),
+        (asking(VIDEO, stop=[""]), "stop: must hold texts of 1 to"),
+        (asking(VIDEO, stop=["a"] * 17), "stop: must be a text, or a list of at most 16"),
+        (asking(VIDEO, stream="yes"), "stream: must be a truth value"),
+        (asking(VIDEO, stream_options=[1]), "stream_options: must be an object"),
+        (asking(VIDEO, tools=[{}]), "tools: is not served"),
+        (asking(VIDEO, logprobs=True), "logprobs: is not served"),
+        (asking(VIDEO, response_format={"type": "json_object"}), "response_format: is not served"),
+        (asking("data:video/mp4;base64,AA!A"), "is not base64"),
+        (asking("data:video/mp4,AAAA"), "must begin as data:video/mp4;base64,"),
+        (asking("data:video/mp4;base64"), "must begin as data:video/mp4;base64,"),
+        (asking(VIDEO), "the file: cannot be opened as a video"),
+        (asking("data:video/mp4;base64,"), "the file"),
+        (asking(["data:image/png;base64,AAAA"]), "the file is no picture"),
+        (asking("clip.mp4"), "give a data: URI"),
+        (asking("ftp://localhost/clip.mp4"), "give a data: URI"),
+        (asking("sha256:" + "0" * 64), "is not kept"),
+        (asking("\ud800"), "give a data: URI"),
+    ],
+)
+def test_bad_requests(server, body, message):
+    refused(server.post(body), 400, message, type="invalid_request_error")
+    assert server.metric("fastvid_requests_in_flight") == 0
+    assert server.metric("fastvid_body_bytes") == 0
+
+
+def test_what_the_model_cannot_be_asked(server, serving_folder):
+    url = f"file://{serving_folder}/videos/4.mp4"
+    refused(server.ask(url, question="half \ud800"), 400, "the text holds")
+    refused(server.ask(url, question="a <vid_patch>"), 400, "<vid_patch>")
+    refused(server.ask(url, question="card " * 500), 400, "shorten the question")
+    refused(server.ask(url, question="half \ud800", stream=True), 400, "the text holds")  # no stream has begun
+
+
+def test_other_statuses(server):
+    refused(server.post(asking(VIDEO, model="gpt-4o")), 404, "no model 'gpt-4o' here", code="model_not_found")
+    refused(server.call("GET", "/v2/chat"), 404, "Not Found", type="not_found_error")
+    refused(server.call("GET", "/v1/chat/completions"), 405, "Method Not Allowed")
+    refused(server.call("GET", "/"), 404, "Not Found")  # no page unless asked for
+    body = b'{"messages": []}'
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "",
+    ):  # what a page elsewhere could make a browser send
+        refused(server.post(body, content_type=kind), 415, "Content-Type must be application/json")
+    refused(server.post(asking("data:text/html;base64,AAAA")), 415, "text/html is no video")
+    refused(server.post(asking(["data:video/mp4;base64,AAAA"])), 415, "video/mp4 is no picture")
+
+
+def test_the_key_is_asked_for(serving_chat, serving_folder):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", api_key="s3cret", demo=True) as running:
+        for path in ("/v1/models", "/metrics", "/v1/chat/completions", "/demo/look", "/nowhere"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer s3cret2"}):
+                refused(running.call("GET", path, **headers), 401, "key", type="authentication_error")
+        assert running.call("GET", "/health")[0] == running.call("GET", "/")[0] == 200
+        key = {"authorization": "Bearer s3cret"}
+        assert running.post(asking(url), **key)[0] == 200
+        assert running.call("GET", "/v1/models", **key)[0] == 200
+
+
+def test_the_key_may_come_from_the_environment(serving_chat, serving_folder, monkeypatch):
+    monkeypatch.setenv("FASTVID_API_KEY", "other")
+    with served(serving_chat, serving_folder / "model") as running:
+        assert running.call("GET", "/v1/models")[0] == 401
+        assert running.call("GET", "/v1/models", authorization="Bearer other")[0] == 200
+
+
+def test_paths_do_not_lead_out(server, serving_folder, tmp_path):
+    """Files elsewhere, whether they exist or not, have one answer."""
+    videos = serving_folder / "videos"
+    outside = draw(serving_folder / "outside.mp4", 4)
+    (videos / "link.mp4").symlink_to(outside)
+    (videos / "folder").symlink_to(serving_folder)
+    (videos / "within.mp4").symlink_to(videos / "4.mp4")
+    os.mkfifo(videos / "pipe.mp4")
+    for path in (
+        outside,
+        f"{videos}/../outside.mp4",
+        f"{videos}/%2e%2e/outside.mp4",
+        f"{videos}/link.mp4",
+        f"{videos}/folder/outside.mp4",
+        f"{videos}/pipe.mp4",
+        f"{videos}/4.mp4?x",
+        f"{videos}/none.mp4",
+        f"{videos}/4.mp4%00",
+        f"{videos}/{'x' * 300}",
+        f"{videos}x/4.mp4",
+        videos,
+        "/etc/passwd",
+        "/proc/self/environ",
+        "4.mp4",
+        f"//elsewhere{videos}/4.mp4",
+    ):
+        refused(server.ask(f"file://{path}"), 400, "is no file below the server's --allowed_folder")
+    refused(server.ask(f"file://elsewhere{videos}/4.mp4"), 400, "is no file below")
+    for path in (f"{videos}/4.mp4", f"{videos}/within.mp4", f"{videos}/../videos/%34.mp4", f"localhost{videos}/4.mp4"):
+        assert server.ask(f"file://{path}")[0] == 200
+
+
+def test_files_are_not_for_everybody(serving_chat, serving_folder):
+    with served(serving_chat, serving_folder / "model") as running:
+        refused(running.ask(f"file://{serving_folder}/videos/4.mp4"), 400, "start it with --allowed_folder")
+
+
+def test_playlists_name_nothing(server, serving_folder):
+    """A video is one file, whatever it says."""
+    for text in (
+        f"ffconcat version 1.0\nfile {serving_folder}/videos/4.mp4\n",
+        f"#EXTM3U\n{serving_folder}/videos/4.mp4\n",
+    ):
+        refused(server.ask(uri(text.encode())), 400, "the file")
+
+
+@contextmanager
+def host(answer):
+    """A web server that answers as told: "host:port", and what it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            asked.append(self.path)
+            answer(self)
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.daemon_threads = True
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{web.server_port}", asked
+    finally:
+        web.shutdown()
+        thread.join()
+        web.server_close()
+
+
+def test_remote_addresses_are_not_asked(server):
+    with host(lambda handler: handler.send_error(500)) as (address, asked):
+        refused(server.ask(f"http://{address}/clip.mp4"), 400, "the server asks no such host (--allow_host)")
+        refused(server.ask([f"http://{address}/1.png"]), 400, "the server asks no such host")
+        assert asked == []
+
+
+def test_allowed_hosts_are_asked_with_care(serving_chat, serving_folder):
+    content = (serving_folder / "videos" / "4.mp4").read_bytes()
+    released = threading.Event()
+
+    def answer(handler):
+        if handler.path == "/elsewhere":
+            handler.send_response(302)
+            handler.send_header("Location", "/clip.mp4")
+            handler.end_headers()
+            return
+        if handler.path == "/missing":
+            handler.send_error(404)
+            return
+        handler.send_response(200)
+        handler.end_headers()
+        if handler.path == "/late":
+            released.wait(60)
+        for _ in range(3 << 10 if handler.path == "/endless" else 0):
+            handler.wfile.write(bytes(1 << 10))
+        handler.wfile.write(content)
+
+    with (
+        host(answer) as (address, asked),
+        served(
+            serving_chat, serving_folder / "model", allow_host=[address], max_video_mib=1, decode_timeout=1.0
+        ) as running,
+    ):
+        assert running.ask(f"http://{address}/clip.mp4")[0] == 200
+        assert running.ask(f"http://{address}/clip.mp4?again")[0] == 200
+        assert running.metric('fastvid_feature_cache_total{found="yes"}') == 1  # known by its content
+        refused(running.ask(f"http://{address}/elsewhere"), 400, "redirects are not followed")
+        refused(running.ask(f"http://{address}/missing"), 400, "answers 404")
+        refused(running.ask(f"http://{address}/endless"), 413, "more than 1 MiB (--max_video_mib)")
+        refused(running.ask(f"http://{address}/late"), 504, "takes longer than 1 s")
+        released.set()
+        before = len(asked)
+        refused(running.ask(f"http://user:word@{address}/clip.mp4"), 400, "holds a user's name")
+        refused(running.ask(f"http://{address}@localhost/clip.mp4"), 400, "asks no such host")
+        refused(running.ask(f"http://localhost:{address.split(':')[1]}/clip.mp4"), 400, "asks no such host")
+        refused(running.ask("http://127.0.0.1/clip.mp4"), 400, "asks no such host")
+        refused(running.ask("http://[/clip.mp4"), 400, "is no address")
+        assert len(asked) == before
+        assert os.listdir(running.service._spool.name) == []
+
+
+def test_limits(serving_chat, serving_folder, tmp_path):
+    videos = serving_folder / "videos"
+    large = videos / "large.mp4"
+    large.write_bytes(bytes((1 << 20) + 1))
+    limits = {"max_body_mib": 1, "max_video_mib": 1, "max_pixels": 64 * 48, "max_frames": 9, "max_seconds": 0.5}
+    with served(serving_chat, serving_folder / "model", allowed_folder=str(videos), **limits) as running:
+        assert running.ask(uri(videos / "9.mp4"))[0] == 200
+        refused(running.ask(uri(bytes(1 << 20))), 413, "more than 1 MiB (--max_body_mib)")
+        whole = b'{"messages": []}' + b" " * (1 << 20)
+        refused(running.post(iter([whole[:9], whole[9:]]), transfer_encoding="chunked"), 413, "more than 1 MiB")
+        refused(running.ask(f"file://{large}"), 413, "more than 1 MiB (--max_video_mib)")
+        refused(running.ask(uri(draw(tmp_path / "wide.mp4", 4, size=(66, 48)))), 400, "over the limit of 3,072 pixels")
+        refused(running.ask(uri(draw(tmp_path / "10.mp4", 10))), 400, "has 10 frames, over the limit of 9")
+        slow = draw(tmp_path / "slow.mp4", 4, times=[0, 300, 600, 900])
+        refused(running.ask(uri(slow)), 400, "over the limit of 0.5 s")
+        picture = "data:image/png;base64,AAAA"
+        refused(running.ask([picture] * 10), 400, "10 pictures are more than --max_frames 9")
+        assert running.metric("fastvid_body_bytes") == 0
+        assert os.listdir(running.service._spool.name) == []
+
+
+def test_large_pictures_are_refused(serving_chat, serving_folder):
+    with served(serving_chat, serving_folder / "model", max_pixels=10_000) as running:
+        for size, status in (((100, 100), 200), ((101, 100), 400)):
+            file = io.BytesIO()
+            Image.new("RGB", size).save(file, "png")
+            found, content = running.ask([uri(file.getvalue(), "image/png")])
+            assert found == status
+        assert "101×100 pixels are over the limit of 10,000" in content["error"]["message"]
+
+
+def test_decoding_has_its_time(serving_chat, serving_folder, monkeypatch):
+    """A video that would take for ever costs its request, and the next one is answered."""
+    monkeypatch.setattr(media, "_digest", lambda *_: "0" * 64)  # of a terabyte
+    hostile = endless(serving_folder / "videos" / "endless.mp4")
+    with served(
+        serving_chat,
+        serving_folder / "model",
+        allowed_folder=str(hostile.parent),
+        decode_timeout=1.0,
+        max_video_mib=1 << 21,
+    ) as running:
+        refused(running.ask(f"file://{hostile}"), 400, "took longer than 1 s")
+        assert running.ask(f"file://{serving_folder}/videos/4.mp4")[0] == 200
+    os.unlink(hostile)
+
+
+def test_a_full_queue_is_told(serving_chat, serving_folder):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", at_once=1, max_waiting=2) as running:
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(running.ask(url))) for _ in range(3)]
+        with held_answers(running):
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 3)
+            status, headers, content = running.post(asking(url))
+            refused((status, content), 429, "3 requests wait already (--max_waiting)", type="rate_limit_error")
+            assert int(headers["retry-after"]) >= 1
+        for thread in threads:
+            thread.join()
+        assert [status for status, _ in answers] == [200] * 3
+        assert running.ask(url)[0] == 200
+
+
+def test_a_request_has_its_time(serving_chat, serving_folder):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", request_timeout=0.7) as running:
+        running.ask(url)
+        with held_answers(running):
+            refused(running.ask(url), 504, "longer than 0.7 s (--request_timeout)", code="timeout")
+            assert running.stream(url)[-1]["error"]["code"] == "timeout"
+            wait_until(lambda: running.metric("fastvid_requests_in_flight") == 0)
+            assert running.metric('fastvid_requests_total{path="/v1/chat/completions",status="504"}') == 2
+        assert running.ask(url)[0] == 200
