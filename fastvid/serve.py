@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastvid.config import ChatConfig, ServeConfig
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastvid.serving.service import Service
     except ModuleNotFoundError as error:
         raise ValueError(f"fastvid serve needs {error.name}: pip install 'fastvid[serve]'") from error
+    if config.allowed_folder is not None and not Path(config.allowed_folder).is_dir():
+        raise ValueError(f"--allowed_folder {config.allowed_folder} is no folder; make it, or name another")
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     listener = bind(config)  # before the model, which takes minutes

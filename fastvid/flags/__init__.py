@@ -43,6 +43,7 @@ _TRUTH = {
     "0": False,
 }
 _PLACES = {  # flags of which an empty text would mean the folder that a command is started in
+    "allowed_folder",
     "annotations",
     "checkpoint",
     "clip_feat_path",

@@ -62,12 +62,10 @@ class Service:
         most_body: bytes of a request.
 
     Raises:
-        ValueError: an `allowed_folder` that is none; a tower that cannot be used.
+        ValueError: a tower that cannot be used.
     """
 
     def __init__(self, chat: Chat, config: ServeConfig):
-        if config.allowed_folder is not None and not Path(config.allowed_folder).is_dir():
-            raise ValueError(f"--allowed_folder {config.allowed_folder} is no folder")
         self.config, self.stopping = config, False
         self.name = config.served_model_name or Path(os.path.abspath(config.model_name_or_path)).name
         self.api_key = config.api_key or os.environ.get("FASTVID_API_KEY") or None
