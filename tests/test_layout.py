@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "training": {"data", "model", "weights", "checkpoints", "fastvid_kernels"},
     "inference": {"features", "video", "data", "model", "weights", "checkpoints"},
     "evaluation": {"features", "data", "inference"},
-    "serving": {"video", "inference", "page"},
+    "serving": {"features", "video", "inference", "page"},
     "page": {"features", "video"},
     "validation": {"features", "video", "data", "online"},
     "cli": COMMANDS,
@@ -356,6 +356,9 @@ THIRD_PARTY = [
     "triton",
     "triton.language",
     "yaml",
+    "prometheus_client",
+    "starlette.applications",
+    "uvicorn.protocols.http.h11_impl",
 ]
 
 
