@@ -156,7 +156,7 @@ class Addresses:
 
 def _decoded(url, pictures):
     """The bytes of a data URI."""
-    head, comma, data = url[:300].partition(",")
+    head, comma, _ = url[:300].partition(",")
     found = _DATA.match(head)
     if not comma or found is None or not found[3]:
         raise ApiError(400, f"{_said(url)}: a data URI must begin as data:video/mp4;base64,")

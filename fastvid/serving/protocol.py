@@ -126,7 +126,7 @@ def _number(value, name, kind, low, high):
     number = value[name]
     if not isinstance(number, kind) or isinstance(number, bool):
         raise _bad(name, f"must be a {'whole ' if kind is int else ''}number")
-    if low is not None and number < low or high is not None and number > high:
+    if (low is not None and number < low) or (high is not None and number > high):
         raise _bad(name, f"must be {low} {'or more' if high is None else f'to {high}'}")
     return number
 
@@ -201,7 +201,7 @@ def _content(content, where):
     text = "\n".join(texts)
     if not text.strip():
         raise _bad(where, "holds no text")
-    if len(videos) > 1 or videos and pictures:
+    if len(videos) > 1 or (videos and pictures):
         raise _bad(where, "one video at a time: the model was trained on one")
     if not videos and not pictures:
         return text, None
