@@ -85,19 +85,19 @@ class Service:
             }
         )
         self._features = FeatureStore(chat, config, self.metrics, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
-        self._spool = tempfile.TemporaryDirectory(prefix="fastvid-serve-")
-        self._addresses = Addresses(
-            Path(self._spool.name),
-            allowed_folder=config.allowed_folder,
-            allow_host=config.allow_host,
-            most_bytes=config.max_video_mib << 20,
-            timeout=config.decode_timeout,
-        )
         self._longest_text = _CHARACTERS * chat.model_config.decoder.context
         self._parsers = asyncio.Semaphore(2)
 
     def start(self) -> None:
         """Begin to answer."""
+        self._spool = tempfile.TemporaryDirectory(prefix="fastvid-serve-")
+        self._addresses = Addresses(
+            Path(self._spool.name),
+            allowed_folder=self.config.allowed_folder,
+            allow_host=self.config.allow_host,
+            most_bytes=self.config.max_video_mib << 20,
+            timeout=self.config.decode_timeout,
+        )
         self._engine.start()
 
     async def close(self) -> None:
