@@ -1,5 +1,6 @@
 """Many clients, slow ones, and those that go away: others are answered, and nothing of them is left."""
 
+import asyncio
 import json
 import os
 import random
@@ -17,8 +18,10 @@ from conftest import ROOT
 from fake_judge import wait_until
 from serving_run import asking, held_answers, served, text_of, uri
 
+from fastvid.config import ServeConfig
 from fastvid.serve import main
 from fastvid.serving import server as server_module
+from fastvid.serving.service import Service
 
 
 def head(body, extra=""):
@@ -109,6 +112,7 @@ def test_who_leaves_frees_the_place(serving_chat, serving_folder, stream):
             for each in made:
                 each.close()
             wait_until(lambda: running.metric("fastvid_requests_in_flight") == 0)
+            assert running.service._engine._answers == {}  # before any has ended
         left_nothing(running)
         wait_until(lambda: running.metric('fastvid_requests_total{path="/v1/chat/completions",status="499"}') == 2)
         assert running.post(body)[0] == 200
@@ -149,6 +153,44 @@ def test_who_leaves_while_a_video_is_decoded(serving_chat, serving_folder, monke
             assert other.result()[0] == 200
         assert not killed.is_set()
         left_nothing(running)
+
+
+def test_what_was_given_up_and_ends_late_takes_no_other_along(serving_chat, serving_folder):
+    """Meanwhile another has asked for the same, and a third will wait with him."""
+    made, released = [], asyncio.Event()
+
+    async def make(key, files, pictures):
+        made.append(key)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await released.wait()
+            raise
+
+    async def scenario(store):
+        store._make = make
+        first = asyncio.create_task(store.of("key", [], False))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        others = [asyncio.create_task(store.of("key", [], False))]
+        await asyncio.sleep(0.01)
+        released.set()
+        await asyncio.sleep(0.01)
+        others.append(asyncio.create_task(store.of("key", [], False)))
+        await asyncio.sleep(0.01)
+        waiters = [job.waiters for job in store._jobs.values()]
+        for each in others:
+            each.cancel()
+        await asyncio.wait(others)
+        await asyncio.sleep(0.01)
+        await store.close()
+        return waiters
+
+    store = Service(serving_chat, ServeConfig(str(serving_folder / "model")))._features
+    assert asyncio.run(scenario(store)) == [2]
+    assert made == ["key", "key"]
+    assert store._jobs == {}
 
 
 def test_a_slow_reader_holds_up_nobody(serving_chat, serving_folder, monkeypatch):
