@@ -15,6 +15,20 @@ from fastvid.policy import POLICIES, Lora, Policy, Trainable
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# What `--from` may name: records of these trainers and data sets (`fastvid.data.conversion`).
+STYLES = (
+    "auto",
+    "videoinstruct",
+    "training",
+    "messages",
+    "sharegpt",
+    "llava",
+    "llava_video",
+    "plm",
+    "videochat2",
+    "swift",
+    "alpaca",
+)
 LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
 
 
@@ -79,6 +93,11 @@ class _Checked:
             for number in numbers if has_range(flag) and value is not None else ():
                 if fault := range_fault(number, flag.metadata):
                     raise ValueError(f"--{flag.name} {number}: give {fault}")
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The name of a field's flag, without hyphens. Fields that Python's own words would name end in "_"."""
+    return field.name.removesuffix("_")
 
 
 def older_names(config_class: "type[DataclassInstance]") -> dict[str, str]:
@@ -366,17 +385,25 @@ class InspectConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ConvertConfig(_Checked):
-    """VideoInstruct JSON to training JSON."""
+    """VideoInstruct's records, or other trainers', to training records."""
 
     input_json_file: str = field(
         metadata={
-            "help": "VideoInstruct JSON or JSONL (records of q, a, video_id); or, with "
-            "--clip_feature_path, a training JSON to filter."
+            "help": "JSON, JSONL or Parquet of VideoInstruct (q, a, video_id) or of another trainer (--from); or, with "
+            "--clip_feature_path, training records to filter."
         }
     )
     output_json_file: str = field(metadata={"help": "Training JSON (or JSONL, by its ending).", "writes": "file"})
     clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
-    on_bad: Literal["error", "drop"] = _flag("error", "What a malformed record does; drops are counted and listed.")
+    from_: Literal[STYLES] = _flag("auto", "Style of the records. auto: each record's own; others are refused.")
+    media_root: str | None = _flag(
+        None, "Folder that names of videos and images begin with, which is taken off: features lie by the rest."
+    )
+    on_bad: Literal["auto", "error", "drop"] = _flag(
+        "auto",
+        "What a malformed record does; drops are counted and told. auto: an error in the reference's records, and a "
+        "drop in others.",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``fastvid convert``: VideoInstruct JSON to training JSON; and a training JSON to its records that have features."""
+"""``fastvid convert``: VideoInstruct's and other trainers' records to training records, or to those with features."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fastvid import config as configs
 from fastvid.data import instructions
+from fastvid.data.conversion import Conversion, convert_any
 from fastvid.data.records import read_records, write_records
 from fastvid.features.names import SUFFIXES, stem
 from fastvid.files import VIDEO_SUFFIXES, shown
@@ -14,13 +15,13 @@ from fastvid.flags import parse
 LISTED = 20  # records left out that are named one by one
 
 
-def convert(config: configs.ConvertConfig) -> instructions.Converted:
+def convert(config: configs.ConvertConfig) -> Conversion:
     """Convert one file to another; the output appears whole or not at all.
 
     A file of training records keeps those whose videos have features.
 
     Raises:
-        ValueError: a malformed record under on_bad="error"; a file that is no JSON; a feature folder that is none; no
+        ValueError: a malformed record where that is an error; a file that is no JSON; a feature folder that is none; no
             record would be left.
     """
     path, folder = config.input_json_file, config.clip_feature_path
@@ -28,29 +29,50 @@ def convert(config: configs.ConvertConfig) -> instructions.Converted:
     records = read_records(path)
     if not records:
         raise ValueError(f"{shown(path)} holds no record; nothing was written")
-    if all(isinstance(record, dict) and "conversations" in record for record in records):
-        if folder is None:
-            raise ValueError(
-                f"{shown(path)} holds training records already, which need no conversion; with "
-                "--clip_feature_path those are kept whose videos have features"
-            )
-        from fastvid.features.folder import FeatureFolder
-
-        done = instructions.keep_those_with_features(records, FeatureFolder(folder), config.on_bad, path)
-    else:
-        done = instructions.convert_records(records, ids, config.on_bad, path)
+    done = convert_any(
+        records,
+        path=path,
+        style=config.from_,
+        on_bad=config.on_bad,
+        feature_ids=ids,
+        missing=None if folder is None else _missing(folder),
+        media_root=config.media_root,
+    )
+    if folder is None and done.unchanged == len(records):
+        raise ValueError(
+            f"{shown(path)} holds training records already, which need no conversion; with "
+            "--clip_feature_path those are kept whose videos have features"
+        )
     if not done.records:
         raise ValueError(
             f"none of the {len(records):,} records of {shown(path)} is left, so nothing was written: "
-            + _why_none(done, folder, ids)
+            + _why_none(done, path, folder, ids)
         )
     write_records(config.output_json_file, done.records)
     return done
 
 
-def _why_none(done, folder, ids):
+def _missing(folder):
+    """Whether the folder has no features of a video or an image."""
+    from fastvid.features.folder import FeatureFolder, MissingFeatures
+
+    features = FeatureFolder(folder)
+
+    def missing(name):
+        try:
+            features.resolve(name)
+        except MissingFeatures:
+            return True
+        return False
+
+    return missing
+
+
+def _why_none(done, path, folder, ids):
     """The likely reason for which every record was left out, and what to do."""
     if not done.absent:
+        if not done.of_reference:
+            return "; ".join(done.kinds(path))
         index, name, reason = done.dropped[0]
         return f"all are malformed; record {index} (from 0): {instructions.describe((name, reason))}"
     wanted, files = shown(done.absent[0][1]), sorted(os.listdir(folder))
@@ -69,7 +91,11 @@ def _why_none(done, folder, ids):
 def _tell(config, done):
     """What was left out or is unusual, on stderr."""
     lines = []
-    if done.dropped:
+    if not done.of_reference:
+        styles = (f"{count:,} {style or 'of no known style'}" for style, count in done.styles.most_common())
+        lines.append(f"{shown(config.input_json_file)}: {sum(done.styles.values()):,} records: {', '.join(styles)}")
+        lines += done.remarks.lines() + done.kinds(config.input_json_file)
+    elif done.dropped:
         lines.append(f"{shown(config.input_json_file)}: {len(done.dropped)} malformed records dropped:")
         lines += _listed(done.dropped, instructions.describe)
     if done.absent:

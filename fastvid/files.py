@@ -59,6 +59,8 @@ VIDEO_SUFFIXES = (
     ".265",
     ".hevc",
 )
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 # Errors of writing that every later file would meet as well.
 NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

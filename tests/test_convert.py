@@ -179,9 +179,9 @@ def test_an_empty_result_is_an_error_with_its_reason(tmp_path, records, files, m
     assert json.loads(given.read_text()) == records and not (tmp_path / "out.json").exists()
 
 
-def test_training_records_of_another_kind_are_told(tmp_path):
+def test_records_of_another_style_without_turns_are_told(tmp_path):
     (tmp_path / "in.json").write_text(json.dumps([{"messages": [], "videos": ["a.mp4"]}]))
-    with pytest.raises(ValueError, match='is a training record already: it has "messages"; train reads it so'):
+    with pytest.raises(ValueError, match="none of the 1 records .* field 'messages' is not a list of turns"):
         convert.main(["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "o.json")])
 
 

@@ -52,6 +52,7 @@ HOMES = {
     "flash_attn_interface": ("fastvid.model.attention",),
     "jinja2": ("fastvid.data.templates",),
     "liger_kernel": ("fastvid.model.decoder",),
+    "pyarrow": ("fastvid.data.parquet",),
     "matplotlib": ("fastvid.training.plots",),
     "prometheus_client": ("fastvid.serving.metrics",),
     "starlette": ("fastvid.serving",),

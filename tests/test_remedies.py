@@ -19,7 +19,7 @@ from fastvid.cli import COMMANDS
 # Of other programs: torchrun, pip, hf, docker, sbatch.
 OTHERS = {"array", "config", "help", "local-dir", "nproc_per_node", "repo-type", "shm-size"}
 FLAGS = {
-    field.name
+    config.flag_of(field)
     for each in vars(config).values()
     if dataclasses.is_dataclass(each) and isinstance(each, type)
     for field in dataclasses.fields(each)

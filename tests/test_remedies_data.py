@@ -379,13 +379,6 @@ CONVERTING = [
         "convert --input_json_file train.json --clip_feature_path feats --on_bad drop",
     ),
     (
-        "sed 's/conversations/messages/' train.json > in.json",
-        "convert",
-        'this is a training record already: it has "messages"; train reads it so',
-        "",
-        "train --data_path in.json",
-    ),
-    (
         "sed -i '0,/a house/ s///' in.json",
         "convert",
         "have an empty answer; training leaves them out with --on_bad_sa",
@@ -437,7 +430,7 @@ DATA_FILES = [
     (
         "printf PAR1.... > p.json",
         "validate --data_path p.json",
-        "is a Parquet file, which is not read; write its rec",
+        "is no whole Parquet file",
         "cp train.jsonl p.jsonl",
         "validate --data_path p.jsonl",
     ),
@@ -497,7 +490,7 @@ DATA_FILES = [
         "mkdir hub && cp train.json hub",
         "validate --data_path hub/train.json",
     ),
-    ("", "validate --data_path nowhere.json", "give the path of a JSON or JSONL file", "", "validate"),
+    ("", "validate --data_path nowhere.json", "give the path of a JSON, JSONL or Parquet file", "", "validate"),
     (
         'sed -i \'s/, "conversations"/,\\n"conversations"/\' train.jsonl',
         "validate --data_path train.jsonl",
@@ -745,8 +738,23 @@ RECORDS = [
     ),
     (
         without({**asked("what"), "image": "a.jpg"}, "video"),
-        "only videos and text are trained on; leave the record out",
-        LEFT_OUT,
+        "0 <image> in the text for 1 image; put <image> into the question",
+        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+    ),
+    (
+        without({**asked("<image> what"), "img": "a.jpg"}, "video"),
+        "field 'img' is not read; a record names its image in 'image'",
+        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+    ),
+    (
+        without(asked("<image> what"), "video"),
+        "the text holds <image>, but the record names no file; name its image in 'image'",
+        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+    ),
+    (
+        without({**asked("<image> what"), "image": "data:image/png;base64,iVBO"}, "video"),
+        "field 'image' holds the file itself; write it to a file, and name that",
+        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
     ),
     (
         without({**asked("<depth> what"), "depth": "a.png"}, "video"),
@@ -755,7 +763,7 @@ RECORDS = [
     ),
     (
         without(asked("<audio> what"), "video"),
-        "names no video: only videos and text are trained on; leave the record",
+        "names no file: only videos, images and text are trained on; leave the record",
         LEFT_OUT,
     ),
     (
@@ -797,9 +805,9 @@ RECORDS = [
     ),
     ({**GOOD, "conversations": [TURNS[0], TURNS[0], TURNS[1]]}, "human and gpt must take turns", GOOD),
     (
+        {**GOOD, "conversations": [{"from": "human", "value": [{"type": "audio"}, {"text": "what"}]}, TURNS[1]]},
+        "part 0 is of the type audio; only text, images and videos are read",
         {**GOOD, "conversations": [{"from": "human", "value": [{"type": "video"}, {"text": "what"}]}, TURNS[1]]},
-        'write it as one text, with <video> where the video belongs, and name the video in "video"',
-        asked("<video> what"),
     ),
     ({**GOOD, "video": "https://a.b/a.mp4"}, "it is a URL, and must be downloaded first", GOOD),
     ({**GOOD, "video": "sub\\c.mp4"}, "sub-folders are written with /", {**GOOD, "video": "sub/c.mp4"}),

@@ -96,8 +96,8 @@ def test_the_references_records_and_features(tiny):
         ),
         (
             {"id": "x", "image": "a.jpg", "conversations": TEXT},
-            "records of something else than videos and text",
-            "'image'",
+            "<video> placeholders and videos differ in number",
+            "put <image> into the question",
         ),
         ({"id": "x", "video": "a.pkl", "conversations": TURNS[:1]}, "no answer", "no turn from gpt with an answer"),
         (

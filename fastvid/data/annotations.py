@@ -2,8 +2,8 @@
 
 {"id": …, "video": "name.pkl", "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]}
 
-with "videos": [names] instead of "video" for several videos, and neither for text alone. `fastvid.data.styles` reads
-what other trainers write.
+with "videos": [names] instead of "video" for several videos, "image" or "images" and <image> for images, and none of
+these for text alone. `fastvid.data.styles` reads what other trainers write.
 """
 
 import re
@@ -13,42 +13,31 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastvid.config import DataConfig
-from fastvid.data.names import ASSISTANT, END, EOS, PATCH, START, UNK, VIDEO
+from fastvid.data.media import Unreadable
+from fastvid.data.names import ASSISTANT, END, EOS, IMAGE, PATCH, START, UNK, VIDEO
 from fastvid.data.records import place, read_records
-from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.data.styles import conversation
 from fastvid.features.names import SUFFIXES
-from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
+from fastvid.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, StrPath, shown
 from fastvid.policy import Policy
 
 _MOST_LINES = 20  # kinds of remarks that are told
-_OTHER_MEDIA = re.compile(
-    r"(image|img|photo|picture|audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?", re.IGNORECASE
-)
+_OTHER_MEDIA = re.compile(r"(audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?", re.IGNORECASE)
 _OTHER_PLACEHOLDER = re.compile(
     r"<(image|img|audio|sound|speech)([_-]?(here|pad|placeholder|token|start|end|\d+))?>|<im_(start|patch|end)>"
     r"|<\|(image|audio|vision)(_?(pad|placeholder|start|end|\d+))?\|>",
     re.IGNORECASE,
 )
 _TAG = re.compile(r"<\|?[A-Za-z]\w*\|?>")
-_FILES_OF_OTHERS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".wav",
-    ".mp3",
-    ".flac",
-    ".ogg",
-    ".m4a",
-    ".ply",
-    ".pcd",
-)
+_FILES_OF_OTHERS = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".ply", ".pcd")
 _SEPARATOR = f" {ASSISTANT}: "
-_READ = {"id", "video", "videos", "conversations"}  # fields of every training record
-_NAMES_A_VIDEO = re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE)
+_READ = {"id", "video", "videos", "image", "images", "conversations"}  # fields of training records
+_NAMES = {
+    "video": re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE),
+    "image": re.compile(
+        r"(image_?|(img|photo|picture)s?_?)(path|file|filename|name|url|id)s?|(img|photo|picture)s?", re.IGNORECASE
+    ),
+}
 
 
 class Fault(NamedTuple):
@@ -88,17 +77,18 @@ def examine(record: Any, number: int = 0, *, policy: Policy, use_start_end: bool
         use_start_end: <vid_start> and <vid_end> are placeholders of the model.
     """
     try:
-        read, remarks = canonical(record, number)
+        read = conversation(record, number)
     except Unreadable as fault:
         kind = f"malformed record, field '{fault.field}'" if fault.field else "malformed record"
         where = f"field '{fault.field}'" if fault.field else "the record"
         return Examined(None, Fault(kind, f"{where} {fault.reason}"), [])
-    texts, videos = asked_and_answered(read), len(record_videos(read))
+    media, remarks, read = read.media, read.remarks, read.record
+    texts, videos = asked_and_answered(read), len(media)
     whole = "\n".join(texts)  # no placeholder holds a line's end
     other = _OTHER_PLACEHOLDER.search(whole)
-    fault = _other_medium(record, texts[::2], other) or _placeholder_fault(whole, use_start_end)
+    fault = _other_medium(record, media, texts[::2], other) or _placeholder_fault(whole, use_start_end)
     if videos and not fault and whole.count(VIDEO) != videos:
-        fault = _video_fault(read, texts)
+        fault = _video_fault(read, media, texts)
     # The reference keeps a sample that it has masked: it takes its place in the batch and adds nothing to the loss.
     if not policy.mask_by_retokenizing:
         if not any(texts[1::2]):
@@ -169,61 +159,71 @@ def _placeholder_fault(text, use_start_end):
     return Fault("the model's own placeholders in the text", found) if found else None
 
 
-def _other_medium(record, questions, placeholder):
-    """The fault of a record that is about something else than videos and text.
+def _other_medium(record, media, questions, placeholder):
+    """The fault of a record that is about something else than videos, images and text, or names them elsewhere.
 
     Args:
+        media: that it names.
         questions: its texts; only one with a tag of some kind asks about a file that a field may name.
         placeholder: match of a placeholder of something else in its texts; None without one.
     """
-    videos = record.get("video") or record.get("videos")
     for name, value in record.items():
         if name in _READ or not value or not isinstance(value, (str, list, dict)):
             continue
-        if _OTHER_MEDIA.fullmatch(name) and (placeholder or not videos):
-            return Fault(
-                "records of something else than videos and text",
-                f"field '{shown(name)}': only videos and text are trained on; leave the record out",
-            )
-        if not videos and _NAMES_A_VIDEO.fullmatch(name):
-            return Fault(
-                "the video's name in another field",
-                f"field '{shown(name)}' is not read; a record names its video in 'video'",
-            )
-    for name, value in record.items() if not videos and any(map(_TAG.search, questions)) else ():
+        if _OTHER_MEDIA.fullmatch(name) and (placeholder or not media):
+            return _of_something_else(f"field '{shown(name)}'")
+        for kind, pattern in _NAMES.items():
+            if pattern.fullmatch(name) and (not media or placeholder and kind == "image"):
+                return _named_elsewhere(name, kind)
+    for name, value in record.items() if not media and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:
             if not isinstance(file, str) or name == "id":
                 continue
             if file.lower().endswith((*VIDEO_SUFFIXES, *SUFFIXES[:2])):
-                return Fault(
-                    "the video's name in another field",
-                    f"field '{shown(name)}' is not read; a record names its video in 'video'",
-                )
-            if file.lower().endswith(_FILES_OF_OTHERS):
-                return Fault(
-                    "records of something else than videos and text",
-                    f"field '{shown(name)}': only videos and text are trained on; leave the record out",
-                )
-    if placeholder and not videos:
-        return Fault(
-            "records of something else than videos and text",
-            f"the text holds {placeholder[0]}, but the record names no video: only videos and text are "
-            "trained on; leave the record out",
-        )
+                return _named_elsewhere(name, "video")
+            if file.lower().endswith(IMAGE_SUFFIXES) and _of_images(placeholder):
+                return _named_elsewhere(name, "image")
+            if file.lower().endswith((*IMAGE_SUFFIXES, *_FILES_OF_OTHERS)):
+                return _of_something_else(f"field '{shown(name)}'")
+    if placeholder and not media:
+        said = f"the text holds {placeholder[0]}, but the record names no file"
+        if (placeholder[1] or placeholder[5] or "im").lower() in ("image", "img", "im", "vision"):
+            return Fault("placeholders without a file", f"{said}; name its image in 'image'")
+        return _of_something_else(said)
     return None
 
 
-def _video_fault(record, texts):
-    """The fault of a record whose placeholders are not as many as its videos."""
-    videos, count = len(record_videos(record)), sum(text.count(VIDEO) for text in texts)
-    said = f"{count} {VIDEO} in the text for {videos} video{'s' * (videos != 1)}"
+def _of_images(placeholder):
+    return bool(placeholder) and any(word in placeholder[0].lower() for word in ("im", "vision"))
+
+
+def _of_something_else(what):
+    return Fault(
+        "records of something else than videos, images and text",
+        f"{what}: only videos, images and text are trained on; leave the record out",
+    )
+
+
+def _named_elsewhere(field, kind):
+    return Fault(
+        f"the {kind}'s name in another field",
+        f"field '{shown(field)}' is not read; a record names its {kind} in '{kind}'",
+    )
+
+
+def _video_fault(record, media, texts):
+    """The fault of a record whose placeholders are not as many as its videos and images."""
+    videos, count = len(media), sum(text.count(VIDEO) for text in texts)
+    kind = media[0].kind
+    placeholder = IMAGE if kind == "image" and not count else VIDEO
+    said = f"{count} {placeholder} in the text for {videos} {kind}{'s' * (videos != 1)}"
     left_out = VIDEO in record["conversations"][0]["value"] and len(texts) < len(record["conversations"])
     if count > videos:
-        remedy = 'a record of several videos lists them as "videos", one for each placeholder'
+        remedy = f'a record of several {kind}s lists them as "{kind}s", one for each placeholder'
     elif left_out:
         remedy = f"the first turn is from gpt and left out; put {VIDEO} into the question"
     else:
-        remedy = f"put {VIDEO} into the question" + ", once for each video" * (videos > 1)
+        remedy = f"put {placeholder} into the question" + f", once for each {kind}" * (videos > 1)
         others = Counter(match[0] for text in texts for match in _OTHER_PLACEHOLDER.finditer(text))
         remedy += "".join(f" (it holds {number} {other})" for other, number in others.items())
     return Fault(f"{VIDEO} placeholders and videos differ in number", f"{said}; {remedy}")

@@ -1,4 +1,4 @@
-"""VideoInstruct's records to training records, and of either those whose features are there.
+"""VideoInstruct's records to training records, of which those are kept whose features are there.
 
 {"q": …, "a": …, "video_id": …}, in a JSON array or JSONL.
 """
@@ -8,17 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastvid.data.records import kind_of, place
-from fastvid.data.styles import Unreadable, canonical, record_videos
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
-
-if TYPE_CHECKING:
-    from fastvid.features.folder import FeatureFolder
-
-_OF_TRAINING = ("conversations", "messages", "conversation", "query", "QA")  # fields of training records
 
 
 @dataclass
@@ -41,7 +35,11 @@ class Converted:
 
 
 def convert_records(
-    records: Sequence[Any], feature_ids: set[str] | None = None, on_bad: str = "error", path: StrPath = "records"
+    records: Sequence[Any],
+    feature_ids: set[str] | None = None,
+    on_bad: str = "error",
+    path: StrPath = "records",
+    first: int = 0,
 ) -> Converted:
     """VideoInstruct records to training records, as the reference's two scripts do.
 
@@ -54,12 +52,13 @@ def convert_records(
             None keeps all.
         on_bad: "error" or "drop": what a malformed record does.
         path: the file that the records come from, for messages.
+        first: index of the first of them in it.
 
     Raises:
         ValueError: a malformed record under on_bad="error", naming file, index, field and remedy.
     """
     done = Converted()
-    for index, record in enumerate(records):
+    for index, record in enumerate(records, start=first):
         fault = _fault(record)
         if fault is not None:
             if on_bad == "error":
@@ -81,43 +80,6 @@ def convert_records(
         done.records.append({"id": name, "video": f"{name}.pkl", "conversations": turns})
         done.empty["question"] += not record["q"]
         done.empty["answer"] += not record["a"]
-    return done
-
-
-def keep_those_with_features(
-    records: Sequence[Any], features: FeatureFolder, on_bad: str = "error", path: StrPath = "records"
-) -> Converted:
-    """The training records all of whose videos have features, as they are; those without a video are kept.
-
-    Args:
-        features: `fastvid.features.folder.FeatureFolder`.
-        on_bad, path: as `convert_records` takes them.
-
-    Raises:
-        ValueError: under on_bad="error" a record that is malformed or names a place outside the folder.
-    """
-    from fastvid.features.folder import MissingFeatures
-
-    done = Converted()
-    for index, record in enumerate(records):
-        name = ""
-        try:
-            for name in record_videos(canonical(record, index)[0]):
-                features.resolve(name)
-        except MissingFeatures:
-            done.absent.append((index, name))
-        except ValueError as error:
-            field, reason = (
-                (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
-            )
-            if on_bad == "error":
-                raise ValueError(
-                    f"{place(path, index)}: {describe((field, reason))}; mend it, or leave malformed records out "
-                    "with --on_bad drop"
-                ) from error
-            done.dropped.append((index, field, reason))
-        else:
-            done.records.append(record)
     return done
 
 
@@ -161,9 +123,7 @@ def _fault(record) -> tuple[str, str] | None:
         return "", f"is {kind_of(record)}, not an object"
     for name in ("q", "a", "video_id"):
         if name not in record:
-            kind = next(filter(record.__contains__, _OF_TRAINING), None)
-            training = f' (this is a training record already: it has "{kind}"; train reads it so)' if kind else ""
-            return name, f"is missing{training}"
+            return name, "is missing"
         if not isinstance(record[name], str):
             return name, f"is {kind_of(record[name])}, not text"
     return None if record["video_id"] else ("video_id", "is empty")

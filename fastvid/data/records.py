@@ -1,11 +1,13 @@
-"""Data files: JSON arrays, JSONL (one record per line), and objects that hold the records one level down."""
+"""Data files: JSON arrays, JSONL (one record per line), Parquet, and objects that hold the records one level down."""
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from fastvid.data.parquet import MAGIC, read_parquet
 from fastvid.files import StrPath, atomic_file, shown, wrong_content
 
 log = logging.getLogger("fastvid")
@@ -29,11 +31,9 @@ _OF_RECORDS = {
     "images",
     "audio",
 }
-_BEGINNINGS = {
-    b"PAR1": "is a Parquet file, which is not read; write its records as JSONL",
-    b"PK\x03\x04": "is a zip archive; unpack it",
-}
+_BEGINNINGS = {b"PK\x03\x04": "is a zip archive; unpack it"}
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+_ENDINGS = (".json", ".jsonl", ".parquet")
 _OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
 
 
@@ -56,6 +56,8 @@ def read_records(path: StrPath) -> list[Any]:
     Raises:
         ValueError: naming the file that cannot be read, or the line of what is no JSON or no UTF-8.
     """
+    if is_parquet(path):
+        return list(read_parquet(path))
     text = read_text(path)
     first = text.lstrip()[:1]
     if first == "[":
@@ -87,6 +89,17 @@ def write_records(path: StrPath, records: list[Any]) -> None:
             file.write(json.dumps(records).encode("ascii"))
 
 
+def is_parquet(path: StrPath) -> bool:
+    """Whether a file begins as Parquet does; False of a pipe, and of what cannot be read."""
+    try:
+        if not os.path.isfile(path) or str(path).startswith(_OPEN_ALREADY):
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def read_text(path: StrPath) -> str:
     """The text of a file, with "\\n" as the end of each line and no byte-order mark.
 
@@ -115,15 +128,15 @@ def _what_to_give(path):
     name, path = str(path), Path(path)
     pieces = [piece.strip() for piece in name.split(",")]
     if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+        files = sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)
         return f"give the data files in it{': ' * bool(files)}{', '.join(map(shown, files[:5]))}"
     if len(pieces) > 1 and not path.exists():
         return f"give several files with spaces between them: {shown(' '.join(pieces))}"
     if re.search(r"[*?\[]", name) and not path.exists():
         return "write a pattern without quotation marks, so that the shell puts the files' names in its place"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in (".json", ".jsonl") and not path.parent.exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _ENDINGS and not path.parent.exists():
         return f"download a data set of the hub first (hf download {name} --repo-type dataset), and give its JSON file"
-    return "give the path of a JSON or JSONL file"
+    return "give the path of a JSON, JSONL or Parquet file"
 
 
 def _parse(text, path, number=None):

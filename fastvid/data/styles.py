@@ -1,16 +1,19 @@
 """Records as other trainers write them, read as training records.
 
 The form that all else works on is ``{"id": text, "video": name, "conversations": [{"from": "human" or "gpt", "value":
-text}, …]}``, with "videos" for several and neither for text alone. What another form unmistakably means is taken, with
-a remark; what could mean several things is refused by name.
+text}, …]}``, with "videos" for several and neither for text alone. An image is a video of one frame: it has a name and
+a <video> as well. What another form unmistakably means is taken, with a remark; what could mean several things is
+refused by name.
 """
 
 import json
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from fastvid.data.names import VIDEO
+from fastvid.data.media import Medium, Unreadable, in_text, named_in, part
+from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import kind_of
 from fastvid.files import shown
 
@@ -25,30 +28,34 @@ _ROLES = {
 }
 _TURN = {"from", "value", "role", "content"}
 _FORM = '"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]'
-# Placeholders of a video as trainers spell them, with what they put around one; the longest first.
-_PLACEHOLDER = re.compile(
-    r"<\|vision_start\|><\|(?:image|video)_pad\|><\|vision_end\|>"
-    r"|<(?:video|vid)>\s*<(?:video|vid|image)_?here>\s*</(?:video|vid)>|<(?:video|vid)>\s*</(?:video|vid)>"
-    r"|< ?(?:image|video|vid)(?:[_-]?(?:here|pad|placeholder|token))? ?/?>|<\|(?:image|video)(?:_pad)?\|>",
-    re.IGNORECASE,
-)
 # Numbers and truth values of a record that would change what is trained, where they were used.
 _WOULD_CHANGE = re.compile(
     r"((clip|segment|video)_?)?(start|end|begin)_?(time|sec|second|frame)?s?|(loss_?)?weight|loss", re.IGNORECASE
 )
 
 
-class Unreadable(ValueError):
-    """A record is no conversation.
+@dataclass(frozen=True)
+class Conversation:
+    """A record, whoever wrote it.
 
     Attributes:
-        field: that is at fault; empty for the whole record.
-        reason: continues a sentence that begins with the field.
+        id: its own, or its number.
+        media: videos and images in the order of their placeholders.
+        turns: from human and gpt in turn; each medium of `media` has a <video>, if its record says where it belongs.
+        remarks: what was changed or left out, a text for each kind that is the same for all records of the kind.
     """
 
-    def __init__(self, field: str, reason: str):
-        super().__init__(field, reason)
-        self.field, self.reason = field, reason
+    id: str
+    media: list[Medium]
+    turns: list[dict[str, str]]
+    remarks: list[str]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """In the form that all else works on."""
+        names = [medium.name for medium in self.media]
+        videos = {} if not names else {"video": names[0]} if len(names) == 1 else {"videos": names}
+        return {"id": self.id, **videos, "conversations": self.turns}
 
 
 def canonical(record: Any, number: int = 0) -> tuple[dict[str, Any], list[str]]:
@@ -65,14 +72,24 @@ def canonical(record: Any, number: int = 0) -> tuple[dict[str, Any], list[str]]:
     Raises:
         Unreadable: it cannot be one.
     """
+    read = conversation(record, number)
+    return read.record, read.remarks
+
+
+def conversation(record: Any, number: int = 0) -> Conversation:
+    """What a record says; arguments and errors as `canonical`'s."""
     if not isinstance(record, dict):
         raise Unreadable("", f"is {kind_of(record)}, not an object")
-    remarks = []
-    names = _videos(record, remarks)
-    turns, used = _conversation(record, remarks)
-    if names:
-        turns = _with_placeholders(turns, len(names), remarks)
-    used |= {"id", "video", "videos"}
+    remarks, media = [], []
+    turns, used = _conversation(record, remarks, media)
+    used.add("id")
+    if not media:
+        videos = named_in(record, "video", remarks)
+        wanted = not videos or any(IMAGE in turn["value"] for turn in turns)  # beside a video it may be a thumbnail
+        turns, media = in_text(turns, videos, named_in(record, "image", remarks) if wanted else [], remarks)
+        used |= {"video", "videos"}
+        if any(medium.kind == "image" for medium in media):
+            used |= {"image", "images"}
     for name, value in record.items():
         telling = (isinstance(value, (str, list, dict)) and value) or (
             value is not None and _WOULD_CHANGE.fullmatch(name)
@@ -82,8 +99,7 @@ def canonical(record: Any, number: int = 0) -> tuple[dict[str, Any], list[str]]:
     name = record.get("id")
     if not isinstance(name, (str, int, float)) or isinstance(name, bool):
         name = number
-    videos = {} if not names else {"video": names[0]} if len(names) == 1 else {"videos": names}
-    return {"id": str(name), **videos, "conversations": turns}, remarks
+    return Conversation(str(name), media, turns, remarks)
 
 
 def record_videos(record: dict[str, Any]) -> list[str]:
@@ -102,41 +118,13 @@ def half_character(text: str) -> str | None:
     return None
 
 
-def _videos(record, remarks):
-    """Names of the record's videos."""
-    video, videos = record.get("video"), record.get("videos")
-    if isinstance(video, list):
-        if video:
-            remarks.append("field 'video' is a list: its names are taken as \"videos\"")
-    elif video is not None:
-        if not isinstance(video, str) or not video:
-            raise Unreadable("video", "is not a file name" + (f", but {kind_of(video)}" if video != "" else " (empty)"))
-        video = [video]
-    if isinstance(videos, str) and videos:
-        remarks.append("field 'videos' is one name: it is taken as \"video\"")
-        videos = [videos]
-    for field, names in (("video", video), ("videos", videos)):
-        if names is not None and not (
-            isinstance(names, list) and all(isinstance(name, str) and name for name in names)
-        ):
-            what = (
-                next((kind_of(name) for name in names if not isinstance(name, str)), "an empty text")
-                if isinstance(names, list)
-                else kind_of(names)
-            )
-            raise Unreadable(field, f"is not a list of file names, but {'holds ' * isinstance(names, list)}{what}")
-    if video and videos and video != videos:
-        remarks.append("field 'video' is not used beside 'videos'")
-    return videos or video or []
-
-
-def _conversation(record, remarks):
-    """(turns from human and gpt in turn, the fields that they were read from)."""
+def _conversation(record, remarks, media):
+    """(turns from human and gpt in turn, the fields that they were read from); media named in turns are added."""
     for field in ("conversations", "messages", "conversation"):
         if record.get(field) is not None:
             if field != "conversations":
                 remarks.append(f"field '{field}' is read as \"conversations\"")
-            return _turns(record[field], field, remarks), {field}
+            return _turns(record[field], field, remarks, media), {field}
     for question, answer, more in (
         ("query", "response", None),
         ("instruction", "output", "input"),
@@ -158,7 +146,7 @@ def _conversation(record, remarks):
     raise Unreadable("conversations", f"is missing (the record has {fields}); write {_FORM}")
 
 
-def _turns(listed, field, remarks):
+def _turns(listed, field, remarks, media):
     if not isinstance(listed, list) or not listed:
         what = "" if isinstance(listed, list) else f", but {kind_of(listed)}"
         raise Unreadable(field, f"is not a list of turns with at least one{what}")
@@ -174,7 +162,7 @@ def _turns(listed, field, remarks):
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')
-        text = _text(turn[key], field, f"turn {number}", key, remarks)
+        text = _of_parts(turn[key], field, f"turn {number}", key, remarks, media)
         if role is None and given.lower() == "system" and not turns:
             if text:
                 _add(remarks, "the first turn, from system, is left out: the template has a system text of its own")
@@ -215,7 +203,10 @@ def _question_and_answer(record, question, answer, more, remarks):
 
 def _video_chat2(record, remarks):
     """VideoChat2's questions and answers: the video, and what to do with it, come before the first question."""
-    remarks.append("field 'QA' is read as \"conversations\", with <video> before the first question")
+    shown_first = any(record.get(field) for field in ("video", "videos", "image", "images"))
+    remarks.append(
+        "field 'QA' is read as \"conversations\"" + f", with {VIDEO} before the first question" * shown_first
+    )
     turns = []
     for number, pair in enumerate(record["QA"]):
         if not isinstance(pair, dict) or "q" not in pair or "a" not in pair:
@@ -225,20 +216,27 @@ def _video_chat2(record, remarks):
             asked.insert(0, _text(pair["i"], "QA", "entry 0", "i", remarks))
         elif pair.get("i"):
             _add(remarks, "field 'i' of a later entry of 'QA' is not used")
-        if number == 0 and VIDEO not in "".join(asked):
+        if number == 0 and shown_first and VIDEO not in "".join(asked):
             asked.insert(0, VIDEO)
         turns += ["\n".join(filter(None, asked)), _text(pair["a"], "QA", f"entry {number}", "a", remarks)]
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
 
 
-def _with_placeholders(turns, count, remarks):
-    """The turns with <video> for another spelling of the placeholder, where that is the only one."""
-    asked = turns[turns[0]["from"] == "gpt" :]
-    found = [match[0] for turn in asked for match in _PLACEHOLDER.finditer(turn["value"])]
-    if VIDEO in found or len(found) != count or len(set(found)) != 1:
-        return turns
-    remarks.append(f"{found[0]} is read as {VIDEO}, the placeholder of the record's video")
-    return [{**turn, "value": turn["value"].replace(found[0], VIDEO)} for turn in turns]
+def _of_parts(value, field, where, key, remarks, media):
+    """A turn's text, which may be a list of parts, of text and of media: these are added, each with its placeholder."""
+    if not isinstance(value, list):
+        return _text(value, field, where, key, remarks)
+    pieces = []
+    for number, given in enumerate(value):
+        if isinstance(given, str):
+            pieces.append(_text(given, field, where, key, remarks))
+            continue
+        text, medium = part(given, field, f"{where}, part {number}")
+        if medium is not None:
+            media.append(medium)
+        pieces.append(text if text in (VIDEO, IMAGE) else _text(text, field, where, key, remarks))
+    _add(remarks, "the parts of a turn are read as one text")
+    return "\n".join(piece for piece in pieces if piece)
 
 
 def _text(value, field, where, key, remarks):
@@ -249,12 +247,6 @@ def _text(value, field, where, key, remarks):
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         _add(remarks, "a number stands where a text is wanted: its digits are taken")
         return json.dumps(value)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        raise Unreadable(
-            field,
-            f'{before}has a list of parts as "{key}"; write it as one text, with {VIDEO} where the '
-            'video belongs, and name the video in "video"',
-        )
     if not isinstance(value, str):
         raise Unreadable(field, f'{before}has no text as "{key}", but {kind_of(value)}')
     if half := half_character(value):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvid.data.styles import Unreadable, canonical, record_videos
+from fastvid.data.media import Unreadable
+from fastvid.data.styles import canonical, record_videos
 from fastvid.features.towers import CLIP, kind_of, picture_sizes
 from fastvid.files import StrPath, model_folder, read_json_object
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvid.data.parquet import read_parquet
 from fastvid.data.records import place, read_records, read_text
-from fastvid.files import StrPath, shown, wrong_content
+from fastvid.files import StrPath, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _VIDEO = ("video", "videoID", "video_name", "video_id", "video_path")
@@ -344,19 +345,7 @@ def _table(path):
     """(place, record) of a JSON, JSONL or Parquet file."""
     if path.suffix != ".parquet":
         return _records(path)
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(
-            f"{shown(path)} is a Parquet file: `pip install pyarrow` reads it, or write its records as JSONL"
-        ) from error
-    if fault := wrong_content(path):
-        raise ValueError(f"{shown(path)} {fault}")
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{shown(path)} is no whole Parquet file ({error}); download it again") from error
-    return _objects((place(path, number), row) for number, row in enumerate(rows))
+    return _objects((place(path, number), row) for number, row in enumerate(read_parquet(path)))
 
 
 def _plain(files):

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from fastvid.features.names import SUFFIXES, stem
-from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
+from fastvid.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, StrPath, shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def what_is(name: str) -> str:
         return "packed with gzip: unpack it with `gunzip`"
     if name.lower().endswith(VIDEO_SUFFIXES):
         return "a video"
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return "an image"
     before, ending = os.path.splitext(name)
     if ending == ".pth" or ending.lower() in SUFFIXES:
         return f"not read under this ending: name it {shown(before)}{'.pt' if ending == '.pth' else ending.lower()}"

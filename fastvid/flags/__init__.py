@@ -105,7 +105,7 @@ def config_of(command: str) -> type:
 
 
 def _filled(config_class: type[Config], argv: list[str]) -> Config:
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    fields = {config.flag_of(field): field for field in dataclasses.fields(config_class)}
     foreign = MEANING if issubclass(config_class, config.DataConfig) else {}
     given, stray = _split(argv)
     faults = [f"unexpected argument {shown(word)}" for word in stray]
@@ -137,7 +137,7 @@ def _filled(config_class: type[Config], argv: list[str]) -> Config:
         faults.append(f"give {' and '.join(missing)}")
     if faults:
         raise ValueError("; ".join(faults))
-    filled = config_class(**values)
+    filled = config_class(**{fields[name].name: value for name, value in values.items()})
     if accepted and os.environ.get("RANK", "0") == "0":
         log.info("accepted, and change nothing here: %s", ", ".join(accepted))
     return filled
@@ -342,6 +342,6 @@ def _help_of(field, width):
     if not _required(field) and default not in (None, "", False) and "Default:" not in text:
         text += f" Default: {default}."
     return [
-        f"  --{field.name} {value}{several}",
+        f"  --{config.flag_of(field)} {value}{several}",
         *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6),
     ]

@@ -96,25 +96,44 @@ def test_any_id_is_a_name(given, name):
 @pytest.mark.parametrize(
     ("change", "kind", "text"),
     [
-        ({"video": None, "image": "a.jpg"}, "records of something else", "field 'image'"),
-        ({"video": None, "images": ["a.jpg"]}, "records of something else", "field 'images'"),
+        (
+            {"video": None, "image": "a.jpg", "conversations": turns("What?", "That.")},
+            "<video> placeholders",
+            "0 <image> in the text for 1 image; put <image> into the question",
+        ),
+        (
+            {"video": None, "images": ["a.jpg", "b.jpg"], "conversations": turns("<image>What?", "That.")},
+            "<video> placeholders",
+            "for 2 images; put <image> into the question, once for each image",
+        ),
+        ({"video": None, "image_path": "a.jpg"}, "the image's name in another field", "names its image in 'image'"),
         ({"video": None, "audio_path": "a.wav"}, "records of something else", "field 'audio_path'"),
-        ({"video": None, "conversations": turns("<image>\nWhat?", "That.")}, "records of something else", "<image>"),
-        ({"video": None, "conversations": turns("What?", "That <IMG>.")}, "records of something else", "<IMG>"),
+        (
+            {"video": None, "conversations": turns("<image>\nWhat?", "That.")},
+            "placeholders without",
+            "name the image in",
+        ),
+        ({"video": None, "conversations": turns("What?", "That <IMG>.")}, "placeholders without", "<IMG>"),
         ({"video": None, "conversations": turns("<audio> What?", "That.")}, "records of something else", "<audio>"),
         (
-            {"image": "a.jpg", "conversations": turns("<video> <image>", "That.")},
-            "records of something else",
-            "'image'",
+            {"image": "a.jpg", "conversations": turns("<image> <image> <video>", "That.")},
+            "malformed record, field 'images'",
+            "names 1, and the text holds 2 <image>",
         ),
         ({"video": None, "video_path": "a.mp4"}, "the video's name in another field", "'video_path'"),
         *[
             (
                 {"video": None, "conversations": turns(f"{spelled}\nWhat?", "That.")},
-                "records of something else",
+                kind,
                 "the text holds",
             )
-            for spelled in ("<ImageHere>", "<|image_1|>", "<im_start>", "<image_placeholder>", "<audio_pad>")
+            for kind, spelled in (
+                ("placeholders without a file", "<ImageHere>"),
+                ("placeholders without a file", "<|image_1|>"),
+                ("placeholders without a file", "<im_start>"),
+                ("placeholders without a file", "<image_placeholder>"),
+                ("records of something else", "<audio_pad>"),
+            )
         ],
         ({"video": None, "clip": "a.MP4"}, "the video's name in another field", "'clip'"),
         ({"video": None, "media": ["a.pkl"]}, "the video's name in another field", "'media'"),
@@ -144,7 +163,7 @@ def test_any_id_is_a_name(given, name):
 )
 def test_what_cannot_be_trained_on(change, kind, text):
     found = look_at({**TRAINING, **change})
-    assert found.record is not None and found.fault.kind.startswith(kind) and re.search(text, found.fault.text)
+    assert found.fault.kind.startswith(kind) and re.search(text, found.fault.text)
 
 
 def test_what_depends_on_flags():

@@ -274,7 +274,7 @@ def test_several_videos_need_a_list_of_them(encode, tokenizers):
         (record("<video>", "see <vid_end>"), "holds <vid_end>"),
         (record("What", "see <vid_patch>", video=None), "holds <vid_patch>"),
         (record("<image>", "cat", video=None), "the text holds <image>"),
-        ({**record("What", "cat", video=None), "image": "a.jpg"}, "field 'image': only videos and text"),
+        ({**record("What", "cat", video=None), "image": "a.jpg"}, "put <image> into the question"),
     ],
 )
 def test_refused_records_still_show_their_tokens(encode, bad, reason):

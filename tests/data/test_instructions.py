@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from fastvid.data.instructions import convert_records, feature_ids, keep_those_with_features
+from fastvid.data.instructions import convert_records, feature_ids
 from fastvid.data.records import write_records
-from fastvid.features.folder import FeatureFolder
 
 INSTRUCTION = {"q": "What?", "a": "That.", "video_id": "v_1"}
 TRAINING = {
@@ -64,11 +63,6 @@ def test_malformed_instructions_name_file_index_field_and_remedy(field, value, r
     assert convert_records(records, on_bad="drop").dropped == [(1, field, reason)]
 
 
-def test_a_training_file_given_for_conversion_is_recognized():
-    with pytest.raises(ValueError, match="this is a training record already"):
-        convert_records([TRAINING])
-
-
 def test_records_are_not_changed():
     records = [copy.deepcopy(INSTRUCTION), {**INSTRUCTION, "extra": 1}]
     before = copy.deepcopy(records)
@@ -101,20 +95,3 @@ def test_an_id_with_the_ending_of_a_video_means_its_features(ending):
 def test_empty_questions_and_answers_are_counted():
     records = [{**INSTRUCTION, "q": ""}, {**INSTRUCTION, "a": ""}, {**INSTRUCTION, "a": ""}]
     assert convert_records(records).empty == {"question": 1, "answer": 2}
-
-
-def test_training_records_are_kept_where_all_their_videos_have_features(tmp_path):
-    (tmp_path / "v_1.safetensors").touch()
-    records = [
-        TRAINING,
-        {**TRAINING, "video": "no.pkl"},
-        {**TRAINING, "video": None, "videos": ["v_1", "no"]},
-        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
-    ]
-    done = keep_those_with_features(records, FeatureFolder(tmp_path))
-    assert done.records == [records[0], records[3]] and done.absent == [(1, "no.pkl"), (2, "no")]
-    bad = [TRAINING, {**TRAINING, "video": "../x"}, {"conversations": []}]
-    with pytest.raises(ValueError, match=r"in\.json: record 1 .*is refused.*--on_bad drop"):
-        keep_those_with_features(bad, FeatureFolder(tmp_path), path="in.json")
-    done = keep_those_with_features(bad, FeatureFolder(tmp_path), "drop")
-    assert done.records == [TRAINING] and [index for index, *_ in done.dropped] == [1, 2]

@@ -79,7 +79,7 @@ def test_unreadable_files_are_named_with_the_line(tmp_path, content, message):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a git-lfs pointer.*git lfs pull"),
         (gzip.compress(b"[]", mtime=0), "is packed with gzip.*gunzip"),
         (b"<!DOCTYPE html><html></html>", "is a web page"),
-        (b"PAR1....", "is a Parquet file"),
+        (b"PAR1....", "is no whole Parquet file .* download it again"),
         (b"PK\x03\x04....", "is a zip archive"),
     ],
 )
@@ -94,7 +94,7 @@ def test_other_files_are_called_by_name(tmp_path, name, content, message):
     [
         ("a.json,b.json", r"several files with spaces between them: a\.json b\.json"),
         ("*.json", "without quotation marks"),
-        ("absent.json", "No such file.*give the path of a JSON or JSONL file"),
+        ("absent.json", "No such file.*give the path of a JSON, JSONL or Parquet file"),
         ("lmms-lab/LLaVA-Video-178K", "hf download lmms-lab/LLaVA-Video-178K --repo-type dataset"),
         (".", r"is a folder, not a file; give the data files in it: a\.json"),
         ("mixture.yaml", "YAML is no data file"),

@@ -94,7 +94,7 @@ def test_later_questions_of_video_chat2():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "type input_audio"),
         ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
         ({"query": None, "response": "b"}, "no text as .query."),
         ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
@@ -102,8 +102,10 @@ def test_later_questions_of_video_chat2():
         ({}, "no fields"),
         ({"conversations": [{"from": "human", "text": "a"}]}, r"no text as .value. \(it has from, text\)"),
         ({"conversations": '[{"from": "human"}]'}, "not a list of turns with at least one, but text"),
-        ({"video": {"path": "a.mp4"}}, "not a file name, but an object"),
-        ({"videos": [{"path": "a.mp4"}]}, "not a list of file names, but holds an object"),
+        ({"conversations": pairs("a", "b"), "video": {"path": 1}}, "not a file name, but an object"),
+        ({"conversations": pairs("a", "b"), "videos": [{"a": 1}]}, "not a list of file names, but holds an object"),
+        ({"conversations": pairs("a", "b"), "image": {"bytes": "x", "path": "a"}}, "holds the file itself"),
+        ({"conversations": pairs("a", "b"), "images": ["data:image/png;base64,x"]}, "holds the file itself"),
     ],
 )
 def test_the_rest_is_named(record, reason):
@@ -115,3 +117,35 @@ def test_placeholders_of_another_spelling_are_read_only_where_they_are_the_only_
     for videos, asked in ((["v"], "<image> or <video>"), (["v"], "<image> <image>"), (["v", "w"], "<image> <Image>")):
         read, remarks = canonical({"videos": videos, "conversations": pairs(asked, "blue")})
         assert read["conversations"][0]["value"] == asked and not remarks
+
+
+def test_images_are_videos_of_one_frame():
+    read, remarks = canonical({"id": "i", "image": "a.jpg", "conversations": pairs("<image>\nWhat?", "A cat.")})
+    assert read == {"id": "i", "video": "a.jpg", "conversations": pairs("<video>\nWhat?", "A cat.")} and not remarks
+
+
+def test_images_and_videos_are_in_the_order_of_their_placeholders():
+    record = {"images": ["a.png", "b.png"], "video": "v.mp4", "conversations": pairs("<image> <video> <image>", "c")}
+    read, remarks = canonical(record)
+    assert read["videos"] == ["a.png", "v.mp4", "b.png"] and not remarks
+    assert read["conversations"][0]["value"] == "<video> <video> <video>"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video", "video": "a.mp4"},
+        {"type": "video_url", "video_url": {"url": "a.mp4"}},
+        {"type": "video_url", "video_url": {"url": "file://a.mp4"}},
+        {"type": "video", "path": "a.mp4"},
+        {"video": "a.mp4"},
+        {"type": "video"},
+    ],
+)
+def test_parts_of_a_turn(part):
+    user = {"role": "user", "content": [part, {"type": "text", "text": "Which?"}]}
+    record = {"messages": [user, {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]}
+    if part == {"type": "video"}:  # named beside the turns
+        record["videos"] = ["a.mp4"]
+    read, remarks = canonical(record)
+    assert read == {**READ, "id": "0"} and any("parts of a turn" in remark for remark in remarks)

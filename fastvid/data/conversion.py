@@ -1,0 +1,188 @@
+"""Records of other trainers and data sets, recognised and written as training records.
+
+A record's style shows in its fields. `fastvid.data.styles` reads it; here it gets its media's places, where the style
+leaves them to the trainer, and is written in the training form.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvid.data.annotations import Remarks
+from fastvid.data.instructions import Converted, convert_records, describe
+from fastvid.data.media import Medium, Unreadable, placed_first, places
+from fastvid.data.names import IMAGE, VIDEO
+from fastvid.data.records import place
+from fastvid.data.styles import conversation
+from fastvid.files import StrPath, shown
+
+_PLACED = "no placeholder in the text: the video or image is put before the first question"
+_STRICT = (None, "videoinstruct", "training")  # styles of the reference: a malformed record is an error by default
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass
+class Conversion(Converted):
+    """`Converted`, of records of any style.
+
+    Attributes:
+        styles: how many records there are of each; None stands for unknown ones.
+        unchanged: how many were training records already.
+        remarks: what was changed or left out, by kind.
+    """
+
+    styles: Counter[str | None] = field(default_factory=Counter)
+    unchanged: int = 0
+    remarks: Remarks = field(default_factory=Remarks)
+
+    @property
+    def of_reference(self) -> bool:
+        """Whether all records are VideoInstruct's, or none of any style."""
+        return self.styles.keys() <= {"videoinstruct", None}
+
+    def kinds(self, path: StrPath) -> list[str]:
+        """Malformed records, a line for each kind with their number and the first of them."""
+        kinds: dict[str, list[tuple[int, str]]] = {}
+        for index, *fault in self.dropped:
+            said = describe((fault[0], fault[1]))
+            kinds.setdefault(_NUMBER.sub("#", said), []).append((index, said))
+        return [
+            f"{len(members):,} record{'s' * (len(members) != 1)} cannot be converted: {members[0][1]} "
+            f"(first: {place(path, members[0][0])})"
+            for members in sorted(kinds.values(), key=len, reverse=True)
+        ]
+
+
+def style_of(record: Any) -> str | None:
+    """The style of a record, a name of `fastvid.config.STYLES`; None of what is no record of any.
+
+    "training" is the form that training reads unchanged, with videos; VCG+112K has it, too.
+    """
+    if not isinstance(record, dict):
+        return None
+    if {"q", "a", "video_id"} <= record.keys():
+        return "videoinstruct"
+    if "QA" in record:
+        return "videochat2"
+    if isinstance(record.get("messages"), list):
+        parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in record["messages"])
+        return "messages" if parts or not record.get("videos") and not record.get("images") else "sharegpt"
+    if "query" in record and "response" in record:
+        return "swift"
+    if "instruction" in record and "output" in record or "question" in record and "answer" in record:
+        return "alpaca"
+    turns = record.get("conversations", record.get("conversation"))
+    if not isinstance(turns, list):
+        return None
+    turns = [turn for turn in turns if isinstance(turn, dict)]
+    text = "".join(str(turn.get("value", turn.get("content", ""))) for turn in turns)
+    if VIDEO not in text and IMAGE not in text and (record.get("video") or record.get("image")):
+        return "plm"
+    if record.get("image"):
+        return "llava"
+    if IMAGE in text and record.get("video"):
+        return "llava_video"
+    roles = {turn.get("from") for turn in turns}
+    return "training" if roles <= {"human", "gpt"} and not record.get("images") else "sharegpt"
+
+
+def convert_any(
+    records: Iterable[Any],
+    *,
+    path: StrPath,
+    style: str = "auto",
+    on_bad: str = "auto",
+    feature_ids: set[str] | None = None,
+    missing: Callable[[str], bool] | None = None,
+    media_root: str | None = None,
+) -> Conversion:
+    """Records of any style to training records, in their order; those in the training form stay as they are.
+
+    Args:
+        path: the file that they come from, for messages.
+        style: one of `fastvid.config.STYLES`; a record of another is malformed.
+        on_bad: as the flag of `ConvertConfig`.
+        feature_ids: as `convert_records` takes it, for VideoInstruct's records.
+        missing: whether a video or an image of the others has no features; None keeps all. A ValueError of it makes
+            the record malformed.
+        media_root: a folder; what begins with it is named without it.
+
+    Raises:
+        ValueError: a malformed record, where that is an error, naming file, record, field and remedy.
+    """
+    done = Conversion()
+    for index, record in enumerate(records):
+        own = style_of(record)
+        done.styles[own] += 1
+        try:
+            if style not in ("auto", own):
+                raise Unreadable("", f"is of the style {own or 'of no trainer that is known'}, not of --from {style}")
+            if own in (None, "videoinstruct"):
+                _reference(done, record, index, feature_ids)
+                continue
+            converted, remarks, names = _converted(record, index, media_root)
+            absent = next(filter(missing, names), None) if missing is not None else None
+        except (Unreadable, ValueError) as error:
+            fault = (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
+            if on_bad == "error" or on_bad == "auto" and own in _STRICT:
+                raise ValueError(
+                    f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with "
+                    "--on_bad drop"
+                ) from error
+            done.dropped.append((index, *fault))
+            continue
+        if absent is not None:
+            done.absent.append((index, absent))
+            continue
+        done.remarks.add(remarks, path, index)
+        done.unchanged += converted is record
+        done.records.append(converted)
+    return done
+
+
+def _reference(done, record, index, feature_ids):
+    """Add one record of VideoInstruct, whose `index` in its file decides where the video stands."""
+    one = convert_records([record], feature_ids, "drop", first=index)
+    if one.dropped:
+        raise Unreadable(*one.dropped[0][1:])
+    done.records += one.records
+    done.absent += [(index, name) for _, name in one.absent]
+    done.shortened += one.shortened
+    for what, count in one.empty.items():
+        done.empty[what] += count
+
+
+def _converted(record, index, media_root):
+    """(training record, remarks, names of its media) of a record."""
+    read = conversation(record, index)
+    turns, remarks, media = read.turns, list(read.remarks), read.media
+    if media_root is not None:
+        media = [Medium(kind, _below(name, media_root)) for kind, name in media]
+    if media and not places(turns):
+        turns = placed_first(turns, media)
+        remarks.append(_PLACED)
+    kind = media[0].kind if media and len({medium.kind for medium in media}) == 1 else "video"
+    if kind == "image":
+        turns = [{**turn, "value": turn["value"].replace(VIDEO, IMAGE)} for turn in turns]
+    placeholder, names = IMAGE if kind == "image" else VIDEO, [medium.name for medium in media]
+    named = {} if not names else {kind: names[0]} if len(names) == 1 else {f"{kind}s": names}
+    found = sum(turn["value"].count(placeholder) for turn in turns)
+    if media and found != len(media):
+        several = f"{len(media)} {kind}{'s' * (len(media) != 1)}"
+        raise Unreadable("", f"has {found} {placeholder} in its text for {several}; each has one")
+    if turns == record.get("conversations") and all(record.get(key) == value for key, value in named.items()):
+        return record, [], names
+    if not any(turn["value"] for turn in turns if turn["from"] == "gpt"):
+        raise Unreadable("", "has no answer")
+    return {"id": read.id, **named, "conversations": turns}, remarks, names
+
+
+def _below(name, folder):
+    folder = folder.rstrip("/") + "/"
+    if not name.startswith(folder):
+        if name.startswith("/"):
+            raise Unreadable("", f"names {shown(name)}, which does not lie in --media_root {shown(folder)}")
+        return name
+    return name[len(folder) :]

@@ -1,0 +1,106 @@
+"""Records of other trainers: the style of each, and what becomes of it."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from fastvid import convert
+from fastvid.config import STYLES, ConvertConfig
+from fastvid.data.annotations import examine
+from fastvid.data.conversion import convert_any, style_of
+from fastvid.data.records import read_records
+from fastvid.policy import POLICIES
+
+ASKED = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}]
+
+
+def examples():
+    """(style, record, training record) of the page on styles."""
+    page = (ROOT / "docs" / "record-styles.md").read_text()
+    for style, given, made in re.findall(
+        r"^## .*?\(`(\w+)`\).*?```json\n(.*?)```.*?```json\n(.*?)```", page, re.S | re.M
+    ):
+        yield style, json.loads(given), json.loads(made)
+
+
+EXAMPLES = list(examples())
+
+
+@pytest.mark.parametrize(("style", "given", "made"), EXAMPLES)
+def test_the_examples_of_the_page(style, given, made):
+    assert style_of(given) == style
+    for named in (style, "auto"):
+        assert convert_any([given], path="in.json", style=named).records == [made]
+    # What is written is what training reads without a remark.
+    found = examine(made, policy=POLICIES["none"], use_start_end=True)
+    assert found.fault is None and found.remarks == []
+
+
+def test_every_style_has_an_example():
+    assert {style for style, *_ in EXAMPLES} == set(STYLES) - {"auto"}
+
+
+def test_a_bad_record_costs_itself_and_kinds_have_a_line_each(tmp_path, capsys):
+    good = {"messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "blue"}]}
+    tool = {"messages": [good["messages"][0], {"role": "tool", "content": "x"}]}
+    two = {"video": "a.mp4", "conversations": [{**ASKED[0], "value": "<image><image>"}, ASKED[1]]}
+    inside = {**good, "images": [{"bytes": 3, "path": None}]}
+    (tmp_path / "in.json").write_text(json.dumps([good, tool, 7, two, inside, tool, good]))
+    flags = ["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match=r"in.json: record 2 \(from 0\): the record is a number, .*--on_bad drop"):
+        convert.main(flags)  # of no style: as in a file of VideoInstruct
+    assert convert.main([*flags, "--on_bad", "drop"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Total annotations retained: 2\n" and len(read_records(tmp_path / "out.json")) == 2
+    lines = err.splitlines()
+    assert lines[0] == f"{tmp_path / 'in.json'}: 7 records: 4 messages, 1 of no known style, 1 llava_video, 1 sharegpt"
+    (tools,) = (line for line in lines if '"tool"' in line)
+    assert tools.startswith("2 records cannot be converted: field 'messages' turn 1 is from")
+    assert tools.endswith(f"(first: {tmp_path / 'in.json'}: record 1 (from 0))")
+    assert sum("cannot be converted" in line for line in lines) == 4
+    with pytest.raises(ValueError, match=r"record 1 .*turn 1 is from"):
+        convert.main([*flags, "--on_bad", "error"])
+
+
+def test_a_style_that_is_named_is_the_only_one():
+    swift = {"query": "<video>Which?", "response": "blue", "videos": ["a.mp4"]}
+    done = convert_any([swift, {**swift, "QA": []}], path="in.json", style="swift")
+    assert len(done.records) == 1 and done.dropped == [(1, "", "is of the style videochat2, not of --from swift")]
+
+
+def test_names_below_a_folder_are_written_without_it():
+    def named(*names):
+        return convert_any(
+            [{"query": "<video>" * len(names), "response": "b", "videos": list(names)}], path="p", media_root="/data/v"
+        )
+
+    assert named("/data/v/sub/a.mp4", "b.mp4").records[0]["videos"] == ["sub/a.mp4", "b.mp4"]
+    assert "does not lie in --media_root" in named("/elsewhere/a.mp4").dropped[0][2]
+
+
+def test_training_records_are_kept_where_all_their_videos_have_features(tmp_path):
+    (tmp_path / "v_1.safetensors").touch()
+    good = {"id": "v_1", "video": "v_1.pkl", "conversations": ASKED}
+    records = [
+        good,
+        {**good, "video": "no.pkl"},
+        {"videos": ["v_1", "no"], "conversations": [{**ASKED[0], "value": "<video><video>"}, ASKED[1]]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "kept": 1},
+        {**good, "video": "../x"},
+        {"conversations": []},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    places = str(tmp_path / "in.jsonl"), str(tmp_path / "out.json"), str(tmp_path)
+    with pytest.raises(ValueError, match=r"record 4 .*is refused.*--on_bad drop"):
+        convert.convert(ConvertConfig(*places))
+    done = convert.convert(ConvertConfig(*places, on_bad="drop"))
+    assert done.records == [records[0], records[3]] and done.absent == [(1, "no.pkl"), (2, "no")]
+    assert [index for index, *_ in done.dropped] == [4, 5]
+
+
+def test_videoinstruct_beside_others_keeps_the_place_that_its_number_decides():
+    instruct, other = {"q": "What?", "a": "That.", "video_id": "v"}, {"query": "a", "response": "b"}
+    done = convert_any([other, instruct, instruct], path="p")
+    assert [r["conversations"][0]["value"] for r in done.records] == ["a", "<video>\nWhat?", "What?\n<video>"]
