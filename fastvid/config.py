@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastvid.policy import POLICIES, Lora, Policy, Trainable
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 # What `--from` may name: records of these trainers and data sets (`fastvid.data.conversion`).
-STYLES = (
+Style = Literal[
     "auto",
     "videoinstruct",
     "training",
@@ -28,7 +28,8 @@ STYLES = (
     "videochat2",
     "swift",
     "alpaca",
-)
+]
+STYLES: tuple[str, ...] = get_args(Style)
 LARGEST = 2**31 - 1  # of whole numbers, where a flag states nothing else: positions and row counts are int32
 
 
@@ -395,7 +396,7 @@ class ConvertConfig(_Checked):
     )
     output_json_file: str = field(metadata={"help": "Training JSON (or JSONL, by its ending).", "writes": "file"})
     clip_feature_path: str | None = _flag(None, "Keep only records whose features lie in this folder.")
-    from_: Literal[STYLES] = _flag("auto", "Style of the records. auto: each record's own; others are refused.")
+    from_: Style = _flag("auto", "Style of the records. auto: each record's own; others are refused.")
     media_root: str | None = _flag(
         None, "Folder that names of videos and images begin with, which is taken off: features lie by the rest."
     )

@@ -58,7 +58,9 @@ def _looked_at(config, tokenizer):
             otherwise,
             TEMPORAL,
         )
-    video_rows = VideoRows(features, records, required=config.num_video_tokens, same=config.policy.one_video_length)
+    video_rows = VideoRows(
+        features, named_videos(records), required=config.num_video_tokens, same=config.policy.one_video_length
+    )
     if config.pretrain_mm_mlp_adapter is None:  # whose own channels would count
         video_rows.channels = feature_channels(config.model_name_or_path) or video_rows.channels
 

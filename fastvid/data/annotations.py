@@ -8,14 +8,13 @@ these for text alone. `fastvid.data.styles` reads what other trainers write.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fastvid.config import DataConfig
 from fastvid.data.media import Unreadable
 from fastvid.data.names import ASSISTANT, END, EOS, IMAGE, PATCH, START, UNK, VIDEO
-from fastvid.data.records import place, read_records
+from fastvid.data.records import place
 from fastvid.data.styles import conversation
 from fastvid.features.names import SUFFIXES
 from fastvid.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, StrPath, shown
@@ -103,19 +102,6 @@ def examine(record: Any, number: int = 0, *, policy: Policy, use_start_end: bool
     if videos and other:
         remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
     return Examined(read, fault, [] if fault else remarks)
-
-
-def examine_file(path: StrPath, config: DataConfig) -> Iterator[Examined]:
-    """Yield what training makes of each record of a data file, in order.
-
-    Args:
-        config: `fastvid.config.DataConfig`.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    for number, record in enumerate(read_records(path)):
-        yield examine(record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end)
 
 
 @dataclass

@@ -131,7 +131,7 @@ def convert_any(
                     f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with "
                     "--on_bad drop"
                 ) from error
-            done.dropped.append((index, *fault))
+            done.dropped.append((index, fault[0], fault[1]))
             continue
         if absent is not None:
             done.absent.append((index, absent))

@@ -6,17 +6,15 @@ Dimensions: R rows of one video, C channels of the vision tower.
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvid import provenance
 from fastvid.config import TrainConfig
-from fastvid.data.annotations import Remarks, examine_file
+from fastvid.data.annotations import examine
 from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
-from fastvid.data.records import place
-from fastvid.data.styles import record_videos
+from fastvid.data.table import RecordTable
 from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.data.video_tokens import VideoRows
 from fastvid.features.folder import FeatureFolder
@@ -33,13 +31,13 @@ class SampleSet:
     """The records of one or more data files, as tokens and features.
 
     Args:
-        paths: JSON or JSONL files.
+        paths: JSON, JSONL or Parquet files.
         tokenizer: as `load_tokenizer` gives it.
         features: `fastvid.features.folder.FeatureFolder`, or None for text only.
         config: `TrainConfig`.
 
     Attributes:
-        records: as `fastvid.data.styles.canonical` writes them.
+        records: `RecordTable`.
         counts: samples of each file.
         remarks: `Remarks` about the records, told by the first process that reads them.
         rows_of: `VideoRows`: from a video's name to its rows.
@@ -52,33 +50,26 @@ class SampleSet:
         self, paths: Iterable[StrPath], tokenizer: ModelTokenizer, features: FeatureFolder | None, config: TrainConfig
     ):
         self.tokenizer, self.features, self.config = tokenizer, features, config
-        self.paths, self.remarks = list(paths), Remarks()
-        self.records: list[dict[str, Any]] = []
-        self.counts: list[int] = []
-        self._numbers: list[int] = []
-        bad: list[str] = []
-        found_before: set[str] = set()
-        for path in self.paths:
-            before = len(self.records)
-            for number, found in enumerate(examine_file(path, config)):
-                if reason := found.fault.text if found.fault else self._missing_feature(found.record, found_before):
-                    bad.append(f"{place(path, number)}: {reason}")
-                    continue
-                assert found.record is not None, "what has no fault is a record"
-                self.records.append(found.record)
-                self._numbers.append(number)
-                self.remarks.add(found.remarks, path, number)
-            self.counts.append(len(self.records) - before)
+        self.records = RecordTable(
+            lambda record, number: examine(
+                record, number, policy=config.policy, use_start_end=config.mm_use_vid_start_end
+            ),
+            self._missing_feature,
+            config.dataloader_num_workers,
+        )
+        for path in paths:
+            self.records.add(path)
+        self.counts, self.remarks = self.records.counts, self.records.remarks
         for line in self.remarks.lines():
             log.warning("%s", line)
-        if bad:
-            self._report_bad(bad)
+        if self.records.bad:
+            self._report_bad()
         if not self.records:
             raise ValueError(f"{', '.join(map(shown, paths))}: no usable record")
         if features is not None:
             features.settle()
         self.rows_of = VideoRows(
-            features, self.records, required=config.num_video_tokens, same=config.policy.one_video_length
+            features, self.records.names, required=config.num_video_tokens, same=config.policy.one_video_length
         )
         if self.rows_of.fault:
             raise ValueError(f"no feature file can be read; the first one: {self.rows_of.fault}")
@@ -123,7 +114,7 @@ class SampleSet:
 
     def _look_at_headers(self, log):
         """Note what some of the features were made with; say in `log` if several towers or decoders made them."""
-        names, looked_at = list(dict.fromkeys(name for record in self.records for name in record_videos(record))), []
+        names, looked_at = self.records.names, []
         self._unmade = False
         for name in names[:: max(1, len(names) // self.HEADERS)]:
             try:
@@ -177,34 +168,27 @@ class SampleSet:
 
     def name(self, index: int) -> str:
         """How messages name a sample: its id, and its record in its file."""
-        first = 0
-        for path, count in zip(self.paths, self.counts):
-            if index < first + count:
-                return f"{shown(self.records[index]['id'])} ({place(path, self._numbers[index])})"
-            first += count
-        raise IndexError(f"sample {index} of {first}")
+        return f"{shown(self.records[index]['id'])} ({self.records.place(index)})"
 
-    def _missing_feature(self, record, found_before):
-        """Why features of a record are not to be had, or None; `found_before` are videos that have some."""
+    def _missing_feature(self, name):
+        """Why features of a video are not to be had, or None."""
+        if self.features is None:
+            return f"names a video ({shown(name)}); give its folder with --video_folder"
         try:
-            for name in record_videos(record):
-                if self.features is None:
-                    return f"names a video ({shown(name)}); give its folder with --video_folder"
-                if name not in found_before:
-                    self.features.resolve(name)
-                    found_before.add(name)
+            self.features.resolve(name)
         except (ValueError, OSError) as error:
             return str(error)
+        return None
 
-    def _report_bad(self, bad):
-        first = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+    def _report_bad(self):
+        count = self.records.unusable
+        more = count - len(self.records.bad)
+        first = "\n  ".join([*self.records.bad, *[f"… and {more} more"] * (more > 0)])
         if not self.records:
-            raise ValueError(
-                f"none of {len(bad)} records can be used (fastvid validate counts them by kind):\n  {first}"
-            )
+            raise ValueError(f"none of {count} records can be used (fastvid validate counts them by kind):\n  {first}")
         if self.config.on_bad_sample == "error":
-            raise ValueError(f"{len(bad)} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
-        log.warning("%d of %d records left out:\n  %s", len(bad), len(bad) + len(self.records), first)
+            raise ValueError(f"{count} records cannot be used; --on_bad_sample skip trains without them:\n  {first}")
+        log.warning("%d of %d records left out:\n  %s", count, count + len(self.records), first)
 
     def __len__(self) -> int:
         return len(self.records)

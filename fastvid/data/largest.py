@@ -15,7 +15,6 @@ import numpy as np
 from fastvid.data.dataset import SampleSet
 from fastvid.data.order.rows import RowOrder, SampleRows
 from fastvid.data.sharing import Groups
-from fastvid.data.styles import record_videos
 
 if TYPE_CHECKING:
     from fastvid.data.loader import Loader
@@ -59,9 +58,7 @@ def rows_by_text(samples: SampleSet, groups: Groups | None = None) -> SampleRows
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.
     """
     videos = _video_rows(samples)
-    text = np.array(
-        [sum(len(turn["value"].encode()) for turn in record["conversations"]) for record in samples.records]
-    )
+    text = samples.records.sizes()
     limit, tokens, length = samples.config.model_max_length, 0, 0
     for index in range(0, len(samples), max(1, len(samples) // 64)):
         sample = samples.encode(index)
@@ -78,11 +75,11 @@ def _video_rows(samples):
     """Rows of each sample's videos. Of more than `_MOST_VIDEOS` some files are opened; others count as the longest of
     those.
     """
-    named = [record_videos(record) for record in samples.records]
-    distinct = list(dict.fromkeys(name for names in named for name in names))
-    known = {name: _rows_of(samples, name) for name in distinct[:: max(1, math.ceil(len(distinct) / _MOST_VIDEOS))]}
-    longest = max(known.values(), default=0)
-    return np.array([sum(known.get(name, longest) for name in names) for names in named])
+    names = samples.records.names
+    known = [_rows_of(samples, name) for name in names[:: max(1, math.ceil(len(names) / _MOST_VIDEOS))]]
+    rows = np.full(len(names), max(known, default=0))
+    rows[:: max(1, math.ceil(len(names) / _MOST_VIDEOS))] = known
+    return samples.records.sum_over_videos(rows)
 
 
 def _rows_of(samples, name):

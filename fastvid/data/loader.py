@@ -24,7 +24,6 @@ from fastvid.data.order.stream import EvaluationOrder, StreamOrder, epoch_length
 from fastvid.data.packing import pack
 from fastvid.data.prefetch import Ahead, Stopped
 from fastvid.data.sharing import Groups
-from fastvid.data.styles import record_videos
 from fastvid.dist.parallel import World
 
 log = logging.getLogger("fastvid")
@@ -146,7 +145,7 @@ class Loader(Generic[Order]):
         left = len(self.samples)
         for step in range(first_step, self.order.total_steps):
             for index in itertools.chain(*self.order.micro_batches(step)):
-                yield from record_videos(self.samples.records[index])
+                yield from self.samples.records.videos(index)
                 left -= 1
             if left <= 0:
                 break

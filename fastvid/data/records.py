@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def read_records(path: StrPath) -> list[Any]:
                 raise
             records.append(whole)  # one object over several lines
             break
-    if len(records) == 1 and isinstance(records[0], dict) and not _OF_RECORDS & records[0].keys():
+    if len(records) == 1 and isinstance(records[0], dict) and not is_record(records[0]):
         return _unwrapped(records[0], path)
     return records
 
@@ -89,10 +90,25 @@ def write_records(path: StrPath, records: list[Any]) -> None:
             file.write(json.dumps(records).encode("ascii"))
 
 
+def iterate(path: StrPath) -> Iterator[Any]:
+    """The records of a data file in turn, which are held one by one if its form allows it; otherwise `read_records`."""
+    return read_parquet(path) if is_parquet(path) else iter(read_records(path))
+
+
+def is_record(value: dict[str, Any]) -> bool:
+    """Whether an object has a field of the records that this package reads, and so wraps no records."""
+    return not _OF_RECORDS.isdisjoint(value)
+
+
+def is_open_already(path: StrPath) -> bool:
+    """Whether a path is a shell's pipe, which can be read once."""
+    return str(path).startswith(_OPEN_ALREADY)
+
+
 def is_parquet(path: StrPath) -> bool:
     """Whether a file begins as Parquet does; False of a pipe, and of what cannot be read."""
     try:
-        if not os.path.isfile(path) or str(path).startswith(_OPEN_ALREADY):
+        if not os.path.isfile(path) or is_open_already(path):
             return False
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -106,7 +122,7 @@ def read_text(path: StrPath) -> str:
     Raises:
         ValueError: naming the file that cannot be read, or is no UTF-8.
     """
-    if not str(path).startswith(_OPEN_ALREADY) and (reason := wrong_content(path)):
+    if not is_open_already(path) and (reason := wrong_content(path)):
         remedy = "" if Path(path).is_file() else f"; {_what_to_give(path)}"
         raise ValueError(f"{shown(path)} {reason}{remedy}")
     try:

@@ -30,7 +30,7 @@ class VideoRows:
 
     Args:
         features: `fastvid.features.folder.FeatureFolder`; None where no video is read.
-        records: training records, of which malformed ones do not count.
+        names: of the videos that records name, in order.
         required: rows that every video must have (``--num_video_tokens``); None: any number.
         same: every video must have as many as the first whose features can be read (`Policy.one_video_length`).
 
@@ -42,14 +42,14 @@ class VideoRows:
     """
 
     def __init__(
-        self, features: FeatureFolder | None, records: Iterable[Any], *, required: int | None = None, same: bool = False
+        self, features: FeatureFolder | None, names: Iterable[str], *, required: int | None = None, same: bool = False
     ):
         self.features, self.channels, self.required = features, 0, required
         self.first: tuple[str, int] | None = None
         self.fault: Exception | None = None
         if features is None:
             return
-        for name in named_videos(records):
+        for name in names:
             try:
                 rows, self.channels = features.shape(name)
             except (ValueError, OSError) as error:  # reported where the record is used; another one may be readable
@@ -100,7 +100,7 @@ def video_token_count(
     """
     if num_video_tokens is not None:
         return num_video_tokens
-    if (first := VideoRows(features, records).first) is not None:
+    if (first := VideoRows(features, named_videos(records)).first) is not None:
         return first[1]
     if next(named_videos(records), None) is None:
         return 0

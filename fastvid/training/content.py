@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastvid.config import TrainConfig
 from fastvid.data.dataset import SampleSet
-from fastvid.data.styles import record_videos
 from fastvid.files import model_folder
 from fastvid.training.state import TrainState
 from fastvid.weights.adapter import read_adapter
@@ -127,7 +126,7 @@ def _of_features(samples):
     """[(video, digest or None)] of some records."""
     found = []
     for i in range(0, len(samples), max(1, len(samples) // _RECORDS)):
-        for name in record_videos(samples.records[i])[:1] if samples.features else ():
+        for name in samples.records.videos(i)[:1] if samples.features else ():
             if not samples.features.is_made(name):
                 found.append([name, None])
                 continue

@@ -1,13 +1,11 @@
 """What training, validation and inspection make of a record."""
 
 import copy
-import json
 import re
 
 import pytest
 
-from fastvid.config import TrainConfig
-from fastvid.data.annotations import Remarks, examine, examine_file
+from fastvid.data.annotations import Remarks, examine
 from fastvid.data.styles import record_videos
 from fastvid.policy import POLICIES
 
@@ -111,7 +109,7 @@ def test_any_id_is_a_name(given, name):
         (
             {"video": None, "conversations": turns("<image>\nWhat?", "That.")},
             "placeholders without",
-            "name the image in",
+            "name its image in",
         ),
         ({"video": None, "conversations": turns("What?", "That <IMG>.")}, "placeholders without", "<IMG>"),
         ({"video": None, "conversations": turns("<audio> What?", "That.")}, "records of something else", "<audio>"),
@@ -211,13 +209,6 @@ def test_remarks_are_one_line_a_kind_with_their_number_and_first_record():
     for number in range(40):
         remarks.add([f"kind {number}"], "t.json", number)
     assert len(remarks.lines()) == 21 and remarks.lines()[-1].startswith("… and 22 more")
-
-
-def test_a_file_is_examined_in_order_with_the_flags_of_a_run(tmp_path):
-    (tmp_path / "t.json").write_text(json.dumps([TRAINING, 3, {**TRAINING, "id": None}]))
-    config = TrainConfig("model", [], output_dir="out", mm_use_vid_start_end=True)
-    first, second, third = examine_file(tmp_path / "t.json", config)
-    assert first.record == TRAINING and second.fault and third.record["id"] == "2"
 
 
 def test_record_videos():

@@ -105,7 +105,7 @@ def test_training_validation_and_inspection_refuse_the_same_records(run, tmp_pat
         )
         expected = fine[parity == "reference"]
         assert (not report.problems) == expected, record
-        assert (number in samples._numbers) == expected, record
+        assert (number in samples.records._numbers) == expected, record
         if not expected:
             ((example,),) = report.examples.values()
             assert inspected[number]["warning"].split("; ")[-1] in example

@@ -1,0 +1,228 @@
+"""Records that stay on disk: what is read is what reading the whole file gives."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvid.data import on_disk
+from fastvid.data.annotations import examine
+from fastvid.data.on_disk import RecordFile
+from fastvid.data.plain import PLAIN, ROLE
+from fastvid.data.records import read_records
+from fastvid.data.table import RecordTable
+from fastvid.policy import POLICIES
+
+
+def record(i=0, question="<video>\nWhich?", answer="Blue.", **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": f"v_{i}", "video": f"v_{i % 3}.mp4", "conversations": turns, **more}
+
+
+RECORDS = [
+    record(0),
+    {**record(1), "extra": 1},
+    record(2, answer="é “quoted” \n \U0001f373"),
+    {"id": 3, "conversations": record()["conversations"]},
+    record(4, question='<video> \\ "x" [{,'),
+    *map(record, range(5, 30)),
+]
+LINES = [json.dumps(each).encode() for each in RECORDS]
+RAW = [json.dumps(each, ensure_ascii=False).encode() for each in RECORDS]
+FILES = {
+    "lines": b"\n".join(LINES),
+    "utf-8": b"\n".join(RAW) + b"\n",
+    "blank lines": b"\xef\xbb\xbf\n \n" + b"\n\n".join(LINES) + b"\n  \t\n",
+    "windows": b"\r\n".join(LINES) + b"\r\n",
+    "old mac": b"\r".join(LINES),
+    "array": json.dumps(RECORDS).encode(),
+    "array, utf-8": json.dumps(RECORDS, ensure_ascii=False).encode(),
+    "indented": b"\xef\xbb\xbf " + json.dumps(RECORDS, indent=2).encode() + b"\n",
+    "narrow": json.dumps(RECORDS, separators=(",", ":")).encode(),
+    "wrapped": json.dumps({"data": RECORDS}).encode(),
+    "one": json.dumps(RECORDS[0], indent=1).encode(),
+    "members": b'[1, "a]", null, [2], {}]',
+    "none": b" [ ] ",
+}
+
+
+def scanned(path, **how):
+    file = RecordFile(path)
+    return file, list(file.scan(**how))
+
+
+@pytest.mark.parametrize("chunk", [40, 700, 2**24])
+@pytest.mark.parametrize("form", FILES)
+def test_every_form_is_read_as_a_whole_file_is(tmp_path, monkeypatch, form, chunk):
+    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
+    (tmp_path / "a.json").write_bytes(FILES[form])
+    file, blocks = scanned(tmp_path / "a.json")
+    assert [file[i] for i in range(len(file))] == read_records(tmp_path / "a.json")
+    assert sum(len(block.name_of) for block in blocks) == len(file)
+    assert [block.first for block in blocks] == np.cumsum([0, *(len(b.name_of) for b in blocks)])[:-1].tolist()
+    assert file.sizes().tolist() == [file._ends[i] - file._begins[i] for i in range(len(file))]
+
+
+@pytest.mark.slow
+def test_processes_find_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "_CHUNK", 500)
+    (tmp_path / "a.jsonl").write_bytes(FILES["utf-8"])
+    (alone, blocks), (beside, others) = scanned(tmp_path / "a.jsonl"), scanned(tmp_path / "a.jsonl", processes=2)
+    assert alone._begins == beside._begins and alone._ends == beside._ends and len(blocks) == len(others) > 4
+    assert all(a.names == b.names and (a.name_of == b.name_of).all() for a, b in zip(blocks, others, strict=True))
+
+
+def test_what_is_unpacked_may_lie_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "_HELD", 10)
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    file, _ = scanned(tmp_path / "a.json")
+    assert file._bytes is None and [file[i] for i in range(len(file))] == RECORDS
+
+
+def test_parquet_is_read(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.Table.from_pylist([RECORDS[0], RECORDS[5]]), tmp_path / "a.parquet")
+    file, (block,) = scanned(tmp_path / "a.parquet")
+    assert [file[0], file[1]] == [RECORDS[0], RECORDS[5]] and block.names == ["v_0.mp4", "v_2.mp4"]
+
+
+def test_a_pipe_is_read_once():
+    reading, writing = os.pipe()
+    os.write(writing, FILES["lines"])
+    os.close(writing)
+    file, _ = scanned(f"/dev/fd/{reading}")
+    os.close(reading)
+    assert [file[i] for i in range(len(file))] == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n".join(LINES) + b'\n{"id": 1,}\n', "a.json: line 31, column 10: "),
+        (b"\n".join(LINES) + b"\n[1]x\n", "a.json: line 31, column 4: Extra data"),
+        (json.dumps(RECORDS).encode()[:-1] + b",]", "a.json: line 1, column "),
+        (json.dumps(RECORDS).encode()[:-1], "a.json: line 1, column "),
+        (json.dumps(RECORDS).encode() + b" x", "a.json: line 1, column .*Extra data"),
+        (b"\n".join(LINES) + b'\n{"id": "\xff"}', r"a.json: byte \d+ is not UTF-8"),
+        (b'[{"q": "caf\xe9"}]', r"a.json: byte 11 is not UTF-8"),
+        (b"", "a.json is empty"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [200, 2**24])
+def test_what_is_wrong_is_told_as_of_a_whole_file(tmp_path, monkeypatch, content, message, chunk):
+    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        table(tmp_path / "a.json")
+    monkeypatch.setattr(on_disk, "_READ_AGAIN", 10)  # of a file too large to be read as a whole
+    with pytest.raises(ValueError, match=r"a.json"):
+        table(tmp_path / "a.json")
+
+
+def test_a_file_that_was_changed_is_not_read_on(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(FILES["lines"])
+    file, _ = scanned(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"other")
+    os.replace(tmp_path / "b.jsonl", tmp_path / "a.jsonl")
+    assert file[0] == RECORDS[0]  # the old one, which this process holds open
+    file = RecordFile(tmp_path / "c.jsonl")
+    (tmp_path / "c.jsonl").write_bytes(FILES["lines"])
+    list(file.scan())
+    with open(tmp_path / "c.jsonl", "ab") as more:
+        more.write(b"\n")
+    with pytest.raises(ValueError, match="c.jsonl was changed since this run first read it; start the run again"):
+        file[0]
+
+
+def table(path, missing=lambda name: None, use_start_end=True):
+    made = RecordTable(
+        lambda value, number: examine(value, number, policy=POLICIES["none"], use_start_end=use_start_end), missing
+    )
+    made.add(path)
+    return made
+
+
+# Pieces of what records are written with; whatever they add up to, the pattern may only match what is fine.
+PIECES = [
+    '"', "\\", "\\n", "\\u003c", "\\u0041SSISTANT", "\\ud83c", "\\udf73", "\\ud83c\\udf73", "\\u00e9", "é", "\x01", "<",
+    "<video>", "<image>", "</s>", "<unk>", "<vid_start>", "ASSISTANT", " ASSISTANT: ", " ", "word", "", "\\t",
+    "\\/", "\\x",
+]  # fmt: skip
+texts = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_what_the_pattern_matches_is_fine_as_it_stands(data):
+    medium = data.draw(
+        st.sampled_from(['"video": "a.mp4", ', '"image": "b", ', "", '"video": "", ', '"videos": ["a"], '])
+    )
+    said = data.draw(st.lists(st.tuples(texts, texts), min_size=1, max_size=2))
+    said[0] = (data.draw(st.sampled_from(["<video>", "<image>", ""])) + said[0][0], said[0][1])
+    turns = ", ".join(
+        f'{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "{answer}"}}'
+        for question, answer in said
+    )
+    written = f'{{"id": "{data.draw(texts)}", {medium}"conversations": [{turns}]}}'.encode()
+    match = PLAIN.fullmatch(written)
+    if match is None or ROLE in written:
+        return
+    for policy in POLICIES.values():
+        found = examine(json.loads(written), policy=policy, use_start_end=True)
+        assert found.fault is None and found.remarks == []
+    assert found.record.get("video") == (None if match[3] is None else match[3].decode())
+
+
+def test_what_convert_writes_matches():
+    for separators in ((", ", ": "), (",", ":")):
+        for each in (record(), record(answer="é “quoted”\n"), {**record(), "image": "a"}, record(question="a <video>")):
+            given = {key: value for key, value in each.items() if key != "video" or "image" not in each}
+            if "image" in given:
+                turns = record(question="<image>")["conversations"]
+                given = {"id": "1", "image": "a", "conversations": turns}
+            assert PLAIN.fullmatch(json.dumps(given, separators=separators).encode()), given
+    assert PLAIN.fullmatch(json.dumps({"id": "t", "conversations": record(question="a")["conversations"] * 2}).encode())
+    assert not PLAIN.fullmatch(json.dumps(record(question="<video><video>")).encode())
+
+
+def test_a_table_is_the_usable_records_of_its_files(tmp_path):
+    given = [
+        *RECORDS,
+        {"conversations": []},
+        record(7, videos=["v_1.mp4", "gone"]),
+        record(8, question="<video><video>"),
+    ]
+    given.append({**record(9, question="<video><video>"), "videos": ["v_2.mp4", "v_9.mp4"]})
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(json.dumps(each).encode() for each in given))
+    (tmp_path / "b.json").write_bytes(json.dumps([record(1, video="gone"), *RECORDS[:2]]).encode())
+    asked = []
+    made = table(tmp_path / "a.jsonl", lambda name: asked.append(name) or (f"{name}!" if name == "gone" else None))
+    made.add(tmp_path / "b.json")
+    expected = [
+        examine(each, i, policy=POLICIES["none"], use_start_end=True).record
+        for i, each in [*enumerate([*RECORDS, None, None, None, given[-1]]), *enumerate([None, *RECORDS[:2]])]
+        if each is not None
+    ]
+    assert list(made) == expected and made.counts == [31, 2] and made.unusable == 4 and len(made.bad) == 4
+    assert made.bad[-1] == f"{tmp_path / 'b.json'}: record 0 (from 0): gone!"
+    assert made.names == list(dict.fromkeys(name for i in range(len(made)) for name in made.videos(i)))
+    assert sorted(asked) == sorted({*made.names, "gone"})
+    assert [made.videos(i) for i in range(len(made))] == [
+        each.get("videos") or ([each["video"]] if "video" in each else []) for each in expected
+    ]
+    rows = np.arange(len(made.names)) + 10
+    assert made.sum_over_videos(rows).tolist() == [
+        sum(rows[made.names.index(name)] for name in made.videos(i)) for i in range(len(made))
+    ]
+    assert made.place(32) == f"{tmp_path / 'b.json'}: record 2 (from 0)"
+    assert made.sizes()[0] == len(LINES[0]) and made[-1] == expected[-1]
+    assert [*made.remarks.counts.values()] == [1, 1]  # <video> without a video; "video" beside "videos"
+
+
+def test_a_table_of_plain_records_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(LINES[5:]))
+    made = table(tmp_path / "a.jsonl")
+    assert list(made) == RECORDS[5:] and made.names == ["v_2.mp4", "v_0.mp4", "v_1.mp4"]
