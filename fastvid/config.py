@@ -116,7 +116,9 @@ class DataConfig(_Checked):
     """What decides the token ids and labels of a sample; shared by training, inspection and validation."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the starting weights and tokenizer."})
-    data_path: list[str] = field(metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."})
+    data_path: list[str] = field(
+        metadata={"help": "Training JSON, JSONL or Parquet; several files, or the flag again, add up."}
+    )
     version: str = _flag(
         "auto",
         "Conversation template: v1 (= vicuna_v1_1), for tokenizers of LLaMA 2's kind; chat_template, the model's own, "
@@ -173,7 +175,7 @@ class TrainConfig(DataConfig):
     data_weights: list[float] = _flag(
         [], "Passes over each --data_path file per epoch (fractions sample).", at_least=0, at_most=10**6
     )
-    eval_data_path: list[str] = _flag([], "Validation JSON or JSONL; when: --eval_strategy.")
+    eval_data_path: list[str] = _flag([], "Validation JSON, JSONL or Parquet; when: --eval_strategy.")
     lazy_preprocess: bool | None = _flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     share_video: bool = _flag(False, "Keep a video's samples together and compute the rows they have in common once.")
     dataloader_num_workers: int = _flag(
@@ -358,7 +360,7 @@ class InspectConfig(TrainConfig):
     data_path: list[str] = field(
         default_factory=list,
         kw_only=True,
-        metadata={"help": "Training JSON or JSONL; several files, or the flag again, add up."},
+        metadata={"help": "Training JSON, JSONL or Parquet; several files, or the flag again, add up."},
     )
     output_dir: str = field(default="", kw_only=True, metadata={"help": "Ignored: accepted with a training command."})
     index: int | None = _flag(None, "Show this record only.", at_least=0, group="what is shown")
@@ -457,6 +459,10 @@ class ExtractConfig(_Checked):
         None, "1.1: 224-pixel tower (Video-ChatGPT); 1.5, the default: 336-pixel."
     )
     vision_tower: str | None = _flag(None, "CLIP, SigLIP or DINO tower (hub id or folder). Default: as --llava says.")
+    images: bool = _flag(
+        False,
+        "Take images (.jpg, .png, .webp, .bmp, .tif) as well: each is a video of one frame, without temporal rows.",
+    )
     follow_links: bool = _flag(
         False,
         "Follow links in the folder of videos, to files and to folders, and lines of "

@@ -12,7 +12,7 @@ from fastvid import callable_command
 from fastvid.config import ExtractConfig
 from fastvid.dist import host_memory
 from fastvid.features.manifest import Manifest
-from fastvid.files import remove_left_over
+from fastvid.files import IMAGE_SUFFIXES, remove_left_over
 from fastvid.flags import parse
 from fastvid.video.dealing import deal, place
 from fastvid.video.earlier import EarlierFeatures
@@ -60,7 +60,11 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
     rank, world = place(config.shard)
     with host_memory.collecting_later():
         videos, others = find_videos(
-            config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links
+            config.video_dir_path,
+            config.clip_feat_path,
+            f".{config.format}",
+            follow_links=config.follow_links,
+            images=config.images,
         )
         manifest = Manifest(config.clip_feat_path)
     features = VideoFeatures(config)
@@ -85,7 +89,11 @@ def extract(config: ExtractConfig, watch: Watch | None = None) -> Summary:
             summary.notes.append(f"{links} links were left out; --follow_links True follows them")
         kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
         if others:
-            summary.notes.append(f"{others.total()} files are no videos by their endings and were left out ({kinds})")
+            pictures = sum(others[ending] for ending in IMAGE_SUFFIXES)
+            summary.notes.append(
+                f"{others.total()} files are no videos by their endings and were left out ({kinds})"
+                + "; --images True takes images" * bool(pictures)
+            )
     if rank == 0 and config.llava is not None and config.vision_tower is not None:
         summary.notes.append(f"--llava {config.llava} has no effect beside --vision_tower")
     return summary

@@ -55,7 +55,11 @@ def main(argv=None) -> int:
     own, flags = parser.parse_known_args(argv)
     config = parse(ExtractConfig, flags)
     videos, _ = find_videos(
-        config.video_dir_path, config.clip_feat_path, f".{config.format}", follow_links=config.follow_links
+        config.video_dir_path,
+        config.clip_feat_path,
+        f".{config.format}",
+        follow_links=config.follow_links,
+        images=config.images,
     )
     (here := VideoFeatures(config)).describe()
     leases, manifest = Leases(config.clip_feat_path), Manifest(config.clip_feat_path)

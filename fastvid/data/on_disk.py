@@ -231,8 +231,8 @@ def _pieces(data, at, begins, ends, matches=()):
         for i, (begin, end) in enumerate(zip(begins, ends)):
             if data.find(ROLE, begin, end) >= 0:
                 name_of[i] = NOT_PLAIN
-    places = (np.array(each, dtype=np.int64) + at for each in (begins, ends))
-    return *places, [name.decode() for name in names], np.array(name_of, dtype=np.int32)
+    begins, ends = np.array(begins, dtype=np.int64), np.array(ends, dtype=np.int64)
+    return begins + at, ends + at, [name.decode() for name in names], np.array(name_of, dtype=np.int32)
 
 
 def _array(file: IO[bytes], _: int) -> Iterator[_Pieces]:

@@ -23,6 +23,7 @@ from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
 from fastvid.provenance import of_weights
+from fastvid.video.decode.still import is_still
 from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.features import refuse_departures, settings_of
 from fastvid.video.listing import Video, find_videos
@@ -48,7 +49,8 @@ class PlannedFolder(FeatureFolder):
                 where = os.path.join(where, part)
                 self._listings.setdefault(where, Listing())
             self._listings[where].add_file(output.name)
-            self.videos[self.folder / output] = video
+            if video.fault is None or self.folder / output not in self.videos:  # a video beside an image of its name
+                self.videos[self.folder / output] = video
 
 
 class OnlineFeatures(FeatureFolder):
@@ -114,7 +116,7 @@ class OnlineFeatures(FeatureFolder):
         if self._planned is None:
             folder = self.cache or os.path.join(self.folder, "features")
             try:
-                videos, others = find_videos(self.folder, folder, ".safetensors")
+                videos, others = find_videos(self.folder, folder, ".safetensors", images=True)
             except ValueError as error:  # there is none, or links alone
                 videos, others = [], {"links": "--follow_links" in str(error)}
             self._planned, self._links = PlannedFolder(folder, videos), bool(others.get("links"))
@@ -195,12 +197,18 @@ class OnlineFeatures(FeatureFolder):
 
     def _probe(self, name):
         if name not in self._probed and self.resolve(name) in self._numbers:
-            self._probed[name] = *self.made_shape, torch.float16
+            self._probed[name] = *self._shape_of(self.resolve(name)), torch.float16
         return super()._probe(name)
 
     def header(self, name: str) -> dict[str, Any]:
         """As `FeatureFolder.header`; before the features are made what is known of them."""
         return super().header(name) if self.is_made(name) else dict(self._header)
+
+    def _shape_of(self, path):
+        """Of an image, the rows of its patches."""
+        rows, channels = self.made_shape
+        still = is_still(self._videos[self._numbers[path]].name)
+        return rows - self._extraction.num_frames if still else rows, channels
 
     # What is made
 
@@ -244,7 +252,7 @@ class OnlineFeatures(FeatureFolder):
         """`load`, or zeros of the same shape for features that are not made yet: for whoever plans memory."""
         path = self.resolve(name)
         if path in self._numbers and self._waits(path):
-            return torch.zeros(self.made_shape, dtype=torch.float16), dict(self._header)
+            return torch.zeros(self._shape_of(path), dtype=torch.float16), dict(self._header)
         return self.load(name)
 
     def await_made(self, name: str) -> None:

@@ -157,14 +157,16 @@ def show_features(view: VideoView, features_RC: torch.Tensor, header: dict, num_
     told = header.get("num_frames")
     T = told if isinstance(told, int) and _is_count(told, R) else num_frames or NUM_FRAMES
     side = math.isqrt(max(R - T, 0))
-    if T >= R or side * side != R - T:
+    if header.get("pooling") == "spatial" and math.isqrt(R) ** 2 == R:
+        view.spatial = norms.reshape(math.isqrt(R), -1)
+    elif T >= R or side * side != R - T:
         view.temporal = norms
         view.notes.append(f"All {R} rows stand in one strip: nothing tells which of them are temporal.")
     else:
         view.temporal, view.spatial = norms[:T], norms[T:].reshape(side, side)
         if told is None:
             view.notes.append(f"The first {T} rows are taken for temporal ones: no header tells.")
-    video = header.get("video")
+    video = header.get("video", header.get("image"))
     if isinstance(video, dict) and _is_count(video.get("width")) and _is_count(video.get("height")):
         view.aspect = min(max(video["width"] / video["height"], 1 / 16), 16)
 

@@ -11,10 +11,17 @@ from fastvid.features.manifest import read_files, read_manifest
 from fastvid.features.names import stem
 from fastvid.files import StrPath, shown
 from fastvid.video.decode import DecodeError
+from fastvid.video.decode.still import is_still
 from fastvid.video.features import written
 from fastvid.video.listing import Video, find_videos
 
 _REMEDY = "remove it and extract it again (fastvid extract)"
+
+
+def _sorted(given, follow_links):
+    """Images, then videos, which are meant where both have a name."""
+    videos, _ = find_videos(given, "", "", follow_links=follow_links, images=True)
+    return sorted(videos, key=lambda video: not is_still(video.name))
 
 
 class Sources:
@@ -43,7 +50,7 @@ class Sources:
         # A list may come with a data set, and whoever wrote it must not choose files elsewhere.
         is_list = video_dir_path is not None and os.path.isfile(video_dir_path)
         try:
-            videos = [] if video_dir_path is None else find_videos(video_dir_path, "", "", follow_links=not is_list)[0]
+            videos = [] if video_dir_path is None else _sorted(video_dir_path, not is_list)
         except ValueError as error:
             if "--follow_links" not in str(error):
                 raise

@@ -14,6 +14,7 @@ from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_header, probe_features
 from fastvid.features.manifest import Manifest
 from fastvid.features.names import SUFFIXES
+from fastvid.video.decode.still import is_still
 from fastvid.video.features import written
 from fastvid.video.listing import Video
 
@@ -30,7 +31,7 @@ class EarlierFeatures:
     Args:
         config: `ExtractConfig`.
         settings: of this job (`VideoFeatures.settings`).
-        shape: [rows, channels] of its features.
+        shape: [rows, channels] of its videos' features.
         manifest: `Manifest` of the folder.
     """
 
@@ -132,9 +133,16 @@ class EarlierFeatures:
             return f"{path} was made with {other}", True
         if made.get("source_bytes") != source_bytes:
             return f"{path} was made with source_bytes {made.get('source_bytes', 'unknown')}, not {source_bytes}", False
-        if shape != self.shape:
+        if shape != self._shape_of(video):
             return f"{path} holds {shape} values", False
         return "", False
+
+    def _shape_of(self, video):
+        """Of an image, the rows of its patches."""
+        rows = (
+            (self.settings["image_size"] // self.settings["patch_size"]) ** 2 if is_still(video.name) else self.shape[0]
+        )
+        return [rows, self.shape[1]]
 
     def _there(self, target) -> list[str]:
         """The feature files, of any format, that a video has; `target` is that of this job's."""

@@ -334,7 +334,7 @@ class Extraction:
         return min(piece.prepared.info.frames, self.config.num_frames)
 
     def _is_padded(self, piece):
-        return piece.prepared.info.frames < self.config.num_frames
+        return not piece.prepared.info.still and piece.prepared.info.frames < self.config.num_frames
 
     def _fail(self, video, failure, seconds, summary, bar):
         summary.fail(video.name, failure)

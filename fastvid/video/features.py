@@ -16,9 +16,10 @@ import torch
 import fastvid
 from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_bytes
-from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file
+from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file, wrong_content
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.kinds import KINDS
+from fastvid.video.decode.still import is_still
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.listing import Video, no_video
 from fastvid.video.passes import Features
@@ -67,7 +68,7 @@ def settings_of(config: ExtractConfig, tower_revision: str, image_size: int, pat
 
 
 class VideoFeatures:
-    """What `fastvid extract` does with a video: ``features(path)`` is (features, header), or a `DecodeError`.
+    """What `fastvid extract` does with a video or image: ``features(path)`` is (features, header), or a `DecodeError`.
 
     It can be pickled: only its settings travel. The tower is loaded, and the decoders are started, by the process that
     first uses it.
@@ -78,7 +79,7 @@ class VideoFeatures:
     Attributes:
         encoder, pipeline: once it is open.
         settings: what two extractions must have in common for their features to go together; once it is described.
-        shape: [rows, channels] of the features; once it is described.
+        shape: [rows, channels] of a video's features; once it is described.
     """
 
     def __init__(self, config: ExtractConfig):
@@ -162,7 +163,8 @@ class VideoFeatures:
             name: what the header calls it; default: the file's name.
 
         Returns:
-            ([num_frames + P, C] float16, header), or the `DecodeError` that says why there are none.
+            ([num_frames + P, C] float16, or [P, C] of an image; header), or the `DecodeError` that says why there are
+            none.
         """
         self.open()
         try:
@@ -212,7 +214,7 @@ class VideoFeatures:
             return self.pipeline.prepare(path, **options)
         except DecodeError as error:
             hint = "; --allow_damaged True takes it as it is" if error.reason.startswith(_DAMAGED) else ""
-            fault = no_video(path) if os.path.isfile(path) else None
+            fault = (wrong_content if is_still(path) else no_video)(path) if os.path.isfile(path) else None
             raise DecodeError(path, fault or error.reason + hint) from error
 
     def encode(self, path: StrPath, prepared: Prepared) -> torch.Tensor:
@@ -244,6 +246,9 @@ class VideoFeatures:
             raise DecodeError(path, f"its features are not finite in {dtype}; {remedy}")
         if self._fidelity is not None:
             self._fidelity.compare(os.path.basename(path), prepared, features_RC)
+        if prepared.info.still:  # the states of its patches: means over frames are those of the only one
+            assert self.encoder is not None
+            return features_RC[self.encoder.num_temporal :].clone()
         return features_RC
 
     def told(self) -> list[str]:
@@ -252,7 +257,7 @@ class VideoFeatures:
 
     def header(self, name: str, size: int, prepared: Prepared) -> dict[str, Any]:
         """What a feature file says of itself; `size`: bytes of the video's file."""
-        frames = prepared.info.frames
+        frames, info = prepared.info.frames, asdict(prepared.info)
         return {
             **self._header,
             "source": name,
@@ -260,7 +265,7 @@ class VideoFeatures:
             "source_sha256": prepared.sha256,
             "total_frames": frames,
             "frame_indices": frame_indices(frames, self.config.num_frames),
-            "video": asdict(prepared.info),
+            **({"pooling": "spatial", "image": info} if prepared.info.still else {"video": info}),
         }
 
     def save(
@@ -289,7 +294,7 @@ class VideoFeatures:
             "format": self.config.format,
             "tower": header["tower"],
             **self.settings,
-            "decoder": header["video"]["decoder"],
+            "decoder": header["image" if "image" in header else "video"]["decoder"],
             "source_bytes": header["source_bytes"],
             "sha256": hashlib.sha256(content).hexdigest(),
         }

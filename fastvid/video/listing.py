@@ -1,4 +1,4 @@
-"""The videos that a user means, and the feature file that each becomes."""
+"""The videos and images that a user means, and the feature file that each becomes."""
 
 import contextlib
 import os
@@ -8,8 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastvid.files import NOTHING_MORE_FITS, VIDEO_SUFFIXES, StrPath, name_of, naming, shown, wrong_content
+from fastvid.files import (
+    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
+    NOTHING_MORE_FITS,
+    VIDEO_SUFFIXES,
+    StrPath,
+    name_of,
+    naming,
+    shown,
+    wrong_content,
+)
 from fastvid.video.decode import DecodeError
+from fastvid.video.decode.still import is_still
 from fastvid.video.named_inputs import TAR, is_pattern, lines, matches, members
 
 _OURS = (".safetensors", ".pkl", ".jsonl")  # what extraction writes may lie beside the videos
@@ -19,7 +30,7 @@ _PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 
 @dataclass(frozen=True)
 class Video:
-    """A video to be extracted.
+    """A video, or an image, to be extracted.
 
     Attributes:
         source: its file, or the tar archive that holds it; `path` is the same as a Path.
@@ -111,7 +122,7 @@ def no_video(path: StrPath) -> str | None:
 
 
 def find_videos(
-    given: StrPath, output_folder: StrPath, suffix: str, *, follow_links: bool = False
+    given: StrPath, output_folder: StrPath, suffix: str, *, follow_links: bool = False, images: bool = False
 ) -> tuple[list[Video], Counter[str]]:
     """The videos that `given` means, sorted by name; feature files mirror their names and folders.
 
@@ -119,6 +130,7 @@ def find_videos(
         given: a folder, of which all below it are taken that end as videos do; a glob pattern; a list file; or a tar
             shard. Patterns and lists may name tar shards, too.
         follow_links: without it what is reached through a link below the folder is left out.
+        images: take images, too. One whose feature file a video would have as well has a fault, and the video has none.
 
     Hidden files and folders are left out. A tar shard that cannot be read is one video, with that fault, where others
     are given beside it.
@@ -130,11 +142,12 @@ def find_videos(
         ValueError: there is no such thing or no video in it.
     """
     videos, others, unreadable, output_folder = [], Counter(), [], os.fspath(Path(output_folder))
-    for name, path in _named(given, follow_links, others):
+    endings = MEDIA_SUFFIXES if images else VIDEO_SUFFIXES
+    for name, path in _named(given, follow_links, others, endings):
         stem, ending = os.path.splitext(name)
         if ending.lower() == TAR:
             try:
-                found, left_out = members(path)
+                found, left_out = members(path, endings)
             except ValueError as error:
                 unreadable.append(error)
                 videos.append(Video(path, name, _output(output_folder, stem, suffix), str(error), (0, 0)))
@@ -157,15 +170,18 @@ def find_videos(
             else ""
         )
         where = "in it" if os.path.isdir(given) else "that it names"
+        pictures = sum(others[ending] for ending in IMAGE_SUFFIXES)
+        taken = f"; --images True takes its {pictures} images" if pictures else ""
         raise ValueError(
-            f"--video_dir_path {shown(given)}: no file {where} ends as a video does (.mp4, .mkv, …){links}{shards}"
+            f"--video_dir_path {shown(given)}: no file {where} ends as a video does (.mp4, .mkv, …)"
+            f"{taken}{links}{shards}"
         )
     same = {}
     for video in videos:
         same.setdefault(video.target, []).append(video)
     if len(same) < len(videos):
         videos = [
-            replace(video, fault=video.fault or _fault(video, several)) if len(several) > 1 else video
+            replace(video, fault=video.fault or _fault(video, several)) if _contested(video, several) else video
             for several in same.values()
             for video in several
         ]
@@ -180,13 +196,19 @@ def _size(path):
         return None
 
 
-def _named(given, follow_links, others):
+def _contested(video, several):
+    """Whether another one has a better claim to a video's feature file: videos have one before images."""
+    rivals = [one for one in several if is_still(video.name) or not is_still(one.name)]
+    return len(rivals) > 1
+
+
+def _named(given, follow_links, others, endings):
     """(name, path) of every video and tar shard that `given` means; counts others."""
     if os.path.isdir(given):
-        return _below(given, follow_links, others)
+        return _below(given, follow_links, others, endings)
     if os.path.isfile(given):
         ending = os.path.splitext(given)[1].lower()
-        if ending in VIDEO_SUFFIXES:
+        if ending in endings:
             raise ValueError(
                 f"--video_dir_path {shown(given)} is a file; give the folder that it lies in, "
                 f"{shown(os.path.dirname(given) or '.')}"
@@ -195,7 +217,7 @@ def _named(given, follow_links, others):
             return [(os.path.basename(given), given)]
         found, left_out = lines(given, follow_links)
     elif "://" not in str(given) and is_pattern(given):
-        found, left_out = matches(given, follow_links)
+        found, left_out = matches(given, follow_links, endings)
     else:
         what = (
             "is a URL: download the videos and give their folder"
@@ -207,7 +229,7 @@ def _named(given, follow_links, others):
     return found.items()
 
 
-def _below(folder, follow_links, others):
+def _below(folder, follow_links, others, endings):
     """(name, path) of the videos below a folder, each folder once; counts others."""
     seen, folders = set(), [("", os.fspath(folder))]
     while folders:
@@ -227,7 +249,7 @@ def _below(folder, follow_links, others):
                     folders.append((f"{name}/", entry.path))
                 else:
                     others["links"] += 1
-            elif ending.lower() not in VIDEO_SUFFIXES:
+            elif ending.lower() not in endings:
                 if ending not in _OURS:
                     others[ending.lower() or "no ending"] += 1
             elif not follow_links and entry.is_symlink():

@@ -15,7 +15,9 @@ def is_pattern(given: StrPath) -> bool:
     return glob.has_magic(os.fspath(given))
 
 
-def matches(pattern: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[str]]:
+def matches(
+    pattern: StrPath, follow_links: bool, endings: tuple[str, ...] = VIDEO_SUFFIXES
+) -> tuple[dict[str, str], Counter[str]]:
     """({name: path} of videos and tar shards that a pattern names, counts of others).
 
     Names are relative to the last folder before the pattern's first wildcard; ``**`` stands for any folders.
@@ -28,7 +30,7 @@ def matches(pattern: StrPath, follow_links: bool) -> tuple[dict[str, str], Count
         ending = os.path.splitext(path)[1].lower()
         if os.path.isdir(path):
             continue
-        if ending not in VIDEO_SUFFIXES and ending != TAR:
+        if ending not in endings and ending != TAR:
             others[ending or "no ending"] += 1
         elif not follow_links and is_link(path):
             others["links"] += 1
@@ -79,7 +81,9 @@ def lines(file: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[st
     return found, others
 
 
-def members(path: StrPath) -> tuple[list[tuple[str, str, int, int]], Counter[str]]:
+def members(
+    path: StrPath, endings: tuple[str, ...] = VIDEO_SUFFIXES
+) -> tuple[list[tuple[str, str, int, int]], Counter[str]]:
     """([(name, key, where it begins, bytes)] of the videos in a tar shard, counts of others).
 
     As WebDataset has it, a member's key is its name up to the first dot after the folders.
@@ -99,7 +103,7 @@ def members(path: StrPath) -> tuple[list[tuple[str, str, int, int]], Counter[str
                     continue
                 if not member.isreg() or member.issparse():
                     others["no plain file"] += 1
-                elif ending not in VIDEO_SUFFIXES:
+                elif ending not in endings:
                     others[ending or "no ending"] += 1
                 else:
                     key = os.path.join(folders, base.partition(".")[0])

@@ -29,6 +29,7 @@ from fastvid.video.decode.bitstream import Unsuited
 from fastvid.video.decode.dali import DaliDecoder
 from fastvid.video.decode.nvcuvid import NoDecoder, capabilities
 from fastvid.video.decode.nvdec import NvDecoder
+from fastvid.video.decode.still import is_still
 from fastvid.video.decode.worker import DecodeWorker, limit
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.passes import Features, Passes
@@ -133,7 +134,7 @@ class Pipeline:
         Raises:
             DecodeError: it cannot be decoded.
         """
-        held, digest = self._hardware_for_one() if hardware else None, None
+        held, digest = self._hardware_for_one() if hardware and not is_still(path) else None, None
         if not hardware:
             self._note("PyAV, for a crash")
         if held is not None:

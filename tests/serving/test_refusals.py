@@ -291,7 +291,7 @@ def test_large_pictures_are_refused(serving_chat, serving_folder):
             Image.new("RGB", size).save(file, "png")
             found, content = running.ask([uri(file.getvalue(), "image/png")])
             assert found == status
-        assert "101×100 pixels are over the limit of 10,000" in content["error"]["message"]
+        assert "101×100 is over the limit of 10,000 pixels" in content["error"]["message"]
 
 
 def test_decoding_has_its_time(serving_chat, serving_folder, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastvid.files import StrPath
 
 MAX_PIXELS = 8192 * 4320  # of a picture
+STILL = "pillow"  # the `VideoInfo.conversion` of images
 
 
 class DecodeError(ValueError):
@@ -32,7 +33,7 @@ class VideoInfo:
         rotation: degrees counterclockwise by which the stored picture was turned to stand upright: 0, 90, 180, 270.
         duration: seconds as the container says; 0 if it does not.
         decoder: name and versions of what decoded it.
-        conversion: what turned its samples into RGB. "swscale": PyAV's default, byte for byte.
+        conversion: what turned its samples into RGB. "swscale": PyAV's default, byte for byte; `STILL`: Pillow's.
         damaged: frames that were decoded with errors, or are missing, and were put up with.
     """
 
@@ -46,3 +47,8 @@ class VideoInfo:
     decoder: str
     conversion: str = "swscale"
     damaged: int = 0
+
+    @property
+    def still(self) -> bool:
+        """Whether it is an image, which is a video of one frame."""
+        return self.conversion == STILL

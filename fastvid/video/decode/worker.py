@@ -30,13 +30,15 @@ from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
 from fastvid.video.decode.info import DecodeError, VideoInfo
 from fastvid.video.decode.pyav import decode, duration, frame_times
 from fastvid.video.decode.shared_frames import ReceivedFrames, SharedFrames
+from fastvid.video.decode.still import decode_still, is_still
 
 _TO_END = 5.0  # seconds that a process takes to be gone, once its end of the pipe is closed
 _MOST_TIMES = 10  # the time-out, of a video that says that it lasts for years
 
 
 class DecodeWorker:
-    """Decodes like `fastvid.video.decode.decode`, one video at a time, in a process that starts when first needed.
+    """Decodes like `fastvid.video.decode.decode`, and images like `decode_still`: one at a time, in a process that
+    starts when first needed.
 
     Args:
         timeout: seconds after which a video is given up.
@@ -197,7 +199,7 @@ def serve(connection: Connection) -> None:
         timeout, path = request["timeout"], request["path"]
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            if request["what"] != "pictures":
+            if request["what"] != "pictures" and not is_still(path):
                 signal.setitimer(signal.ITIMER_REAL, limit(timeout, duration(path)))
             reply, arrays = _ANSWERS[request["what"]](path, request["options"], into)
             reply["sha256"] = _sha256(path) if request["digest"] else None
@@ -217,7 +219,10 @@ def serve(connection: Connection) -> None:
 
 def _frames(path, options, into):
     """The head of an answer, and the arrays behind it."""
-    frames, info = decode(path, **options, into=into)
+    if is_still(path):
+        frames, info = decode_still(path, size=options.get("size"), into=into)
+    else:
+        frames, info = decode(path, **options, into=into)
     return {"shape": frames.shape, "info": asdict(info)}, [frames.reshape(-1)] if into is None else []
 
 
