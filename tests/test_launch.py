@@ -143,3 +143,16 @@ def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
     assert sum("error: " in line for line in lines) == 2, "once when it is met, by one rank, and once at the end"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
     assert time.monotonic() - begin < 40
+
+
+def test_alignment_extracts_images_and_then_trains_a_projector(launch):
+    assert launch("launch_align.sh", "--max_steps", "7", MODEL="qwen", TOWER="siglip", NNODES="1").wait(20) == 0
+    extraction, training = (line for line in launch.calls.read_text().splitlines() if line.startswith("torchrun --n"))
+    assert "features.py --images True --video_dir_path data/LLaVA-Pretrain --clip_feat_path" in extraction
+    assert extraction.endswith("--vision_tower siglip") and "--model_name_or_path qwen " in training
+    assert "--video_folder data/LLaVA-Pretrain-features --tune_mm_mlp_adapter True" in training
+    assert "--learning_rate 1e-3" in training and "--output_dir output/align" in training
+    assert training.endswith("--version auto --mm_projector_type mlp2x_gelu --max_steps 7")
+    launch.calls.unlink()
+    assert launch("launch_align.sh", IMAGES="").wait(20) == 0
+    assert "--images" not in launch.calls.read_text()

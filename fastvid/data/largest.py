@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Beyond these, a run's steps are of the same kind; looking at them takes a second or two.
 _MOST_STEPS = 20_000
 _MOST_VIDEOS = 5_000  # whose headers are read, which takes about as long
+_MOST_RECORDS = 200_000  # which are read from their files
 
 
 def largest_steps(loader: Loader, count: int, most: int = _MOST_STEPS) -> tuple[list[int], int | None]:
@@ -58,7 +59,7 @@ def rows_by_text(samples: SampleSet, groups: Groups | None = None) -> SampleRows
         groups: `fastvid.data.sharing.Groups` of samples that compute their videos once; None where none do.
     """
     videos = _video_rows(samples)
-    text = samples.records.sizes()
+    text = _text_bytes(samples.records)
     limit, tokens, length = samples.config.model_max_length, 0, 0
     for index in range(0, len(samples), max(1, len(samples) // 64)):
         sample = samples.encode(index)
@@ -69,6 +70,13 @@ def rows_by_text(samples: SampleSet, groups: Groups | None = None) -> SampleRows
     if groups is None:
         return SampleRows(np.minimum(own + videos, limit), np.zeros_like(own))
     return SampleRows(np.minimum(own, limit), videos, groups)
+
+
+def _text_bytes(records):
+    """Bytes of each record's text; of very many, those of the whole records, names and quotation marks included."""
+    if len(records) > _MOST_RECORDS:
+        return records.sizes()
+    return np.array([sum(len(turn["value"].encode()) for turn in record["conversations"]) for record in records])
 
 
 def _video_rows(samples):
