@@ -159,7 +159,7 @@ def _other_medium(record, media, questions, placeholder):
         if _OTHER_MEDIA.fullmatch(name) and (placeholder or not media):
             return _of_something_else(f"field '{shown(name)}'")
         for kind, pattern in _NAMES.items():
-            if pattern.fullmatch(name) and (not media or placeholder and kind == "image"):
+            if pattern.fullmatch(name) and (not media or (placeholder and kind == "image")):
                 return _named_elsewhere(name, kind)
     for name, value in record.items() if not media and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:

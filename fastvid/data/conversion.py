@@ -68,10 +68,10 @@ def style_of(record: Any) -> str | None:
         return "videochat2"
     if isinstance(record.get("messages"), list):
         parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in record["messages"])
-        return "messages" if parts or not record.get("videos") and not record.get("images") else "sharegpt"
+        return "messages" if parts or (not record.get("videos") and not record.get("images")) else "sharegpt"
     if "query" in record and "response" in record:
         return "swift"
-    if "instruction" in record and "output" in record or "question" in record and "answer" in record:
+    if ("instruction" in record and "output" in record) or ("question" in record and "answer" in record):
         return "alpaca"
     turns = record.get("conversations", record.get("conversation"))
     if not isinstance(turns, list):
@@ -126,7 +126,7 @@ def convert_any(
             absent = next(filter(missing, names), None) if missing is not None else None
         except (Unreadable, ValueError) as error:
             fault = (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
-            if on_bad == "error" or on_bad == "auto" and own in _STRICT:
+            if on_bad == "error" or (on_bad == "auto" and own in _STRICT):
                 raise ValueError(
                     f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with "
                     "--on_bad drop"

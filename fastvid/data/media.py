@@ -74,7 +74,7 @@ def named_in(record: dict[str, Any], kind: str, remarks: list[str]) -> list[Medi
         remarks.append(f"field '{several}' is one name: it is taken as \"{kind}\"")
         many = [many]
     for field, names in ((kind, one), (several, many)):
-        if names is None or isinstance(names, list) and all(map(_is_name, names)):
+        if names is None or (isinstance(names, list) and all(map(_is_name, names))):
             continue
         wrong = names
         if isinstance(names, list):
@@ -189,7 +189,9 @@ def _name(value):
 
 def _within(value):
     """Why a value that holds the file itself is none; None of any other."""
-    if isinstance(value, dict) and value.get("bytes") is not None or isinstance(value, str) and value[:5] == "data:":
+    if (isinstance(value, dict) and value.get("bytes") is not None) or (
+        isinstance(value, str) and value[:5] == "data:"
+    ):
         return "holds the file itself; write it to a file, and name that"
     return None
 

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,8 @@ class RecordFile:
 
     def __init__(self, path: StrPath):
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._file: int | None = None  # a descriptor
+        self._close: weakref.finalize | None = None
         self._bytes: bytes | None = None
         self._seen: tuple[int, int] | None = None
         self._begins, self._ends = array("q"), array("q")
@@ -76,10 +78,9 @@ class RecordFile:
         if self._bytes is not None:
             return _loads(self._bytes[begin:end], self.path, number)
         assert self._file is not None, "it was not scanned"
-        descriptor = self._file.fileno()
-        if self._seen is not None and _state(descriptor) != self._seen:
+        if self._seen is not None and _state(self._file) != self._seen:
             raise ValueError(f"{shown(self.path)} was changed since this run first read it; start the run again")
-        return _loads(os.pread(descriptor, end - begin, begin), self.path, number)
+        return _loads(_read(self._file, begin, end - begin), self.path, number)
 
     def examined(self, number: int) -> Any:
         """A record, while the file is scanned.
@@ -112,9 +113,8 @@ class RecordFile:
             if len(self):
                 raise self.fault(len(self)) from None
             yield from self._noted(self._unpacked())
-        if self._bytes is not None and self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._bytes is not None:
+            self._hold(None)
 
     def _noted(self, pieces):
         for begins, ends, *found in pieces:
@@ -127,8 +127,9 @@ class RecordFile:
         """What reads the file in blocks; None if it has to be unpacked."""
         if records.is_open_already(self.path) or not os.path.isfile(self.path) or records.is_parquet(self.path):
             return None
-        self._file = open(self.path, "rb")
-        self._seen = _state(self._file.fileno())
+        self._hold(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        assert self._file is not None
+        self._seen = _state(self._file)
         size, line = 64 * 1024, b""
         while b"\n" not in line:  # the first line with something in it
             data = _read(self._file, 0, size)
@@ -147,12 +148,21 @@ class RecordFile:
     def _unpacked(self):
         """The records as JSONL, where they are read from now on."""
         self._seen = None
-        self._file = tempfile.TemporaryFile(prefix="fastvid-")
-        self._file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records.iterate(self.path))
-        self._file.flush()
-        if self._file.tell() <= _HELD:
-            self._bytes = _read(self._file, 0, _HELD)
+        with tempfile.TemporaryFile(prefix="fastvid-") as file:
+            file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records.iterate(self.path))
+            file.flush()
+            self._hold(os.dup(file.fileno()))
+            assert self._file is not None
+            if file.tell() <= _HELD:
+                self._bytes = _read(self._file, 0, _HELD)
         yield from _lines(self._file, 0)
+
+    def _hold(self, descriptor):
+        """Keep a descriptor open as long as this object lives, or until the next one."""
+        if self._close is not None:
+            self._close()
+        self._file = descriptor
+        self._close = None if descriptor is None else weakref.finalize(self, os.close, descriptor)
 
     def fault(self, number: int) -> ValueError:
         """What is wrong with a file, one of whose records is no JSON; with its line, unless it is huge."""
@@ -171,9 +181,9 @@ class _OtherForm(Exception):
     """A file is not what its beginning says."""
 
 
-def _lines(file: IO[bytes], processes: int) -> Iterator[_Pieces]:
+def _lines(file: int, processes: int) -> Iterator[_Pieces]:
     """What `RecordFile` notes of a JSONL file's lines; blank ones do not count."""
-    size = os.fstat(file.fileno()).st_size
+    size = os.fstat(file).st_size
     chunks = range(-(-size // _CHUNK))
     ahead = Ahead(partial(_chunk_of_lines, file), min(processes, len(chunks) // 2))
     with contextlib.closing(ahead.map(chunks)) as found:
@@ -235,7 +245,7 @@ def _pieces(data, at, begins, ends, matches=()):
     return begins + at, ends + at, [name.decode() for name in names], np.array(name_of, dtype=np.int32)
 
 
-def _array(file: IO[bytes], _: int) -> Iterator[_Pieces]:
+def _array(file: int, _: int) -> Iterator[_Pieces]:
     """What `RecordFile` notes of the members of a JSON array."""
     decode, size = json.JSONDecoder().raw_decode, _CHUNK
     at = len(_BOM) * (_read(file, 0, len(_BOM)) == _BOM)
@@ -306,7 +316,11 @@ def _space(data, at):
 
 
 def _read(file, at, size):
-    return os.pread(file.fileno(), size, at)
+    """Bytes of a file from a place on: as many as are wanted, or as there are."""
+    found = os.pread(file, size, at)
+    while found and len(found) < size and (more := os.pread(file, size - len(found), at + len(found))):
+        found += more
+    return found
 
 
 def _state(descriptor):

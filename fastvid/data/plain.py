@@ -1,7 +1,7 @@
 """Records that show by their bytes alone that nothing is wrong or unusual about them.
 
 They are in the training form, as `fastvid convert` writes it. Of ten million records most are, and a regular expression
-reads one thirty times as fast as JSON's parser and `fastvid.data.annotations.examine` do. Every other record, also one
+reads one fifteen times as fast as JSON's parser and `fastvid.data.annotations.examine` do. Every other record, also one
 whose text holds "<" or an escaped ASCII letter, goes that long way: the pattern promises, and is never asked to refuse.
 """
 
