@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastvid.data.annotations import Remarks
-from fastvid.data.instructions import Converted, convert_records, describe
+from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import place
@@ -119,8 +119,14 @@ def convert_any(
         try:
             if style not in ("auto", own):
                 raise Unreadable("", f"is of the style {own or 'of no trainer that is known'}, not of --from {style}")
+            if own is None and isinstance(record, dict) and not {"q", "a", "video_id"} & record.keys():
+                fields = ", ".join(map(shown, list(record)[:8])) or "no fields"
+                raise Unreadable(
+                    "", f"has {fields}: a style that is not known; docs/record-styles.md lists those that are"
+                )
             if own in (None, "videoinstruct"):
-                _reference(done, record, index, feature_ids)
+                if fault := add_converted(done, record, index, feature_ids):
+                    raise Unreadable(*fault)
                 continue
             converted, remarks, names = _converted(record, index, media_root)
             absent = next(filter(missing, names), None) if missing is not None else None
@@ -140,18 +146,6 @@ def convert_any(
         done.unchanged += converted is record
         done.records.append(converted)
     return done
-
-
-def _reference(done, record, index, feature_ids):
-    """Add one record of VideoInstruct, whose `index` in its file decides where the video stands."""
-    one = convert_records([record], feature_ids, "drop", first=index)
-    if one.dropped:
-        raise Unreadable(*one.dropped[0][1:])
-    done.records += one.records
-    done.absent += [(index, name) for _, name in one.absent]
-    done.shortened += one.shortened
-    for what, count in one.empty.items():
-        done.empty[what] += count
 
 
 def _converted(record, index, media_root):

@@ -39,7 +39,6 @@ def convert_records(
     feature_ids: set[str] | None = None,
     on_bad: str = "error",
     path: StrPath = "records",
-    first: int = 0,
 ) -> Converted:
     """VideoInstruct records to training records, as the reference's two scripts do.
 
@@ -52,35 +51,45 @@ def convert_records(
             None keeps all.
         on_bad: "error" or "drop": what a malformed record does.
         path: the file that the records come from, for messages.
-        first: index of the first of them in it.
 
     Raises:
         ValueError: a malformed record under on_bad="error", naming file, index, field and remedy.
     """
     done = Converted()
-    for index, record in enumerate(records, start=first):
-        fault = _fault(record)
+    for index, record in enumerate(records):
+        fault = add_converted(done, record, index, feature_ids)
+        if fault is not None and on_bad == "error":
+            raise ValueError(
+                f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with --on_bad drop"
+            )
         if fault is not None:
-            if on_bad == "error":
-                raise ValueError(
-                    f"{place(path, index)}: {describe(fault)}; "
-                    "mend it, or leave malformed records out with --on_bad drop"
-                )
             done.dropped.append((index, *fault))
-            continue
-        name = record["video_id"]
-        if feature_ids is not None and name not in feature_ids:
-            name, ending = os.path.splitext(name)
-            if ending.lower() not in VIDEO_SUFFIXES or name not in feature_ids:
-                done.absent.append((index, record["video_id"]))
-                continue
-            done.shortened += 1
-        question = f"{record['q']}\n<video>" if index % 2 == 0 else f"<video>\n{record['q']}"
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["a"]}]
-        done.records.append({"id": name, "video": f"{name}.pkl", "conversations": turns})
-        done.empty["question"] += not record["q"]
-        done.empty["answer"] += not record["a"]
     return done
+
+
+def add_converted(done: Converted, record: Any, index: int, feature_ids: set[str] | None) -> tuple[str, str] | None:
+    """Add a record to `done`, or count it there as absent; (field, reason) of what is wrong with it, or None.
+
+    Args:
+        index: of the record in its file, which decides where the video stands.
+        feature_ids: as `convert_records` takes it.
+    """
+    fault = _fault(record)
+    if fault is not None:
+        return fault
+    name = record["video_id"]
+    if feature_ids is not None and name not in feature_ids:
+        name, ending = os.path.splitext(name)
+        if ending.lower() not in VIDEO_SUFFIXES or name not in feature_ids:
+            done.absent.append((index, record["video_id"]))
+            return None
+        done.shortened += 1
+    question = f"{record['q']}\n<video>" if index % 2 == 0 else f"<video>\n{record['q']}"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": record["a"]}]
+    done.records.append({"id": name, "video": f"{name}.pkl", "conversations": turns})
+    done.empty["question"] += not record["q"]
+    done.empty["answer"] += not record["a"]
+    return None
 
 
 def feature_ids(folder: StrPath) -> set[str]:

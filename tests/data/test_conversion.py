@@ -70,6 +70,12 @@ def test_a_style_that_is_named_is_the_only_one():
     assert len(done.records) == 1 and done.dropped == [(1, "", "is of the style videochat2, not of --from swift")]
 
 
+def test_an_unknown_style_is_named_by_its_fields():
+    done = convert_any([{"message_lists": [], "clip": "a"}, {}], path="p", on_bad="drop")
+    assert done.dropped[0][2].startswith("has message_lists, clip: a style that is not known")
+    assert done.dropped[1][2].startswith("has no fields")
+
+
 def test_names_below_a_folder_are_written_without_it():
     def named(*names):
         return convert_any(
