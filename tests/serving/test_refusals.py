@@ -84,7 +84,7 @@ def messages(*texts, roles=("user", "assistant")):
         (asking("data:video/mp4;base64"), "must begin as data:video/mp4;base64,"),
         (asking(VIDEO), "the file: cannot be opened as a video"),
         (asking("data:video/mp4;base64,"), "the file"),
-        (asking(["data:image/png;base64,AAAA"]), "the file is no picture"),
+        (asking(["data:image/png;base64,AAAA"]), "the file is no image of a format that is read"),
         (asking("clip.mp4"), "give a data: URI"),
         (asking("ftp://localhost/clip.mp4"), "give a data: URI"),
         (asking("sha256:" + "0" * 64), "is not kept"),
