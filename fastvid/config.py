@@ -641,6 +641,7 @@ class ServeConfig(_Checked):
 
     model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
     projector: str | None = _flag(None, "Trained projector: as for chat.")
+    adapter: str | None = _flag(None, "LoRA adapter: as for chat.")
     vision_tower: str | None = _flag(None, "Vision tower (hub id or folder): as for chat.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = _flag(
         None, "System text and template of the prompt: as for chat."

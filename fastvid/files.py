@@ -275,7 +275,7 @@ def model_folder(path: StrPath) -> Path:
     ]:
         raise ValueError(
             f"{shown(folder)} is a LoRA adapter: give the model that it was trained on, and {shown(folder)} as "
-            "--adapter (chat, evaluate) or --lora_weights (train)"
+            "--adapter (chat, evaluate, serve) or --lora_weights (train)"
         )
     if (folder / "config.json").exists() or not folder.is_dir():
         return folder

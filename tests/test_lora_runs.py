@@ -17,7 +17,7 @@ from training_run import config_of, flags, losses, write_run
 
 from fastvid import train
 from fastvid.checkpoints import checkpoint
-from fastvid.config import ExportConfig
+from fastvid.config import ChatConfig, EvaluateConfig, ExportConfig, ServeConfig
 from fastvid.dist import parallel
 from fastvid.dist.sharding import full_tensor
 from fastvid.evaluation import predict
@@ -401,3 +401,9 @@ def test_predictions_know_the_adapter_that_they_are_of(made):
     ]
     assert len({settings["adapter"] for settings in found}) == 3
     assert len({settings["weights"] for settings in found}) == 1
+
+
+def test_every_command_that_loads_a_model_takes_an_adapter():
+    """They hand on to `Chat` what they have of its flags."""
+    for command in (ChatConfig, EvaluateConfig, ServeConfig):
+        assert "adapter" in {field.name for field in dataclasses.fields(command)}
