@@ -15,7 +15,7 @@ PACKAGES = {"fastvid": ROOT / "fastvid", "fastvid_kernels": ROOT / "kernels" / "
 # A limit to be far from: half of it is a sign to look for a second subject. No layout of the code changes it.
 MOST_STATEMENTS = 290
 
-MOST_AT_THE_TOP = 19  # files of fastvid/ itself: what a user types, and the ground that all stand on
+MOST_AT_THE_TOP = 18  # files of fastvid/ itself: what a user types, and the ground that all stand on
 
 COMMANDS = {"train", "extract", "chat", "serve", "evaluate", "convert", "validate", "inspection", "export", "doctor"}
 GROUND = {"config", "policy", "flags", "batch", "files", "signals", "provenance", "dist"}
@@ -212,7 +212,7 @@ def test_what_the_rules_allow():
 def test_the_top_is_for_commands_and_the_ground():
     names = {path.stem for path in (ROOT / "fastvid").glob("*.py")}
     assert len(names) <= MOST_AT_THE_TOP
-    assert names - {"__init__", "__main__", "cli"} == COMMANDS | GROUND - {"flags", "dist"}
+    assert names - {"__init__", "__main__", "cli"} == COMMANDS | GROUND - {"config", "flags", "dist"}
 
 
 def test_tests_lie_where_their_subject_does():

@@ -68,7 +68,7 @@ ASKS = re.compile(
     r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
     r"extract|name it|make|mend|rename|shorten|raise it|put)\b"
 )
-HELP = ("fastvid/config.py", "fastvid/flags/foreign.py")  # texts of --help; remedies that test_remedies_runs tries all
+HELP = ("fastvid/config/", "fastvid/flags/foreign.py")  # texts of --help; remedies that test_remedies_runs tries all
 
 
 def messages():
@@ -76,7 +76,7 @@ def messages():
     for path in sorted((ROOT / "fastvid").rglob("*.py")):
         tree = ast.parse(path.read_text())
         skipped = docstrings(tree)
-        if path.relative_to(ROOT).as_posix() in HELP:
+        if path.relative_to(ROOT).as_posix().startswith(HELP):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
