@@ -151,7 +151,11 @@ def test_an_image_has_the_patch_rows_of_a_video_of_one_frame(tower, tmp_path):
     assert entry["shape"] == [4, 32] and entry["decoder"].startswith("pillow")
     again = extract(job(tower, tmp_path))
     assert (again.extracted, again.skipped) == (0, 2)
-    features, _ = VideoFeatures(job(tower, tmp_path))(media / "sub" / "image.png")
+    own = VideoFeatures(job(tower, tmp_path))
+    try:
+        features, _ = own(media / "sub" / "image.png")
+    finally:
+        own.close()
     assert torch.equal(features, image)
 
 
