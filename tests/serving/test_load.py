@@ -1,6 +1,7 @@
 """Many clients, slow ones, and those that go away: others are answered, and nothing of them is left."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from conftest import ROOT
 from fake_judge import wait_until
 from serving_run import asking, held_answers, served, text_of, uri
 
-from fastvid.config import ServeConfig
+from fastvid.config import ChatConfig, ServeConfig
 from fastvid.serve import main
 from fastvid.serving import server as server_module
 from fastvid.serving.service import Service
@@ -275,6 +276,12 @@ def test_the_end_does_not_wait_for_ever(serving_chat, serving_folder):
             running.server.end()
             wait_until(lambda: running.server.should_exit, 5)
         batcher.step = step
+
+
+def test_the_model_is_that_of_chat():
+    """All that tells `chat` which model, and how it is asked, tells the server as well."""
+    fields = {name: {field.name for field in dataclasses.fields(name)} for name in (ChatConfig, ServeConfig)}
+    assert fields[ChatConfig] - fields[ServeConfig] == {"video", "question", "questions_file", "seed"}
 
 
 @pytest.mark.slow

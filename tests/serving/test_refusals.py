@@ -1,6 +1,5 @@
 """What a server does not answer: bad requests, addresses that are not for it, and more than it may take."""
 
-import io
 import os
 import threading
 from contextlib import contextmanager
@@ -284,13 +283,16 @@ def test_limits(serving_chat, serving_folder, tmp_path):
         assert os.listdir(running.service._spool.name) == []
 
 
-def test_large_pictures_are_refused(serving_chat, serving_folder):
-    with served(serving_chat, serving_folder / "model", max_pixels=10_000) as running:
+def test_large_pictures_are_refused(serving_chat, serving_folder, tmp_path):
+    settings = {"max_pixels": 10_000, "allowed_folder": str(tmp_path)}
+    with served(serving_chat, serving_folder / "model", **settings) as running:
         for size, status in (((100, 100), 200), ((101, 100), 400)):
-            file = io.BytesIO()
-            Image.new("RGB", size).save(file, "png")
-            found, content = running.ask([uri(file.getvalue(), "image/png")])
-            assert found == status
+            path = tmp_path / f"{status}.png"
+            Image.new("RGB", size).save(path)
+            for asked in ([uri(path, "image/png")], [f"file://{path}"]):
+                found, content = running.ask(asked)
+                assert found == status, content
+        refused(running.ask(f"file://{tmp_path}/200.png"), 400, "200.png is an image, not a video")
         assert "101×100 is over the limit of 10,000 pixels" in content["error"]["message"]
 
 

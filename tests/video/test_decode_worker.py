@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import draw, endless
+from PIL import Image
 
 from fastvid.video.decode import DecodeError, decode, shared_frames
 from fastvid.video.decode import worker as worker_module
@@ -208,3 +209,36 @@ def test_the_time_out_counts_the_videos_own_length(duration, seconds):
 def test_the_files_own_digest(tmp_path, worker):
     path = draw(tmp_path / "a.mp4")
     assert worker.decode_and_hash(path)[2] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_pictures_and_images_have_their_limit(tmp_path, worker):
+    paths = [tmp_path / f"{width}.png" for width in (20, 21)]
+    for path in paths:
+        Image.new("RGB", (int(path.stem), 10), (1, 2, 3)).save(path)
+    frames = worker.pictures(paths, size=4, max_pixels=210)
+    assert frames.shape == (2, 4, 4, 3)
+    assert np.all(frames == (1, 2, 3))
+    assert worker.decode(paths[0], size=4, num_frames=1, max_pixels=200)[0].shape == (1, 4, 4, 3)
+    for refused in (
+        lambda: worker.pictures(paths, size=4, max_pixels=200),
+        lambda: worker.decode(paths[1], max_pixels=200),
+    ):
+        with pytest.raises(DecodeError, match="21.png: .* 21×10 is over the limit of 200 pixels"):
+            refused()
+
+
+def test_times_are_those_of_the_file(tmp_path, worker):
+    path = draw(tmp_path / "clip.mp4", 6)
+    info = worker.decode(path)[1]
+    assert worker.frame_times(path, [0, 5], info) == pytest.approx([0, 0.2])
+
+
+@pytest.mark.parametrize(
+    "limits, message",
+    [({"max_frames": 5}, "has 6 frames, over the limit of 5"), ({"max_seconds": 0.2}, "s, over the limit of 0.2 s")],
+)
+def test_long_videos_are_refused(tmp_path, worker, limits, message):
+    path = draw(tmp_path / "clip.mp4", 6)
+    with pytest.raises(DecodeError, match=message):
+        worker.decode(path, **limits)
+    assert len(worker.decode(path, max_frames=6, max_seconds=0.5)[0]) == 6

@@ -220,7 +220,8 @@ def serve(connection: Connection) -> None:
 def _frames(path, options, into):
     """The head of an answer, and the arrays behind it."""
     if is_still(path):
-        frames, info = decode_still(path, size=options.get("size"), into=into)
+        limits = {name: options[name] for name in ("size", "max_pixels") if name in options}
+        frames, info = decode_still(path, **limits, into=into)
     else:
         frames, info = decode(path, **options, into=into)
     return {"shape": frames.shape, "info": asdict(info)}, [frames.reshape(-1)] if into is None else []
