@@ -218,6 +218,8 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
         total_steps=state.order.total_steps,
         warmup_steps=state.plan.warmup_steps,
         schedule=config.lr_scheduler_type,
+        decay_steps=state.plan.decay_steps,
+        min_ratio=config.min_lr_ratio,
     )
     lr = rate(peak=config.learning_rate)
     projector_lr = None if config.mm_projector_lr is None else rate(peak=config.mm_projector_lr)

@@ -1,6 +1,7 @@
 """Training on what users give: contradicting flags, records and features that cannot be used, the script itself."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -35,6 +36,7 @@ def run(tmp_path_factory):
         (["--report_to", "neptune"], "--report_to neptune: known are tensorboard"),
         (["--memory", "24"], "--memory 24: give a device's free memory, such as 24GiB"),
         (["--shard_size", "2"], "--shard_size 2 is for --shard hybrid; add that"),
+        (["--min_lr_ratio", "0.1"], "--min_lr_ratio 0.1 is for schedules that end there; add --lr_scheduler_type"),
         (["--model_max_length", "40"], "none of 12 samples looked at can be trained on; the first, clip0"),
         (["--data_weights", "1", "2"], "2 numbers for 1"),
     ],
@@ -190,6 +192,19 @@ def test_a_run_of_shares(run, tmp_path):
     assert sorted(losses(tmp_path)) == [7, 14, 18] and (tmp_path / "checkpoint-9").is_dir()
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")}
     assert rates[7] == pytest.approx(1e-2 * 6 / 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule, options, share",
+    [("warmup_stable_decay", ["--decay_steps", "0.5"], 8 / 9), ("cosine_with_min_lr", [], 15 / 16)],
+)
+def test_a_schedule_that_ends_above_zero(run, tmp_path, schedule, options, share):
+    """The last of 18 steps, of which two warm up, is a step before the end of what falls."""
+    argv = flags(run, tmp_path, "--logging_steps", "1", "--lr_scheduler_type", schedule, "--min_lr_ratio", "0.2")
+    assert train.main([*argv, *options]) == 0
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")}
+    assert rates[18] == pytest.approx(1e-2 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * share))))
 
 
 @pytest.mark.slow

@@ -167,9 +167,16 @@ class TrainConfig(DataConfig):
     max_grad_norm: float = flag(
         1.0, "Clip the global gradient norm to this; 0 does not clip.", at_least=0, at_most=10**9
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
-        "cosine", "Learning-rate schedule after warm-up."
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = flag("cosine", "Learning-rate schedule after warm-up.")
+    min_lr_ratio: float = flag(
+        0.0,
+        "Where cosine_with_min_lr and warmup_stable_decay end, as a share of --learning_rate.",
+        at_least=0,
+        at_most=1,
     )
+    decay_steps: int | float = steps(0.1, "The last steps of warmup_stable_decay, in which the rate falls", at_least=0)
     warmup_ratio: float = flag(0.0, "Warm-up steps as a share of all steps.", at_least=0, at_most=1)
     warmup_steps: int | float = steps(0, "Warm-up steps; overrides --warmup_ratio when positive", at_least=0)
     optim: Literal["adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = flag(

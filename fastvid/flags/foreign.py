@@ -116,7 +116,7 @@ MEANING = {
     "split_batches": Meaning("leave it out: --per_device_train_batch_size is each rank's"),
     "label_smoothing_factor": Meaning(_NO_SUCH),
     "neftune_noise_alpha": Meaning(_NO_SUCH),
-    "lr_scheduler_kwargs": Meaning(_NO_SUCH),
+    "lr_scheduler_kwargs": Meaning("use --min_lr_ratio and --decay_steps"),
     "optim_target_modules": Meaning(_NO_SUCH),
     "optim_args": Meaning("use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),
     "adafactor": Meaning("use --optim adamw_8bit, whose moments are small too"),

@@ -29,13 +29,36 @@ log = logging.getLogger("fastvid")
 VECTOR = 64
 
 
-def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Learning rate of update `step` (from 0), as transformers' schedules have it: the first warm-up update uses 0."""
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    schedule: str,
+    decay_steps: int = 0,
+    min_ratio: float = 0.0,
+) -> float:
+    """Learning rate of update `step` (from 0), as transformers' schedules have it: the first warm-up update uses 0.
+
+    Args:
+        decay_steps: of "warmup_stable_decay": the last steps, in which it falls along a cosine.
+        min_ratio: of that and of "cosine_with_min_lr": where it ends, as a share of `peak`. That begins there too.
+    """
+    if schedule == "warmup_stable_decay":
+        begins = total_steps - decay_steps
+        if step < warmup_steps:
+            share = step / max(1, warmup_steps)
+        else:
+            share = 1.0 if step < begins else 0.5 * (1.0 + math.cos(math.pi * (step - begins) / max(1, decay_steps)))
+        return peak * (share * (1.0 - min_ratio) + min_ratio)
     if step < warmup_steps and schedule != "constant":
         return peak * step / max(1, warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if schedule == "cosine":
         return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if schedule == "cosine_with_min_lr":
+        return peak * (0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - min_ratio) + min_ratio)
     if schedule == "linear":
         return peak * max(0.0, 1.0 - progress)
     return peak

@@ -54,7 +54,7 @@ class Plan:
 
     Attributes:
         precision: what the model is stored and computed in.
-        warmup_steps: of the learning rate.
+        warmup_steps, decay_steps: of the learning rate.
         layout: over ranks, as `parallel.shard` takes it.
         recompute: as `fastvid.model.decoder.Decoder` takes it.
         tiled: whether to `tile` the frozen decoder.
@@ -65,6 +65,7 @@ class Plan:
 
     precision: Precision
     warmup_steps: int
+    decay_steps: int
     layout: str
     recompute: str | int
     tiled: bool
@@ -114,6 +115,11 @@ def checked(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"--shard_size {config.shard_size} is for --shard hybrid; add that, or leave it out")
     if config.eval_strategy != "no" and not config.eval_data_path:
         raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
+    if config.min_lr_ratio and config.lr_scheduler_type not in ("cosine_with_min_lr", "warmup_stable_decay"):
+        raise ValueError(
+            f"--min_lr_ratio {config.min_lr_ratio} is for schedules that end there; add --lr_scheduler_type "
+            "cosine_with_min_lr or warmup_stable_decay, or leave it out"
+        )
     if config.lazy_preprocess is not None:
         log.info("--lazy_preprocess is not needed: samples are always tokenized when they are needed")
     if config.gradient_checkpointing:
@@ -333,6 +339,7 @@ def plan(
     return Plan(
         precision=precision,
         warmup_steps=warmup_steps(config, loader.order.total_steps),
+        decay_steps=_whole(config.decay_steps, loader.order.total_steps),
         layout=layout,
         recompute=chosen,
         tiled=tiled,

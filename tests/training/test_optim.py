@@ -58,21 +58,33 @@ def test_cosine_schedule_equals_the_recordings(golden):
 
 
 @pytest.mark.parametrize(
-    "schedule, name",
+    "schedule, ours, theirs",
     [
-        ("linear", "linear"),
-        ("constant", "constant"),
-        ("cosine", "cosine"),
-        ("constant_with_warmup", "constant_with_warmup"),
+        ("linear", {}, {}),
+        ("constant", {}, {}),
+        ("cosine", {}, {}),
+        ("constant_with_warmup", {}, {}),
+        ("cosine_with_min_lr", {"min_ratio": 0.1}, {"min_lr_rate": 0.1}),
+        (
+            "warmup_stable_decay",
+            {"min_ratio": 0.1, "decay_steps": 6},
+            {"min_lr_ratio": 0.1, "num_decay_steps": 6, "num_stable_steps": 15},
+        ),
+        ("warmup_stable_decay", {"decay_steps": 0}, {"num_decay_steps": 0, "num_stable_steps": 21}),
+        ("warmup_stable_decay", {"decay_steps": 25}, {"num_decay_steps": 25, "num_stable_steps": -4}),
     ],
 )
-def test_schedules_equal_those_of_transformers(schedule, name):
+def test_schedules_equal_those_of_transformers(schedule, ours, theirs):
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=25)
+    total = None if schedule == "warmup_stable_decay" else 25
+    scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=4, num_training_steps=total, scheduler_specific_kwargs=theirs
+    )
+    settings = {"peak": 3e-4, "total_steps": 25, "warmup_steps": 4, "schedule": schedule, **ours}
     for step in range(25):
-        ours = learning_rate(step, peak=3e-4, total_steps=25, warmup_steps=4, schedule=schedule)
+        ours = learning_rate(step, **settings)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         scheduler.step()
