@@ -207,6 +207,7 @@ def measured(
     recompute: str | int,
     on_cpu: bool,
     one_call_per_segment: bool,
+    prepacked: bool = False,
 ) -> tuple[int, int]:
     """(Bytes that wait for backward when a micro-batch's loss is there, most bytes of its step beyond those).
 
@@ -217,6 +218,7 @@ def measured(
         on_cpu: the model runs on the CPU.
         one_call_per_segment: attention is "sdpa". Otherwise it is, on the CPU, "avx512", which saves its inputs only;
             on a GPU FlashAttention 2, which takes most.
+        prepacked: the decoder is (`Decoder.prepack`): its products save nothing, so that recomputation begins later.
     """
     layers = config.decoder.num_layers
     whole = recomputed_layers(recompute, layers)
@@ -224,7 +226,9 @@ def measured(
     few_whole, few_kept = min(whole, 3), min(layers - whole, 3)
     few = replace(config, decoder=replace(config.decoder, num_layers=few_whole + few_kept))
     recompute = recompute if recompute == "selective" else few_whole
-    saved, begun, turns = _measured(few, batch, trainable, precision, recompute, on_cpu, one_call_per_segment)
+    saved, begun, turns = _measured(
+        few, batch, trainable, precision, recompute, on_cpu, one_call_per_segment, prepacked
+    )
     more_whole = (whole - few_whole) * (begun[2] - begun[1] if few_whole == 3 else 0)
     more_kept = (layers - whole - few_kept) * (begun[-1] - begun[-2] if few_kept == 3 else 0)
     peak = max(peak + more_whole * (i > 0) + more_kept * (i > few_whole) for i, peak in enumerate(turns))
@@ -233,7 +237,7 @@ def measured(
 
 
 @functools.lru_cache(maxsize=64)
-def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_per_segment):
+def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_per_segment, prepacked):
     """(Bytes after forward, bytes when each layer begins, most bytes while it is each layer's turn to go backward).
 
     The last layer's turn begins with the step, and the first one's lasts until its end.
@@ -247,6 +251,8 @@ def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_p
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.quantize_(torch.empty(module.outputs, module.inputs, dtype=precision.compute, device="meta"))
+        if prepacked:
+            model.decoder.prepack()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         if batch.prefix_rows:

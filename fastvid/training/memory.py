@@ -167,6 +167,7 @@ def estimate(
         recompute=recompute,
         on_cpu=on_cpu,
         one_call_per_segment=one_call_per_segment,
+        prepacked=tiled,
     )
     if gathers and trainable.decoder:
         # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.

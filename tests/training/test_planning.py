@@ -75,8 +75,7 @@ CASES = [("rows", *others) for others in itertools.product(TRAINED, DTYPES, RECO
     if data != "rows"
     for j, recompute in enumerate(RECOMPUTED)
 ]
-LOW = pytest.mark.xfail(reason="on a CPU with AVX512-BF16 a step took 0.2% more than is estimated")
-CASES.append(pytest.param("samples", "adapter", "bf16", "selective", marks=LOW))
+CASES.append(("samples", "adapter", "bf16", "selective"))  # recomputation begins late, and decides the peak
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Dimensions: N rows, I channels in, O channels out.
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -63,7 +64,10 @@ class PrepackedProduct:
 
 
 class _Part:
-    """Rows of a weight in oneDNN's layouts, which no other operation reads: for forward and for the gradient of x."""
+    """Rows of a weight in oneDNN's layouts, which no other operation reads: for forward and for the gradient of x.
+
+    On the meta device, where there are no such layouts, the rows themselves.
+    """
 
     def __init__(self, weight, first, last):
         self._weight, self._state = weight, self._state_of(weight)
@@ -79,6 +83,8 @@ class _Part:
         return self._state_of(weight) == self._state
 
     def forward(self, x_NI, bias_O):
+        if x_NI.is_meta:
+            return linear(x_NI, self._rows_OI, bias_O)
         if self._forward is None:
             self._forward = torch.ops.mkldnn._reorder_linear_weight(self._rows_OI)
         return _product(x_NI, self._forward, bias_O)
@@ -86,6 +92,8 @@ class _Part:
     def backward(self, grad_NO):
         if not self.holds(self._weight):
             raise RuntimeError("a frozen weight was modified between forward and backward")
+        if grad_NO.is_meta:
+            return linear(grad_NO, self._rows_OI.T)
         if self._backward is None:
             self._backward = torch.ops.mkldnn._reorder_linear_weight(self._rows_OI.T.contiguous())
         return _product(grad_NO, self._backward)
