@@ -21,7 +21,6 @@ from fastvid.video.passes import Passes
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.load import open_tower
 from fastvid.video.towers.products import check_fp8
-from fastvid.video.towers.transformer import cpu_threads
 
 
 def open_device(name: str | torch.device | None = None) -> torch.device:
@@ -70,8 +69,7 @@ class FeatureEncoder:
         tower: Hugging Face folder or hub id of a CLIP, SigLIP or DINO model, or of its vision tower.
         device: default: a GPU if there is one.
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
-        batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25. On a CPU the
-            threads have the same number of frames each: of two threads, 13.
+        batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
         num_temporal: most frames per video, and temporal rows of the features.
         fp8: multiply the tower's matrices in FP8, which changes the features.
 
@@ -100,7 +98,7 @@ class FeatureEncoder:
         self.device = open_device(device)
         self.dtype = dtype or default_dtype(self.device, plain)
         self.num_temporal = num_temporal
-        self.batch_size = _evened_out(num_temporal, batch_size, self.device)
+        self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
         if fp8:
             check_fp8(self.device)
         self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
@@ -167,10 +165,3 @@ class FeatureEncoder:
             passes = Passes(self)
         yield passes
         self._idle.append(passes)
-
-
-def _evened_out(frames, most, device):
-    """Frames of a pass, so that passes and a CPU's threads have as many each."""
-    threads = cpu_threads(most) if device.type == "cpu" else 1
-    passes = -(-frames // (most // threads * threads))
-    return threads * -(-frames // (threads * passes))

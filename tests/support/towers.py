@@ -1,20 +1,6 @@
 """Small CLIP and SigLIP towers with random weights, for tests."""
 
-import contextlib
 import json
-
-
-@contextlib.contextmanager
-def on_threads(count):
-    """Compute on so many threads of the CPU, as a user's process with so many cores does."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def write_tower(

@@ -10,7 +10,7 @@ from clips import draw
 from fastvid_kernels import spatio_temporal_pool
 from test_siglip_tower import CPU, patches, whole
 from torch.nn.functional import cosine_similarity, interpolate
-from towers import on_threads, write_dino
+from towers import write_dino
 
 from fastvid import extract
 from fastvid.data.video_tokens import tower_geometry
@@ -74,8 +74,7 @@ def test_by_the_kernels(tmp_path, monkeypatch, kind):
     model = write_dino(tmp_path, kind, num_register_tokens=2)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with on_threads(1):  # Triton's interpreter serves one at a time
-        found = open_tower(tmp_path, device, torch.float16).states(patches(pictures(28)).to(device, torch.float16))
+    found = open_tower(tmp_path, device, torch.float16).states(patches(pictures(28)).to(device, torch.float16))
     theirs = whole(copy.deepcopy(model).half(), pictures(28).half())[:, leading(model) :]
     assert error(found.cpu(), model, 28) <= 1.4 * error(theirs, model, 28)
 

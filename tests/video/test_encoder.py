@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -13,13 +12,12 @@ import torch
 from fastvid_kernels import spatio_temporal_pool
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import interpolate
-from towers import on_threads, write_tower
+from towers import write_tower
 
 from fastvid.video import restarts
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder, make_current, open_device
 from fastvid.video.sampling import frame_indices
-from fastvid.video.towers.transformer import VisionTower
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -76,52 +74,10 @@ def test_features_do_not_depend_on_neighbours(tower):
 
 @pytest.mark.slow
 def test_passes_are_evened_out(tower):
-    """And a CPU's threads have as many frames each."""
-    of_one = {(100, 32): 25, (100, 100): 100, (100, 1): 1, (7, 32): 7, (64, 32): 32, (65, 32): 22}
-    for threads, sizes in (1, of_one), (2, {(100, 32): 26, (100, 1): 1, (7, 32): 8}), (3, {(100, 32): 27}):
-        with on_threads(threads):
-            for (num_temporal, batch_size), expected in sizes.items():
-                encoder = FeatureEncoder(tower, device="cpu", batch_size=batch_size, num_temporal=num_temporal)
-                assert encoder.batch_size == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_are_dealt_to_threads(tower, dtype, monkeypatch):
-    """In fp32 to the bit. In 16 bits oneDNN rounds otherwise for another number of rows."""
-    alone = FeatureEncoder(tower, device="cpu", dtype=dtype, num_temporal=7)
-    expected, seen, states = alone.encode(_frames(7)), [], VisionTower._states
-
-    def watched(self, patches_BPK):
-        seen.append((len(patches_BPK), threading.current_thread().name, torch.get_num_threads()))
-        return states(self, patches_BPK)
-
-    monkeypatch.setattr(VisionTower, "_states", watched)
-    with on_threads(5):
-        together = FeatureEncoder(tower, device="cpu", dtype=dtype, batch_size=2, num_temporal=7)
-        found = together.encode(_frames(7))
-        assert torch.get_num_threads() == 5
-        others = []
-        thread = threading.Thread(target=lambda: others.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-    assert others == [5]  # the tower's threads leave alone what others begin with
-    assert {count for count, _, _ in seen} == {1} and {each for _, _, each in seen} == {2}
-    assert len({name for _, name, _ in seen}) == 2
-    if dtype == torch.float32:
-        assert torch.equal(found, expected)
-    else:
-        torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
-
-
-def test_a_fork_has_threads_of_its_own(tower):
-    with on_threads(2):
-        encoder = FeatureEncoder(tower, device="cpu", dtype=torch.float32, num_temporal=4)
-        expected = encoder.encode(_frames(4))
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(2)
-            os._exit(0 if torch.equal(encoder.encode(_frames(4)), expected) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    sizes = {(100, 32): 25, (100, 100): 100, (100, 1): 1, (7, 32): 7, (64, 32): 32, (65, 32): 22}
+    for (num_temporal, batch_size), expected in sizes.items():
+        encoder = FeatureEncoder(tower, device="cpu", batch_size=batch_size, num_temporal=num_temporal)
+        assert encoder.batch_size == expected
 
 
 def test_arrays_and_tensors(tower):

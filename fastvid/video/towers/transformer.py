@@ -4,18 +4,12 @@ Dimensions: B images, P patches of an image, L rows before them (a class row, re
 H heads of d channels, K values of a patch row, C channels, N = B · S.
 
 In fp32 on a CPU the states are those of transformers' layers to the bit, but where a layer scales what it adds. In 16
-bits they are as near to the exact ones, and rounded less often. A CPU's threads each have images of their own: passes
-over a few megabytes, one after the other and each shared by all threads, would leave them waiting for each other for
-half of the time.
+bits they are as near to the exact ones, and rounded less often.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,30 +28,6 @@ if TYPE_CHECKING:
 
 _Norm = tuple[Tensor, Tensor]  # weight and bias
 _Map = Callable[[Tensor], Tensor]  # of rows
-
-
-def cpu_threads(images: int) -> int:
-    """How many threads share so many images on a CPU."""
-    return max(1, min(images, torch.get_num_threads()))
-
-
-@functools.cache
-def _threads(count):
-    """Threads that compute beside each other, on as many cores each."""
-    threads = torch.get_num_threads()
-    all_begun = threading.Barrier(count)
-
-    def begin():
-        torch.get_num_threads()  # else its first operation sets the number anew
-        torch.set_num_threads(threads // count)
-
-    pool = ThreadPoolExecutor(count, "tower", initializer=begin)
-    list(pool.map(lambda _: all_begun.wait(), range(count)))
-    torch.set_num_threads(threads)  # what other threads begin with
-    return pool
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of the threads
 
 
 @dataclass(frozen=True)
@@ -205,13 +175,6 @@ class VisionTower:
         Args:
             patches_BPK: patch rows as `fastvid_kernels.frame_patchify` makes them, in the tower's dtype.
         """
-        threads = cpu_threads(len(patches_BPK)) if patches_BPK.device.type == "cpu" else 1
-        if threads == 1:
-            return self._states(patches_BPK)
-        return torch.cat(list(_threads(threads).map(self._states, patches_BPK.tensor_split(threads))))
-
-    @torch.no_grad()  # which holds for one thread
-    def _states(self, patches_BPK):
         B, C = len(patches_BPK), self.hidden_size
         before = 0 if self._leading_LC is None else len(self._leading_LC)
         rows_BSC = patches_BPK.new_empty(B, before + self.num_patches, C)
