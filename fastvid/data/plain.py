@@ -13,6 +13,7 @@ from fastvid.data.names import ASSISTANT
 # emoji among them, are left to the parser.
 _TEXT = r'[^"\\<\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u(?!00[0-7]|[dD][89a-fA-F])[0-9a-fA-F]{4})[^"\\<\x00-\x1f]*+)*+'
 _NAME = r'[^"\\\x00-\x1f]'
+_FILE = rf"(?!file://|data:){_NAME}++"  # those two are not taken as they stand
 _SOME = rf'(?!"){_TEXT}'
 _COLON, _COMMA = ": ?", ", ?"
 _TURN = rf'\{{"from"{_COLON}"%s"{_COMMA}"value"{_COLON}"%s"\}}'
@@ -22,7 +23,7 @@ _FIRST = rf"(?(medium){_TEXT}<(?P=kind)>{_TEXT}|{_SOME})"  # with the medium's p
 PLAIN = re.compile(
     (
         rf'\{{"id"{_COLON}"{_NAME}*+"{_COMMA}'
-        rf'(?P<medium>"(?P<kind>video|image)"{_COLON}"(?P<name>{_NAME}++)"{_COMMA})?'
+        rf'(?P<medium>"(?P<kind>video|image)"{_COLON}"(?P<name>{_FILE})"{_COMMA})?'
         rf'"conversations"{_COLON}\[{_TURN % ("human", _FIRST)}{_COMMA}{_TURN % ("gpt", _SOME)}'
         rf"(?:{_COMMA}{_TURN % ('human', _SOME)}{_COMMA}{_TURN % ('gpt', _TEXT)})*+\]\}}"
     ).encode("ascii")

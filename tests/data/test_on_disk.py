@@ -151,15 +151,15 @@ PIECES = [
     "<video>", "<image>", "</s>", "<unk>", "<vid_start>", "ASSISTANT", " ASSISTANT: ", " ", "word", "", "\\t",
     "\\/", "\\x",
 ]  # fmt: skip
+NAMES = ["a.mp4", "b", "", "file://a.mp4", "data:x", "file:", "file:///a", "https://a/b.mp4"]
 texts = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_what_the_pattern_matches_is_fine_as_it_stands(data):
-    medium = data.draw(
-        st.sampled_from(['"video": "a.mp4", ', '"image": "b", ', "", '"video": "", ', '"videos": ["a"], '])
-    )
+    kind, name = data.draw(st.sampled_from(["video", "image"])), data.draw(st.sampled_from(NAMES))
+    medium = data.draw(st.sampled_from([f'"{kind}": "{name}", ', "", '"videos": ["a"], ']))
     said = data.draw(st.lists(st.tuples(texts, texts), min_size=1, max_size=2))
     said[0] = (data.draw(st.sampled_from(["<video>", "<image>", ""])) + said[0][0], said[0][1])
     turns = ", ".join(
@@ -174,6 +174,15 @@ def test_what_the_pattern_matches_is_fine_as_it_stands(data):
         found = examine(json.loads(written), policy=policy, use_start_end=True)
         assert found.fault is None and found.remarks == []
     assert found.record.get("video") == (None if match[3] is None else match[3].decode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_the_pattern_takes_names_as_they_stand(kind, name):
+    given = {"id": "0", kind: name, "conversations": record(question=f"<{kind}>")["conversations"]}
+    found = examine(given, policy=POLICIES["none"], use_start_end=True)
+    as_it_stands = found.record is not None and found.record.get("video") == name
+    assert (PLAIN.fullmatch(json.dumps(given).encode()) is not None) == as_it_stands
 
 
 def test_what_convert_writes_matches():
