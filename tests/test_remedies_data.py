@@ -778,6 +778,11 @@ RECORDS = [
     ),
     (asked("what"), "put <video> into the question", asked("<video> what")),
     (
+        {**GOOD, "conversations": [{**TURNS[0], "value": "what"}, {**TURNS[1], "value": "<video> a house"}]},
+        "in an answer, which shows nothing; put it into the question",
+        asked("<video> what"),
+    ),
+    (
         without(asked("what", videos=["a.mp4", "b.mp4"]), "video"),
         "into the question, once for each video",
         without(asked("<video> what <video>", videos=["a.mp4", "b.mp4"]), "video"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvid.data.annotations import Remarks
 from fastvid.data.instructions import Converted, add_converted, describe
-from fastvid.data.media import Medium, Unreadable, placed_first, places
+from fastvid.data.media import Medium, Unreadable, placed_first, places, questions
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import place
 from fastvid.data.styles import conversation
@@ -84,8 +84,8 @@ def style_of(record: Any) -> str | None:
         return "llava"
     if IMAGE in text and record.get("video"):
         return "llava_video"
-    roles = {turn.get("from") for turn in turns}
-    return "training" if roles <= {"human", "gpt"} and not record.get("images") else "sharegpt"
+    plain = all(turn.get("from") in ("human", "gpt") for turn in turns)
+    return "training" if plain and not record.get("images") else "sharegpt"
 
 
 def convert_any(
@@ -159,10 +159,13 @@ def _converted(record, index, media_root):
         remarks.append(_PLACED)
     kind = media[0].kind if media and len({medium.kind for medium in media}) == 1 else "video"
     if kind == "image":
-        turns = [{**turn, "value": turn["value"].replace(VIDEO, IMAGE)} for turn in turns]
+        turns = [
+            {**turn, "value": turn["value"].replace(VIDEO, IMAGE)} if turn["from"] == "human" else turn
+            for turn in turns
+        ]
     placeholder, names = IMAGE if kind == "image" else VIDEO, [medium.name for medium in media]
     named = {} if not names else {kind: names[0]} if len(names) == 1 else {f"{kind}s": names}
-    found = sum(turn["value"].count(placeholder) for turn in turns)
+    found = sum(text.count(placeholder) for text in questions(turns))
     if media and found != len(media):
         several = f"{len(media)} {kind}{'s' * (len(media) != 1)}"
         raise Unreadable("", f"has {found} {placeholder} in its text for {several}; each has one")

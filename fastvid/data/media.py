@@ -97,18 +97,17 @@ def in_text(
     """The turns with a <video> for each medium, and the media in the order of these.
 
     Args:
-        turns: of the record; one from gpt at the beginning is left as it is.
+        turns: of the record. Placeholders count in questions alone; in answers they are text.
         videos, images: of the record. Images beside videos have an <image> each; one that none asks about is left out.
         remarks: gets what was unusual.
 
     Raises:
         Unreadable: there are videos and images, and the placeholders of either are not as many.
     """
-    asked = turns[turns[0]["from"] == "gpt" :]
     if videos and images:
-        found = [match[0] for turn in asked for match in _EITHER.finditer(turn["value"])]
+        found = [match[0] for text in questions(turns) for match in _EITHER.finditer(text)]
         if IMAGE not in found:
-            return _with_placeholders(turns, asked, videos, remarks), videos
+            return _with_placeholders(turns, videos, remarks), videos
         for kind, media in (("video", videos), ("image", images)):
             if found.count(_PLACEHOLDERS[kind]) != len(media):
                 raise Unreadable(
@@ -119,7 +118,7 @@ def in_text(
         left = {VIDEO: iter(videos), IMAGE: iter(images)}
         return _replaced(turns, IMAGE), [next(left[each]) for each in found]
     media = videos or images
-    return (_with_placeholders(turns, asked, media, remarks) if media else turns), media
+    return (_with_placeholders(turns, media, remarks) if media else turns), media
 
 
 def part(given: Any, field: str, where: str) -> tuple[str, Medium | None]:
@@ -158,13 +157,32 @@ def placed_first(turns: list[dict[str, str]], media: list[Medium]) -> list[dict[
 
 
 def places(turns: list[dict[str, str]]) -> int:
-    """How many placeholders of any spelling the turns hold."""
-    return sum(len(_SPELLED.findall(turn["value"])) for turn in turns)
+    """How many placeholders of any spelling the questions hold."""
+    return sum(len(_SPELLED.findall(text)) for text in questions(turns))
 
 
-def _with_placeholders(turns, asked, media, remarks):
+def check_answers(turns: list[dict[str, str]]) -> None:
+    """Refuse placeholders that would put a medium of the record into what is supervised.
+
+    Raises:
+        Unreadable: an answer holds <video>, or is the only one with a placeholder of any spelling.
+    """
+    answers = [turn["value"] for turn in turns[1:] if turn["from"] == "gpt" and "<" in turn["value"]]
+    found = next((VIDEO for text in answers if VIDEO in text), None)
+    if found is None and answers and not places(turns):
+        found = next((match[0] for text in answers for match in _SPELLED.finditer(text)), None)
+    if found is not None:
+        raise Unreadable("", f"has {found} in an answer, which shows nothing; put it into the question")
+
+
+def questions(turns: list[dict[str, str]]) -> list[str]:
+    """The texts from who asks, in order."""
+    return [turn["value"] for turn in turns if turn["from"] == "human"]
+
+
+def _with_placeholders(turns, media, remarks):
     """The turns with <video> for another spelling of the placeholder, where that is the only one."""
-    found = [match[0] for turn in asked for match in _SPELLED.finditer(turn["value"])]
+    found = [match[0] for text in questions(turns) for match in _SPELLED.finditer(text)]
     if VIDEO in found or len(found) != len(media) or len(set(found)) != 1:
         return turns
     if found[0] != _PLACEHOLDERS[media[0].kind]:
@@ -173,7 +191,9 @@ def _with_placeholders(turns, asked, media, remarks):
 
 
 def _replaced(turns, spelled):
-    return [{**turn, "value": turn["value"].replace(spelled, VIDEO)} for turn in turns]
+    return [
+        {**turn, "value": turn["value"].replace(spelled, VIDEO)} if turn["from"] == "human" else turn for turn in turns
+    ]
 
 
 def _is_name(value):

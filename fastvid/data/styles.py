@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastvid.data.media import Medium, Unreadable, in_text, named_in, part
+from fastvid.data.media import Medium, Unreadable, check_answers, in_text, named_in, part, questions
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import kind_of
 from fastvid.files import shown
@@ -85,11 +85,13 @@ def conversation(record: Any, number: int = 0) -> Conversation:
     used.add("id")
     if not media:
         videos = named_in(record, "video", remarks)
-        wanted = not videos or any(IMAGE in turn["value"] for turn in turns)  # beside a video it may be a thumbnail
+        wanted = not videos or any(IMAGE in text for text in questions(turns))  # beside a video it may be a thumbnail
         turns, media = in_text(turns, videos, named_in(record, "image", remarks) if wanted else [], remarks)
         used |= {"video", "videos"}
         if any(medium.kind == "image" for medium in media):
             used |= {"image", "images"}
+    if media:
+        check_answers(turns)
     for name, value in record.items():
         telling = (isinstance(value, (str, list, dict)) and value) or (
             value is not None and _WOULD_CHANGE.fullmatch(name)

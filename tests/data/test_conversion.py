@@ -70,10 +70,39 @@ def test_a_style_that_is_named_is_the_only_one():
     assert len(done.records) == 1 and done.dropped == [(1, "", "is of the style videochat2, not of --from swift")]
 
 
+def test_a_role_that_is_no_text_is_a_malformed_record():
+    done = convert_any([{"conversations": [{"from": ["human"], "value": "x"}]}], path="p")
+    assert done.dropped == [(0, "conversations", 'turn 0 does not say that it is "from": "human" or "gpt"')]
+
+
 def test_an_unknown_style_is_named_by_its_fields():
     done = convert_any([{"message_lists": [], "clip": "a"}, {}], path="p", on_bad="drop")
     assert done.dropped[0][2].startswith("has message_lists, clip: a style that is not known")
     assert done.dropped[1][2].startswith("has no fields")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Write HTML for this picture", "output": "<p><image></p>", "image": "z.jpg"},
+        {"query": "What?", "response": "A dog <image> tag", "images": ["z.jpg"]},
+        {"video": "z.mp4", "conversations": [ASKED[0], {"from": "gpt", "value": "<video>"}]},
+        {"messages": [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": [{"image": "z.jpg"}]}]},
+    ],
+)
+def test_nothing_is_shown_in_an_answer(record):
+    done = convert_any([record], path="p", on_bad="drop")
+    assert not done.records and "in an answer, which shows nothing; put it into the question" in done.dropped[0][2]
+
+
+def test_what_an_answer_says_of_placeholders_stays_text():
+    answer = {"from": "gpt", "value": "The tag is <image>."}
+    for field, placeholder in (("image", "<image>"), ("video", "<video>")):
+        given = {field: "z", "conversations": [{"from": "human", "value": "<image> Which?"}, answer]}
+        (made,) = convert_any([given], path="p").records
+        assert made["conversations"] == [{"from": "human", "value": f"{placeholder} Which?"}, answer]
+        found = examine(made, policy=POLICIES["none"], use_start_end=True)
+        assert found.fault is None and found.record["conversations"][1] == answer
 
 
 def test_names_below_a_folder_are_written_without_it():
