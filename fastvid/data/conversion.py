@@ -15,7 +15,7 @@ from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places, questions
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import place
-from fastvid.data.styles import conversation
+from fastvid.data.styles import conversation, has
 from fastvid.files import StrPath, shown
 
 _PLACED = "no placeholder in the text: the video or image is put before the first question"
@@ -62,22 +62,22 @@ def style_of(record: Any) -> str | None:
     """
     if not isinstance(record, dict):
         return None
-    if {"q", "a", "video_id"} <= record.keys():
+    if has(record, "q", "a") and "video_id" in record:
         return "videoinstruct"
-    if "QA" in record:
+    if has(record, "QA"):
         return "videochat2"
     if isinstance(record.get("messages"), list):
         parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in record["messages"])
         return "messages" if parts or (not record.get("videos") and not record.get("images")) else "sharegpt"
-    if "query" in record and "response" in record:
+    if has(record, "query", "response"):
         return "swift"
-    if ("instruction" in record and "output" in record) or ("question" in record and "answer" in record):
+    if has(record, "instruction", "output") or has(record, "question", "answer"):
         return "alpaca"
-    turns = record.get("conversations", record.get("conversation"))
+    turns = record.get("conversations" if has(record, "conversations") else "conversation")
     if not isinstance(turns, list):
         return None
     turns = [turn for turn in turns if isinstance(turn, dict)]
-    text = "".join(str(turn.get("value", turn.get("content", ""))) for turn in turns)
+    text = "".join(str(turn.get("value" if has(turn, "value") else "content", "")) for turn in turns)
     if VIDEO not in text and IMAGE not in text and (record.get("video") or record.get("image")):
         return "plm"
     if record.get("image"):

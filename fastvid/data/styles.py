@@ -111,6 +111,13 @@ def record_videos(record: dict[str, Any]) -> list[str]:
     return [record["video"]] if "video" in record else []
 
 
+def has(record: dict[str, Any], *fields: str) -> bool:
+    """Whether a record has all of these fields, and one that is not null: a table of several sets has nulls for the
+    fields of the others.
+    """
+    return all(field in record for field in fields) and any(record[field] is not None for field in fields)
+
+
 def half_character(text: str) -> str | None:
     """What part of a character `text` holds, which JSON can write and no tokenizer can read; None if it is sound."""
     try:
@@ -123,7 +130,7 @@ def half_character(text: str) -> str | None:
 def _conversation(record, remarks, media):
     """(turns from human and gpt in turn, the fields that they were read from); media named in turns are added."""
     for field in ("conversations", "messages", "conversation"):
-        if record.get(field) is not None:
+        if has(record, field):
             if field != "conversations":
                 remarks.append(f"field '{field}' is read as \"conversations\"")
             return _turns(record[field], field, remarks, media), {field}
@@ -132,7 +139,7 @@ def _conversation(record, remarks, media):
         ("instruction", "output", "input"),
         ("question", "answer", None),
     ):
-        if question in record and answer in record:
+        if has(record, question, answer):
             remarks.append(f"fields '{question}' and '{answer}' are read as \"conversations\"")
             return _question_and_answer(record, question, answer, more, remarks), {question, answer, more, "history"}
     if isinstance(record.get("QA"), list) and record["QA"]:
@@ -156,11 +163,11 @@ def _turns(listed, field, remarks, media):
     for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
             raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
-        given = turn.get("from", turn.get("role"))
+        given = turn.get("from" if has(turn, "from") else "role")
         if not isinstance(given, str):
             raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
         role = _ROLES.get(given.strip().lower())
-        key = "value" if "value" in turn or "content" not in turn else "content"
+        key = "value" if has(turn, "value") or "content" not in turn else "content"
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')

@@ -38,6 +38,31 @@ def test_the_examples_of_the_page(style, given, made):
     assert found.fault is None and found.remarks == []
 
 
+@pytest.mark.parametrize(("style", "given", "made"), EXAMPLES)
+def test_a_table_of_several_sets_has_nulls_for_the_fields_of_the_others(style, given, made):
+    others = {field for _, record, _ in EXAMPLES for field in record} | {"instruction", "output", "question", "answer"}
+    (kept,) = convert_any([{**dict.fromkeys(others), **given}], path="in.parquet").records
+    assert style_of({**dict.fromkeys(others), **given}) == style
+    assert {name: value for name, value in kept.items() if value is not None} == made
+
+
+def test_turns_of_several_sets_have_nulls_as_well():
+    turns = [{**dict.fromkeys(("role", "content")), **turn} for turn in ASKED]
+    others = [
+        {"from": None, "value": None, "role": role, "content": turn["value"]}
+        for role, turn in zip(("user", "assistant"), ASKED)
+    ]
+    done = convert_any([{"video": "a", "conversations": turns}, {"video": "a", "conversations": others}], path="p")
+    assert [record["conversations"] for record in done.records] == [ASKED, ASKED]
+
+
+def test_nulls_of_videoinstruct_are_told_as_of_the_reference():
+    for fields, fault in (({"q": None, "a": "b", "video_id": "v"}, "q"), (dict.fromkeys(("q", "a", "video_id")), "q")):
+        assert convert_any([fields], path="p", on_bad="drop").dropped == [(0, fault, "is null, not text")]
+    asked = {"q": None, "a": None, "video_id": "v", "video": "a", "conversations": ASKED}
+    assert convert_any([asked], path="p").unchanged == 1
+
+
 def test_every_style_has_an_example():
     assert {style for style, *_ in EXAMPLES} == set(STYLES) - {"auto"}
 
