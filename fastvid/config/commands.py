@@ -41,8 +41,8 @@ class ConvertConfig(Checked):
     )
     on_bad: Literal["auto", "error", "drop"] = flag(
         "auto",
-        "What a malformed record does; drops are counted and told. auto: an error in the reference's records, and a "
-        "drop in others.",
+        "What a malformed record does; drops are counted and told. auto: an error where all records are the "
+        "reference's (VideoInstruct's or training records), and a drop in other files.",
     )
 
 

@@ -14,12 +14,12 @@ from fastvid.data.annotations import Remarks
 from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places, questions
 from fastvid.data.names import IMAGE, VIDEO
-from fastvid.data.records import place
+from fastvid.data.records import kind_of, place
 from fastvid.data.styles import conversation, has
 from fastvid.files import StrPath, shown
 
 _PLACED = "no placeholder in the text: the video or image is put before the first question"
-_STRICT = (None, "videoinstruct", "training")  # styles of the reference: a malformed record is an error by default
+_OF_REFERENCE = {"videoinstruct", "training", None}  # styles that the reference's files have; None: malformed records
 _NUMBER = re.compile(r"\d+")
 
 
@@ -103,7 +103,7 @@ def convert_any(
     Args:
         path: the file that they come from, for messages.
         style: one of `fastvid.config.STYLES`; a record of another is malformed.
-        on_bad: as the flag of `ConvertConfig`.
+        on_bad: as the flag of `ConvertConfig`. Of "auto" the file decides, all records of which are looked at first.
         feature_ids: as `convert_records` takes it, for VideoInstruct's records.
         missing: whether a video or an image of the others has no features; None keeps all. A ValueError of it makes
             the record malformed.
@@ -116,15 +116,19 @@ def convert_any(
     for index, record in enumerate(records):
         own = style_of(record)
         done.styles[own] += 1
+        if own is None and isinstance(record, dict) and not {"q", "a", "video_id"}.isdisjoint(record):
+            own = "videoinstruct"  # without some field, which is told
         try:
+            if not isinstance(record, dict):
+                raise Unreadable("", f"is {kind_of(record)}, not an object")
             if style not in ("auto", own):
                 raise Unreadable("", f"is of the style {own or 'of no trainer that is known'}, not of --from {style}")
-            if own is None and isinstance(record, dict) and not {"q", "a", "video_id"} & record.keys():
+            if own is None:
                 fields = ", ".join(map(shown, list(record)[:8])) or "no fields"
                 raise Unreadable(
                     "", f"has {fields}: a style that is not known; docs/record-styles.md lists those that are"
                 )
-            if own in (None, "videoinstruct"):
+            if own == "videoinstruct":
                 if fault := add_converted(done, record, index, feature_ids):
                     raise Unreadable(*fault)
                 continue
@@ -132,11 +136,8 @@ def convert_any(
             absent = next(filter(missing, names), None) if missing is not None else None
         except (Unreadable, ValueError) as error:
             fault = (error.field, error.reason) if isinstance(error, Unreadable) else ("video", f"is refused: {error}")
-            if on_bad == "error" or (on_bad == "auto" and own in _STRICT):
-                raise ValueError(
-                    f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with "
-                    "--on_bad drop"
-                ) from error
+            if on_bad == "error":
+                raise _refusal(path, index, *fault) from error
             done.dropped.append((index, fault[0], fault[1]))
             continue
         if absent is not None:
@@ -145,7 +146,15 @@ def convert_any(
         done.remarks.add(remarks, path, index)
         done.unchanged += converted is record
         done.records.append(converted)
+    if on_bad == "auto" and done.dropped and done.styles.keys() <= _OF_REFERENCE:
+        raise _refusal(path, *done.dropped[0])
     return done
+
+
+def _refusal(path, index, field, reason):
+    return ValueError(
+        f"{place(path, index)}: {describe((field, reason))}; mend it, or leave malformed records out with --on_bad drop"
+    )
 
 
 def _converted(record, index, media_root):

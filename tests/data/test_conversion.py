@@ -74,9 +74,7 @@ def test_a_bad_record_costs_itself_and_kinds_have_a_line_each(tmp_path, capsys):
     inside = {**good, "images": [{"bytes": 3, "path": None}]}
     (tmp_path / "in.json").write_text(json.dumps([good, tool, 7, two, inside, tool, good]))
     flags = ["--input_json_file", str(tmp_path / "in.json"), "--output_json_file", str(tmp_path / "out.json")]
-    with pytest.raises(ValueError, match=r"in.json: record 2 \(from 0\): the record is a number, .*--on_bad drop"):
-        convert.main(flags)  # of no style: as in a file of VideoInstruct
-    assert convert.main([*flags, "--on_bad", "drop"]) == 0
+    assert convert.main(flags) == 0
     out, err = capsys.readouterr()
     assert out == "Total annotations retained: 2\n" and len(read_records(tmp_path / "out.json")) == 2
     lines = err.splitlines()
@@ -98,6 +96,24 @@ def test_a_style_that_is_named_is_the_only_one():
 def test_a_role_that_is_no_text_is_a_malformed_record():
     done = convert_any([{"conversations": [{"from": ["human"], "value": "x"}]}], path="p")
     assert done.dropped == [(0, "conversations", 'turn 0 does not say that it is "from": "human" or "gpt"')]
+
+
+@pytest.mark.parametrize("style", ["videoinstruct", "training", "llava"])
+def test_a_malformed_record_ends_only_a_file_of_the_reference(style):
+    (good,) = (given for name, given, _ in EXAMPLES if name == style)
+    again = {"conversations": [*ASKED, ASKED[1]]}  # of the style "training", as the texts beside LLaVA's images are
+    if style == "llava":
+        done = convert_any([good, again, 7], path="p")
+        assert len(done.records) == 1 and [index for index, *_ in done.dropped] == [1, 2]
+    else:
+        with pytest.raises(ValueError, match=r"p: record 1 \(from 0\): .* turn 2 is from gpt again.*--on_bad drop"):
+            convert_any([good, again, 7], path="p")
+
+
+@pytest.mark.parametrize("style", ["auto", "videoinstruct"])
+def test_a_field_that_videoinstruct_lacks_is_named(style):
+    with pytest.raises(ValueError, match=r"record 0 .from 0.: field 'a' is missing"):
+        convert_any([{"q": "Which?", "video_id": "v"}], path="p", style=style)
 
 
 def test_an_unknown_style_is_named_by_its_fields():
