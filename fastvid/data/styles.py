@@ -171,8 +171,11 @@ def _turns(listed, field, remarks, media):
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')
+        before = len(media)
         text = _of_parts(turn[key], field, f"turn {number}", key, remarks, media)
         if role is None and given.lower() == "system" and not turns:
+            if len(media) > before:
+                raise Unreadable(field, f"turn {number} is from system and left out; put what it shows into a question")
             if text:
                 _add(remarks, "the first turn, from system, is left out: the template has a system text of its own")
             continue

@@ -95,6 +95,10 @@ def test_later_questions_of_video_chat2():
     ("record", "reason"),
     [
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "type input_audio"),
+        (
+            {"messages": [{"role": "system", "content": [{"image": "a.jpg"}]}, {"role": "user", "content": "a"}]},
+            "turn 0 is from system and left out; put what it shows into a question",
+        ),
         ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
         ({"query": None, "response": "b"}, "no text as .query."),
         ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
