@@ -26,8 +26,9 @@ from fastvid.files import StrPath, shown
 
 _CHUNK = 16 * 2**20  # bytes that are looked at together
 _HELD = 64 * 2**20  # bytes of unpacked records that stay in memory
-_READ_AGAIN = 2**30  # bytes of a faulty file that is read as a whole, for the message that this gives
+_READ_AGAIN = 2**30  # bytes that are read as a whole at most, where a file is faulty or not what it seemed
 _BOM = b"\xef\xbb\xbf"
+_BLANK = records.BLANK.encode("ascii")
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _LONE_RETURN = re.compile(rb"\r(?!\n)")
 
@@ -106,12 +107,12 @@ class RecordFile:
         Raises:
             ValueError: as `read_records`.
         """
+        form = self._open()
         try:
-            form = self._open()
             yield from self._noted(self._unpacked() if form is None else form(self._file, processes))
         except _OtherForm:
-            if len(self):
-                raise self.fault(len(self)) from None
+            if len(self) or os.path.getsize(self.path) > _READ_AGAIN:
+                raise (self._line_ends() if form is _lines else self.fault(len(self))) from None
             yield from self._noted(self._unpacked())
         if self._bytes is not None:
             self._hold(None)
@@ -133,7 +134,7 @@ class RecordFile:
         size, line = 64 * 1024, b""
         while b"\n" not in line:  # the first line with something in it
             data = _read(self._file, 0, size)
-            line = data.removeprefix(_BOM).lstrip()
+            line = data.removeprefix(_BOM).lstrip(_BLANK)
             if line[:1] == b"[":
                 return _array
             if len(data) < size:
@@ -172,6 +173,13 @@ class RecordFile:
             except ValueError as error:
                 return error
         return ValueError(f"{records.place(self.path, number)}, or what stands around it, is no JSON; mend the file")
+
+    def _line_ends(self):
+        path = shown(self.path)
+        return ValueError(
+            f"{path}: some lines end with a carriage return alone; write it with line feeds "
+            f"(tr '\\r' '\\n' < {path} > NEW.jsonl), and give that"
+        )
 
 
 _Pieces = tuple[np.ndarray, np.ndarray, list[str], np.ndarray]  # where records begin and end; of a `Block`
@@ -221,7 +229,7 @@ def _chunk_of_lines(file, number):
     ends = ends - (values[np.maximum(ends - 1, 0)] == ord("\r"))
     filled = ends > begins
     odd = np.flatnonzero(filled & (values[np.minimum(begins, len(data) - 1)] <= ord(" ")))
-    filled[[i for i in odd.tolist() if not data[begins[i] : ends[i]].strip()]] = False
+    filled[[i for i in odd.tolist() if not data[begins[i] : ends[i]].strip(_BLANK)]] = False
     begins, ends = begins[filled].tolist(), ends[filled].tolist()
     return _pieces(data, at, begins, ends, map(PLAIN.fullmatch, itertools.repeat(data), begins, ends))
 
@@ -263,7 +271,7 @@ def _array(file: int, _: int) -> Iterator[_Pieces]:
             if expected in (b"[", b","):
                 sign = data[begin : begin + 1]
                 if sign == b"]" and expected == b",":
-                    if data[begin + 1 :].strip() or _read(file, at + len(data), _CHUNK).strip():
+                    if data[begin + 1 :].strip(_BLANK) or _read(file, at + len(data), _CHUNK).strip(_BLANK):
                         raise _OtherForm
                     expected = b""
                     break
@@ -296,6 +304,8 @@ def _array(file: int, _: int) -> Iterator[_Pieces]:
             yield _pieces(data, at, begins, ends, matches)
         elif expected and not done:
             size *= 2
+            if size > _READ_AGAIN:
+                raise _OtherForm
             continue
         at, size = at + done, _CHUNK
 

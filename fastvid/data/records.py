@@ -34,6 +34,7 @@ _OF_RECORDS = {
 }
 _BEGINNINGS = {b"PK\x03\x04": "is a zip archive; unpack it"}
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+BLANK = " \t\r\n"  # what JSON has as white space, and a blank line is made of
 _ENDINGS = (".json", ".jsonl", ".parquet")
 _OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
 
@@ -60,14 +61,14 @@ def read_records(path: StrPath) -> list[Any]:
     if is_parquet(path):
         return list(read_parquet(path))
     text = read_text(path)
-    first = text.lstrip()[:1]
+    first = text.lstrip(BLANK)[:1]
     if first == "[":
         return _parse(text, path)
     if not first:
         raise ValueError(f"{shown(path)} is empty: expected a JSON array or one JSON object per line")
     records = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line or line.isspace():
+        if not line.strip(BLANK):
             continue
         try:
             records.append(_parse(line, path, number))

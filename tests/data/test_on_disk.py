@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -120,6 +121,48 @@ def test_what_is_wrong_is_told_as_of_a_whole_file(tmp_path, monkeypatch, content
     monkeypatch.setattr(on_disk, "_READ_AGAIN", 10)  # of a file too large to be read as a whole
     with pytest.raises(ValueError, match=r"a.json"):
         table(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [LINES[0][:-3] + b"," + LINES[1], b"\n,\n".join(LINES), LINES[0]])
+def test_a_large_faulty_array_is_not_read_as_a_whole(tmp_path, monkeypatch, content):
+    sizes, read = [], on_disk._read
+    monkeypatch.setattr(on_disk, "_read", lambda file, at, size: sizes.append(size) or read(file, at, size))
+    monkeypatch.setattr(on_disk, "_CHUNK", 10)
+    monkeypatch.setattr(on_disk, "_READ_AGAIN", 1000)
+    monkeypatch.setattr(on_disk.records, "read_records", lambda path: pytest.fail("the file was read as a whole"))
+    (tmp_path / "a.json").write_bytes(b"[" + content + b" " * 5000)
+    with pytest.raises(ValueError, match=r"a.json: record \d+ .from 0., or what stands around it, is no JSON; mend"):
+        table(tmp_path / "a.json")
+    assert max(sizes[1:]) <= 1000  # the first tells the file's form
+
+
+BLANK_LINES = {"none to Python": ("\u00a0", 2), "a separator": ("\x1c", 2), "JSON's": (" \t\r", None)}
+
+
+@pytest.mark.parametrize(("blank", "fault"), BLANK_LINES.values(), ids=BLANK_LINES)
+def test_a_blank_line_is_the_same_to_all(tmp_path, blank, fault):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([LINES[0], blank.encode(), LINES[1]]))
+    for read in (table, read_records):
+        if fault is None:
+            assert len(read(tmp_path / "a.jsonl")) == 2
+        else:
+            with pytest.raises(ValueError, match=rf"a.jsonl: line {fault}, column 1: Expecting value"):
+                read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("chunk", "limit"), [(40, 2**30), (2**24, 10)])
+def test_late_carriage_returns_are_told_with_what_replaces_them(tmp_path, monkeypatch, chunk, limit):
+    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
+    monkeypatch.setattr(on_disk, "_READ_AGAIN", limit)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(LINES[:9]) + b"\r" + LINES[9])
+    with pytest.raises(
+        ValueError, match="some lines end with a carriage return alone; write it with line feeds"
+    ) as told:
+        table("a.jsonl")
+    command = str(told.value).partition("(")[2].partition(")")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert len(table("NEW.jsonl")) == 10
 
 
 def test_a_file_that_was_changed_is_not_read_on(tmp_path):
