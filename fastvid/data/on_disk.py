@@ -27,6 +27,7 @@ from fastvid.files import StrPath, shown
 _CHUNK = 16 * 2**20  # bytes that are looked at together
 _HELD = 64 * 2**20  # bytes of unpacked records that stay in memory
 _READ_AGAIN = 2**30  # bytes that are read as a whole at most, where a file is faulty or not what it seemed
+_DEEPEST = 100  # levels of objects and lists in a record, which the parser takes from wherever it is called
 _BOM = b"\xef\xbb\xbf"
 _BLANK = records.BLANK.encode("ascii")
 _SPACE = re.compile(rb"[ \t\r\n]*")
@@ -75,24 +76,33 @@ class RecordFile:
         Raises:
             ValueError: the file was changed since it was scanned.
         """
-        begin, end = self._begins[number], self._ends[number]
-        if self._bytes is not None:
-            return _loads(self._bytes[begin:end], self.path, number)
-        assert self._file is not None, "it was not scanned"
-        if self._seen is not None and _state(self._file) != self._seen:
-            raise ValueError(f"{shown(self.path)} was changed since this run first read it; start the run again")
-        return _loads(_read(self._file, begin, end - begin), self.path, number)
+        return _loads(self._raw(number), self.path, number)
 
     def examined(self, number: int) -> Any:
         """A record, while the file is scanned.
 
         Raises:
-            ValueError: the record is no JSON, told with its line.
+            ValueError: the record is no JSON, told with its line; or it is nested too deep.
         """
         try:
-            return self[number]
+            data = self._raw(number)
+            record = _loads(data, self.path, number)
+        except _TooDeep:
+            raise
         except ValueError:
             raise self.fault(number) from None
+        if data.count(b"[") + data.count(b"{") > _DEEPEST and _is_deep(record):
+            raise _TooDeep(self.path, number)
+        return record
+
+    def _raw(self, number):
+        begin, end = self._begins[number], self._ends[number]
+        if self._bytes is not None:
+            return self._bytes[begin:end]
+        assert self._file is not None, "it was not scanned"
+        if self._seen is not None and _state(self._file) != self._seen:
+            raise ValueError(f"{shown(self.path)} was changed since this run first read it; start the run again")
+        return _read(self._file, begin, end - begin)
 
     def sizes(self) -> np.ndarray:
         """[n] int64, the bytes of each record as it is written."""
@@ -150,7 +160,7 @@ class RecordFile:
         """The records as JSONL, where they are read from now on."""
         self._seen = None
         with tempfile.TemporaryFile(prefix="fastvid-") as file:
-            file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records.iterate(self.path))
+            file.writelines(_dumped(self.path))
             file.flush()
             self._hold(os.dup(file.fileno()))
             assert self._file is not None
@@ -187,6 +197,14 @@ _Pieces = tuple[np.ndarray, np.ndarray, list[str], np.ndarray]  # where records 
 
 class _OtherForm(Exception):
     """A file is not what its beginning says."""
+
+
+class _TooDeep(ValueError):
+    def __init__(self, path, number):
+        super().__init__(
+            f"{records.place(path, number)} is nested over {_DEEPEST} deep, which no conversation is; leave it out, or "
+            "the field of it that is"
+        )
 
 
 def _lines(file: int, processes: int) -> Iterator[_Pieces]:
@@ -341,5 +359,29 @@ def _state(descriptor):
 def _loads(data, path, number):
     try:
         return json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _TooDeep(path, number) from None
+    except ValueError as error:
         raise ValueError(f"{records.place(path, number)} is no JSON ({error}); mend the file") from error
+
+
+def _dumped(path):
+    """The lines of JSONL that hold a file's records."""
+    for number, record in enumerate(records.iterate(path)):
+        try:
+            yield json.dumps(record).encode("ascii") + b"\n"
+        except RecursionError:
+            raise _TooDeep(path, number) from None
+
+
+def _is_deep(value):
+    """Whether a JSON value is nested over `_DEEPEST` deep."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, (dict, list)) for each in level)

@@ -165,6 +165,31 @@ def test_late_carriage_returns_are_told_with_what_replaces_them(tmp_path, monkey
     assert len(table("NEW.jsonl")) == 10
 
 
+@pytest.mark.parametrize("form", ["%s\n%s", "[%s, %s]", '{"data": [%s, %s]}'])
+@pytest.mark.parametrize(("deep", "refused"), [(99, False), (100, True), (400, True)])
+def test_a_record_that_is_nested_deep_is_told_as_the_file_is_scanned(tmp_path, form, deep, refused):
+    written = LINES[1].decode()
+    (tmp_path / "a.json").write_text(form % (written, written[:-2] + f"{'[' * deep}{']' * deep}}}"))
+    if refused:
+        with pytest.raises(ValueError, match=r"a.json: record 1 .from 0. is nested over 100 deep, .*; leave it out"):
+            table(tmp_path / "a.json")
+        (tmp_path / "a.json").write_text(form % (written, written))
+    assert len(table(tmp_path / "a.json")) == 2
+
+
+def test_a_record_too_deep_for_the_parser_or_its_counterpart_is_told_alike(tmp_path, monkeypatch):
+    def dumps(value):
+        raise RecursionError
+
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*LINES[:2], b'{"id": ' + b"[" * 9999 + b"]" * 9999 + b"}"]))
+    with pytest.raises(ValueError, match=r"a.jsonl: record 2 .from 0. is nested over 100 deep"):
+        table(tmp_path / "a.jsonl")
+    monkeypatch.setattr(json, "dumps", dumps)
+    (tmp_path / "b.json").write_bytes(FILES["wrapped"])
+    with pytest.raises(ValueError, match=r"b.json: record 0 .from 0. is nested over 100 deep"):
+        table(tmp_path / "b.json")
+
+
 def test_a_file_that_was_changed_is_not_read_on(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(FILES["lines"])
     file, _ = scanned(tmp_path / "a.jsonl")
