@@ -158,14 +158,24 @@ class RecordFile:
 
     def _unpacked(self):
         """The records as JSONL, where they are read from now on."""
-        self._seen = None
-        with tempfile.TemporaryFile(prefix="fastvid-") as file:
-            file.writelines(_dumped(self.path))
-            file.flush()
-            self._hold(os.dup(file.fileno()))
-            assert self._file is not None
-            if file.tell() <= _HELD:
-                self._bytes = _read(self._file, 0, _HELD)
+        self._seen, lines, size = None, _dumped(self.path), 0
+        try:
+            with tempfile.TemporaryFile(prefix="fastvid-") as file:
+                for line in lines:
+                    size += len(line)
+                    file.write(line)
+                file.flush()
+                self._hold(os.dup(file.fileno()))
+                if size <= _HELD:
+                    self._bytes = _read(self._file, 0, _HELD)
+        except OSError as error:
+            size += sum(map(len, lines))
+            where = f" ({shown(tempfile.tempdir)})" if tempfile.tempdir else ""  # None: no folder can be written to
+            raise ValueError(
+                f"{shown(self.path)} cannot be unpacked to $TMPDIR{where}, where it takes {size:,} bytes "
+                f"({error.strerror}); set TMPDIR to a folder with room for it, or write the records as JSONL"
+            ) from error
+        assert self._file is not None
         yield from _lines(self._file, 0)
 
     def _hold(self, descriptor):

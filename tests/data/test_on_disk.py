@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tempfile
 
 import numpy as np
 import pytest
@@ -81,6 +82,29 @@ def test_what_is_unpacked_may_lie_in_a_file(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(FILES["wrapped"])
     file, _ = scanned(tmp_path / "a.json")
     assert file._bytes is None and [file[i] for i in range(len(file))] == RECORDS
+
+
+def test_no_room_to_unpack_is_told_with_the_bytes_that_are_wanted(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    size = sum(map(len, LINES)) + len(LINES)
+    with monkeypatch.context() as full:
+        full.setattr(tempfile, "TemporaryFile", lambda prefix: open("/dev/full", "w+b"))
+        full.setattr(tempfile, "tempdir", "/full")
+        said = rf"a.json cannot be unpacked to .TMPDIR ./full., where it takes {size:,} bytes .No space left on device"
+        with pytest.raises(ValueError, match=said):
+            table(tmp_path / "a.json")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with monkeypatch.context() as none:
+        none.setattr(tempfile, "_candidate_tempdir_list", lambda: [])
+        with pytest.raises(
+            ValueError, match=rf"unpacked to .TMPDIR, where it takes {size:,} bytes .*; set TMPDIR to a"
+        ):
+            table(tmp_path / "a.json")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert len(table(tmp_path / "a.json")) == len(RECORDS)
+    (tmp_path / "a.jsonl").write_bytes(FILES["lines"])
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    assert len(table(tmp_path / "a.jsonl")) == len(RECORDS)
 
 
 def test_parquet_is_read(tmp_path):
