@@ -6,6 +6,7 @@ from typing import Any
 from fastvid.files import StrPath, shown, wrong_content
 
 MAGIC = b"PAR1"
+_UNREADABLE = (ValueError, OverflowError)  # of a time beyond Python's, of what is no UTF-8, of one field's two values
 _BATCH = 1024  # records that are unpacked at a time
 
 
@@ -15,7 +16,7 @@ def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:
     What JSON cannot hold is told apart: bytes become {"bytes": how many}, times and their like become text.
 
     Raises:
-        ValueError: there is no pyarrow, or the file is no whole one.
+        ValueError: there is no pyarrow, the file is no whole one, or a column of it cannot be read.
     """
     try:
         import pyarrow
@@ -28,12 +29,34 @@ def read_parquet(path: StrPath) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{shown(path)} {fault}")
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{shown(path)} has several columns named {shown(twice)}; write it with one of them")
             for batch in file.iter_batches(_BATCH):
-                for record in batch.to_pylist():
+                for record in _records(batch, path):
                     yield {name: _plain(value) for name, value in record.items()}
     except (pyarrow.ArrowException, OSError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{shown(path)} is no whole Parquet file ({said}); download it again") from error
+
+
+def _records(batch, path):
+    try:
+        return batch.to_pylist()
+    except _UNREADABLE as error:
+        column = next((name for name, values in zip(batch.schema.names, batch.columns) if not _is_readable(values)), "")
+        raise ValueError(
+            f"{shown(path)}: column {shown(column)} holds what cannot be read ({error}); write the file without that "
+            "column, or with text in it"
+        ) from error
+
+
+def _is_readable(values):
+    try:
+        values.to_pylist()
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _plain(value):
