@@ -89,6 +89,15 @@ def _cut():
     return file.getvalue()[:3000]
 
 
+def _bad_exif():
+    """A JPEG to be turned, whose EXIF has a width in letters."""
+    entries = struct.pack(">HHIHH", 274, 3, 1, 6, 0) + struct.pack(">HHII", 256, 2, 5, 38)
+    file = io.BytesIO()
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4) + b"2020\0"
+    Image.fromarray(PIXELS).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -98,6 +107,7 @@ def _cut():
         (_bomb(10_000), "its picture is over the limit"),
         (_bomb(20_000), "its picture is over the limit"),
         (_cut(), "is damaged"),
+        (_bad_exif(), "is damaged: required argument is not an integer"),
         (b"", "is no image of a format that is read"),
     ],
 )
@@ -105,6 +115,18 @@ def test_what_is_refused(tmp_path, content, reason):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DecodeError, match=reason):
         decode_still(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_is_no_fault_of_the_image_is_passed_on(tmp_path, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    path = saved(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(type(error)) as raised:
+        decode_still(path)
+    assert raised.value is error
 
 
 @pytest.mark.slow

@@ -64,8 +64,8 @@ def decode_still(
         raise DecodeError(path, "is no image of a format that is read (JPEG, PNG, WebP, BMP, TIFF, GIF)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(path, f"its picture is over the limit of {max_pixels:,} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        if isinstance(error, DecodeError) or (isinstance(error, OSError) and error.errno is not None):
+    except Exception as error:  # Pillow's readers raise of many kinds, struct.error among them
+        if isinstance(error, (DecodeError, MemoryError)) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise DecodeError(path, f"is damaged: {' '.join(str(error).split())}") from error
     info = VideoInfo(
