@@ -778,9 +778,14 @@ RECORDS = [
     ),
     (asked("what"), "put <video> into the question", asked("<video> what")),
     (
-        {**GOOD, "conversations": [{**TURNS[0], "value": "what"}, {**TURNS[1], "value": "<video> a house"}]},
+        {**GOOD, "conversations": [{**TURNS[0], "value": "what"}, {**TURNS[1], "value": "<image> a house"}]},
         "in an answer, which shows nothing; put it into the question",
         asked("<video> what"),
+    ),
+    (
+        {"messages": [{"role": "system", "content": [{"video": "a.mp4"}]}, {"role": "user", "content": "what"}]},
+        "turn 0, from system, holds a file; put it into a question",
+        GOOD,
     ),
     (
         without(asked("what", videos=["a.mp4", "b.mp4"]), "video"),

@@ -97,6 +97,8 @@ def examine(record: Any, number: int = 0, *, policy: Policy, use_start_end: bool
         remarks.append("the first turn is from gpt: it is left out")
     if not videos and VIDEO in whole:
         remarks.append(f"{VIDEO} in a record without a video: it stays text")
+    if videos and any(VIDEO in text for text in texts[1::2]):
+        remarks.append(f"{VIDEO} stands in an answer, not in a question")
     if videos and other:
         remarks.append(f"{other[0]} in the text of a record with a video: it stays text")
     return Examined(read, fault, [] if fault else remarks)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastvid.data.annotations import Remarks
 from fastvid.data.instructions import Converted, add_converted, describe
-from fastvid.data.media import Medium, Unreadable, placed_first, places, questions
+from fastvid.data.media import Medium, Unreadable, placed_first, places
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import kind_of, place
 from fastvid.data.styles import conversation, has
@@ -163,7 +163,8 @@ def _converted(record, index, media_root):
     turns, remarks, media = read.turns, list(read.remarks), read.media
     if media_root is not None:
         media = [Medium(kind, _below(name, media_root)) for kind, name in media]
-    if media and not places(turns):
+    first = int(turns[0]["from"] == "gpt")  # of the turns that are trained on
+    if media and not places(turns) and not any(VIDEO in turn["value"] for turn in turns[first:]):
         turns = placed_first(turns, media)
         remarks.append(_PLACED)
     kind = media[0].kind if media and len({medium.kind for medium in media}) == 1 else "video"
@@ -174,7 +175,7 @@ def _converted(record, index, media_root):
         ]
     placeholder, names = IMAGE if kind == "image" else VIDEO, [medium.name for medium in media]
     named = {} if not names else {kind: names[0]} if len(names) == 1 else {f"{kind}s": names}
-    found = sum(text.count(placeholder) for text in questions(turns))
+    found = sum(turn["value"].count(placeholder if turn["from"] == "human" else VIDEO) for turn in turns[first:])
     if media and found != len(media):
         several = f"{len(media)} {kind}{'s' * (len(media) != 1)}"
         raise Unreadable("", f"has {found} {placeholder} in its text for {several}; each has one")

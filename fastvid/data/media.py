@@ -161,15 +161,20 @@ def places(turns: list[dict[str, str]]) -> int:
     return sum(len(_SPELLED.findall(text)) for text in questions(turns))
 
 
-def check_answers(turns: list[dict[str, str]]) -> None:
+def check_answers(turns: list[dict[str, str]], *, as_reference: bool) -> None:
     """Refuse placeholders that would put a medium of the record into what is supervised.
+
+    Args:
+        as_reference: let <video> be, which the reference reads wherever it stands.
 
     Raises:
         Unreadable: an answer holds <video>, or is the only one with a placeholder of any spelling.
     """
     answers = [turn["value"] for turn in turns[1:] if turn["from"] == "gpt" and "<" in turn["value"]]
-    found = next((VIDEO for text in answers if VIDEO in text), None)
-    if found is None and answers and not places(turns):
+    found = None
+    if any(VIDEO in text for text in answers):
+        found = None if as_reference else VIDEO
+    elif answers and not places(turns):
         found = next((match[0] for text in answers for match in _SPELLED.finditer(text)), None)
     if found is not None:
         raise Unreadable("", f"has {found} in an answer, which shows nothing; put it into the question")

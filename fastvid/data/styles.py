@@ -91,7 +91,8 @@ def conversation(record: Any, number: int = 0) -> Conversation:
         if any(medium.kind == "image" for medium in media):
             used |= {"image", "images"}
     if media:
-        check_answers(turns)
+        videos_alone = all(medium.kind == "video" for medium in media)
+        check_answers(turns, as_reference=videos_alone and "conversations" in used)
     for name, value in record.items():
         telling = (isinstance(value, (str, list, dict)) and value) or (
             value is not None and _WOULD_CHANGE.fullmatch(name)
@@ -171,11 +172,11 @@ def _turns(listed, field, remarks, media):
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')
-        before = len(media)
+        named = len(media)
         text = _of_parts(turn[key], field, f"turn {number}", key, remarks, media)
+        if role != "human" and len(media) > named:
+            raise Unreadable(field, f"turn {number}, from {shown(given)}, holds a file; put it into a question")
         if role is None and given.lower() == "system" and not turns:
-            if len(media) > before:
-                raise Unreadable(field, f"turn {number} is from system and left out; put what it shows into a question")
             if text:
                 _add(remarks, "the first turn, from system, is left out: the template has a system text of its own")
             continue

@@ -127,13 +127,21 @@ def test_an_unknown_style_is_named_by_its_fields():
     [
         {"instruction": "Write HTML for this picture", "output": "<p><image></p>", "image": "z.jpg"},
         {"query": "What?", "response": "A dog <image> tag", "images": ["z.jpg"]},
-        {"video": "z.mp4", "conversations": [ASKED[0], {"from": "gpt", "value": "<video>"}]},
-        {"messages": [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": [{"image": "z.jpg"}]}]},
+        {"query": "What?", "response": "A <video> tag", "videos": ["z.mp4"]},
+        {"query": "<image> What?", "response": "A <video> tag", "images": ["z.jpg", "y.jpg"]},
+        {"image": "z.jpg", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "<video>"}]},
     ],
 )
 def test_nothing_is_shown_in_an_answer(record):
     done = convert_any([record], path="p", on_bad="drop")
     assert not done.records and "in an answer, which shows nothing; put it into the question" in done.dropped[0][2]
+
+
+def test_the_training_form_stays_as_the_reference_reads_it():
+    shown = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "<video>"}]
+    assert convert_any([{"video": "z.mp4", "conversations": shown}], path="p").unchanged == 1
+    twice = convert_any([{"video": "z.mp4", "conversations": [ASKED[0], shown[1]]}], path="p", on_bad="drop")
+    assert "has 2 <video> in its text for 1 video" in twice.dropped[0][2]
 
 
 def test_what_an_answer_says_of_placeholders_stays_text():

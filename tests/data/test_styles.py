@@ -97,7 +97,11 @@ def test_later_questions_of_video_chat2():
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "type input_audio"),
         (
             {"messages": [{"role": "system", "content": [{"image": "a.jpg"}]}, {"role": "user", "content": "a"}]},
-            "turn 0 is from system and left out; put what it shows into a question",
+            "turn 0, from system, holds a file; put it into a question",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Draw."}, {"role": "model", "content": [{"video": "a.mp4"}]}]},
+            "turn 1, from model, holds a file; put it into a question",
         ),
         ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
         ({"query": None, "response": "b"}, "no text as .query."),
