@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import tempfile
 import weakref
 from array import array
@@ -198,7 +199,7 @@ class RecordFile:
         path = shown(self.path)
         return ValueError(
             f"{path}: some lines end with a carriage return alone; write it with line feeds "
-            f"(tr '\\r' '\\n' < {path} > NEW.jsonl), and give that"
+            f"(tr '\\r' '\\n' < {shlex.quote(path)} > NEW.jsonl), and give that"
         )
 
 

@@ -131,7 +131,7 @@ def half_character(text: str) -> str | None:
 def _conversation(record, remarks, media):
     """(turns from human and gpt in turn, the fields that they were read from); media named in turns are added."""
     for field in ("conversations", "messages", "conversation"):
-        if has(record, field):
+        if record.get(field) is not None:
             if field != "conversations":
                 remarks.append(f"field '{field}' is read as \"conversations\"")
             return _turns(record[field], field, remarks, media), {field}
@@ -164,11 +164,13 @@ def _turns(listed, field, remarks, media):
     for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
             raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
-        given = turn.get("from" if has(turn, "from") else "role")
+        given = turn.get("from")
+        if given is None:
+            given = turn.get("role")
         if not isinstance(given, str):
             raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
         role = _ROLES.get(given.strip().lower())
-        key = "value" if has(turn, "value") or "content" not in turn else "content"
+        key = "content" if turn.get("value") is None and "content" in turn else "value"
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')

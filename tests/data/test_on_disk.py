@@ -179,11 +179,11 @@ def test_late_carriage_returns_are_told_with_what_replaces_them(tmp_path, monkey
     monkeypatch.setattr(on_disk, "_CHUNK", chunk)
     monkeypatch.setattr(on_disk, "_READ_AGAIN", limit)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(LINES[:9]) + b"\r" + LINES[9])
+    (tmp_path / "a b.jsonl").write_bytes(b"\n".join(LINES[:9]) + b"\r" + LINES[9])
     with pytest.raises(
         ValueError, match="some lines end with a carriage return alone; write it with line feeds"
     ) as told:
-        table("a.jsonl")
+        table("a b.jsonl")
     command = str(told.value).partition("(")[2].partition(")")[0]
     subprocess.run(command, shell=True, check=True)
     assert len(table("NEW.jsonl")) == 10
