@@ -291,6 +291,15 @@ def decoder_of(made):
         ({"bias": "all"}, "bias = all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa is not computed; merge the"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = olora"),
+        ({"alora_invocation_tokens": [5, 9]}, r"alora_invocation_tokens = \[5, 9\] is not computed"),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"of_a_later_version": 1}, "of_a_later_version = 1 is not computed"),
+        ({"use_rslora": "true"}, "use_rslora = true are no settings of LoRA"),
+        ({"r": True}, "are no settings of LoRA"),
         ({"r": "4"}, "are no settings of LoRA"),
         ({"lora_alpha": float("nan")}, "are no settings of LoRA"),
         ({"r": 8}, r"lora_A.weight is \[4, 24\], the model's is \[8, 24\]"),
@@ -300,6 +309,22 @@ def decoder_of(made):
 def test_adapters_that_cannot_be_read(made, tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
         read_adapter(peft_folder(tmp_path / "a", made, **changes), decoder_of(made))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"init_lora_weights": drawn} for drawn in (True, False, None, "gaussian", "orthogonal", "eva")),
+        {"use_rslora": None, "bias": None, "trainable_token_indices": None, "loftq_config": {}, "use_qalora": False},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "runtime_config": {"ephemeral_gpu_offload": True}},
+        {"auto_mapping": {"unsloth_fixed": True}, "megatron_core": "megatron.core", "qalora_group_size": 16},
+        {"task_type": "CAUSAL_LM", "revision": "main", "peft_version": "0.21.2", "layers_to_transform": [0, 1]},
+    ],
+    ids=str,
+)
+def test_settings_that_change_nothing(made, tmp_path, changes):
+    folder = peft_folder(tmp_path / "a", made, **changes)
+    assert read_adapter(folder, decoder_of(made)).lora == read_adapter(made / "out", decoder_of(made)).lora
 
 
 def test_tensors_that_are_not_the_models(made, tmp_path):

@@ -26,16 +26,17 @@ _PREFIX = "base_model.model."  # of names in the file
 _OTHER_WEIGHTS = "adapter_model.bin"  # of older versions of PEFT
 _KEY = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
 _MERGE_ELSEWHERE = "merge the adapter into its base model with PEFT (merge_and_unload), and give the folder of that"
-# What changes the computation, with the values that change nothing here.
-_COMPUTED: dict[str, tuple[Any, ...]] = {
+# PEFT's settings that are read, or that change nothing in what the tensors compute. Any other that is set may do so.
+_HARMLESS = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors tell
+    *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode"),
+    *("eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+# Values that change nothing. Other ways to draw new matrices, such as PiSSA's, change the base model as well.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_dora": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "lora_bias": (False,),
-    "trainable_token_indices": (None,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -180,18 +181,18 @@ def _read_peft(folder):
     if not isinstance(values, dict) or str(values.get("peft_type")).upper() != "LORA":
         kind = shown(values.get("peft_type")) if isinstance(values, dict) else "unknown"
         raise ValueError(f"{path}: an adapter of kind {kind} is not computed; only LORA is")
-    for key, known in _COMPUTED.items():
-        if values.get(key, known[0]) not in known:
-            raise ValueError(f"{path}: {key} = {shown(values[key])} is not computed; {_MERGE_ELSEWHERE}")
+    _refuse_other_computation(path, values)
+    rslora = values.get("use_rslora") or False
     rank, alpha, dropout = (values.get(key, 0) for key in ("r", "lora_alpha", "lora_dropout"))
     if (
-        not (isinstance(rank, int) and 1 <= rank <= 10_000)
+        not (type(rank) is int and 1 <= rank <= 10_000)
         or not (isinstance(alpha, int | float) and 0 < alpha <= 10**6)
         or not (isinstance(dropout, int | float) and 0 <= dropout < 1)
+        or not isinstance(rslora, bool)
     ):
         raise ValueError(
-            f"{path}: r = {shown(rank)}, lora_alpha = {shown(alpha)} and lora_dropout = {shown(dropout)} are no "
-            "settings of LoRA; download it again"
+            f"{path}: r = {shown(rank)}, lora_alpha = {shown(alpha)}, lora_dropout = {shown(dropout)} and use_rslora = "
+            f"{shown(rslora)} are no settings of LoRA; download it again"
         )
     weights = folder / WEIGHTS_FILE
     weights = weights if weights.is_file() or not (folder / _OTHER_WEIGHTS).is_file() else folder / _OTHER_WEIGHTS
@@ -206,7 +207,14 @@ def _read_peft(folder):
             )
         targets.add(matched[2])
     chosen = tuple(target for target in LORA_TARGETS if target in targets)
-    return Adapter(weights, Lora(rank, float(alpha), float(dropout), chosen, values.get("use_rslora") is True), tensors)
+    return Adapter(weights, Lora(rank, float(alpha), float(dropout), chosen, rslora), tensors)
+
+
+def _refuse_other_computation(path, values):
+    """Refuse settings with which the tensors are not all that PEFT computes with."""
+    for key, value in values.items():
+        if value and key not in _HARMLESS and value not in _ALLOWED.get(key, ()):
+            raise ValueError(f"{path}: {shown(key)} = {shown(value)} is not computed; {_MERGE_ELSEWHERE}")
 
 
 def _check(adapter, config):
