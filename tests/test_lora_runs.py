@@ -380,6 +380,31 @@ def test_where_an_adapter_lies(made, tmp_path):
         adapter_folder(tmp_path / "checkpoint-6")
 
 
+def test_an_adapter_is_merged_once_wherever_it_lies(made, tmp_path):
+    """One that was trained on the merged model is another, even within the first one's folder."""
+    out = shutil.copytree(made / "out", tmp_path / "out")
+    merged, again, elsewhere = (str(tmp_path / name) for name in ("merged", "again", "elsewhere"))
+    export(ExportConfig(str(out), merged, merge=True))
+    export(ExportConfig(str(out), elsewhere, "peft"))
+    starts = ["--model_name_or_path", merged, "--max_steps", "1", "--save_steps", "1", *LORA]
+    assert train.main(flags(made, out / "stage2", *starts)) == 0
+    chat = Chat(model_name_or_path=merged, projector=str(out / "stage2"))
+    export(ExportConfig(str(out / "stage2"), again, merge=True))
+    assert torch.equal(logits(Chat(model_name_or_path=again)), logits(chat))
+    for base, adapter in (
+        (merged, elsewhere),
+        (merged, out / "checkpoint-6"),
+        (again, elsewhere),
+        (again, out / "stage2"),
+    ):
+        with pytest.raises(ValueError, match=f"is merged into {base} already"):
+            Chat(model_name_or_path=base, projector=str(out / "stage2"), adapter=str(adapter))
+    for more in ([], ["--dry_run", "True"]):
+        with pytest.raises(ValueError, match=f"elsewhere/adapter_model.safetensors is merged into {merged} already"):
+            train.main(flags(made, tmp_path / "next", *starts, "--lora_weights", elsewhere, *more))
+    assert Chat(model_name_or_path=merged, projector=str(out / "stage2"), adapter=str(out / "checkpoint-4")).adapter
+
+
 def test_exports_that_are_refused(made, tmp_path):
     adapter_only = tmp_path / "plain"
     assert train.main(flags(made, adapter_only, "--max_steps", "1", "--save_steps", "1")) == 0

@@ -95,8 +95,14 @@ MISTAKES = [
     (
         chat,
         ASKED.replace("{made}/model", "{made}/merged") + " --projector {made}/out",
-        "is merged into .*/merged already: leave --adapter and --projector out",
+        r"is merged into .*/merged already: leave --adapter and --projector out \(chat,",
         ASKED.replace("{made}/model", "{made}/merged"),
+    ),
+    (
+        train,
+        "--model_name_or_path {made}/merged --lora_weights {made}/out " + LORA,
+        r"is merged into .*/merged already: .*, or --lora_weights \(train\)",
+        "--model_name_or_path {made}/merged " + LORA,
     ),
     (
         chat,

@@ -27,7 +27,7 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
-from fastvid.provenance import EXPORT_MARK, Provenance, agreed, of_weights, same_tower
+from fastvid.provenance import Provenance, agreed, of_weights, same_tower
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
@@ -348,20 +348,11 @@ def _adapter(config, projector):
     """The folder of the LoRA adapter that is given, or lies beside the projector; None: there is none.
 
     Raises:
-        ValueError: it cannot be used, or the model is an export that it was merged into.
+        ValueError: it cannot be used.
     """
     if config.adapter is not None:
-        adapter = adapter_folder(config.adapter)
-    else:
-        adapter = None if projector is None else adapter_of(projector)
-    mark = read_settings(config.model_name_or_path).get(EXPORT_MARK)
-    if adapter is not None and isinstance(mark, dict) and mark.get("merged") is True:
-        run = Path(str(mark.get("checkpoint"))).resolve().parent
-        if run in (adapter.resolve(), adapter.resolve().parent):
-            raise ValueError(
-                f"{adapter} is merged into {config.model_name_or_path} already: leave --adapter and --projector out"
-            )
-    return adapter
+        return adapter_folder(config.adapter)
+    return None if projector is None else adapter_of(projector)
 
 
 def _seed(projector):

@@ -3,6 +3,7 @@
 Names and settings are those that ``peft`` writes for the language model alone, such as LlamaForCausalLM.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from fastvid.checkpoints import checkpoint
-from fastvid.files import StrPath, atomic_path, is_url, shown, write_json
+from fastvid.files import StrPath, atomic_path, is_url, read_json_object, shown, write_json
 from fastvid.model.config import DecoderConfig
 from fastvid.policy import LORA_TARGETS, Lora
-from fastvid.provenance import Provenance
+from fastvid.provenance import EXPORT_MARK, Provenance
 from fastvid.weights.model_folder import open_tensors
 from fastvid.weights.names import lora_parts, standard_name
 from fastvid.weights.projector_file import save_tensors
@@ -53,6 +54,21 @@ class Adapter:
     path: Path
     lora: Lora
     tensors: Mapping[str, Tensor]
+
+    def digest(self) -> str:
+        """What identifies the matrices wherever they lie, in a checkpoint or in PEFT's format."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            values = self.tensors[name].float().numpy()
+            digest.update(f"{name} {list(values.shape)}\n".encode() + values.tobytes())
+        return digest.hexdigest()
+
+
+def merged_adapters(model_folder: StrPath) -> list[str]:
+    """`Adapter.digest` of each adapter that a model folder's matrices hold already, as our exports say."""
+    mark = read_json_object(Path(model_folder) / "config.json").get(EXPORT_MARK)
+    held = mark.get("adapters") if isinstance(mark, dict) else None
+    return [str(digest) for digest in held] if isinstance(held, list) else []
 
 
 def adapter_of(path: StrPath) -> Path | None:
@@ -242,6 +258,7 @@ __all__ = [
     "Adapter",
     "adapter_folder",
     "adapter_of",
+    "merged_adapters",
     "read_adapter",
     "split",
     "write_adapter",

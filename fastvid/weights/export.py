@@ -21,7 +21,7 @@ from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import load_tower, processor_settings
-from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter, write_adapter
+from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, merged_adapters, read_adapter, write_adapter
 from fastvid.weights.families import by_model_type
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import llava_hf_name
@@ -102,7 +102,7 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             "version": __version__,
             "format": chosen,
             "checkpoint": str(folder),
-            "merged": adapter is not None,
+            "adapters": merged_adapters(base) + ([] if starting.adapter is None else [starting.adapter.digest()]),
             KEY: replace(trained_on, tower=tower, lora=None).to_json(),  # an adapter is merged
         }
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))

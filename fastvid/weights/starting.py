@@ -24,7 +24,7 @@ from fastvid.model.quantize import QuantizedLinear
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Lora
 from fastvid.provenance import Provenance
-from fastvid.weights.adapter import read_adapter
+from fastvid.weights.adapter import merged_adapters, read_adapter
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.names import lora_parts, projector_parts, projector_type, tensor_parts
@@ -75,7 +75,8 @@ class StartingWeights:
                 matrices.
 
         Raises:
-            ValueError: names a file that cannot be read; an adapter that is none of `lora`'s settings.
+            ValueError: names a file that cannot be read; an adapter that is none of `lora`'s settings, or that the
+                folder's matrices hold already.
         """
         assert tokens.vocab_size <= config.decoder.vocab_size, "read_model_config was not told the tokenizer's size"
         self.config, self.tokens, self.seed = config, tokens, seed
@@ -88,6 +89,12 @@ class StartingWeights:
         )
         self.low_rank = {} if lora is None else lora_parts(config.decoder, lora)
         self.adapter = None if adapter is None else read_adapter(adapter, config.decoder)
+        held = merged_adapters(self.folder.folder)
+        if self.adapter is not None and held and self.adapter.digest() in held:
+            raise ValueError(
+                f"{self.adapter.path} is merged into {self.folder.folder} already: leave --adapter and --projector out "
+                "(chat, evaluate, serve), or --lora_weights (train)"
+            )
         if self.adapter is not None and lora is not None:
             _check_settings(self.adapter, lora)
         self._merges = self.adapter is not None and lora is None
