@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_family_runs import data, run  # noqa: F401
 from training_run import config_of, flags, losses, write_run
 
-from fastvid import train
+from fastvid import chat, evaluate, serve, train
 from fastvid.checkpoints import checkpoint
-from fastvid.config import ChatConfig, EvaluateConfig, ExportConfig, ServeConfig
+from fastvid.config import ExportConfig
 from fastvid.dist import parallel
 from fastvid.dist.sharding import full_tensor
 from fastvid.evaluation import predict
@@ -453,7 +453,21 @@ def test_predictions_know_the_adapter_that_they_are_of(made):
     assert len({settings["weights"] for settings in found}) == 1
 
 
-def test_every_command_that_loads_a_model_takes_an_adapter():
-    """They hand on to `Chat` what they have of its flags."""
-    for command in (ChatConfig, EvaluateConfig, ServeConfig):
-        assert "adapter" in {field.name for field in dataclasses.fields(command)}
+@pytest.mark.parametrize("command", [chat, evaluate, serve], ids=lambda command: command.__name__)
+def test_every_command_that_loads_a_model_hands_on_its_adapter(made, tmp_path, monkeypatch, command):
+    class Loaded(Exception):
+        pass
+
+    def load(config):
+        raise Loaded(config.adapter, config.projector)
+
+    video = ["--video", str(made / "feats" / "clip0.safetensors"), "--question", "what?"]
+    words = {
+        chat: video,
+        evaluate: ["--output", str(tmp_path), "--task", "match", "--annotations", "x", "--video", str(made / "feats")],
+        serve: ["--port", "0"],
+    }[command]
+    monkeypatch.setattr(command, "Chat", load)
+    with pytest.raises(Loaded) as loaded:
+        command.main([*words, "--model_name_or_path", "model", "--adapter", "theirs", "--projector", "ours"])
+    assert loaded.value.args == ("theirs", "ours")

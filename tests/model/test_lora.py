@@ -236,6 +236,28 @@ def test_dropout_is_that_of_its_numbers_and_has_their_expectation():
     assert torch.equal(branch(y.clone(), x), plain)
 
 
+def test_gradients_under_dropout_are_those_of_the_plain_product():
+    """s · (x without what is left out)·Aᵀ·Bᵀ under autograd, with what forward left out."""
+    place, lora = beside(model_config().decoder, LORA)["qkv"], dataclasses.replace(LORA, dropout=0.25)
+    branch = fill(LoraBranch(place, lora, dtype=torch.float64, inplace=True))
+    draw_dropout(branch, (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (place.inputs, place.outputs))
+    inputs = [x.requires_grad_(), branch.a.weight, branch.b.weight]
+    y = branch(torch.zeros_like(upstream), x)
+    found = torch.autograd.grad(y, inputs, upstream)
+    dropped = found[0] == 0
+    rows = x.masked_fill(dropped, 0) @ branch.a.weight.T
+    parts = zip(
+        rows.split(lora.rank, 1), branch.b.weight.split([last - first for first, last in place.columns.values()])
+    )
+    plain = lora.scaling / 0.75 * torch.cat([h @ b.T for h, b in parts], 1)
+    assert_close(y, plain)
+    assert dropped.any() and all(gradient.any() for gradient in found)
+    for gradient, expected in zip(found, torch.autograd.grad(plain, inputs, upstream)):
+        assert_close(gradient, expected)
+
+
 def test_a_new_branch_adds_nothing_and_gets_a_gradient():
     model, batch = random_model(trainable=trained()), random_batch().parted()
     with torch.no_grad():
