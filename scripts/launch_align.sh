@@ -10,7 +10,7 @@
 set -euo pipefail
 
 export MODEL=${MODEL:-checkpoints/vicuna-7b-v1.5}  # a language model, without a projector
-TOWER=${TOWER:-openai/clip-vit-large-patch14-336}  # CLIP or SigLIP: a folder or hub id
+TOWER=${TOWER:-openai/clip-vit-large-patch14-336}  # CLIP, SigLIP, DINOv2 or DINOv3: a folder or hub id
 IMAGES=${IMAGES-data/LLaVA-Pretrain}               # folder of the images; empty: FEATURES are there already
 export DATA=${DATA:-data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
 export FEATURES=${FEATURES:-data/LLaVA-Pretrain-features}
@@ -22,6 +22,8 @@ export NPROC_PER_NODE=${NPROC_PER_NODE:-4} NNODES=${NNODES:-1}
 export EPOCHS=${EPOCHS:-1} BATCH=${BATCH:-64} LEARNING_RATE=${LEARNING_RATE:-1e-3} SAVE_STEPS=${SAVE_STEPS:-500}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+training=(bash "$here/launch_train.sh" --version auto --mm_projector_type "$PROJECTOR" "$@")
+CHECK_ONLY=1 "${training[@]}"  # a wrong flag is told before hours of extraction
 if [[ -n $IMAGES ]]; then
   extraction=(
     --images True --video_dir_path "$IMAGES" --clip_feat_path "$FEATURES" --vision_tower "$TOWER"
@@ -31,4 +33,4 @@ if [[ -n $IMAGES ]]; then
   torchrun --nproc_per_node "$NPROC_PER_NODE" --master_port "${EXTRACT_PORT:-29011}" \
     "$here/save_spatio_temporal_clip_features.py" "${extraction[@]}"
 fi
-exec bash "$here/launch_train.sh" --version auto --mm_projector_type "$PROJECTOR" "$@"
+exec "${training[@]}"

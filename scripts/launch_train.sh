@@ -68,6 +68,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # end. It is told again when torchrun has ended, below its own report: then the other end of descriptor 9 is closed.
 python3 -c 'import sys; sys.path.insert(0, sys.argv.pop(1)); from fastvid import flags; flags.parse(flags.config_of("train"))' \
   "$here/.." "${flags[@]}"
+[[ -z ${CHECK_ONLY:-} ]] || exit 0                 # launch_align.sh asks before it extracts
 FASTVID_MISTAKE=$(mktemp -d)/mistake
 export FASTVID_MISTAKE
 exec 9> >(trap "" INT TERM HUP; cat; [[ ! -f $FASTVID_MISTAKE ]] || cat "$FASTVID_MISTAKE" >&2; rm -rf "${FASTVID_MISTAKE%/*}")

@@ -124,6 +124,12 @@ def test_a_wrong_flag_is_told_before_torchrun_starts(launch):
     assert "unknown flag --learning_rat, did you mean --learning_rate?" in line and "--bf16 True" in line
 
 
+def test_a_wrong_flag_of_alignment_is_told_before_anything_is_extracted(launch):
+    job = launch("launch_align.sh", "--learning_rat", "1", stderr=subprocess.PIPE, text=True)
+    assert "did you mean --learning_rate?" in job.communicate(timeout=20)[1]
+    assert job.returncode == 2 and not launch.calls.exists()
+
+
 @pytest.mark.slow
 def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
     (tmp_path / "bin" / "torchrun").write_text(f"#!/usr/bin/env bash\n{RESTARTS}")
