@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvid.features.file import feature_header, load_features, probe_features
+from fastvid.features.file import describe_features, feature_header, load_features
 from fastvid.features.listing import Listing, scan, what_is
 from fastvid.features.manifest import read_files
-from fastvid.features.names import SUFFIXES, stem
+from fastvid.features.names import SUFFIXES, namesake, stem
 from fastvid.files import StrPath, name_of, shown
 
 
@@ -55,14 +55,23 @@ class FeatureFolder:
         return not (self._listings[""].files or self._listings[""].folders)
 
     def load(self, name: str) -> tuple[Tensor, dict[str, Any]]:
-        """`load_features` of the file that `name` means."""
-        return load_features(self.resolve(name))
+        """`load_features` of the file that `name` means.
+
+        Raises:
+            ValueError, OSError: as `resolve` and `load_features`; or it is of an image, and `name` is a video's, or the
+                other way round.
+        """
+        path = self.resolve(name)
+        features_RC, header = load_features(path)
+        if fault := namesake(name, path, header):
+            raise ValueError(fault)
+        return features_RC, header
 
     def shape(self, name: str) -> tuple[int, int]:
         """(R, C) of the file that `name` means. Its header is read once; later changes of the file are not seen.
 
         Raises:
-            ValueError, OSError: as `resolve` and `load_features`; nothing is remembered.
+            ValueError, OSError: as `load`; nothing is remembered.
         """
         return self._probe(name)[:2]
 
@@ -72,7 +81,11 @@ class FeatureFolder:
 
     def _probe(self, name):
         if name not in self._probed:
-            self._probed[name] = probe_features(self.resolve(name))
+            path = self.resolve(name)
+            found, header = describe_features(path)
+            if fault := namesake(name, path, header):
+                raise ValueError(fault)
+            self._probed[name] = found
         return self._probed[name]
 
     def header(self, name: str) -> dict[str, Any]:

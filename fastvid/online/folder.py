@@ -19,6 +19,7 @@ from fastvid.data.video_tokens import read_settings
 from fastvid.features.folder import FeatureFolder, MissingFeatures
 from fastvid.features.listing import Listing
 from fastvid.features.manifest import Manifest, read_manifest
+from fastvid.features.names import medium, namesake
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
@@ -88,7 +89,8 @@ class OnlineFeatures(FeatureFolder):
 
         Raises:
             MissingFeatures: neither features nor a video have that name.
-            ValueError: the name leaves the folder, means several videos, or another video has the same feature file.
+            ValueError: the name leaves the folder, means several videos, or another video or image has the same feature
+                file.
         """
         try:
             return super().resolve(name)
@@ -102,6 +104,8 @@ class OnlineFeatures(FeatureFolder):
         video = planned.videos[path]
         if video.fault is not None:
             raise ValueError(f"video {name!r}: {video.fault}")
+        if fault := namesake(name, path, {str(medium(video.name)): {}, "source": video.name}):
+            raise ValueError(fault)
         if path not in self._numbers:
             self._numbers[path] = len(self._videos)
             self._videos.append(video)

@@ -13,6 +13,7 @@ from fastvid.data.video_tokens import feature_channels, tower_geometry
 from fastvid.features.cut_short import is_cut_short
 from fastvid.features.file import describe_features, load_features
 from fastvid.features.folder import MissingFeatures
+from fastvid.features.names import namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
@@ -67,6 +68,8 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
             header = sources.header_of(features, video, path, header, config.quick)
         except (ValueError, OSError) as error:
             return None, ("features truncated" if is_cut_short(path) else "features unreadable", str(error))
+        if fault := namesake(video, path, header):
+            return None, ("features refused", f"{fault} (records: {report.videos[video]})")
         try:
             compared, why = sources.stale(video, path, header, config.quick)
         except OSError as error:

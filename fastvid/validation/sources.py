@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.manifest import read_files, read_manifest
-from fastvid.features.names import stem
+from fastvid.features.names import medium, stem
 from fastvid.files import StrPath, shown
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.still import is_still
@@ -41,11 +41,14 @@ class Sources:
 
     def __init__(self, video_folder: StrPath, video_dir_path: StrPath | None = None):
         self.folder, self.given = video_folder, video_dir_path is not None
-        self._failed = {
-            stem(name): str(entry.get("reason"))
-            for name, entry in read_manifest(video_folder).items()
-            if entry.get("status") == "failed"
+        entries = read_manifest(video_folder)
+        failed = {name: str(entry.get("reason")) for name, entry in entries.items() if entry.get("status") == "failed"}
+        others = {stem(name) for name in entries.keys() - failed.keys()}
+        # Of a video beside an image of its name one fails; a name that tells neither means the other one.
+        self._failed: dict[tuple[str, str | None], str] = {
+            (stem(name), None): reason for name, reason in failed.items() if stem(name) not in others
         }
+        self._failed |= {(stem(name), medium(name)): reason for name, reason in failed.items()}
         self._lines = read_files(video_folder)
         # A list may come with a data set, and whoever wrote it must not choose files elsewhere.
         is_list = video_dir_path is not None and os.path.isfile(video_dir_path)
@@ -60,7 +63,7 @@ class Sources:
 
     def failure(self, name: str) -> str | None:
         """Why the extraction of a record's video failed when it was last tried; None if it did not."""
-        return self._failed.get(_id(name))
+        return self._failed.get((_id(name), medium(name)))
 
     def video_of(self, name: str, header: object = ()) -> Video | None:
         """The video that a record names, or that the header of its features does; None where it does not lie there."""

@@ -1,6 +1,9 @@
 """Images, videos of several lengths and text in one run: extracted, converted, packed, trained."""
 
+import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from training_run import CHANNELS, config_of, flags, losses, start, write_run
 from fastvid import convert, train, validate
 from fastvid.config import ExtractConfig, ValidateConfig
 from fastvid.data.conversation import system_prefix
+from fastvid.data.dataset import SampleSkipped
 from fastvid.data.packing import pack
 from fastvid.dist import parallel
 from fastvid.extract import extract
+from fastvid.features.names import medium
+from fastvid.online.folder import OnlineFeatures
 from fastvid.training.metrics import read_metrics
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
@@ -84,6 +90,54 @@ def test_validation_finds_nothing_wrong(run):
         )
     )
     assert not report.problems and report.text_only == 2 and len(report.videos) == 4
+
+
+@pytest.fixture
+def namesakes(run, tmp_path):
+    """Function that extracts a video and images beside it, two of its name, and gives (folder, samples) of records."""
+    draw(tmp_path / "a.mp4", 3)
+    for name in ("a.jpg", "b.png", "e.png"):
+        shutil.copy(run / "media" / "b.jpg", tmp_path / name)
+    settings = {"vision_tower": str(run / "tower"), "num_frames": FRAMES, "device": "cpu", "images": True}
+
+    def made(*names):
+        extract(ExtractConfig(str(tmp_path), str(tmp_path / "feats"), **settings))
+        records = [{medium(name): name, "conversations": said(f"<{medium(name)}>\nwhat?", "so")} for name in names]
+        (tmp_path / "train.json").write_text(json.dumps(records))
+        config = config_of(run, "unused", "--dataloader_num_workers", "0", "--on_bad_sample", "skip")
+        places = {"data_path": [str(tmp_path / "train.json")], "video_folder": str(tmp_path / "feats")}
+        return tmp_path, train.build(dataclasses.replace(config, **places), WORLD).loader.samples
+
+    return made
+
+
+def validated(folder, **more):
+    places = {"video_folder": str(folder / "feats"), "video_dir_path": str(folder), **more}
+    return validate.validate(ValidateConfig([str(folder / "train.json")], **places))
+
+
+@pytest.mark.parametrize("good, bad", [("a.mp4", "a.jpg"), ("b.png", "b.mkv")])
+def test_features_are_not_of_a_namesake_of_the_other_kind(namesakes, good, bad):
+    folder, samples = namesakes(good, bad)
+    fault = rf"feats/{good[0]}\.safetensors is of the {medium(good)} {good}, not of the {medium(bad)} {bad}, .*; rename"
+    with pytest.raises(SampleSkipped, match=fault):
+        samples.read(1)
+    with pytest.raises(ValueError, match=fault):
+        samples.features.load(bad)
+    assert re.search(fault, samples.encode(1).refused), "by the header alone, too"
+    assert samples.read(0)[0].videos == [good]
+    for quick in (False, True):
+        report = validated(folder, quick=quick)
+        assert report.problems == {"features refused": 1} and report.states["usable"] == 1
+        assert re.search(fault, report.bad_videos[bad][1])
+    online = OnlineFeatures(dataclasses.replace(samples.config, video_folder=str(folder), clip_feat_path="x"))
+    with pytest.raises(ValueError, match=f"x/{fault[6:]}"):
+        online.resolve(bad)
+    assert online.resolve(good) == online.resolve(good[0]), "a name without an ending may be of either"
+    for old, new in (("a.jpg", "c.jpg"), ("b.png", "d.png")):  # as told
+        (folder / old).rename(folder / new)
+    folder, samples = namesakes(*{"a.jpg": ("a.mp4", "c.jpg"), "b.mkv": ("d.png",)}[bad])
+    assert [samples.read(index)[0].refused for index in range(len(samples))] == [None] * len(samples)
 
 
 @pytest.mark.slow

@@ -213,8 +213,8 @@ def test_a_file_that_changes_while_the_run_reads_costs_its_samples(run, tmp_path
 
 
 def test_headers_are_read_once_and_no_values_are_read_for_them(run, monkeypatch):
-    probe, probed = feature_folder.probe_features, []
-    monkeypatch.setattr(feature_folder, "probe_features", lambda path: probed.append(path.name) or probe(path))
+    probe, probed = feature_folder.describe_features, []
+    monkeypatch.setattr(feature_folder, "describe_features", lambda path: probed.append(path.name) or probe(path))
     monkeypatch.setattr(feature_folder, "load_features", lambda path: pytest.fail("values were read"))
     config = config_of(run, "unused", *LONG)
     samples = SampleSet(

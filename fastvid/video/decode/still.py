@@ -1,13 +1,13 @@
 """Images, as videos of one frame: the home of Pillow in decoding."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvid.files import IMAGE_SUFFIXES, StrPath
+from fastvid.features.names import medium
+from fastvid.files import StrPath
 from fastvid.video.decode.info import MAX_PIXELS, STILL, DecodeError, VideoInfo
 from fastvid.video.sampling import nearest_indices
 
@@ -27,7 +27,7 @@ _TURNED = {
 
 def is_still(path: StrPath) -> bool:
     """Whether a file is an image by its name's ending."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+    return medium(path) == "image"
 
 
 def decode_still(
