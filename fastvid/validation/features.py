@@ -13,7 +13,7 @@ from fastvid.data.video_tokens import feature_channels, tower_geometry
 from fastvid.features.cut_short import is_cut_short
 from fastvid.features.file import describe_features, load_features
 from fastvid.features.folder import MissingFeatures
-from fastvid.features.names import namesake
+from fastvid.features.names import medium, namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
@@ -38,7 +38,6 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
     assert config.video_folder is not None
     features, paths = OnlineFeatures(config), {}
     sources, made = Sources(config.video_folder, config.video_dir_path), features.cache and Sources(features.cache)
-    report.unnamed = sources.unnamed(report.videos) if sources.given else None
     if not report.videos and features.empty:
         report.add(
             "features missing",
@@ -77,6 +76,7 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
         return (layout, header, compared), why and ("features stale", why)
 
     found, makers, report.layouts = {}, {}, Counter()
+    images = any(medium(video) == "image" for video in report.videos)
     with ThreadPool(READERS) as readers:
         results = readers.imap(probe, paths)
         for video, (made, problem) in zip(paths, tqdm(results, "features", len(paths), unit="file", disable=None)):
@@ -85,10 +85,12 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
             if made is None:
                 continue
             found[video], header, compared = made
+            images |= "image" in header
             report.layouts[found[video]] += 1
             report.formats[paths[video].suffix] += 1
             report.not_compared += sources.given and not compared
             _note_maker(report, makers, video, header)
+    report.unnamed = sources.unnamed(report.videos, images) if sources.given else None
     rows = dict.fromkeys(report.to_make, _rows_to_make(config)) if report.to_make else {}
     if found:
         _check_towers(report, config.vision_tower, makers)

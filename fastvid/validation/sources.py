@@ -77,9 +77,14 @@ class Sources:
         video = self.video_of(name, header)
         return None if video is None or video.within else video.path
 
-    def unnamed(self, names: Iterable[str]) -> int:
-        """Videos in the folder that none of the records' `names` means."""
-        return len(self._by_stem.keys() - {_id(name) for name in names})
+    def unnamed(self, names: Iterable[str], images: bool) -> int:
+        """Videos in the folder that none of the records' `names` means.
+
+        Args:
+            images: the data set has images, so that those in the folder count as well.
+        """
+        there = {key for key, name in self._by_stem.items() if images or not is_still(name)}
+        return len(there - {_id(name) for name in names})
 
     def header_of(
         self, features: FeatureFolder, name: str, path: Path, header: dict[str, Any], quick: bool

@@ -140,6 +140,17 @@ def test_features_are_not_of_a_namesake_of_the_other_kind(namesakes, good, bad):
     assert [samples.read(index)[0].refused for index in range(len(samples))] == [None] * len(samples)
 
 
+@pytest.mark.parametrize(
+    "names, unnamed", [(["a.mp4"], 0), (["a.mp4", "b.png"], 1), (["a.mp4", "missing.png"], 2), (["b"], 2)], ids=str
+)
+def test_pictures_beside_videos_are_no_videos_without_records(namesakes, names, unnamed):
+    """They are, once there are records of images."""
+    folder, _ = namesakes(*names) if names != ["b"] else namesakes("b.png")
+    if names == ["b"]:
+        (folder / "train.json").write_text((folder / "train.json").read_text().replace("b.png", "b"))
+    assert validated(folder).unnamed == unnamed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen, share", [(False, False), (False, True), (True, True)])
 def test_packed_together_they_give_the_loss_and_gradients_of_the_samples_apart(run, frozen, share):
