@@ -21,7 +21,7 @@ from torch import Tensor
 from fastvid.batch import AttentionLayout, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import Chain, pack, ranges
-from fastvid.inference.generate import next_token, rows_left
+from fastvid.inference.generate import is_greedy, next_token, rows_left
 from fastvid.model.cache import LayerCache, RowPool
 from fastvid.model.decoding import DecodingLayout
 from fastvid.model.video_llava import VideoLlava
@@ -128,6 +128,7 @@ class Batcher:
     Attributes:
         row_bytes: of one row of keys and values, of all layers.
         found: how many prompts had a beginning that was there already.
+        failed: {key: why} of the requests that the last `step` ended without an answer.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Batcher:
         self._model, self._tokens, self._stops = model, tokens, stops
         self._device = model.embed.weight.device
         self._at_once, self._prefill_rows, self._keep = at_once, prefill_rows, keep_beginnings
-        self.found = 0
+        self.found, self.failed = 0, {}
         self.reset()
 
     def reset(self) -> None:
@@ -211,17 +212,30 @@ class Batcher:
         """(key, ids of the answer) of every request, as the answers end.
 
         Requests are taken when they are due, so that few videos' features lie in memory.
+
+        Raises:
+            ArithmeticError: no token could be drawn for one of them.
         """
         for request in requests:
             self.add(request)
             while len(self._waiting) >= self._at_once:
-                yield from self.step()
+                yield from self._step_of_all()
         while len(self):
-            yield from self.step()
+            yield from self._step_of_all()
+
+    def _step_of_all(self):
+        """A step, in which none may fail."""
+        yield from self.step()
+        for why in self.failed.values():
+            raise why
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Any, list[int]]]:
-        """Let in whom there is room for, and take one token of every answer; returns (key, ids) of those that ended."""
+        """Let in whom there is room for, and take one token of every answer; returns (key, ids) of those that ended.
+
+        A request for which no token can be drawn is ended as well, and is `failed`.
+        """
+        self.failed = {}
         joining = self._with_room()
         ended = self._begin(joining) if joining else []
         return ended + (self._continue() if self._running else [])
@@ -381,11 +395,18 @@ class Batcher:
     def _take(self, running, logits_BV):
         """Add the next token of each; those that go on run, the others' (key, ids) are returned."""
         greedy_B = logits_BV.argmax(-1).tolist()
+        # Before a draw, as one from no probabilities would end every computation on a GPU.
+        drawn = any(each.generator is not None for each in running)
+        usable_B = logits_BV.amax(-1).isfinite().tolist() if drawn else [True] * len(running)
         ended = []
-        for each, logits_V, token in zip(running, logits_BV, greedy_B):
+        for each, logits_V, token, usable in zip(running, logits_BV, greedy_B, usable_B):
             waiting = each.waiting
             if each.generator is not None:
                 request = waiting.request
+                if not usable:
+                    self.failed[request.key] = ArithmeticError("no token can be drawn: the logits are not finite")
+                    self._leave(each)
+                    continue
                 token = next_token(logits_V, request.temperature, each.generator, request.top_p).item()
             if token not in self._stops:
                 each.answer.append(token)
@@ -405,7 +426,7 @@ class Batcher:
         )
 
     def _generator(self, waiting):
-        if waiting.request.temperature == 0:
+        if is_greedy(waiting.request.temperature):
             return None
         return torch.Generator(self._device).manual_seed(waiting.request.seed)
 

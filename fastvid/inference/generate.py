@@ -12,6 +12,8 @@ from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.cache import LayerCache
 from fastvid.model.video_llava import VideoLlava
 
+_GREEDY_BELOW = 1e-5  # a temperature below it would leave one token, or overflow
+
 
 @torch.inference_mode()
 def generate(
@@ -72,17 +74,25 @@ def rows_left(model: VideoLlava, rows: int) -> int:
     return context - rows
 
 
-def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0) -> Tensor:
-    """The likeliest token, or one that is drawn where the temperature is not 0; [1] int64.
+def is_greedy(temperature: float) -> bool:
+    """Whether the likeliest token is taken at a temperature: at 0, and where it is too near to 0 to divide by."""
+    return temperature < _GREEDY_BELOW
 
-    `top_p` below 1: of the likeliest tokens alone, as few as have that probability together (arXiv:1904.09751).
+
+def next_token(logits_V: Tensor, temperature: float, generator: torch.Generator | None, top_p: float = 1.0) -> Tensor:
+    """The likeliest token, or one that is drawn where the temperature is not greedy; [1] int64.
+
+    `top_p` below 1: of the likeliest tokens alone, as few as have that probability together (arXiv:1904.09751), and
+    at least one.
     """
-    if temperature == 0:
+    if is_greedy(temperature):
         return logits_V.argmax(-1, keepdim=True)
-    p_V = (logits_V / temperature).softmax(-1)
+    p_V = ((logits_V - logits_V.max()) / temperature).softmax(-1)
     if top_p < 1:
         sorted_V, order_V = p_V.sort(descending=True, stable=True)
-        p_V[order_V[sorted_V.cumsum(-1) - sorted_V >= top_p]] = 0
+        dropped_V = sorted_V.cumsum(-1) - sorted_V >= top_p
+        dropped_V[0] = False
+        p_V[order_V[dropped_V]] = 0
     return torch.multinomial(p_V, 1, generator=generator)
 
 

@@ -104,9 +104,13 @@ class Engine:
                 lost, self._held = self._held, set()
                 self._deliver([], [(key, error) for key in lost])
             else:
-                self._held -= {key for key, _ in ended}
+                failed = self._batcher.failed
+                for why in failed.values():
+                    log.error("an answer is lost: %s", why)
+                self._held -= {key for key, _ in ended} | failed.keys()
                 running = [*self._batcher.running(), *ended]
-                self._deliver([(key, list(ids)) for key, ids in running], [(key, None) for key, _ in ended])
+                over = [*((key, None) for key, _ in ended), *failed.items()]
+                self._deliver([(key, list(ids)) for key, ids in running], over)
             self._publish()
 
     def _take_in(self):

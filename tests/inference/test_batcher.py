@@ -229,3 +229,43 @@ def test_draws_are_of_the_likeliest_tokens_that_reach_top_p():
         generator = torch.Generator().manual_seed(0)
         drawn = {int(next_token(logits, 1.0, generator, top_p)) for _ in range(200)}
         assert drawn == possible
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.0}, {"temperature": 1e-40}, {"temperature": 1e-50}, {"temperature": 1e-5, "top_p": 0.5}]
+)
+def test_the_least_randomness_takes_the_likeliest(settings):
+    """No division overflows, and no choice is left without a token."""
+    model, rng = random_model(), random.Random(8)
+    greedy = request("one", rng)
+    drawn = replace(greedy, **{"temperature": 1.0, **settings})
+    assert dict(batcher(model).run([drawn])) == {"one": alone(model, greedy)}
+    logits = torch.tensor([3e38, -3e38, 1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert next_token(logits, drawn.temperature, generator, drawn.top_p).tolist() == [0]
+
+
+def test_a_draw_that_fails_ends_its_request_alone():
+    model, rng = random_model(), random.Random(9)
+    asked = [request(key, rng, video="b", opening=5, max_new_tokens=6) for key in range(3)]
+    asked[1] = replace(asked[1], temperature=1.0)
+    wanted = {key: alone(model, asked[key]) for key in (0, 2)}
+    take = Batcher._take
+
+    class Failing(Batcher):
+        def _take(self, running, logits_BV):
+            logits_BV[[each.waiting.request.key == 1 for each in running]] = torch.nan
+            return take(self, running, logits_BV)
+
+    row_bytes = Batcher(model, TOKENS, stops=(EOS,), cache_bytes=0).row_bytes
+    batch, answers, failed = Failing(model, TOKENS, stops=(EOS,), cache_bytes=600 * row_bytes), {}, {}
+    for each in asked:
+        batch.add(each)
+    while len(batch):
+        answers.update(batch.step())
+        failed.update(batch.failed)
+    assert answers == wanted
+    assert list(failed) == [1]
+    assert batch._runs == []
+    with pytest.raises(ArithmeticError, match="no token can be drawn"):
+        list(batch.run(asked))

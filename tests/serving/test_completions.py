@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from clips import draw
+from fake_judge import wait_until
 from PIL import Image
-from serving_run import asking, served, text_of, uri
+from serving_run import asking, held_answers, served, text_of, uri
 
 from fastvid.features.file import save_features
 from fastvid.serving.text import AnswerText
@@ -93,6 +94,7 @@ def test_draws_follow_the_seed(server, serving_folder):
     assert len({drawn() for _ in range(4)}) > 1  # without one, no two are alike
     assert drawn(top_p=1e-6, seed=1) == greedy
     assert drawn(top_p=1, seed=1) == first[0]
+    assert drawn(top_p=0, seed=1) == text_of(server.ask(url, temperature=1e-40)[1])[0] == greedy
 
 
 def test_pictures_stand_for_frames(server, serving_chat, serving_folder, tmp_path):
@@ -177,6 +179,28 @@ def test_a_failing_model_costs_the_answers_in_hand(serving_chat, serving_folder,
         assert text_of(running.ask(url)[1]) == text_of(wanted[1])
         assert running.metric("fastvid_requests_in_flight") == 0
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_draw_that_fails_costs_its_own_answer(serving_chat, serving_folder, caplog):
+    url = uri(serving_folder / "videos" / "4.mp4")
+    settings = {"request_timeout": 20.0}
+    with served(serving_chat, serving_folder / "model", **settings) as running, ThreadPoolExecutor(2) as pool:
+        wanted = running.ask(url)
+        batcher = running.service._engine._batcher
+        take = batcher._take
+
+        def failing(some, logits_BV):
+            logits_BV[[each.generator is not None for each in some]] = torch.nan
+            return take(some, logits_BV)
+
+        batcher._take = failing
+        with held_answers(running):
+            other, bad = pool.submit(running.ask, url), pool.submit(running.ask, url, temperature=1.0)
+            wait_until(lambda: len(running.service._engine._answers) == 2)
+        assert bad.result()[0] == 500
+        assert text_of(other.result()[1]) == text_of(wanted[1])
+        assert running.metric("fastvid_requests_in_flight") == 0
+    assert "an answer is lost: no token can be drawn" in caplog.text
 
 
 @pytest.mark.parametrize("stops", [(), ("ab",), ("xyz", "y"), (" ",), ("é",)])
