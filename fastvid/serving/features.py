@@ -201,7 +201,7 @@ class FeatureStore:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if if_given_up is not None:
+            if if_given_up is not None and not future.done():
                 if_given_up()
             await asyncio.wait([future])
             if not future.cancelled():

@@ -233,6 +233,26 @@ def test_a_silent_connection_is_closed(serving_chat, serving_folder, monkeypatch
             assert running.ask(url)[0] == 200
 
 
+def test_a_decoder_that_is_done_is_not_ended(serving_chat, serving_folder):
+    """Even if nobody waits for its result any more: the next video would find it dead."""
+
+    async def scenario(store):
+        loop, given_up = asyncio.get_running_loop(), []
+        future = loop.create_future()
+        loop.run_in_executor = lambda *_: future
+        call = asyncio.create_task(store._in_thread(None, None, if_given_up=lambda: given_up.append(1)))
+        await asyncio.sleep(0)
+        future.set_result(None)
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        await store.close()
+        return given_up
+
+    store = Service(serving_chat, ServeConfig(str(serving_folder / "model")))._features
+    assert asyncio.run(scenario(store)) == []
+
+
 def test_bytes_of_requests_are_bounded(serving_chat, serving_folder):
     """Clients that send large bodies and never end fill only so much memory; when they leave, others are served."""
     with served(serving_chat, serving_folder / "model", max_body_mib=1) as running:

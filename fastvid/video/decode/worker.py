@@ -107,6 +107,8 @@ class DecodeWorker:
     @contextmanager
     def _answered(self, path, what, options, digest, piece=None):
         """(head of the answer to a request, where what follows it is read within). Frames come in a piece of memory."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it ended while it had nothing to do, which is not this file's fault
         if self._process is None or self._connection is None:
             self._process, self._connection = self._started()
         process, connection = self._process, self._connection
