@@ -116,11 +116,11 @@ class _Chat:
         """POST /v1/chat/completions."""
         service, note = self._service, request.scope["fastvid"]
         deadline = asyncio.get_running_loop().time() + service.config.request_timeout
+        body = await self.body(request, "application/json")
         with ExitStack() as held:
-            held.enter_context(service.admitted())
-            body = await self.body(request, "application/json")
             try:
-                asked, key, files = await _while_there(request, service.read(body), deadline)
+                held.enter_context(service.admitted())  # not before: a body may take its time, or never come
+                asked, key, files = await _while_there(request, service.read(body, deadline), deadline)
             finally:
                 service.release(body)
             del body
@@ -280,6 +280,8 @@ def _refusal(error, headers=None) -> Response:
     headers = dict(headers or {})
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
+    if error.status == 408:  # what still comes would be the rest of its body
+        headers["Connection"] = "close"
     return _json(error.content(), error.status, headers)
 
 

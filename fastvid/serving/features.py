@@ -78,7 +78,7 @@ class FeatureStore:
         return features_RC
 
     async def of(self, key: str, files: list[MediaFile], pictures: bool) -> torch.Tensor:
-        """[R, C] features of a video, or of pictures. The files are removed, if they were made for this.
+        """[R, C] features of a video, or of pictures, each a frame. Files that were made for this are removed.
 
         Several who ask for the same at a time wait for one job. It is given up when all of them are.
 
@@ -134,7 +134,7 @@ class FeatureStore:
         started = perf_counter()
         try:
             if files[0].path.suffix in SUFFIXES and not files[0].ours and not pictures:
-                features_RC = await self._in_thread(self._threads, self._chat.features, files[0].path)
+                features_RC = await self._in_thread(self._threads, self._loaded, files[0])
             else:
                 async with self._worker() as worker:
                     decode = self._pictures if pictures else self._decode
@@ -177,7 +177,7 @@ class FeatureStore:
         if (why := no_video(file.path)) is not None:
             raise DecodeError(file.path, why)
         config = self._config
-        return worker.decode(
+        decoded = worker.decode(
             file.path,
             num_frames=self._chat.num_frames,
             size=self._encoder.image_size,
@@ -185,12 +185,21 @@ class FeatureStore:
             max_frames=config.max_frames,
             max_seconds=config.max_seconds,
         )
+        file.check_unchanged()
+        return decoded
 
     def _pictures(self, worker, files):
-        chosen = [files[i] for i in frame_indices(len(files), self._chat.num_frames)]
-        return worker.pictures(
-            [file.path for file in chosen], size=self._encoder.image_size, max_pixels=self._config.max_pixels
+        frames = worker.pictures(
+            [file.path for file in files], size=self._encoder.image_size, max_pixels=self._config.max_pixels
         )
+        for file in files:
+            file.check_unchanged()
+        return frames
+
+    def _loaded(self, file):
+        features_RC = self._chat.features(file.path)
+        file.check_unchanged()
+        return features_RC
 
     async def _in_worker(self, worker, function, *arguments):
         """Call what waits for a process that decodes. If nobody waits for the result any more, the process is ended."""

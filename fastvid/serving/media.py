@@ -4,13 +4,17 @@ Whatever they mean, it ends as a file of known content on this machine, of a bou
 """
 
 import binascii
+import errno
 import hashlib
 import os
 import re
 import stat
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -30,24 +34,94 @@ class MediaFile:
     Attributes:
         path: of it.
         digest: SHA-256 of its content, in hexadecimal.
-        ours: whether it was made here, and is to be removed.
+        state: of a file of somebody else's when it was read (`_state`).
+        spool: where it was made, if it was made here; then it is to be removed.
+        size: bytes of what was made here.
     """
 
     path: Path
     digest: str
-    ours: bool
+    state: tuple[int, ...] = ()
+    spool: "Spool | None" = None
+    size: int = 0
+
+    @property
+    def ours(self) -> bool:
+        """Whether it was made here, and is to be removed."""
+        return self.spool is not None
 
     def remove(self) -> None:
         """Remove what was made here."""
+        if self.spool is not None:
+            self.spool.remove(self.path, self.size)
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was decoded since is what the digest is of.
+
+        Raises:
+            ApiError: 400, somebody has written to the file, or put another in its place.
+        """
         if self.ours:
-            self.path.unlink(missing_ok=True)
+            return
+        with suppress(OSError):
+            if _state(os.lstat(self.path)) == self.state:
+                return
+        raise ApiError(400, f"{shown(self.path.name)} was changed while it was read; ask again")
+
+
+class Spool:
+    """A folder for what does not come as a file, of a bounded size. Of any thread.
+
+    Args:
+        folder: which is there.
+        most_bytes: of all its files together.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int):
+        self._folder, self._most, self._used, self._lock = folder, most_bytes, 0, threading.Lock()
+
+    def keep(self, pieces: Iterable[bytes]) -> MediaFile:
+        """A file of some bytes, which come one piece after another.
+
+        Raises:
+            ApiError: 429, files of other requests take the room; 503, the disk is full.
+        """
+        path, size, hashed = None, 0, hashlib.sha256()
+        try:
+            handle, path = tempfile.mkstemp(dir=self._folder)
+            with open(handle, "wb") as file:
+                for piece in pieces:
+                    self._take(len(piece))
+                    size += len(piece)
+                    hashed.update(piece)
+                    file.write(piece)
+        except BaseException as error:
+            if path is not None:
+                self.remove(path, size)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ApiError(503, "the server's disk is full; try again later", retry_after=30) from error
+            raise
+        return MediaFile(Path(path), hashed.hexdigest(), spool=self, size=size)
+
+    def remove(self, path: str | Path, size: int) -> None:
+        """Remove a file, of so many bytes, if it is there still."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+            with self._lock:
+                self._used -= size
+
+    def _take(self, size):
+        with self._lock:
+            if self._used + size > self._most:
+                raise ApiError(429, "videos of other requests fill the room for them; try again later", retry_after=5)
+            self._used += size
 
 
 class Addresses:
     """Opens what requests name.
 
     Args:
-        spool: folder for what does not come as a file.
+        spool: for what does not come as a file.
         allowed_folder: whose files may be named; None: of none.
         allow_host: hosts that may be asked: name, or name:port; a name alone means the usual port.
         most_bytes: of a file, or of what a host sends.
@@ -55,32 +129,37 @@ class Addresses:
     """
 
     def __init__(
-        self, spool: Path, *, allowed_folder: str | None, allow_host: list[str], most_bytes: int, timeout: float
+        self, spool: Spool, *, allowed_folder: str | None, allow_host: list[str], most_bytes: int, timeout: float
     ):
         self._spool, self._folder, self._hosts = spool, allowed_folder, {host.lower() for host in allow_host}
         self._most, self._timeout = most_bytes, timeout
 
-    def open(self, url: str, pictures: bool) -> MediaFile:
+    def open(self, url: str, pictures: bool, deadline: float) -> MediaFile:
         """The file that an address of a video, or of a picture, means. Blocks.
 
+        Args:
+            deadline: when a host is given up at the latest, of `time.monotonic`.
+
         Raises:
-            ApiError: 400, 413, 415 or 504.
+            ApiError: 400, 413, 415, 429, 503 or 504.
         """
-        scheme = url[:8].partition(":")[0].lower()
+        scheme = scheme_of(url)
         if scheme == "data":
             return self.keep(_decoded(url, pictures))
         if scheme == "file":
             return self._file(url)
         if scheme in ("http", "https"):
-            return self._fetched(url)
+            with closing(self._fetched(url, deadline)) as pieces:
+                return self._spool.keep(pieces)
         raise ApiError(400, f"{_said(url)}: give a data: URI, or a file:// or http(s) address that the server allows")
 
     def keep(self, content: bytes) -> MediaFile:
-        """A file of some bytes."""
-        handle, path = tempfile.mkstemp(dir=self._spool)
-        with open(handle, "wb") as file:
-            file.write(content)
-        return MediaFile(Path(path), hashlib.sha256(content).hexdigest(), True)
+        """A file of some bytes.
+
+        Raises:
+            ApiError: as `Spool.keep`.
+        """
+        return self._spool.keep([content])
 
     def _file(self, url):
         try:
@@ -94,23 +173,28 @@ class Addresses:
         refused = ApiError(400, f"{_said(url)} is no file below the server's --allowed_folder")
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or "\0" in path:
             raise refused
-        real = os.path.realpath(path)
-        if not os.path.isabs(path) or not inside(real, self._folder):
-            raise refused
         try:
-            there = os.stat(real)
+            real = os.path.realpath(path)
+            if not os.path.isabs(path) or not inside(real, self._folder):
+                raise refused
+            # A pipe must not be waited for, nor a link be followed that was put in since.
+            descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise refused from error
-        if not stat.S_ISREG(there.st_mode):
-            raise refused
-        if there.st_size > self._most:
-            raise self._too_large(url)
         try:
-            return MediaFile(Path(real), _digest(real, there.st_size, there.st_mtime_ns, there.st_ino), False)
+            there = os.fstat(descriptor)
+            # What was opened, whatever links its folders have become.
+            if not stat.S_ISREG(there.st_mode) or not inside(f"/proc/self/fd/{descriptor}", self._folder):
+                raise refused
+            if there.st_size > self._most:
+                raise self._too_large(url)
+            return MediaFile(Path(real), _digest(_Opened(_state(there), descriptor)), _state(there))
         except OSError as error:
             raise refused from error
+        finally:
+            os.close(descriptor)
 
-    def _fetched(self, url):
+    def _fetched(self, url, deadline) -> Generator[bytes]:
         import urllib3
 
         try:
@@ -124,10 +208,14 @@ class Addresses:
             )
         if parts.username is not None or parts.password is not None:
             raise ApiError(400, f"{_said(url)} holds a user's name: leave it out")
-        deadline, handle, path = time.monotonic() + self._timeout, *tempfile.mkstemp(dir=self._spool)
-        timeout, hashed, size = urllib3.Timeout(total=self._timeout), hashlib.sha256(), 0
+        began, size = time.monotonic(), 0
+        deadline = min(deadline, began + self._timeout)
+        late = ApiError(504, f"{_said(url)}: {host} takes longer than {max(deadline - began, 0):.3g} s")
+        if deadline <= began:
+            raise late
+        timeout = urllib3.Timeout(total=deadline - began)
         try:
-            with open(handle, "wb") as file, urllib3.PoolManager() as pool:
+            with urllib3.PoolManager() as pool:
                 response = pool.request(
                     "GET", url, redirect=False, retries=False, preload_content=False, timeout=timeout
                 )
@@ -138,20 +226,20 @@ class Addresses:
                     if size > self._most:
                         raise self._too_large(url)
                     if time.monotonic() > deadline:
-                        raise ApiError(504, f"{_said(url)}: {host} takes longer than {self._timeout:g} s")
-                    hashed.update(piece)
-                    file.write(piece)
-        except BaseException as error:
-            os.unlink(path)
-            if isinstance(error, urllib3.exceptions.TimeoutError):
-                raise ApiError(504, f"{_said(url)}: {host} takes longer than {self._timeout:g} s") from error
-            if isinstance(error, urllib3.exceptions.HTTPError):
-                raise ApiError(400, f"{_said(url)}: {host} cannot be asked ({type(error).__name__})") from error
-            raise
-        return MediaFile(Path(path), hashed.hexdigest(), True)
+                        raise late
+                    yield piece
+        except urllib3.exceptions.TimeoutError as error:
+            raise late from error
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiError(400, f"{_said(url)}: {host} cannot be asked ({type(error).__name__})") from error
 
     def _too_large(self, url):
         return ApiError(413, f"{_said(url)} has more than {self._most / 2**20:g} MiB (--max_video_mib)")
+
+
+def scheme_of(url: str) -> str:
+    """The kind of an address, in lower case: data, file, http, …"""
+    return url[:8].partition(":")[0].lower()
 
 
 def _decoded(url, pictures):
@@ -169,10 +257,23 @@ def _decoded(url, pictures):
         raise ApiError(400, f"{_said(url)}: what follows base64, is not base64") from error
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """An open file, known by its `_state`."""
+
+    state: tuple[int, ...]
+    descriptor: int = field(compare=False)
+
+
+def _state(there):
+    """What tells a file, and that it stays the same. Nobody can set the time of a change of its own (ctime)."""
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
+
+
 @lru_cache(maxsize=4096)
-def _digest(path, size, changed, number):
-    """SHA-256 of a file, read once for as long as it stays the same."""
-    with open(path, "rb") as file:
+def _digest(opened):
+    """SHA-256 of an open file, read once for as long as it stays the same."""
+    with open(opened.descriptor, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

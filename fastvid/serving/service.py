@@ -6,8 +6,9 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,19 @@ from fastvid.serving import protocol
 from fastvid.serving.engine import Answer, Engine
 from fastvid.serving.errors import ApiError
 from fastvid.serving.features import FeatureStore, Look, video_key
-from fastvid.serving.media import Addresses, MediaFile
+from fastvid.serving.media import Addresses, MediaFile, Spool, scheme_of
 from fastvid.serving.metrics import Metrics
 from fastvid.serving.protocol import Asked
 from fastvid.serving.text import AnswerText
+from fastvid.video.sampling import frame_indices
 
 _MOST_WORKERS = 8
 _BODIES = 8  # requests of the largest size whose bytes may be held at a time
+_SPOOLED = 8  # videos of the largest size that may lie on the disk at a time
+_PARSERS = 2  # bodies that are read at a time
+_HOSTS = 16  # addresses that are fetched at a time
+_FILES = 2  # files that are read at a time
+_SILENT = 30.0  # seconds in which something of a request's body has to come
 _CHARACTERS = 32  # of texts, for each token of the model's context: no token stands for more
 
 
@@ -86,13 +93,16 @@ class Service:
         )
         self._features = FeatureStore(chat, config, self.metrics, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
         self._longest_text = _CHARACTERS * chat.model_config.decoder.context
-        self._parsers = asyncio.Semaphore(2)
+        # Hosts may be silent and files long: neither may keep the threads that all requests need.
+        self._parsers = ThreadPoolExecutor(_PARSERS, "parse")
+        self._files, self._hosts = ThreadPoolExecutor(_FILES, "file"), ThreadPoolExecutor(_HOSTS, "host")
 
     def start(self) -> None:
         """Begin to answer."""
         self._spool = tempfile.TemporaryDirectory(prefix="fastvid-serve-")
+        largest = max(self.config.max_body_mib, self.config.max_video_mib) << 20
         self._addresses = Addresses(
-            Path(self._spool.name),
+            Spool(Path(self._spool.name), _SPOOLED * largest),
             allowed_folder=self.config.allowed_folder,
             allow_host=self.config.allow_host,
             most_bytes=self.config.max_video_mib << 20,
@@ -105,6 +115,8 @@ class Service:
         self.stopping = True
         await self._features.close()
         await asyncio.to_thread(self._engine.close)
+        for threads in (self._parsers, self._files, self._hosts):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._spool.cleanup()
 
     @property
@@ -142,14 +154,14 @@ class Service:
             declared: the request's content-length.
 
         Raises:
-            ApiError: 413, or 429 if too many bytes of other requests are held.
+            ApiError: 408 if nothing comes for a while, 413, or 429 if too many bytes of other requests are held.
         """
         too_large = ApiError(413, f"the request has more than {self.config.max_body_mib} MiB (--max_body_mib)")
         if declared is not None and declared.isdecimal() and int(declared[:20]) > self.most_body:
             raise too_large
         parts, size = [], 0
         try:
-            async for piece in pieces:
+            async for piece in _steady(pieces):
                 if size + len(piece) > self.most_body:
                     raise too_large
                 if self._held + len(piece) > _BODIES * self.most_body:
@@ -166,35 +178,46 @@ class Service:
         """The body of `read_body` is not needed any more."""
         self._held -= len(body)
 
-    async def read(self, body: bytes) -> tuple[Asked, str, list[MediaFile]]:
+    async def read(self, body: bytes, deadline: float) -> tuple[Asked, str, list[MediaFile]]:
         """(what is asked, key of its media, their files: none where the key's features are kept already).
 
+        Of more pictures than the model takes frames, those that stand for them are opened alone.
+
+        Args:
+            deadline: when the request is given up, of the event loop's clock.
+
         Raises:
-            ApiError: 400, 404, 413, 415 or 504.
+            ApiError: 400, 404, 413, 415, 429, 503 or 504.
         """
-        async with self._parsers:
-            asked = await asyncio.to_thread(protocol.read, body, self._longest_text)
-            if asked.model is not None and asked.model != self.name:
-                raise ApiError(
-                    404,
-                    f"there is no model {asked.model!r} here, but {self.name!r}",
-                    param="model",
-                    code="model_not_found",
-                )
-            urls, pictures = asked.media.urls, asked.media.pictures
-            if len(urls) > self.config.max_frames:
-                raise ApiError(400, f"{len(urls)} pictures are more than --max_frames {self.config.max_frames}")
+        opened: dict[str, MediaFile] = {}
+        try:
+            asked = await asyncio.get_running_loop().run_in_executor(
+                self._parsers, protocol.read, body, self._longest_text
+            )
+            urls, pictures = self._chosen(asked)
             if not pictures and urls[0].startswith("sha256:"):
                 return asked, urls[0], []
-            files = []
-            try:
-                for url in urls:
-                    files.append(await _finished(self._addresses.open, url, pictures))
-            except BaseException:
-                for file in files:
-                    file.remove()
-                raise
+            for url in dict.fromkeys(urls):
+                opened[url] = await _made(self._threads(url), self._addresses.open, url, pictures, deadline)
+        except BaseException:
+            for file in opened.values():
+                file.remove()
+            raise
+        files = [opened[url] for url in urls]
         return asked, video_key(files, pictures), files
+
+    def _threads(self, url):
+        """Those that open an address."""
+        return {"http": self._hosts, "https": self._hosts, "file": self._files}.get(scheme_of(url), self._parsers)
+
+    def _chosen(self, asked):
+        """(the addresses that are to be opened, whether they are of pictures) of a request that may be answered."""
+        if asked.model is not None and asked.model != self.name:
+            raise self.no_model(asked.model)
+        urls, pictures = asked.media.urls, asked.media.pictures
+        if len(urls) > self.config.max_frames:
+            raise ApiError(400, f"{len(urls)} pictures are more than --max_frames {self.config.max_frames}")
+        return [urls[i] for i in frame_indices(len(urls), self.num_frames)] if pictures else urls, pictures
 
     def no_model(self, asked: str) -> ApiError:
         """What somebody is told who asks for another model."""
@@ -255,9 +278,9 @@ class Service:
         """What a page shows of a video.
 
         Raises:
-            ApiError: 400, what cannot be decoded.
+            ApiError: 400, what cannot be decoded; 429 or 503 without room for it.
         """
-        return await self._features.look(await asyncio.to_thread(self._addresses.keep, content))
+        return await self._features.look(await _made(self._parsers, self._addresses.keep, content))
 
     @property
     def num_frames(self) -> int:
@@ -265,12 +288,29 @@ class Service:
         return self._chat.num_frames
 
 
-async def _finished(function, *arguments) -> Any:
-    """Call what blocks, in a thread; if nobody waits any more, what it made is removed all the same."""
-    call = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+async def _steady(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces of a body, for as long as something comes."""
+    while True:
+        try:
+            async with asyncio.timeout(_SILENT):
+                piece = await anext(pieces, None)
+        except TimeoutError as error:
+            raise ApiError(408, f"nothing of the request's body came for {_SILENT:g} s", code="timeout") from error
+        if piece is None:
+            return
+        yield piece
+
+
+async def _made(threads: Executor, function: Callable[..., MediaFile], *arguments: Any) -> MediaFile:
+    """Call what blocks, in one of some threads. If nobody waits any more, the file that it makes is removed at last."""
+    call = threads.submit(function, *arguments)
     try:
-        return await asyncio.shield(call)
+        return await asyncio.wrap_future(call)
     except asyncio.CancelledError:
-        with suppress(Exception):
-            (await call).remove()
+        call.add_done_callback(_dropped)
         raise
+
+
+def _dropped(call):
+    if not call.cancelled() and call.exception() is None:
+        call.result().remove()

@@ -22,12 +22,13 @@ from serving_run import asking, held_answers, served, text_of, uri
 from fastvid.config import ChatConfig, ServeConfig
 from fastvid.serve import main
 from fastvid.serving import server as server_module
+from fastvid.serving import service as service_module
 from fastvid.serving.service import Service
 
 
 def head(body, extra=""):
     return (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{extra}"
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{extra}"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
 
@@ -231,6 +232,24 @@ def test_a_silent_connection_is_closed(serving_chat, serving_folder, monkeypatch
         with held_answers(running) as let_go:
             threading.Timer(1.0, let_go).start()
             assert running.ask(url)[0] == 200
+
+
+def test_a_body_that_does_not_come_takes_no_place(serving_chat, serving_folder, monkeypatch):
+    """Its connection ends when nothing has come for a while."""
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model", at_once=1, max_waiting=0) as running:
+        with running.connection() as bare:
+            bare.sendall(head(b"12345"))
+            wait_until(lambda: running.server.server_state.tasks)
+            assert running.ask(url)[0] == 200
+        monkeypatch.setattr(service_module, "_SILENT", 0.2)
+        with running.connection() as bare:
+            bare.sendall(head(b"12345") + b"1")
+            received = b"".join(iter(lambda: bare.recv(1 << 20), b""))
+        assert received.startswith(b"HTTP/1.1 408")
+        assert b"connection: close" in received.lower()
+        assert b"nothing of the request's body came for 0.2 s" in received
+        left_nothing(running)
 
 
 def test_a_decoder_that_is_done_is_not_ended(serving_chat, serving_folder):

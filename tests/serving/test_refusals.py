@@ -1,7 +1,13 @@
 """What a server does not answer: bad requests, addresses that are not for it, and more than it may take."""
 
+import errno
+import hashlib
+import io
 import os
+import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +18,8 @@ from PIL import Image
 from serving_run import asking, held_answers, served, uri
 
 from fastvid.serving import media
+from fastvid.serving.errors import ApiError
+from fastvid.video.sampling import frame_indices
 
 VIDEO = "data:video/mp4;base64,AAAA"
 
@@ -106,6 +114,9 @@ def test_what_the_model_cannot_be_asked(server, serving_folder):
 
 def test_other_statuses(server):
     refused(server.post(asking(VIDEO, model="gpt-4o")), 404, "no model 'gpt-4o' here", code="model_not_found")
+    status, _, content = server.post(asking(VIDEO, model="m" * 1_000_000))
+    refused((status, content), 404, "no model 'mmm", code="model_not_found")
+    assert len(content["error"]["message"]) < 200
     refused(server.call("GET", "/v2/chat"), 404, "Not Found", type="not_found_error")
     refused(server.call("GET", "/v1/chat/completions"), 405, "Method Not Allowed")
     refused(server.call("GET", "/"), 404, "Not Found")  # no page unless asked for
@@ -163,6 +174,7 @@ def test_paths_do_not_lead_out(server, serving_folder, tmp_path):
         "/etc/passwd",
         "/proc/self/environ",
         "4.mp4",
+        "/tmp/\ud800",
         f"//elsewhere{videos}/4.mp4",
     ):
         refused(server.ask(f"file://{path}"), 400, "is no file below the server's --allowed_folder")
@@ -260,6 +272,183 @@ def test_allowed_hosts_are_asked_with_care(serving_chat, serving_folder):
         refused(running.ask("http://[/clip.mp4"), 400, "is no address")
         assert len(asked) == before
         assert os.listdir(running.service._spool.name) == []
+
+
+def test_silent_hosts_hold_up_nobody(serving_chat, serving_folder):
+    """Who asks for what they do not send waits for his own time alone, and nothing of it is left."""
+    released = threading.Event()
+
+    def silent(handler):
+        released.wait(60)
+        handler.send_error(404)
+
+    settings = {"request_timeout": 3.0, "decode_timeout": 60.0}
+    with (
+        host(silent) as (address, asked),
+        served(serving_chat, serving_folder / "model", allow_host=[address], **settings) as running,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        try:
+            waiting = [pool.submit(running.ask, f"http://{address}/{number}") for number in range(6)]
+            wait_until(lambda: len(asked) == 6)
+            assert running.ask(uri(serving_folder / "videos" / "4.mp4"))[0] == 200
+            assert not any(each.done() for each in waiting)
+            for each in waiting:
+                refused(each.result(), 504, "longer than 3 s (--request_timeout)")
+            assert not released.is_set()
+            began = time.monotonic()
+            with pytest.raises(ApiError, match="takes longer than 0.2 s"):
+                running.service._addresses.open(f"http://{address}/late", False, began + 0.2)
+        finally:
+            released.set()
+        wait_until(lambda: os.listdir(running.service._spool.name) == [])
+
+
+def test_what_is_fetched_for_nobody_is_removed(serving_chat, serving_folder):
+    released, content = threading.Event(), (serving_folder / "videos" / "4.mp4").read_bytes()
+
+    def late(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(content[:9])
+        released.wait(60)
+        handler.wfile.write(content[9:])
+
+    with (
+        host(late) as (address, _),
+        served(serving_chat, serving_folder / "model", allow_host=[address], request_timeout=0.5) as running,
+    ):
+        addresses, made = running.service._addresses, []
+        open_one = addresses.open
+        addresses.open = lambda url, pictures, _: made.append(open_one(url, pictures, time.monotonic() + 60)) or made[0]
+        refused(running.ask(f"http://{address}/clip.mp4"), 504, "(--request_timeout)")
+        released.set()
+        wait_until(lambda: made)
+        wait_until(lambda: os.listdir(running.service._spool.name) == [])
+        assert addresses._spool._used == 0
+
+
+def test_only_pictures_that_are_seen_are_opened(serving_chat, serving_folder):
+    """The others may be anything; they change neither the answer nor what it is kept by."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    seen = frame_indices(20_000, 12)
+    urls = ["http://nowhere.invalid/1.png"] * 20_000
+    for number, index in enumerate(seen):
+        urls[index] = uri(picture.getvalue() + bytes(number), "image/png")
+    with served(serving_chat, serving_folder / "model") as running:
+        opened, open_one = [], running.service._addresses.open
+        running.service._addresses.open = lambda url, *rest: opened.append(url) or open_one(url, *rest)
+        answer = running.ask(urls)
+        assert answer[0] == 200, answer
+        assert opened == [urls[index] for index in seen]
+        urls[0], urls[-1] = "ftp://nowhere.invalid", "ftp://nowhere.invalid"
+        assert running.ask(urls)[0] == 200
+        assert running.metric('fastvid_feature_cache_total{found="yes"}') == 1
+        assert running.ask(urls[: seen[0] + 1])[0] == 400  # fewer than frames: all are seen
+        assert os.listdir(running.service._spool.name) == []
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_no_link_is_followed_that_comes_late(server, serving_folder, tmp_path, monkeypatch, what):
+    """One that is put in when the path was found to be good already."""
+    folder, elsewhere = serving_folder / "videos" / f"late-{what}", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    path = shutil.copy(serving_folder / "videos" / "4.mp4", folder / "clip.mp4")
+    outside, inside = draw(elsewhere / "clip.mp4", 4), media.inside
+
+    def then_swapped(real, allowed):
+        found = inside(real, allowed)
+        if not folder.is_symlink() and not path.is_symlink():
+            if what == "file":
+                path.unlink()
+                path.symlink_to(outside)
+            else:
+                folder.rename(tmp_path / "away")
+                folder.symlink_to(elsewhere)
+        return found
+
+    monkeypatch.setattr(media, "inside", then_swapped)
+    refused(server.ask(f"file://{path}"), 400, "is no file below the server's --allowed_folder")
+
+
+def test_what_changes_while_it_is_read_is_not_kept(serving_chat, serving_folder, tmp_path):
+    """Neither a video under another's digest, nor an answer about what a link leads to."""
+    path, other = tmp_path / "clip.mp4", tmp_path / "other.mp4"
+    four, nine = ((serving_folder / "videos" / f"{frames}.mp4").read_bytes() for frames in (4, 9))
+    with served(serving_chat, serving_folder / "model", allowed_folder=str(tmp_path)) as running:
+        store = running.service._features
+        decode = store._decode
+        for swap in (lambda: other.replace(path), lambda: (path.unlink(), path.symlink_to(other)), path.unlink):
+            path.unlink(missing_ok=True)
+            path.write_bytes(four)
+            other.write_bytes(nine)
+            decoded = []
+
+            def swapped(worker, file, swap=swap, decoded=decoded):
+                begun = worker.decode
+
+                def late(*arguments, **options):
+                    decoded.append(begun(*arguments, **options))
+                    swap()
+                    return decoded[0]
+
+                worker.decode = late
+                try:
+                    return decode(worker, file)
+                finally:
+                    del worker.decode
+
+            store._decode = swapped
+            refused(running.ask(f"file://{path}"), 400, "clip.mp4 was changed while it was read; ask again")
+            assert decoded
+            assert store.bytes == 0
+        store._decode = decode
+        path.write_bytes(four)
+        assert running.ask(f"file://{path}")[0] == 200
+
+
+def test_a_digest_is_of_what_a_file_holds_now(tmp_path):
+    """Whoever sets the time of a file's change back deceives nobody."""
+    path, settings = tmp_path / "a.mp4", {"allow_host": [], "most_bytes": 9, "timeout": 1.0}
+    addresses = media.Addresses(media.Spool(tmp_path, 9), allowed_folder=str(tmp_path), **settings)
+    digests = set()
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        os.utime(path, ns=(10**18, 10**18))
+        digests |= {addresses.open(f"file://{path}", False, 0.0).digest for _ in range(2)}
+    assert digests == {hashlib.sha256(content).hexdigest() for content in (b"one", b"two")}
+
+
+def test_a_full_disk_is_told(serving_chat, serving_folder, monkeypatch):
+    """Nothing is left of what did not fit, and who asks again later is answered."""
+    url = uri(serving_folder / "videos" / "4.mp4")
+
+    def written():
+        yield b"some"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def none_left(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with served(serving_chat, serving_folder / "model") as running:
+        spool, folder = running.service._addresses._spool, running.service._spool.name
+        with pytest.raises(ApiError, match="disk is full"):
+            spool.keep(written())
+        assert (os.listdir(folder), spool._used) == ([], 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(media.tempfile, "mkstemp", none_left)
+            status, headers, content = running.post(asking(url))
+        refused((status, content), 503, "the server's disk is full; try again later")
+        assert int(headers["retry-after"]) > 0
+        most, spool._most = spool._most, 10
+        status, headers, content = running.post(asking(url))
+        refused((status, content), 429, "videos of other requests fill the room for them; try again later")
+        assert int(headers["retry-after"]) > 0
+        spool._most = most
+        assert running.ask(url)[0] == 200
+        assert (os.listdir(folder), spool._used) == ([], 0)
 
 
 def test_limits(serving_chat, serving_folder, tmp_path):
