@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastvid.files import shown
 from fastvid.serving import demo, protocol
 from fastvid.serving.errors import ApiError
 from fastvid.serving.protocol import Asked
@@ -52,7 +53,7 @@ def app(service: Service) -> ASGIApp:
         Route("/metrics", _metrics(service)),
     ]
     if service.config.demo:
-        routes += demo.routes(service, _Chat(service).body)
+        routes += demo.routes(service, _Chat(service).body, _while_there)
     inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     inner.state.service = service
     return _Front(service, inner)
@@ -91,7 +92,8 @@ class _Front:
             status = note.get("status", status)
             self._service.metrics.requests.labels(path if path in self._paths else "other", str(status)).inc()
             who, seconds = (scope.get("client") or ["-"])[0], time.perf_counter() - began
-            log.info("%s %s %s %d %.2fs%s", who, scope["method"], path[:80], status, seconds, note.get("tokens", ""))
+            told = who, scope["method"], shown(path[:80]), status, seconds, note.get("tokens", "")
+            log.info("%s %s %s %d %.2fs%s", *told)
 
     def _refused(self, scope):
         key = self._service.api_key

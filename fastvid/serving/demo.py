@@ -1,10 +1,11 @@
 """A page to try the model: its files, and what it shows of a video."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from importlib import resources
+from typing import Any
 
-import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -23,22 +24,30 @@ _POLICY = (
 )
 
 
-def routes(service: Service, body: Callable[[Request, str], Awaitable[bytes]]) -> list[Route]:
+def routes(
+    service: Service,
+    body: Callable[[Request, str], Awaitable[bytes]],
+    while_there: Callable[[Request, Coroutine[Any, Any, Any], float], Awaitable[Any]],
+) -> list[Route]:
     """The page's addresses.
 
     Args:
         service: that answers.
         body: reads a request's body of a content type, which is held until `Service.release`.
+        while_there: the result of some work, unless the client leaves or a time of the event loop's clock comes.
     """
+
+    async def seen(content):
+        return await asyncio.to_thread(_shown, await service.look(content), service.num_frames)
 
     async def look(request: Request) -> Response:
         """POST /demo/look: a video's bytes to what the page shows of it."""
+        deadline = asyncio.get_running_loop().time() + service.config.request_timeout
+        content = await body(request, "application/octet-stream")
         with ExitStack() as held:
-            held.enter_context(service.admitted())
-            content = await body(request, "application/octet-stream")
             held.callback(service.release, content)
-            seen = await service.look(content)
-            return JSONResponse(await anyio.to_thread.run_sync(_shown, seen, service.num_frames))
+            held.enter_context(service.admitted())
+            return JSONResponse(await while_there(request, seen(content), deadline))
 
     page = [Route(f"/{name}" if name != "demo.html" else "/", _file(name, kind)) for name, kind in _KINDS.items()]
     return [*page, Route("/demo/look", look, methods=["POST"])]

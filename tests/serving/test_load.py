@@ -252,6 +252,35 @@ def test_a_body_that_does_not_come_takes_no_place(serving_chat, serving_folder, 
         left_nothing(running)
 
 
+def test_a_video_for_the_page_has_its_time(serving_chat, serving_folder, monkeypatch):
+    """It is given up when that is over, and when nobody wants it any more."""
+    content = (serving_folder / "videos" / "4.mp4").read_bytes()
+    sent = head(content).replace(b"/v1/chat/completions", b"/demo/look").replace(b"/json", b"/octet-stream")
+    for seconds in (0.5, 60.0):
+        with served(serving_chat, serving_folder / "model", demo=True, request_timeout=seconds) as running:
+            store, begun, killed = running.service._features, threading.Event(), threading.Event()
+            decode = store._decode
+
+            def slow(worker, file, begun=begun, killed=killed, decode=decode):
+                begun.set()
+                killed.wait(10)
+                return decode(worker, file)
+
+            store._decode = slow
+            for worker in store._workers:
+                monkeypatch.setattr(worker, "kill", killed.set)
+            with running.connection() as made:
+                made.sendall(sent + content)
+                assert begun.wait(60)
+                if seconds < 1:
+                    assert made.recv(12) == b"HTTP/1.1 504"
+            wait_until(killed.is_set, 9)
+            store._decode = decode
+            left_nothing(running)
+            answer = running.call("POST", "/demo/look", content, content_type="application/octet-stream")
+            assert answer[0] == 200
+
+
 def test_a_decoder_that_is_done_is_not_ended(serving_chat, serving_folder):
     """Even if nobody waits for its result any more: the next video would find it dead."""
 

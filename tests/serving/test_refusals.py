@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import logging
 import os
 import shutil
 import threading
@@ -449,6 +450,17 @@ def test_a_full_disk_is_told(serving_chat, serving_folder, monkeypatch):
         spool._most = most
         assert running.ask(url)[0] == 200
         assert (os.listdir(folder), spool._used) == ([], 0)
+
+
+def test_a_request_makes_one_line_of_the_log(server, caplog):
+    """Whatever its path holds."""
+    caplog.set_level(logging.INFO, "fastvid")
+    server.call("GET", "/a%0D%0A00:00:00%20127.0.0.1%20GET%20/forged%20200%1B%5B2K")
+    wait_until(lambda: caplog.records)
+    lines = [record.getMessage() for record in caplog.records if record.name == "fastvid"]
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+    assert "/a\\r\\n00:00:00" in lines[0]
 
 
 def test_limits(serving_chat, serving_folder, tmp_path):
