@@ -1,6 +1,5 @@
 """``fastvid serve``: answers questions about videos over HTTP, as OpenAI's chat completions."""
 
-import ipaddress
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     config = parse(ServeConfig, argv)
     try:
-        from fastvid.serving.server import Server, address, bind
+        from fastvid.serving.server import Server, address, bind, of_this_machine
         from fastvid.serving.service import Service
     except ModuleNotFoundError as error:
         raise ValueError(f"fastvid serve needs {error.name}: pip install 'fastvid[serve]'") from error
@@ -35,17 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat = Chat(ChatConfig(**settings))
         try:
             service = Service(chat, config)
-            if service.api_key is None and not _of_this_machine(listener.getsockname()[0]):
+            if service.api_key is None and not of_this_machine(listener):
                 log.warning("everybody who reaches %s may ask: give an --api_key", address(listener))
             print(f"{service.name} at {address(listener)}", file=sys.stderr, flush=True)
             Server(service, listener).serve_until_told()
         finally:
             chat.close()
     return 0
-
-
-def _of_this_machine(host):
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -29,8 +31,12 @@ _OPEN = ("/health", "/", "/demo.js", "/demo.css")  # addresses that want no key
 _GONE = 499  # what the log calls a request whose client went away
 
 
-def app(service: Service) -> ASGIApp:
-    """The application. It starts the service, and closes it."""
+def app(service: Service, names: Collection[str] | None = None) -> ASGIApp:
+    """The application. It starts the service, and closes it.
+
+    Args:
+        names: of the server, by which it answers; None: by any.
+    """
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -56,14 +62,18 @@ def app(service: Service) -> ASGIApp:
         routes += demo.routes(service, _Chat(service).body, _while_there)
     inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     inner.state.service = service
-    return _Front(service, inner)
+    return _Front(service, inner, names)
 
 
 class _Front:
-    """Asks for the key, counts requests and logs a line for each."""
+    """Asks for the key, counts requests and logs a line for each.
 
-    def __init__(self, service: Service, inner: ASGIApp):
-        self._service, self._inner = service, inner
+    A server that answers only this machine must not answer a page from elsewhere whose name was made to lead here: its
+    browser tells that name as the host.
+    """
+
+    def __init__(self, service: Service, inner: ASGIApp, names: Collection[str] | None):
+        self._service, self._inner, self._names = service, inner, names
         self._paths = {"/v1/chat/completions", "/v1/models", "/health", "/metrics", "/demo/look", *_OPEN}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +90,12 @@ class _Front:
             await send(message)
 
         try:
-            if self._refused(scope):
+            if (host := self._strange(scope)) is not None:
+                error = ApiError(
+                    403, f"nobody is asked here as {shown(host[:80])}: ask localhost, or give an --api_key"
+                )
+                await _refusal(error)(scope, receive, watched)
+            elif self._refused(scope):
                 error = ApiError(401, "the key is missing or wrong: send it as Authorization: Bearer KEY")
                 await _refusal(error, {"WWW-Authenticate": "Bearer"})(scope, receive, watched)
             else:
@@ -94,6 +109,16 @@ class _Front:
             who, seconds = (scope.get("client") or ["-"])[0], time.perf_counter() - began
             told = who, scope["method"], shown(path[:80]), status, seconds, note.get("tokens", "")
             log.info("%s %s %s %d %.2fs%s", *told)
+
+    def _strange(self, scope):
+        """The host that is asked, where it is none of the server's names; None otherwise."""
+        if self._names is None:
+            return None
+        host = Headers(scope=scope).get("host", "")
+        with suppress(ValueError):
+            if urlsplit(f"//{host}").hostname in self._names:
+                return None
+        return host
 
     def _refused(self, scope):
         key = self._service.api_key

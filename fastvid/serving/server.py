@@ -1,6 +1,7 @@
 """The server itself: its socket, what a connection may do, and how it ends."""
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -51,6 +52,18 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def of_this_machine(listener: socket.socket) -> bool:
+    """Whether only this machine reaches a socket."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _names(service, listener):
+    """Hosts that requests may name; None: any, as what keeps others out is a key or nothing."""
+    if service.api_key is not None or not of_this_machine(listener):
+        return None
+    return {"localhost", "127.0.0.1", "::1", service.config.host.lower()}
+
+
 class Server(uvicorn.Server):
     """Serves a `Service` until a signal, or `end`; then lets what is in hand be answered.
 
@@ -62,7 +75,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, listener: socket.socket):
         super().__init__(
             uvicorn.Config(
-                app(service),
+                app(service, _names(service, listener)),
                 http=GuardedProtocol,
                 ws="none",
                 lifespan="on",

@@ -463,6 +463,20 @@ def test_a_request_makes_one_line_of_the_log(server, caplog):
     assert "/a\\r\\n00:00:00" in lines[0]
 
 
+def test_a_name_that_was_made_to_lead_here_is_refused(serving_chat, serving_folder):
+    """Pages from elsewhere reach a server of this machine by no name of theirs; who has a key may use any."""
+    for settings, strangers in (({}, 403), ({"api_key": "s3cret"}, 200)):
+        with served(serving_chat, serving_folder / "model", **settings) as running:
+            key = {"authorization": "Bearer s3cret"}
+            for name in ("localhost", f"LocalHost:{running.port}", "127.0.0.1", f"[::1]:{running.port}"):
+                assert running.call("GET", "/v1/models", host=name, **key)[0] == 200
+            for name in ("evil.example", f"evil.example:{running.port}", "localhost.evil.example", "x@y", "[", ""):
+                answer = running.call("GET", "/v1/models", host=name, **key)
+                assert answer[0] == strangers
+                if strangers == 403:
+                    refused(answer, 403, "ask localhost, or give an --api_key")
+
+
 def test_limits(serving_chat, serving_folder, tmp_path):
     videos = serving_folder / "videos"
     large = videos / "large.mp4"
