@@ -737,24 +737,24 @@ RECORDS = [
         asked("<video> what"),
     ),
     (
-        without({**asked("what"), "image": "a.jpg"}, "video"),
+        without({**asked("what"), "image": "picture.jpg"}, "video"),
         "0 <image> in the text for 1 image; put <image> into the question",
-        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+        without({**asked("<image> what"), "image": "picture.jpg"}, "video"),
     ),
     (
-        without({**asked("<image> what"), "img": "a.jpg"}, "video"),
+        without({**asked("<image> what"), "img": "picture.jpg"}, "video"),
         "field 'img' is not read; a record names its image in 'image'",
-        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+        without({**asked("<image> what"), "image": "picture.jpg"}, "video"),
     ),
     (
         without(asked("<image> what"), "video"),
         "the text holds <image>, but the record names no file; name its image in 'image'",
-        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+        without({**asked("<image> what"), "image": "picture.jpg"}, "video"),
     ),
     (
         without({**asked("<image> what"), "image": "data:image/png;base64,iVBO"}, "video"),
         "field 'image' holds the file itself; write it to a file, and name that",
-        without({**asked("<image> what"), "image": "a.jpg"}, "video"),
+        without({**asked("<image> what"), "image": "picture.jpg"}, "video"),
     ),
     (
         without({**asked("<depth> what"), "depth": "a.png"}, "video"),
@@ -829,6 +829,7 @@ RECORDS = [
 @pytest.mark.parametrize("record, said, mended", RECORDS)
 def test_records(user, tmp_path, record, said, mended):
     path = tmp_path / "train.json"
+    save_features(tmp_path / "feats" / "picture.safetensors", torch.ones(4, CHANNELS), {})
     path.write_text(json.dumps([record, asked("<video> why")]))
     code, text = user("validate")
     assert code == 1 and all(part in text for part in said.split(" … ")), text
