@@ -46,6 +46,9 @@ def run(tmp_path_factory):
 
 # {a remedy of another trainer's flag: the same as flags of fastvid}. "": the flag is left out, and that is all.
 REMEDIES = {
+    "use --min_lr_ratio and --decay_steps": (
+        "--lr_scheduler_type warmup_stable_decay --min_lr_ratio 0.1 --decay_steps 0.2"
+    ),
     "use --question_order video_first": "--question_order video_first",
     "the same command goes on from the newest checkpoint in --output_dir by itself (--resume auto), "
     "leave it out": "--resume auto",
