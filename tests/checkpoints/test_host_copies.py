@@ -152,7 +152,7 @@ def test_no_update_overtakes_the_copies(tmp_path, monkeypatch):
     )
     order, step = [], state.optimizer.step
     monkeypatch.setattr(state.saver, "hold", lambda: order.append("hold"))
-    monkeypatch.setattr(state.optimizer, "step", lambda *a: order.append("update") or step(*a))
+    monkeypatch.setattr(state.optimizer, "step", lambda *a, **k: order.append("update") or step(*a, **k))
     for number in range(2):
         train.train_step(state, state.loader.read(number)[0])
     assert order == ["hold", "update"] * 2

@@ -313,7 +313,13 @@ def test_a_refused_request_in_between_does_not_hide_a_dead_judge(tmp_path):
 def test_replies_of_an_interrupted_run_are_kept(tmp_path, monkeypatch):
     """They are paid for."""
     monkeypatch.setattr(module, "_judgement", interrupted := Interrupted(module._judgement))
-    with fake_judge(lambda n, body: 0.5 if n else GOOD) as server, pytest.raises(KeyboardInterrupt):
+    all_asked = threading.Barrier(3)
+
+    def answer(number, body):
+        all_asked.wait(30)
+        return 0.5 if number else GOOD
+
+    with fake_judge(answer) as server, pytest.raises(KeyboardInterrupt):
         judge_all(Judge(server.url, "m"), asks(lines(3), "m"), tmp_path, at_once=3)
     assert interrupted.calls and len(server.bodies) == 3 and len(read_lines(tmp_path, "judgements")) >= 2
 
