@@ -295,10 +295,10 @@ def test_silent_hosts_hold_up_nobody(serving_chat, serving_folder):
             assert running.ask(uri(serving_folder / "videos" / "4.mp4"))[0] == 200
             assert not any(each.done() for each in waiting)
             for each in waiting:
-                refused(each.result(), 504, "longer than 3 s (--request_timeout)")
+                refused(each.result(), 504, "longer than ")  # than the request may, or than the host then has left
             assert not released.is_set()
             began = time.monotonic()
-            with pytest.raises(ApiError, match="takes longer than 0.2 s"):
+            with pytest.raises(ApiError, match=r"takes longer than 0\.(2|1\d+) s"):
                 running.service._addresses.open(f"http://{address}/late", False, began + 0.2)
         finally:
             released.set()
