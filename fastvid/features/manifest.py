@@ -157,14 +157,15 @@ class Manifest:
         Args:
             for_new: also from processes that came and went meanwhile, which takes a listing of the folder.
         """
-        paths = set(self._read_to)
+        # The common one too where it was not there yet when this object was made: its process began at the same time.
+        paths = {*self._read_to, self.folder / NAME}
         if self._leases is not None:
             paths |= {self.folder / f"{_BEFORE}{owner}{_AFTER}" for owner in self._leases.owners()}
         if for_new:
             paths |= set(_paths(self.folder))
         if self._file is not None:
             paths.discard(self.path)
-        return self._note(self._unread(paths))
+        return self._note(self._unread(sorted(paths, key=_is_common)))
 
     def close(self) -> None:
         if self._file is None:
@@ -252,10 +253,14 @@ def read_files(folder: StrPath) -> dict[str, dict[str, Any]]:
 
 
 def _paths(folder):
-    """The manifests in a folder, the common one first."""
+    """The manifests in a folder, the common one last: it gets the lines of another before that one is removed."""
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     own = sorted(name for name in names if name.startswith(_BEFORE) and name.endswith(_AFTER))
-    return [Path(folder, name) for name in [NAME, *own] if name in names]
+    return [Path(folder, name) for name in [*own, NAME] if name in names]
+
+
+def _is_common(path):
+    return path.name == NAME
 
 
 def _appended_to(path):

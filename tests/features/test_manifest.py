@@ -9,6 +9,7 @@ import time
 import pytest
 from forks import FORKS
 
+from fastvid.features import manifest as manifests
 from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.video.leases import Leases
 
@@ -102,6 +103,46 @@ def test_two_at_a_time_have_a_file_each_and_are_read_as_one(tmp_path):
     other.close()
     assert [path.name for path in tmp_path.glob("manifest*")] == ["manifest.jsonl"]
     assert read_manifest(tmp_path)["a.mp4"]["reason"] == "no, again"
+
+
+def test_a_common_file_that_was_made_since_is_read(tmp_path):
+    """Of two that begin at the same time, one may look for manifests before the other has made its own."""
+    early = Manifest(tmp_path)
+    (_, first), leases = _opened(tmp_path), Leases(tmp_path)
+    leases.open()
+    early.open(leases)
+    first.append("a.mp4", "writing", file="a.pkl")
+    assert early.look_again() and early.files["a.pkl"]["status"] == "writing"
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_lines_that_are_moved_while_others_look_are_seen(tmp_path, monkeypatch, begins):
+    """The common file is read last: until then the lines may move to it."""
+    (_, first), (leases, own), (_, third) = _opened(tmp_path), _opened(tmp_path), _opened(tmp_path)
+    own.append("a.mp4", "ok")
+    third.look_again()
+    own.append("b.mp4", "ok")
+    leases.close()  # as if it had died
+    monkeypatch.setattr(manifests, "_entries", _after_the_first(manifests._entries, first._gather))
+    if begins:
+        third = Manifest(tmp_path)
+    else:
+        third.look_again()
+    assert list(third.entries) == ["a.mp4", "b.mp4"]
+
+
+def _after_the_first(function, action):
+    """A function that does `action` once the first of its calls has returned, so between two files."""
+    calls = []
+
+    def called(*arguments):
+        found = function(*arguments)
+        if not calls:
+            calls.append(arguments)
+            action()
+        return found
+
+    return called
 
 
 def test_what_failed_before_is_no_news(tmp_path):
