@@ -205,12 +205,12 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
         else:
             scale = 1 / max(1, counts.supervised)
         parallel.set_gradient_sync(state.model, i == len(batches) - 1, accumulate_whole=state.plan.accumulate_whole)
-        state.draw_dropout(state.step, i)
+        state.draw(state.step, i)
         share = state.model(batch) * scale
         share.backward()
         loss += share.detach()
     state.model.keep_casts(False)
-    state.end_dropout()
+    state.end_draws()
     parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
     rate = partial(
         learning_rate,

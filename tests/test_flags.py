@@ -143,7 +143,6 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
         ("--push_to_hub True", "hf upload"),
         ("--auto_find_batch_size True", "--tokens_per_batch"),
         ("--label_smoothing_factor 0.1", "leave it out"),
-        ("--neftune_noise_alpha 5", "leave it out"),
         ("--group_by_length True", "--tokens_per_batch"),
         ("--sep_video_conv_front True", "--question_order video_first"),
         ("--data_seed 0", "--seed"),

@@ -160,6 +160,12 @@ class TrainConfig(DataConfig):
     mm_projector_lr: float | None = flag(
         None, "Peak learning rate of the projector. Default: --learning_rate.", at_least=0, at_most=100
     )
+    neftune_noise_alpha: float | None = flag(
+        None,
+        "NEFTune: add uniform noise within ± this / √(tokens · channels) to text's embeddings.",
+        above=0,
+        at_most=10**6,
+    )
     weight_decay: float = flag(0.0, "AdamW weight decay (not applied to biases and norms).", at_least=0, at_most=100)
     adam_beta1: float = flag(0.9, "AdamW beta 1.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW beta 2.", at_least=0, below=1)

@@ -196,7 +196,7 @@ def training_loader(config: TrainConfig, samples: SampleSet, world: World) -> Lo
     packing = {
         "prefix": system_prefix(samples.tokenizer, config.version),
         "share": config.share_video,
-        "frozen": config.trainable.adapter_only,
+        "frozen": config.trainable.adapter_only and config.neftune_noise_alpha is None,
     }
     groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
     order = training_order(

@@ -115,7 +115,6 @@ MEANING = {
     "per_gpu_eval_batch_size": Meaning("use --per_device_eval_batch_size"),
     "split_batches": Meaning("leave it out: --per_device_train_batch_size is each rank's"),
     "label_smoothing_factor": Meaning(_NO_SUCH),
-    "neftune_noise_alpha": Meaning(_NO_SUCH),
     "lr_scheduler_kwargs": Meaning("use --min_lr_ratio and --decay_steps"),
     "optim_target_modules": Meaning(_NO_SUCH),
     "optim_args": Meaning("use --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay"),

@@ -7,7 +7,6 @@ Dimensions: N rows, I inputs and O outputs of a frozen matrix, r rank, R = r · 
 targets together.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastvid.model.config import DecoderConfig
 from fastvid.model.linear import Linear
+from fastvid.model.noise import generator_of
 from fastvid.policy import Lora
 
 _MATRICES = {
@@ -189,8 +189,7 @@ def _dropped(x_NI, lora, key):
     left_out = min(round(lora.dropout * steps), steps - 1)
     draws = torch.empty(-(-count // 4), dtype=torch.int64, device=x_NI.device)
     if not x_NI.is_meta:
-        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
-        draws.random_(-(1 << 63), None, generator=torch.Generator(x_NI.device).manual_seed(seed))
+        draws.random_(-(1 << 63), None, generator=generator_of(key, x_NI.device))
     dropped = draws.view(torch.int16)[:count] < left_out - steps // 2
     return dropped.view_as(x_NI), lora.scaling * steps / (steps - left_out)
 

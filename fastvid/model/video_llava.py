@@ -19,6 +19,7 @@ from fastvid.model.cache import Cache, LayerCache
 from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.decoder import Decoder, Stream
 from fastvid.model.linear import Linear
+from fastvid.model.noise import Noise, with_noise
 from fastvid.model.rows import take_rows
 from fastvid.policy import Trainable
 
@@ -41,6 +42,9 @@ class VideoLlava(nn.Module):
         recompute: "none", "selective", "full" or a number of layers; see `Decoder`.
         attention: `choose_attention` and `settle_attention` choose one; SDPA serves on every device.
 
+    Attributes:
+        noise: what is added to the embeddings of text; None: nothing. No row of text is constant with it.
+
     Raises:
         ValueError: an unknown mode or projector.
     """
@@ -59,6 +63,7 @@ class VideoLlava(nn.Module):
         self.config = config
         self.trainable = trainable
         self.precision = precision
+        self.noise: Noise | None = None
         self._prefix: list[tuple[Tensor, Tensor]] | None = None  # not buffers: no checkpoint holds them
 
         table = partial(Table, sizes.vocab_size, sizes.hidden_size)
@@ -174,7 +179,7 @@ class VideoLlava(nn.Module):
         boundary_2D = self.boundary.weight if self.trainable.boundary else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
-        return splice_video(
+        x_ND = splice_video(
             batch.token_ids[first:],
             self.embed.weight,
             video_PD,
@@ -183,6 +188,10 @@ class VideoLlava(nn.Module):
             boundary_rows,
             self.precision.residual,
         )
+        if self.noise is None:
+            return x_ND
+        assert not (first or batch.prefix_rows), "no row of text is constant with noise"
+        return with_noise(x_ND, self.noise, longest=batch.layout.max_seqlen_k, video_rows=video_rows)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """Scores of the next token, [N, vocabulary] fp32."""

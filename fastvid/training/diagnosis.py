@@ -40,7 +40,7 @@ def explain_not_finite(state: TrainState, failed: int) -> str:
     found = []
     for rank in range(state.world.size):
         for i, batch in enumerate(batches):
-            state.draw_dropout(failed, i)
+            state.draw(failed, i)
             mine = batch if rank == state.world.rank else nothing
             loss = state.model(mine.to(state.world.device)) / max(1, batch.num_supervised)
             loss.backward()
@@ -53,7 +53,7 @@ def explain_not_finite(state: TrainState, failed: int) -> str:
             for parameter in state.optimizer.parameters.values():
                 parameter.grad = None
             found.append((finite, gradients, batch.sample_ids))
-    state.end_dropout()
+    state.end_draws()
     said = state.world.gather_objects(found)
     lines = []
     for i in range(len(found)):

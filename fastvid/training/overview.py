@@ -36,7 +36,7 @@ def overview(
         f"prompts: {config.version}",
         *filter(None, [videos]),
         _parameters(config, model_config),
-        *filter(None, [_lora(config)]),
+        *filter(None, [_lora(config), _noise(config)]),
         _computing(config, world, attention),
     ]
 
@@ -113,6 +113,15 @@ def _lora(config):
     return (
         f"LoRA: r {lora.rank}, alpha {lora.alpha:g}{' / √r' * lora.rslora}, dropout {lora.dropout:g}, on "
         f"{', '.join(lora.targets)}{told}; every row has a gradient, so no system prompt is kept and no row is frozen"
+    )
+
+
+def _noise(config):
+    if config.neftune_noise_alpha is None:
+        return None
+    return (
+        f"NEFTune: alpha {config.neftune_noise_alpha:g}; no row of text is constant, so no system prompt is kept and "
+        "no row is frozen"
     )
 
 

@@ -174,6 +174,11 @@ def _check_lora(config):
             f"--lora_weights {config.lora_weights}: there are no matrices that could start from it; add --lora_enable "
             "True, or leave it out"
         )
+    if config.neftune_noise_alpha is not None and config.parity == "reference":
+        raise ValueError(
+            f"--neftune_noise_alpha {config.neftune_noise_alpha:g}: PG-Video-LLaVA adds no noise, so leave it or "
+            "--parity reference out"
+        )
     if config.mm_projector_lr is not None and not config.trainable.projector:
         raise ValueError(
             f"--mm_projector_lr {config.mm_projector_lr:g}: the projector is frozen; leave the flag out, or give "

@@ -12,6 +12,7 @@ from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.dist import parallel
 from fastvid.model.lora import draw_dropout
+from fastvid.model.noise import Noise
 from fastvid.model.video_llava import VideoLlava
 from fastvid.training import flops, planning
 from fastvid.training.optimizer import Optimizer
@@ -58,16 +59,20 @@ class TrainState:
         """Which samples each step takes (`fastvid.data.order.stream`)."""
         return self.loader.order
 
-    def draw_dropout(self, step: int, micro_batch: int) -> None:
-        """Draw anew what LoRA's dropout leaves out, for this rank's micro-batch of a step: the same whenever a run
-        computes it."""
-        lora = self.config.trainable.lora
+    def draw(self, step: int, micro_batch: int) -> None:
+        """Draw anew what is random in this rank's micro-batch of a step: what LoRA's dropout leaves out, and NEFTune's
+        noise. It is the same whenever a run computes it."""
+        lora, alpha = self.config.trainable.lora, self.config.neftune_noise_alpha
+        numbers = self.config.seed, step, micro_batch * self.world.size + self.world.rank
         if lora is not None and lora.dropout:
-            draw_dropout(self.model, (self.config.seed, step, micro_batch * self.world.size + self.world.rank))
+            draw_dropout(self.model, numbers)
+        if alpha is not None:
+            self.model.noise = Noise(alpha, numbers)
 
-    def end_dropout(self) -> None:
-        """From now on nothing is left out."""
+    def end_draws(self) -> None:
+        """From now on nothing is random."""
         draw_dropout(self.model, None)
+        self.model.noise = None
 
 
 @dataclass(frozen=True)
