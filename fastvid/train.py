@@ -41,6 +41,7 @@ from fastvid.model.config import ModelConfig
 from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
 from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
+from fastvid.training.average import Average
 from fastvid.training.metrics import Metrics, memory_taken
 from fastvid.training.optimizer import Optimizer, learning_rate
 from fastvid.training.profiling import Profiler
@@ -160,13 +161,13 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
         model.keep_prefix(loader.prefix)
     if plan.tiled:  # after what takes other parts of the matrices than steps do
         model.decoder.prepack()
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return TrainState(
         config=config,
         world=world,
         tokenizer=tokenizer,
         model=model,
-        optimizer=Optimizer(trained, config, world.device),
+        optimizer=Optimizer(trained.items(), config, world.device),
         loader=loader,
         evaluation=evaluation,
         formula=flops.Formula(model_config, config.trainable),
@@ -174,6 +175,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
         saver=Saver(),
         staging=Staging(world.device),
         plan=plan,
+        average=None if config.ema_decay is None else Average(trained, config.ema_decay),
     )
 
 
@@ -225,6 +227,8 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
     projector_lr = None if config.mm_projector_lr is None else rate(peak=config.mm_projector_lr)
     state.saver.hold()
     loss, norm = state.optimizer.step(state.step, lr, loss, projector_lr=projector_lr)
+    if state.average is not None:
+        state.average.update(state.step, state.optimizer.failed_step)
     # Once the latch is closed losses no longer count: the sum stays that of the steps that were applied.
     state.loss_sum += loss.masked_fill(state.optimizer.failed_step >= 0, 0.0)
     state.step += 1
@@ -241,7 +245,8 @@ def evaluate(state: TrainState) -> float | None:
     world = state.world
     assert state.evaluation is not None
     total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    with contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
+    parallel.reshard(state.model)
+    with state.averaged(), contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
         for batches, _ in steps:
             halted = world.sum_on_host([state.stop_signal or batches is None])[0]
             if batches is None or halted:

@@ -176,6 +176,13 @@ class TrainConfig(DataConfig):
     lr_scheduler_type: Literal[
         "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
     ] = flag("cosine", "Learning-rate schedule after warm-up.")
+    ema_decay: float | None = flag(
+        None,
+        "Average what is trained over the steps, exponentially; validation, results and exports take the average. "
+        "0.999 looks back about 1,000 steps.",
+        above=0,
+        below=1,
+    )
     min_lr_ratio: float = flag(
         0.0,
         "Where cosine_with_min_lr and warmup_stable_decay end, as a share of --learning_rate.",

@@ -102,6 +102,7 @@ def estimate(
     tiled: bool = False,
     sums_replicated: bool = False,
     summed: bool = False,
+    averaged: bool = False,
     **more_rows: int,
 ) -> MemoryEstimate:
     """Memory of one rank's step.
@@ -115,6 +116,7 @@ def estimate(
         tiled: the decoder's matrices are there twice more (`Linear.prepack`).
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
+        averaged: an average of what is trained is kept (`fastvid.training.average`).
         (others: as for `VideoLlava`.)
     """
     c = config.decoder
@@ -190,7 +192,11 @@ def estimate(
     return MemoryEstimate(
         weights=weights + keys_values,
         gradients=gradients,
-        optimizer=int(OPTIMIZER_BYTES[optimizer] * (trained - whole) + OPTIMIZER_BYTES["adamw"] * whole)
+        optimizer=int(
+            OPTIMIZER_BYTES[optimizer] * (trained - whole)
+            + OPTIMIZER_BYTES["adamw"] * whole
+            + (4 * trained if averaged else 0)
+        )
         // trained_ranks,
         activations=activations,
         working=working,

@@ -36,7 +36,7 @@ def overview(
         f"prompts: {config.version}",
         *filter(None, [videos]),
         _parameters(config, model_config),
-        *filter(None, [_lora(config), _noise(config)]),
+        *filter(None, [_lora(config), _noise(config), _average(config)]),
         _computing(config, world, attention),
     ]
 
@@ -123,6 +123,12 @@ def _noise(config):
         f"NEFTune: alpha {config.neftune_noise_alpha:g}; no row of text is constant, so no system prompt is kept and "
         "no row is frozen"
     )
+
+
+def _average(config):
+    if config.ema_decay is None:
+        return None
+    return f"average: decay {config.ema_decay:g}, of what is trained; validation and results take it"
 
 
 def _computing(config, world, attention):

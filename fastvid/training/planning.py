@@ -101,6 +101,7 @@ def checked(config: TrainConfig) -> TrainConfig:
             "nothing would be trained: --freeze_mm_mlp_adapter freezes the projector, and without "
             "--mm_use_vid_start_end there are no start and end embeddings to tune"
         )
+    _check_parity(config)
     _check_lora(config)
     if config.trainable.boundary and config.weight_decay and config.policy.reference_order:
         raise ValueError(
@@ -166,18 +167,21 @@ def given_memory(config: TrainConfig) -> int | None:
     return int(size)
 
 
-def _check_lora(config):
-    if config.trainable.lora and config.parity == "reference":
+def _check_parity(config):
+    if config.parity != "reference":
+        return
+    if config.trainable.lora:
         raise ValueError("--lora_enable True: PG-Video-LLaVA has no LoRA, so leave --parity reference out")
+    for name, what in (("neftune_noise_alpha", "adds no noise"), ("ema_decay", "averages no weights")):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(f"--{name} {value:g}: PG-Video-LLaVA {what}, so leave it or --parity reference out")
+
+
+def _check_lora(config):
     if config.lora_weights is not None and not config.trainable.lora:
         raise ValueError(
             f"--lora_weights {config.lora_weights}: there are no matrices that could start from it; add --lora_enable "
             "True, or leave it out"
-        )
-    if config.neftune_noise_alpha is not None and config.parity == "reference":
-        raise ValueError(
-            f"--neftune_noise_alpha {config.neftune_noise_alpha:g}: PG-Video-LLaVA adds no noise, so leave it or "
-            "--parity reference out"
         )
     if config.mm_projector_lr is not None and not config.trainable.projector:
         raise ValueError(
@@ -304,6 +308,7 @@ def plan(
         fp32_residual=precision.fp32_residual,
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=precision.frozen,
+        averaged=config.ema_decay is not None,
         on_cpu=not of_gpu,
         one_call_per_segment=attention.name == "sdpa" and not other,
     )

@@ -114,9 +114,17 @@ def save(state: TrainState) -> float:
         state.step,
         state=described,
         total_limit=state.config.save_total_limit,
-        groups={"model": dict(state.optimizer.parameters), "optimizer": state.optimizer.state_tensors()},
+        groups=_groups(state),
     )
     return time.perf_counter() - begin
+
+
+def _groups(state):
+    """What a checkpoint holds: "model" is what others read of it, "training" what steps go on from where that is
+    something else."""
+    trained = dict(state.optimizer.parameters)
+    weights = {"model": trained} if state.average is None else {"model": state.average.tensors(), "training": trained}
+    return {**weights, "optimizer": state.optimizer.state_tensors()}
 
 
 def _provenance(state):
@@ -149,8 +157,8 @@ def resume(state: TrainState) -> None:
         _on_main(state, lambda: _set_aside_results(state.config))
         return
     tensors = {**state.optimizer.parameters, **state.optimizer.state_tensors()}
-    checkpoint.load_into(folder, "model", dict(state.optimizer.parameters))
-    checkpoint.load_into(folder, "optimizer", state.optimizer.state_tensors())
+    for group, targets in _groups(state).items():
+        checkpoint.load_into(folder, group, targets)
     if broken := [name for names in state.world.gather_objects(not_finite(tensors)) for name in names]:
         raise ValueError(
             f"{folder}: {broken[0]} is not finite (NaN or infinity), and no step can go on from it. Move "
@@ -268,7 +276,8 @@ def write_results(state: TrainState) -> list[Path]:
                 verify=False,
             )
         return [output / "model"]
-    trained = {name: full_tensor(p) for name, p in state.optimizer.parameters.items()}
+    tensors = state.optimizer.parameters if state.average is None else state.average.tensors()
+    trained = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
     for path in paths if state.world.is_main else ():
         write_reference_projector(
@@ -284,8 +293,8 @@ def write_results(state: TrainState) -> list[Path]:
     if lora is None:
         return paths
     if state.world.is_main:
-        tensors = split(lora, trained, state.model.config.decoder)
-        write_adapter(output, lora, tensors, config.model_name_or_path, _provenance(state))
+        matrices = split(lora, trained, state.model.config.decoder)
+        write_adapter(output, lora, matrices, config.model_name_or_path, _provenance(state))
     return [*paths, output / CONFIG_FILE, output / WEIGHTS_FILE]
 
 

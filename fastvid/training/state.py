@@ -1,5 +1,6 @@
 """What a training run consists of, and what one step of it gave."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastvid.model.lora import draw_dropout
 from fastvid.model.noise import Noise
 from fastvid.model.video_llava import VideoLlava
 from fastvid.training import flops, planning
+from fastvid.training.average import Average
 from fastvid.training.optimizer import Optimizer
 from fastvid.training.staging import Staging
 
@@ -26,6 +28,7 @@ class TrainState:
     Attributes:
         evaluation: loader of the validation set, or None.
         plan: what was decided before the first step.
+        average: of what is trained, over the steps; None without ``--ema_decay``.
         step: optimizer steps done.
         loss_sum: float64 scalar on the device, sum of the losses of the steps since the last log line.
         logged_step: the step of that line.
@@ -47,12 +50,17 @@ class TrainState:
     saver: Saver
     staging: Staging
     plan: planning.Plan
+    average: Average | None = None
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0
     skipped_before: int = 0
     run: str | None = None
     content: dict[str, Any] | None = None
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model is the average of its steps, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     @property
     def order(self) -> TrainingOrder:

@@ -308,6 +308,13 @@ def test_gradients_that_are_sums_are_fp32():
     assert estimate(config, **masters, summed=True) == estimate(config, **masters)
 
 
+def test_an_average_takes_four_bytes_of_each_trained_parameter():
+    settings = {"trainable": FULL, "rows": 100, "supervised_rows": 10, "compute_dtype": torch.float32}
+    plain, averaged = (estimate(CONFIG, **settings, averaged=flag) for flag in (False, True))
+    assert averaged.optimizer - plain.optimizer == 4 * sum(parameter_counts(CONFIG, FULL).values())
+    assert averaged.total - plain.total == averaged.optimizer - plain.optimizer
+
+
 @pytest.mark.parametrize("trainable", [ADAPTER, FULL], ids=["adapter", "full"])
 def test_as_few_layers_are_recomputed_as_fit(trainable):
     config, settings = seven_billion(trainable=trainable)
