@@ -7,10 +7,11 @@
 # --compare goes on for as long again: stage 2 with shared videos and with the video first in every prompt, and a base
 # that has learned the video first, to show what each of the two costs in right answers.
 #
-# Variables: those of environment.sh, OUT (where everything goes: quickstart/) and SEED (0).
+# Variables: those of environment.sh, OUT (where everything goes: quickstart/), SEED (0), and FAMILY: the shape, the kind
+# of tokenizer and the prompts of the language model (llama: LLaMA 2's and LLaVA's v1; llama3, qwen3: their own).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT=${OUT:-quickstart} SEED=${SEED:-0} SECONDS=0
+OUT=${OUT:-quickstart} SEED=${SEED:-0} FAMILY=${FAMILY:-llama} SECONDS=0
 case ${1:-} in
   "") compare= ;;
   --compare) compare=1 ;;
@@ -30,7 +31,7 @@ step "draw clips, and write questions and answers about them"
 say_and_do python scripts/quickstart/draw_clips.py "$OUT" --seed "$SEED"
 
 step "build two vision towers, a tokenizer and an untrained language model"
-say_and_do python scripts/quickstart/build_models.py "$OUT" --seed "$SEED"
+say_and_do python scripts/quickstart/build_models.py "$OUT" --seed "$SEED" --family "$FAMILY"
 
 step "extract features: with tower a for stage 1, with tower b for stage 2"
 for tower in a b; do
@@ -45,7 +46,7 @@ say_and_do python scripts/convert_instruction_json_to_training_format.py --input
 step "stage 1: train everything, as LLaVA was; killed half-way, then run again"
 stage1=(
   torchrun --standalone --nproc_per_node=2 scripts/train.py
-  --model_name_or_path "$OUT/llava_base" --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
+  --model_name_or_path "$OUT/llava_base" --version auto --data_path "$OUT/train.json" --video_folder "$OUT/features_a"
   --mm_use_vid_start_end --max_steps 500 --per_device_train_batch_size 16
   --learning_rate 1e-3 --warmup_ratio 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 2 --seed "$SEED"
   --output_dir "$OUT/stage1"
@@ -74,7 +75,7 @@ say_and_do python scripts/quickstart/evaluate.py "$OUT" --name "other tower, bef
   --model "$OUT/llava" --features "$OUT/features_b"
 stage2=(
   torchrun --standalone --nproc_per_node=2 scripts/train.py
-  --version v1 --data_path "$OUT/train.json" --video_folder "$OUT/features_b"
+  --version auto --data_path "$OUT/train.json" --video_folder "$OUT/features_b"
   --tune_mm_mlp_adapter True --mm_use_vid_start_end --num_train_epochs 6
   --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --evaluation_strategy "no"
   --save_strategy "steps" --save_steps 3000 --save_total_limit 3 --learning_rate 2e-3 --weight_decay 0.

@@ -9,6 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+from fastvid.data.conversation import settled_version
+from fastvid.data.tokenizer import load_tokenizer
+from fastvid.policy import POLICIES
+from fastvid.weights.model_config import read_model_config
+
 
 @pytest.fixture
 def pieces(monkeypatch):
@@ -52,6 +57,30 @@ def test_clips_show_what_they_are_named(pieces, tmp_path):
                 band = max(frames[:, 20:28], frames[:, 36:44], key=lambda rows: np.ptp(rows.mean((0, 1, 3))))
                 shown = [nearest_colour(clips, side) for side in (band[:, :, 4:28], band[:, :, 36:60])]
             assert shown == ["red", "cyan"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, kind", [("llama", "Llama"), ("llama3", "Llama"), ("qwen3", "Qwen3")])
+def test_models_of_each_family_are_read_as_such(pieces, tmp_path, monkeypatch, family, kind):
+    records = [{"q": "Which colour comes first?", "a": "red", "video_id": "0"}] * 40
+    (tmp_path / "videoinstruct.json").write_text(json.dumps(records))
+    import build_models
+
+    try:
+        build_models.main([str(tmp_path), "--family", family])
+    finally:
+        sys.modules.pop("build_models")
+    folder = tmp_path / "llava_base"
+    tokenizer = load_tokenizer(folder, True)
+    config = read_model_config(folder, vocab_size=tokenizer.tokens.vocab_size)
+    assert settled_version("auto", tokenizer, POLICIES["none"]) == ("v1" if family == "llama" else "chat_template")
+    assert config.decoder.num_kv_heads == (4 if family == "llama" else 2)
+    assert config.decoder.tie_word_embeddings == (family == "qwen3")
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [f"{kind}ForCausalLM"]
+    if family == "llama":
+        return
+    text, [(start, end)] = tokenizer.template.conversation(["Which colour comes first?", "red"])
+    assert text[start:end] == "red" + tokenizer.template.turn_end
 
 
 def test_turned_tokens(pieces):

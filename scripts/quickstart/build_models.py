@@ -1,14 +1,14 @@
 """Build the small models that stand in for CLIP and for an untrained LLaVA, in the formats that the real ones come in.
 
-    python build_models.py OUT
+    python build_models.py OUT [--family llama|llama3|qwen3]
 
 writes
 
 - ``OUT/tower_a``, ``OUT/tower_b``: CLIP vision towers of equal shape and different random weights (``CLIPVisionModel``
   folders). Nothing trains them: random features keep enough of a picture to learn from.
-- ``OUT/llava_base``: a random LLaMA with a projector in front, as a LLaVA-1.5 folder: ``config.json``,
-  ``model.safetensors`` (``LlamaForCausalLM``'s names, and ``model.mm_projector.*``) and a sentencepiece tokenizer
-  trained on ``OUT/videoinstruct.json``.
+- ``OUT/llava_base``: a random language model with a projector in front, as a LLaVA-1.5 folder: ``config.json``,
+  ``model.safetensors`` (transformers' names, and ``model.mm_projector.*``) and a tokenizer trained on
+  ``OUT/videoinstruct.json``: sentencepiece's for LLaMA 2's kind, tokenizer.json with a chat template for the others.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import sentencepiece
 import torch
 from draw_clips import PATCH, SIZE
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
 
 PROMPT = (
@@ -29,6 +30,44 @@ PROMPT = (
 PIECES = 480  # 3 control pieces, 256 bytes for whatever the others do not cover, the rest learned from the text
 HIDDEN = 128
 TOWER_HIDDEN = 64
+SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+LLAMA3_PROMPT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+QWEN_PROMPT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Of each family: its special tokens (the one that begins a text or none, the one that ends a turn, others), its form of
+# prompts, and what config.json says beside sizes. Both have fewer keys than queries.
+FAMILIES = {
+    "llama": None,  # LLaMA 2's kind: sentencepiece and LLaVA's prompts
+    "llama3": (
+        ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+        LLAMA3_PROMPT,
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 1024,
+            },
+        },
+    ),
+    "qwen3": (
+        (None, "<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+        QWEN_PROMPT,
+        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+    ),
+}
 
 
 def build_tower(folder, seed):
@@ -71,21 +110,56 @@ def build_tokenizer(folder, texts):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def build_llava(folder, tower, seed, *, hidden=HIDDEN, layers=2, heads=4, intermediate=4 * HIDDEN):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=PIECES,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        initializer_range=0.02,
-        architectures=["LlamaForCausalLM"],
+def build_chat_tokenizer(folder, texts, family):
+    """A byte-level tokenizer.json as Llama 3 and Qwen have it, and the family's chat template."""
+    (begins, ends, *others), template, _ = FAMILIES[family]
+    special = [token for token in (begins, ends, *others) if token is not None]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = PIECES - len(special)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begins,
+        "eos_token": ends,
+        "chat_template": template,
+        "model_max_length": 2048,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def build_llava(folder, tower, seed, *, hidden=HIDDEN, layers=2, heads=4, intermediate=4 * HIDDEN, family="llama"):
+    torch.manual_seed(seed)
+    values = {
+        "model_type": "llama",
+        "vocab_size": PIECES,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.02,
+    }
+    if FAMILIES[family] is not None:  # tokens are known by the tokenizer's files
+        values |= FAMILIES[family][2] | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    config = model.config
+    config.architectures = [type(model).__name__]
     config.mm_vision_tower, config.mm_hidden_size, config.mm_projector_type = str(tower), TOWER_HIDDEN, "mlp2x_gelu"
     config.save_pretrained(folder)
-    state = LlamaForCausalLM(config).state_dict()
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
     for index, inputs in ((0, TOWER_HIDDEN), (2, hidden)):  # Linear, GELU, Linear
         layer = torch.nn.Linear(inputs, hidden)
         state |= {f"model.mm_projector.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
@@ -100,6 +174,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="of the language model")
     arguments = parser.parse_args(argv)
     logging.disable_progress_bar()
     out = arguments.out.resolve()
@@ -108,8 +183,11 @@ def main(argv=None):
     build_tower(out / "tower_a", seed=2 * arguments.seed)
     build_tower(out / "tower_b", seed=2 * arguments.seed + 1)
     (out / "llava_base").mkdir(exist_ok=True)
-    build_tokenizer(out / "llava_base", texts)
-    build_llava(out / "llava_base", out / "tower_a", arguments.seed)
+    if FAMILIES[arguments.family] is None:
+        build_tokenizer(out / "llava_base", texts)
+    else:
+        build_chat_tokenizer(out / "llava_base", texts, arguments.family)
+    build_llava(out / "llava_base", out / "tower_a", arguments.seed, family=arguments.family)
     print(f"two towers and a language model in {out}")
 
 
