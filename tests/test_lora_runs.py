@@ -178,6 +178,32 @@ def steps_of_rank(rank, *arguments):
 
 
 @pytest.mark.slow
+def test_four_ranks_in_two_groups_are_one(made, tmp_path):
+    """--shard hybrid: two copies of the model, each on two ranks, and so the average of the steps."""
+    words = [*STILL, "--dataloader_num_workers", "0", "--warmup_steps", "1", "--learning_rate", "1e-3"]
+    words += ["--ema_decay", "0.9", "--per_device_train_batch_size"]
+    alone = steps_of(0, 1, made, tmp_path / "one", [*words, "4"])
+    groups = [*words, "1", "--shard", "hybrid", "--shard_size", "2"]
+    for steps, tensors in on_ranks(4, steps_of_four, tmp_path, made, tmp_path / "four", groups):
+        assert steps == [pytest.approx(pair, rel=1e-5) for pair in alone[0]]
+        for name, tensor in alone[1].items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5)
+    for group in ("model", "training"):  # the average, and what goes on
+        one, four = (checkpoint.read_full(checkpoint.newest_valid(tmp_path / name), group) for name in ("one", "four"))
+        assert one.keys() == four.keys()
+        for name in one:
+            torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-5)
+    state = train.build(config_of(made, tmp_path / "four", *words, "4"), ALONE)
+    recovery.resume(state)
+    assert state.step == 2
+    assert all(torch.equal(value, four[name]) for name, value in state.optimizer.parameters.items())
+
+
+def steps_of_four(rank, *arguments):
+    return steps_of(rank, 4, *arguments)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "nf4", "fp8"])
 def test_beside_matrices_in_few_bits(made, tmp_path, bits):
     words = [*LORA, "--frozen_dtype", bits, "--bf16", "True", "--max_steps", "3", "--save_strategy", "no"]
