@@ -277,7 +277,7 @@ def loop(state: TrainState) -> int:
         progress=not config.disable_tqdm,
         rank=state.world.rank,
         peak_flops=planning.peak_flops(config, state.world),
-        row_budget=planning.row_budget(config, state.world),
+        token_budget=planning.token_budget(config, state.world),
     )
     profiler = Profiler(
         metrics.path.with_name("profile"),

@@ -271,7 +271,7 @@ def test_the_overview_tells_what_lora_is_and_what_it_ends(made, tmp_path, caplog
         assert train.main(flags(made, tmp_path, *LORA, "--dry_run", "True")) == 0
     said = next(line for line in caplog.messages if line.startswith("LoRA: "))
     assert said.startswith("LoRA: r 4, alpha 8, dropout 0.05, on q_proj, k_proj, ")
-    assert said.endswith("no system prompt is kept and no row is frozen")
+    assert said.endswith("no system prompt is kept and none is frozen")
     # r (I + O) of each target: of 24 channels, 4 heads and 2 of keys of 6 channels, 44 in the feed-forward block.
     count = 2 * 4 * (2 * (24 + 24) + 2 * (24 + 12) + 3 * (24 + 44))
     assert f"LoRA {count:,}; " in caplog.text

@@ -357,7 +357,7 @@ def test_a_defect_ends_the_processes_that_read_ahead(run, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_rates_of_a_run(straight, run, tmp_path, caplog):
     first = read_metrics(straight / "metrics.jsonl")[0]
-    assert first["padding_share"] == 0 and first["shared_row_share"] >= 0 and 0 <= first["data_wait_share"] < 1
+    assert first["padding_share"] == 0 and first["shared_token_share"] >= 0 and 0 <= first["data_wait_share"] < 1
     assert first["tflops_per_second"] > 0 and "mfu" not in first
     assert train.main(flags(run, tmp_path, "--max_steps", "1", "--peak_tflops", "0.5")) == 0
     assert "peak 0.5 TFLOP/s" in caplog.text
@@ -367,7 +367,7 @@ def test_rates_of_a_run(straight, run, tmp_path, caplog):
     options = "--tokens_per_batch", "150", "--gradient_accumulation_steps", "2", "--share_video", "True"
     assert train.main(flags(run, tmp_path / "packed", *options, "--num_train_epochs", "1")) == 0
     config = config_of(run, tmp_path, *options)
-    assert planning.row_budget(config, parallel.World(0, 3, 0, torch.device("cpu"), False)) == 150 * 2 * 3
+    assert planning.token_budget(config, parallel.World(0, 3, 0, torch.device("cpu"), False)) == 150 * 2 * 3
     for line in read_metrics(tmp_path / "packed" / "metrics.jsonl"):
         assert 0 < line["budget_fill"] <= 1 and line["padding_share"] <= 1
 

@@ -191,7 +191,7 @@ class Batcher:
         new_tokens = min(request.max_new_tokens, rows_left(self._model, prompt))
         if prompt + new_tokens > self._rows:
             raise ValueError(
-                f"a prompt of {prompt} rows and an answer of {new_tokens} need "
+                f"a prompt of {prompt} tokens and an answer of {new_tokens} need "
                 f"{(prompt + new_tokens) * self.row_bytes / 2**30:.2g} GiB for keys and values, there are "
                 f"{self._rows * self.row_bytes / 2**30:.2g}: raise --kv_cache_gib, or lower --max_new_tokens"
             )

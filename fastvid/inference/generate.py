@@ -69,7 +69,7 @@ def rows_left(model: VideoLlava, rows: int) -> int:
     context = model.config.decoder.context
     if rows >= context:
         raise ValueError(
-            f"the prompt has {rows} rows, the model's context {context}: shorten the question or use fewer frames"
+            f"the prompt has {rows} tokens, the model's context {context}: shorten the question or use fewer frames"
         )
     return context - rows
 

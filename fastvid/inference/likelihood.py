@@ -56,7 +56,7 @@ def _sample(chat, video, features_RC, question, option):
     context = chat.model_config.decoder.context
     if len(ids) > context:
         raise ValueError(
-            f"question and option have {len(ids)} rows, the model's context {context}: shorten the question or use "
+            f"question and option have {len(ids)} tokens, the model's context {context}: shorten the question or use "
             "fewer frames"
         )
     # A tokenizer may join the first letters of an answer to what stands before it.

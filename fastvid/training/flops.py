@@ -151,12 +151,12 @@ class Formula:
         layer = self.keys_values + self.others
         kind, factor = ("trained", 6) if self.trainable.decoder else ("frozen", 4)
         low_rank = self.low_rank_keys_values + self.low_rank_others
-        lora = f"6 x {low_rank:,} weights of LoRA x rows x {self.layers} layers + " if low_rank else ""
+        lora = f"6 x {low_rank:,} weights of LoRA x tokens x {self.layers} layers + " if low_rank else ""
         return (
-            f"{factor} x {layer:,} {kind} weights x rows x {self.layers} layers + {lora}12 x {self.width:,} x causal "
+            f"{factor} x {layer:,} {kind} weights x tokens x {self.layers} layers + {lora}12 x {self.width:,} x causal "
             f"pairs x {self.layers} layers + {6 if self.trainable.head else 4} x {self.head:,} x supervised "
-            "rows + projector; of the last layer only keys and values see unsupervised rows, rows before the first "
-            "trained one have no backward, neither the constant prefix nor recomputation counts"
+            "tokens + projector; of the last layer only keys and values see unsupervised tokens, those before the "
+            "first trained one have no backward, neither the constant prefix nor recomputation counts"
         )
 
 

@@ -32,13 +32,13 @@ class Metrics:
     Attributes:
         path: ``output_dir/metrics.jsonl``, one JSON object per line: ``step``, the values given to `log` in full
             precision (a non-finite one as null), and on training lines, over the steps since the last of them and all
-            ranks: ``samples_per_second``; ``rows_per_second`` (packed rows, those of videos included);
+            ranks: ``samples_per_second``; ``tokens_per_second`` (packed tokens, those of videos included);
             ``supervised_per_second``; ``tflops_per_second`` (`fastvid.training.flops.Formula`) and ``mfu`` (its share
             of the stated peak, if one was); ``data_wait_share`` (of the time, the mean over ranks of what their loops
-            waited: a GPU that still has work queued waits less); ``padding_share`` (rows that stand for no sample);
-            ``shared_row_share`` (rows saved because samples share them); ``budget_fill`` (of the row budget, if there
-            is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib`` (rank
-            0's GPU memory, without a GPU its resident set, since the process began).
+            waited: a GPU that still has work queued waits less); ``padding_share`` (tokens that stand for no sample);
+            ``shared_token_share`` (tokens saved because samples share them); ``budget_fill`` (of the token budget, if
+            there is one); ``checkpoint_stall_seconds`` (that saving stopped the loop, if it did); ``peak_memory_gib``
+            (rank 0's GPU memory, without a GPU its resident set, since the process began).
         evaluated_step: the last before `start_step` that has a validation's line, on rank 0; 0: none.
         unheard: whether the reader of stderr (a pipe's other end, a terminal) is gone. Nothing more is printed then.
     """
@@ -56,7 +56,7 @@ class Metrics:
         progress: bool = True,
         rank: int = 0,
         peak_flops: float | None = None,
-        row_budget: int | None = None,
+        token_budget: int | None = None,
     ):
         """Start the clock.
 
@@ -71,7 +71,7 @@ class Metrics:
             progress: show a bar where stderr is a terminal, below the plain line that each `log` prints.
             rank: of this process.
             peak_flops: floating-point operations per second of all devices together, to state `mfu` against.
-            row_budget: rows that one step of all ranks could take, to state `budget_fill` against.
+            token_budget: tokens that one step of all ranks could take, to state `budget_fill` against.
 
         Raises:
             ValueError: a reporter that cannot be had; something else lies in the place of metrics.jsonl.
@@ -84,7 +84,7 @@ class Metrics:
             )
         self.name = run_name or Path(output_dir).resolve().name
         self.total_steps, self.start_step, self.rank = total_steps, start_step, rank
-        self.peak_flops, self.row_budget = peak_flops, row_budget
+        self.peak_flops, self.token_budget = peak_flops, token_budget
         self._bar = self._file = None
         self._reporters, self.unheard = {}, False
         self._loss, self.evaluated_step = math.nan, 0
@@ -142,7 +142,7 @@ class Metrics:
         line = {"step": step, **values}
         if "loss" in values:
             self._loss = values["loss"]
-            line |= self._window.rates(self.peak_flops, self.row_budget)
+            line |= self._window.rates(self.peak_flops, self.token_budget)
             self._window = _Window()
         if self.rank == 0:
             assert self._file is not None
@@ -252,23 +252,23 @@ class _Window:
     def seconds(self):
         return time.perf_counter() - self.began
 
-    def rates(self, peak_flops=None, row_budget=None):
+    def rates(self, peak_flops=None, token_budget=None):
         seconds, counts = max(self.seconds, 1e-9), self.counts
         packed = counts.rows - counts.padding_rows
         rates = {
             "samples_per_second": counts.samples / seconds,
-            "rows_per_second": counts.rows / seconds,
+            "tokens_per_second": counts.rows / seconds,
             "supervised_per_second": counts.supervised / seconds,
             "tflops_per_second": counts.flops / seconds / 1e12,
             "data_wait_share": self.waited / seconds,
             "padding_share": counts.padding_rows / max(1, counts.rows),
-            "shared_row_share": 1 - packed / counts.sample_rows if counts.sample_rows else 0.0,
+            "shared_token_share": 1 - packed / counts.sample_rows if counts.sample_rows else 0.0,
             "peak_memory_gib": peak_memory() / 2**30,
         }
         if peak_flops is not None:
             rates["mfu"] = counts.flops / seconds / peak_flops
-        if row_budget is not None:
-            rates["budget_fill"] = counts.rows / max(1, self.steps * row_budget)
+        if token_budget is not None:
+            rates["budget_fill"] = counts.rows / max(1, self.steps * token_budget)
         if self.stalled:
             rates["checkpoint_stall_seconds"] = self.stalled
         return rates
@@ -280,7 +280,7 @@ def _readable(line):
         return ""
     peak = f" ({line['mfu']:.1%} of peak)" if "mfu" in line else ""
     return (
-        f"{line['samples_per_second']:,.2f} samples/s, {line['rows_per_second']:,.0f} rows/s, "
+        f"{line['samples_per_second']:,.2f} samples/s, {line['tokens_per_second']:,.0f} tokens/s, "
         f"{line['tflops_per_second']:.3g} TFLOP/s{peak}, data wait {line['data_wait_share']:.1%}"
     )
 

@@ -73,7 +73,7 @@ def _samples(config, loader, world):
     steps = order.total_steps
     epochs = order.epoch_after(steps)
     size = (
-        f"{config.tokens_per_batch:,} rows"
+        f"{config.tokens_per_batch:,} tokens"
         if config.tokens_per_batch
         else f"{config.per_device_train_batch_size:,} samples"
     )
@@ -112,7 +112,8 @@ def _lora(config):
     told = f", from {config.lora_weights}" if config.lora_weights else ""
     return (
         f"LoRA: r {lora.rank}, alpha {lora.alpha:g}{' / √r' * lora.rslora}, dropout {lora.dropout:g}, on "
-        f"{', '.join(lora.targets)}{told}; every row has a gradient, so no system prompt is kept and no row is frozen"
+        f"{', '.join(lora.targets)}{told}; every token has a gradient, so no system prompt is kept and none is "
+        "frozen"
     )
 
 
@@ -120,8 +121,8 @@ def _noise(config):
     if config.neftune_noise_alpha is None:
         return None
     return (
-        f"NEFTune: alpha {config.neftune_noise_alpha:g}; no row of text is constant, so no system prompt is kept and "
-        "no row is frozen"
+        f"NEFTune: alpha {config.neftune_noise_alpha:g}; no token of text is constant, so no system prompt is kept and "
+        "none is frozen"
     )
 
 

@@ -247,8 +247,8 @@ def check_window(config: TrainConfig, sizes: DecoderConfig) -> None:
     window = sizes.sliding_window
     if window is not None and config.model_max_length > window:
         raise ValueError(
-            f"--model_max_length {config.model_max_length}: rows of {config.model_name_or_path} attend to {window} "
-            f"rows at most (sliding_window), and longer samples are not computed; give --model_max_length {window}"
+            f"--model_max_length {config.model_max_length}: tokens of {config.model_name_or_path} attend to {window} "
+            f"tokens at most (sliding_window), and longer samples are not computed; give --model_max_length {window}"
         )
 
 
@@ -260,7 +260,7 @@ def peak_flops(config: TrainConfig, world: World) -> float | None:
     return peak and peak * world.size
 
 
-def row_budget(config: TrainConfig, world: World) -> int | None:
+def token_budget(config: TrainConfig, world: World) -> int | None:
     """Rows that a step of all ranks has room for under ``--tokens_per_batch``, or None."""
     return config.tokens_per_batch and config.tokens_per_batch * config.gradient_accumulation_steps * world.size
 
@@ -428,13 +428,13 @@ def _largest_batch(config, loader, world):
     if known:  # some batch of so many rows may have none that needs no gradient
         largest["rows"] = max(largest["rows"], *world.gather_objects(int(known)))
     if known or len(steps) == loader.order.total_steps:
-        return largest, f"the largest micro-batch has {largest['rows']:,} rows"
+        return largest, f"the largest micro-batch has {largest['rows']:,} tokens"
     # No batch has more than its samples at their longest.
     most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
     share = min(_UNSEEN, most / largest["rows"])
     largest = {name: math.ceil(number * share) for name, number in largest.items()}
     return largest, (
-        f"the largest micro-batch has about {largest['rows']:,} rows, guessed from the length of the "
+        f"the largest micro-batch has about {largest['rows']:,} tokens, guessed from the length of the "
         f"texts ({_UNSEEN - 1:.0%} above those read)"
     )
 

@@ -136,7 +136,9 @@ def test_data_weights_repeat_samples():
 
 
 def test_a_sample_over_the_budget_is_named():
-    with pytest.raises(ValueError, match=r"--tokens_per_batch 70: the longest sample, number 2 from 0, takes 75 rows"):
+    with pytest.raises(
+        ValueError, match=r"--tokens_per_batch 70: the longest sample, number 2 from 0, takes 75 tokens"
+    ):
         order(sample_rows([10, 20, 60, 5], [0, 0, 10, 10], [0, 1, 2, 2], base=5), 70)
 
 

@@ -137,13 +137,13 @@ def test_the_context_ends_an_answer():
     each = request(0, rng, video="a", max_new_tokens=500)
     ((_, answer),) = batcher(model).run([each])
     assert answer == alone(model, each)
-    with pytest.raises(ValueError, match="the prompt has 40 rows, the model's context 40: shorten"):
+    with pytest.raises(ValueError, match="the prompt has 40 tokens, the model's context 40: shorten"):
         batcher(model).add(Request("long", [5] * 40))
 
 
 def test_what_can_never_be_answered_is_refused():
     batch = batcher(random_model(), rows=30)
-    with pytest.raises(ValueError, match="prompt of 20 rows and an answer of 11 .* raise --kv_cache_gib"):
+    with pytest.raises(ValueError, match="prompt of 20 tokens and an answer of 11 .* raise --kv_cache_gib"):
         batch.add(Request("long", [5] * 20, max_new_tokens=11))
     with pytest.raises(ValueError, match="temperature -1"):
         batch.add(Request("cold", [5], temperature=-1))

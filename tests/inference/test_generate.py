@@ -81,7 +81,7 @@ def test_stops_at_the_context():
     model = random_model(model_config(max_position_embeddings=20))
     batch = video_prompt()
     assert len(generate(model, batch, max_new_tokens=50, stops=(-1,))) == 20 - batch.num_rows
-    with pytest.raises(ValueError, match="the prompt has 17 rows, the model's context 17: shorten"):
+    with pytest.raises(ValueError, match="the prompt has 17 tokens, the model's context 17: shorten"):
         generate(random_model(model_config(max_position_embeddings=17)), batch, max_new_tokens=5, stops=(-1,))
 
 

@@ -113,7 +113,7 @@ def test_only_rank_zero_writes_and_prints(tmp_path, capsys):
 
 
 def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
-    metrics = open_metrics(tmp_path, peak_flops=2e12, row_budget=2000)
+    metrics = open_metrics(tmp_path, peak_flops=2e12, token_budget=2000)
     metrics.count(StepCounts(8, 1000, 50, sample_rows=2000, padding_rows=0, flops=3 * 10**12))
     metrics.count(StepCounts(8, 2000, 70, sample_rows=2000, padding_rows=30, flops=3 * 10**12))
     metrics.wait(0.5)
@@ -123,10 +123,10 @@ def test_rates_are_those_since_the_last_training_line(tmp_path, clock):
     line = metrics.log(2, {"loss": 1.0})
     expected = {
         "samples_per_second": 4,
-        "rows_per_second": 750,
+        "tokens_per_second": 750,
         "supervised_per_second": 30,
         "padding_share": 0.01,
-        "shared_row_share": 1 - 2970 / 4000,
+        "shared_token_share": 1 - 2970 / 4000,
         "data_wait_share": 0.125,
         "tflops_per_second": 1.5,
         "mfu": 0.75,
@@ -159,7 +159,7 @@ def test_steps_without_samples_share_nothing(tmp_path, clock):
     metrics.count(StepCounts(rows=2, padding_rows=2))
     clock[0] += 1
     line = metrics.log(1, {"loss": 0.0})
-    assert line["shared_row_share"] == 0 and line["padding_share"] == 1
+    assert line["shared_token_share"] == 0 and line["padding_share"] == 1
 
 
 def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
@@ -173,7 +173,7 @@ def test_the_summary_is_of_this_run(tmp_path, clock, monkeypatch):
     metrics.log(3000, {"loss": 0.43216})
     metrics.log(3000, {"eval_loss": 0.5})
     assert metrics.summary() == (
-        "2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s, 50 rows/s, "
+        "2,000 steps (after 1,000), 16,000 samples in 1:06:40 (4.00 samples/s, 50 tokens/s, "
         "0.25 TFLOP/s (50.0% of peak), data wait 10.0%), final loss 0.4322, "
         "peak memory 1.50 GiB, stopped for checkpoints 0.75 s"
     )
@@ -219,7 +219,7 @@ def test_without_a_terminal_a_line_per_log(tmp_path, clock, capsys):
     metrics.close()
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.33 samples/s, 100 rows/s, 0.5 TFLOP/s (50.0% of "
+        "step 20/100, epoch 0.5, loss 1.25, learning_rate 2e-05, 1.33 samples/s, 100 tokens/s, 0.5 TFLOP/s (50.0% of "
         "peak), data wait 25.0%, ETA 08:00",
         "step 20/100, eval_loss 1.5",
         "saved checkpoint-20",

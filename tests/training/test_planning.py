@@ -215,7 +215,7 @@ def test_a_late_large_batch_is_found(tmp_path, monkeypatch, data, videos, caplog
     most = max(batch.num_rows - batch.frozen_rows for batch in batches)
     guessed = "--tokens_per_batch" not in data
     assert most <= found[-1]["rows"] <= (1.06 * most if guessed else max(batch.num_rows for batch in batches))
-    assert ("rows, guessed from the length of the texts (5% above those read)" in caplog.text) == guessed
+    assert ("tokens, guessed from the length of the texts (5% above those read)" in caplog.text) == guessed
     assert f"the largest micro-batch has {'about ' if guessed else ''}{found[-1]['rows']}" in caplog.text
 
 

@@ -102,7 +102,7 @@ class RowOrder:
         if needed > budget:
             raise ValueError(
                 f"--tokens_per_batch {budget}: the longest sample, "
-                f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} rows; give at "
+                f"{name(longest) if name else f'number {longest} from 0'}, takes {needed} tokens; give at "
                 "least as many"
             )
         self.counts, self.weights, self.seed, self.rows = counts, weights, seed, rows
