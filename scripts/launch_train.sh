@@ -23,7 +23,8 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SI
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 
 EPOCHS=${EPOCHS:-3}
-BATCH=${BATCH:-8}                                  # samples per GPU and micro-batch
+said=${BATCH:-}${ACCUMULATION:-}                   # what a batch is, if anybody says it
+BATCH=${BATCH:-8}                                  # samples per GPU and micro-batch; not given: as below
 ACCUMULATION=${ACCUMULATION:-1}
 LEARNING_RATE=${LEARNING_RATE:-2e-5}
 SAVE_STEPS=${SAVE_STEPS:-3000}
@@ -32,6 +33,27 @@ if ((NNODES == 1)); then
   rendezvous=(--master_port "${RDZV_ENDPOINT##*:}")
 else
   rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-fastvid}")
+fi
+
+# Batches that fill the chip: a budget of tokens, in the place of eight samples, where nobody says what a batch is. Not
+# on cards of less than 80 GB, and not where a flag or a file of flags may say it.
+for flag in "$@"; do
+  flag=${flag%%=*}
+  case ${flag//-/_} in
+    __tokens_per_batch | __rows_per_batch | __per_device_train_batch_size | __config | __parity | __model_max_length | \
+      __gradient_accumulation_steps) said=1 ;;
+  esac
+done
+budget=()
+if [[ -z $said ]]; then
+  memory=$({ nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits || true; } 2>/dev/null | sort -n | sed -n 1p)
+  if [[ $memory =~ ^[0-9]+$ ]]; then               # MiB, of the smallest card; MIG and broken drivers answer in words
+    ((memory < 79000)) || budget=(--tokens_per_batch 8448) # multiples of 64 rows on each of 132 multiprocessors
+    ((memory < 140000)) || budget=(--tokens_per_batch 16896)
+  fi
+fi
+if ((${#budget[@]})); then
+  echo "launch_train.sh: ${budget[*]}, for cards of $memory MiB (BATCH=8: 8 samples, as the reference)" >&2
 fi
 
 flags=(
@@ -60,7 +82,7 @@ flags=(
   --model_max_length 2048 \
   --gradient_checkpointing True \
   --lazy_preprocess True \
-  "$@"
+  ${budget[@]+"${budget[@]}"} "$@"
 )
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
