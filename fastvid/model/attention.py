@@ -28,6 +28,10 @@ from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_
 
 log = logging.getLogger("fastvid")
 
+# Copies of keys of at most so many times the packed rows wait for backward: with the queries they take about as much as
+# the product that they come from, which goes. More are made again.
+MOST_KEPT = 1.25
+
 # Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
@@ -113,7 +117,7 @@ def attend_rotated(
     """Rotary embedding and `attention` in one: keys are rotated to where segments read them.
 
     Args:
-        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which is overwritten unless `recomputed`; see
+        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which may be overwritten unless `recomputed`; see
             `DecoderLayer`.
         positions_N: of its rows.
         rope: radians per position [d/2], factor on cosine and sine.
@@ -128,20 +132,21 @@ def attend_rotated(
         [N, H, d], or [L, H, d]; gradients as `attention`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
+    kept = recomputed or (layout.kv_rows is not None and len(layout.kv_rows) <= MOST_KEPT * len(positions_N))
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
     options = {
         "scale": scale,
         "rows_M": layout.kv_rows,
         "way_back": layout.way_back,
         "constant": constant,
-        "inplace": not recomputed,
+        "inplace": not kept,
     }
     if isinstance(qkv_NE, Fp8Product):
         qkv_NE, q_NHd, k_MKd, v_MKd = qkv_NE.rope_keys(*settings, **options)
     else:
         q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, *settings, **options)
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
-    if layout.kv_rows is None or recomputed:
+    if layout.kv_rows is None or kept:
         return attention.call(q_NHd, k_MKd, v_MKd, layout)
     rows = Placed(
         k_MKd,

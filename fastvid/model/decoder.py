@@ -178,29 +178,27 @@ class DecoderLayer(nn.Module):
         advance = partial(self._advance, rope=rope, last=last, recomputed=recomputed)
         if frozen is not None:
             with torch.no_grad():
-                frozen, keys_values = advance(frozen, prefix)
-                # Copied in any case: the product that they lie in need not live until backward.
+                frozen, keys_values = advance(frozen, prefix, joined=True)
                 assert keys_values is not None, "no kernel places them"
-                keys, values = (
-                    own.contiguous() if known is None else torch.cat([known, own])
-                    for known, own in zip(prefix or (None, None), keys_values)
-                )
+                # Copied in any case: the product that they lie in need not live until backward.
+                keys, values = (x.contiguous() for x in keys_values)
                 prefix = keys, values
         live_after, _ = advance(live, prefix, cache=cache, by_kernel=cache is None)
         assert live_after is not None, "some live row is supervised"
         return live_after, frozen
 
-    def _advance(self, stream, constant, *, cache=None, by_kernel=False, **options):
+    def _advance(self, stream, constant, *, cache=None, by_kernel=False, joined=False, **options):
         """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places
         them).
 
         Args:
             by_kernel: let a kernel put keys into their places, if it can.
+            joined: keys and values come out behind those of `constant`.
         """
         if by_kernel and self._kernel_places_keys(stream, options["last"]):
             attended, keys_values = self._attend_by_kernel(stream, constant, **options)
         else:
-            attended, keys_values = self._attend(stream, constant, cache=cache, **options)
+            attended, keys_values = self._attend(stream, constant, cache=cache, joined=joined, **options)
         if attended is None:
             return None, keys_values
         residual_ND, x_NHd, positions_N, layout = attended
@@ -218,14 +216,14 @@ class DecoderLayer(nn.Module):
         y_NO = getattr(self, matrix)(x_NI, outputs=outputs)
         return self.lora[matrix](y_NO, x_NI, outputs) if matrix in self.lora else y_NO
 
-    def _product_to_rotate(self, x_ND, outputs=slice(None)):
+    def _product_to_rotate(self, x_ND, outputs=None):
         """What `attend_rotated` takes of rows for queries, keys and values."""
         if not isinstance(x_ND, Fp8Rows):
             return self._product("qkv", x_ND, outputs)
         assert isinstance(self.qkv, Fp8Linear), "the norm before it makes such rows for it"
-        return Fp8Product(x_ND, self.qkv, outputs)
+        return Fp8Product(x_ND, self.qkv, outputs or slice(None))
 
-    def _attend(self, stream, constant, *, rope, last, recomputed, cache=None):
+    def _attend(self, stream, constant, *, rope, last, recomputed, cache=None, joined=False):
         """((residual stream, attention's output, positions, layout) of the rows that go on; keys and values).
 
         The first is None where no row goes on.
@@ -245,6 +243,11 @@ class DecoderLayer(nn.Module):
             kv_NE = self._normalised(self._product("qkv", x_ND, slice(queries, None)), 0, kv_heads)
             kv_NE = rotate(kv_NE, positions_N, inv_freq, 0, kv_heads)
             k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
+            q_NHd = None
+        if joined and constant is not None:  # once, for this attention and for whoever else reads them
+            k_NKd, v_NKd = (torch.cat(parts) for parts in zip(constant, (k_NKd, v_NKd)))
+            constant = None
+        if q_NHd is None:
             if not len(rows_L):
                 return None, (k_NKd, v_NKd)
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)

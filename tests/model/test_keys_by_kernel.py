@@ -61,18 +61,21 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("most_kept", [0, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_gathering_with_prefix_and_frozen_rows(kind, interpreted):
+def test_equals_gathering_with_prefix_and_frozen_rows(kind, most_kept, interpreted, monkeypatch):
+    """Whether copies of keys wait for backward or are made again."""
     _, batch = with_prefix(shapes=FEW)
     batch = batch.parted()
     model = prepared(random_model(**KINDS[kind]))
+    monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
     expected_loss, expected = loss_and_gradients(model, batch)
     calls = interpreted()
     loss, found = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert_same_gradients(found, expected)
     layers, again = len(model.decoder.layers), kind in ("selective", "full")
-    assert calls == {"forward": layers * (2 if again else 1), "backward": 0 if again else layers}
+    assert calls == {"forward": layers * (2 if again else 1), "backward": 0 if again or most_kept else layers}
     if kind == "mha":  # once: an interpreter is slow
         for name, gradient in loss_and_gradients(model, batch)[1].items():
             assert torch.equal(gradient, found[name])
