@@ -36,18 +36,22 @@ TEMPLATE = (
 SURROUNDING = 38
 
 
-def write(folder, shape, videos, seed=0, budget_videos=0):
+def write(folder, shape, videos, seed=0, budget_videos=0, weights=True):
     """Write model/, feats/ and train.json into `folder`: all samples about `videos` videos, which make one step.
 
     And budget.json, about `budget_videos` videos, which fill batches of any budget.
 
     Weights are stored in bf16, so that every row starts from the same numbers in whatever precision it computes.
+    Without `weights` there are none, for who counts what a step does.
     """
     folder = Path(folder)
     rng = random.Random(seed)
     (folder / "feats").mkdir(parents=True)
     (folder / "model").mkdir()
-    write_model(folder / "model", shape, seed)
+    if weights:
+        write_model(folder / "model", shape, seed)
+    else:
+        write_config(folder / "model", shape)
     write_tokenizer(folder / "model", rng)
     write_features(folder / "feats", shape, max(videos, budget_videos), seed)
     (folder / "train.json").write_text(json.dumps(records(videos, rng)))
@@ -124,6 +128,11 @@ def write_model(folder, shape, seed):
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_config(folder, shape)
+
+
+def write_config(folder, shape):
+    """The model folder's config.json."""
     (folder / "config.json").write_text(
         json.dumps(
             {
@@ -131,8 +140,8 @@ def write_model(folder, shape, seed):
                 "architectures": ["LlavaLlamaForCausalLM"],
                 "hidden_act": "silu",
                 "vocab_size": shape.vocabulary,
-                "hidden_size": hidden,
-                "intermediate_size": wide,
+                "hidden_size": shape.hidden,
+                "intermediate_size": shape.intermediate,
                 "num_hidden_layers": shape.layers,
                 "num_attention_heads": shape.heads,
                 "num_key_value_heads": shape.heads,

@@ -26,6 +26,66 @@ LEARNING_RATE = 2e-5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def config_of(row, folder, dtype, micro_batch):
+    """The configuration of a row of fastvid's, on the files that `bench.train_data.write` wrote into `folder`."""
+    from fastvid.config import TrainConfig
+    from fastvid.flags import parse
+
+    adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
+    batch = (
+        ("--gradient_accumulation_steps", "2")
+        if row.budget
+        else ("--per_device_train_batch_size", str(row.micro_batch or micro_batch))
+    )
+    return parse(
+        TrainConfig,
+        [
+            "--model_name_or_path",
+            f"{folder}/model",
+            "--data_path",
+            f"{folder}/{'budget' if row.budget else 'train'}.json",
+            "--video_folder",
+            f"{folder}/feats",
+            "--output_dir",
+            f"{folder}/out",
+            "--mm_use_vid_start_end",
+            *adapter,
+            "--bf16",
+            str(dtype == torch.bfloat16),
+            "--max_steps",
+            "1000",
+            "--warmup_steps",
+            "1",
+            "--lr_scheduler_type",
+            "constant_with_warmup",
+            "--learning_rate",
+            str(LEARNING_RATE),
+            "--dataloader_num_workers",
+            "0",
+            *batch,
+            *row.flags,
+        ],
+    )
+
+
+def packed(row, loader, micro_batch):
+    """The micro-batches of one optimizer step of a row, from its `Loader`; under a budget of rows its own first."""
+    from fastvid.data.packing import pack
+
+    samples, packing = loader.samples, loader.packing
+    if row.budget:
+        batches = loader.read(0)[0]
+    else:
+        if not row.apart:
+            packing = packing | {"prefix": (), "frozen": False}
+        read = [samples.read(i) for i in range(len(samples))]
+        batches = [
+            pack(read[i : i + micro_batch], samples.tokenizer.tokens, samples.channels, **packing)
+            for i in range(0, len(read), micro_batch)
+        ]
+    return batches if row.last_layer else [replace(batch, loss_layout=None) for batch in batches]
+
+
 class Fastvid:
     """`fastvid.train.train_step` on the state that `fastvid.train.build` makes of a training command line.
 
@@ -38,7 +98,7 @@ class Fastvid:
         from fastvid.dist import parallel
 
         self.folder, self.dtype, self.train_step = folder, dtype, train.train_step
-        self.state = train.build(self._config(row, micro_batch), parallel.start())
+        self.state = train.build(config_of(row, self.folder, self.dtype, micro_batch), parallel.start())
         self.device = self.state.world.device
         self.starting = {name: p.detach().clone() for name, p in self._adapter(row).items()}
         self._pack(row, micro_batch)
@@ -48,7 +108,7 @@ class Fastvid:
         from fastvid.data.dataset import SampleSet
         from fastvid.data.loader import training_loader
 
-        state, config = self.state, self._config(row, micro_batch)
+        state, config = self.state, config_of(row, self.folder, self.dtype, micro_batch)
         samples = SampleSet(config.data_path, state.tokenizer, state.loader.samples.features, config)
         samples.fit(state.model.config.mm_hidden_size)
         self.state = replace(state, config=config, loader=training_loader(config, samples, state.world), step=0)
@@ -60,67 +120,12 @@ class Fastvid:
     def _adapter(self, row):
         return {} if row.full else self.state.optimizer.parameters
 
-    def _config(self, row, micro_batch):
-        from fastvid.config import TrainConfig
-        from fastvid.flags import parse
-
-        adapter = () if row.full else ("--tune_mm_mlp_adapter", "True")
-        batch = (
-            ("--gradient_accumulation_steps", "2")
-            if row.budget
-            else ("--per_device_train_batch_size", str(row.micro_batch or micro_batch))
-        )
-        return parse(
-            TrainConfig,
-            [
-                "--model_name_or_path",
-                f"{self.folder}/model",
-                "--data_path",
-                f"{self.folder}/{'budget' if row.budget else 'train'}.json",
-                "--video_folder",
-                f"{self.folder}/feats",
-                "--output_dir",
-                f"{self.folder}/out",
-                "--mm_use_vid_start_end",
-                *adapter,
-                "--bf16",
-                str(self.dtype == torch.bfloat16),
-                "--max_steps",
-                "1000",
-                "--warmup_steps",
-                "1",
-                "--lr_scheduler_type",
-                "constant_with_warmup",
-                "--learning_rate",
-                str(LEARNING_RATE),
-                "--dataloader_num_workers",
-                "0",
-                *batch,
-                *row.flags,
-            ],
-        )
-
     def _pack(self, row, micro_batch):
-        from fastvid.data.packing import pack
-
-        state, micro_batch = self.state, row.micro_batch or micro_batch
-        samples, packing = state.loader.samples, state.loader.packing
-        if row.budget:
-            self.batches = state.loader.read(0)[0]
-            self.samples = sum(len(batch.sample_ids) for batch in self.batches)
-        else:
-            if not row.apart:
-                packing = packing | {"prefix": (), "frozen": False}
-            read = [samples.read(i) for i in range(len(samples))]
-            self.batches = [
-                pack(read[i : i + micro_batch], state.tokenizer.tokens, samples.channels, **packing)
-                for i in range(0, len(read), micro_batch)
-            ]
-            self.samples = len(read)
-        if not row.last_layer:
-            self.batches = [replace(batch, loss_layout=None) for batch in self.batches]
+        state = self.state
+        self.batches = packed(row, state.loader, row.micro_batch or micro_batch)
         if self.device.type == "cuda":
             self.batches = [batch.pin_memory() for batch in self.batches]  # as the loader does
+        self.samples = sum(len(batch.sample_ids) for batch in self.batches)
         self.rows = sum(batch.num_rows for batch in self.batches)
         self.sample_rows = sum(batch.sample_rows for batch in self.batches)
 

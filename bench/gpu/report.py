@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from bench import ladder_plot, roofline
+from bench import ladder_plot, model, roofline
 from bench import report as kernels
 from bench.gpu import goals, ladder, merge, profiles
 
@@ -112,7 +112,7 @@ class Report:
     def text(self):
         """For the terminal."""
         parts = [kernels.table(self.rows)] if self.rows else []
-        parts += [ladder.table(self.made)] if self.made else []
+        parts += [ladder.table(self.made), model.beside(self.card, self.made["preset"])] if self.made else []
         parts += [self.sweep, *(f"fault: {fault}" for fault in self.faults()), *failures(self.card)]
         return "\n".join(filter(None, [f"{self.card.name}:", *parts]))
 

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from fastvid_kernels.adamw8bit_step import BLOCK_SIZE, adamw8bit_step
 from fastvid_kernels.adamw_step import round_to_bf16
+from fastvid_kernels.dispatch import on_gpu
 from torch import Tensor
 
 from fastvid.config import TrainConfig
@@ -116,7 +117,7 @@ class AdamW8bit:
             tensors = [x.view(-1) for x in (piece.local, gradient, state["state1"], state["state2"])]
             scales = [state[key].view(-1) for key in ("absmax1", "absmax2")]
             count = piece.local.numel()
-            chunk = count if gradient.is_cuda else CPU_CHUNK
+            chunk = count if on_gpu(gradient) else CPU_CHUNK
             for begin in range(0, count, max(1, chunk)):
                 blocks = slice(begin // BLOCK_SIZE, (begin + chunk) // BLOCK_SIZE)
                 adamw8bit_step(

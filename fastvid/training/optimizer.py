@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from fastvid_kernels.adamw8bit_step import BLOCK_SIZE
 from fastvid_kernels.adamw_step import adamw_step
+from fastvid_kernels.dispatch import on_gpu
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
@@ -107,9 +108,9 @@ class AdamW32:
             for name, gradient in chosen.items():
                 local = self.pieces[name].local
                 # Elements that fill no vector torch computes otherwise on a CPU; on a GPU there are no vectors.
-                if local.dtype == torch.float32 and (_on_gpu(local) or not self.same_bits):
+                if local.dtype == torch.float32 and (on_gpu(local) or not self.same_bits):
                     together[name] = gradient
-                elif _on_gpu(local):
+                elif on_gpu(local):
                     self._step_in_kernel(name, gradient, step, clip, options)
                     counts.append(self.state[name]["step"])
                 else:
@@ -165,10 +166,6 @@ class AdamW32:
                 moment.copy_(copy[:count])
             round_into(weights, new[:count], first=piece.first + begin, seed=piece.seed, step=step + 1)
         state["step"] += 1 - options["found_inf"]
-
-
-def _on_gpu(tensor):
-    return tensor.is_cuda
 
 
 class Optimizer:

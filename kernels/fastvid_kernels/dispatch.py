@@ -1,7 +1,7 @@
 """Whether a call takes the Triton kernel; and how a kernel is launched."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +12,7 @@ from triton import knobs
 # Triton decides when a kernel is decorated, so this module and the kernels, imported together, agree.
 INTERPRETED: bool = knobs.runtime.interpret
 _STOOD_FOR = ContextVar("stood_for", default="cpu")
+_WATCHER: ContextVar[Callable[[Any, tuple, dict], object] | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
@@ -25,6 +26,19 @@ def meta_stands_for(device_type: str) -> Iterator[None]:
         yield
     finally:
         _STOOD_FOR.reset(token)
+
+
+@contextmanager
+def watch_launches(watcher: Callable[[Any, tuple, dict], object]) -> Iterator[None]:
+    """Within this context `watcher` is called with every kernel that is launched, its arguments, and those by name.
+
+    Also with those that are not launched, as their tensors are "meta": for whoever counts what they would move.
+    """
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -82,10 +96,12 @@ def launch(kernel: Any, grid: tuple, *arguments: Any, **options: Any) -> None:
     Triton launches on the process's current device, whatever device the arguments' addresses are of. On meta tensors
     nothing is launched.
     """
+    if (watcher := _WATCHER.get()) is not None:
+        watcher(kernel, arguments, options)
     if arguments[0].is_meta:
         return
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
 
 
-__all__ = ["INTERPRETED", "launch", "meta_stands_for", "on_gpu", "refuse_gradients", "use_triton"]
+__all__ = ["INTERPRETED", "launch", "meta_stands_for", "on_gpu", "refuse_gradients", "use_triton", "watch_launches"]

@@ -131,7 +131,7 @@ class Launches(TorchDispatchMode):
 
 def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
     """Beside 8-bit matrices, whose bits do not depend on sharding either."""
-    monkeypatch.setattr(optim, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(optim, "on_gpu", lambda tensor: True)
     counts = []
     for number in (1, 50):
         vectors = {f"norm{i}": torch.nn.Parameter(torch.ones(77)) for i in range(number)}
@@ -145,7 +145,7 @@ def test_vectors_of_any_number_take_one_launch_on_a_gpu(monkeypatch):
 
 
 def test_a_bf16_matrix_takes_one_kernel_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(optim, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(optim, "on_gpu", lambda tensor: True)
     kernels, others = [], []
     monkeypatch.setattr(optim, "adamw_step", lambda param, *rest, **options: kernels.append(param))
     for number in (1, 20):
@@ -164,7 +164,7 @@ def test_the_kernel_of_a_gpu_steps_as_the_chunks_of_a_cpu(monkeypatch, first_row
     """bf16 weights with 32-bit moments, on a shard; up to where rounded sums lie at the edge of the random bits."""
     ends = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(optim, "_on_gpu", lambda tensor: on_gpu)
+        monkeypatch.setattr(optim, "on_gpu", lambda tensor: on_gpu)
         weight = torch.nn.Parameter(parameters()["table"].detach().bfloat16())
         optimizer = Optimizer([("weight", weight)], settings(), torch.device("cpu"))
         optimizer.rules[0].pieces["weight"] = replace(optimizer.rules[0].pieces["weight"], first=first_rows * 101)
