@@ -8,13 +8,13 @@ those of the segments' causal pairs.
 Dimensions: N query rows, M key rows, H query heads, K key heads, d channels per head.
 """
 
-import inspect
 from collections import Counter
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from fastvid_kernels.dispatch import meta_stands_for, watch_launches
+from fastvid_kernels.launch_bytes import launch_bytes, name_of, tensor_bytes
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -43,93 +43,6 @@ class Call(NamedTuple):
     bytes: int
     flops: int = 0
     launches: int = 1
-
-
-def size(tensor):
-    """Bytes that reading or writing all of a tensor moves; of an expanded one those that exist."""
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _rotated(a):
-    d = 2 * a["half"]
-    rows = a["x_ptr"].shape[0]
-    return rows * a["written_heads"] * d * (a["x_ptr"].element_size() + a["out_ptr"].element_size()) + size(
-        a["positions_ptr"]
-    )
-
-
-def _placed(a):
-    """Of the packed rows keys and values alone, once, however many segments share them; constant rows too."""
-    row = 2 * a["kv_heads"] * 2 * a["half"] * a["k_ptr"].element_size()
-    keys, sources = a["rows_ptr"].shape[0], a["qkv_ptr"].shape[0] + a["C"]
-    return row * (keys + min(keys, sources)) + size(a["rows_ptr"])
-
-
-def _collected(a):
-    """Of the keys' gradients those that packed rows are, without those of constant rows."""
-    if not a["GATHERED"]:
-        return once(a)
-    grads = a["grad_k_ptr"], a["grad_v_ptr"]
-    row = 2 * a["kv_heads"] * a["half"] * a["grad_k_ptr"].element_size()
-    return once(a) - sum(map(size, grads)) + 2 * row * a["places_ptr"].shape[0]
-
-
-def _softmax(a):
-    """Whole padded rows of logits, read, and written where their gradient is due."""
-    logits = a["logits_ptr"]
-    row = a["row_stride"] * logits.element_size()
-    others = {name: x for name, x in a.items() if name != "logits_ptr"}
-    return once(others) + logits.shape[0] * row * (2 if a["GRADIENT"] else 1)
-
-
-def _in_place(*names):
-    return lambda a: once(a) + sum(size(a[name]) for name in names)
-
-
-def _spliced(a):
-    """Of the table the chosen rows."""
-    return 2 * size(a["out_ptr"]) + size(a["sources_ptr"]) + size(a["token_ids_ptr"])
-
-
-def _boundary_sums(a):
-    rows = a["boundary_rows_ptr"]
-    return rows.shape[0] * a["D"] * a["grad_ptr"].element_size() + size(rows) + size(a["grad_boundary_ptr"])
-
-
-# Bytes of a launch by the kernel's arguments, where it is not `once`.
-KERNELS = {
-    "_rope_qk_kernel": _rotated,
-    "_place_keys_kernel": _placed,
-    "_collect_kernel": _collected,
-    "_collect_fp8_kernel": _collected,
-    "_softmax_gradient_kernel": _softmax,
-    "_splice_map_kernel": lambda a: 12 * (a["P"] + a["boundaries"]),
-    "_splice_fwd_kernel": _spliced,
-    "_splice_video_bwd_kernel": lambda a: 2 * size(a["grad_video_ptr"]) + size(a["video_rows_ptr"]),
-    "_splice_boundary_bwd_kernel": _boundary_sums,
-    "_adamw_step_kernel": _in_place("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"),
-    "_adamw8bit_step_kernel": _in_place("param_ptr", "state1_ptr", "state2_ptr", "absmax1_ptr", "absmax2_ptr"),
-}
-
-
-def once(arguments):
-    """Bytes of every tensor among them once; where one stands for several arguments, or for none, it is one."""
-    found = {}
-    for tensor in arguments.values():
-        if isinstance(tensor, torch.Tensor):
-            place = tensor.untyped_storage()._cdata, tensor.storage_offset()
-            found[place] = max(found.get(place, 0), size(tensor))
-    return sum(found.values())
-
-
-def name_of(kernel):
-    return kernel.fn.__name__
-
-
-def launch_bytes(kernel, arguments, options):
-    """Bytes that a launch moves."""
-    given = dict(zip(inspect.signature(kernel.fn).parameters, arguments)) | options
-    return KERNELS.get(name_of(kernel), once)(given)
 
 
 _MAKE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_to_copy_view")
@@ -180,19 +93,19 @@ def _call(function, args, kwargs, out):
     if packet in flop_registry:
         flops = flop_registry[packet](*(x for x in args if not isinstance(x, torch.dtype)), out_val=out)
         kind = FP8_PRODUCT if "scaled" in name else PRODUCT
-        return Call(kind, name, sum(map(size, _distinct([*inputs, *outputs]))), flops)
-    written = sum(map(size, outputs))
+        return Call(kind, name, sum(map(tensor_bytes, _distinct([*inputs, *outputs]))), flops)
+    written = sum(map(tensor_bytes, outputs))
     if base in _FILL:
         return Call(MOVED, name, written)
     if base in _GATHER:
         return Call(MOVED, name, 2 * written)
     if base in _SCATTER:
-        return Call(MOVED, name, 2 * size(inputs[-1]))
+        return Call(MOVED, name, 2 * tensor_bytes(inputs[-1]))
     if not function._schema.is_mutable and all(_shares(x, inputs) for x in outputs):
         return None  # a view
     if base == "copy":
         inputs = inputs[1:]
-    return Call(MOVED, name, written + sum(map(size, _distinct(inputs))))
+    return Call(MOVED, name, written + sum(map(tensor_bytes, _distinct(inputs))))
 
 
 def _flat(values):

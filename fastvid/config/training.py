@@ -233,8 +233,8 @@ class TrainConfig(DataConfig):
     )
     profile: bool = flag(
         False,
-        "Record three steps after three of warm-up into output_dir/profile: a trace of the "
-        "operators, and on a GPU what lies in its memory.",
+        "Record three steps after three of warm-up into output_dir/profile: the ten kernels that took "
+        "most time, a trace, and on a GPU what lies in its memory.",
     )
     dry_run: bool = flag(
         False,

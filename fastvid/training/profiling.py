@@ -1,24 +1,31 @@
-"""``--profile``: where the time of a few steps goes, as a trace for a browser, and what lies in the GPU's memory."""
+"""``--profile``: where the time of a few steps goes, as a table and as a trace, and what lies in the GPU's memory."""
 
+import json
+import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from fastvid_kernels.dispatch import watch_launches
+from fastvid_kernels.launch_bytes import launch_bytes, name_of
 from torch.profiler import ProfilerActivity, profile
 
 from fastvid.files import StrPath
+from fastvid.training.longest import Roofs, as_json, longest, table
 
 WARM_UP, RECORDED = 3, 3  # steps: the first ones compile, allocate and read ahead
 MEMORY_EVENTS = 200_000
-SHOWN = 12
 
 
 class Profiler:
     """Records steps `WARM_UP` + 1 to `WARM_UP` + `RECORDED` of this process's run into ``folder``.
 
     Args:
-        folder: receives ``trace.json.gz`` (chrome://tracing, ui.perfetto.dev) and on a GPU ``memory.pickle``
-            (pytorch.org/memory_viz); made if missing.
+        folder: receives the kernels that took most time as ``longest.txt`` and ``longest.json``, ``trace.json.gz``
+            (chrome://tracing, ui.perfetto.dev), and on a GPU ``memory.pickle`` (pytorch.org/memory_viz); made if
+            missing.
         device: where the steps compute.
         say: called with each line for the user.
         active: otherwise nothing is recorded.
@@ -29,6 +36,7 @@ class Profiler:
         self.gpu = device.type == "cuda"
         self.steps, self.active = 0, active
         self._profile = None
+        self._begun, self._moved, self._watching = 0.0, Counter(), ExitStack()
 
     def step(self) -> None:
         """A step is done. Waits for the device where the recording begins and ends."""
@@ -45,6 +53,8 @@ class Profiler:
         self.active = False
         if self.gpu:
             torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - self._begun
+        self._watching.close()
         if self._profile is not None:
             self._profile.stop()
         if self.steps <= WARM_UP:
@@ -55,7 +65,7 @@ class Profiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / "trace.json.gz"
         recording.export_chrome_trace(str(trace))
-        self.say(_summary(recording, self.steps - WARM_UP, self.gpu))
+        self._say_longest(recording, seconds)
         self.say(f"profile: {trace} (open it in ui.perfetto.dev or chrome://tracing)")
         if self.gpu:
             snapshot = self.folder / "memory.pickle"
@@ -76,23 +86,17 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
         self._profile = profile(activities=activities, profile_memory=True, record_shapes=True, acc_events=True)
         self._profile.start()
+        self._watching.enter_context(watch_launches(self._launched))
+        self._begun = time.perf_counter()
 
+    def _launched(self, kernel, arguments, options):
+        self._moved[name_of(kernel)] += launch_bytes(kernel, arguments, options)
 
-def _summary(recording, steps, gpu):
-    """The operators that take most time themselves, a line each."""
-
-    def microseconds(event):
-        return event.self_device_time_total if gpu else event.self_cpu_time_total
-
-    events = sorted(recording.key_averages(), key=microseconds, reverse=True)
-    total = sum(map(microseconds, events)) or 1
-    lines = [
-        f"profile of {steps} steps: operators by {'GPU' if gpu else 'CPU'} time of their own",
-        f"{'ms a step':>10} {'share':>6} {'calls':>7}  operator",
-    ]
-    for event in events[:SHOWN]:
-        lines.append(
-            f"{microseconds(event) / steps / 1e3:10.2f} {microseconds(event) / total:6.1%} "
-            f"{event.count / steps:7.1f}  {event.key[:88]}"
-        )
-    return "\n".join(lines)
+    def _say_longest(self, recording, seconds):
+        about = {"steps": self.steps - WARM_UP, "seconds": seconds, "gpu": self.gpu}
+        roofs = Roofs.of(self.device)
+        rows = longest(recording, moved=self._moved, roofs=roofs, **about)
+        text = table(rows, **about)
+        (self.folder / "longest.txt").write_text(f"{text}\n")
+        (self.folder / "longest.json").write_text(f"{json.dumps(as_json(rows, roofs=roofs, **about), indent=1)}\n")
+        self.say(text)

@@ -12,7 +12,7 @@ from triton import knobs
 # Triton decides when a kernel is decorated, so this module and the kernels, imported together, agree.
 INTERPRETED: bool = knobs.runtime.interpret
 _STOOD_FOR = ContextVar("stood_for", default="cpu")
-_WATCHER: ContextVar[Callable[[Any, tuple, dict], object] | None] = ContextVar("watcher", default=None)
+_WATCHERS: list[Callable[[Any, tuple, dict], object]] = []
 
 
 @contextmanager
@@ -32,13 +32,14 @@ def meta_stands_for(device_type: str) -> Iterator[None]:
 def watch_launches(watcher: Callable[[Any, tuple, dict], object]) -> Iterator[None]:
     """Within this context `watcher` is called with every kernel that is launched, its arguments, and those by name.
 
-    Also with those that are not launched, as their tensors are "meta": for whoever counts what they would move.
+    In every thread, as a GPU's backward has its own. Also with those that are not launched, as their tensors are
+    "meta": for whoever counts what they would move.
     """
-    token = _WATCHER.set(watcher)
+    _WATCHERS.append(watcher)
     try:
         yield
     finally:
-        _WATCHER.reset(token)
+        _WATCHERS.remove(watcher)
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -96,7 +97,7 @@ def launch(kernel: Any, grid: tuple, *arguments: Any, **options: Any) -> None:
     Triton launches on the process's current device, whatever device the arguments' addresses are of. On meta tensors
     nothing is launched.
     """
-    if (watcher := _WATCHER.get()) is not None:
+    for watcher in _WATCHERS:
         watcher(kernel, arguments, options)
     if arguments[0].is_meta:
         return
