@@ -150,7 +150,7 @@ def test_a_dry_run_refuses_weights_that_do_not_fit(run, tmp_path):
                 "computing: bf16",
             ],
         ),
-        (["--tokens_per_batch", "300"], ["12 an epoch; ", "300 rows each"]),
+        (["--tokens_per_batch", "300"], ["12 an epoch; ", "300 tokens each"]),
         (["--parity", "reference"], ["6 steps an epoch, 2 samples each; 3 epochs, 18 steps"]),
     ],
 )
