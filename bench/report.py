@@ -15,6 +15,7 @@ from bench.roofline import draw
 ROOT = Path(__file__).resolve().parent
 KERNELS = (
     "spatio_temporal_pool",
+    "grid_pool",
     "frame_patchify",
     "yuv_patchify",
     "add_layer_norm",

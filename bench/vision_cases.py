@@ -4,17 +4,20 @@ Dimensions: B videos, T frames, P patches, C and F channels, R rows of all image
 pixels, S tower pixels per side.
 """
 
+import math
 from functools import partial
 
 import numpy as np
 import torch
 from fastvid_kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from fastvid_kernels.frame_patchify import frame_patchify, frame_patchify_reference
+from fastvid_kernels.grid_pool import grid_pool
 from fastvid_kernels.patch_rows import row_length
 from fastvid_kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from fastvid_kernels.spatio_temporal_pool import spatio_temporal_pool
 from fastvid_kernels.yuv_patchify import yuv_patchify, yuv_to_rgb
 from PIL import Image
+from torch.nn.functional import adaptive_avg_pool3d
 
 from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 
@@ -69,6 +72,26 @@ def _pool_cases(B, T, P, C, dtype):
         {name: Gradients(function) for name, function in functions.items()},
         in_fp32(Gradients(functions["eager"])),
         moved,
+    )
+
+
+def grid_in_torch(x_TPC, grid):
+    """The same by torch's own operation, which wants channels first."""
+    side = math.isqrt(x_TPC.shape[1])
+    x_CTHW = x_TPC.unflatten(1, (side, side)).movedim(-1, 0)
+    return adaptive_avg_pool3d(x_CTHW[None], grid)[0].flatten(1).T
+
+
+def _grid_case(T, P, C, grid, dtype):
+    functions = with_compiled({"ours": lambda x: grid_pool(x, grid), "eager": lambda x: grid_in_torch(x, grid)})
+    return Case(
+        "grid_pool",
+        "forward",
+        {"T": T, "P": P, "C": C, "grid": "x".join(map(str, grid)), "dtype": str(dtype).removeprefix("torch.")},
+        lambda generator, device: (normal(generator, device, T, P, C, dtype=dtype),),
+        {name: forward(function) for name, function in functions.items()},
+        in_fp32(forward(functions["eager"])),
+        dtype.itemsize * C * (T * P + math.prod(grid)),
     )
 
 
@@ -284,6 +307,7 @@ def cases(small):
     """Rows on a GPU; their small shapes are checked on a CPU."""
     if small:
         yield from _pool_cases(2, 5, 6, 32, torch.bfloat16)
+        yield _grid_case(5, 16, 32, (2, 2, 3), torch.float16)
         yield _patchify_case(3, 45, 80, 28, 14)
         yield _yuv_case(3, 46, 80, 28, 14)
         yield _layer_norm_case(5, 32, torch.float16)
@@ -291,6 +315,8 @@ def cases(small):
         return
     yield from _pool_cases(1, 100, 576, 1024, torch.float16)  # as extraction runs it
     yield from _pool_cases(8, 100, 576, 1024, torch.bfloat16)
+    yield _grid_case(16, 576, 1024, (16, 12, 12), torch.float16)  # PLLaVA's
+    yield _grid_case(100, 576, 1024, (16, 12, 12), torch.float16)
     for height, width in ((336, 336), (720, 1280)):  # resized by the decoder, and whole
         yield _patchify_case(400, height, width, 336, 14)
     yield _yuv_case(100, 720, 1280, 336, 14)

@@ -7,6 +7,7 @@ from bench.train_presets import ROWS
 
 KERNELS = {  # least percentage of the copy bandwidth of the same run
     "spatio_temporal_pool": 90,
+    "grid_pool": 85,
     "frame_patchify": 75,
     "add_layer_norm": 92,
     "quick_gelu": 90,

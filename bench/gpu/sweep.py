@@ -87,6 +87,21 @@ SPACES = {
         _pool,
         ("forward",),
     ),
+    "grid_pool": Space(
+        [
+            {"places": k, "channels": c, "warps": w}
+            for k, c, w in (
+                (4, 1024, 4),
+                (4, 512, 2),
+                (4, 256, 1),
+                (2, 1024, 4),
+                (2, 256, 1),
+                (8, 512, 4),
+                (4, 1024, 8),
+            )
+        ],
+        lambda c, window, C: (min(c["places"], POWER(window)), min(c["channels"], POWER(C)), c["warps"]),
+    ),
     "add_rms_norm": Space(
         [{"warps": w} for w in (4, 8, 16, 32)], lambda c, D, summed=False: (POWER(max(D, 32)), c["warps"])
     ),

@@ -62,6 +62,29 @@ MUTATIONS["spatio_temporal_pool"] = [
         "test_gradients_of_each_dtype[3-4-5-counts1-dtype0-triton]",
     ),
 ]
+MUTATIONS["grid_pool"] = [
+    Mutation(
+        "last_t = ((step + 1) * T + frames - 1) // frames",
+        "last_t = tl.maximum((step + 1) * T // frames, first_t + 1)",
+        "test_is_adaptive_avg_pool3d[grid1-dtype0-triton]",
+    ),
+    Mutation(
+        "last_w = (column * side // width, ((column + 1) * side + width - 1) // width)",
+        "last_w = (column * side // width, (column + 1) * side // width)",
+        "test_is_adaptive_avg_pool3d[grid1-dtype0-triton]",
+    ),
+    Mutation(
+        "mask=(k < places)[:, None]", "mask=(k < k + 1)[:, None]", "test_is_adaptive_avg_pool3d[grid0-dtype0-triton]"
+    ),
+    Mutation("places.to(tl.float32)", "BLOCK_K", "test_is_adaptive_avg_pool3d[grid0-dtype0-triton]"),
+    Mutation(
+        "line, column = (cell // width, cell % width)",
+        "line, column = (cell // height, cell % height)",
+        "test_is_adaptive_avg_pool3d[grid2-dtype0-triton]",
+    ),
+    Mutation("if OVER_TIME:", "if True:", "test_frames_are_chosen_evenly[7-3-triton]"),
+    Mutation("p * x_stride_p)[:, None]", "p * C)[:, None]", "test_strides[<lambda>1-triton]"),
+]
 MUTATIONS["add_rms_norm"] = [
     Mutation(
         "rstd = tl.rsqrt(tl.sum(x * x) / D + eps)",

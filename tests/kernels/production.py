@@ -428,3 +428,26 @@ def rope_keys_fp8_calls():
 PRODUCTION["rope_keys_fp8"] = rope_keys_fp8_calls
 WIDE.add("_collect_fp8_kernel")
 WIDE_STORES.add("_collect_fp8_kernel")
+
+
+def grid_pool_calls():
+    """PLLaVA's grid, whole frames, and both groups of SlowFast-LLaVA; of CLIP's 576 patches and SigLIP's 729."""
+    from fastvid_kernels import grid_pool
+
+    def call(frames, patches, channels, *grid, dtype=torch.float16, over_time=True):
+        states = torch.empty(frames, patches, channels, dtype=dtype)
+        return lambda: grid_pool(states, grid, over_time=over_time, impl="triton")
+
+    return {
+        "16 × 12 × 12 of 16 frames, fp16": call(16, 576, 1024, 16, 12, 12),
+        "16 × 12 × 12 of 100 frames, bf16": call(100, 576, 1024, 16, 12, 12, dtype=torch.bfloat16),
+        "32 × 14 × 14 of 32 frames, SigLIP, fp16": call(32, 729, 1152, 32, 14, 14),
+        "16 × 1 × 1 of 100 frames, fp16": call(100, 576, 1024, 16, 1, 1),
+        "10 of 50 frames at 24 × 12, fp16": call(50, 576, 1024, 10, 24, 12, over_time=False),
+        "50 of 50 frames at 4 × 4, fp16": call(50, 576, 1024, 50, 4, 4, over_time=False),
+        "odd: one patch of 33 channels, fp32": call(1, 1, 33, 1, 1, 1, dtype=torch.float32),
+    }
+
+
+PRODUCTION["grid_pool"] = grid_pool_calls
+WIDE.add("_grid_pool_kernel")

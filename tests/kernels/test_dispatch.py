@@ -77,6 +77,7 @@ ELSEWHERE = {
     ),
     "quantize_fp8": lambda: (rows(2, 8), rows(1, dtype=torch.float32, device="cuda:1")),
     "spatio_temporal_pool": None,
+    "grid_pool": None,
     "quick_gelu": None,
     "add_layer_norm": lambda: (rows(2, 8), rows(2, 8), rows(8), rows(8, device="cuda:1"), 1e-5),
     "adamw8bit_step": lambda: (
@@ -121,6 +122,7 @@ ALONE = {  # arguments of those that take one tensor, or are second in their fil
     "swiglu_backward_fp8": lambda: (rows(2, 8), rows(2, 4)),
     "add_rms_norm_fp8": lambda: (rows(2, 8), rows(2, 8), rows(8), 1e-5, torch.bfloat16),
     "spatio_temporal_pool": lambda: (rows(2, 3, 4),),
+    "grid_pool": lambda: (rows(2, 4, 8), (1, 1, 1)),
     "quick_gelu": lambda: (rows(2, 8),),
 }
 

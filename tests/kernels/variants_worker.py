@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "kernels"))
 
 from compile_worker import AbsentGPU  # noqa: E402
-from fastvid_kernels import dispatch, frame_patchify, spatio_temporal_pool, yuv_patchify  # noqa: E402
+from fastvid_kernels import dispatch, frame_patchify, grid_pool, spatio_temporal_pool, yuv_patchify  # noqa: E402
 from fastvid_kernels.adamw8bit_step import adamw8bit_step  # noqa: E402
 from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
 from fastvid_kernels.add_layer_norm import add_layer_norm  # noqa: E402
@@ -140,6 +140,7 @@ def call_all(count, first):
         states = torch.empty(1, len(frames), 5, D, dtype=BF16, requires_grad=True)
         pooled = spatio_temporal_pool(states, frame_counts=counts, impl="triton")
         pooled.backward(torch.empty_like(pooled))
+    grid_pool(torch.empty(len(frames), 16, D, dtype=BF16), (8, 2, 2), impl="triton")
 
 
 def main():
