@@ -18,6 +18,7 @@ from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, nam
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
 from fastvid.online.folder import training_features
+from fastvid.pooling import RECIPE
 
 log = logging.getLogger("fastvid")
 
@@ -212,7 +213,9 @@ def page_of_video(config: InspectConfig) -> bytes:
     from fastvid.page.view import view_file
 
     assert config.video is not None
-    view = view_file(config.video, tower=config.vision_tower, num_frames=config.num_frames)
+    view = view_file(
+        config.video, tower=config.vision_tower, num_frames=config.num_frames, pooling=config.pooling or RECIPE
+    )
     return document([view], title=f"Video {view.name}")
 
 

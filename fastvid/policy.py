@@ -24,6 +24,7 @@ class Policy:
         one_video_length: every video must have as many rows as the first. Otherwise each has what its file holds.
         plain_tower: a CPU's tower computes in fp32, none in bf16 or FP8. Otherwise in bf16 on CPUs that multiply it.
         ffmpeg_colours: videos become RGB as by the reference's decoder, so DALI is refused.
+        recipe_pooling: a video's rows are means of its frames and of its patches. Otherwise as ``--pooling`` says.
     """
 
     mask_by_retokenizing: bool
@@ -35,9 +36,10 @@ class Policy:
     one_video_length: bool
     plain_tower: bool
     ffmpeg_colours: bool
+    recipe_pooling: bool
 
 
-POLICIES = {"none": Policy(*[False] * 9), "reference": Policy(*[True] * 9)}
+POLICIES = {"none": Policy(*[False] * 10), "reference": Policy(*[True] * 10)}
 
 
 # A layer's matrices as LoRA's targets, by the names of transformers' modules, in the order of data; and words for some.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fastvid.files import StrPath, shown
+from fastvid.pooling import OF_AN_IMAGE, RECIPE
 
 __all__ = [
     "EXPORT_MARK",
@@ -28,6 +29,7 @@ __all__ = [
     "Provenance",
     "add_to_bin",
     "agreed",
+    "agreed_pooling",
     "decoders_of",
     "in_fp8",
     "of_features",
@@ -55,7 +57,7 @@ class Provenance:
     Attributes:
         tower: vision tower of the features, folder or hub id.
         tower_revision: what identifies its weights (`fastvid.video.towers.choice.revisions`).
-        num_frames: frames per video, which are the features' temporal rows.
+        num_frames: most frames per video, which are the features' temporal rows unless `pooling` says otherwise.
         rows: rows of every video; None also where videos differ.
         conv_mode: template of the prompts.
         question_order: "reference" or "video_first".
@@ -65,6 +67,7 @@ class Provenance:
         tower_dtype: ``--tower_dtype`` of their extraction, "auto" or "fp8"; of several all, likewise. Of files that
             are all "auto" it is None, as of those that do not tell.
         lora: whether a LoRA adapter was trained together with these weights, which are nothing without it.
+        pooling: what the rows of their videos are, as ``--pooling`` says it; of several all, with "; " between them.
     """
 
     tower: str | None = None
@@ -78,15 +81,22 @@ class Provenance:
     conversion: str | None = None
     tower_dtype: str | None = None
     lora: bool | None = None
+    pooling: str | None = None
 
     @classmethod
     def of_header(cls, header: dict[str, Any]) -> Self:
         """From the header of a feature file, which tells the decoder and the conversion under "video".
 
         A line of an extraction's manifest, where "video" is a name, tells the decoder and which conversion was asked
-        for.
+        for. A header of ours that names no pooling is older than the flag. An image's own rows tell nothing of videos.
         """
-        video = header.get("video") if isinstance(header, dict) else None
+        if not isinstance(header, dict):
+            return cls()
+        if "pooling" not in header and "num_frames" in header:
+            header = {**header, "pooling": RECIPE}
+        elif header.get("pooling") == OF_AN_IMAGE:
+            header = {**header, "pooling": None}
+        video = header.get("video")
         own = (
             {name: video[name] for name in ("decoder", "conversion") if name in video}
             if isinstance(video, dict)
@@ -120,12 +130,14 @@ def of_features(
         The Provenance holds what all files with a header agree about: of several towers it names none.
     """
     towers, frames, names, products = Counter(), set(), {}, in_fp8(header for _, header in looked_at)
+    poolings = set()
     for _, header in looked_at:
         made = Provenance.of_header(header)
         if made.tower_revision is not None:
             name = names.setdefault(made.tower_revision, made.tower)
             towers[name, made.tower_revision] += 1
             frames.add(made.num_frames)
+            poolings.add(made.pooling)
     rows = {number for number, _ in looked_at}
     tower, revision = None, None
     if len(towers) == 1:
@@ -142,6 +154,7 @@ def of_features(
         decoder=decoder,
         conversion=conversion,
         tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None,
+        pooling=_joined(poolings),
     ), towers
 
 
@@ -274,6 +287,22 @@ def same_tower(recorded: str | None, found: Sequence[str]) -> bool | None:
     if recorded is None or recorded in found:
         return None if recorded is None else True
     return False if found[0].startswith("sha256:") == recorded.startswith("sha256:") else None
+
+
+def agreed_pooling(given: str | None, trained: str | None, weights: StrPath) -> str | None:
+    """`agreed` of ``--pooling``; None where the weights were trained with several, and the user names none of them.
+
+    Raises:
+        ValueError: the user and the weights contradict each other.
+    """
+    of_training = trained.split("; ") if trained is not None else []
+    if len(of_training) < 2:
+        return agreed("--pooling", given, trained, RECIPE, weights)
+    return (
+        given
+        if given is None
+        else agreed("--pooling", given, given if given in of_training else trained, RECIPE, weights)
+    )
 
 
 def agreed(flag: str, given: T | None, trained: T | None, otherwise: T, weights: StrPath) -> T:

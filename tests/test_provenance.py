@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,14 @@ def ask(made, weights="out/mm_projector.bin", **settings):
 @pytest.mark.slow
 def test_training_notes_it_in_all_that_it_writes(made):
     expected = Provenance(
-        str(made / "tower_b"), revisions(made / "tower_b")[0], FRAMES, ROWS, "vicuna_v1_1", "video_first", True
+        str(made / "tower_b"),
+        revisions(made / "tower_b")[0],
+        FRAMES,
+        ROWS,
+        "vicuna_v1_1",
+        "video_first",
+        True,
+        pooling="temporal+spatial",
     )
     for path in ("out/mm_projector.bin", "out/mm_projector.safetensors", "out/checkpoint-1"):
         assert of_weights(made / path) == expected
@@ -324,11 +332,17 @@ def test_text_alone_keeps_what_it_started_from(made, tmp_path):
 def test_what_all_headers_agree_about():
     one = {"tower": "t", "tower_revision": DIGEST, "num_frames": 16}
     found, towers = of_features([(32, one), (32, one | {"tower": "spelt/otherwise"}), (32, {})])
-    assert found == Provenance("t", DIGEST, 16, 32) and towers == {("t", DIGEST): 2}
+    recipe = Provenance(pooling="temporal+spatial")  # of headers that are older than the flag
+    assert found == replace(recipe, tower="t", tower_revision=DIGEST, num_frames=16, rows=32)
+    assert towers == {("t", DIGEST): 2}
     found, towers = of_features([(32, one), (48, one | {"num_frames": 32}), (32, {"source": "x"})])
-    assert found == Provenance("t", DIGEST) and towers == {("t", DIGEST): 2}
+    assert found == replace(recipe, tower="t", tower_revision=DIGEST) and towers == {("t", DIGEST): 2}
     found, towers = of_features([(32, one), (32, one | {"tower_revision": OTHER})])
-    assert found == Provenance(num_frames=16, rows=32) and len(towers) == 2
+    assert found == replace(recipe, num_frames=16, rows=32) and len(towers) == 2
+    found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (16, one | {"pooling": "spatial", "image": {}})])
+    assert found.pooling == "grid:2x4x4"  # an image tells nothing of videos
+    found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (32, one)])
+    assert found.pooling == "grid:2x4x4; temporal+spatial"
     assert of_features([]) == (Provenance(), {})
 
 

@@ -63,10 +63,14 @@ def test_towers_frames_and_formats_are_counted(data, capsys):
     records.append({"id": "b", "video": "b.pkl", "conversations": TURNS})
     report = _check(data, records)
     assert report.problems == {"features of another vision tower": 1}
-    assert report.makers == {("x", "sha256:aa", 16): 2, ("./x", "sha256:aa", 8): 1, ("y", "sha256:bb", 16): 1}
+    assert report.makers == {
+        ("x", "sha256:aa", 16, "temporal+spatial"): 2,
+        ("./x", "sha256:aa", 8, "temporal+spatial"): 1,
+        ("y", "sha256:bb", 16, "temporal+spatial"): 1,
+    }
     assert report.formats == {".safetensors": 4, ".pkl": 1}
     text = validate.summary(report)
-    assert "4 .safetensors, 1 .pkl" in text and "2 x (sha256:aa…), 16 frames" in text
+    assert "4 .safetensors, 1 .pkl" in text and "2 x (sha256:aa…), 16 frames, temporal+spatial" in text
     (example,) = report.examples["features of another vision tower"]
     assert example.startswith("1 of y (sha256:bb…), 3 of ") and "--overwrite True" in example
     assert not _check(data, records[:3]).problems

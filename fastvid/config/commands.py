@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from fastvid.config.fields import Checked, flag
 from fastvid.policy import POLICIES, Policy
+from fastvid.pooling import RECIPE, check_spec
 
 # What `--from` may name: records of these trainers and data sets (`fastvid.data.conversion`).
 Style = Literal[
@@ -79,6 +80,12 @@ class ExtractConfig(Checked):
     overwrite: bool = flag(False, "Replace feature files that were made with other settings, or nobody knows which.")
     format: Literal["safetensors", "pkl"] = flag("safetensors", "pkl: the reference's format.")
     num_frames: int = flag(100, "Frames per video, and temporal rows of the features.", at_least=1, at_most=100_000)
+    pooling: str = flag(
+        RECIPE,
+        "What a video's rows are. temporal+spatial: a mean of each frame, then one of each patch; grid:TxHxW: means "
+        "over time, height and width; slow-fast:TxHxW+TxHxW: few frames at a fine grid, then all at a coarse one.",
+        check=check_spec,
+    )
     dtype: Literal["float16", "bfloat16", "float32"] | None = flag(
         None, "Precision of the tower. Default: float16 on a GPU; on a CPU bfloat16 if it multiplies that, or float32."
     )
@@ -172,6 +179,12 @@ class ChatConfig(Checked):
         at_least=1,
         at_most=100_000,
     )
+    pooling: str | None = flag(
+        None,
+        "What a video's rows are, as for extract. Default: as the weights were trained; temporal+spatial where they "
+        "do not tell.",
+        check=check_spec,
+    )
     bf16: bool = flag(False, "Compute in bf16.")
     device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
     seed: int = flag(0, "Seed of sampling.", at_least=0, at_most=2**63 - 1)
@@ -216,6 +229,7 @@ class EvaluateConfig(Checked):
     temperature: float = flag(0.0, "0 is greedy; the reference samples at 0.2.", at_least=0, at_most=1000)
     max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16.")
     device: str | None = flag(None, "torch device. Default: a GPU if there is one, under torchrun the rank's own.")
     seed: int = flag(0, "Seed of sampling.", at_least=0, at_most=2**63 - 1)
@@ -258,6 +272,7 @@ class ServeConfig(Checked):
     temperature: float = flag(0.0, "Of requests that name none; 0 is greedy.", at_least=0, at_most=2)
     max_new_tokens: int = flag(1024, "Longest answer, whatever a request asks for.", at_least=1)
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16.")
     device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
     host: str = flag("127.0.0.1", "Address to listen at; 0.0.0.0: every network of this machine.", group="server")

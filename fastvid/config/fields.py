@@ -19,7 +19,8 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
         help: its ``--help`` text.
         metadata: "at_least", "above", "at_most" and "below" are a number's range (of a list, each number's); "group"
             begins a group of ``--help``; "was" is an older name, which is taken too; "writes" says that a "file" or a
-            "folder" is made there; "whole_from" is the number from which on only whole ones mean something.
+            "folder" is made there; "whole_from" is the number from which on only whole ones mean something; "check"
+            is called with a text, and raises ValueError if it means nothing.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
@@ -64,7 +65,7 @@ def range_fault(value: object, metadata: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Checked:
-    """Numbers are checked against the ranges that their flags state, however the configuration is made."""
+    """Values are checked by the ranges and checks that their flags state, however the configuration is made."""
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -73,6 +74,8 @@ class Checked:
             for number in numbers if has_range(each) and value is not None else ():
                 if fault := range_fault(number, each.metadata):
                     raise ValueError(f"--{each.name} {number}: give {fault}")
+            if "check" in each.metadata and value is not None:
+                each.metadata["check"](value)
 
 
 def flag_of(field: dataclasses.Field) -> str:

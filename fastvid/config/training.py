@@ -5,6 +5,7 @@ from typing import Literal
 
 from fastvid.config.fields import Checked, flag, steps
 from fastvid.policy import POLICIES, Lora, Policy, Trainable
+from fastvid.pooling import check_spec
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class DataConfig(Checked):
         "Frames of each video that has no features yet, and temporal rows of those that are made.",
         at_least=1,
         at_most=100_000,
+    )
+    pooling: str | None = flag(
+        None,
+        "What the rows are of each video that has no features yet, as for extract. Default: as the weights that "
+        "training starts from were trained; temporal+spatial where they do not tell.",
+        check=check_spec,
     )
     clip_feat_path: str | None = flag(
         None,

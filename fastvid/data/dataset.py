@@ -19,6 +19,7 @@ from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.data.video_tokens import VideoRows
 from fastvid.features.folder import FeatureFolder
 from fastvid.files import StrPath, shown
+from fastvid.pooling import RECIPE
 
 log = logging.getLogger("fastvid")
 
@@ -123,6 +124,12 @@ class SampleSet:
             except (ValueError, OSError):  # reported where the record is used
                 continue
         found, towers = provenance.of_features(looked_at)
+        poolings = set(found.pooling.split("; ")) - {RECIPE} if found.pooling else ()
+        if poolings and self.config.policy.recipe_pooling:
+            raise ValueError(
+                f"features of --pooling {', '.join(sorted(poolings))}, and --parity reference takes {RECIPE} alone; "
+                "extract them with that, or leave --parity reference out"
+            )
         if found.tower is None and not towers:
             # Features without headers were made with the tower that the user names; without any video, what training
             # starts from goes on to hold.

@@ -22,6 +22,7 @@ from fastvid.files import StrPath, atomic_file, read_json_object, shown
 from fastvid.inference.chat import MEDIA_SUFFIXES, Chat
 from fastvid.inference.likelihood import answer_likelihoods
 from fastvid.inference.questions import MediaNames, inside, list_media
+from fastvid.pooling import RECIPE
 
 log = logging.getLogger("fastvid")
 
@@ -263,6 +264,7 @@ def _settings(chat, config, files, samples):
             name: getattr(told, name)
             for name in ("conv_mode", "question_order", "num_frames", "temperature", "max_new_tokens", "seed", "bf16")
         },
+        **({} if told.pooling in (None, RECIPE) else {"pooling": told.pooling}),
         "use_start_end": chat.tokenizer.tokens.start is not None,
     }
 

@@ -1,6 +1,6 @@
 """A loaded model that answers questions about videos, asked as the reference's inference asks them.
 
-Dimensions: R rows of a video (temporal + spatial), C channels of the vision tower.
+Dimensions: R rows of a video, C channels of the vision tower.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
-from fastvid.provenance import Provenance, agreed, of_weights, same_tower
+from fastvid.pooling import RECIPE
+from fastvid.provenance import Provenance, agreed, agreed_pooling, of_weights, same_tower
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
@@ -114,7 +115,7 @@ class Chat:
                 ("num_frames", 100),
             )
         }
-        return replace(config, **told)
+        return replace(config, **told, pooling=agreed_pooling(config.pooling, self.trained.pooling, self.weights))
 
     def ask(self, video: StrPath, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """The answer to a question about a video.
@@ -251,6 +252,20 @@ class Chat:
         assert self.config.num_frames is not None
         return self.config.num_frames
 
+    @property
+    def pooling(self) -> str:
+        """What the rows of a video are whose features are made here, as ``--pooling`` says it.
+
+        Raises:
+            ValueError: the weights were trained with several poolings, and the user names none.
+        """
+        if self.config.pooling is None:
+            raise ValueError(
+                f"{self.weights} was trained with features of several poolings ({self.trained.pooling}); name the one "
+                "that videos get with --pooling"
+            )
+        return self.config.pooling
+
     def _check_rows(self, what, rows, *, extracted=False):
         """Refuse features of another number of rows than all that the weights were trained on.
 
@@ -263,17 +278,17 @@ class Chat:
                 "extract it with "
                 if extracted
                 else f"--num_frames {frames}, or "
-                if self.trained.num_frames is None and frames > 0
+                if self.trained.num_frames is None and self.config.pooling == RECIPE and frames > 0
                 else "give "
             )
             raise ValueError(
                 f"{what} has {rows} rows, {self.weights} was trained on features of {trained}: "
-                f"{remedy}the tower and the frames of training"
+                f"{remedy}the tower, the frames and the pooling of training"
             )
 
     def _check_made_alike(self, file, header):
         """Refuse a feature file whose header contradicts the weights."""
-        made, trained = Provenance.of(header), self.trained
+        made, trained = Provenance.of_header(header), self.trained
         if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
             raise ValueError(
                 f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
@@ -293,6 +308,11 @@ class Chat:
             raise ValueError(
                 f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
                 f"{trained.num_frames}; extract it with that"
+            )
+        if made.pooling and trained.pooling and made.pooling not in trained.pooling.split("; "):
+            raise ValueError(
+                f"{file} was made with --pooling {made.pooling}, {self.weights} was trained with {trained.pooling}; "
+                "extract it with that pooling"
             )
 
     @cached_property
@@ -318,7 +338,7 @@ class Chat:
             tower = choose_tower(self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
             if tower is None:
                 raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
-            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.num_frames)
+            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.num_frames, pooling=self.pooling)
             if encoder.hidden_size != self.model_config.mm_hidden_size:
                 raise ValueError(
                     f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
@@ -327,7 +347,7 @@ class Chat:
             check_tower(tower, self.trained, self.weights)
             self._encoder = encoder
         self._check_rows(
-            f"{video} with --num_frames {self.num_frames} and this tower", self.num_frames + self._encoder.num_patches
+            f"{video} with --num_frames {self.num_frames} --pooling {self.pooling} and this tower", self._encoder.rows
         )
         return self._encoder
 

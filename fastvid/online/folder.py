@@ -23,6 +23,7 @@ from fastvid.features.names import medium, namesake
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
+from fastvid.pooling import RECIPE, Pooling
 from fastvid.provenance import of_weights
 from fastvid.video.decode.still import is_still
 from fastvid.video.earlier import EarlierFeatures
@@ -176,10 +177,13 @@ class OnlineFeatures(FeatureFolder):
             vision_tower=str(self.tower),
             parity=config.parity,
             num_frames=config.num_frames or ExtractConfig.num_frames,
+            pooling=str(pooling_to_make(config)),
         )
         refuse_departures(self._extraction)
         image_size, patch_size, channels = tower_sizes(self.tower)
-        self.made_shape = self._extraction.num_frames + (image_size // patch_size) ** 2, channels
+        self._patches = (image_size // patch_size) ** 2
+        rows = pooling_to_make(config).rows(self._extraction.num_frames, self._patches)
+        self.made_shape = rows, channels
         settings = settings_of(self._extraction, revisions(self.tower)[0], image_size, patch_size)
         self._header = {
             "tower": os.path.abspath(self.tower) if os.path.isdir(self.tower) else str(self.tower),
@@ -212,7 +216,7 @@ class OnlineFeatures(FeatureFolder):
         """Of an image, the rows of its patches."""
         rows, channels = self.made_shape
         still = is_still(self._videos[self._numbers[path]].name)
-        return rows - self._extraction.num_frames if still else rows, channels
+        return self._patches if still else rows, channels
 
     # What is made
 
@@ -353,9 +357,28 @@ def training_features(config: DataConfig, names: Iterable[str] = ()) -> OnlineFe
     return features
 
 
+def _start(config):
+    """Path of the weights that training starts from."""
+    return getattr(config, "pretrain_mm_mlp_adapter", None) or config.model_name_or_path
+
+
+def pooling_to_make(config: DataConfig) -> Pooling:
+    """The pooling of features that training makes: as told, else that of the weights it starts from, else the recipe's.
+
+    Raises:
+        ValueError: those were trained with several, or with one that is not known here.
+    """
+    start = _start(config)
+    pooling = config.pooling or (start and of_weights(start).pooling) or RECIPE
+    if "; " in pooling:
+        raise ValueError(
+            f"{shown(start)} was trained with features of several poolings ({pooling}); name one with --pooling"
+        )
+    return Pooling.parse(pooling)
+
+
 def _tower_of_model(config):
     """The tower that made the features of the weights which training starts from, or the model's own; None if nothing
     tells."""
-    model = config.model_name_or_path
-    start = getattr(config, "pretrain_mm_mlp_adapter", None) or model
+    model, start = config.model_name_or_path, _start(config)
     return choose_tower(None, of_weights(start), start, otherwise=read_settings(model).get("mm_vision_tower"))

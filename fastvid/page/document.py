@@ -81,6 +81,9 @@ def _video(view):
 def _strip(view):
     padding = int((view.temporal == 0).sum())
     kind = "rows" if view.spatial is None else "temporal rows"
+    if view.grids:
+        _, height, width = view.grids[-1]
+        kind = f"steps of time, each the mean of {height} × {width} rows"
     filled = view.temporal[view.temporal > 0]
     caption = f"{len(view.temporal):,} {kind}, in order"
     if len(filled):
@@ -88,12 +91,15 @@ def _strip(view):
     caption += ". Point at a bar for its value."
     if padding:
         caption += f" {padding:,} rows are zero, the padding of a short video: grey."
-    labels = [f"row {row}{_place(view, row)}: {norm:.4g}" for row, norm in enumerate(view.temporal)]
+    name = "step" if view.grids else "row"
+    labels = [f"{name} {row}{_place(view, row)}: {norm:.4g}" for row, norm in enumerate(view.temporal)]
     yield f"<h3>Norms over time</h3>{strip_svg(view.temporal, labels)}<p>{_text(caption)}</p>"
 
 
 def _place(view, row):
-    """The frame and time of a temporal row."""
+    """The frame and time of a temporal row; none of a step that is no frame."""
+    if view.grids and len(view.temporal) != len(view.numbers):
+        return ""
     frame = f", frame {view.numbers[row]}" if row < len(view.numbers) and view.spatial is not None else ""
     return frame + (f" at {view.seconds[row]:.2f} s" if frame and row < len(view.seconds) else "")
 
@@ -103,7 +109,7 @@ def _heat_map(view):
     yield "<h3>Norms over the frame</h3>"
     yield (
         f'<figure><img alt="heat map of norms" src="{heat_map_uri(view.spatial, view.aspect)}"><figcaption>'
-        f"{H} × {W} patches, means over all frames</figcaption></figure>"
+        f"{_what_is_mapped(view, H, W)}</figcaption></figure>"
     )
     if view.frames is not None:
         middle = len(view.frames) // 2
@@ -115,6 +121,13 @@ def _heat_map(view):
         f'<figure><img alt="scale" src="{scale_uri()}"><figcaption>{view.spatial.min():.4g} (least) to '
         f"{view.spatial.max():.4g} (largest)</figcaption></figure>"
     )
+
+
+def _what_is_mapped(view, height, width):
+    if not view.grids:
+        return f"{height} × {width} patches, means over all frames"
+    steps = "all steps of time" if len(view.grids) == 1 else f"the {view.grids[0][0]} frames of the slow group"
+    return f"{height} × {width} cells, means over {steps}"
 
 
 def _frames(view):
@@ -142,6 +155,7 @@ def _table(view):
         ("tower", header.get("tower", _NOT_TOLD)),
         ("revision", header.get("tower_revision", _NOT_TOLD)),
         ("frames", frames),
+        ("pooling", header.get("pooling", _NOT_TOLD)),
         ("rows × channels", f"{R} × {C}"),
         (
             "dtype",

@@ -1,6 +1,7 @@
 """What a page shows of one video: frames with their times, norms of its features, and what their header says."""
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, shown
+from fastvid.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.listing import no_video
@@ -31,7 +33,9 @@ class VideoView:
         numbers: number of each frame in its video; seconds: its time, from the first frame on.
         aspect: width ÷ height of a frame; 1 where nothing tells.
         rows: (R, C, stored dtype) of the features.
-        temporal: norm of each temporal row; spatial: [H, W] norms of the spatial rows, as they lie in a frame.
+        temporal: norm of each temporal row; spatial: [H, W] norms of the spatial rows, as they lie in a frame. Of grids
+            both are means: over the rows of each step of the last grid, and over the steps of the first one.
+        grids: (time, height, width) of each group of rows, where the pooling has grids.
         header: what the feature file says it was made of and with.
         notes: what is not shown, and why, a sentence each.
     """
@@ -44,12 +48,19 @@ class VideoView:
     rows: tuple[int, int, str] | None = None
     temporal: np.ndarray | None = None
     spatial: np.ndarray | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
     header: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | None = None) -> VideoView:
-    """A video, with the features that `tower` makes of it if one is given; or a feature file.
+def view_file(
+    path: StrPath,
+    *,
+    tower: StrPath | None = None,
+    num_frames: int | None = None,
+    pooling: str = RECIPE,
+) -> VideoView:
+    """A video, with the features that `tower` makes of it if one is given, by `pooling`; or a feature file.
 
     Raises:
         ValueError: no video, or a damaged file; the tower cannot be used.
@@ -68,7 +79,7 @@ def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | 
         return view
     from fastvid.video.encoder import FeatureEncoder
 
-    encoder = FeatureEncoder(tower, num_temporal=num_frames or NUM_FRAMES)
+    encoder = FeatureEncoder(tower, num_temporal=num_frames or NUM_FRAMES, pooling=pooling)
     info = _show_frames(view, path, encoder.num_temporal, encoder.image_size)
     assert view.frames is not None
     header = {
@@ -77,6 +88,7 @@ def view_file(path: StrPath, *, tower: StrPath | None = None, num_frames: int | 
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
         "num_frames": encoder.num_temporal,
+        "pooling": pooling,
         "total_frames": info.frames,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "video": asdict(info),
@@ -157,7 +169,12 @@ def show_features(view: VideoView, features_RC: torch.Tensor, header: dict, num_
     told = header.get("num_frames")
     T = told if isinstance(told, int) and _is_count(told, R) else num_frames or NUM_FRAMES
     side = math.isqrt(max(R - T, 0))
-    if header.get("pooling") == "spatial" and math.isqrt(R) ** 2 == R:
+    view.grids = _grids(header, R)
+    if view.grids:
+        groups = np.split(norms, np.cumsum([math.prod(grid) for grid in view.grids])[:-1])
+        by_grid = [group.reshape(grid) for group, grid in zip(groups, view.grids)]
+        view.temporal, view.spatial = by_grid[-1].mean((1, 2)), by_grid[0].mean(0)
+    elif header.get("pooling") == OF_AN_IMAGE and math.isqrt(R) ** 2 == R:
         view.spatial = norms.reshape(math.isqrt(R), -1)
     elif T >= R or side * side != R - T:
         view.temporal = norms
@@ -169,6 +186,15 @@ def show_features(view: VideoView, features_RC: torch.Tensor, header: dict, num_
     video = header.get("video", header.get("image"))
     if isinstance(video, dict) and _is_count(video.get("width")) and _is_count(video.get("height")):
         view.aspect = min(max(video["width"] / video["height"], 1 / 16), 16)
+
+
+def _grids(header, rows):
+    """The grids that a header names, if they have as many rows as there are."""
+    with suppress(ValueError, TypeError):
+        grids = Pooling.parse(header.get("pooling")).grids
+        if sum(map(math.prod, grids)) == rows:
+            return grids
+    return ()
 
 
 def _of_manifest(path):

@@ -38,7 +38,7 @@ def routes(
     """
 
     async def seen(content):
-        return await asyncio.to_thread(_shown, await service.look(content), service.num_frames)
+        return await asyncio.to_thread(_shown, await service.look(content), service.num_frames, service.pooling)
 
     async def look(request: Request) -> Response:
         """POST /demo/look: a video's bytes to what the page shows of it."""
@@ -62,10 +62,10 @@ def _file(name, kind):
     return file
 
 
-def _shown(seen: Look, num_frames: int):
+def _shown(seen: Look, num_frames: int, pooling: str):
     """What the page shows of a video, as JSON: pictures are data URIs, the strip is SVG."""
     view = VideoView("video", seen.frames, seen.numbers, seen.seconds, seen.info.width / seen.info.height)
-    show_features(view, seen.features_RC, {}, num_frames)
+    show_features(view, seen.features_RC, {"pooling": pooling}, num_frames)
     view.aspect = min(max(view.aspect, 1 / 16), 16)
     count = len(seen.frames)
     some = range(count) if count <= _MOST_FRAMES else [i * count // _MOST_FRAMES for i in range(_MOST_FRAMES)]
@@ -73,13 +73,15 @@ def _shown(seen: Look, num_frames: int):
     filled = view.temporal[view.temporal > 0]
     low, span = (filled.min(), filled.max() - filled.min() or 1) if len(filled) else (0, 1)
     split = view.spatial is not None
-    labels = [f"row {row}: {norm:.4g}" for row, norm in enumerate(view.temporal)]
+    # Steps of time; of the recipe's pooling those behind the last frame are padding.
+    steps = view.temporal[:count] if split and not view.grids else view.temporal
+    labels = [f"row {row}: {norm:.4g}" for row, norm in enumerate(steps)]
     frames = [
         {
             "src": frame_uri(seen.frames[i], view.aspect),
             "number": seen.numbers[i],
             "seconds": seen.seconds[i] if i < len(seen.seconds) else None,
-            "norm": float((view.temporal[i] - low) / span) if split else None,
+            "norm": float((steps[i * len(steps) // count] - low) / span) if split else None,
         }
         for i in some
     ]
@@ -91,7 +93,7 @@ def _shown(seen: Look, num_frames: int):
         "total_frames": seen.info.frames,
         "rows": len(seen.features_RC),
         "frames": frames,
-        "strip": strip_svg(view.temporal[:count] if split else view.temporal, labels),
+        "strip": strip_svg(steps, labels),
         "heat": heat_map_uri(view.spatial, view.aspect) if view.spatial is not None else None,
         "middle": frame_uri(seen.frames[count // 2], view.aspect, 420),
         "scale": scale_uri(),

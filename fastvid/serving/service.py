@@ -283,6 +283,11 @@ class Service:
         return await self._features.look(await _made(self._parsers, self._addresses.keep, content))
 
     @property
+    def pooling(self) -> str:
+        """What the rows of a video are, as ``--pooling`` says it."""
+        return self._chat.pooling
+
+    @property
     def num_frames(self) -> int:
         """Temporal rows of the features."""
         return self._chat.num_frames

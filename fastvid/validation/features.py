@@ -15,7 +15,8 @@ from fastvid.features.file import describe_features, load_features
 from fastvid.features.folder import MissingFeatures
 from fastvid.features.names import medium, namesake
 from fastvid.files import shown
-from fastvid.online.folder import OnlineFeatures
+from fastvid.online.folder import OnlineFeatures, pooling_to_make
+from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
 from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources
@@ -93,7 +94,7 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
     report.unnamed = sources.unnamed(report.videos, images) if sources.given else None
     rows = dict.fromkeys(report.to_make, _rows_to_make(config)) if report.to_make else {}
     if found:
-        _check_towers(report, config.vision_tower, makers)
+        _check_makers(report, config, makers)
         rows |= _usable(report, config, found, paths)
     return {video: number for video, number in rows.items() if number}
 
@@ -103,10 +104,11 @@ def _rows_to_make(config):
     folder = config.model_name_or_path or config.vision_tower
     if folder is None:
         return None
-    with suppress(ValueError):
+    try:
         image_size, patch_size = tower_geometry(folder, config.vision_tower)
-        return config.num_frames + (image_size // patch_size) ** 2
-    return None
+    except ValueError:
+        return None
+    return pooling_to_make(config).rows(config.num_frames, (image_size // patch_size) ** 2)
 
 
 def _add_missing(report, sources, video, count, error):
@@ -131,7 +133,7 @@ def _add_failed(report, video, count, why):
 def _note_maker(report, makers, video, header):
     made = Provenance.of_header(header)
     if made.tower_revision is not None:
-        report.makers[made.tower, made.tower_revision, made.num_frames] += 1
+        report.makers[made.tower, made.tower_revision, made.num_frames, made.pooling] += 1
         makers[video] = made
     report.decoders += decoders_of([header])
     report.in_fp8 += in_fp8([header])
@@ -165,10 +167,11 @@ def _usable(report, config, found, paths):
     return usable
 
 
-def _check_towers(report, wanted, makers):
+def _check_makers(report, config, makers):
     """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
 
-    So are those of another one than `wanted`, where that is a folder.
+    So are those of another one than ``--vision_tower``, where that is a folder; and under ``--parity reference`` those
+    of another pooling than the recipe's.
 
     Args:
         makers: {video: Provenance of its features}, of those that tell their tower.
@@ -177,6 +180,15 @@ def _check_towers(report, wanted, makers):
     for video, made in makers.items():
         towers.setdefault(made.tower_revision, []).append(video)
     names = {made.tower_revision: made.tower for made in makers.values()}
+    unlike = [video for video, made in makers.items() if made.pooling not in (None, RECIPE)]
+    if config.policy.recipe_pooling and unlike:
+        report.add_files(
+            "features of another pooling",
+            f"{len(unlike):,} are not of {RECIPE}, which is all that --parity reference takes: extract them with that "
+            "(fastvid extract --overwrite True), or leave --parity reference out",
+            unlike,
+        )
+    wanted = config.vision_tower
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.video.towers.choice import revisions
 

@@ -19,6 +19,7 @@ STATES = {
     "features unreadable": "unreadable",
     "features refused": "refused",
     "features of another shape": "another shape",
+    "features of another pooling": "another pooling",
     "features of another vision tower": "another tower",
     "features of another tower than --vision_tower": "another tower",
 }
@@ -33,7 +34,7 @@ class Report:
         records: records read; `text_only` of them name no video; `duplicates` of them repeat an earlier one.
         videos: records by video.
         layouts: feature files by (R, C, dtype); None if they were not looked at.
-        makers: feature files by (tower, its revision, frames per video), as far as their headers tell.
+        makers: feature files by (tower, its revision, frames per video, pooling), as far as their headers tell.
         decoders: feature files by (decoder, conversion), likewise.
         in_fp8: feature files by whether their tower multiplied in FP8, likewise.
         damaged: feature files of videos that were taken although they are damaged.
@@ -130,8 +131,8 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "formats": dict(report.formats),
         "made_by": [
-            {"tower": tower, "tower_revision": revision, "num_frames": frames, "files": count}
-            for (tower, revision, frames), count in report.makers.most_common()
+            {"tower": tower, "tower_revision": revision, "num_frames": frames, "pooling": pooling, "files": count}
+            for (tower, revision, frames, pooling), count in report.makers.most_common()
         ],
         "decoded_by": [
             {"decoder": decoder, "conversion": conversion, "files": count}
@@ -177,8 +178,9 @@ def summary(report: Report) -> str:
     if len(report.formats) > 1:
         counts = ", ".join(f"{count:,} {ending}" for ending, count in report.formats.most_common())
         lines.append(f"formats     {counts}")
-    for (tower, revision, frames), count in report.makers.most_common(SHOWN):
-        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames")
+    for (tower, revision, frames, pooling), count in report.makers.most_common(SHOWN):
+        rows = "an image's patches" if pooling is None else shown(pooling)
+        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames, {rows}")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts or ()]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")

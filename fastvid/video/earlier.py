@@ -14,12 +14,13 @@ from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_header, probe_features
 from fastvid.features.manifest import Manifest
 from fastvid.features.names import SUFFIXES
+from fastvid.pooling import RECIPE
 from fastvid.video.decode.still import is_still
 from fastvid.video.features import written
 from fastvid.video.listing import Video
 
 # Defaults for a setting that is missing in a header or entry, which may be older than the setting.
-_DEFAULTS = {"conversion": "swscale", "tower_dtype": "auto"}
+_DEFAULTS = {"conversion": "swscale", "tower_dtype": "auto", "pooling": RECIPE}
 
 
 class EarlierFeatures:
@@ -79,7 +80,7 @@ class EarlierFeatures:
                     continue
                 if matching and found is mine:
                     self._matching[video.name] = matching
-                if why := self._difference(made):
+                if why := self._difference(made, video):
                     found.append(f"{path} was made with {why}")
         return mine, others
 
@@ -129,7 +130,7 @@ class EarlierFeatures:
             digest = made.get("sha256")
             if digest is not None and digest != hashlib.sha256(Path(path).read_bytes()).hexdigest():
                 return f"{path} is not the file that its manifest entry describes", True
-        if other := self._difference(made):
+        if other := self._difference(made, video):
             return f"{path} was made with {other}", True
         if made.get("source_bytes") != source_bytes:
             return f"{path} was made with source_bytes {made.get('source_bytes', 'unknown')}, not {source_bytes}", False
@@ -173,20 +174,21 @@ class EarlierFeatures:
         entry = self.manifest.entries.get(video.name, {})
         return {} if "file" in entry or len(self._there(video.target)) > 1 else entry
 
-    def _difference(self, made) -> str | None:
+    def _difference(self, made, video) -> str | None:
         """How settings noted in a header or manifest differ from this job's, in words; None if they do not."""
-        noted = made.get("tower"), *map(made.get, self.settings)  # the same in most of them
+        still = is_still(video.name)
+        noted = still, made.get("tower"), *map(made.get, self.settings)  # the same in most of them
         try:
             return self._differences[noted]
         except KeyError:
-            return self._differences.setdefault(noted, self._found_difference(made))
+            return self._differences.setdefault(noted, self._found_difference(made, still))
         except TypeError:  # a list or an object, which no setting is
-            return self._found_difference(made)
+            return self._found_difference(made, still)
 
-    def _found_difference(self, made):
+    def _found_difference(self, made, still):
         for name, value in self.settings.items():
             found = made.get(name, _DEFAULTS.get(name, "unknown"))
-            if found != value:
+            if found != value and not (still and name == "pooling"):  # an image's rows are its patches' in any case
                 of = f" (of {made['tower']})" if name == "tower_revision" and made.get("tower") else ""
                 return f"{name} {found}{of}, not {value}"
         return None

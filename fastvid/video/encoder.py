@@ -1,6 +1,7 @@
-"""Frames to features: patchify → vision tower up to its last layer but one → spatio-temporal pooling.
+"""Frames to features: patchify → vision tower up to its last layer but one → pooling.
 
-Dimensions: T frames, B frames per pass, P patches per frame, K values of a patch row, C channels.
+Dimensions: T frames, B frames per pass, P patches per frame, K values of a patch row, R rows of a video's features, C
+channels.
 
 Of CLIP's towers the features are those of PG-Video-LLaVA (336 pixels) and Video-ChatGPT (224): ``hidden_states[-2][:,
 1:]`` of ``CLIPVisionModel``, pooled, up to the rounding of 16 bits; of SigLIP's likewise (`fastvid.video.towers`).
@@ -17,6 +18,7 @@ from fastvid_kernels.patch_rows import row_length
 from torch import Tensor
 
 from fastvid.files import StrPath
+from fastvid.pooling import RECIPE, Pooling
 from fastvid.video.passes import Passes
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.load import open_tower
@@ -70,16 +72,19 @@ class FeatureEncoder:
         device: default: a GPU if there is one.
         dtype: precision of the tower; default: `default_dtype`, of `plain`.
         batch_size: most frames per pass; evened out, so that 100 frames at 32 are four passes of 25.
-        num_temporal: most frames per video, and temporal rows of the features.
+        num_temporal: most frames per video, and temporal rows of the features unless `pooling` says otherwise.
+        pooling: what a video's rows are, as ``--pooling`` says it.
         fp8: multiply the tower's matrices in FP8, which changes the features.
 
     Attributes:
+        pooling: a `fastvid.pooling.Pooling`; rows: of every video's features.
         tower: the `VisionTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 
     Raises:
         ValueError: the tower is missing, or of no kind that is known; the device is none of this machine's; FP8 is
-            asked for where the GPU has no units for it or the tower's sizes do not fit them.
+            asked for where the GPU has no units for it or the tower's sizes do not fit them; `pooling` does not go with
+            the frames or the tower's patches.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class FeatureEncoder:
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
         num_temporal: int = 100,
+        pooling: str = RECIPE,
         plain: bool = False,
         fp8: bool = False,
     ):
@@ -97,13 +103,14 @@ class FeatureEncoder:
             raise ValueError(f"batch size ({batch_size}) and frames per video ({num_temporal}) must be at least 1")
         self.device = open_device(device)
         self.dtype = dtype or default_dtype(self.device, plain)
-        self.num_temporal = num_temporal
+        self.num_temporal, self.pooling = num_temporal, Pooling.parse(pooling)
         self.batch_size = -(-num_temporal // -(-num_temporal // batch_size))
         if fp8:
             check_fp8(self.device)
         self.tower = open_tower(tower, self.device, self.dtype, fp8=fp8)
         self.image_size, self.patch_size = self.tower.image_size, self.tower.patch_size
         self.num_patches, self.hidden_size = self.tower.num_patches, self.tower.hidden_size
+        self.rows = self.pooling.rows(num_temporal, self.num_patches)
         self._patchify: dict[str, Any] = {
             "size": self.image_size,
             "patch": self.patch_size,
@@ -114,20 +121,22 @@ class FeatureEncoder:
         self.revision = revisions(tower)[0]
         self._idle = []
 
-    def encode(self, frames: Tensor | np.ndarray) -> Tensor:
-        """The features of one video. From any thread.
+    def encode(self, frames: Tensor | np.ndarray, *, still: bool = False) -> Tensor:
+        """The features of one video, or of an image. From any thread.
 
         Args:
             frames: [T, H, W, 3] uint8 RGB, tensor or array, 1 ≤ T ≤ num_temporal, any H and W.
+            still: they are an image, whose rows are its patches'.
 
         Returns:
-            [num_temporal + P, C] float16, on the CPU: frame means, zero rows up to num_temporal, position means.
+            [R, C] float16, on the CPU. Of the recipe's pooling: frame means, zero rows up to num_temporal, position
+            means. Of an image [P, C].
 
         Raises:
             ValueError: no frames, or too many.
         """
         with self._passes() as passes:
-            return passes.one(frames)
+            return passes.one(frames, still=still)
 
     def encode_patches(self, patches_TPK: Tensor) -> Tensor:
         """The features of one video, as `encode`, of its frames' patch rows as `patch_rows` makes them."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fastvid import signals
 from fastvid.dist import host_memory
 from fastvid.features.manifest import Manifest
+from fastvid.pooling import RECIPE
 from fastvid.video.dealing import Turns
 from fastvid.video.decode import DecodeError
 from fastvid.video.earlier import EarlierFeatures
@@ -334,7 +335,8 @@ class Extraction:
         return min(piece.prepared.info.frames, self.config.num_frames)
 
     def _is_padded(self, piece):
-        return not piece.prepared.info.still and piece.prepared.info.frames < self.config.num_frames
+        info = piece.prepared.info
+        return self.config.pooling == RECIPE and not info.still and info.frames < self.config.num_frames
 
     def _fail(self, video, failure, seconds, summary, bar):
         summary.fail(video.name, failure)

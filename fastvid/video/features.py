@@ -17,6 +17,7 @@ import fastvid
 from fastvid.config import ExtractConfig
 from fastvid.features.file import feature_bytes
 from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file, wrong_content
+from fastvid.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.kinds import KINDS
 from fastvid.video.decode.still import is_still
@@ -53,6 +54,11 @@ def refuse_departures(config: ExtractConfig) -> None:
             "--tower_dtype fp8 rounds more than the reference, which --parity reference does not take"
             "; leave one of the two out"
         )
+    if config.policy.recipe_pooling and config.pooling != RECIPE:
+        raise ValueError(
+            f"--pooling {config.pooling} is not the reference's, which is all that --parity reference takes; give "
+            f"{RECIPE}, or leave --parity reference out"
+        )
 
 
 def settings_of(config: ExtractConfig, tower_revision: str, image_size: int, patch_size: int) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def settings_of(config: ExtractConfig, tower_revision: str, image_size: int, pat
         "image_size": image_size,
         "patch_size": patch_size,
         "num_frames": config.num_frames,
+        "pooling": config.pooling,
         "conversion": KINDS[config.decoder].conversion,
         "tower_dtype": config.tower_dtype,
     }
@@ -102,7 +109,8 @@ class VideoFeatures:
         config = self.config
         image_size, patch_size, channels = tower_sizes(self._tower)
         self.settings = settings_of(config, revisions(self._tower)[0], image_size, patch_size)
-        self.shape = [config.num_frames + (image_size // patch_size) ** 2, channels]
+        rows = Pooling.parse(config.pooling).rows(config.num_frames, (image_size // patch_size) ** 2)
+        self.shape = [rows, channels]
 
     @property
     def _tower(self):
@@ -137,6 +145,7 @@ class VideoFeatures:
             dtype=getattr(torch, config.dtype) if config.dtype else None,
             batch_size=config.infer_batch,
             num_temporal=config.num_frames,
+            pooling=config.pooling,
             plain=config.policy.plain_tower,
         )
         fp8 = config.tower_dtype == "fp8"
@@ -163,7 +172,7 @@ class VideoFeatures:
             name: what the header calls it; default: the file's name.
 
         Returns:
-            ([num_frames + P, C] float16, or [P, C] of an image; header), or the `DecodeError` that says why there are
+            ([rows, C] float16, or [P, C] of an image; header), or the `DecodeError` that says why there are
             none.
         """
         self.open()
@@ -246,9 +255,6 @@ class VideoFeatures:
             raise DecodeError(path, f"its features are not finite in {dtype}; {remedy}")
         if self._fidelity is not None:
             self._fidelity.compare(os.path.basename(path), prepared, features_RC)
-        if prepared.info.still:  # the states of its patches: means over frames are those of the only one
-            assert self.encoder is not None
-            return features_RC[self.encoder.num_temporal :].clone()
         return features_RC
 
     def told(self) -> list[str]:
@@ -265,7 +271,7 @@ class VideoFeatures:
             "source_sha256": prepared.sha256,
             "total_frames": frames,
             "frame_indices": frame_indices(frames, self.config.num_frames),
-            **({"pooling": "spatial", "image": info} if prepared.info.still else {"video": info}),
+            **({"pooling": OF_AN_IMAGE, "image": info} if prepared.info.still else {"video": info}),
         }
 
     def save(

@@ -1,7 +1,7 @@
 """Frames of videos through the tower, in passes of a fixed number of frames; the rests of several videos share a pass.
 
 Dimensions: B frames of a pass, T frames of a video, P patches per frame, K values of a patch row, C channels, R rows of
-a video's features.
+a video's features, as its pooling makes them.
 
 A frame's states must not depend on what else is in its pass, nor on its place there: else a video's features would
 depend on the videos that happened to be decoded beside it. Matrix products of a fixed shape keep to that on every
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from fastvid_kernels import spatio_temporal_pool
+from fastvid_kernels import grid_pool, spatio_temporal_pool
 from torch import Tensor
 
 from fastvid.video.towers.graph import GraphedStates
@@ -44,7 +44,7 @@ class Features:
     _error: Exception | None = None
 
     def result(self) -> Tensor:
-        """[num_temporal + P, C] float16 on the CPU. Waits for the device; from any thread.
+        """[R, C] float16 on the CPU. Waits for the device; from any thread.
 
         Raises:
             torch.OutOfMemoryError: there was no memory for a pass of it.
@@ -64,6 +64,7 @@ class _Video:
     key: Any
     count: int
     rows: Callable[[int, int], Tensor]  # patch rows [n, P, K] from a frame on
+    still: bool = False
     begun: int = 0
     seconds: float = 0.0
     states_TPC: Tensor | None = None
@@ -92,7 +93,12 @@ class Passes:
 
     @torch.no_grad()
     def add(
-        self, key: Any, frames: Tensor | np.ndarray | None = None, patches_TPK: Tensor | None = None
+        self,
+        key: Any,
+        frames: Tensor | np.ndarray | None = None,
+        patches_TPK: Tensor | None = None,
+        *,
+        still: bool = False,
     ) -> list[Features]:
         """Compute what fills passes: the whole ones of this video, then rests of several.
 
@@ -100,6 +106,7 @@ class Passes:
             key: returned with the features.
             frames: [T, H, W, 3] uint8 RGB, tensor or array; or None.
             patches_TPK: patch rows on the device, in place of frames.
+            still: it is an image, whose features are its patches' alone.
 
         Returns:
             those videos that are done now.
@@ -112,9 +119,9 @@ class Passes:
         assert whole is not None, "frames, or patch rows of them"
         encoder.refuse_count(len(whole))
         if frames is None:
-            video = _Video(key, len(whole), lambda start, n: whole[start : start + n])
+            video = _Video(key, len(whole), lambda start, n: whole[start : start + n], still)
         else:
-            video = _Video(key, len(whole), lambda start, n: encoder.frame_rows(whole[start : start + n]))
+            video = _Video(key, len(whole), lambda start, n: encoder.frame_rows(whole[start : start + n]), still)
         while video.count - video.begun >= B and video.error is None:
             self._run([(video, B)])
         if video.error is not None or video.begun == video.count:
@@ -133,9 +140,15 @@ class Passes:
             done += self._rest()
         return done
 
-    def one(self, frames: Tensor | np.ndarray | None = None, patches_TPK: Tensor | None = None) -> Tensor:
+    def one(
+        self,
+        frames: Tensor | np.ndarray | None = None,
+        patches_TPK: Tensor | None = None,
+        *,
+        still: bool = False,
+    ) -> Tensor:
         """The features of one video alone, as `Features.result` gives them; otherwise as `add`."""
-        return (self.add(None, frames, patches_TPK) or self.flush())[0].result()
+        return (self.add(None, frames, patches_TPK, still=still) or self.flush())[0].result()
 
     def _rests(self):
         return sum(video.count - video.begun for video in self._waiting)
@@ -212,7 +225,7 @@ class Passes:
         return features
 
     def _pool(self, video, features):
-        features_RC = spatio_temporal_pool(video.states_TPC, num_temporal=self.encoder.num_temporal)
+        features_RC = self._pooled(video)
         if features_RC.device.type != "cuda":
             features._features_RC = features_RC.cpu()
             return
@@ -223,6 +236,15 @@ class Passes:
             copied = torch.cuda.Event()
             copied.record()
         features._features_RC, features._copied = on_host, copied
+
+    def _pooled(self, video):
+        pooling, states_TPC = self.encoder.pooling, video.states_TPC
+        if video.still:  # the states of its patches: means over frames are those of the only one
+            return spatio_temporal_pool(states_TPC, num_temporal=1)[1:].clone()
+        if not pooling.grids:
+            return spatio_temporal_pool(states_TPC, num_temporal=self.encoder.num_temporal)
+        groups = [grid_pool(states_TPC, grid, over_time=pooling.over_time) for grid in pooling.grids]
+        return torch.cat(groups) if len(groups) > 1 else groups[0]
 
 
 def _short_of_memory(compute) -> torch.OutOfMemoryError | None:

@@ -239,7 +239,7 @@ class Pipeline:
             those videos whose features are on their way now.
         """
         with self._current(self._stream):
-            return self._passes.add(key, prepared.frames, self._own(prepared))
+            return self._passes.add(key, prepared.frames, self._own(prepared), still=prepared.info.still)
 
     def flush(self) -> list[Features]:
         """Compute what does not fill a pass; the videos whose features are on their way now."""
@@ -255,7 +255,7 @@ class Pipeline:
                 if patches_TPK is not None:
                     return self.encoder.encode_patches(patches_TPK)
                 assert prepared.frames is not None
-                return self.encoder.encode(prepared.frames)
+                return self.encoder.encode(prepared.frames, still=prepared.info.still)
         finally:
             self._streams.put(on_stream)
 

@@ -30,7 +30,7 @@ class Fidelity:
         Args:
             name: of the video, for the line.
             prepared: its `fastvid.video.pipeline.Prepared`.
-            features_RC: of the FP8 tower, [num_frames + P, C] on the CPU.
+            features_RC: of the FP8 tower, [rows, C] on the CPU.
         """
         if not self._first.acquire(blocking=False):  # never released: another video is, or was, the first
             return
@@ -40,7 +40,7 @@ class Fidelity:
                 exact_RC = encoder.encode_patches(prepared.patches)
             else:
                 assert prepared.frames is not None
-                exact_RC = encoder.encode(prepared.frames)
+                exact_RC = encoder.encode(prepared.frames, still=prepared.info.still)
         except torch.OutOfMemoryError:
             self._line = "--tower_dtype fp8: there was no memory to compare its features with the unquantised tower's"
             return
