@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -295,24 +296,23 @@ def test_weights_keep_the_poolings_of_their_features(trained):
 
 @pytest.mark.slow
 def test_the_reference_trains_on_the_recipe_alone(made, tmp_path):
-    words = argv(made, tmp_path / "out", "--parity", "reference")
-    with pytest.raises(
-        ValueError, match=r"features of --pooling grid:3x2x2, and --parity reference takes temporal.spatial"
-    ):
+    """What the message of training and that of `validate` tell to do is done."""
+    records = [record for record in json.loads((made / "train.json").read_text()) if "video" in record]
+    (tmp_path / "videos.json").write_text(json.dumps(records))
+    words = argv(made, tmp_path / "out", "--parity", "reference", records=tmp_path / "videos.json")
+    with pytest.raises(ValueError, match=r"--pooling grid:3x2x2, and --parity reference takes temporal.spatial alone"):
         train.main(words)
-    records = [
-        record
-        for record in json.loads((made / "train.json").read_text())
-        if record.get("video", "") in ("c.mp4", "d.mp4")
-    ]
-    (tmp_path / "recipe.json").write_text(json.dumps(records))
-    assert train.main(argv(made, tmp_path / "out", "--parity", "reference", records=tmp_path / "recipe.json")) == 0
-    report = validate.validate(
-        ValidateConfig(data_path=[str(made / "train.json")], video_folder=str(made / "feats"), parity="reference")
+    checked = ValidateConfig(
+        data_path=[str(tmp_path / "videos.json")], video_folder=str(made / "feats"), parity="reference"
     )
+    report = validate.validate(checked)
     assert report.problems["features of another pooling"] == 2
     (example,) = report.examples["features of another pooling"]
     assert "2 are not of temporal+spatial" in example
+    shutil.copytree(made / "feats", tmp_path / "feats")
+    assert extract.extract(job(made, made / "grids", tmp_path / "feats", overwrite=True)).extracted == 2
+    assert not validate.validate(replace(checked, video_folder=str(tmp_path / "feats"))).problems
+    assert train.main([*words, "--video_folder", str(tmp_path / "feats")]) == 0
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def chat_of(made, weights, **options):
 
 
 @pytest.mark.slow
-def test_chat_makes_features_as_those_of_the_training_were_made(trained):
+def test_chat_makes_features_as_those_of_the_training_were_made(trained, tmp_path):
     chat = chat_of(trained, "grid")
     found = chat.features(trained / "grids" / "a.mp4")
     torch.testing.assert_close(found, load_features(trained / "feats" / "a.safetensors")[0], rtol=2**-9, atol=2**-9)
@@ -349,6 +349,8 @@ def test_chat_makes_features_as_those_of_the_training_were_made(trained):
         ValueError, match="c.safetensors was made with --pooling temporal.spatial, .*; extract it with that pooling"
     ):
         chat_of(trained, "grid").features(trained / "feats" / "c.safetensors")
+    assert extract.extract(job(trained, trained / "recipe", tmp_path, pooling=GRID)).extracted == 2
+    assert chat_of(trained, "grid").features(tmp_path / "c.safetensors").shape == (ROWS[GRID], CHANNELS)
 
 
 @pytest.mark.slow

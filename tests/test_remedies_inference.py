@@ -194,7 +194,7 @@ MISTAKES = [
     (
         "chat",
         "--projector {made}/rows.bin --vision_tower {made}/fine " + ABOUT,
-        f"on features of {ROWS}: give the tower and the frames of training",
+        f"on features of {ROWS}: give the tower, the frames and the pooling of training",
         "--projector {made}/rows.bin --vision_tower {made}/tower_b " + ABOUT,
     ),
     (
@@ -579,7 +579,7 @@ EXTRACTED = [
     (
         f"--vision_tower {{made}}/tower_b --num_frames {FRAMES + 1}",
         UNTOLD,
-        f"on features of {ROWS}: extract it with the tower and the frames of training",
+        f"on features of {ROWS}: extract it with the tower, the frames and the pooling of training",
         None,
     ),
     ("--vision_tower {made}/wide", "", "made with another vision tower", None),
