@@ -167,6 +167,16 @@ def test_the_last_of_several_ranks_writes_all_for_upstream(tmp_path):
     assert json.loads((tmp_path / "upstream" / "match.json").read_text()) == [{"q": "q", "pred": "p"}]
 
 
+@pytest.mark.slow
+def test_another_pooling_is_another_setting(run, chat, output, monkeypatch):
+    """The recipe's is not written, so that folders of before there were others go on."""
+    predict(chat, config(run, output), 0, 1)
+    assert "pooling" not in json.loads((output / "settings.json").read_text())
+    monkeypatch.setattr(chat, "config", replace(chat.config, pooling="grid:2x2x2"))
+    with pytest.raises(ValueError, match="of other settings .pooling None there, grid:2x2x2 now"):
+        predict(chat, config(run, output), 0, 1)
+
+
 def test_other_settings_want_another_folder(run, chat, output):
     predict(chat, config(run, output), 0, 1)
     with pytest.raises(
