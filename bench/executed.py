@@ -30,7 +30,7 @@ class ExecutedFlops(TorchDispatchMode):
         elif name.startswith("_scaled_dot_product_"):
             self.total += dense_flops(_named(function, args, kwargs), products)
         elif "attn" in name or "attention" in name:
-            self.total += varlen_flops(args, products)
+            self.total += varlen_flops(_named(function, args, kwargs), products)
         elif packet in flop_registry:  # torch's formulas know of no dtype for the result
             args = [value for value in args if not isinstance(value, torch.dtype)]
             self.total += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -52,18 +52,23 @@ def _named(function, args, kwargs):
     return {argument.name: value for argument, value in zip(function._schema.arguments, args)} | kwargs
 
 
-def varlen_flops(args, products):
-    """Of an attention kernel on packed [N, H, d] rows, causal and aligned at each segment's last row.
+def varlen_flops(arguments, products):
+    """Of an attention kernel on packed [N, H, d] rows, by its arguments' names; a causal mask is aligned at each
+    segment's last row.
 
     Its cumulative lengths are the first two one-dimensional int32 tensors; a kernel that gets none counts as nothing.
+    What does not say whether it is causal is.
     """
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
     bounds = [x for x in tensors if x.dtype == torch.int32 and x.dim() == 1][:2]
     if len(bounds) < 2 or tensors[0].dim() != 3:
         return 0
     q, k = (x.diff().long() for x in bounds)
     _, heads, width = tensors[0].shape
-    return 2 * heads * width * products * int((q * k - q * (q - 1) // 2).sum())
+    pairs = q * k
+    if next((arguments[name] for name in ("is_causal", "causal") if name in arguments), True):
+        pairs = pairs - q * (q - 1) // 2
+    return 2 * heads * width * products * int(pairs.sum())
 
 
 def executed_flops(call):

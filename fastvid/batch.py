@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from fastvid_kernels.rope_keys import WayBack
@@ -58,6 +59,7 @@ class AttentionLayout:
         way_back: of `kv_rows`: which keys each packed row is. None: unknown.
         own_keys: [N] int64, where in `kv_rows` each row stands, if each stands there once: the gradient of a gather is
             then a gather too. None: unknown, or some row is a key of several segments or of none.
+        branches: the same for attention in two parts, if several segments go on from the same rows.
     """
 
     cu_seqlens_q: Tensor
@@ -67,6 +69,7 @@ class AttentionLayout:
     kv_rows: Tensor | None = None
     way_back: WayBack | None = None
     own_keys: Tensor | None = None
+    branches: Branches | None = None
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
@@ -76,7 +79,10 @@ class AttentionLayout:
 
     @staticmethod
     def of_lengths(
-        lengths: Sequence[int], key_lengths: Sequence[int] | None = None, kv_rows: Tensor | None = None
+        lengths: Sequence[int],
+        key_lengths: Sequence[int] | None = None,
+        kv_rows: Tensor | None = None,
+        branches: Branches | None = None,
     ) -> AttentionLayout:
         """Segments of `lengths` rows, each attending to its own; or to as many keys as `key_lengths` has, of
         `kv_rows`. A segment without queries passes over keys.
@@ -84,12 +90,12 @@ class AttentionLayout:
         queries = _cumulative(lengths)
         keys, key_lengths = (queries, lengths) if key_lengths is None else (_cumulative(key_lengths), key_lengths)
         longest = max((rows for asked, rows in zip(lengths, key_lengths) if asked), default=0)
-        layout = AttentionLayout(queries, max(lengths, default=0), keys, longest, kv_rows)
+        layout = AttentionLayout(queries, max(lengths, default=0), keys, longest, kv_rows, branches=branches)
         vars(layout)["lengths"] = list(lengths), list(key_lengths)
         return layout
 
-    def _replace(self, **tensors):
-        """The same segments, with other tensors."""
+    def replaced(self, **tensors: Any) -> AttentionLayout:
+        """The same segments, of which is known what was, with other tensors."""
         layout = replace(self, **tensors)
         if "lengths" in vars(self):
             vars(layout)["lengths"] = self.lengths
@@ -113,28 +119,35 @@ class AttentionLayout:
         sizes = ends[at + 1] - (bounds[at + 1] - 1 - last) - ends[at]
         keys = torch.arange(int(sizes.sum())) + (ends[at] - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
         return AttentionLayout.of_lengths(
-            breaks.diff().tolist(), sizes.tolist(), keys if self.kv_rows is None else self.kv_rows[keys]
+            breaks.diff().tolist(),
+            sizes.tolist(),
+            keys if self.kv_rows is None else self.kv_rows[keys],
+            self.branches and self.branches.of_rows(rows),
         )
 
     def split(self, segments: int) -> tuple[AttentionLayout, AttentionLayout]:
-        """(the first `segments` segments, the others), whose queries each count from 0. On the CPU."""
+        """(the first `segments` segments, the others), whose queries each count from 0. Branches stay together: they
+        are among the others. On the CPU."""
         rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
         queries, keys = self.lengths
         first, others = rows.tensor_split([int(self.cu_seqlens_k[segments])])
+        branches = self.branches and self.branches.without(segments)
         return (
             AttentionLayout.of_lengths(queries[:segments], keys[:segments], first),
-            AttentionLayout.of_lengths(queries[segments:], keys[segments:], others),
+            AttentionLayout.of_lengths(queries[segments:], keys[segments:], others, branches),
         )
 
     def with_way_back(self, first: int, rows: int) -> AttentionLayout:
         """The same layout with `way_back` and `own_keys`, for `rows` packed rows that `kv_rows` counts from `first`.
         On the CPU.
         """
+        branches = self.branches and self.branches.with_way_back(first, rows)
         if self.kv_rows is None:
-            return self
+            return self.replaced(branches=branches)
         way_back = WayBack.of(self.kv_rows, first, rows)
         once = torch.equal(way_back.starts_N1, torch.arange(rows + 1, dtype=torch.int32))
-        return self._replace(way_back=way_back, own_keys=way_back.places.long() if once else None)
+        own_keys = way_back.places.long() if once else None
+        return self.replaced(way_back=way_back, own_keys=own_keys, branches=branches)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AttentionLayout:
         """The same layout with `function`, which leaves values alone, applied to every tensor."""
@@ -142,9 +155,75 @@ class AttentionLayout:
         keys = queries if self.cu_seqlens_k is self.cu_seqlens_q else function(self.cu_seqlens_k)
         kv_rows, own_keys = (rows if rows is None else function(rows) for rows in (self.kv_rows, self.own_keys))
         way_back = self.way_back and self.way_back.map(function)
-        return self._replace(
-            cu_seqlens_q=queries, cu_seqlens_k=keys, kv_rows=kv_rows, way_back=way_back, own_keys=own_keys
+        return self.replaced(
+            cu_seqlens_q=queries,
+            cu_seqlens_k=keys,
+            kv_rows=kv_rows,
+            way_back=way_back,
+            own_keys=own_keys,
+            branches=self.branches and self.branches.map(function),
         )
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Attention in two parts, for segments that go on from the same rows: branches, from a beginning.
+
+    First every query attends causally, branches to their own rows only. Then branches attend to all rows of their
+    beginning. So a beginning's keys are there once, however many branches it has.
+
+    Attributes:
+        causal: the first part, of all queries. Its `kv_rows` may hold more keys than its segments have: behind those.
+        full: the second part, not causal: a segment for each beginning, whose queries are those of its branches.
+        first_query: branches' queries are this one and all after it.
+        first_key: keys of `full` begin at this one of `causal`'s.
+    """
+
+    causal: AttentionLayout
+    full: AttentionLayout
+    first_query: int
+    first_key: int
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """(keys of `causal`, keys of `full`)."""
+        return sum(self.causal.lengths[1]), sum(self.full.lengths[1])
+
+    def of_rows(self, rows: Tensor) -> Branches | None:
+        """`AttentionLayout.of_rows`; None if no branch has such a row."""
+        bounds = self.first_query + self.full.cu_seqlens_q.long()
+        counts = torch.searchsorted(rows, bounds).diff()
+        if not counts.sum():
+            return None
+        asked, sizes = counts > 0, self.full.cu_seqlens_k.long().diff()
+        places = (torch.arange(self.sizes[1]) + self.first_key)[asked.repeat_interleave(sizes)]
+        causal = self.causal.of_rows(rows)
+        assert causal.kv_rows is not None
+        beginnings = places if self.causal.kv_rows is None else self.causal.kv_rows[places]
+        return Branches(
+            causal.replaced(kv_rows=torch.cat([causal.kv_rows, beginnings])),
+            AttentionLayout.of_lengths(counts[asked].tolist(), sizes[asked].tolist()),
+            int((rows < self.first_query).sum()),
+            len(causal.kv_rows),
+        )
+
+    def without(self, segments: int) -> Branches:
+        """The same behind the first `segments` segments, which are no branches or beginnings. On the CPU."""
+        queries, keys = (sum(lengths[:segments]) for lengths in self.causal.lengths)
+        return replace(
+            self,
+            causal=self.causal.split(segments)[1],
+            first_query=self.first_query - queries,
+            first_key=self.first_key - keys,
+        )
+
+    def with_way_back(self, first: int, rows: int) -> Branches:
+        """`AttentionLayout.with_way_back` of the keys that are placed."""
+        return replace(self, causal=self.causal.with_way_back(first, rows))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Branches:
+        """The same with `function`, which leaves values alone, applied to every tensor."""
+        return replace(self, causal=self.causal.map(function), full=self.full.map(function))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import keys_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,20 +27,6 @@ def layouts(draw):
         max_seqlen_k=of_keys.max_seqlen_q,
         kv_rows=torch.tensor(list(itertools.chain.from_iterable(keys)), dtype=torch.int64),
     )
-
-
-def keys_of(layout):
-    """For each query the rows that it attends to, as the layout's definition has it."""
-    found, (q, k) = [], (bounds.tolist() for bounds in (layout.cu_seqlens_q, layout.cu_seqlens_k))
-    rows = list(range(k[-1])) if layout.kv_rows is None else layout.kv_rows.tolist()
-    for segment in range(len(q) - 1):
-        found += [
-            rows[k[segment] : k[segment + 1] - (q[segment + 1] - 1 - row)] for row in range(*q[segment : segment + 2])
-        ]
-    assert layout.max_seqlen_q == max([b - a for a, b in itertools.pairwise(q)], default=0)
-    assert layout.max_seqlen_k == max([b - a for a, b in itertools.pairwise(k)], default=0)
-    assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
-    return found
 
 
 @pytest.mark.slow

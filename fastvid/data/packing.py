@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastvid.batch import AttentionLayout, PackedBatch, VideoTokens
+from fastvid.batch import AttentionLayout, Branches, PackedBatch, VideoTokens
 from fastvid.data.conversation import EncodedSample
 
 
@@ -48,7 +48,7 @@ def pack(
         share: rows that samples have in common, up to the end of a video (or of `prefix`), stand in the batch once.
 
     Returns:
-        PackedBatch, `parted`; its pieces are its segments, those without gradient first.
+        PackedBatch, `parted`; its pieces are its segments: those without gradient first, branches last.
     """
     chains = [Chain(sample, tokens, prefix=prefix, frozen=frozen, share=share) for sample, _ in samples]
     for chain, (sample, videos) in zip(chains, samples):
@@ -58,7 +58,7 @@ def pack(
         pieces = [_Piece(np.zeros(1, dtype=np.int64), 0, None, [], False)]
     if all(piece.frozen for piece in pieces):
         pieces[-1].frozen = False  # so that every rank's backward reaches every layer that others may wait in
-    pieces.sort(key=lambda piece: not piece.frozen)
+    pieces = _in_order(pieces)
     at = 0
     for piece in pieces:
         piece.row, at = at, at + len(piece.ids)
@@ -98,6 +98,7 @@ class _Piece:
         videos: [R, C] features of the videos in it.
         frozen: it depends on nothing that is trained.
         row: packed row of the first one.
+        branch: attention reaches its ancestors in a part of its own (`fastvid.batch.Branches`).
     """
 
     ids: np.ndarray
@@ -106,6 +107,7 @@ class _Piece:
     videos: list[Tensor]
     frozen: bool
     row: int = 0
+    branch: bool = False
 
     def lineage(self) -> "list[_Piece]":
         """Its ancestors, the earliest first, and itself."""
@@ -183,6 +185,25 @@ def _tree(chains, videos):
     return pieces, leaves
 
 
+def _in_order(pieces):
+    """Pieces as they are to lie: frozen ones, others, those that branches go on from, branches by where they begin.
+
+    A branch is longer behind than in itself: else a copy of what it goes on from costs less than a second attention.
+    """
+    inner = {id(piece.parent) for piece in pieces}
+    place = {id(piece): number for number, piece in enumerate(pieces)}
+    for piece in pieces:
+        goes_on = piece.parent is not None and not piece.parent.frozen
+        piece.branch = goes_on and id(piece) not in inner and piece.first > len(piece.ids)
+    beginnings = {id(piece.parent) for piece in pieces if piece.branch}
+
+    def key(piece):
+        begins = id(piece) in beginnings
+        return not piece.frozen, begins + 2 * piece.branch, place[id(piece.parent)] if piece.branch else 0
+
+    return sorted(pieces, key=key)
+
+
 def _layout(pieces, prefix):
     """Attention layout of pieces, and the rows of the constant prefix that it counts: all of them, or 0 without
     need."""
@@ -191,15 +212,42 @@ def _layout(pieces, prefix):
     prefix = prefix if any(first.first for first, *_ in lineages) else 0
     if not prefix and all(len(lineage) == 1 for lineage in lineages):
         return AttentionLayout.of_lengths(lengths), 0
-    starts, sizes, totals = [], [], []
-    for lineage in lineages:
-        runs = [(piece.row + prefix, len(piece.ids)) for piece in lineage]
-        if lineage[0].first:
-            runs.insert(0, (0, prefix))
-        starts += [start for start, _ in runs]
-        sizes += [size for _, size in runs]
-        totals.append(sum(size for _, size in runs))
-    return AttentionLayout.of_lengths(lengths, totals, torch.from_numpy(ranges(starts, sizes))), prefix
+    runs = [_runs(lineage, prefix) for lineage in lineages]
+    return _of_runs(lengths, runs, _branches(pieces, runs, lengths)), prefix
+
+
+def _runs(lineage, prefix):
+    """(first row, rows) of each piece that its last one attends to, counted from the constant prefix on."""
+    runs = [(piece.row + prefix, len(piece.ids)) for piece in lineage]
+    return [(0, prefix), *runs] if lineage[0].first else runs
+
+
+def _of_runs(lengths, runs, branches=None):
+    """Segments of so many queries, each over the keys of its runs."""
+    rows = torch.from_numpy(ranges(*zip(*(run for each in runs for run in each))))
+    return AttentionLayout.of_lengths(lengths, [_rows(each) for each in runs], rows, branches)
+
+
+def _rows(runs):
+    return sum(size for _, size in runs)
+
+
+def _branches(pieces, runs, lengths):
+    """The same as attention in two parts, or None where no piece is a branch."""
+    first = next((i for i, piece in enumerate(pieces) if piece.branch), None)
+    if first is None:
+        return None
+    own = [each[-1:] if piece.branch else each for piece, each in zip(pieces, runs)]
+    causal = _of_runs(lengths, own)
+    if own == [[(piece.row, length)] for piece, length in zip(pieces, lengths)]:
+        causal = AttentionLayout.of_lengths(lengths)  # keys need no copy
+    rows = Counter()
+    for piece, length in zip(pieces[first:], lengths[first:]):
+        rows[id(piece.parent)] += length
+    beginning = next(i for i, piece in enumerate(pieces) if id(piece) in rows)
+    keys = [_rows(each) for each in runs[beginning:first]]
+    full = AttentionLayout.of_lengths([rows[id(piece)] for piece in pieces[beginning:first]], keys)
+    return Branches(causal, full, sum(lengths[:first]), sum(_rows(each) for each in runs[:beginning]))
 
 
 def _supervised(chains, leaves):

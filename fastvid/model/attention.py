@@ -4,15 +4,10 @@ Dimensions: N query rows, M key/value rows, C constant ones, H query heads, K ke
 S segments.
 """
 
-import functools
-import importlib
-import inspect
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from fastvid_kernels import cpu
@@ -22,18 +17,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
+from fastvid.model.branches import Parts, attend_in_parts
 from fastvid.model.decoding import DecodingLayout, shared_attention
+from fastvid.model.flash import flash_libraries, kernel_obstacle, torch_library
 from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
-
-log = logging.getLogger("fastvid")
 
 # Copies of keys of at most so many times the packed rows wait for backward: with the queries they take about as much as
 # the product that they come from, which goes. More are made again.
 MOST_KEPT = 1.25
-
-# Where flash-attn's generations keep `flash_attn_varlen_func`: 3 (Hopper), 4 (Hopper and later), 2.
-FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,13 @@ class Attention:
         name: of the implementation or the library.
         call: function of queries, keys, values and layout; keys and values lie in its order.
         takes_rows: instead, `call` takes the packed rows as they are, and `constant` ones, by the layout's `kv_rows`.
+        parts: computes the two parts of a layout with `branches`; None: those gather keys as other segments do.
     """
 
     name: str
     call: Callable[..., Tensor]
     takes_rows: bool = False
+    parts: Parts | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -67,8 +61,9 @@ class Attention:
 
         Args:
             q_NHd, k_NKd, v_NKd: packed rows, any row stride; H a multiple of K. Scale is d**-0.5.
-            layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows. Or
-                that of answers that grow by a row each, without gradient.
+            layout: segments; with `kv_rows`, keys and values are gathered from the constant and the packed rows, those
+                of a beginning once where there are `parts`. Or that of answers that grow by a row each, without
+                gradient.
             constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
             regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under
                 recomputation, where the copy lives only during its layer's backward. Where `takes_rows`, there is none.
@@ -88,8 +83,9 @@ class Attention:
         assert constant is None or layout.kv_rows is not None
         if self.takes_rows:
             return self.call(q_NHd, k_NKd, v_NKd, layout, constant)
+        layout, attend = self.placed(layout, inplace=regather)
         if layout.kv_rows is None:
-            return self.call(q_NHd, k_NKd, v_NKd, layout)
+            return attend(q_NHd, k_NKd, v_NKd)
         keys, values = (
             Gathered(constant_CKd, own_NKd, layout.kv_rows)
             for constant_CKd, own_NKd in zip(constant or (None, None), (k_NKd, v_NKd))
@@ -99,7 +95,20 @@ class Attention:
             for own_NKd, gathered in ((k_NKd, keys), (v_NKd, values))
         )
         with saving_no_copy(keys, values) if regather else nullcontext():
-            return self.call(q_NHd, k_MKd, v_MKd, layout)
+            return attend(q_NHd, k_MKd, v_MKd)
+
+    def placed(
+        self, layout: AttentionLayout, *, inplace: bool = True
+    ) -> tuple[AttentionLayout, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """(Layout that says where keys are to lie, attention of queries to keys and values that lie so).
+
+        Args:
+            inplace: as of `attend_in_parts`.
+        """
+        if self.parts is None or layout.branches is None:
+            return layout, lambda q_NHd, k_MKd, v_MKd: self.call(q_NHd, k_MKd, v_MKd, layout)
+        in_parts = partial(attend_in_parts, branches=layout.branches, parts=self.parts, inplace=inplace)
+        return layout.branches.causal, in_parts
 
 
 def attend_rotated(
@@ -132,6 +141,7 @@ def attend_rotated(
         [N, H, d], or [L, H, d]; gradients as `attention`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
+    layout, attend = attention.placed(layout, inplace=not recomputed)
     kept = recomputed or (layout.kv_rows is not None and len(layout.kv_rows) <= MOST_KEPT * len(positions_N))
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
     options = {
@@ -147,7 +157,7 @@ def attend_rotated(
         q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, *settings, **options)
     q_NHd = q_NHd if queries_LHd is None else queries_LHd
     if layout.kv_rows is None or kept:
-        return attention.call(q_NHd, k_MKd, v_MKd, layout)
+        return attend(q_NHd, k_MKd, v_MKd)
     rows = Placed(
         k_MKd,
         partial(
@@ -163,7 +173,7 @@ def attend_rotated(
         ),
     )
     with saving_no_copy(rows):
-        return attention.call(q_NHd, k_MKd, v_MKd, layout)
+        return attend(q_NHd, k_MKd, v_MKd)
 
 
 def rotates_to_keys(attention: Attention, qkv_NE: Tensor) -> bool:
@@ -185,121 +195,54 @@ def choose_attention(implementation: str, device: torch.device, dtype: torch.dty
         raise ValueError(
             f"attention implementation {implementation!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}"
         )
-    obstacle = {
-        "flash": _flash_obstacle,
-        "varlen": _varlen_obstacle,
-        "avx512": partial(_avx512_obstacle, channels),
-    }
+    if implementation == "sdpa":
+        return SDPA
+    reason = None
+    for find in (_FIND[implementation],) if implementation in _FIND else _FIND.values():
+        found = find(device, dtype, channels)
+        if isinstance(found, Attention):
+            return found
+        reason = found
     if implementation == "auto":
-        return next((IMPLEMENTATIONS[name] for name, find in obstacle.items() if find(device, dtype) is None), SDPA)
-    if implementation in obstacle and (reason := obstacle[implementation](device, dtype)):
-        raise ValueError(f"attention implementation {implementation!r} is impossible: {reason}; choose auto or sdpa")
-    return IMPLEMENTATIONS[implementation]
+        return SDPA
+    raise ValueError(f"attention implementation {implementation!r} is impossible: {reason}; choose auto or sdpa")
 
 
-def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no FlashAttention kernel can run, or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in float16 and bfloat16 only, not {dtype}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+def gpu_libraries(device: torch.device) -> list[Attention]:
+    """Attention of every library for GPUs that is here and fits the card, best first."""
+    return [_of_library(each) for each in (*flash_libraries(device), torch_library()) if each]
 
 
-def _flash_obstacle(device, dtype):
-    reason = kernel_obstacle(device, dtype)
-    return reason or (None if _flash_functions() else "no flash-attn package is installed")
+def _of_library(library):
+    return Attention(library.name, library.call, parts=library.parts)
 
 
-def _varlen_obstacle(device, dtype):
-    reason = kernel_obstacle(device, dtype)
-    return reason or (None if _varlen_function() else f"torch {torch.__version__} has no varlen_attn")
+def _find_flash(device, dtype, channels):
+    if reason := kernel_obstacle(device, dtype):
+        return reason
+    libraries = flash_libraries(device)
+    return (
+        _of_library(libraries[0])
+        if libraries
+        else f"no flash-attn package for {torch.cuda.get_device_name(device)} is installed"
+    )
 
 
-def _avx512_obstacle(channels, device, dtype):
+def _find_varlen(device, dtype, channels):
+    if reason := kernel_obstacle(device, dtype):
+        return reason
+    library = torch_library()
+    return _of_library(library) if library else f"torch {torch.__version__} has no varlen_attn"
+
+
+def _find_avx512(device, dtype, channels):
     if device.type != "cpu":
         return f"it is for the CPU, not {device.type}"
     if dtype != torch.bfloat16:
         return f"it is for bfloat16, not {dtype}"
-    return cpu.attention_obstacle() if channels % 16 == 0 else f"heads of {channels} channels are no multiple of 16"
-
-
-@functools.cache
-def _flash_functions():
-    """{module: its function} of every flash-attn that is here, best first."""
-    found = {module: _find(module, "flash_attn_varlen_func") for module in FLASH_MODULES}
-    return {module: function for module, function in found.items() if function}
-
-
-@functools.cache
-def _varlen_function():
-    return _find("torch.nn.attention.varlen", "varlen_attn")
-
-
-def gpu_libraries() -> list[Attention]:
-    """Attention of every library for GPUs that is here, best first."""
-    flash = [Attention(module, partial(_flash, function=function)) for module, function in _flash_functions().items()]
-    return [*flash, *([Attention("torch's varlen_attn", _varlen)] if _varlen_function() else [])]
-
-
-def _find(module, name):
-    """What a module that may not be installed, or may be broken, calls `name`; None without."""
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a library that does not fit its own libraries raises anything
-        if not (isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")):
-            log.warning("attention: %s is installed but cannot be imported: %s", module, said(error))
-        return None
-
-
-def said(error: BaseException) -> str:
-    """An exception in one line."""
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-
-
-@functools.cache
-def _arguments(function):
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _flash(q_NHd, k_MKd, v_MKd, layout, function=None):
-    function = function or next(iter(_flash_functions().values()))
-    options = {
-        "max_seqlen_q": layout.max_seqlen_q,
-        "max_seqlen_k": layout.max_seqlen_k,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    out = function(
-        q_NHd,
-        k_MKd,
-        v_MKd,
-        cu_seqlens_q=layout.cu_seqlens_q,
-        cu_seqlens_k=layout.cu_seqlens_k,
-        causal=True,
-        **{name: value for name, value in options.items() if name in _arguments(function)},
-    )
-    return out[0] if isinstance(out, tuple) else out  # some generations also return the log-sum-exp
-
-
-def _varlen(q_NHd, k_MKd, v_MKd, layout):
-    function = _varlen_function()
-    assert function is not None, "it was there when it was chosen"
-    known = _arguments(function)  # they changed from one torch to the next
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if q_NHd.shape[1] != k_MKd.shape[1] and "enable_gqa" in known:  # before it was known, fewer key heads just worked
-        options["enable_gqa"] = True
-    return function(
-        q_NHd,
-        k_MKd,
-        v_MKd,
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        layout.max_seqlen_q,
-        layout.max_seqlen_k,
-        **options,
-    )
+    if channels % 16:
+        return f"heads of {channels} channels are no multiple of 16"
+    return cpu.attention_obstacle() or AVX512
 
 
 def _sdpa(q_NHd, k_MKd, v_MKd, layout):
@@ -333,7 +276,11 @@ def _avx512(q_NHd, k_RKd, v_RKd, layout, constant):
 
 
 SDPA = Attention("sdpa", _sdpa)  # serves everywhere
-IMPLEMENTATIONS = {
-    each.name: each
-    for each in (Attention("flash", _flash), Attention("varlen", _varlen), Attention("avx512", _avx512, True), SDPA)
+AVX512 = Attention("avx512", _avx512, takes_rows=True)
+# Each: (device, dtype, channels) → the attention, or why there is none; best first.
+_FIND: dict[str, Callable[..., Attention | str]] = {
+    "flash": _find_flash,
+    "varlen": _find_varlen,
+    "avx512": _find_avx512,
 }
+IMPLEMENTATIONS = (*_FIND, "sdpa")

@@ -5,12 +5,14 @@ Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d 
 
 import functools
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from fastvid.batch import AttentionLayout
-from fastvid.model.attention import SDPA, Attention, choose_attention, gpu_libraries, kernel_obstacle, said
+from fastvid.batch import AttentionLayout, Branches
+from fastvid.model.attention import SDPA, Attention, choose_attention, gpu_libraries
+from fastvid.model.flash import kernel_obstacle, said
 
 log = logging.getLogger("fastvid")
 
@@ -26,7 +28,8 @@ def settle_attention(
     """What a model is to attend by for as long as it lives.
 
     Under "auto" on a GPU no library is trusted for being there. Each, best first, computes two small segments with the
-    model's heads, once per process. One that raises, or differs from SDPA, costs a warning, and the next is tried.
+    model's heads, once per process. One that raises, or differs from SDPA, costs a warning, and the next is tried. The
+    one that is taken then computes branches in parts. Where that fails, it serves without: keys are gathered.
 
     Args:
         implementation: as of `choose_attention`; what is named is not tested.
@@ -43,19 +46,40 @@ def settle_attention(
 
 @functools.cache
 def _first_that_is_right(device, dtype, heads, kv_heads, channels):
-    for library in gpu_libraries():
-        if not (fault := _fault(library, device, dtype, (heads, kv_heads, kv_heads), channels)):
-            return library
-        log.warning("attention: %s is not used: %s", library, fault)
+    heads = heads, kv_heads, kv_heads
+    for library in gpu_libraries(device):
+        if fault := _fault(library, _two_segments(), device, dtype, heads, channels):
+            log.warning("attention: %s is not used: %s", library, fault)
+            continue
+        if library.parts and (fault := _fault(library, _branches(), device, dtype, heads, channels)):
+            log.warning("attention: keys of shared videos are gathered, for %s fails in parts: %s", library, fault)
+            return replace(library, parts=None)
+        return library
     return SDPA
 
 
-def _fault(library, device, dtype, heads, channels):
+def _two_segments():
+    """Of unequal queries and keys, where masks may be aligned in two ways."""
+    return AttentionLayout.of_lengths([40, 133], [200, 150])
+
+
+def _branches():
+    """Two beginnings, behind a segment of its own; two branches of the first one, and one of the second."""
+    own, keys = [20, 150, 70, 40, 9, 33], [20, 150, 70, 190, 159, 103]
+    runs = [(0, 20), (20, 150), (170, 70), (20, 150), (240, 40), (20, 150), (280, 9), (170, 70), (289, 33)]
+    kv_rows = torch.cat([torch.arange(size) + first for first, size in runs])
+    branches = Branches(AttentionLayout.of_lengths(own), AttentionLayout.of_lengths([49, 33], [150, 70]), 240, 20)
+    return AttentionLayout.of_lengths(own, keys, kv_rows, branches)
+
+
+def _fault(library, layout, device, dtype, heads, channels):
     """Why a library cannot be trusted with such queries, keys and values, or None."""
-    layout = AttentionLayout.of_lengths([40, 133], [200, 150]).map(lambda tensor: tensor.to(device))
+    lengths = layout.lengths
+    layout = layout.map(lambda tensor: tensor.to(device))
+    queries, keys = sum(lengths[0]), sum(lengths[1] if layout.kv_rows is None else lengths[0])
     random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-    tensors = [random(rows, count, channels).to(dtype) for rows, count in zip((173, 350, 350), heads)]
-    grad_NHd = random(173, heads[0], channels).to(dtype)
+    tensors = [random(rows, count, channels).to(dtype) for rows, count in zip((queries, keys, keys), heads)]
+    grad_NHd = random(queries, heads[0], channels).to(dtype)
 
     def results(function, tensors):
         leaves = [x.requires_grad_() for x in tensors]

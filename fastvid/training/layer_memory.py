@@ -10,14 +10,16 @@ Dimensions: N packed rows, M keys of all segments, H query heads, K key/value he
 import functools
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from fastvid_kernels.dispatch import meta_stands_for
 from fastvid_kernels.rope_keys import WayBack
 from torch.autograd.function import once_differentiable
 
-from fastvid.batch import AttentionLayout, BatchPart, PackedBatch
-from fastvid.model.attention import IMPLEMENTATIONS, Attention
+from fastvid.batch import AttentionLayout, BatchPart, Branches, PackedBatch
+from fastvid.model.attention import AVX512, Attention
+from fastvid.model.branches import Parts
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.decoder import recomputed_layers
 from fastvid.model.lora import draw_dropout
@@ -41,6 +43,8 @@ class BatchRows:
         frozen_rows: rows after those and before the first trained one.
         key_rows, last_key_rows: M, where keys are gathered (`AttentionLayout.kv_rows`), in a layer and in the last one;
             0: every segment attends to its own rows.
+        branch_rows, last_branch_rows: queries of branches, where attention has two parts (`fastvid.batch.Branches`).
+        beginning_rows, last_beginning_rows: keys of what those go on from.
         segments: of queries.
         masked_pairs, last_masked_pairs: (query, key) pairs of the segments that "sdpa" needs a mask for, in a layer and
             in the last one (`masked_pairs`).
@@ -53,6 +57,10 @@ class BatchRows:
     frozen_rows: int = 0
     key_rows: int = 0
     last_key_rows: int = 0
+    branch_rows: int = 0
+    last_branch_rows: int = 0
+    beginning_rows: int = 0
+    last_beginning_rows: int = 0
     segments: int = 0
     masked_pairs: int = 0
     last_masked_pairs: int = 0
@@ -61,8 +69,10 @@ class BatchRows:
         """A batch of such rows without numbers, with features of so many channels."""
         before, rows = self.prefix_rows + self.frozen_rows, self.rows + self.frozen_rows
         own = _layout(self.rows, self.key_rows or (self.rows + before if before else 0), before, self.rows)
+        own = _in_parts(own, self.branch_rows, self.beginning_rows, own_keys=0)
         last_keys = self.last_key_rows or self.rows + before
         last = _layout(self.supervised_rows, last_keys, before, self.rows)
+        last = _in_parts(last, self.last_branch_rows, self.last_beginning_rows, own_keys=last_keys)
         batch = PackedBatch(
             token_ids=_indices(rows),
             positions=_indices(rows, torch.int32),
@@ -94,11 +104,30 @@ def _indices(count, dtype=torch.int64):
 
 def _layout(queries, keys, before, rows):
     """Of so many queries and keys, which lie among `rows` packed rows behind `before` others; 0 keys: their own."""
-    bounds = _indices(2, torch.int32)
     if not keys:
-        return AttentionLayout(bounds, queries, bounds, queries)
-    way_back = WayBack(_indices(rows + 1, torch.int32), _indices(keys, torch.int32), before)
-    return AttentionLayout(bounds, queries, bounds, keys, _indices(keys), way_back)
+        return AttentionLayout.of_lengths([queries]).map(_without_numbers)
+    layout = AttentionLayout.of_lengths([queries], [keys], _indices(keys)).map(_without_numbers)
+    return layout.replaced(way_back=WayBack(_indices(rows + 1, torch.int32), _indices(keys, torch.int32), before))
+
+
+def _without_numbers(tensor):
+    return tensor.to("meta")
+
+
+def _in_parts(layout, branches, beginnings, *, own_keys):
+    """With so many queries of branches, which go on from so many keys.
+
+    Args:
+        own_keys: the layout's keys, if the last of them are those of beginnings, and only branches attend to these.
+    """
+    if not branches:
+        return layout
+    (queries,), (keys,) = layout.lengths
+    first = max(own_keys - beginnings, 0)
+    causal = AttentionLayout.of_lengths([queries], [first or keys]).map(_without_numbers)
+    causal = causal.replaced(kv_rows=layout.kv_rows, way_back=layout.way_back)
+    full = AttentionLayout.of_lengths([branches], [beginnings]).map(_without_numbers)
+    return layout.replaced(branches=Branches(causal, full, queries - branches, first))
 
 
 def masked_pairs(layout: AttentionLayout) -> int:
@@ -151,15 +180,36 @@ class _Flash(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NHd):
         q_NHd, k_MKd, v_MKd, *_ = ctx.saved_tensors
-        (N, H, d), (M, K, _) = q_NHd.shape, k_MKd.shape
-        grads = [x.new_empty(x.shape) for x in (q_NHd, k_MKd, v_MKd)]
-        workspace = [
-            q_NHd.new_empty(N + _FLASH_BLOCK * ctx.segments, H, d, dtype=torch.float32),
-            q_NHd.new_empty(2, N, H, dtype=torch.float32),
-            k_MKd.new_empty(2 if K != H else 0, M, H, d),
-        ]
-        del workspace
-        return *grads, None
+        return *_flash_backward(q_NHd, k_MKd, v_MKd, ctx.segments), None
+
+
+def _flash(q_NHd, k_MKd, v_MKd, layout, segments):
+    return _Flash.apply(q_NHd, k_MKd, v_MKd, segments)
+
+
+def _flash_backward(q_NHd, k_MKd, v_MKd, segments):
+    (N, H, d), (M, K, _) = q_NHd.shape, k_MKd.shape
+    grads = q_NHd.new_empty(q_NHd.shape), k_MKd.new_empty(k_MKd.shape), v_MKd.new_empty(v_MKd.shape)
+    workspace = [
+        q_NHd.new_empty(N + _FLASH_BLOCK * segments, H, d, dtype=torch.float32),
+        q_NHd.new_empty(2, N, H, dtype=torch.float32),
+        k_MKd.new_empty(2 if K != H else 0, M, H, d),
+    ]
+    del workspace
+    return grads
+
+
+def _flash_parts(segments):
+    """The same, of branches."""
+
+    def forward(q_NHd, k_MKd, v_MKd, layout, causal):
+        out_NHd, lse_NH = torch.ops.fastvid_measured.attention(q_NHd)
+        return out_NHd, lse_NH.T
+
+    def backward(grad_NHd, q_NHd, k_MKd, v_MKd, *_):
+        return _flash_backward(q_NHd, k_MKd, v_MKd, segments)
+
+    return Parts(forward, backward)
 
 
 class _OneSegment(torch.autograd.Function):
@@ -180,9 +230,10 @@ class _OneSegment(torch.autograd.Function):
 def _attention(batch, on_cpu, one_call_per_segment):
     """What allocates as a model's attention does."""
     if not one_call_per_segment and on_cpu:
-        return IMPLEMENTATIONS["avx512"]
+        return AVX512
     if not one_call_per_segment:
-        return Attention("flash", lambda q, k, v, layout: _Flash.apply(q, k, v, batch.segments))
+        call = partial(_flash, segments=batch.segments)
+        return Attention("flash", call, parts=_flash_parts(batch.segments))
 
     def call(q_NHd, k_MKd, v_MKd, layout):
         """As for each of many segments: tensors are split, and outputs and gradients joined."""

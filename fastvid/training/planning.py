@@ -293,11 +293,11 @@ def plan(
         if asked > layers:
             raise ValueError(f"--recompute {asked}: the model has {layers} layers; give at most as many")
         asked = {0: "none", layers: "full"}.get(asked, asked)
-    batch, found = _largest_batch(config, loader, world)
-    features = loader.samples.features
     # A dry run plans for a GPU that this machine need not have.
     other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
     of_gpu = other or world.device.type == "cuda"
+    batch, found = _largest_batch(config, loader, world, in_parts=attention.parts is not None)
+    features = loader.samples.features
     options: dict[str, Any] = dict(
         batch,
         trainable=config.trainable,
@@ -414,7 +414,7 @@ def _can_tile(config, precision, layout, world):
     )
 
 
-def _largest_batch(config, loader, world):
+def _largest_batch(config, loader, world, in_parts):
     """(Rows of the run's largest micro-batches, as `memory.estimate` takes them; how they were found, in words).
 
     Raises:
@@ -422,7 +422,7 @@ def _largest_batch(config, loader, world):
     """
     loader.samples.check_some()
     steps, known = largest_steps(loader, _STEPS_LOOKED_AT)
-    found = [rows_of(batch) for step in steps for batch in loader.read(step, values=False)[0]]
+    found = [rows_of(batch, in_parts) for step in steps for batch in loader.read(step, values=False)[0]]
     found += world.gather_objects(_most(found))
     largest = _most(found)
     if known:  # some batch of so many rows may have none that needs no gradient
@@ -444,8 +444,12 @@ def _most(found):
     return {name: max(rows[name] for rows in found) for name in found[0]}
 
 
-def rows_of(batch: PackedBatch) -> dict[str, int]:
-    """What `memory.estimate` asks about a batch on the host: fields of `layer_memory.BatchRows`."""
+def rows_of(batch: PackedBatch, in_parts: bool = False) -> dict[str, int]:
+    """What `memory.estimate` asks about a batch on the host: fields of `layer_memory.BatchRows`.
+
+    Args:
+        in_parts: attention computes branches in parts, and so gathers no keys of what they go on from.
+    """
     live = batch if batch.parts is None else batch.parts[1]
     layout, last = live.layout, live.loss_layout
     assert last is not None and last.kv_rows is not None, "a batch that `pack` made"
@@ -455,9 +459,19 @@ def rows_of(batch: PackedBatch) -> dict[str, int]:
         "video_rows": len(batch.video_rows),
         "prefix_rows": batch.prefix_rows,
         "frozen_rows": batch.frozen_rows,
-        "key_rows": 0 if layout.kv_rows is None else len(layout.kv_rows),
-        "last_key_rows": len(last.kv_rows),
+        **_keys(layout, in_parts, ""),
+        **_keys(last, in_parts, "last_"),
         "segments": len(layout.cu_seqlens_q) - 1,
         "masked_pairs": masked_pairs(layout),
         "last_masked_pairs": masked_pairs(last),
+    }
+
+
+def _keys(layout, in_parts, which):
+    branches = layout.branches if in_parts else None
+    rows = layout.kv_rows if branches is None else branches.causal.kv_rows
+    return {
+        f"{which}key_rows": 0 if rows is None else len(rows),
+        f"{which}branch_rows": 0 if branches is None else sum(branches.full.lengths[0]),
+        f"{which}beginning_rows": 0 if branches is None else branches.sizes[1],
     }

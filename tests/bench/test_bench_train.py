@@ -129,8 +129,10 @@ def test_attention_on_packed_rows_counts_pairs_up_to_the_diagonal():
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([0, 4, 6], dtype=torch.int32)
     rows = torch.empty(5, 2, 8)
     pairs = (2 + 3 + 4) + (1 + 2)
-    assert varlen_flops((rows, rows, rows, *bounds, 3, 4), 2) == 2 * 2 * 8 * 2 * pairs
-    assert varlen_flops((rows, rows, rows), 2) == 0
+    arguments = dict(zip(("query", "key", "value", "cu_q", "cu_k"), (rows, rows, rows, *bounds)))
+    assert varlen_flops(arguments, 2) == varlen_flops(arguments | {"is_causal": True}, 2) == 2 * 2 * 8 * 2 * pairs
+    assert varlen_flops(arguments | {"causal": False}, 2) == 2 * 2 * 8 * 2 * (3 * 4 + 2 * 2)
+    assert varlen_flops({"query": rows, "key": rows, "value": rows}, 2) == 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from attention_cases import keys_in_parts, keys_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,13 +105,33 @@ def test_shared_rows_stand_once():
     samples = [(s, [features(s.videos[0])]) for s in (*group, other, alone)]
     batch = pack(samples, TOKENS, 2, prefix=SYSTEM, share=True)
     lengths = batch.layout.cu_seqlens_q.diff().tolist()
-    assert lengths == [4, 5, 3, 3, 3, 9, 7]  # system prompt, video, three branches, question first, another video
-    assert batch.features[::ROWS, 0].tolist() == [*map(float, map(ord, "vvw"))]
+    assert lengths == [4, 9, 7, 5, 3, 3, 3]  # system prompt, question first, another video, video, three branches
+    assert batch.features[::ROWS, 0].tolist() == [*map(float, map(ord, "vwv"))]
     assert batch.sample_rows == 3 * 12 + 13 + 11
     frozen = pack(samples, TOKENS, 2, prefix=SYSTEM, frozen=True, share=True)
-    assert frozen.layout.cu_seqlens_q.diff().tolist() == [2, 5, 3, 3, 3, 7, 7] and frozen.frozen_rows == 2
+    assert frozen.layout.cu_seqlens_q.diff().tolist() == [2, 7, 7, 5, 3, 3, 3] and frozen.frozen_rows == 2
     pair = pack(samples[:2], TOKENS, 2, prefix=SYSTEM, share=True)
     assert pair.layout.cu_seqlens_q.diff().tolist() == [9, 3, 3], "who shares the video needs no cut before it"
+
+
+def test_branches_copy_no_key_of_what_they_go_on_from():
+    """Rows behind longer ones do; a video behind the system prompt's few rows takes copies of those."""
+    group = [sample(name, [*SYSTEM, *VIDEO, 8, end], [(10, 11)], ["v"]) for name, end in zip("abc", (2, 3, 4))]
+    group = [(one, [features("v")]) for one in group]
+    layout = pack(group, TOKENS, 2, prefix=SYSTEM, share=True).layout
+    assert layout.kv_rows.tolist() == [*range(9), *range(11), *range(9), 11, 12, *range(9), 13, 14]
+    branches = layout.branches
+    assert branches.causal.kv_rows is None and branches.causal.lengths == ([9, 2, 2, 2], [9, 2, 2, 2])
+    assert branches.full.lengths == ([6], [9]) and (branches.first_query, branches.first_key) == (9, 0)
+    frozen = pack(group, TOKENS, 2, prefix=SYSTEM, frozen=True, share=True)
+    branches = frozen.layout.branches
+    assert branches.causal.kv_rows.tolist() == list(range(15)) and branches.causal.lengths[1] == [9, 2, 2, 2]
+    assert (branches.first_query, branches.first_key) == (5, 0)
+    last = frozen.loss_layout.branches
+    assert last.causal.lengths == ([1, 1, 1], [1, 1, 1]) and last.full.lengths == ([3], [9])
+    assert last.causal.kv_rows.tolist() == [9, 11, 13, *range(9)] and (last.first_query, last.first_key) == (0, 3)
+    apart = pack(group, TOKENS, 2, prefix=SYSTEM, frozen=True)
+    assert apart.layout.branches is None and apart.loss_layout.branches is None
 
 
 # --- any samples, any mode: what each supervised row sees
@@ -197,6 +218,9 @@ def test_every_row_sees_what_it_would_see_alone(given_samples, frozen, share, pr
         torch.equal(getattr(batch.loss_layout, name), getattr(expected, name))
         for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_rows")
     )
+    for part in batch.parts or [batch]:
+        for layout in (part.layout, part.loss_layout):
+            assert layout.branches is None or keys_in_parts(layout.branches) == keys_of(layout)
 
 
 def _begins_with(one, prefix):

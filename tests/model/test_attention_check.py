@@ -1,7 +1,5 @@
 """`settle_attention`: which library a model's attention is left to, of such as are right, wrong, broken or absent."""
 
-import sys
-
 import pytest
 import torch
 from training_run import config_of, write_run
@@ -69,7 +67,7 @@ def settle(monkeypatch):
         attention_check._first_that_is_right.cache_clear()
         monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
         monkeypatch.setattr(
-            attention_check, "gpu_libraries", lambda: [Attention(call.__name__, call) for call in calls]
+            attention_check, "gpu_libraries", lambda device: [Attention(call.__name__, call) for call in calls]
         )
         return settle_attention("auto", CPU, dtype, *heads, 16)
 
@@ -132,40 +130,6 @@ def test_on_a_cpu_nothing_is_tried():
     assert settle_attention("auto", CPU, torch.bfloat16, 4, 2, 16).name in ("avx512", "sdpa")
 
 
-def test_every_library_that_is_here_is_tried_in_order(monkeypatch):
-    monkeypatch.setattr(attention, "_flash_functions", lambda: {"flash_attn_interface": right, "flash_attn": raising})
-    monkeypatch.setattr(attention, "_varlen_function", lambda: right)
-    libraries = attention.gpu_libraries()
-    assert [each.name for each in libraries] == ["flash_attn_interface", "flash_attn", "torch's varlen_attn"]
-    assert libraries[1].call.keywords == {"function": raising}
-    monkeypatch.setattr(attention, "_varlen_function", lambda: None)
-    assert [each.name for each in attention.gpu_libraries()] == ["flash_attn_interface", "flash_attn"]
-
-
-@pytest.mark.parametrize(
-    "source, said",
-    [
-        ("raise RuntimeError('cutlass does not fit\\nmore')", "RuntimeError: cutlass does not fit"),
-        ("raise ImportError('undefined symbol')", "ImportError: undefined symbol"),
-        ("import package_that_is_not_here", "ModuleNotFoundError: No module named 'package_that_is_not_here'"),
-        ("other = 1", None),
-    ],
-)
-def test_a_module_that_is_broken_is_noted(tmp_path, monkeypatch, caplog, source, said):
-    (tmp_path / "broken_attention.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert attention._find("broken_attention", "function") is None
-    sys.modules.pop("broken_attention", None)
-    assert caplog.messages == (
-        [f"attention: broken_attention is installed but cannot be imported: {said}"] if said else []
-    )
-
-
-@pytest.mark.parametrize("module", ["no_such_attention", "no_such_attention.cute", "torch.no_such_attention"])
-def test_a_module_that_is_absent_is_not_noted(caplog, module):
-    assert attention._find(module, "function") is None and caplog.messages == []
-
-
 @pytest.mark.slow
 def test_it_is_settled_when_the_model_is_built(tmp_path, monkeypatch):
     """And not at each layer of each step: a step asks nothing."""
@@ -177,8 +141,7 @@ def test_it_is_settled_when_the_model_is_built(tmp_path, monkeypatch):
     sizes = state.model.config.decoder
     assert asked == [("auto", CPU, torch.float32, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)]
     assert {layer.attention for layer in state.model.decoder.layers} == {noting}
-    for name in ("_flash_obstacle", "_varlen_obstacle", "_avx512_obstacle"):
-        monkeypatch.setattr(attention, name, None)
+    monkeypatch.setattr(attention, "_FIND", None)
     called.clear()
     batches, _ = next(state.loader.iterate(0))
     train.train_step(state, batches)

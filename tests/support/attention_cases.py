@@ -80,3 +80,33 @@ def branches(lengths, prefix):
     )
     positions = list(range(prefix)) + [prefix + i for n in lengths for i in range(n)]
     return layout, torch.tensor(positions, dtype=torch.int32), own
+
+
+def keys_of(layout):
+    """For each query the rows that it attends to, as the layout's definition has it."""
+    found, (q, k) = [], (x.tolist() for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))
+    rows = list(range(k[-1])) if layout.kv_rows is None else layout.kv_rows.tolist()
+    for segment in range(len(q) - 1):
+        found += [
+            rows[k[segment] : k[segment + 1] - (q[segment + 1] - 1 - row)] for row in range(*q[segment : segment + 2])
+        ]
+    assert layout.max_seqlen_q == max([b - a for a, b in pairwise(q)], default=0)
+    assert layout.max_seqlen_k == max([b - a for a, b in pairwise(k)], default=0)
+    assert layout.cu_seqlens_q.dtype == layout.cu_seqlens_k.dtype == torch.int32
+    return found
+
+
+def keys_in_parts(branches):
+    """The same, of attention in two parts."""
+    causal, full = branches.causal, branches.full
+    own, shared = branches.sizes
+    assert (own, shared) == (int(causal.cu_seqlens_k[-1]), int(full.cu_seqlens_k[-1])) and full.kv_rows is None
+    rows = torch.arange(own) if causal.kv_rows is None else causal.kv_rows
+    assert len(rows) == max(own, branches.first_key + shared), "a key is placed that nobody attends to"
+    found, shared_rows = keys_of(causal), rows[branches.first_key : branches.first_key + shared].tolist()
+    assert len(found) == branches.first_query + int(full.cu_seqlens_q[-1])
+    for (q0, q1), (k0, k1) in zip(*(pairwise(x.tolist()) for x in (full.cu_seqlens_q, full.cu_seqlens_k))):
+        assert q0 < q1 and k0 < k1
+        for row in range(branches.first_query + q0, branches.first_query + q1):
+            found[row] = shared_rows[k0:k1] + found[row]
+    return found

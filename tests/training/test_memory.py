@@ -29,7 +29,8 @@ from model_cases import (
 from fastvid.batch import VideoTokens
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
-from fastvid.model.attention import SDPA, choose_attention
+from fastvid.model.attention import SDPA, Attention, choose_attention
+from fastvid.model.branches import Parts
 from fastvid.model.lora import draw_dropout
 from fastvid.policy import Trainable
 from fastvid.training import layer_memory
@@ -185,6 +186,41 @@ def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind,
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     taken = sum(p.nbytes for p in model.parameters()) + constant + 3 * 4 * trained + live.peak
     assert taken <= expected.total - _CUBLAS_WORKSPACES <= 1.12 * taken
+
+
+def attention_that_allocates_as_flash(segments):
+    """FlashAttention 2's tensors, without numbers, on any device."""
+
+    def forward(q, k, v, layout, causal):
+        return q.new_zeros(q.shape), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+
+    def backward(grad, q, k, v, out, lse, layout, causal):
+        return layer_memory._flash_backward(q, k, v, segments)
+
+    return Attention("flash", lambda *_: pytest.fail("branches are computed in parts"), parts=Parts(forward, backward))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full", 1])
+@pytest.mark.parametrize("kind", ["shared", "prefix, shared", "full, shared"])
+def test_total_where_attention_is_in_parts(kernels_of_nothing, kind, recompute):
+    frozen, trainable = "prefix" in kind, FULL if "full" in kind else ADAPTER
+    rows, _ = videos_of_questions(8, frozen=frozen, share=True)
+    attention = attention_that_allocates_as_flash(rows_of(rows)["segments"])
+    model = random_model(CONFIG, trainable, torch.bfloat16, recompute=recompute, attention=attention)
+    if frozen:
+        kept = torch.zeros(2, 4, CONFIG.decoder.num_kv_heads, 16, dtype=torch.bfloat16)
+        model._prefix = [tuple(kept)] * len(model.decoder.layers)
+    model(rows).backward()
+    with LiveBytes() as live:
+        model(rows).backward()
+    settings = {"trainable": trainable, "compute_dtype": torch.bfloat16, "recompute": recompute}
+    expected, gathering = (estimate(CONFIG, **settings, **rows_of(rows, in_parts)) for in_parts in (True, False))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    constant = kept.nbytes * len(model.decoder.layers) if frozen else 0
+    taken = sum(p.nbytes for p in model.parameters()) + constant + 3 * 4 * trained + live.peak
+    assert taken <= expected.total - _CUBLAS_WORKSPACES <= 1.12 * taken
+    assert expected.total < gathering.total
 
 
 @pytest.mark.parametrize("vocab_size", [4032, 4003])
