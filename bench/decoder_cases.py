@@ -224,17 +224,22 @@ def _quack_rope(H, d):
     return prepare
 
 
-def _keys_cases(H, d, shared):
-    """Eight samples behind a kept prompt; or four videos of 676 rows, and eight or seven questions about each."""
+def _keys_cases(H, d, shared, in_parts=False):
+    """Eight samples behind a kept prompt; or four videos of 676 rows, and eight or seven questions about each.
+
+    In parts (`fastvid.batch.Branches`), questions have no copies of their video's keys.
+    """
     prompt, video, text = 34, 676, 120
     segments = [[(0, prompt), (prompt + i * (video + text), video + text)] for i in range(8)]
     if shared:
         segments, row = [], prompt
         for questions in (8, 7, 8, 7):
             segments.append([(0, prompt), (row, video)])
-            segments += [[(0, prompt), (row, video), (row + video + i * text, text)] for i in range(questions)]
+            before = [] if in_parts else [(0, prompt), (row, video)]
+            segments += [[*before, (row + video + i * text, text)] for i in range(questions)]
             row += video + questions * text
-    return _placed(H, d, prompt, segments, "30 questions share 4 videos" if shared else "8 samples")
+    job = f"30 questions share 4 videos{', in parts' if in_parts else ''}" if shared else "8 samples"
+    return _placed(H, d, prompt, segments, job)
 
 
 def _placed(H, d, prompt, segments, job):
@@ -431,8 +436,8 @@ def cases(small):
         yield from _swiglu_cases(rows, width)
     for rows, heads in ((16384, 32), (TYPICAL, 32), (8192, 40)):
         yield from _rope_cases(rows, heads, 128)
-    for shared in (False, True):
-        yield from _keys_cases(32, 128, shared)
+    for shared, in_parts in ((False, False), (True, False), (True, True)):
+        yield from _keys_cases(32, 128, shared, in_parts)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
     # residual stream, SwiGLU's output, its gradient

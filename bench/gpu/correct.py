@@ -11,7 +11,7 @@ from fastvid_kernels.adamw8bit_step import adamw8bit_step, adamw8bit_step_refere
 
 from bench import kernel_rows
 from bench.measure import assert_agree, worst_error
-from fastvid.batch import AttentionLayout
+from fastvid.batch import AttentionLayout, Branches
 from fastvid.model.attention import choose_attention
 from fastvid.model.quantize import Fp8Linear
 
@@ -41,12 +41,13 @@ LAYOUTS = {  # {name: [(queries, keys of the segment: None for its own rows, els
     "whole samples": [(830, None), (676, None), (1200, None), (64, None)],
     "longer keys": [(150, [(0, 60), (60, 900)]), (7, [(0, 60), (60, 90)]), (1, [(0, 33)]), (129, [(500, 130)])],
     "shared video": [
-        (676, [(0, 34), (34, 676)]),
+        (680, [(0, 30), (30, 680)]),
         (150, [(0, 710), (710, 150)]),
         (90, [(0, 710), (860, 90)]),
-        (33, [(0, 710), (950, 33)]),
+        (30, [(0, 710), (950, 30)]),
     ],
 }
+LAYOUTS["shared video, in parts"] = LAYOUTS["shared video"]
 
 
 def attention(small, implementation, grouped=False):
@@ -74,6 +75,8 @@ def attention(small, implementation, grouped=False):
             out = function(*leaves, tuple(x.to(dtype) for x in kept))
             return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
+        in_parts = name == "shared video, in parts"
+        layout = layout.replaced(branches=_branches(layout, constant)) if in_parts else layout
         moved = layout.map(lambda tensor: tensor.to(DEVICE))
         options = {"constant": None} if not constant else {}
         ours = run(lambda q, k, v, c: chosen(q, k, v, moved, **({"constant": c} | options)), torch.bfloat16)
@@ -98,7 +101,7 @@ def _layout(segments, small):
     rows = sum(size(n) for n, _ in segments)
     if all(runs is None for _, runs in segments):
         return queries, rows, 0
-    constant = size(34)
+    constant = size(30)
     keys = []
     for _, runs in segments:
         found = torch.cat([torch.arange(size(length)) + size(start) * (start > 0) for start, length in runs])
@@ -108,6 +111,18 @@ def _layout(segments, small):
         replace(queries, cu_seqlens_k=lengths.cu_seqlens_q, max_seqlen_k=lengths.max_seqlen_q, kv_rows=torch.cat(keys)),
         rows,
         constant,
+    )
+
+
+def _branches(layout, constant):
+    """The segments behind the first one go on from it."""
+    queries, (beginning, *_) = layout.lengths
+    rows = torch.arange(constant + sum(queries))
+    return Branches(
+        AttentionLayout.of_lengths(queries, [beginning, *queries[1:]], rows),
+        AttentionLayout.of_lengths([sum(queries[1:])], [beginning]),
+        queries[0],
+        0,
     )
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench import kernel_rows
+from bench import attention_rows, kernel_rows
 from bench.measure import copy_bandwidth, matmul_rate
 
 OURS = ("ours", "eager")
@@ -10,13 +10,6 @@ OURS = ("ours", "eager")
 
 def rows(small, kernel, others=False):
     """Rows of one kernel: ours and eager torch, or the `others`: torch.compile and libraries."""
-    info = {"small": small}
-    if torch.cuda.is_available():
-        info |= {
-            "device": torch.cuda.get_device_name(),
-            "copy_bytes_per_second": copy_bandwidth(small),
-            "matmul_flops_per_second": matmul_rate(small),
-        }
     cases = [case for case in kernel_rows.all_cases(small) if case.kernel == kernel]
     pairs = [
         (case, way)
@@ -27,8 +20,24 @@ def rows(small, kernel, others=False):
     pairs.sort(key=lambda pair: pair[1] in kernel_rows.LAST)
     if not pairs:
         yield {"row": kernel, "absent": "no library that does this job is installed, or none can run here"}
+    yield from _measured(pairs, small)
+
+
+def attention(small):
+    """Rows of attention: what a model would take, each library that is there, SDPA."""
+    yield from _measured([(case, way) for case in attention_rows.cases(small) for way in case.ways], small)
+
+
+def _measured(pairs, small):
+    info = {"small": small}
+    if torch.cuda.is_available():
+        info |= {
+            "device": torch.cuda.get_device_name(),
+            "copy_bytes_per_second": copy_bandwidth(small),
+            "matmul_flops_per_second": matmul_rate(small),
+        }
     for case, way in pairs:
-        label = {"row": f"{case.name} {way}", "kernel": kernel, "case": case.name, "way": way}
+        label = {"row": f"{case.name} {way}", "kernel": case.kernel, "case": case.name, "way": way}
         try:
             kernel_rows.agree(case, way, torch.Generator(kernel_rows.device()).manual_seed(0))
             times, peak = kernel_rows.timed(case, way, small=small)
