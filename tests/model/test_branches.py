@@ -20,7 +20,7 @@ from model_cases import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvid.batch import VideoTokens
+from fastvid.batch import AttentionLayout, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.model import attention
@@ -178,6 +178,29 @@ def test_a_model_learns_the_same(trainable, kv_heads, recompute):
         expected_loss, expected = outcome(other, way)
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert_same_gradients(found, expected)
+
+
+@torch.library.custom_op("fastvid_stand_in::attention_in_parts", mutates_args=())
+def operation(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return CPU.parts.forward(q, k, v, AttentionLayout(cu_q, 0, cu_k, 0), causal)
+
+
+@pytest.mark.slow
+def test_what_recomputation_keeps_is_not_overwritten():
+    """Libraries' kernels are operations, whose outputs selective recomputation keeps."""
+
+    def forward(q, k, v, layout, causal):
+        return operation(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, causal)
+
+    as_library = dataclasses.replace(CPU, parts=dataclasses.replace(CPU.parts, forward=forward))
+    batch, found = packed("shared"), []
+    for recompute in ("none", "selective", "full"):
+        found.append(loss_and_gradients(random_model(recompute=recompute, attention=as_library), batch))
+    for loss, gradients in found[1:]:
+        assert loss == found[0][0]
+        assert_same_gradients(gradients, found[0][1])
 
 
 @pytest.mark.slow
