@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import training_run
+from attention_parts import CPU
 from training_run import config_of, write_run
 
 from fastvid import train
@@ -15,7 +16,7 @@ from fastvid.config import TrainConfig
 from fastvid.data import largest
 from fastvid.dist import parallel
 from fastvid.features.file import save_features
-from fastvid.model.attention import IMPLEMENTATIONS
+from fastvid.model.attention import SDPA
 from fastvid.model.linear import Linear
 from fastvid.training import memory, planning
 from fastvid.training.live_bytes import LiveBytes
@@ -286,19 +287,22 @@ def test_batches_of_many_keys_are_looked_at(tmp_path, trained):
     assert len(steps) < len(found)
 
 
-@pytest.mark.parametrize("settled, per_segment", [("sdpa", True), ("varlen", False), ("flash", False)])
-def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled, per_segment):
-    """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment."""
+@pytest.mark.parametrize("settled", [SDPA, dataclasses.replace(CPU, name="library", parts=None), CPU], ids=str)
+def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled):
+    """In fp32, where "sdpa" is asked for, and where no library is right, a GPU computes segment after segment. Where a
+    library gives log-sum-exps, no branch has copies of keys."""
     found = []
     monkeypatch.setattr(
         memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k)
     )
     monkeypatch.setattr(parallel, "device_memory", lambda _: 2**40)
     config = config_of(run, "unused", "--dataloader_num_workers", "0", "--bf16", "True")
-    state = train.build(config, WORLD)
+    state, asked = train.build(config, WORLD), []
+    monkeypatch.setattr(planning, "rows_of", lambda *a, rows_of=planning.rows_of: asked.append(a[1:]) or rows_of(*a))
     world = dataclasses.replace(WORLD, device=torch.device("cuda"))
-    planning.plan(config, state.model.precision, state.model.config, state.loader, world, IMPLEMENTATIONS[settled])
-    assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is per_segment
+    planning.plan(config, state.model.precision, state.model.config, state.loader, world, settled)
+    assert not found[-1]["on_cpu"] and found[-1]["one_call_per_segment"] is (settled is SDPA)
+    assert set(asked) == {(settled.parts is not None,)}
 
 
 @pytest.mark.slow
