@@ -274,6 +274,11 @@ SYNONYMS = {
 # Another word: values of fastvid's flags.
 VALUES = {
     "optim": {"adamw_hf": "adamw", "adamw_apex_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"},
-    "attn_implementation": {"flash_attention_2": "flash", "eager": "sdpa"},
+    "attn_implementation": {
+        "flash_attention_2": "flash",
+        "flash_attention_3": "flash",
+        "flash_attention_4": "flash",
+        "eager": "sdpa",
+    },
     "report_to": {"[]": "none"},
 }
