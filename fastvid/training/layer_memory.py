@@ -43,11 +43,11 @@ class BatchRows:
         frozen_rows: rows after those and before the first trained one.
         key_rows, last_key_rows: M, where keys are gathered (`AttentionLayout.kv_rows`), in a layer and in the last one;
             0: every segment attends to its own rows.
-        branch_rows, last_branch_rows: queries of branches, where attention has two parts (`fastvid.batch.Branches`).
-        beginning_rows, last_beginning_rows: keys of what those go on from.
         segments: of queries.
         masked_pairs, last_masked_pairs: (query, key) pairs of the segments that "sdpa" needs a mask for, in a layer and
             in the last one (`masked_pairs`).
+        branch_rows, last_branch_rows: queries of branches, where attention has two parts (`fastvid.batch.Branches`).
+        beginning_rows, last_beginning_rows: keys of what those go on from.
     """
 
     rows: int
@@ -57,13 +57,13 @@ class BatchRows:
     frozen_rows: int = 0
     key_rows: int = 0
     last_key_rows: int = 0
+    segments: int = 0
+    masked_pairs: int = 0
+    last_masked_pairs: int = 0
     branch_rows: int = 0
     last_branch_rows: int = 0
     beginning_rows: int = 0
     last_beginning_rows: int = 0
-    segments: int = 0
-    masked_pairs: int = 0
-    last_masked_pairs: int = 0
 
     def on_meta(self, channels: int) -> PackedBatch:
         """A batch of such rows without numbers, with features of so many channels."""
