@@ -69,15 +69,15 @@ def _rope_qk_kernel(
     rotated_heads,
     written_heads,
     half,
-    blocks,
+    BLOCKS: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_h: tl.constexpr,
 ):
     """Heads up to `rotated_heads` of a row are turned, those up to `written_heads` copied, the rest left alone."""
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    heads = program % blocks * BLOCK_A + tl.arange(0, BLOCK_A)
+    row = (program // BLOCKS).to(tl.int64)
+    heads = program % BLOCKS * BLOCK_A + tl.arange(0, BLOCK_A)
     channels = tl.arange(0, BLOCK_h)
     inside = (heads < written_heads)[:, None] & (channels < half)[None, :]
     offsets = heads[:, None] * 2 * half + channels[None, :]

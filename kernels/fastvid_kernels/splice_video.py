@@ -54,11 +54,19 @@ def _splice_map_kernel(sources_ptr, video_rows_ptr, boundary_rows_ptr, P, bounda
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids_ptr"])
 def _splice_fwd_kernel(
-    sources_ptr, token_ids_ptr, table_ptr, video_ptr, boundary_ptr, out_ptr, D, blocks, BLOCK_D: tl.constexpr
+    sources_ptr,
+    token_ids_ptr,
+    table_ptr,
+    video_ptr,
+    boundary_ptr,
+    out_ptr,
+    D,
+    BLOCKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    columns = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = (program // BLOCKS).to(tl.int64)
+    columns = program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     source = tl.load(sources_ptr + row).to(tl.int64)
     if source >= 0:
@@ -73,10 +81,10 @@ def _splice_fwd_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["video_rows_ptr"])
-def _splice_video_bwd_kernel(grad_ptr, video_rows_ptr, grad_video_ptr, D, blocks, BLOCK_D: tl.constexpr):
+def _splice_video_bwd_kernel(grad_ptr, video_rows_ptr, grad_video_ptr, D, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
     program = tl.program_id(0)
-    video_row = (program // blocks).to(tl.int64)
-    columns = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    video_row = (program // BLOCKS).to(tl.int64)
+    columns = program % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < D
     row = tl.load(video_rows_ptr + video_row).to(tl.int64)
     grad = tl.load(grad_ptr + row * D + columns, mask=inside).to(tl.float32)

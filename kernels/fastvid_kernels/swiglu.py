@@ -68,10 +68,10 @@ def _gradients(gate, up, grad):
 
 
 @triton.jit
-def _swiglu_fwd_kernel(gate_up_ptr, out_ptr, F, blocks, BLOCK_F: tl.constexpr):
+def _swiglu_fwd_kernel(gate_up_ptr, out_ptr, F, BLOCKS: tl.constexpr, BLOCK_F: tl.constexpr):
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    columns = program % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    row = (program // BLOCKS).to(tl.int64)
+    columns = program % BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = columns < F
     gate_ptr = gate_up_ptr + row * 2 * F
     gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
@@ -81,10 +81,10 @@ def _swiglu_fwd_kernel(gate_up_ptr, out_ptr, F, blocks, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, blocks, BLOCK_F: tl.constexpr):
+def _swiglu_bwd_kernel(gate_up_ptr, grad_ptr, grad_gate_up_ptr, F, BLOCKS: tl.constexpr, BLOCK_F: tl.constexpr):
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    columns = program % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    row = (program // BLOCKS).to(tl.int64)
+    columns = program % BLOCKS * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = columns < F
     gate_ptr = gate_up_ptr + row * 2 * F
     gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)

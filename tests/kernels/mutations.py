@@ -205,7 +205,7 @@ MUTATIONS["rope_qk"] = [
         "test_rotates_pairs_of_halves[triton]",
     ),
     Mutation(
-        "heads = program % blocks * BLOCK_A + tl",
+        "heads = program % BLOCKS * BLOCK_A + tl",
         "heads = tl",
         "test_equals_reference[copy-shape4-torch.float32-triton]",
     ),
