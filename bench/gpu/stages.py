@@ -151,7 +151,7 @@ def _train(small):
 
 def _kernels(small):
     for kernel in KERNELS:
-        yield _task("kernels", kernel, "rows", 45, {"small": small, "kernel": kernel})
+        yield _task("kernels", kernel, "rows", 60, {"small": small, "kernel": kernel})
     yield _task("kernels", "attention", "attention", 100, {"small": small})
 
 

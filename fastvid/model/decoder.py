@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
 from fastvid_kernels.dispatch import use_triton
-from fastvid_kernels.quantize_fp8 import Fp8Rows
+from fastvid_kernels.quantize_fp8 import BackInFp8, Fp8Rows
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from fastvid.batch import AttentionLayout
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
 from fastvid.model.cache import Cache, LayerCache, PoolLayer
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
-from fastvid.model.fp8_block import Fp8Product, gate_up_swiglu
+from fastvid.model.fp8_block import Fp8Product, gate_up_swiglu, product_back_in_fp8
 from fastvid.model.linear import Linear, make_linear
 from fastvid.model.lora import LoraBranch, beside
 from fastvid.model.quantize import Fp8Linear
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.compute_dtype = precision.compute
         self.for_fp8 = for_fp8
 
-    def forward(self, residual_ND: Tensor, branch_ND: Tensor | None) -> tuple[Tensor, Tensor | Fp8Rows]:
+    def forward(self, residual_ND: Tensor, branch_ND: Tensor | BackInFp8 | None) -> tuple[Tensor, Tensor | Fp8Rows]:
         fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
         return (add_rms_norm_fp8 if fp8 else add_rms_norm)(
             residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype
@@ -82,7 +82,7 @@ class Stream(NamedTuple):
 
     Attributes:
         residual_ND: residual stream, in its own dtype.
-        branch_ND: what the last block adds to it; None: nothing, or added already.
+        branch_ND: what the last block adds to it; its gradient may go back in e4m3. None: nothing, or added already.
         positions_N: rotary positions.
         layout: who attends to whom.
         supervised: (rows [L], ascending; who they attend to): the only rows that the last layer must put out; None:
@@ -90,7 +90,7 @@ class Stream(NamedTuple):
     """
 
     residual_ND: Tensor
-    branch_ND: Tensor | None
+    branch_ND: Tensor | BackInFp8 | None
     positions_N: Tensor
     layout: AttentionLayout
     supervised: tuple[Tensor, AttentionLayout] | None = None
@@ -99,7 +99,8 @@ class Stream(NamedTuple):
         """The same with the branch added."""
         if self.branch_ND is None:
             return self
-        return self._replace(residual_ND=self.residual_ND + self.branch_ND, branch_ND=None)
+        branch_ND = self.branch_ND.plain() if isinstance(self.branch_ND, BackInFp8) else self.branch_ND
+        return self._replace(residual_ND=self.residual_ND + branch_ND, branch_ND=None)
 
 
 class DecoderLayer(nn.Module):
@@ -147,6 +148,8 @@ class DecoderLayer(nn.Module):
         self.post_norm = norm(config.hidden_size, for_fp8=fp8 and not {"gate_up", "down"} & places.keys())
         self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = linear(config.intermediate_size, config.hidden_size)
+        # Products whose gradients the next norm's backward quantises, where kernels run.
+        self.back_in_fp8 = {"o", "down"} - places.keys() if fp8 else set()
         self.heads = heads, kv_heads
         self.attention = attention
 
@@ -203,18 +206,27 @@ class DecoderLayer(nn.Module):
             return None, keys_values
         residual_ND, x_NHd, positions_N, layout = attended
         del attended
-        residual_ND, x_ND = self.post_norm(residual_ND, self._product("o", x_NHd.flatten(1)))
+        residual_ND, x_ND = self.post_norm(residual_ND, self._product_to_add("o", x_NHd.flatten(1)))
         if isinstance(x_ND, Fp8Rows):
             assert isinstance(self.gate_up, Fp8Linear), "the norm before it makes such rows for it"
             h_NF = gate_up_swiglu(x_ND, self.gate_up)
         else:
             h_NF = swiglu(self._product("gate_up", x_ND))
-        return Stream(residual_ND, self._product("down", h_NF), positions_N, layout, stream.supervised), keys_values
+        branch = self._product_to_add("down", h_NF)
+        return Stream(residual_ND, branch, positions_N, layout, stream.supervised), keys_values
 
     def _product(self, matrix, x_NI, outputs=None):
         """x times a matrix of this name, with what LoRA adds to it."""
         y_NO = getattr(self, matrix)(x_NI, outputs=outputs)
         return self.lora[matrix](y_NO, x_NI, outputs) if matrix in self.lora else y_NO
+
+    def _product_to_add(self, matrix, x_NI):
+        """The same, for the norm that adds it to the residual stream."""
+        values = x_NI.bits_ND if isinstance(x_NI, Fp8Rows) else x_NI
+        by_kernel = torch.is_grad_enabled() and use_triton("auto", values, name="add_rms_norm")
+        if by_kernel and matrix in self.back_in_fp8:
+            return product_back_in_fp8(x_NI, getattr(self, matrix))
+        return self._product(matrix, x_NI)
 
     def _product_to_rotate(self, x_ND, outputs=None):
         """What `attend_rotated` takes of rows for queries, keys and values."""

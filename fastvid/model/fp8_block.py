@@ -1,13 +1,13 @@
 """Pieces of a frozen layer whose rows and gradients go from the kernel that makes them to an FP8 product in e4m3.
 
-Dimensions: N rows, M key rows, D channels, F channels of the feed-forward block, E = (H + 2K)·d columns of queries,
-keys and values, H query heads, K key/value heads, d channels per head.
+Dimensions: N rows, I inputs and O outputs of a matrix, M key rows, D channels, F channels of the feed-forward block,
+E = (H + 2K)·d columns of queries, keys and values, H query heads, K key/value heads, d channels per head.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from fastvid_kernels.quantize_fp8 import Fp8Rows
+from fastvid_kernels.quantize_fp8 import BackInFp8, Fp8Rows
 from fastvid_kernels.rope_keys import rope_keys
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
@@ -15,6 +15,42 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvid.model.quantize import Fp8Linear
+
+
+class _ProductBackInFp8(torch.autograd.Function):
+    """Saves nothing: all that it needs is the matrix."""
+
+    @staticmethod
+    def forward(ctx, x_NI, bits_NI, scale_N, matrix):
+        ctx.matrix, ctx.dtype = matrix, x_NI.dtype
+        if bits_NI is None:
+            y_NO = matrix.product(x_NI, slice(None))
+        else:
+            y_NO = matrix.product_of_fp8(bits_NI, scale_N, slice(None), x_NI.dtype)
+        ctx.mark_non_differentiable(y_NO)
+        ctx.set_materialize_grads(False)  # of the product, which has none
+        return tuple(BackInFp8.of(y_NO))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, bits_NO, scale_N):
+        if bits_NO is None:
+            return None, None, None, None
+        return ctx.matrix.gradient_of_fp8(bits_NO, scale_N, slice(None), ctx.dtype), None, None, None
+
+
+def product_back_in_fp8(x_NI: Tensor | Fp8Rows, matrix: Fp8Linear) -> BackInFp8:
+    """`matrix(x)`, to the bit, for a norm whose kernel quantises the product's gradient; so is the gradient of x.
+
+    Args:
+        x_NI: rows [N, I], in e4m3 or not.
+        matrix: [O, I].
+
+    Returns:
+        Rows [N, O] in the dtype of x, or of its stand-in. Nothing is saved for backward.
+    """
+    rows = x_NI if isinstance(x_NI, Fp8Rows) else (x_NI, None, None)
+    return BackInFp8(*_ProductBackInFp8.apply(*rows, matrix))
 
 
 class _GateUpSwiGLU(torch.autograd.Function):

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from fastvid_kernels.dispatch import meta_stands_for
+from fastvid_kernels.quantize_fp8 import BackInFp8
 from fastvid_kernels.rope_keys import WayBack
 from torch.autograd.function import once_differentiable
 
@@ -316,8 +317,10 @@ def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_p
                 begun.append(live.now)
 
         def end(layer, inputs, outputs):
-            if outputs[0].branch_ND.requires_grad and len(begun) < config.decoder.num_layers:
-                outputs[0].branch_ND.register_hook(turn)
+            branch = outputs[0].branch_ND
+            branch = branch.bits_ND if isinstance(branch, BackInFp8) else branch
+            if branch.requires_grad and len(begun) < config.decoder.num_layers:
+                branch.register_hook(turn)
 
         def turn(_):
             turns.append(live.peak)

@@ -3,6 +3,8 @@
 Dimensions: N rows, D channels, G groups of consecutive rows.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import cpu
 from .dispatch import launch, use_triton
 from .plain import wide
-from .quantize_fp8 import Fp8Rows, divided, magnitude, quantize_fp8_reference, scale_of
+from .quantize_fp8 import BackInFp8, Fp8Rows, divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
 
 
 def add_rms_norm_reference(
@@ -100,17 +102,23 @@ def _add_rms_norm_bwd_kernel(
     grad_y_ptr,
     grad_residual_ptr,
     grad_branch_ptr,
+    bits_ptr,
+    scale_ptr,
     partial_ptr,
     N,
     D,
     group_rows,
     GRAD_TOTAL: tl.constexpr,
     GRAD_BRANCH: tl.constexpr,
+    FP8: tl.constexpr,
     GRAD_WEIGHT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A group of rows a program. With FP8 the branch's gradient goes out in e4m3, as rows do from the kernel above."""
     group = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
+    if FP8:
+        columns = tl.max_contiguous(columns, 8)
     inside = columns < D
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if GRAD_WEIGHT:
@@ -133,7 +141,12 @@ def _add_rms_norm_bwd_kernel(
         if GRAD_TOTAL:
             grad += grad_total.to(tl.float32)
         tl.store(grad_residual_ptr + row * D + columns, grad.to(grad_residual_ptr.dtype.element_ty), mask=inside)
-        if GRAD_BRANCH:
+        if FP8:
+            branch = grad.to(grad_branch_ptr.dtype.element_ty).to(tl.float32)
+            scale = scale_of(tl.max(magnitude(branch), 0))
+            tl.store(scale_ptr + row, scale)
+            tl.store(bits_ptr + row * D + columns, divided(branch, scale), mask=inside)
+        elif GRAD_BRANCH:
             tl.store(grad_branch_ptr + row * D + columns, grad.to(grad_branch_ptr.dtype.element_ty), mask=inside)
     if GRAD_WEIGHT:
         tl.store(partial_ptr + group * D + columns, grad_weight, mask=inside)
@@ -188,13 +201,18 @@ def _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=False):
     return total_ND, y, rstd_N
 
 
-def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained):
-    """Gradients of residual, branch and weight by the kernel; None where none is due."""
+def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, branch_dtype, trained, fp8=False):
+    """Gradients of residual, branch (`Fp8Rows` with `fp8`) and weight by the kernel; None where none is due."""
     N, D = total_ND.shape
     total_ND = total_ND.contiguous()
     grad_ND = torch.empty_like(total_ND)
     apart = branch_dtype is not None and branch_dtype != total_ND.dtype
-    grad_branch_ND = torch.empty_like(total_ND, dtype=branch_dtype) if apart else grad_ND
+    if fp8:
+        grad_branch = Fp8Rows.empty(total_ND, N, D, branch_dtype)
+        pointers = grad_branch.stand_in_ND, grad_branch.bits_ND.view(torch.uint8), grad_branch.scale_N
+    else:
+        grad_branch = torch.empty_like(total_ND, dtype=branch_dtype) if apart else grad_ND
+        pointers = grad_branch, rstd_N, rstd_N
     BLOCK_D, num_warps = _tiles(D, trained)
     group_rows = _group_rows(N, num_warps) if trained else 1
     groups = triton.cdiv(N, group_rows)
@@ -208,13 +226,14 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
         grad_ND if grad_total_ND is None else grad_total_ND.contiguous(),
         grad_y_ND.contiguous(),
         grad_ND,
-        grad_branch_ND,
+        *pointers,
         partial_GD,
         N,
         D,
         group_rows,
         grad_total_ND is not None,
         apart,
+        fp8,
         trained,
         BLOCK_D,
         num_warps=num_warps,
@@ -233,58 +252,62 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
             BLOCK_D=32,
             num_warps=8,
         )
-    return grad_ND, None if branch_dtype is None else grad_branch_ND, grad_weight_D
+    return grad_ND, None if branch_dtype is None else grad_branch, grad_weight_D
 
 
 _KERNELS = _forward_by_kernel, _backward_by_kernel
+_FP8_KERNELS = partial(_forward_by_kernel, fp8=True), _backward_by_kernel
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due."""
+    """Saves the sum and one fp32 number per row; the weight's gradient is computed only where it is due.
+
+    Of rows in e4m3 the stand-in's gradient is theirs. Of a branch whose gradient goes back so, its stand-ins get it.
+    """
 
     @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, passes):
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, passes, *stand_ins):
         forward, ctx.backward_pass = passes
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
+        ctx.back_in_fp8 = bool(stand_ins)
         ctx.set_materialize_grads(False)
-        total_ND, y_ND, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
+        total_ND, y, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
         ctx.save_for_backward(total_ND, rstd, weight_D)
-        return total_ND, y_ND
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total_ND, grad_y_ND):
-        total_ND, rstd, weight_D = ctx.saved_tensors
-        if grad_y_ND is None:
-            grad_branch_ND = None
-            if grad_total_ND is not None and ctx.branch_dtype is not None:
-                grad_branch_ND = grad_total_ND.to(ctx.branch_dtype)
-            return grad_total_ND, grad_branch_ND, None, None, None, None
-        given = total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype, ctx.needs_input_grad[2]
-        return *ctx.backward_pass(*given), None, None, None
-
-
-class _AddRMSNormFp8(_AddRMSNorm):
-    """The same by the kernel, whose rows are quantised; the stand-in's gradient is theirs."""
-
-    @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype):
-        ctx.backward_pass = _backward_by_kernel
-        ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
-        ctx.set_materialize_grads(False)
-        total_ND, rows, rstd_N = _forward_by_kernel(residual_ND, branch_ND, weight_D, eps, dtype, fp8=True)
-        ctx.save_for_backward(total_ND, rstd_N, weight_D)
-        ctx.mark_non_differentiable(rows.bits_ND, rows.scale_N)
-        return total_ND, *rows
+        if not isinstance(y, Fp8Rows):
+            return total_ND, y
+        ctx.mark_non_differentiable(y.bits_ND, y.scale_N)
+        return total_ND, *y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total_ND, grad_y_ND, *_):
-        return _AddRMSNorm.backward(ctx, grad_total_ND, grad_y_ND)[:-1]
+        total_ND, rstd, weight_D = ctx.saved_tensors
+        settings, options = (None, None, None), {"fp8": True} if ctx.back_in_fp8 else {}
+        if grad_y_ND is not None:
+            given = total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype, ctx.needs_input_grad[2]
+            grad_ND, grad_branch, grad_weight_D = ctx.backward_pass(*given, **options)
+        else:
+            grad_ND, grad_branch, grad_weight_D = grad_total_ND, None, None
+            if grad_ND is not None and ctx.branch_dtype is not None:
+                grad_branch = grad_ND.to(ctx.branch_dtype)
+                if ctx.back_in_fp8:
+                    grad_branch = Fp8Rows(grad_branch, *quantize_fp8(grad_branch))
+        if not ctx.back_in_fp8:
+            return grad_ND, grad_branch, grad_weight_D, *settings
+        return grad_ND, None, grad_weight_D, *settings, *((None, None) if grad_branch is None else grad_branch[1:])
+
+
+def _given(branch):
+    """(The branch's rows or None; the stand-ins of a branch whose gradient goes back in e4m3.)"""
+    return (branch.rows_ND, tuple(branch[1:])) if isinstance(branch, BackInFp8) else (branch, ())
+
+
+def _plain(branch):
+    return branch.plain() if isinstance(branch, BackInFp8) else branch
 
 
 def _check_shapes(name, residual_ND, branch_ND, weight_D):
-    """The tensors among them."""
+    """The tensors among them, which have values."""
     tensors = [x for x in (residual_ND, branch_ND, weight_D) if x is not None]
     N, D = residual_ND.shape
     if any(x.shape != (N, D) for x in tensors[:-1]) or weight_D.shape != (D,):
@@ -296,7 +319,7 @@ def _check_shapes(name, residual_ND, branch_ND, weight_D):
 
 def add_rms_norm(
     residual_ND: Tensor,
-    branch_ND: Tensor | None,
+    branch_ND: Tensor | BackInFp8 | None,
     weight_D: Tensor,
     eps: float,
     dtype: torch.dtype,
@@ -307,7 +330,8 @@ def add_rms_norm(
 
     Args:
         residual_ND: [N, D] residual stream, fp32, bf16 or fp16.
-        branch_ND: what a block adds to it, in any of these dtypes; None adds nothing.
+        branch_ND: what a block adds to it, in any of these dtypes; None adds nothing. The gradient of `BackInFp8`,
+            rounded to the rows' dtype, is quantised as `quantize_fp8` does before it leaves the kernel.
         weight_D: gain, in any of these dtypes. Its gradient is computed only if it requires one.
         eps: added to the mean square.
         dtype: of the normalised rows.
@@ -321,16 +345,19 @@ def add_rms_norm(
     Raises:
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
     """
-    tensors = _check_shapes("add_rms_norm", residual_ND, branch_ND, weight_D)
+    rows_ND, stand_ins = _given(branch_ND)
+    tensors = _check_shapes("add_rms_norm", residual_ND, rows_ND, weight_D)
     in_triton = use_triton(impl, *tensors, name="add_rms_norm")
     if impl == "reference":
-        return add_rms_norm_reference(residual_ND, branch_ND, weight_D, eps, dtype)
-    return _AddRMSNorm.apply(residual_ND, branch_ND, weight_D, eps, dtype, _KERNELS if in_triton else cpu.ADD_RMS_NORM)
+        return add_rms_norm_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
+    if in_triton:
+        return _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _KERNELS, *stand_ins)
+    return _AddRMSNorm.apply(residual_ND, _plain(branch_ND), weight_D, eps, dtype, cpu.ADD_RMS_NORM)
 
 
 def add_rms_norm_fp8(
     residual_ND: Tensor,
-    branch_ND: Tensor | None,
+    branch_ND: Tensor | BackInFp8 | None,
     weight_D: Tensor,
     eps: float,
     dtype: torch.dtype,
@@ -350,10 +377,11 @@ def add_rms_norm_fp8(
     Raises:
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
     """
-    tensors = _check_shapes("add_rms_norm_fp8", residual_ND, branch_ND, weight_D)
+    rows_ND, stand_ins = _given(branch_ND)
+    tensors = _check_shapes("add_rms_norm_fp8", residual_ND, rows_ND, weight_D)
     if not use_triton(impl, *tensors, name="add_rms_norm_fp8"):
-        return add_rms_norm_fp8_reference(residual_ND, branch_ND, weight_D, eps, dtype)
-    total_ND, *rows = _AddRMSNormFp8.apply(residual_ND, branch_ND, weight_D, eps, dtype)
+        return add_rms_norm_fp8_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
+    total_ND, *rows = _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _FP8_KERNELS, *stand_ins)
     return total_ND, Fp8Rows(*rows)
 
 

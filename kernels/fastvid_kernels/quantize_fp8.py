@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.language.target_info import cuda_capability_geq
 
 from .dispatch import launch, on_gpu, use_triton
@@ -48,6 +49,47 @@ class Fp8Rows(NamedTuple):
             like.new_empty(rows, channels, dtype=torch.float8_e4m3fn),
             like.new_empty(rows, dtype=torch.float32),
         )
+
+
+class BackInFp8(NamedTuple):
+    """Rows whose gradient the kernel that makes it quantises, on its way back to the product that they come from.
+
+    They have one reader, a norm: gradients in e4m3 cannot be added.
+
+    Attributes:
+        rows_ND: the rows, to autograd without a gradient.
+        bits_ND: float8_e4m3fn, and
+        scale_N: fp32: what autograd differentiates in their place. Their gradients are the bits and the scales of
+            the rows' gradient. They take no memory, and their values mean nothing.
+    """
+
+    rows_ND: Tensor
+    bits_ND: Tensor
+    scale_N: Tensor
+
+    @staticmethod
+    def of(rows_ND: Tensor) -> "BackInFp8":
+        """`rows_ND` with what an autograd function returns beside them."""
+        shape = rows_ND.shape[0], rows_ND.shape[1]
+        stand_in_ND = Fp8Rows.stand_in(rows_ND, shape, torch.float8_e4m3fn)
+        return BackInFp8(rows_ND, stand_in_ND, rows_ND.new_empty(1, dtype=torch.float32).expand(shape[0]))
+
+    def plain(self) -> Tensor:
+        """The rows for any reader: their gradient is quantised where it comes back."""
+        return _Plain.apply(*self)
+
+
+class _Plain(torch.autograd.Function):
+    """Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, rows_ND, bits_ND, scale_N):
+        return rows_ND.view_as(rows_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ND):
+        return None, *quantize_fp8(grad_ND)
 
 
 def quantize_fp8_reference(x_ND: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -208,6 +250,7 @@ def scaled_product(
 __all__ = [
     "FP8_CAPABILITY",
     "FP8_SIDE",
+    "BackInFp8",
     "Fp8Rows",
     "divided",
     "magnitude",

@@ -58,11 +58,14 @@ PRODUCTION["linear_cross_entropy"] = linear_cross_entropy_calls
 def add_rms_norm():
     """Of a 7B and a 13B decoder, frozen and trained; and of a residual stream in fp32."""
     from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
+    from fastvid_kernels.quantize_fp8 import BackInFp8
 
-    def call(channels, residual=torch.bfloat16, *, trained=False, add=True, rows=8192, to_fp8=False):
+    def call(channels, residual=torch.bfloat16, *, trained=False, add=True, rows=8192, to_fp8=False, back=False):
         x = torch.empty(rows, channels, dtype=residual, requires_grad=True)
         branch = torch.empty(rows, channels, dtype=torch.bfloat16, requires_grad=True) if add else None
         weight = torch.empty(channels, dtype=torch.float32 if trained else torch.bfloat16, requires_grad=trained)
+        if back:
+            branch = BackInFp8.of(branch)
         if to_fp8:  # whose backward is the other's
             return add_rms_norm_fp8(x, branch, weight, 1e-5, torch.bfloat16, impl="triton")
         outputs = add_rms_norm(x, branch, weight, 1e-5, torch.bfloat16, impl="triton")
@@ -77,6 +80,9 @@ def add_rms_norm():
         "D=4096 bf16, no branch, trained": lambda: call(4096, add=False, trained=True),
         "D=4096 bf16, frozen, to fp8": lambda: call(4096, to_fp8=True),
         "D=5120 bf16, frozen, to fp8": lambda: call(5120, to_fp8=True),
+        "D=4096 bf16, frozen, back in fp8": lambda: call(4096, back=True),
+        "D=5120 bf16, frozen, back in fp8": lambda: call(5120, back=True),
+        "D=4096 fp32 residual, frozen, back in fp8": lambda: call(4096, torch.float32, back=True),
         "odd: D=999, 3 rows": lambda: call(999, rows=3, trained=True),
     }
 

@@ -4,7 +4,7 @@ import fastvid_kernels.add_rms_norm as kernel_module
 import pytest
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8, add_rms_norm_reference
-from fastvid_kernels.quantize_fp8 import quantize_fp8
+from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8
 from harness import DEVICE, assert_close_as_eager, noted_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,6 +237,107 @@ def test_only_one_output_of_rows_in_e4m3_used(pick):
     found = torch.autograd.grad((total, rows.stand_in_ND)[pick], case[:2], grads[pick])
     expected = torch.autograd.grad(add_rms_norm(*case, 1e-5, torch.float32, impl="triton")[pick], case[:2], grads[pick])
     assert all(map(torch.equal, found, expected))
+
+
+def back_in_fp8(branch):
+    """A branch as it leaves a product, whose stand-ins are leaves."""
+    rows = BackInFp8.of(branch.detach())
+    return BackInFp8(rows.rows_ND, *(stand_in.requires_grad_() for stand_in in rows[1:]))
+
+
+def plain_norm(x, b, w, dtype, impl="triton"):
+    return add_rms_norm(x, b, w, 1e-5, dtype, impl=impl)
+
+
+def norm_to_fp8(x, b, w, dtype, impl="triton"):
+    total, rows = add_rms_norm_fp8(x, b, w, 1e-5, dtype, impl=impl)
+    return total, rows.stand_in_ND
+
+
+def check_back_in_fp8(function, case, dtype, grads, impl="triton"):
+    """The branch's gradient in e4m3 equals, to the bit, the one that is quantised afterwards; so do the others."""
+    x, b, w = case
+    outputs = function(x, b, w, dtype, impl)
+    used = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
+    grad_b, *expected = torch.autograd.grad(
+        [output for output, _ in used],
+        [t for t in (b, x, w) if t.requires_grad],
+        [g for _, g in used],
+        allow_unused=True,
+    )
+    branch = back_in_fp8(b)
+    found = function(x, branch, w, dtype, impl)
+    if function is plain_norm:
+        assert all(map(torch.equal, found, outputs))
+    used = [(output, grad) for output, grad in zip(found, grads) if grad is not None]
+    bits, scale, *others = torch.autograd.grad(
+        [output for output, _ in used],
+        [*branch[1:], *(t for t in (x, w) if t.requires_grad)],
+        [g for _, g in used],
+        allow_unused=True,
+    )
+    expected_bits, expected_scale = quantize_fp8(grad_b, impl=impl)
+    assert bits.dtype == torch.float8_e4m3fn and torch.equal(scale, expected_scale)
+    assert torch.equal(bits.view(torch.uint8), expected_bits.view(torch.uint8))
+    for ours, theirs in zip(others, expected, strict=True):
+        assert (ours is theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", CASES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100), (2, 4096)])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_branch_back_in_e4m3(dtypes, shape, trained):
+    *kinds, dtype = CASES[dtypes]
+    grads = gradients(shape, kinds[0], dtype)
+    check_back_in_fp8(plain_norm, inputs(*shape, *kinds, trained=trained), dtype, grads)
+
+
+@pytest.mark.slow
+@given(
+    rows=st.integers(0, 9),
+    channels=st.integers(1, 700),
+    dtypes=st.sampled_from(list(CASES)),
+    function=st.sampled_from([plain_norm, norm_to_fp8]),
+    trained=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_branch_back_in_e4m3_of_any_shape(rows, channels, dtypes, function, trained, seed):
+    *kinds, dtype = CASES[dtypes]
+    grads = gradients((rows, channels), kinds[0], dtype, seed)
+    check_back_in_fp8(function, inputs(rows, channels, *kinds, trained=trained, seed=seed), dtype, grads)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("function", [plain_norm, norm_to_fp8])
+@pytest.mark.parametrize("pick", [None, 0, 1], ids=["both", "sum", "norm"])
+def test_branch_back_in_e4m3_by_every_implementation(impl, function, pick):
+    """Also where one of the outputs has no gradient."""
+    case = inputs(4, 6, *CASES["fp32 residual"][:3], trained=False)
+    grads = [grad if pick in (None, i) else None for i, grad in enumerate(gradients((4, 6), *[torch.float32] * 2))]
+    if grads[1] is not None:
+        grads[1] = grads[1].bfloat16()
+    check_back_in_fp8(function, case, torch.bfloat16, grads, impl)
+
+
+def test_branch_back_in_e4m3_shows_nan():
+    x, b, w = inputs(4, 40, *[torch.bfloat16] * 3, trained=False)
+    grads = gradients((4, 40), torch.bfloat16, torch.bfloat16)
+    grads[0][2, 7] = torch.nan
+    branch = back_in_fp8(b)
+    _, scale = torch.autograd.grad(plain_norm(x, branch, w, torch.bfloat16), branch[1:], grads)
+    assert scale.isnan().tolist() == [False, False, True, False]
+
+
+def test_branch_back_in_e4m3_has_a_gradient_for_other_readers():
+    _, b, _ = inputs(4, 6, *[torch.bfloat16] * 3)
+    (grad,) = gradients((4, 6), torch.bfloat16, torch.bfloat16)[:1]
+    branch = back_in_fp8(b)
+    rows = branch.plain()
+    assert torch.equal(rows, b)
+    for found, expected in zip(torch.autograd.grad(rows, branch[1:], grad), quantize_fp8(grad)):
+        assert torch.equal(found.float(), expected.float())
 
 
 def test_unknown_implementation_is_refused():

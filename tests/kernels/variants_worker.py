@@ -21,7 +21,7 @@ from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
 from fastvid_kernels.add_layer_norm import add_layer_norm  # noqa: E402
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa: E402
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
-from fastvid_kernels.quantize_fp8 import quantize_fp8  # noqa: E402
+from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8  # noqa: E402
 from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
 from fastvid_kernels.rope_keys import WayBack, rope_keys  # noqa: E402
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
@@ -48,6 +48,8 @@ def call_all(count, first):
     """Everything that a training step launches on `count` rows, and an extraction on so many frames, at most 100."""
     x, branch, weight = rows(count), rows(count), torch.empty(D, requires_grad=True)
     outputs = add_rms_norm(x, branch, weight, 1e-5, BF16, impl="triton")
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    outputs = add_rms_norm(x, BackInFp8.of(branch), weight, 1e-5, BF16, impl="triton")
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     swiglu(rows(count, 2 * D), impl="triton").backward(torch.empty(count, D, dtype=BF16))
     positions, frequencies = indices(count, first, torch.int32), torch.empty(8)
