@@ -208,6 +208,7 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
     grad_ND = torch.empty_like(total_ND)
     apart = branch_dtype is not None and branch_dtype != total_ND.dtype
     if fp8:
+        assert branch_dtype is not None, "the gradient is a branch's"
         grad_branch = Fp8Rows.empty(total_ND, N, D, branch_dtype)
         pointers = grad_branch.stand_in_ND, grad_branch.bits_ND.view(torch.uint8), grad_branch.scale_N
     else:

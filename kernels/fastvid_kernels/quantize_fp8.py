@@ -37,9 +37,9 @@ class Fp8Rows(NamedTuple):
     scale_N: Tensor
 
     @staticmethod
-    def stand_in(like: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
-        """One of `shape`, on the device of `like`; its dtype too if none is given."""
-        return like.new_empty(1, dtype=dtype).expand(shape)
+    def stand_in(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One of `shape`, on the device of `like`; its dtype too if none is given. No view, of which FSDP2 warns."""
+        return like.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
     @staticmethod
     def empty(like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> "Fp8Rows":
@@ -70,9 +70,8 @@ class BackInFp8(NamedTuple):
     @staticmethod
     def of(rows_ND: Tensor) -> "BackInFp8":
         """`rows_ND` with what an autograd function returns beside them."""
-        shape = rows_ND.shape[0], rows_ND.shape[1]
-        stand_in_ND = Fp8Rows.stand_in(rows_ND, shape, torch.float8_e4m3fn)
-        return BackInFp8(rows_ND, stand_in_ND, rows_ND.new_empty(1, dtype=torch.float32).expand(shape[0]))
+        kinds = (rows_ND.shape, torch.float8_e4m3fn), (rows_ND.shape[:1], torch.float32)
+        return BackInFp8(rows_ND, *(Fp8Rows.stand_in(rows_ND, *kind) for kind in kinds))
 
     def plain(self) -> Tensor:
         """The rows for any reader: their gradient is quantised where it comes back."""

@@ -12,7 +12,7 @@ from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.model import quantize
 from fastvid.model.decoder import DecoderLayer, RMSNorm
-from fastvid.model.fp8_block import gate_up_swiglu
+from fastvid.model.fp8_block import gate_up_swiglu, product_back_in_fp8
 from fastvid.model.quantize import Fp8Linear
 
 KINDS = {
@@ -148,3 +148,21 @@ def test_gate_up_and_swiglu(rows, dtype):
     assert torch.equal(found.bits_ND.float(), bits.float()) and torch.equal(found.scale_N, scale)
     found.stand_in_ND.backward(grad)
     assert torch.equal(stand_in.grad, plain.grad) and stand_in.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_fp8", [False, True], ids=["rows", "e4m3 rows"])
+def test_product_whose_gradient_comes_back_in_e4m3(in_fp8, dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrix, x, grad = Fp8Linear(64, 96), *(torch.randn(5, n, generator=generator).to(dtype) for n in (64, 96))
+    matrix.quantize_(torch.randn(96, 64, generator=generator) / 8)
+    leaf = x.clone().requires_grad_()
+    expected = matrix(leaf)
+    expected.backward(grad)
+    given = torch.empty_like(x).requires_grad_() if in_fp8 else x.clone().requires_grad_()
+    found = product_back_in_fp8(Fp8Rows(given, *quantize_fp8(x)) if in_fp8 else given, matrix)
+    assert torch.equal(found.rows_ND, expected) and not found.rows_ND.requires_grad
+    # FSDP2 warns of views between its units.
+    assert all(x.requires_grad and not x._is_view() and x.untyped_storage().nbytes() <= 4 for x in found[1:])
+    torch.autograd.backward(found[1:], quantize_fp8(grad))
+    assert torch.equal(given.grad, leaf.grad) and given.grad.dtype == dtype
