@@ -112,10 +112,11 @@ def _tiles(channels):
 
 @triton.jit
 def _to_e4m3(x):
-    """Bits of the nearest e4m3 number, ties to even, for |x| ≤ 448 or NaN."""
+    """Bits of the nearest e4m3 number, ties to even; ±448 for what is beyond it. NaN stays NaN."""
     if cuda_capability_geq(8, 9):
-        bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # an instruction that saturates by itself
     else:
+        x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         word = x.to(tl.uint32, bitcast=True)
         magnitude = word & 0x7FFFFFFF
         # Normal numbers keep three of 23 mantissa bits, and their exponent's bias falls from 127 to 7.
@@ -143,7 +144,7 @@ def scale_of(top):
 @triton.jit
 def divided(x, scale):
     """Bits of x ÷ scale in e4m3."""
-    return _to_e4m3(tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL))
+    return _to_e4m3(x * tl.div_rn(1.0, scale))
 
 
 @triton.jit
