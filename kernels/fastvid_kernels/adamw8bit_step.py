@@ -10,14 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .adamw_step import random_bits, random_tile
 from .dispatch import launch, use_triton
 
 BLOCK_SIZE = 256
 # Smallest scale that is divided by: the smallest normal fp32.
 TINY = tl.constexpr(2.0**-126)
-# Philox-4x32 (Salmon et al., SC 2011): the fewest rounds that pass every test there, multipliers, key increments.
-ROUNDS = tl.constexpr(7)
-MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
 
 @functools.cache
@@ -33,32 +31,6 @@ def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> Tensor:
         middles = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values.to(device)
-
-
-def random_bits(first: int, count: int, seed: int, step: int, device: torch.device | str) -> Tensor:
-    """The bits that `adamw8bit_step` rounds with: 16 for each of the elements first … first + count - 1, [count] int32.
-
-    Args:
-        first, count: multiples of 8.
-        seed, step: as for `adamw8bit_step`.
-        device: of the result.
-    """
-    group = torch.arange(first // 8, (first + count) // 8, device=device)
-    c0, c1, c2, c3 = group & 0xFFFFFFFF, group >> 32, torch.full_like(group, step), torch.zeros_like(group)
-    keys = [seed & 0xFFFFFFFF, seed >> 32]
-
-    def product(x, factor):
-        """(high, low) 32 bits."""
-        low = (x & 0xFFFF) * factor
-        high = (x >> 16) * factor + (low >> 16)
-        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
-
-    for _ in range(ROUNDS.value):
-        (high0, low0), (high2, low2) = product(c0, MULTIPLIERS[0]), product(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
-        keys = [(key + increment) & 0xFFFFFFFF for key, increment in zip(keys, INCREMENTS)]
-    words = torch.stack([c0, c1, c2, c3], 1).flatten()
-    return torch.stack([words & 0xFFFF, words >> 16], 1).flatten().int()
 
 
 def _factors(lr, beta1, beta2, eps, weight_decay, step):
@@ -226,18 +198,6 @@ def _absmax(x, BLOCKS: tl.constexpr):
     return absmax, 1 / tl.maximum(absmax, TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def _random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
-    """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
-    group = first_group + tl.arange(0, BLOCKS * 32)
-    zero = group.to(tl.uint32) * 0
-    r0, r1, r2, r3 = tl.philox(
-        seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero, n_rounds=ROUNDS
-    )
-    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
-
-
 @triton.jit(do_not_specialize=["step", "seed", "first"])
 def _adamw8bit_step_kernel(
     param_ptr,
@@ -290,7 +250,7 @@ def _adamw8bit_step_kernel(
     root = tl.rsqrt(tl.sqrt(v) * slope + offset)
     p = p * keep - m * root * root
     if param_ptr.dtype.element_ty == tl.bfloat16:
-        bits = p.to(tl.uint32, bitcast=True) + _random_tile((first + start) // 8, seed, step, BLOCKS)
+        bits = p.to(tl.uint32, bitcast=True) + random_tile((first + start) // 8, seed, step, BLOCKS)
         tl.store(param_ptr + start + local, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
     else:
         tl.store(param_ptr + start + local, p, mask=inside)
@@ -425,4 +385,4 @@ def adamw8bit_step(
     )
 
 
-__all__ = ["BLOCK_SIZE", "adamw8bit_step", "adamw8bit_step_reference", "dynamic_map", "random_bits"]
+__all__ = ["BLOCK_SIZE", "adamw8bit_step", "adamw8bit_step_reference", "dynamic_map"]

@@ -8,14 +8,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw8bit_step import _random_tile, random_bits
 from .dispatch import launch, use_triton
+
+# Philox-4x32 (Salmon et al., SC 2011): the fewest rounds that pass every test there, multipliers, key increments.
+ROUNDS = tl.constexpr(7)
+MULTIPLIERS, INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+
+def random_bits(first: int, count: int, seed: int, step: int, device: torch.device | str) -> Tensor:
+    """The bits that weights are rounded with: 16 for each of the elements first … first + count - 1, [count] int32.
+
+    Args:
+        first, count: multiples of 8.
+        seed, step: as for `adamw_step`.
+        device: of the result.
+    """
+    group = torch.arange(first // 8, (first + count) // 8, device=device)
+    c0, c1, c2, c3 = group & 0xFFFFFFFF, group >> 32, torch.full_like(group, step), torch.zeros_like(group)
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+
+    def product(x, factor):
+        """(high, low) 32 bits."""
+        low = (x & 0xFFFF) * factor
+        high = (x >> 16) * factor + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    for _ in range(ROUNDS.value):
+        (high0, low0), (high2, low2) = product(c0, MULTIPLIERS[0]), product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ keys[0], low2, high0 ^ c3 ^ keys[1], low0
+        keys = [(key + increment) & 0xFFFFFFFF for key, increment in zip(keys, INCREMENTS)]
+    words = torch.stack([c0, c1, c2, c3], 1).flatten()
+    return torch.stack([words & 0xFFFF, words >> 16], 1).flatten().int()
 
 
 def round_to_bf16(values_E: Tensor, *, seed: int, step: int, first: int = 0) -> Tensor:
     """fp32 values, each one of its two neighbours in bf16: up with the probability of the part cut off.
 
-    The random bits are those of `adamw8bit_step` for the elements first … first + E - 1.
+    The random bits are `random_bits` of the elements first … first + E - 1.
     """
     begin = first // 8 * 8  # random bits come in groups of eight elements
     before, count = first - begin, len(values_E)
@@ -61,6 +90,18 @@ def _tiles():
     return 4, 4
 
 
+@triton.jit
+def random_tile(first_group, seed, step, BLOCKS: tl.constexpr):
+    """16 random bits for each element of a line of blocks: a Philox block serves eight elements."""
+    group = first_group + tl.arange(0, BLOCKS * 32)
+    zero = group.to(tl.uint32) * 0
+    r0, r1, r2, r3 = tl.philox(
+        seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero, n_rounds=ROUNDS
+    )
+    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (BLOCKS * 128,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCKS * 256,))
+
+
 @triton.jit(do_not_specialize=["step", "seed", "first_group"])
 def _adamw_step_kernel(
     param_ptr,
@@ -103,7 +144,7 @@ def _adamw_step_kernel(
     m = m + (g - m) * rest1
     v = v * decay2 + g * g * rest2
     p = p * keep - m / (tl.sqrt(v) * scale + eps) * size
-    bits = p.to(tl.uint32, bitcast=True) + _random_tile(first_group + start // 8, seed, step, BLOCKS)
+    bits = p.to(tl.uint32, bitcast=True) + random_tile(first_group + start // 8, seed, step, BLOCKS)
     tl.store(param_ptr + start + local, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
     tl.store(exp_avg_ptr + start + local, m, mask=inside)
     tl.store(exp_avg_sq_ptr + start + local, v, mask=inside)
@@ -197,4 +238,4 @@ def adamw_step(
     )
 
 
-__all__ = ["adamw_step", "adamw_step_reference", "round_to_bf16"]
+__all__ = ["adamw_step", "adamw_step_reference", "random_bits", "random_tile", "round_to_bf16"]
