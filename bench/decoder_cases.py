@@ -8,10 +8,11 @@ import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
-from fastvid_kernels.rope_keys import WayBack, rope_keys, rope_keys_reference
+from fastvid_kernels.rope_keys import rope_keys, rope_keys_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
 from fastvid_kernels.splice_video import splice_video, splice_video_reference
 from fastvid_kernels.swiglu import swiglu, swiglu_reference
+from fastvid_kernels.way_back import WayBack
 
 from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
 

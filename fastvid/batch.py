@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from fastvid_kernels.rope_keys import WayBack
+from fastvid_kernels.way_back import WayBack
 from torch import Tensor
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from fastvid_kernels.dispatch import meta_stands_for
 from fastvid_kernels.quantize_fp8 import BackInFp8
-from fastvid_kernels.rope_keys import WayBack
+from fastvid_kernels.way_back import WayBack
 from torch.autograd.function import once_differentiable
 
 from fastvid.batch import AttentionLayout, BatchPart, Branches, PackedBatch

@@ -4,9 +4,6 @@ Dimensions: N packed rows, M key rows, C constant rows, E = (H + 2K)·d columns 
 heads, A heads of a row, d channels per head, h = d / 2.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -14,35 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import launch, use_triton
-from .rope_qk import _cos_sin, _rope_qk_kernel, rope_qk_reference
-from .rope_qk import _tiles as _rope_tiles
-
-
-@dataclass(frozen=True)
-class WayBack:
-    """Which keys each packed row is.
-
-    Attributes:
-        starts_N1: [N+1] int32, where each packed row's places begin in `places`, and their end.
-        places: int32, the keys that are packed row 0, those that are row 1, …, ascending.
-        constant_rows: C.
-    """
-
-    starts_N1: Tensor
-    places: Tensor
-    constant_rows: int
-
-    @staticmethod
-    def of(rows_M: Tensor, constant_rows: int, num_rows: int) -> "WayBack":
-        """From the row that each key is, of `num_rows` packed rows behind the constant ones. On the CPU."""
-        order = rows_M.argsort(stable=True)
-        starts_N1 = torch.searchsorted(rows_M[order], torch.arange(num_rows + 1) + constant_rows)
-        first = int(starts_N1[0])
-        return WayBack((starts_N1 - first).int(), order[first:].int(), constant_rows)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "WayBack":
-        """The same with `function` applied to both tensors."""
-        return WayBack(function(self.starts_N1), function(self.places), self.constant_rows)
+from .rope_qk import cos_sin_of, halves, rope_qk_reference, rotate_heads, turned_back
+from .way_back import WayBack
 
 
 def rope_keys_reference(
@@ -117,9 +87,7 @@ def _place_keys_kernel(
     first = tl.load(source_ptr + offsets, mask=inside).to(tl.float32)
     second = tl.load(source_ptr + offsets + half, mask=inside).to(tl.float32)
     if (row >= C) & (block < BLOCKS):
-        inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
-        cos, sin = _cos_sin(tl.load(positions_ptr + row - C).to(tl.float32) * inv_freq)
-        cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
+        cos, sin = cos_sin_of(positions_ptr + row - C, inv_freq_ptr, channels, half, scale)
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
@@ -190,45 +158,15 @@ def _collect_kernel(
         if GATHERED:
             if block >= Q_BLOCKS:
                 place = tl.load(places_ptr + i).to(tl.int64)
-        at_ptr = source_ptr + place * stride + head * 2 * half
-        first += tl.load(at_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        second += tl.load(at_ptr + offsets + half, mask=inside, other=0.0).to(tl.float32)
+        of_place = halves(source_ptr + place * stride + head * 2 * half, offsets, inside, half)
+        first += of_place[0]
+        second += of_place[1]
     if block < Q_BLOCKS + KV_BLOCKS:
-        inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
-        cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
-        cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
-        turned = first * cos + second * sin
-        second = second * cos - first * sin
-        first = turned
+        cos, sin = cos_sin_of(positions_ptr + row, inv_freq_ptr, channels, half, scale)
+        first, second = turned_back(first, second, cos, sin)
     grad_ptr += (row * (num_heads + 2 * kv_heads) + first_head) * 2 * half
     tl.store(grad_ptr + offsets, first.to(grad_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_ptr + offsets + half, second.to(grad_ptr.dtype.element_ty), mask=inside)
-
-
-def _rotate_heads(x_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written):
-    """The first `written` heads of each row of `x_NE` to those of `out_NX`, the first `rotated` of them rotated."""
-    half = inv_freq_h.shape[0]
-    if x_NE.shape[0] and written:
-        block_a, block_h, blocks, warps = _rope_tiles(written, half)
-        launch(
-            _rope_qk_kernel,
-            (x_NE.shape[0] * blocks,),
-            x_NE,
-            out_NX,
-            positions_N,
-            inv_freq_h,
-            scale,
-            x_NE.shape[1] // (2 * half),
-            out_NX.shape[1] // (2 * half),
-            rotated,
-            written,
-            half,
-            blocks,
-            False,
-            block_a,
-            block_h,
-            num_warps=warps,
-        )
 
 
 def place_keys(
@@ -334,7 +272,7 @@ class _RopeKeys(torch.autograd.Function):
             out_NX, written = qkv_NE, rotated
         else:
             out_NX = qkv_NE.new_empty(qkv_NE.shape[0], written * d)
-        _rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
+        rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
         # Not as views that autograd follows: their gradients come back to this function.
         rows_NAd = out_NX.detach().view(len(out_NX), out_NX.shape[1] // d, d)
         if rows_M is None:
@@ -443,4 +381,4 @@ def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, co
             )
 
 
-__all__ = ["WayBack", "collect", "place_keys", "rope_keys", "rope_keys_reference", "rows_of_heads"]
+__all__ = ["collect", "place_keys", "rope_keys", "rope_keys_reference", "rows_of_heads"]

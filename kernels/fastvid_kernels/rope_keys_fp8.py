@@ -12,7 +12,7 @@ from torch import Tensor
 from .dispatch import launch, use_triton
 from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
 from .rope_keys import collect, rows_of_heads
-from .rope_qk import _cos_sin, rope_qk_reference
+from .rope_qk import cos_sin_of, halves, rope_qk_reference, turned_back
 
 # Pairs of channels of the largest tile (of queries, keys or values) of which three lie in registers.
 LARGEST_TILE = 8192
@@ -49,17 +49,8 @@ def _tiles(heads, kv_heads, half):
 
 
 @triton.jit
-def _halves(ptr, offsets, inside, half):
-    first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    return first, tl.load(ptr + offsets + half, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _turned_back(first, second, cos, sin, dtype: tl.constexpr):
-    """Rounded to `dtype`."""
-    turned = first * cos + second * sin
-    second = second * cos - first * sin
-    return turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+def _rounded(first, second, dtype: tl.constexpr):
+    return first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -103,14 +94,12 @@ def _collect_fp8_kernel(
     dtype: tl.constexpr = grad_k_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK_h)
-    inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
-    cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
-    cos, sin = (cos * factor)[None, :], (sin * factor)[None, :]
+    cos, sin = cos_sin_of(positions_ptr + row, inv_freq_ptr, channels, half, factor)
     if QUERIES:  # under way while keys and values are summed
         q_heads = tl.arange(0, BLOCK_Q)
         q_inside = (q_heads < num_heads)[:, None] & (channels < half)[None, :]
         q_offsets = q_heads[:, None] * 2 * half + channels[None, :]
-        q1, q2 = _halves(grad_q_ptr + row * q_stride, q_offsets, q_inside, half)
+        q1, q2 = halves(grad_q_ptr + row * q_stride, q_offsets, q_inside, half)
     heads = tl.arange(0, BLOCK_K)
     inside = (heads < kv_heads)[:, None] & (channels < half)[None, :]
     offsets = heads[:, None] * 2 * half + channels[None, :]
@@ -127,17 +116,19 @@ def _collect_fp8_kernel(
         place = i
         if GATHERED:
             place = tl.load(places_ptr + i).to(tl.int64)
-        first, second = _halves(grad_k_ptr + place * k_stride, offsets, inside, half)
+        first, second = halves(grad_k_ptr + place * k_stride, offsets, inside, half)
         k1 += first
         k2 += second
-        first, second = _halves(grad_v_ptr + place * v_stride, offsets, inside, half)
+        first, second = halves(grad_v_ptr + place * v_stride, offsets, inside, half)
         v1 += first
         v2 += second
-    k1, k2 = _turned_back(k1, k2, cos, sin, dtype)
-    v1, v2 = v1.to(dtype).to(tl.float32), v2.to(dtype).to(tl.float32)
+    k1, k2 = turned_back(k1, k2, cos, sin)
+    k1, k2 = _rounded(k1, k2, dtype)
+    v1, v2 = _rounded(v1, v2, dtype)
     top = tl.maximum(_largest(k1, k2), _largest(v1, v2))
     if QUERIES:
-        q1, q2 = _turned_back(q1, q2, cos, sin, dtype)
+        q1, q2 = turned_back(q1, q2, cos, sin)
+        q1, q2 = _rounded(q1, q2, dtype)
         top = tl.maximum(top, _largest(q1, q2))
     scale = scale_of(top)
     tl.store(scale_ptr + row, scale)

@@ -57,6 +57,27 @@ def _cos_sin(angle):
     return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
 
 
+@triton.jit
+def cos_sin_of(position_ptr, inv_freq_ptr, channels, half, scale):
+    """Cosine and sine of a row's angles, times `scale`: [1, channels] each."""
+    inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
+    cos, sin = _cos_sin(tl.load(position_ptr).to(tl.float32) * inv_freq)
+    return (cos * scale)[None, :], (sin * scale)[None, :]
+
+
+@triton.jit
+def halves(ptr, offsets, inside, half):
+    """Both halves of heads, fp32."""
+    first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + offsets + half, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned_back(first, second, cos, sin):
+    """Heads' halves as they were before they were rotated."""
+    return first * cos + second * sin, second * cos - first * sin
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rope_qk_kernel(
     x_ptr,
@@ -86,9 +107,7 @@ def _rope_qk_kernel(
     first = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
     second = tl.load(x_ptr + offsets + half, mask=inside).to(tl.float32)
 
-    inv_freq = tl.load(inv_freq_ptr + channels, mask=channels < half, other=0.0)
-    cos, sin = _cos_sin(tl.load(positions_ptr + row).to(tl.float32) * inv_freq)
-    cos, sin = (cos * scale)[None, :], (sin * scale)[None, :]
+    cos, sin = cos_sin_of(positions_ptr + row, inv_freq_ptr, channels, half, scale)
     if INVERSE:
         sin = -sin
     turned = (heads < rotated_heads)[:, None]
@@ -98,35 +117,51 @@ def _rope_qk_kernel(
     tl.store(out_ptr + offsets + half, rotated_second.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def rotate_heads(
+    x_NE: Tensor,
+    out_NX: Tensor,
+    positions_N: Tensor,
+    inv_freq_h: Tensor,
+    scale: float,
+    rotated: int,
+    written: int,
+    *,
+    inverse: bool = False,
+) -> None:
+    """The first `written` heads of each row of `x_NE` to those of `out_NX`, the first `rotated` of them rotated."""
+    half = inv_freq_h.shape[0]
+    if x_NE.shape[0] and written:
+        BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
+        launch(
+            _rope_qk_kernel,
+            (x_NE.shape[0] * blocks,),
+            x_NE,
+            out_NX,
+            positions_N.contiguous(),
+            inv_freq_h.contiguous(),
+            scale,
+            x_NE.shape[1] // (2 * half),
+            out_NX.shape[1] // (2 * half),
+            rotated,
+            written,
+            half,
+            blocks,
+            inverse,
+            BLOCK_A,
+            BLOCK_h,
+            num_warps=num_warps,
+        )
+
+
 def _rotate_by_kernel(qkv_NE, out_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, inverse):
     """Rotate `qkv_NE` into `out_NE`, contiguous both, or a new tensor; where they are one, the values are not
     touched."""
     if out_NE is None:
         qkv_NE = qkv_NE.contiguous()
         out_NE = torch.empty_like(qkv_NE)
-    rotated, half = num_heads + num_kv_heads, inv_freq_h.shape[0]
-    row_heads = rotated + num_kv_heads
-    written = rotated if out_NE is qkv_NE else row_heads
-    BLOCK_A, BLOCK_h, blocks, num_warps = _tiles(written, half)
-    launch(
-        _rope_qk_kernel,
-        (qkv_NE.shape[0] * blocks,),
-        qkv_NE,
-        out_NE,
-        positions_N.contiguous(),
-        inv_freq_h.contiguous(),
-        scale,
-        row_heads,
-        row_heads,
-        rotated,
-        written,
-        half,
-        blocks,
-        inverse,
-        BLOCK_A,
-        BLOCK_h,
-        num_warps=num_warps,
-    )
+    rotated = num_heads + num_kv_heads
+    written = rotated if out_NE is qkv_NE else rotated + num_kv_heads
+    rotate_heads(qkv_NE, out_NE, positions_N, inv_freq_h, scale, rotated, written, inverse=inverse)
     return out_NE
 
 
@@ -195,4 +230,4 @@ def rope_qk(
     return _RopeQK.apply(qkv_NE, *settings, inplace, _rotate_by_kernel if in_triton else cpu.rotate)
 
 
-__all__ = ["rope_qk", "rope_qk_reference"]
+__all__ = ["cos_sin_of", "halves", "rope_qk", "rope_qk_reference", "rotate_heads", "turned_back"]

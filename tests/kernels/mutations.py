@@ -352,8 +352,8 @@ MUTATIONS["rope_keys"] = [
         "if (row >= C) & (block < BLOCKS):", "if row >= C:", "test_equals_reference[shape1-shared-torch.float32-triton]"
     ),
     Mutation(
-        "second = second * cos - first * sin",
-        "second = second * cos + first * sin",
+        "first, second = turned_back(first, second, cos, sin)",
+        "first, second = turned_back(first, second, sin, cos)",
         "test_equals_reference[shape1-in order-torch.float32-triton]",
     ),
     Mutation(
@@ -370,8 +370,8 @@ MUTATIONS["rope_keys_fp8"] = [
         "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]",
     ),
     Mutation(
-        "turned = first * cos + second * sin",
-        "turned = first * cos - second * sin",
+        "q1, q2 = turned_back(q1, q2, cos, sin)",
+        "q1, q2 = turned_back(q1, q2, sin, cos)",
         "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]",
     ),
     Mutation(
@@ -380,8 +380,8 @@ MUTATIONS["rope_keys_fp8"] = [
         "test_is_the_gradient_quantised_afterwards[shape8-in order-torch.float32]",
     ),
     Mutation(
-        "return (turned.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32))",
-        "return (turned, second)",
+        "return (first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32))",
+        "return (first, second)",
         "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.bfloat16]",
     ),
     Mutation(

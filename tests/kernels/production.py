@@ -375,7 +375,8 @@ PRODUCTION["quantize_fp8"] = quantize_fp8_calls
 
 def rope_keys_calls():
     """Of LLaMA 7B, 13B and 3-8B: keys in order, and behind constant rows with some shared."""
-    from fastvid_kernels.rope_keys import WayBack, rope_keys
+    from fastvid_kernels.rope_keys import rope_keys
+    from fastvid_kernels.way_back import WayBack
 
     def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
         x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fastvid_kernels.rope_keys import WayBack, place_keys, rope_keys, rope_keys_reference
+from fastvid_kernels.rope_keys import place_keys, rope_keys, rope_keys_reference
+from fastvid_kernels.way_back import WayBack
 from harness import DEVICE, DTYPES, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -23,11 +23,12 @@ from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa:
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8  # noqa: E402
 from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
-from fastvid_kernels.rope_keys import WayBack, rope_keys  # noqa: E402
+from fastvid_kernels.rope_keys import rope_keys  # noqa: E402
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
 from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8  # noqa: E402
+from fastvid_kernels.way_back import WayBack  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
