@@ -7,7 +7,9 @@ setup(
     # kernels/ itself is never a package: Hugging Face's `kernels` has that name, and transformers looks for it.
     package_data={
         "fastvid": ["py.typed"],
+        "fastvid.data": ["*.jinja"],
         "fastvid.serving": ["*.css", "*.html", "*.js"],
+        "fastvid.weights": ["*.md"],
         "fastvid_kernels": ["py.typed"],
         "fastvid_kernels.cpu": ["*.cpp", "*.h"],
     },

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train", "train (several processes: torchrun -m fastvid.train)"),
     "export": ("export", "a checkpoint to mm_projector.bin or a Hugging Face folder"),
     "chat": ("chat", "ask questions about videos"),
+    "embed": ("embed", "videos to the rows that a language model reads, for other programs"),
     "serve": ("serve", "answer over HTTP, as OpenAI's chat completions; --demo: with a page"),
     "evaluate": ("evaluate", "answer a benchmark's questions, and have the answers judged"),
 }

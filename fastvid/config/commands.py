@@ -191,6 +191,29 @@ class ChatConfig(Checked):
 
 
 @dataclass(frozen=True)
+class EmbedConfig(Checked):
+    """Videos, or their features, to the rows that a language model reads."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
+    video: str = field(
+        metadata={
+            "help": "A video, a feature file, a folder of either (sub-folders included), or a list: a .txt file with a "
+            "path on each line, relative to its folder."
+        }
+    )
+    output: str = field(metadata={"help": "Folder that receives one .safetensors file per video.", "writes": "folder"})
+    projector: str | None = flag(None, "Trained projector: as for chat.")
+    vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
+    num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    bf16: bool = flag(False, "Compute in bf16, and store that; otherwise float32.")
+    device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
+    follow_links: bool = flag(False, "Follow lines of a list that lead out of its folder, and links to files.")
+    overwrite: bool = flag(False, "Replace files that were made with other settings.")
+    max_failures: float = flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(Checked):
     """Answer a benchmark's questions, and have the answers judged."""
 

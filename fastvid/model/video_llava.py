@@ -70,7 +70,9 @@ class VideoLlava(nn.Module):
         self.embed = table(dtype=precision.trained if trainable.embed else precision.residual, trained=trainable.embed)
         if trainable.boundary:
             self.boundary = Table(2, sizes.hidden_size, dtype=precision.trained, trained=True)
-        self.projector = _projector(config, dtype=precision.stored(trainable.projector), trained=trainable.projector)
+        self.projector = make_projector(
+            config, dtype=precision.stored(trainable.projector), trained=trainable.projector
+        )
         self.decoder = Decoder(
             sizes,
             trained=trainable.decoder,
@@ -202,8 +204,12 @@ class VideoLlava(nn.Module):
         return (self.embed if self.config.decoder.tie_word_embeddings else self.head).weight
 
 
-def _projector(config, *, dtype, trained):
-    """From the tower's channels to the decoder's; parameters `0.weight`, `0.bias` (and `2.…`)."""
+def make_projector(config: ModelConfig, *, dtype: torch.dtype, trained: bool) -> nn.Sequential:
+    """From the tower's channels to the decoder's; parameters `0.weight`, `0.bias` (and `2.…`), which hold nothing yet.
+
+    Raises:
+        ValueError: an unknown projector.
+    """
     inputs, outputs = config.mm_hidden_size, config.decoder.hidden_size
     first = Linear(inputs, outputs, bias=True, dtype=dtype, trained=trained)
     if config.projector_type == "linear":

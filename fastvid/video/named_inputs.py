@@ -39,23 +39,26 @@ def matches(
     return found, others
 
 
-def lines(file: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[str]]:
+def lines(file: StrPath, follow_links: bool, flag: str = "--video_dir_path") -> tuple[dict[str, str], Counter[str]]:
     """({name: path} of what a list file names, a path on each line, counts of others).
 
     Paths are relative to the list's folder, and lead to files in it: a list may come with a data set, and whoever
     wrote it must not choose files elsewhere. With `follow_links` the user says that it may; such files, and absolute
     paths that lead elsewhere, are named by their whole path.
 
+    Args:
+        flag: that named the list, for messages.
+
     Raises:
         ValueError: it is no text; a line leads out of the folder.
     """
     if fault := wrong_content(file):
-        raise ValueError(f"--video_dir_path {shown(file)} {fault}")
+        raise ValueError(f"{flag} {shown(file)} {fault}")
     with open(file, "rb") as opened:
         content = opened.read()
     if b"\0" in content:
         raise ValueError(
-            f"--video_dir_path {shown(file)} is no list of paths, one on each line; give a folder, a "
+            f"{flag} {shown(file)} is no list of paths, one on each line; give a folder, a "
             "pattern such as 'videos/*.mp4', a list or .tar shards"
         )
     root = os.path.abspath(os.path.dirname(os.path.abspath(file)))
@@ -74,7 +77,7 @@ def lines(file: StrPath, follow_links: bool) -> tuple[dict[str, str], Counter[st
             name = path.lstrip("/")
         else:
             raise ValueError(
-                f"--video_dir_path {shown(file)}: line {number} leads out of the list's folder "
+                f"{flag} {shown(file)}: line {number} leads out of the list's folder "
                 f"({shown(line)}); --follow_links True takes such files"
             )
         found[name] = path

@@ -1,5 +1,6 @@
 """A checkpoint or a model folder as the files of other programs: see `fastvid.export` for the formats."""
 
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import checkpoint_folder
 from fastvid.checkpoints.shards import naming_tensors
 from fastvid.config import ExportConfig
+from fastvid.data.exported_template import exported_template
 from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.features.towers import CLIP, kind_of
@@ -22,6 +24,7 @@ from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
 from fastvid.video.towers.load import load_tower, processor_settings
 from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, merged_adapters, read_adapter, write_adapter
+from fastvid.weights.card import CARD, model_card
 from fastvid.weights.families import by_model_type
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import llava_hf_name
@@ -34,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 _EXPORTED = re.compile(
     r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.model|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|preprocessor_config\.json|processor_config\.json|chat_template\.jinja"
+    r"|preprocessor_config\.json|processor_config\.json|chat_template\.jinja|README\.md"
 )
 
 
@@ -108,8 +111,16 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
         _write_weights(temporary, ((name, tensor.to(dtype)) for name, tensor in tensors))
         tokenizer.save(temporary)
         if chosen == "llava":
+            assert tower is not None, "_load_tower refuses that"
             _write_tokenizer_table(temporary)
             _write_processor(temporary, tower, vision.config)
+            template = exported_template(tokenizer, trained_on.conv_mode, trained_on.question_order)
+            (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
+            rows = (vision.config.image_size // vision.config.patch_size) ** 2
+            state = checkpoint.read_state(folder)
+            card = model_card(output.absolute().name, base, tower, state, trained_on, rows)
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            values[EXPORT_MARK]["card"] = _digest(temporary / CARD)
         write_json(temporary / "config.json", values)
         write_json(
             temporary / "generation_config.json",
@@ -271,27 +282,26 @@ def _write_tokenizer_table(folder):
 
 
 def _write_processor(folder, tower, vision):
-    """What AutoProcessor makes a LlavaProcessor of: the tower's image processor, and the token of a picture's rows."""
-    side = vision.image_size
-    image = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-    }
-    told = {
-        key: value
-        for key, value in processor_settings(tower).items()
-        if key in (*image, "image_mean", "image_std") and key not in ("image_processor_type", "processor_class")
-    }
-    write_json(folder / "preprocessor_config.json", image | told)
+    """What AutoProcessor makes a LlavaProcessor of: what fastvid makes of a picture, and the token of its rows."""
+    square, said = {"height": vision.image_size, "width": vision.image_size}, processor_settings(tower)
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_resize": True,
+            "size": square,  # as frames are: the aspect ratio is not kept
+            "resample": 0,  # nearest neighbour
+            "do_center_crop": False,
+            "crop_size": square,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "image_mean": said["image_mean"],
+            "image_std": said["image_std"],
+        },
+    )
     write_json(
         folder / "processor_config.json",
         {
@@ -383,6 +393,12 @@ def _write_weights(folder, tensors):
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
+def _digest(path):
+    """SHA-256 of a file, by which a model card that somebody has edited is known."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _refuse_foreign(output):
     """Only an empty folder or an earlier export of ours, with nothing beside it, may be replaced; which is told."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -397,6 +413,11 @@ def _refuse_foreign(output):
             "export there; move it away, or choose another folder"
         )
     told = earlier if isinstance(earlier, dict) else {}
+    if (output / CARD).exists() and _digest(output / CARD) != told.get("card"):
+        raise ValueError(
+            f"{output / CARD} was written by somebody since, and would go with the export there; move it away, or "
+            "choose another folder"
+        )
     log.warning(
         "%s holds an earlier export (format %s, of %s), which is replaced",
         output,
