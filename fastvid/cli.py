@@ -21,7 +21,8 @@ COMMANDS = {
     "export": ("export", "a checkpoint to mm_projector.bin or a Hugging Face folder"),
     "chat": ("chat", "ask questions about videos"),
     "embed": ("embed", "videos to the rows that a language model reads, for other programs"),
-    "serve": ("serve", "answer over HTTP, as OpenAI's chat completions; --demo: with a page"),
+    "serve": ("serve", "answer over HTTP, as OpenAI's chat completions"),
+    "demo": ("demo", "a page of this machine to try a model with clips"),
     "evaluate": ("evaluate", "answer a benchmark's questions, and have the answers judged"),
 }
 

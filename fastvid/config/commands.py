@@ -333,6 +333,33 @@ class ServeConfig(Checked):
 
 
 @dataclass(frozen=True)
+class DemoConfig(Checked):
+    """A page of this machine to try a model with clips.
+
+    Others than this machine reach the page of `fastvid serve --demo True`, which has limits and keys.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
+    projector: str | None = flag(None, "Trained projector: as for chat.")
+    adapter: str | None = flag(None, "LoRA adapter: as for chat.")
+    vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
+        None, "System text and template of the prompt: as for chat."
+    )
+    question_order: Literal["reference", "video_first"] | None = flag(
+        None, "Where the video stands in the prompt: as for chat."
+    )
+    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
+    temperature: float = flag(0.0, "0 is greedy.", at_least=0, at_most=2)
+    max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
+    num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
+    bf16: bool = flag(False, "Compute in bf16.")
+    device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
+    port: int = flag(8000, "Port of the page; 0: any that is free.", at_least=0, at_most=65535)
+    browser: bool = flag(True, "Open the page in the desktop's browser, where there is a desktop.")
+
+
+@dataclass(frozen=True)
 class ExportConfig(Checked):
     """A checkpoint to the reference's or Hugging Face's format."""
 

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any
@@ -70,9 +71,10 @@ class Server(uvicorn.Server):
     Args:
         service: which it starts and closes.
         listener: as `bind` gives it.
+        ready: told the server's URL once it answers.
     """
 
-    def __init__(self, service: Service, listener: socket.socket):
+    def __init__(self, service: Service, listener: socket.socket, ready: Callable[[str], object] | None = None):
         super().__init__(
             uvicorn.Config(
                 app(service, _names(service, listener)),
@@ -87,7 +89,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self._service, self._listener = service, listener
+        self._service, self._listener, self._ready = service, listener, ready
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def serve_until_told(self) -> None:
@@ -97,6 +99,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self.started and self._ready is not None:
+            await asyncio.to_thread(self._ready, address(self._listener))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: refuse what comes, answer what is there; a second SIGINT ends at once."""
