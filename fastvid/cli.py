@@ -22,7 +22,7 @@ COMMANDS = {
     "chat": ("chat", "ask questions about videos"),
     "embed": ("embed", "videos to the rows that a language model reads, for other programs"),
     "serve": ("serve", "answer over HTTP, as OpenAI's chat completions"),
-    "demo": ("demo", "a page of this machine to try a model with clips"),
+    "demo": ("demo", "a page on this machine to ask about clips"),
     "evaluate": ("evaluate", "answer a benchmark's questions, and have the answers judged"),
 }
 

@@ -71,6 +71,7 @@ HOMES = {
     "bitsandbytes": ("fastvid.training.adamw8bit", "fastvid.model.quantize"),
     "flash_attn": ("fastvid.model.flash",),
     "flash_attn_interface": ("fastvid.model.flash",),
+    "httpx2": ("fastvid.serving.upstream",),
     "jinja2": ("fastvid.data.templates",),
     "liger_kernel": ("fastvid.model.decoder",),
     "pyarrow": ("fastvid.data.parquet",),

@@ -309,6 +309,15 @@ class ServeConfig(Checked):
     allowed_folder: str | None = flag(None, "Folder whose files requests may name by file:// addresses.")
     allow_host: list[str] = flag([], "Hosts (name, or name:port) whose videos requests may name by http(s) addresses.")
     demo: bool = flag(False, "Serve a page to try the model, at the server's address.")
+    upstream: str | None = flag(
+        None,
+        "Address of a vLLM server, such as http://localhost:8001/v1, that answers instead: it gets a video's rows. The "
+        "language model is not loaded here.",
+    )
+    upstream_model: str | None = flag(None, "The model's name there. Default: the only one that it has.")
+    upstream_key_variable: str = flag(
+        "VLLM_API_KEY", "Environment variable that holds that server's key, if it wants one."
+    )
     at_once: int = flag(32, "Most answers that are continued together.", at_least=1, at_most=4096, group="limits")
     max_waiting: int = flag(256, "Requests that may wait beside those; more are refused with 429.", at_least=0)
     kv_cache_gib: float | None = flag(

@@ -188,7 +188,7 @@ class Batcher:
         if request.temperature < 0:
             raise ValueError(f"temperature {request.temperature}: 0 is greedy, higher is more random")
         prompt = len(request.token_ids)
-        new_tokens = min(request.max_new_tokens, rows_left(self._model, prompt))
+        new_tokens = min(request.max_new_tokens, rows_left(self._model.config.decoder.context, prompt))
         if prompt + new_tokens > self._rows:
             raise ValueError(
                 f"a prompt of {prompt} tokens and an answer of {new_tokens} need "

@@ -4,14 +4,13 @@ Dimensions: R rows of a video (temporal + spatial), C channels of the vision tow
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastvid.config import ChatConfig
-from fastvid.data.conversation import CHAT_TEMPLATE, EncodedSample, check_conv_mode, inference_prompt
+from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.files import StrPath
 from fastvid.inference.batching import Batcher, Request
@@ -44,11 +43,6 @@ class Chat(VideoSource):
                 f"{self.weights} was trained together with a LoRA adapter, and would answer wrongly without it: give "
                 "the adapter's folder as --adapter"
             )
-        if self.config.conv_mode is None:
-            own = "pg-video-llava" if self.tokenizer.template is None else CHAT_TEMPLATE
-            self.config = replace(self.config, conv_mode=own)
-        assert self.config.conv_mode is not None
-        check_conv_mode(self.config.conv_mode, self.tokenizer)
         sizes = self.model_config.decoder
         attention = settle_attention(
             "auto", self.device, self.precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
@@ -102,32 +96,6 @@ class Chat(VideoSource):
             generator=generator,
         )
         return self.tokenizer.decode(answer).strip()
-
-    def prompt(
-        self,
-        features_RC: torch.Tensor,
-        question: str,
-        history: Sequence[tuple[str, str]] = (),
-        answer: str | None = None,
-    ) -> list[int]:
-        """Token ids of a question about the [R, C] features of a video, and of its answer if one is given.
-
-        Raises:
-            ValueError: features that do not fit the model, or a text that cannot be asked.
-        """
-        self.check_channels(features_RC)
-        config = self.config
-        assert config.conv_mode is not None and config.question_order is not None, "settled with the weights"
-        return inference_prompt(
-            question,
-            self.tokenizer,
-            video_tokens=len(features_RC),
-            use_start_end=self.tokenizer.tokens.start is not None,
-            conv_mode=config.conv_mode,
-            history=history,
-            question_order=config.question_order,
-            answer=answer,
-        )
 
     def request(
         self,

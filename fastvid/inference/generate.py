@@ -46,7 +46,7 @@ def generate(
         raise ValueError(f"generate continues one prompt; the batch holds {batch.layout.cu_seqlens_q.numel() - 1}")
     if temperature < 0:
         raise ValueError(f"temperature {temperature}: 0 is greedy, higher is more random; it cannot be negative")
-    max_new_tokens = min(max_new_tokens, rows_left(model, batch.num_rows))
+    max_new_tokens = min(max_new_tokens, rows_left(model.config.decoder.context, batch.num_rows))
     cache = [LayerCache(batch.num_rows + max_new_tokens) for _ in model.decoder.layers]
     h_1D = model.hidden(batch, cache)[-1:]
     answer = []
@@ -60,13 +60,12 @@ def generate(
     return answer
 
 
-def rows_left(model: VideoLlava, rows: int) -> int:
-    """Tokens that may follow a prompt of so many rows.
+def rows_left(context: int, rows: int) -> int:
+    """Tokens that may follow a prompt of so many rows in a model of some context.
 
     Raises:
         ValueError: none may.
     """
-    context = model.config.decoder.context
     if rows >= context:
         raise ValueError(
             f"the prompt has {rows} tokens, the model's context {context}: shorten the question or use fewer frames"

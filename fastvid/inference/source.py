@@ -3,6 +3,7 @@
 Dimensions: R rows of a video, C channels of the vision tower, D of the language model.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import projector_path
 from fastvid.config import ChatConfig
+from fastvid.data.conversation import CHAT_TEMPLATE, check_conv_mode, inference_prompt
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.file import load_features
@@ -38,7 +40,7 @@ class VideoSource:
     """What makes features of videos, and the rows that a language model reads of them, without that model.
 
     Args:
-        config: as for `Chat`; what concerns prompts and answers is not looked at.
+        config: as for `Chat`; what concerns answers is not looked at.
 
     Attributes:
         config: with what the weights tell about their training.
@@ -59,6 +61,11 @@ class VideoSource:
         self.config = config = self._as_trained(config)
         start_end = _use_start_end(config, self.trained, self._projector_path)
         self.tokenizer = load_tokenizer(config.model_name_or_path, start_end)
+        if self.config.conv_mode is None:
+            own = "pg-video-llava" if self.tokenizer.template is None else CHAT_TEMPLATE
+            self.config = replace(self.config, conv_mode=own)
+        assert self.config.conv_mode is not None
+        check_conv_mode(self.config.conv_mode, self.tokenizer)
         self._seed = _seed(self._projector_path)
         self.model_config = read_model_config(
             config.model_name_or_path, vocab_size=self.tokenizer.tokens.vocab_size, projector=self._projector_path
@@ -129,6 +136,32 @@ class VideoSource:
     def embeddings(self, video: StrPath) -> torch.Tensor:
         """`project` of `features`."""
         return self.project(self.features(video))
+
+    def prompt(
+        self,
+        features_RC: torch.Tensor,
+        question: str,
+        history: Sequence[tuple[str, str]] = (),
+        answer: str | None = None,
+    ) -> list[int]:
+        """Token ids of a question about the [R, C] features of a video, and of its answer if one is given.
+
+        Raises:
+            ValueError: features that do not fit the model, or a text that cannot be asked.
+        """
+        self.check_channels(features_RC)
+        config = self.config
+        assert config.conv_mode is not None and config.question_order is not None, "settled with the weights"
+        return inference_prompt(
+            question,
+            self.tokenizer,
+            video_tokens=len(features_RC),
+            use_start_end=self.tokenizer.tokens.start is not None,
+            conv_mode=config.conv_mode,
+            history=history,
+            question_order=config.question_order,
+            answer=answer,
+        )
 
     def check_channels(self, features_RC: torch.Tensor) -> None:
         """Refuse what is no [R, C] features that the projector takes (ValueError)."""

@@ -153,6 +153,7 @@ class _Chat:
             del body
             reply = await _while_there(request, service.reply(asked, key, files), deadline)
             held.callback(self._note, note, reply)
+            held.callback(reply.answer.give_up)  # of one whose client left before its first piece
             pieces = service.pieces(reply, note["began"])
             if asked.stream:
                 return _Events(service, asked, reply, pieces, deadline, held.pop_all())
@@ -160,7 +161,7 @@ class _Chat:
             return _json(protocol.completion(reply.key, service.name, text, reply.finish, reply.usage))
 
     def _note(self, note, reply):
-        note["tokens"] = f" {reply.prompt}+{reply.text.tokens} tokens"
+        note["tokens"] = f" {reply.prompt}+{reply.tokens} tokens"
         self._service.metrics.request_seconds.observe(time.perf_counter() - note["began"])
 
 
@@ -289,8 +290,12 @@ def _models(service) -> Callable[[Request], Awaitable[Response]]:
 
 def _health(service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
-        """GET /health: 200, or 503 of a server that ends."""
-        return _json({"status": "stopping" if service.stopping else "ok"}, 503 if service.stopping else 200)
+        """GET /health: 200, or 503 of a server that ends, or of one behind which nobody answers."""
+        if service.config.upstream is None:
+            return _json({"status": "stopping" if service.stopping else "ok"}, 503 if service.stopping else 200)
+        fault = await service.upstream_fault()
+        status = "stopping" if service.stopping else "no upstream" if fault else "ok"
+        return _json({"status": status, "upstream": fault or "ok"}, 200 if status == "ok" else 503)
 
     return health
 

@@ -17,12 +17,12 @@ log = logging.getLogger("fastvid")
 class Answer:
     """An answer on its way; of the event loop.
 
-    Attributes:
+    Args:
         longest: tokens that it may have.
     """
 
     def __init__(self, request: Request, longest: int, engine: "Engine"):
-        self.longest, self._request, self._engine = longest, request, engine
+        self._longest, self._request, self._engine = longest, request, engine
         self._events: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()
         self.sent = 0
 
@@ -36,6 +36,14 @@ class Answer:
         if isinstance(event, Exception):
             raise ApiError(500, "the model failed; the server's log says how") from event
         return event
+
+    def finish(self, tokens: int) -> str:
+        """Why it has ended after so many tokens."""
+        return "length" if tokens >= self._longest else "stop"
+
+    def counted(self, tokens: int) -> int:
+        """Its tokens, of which so many have come."""
+        return tokens
 
     def give_up(self) -> None:
         """Free its place, if it has one still."""

@@ -17,7 +17,7 @@ import torch
 
 from fastvid.config import ServeConfig
 from fastvid.features.names import SUFFIXES
-from fastvid.inference.chat import Chat
+from fastvid.inference.source import VideoSource
 from fastvid.serving.errors import ApiError
 from fastvid.serving.media import MediaFile
 from fastvid.serving.metrics import Metrics
@@ -51,15 +51,15 @@ class FeatureStore:
     """Features by content. Of one event loop.
 
     Args:
-        chat: whose tower makes them.
+        source: whose tower makes them.
         config: its limits.
         metrics: which count.
         workers: processes that decode.
     """
 
-    def __init__(self, chat: Chat, config: ServeConfig, metrics: Metrics, workers: int):
-        self._chat, self._config, self._metrics = chat, config, metrics
-        self._encoder, self._budget = chat.loaded_encoder(), config.feature_cache_mib << 20
+    def __init__(self, source: VideoSource, config: ServeConfig, metrics: Metrics, workers: int):
+        self._source, self._config, self._metrics = source, config, metrics
+        self._encoder, self._budget = source.loaded_encoder(), config.feature_cache_mib << 20
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._jobs: dict[str, _Job] = {}
         self._workers = [DecodeWorker(config.decode_timeout) for _ in range(workers)]
@@ -117,7 +117,7 @@ class FeatureStore:
         try:
             async with self._worker() as worker:
                 frames, info = await self._in_worker(worker, self._decode, worker, file)
-                numbers = frame_indices(info.frames, self._chat.num_frames)
+                numbers = frame_indices(info.frames, self._source.num_frames)
                 seconds = await self._in_worker(worker, worker.frame_times, file.path, numbers, info)
         except DecodeError as error:
             raise _told(error, file) from error
@@ -179,7 +179,7 @@ class FeatureStore:
         config = self._config
         decoded = worker.decode(
             file.path,
-            num_frames=self._chat.num_frames,
+            num_frames=self._source.num_frames,
             size=self._encoder.image_size,
             max_pixels=config.max_pixels,
             max_frames=config.max_frames,
@@ -197,7 +197,7 @@ class FeatureStore:
         return frames
 
     def _loaded(self, file):
-        features_RC = self._chat.features(file.path)
+        features_RC = self._source.features(file.path)
         file.check_unchanged()
         return features_RC
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastvid.config import ServeConfig
 from fastvid.inference.chat import Chat
+from fastvid.inference.source import VideoSource
 from fastvid.serving import protocol
 from fastvid.serving.engine import Answer, Engine
 from fastvid.serving.errors import ApiError
@@ -23,6 +24,7 @@ from fastvid.serving.media import Addresses, MediaFile, Spool, scheme_of
 from fastvid.serving.metrics import Metrics
 from fastvid.serving.protocol import Asked
 from fastvid.serving.text import AnswerText
+from fastvid.serving.upstream import Upstream, UpstreamAnswer
 from fastvid.video.sampling import frame_indices
 
 _MOST_WORKERS = 8
@@ -47,20 +49,26 @@ class Reply:
 
     key: str
     prompt: int
-    answer: Answer
-    text: AnswerText
+    answer: Answer | UpstreamAnswer
+    text: AnswerText[Any]
     finish: str = "stop"
 
     @property
+    def tokens(self) -> int:
+        """Of the answer so far."""
+        return self.answer.counted(self.text.tokens)
+
+    @property
     def usage(self) -> dict[str, int]:
-        return protocol.usage(self.prompt, self.text.tokens)
+        return protocol.usage(self.prompt, self.tokens)
 
 
 class Service:
     """Chat completions of one model. Of one event loop, which calls `start` and `close`.
 
     Args:
-        chat: the model. It is the caller's.
+        source: the model, a `Chat`; where another server answers (--upstream), what makes its rows of videos. It is
+            the caller's.
         config: ServeConfig.
 
     Attributes:
@@ -72,27 +80,40 @@ class Service:
         ValueError: a tower that cannot be used.
     """
 
-    def __init__(self, chat: Chat, config: ServeConfig):
+    def __init__(self, source: VideoSource, config: ServeConfig):
         self.config, self.stopping = config, False
         self.name = config.served_model_name or Path(os.path.abspath(config.model_name_or_path)).name
         self.api_key = config.api_key or os.environ.get("FASTVID_API_KEY") or None
         self.most_body, self.created = config.max_body_mib << 20, int(time.time())
-        self._chat, self._held, self._in_flight = chat, 0, 0
-        cache_bytes = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
-        self._engine = Engine(chat, at_once=config.at_once, cache_bytes=cache_bytes)
+        self._source, self._held, self._in_flight = source, 0, 0
+        self._engine: Engine | None = None
+        self._upstream: Upstream | None = None
+        if config.upstream is not None:
+            self._upstream = Upstream(
+                source,
+                url=config.upstream,
+                model=config.upstream_model,
+                key=os.environ.get(config.upstream_key_variable) or None,
+                at_once=config.at_once,
+                timeout=config.request_timeout,
+            )
+        else:
+            assert isinstance(source, Chat), "somebody has to answer"
+            cache_bytes = None if config.kv_cache_gib is None else int(config.kv_cache_gib * 2**30)
+            self._engine = Engine(source, at_once=config.at_once, cache_bytes=cache_bytes)
         self.metrics = Metrics(
             {
                 "requests_in_flight": ("Chat requests that are not answered yet.", lambda: self._in_flight),
-                "answers_running": ("Answers that are being continued.", lambda: self._engine.state["running"]),
-                "answers_waiting": ("Prompts that wait for a place.", lambda: self._engine.state["waiting"]),
+                "answers_running": ("Answers that are being continued.", lambda: self._state["running"]),
+                "answers_waiting": ("Prompts that wait for a place.", lambda: self._state["waiting"]),
                 "feature_cache_bytes": ("Features that are kept.", lambda: self._features.bytes),
-                "prefix_cache_bytes": ("Keys and values kept for later.", lambda: self._engine.state["kept"]),
-                "prefix_cache_hits": ("Prompts whose beginning was there.", lambda: self._engine.state["found"]),
+                "prefix_cache_bytes": ("Keys and values kept for later.", lambda: self._state["kept"]),
+                "prefix_cache_hits": ("Prompts whose beginning was there.", lambda: self._state["found"]),
                 "body_bytes": ("Bytes of requests that are held.", lambda: self._held),
             }
         )
-        self._features = FeatureStore(chat, config, self.metrics, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
-        self._longest_text = _CHARACTERS * chat.model_config.decoder.context
+        self._features = FeatureStore(source, config, self.metrics, min(_MOST_WORKERS, len(os.sched_getaffinity(0))))
+        self._longest_text = _CHARACTERS * source.model_config.decoder.context
         # Hosts may be silent and files long: neither may keep the threads that all requests need.
         self._parsers = ThreadPoolExecutor(_PARSERS, "parse")
         self._files, self._hosts = ThreadPoolExecutor(_FILES, "file"), ThreadPoolExecutor(_HOSTS, "host")
@@ -108,16 +129,30 @@ class Service:
             most_bytes=self.config.max_video_mib << 20,
             timeout=self.config.decode_timeout,
         )
-        self._engine.start()
+        if self._engine is not None:
+            self._engine.start()
 
     async def close(self) -> None:
         """End: what is not answered is lost."""
         self.stopping = True
         await self._features.close()
-        await asyncio.to_thread(self._engine.close)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+        if self._upstream is not None:
+            await self._upstream.close()
         for threads in (self._parsers, self._files, self._hosts):
             threads.shutdown(wait=False, cancel_futures=True)
         self._spool.cleanup()
+
+    @property
+    def _state(self):
+        backend = self._engine or self._upstream
+        assert backend is not None
+        return backend.state
+
+    async def upstream_fault(self) -> str | None:
+        """Why the server behind this one does not answer, in a few words; None: it does, or there is none."""
+        return None if self._upstream is None else await self._upstream.fault()
 
     @property
     def idle(self) -> bool:
@@ -228,7 +263,7 @@ class Service:
         """Let a request wait for its answer; the features of its video are made first. Arguments as `read` gives them.
 
         Raises:
-            ApiError: 400.
+            ApiError: 400; 429, 502, 503 or 504 of another server that is to answer.
         """
         if files:
             features_RC = await self._features.of(key, files, asked.media.pictures)
@@ -237,19 +272,26 @@ class Service:
             if features_RC is None:
                 raise ApiError(400, f"{key[:80]} is not kept (any more): send the video", code="video_not_kept")
         name = f"chatcmpl-{secrets.token_hex(12)}"
-        sampling = {"temperature": self.config.temperature, "seed": secrets.randbits(63), **asked.sampling}
-        sampling["max_new_tokens"] = min(
-            sampling.get("max_new_tokens", self.config.max_new_tokens), self.config.max_new_tokens
-        )
+        longest = min(asked.sampling.get("max_new_tokens", math.inf), self.config.max_new_tokens)
+        sampling = {"temperature": self.config.temperature, **asked.sampling, "max_new_tokens": longest}
         try:
-            request = await asyncio.to_thread(
-                self._chat.request, name, key, features_RC, asked.question, asked.history, **sampling
-            )
-            answer = self._engine.submit(request)
+            if self._upstream is not None:
+                prompt, answer = await self._upstream.submit(asked, features_RC, sampling)
+                text = AnswerText("".join)
+            else:
+                request = await asyncio.to_thread(self._request, name, key, features_RC, asked, sampling)
+                assert self._engine is not None
+                prompt, answer = len(request.token_ids), self._engine.submit(request)
+                text = AnswerText(self._source.tokenizer.decode, asked.stop)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        self.metrics.tokens.labels("prompt").inc(len(request.token_ids))
-        return Reply(name, len(request.token_ids), answer, AnswerText(self._chat.tokenizer.decode, asked.stop))
+        self.metrics.tokens.labels("prompt").inc(prompt)
+        return Reply(name, prompt, answer, text)
+
+    def _request(self, name, key, features_RC, asked, sampling):
+        assert isinstance(self._source, Chat)
+        sampling = {"seed": secrets.randbits(63), **sampling}
+        return self._source.request(name, key, features_RC, asked.question, asked.history, **sampling)
 
     async def pieces(self, reply: Reply, began: float) -> AsyncGenerator[str, None]:
         """The pieces of an answer's text. Who stops to ask for them gives the answer up.
@@ -266,13 +308,12 @@ class Service:
                     yield piece
                 if text.stopped:
                     return
-            if text.tokens >= reply.answer.longest:
-                reply.finish = "length"
+            reply.finish = reply.answer.finish(text.tokens)
             if piece := text.end():
                 yield piece
         finally:
             reply.answer.give_up()
-            self.metrics.tokens.labels("answer").inc(text.tokens)
+            self.metrics.tokens.labels("answer").inc(reply.tokens)
 
     async def look(self, content: bytes) -> Look:
         """What a page shows of a video.
@@ -285,12 +326,12 @@ class Service:
     @property
     def pooling(self) -> str:
         """What the rows of a video are, as ``--pooling`` says it."""
-        return self._chat.pooling
+        return self._source.pooling
 
     @property
     def num_frames(self) -> int:
         """Temporal rows of the features."""
-        return self._chat.num_frames
+        return self._source.num_frames
 
 
 async def _steady(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

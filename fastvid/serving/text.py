@@ -1,18 +1,21 @@
 """An answer's text as its tokens come."""
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+Piece = TypeVar("Piece")
 
 _INCOMPLETE = "\ufffd"  # what stands for a character whose bytes are not all there
 
 
-class AnswerText:
-    """Text that grows with the ids of an answer; its pieces, joined, are the whole answer's.
+class AnswerText(Generic[Piece]):
+    """Text that grows with the ids of an answer, or with pieces of text; its own, joined, are the whole answer's.
 
     White space around it is left out, as `Chat.ask` does. What may change with the next token is held back: an
     incomplete character, white space at the end, and what a text of `stops` begins with.
 
     Args:
-        decode: from ids to text.
+        decode: from ids, or whatever comes, to text.
         stops: texts of which the first to come ends the answer; it is not part of it.
 
     Attributes:
@@ -20,15 +23,16 @@ class AnswerText:
         stopped: whether one of `stops` has come.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
-        self._decode, self._stops, self._ids, self._sent = decode, stops, [], ""
+    def __init__(self, decode: Callable[[list[Piece]], str], stops: Sequence[str] = ()):
+        self._decode, self._stops, self._sent = decode, stops, ""
+        self._ids: list[Piece] = []
         self.stopped = False
 
     @property
     def tokens(self) -> int:
         return len(self._ids)
 
-    def add(self, ids: Sequence[int]) -> str:
+    def add(self, ids: Sequence[Piece]) -> str:
         """The piece that is certain now."""
         for token in ids if self._stops else ():  # one by one, so that `tokens` counts none behind a stop
             self._ids.append(token)
