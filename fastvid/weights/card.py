@@ -21,6 +21,8 @@ _RECIPE = (
     "mm_use_vid_start_end",
     "learning_rate",
     "mm_projector_lr",
+    "ema_decay",
+    "neftune_noise_alpha",
     "lr_scheduler_type",
     "warmup_ratio",
     "weight_decay",
