@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_family_runs import data, run  # noqa: F401
 from training_run import config_of, flags, losses, write_run
 
-from fastvid import chat, evaluate, serve, train
+from fastvid import chat, demo, evaluate, serve, train
 from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig
 from fastvid.dist import parallel
@@ -23,6 +23,7 @@ from fastvid.dist.sharding import full_tensor
 from fastvid.evaluation import predict
 from fastvid.inference.chat import Chat
 from fastvid.policy import LORA_TARGETS
+from fastvid.serving import launch
 from fastvid.training import planning, recovery
 from fastvid.weights.adapter import adapter_folder, adapter_of, read_adapter
 from fastvid.weights.export import export
@@ -479,7 +480,7 @@ def test_predictions_know_the_adapter_that_they_are_of(made):
     assert len({settings["weights"] for settings in found}) == 1
 
 
-@pytest.mark.parametrize("command", [chat, evaluate, serve], ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", [chat, evaluate, serve, demo], ids=lambda command: command.__name__)
 def test_every_command_that_loads_a_model_hands_on_its_adapter(made, tmp_path, monkeypatch, command):
     class Loaded(Exception):
         pass
@@ -492,8 +493,9 @@ def test_every_command_that_loads_a_model_hands_on_its_adapter(made, tmp_path, m
         chat: video,
         evaluate: ["--output", str(tmp_path), "--task", "match", "--annotations", "x", "--video", str(made / "feats")],
         serve: ["--port", "0"],
+        demo: ["--port", "0"],
     }[command]
-    monkeypatch.setattr(command, "Chat", load)
+    monkeypatch.setattr(launch if command in (serve, demo) else command, "Chat", load)
     with pytest.raises(Loaded) as loaded:
         command.main([*words, "--model_name_or_path", "model", "--adapter", "theirs", "--projector", "ours"])
     assert loaded.value.args == ("theirs", "ours")
