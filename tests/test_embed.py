@@ -95,6 +95,8 @@ def test_other_settings_are_told_before_anything_is_written(model, folder, tmp_p
     assert main(changed) == 0
     with pytest.raises(ValueError, match="made with another projector and dtype"):
         main(flags(model, folder / "in", output, "--bf16", "True"))
+    with pytest.raises(ValueError, match="made with another projector and pooling"):
+        main(flags(model, folder / "in", output, "--pooling", "grid:1x2x2"))
 
 
 def test_what_is_of_others_is_kept(model, folder, tmp_path):

@@ -103,6 +103,7 @@ class Embedder:
         self.settings = {
             "projector": f"sha256:{digest.hexdigest()}",
             "num_frames": source.num_frames,
+            "pooling": source.config.pooling,
             "dtype": str(source.precision.compute).removeprefix("torch."),
         }
 
