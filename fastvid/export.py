@@ -10,16 +10,26 @@ A LoRA adapter is merged into the matrices of a llama or llava folder.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastvid.config import ExportConfig
 from fastvid.flags import parse
-from fastvid.weights.export import export
+from fastvid.weights.export import card_of, export
+from fastvid.weights.hub import Repository
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; prints what was written, with sizes."""
-    for path in export(parse(ExportConfig, argv)):
+    """The command; prints what was written, with sizes, and where it was uploaded to."""
+    config = parse(ExportConfig, argv)
+    repository = None
+    if config.push_to_hub:  # before hours of work turn out to be for nobody
+        repository = Repository(config.hub_model_id or Path(config.output).absolute().stem)
+    paths = export(config)
+    for path in paths:
         print(f"{path.stat().st_size / 1e6:12,.1f} MB  {path}")
+    if repository is not None:
+        private = True if config.hub_private_repo else None
+        print(f"uploaded to {repository.push(paths, card_of(config), private=private)}")
     return 0
 
 

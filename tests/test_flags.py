@@ -60,7 +60,7 @@ def test_suggestions_are_flags_of_the_command(capsys):
 def test_remedies_name_flags_that_are_there():
     known = {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
     named = {flag for meaning in MEANING.values() for flag in re.findall(r"--\w+", meaning.remedy + meaning.note)}
-    assert named - known == {"--checkpoint", "--nproc_per_node"}  # export's, torchrun's
+    assert named - known == {"--checkpoint", "--push_to_hub", "--nproc_per_node"}  # export's, torchrun's
 
 
 def test_all_mistakes_are_told_at_once(capsys):
@@ -140,7 +140,7 @@ def test_ranks_but_the_first_keep_silent_about_it(caplog, monkeypatch):
         ("--bits 8", "int8"),
         ("--resume_from_checkpoint out/checkpoint-5", "--resume auto"),
         ("--torch_compile True", "leave it out"),
-        ("--push_to_hub True", "hf upload"),
+        ("--push_to_hub True", "fastvid export --push_to_hub True"),
         ("--auto_find_batch_size True", "--tokens_per_batch"),
         ("--label_smoothing_factor 0.1", "leave it out"),
         ("--group_by_length True", "--tokens_per_batch"),

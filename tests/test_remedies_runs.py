@@ -97,7 +97,7 @@ REMEDIES = {
     "leave it out: the template has a system text of its own": "",
 }
 ELSEWHERE = {  # of the whole command rather than of flags: the tests below
-    "leave it out, and upload --output_dir when the run has ended: `hf upload`",  # wants the hub
+    "leave it out; when the run has ended, fastvid export --push_to_hub True uploads what it trained",  # wants the hub
     "leave it out: metrics.jsonl tells the best eval_loss, and fastvid export --checkpoint OUTPUT_DIR/checkpoint-N "
     "makes its weights",
     "leave it out, and hide the GPUs: CUDA_VISIBLE_DEVICES= fastvid train …",

@@ -390,6 +390,11 @@ class ExportConfig(Checked):
         None, "Tower to include (format llava). Default: the one that made the features of the training."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Precision of the exported weights.")
+    push_to_hub: bool = flag(
+        False, "Upload the files to the Hugging Face Hub, with a model card; `hf auth login` first."
+    )
+    hub_model_id: str | None = flag(None, "Repository on the hub, owner/name. Default: --output's name, below you.")
+    hub_private_repo: bool = flag(False, "A repository that is made for it is private.")
 
 
 @dataclass(frozen=True)

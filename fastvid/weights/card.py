@@ -42,39 +42,57 @@ _RECIPE = (
 )
 
 
+_LIBRARIES = {"projector": "fastvid", "peft": "peft"}  # transformers is that of the others
+
+
 def model_card(
-    title: str, base: StrPath, tower: StrPath, state: dict[str, Any], trained_on: Provenance, rows: int | None
+    title: str,
+    base: StrPath,
+    tower: StrPath | None,
+    state: dict[str, Any],
+    trained_on: Provenance,
+    *,
+    kind: str = "llava",
+    rows: int | None = None,
 ) -> str:
     """The text of a card. Paths of this machine are not told, but for their last names.
 
     Args:
         title: of the model.
         base: folder that the training started from.
-        tower: folder or hub id.
+        tower: folder or hub id; None: unknown.
         state: of the checkpoint.
         trained_on: what its weights remember.
-        rows: of a picture.
+        kind: the export's format.
+        rows: of a picture; None: unknown.
     """
     flags = state.get("config", {})
     told = {name: flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
-    known = [found for each in (base, tower) if (found := _hub_id(each)) is not None]
+    known = [found for each in (base, tower) if each is not None and (found := _hub_id(each)) is not None]
     data = [f"`{Path(path).name}`" for path in flags.get("data_path") or []]
     samples = f", {state['num_samples']:,} samples" if isinstance(state.get("num_samples"), int) else ""
     frames = "" if trained_on.num_frames is None else f"{trained_on.num_frames} frames a video, "
     video = "" if trained_on.rows is None else f"{trained_on.rows} rows a video, "
-    text = resources.files("fastvid.weights").joinpath("model_card.md").read_text(encoding="utf-8")
-    return Template(text).substitute(
+    picture = "" if rows is None else f"{rows} rows a picture"
+    use = _text(f"model_card_{kind}.md").strip()
+    return Template(_text("model_card.md")).substitute(
         title=title,
         version=__version__,
         base=_named(base),
         base_models="base_model:\n" + "".join(f"- {each}\n" for each in known) if known else "",
-        tower=_named(tower),
+        library=_LIBRARIES.get(kind, "transformers"),
+        use=use.replace("${base}", _named(base)),
+        tower="not told" if tower is None else _named(tower),
         revision=f", {trained_on.tower_revision}" if trained_on.tower_revision else "",
-        features=f"{frames}{video}{rows} rows a picture",
+        features=f"{frames}{video}{picture}".removesuffix(", ") or "not told",
         data=", ".join(data) + samples if data else "not told",
         step=f"{state.get('step', '?')} of {state.get('total_steps', '?')}",
         recipe="\n".join(f"| `--{name}` | {_cell(value)} |" for name, value in told.items()),
     )
+
+
+def _text(name):
+    return resources.files("fastvid.weights").joinpath(name).read_text(encoding="utf-8")
 
 
 def _cell(value):

@@ -118,7 +118,7 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
             rows = (vision.config.image_size // vision.config.patch_size) ** 2
             state = checkpoint.read_state(folder)
-            card = model_card(output.absolute().name, base, tower, state, trained_on, rows)
+            card = model_card(output.absolute().name, base, tower, state, trained_on, rows=rows)
             (temporary / CARD).write_text(card, encoding="utf-8")
             values[EXPORT_MARK]["card"] = _digest(temporary / CARD)
         write_json(temporary / "config.json", values)
@@ -131,6 +131,17 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             },
         )
     return sorted(path for path in output.iterdir() if path.is_file())
+
+
+def card_of(config: ExportConfig) -> str:
+    """The model card of what `export` writes, for those formats that hold none."""
+    folder = checkpoint_folder(config.checkpoint)
+    state, trained_on = checkpoint.read_state(folder), provenance.of_weights(folder)
+    run = _training_config(folder)
+    kind = _format(config, folder, adapter_of(folder))
+    tower = trained_on.tower or run["vision_tower"]
+    base = config.model_name_or_path or run["model_name_or_path"]
+    return model_card(Path(config.output).absolute().name, base, tower, state, trained_on, kind=kind)
 
 
 def _format(config, folder, adapter):
