@@ -42,6 +42,7 @@ from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
 from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
 from fastvid.training.average import Average
+from fastvid.training.budget import settled_budget
 from fastvid.training.metrics import Metrics, memory_taken
 from fastvid.training.optimizer import Optimizer, learning_rate
 from fastvid.training.profiling import Profiler
@@ -81,7 +82,8 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     Raises:
         ValueError: a flag, file or sample that cannot be used, with the remedy.
     """
-    config = planning.checked(config)
+    parallel.check_same(dataclasses.asdict(config), world)
+    config = settled_budget(planning.checked(config), world)
     if config.pretrain_mm_mlp_adapter is not None:
         found = projector_path(config.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
         if found != Path(config.pretrain_mm_mlp_adapter):

@@ -35,26 +35,16 @@ else
   rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_id "${RDZV_ID:-fastvid}")
 fi
 
-# Batches that fill the chip: a budget of tokens, in the place of eight samples, where nobody says what a batch is. Not
-# on cards of less than 80 GB, and not where a flag or a file of flags may say it.
+# Batches that fill the card, in the place of eight samples, where nobody says what a batch is.
 for flag in "$@"; do
   flag=${flag%%=*}
   case ${flag//-/_} in
-    __tokens_per_batch | __rows_per_batch | __per_device_train_batch_size | __config | __parity | __model_max_length | \
+    __tokens_per_batch | __rows_per_batch | __per_device_train_batch_size | __config | __parity | \
       __gradient_accumulation_steps) said=1 ;;
   esac
 done
 budget=()
-if [[ -z $said ]]; then
-  memory=$({ nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits || true; } 2>/dev/null | sort -n | sed -n 1p)
-  if [[ $memory =~ ^[0-9]+$ ]]; then               # MiB, of the smallest card; MIG and broken drivers answer in words
-    ((memory < 79000)) || budget=(--tokens_per_batch 8448) # multiples of 64 rows on each of 132 multiprocessors
-    ((memory < 140000)) || budget=(--tokens_per_batch 16896)
-  fi
-fi
-if ((${#budget[@]})); then
-  echo "launch_train.sh: ${budget[*]}, for cards of $memory MiB (BATCH=8: 8 samples, as the reference)" >&2
-fi
+[[ -n $said ]] || budget=(--tokens_per_batch auto)
 
 flags=(
   --model_name_or_path "$MODEL" \

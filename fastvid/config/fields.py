@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -71,7 +72,7 @@ class Checked:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             numbers = value if isinstance(value, list | tuple) else [value]
-            for number in numbers if has_range(each) and value is not None else ():
+            for number in numbers if has_range(each) and value is not None and value not in words_of(each.type) else ():
                 if fault := range_fault(number, each.metadata):
                     raise ValueError(f"--{each.name} {number}: give {fault}")
             if "check" in each.metadata and value is not None:
@@ -81,6 +82,13 @@ class Checked:
 def flag_of(field: dataclasses.Field) -> str:
     """The name of a field's flag, without hyphens. Fields that Python's own words would name end in "_"."""
     return field.name.removesuffix("_")
+
+
+def words_of(kind: Any) -> list[str]:
+    """The words that a field of some type takes beside numbers."""
+    return [
+        word for part in typing.get_args(kind) if typing.get_origin(part) is Literal for word in typing.get_args(part)
+    ]
 
 
 def older_names(config_class: "type[DataclassInstance]") -> dict[str, str]:

@@ -155,9 +155,10 @@ class TrainConfig(DataConfig):
     num_train_epochs: float = flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
     max_steps: int = flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)
     per_device_train_batch_size: int = flag(8, "Samples per rank and micro-batch.", at_least=1, at_most=10_000)
-    tokens_per_batch: int | None = flag(
+    tokens_per_batch: int | Literal["auto"] | None = flag(
         None,
-        "Tokens per rank and micro-batch, packed full; instead of --per_device_train_batch_size.",
+        "Tokens per rank and micro-batch, packed full; instead of --per_device_train_batch_size. auto: as many as "
+        "fill cards of 80 GB and more; a run that goes on has those that it began with.",
         at_least=1,
         was="rows_per_batch",
     )
@@ -249,6 +250,12 @@ class TrainConfig(DataConfig):
         "before the first step. The model's folder need not hold weights.",
     )
     memory: str | None = flag(None, "Plan as if each device had so much free memory: 24GiB, 80GB.")
+
+    @property
+    def token_budget(self) -> int | None:
+        """`tokens_per_batch`, once what "auto" means is settled (`fastvid.training.budget`)."""
+        assert self.tokens_per_batch != "auto"
+        return self.tokens_per_batch
 
     @property
     def trainable(self) -> Trainable:

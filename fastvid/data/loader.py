@@ -280,9 +280,9 @@ def training_order(
     if config.policy.reference_order:
         return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
     run |= {"counts": tuple(counts), "weights": weights}
-    if config.tokens_per_batch:
+    if config.token_budget:
         assert measure is not None, "batches of so many tokens need the samples' rows"
-        return RowOrder(rows=measure(), budget=config.tokens_per_batch, name=name, **run)
+        return RowOrder(rows=measure(), budget=config.token_budget, name=name, **run)
     return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
 
 

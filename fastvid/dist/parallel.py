@@ -13,7 +13,7 @@ import gc
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -213,6 +213,22 @@ def _memory_of_this_rank(world):
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
     return host_memory.total() // world.local_size
+
+
+def check_same(flags: Mapping[str, Any], world: World) -> None:
+    """Refuse ranks that were given different flags: they would wait for each other, or train on other data than told.
+
+    Raises:
+        ValueError: on every rank; names the first flag that differs, and where.
+    """
+    found = world.gather_objects(dict(flags))
+    for rank, others in enumerate(found):
+        for name, value in found[0].items():
+            if others.get(name) != value:
+                raise ValueError(
+                    f"--{name} is {value} on rank 0 and {others.get(name)} on rank {rank}: give all ranks the same "
+                    "flags"
+                )
 
 
 def choose_layout(shard: str, world: World, *, decoder_is_trained: bool, fits: bool) -> str:

@@ -7,7 +7,9 @@ command line overrides. All mistakes of a command line are told at once.
 
 import dataclasses
 import difflib
+import functools
 import logging
+import operator
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastvid import config
+from fastvid.config.fields import words_of
 from fastvid.files import shown
 from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
@@ -30,6 +33,7 @@ log = logging.getLogger("fastvid")
 
 Config = TypeVar("Config", bound="DataclassInstance")  # a dataclass of `fastvid.config`
 
+_UNIONS = (typing.Union, types.UnionType)
 _TRUTH = {
     "yes": True,
     "true": True,
@@ -228,6 +232,8 @@ def _value(kind, times):
 
 
 def _converted(kind, word):
+    if typing.get_origin(kind) in _UNIONS and word in words_of(kind):
+        return word
     if typing.get_origin(kind) is typing.Literal:
         if word not in typing.get_args(kind):
             raise ValueError(f"{shown(word)} is none of {', '.join(typing.get_args(kind))}")
@@ -238,19 +244,21 @@ def _converted(kind, word):
         if word.lower() not in _TRUTH:
             raise ValueError(f"{shown(word)} is neither True nor False")
         return _TRUTH[word.lower()]
-    for number in (int, float) if kind == int | float else (kind,):
+    numbers = [part for part in (int, float) if part is kind or part in typing.get_args(kind)]
+    for number in numbers:
         try:
             return number(word)
         except ValueError:
             continue
-    raise ValueError(f"{shown(word) or 'an empty text'} is no {'whole ' * (kind is int)}number")
+    others = "".join(f", and not {other}" for other in words_of(kind))
+    raise ValueError(f"{shown(word) or 'an empty text'} is no {'whole ' * (float not in numbers)}number{others}")
 
 
 def _without_none(kind):
     """(The type without None, whether None was one of it)."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    rest = [part for part in parts if part is not type(None)]
-    return (rest[0] if len(rest) == 1 else kind), len(rest) < len(parts)
+    parts = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (kind,)
+    rest = tuple(part for part in parts if part is not type(None))
+    return (rest[0] if len(rest) == 1 else functools.reduce(operator.or_, rest)), len(rest) < len(parts)
 
 
 def _required(field):
@@ -334,6 +342,8 @@ def _help_of(field, width):
     kind = typing.get_args(kind)[0] if several else kind
     if typing.get_origin(kind) is typing.Literal:
         value = "|".join(typing.get_args(kind))
+    elif words := words_of(kind):
+        value = "|".join(["N", *words])
     else:
         value = {bool: "[True|False]", str: "TEXT", int: "N"}.get(kind, "X")
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

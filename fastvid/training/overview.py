@@ -73,9 +73,7 @@ def _samples(config, loader, world):
     steps = order.total_steps
     epochs = order.epoch_after(steps)
     size = (
-        f"{config.tokens_per_batch:,} tokens"
-        if config.tokens_per_batch
-        else f"{config.per_device_train_batch_size:,} samples"
+        f"{config.token_budget:,} tokens" if config.token_budget else f"{config.per_device_train_batch_size:,} samples"
     )
     batches = " x ".join(
         [

@@ -261,8 +261,8 @@ def peak_flops(config: TrainConfig, world: World) -> float | None:
 
 
 def token_budget(config: TrainConfig, world: World) -> int | None:
-    """Rows that a step of all ranks has room for under ``--tokens_per_batch``, or None."""
-    return config.tokens_per_batch and config.tokens_per_batch * config.gradient_accumulation_steps * world.size
+    """Tokens that a step of all ranks has room for under ``--tokens_per_batch``, or None."""
+    return config.token_budget and config.token_budget * config.gradient_accumulation_steps * world.size
 
 
 def plan(

@@ -1,0 +1,100 @@
+"""--tokens_per_batch auto: by the smallest card, as the run began, the same on all ranks."""
+
+import json
+
+import pytest
+import torch
+from ranks import on_ranks
+from training_run import config_of, flags, write_run
+
+from fastvid import train
+from fastvid.dist import parallel
+from fastvid.training import budget
+
+CPU = torch.device("cpu")
+ALONE = parallel.World(0, 1, 0, CPU, False)
+AUTO = ["--tokens_per_batch", "auto"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("budget"))
+
+
+@pytest.mark.parametrize(
+    "memory, tokens",
+    [
+        ("141GB", 16896),
+        ("180GiB", 16896),
+        ("80GB", 8448),
+        ("79GiB", 8448),
+        ("96GB", 8448),
+        ("48GB", None),
+        (None, None),
+    ],
+)
+def test_the_card_decides(made, tmp_path, memory, tokens):
+    told = [] if memory is None else ["--memory", memory]
+    config = budget.settled_budget(config_of(made, tmp_path, *AUTO, *told), ALONE)
+    assert config.tokens_per_batch == config.token_budget == tokens
+
+
+def test_every_sample_fits(made, tmp_path):
+    config = config_of(made, tmp_path, *AUTO, "--memory", "80GB", "--model_max_length", "20000")
+    assert budget.settled_budget(config, ALONE).token_budget == 20000
+
+
+def test_a_number_stays_and_other_words_are_refused(made, tmp_path):
+    config = config_of(made, tmp_path, "--tokens_per_batch", "300", "--memory", "80GB")
+    assert budget.settled_budget(config, ALONE) is config
+    for word in ("full", "0", "1.5"):
+        with pytest.raises((ValueError, SystemExit)):
+            config_of(made, tmp_path, "--tokens_per_batch", word)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_batches_that_it_began_with(made, tmp_path, monkeypatch, caplog):
+    """On a card of another size, and where it began before there was a budget."""
+    monkeypatch.setattr(budget, "BUDGETS", ((2 * 2**30, 800), (2**30, 600)))
+    for name, began, batch in (
+        ("small", [*AUTO, "--memory", "1.5GiB"], "600 tokens each"),
+        ("samples", [], "2 samples each"),
+    ):
+        run = [*began, "--save_steps", "1", "--lr_scheduler_type", "constant"]
+        assert train.main(flags(made, tmp_path / name, *run, "--max_steps", "1")) == 0
+        caplog.clear()
+        with caplog.at_level("INFO", "fastvid"):
+            again = [*run, *AUTO, "--memory", "9GiB", "--max_steps", "2"]
+            assert train.main(flags(made, tmp_path / name, *again)) == 0
+        assert f"batches are those that the run began with: {batch}" in caplog.text
+        assert "resumed from" in caplog.text
+    with caplog.at_level("INFO", "fastvid"):
+        anew = [*AUTO, "--memory", "9GiB", "--resume", "never", "--max_steps", "1", "--save_steps", "1"]
+        assert train.main(flags(made, tmp_path / "small", *anew)) == 0
+    state = json.loads((tmp_path / "small" / "checkpoint-1" / "state.json").read_text())
+    assert state["config"]["tokens_per_batch"] == 800
+
+
+def _budget_of_rank(rank, folder, output):
+    world = parallel.World(rank, 2, rank, CPU, True, 2)
+    budget._card = lambda device: (79 if rank else 140) * 2**30
+    return budget.settled_budget(config_of(folder, output, *AUTO), world).token_budget
+
+
+@pytest.mark.slow
+def test_the_smallest_card_of_all_ranks_decides(made, tmp_path):
+    assert on_ranks(2, _budget_of_rank, tmp_path, made, tmp_path / "out") == [8448, 8448]
+
+
+def _other_flags_of_rank(rank, folder, output):
+    world = parallel.World(rank, 2, rank, CPU, True, 2)
+    with pytest.raises(ValueError, match="give all ranks the same flags") as caught:
+        train.prepare(config_of(folder, output, "--tokens_per_batch", str(200 + 200 * rank)), world)
+    train.prepare(config_of(folder, output, "--tokens_per_batch", "400"), world)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_flags_are_refused(made, tmp_path):
+    said = "--tokens_per_batch is 200 on rank 0 and 400 on rank 1: give all ranks the same flags"
+    assert on_ranks(2, _other_flags_of_rank, tmp_path, made, tmp_path / "out") == [said, said]
