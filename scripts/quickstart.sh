@@ -17,6 +17,10 @@ case ${1:-} in
   --compare) compare=1 ;;
   *) echo "quickstart.sh: unknown flag $1; the only one is --compare" >&2; exit 2 ;;
 esac
+case $FAMILY in
+  llama | llama3 | qwen3) ;;
+  *) echo "quickstart.sh: unknown FAMILY $FAMILY; choose llama, llama3 or qwen3" >&2; exit 2 ;;
+esac
 export OMP_NUM_THREADS=1 # two processes of two threads each on two cores are four times slower
 
 step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }

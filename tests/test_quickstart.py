@@ -1,6 +1,8 @@
 """The quickstart's pieces: clips whose content is known, tokens turned around, and a verdict that can be bad."""
 
 import json
+import os
+import subprocess
 import sys
 
 import av
@@ -81,6 +83,18 @@ def test_models_of_each_family_are_read_as_such(pieces, tmp_path, monkeypatch, f
         return
     text, [(start, end)] = tokenizer.template.conversation(["Which colour comes first?", "red"])
     assert text[start:end] == "red" + tokenizer.template.turn_end
+
+
+def test_an_unknown_family_costs_nothing(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/quickstart.sh")],
+        env={**os.environ, "FAMILY": "llama-3", "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "unknown FAMILY llama-3; choose llama, llama3 or qwen3" in done.stderr
+    assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_turned_tokens(pieces):

@@ -80,7 +80,9 @@ class TrainConfig(DataConfig):
     )
     eval_data_path: list[str] = flag([], "Validation JSON, JSONL or Parquet; when: --eval_strategy.")
     lazy_preprocess: bool | None = flag(None, "Accepted, not needed: samples are always tokenized when needed.")
-    share_video: bool = flag(False, "Keep a video's samples together and compute the rows they have in common once.")
+    share_video: bool = flag(
+        False, "Keep a video's samples together and compute the tokens that they have in common once."
+    )
     dataloader_num_workers: int = flag(
         2, "Processes that read and pack ahead of the step; 0 does so in line.", at_least=0, at_most=1000
     )
@@ -170,7 +172,8 @@ class TrainConfig(DataConfig):
     )
     neftune_noise_alpha: float | None = flag(
         None,
-        "NEFTune: add uniform noise within ± this / √(tokens · channels) to text's embeddings.",
+        "NEFTune: add uniform noise within ± this / √(tokens · channels) to text's embeddings; tokens of a "
+        "micro-batch's longest sample.",
         above=0,
         at_most=10**6,
     )

@@ -157,7 +157,6 @@ class Manifest:
         Args:
             for_new: also from processes that came and went meanwhile, which takes a listing of the folder.
         """
-        # The common one too where it was not there yet when this object was made: its process began at the same time.
         paths = {*self._read_to, self.folder / NAME}
         if self._leases is not None:
             paths |= {self.folder / f"{_BEFORE}{owner}{_AFTER}" for owner in self._leases.owners()}
@@ -253,10 +252,11 @@ def read_files(folder: StrPath) -> dict[str, dict[str, Any]]:
 
 
 def _paths(folder):
-    """The manifests in a folder, the common one last: it gets the lines of another before that one is removed."""
+    """The manifests in a folder, the common one last: it gets the lines of another before that one is removed. It may
+    not be there, or be made right now."""
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     own = sorted(name for name in names if name.startswith(_BEFORE) and name.endswith(_AFTER))
-    return [Path(folder, name) for name in [*own, NAME] if name in names]
+    return [Path(folder, name) for name in [*own, NAME]]
 
 
 def _is_common(path):

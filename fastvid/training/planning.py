@@ -126,7 +126,7 @@ def checked(config: TrainConfig) -> TrainConfig:
     if config.gradient_checkpointing:
         log.info("--gradient_checkpointing True means --recompute auto: nothing is recomputed while memory suffices")
     if config.tune_mm_mlp_adapter and not config.mm_use_vid_start_end and config.trainable == Trainable(projector=True):
-        log.warning("training the projector only: without --mm_use_vid_start_end there are no other rows to tune")
+        log.warning("training the projector only: without --mm_use_vid_start_end there are no other embeddings to tune")
     return config
 
 

@@ -145,6 +145,24 @@ def _after_the_first(function, action):
     return called
 
 
+def test_a_common_file_that_is_made_between_the_listing_and_the_reading_is_read(tmp_path, monkeypatch):
+    (first_leases, _), (own_leases, own) = _opened(tmp_path), _opened(tmp_path)
+    own.append("a.mp4", "ok")
+    own_leases.close()  # as if both had died, the first before it wrote anything
+    first_leases.close()
+    (tmp_path / "manifest.jsonl").unlink()
+    listed = os.listdir
+
+    def then_gathered(folder):
+        names = listed(folder)
+        monkeypatch.setattr(os, "listdir", listed)
+        _opened(tmp_path)
+        return names
+
+    monkeypatch.setattr(os, "listdir", then_gathered)
+    assert list(Manifest(tmp_path).entries) == ["a.mp4"] and not list(tmp_path.glob("manifest-*"))
+
+
 def test_what_failed_before_is_no_news(tmp_path):
     _, one = _opened(tmp_path)
     _, other = _opened(tmp_path)

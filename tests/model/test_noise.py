@@ -12,7 +12,8 @@ from fastvid.dist import parallel
 from fastvid.model.noise import Noise, with_noise
 from fastvid.policy import Trainable
 
-ALONE = parallel.World(0, 1, 0, torch.device("cpu"), False)
+CPU = torch.device("cpu")
+ALONE = parallel.World(0, 1, 0, CPU, False)
 ADAPTER = Trainable(projector=True, boundary=True)
 
 
@@ -39,6 +40,43 @@ def test_gradients_are_those_at_the_noisy_embeddings():
     for name, gradient in found[None][1].items():
         torch.testing.assert_close(found[1e-6][1][name], gradient, rtol=1e-3, atol=1e-5)
     assert abs(found[5.0][0] - found[None][0]) > 1e-4
+
+
+def test_a_packed_batch_has_noise_on_its_text_within_the_longest_samples_bound():
+    batch, model = random_batch(), random_model(model_config(), ADAPTER, torch.float32)
+    lengths = batch.layout.lengths[0]
+    assert len(lengths) > 1 and len(batch.video_rows) > 1
+    with torch.no_grad():
+        plain = model.splice(batch)
+        model.noise = Noise(5.0, (1,))
+        noise = model.splice(batch) - plain
+    bound = 5.0 / math.sqrt(max(lengths) * plain.shape[1])
+    text = torch.ones(len(noise), dtype=torch.bool)
+    text[batch.video_rows] = False
+    assert not noise[~text].any() and noise[text].ne(0).any(1).all()
+    assert 0.95 * bound < noise.abs().max() <= bound * (1 + 1e-5)
+
+
+def test_every_micro_batch_of_every_rank_and_step_has_noise_of_its_own(made, tmp_path):
+    state = train.build(config_of(made, tmp_path, "--neftune_noise_alpha", "5"), ALONE)
+    found = []
+    for world in (ALONE, parallel.World(1, 2, 1, CPU, False)):
+        state.world = world
+        for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
+            state.draw(step, micro_batch)
+            found.append(state.model.noise)
+    # One rank's second micro-batch holds what the second of two ranks has in its first: it is the same noise.
+    assert found[1] == found[3] and len({*found}) == 5
+
+
+def test_shared_rows_have_one_draw(made, tmp_path):
+    """The loss of a step is finite, and the same again, with samples that share a video's prompt."""
+    words = ["--neftune_noise_alpha", "5", "--share_video", "True", "--gradient_accumulation_steps", "2"]
+    said = []
+    for name in ("one", "again"):
+        state = train.build(config_of(made, tmp_path / name, *words), ALONE)
+        said.append(train.train_step(state, next(state.loader.iterate(0))[0]).loss.item())
+    assert said[0] == said[1] and math.isfinite(said[0])
 
 
 @pytest.fixture(scope="module")

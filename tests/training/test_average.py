@@ -64,6 +64,22 @@ def test_it_is_the_average_of_the_steps_weights_and_validation_takes_it(made, tm
     assert train.evaluate(state) == found != plain
 
 
+def test_the_weights_are_there_again_after_a_validation_that_fails_or_is_stopped(made, tmp_path, monkeypatch):
+    state = train.build(config_of(made, tmp_path, *AVERAGED, "--eval_data_path", str(made / "train.json")), ALONE)
+    weights = steps_of(state, 2)[-1]
+
+    def fails(batch):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.model, "forward", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train.evaluate(state)
+    state.stop_signal = 15
+    assert train.evaluate(state) is None
+    assert all(torch.equal(p, weights[name]) for name, p in state.optimizer.parameters.items())
+
+
 def test_a_step_that_is_not_finite_is_left_out():
     weight = torch.nn.Parameter(torch.ones(3))
     average = Average({"w": weight}, 0.5)
