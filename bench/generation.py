@@ -50,7 +50,7 @@ def build(shape, dtype, device):
         ModelConfig(config, shape.channels, "mlp2x_gelu", None, 0.02),
         trainable=Trainable(),
         precision=Precision(dtype),
-        attention=settle_attention("auto", torch.device(device), dtype, *heads),
+        attention=settle_attention("auto", torch.device(device), dtype, *heads, gradients=False),
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

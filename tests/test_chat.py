@@ -47,6 +47,18 @@ def test_attention_is_settled_when_the_model_is_built(chat):
     assert {layer.attention for layer in chat.model.decoder.layers} == {SDPA}  # in fp32 on a CPU
 
 
+def test_attention_is_tested_without_gradients(model, monkeypatch):
+    asked = []
+
+    def settle(*given, **options):
+        asked.append(options)
+        return SDPA
+
+    monkeypatch.setattr(chat_module, "settle_attention", settle)
+    Chat(model_name_or_path=str(model), device="cpu").close()
+    assert asked == [{"gradients": False}]
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A short video."""

@@ -44,9 +44,8 @@ class Chat(VideoSource):
                 "the adapter's folder as --adapter"
             )
         sizes = self.model_config.decoder
-        attention = settle_attention(
-            "auto", self.device, self.precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-        )
+        heads = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+        attention = settle_attention("auto", self.device, self.precision.compute, *heads, gradients=False)
         with torch.device("meta"):
             self.model = VideoLlava(
                 self.model_config, trainable=Trainable(), precision=self.precision, attention=attention

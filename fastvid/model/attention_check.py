@@ -23,39 +23,57 @@ TRUSTED = 2**-6
 
 
 def settle_attention(
-    implementation: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, channels: int
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    *,
+    gradients: bool = True,
 ) -> Attention:
     """What a model is to attend by for as long as it lives.
 
     Under "auto" on a GPU no library is trusted for being there. Each, best first, computes two small segments with the
     model's heads, once per process. One that raises, or differs from SDPA, costs a warning, and the next is tried. The
-    one that is taken then computes branches in parts. Where that fails, it serves without: keys are gathered.
+    one that is taken, or named, then computes branches in parts. Where that fails, it serves without: keys are
+    gathered.
 
     Args:
-        implementation: as of `choose_attention`; what is named is not tested.
+        implementation: as of `choose_attention`; of what is named only the parts are tested, for nobody named these.
         device, dtype: of the model's queries, keys and values.
         heads, kv_heads, channels: H, K, d.
+        gradients: test them, too; without, no library compiles its backward.
 
     Raises:
         ValueError: `implementation` is none, or cannot be used here.
     """
+    # A library may refuse to be repeatable: what was tested without is another thing.
+    asked = device, dtype, (heads, kv_heads, channels), gradients, torch.are_deterministic_algorithms_enabled()
     if implementation != "auto" or kernel_obstacle(device, dtype):
-        return choose_attention(implementation, device, dtype, channels)
-    return _first_that_is_right(device, dtype, heads, kv_heads, channels)
+        return _with_right_parts(choose_attention(implementation, device, dtype, channels), *asked)
+    return _with_right_parts(_first_that_is_right(*asked), *asked)
 
 
 @functools.cache
-def _first_that_is_right(device, dtype, heads, kv_heads, channels):
-    heads = heads, kv_heads, kv_heads
+def _first_that_is_right(device, dtype, sizes, gradients, repeatable):
     for library in gpu_libraries(device):
-        if fault := _fault(library, _two_segments(), device, dtype, heads, channels):
-            log.warning("attention: %s is not used: %s", library, fault)
-            continue
-        if library.parts and (fault := _fault(library, _branches(), device, dtype, heads, channels)):
-            log.warning("attention: keys of shared videos are gathered, for %s fails in parts: %s", library, fault)
-            return replace(library, parts=None)
-        return library
+        if not (fault := _fault(library, _two_segments(), device, dtype, sizes, gradients)):
+            return library
+        log.warning("attention: %s is not used: %s", library, fault)
     return SDPA
+
+
+@functools.cache
+def _with_right_parts(attention, device, dtype, sizes, gradients, repeatable):
+    """The same without parts, where these fail."""
+    if attention.parts is None:
+        return attention
+    fault = _fault(attention, _branches(), device, dtype, sizes, gradients)
+    if not fault:
+        return attention
+    log.warning("attention: keys of shared videos are gathered, for %s fails in parts: %s", attention, fault)
+    return replace(attention, parts=None)
 
 
 def _two_segments():
@@ -72,20 +90,22 @@ def _branches():
     return AttentionLayout.of_lengths(own, keys, kv_rows, branches)
 
 
-def _fault(library, layout, device, dtype, heads, channels):
+def _fault(library, layout, device, dtype, sizes, gradients):
     """Why a library cannot be trusted with such queries, keys and values, or None."""
+    heads, kv_heads, channels = sizes
     lengths = layout.lengths
     layout = layout.map(lambda tensor: tensor.to(device))
     queries, keys = sum(lengths[0]), sum(lengths[1] if layout.kv_rows is None else lengths[0])
     random = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-    tensors = [random(rows, count, channels).to(dtype) for rows, count in zip((queries, keys, keys), heads)]
-    grad_NHd = random(queries, heads[0], channels).to(dtype)
+    shapes = (queries, heads), (keys, kv_heads), (keys, kv_heads)
+    tensors = [random(*shape, channels).to(dtype) for shape in shapes]
+    grad_NHd = random(queries, heads, channels).to(dtype)
 
     def results(function, tensors):
-        leaves = [x.requires_grad_() for x in tensors]
-        with torch.enable_grad():
+        leaves = [x.requires_grad_(gradients) for x in tensors]
+        with torch.set_grad_enabled(gradients):
             out_NHd = function(*leaves, layout)
-        return out_NHd, *torch.autograd.grad(out_NHd, leaves, grad_NHd.to(out_NHd.dtype))
+        return out_NHd, *(torch.autograd.grad(out_NHd, leaves, grad_NHd.to(out_NHd.dtype)) if gradients else ())
 
     def distances(found):
         return [((ours - true).abs().max() / true.abs().max()).item() for ours, true in zip(found, exact)]

@@ -26,7 +26,12 @@ def generation(monkeypatch):
 
 def test_attention_is_settled_as_for_chat(generation, monkeypatch):
     asked, settled = [], dataclasses.replace(SDPA, name="best of this machine")
-    monkeypatch.setattr(generation, "settle_attention", lambda *given: asked.append(given) or settled)
+
+    def settle(*given, **options):
+        asked.append((*given, options))
+        return settled
+
+    monkeypatch.setattr(generation, "settle_attention", settle)
     model = generation.build(generation.MODELS["tiny"], torch.bfloat16, "cpu")
     assert {layer.attention for layer in model.decoder.layers} == {settled}
-    assert asked == [("auto", torch.device("cpu"), torch.bfloat16, 2, 2, 32)]
+    assert asked == [("auto", torch.device("cpu"), torch.bfloat16, 2, 2, 32, {"gradients": False})]

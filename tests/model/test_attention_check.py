@@ -59,20 +59,25 @@ def without_gradient(q, k, v, layout):
     return right(q, k, v, layout).detach()
 
 
+def forget():
+    attention_check._first_that_is_right.cache_clear()
+    attention_check._with_right_parts.cache_clear()
+
+
 @pytest.fixture
 def settle(monkeypatch):
     """Chooses among pretended libraries of a GPU, for which the CPU stands in."""
 
-    def settle(*calls, dtype=torch.float32, heads=(4, 2)):
-        attention_check._first_that_is_right.cache_clear()
+    def settle(*calls, dtype=torch.float32, heads=(4, 2), **options):
+        forget()
         monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
         monkeypatch.setattr(
             attention_check, "gpu_libraries", lambda device: [Attention(call.__name__, call) for call in calls]
         )
-        return settle_attention("auto", CPU, dtype, *heads, 16)
+        return settle_attention("auto", CPU, dtype, *heads, 16, **options)
 
     yield settle
-    attention_check._first_that_is_right.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
@@ -116,6 +121,27 @@ def test_libraries_are_tried_once_per_process(settle, caplog):
         settle_attention("auto", CPU, torch.float32, 4, 2, 16).call is counted
         and len(tried) == len(caplog.messages) == 1
     )
+
+
+def test_what_was_right_is_tried_again_where_it_must_repeat(settle, monkeypatch, caplog):
+    """A library may have no backward that does."""
+
+    def unrepeatable(*tensors):
+        if torch.are_deterministic_algorithms_enabled():
+            raise NotImplementedError("deterministic")
+        return right(*tensors)
+
+    assert settle(unrepeatable, right).call is unrepeatable and caplog.messages == []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16).call is right
+    assert caplog.messages == ["attention: unrepeatable is not used: it raises NotImplementedError: deterministic"]
+
+
+@pytest.mark.parametrize("unfit", [without_gradient, keys_gradient_wrong])
+def test_gradients_are_tried_where_they_are_asked_for(settle, unfit, caplog):
+    assert settle(unfit, right, gradients=False).call is unfit and caplog.messages == []
+    assert settle_attention("auto", CPU, torch.float32, 4, 2, 16).call is right
+    assert settle(first_rows_aligned, right, gradients=False).call is right
 
 
 def test_what_is_named_is_not_tried(settle):

@@ -1,5 +1,6 @@
 """Libraries of FlashAttention: which is chosen on which card, and what each is called with."""
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -36,6 +37,7 @@ class Machine:
         flash._library.cache_clear()
         flash.torch_library.cache_clear()
         attention_check._first_that_is_right.cache_clear()
+        attention_check._with_right_parts.cache_clear()
 
     def install(self, *names):
         """Returns what notes the calls of each."""
@@ -117,12 +119,17 @@ def test_a_folder_that_another_package_shares_is_no_flash_attn(machine):
     assert machine.choose() == "torch's varlen_attn"
 
 
-def settled(machine, monkeypatch, *names, kv_heads=2):
+def allow_cpus(monkeypatch):
+    for module in (attention, attention_check):
+        monkeypatch.setattr(module, "kernel_obstacle", lambda *_: None)
+
+
+def settled(machine, monkeypatch, *names, kv_heads=2, **options):
     """What `settle_attention` takes on a machine with such packages and nothing else; what notes their calls."""
     machine.without_torch()
     calls = machine.install(*names)
-    monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
-    return settle_attention("auto", CPU, torch.float32, 4, kv_heads, 16), *calls
+    allow_cpus(monkeypatch)
+    return settle_attention("auto", CPU, torch.float32, 4, kv_heads, 16, **options), *calls
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
@@ -183,6 +190,7 @@ def wrong(calls, monkeypatch, kind):
         monkeypatch.setattr(calls, "backward", {"raises": without_lse, "wrong": gradients_of_two}[kind])
 
 
+@pytest.mark.parametrize("implementation", ["auto", "flash"])
 @pytest.mark.parametrize(
     "kind, why",
     [
@@ -191,18 +199,40 @@ def wrong(calls, monkeypatch, kind):
         ("forward", "it raises TypeError: it gives no log-sum-exp"),
     ],
 )
-def test_what_fails_in_parts_serves_without_and_says_so_once(machine, monkeypatch, caplog, kind, why):
+def test_what_fails_in_parts_serves_without_and_says_so_once(machine, monkeypatch, caplog, kind, why, implementation):
+    """Also where the library is named."""
     machine.without_torch()
-    monkeypatch.setattr(attention_check, "kernel_obstacle", lambda *_: None)
+    allow_cpus(monkeypatch)
     (calls,) = machine.install("FlashAttention 3")
     wrong(calls, monkeypatch, kind)
     for _ in range(2):
-        chosen = settle_attention("auto", CPU, torch.float32, 4, 2, 16)
+        chosen = settle_attention(implementation, CPU, torch.float32, 4, 2, 16)
         assert chosen.name == "FlashAttention 3" and chosen.parts is None
     (message,) = caplog.messages
     assert message.startswith(
         f"attention: keys of shared videos are gathered, for FlashAttention 3 fails in parts: {why}"
     )
+
+
+@pytest.mark.parametrize("implementation", ["varlen", "auto"])
+def test_parts_of_torchs_own_are_tried_where_it_is_named(machine, monkeypatch, caplog, implementation):
+    """A CPU lacks its kernels, for one."""
+    own = dataclasses.replace(flash.torch_library(), call=SDPA.call)
+    monkeypatch.setattr(attention, "torch_library", lambda: own)
+    allow_cpus(monkeypatch)
+    chosen = settle_attention(implementation, CPU, torch.float32, 4, 2, 16)
+    assert chosen.name == "torch's varlen_attn" and own.parts is not None and chosen.parts is None
+    (message,) = caplog.messages
+    assert message.startswith("attention: keys of shared videos are gathered, for torch's varlen_attn fails in parts: ")
+
+
+def test_inference_tries_parts_without_their_backward(machine, monkeypatch, caplog):
+    """Several questions about a video are read at once there, too. A backward would be compiled for nothing."""
+    machine.card((9, 0))
+    chosen, calls = settled(machine, monkeypatch, "FlashAttention 4", gradients=False)
+    assert chosen.parts is not None and caplog.messages == []
+    assert [each.get("causal") for each in calls.seen] == [True, True, False]
+    assert not any("backward" in each for each in calls.seen)
 
 
 class Torch:
