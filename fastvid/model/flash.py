@@ -5,6 +5,7 @@ Dimensions: N query rows, M key/value rows, H query heads, K key/value heads, d 
 
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import logging
 from collections.abc import Callable
@@ -29,12 +30,15 @@ class FlashPackage:
         module: which has `flash_attn_varlen_func`.
         capabilities: majors of the compute capabilities that it has kernels for; None: of any since 8.
         backward: (module, name) of what takes log-sum-exps.
+        distribution: without which the module is another's: flash-attn 2.8.3 brings a sketch of FlashAttention 4, which
+            wants packages that it does not require, and has no backward of packed rows.
     """
 
     name: str
     module: str
     capabilities: tuple[int, ...] | None
     backward: tuple[str, str]
+    distribution: str | None = None
 
     def fits(self, device: torch.device) -> bool:
         """Whether its kernels, forward and backward, are made for this card."""
@@ -46,7 +50,11 @@ class FlashPackage:
 PACKAGES = (
     FlashPackage("FlashAttention 3", "flash_attn_interface", (9,), ("flash_attn_interface", "_flash_attn_backward")),
     FlashPackage(
-        "FlashAttention 4", "flash_attn.cute", (9, 10, 11, 12), ("flash_attn.cute.interface", "_flash_attn_bwd")
+        "FlashAttention 4",
+        "flash_attn.cute",
+        (9, 10, 11, 12),
+        ("flash_attn.cute.interface", "_flash_attn_bwd"),
+        distribution="flash-attn-4",
     ),
     FlashPackage(
         "FlashAttention 2", "flash_attn", None, ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward")
@@ -98,6 +106,8 @@ def torch_library() -> Library | None:
 
 @functools.cache
 def _library(package):
+    if package.distribution is not None and not _installed(package.distribution):
+        return None
     function = find(package.module, "flash_attn_varlen_func")
     if function is None:
         return None
@@ -105,6 +115,13 @@ def _library(package):
     if backward is not None:
         parts = Parts(functools.partial(_flash_forward, function), functools.partial(_flash_backward, backward))
     return Library(package.name, functools.partial(_flash, function=function), parts)
+
+
+def _installed(distribution):
+    try:
+        return bool(importlib.metadata.distribution(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def find(module: str, name: str) -> Callable[..., Any] | None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 import types
 
 import pytest
 import torch
-from flash_packages import PACKAGES
+from flash_packages import DISTRIBUTIONS, PACKAGES
 from model_cases import assert_close
 
 from fastvid.batch import AttentionLayout
@@ -22,8 +23,9 @@ CPU = torch.device("cpu")
 class Machine:
     """A pretended machine with one card, for which the CPU stands in."""
 
-    def __init__(self, monkeypatch):
-        self.patch = monkeypatch
+    def __init__(self, monkeypatch, folder):
+        self.patch, self.folder = monkeypatch, folder
+        monkeypatch.syspath_prepend(folder)
         self.card((9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old")
         for module in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
@@ -44,18 +46,29 @@ class Machine:
         found = []
         for name in names:
             calls, modules = PACKAGES[name]()
+            if name in DISTRIBUTIONS:
+                distribution, version = DISTRIBUTIONS[name].split("-")
+                self.write(f"{DISTRIBUTIONS[name]}.dist-info/METADATA", f"Name: {distribution}\nVersion: {version}\n")
             for module, functions in modules.items():
+                if isinstance(functions, str):
+                    self.write(f"{module.replace('.', '/')}/__init__.py", functions)
+                    continue
                 parts = module.split(".")
                 for i in range(1, len(parts) + 1):
                     path = ".".join(parts[:i])
                     if path not in sys.modules:
                         made = types.ModuleType(path)
-                        made.__path__ = []
+                        made.__path__ = [str(self.folder.joinpath(*parts[:i]))]
                         self.patch.setitem(sys.modules, path, made)
                 vars(sys.modules[module]).update(functions)
             found.append(calls)
         self.forget()
         return found
+
+    def write(self, path, text):
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path).write_text(text)
+        importlib.invalidate_caches()
 
     def without_torch(self):
         self.patch.setattr(attention, "torch_library", lambda: None)
@@ -65,8 +78,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    made = Machine(monkeypatch)
+def machine(monkeypatch, tmp_path):
+    made = Machine(monkeypatch, tmp_path)
     yield made
     made.forget()
 
@@ -130,6 +143,17 @@ def settled(machine, monkeypatch, *names, kv_heads=2, **options):
     calls = machine.install(*names)
     allow_cpus(monkeypatch)
     return settle_attention("auto", CPU, torch.float32, 4, kv_heads, 16, **options), *calls
+
+
+@pytest.mark.parametrize("cutlass", [False, True])
+def test_what_flash_attn_2_brings_of_4_is_left_alone(machine, monkeypatch, caplog, cutlass):
+    """It cannot be imported, or only forward works: 2 was asked for."""
+    if cutlass:
+        monkeypatch.setitem(sys.modules, "cutlass", types.ModuleType("cutlass"))
+    chosen, *_ = settled(machine, monkeypatch, "FlashAttention 2")
+    assert chosen.name == "FlashAttention 2" and chosen.parts is not None and caplog.messages == []
+    machine.install("FlashAttention 4")
+    assert [each.name for each in flash.flash_libraries(CPU)] == ["FlashAttention 4", "FlashAttention 2"]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])

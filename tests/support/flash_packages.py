@@ -36,7 +36,10 @@ class Calls:
 
 
 def flash_attn_2(calls):
-    """2.8.3: the backward is an operation, which takes no defaults and writes to dq, dk, dv."""
+    """2.8.3: the backward is an operation, which takes no defaults and writes to dq, dk, dv.
+
+    It brings a folder of the name of FlashAttention 4's, which wants a package that it does not require.
+    """
 
     def flash_attn_varlen_func(
         q,
@@ -108,7 +111,16 @@ def flash_attn_2(calls):
     return {
         "flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
         "flash_attn.flash_attn_interface": {"_flash_attn_varlen_backward": backward},
+        "flash_attn.cute": _CUTE_OF_2025,
     }
+
+
+_CUTE_OF_2025 = """
+import cutlass
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False):
+    raise NotImplementedError("FlashAttention 4 has no backward of packed rows yet")
+"""
 
 
 def flash_attn_3(calls):
@@ -302,7 +314,7 @@ def flash_attn_4(calls):
 
 
 def _made(make):
-    """(What notes the package's calls, {module: {name: function}})."""
+    """(What notes the package's calls, {module: {name: function}, or its text})."""
     calls = Calls()
     return calls, make(calls)
 
@@ -314,4 +326,5 @@ _MAKE = {
     "FlashAttention 4": flash_attn_4,
 }
 
+DISTRIBUTIONS = {"FlashAttention 4": "flash_attn_4-4.0.0b36"}  # whose name is asked for
 PACKAGES = {name: functools.partial(_made, make) for name, make in _MAKE.items()}
