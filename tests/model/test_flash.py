@@ -1,7 +1,6 @@
 """Libraries of FlashAttention: which is chosen on which card, and what each is called with."""
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import sys
@@ -312,19 +311,26 @@ def test_torch_operations_with_log_sum_exps_are_called_by_their_schema(way, monk
     """The installed torch takes the arguments in their order; it has no such kernel for CPUs."""
     operation = getattr(torch.ops.aten, f"_flash_attention_{way}")
     names = [argument.name for argument in operation.default._schema.arguments if not argument.kwarg_only]
-    layout, q, k = AttentionLayout.of_lengths([7, 3]), torch.randn(10, 4, 8), torch.randn(10, 2, 8)
-    seen = {}
+    parts, layout = flash.torch_library().parts, AttentionLayout.of_lengths([7, 3], [8, 5])
+    grad, q, out = (torch.randn(10, 4, 8) for _ in range(3))
+    k, v, lse = torch.randn(13, 2, 8), torch.randn(13, 2, 8), torch.zeros(4, 10)
+    found, seen = [torch.zeros(1) for _ in range(3)], {}
 
     def note(*given):
         seen.update(zip(names, given, strict=True))
-        return q, torch.zeros(4, 10), None, None, None
+        return *found, None, None
 
     monkeypatch.setattr(torch.ops.aten, f"_flash_attention_{way}", note)
-    parts = flash.torch_library().parts
-    call = functools.partial(parts.forward, q) if way == "forward" else functools.partial(parts.backward, q, q)
-    call(k, k, *([q, torch.zeros(4, 10)] if way == "backward" else []), layout, False)
-    assert seen["query"] is q and seen["key"] is seen["value"] is k and seen["is_causal"] is False
-    assert seen["cum_seq_q"] is layout.cu_seqlens_q and seen["max_k"] == 7 and seen["dropout_p"] == 0.0
+    expected = {"query": q, "key": k, "value": v}
+    expected |= {"cum_seq_q": layout.cu_seqlens_q, "cum_seq_k": layout.cu_seqlens_k}
+    if way == "forward":
+        returned = parts.forward(q, k, v, layout, False)
+    else:
+        returned = parts.backward(grad, q, k, v, out, lse, layout, False)[:3]
+        expected |= {"grad_out": grad, "out": out, "logsumexp": lse}
+    assert [name for name, tensor in expected.items() if seen[name] is not tensor] == []
+    assert all(ours is theirs for ours, theirs in zip(returned, found))
+    assert (seen["max_q"], seen["max_k"], seen["dropout_p"], seen["is_causal"]) == (7, 8, 0.0, False)
 
 
 @pytest.mark.parametrize(
