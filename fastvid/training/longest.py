@@ -95,7 +95,8 @@ def longest(
             fp8.add(name)
     spent = {}
     for event in recording.key_averages():
-        if gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+        # A range that somebody named, such as FSDP2's, is on the GPU's line, too, around the kernels in it.
+        if gpu and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
             continue
         microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
         spent[event.key] = microseconds / 1e6, event.count

@@ -15,8 +15,9 @@ def operator(name, shapes, *kernels):
     return SimpleNamespace(name=name, input_shapes=shapes, kernels=launched)
 
 
-def kernel(name, microseconds, count, device=CUDA):
-    return SimpleNamespace(key=name, self_device_time_total=microseconds, count=count, device_type=device)
+def kernel(name, microseconds, count, device=CUDA, named=False):
+    taken = {"self_device_time_total": microseconds, "count": count}
+    return SimpleNamespace(key=name, device_type=device, is_user_annotation=named, **taken)
 
 
 def recording_of(operators, kernels):
@@ -40,6 +41,7 @@ def test_kernels_are_compared_with_the_roofs_of_what_they_do():
             kernel("nvjet_bias", 10, 1),
             kernel("_swiglu_fwd_kernel", 100, 2),
             kernel("aten::mm", 210, 4, CPU),
+            kernel("FSDP::pre_forward (layers.0)", 300, 2, named=True),
             *(kernel(f"small {i}", 1, 1) for i in range(20)),
         ],
     )
@@ -59,6 +61,14 @@ def test_kernels_are_compared_with_the_roofs_of_what_they_do():
     text = longest.table(rows, **about).splitlines()
     assert "profile of 2 steps of 0.5 ms: kernels by GPU time" in text[0]
     assert text[3].split() == ["0.05", "10.0%", "1.0", "0.04", "80%", "_swiglu_fwd_kernel"]
+
+
+def test_torch_tells_ranges_that_somebody_named():
+    """By what `longest` asks, of what it is given."""
+    with torch.profiler.profile() as recording, torch.profiler.record_function("FSDP::pre_forward (layers.0)"):
+        torch.ones(2).add(1)
+    named = {event.key: bool(event.is_user_annotation) for event in recording.key_averages()}
+    assert named["FSDP::pre_forward (layers.0)"] and not named["aten::add"]
 
 
 @pytest.mark.parametrize(
