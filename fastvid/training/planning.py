@@ -296,7 +296,7 @@ def plan(
     # A dry run plans for a GPU that this machine need not have.
     other = bool(config.dry_run and config.memory) and world.device.type == "cpu"
     of_gpu = other or world.device.type == "cuda"
-    batch, found = _largest_batch(config, loader, world, in_parts=attention.parts is not None)
+    batch, found = _largest_batch(config, loader, world, in_parts=other or attention.parts is not None)
     features = loader.samples.features
     options: dict[str, Any] = dict(
         batch,

@@ -305,6 +305,19 @@ def test_a_gpu_is_planned_with_the_attention_it_runs(run, monkeypatch, settled):
     assert set(asked) == {(settled.parts is not None,)}
 
 
+def test_a_dry_run_on_a_cpu_plans_for_a_gpus_attention(run, monkeypatch):
+    """Whatever this CPU attends by: a GPU has a library, which gives log-sum-exps."""
+    asked, found = [], []
+    monkeypatch.setattr(planning, "rows_of", lambda *a, rows_of=planning.rows_of: asked.append(a[1:]) or rows_of(*a))
+    monkeypatch.setattr(
+        memory, "estimate", lambda *a, estimate=memory.estimate, **k: found.append(k) or estimate(*a, **k)
+    )
+    shared = "--share_video", "True", "--question_order", "video_first"
+    options = "--dataloader_num_workers", "0", *shared, "--dry_run", "True", "--memory", "80GiB"
+    assert train.prepare(config_of(run, "unused", *options), WORLD).attention is SDPA
+    assert set(asked) == {(True,)} and {each["one_call_per_segment"] for each in found} == {False}
+
+
 @pytest.mark.slow
 def test_the_peak_is_told_after_three_steps(run, tmp_path, capsys):
     for steps in ("2", "4"):
