@@ -3,7 +3,7 @@
 A branch's queries attend to their own rows, and to those of their beginning. Each part gives its output, and the
 logarithm of what its softmax divides by; from these follow those of both. Backward, each part is given the output and
 log-sum-exp of both: then its gradients are those of the whole (as in ring attention, arXiv:2310.01889). So a library
-sums the gradients of a beginning's keys over all its branches, in fp32 and in one order.
+sums the gradients of a beginning's keys over all its branches. Those of both parts are added in the tensors' dtype.
 
 Dimensions: N query rows, B branches' ones, which are the last, M key/value rows, H query heads, K key/value heads,
 d channels per head.
@@ -95,10 +95,11 @@ def attend_in_parts(
         k_MKd, v_MKd: as `branches.causal` places them.
         branches: which queries are whose, and which keys.
         parts: what computes each part.
-        inplace: overwrite what `parts` gives. Not where recomputation may keep it.
+        inplace: overwrite what `parts` gives. Not where recomputation keeps it ("selective").
 
     Returns:
-        [N, H, d]. Gradients of keys repeat to the bit; those of queries where the library's do.
+        [N, H, d]. Gradients repeat to the bit where the library's do. Those of keys do in FlashAttention 2; in 3 and 4
+        with H above K, and those of queries in all, only where torch is told to be deterministic.
     """
     out_NHd: Any = _Merged.apply(q_NHd, k_MKd, v_MKd, branches, parts, inplace)
     return out_NHd
