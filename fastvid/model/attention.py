@@ -56,6 +56,7 @@ class Attention:
         *,
         constant: tuple[Tensor, Tensor] | None = None,
         regather: bool = True,
+        inplace: bool = True,
     ) -> Tensor:
         """Scaled dot-product attention, causal and aligned at each segment's last row (arXiv:2307.08691).
 
@@ -67,10 +68,11 @@ class Attention:
             constant: keys and values [C, K, d] without gradient, which `kv_rows` counts before the packed rows.
             regather: with `kv_rows`, save no gathered copy for backward but gather again. Leave off under
                 recomputation, where the copy lives only during its layer's backward. Where `takes_rows`, there is none.
+            inplace: as of `attend_in_parts`.
 
         Returns:
             [N, H, d]. Gradients of rows that several segments share are summed in fp32, segment after segment:
-            repeatable.
+            repeatable. Those of a beginning, where there are `parts`: see `attend_in_parts`.
         """
         if q_NHd.shape[0] == 0:
             return q_NHd.clone()
@@ -83,7 +85,7 @@ class Attention:
         assert constant is None or layout.kv_rows is not None
         if self.takes_rows:
             return self.call(q_NHd, k_NKd, v_NKd, layout, constant)
-        layout, attend = self.placed(layout, inplace=regather)
+        layout, attend = self.placed(layout, inplace=inplace)
         if layout.kv_rows is None:
             return attend(q_NHd, k_NKd, v_NKd)
         keys, values = (
@@ -122,6 +124,7 @@ def attend_rotated(
     constant: tuple[Tensor, Tensor] | None = None,
     queries_LHd: Tensor | None = None,
     recomputed: bool = False,
+    inplace: bool = True,
 ) -> Tensor:
     """Rotary embedding and `attention` in one: keys are rotated to where segments read them.
 
@@ -136,12 +139,13 @@ def attend_rotated(
         constant: as for `attention`; contiguous.
         queries_LHd: rotated queries of other rows, in the place of the product's (H is 0 then).
         recomputed: backward computes this again: the product is kept as it is, and copies of keys with it.
+        inplace: as of `attend_in_parts`.
 
     Returns:
         [N, H, d], or [L, H, d]; gradients as `attention`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
-    layout, attend = attention.placed(layout, inplace=not recomputed)
+    layout, attend = attention.placed(layout, inplace=inplace)
     kept = recomputed or (layout.kv_rows is not None and len(layout.kv_rows) <= MOST_KEPT * len(positions_N))
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
     options = {

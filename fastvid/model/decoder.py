@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         (others: as for `Decoder`.)
-        keeps_products: recomputation keeps the products of matrices, which must not be overwritten.
+        keeps_products: recomputation keeps the products of matrices, and attention, which must not be overwritten.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class DecoderLayer(nn.Module):
         self.back_in_fp8 = {"o", "down"} - places.keys() if fp8 else set()
         self.heads = heads, kv_heads
         self.attention = attention
+        self._inplace = not keeps_products
 
     def forward(
         self,
@@ -265,14 +266,16 @@ class DecoderLayer(nn.Module):
             residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
         if cache is not None:
             k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
-        x_NHd = self.attention(q_NHd, k_NKd, v_NKd, layout, constant=constant, regather=not recomputed)
+        options = {"constant": constant, "regather": not recomputed, "inplace": self._inplace}
+        x_NHd = self.attention(q_NHd, k_NKd, v_NKd, layout, **options)
         return (residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
 
     def _attend_by_kernel(self, stream, constant, *, rope, last, recomputed):
         """The same, where a kernel puts rotated keys into their places."""
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
-        positions_N, options = stream.positions_N, {"constant": constant, "recomputed": recomputed}
+        options = {"constant": constant, "recomputed": recomputed, "inplace": self._inplace}
+        positions_N = stream.positions_N
         if not (last and stream.supervised is not None):
             qkv_NE = self._product_to_rotate(x_ND)
             x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, self.attention, **options)

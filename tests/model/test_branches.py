@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvid.batch import AttentionLayout, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
-from fastvid.model import attention
+from fastvid.model import attention, decoder
 from fastvid.model.attention import SDPA
 
 TOKENS = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
@@ -180,6 +180,10 @@ def test_a_model_learns_the_same(trainable, kv_heads, recompute):
         assert_same_gradients(found, expected)
 
 
+def with_forward(forward):
+    return dataclasses.replace(CPU, parts=dataclasses.replace(CPU.parts, forward=forward))
+
+
 @torch.library.custom_op("fastvid_stand_in::attention_in_parts", mutates_args=())
 def operation(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool
@@ -194,13 +198,29 @@ def test_what_recomputation_keeps_is_not_overwritten():
     def forward(q, k, v, layout, causal):
         return operation(q, k, v, layout.cu_seqlens_q, layout.cu_seqlens_k, causal)
 
-    as_library = dataclasses.replace(CPU, parts=dataclasses.replace(CPU.parts, forward=forward))
+    as_library = with_forward(forward)
     batch, found = packed("shared"), []
     for recompute in ("none", "selective", "full"):
         found.append(loss_and_gradients(random_model(recompute=recompute, attention=as_library), batch))
     for loss, gradients in found[1:]:
         assert loss == found[0][0]
         assert_same_gradients(gradients, found[0][1])
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize("recompute", ["none", 1, "full", "selective"])
+def test_the_librarys_output_is_copied_only_where_recomputation_keeps_it(recompute, by_kernel, monkeypatch):
+    given = []
+
+    def forward(*inputs):
+        out, lse = CPU.parts.forward(*inputs)
+        if inputs[-1]:  # the causal part, into which the other one is merged
+            given.append((out, out.clone()))
+        return out, lse
+
+    monkeypatch.setattr(decoder, "rotates_to_keys", lambda *_: by_kernel)
+    loss_and_gradients(random_model(recompute=recompute, attention=with_forward(forward)), packed("shared"))
+    assert {torch.equal(out, before) for out, before in given} == {recompute == "selective"}
 
 
 @pytest.mark.slow
