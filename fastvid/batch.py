@@ -5,7 +5,7 @@ attend to each other: a sample, or a part of one where samples share rows (a sys
 before the first trained one stand apart.
 
 Dimensions: N rows, S segments, M key/value rows, V videos, P rows of all videos, C channels of the vision tower,
-L supervised rows.
+L supervised rows. Of two vision towers side by side each has its own: P_1 and P_2, C_1 and C_2.
 """
 
 from __future__ import annotations
@@ -36,6 +36,44 @@ class VideoTokens:
     end: int | None
     vocab_size: int
     added: tuple[int, ...] = ()
+
+
+Channels = int | tuple[int, int]  # C of the vision tower's features; of two towers' (C_1, C_2)
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePair:
+    """Features of one video by two vision towers (VideoGPT+, arXiv:2406.09418). Its rows are all of the first, then all
+    of the second.
+
+    Attributes:
+        first: [R_1, C_1].
+        second: [R_2, C_2].
+    """
+
+    first: Tensor
+    second: Tensor
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @property
+    def shape(self) -> tuple[int, tuple[int, int]]:
+        """(R_1 + R_2, (C_1, C_2))."""
+        return len(self), (self.first.shape[1], self.second.shape[1])
+
+
+Features = Tensor | FeaturePair  # of one video
+
+
+def of_towers(first: Tensor, second: Tensor | None = None) -> Features:
+    """A video's features of one vision tower, or of two."""
+    return first if second is None else FeaturePair(first, second)
+
+
+def by_tower(features: Features) -> tuple[Tensor, ...]:
+    """A video's features of each vision tower."""
+    return (features.first, features.second) if isinstance(features, FeaturePair) else (features,)
 
 
 def _cumulative(lengths):
@@ -253,7 +291,8 @@ class PackedBatch:
         token_ids: [N] int64, text and placeholder ids.
         positions: [N] int32, rotary position of each row.
         layout: who attends to whom.
-        video_rows: [P] int64, rows that the projected features fill, video by video; each has any number of them.
+        video_rows: [P] int64, rows that the projected features fill, video by video; each has any number of them. Of
+            two towers those of `features`, then those of `features_2`.
         features: [P, C] fp16/bf16/fp32, the rows of all videos end to end.
         boundary_rows: [2V] int64, rows of <vid_start>, <vid_end>, video by video; empty without those tokens.
         loss_rows: [L] int64, rows whose output is supervised.
@@ -266,6 +305,7 @@ class PackedBatch:
         frozen_rows: the first so many packed rows depend on nothing that is trained, so they need no gradient.
         sample_rows: rows of the samples laid end to end without sharing, the constant prefix included.
         parts: the frozen rows, and all others; see `parted`. None: the model treats all rows alike.
+        features_2: [P_2, C_2], likewise, of the second vision tower; `features` are [P_1, C_1]. None: there is one.
     """
 
     token_ids: Tensor
@@ -282,10 +322,16 @@ class PackedBatch:
     frozen_rows: int = 0
     sample_rows: int = 0
     parts: tuple[BatchPart, BatchPart] | None = None
+    features_2: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
         return self.token_ids.numel()
+
+    @property
+    def second_rows(self) -> int:
+        """Of `video_rows` those of a second vision tower."""
+        return 0 if self.features_2 is None else len(self.features_2)
 
     @property
     def num_supervised(self) -> int:

@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from fastvid.batch import Features
 from fastvid.config import ChatConfig
 from fastvid.files import is_url, shown
 from fastvid.flags import parse
@@ -20,7 +19,7 @@ from fastvid.video.encoder import make_current, open_device
 from fastvid.video.listing import no_video
 
 
-def answer_all(chat: Chat, questions: Sequence[Question], known: Mapping[Path, Tensor], *, as_json: bool) -> bool:
+def answer_all(chat: Chat, questions: Sequence[Question], known: Mapping[Path, Features], *, as_json: bool) -> bool:
     """Print what is answered to each question on stdout, in order, with progress on stderr.
 
     A video's features are made once, whatever the number of its questions. What cannot be answered costs one line on
@@ -28,7 +27,7 @@ def answer_all(chat: Chat, questions: Sequence[Question], known: Mapping[Path, T
 
     Args:
         questions: list of Question. One with a `fault` has no file to look at.
-        known: {path: [R, C] features} of files that were looked at before.
+        known: {path: features} of files that were looked at before.
         as_json: print a JSON line for each (`Question.line`), with "error" where there is no answer; otherwise the
             answer below its question.
 
@@ -38,7 +37,7 @@ def answer_all(chat: Chat, questions: Sequence[Question], known: Mapping[Path, T
     from tqdm import tqdm
 
     left, complete = Counter(question.path for question in questions), True
-    looked_at: dict[Path | None, Tensor | Exception] = {**known}
+    looked_at: dict[Path | None, Features | Exception] = {**known}
 
     def features_of(question):
         """The features, or why there are none."""

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(EmbedConfig, argv)
     media = media_of(config.video, config.output, follow_links=config.follow_links)
     make_current(open_device(config.device))
-    names = ChatConfig.__dataclass_fields__.keys() & EmbedConfig.__dataclass_fields__.keys() - {"video"}
+    names = ChatConfig.__dataclass_fields__.keys() & EmbedConfig.__dataclass_fields__.keys()
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     source = VideoSource(ChatConfig(**settings))
     began, made, there, rows, failed, stopped = time.perf_counter(), 0, 0, 0, 0, 0

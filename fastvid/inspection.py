@@ -63,7 +63,10 @@ def _looked_at(config, tokenizer):
         features, named_videos(records), required=config.num_video_tokens, same=config.policy.one_video_length
     )
     if config.pretrain_mm_mlp_adapter is None:  # whose own channels would count
-        video_rows.channels = feature_channels(config.model_name_or_path) or video_rows.channels
+        told = [feature_channels(config.model_name_or_path, second=second) for second in (False, True)]
+        first, second = found if isinstance(found := video_rows.channels, tuple) else (found, None)
+        first, second = told[0] or first, told[1] or second
+        video_rows.channels = first if second is None else (first, second)
 
     @cache
     def look_at(name):
@@ -175,7 +178,9 @@ def page_of_record(
         )
     features = training_features(config, videos)
     views = [
-        view_record(name, features, _video_of(config, features, name), num_frames=config.num_frames) for name in videos
+        view_record(name, folder, _video_of(config, folder, name), num_frames=config.num_frames)
+        for name in videos
+        for folder in ((None,) if features is None else features.towers)
     ]
     return document(
         views,
@@ -199,7 +204,8 @@ def _video_of(config, features, name):
     if features is not None:
         with suppress(ValueError, OSError):  # told on the page, where they are read
             header = features.header(name)
-    return Sources(config.video_folder or config.video_dir_path, config.video_dir_path).path_of(name, header)
+    folder = config.video_dir_path if features is None else features.folder
+    return Sources(folder, config.video_dir_path).path_of(name, header)
 
 
 def page_of_video(config: InspectConfig) -> bytes:

@@ -25,6 +25,7 @@ class Policy:
         plain_tower: a CPU's tower computes in fp32, none in bf16 or FP8. Otherwise in bf16 on CPUs that multiply it.
         ffmpeg_colours: videos become RGB as by the reference's decoder, so DALI is refused.
         recipe_pooling: a video's rows are means of its frames and of its patches. Otherwise as ``--pooling`` says.
+        one_tower: features are of one vision tower. Otherwise also of two, side by side.
     """
 
     mask_by_retokenizing: bool
@@ -37,9 +38,10 @@ class Policy:
     plain_tower: bool
     ffmpeg_colours: bool
     recipe_pooling: bool
+    one_tower: bool
 
 
-POLICIES = {"none": Policy(*[False] * 10), "reference": Policy(*[True] * 10)}
+POLICIES = {"none": Policy(*[False] * 11), "reference": Policy(*[True] * 11)}
 
 
 # A layer's matrices as LoRA's targets, by the names of transformers' modules, in the order of data; and words for some.

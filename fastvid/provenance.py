@@ -16,7 +16,7 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -68,6 +68,8 @@ class Provenance:
             are all "auto" it is None, as of those that do not tell.
         lora: whether a LoRA adapter was trained together with these weights, which are nothing without it.
         pooling: what the rows of their videos are, as ``--pooling`` says it; of several all, with "; " between them.
+        second: the same of a second vision tower's features, but for what is the model's alone. `rows` are those of
+            both towers.
     """
 
     tower: str | None = None
@@ -82,6 +84,12 @@ class Provenance:
     tower_dtype: str | None = None
     lora: bool | None = None
     pooling: str | None = None
+    second: "Provenance | None" = None
+
+    @property
+    def towers(self) -> tuple["Provenance", ...]:
+        """What is known of each vision tower's features."""
+        return (self,) if self.second is None else (self, self.second)
 
     @classmethod
     def of_header(cls, header: dict[str, Any]) -> Self:
@@ -109,11 +117,17 @@ class Provenance:
         """From what JSON held; what is of another type than it must be is left out."""
         kinds = {"num_frames": int, "rows": int, "use_start_end": bool, "lora": bool}
         found = values if isinstance(values, dict) else {}
-        return cls(**{f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)})
+        told = {f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)}
+        second = found.get("second")
+        if isinstance(second, dict):  # which has no second one in turn
+            told["second"] = cls.of({name: value for name, value in second.items() if name != "second"})
+        return cls(**told)
 
     def to_json(self) -> dict[str, Any]:
         """{name: value} of what is known."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "second"}
+        told = {name: value for name, value in own.items() if value is not None}
+        return told if self.second is None else {**told, "second": self.second.to_json()}
 
 
 def of_features(
@@ -251,7 +265,8 @@ def of_state(state: dict[str, Any]) -> Provenance:
             "use_start_end": flags.get("mm_use_vid_start_end"),
         }
     )
-    return replace(told, **Provenance.of(state.get(KEY)).to_json())
+    trained = Provenance.of(state.get(KEY))
+    return replace(told, **{f.name: value for f in fields(trained) if (value := getattr(trained, f.name)) is not None})
 
 
 def add_to_bin(path: StrPath, provenance: Provenance) -> None:

@@ -106,7 +106,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
         mm_hidden_size=samples.channels or None,
     )
     planning.check_window(config, model_config.decoder)
-    samples.fit(model_config.mm_hidden_size)
+    samples.fit(model_config.channels)
     check_features(config.vision_tower, samples.provenance, config.video_folder)
     loader = training_loader(config, samples, world)
     config = planning.with_whole_steps(config, loader.order.total_steps)

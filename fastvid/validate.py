@@ -61,7 +61,7 @@ def _validated(config):
             read = _check_record(report, seen, record, (file, number), path, config)
             if read is not None and (counts_tokens or config.drop is not None):
                 read_all.append((file, number, read, None if config.drop is None else record))
-    if config.video_folder is not None:
+    if config.video_folder is not None or config.video_folder_2 is not None:
         from fastvid.validation.features import check_features
 
         rows = check_features(report, config)

@@ -184,7 +184,7 @@ def test_weights_that_tell_nothing_are_asked_as_the_reference_asks(made, tmp_pat
         "reference",
         100,
     )
-    assert chat.loaded_encoder().revision == revisions(made / "tower_a")[0]
+    assert chat.loaded_encoders()[0].revision == revisions(made / "tower_a")[0]
 
 
 def test_features_of_another_tower_than_the_given_one_are_refused(made, tmp_path):

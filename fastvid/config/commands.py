@@ -148,6 +148,11 @@ class ChatConfig(Checked):
         "--projector.",
     )
     video: str | None = flag(None, "A video, a feature file, or a folder of either.")
+    video_2: str | None = flag(
+        None,
+        "Of weights that were trained with two vision towers: the second one's feature file where --video is one, or "
+        "folder of them, under the same names.",
+    )
     question: list[str] = flag([], "Questions (repeat the flag, or several after one).")
     questions_file: str | None = flag(
         None,
@@ -158,6 +163,9 @@ class ChatConfig(Checked):
         None,
         "Vision tower (hub id or folder). Default: the one that made the features the weights were trained on, "
         "or the model's own setting.",
+    )
+    vision_tower_2: str | None = flag(
+        None, "Second vision tower, of weights that were trained with two. Default: as for --vision_tower."
     )
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
         None,
@@ -202,8 +210,10 @@ class EmbedConfig(Checked):
         }
     )
     output: str = field(metadata={"help": "Folder that receives one .safetensors file per video.", "writes": "folder"})
+    video_2: str | None = flag(None, "A second vision tower's feature file, or folder of them: as for chat.")
     projector: str | None = flag(None, "Trained projector: as for chat.")
     vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
@@ -231,6 +241,7 @@ class EvaluateConfig(Checked):
     )
     annotations: str | None = flag(None, "The benchmark's own file, or the folder of its files.")
     video: str | None = flag(None, "Folder of its videos, or of their feature files.")
+    video_2: str | None = flag(None, "Folder of a second vision tower's feature files: as for chat.")
     compare: str | None = flag(None, "Another --output whose scores are set against these.")
     parity: Literal["reference"] | None = flag(
         None, "reference: also write and score the judge's replies as upstream's scripts do."
@@ -243,6 +254,7 @@ class EvaluateConfig(Checked):
     projector: str | None = flag(None, "Trained projector: as for chat.")
     adapter: str | None = flag(None, "LoRA adapter: as for chat.")
     vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
         None, "System text and template of the prompt: as for chat."
     )
@@ -286,6 +298,7 @@ class ServeConfig(Checked):
     projector: str | None = flag(None, "Trained projector: as for chat.")
     adapter: str | None = flag(None, "LoRA adapter: as for chat.")
     vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
         None, "System text and template of the prompt: as for chat."
     )
@@ -353,6 +366,7 @@ class DemoConfig(Checked):
     projector: str | None = flag(None, "Trained projector: as for chat.")
     adapter: str | None = flag(None, "LoRA adapter: as for chat.")
     vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
+    vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
         None, "System text and template of the prompt: as for chat."
     )

@@ -27,6 +27,11 @@ class DataConfig(Checked):
         "Folder that the records' `video` fields are relative to: of feature files, or of videos, whose features "
         "training makes.",
     )
+    video_folder_2: str | None = flag(
+        None,
+        "Folder of a second vision tower's feature files, of the names in --video_folder. Its rows follow the first "
+        "tower's, through a projector of its own.",
+    )
     mm_use_vid_start_end: bool = flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
     num_video_tokens: int | None = flag(

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fastvid import provenance
+from fastvid.batch import Channels, Features
 from fastvid.config import TrainConfig
 from fastvid.data.annotations import examine
 from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
@@ -87,19 +87,24 @@ class SampleSet:
         return self.features
 
     @property
-    def channels(self) -> int:
-        """C of all features: those of the first, or the model's since `fit`; 0 where neither is known."""
+    def channels(self) -> Channels:
+        """Of all features: those of the first, or the model's since `fit`; 0 where neither is known."""
         return self.rows_of.channels
 
-    def fit(self, channels: int, required: int | None = None) -> None:
+    def fit(self, channels: Channels, required: int | None = None) -> None:
         """Take features of the model's `channels` only, and check the first video's, before any step is made.
 
         Args:
             required: rows that the training set requires of every video, which then hold for this set; None: as it is.
 
         Raises:
-            ValueError: that video has another shape.
+            ValueError: that video has another shape; the model takes features of two towers, and these are of one.
         """
+        if isinstance(channels, tuple) and isinstance(self.channels, int) and self.channels:
+            raise ValueError(
+                f"the projectors to start from are of two vision towers, of {channels[0]} and {channels[1]} channels: "
+                "give the second one's features with --video_folder_2"
+            )
         if self.features is not None:
             self.features.check_channels(channels)
         self.rows_of.channels, self.rows_of.required = channels, required or self.rows_of.required
@@ -115,12 +120,24 @@ class SampleSet:
 
     def _look_at_headers(self, log):
         """Note what some of the features were made with; say in `log` if several towers or decoders made them."""
-        names, looked_at = self.records.names, []
         self._unmade = False
+        folders = (None,) if self.features is None else self.features.towers
+        found, *second = [self._look_at_headers_in(folder, log) for folder in folders]
+        if second:
+            rows = None if found.rows is None or second[0].rows is None else found.rows + second[0].rows
+            found = replace(found, rows=rows, second=replace(second[0], rows=None))
+        prompt = self.provenance
+        self.provenance = replace(
+            found, conv_mode=prompt.conv_mode, question_order=prompt.question_order, use_start_end=prompt.use_start_end
+        )
+
+    def _look_at_headers_in(self, folder, log):
+        """The Provenance of the features in a folder of one vision tower; None: there is no folder."""
+        names, looked_at = self.records.names, []
         for name in names[:: max(1, len(names) // self.HEADERS)]:
             try:
-                looked_at.append((self._folder.shape(name)[0], self._folder.header(name)))
-                self._unmade |= not self._folder.is_made(name)
+                looked_at.append((folder.shape(name)[0], folder.header(name)))
+                self._unmade |= not folder.is_made(name)
             except (ValueError, OSError):  # reported where the record is used
                 continue
         found, towers = provenance.of_features(looked_at)
@@ -130,9 +147,9 @@ class SampleSet:
                 f"features of --pooling {', '.join(sorted(poolings))}, and --parity reference takes {RECIPE} alone; "
                 "extract them with that, or leave --parity reference out"
             )
-        if found.tower is None and not towers:
+        if found.tower is None and not towers and folder in (None, self.features):
             # Features without headers were made with the tower that the user names; without any video, what training
-            # starts from goes on to hold.
+            # starts from goes on to hold. Of two towers nothing names one.
             started = provenance.of_weights(self.config.pretrain_mm_mlp_adapter or self.config.model_name_or_path)
             found = replace(found, tower=self.config.vision_tower) if names else started
         if len(towers) > 1 and log:
@@ -155,10 +172,7 @@ class SampleSet:
             )
         if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
             log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
-        prompt = self.provenance
-        self.provenance = replace(
-            found, conv_mode=prompt.conv_mode, question_order=prompt.question_order, use_start_end=prompt.use_start_end
-        )
+        return found
 
     def check_some(self, limit: int = 64) -> None:
         """Look at some samples spread over the set.
@@ -215,8 +229,8 @@ class SampleSet:
         )
 
     def read(
-        self, index: int, loaded: dict[str, Tensor] | None = None, *, values: bool = True
-    ) -> tuple[EncodedSample, list[Tensor]]:
+        self, index: int, loaded: dict[str, Features] | None = None, *, values: bool = True
+    ) -> tuple[EncodedSample, list[Features]]:
         """Tokens and features of one sample.
 
         Args:
@@ -224,7 +238,7 @@ class SampleSet:
             values: False takes zeros for features that are not made yet.
 
         Returns:
-            (EncodedSample, list of [R, C] tensors)
+            (EncodedSample, list of `Features`)
 
         Raises:
             SampleSkipped: it cannot be trained on.
@@ -247,27 +261,24 @@ class SampleSet:
                     f"{self._folder.resolve(name)} was {list(self._folder.shape(name))} when this "
                     f"run first looked, is {list(features.shape)} now; start the run again"
                 )
-            made, expected = provenance.Provenance.of_header(header), self.provenance.tower_revision
-            known = (self.provenance.conversion or "").split("; ")
-            if made.conversion and known != [""] and made.conversion not in known:
-                sample = replace(
-                    sample,
-                    remarks=[
-                        *sample.remarks,
-                        f"its features are of the colour conversion "
-                        f"{shown(made.conversion)}, not {' or '.join(map(shown, known))}",
-                    ],
-                )
-            if expected and made.tower_revision not in (None, expected):
-                sample = replace(
-                    sample,
-                    remarks=[
-                        *sample.remarks,
-                        f"its features are of the tower {made.tower} "
-                        f"({made.tower_revision[:19]}…), not of {self.provenance.tower}",
-                    ],
-                )
+            remarks = [
+                remark
+                for of_tower, known in zip(header.get("towers", [header]), self.provenance.towers)
+                for remark in _unlike(provenance.Provenance.of_header(of_tower), known)
+            ]
+            sample = replace(sample, remarks=[*sample.remarks, *remarks]) if remarks else sample
             loaded[name] = features
         if any(self._folder.dtype(name) == torch.float64 for name in sample.videos):
             sample = replace(sample, remarks=[*sample.remarks, "its features are float64: rounded to float32"])
         return sample, [loaded[name] for name in sample.videos]
+
+
+def _unlike(made, trained):
+    """Remarks about features that were made otherwise than those that were looked at first."""
+    known = (trained.conversion or "").split("; ")
+    if made.conversion and known != [""] and made.conversion not in known:
+        yield (
+            f"its features are of the colour conversion {shown(made.conversion)}, not {' or '.join(map(shown, known))}"
+        )
+    if trained.tower_revision and made.tower_revision not in (None, trained.tower_revision):
+        yield f"its features are of the tower {made.tower} ({made.tower_revision[:19]}…), not of {trained.tower}"

@@ -11,9 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from torch import Tensor
-
-from fastvid.batch import PackedBatch
+from fastvid.batch import Features, PackedBatch
 from fastvid.config import TrainConfig
 from fastvid.data.conversation import EncodedSample, system_prefix
 from fastvid.data.dataset import SampleSet, SampleSkipped
@@ -98,8 +96,8 @@ class Loader(Generic[Order]):
         batches: list[PackedBatch] = []
         odd: list[Skipped | Remarked] = []
         for indices in self.order.micro_batches(step):
-            usable: list[tuple[EncodedSample, list[Tensor]]] = []
-            loaded: dict[str, Tensor] = {}
+            usable: list[tuple[EncodedSample, list[Features]]] = []
+            loaded: dict[str, Features] = {}
             for index in indices:
                 try:
                     usable.append(samples.read(index, loaded, values=values))

@@ -19,16 +19,15 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 
-from fastvid.batch import AttentionLayout, Branches, PackedBatch, VideoTokens
+from fastvid.batch import AttentionLayout, Branches, Channels, Features, PackedBatch, VideoTokens, by_tower
 from fastvid.data.conversation import EncodedSample
 
 
 def pack(
-    samples: Sequence[tuple[EncodedSample, list[Tensor]]],
+    samples: Sequence[tuple[EncodedSample, Sequence[Features]]],
     tokens: VideoTokens,
-    channels: int,
+    channels: Channels,
     *,
     prefix: Sequence[int] = (),
     frozen: bool = False,
@@ -37,10 +36,10 @@ def pack(
     """Lay samples end to end.
 
     Args:
-        samples: (EncodedSample, list of [R, C] tensors) pairs; R may differ from video to video. Without any, the batch
+        samples: (EncodedSample, list of `Features`) pairs; R may differ from video to video. Without any, the batch
             is one unsupervised row, so that a rank with nothing to train on still takes part in every collective.
         tokens: `VideoTokens`.
-        channels: C of all features.
+        channels: of all features.
         prefix: ids of the system prompt (`fastvid.data.conversation.system_prefix`). A sample that does not begin with
             them is packed whole.
         frozen: the backbone is: the model keeps the keys and values of `prefix`, whose rows stay out of the batch, and
@@ -65,18 +64,20 @@ def pack(
 
     ids = np.concatenate([piece.ids for piece in pieces])
     patches = np.flatnonzero(ids == tokens.patch)
-    features = [video for piece in pieces for video in piece.videos]
-    sizes = np.array([len(video) for video in features] if tokens.start is not None else [], dtype=np.int64)
+    videos = [video for piece in pieces for video in piece.videos]
+    sizes = np.array([len(video) for video in videos] if tokens.start is not None else [], dtype=np.int64)
     ends = sizes.cumsum()
     boundaries = np.stack([patches[ends - sizes] - 1, patches[ends - 1] + 1], axis=1)
+    video_rows, *features = _features(videos, patches, channels)
     loss_rows, targets = _supervised(chains, leaves)
     layout, prefix_rows = _layout(pieces, len(prefix))
     return PackedBatch(
         token_ids=torch.from_numpy(ids),
         positions=torch.from_numpy(ranges([p.first for p in pieces], [len(p.ids) for p in pieces]).astype(np.int32)),
         layout=layout,
-        video_rows=torch.from_numpy(patches),
-        features=torch.cat(features) if features else torch.empty(0, channels, dtype=torch.float16),
+        video_rows=torch.from_numpy(video_rows),
+        features=features[0],
+        features_2=features[1] if len(features) > 1 else None,
         boundary_rows=torch.from_numpy(boundaries.flatten()),
         loss_rows=loss_rows,
         targets=targets,
@@ -87,6 +88,17 @@ def pack(
     ).parted()
 
 
+def _features(videos, patches, channels):
+    """(rows that features fill, the features of each vision tower end to end): see `PackedBatch`."""
+    towers = [channels] if isinstance(channels, int) else channels
+    blocks = [by_tower(video) for video in videos]
+    if len(towers) > 1:
+        second = np.repeat(np.arange(2 * len(blocks)) % 2 > 0, [len(each) for both in blocks for each in both])
+        patches = np.concatenate([patches[~second], patches[second]])
+    found = zip(*blocks) if blocks else [(torch.empty(0, each, dtype=torch.float16),) for each in towers]
+    return patches, *map(torch.cat, found)
+
+
 @dataclass(eq=False)
 class _Piece:
     """Rows that are computed together.
@@ -95,7 +107,7 @@ class _Piece:
         ids: [n] int64.
         first: position of the first row.
         parent: the piece that they follow, if that is in the batch.
-        videos: [R, C] features of the videos in it.
+        videos: features of the videos in it.
         frozen: it depends on nothing that is trained.
         row: packed row of the first one.
         branch: attention reaches its ancestors in a part of its own (`fastvid.batch.Branches`).
@@ -104,7 +116,7 @@ class _Piece:
     ids: np.ndarray
     first: int
     parent: "_Piece | None"
-    videos: list[Tensor]
+    videos: Sequence[Features]
     frozen: bool
     row: int = 0
     branch: bool = False

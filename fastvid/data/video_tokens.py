@@ -14,6 +14,7 @@ from fastvid.features.towers import CLIP, kind_of, picture_sizes
 from fastvid.files import StrPath, model_folder, read_json_object
 
 if TYPE_CHECKING:
+    from fastvid.batch import Channels
     from fastvid.features.folder import FeatureFolder
 
 TEMPORAL = 100  # rows for frames, whatever the number of a video's frames: the reference's
@@ -37,14 +38,15 @@ class VideoRows:
     Attributes:
         first: (name, rows) of that first video; None without one.
         fault: why none of the videos can be read; None if one can, or none is named.
-        channels: that all features must have: those of the first, until the model's are known.
+        channels: `Channels` that all features must have: those of the first, until the model's are known.
         required: rows that every video must have; None: any number.
     """
 
     def __init__(
         self, features: FeatureFolder | None, names: Iterable[str], *, required: int | None = None, same: bool = False
     ):
-        self.features, self.channels, self.required = features, 0, required
+        self.features, self.required = features, required
+        self.channels: Channels = 0
         self.first: tuple[str, int] | None = None
         self.fault: Exception | None = None
         if features is None:
@@ -73,9 +75,13 @@ class VideoRows:
         if channels == self.channels:
             remedy += ", or let videos differ in rows (neither --num_video_tokens nor --parity reference)"
         raise ValueError(
-            f"{self.features.resolve(name)}: features are [{rows}, {channels}], expected "
-            f"[{self.required or 'any number'}, {self.channels}]; {remedy}"
+            f"{self.features.resolve(name)}: features are [{rows}, {_told(channels)}], expected "
+            f"[{self.required or 'any number'}, {_told(self.channels)}]; {remedy}"
         )
+
+
+def _told(channels):
+    return channels if isinstance(channels, int) else " and ".join(map(str, channels))
 
 
 def video_token_count(
@@ -138,9 +144,15 @@ def tower_geometry(model_folder: StrPath, vision_tower: str | None = None) -> tu
         ) from None
 
 
-def feature_channels(model_folder: StrPath) -> int | None:
-    """Channels of the features that a model folder's config.json asks for; None where it does not say."""
+def feature_channels(model_folder: StrPath, *, second: bool = False) -> int | None:
+    """Channels of the features that a model folder's config.json asks for; None where it does not say.
+
+    Args:
+        second: of a second vision tower's.
+    """
     config = read_settings(model_folder)
+    if second:
+        return config.get("mm_hidden_size_2")
     if "mm_hidden_size" not in config and isinstance(config.get("vision_config"), dict):  # llava-hf
         return config["vision_config"].get("hidden_size", 1024)
     return config.get("mm_hidden_size")

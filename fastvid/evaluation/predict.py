@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastvid.batch import by_tower
 from fastvid.config import EvaluateConfig
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.evaluation.tasks import LETTERS, Sample, read_samples, upstream_files
@@ -175,7 +176,8 @@ def _answer(chat, config, videos, todo, lines):
         for path, group in by_path.items():
             try:
                 features_RC = chat.features(str(path))
-                digest = hashlib.sha256(features_RC.cpu().contiguous().view(-1).numpy().tobytes()).hexdigest()[:16]
+                content = b"".join(each.cpu().contiguous().view(-1).numpy().tobytes() for each in by_tower(features_RC))
+                digest = hashlib.sha256(content).hexdigest()[:16]
             except (ValueError, OSError) as error:
                 for sample in group:
                     fail(sample, error)

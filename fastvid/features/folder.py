@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastvid.batch import Channels, Features
 from fastvid.features.file import describe_features, feature_header, load_features
 from fastvid.features.listing import Listing, scan, what_is
 from fastvid.features.manifest import read_files
@@ -35,15 +35,19 @@ class FeatureFolder:
 
     Args:
         folder: may itself be a symbolic link; links in it must lead to places in it.
+        flag: that named it, for messages.
+
+    Attributes:
+        towers: a folder for each vision tower.
 
     Raises:
         ValueError: `folder` is no folder.
     """
 
-    def __init__(self, folder: StrPath):
-        self.folder = Path(folder)
+    def __init__(self, folder: StrPath, flag: str = "--video_folder"):
+        self.folder, self.towers = Path(folder), (self,)
         if not self.folder.is_dir():
-            raise ValueError(f"--video_folder {folder} is no folder; give the one that feature extraction wrote to")
+            raise ValueError(f"{flag} {folder} is no folder; give the one that feature extraction wrote to")
         self._root = os.path.realpath(folder)
         self._listings = {"": scan(self._root)}
         self._probed = {}
@@ -54,7 +58,7 @@ class FeatureFolder:
         """Whether neither a feature file nor a sub-folder lies in the folder."""
         return not (self._listings[""].files or self._listings[""].folders)
 
-    def load(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+    def load(self, name: str) -> tuple[Features, dict[str, Any]]:
         """`load_features` of the file that `name` means.
 
         Raises:
@@ -67,7 +71,7 @@ class FeatureFolder:
             raise ValueError(fault)
         return features_RC, header
 
-    def shape(self, name: str) -> tuple[int, int]:
+    def shape(self, name: str) -> tuple[int, Channels]:
         """(R, C) of the file that `name` means. Its header is read once; later changes of the file are not seen.
 
         Raises:
@@ -133,12 +137,17 @@ class FeatureFolder:
     # What there is to ask of a folder where features are still to be made (`fastvid.online.folder.OnlineFeatures`).
 
     unmade: Sequence[Any] = ()
+    cache: StrPath | None = None
 
     def settle(self) -> None:
         """Called once the names of all records were resolved."""
 
-    def check_channels(self, channels: int) -> None:
+    def check_channels(self, channels: Channels) -> None:
         """Called with the model's."""
+
+    def video_of(self, name: str) -> Any:
+        """The video that features are made of."""
+        return None
 
     def is_made(self, name: str) -> bool:
         return True
@@ -146,7 +155,7 @@ class FeatureFolder:
     def await_made(self, name: str) -> None:
         """Called before features are loaded to train on."""
 
-    def stand_in(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+    def stand_in(self, name: str) -> tuple[Features, dict[str, Any]]:
         """Called instead of `load` where the shape alone matters."""
         return self.load(name)
 

@@ -68,9 +68,12 @@ _PLACES = {  # flags of which an empty text would mean the folder that a command
     "projector",
     "questions_file",
     "video",
+    "video_2",
     "video_dir_path",
     "video_folder",
+    "video_folder_2",
     "vision_tower",
+    "vision_tower_2",
 }
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
 _LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash

@@ -16,9 +16,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvid.batch import AttentionLayout, VideoTokens
+from fastvid.batch import AttentionLayout, Features, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import Chain, pack, ranges
 from fastvid.inference.generate import is_greedy, next_token, rows_left
@@ -44,7 +43,7 @@ class Request:
 
     key: Any
     token_ids: list[int]
-    features_RC: Tensor | None = None
+    features_RC: Features | None = None
     video: Hashable = None
     max_new_tokens: int = 1024
     temperature: float = 0.0
@@ -52,7 +51,7 @@ class Request:
     top_p: float = 1.0
 
     @property
-    def videos(self) -> list[Tensor]:
+    def videos(self) -> list[Features]:
         """The features, as `pack` takes them."""
         return [] if self.features_RC is None else [self.features_RC]
 
@@ -305,7 +304,7 @@ class Batcher:
         """The last rows of whole prompts, [B, D]; what they have in common is computed once."""
         model = self._model
         samples = [(self._sample(each.waiting.request), each.waiting.request.videos) for each in group]
-        batch = pack(samples, self._tokens, model.config.mm_hidden_size, share=True).to(self._device)
+        batch = pack(samples, self._tokens, model.config.channels, share=True).to(self._device)
         cache = [LayerCache(batch.num_rows) for _ in model.decoder.layers]
         h_BD = model.decoder(
             model.splice(batch),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastvid.batch import Features
 from fastvid.config import ChatConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
@@ -79,11 +80,11 @@ class Chat(VideoSource):
         """
         return self.ask_features(self.features(video), question, history)
 
-    def ask_features(self, features_RC: torch.Tensor, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
-        """`ask` about the [R, C] features of a video."""
+    def ask_features(self, features_RC: Features, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """`ask` about the features of a video."""
         ids = self.prompt(features_RC, question, history)
         batch = pack(
-            [(EncodedSample("question", ids), [features_RC])], self.tokenizer.tokens, self.model_config.mm_hidden_size
+            [(EncodedSample("question", ids), [features_RC])], self.tokenizer.tokens, self.model_config.channels
         )
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         answer = generate(
@@ -100,7 +101,7 @@ class Chat(VideoSource):
         self,
         key: Any,
         video: str,
-        features_RC: torch.Tensor,
+        features_RC: Features,
         question: str,
         history: Sequence[tuple[str, str]] = (),
         **sampling: Any,

@@ -132,7 +132,7 @@ class Embedder:
                 f"{shown(medium.output)} was made with another {' and '.join(differing)}; --overwrite True replaces "
                 "such files, or choose another --output folder"
             )
-        return header.get("source_state") == _state(medium.path)
+        return header.get("source_state") == self._states(medium)
 
     def make(self, medium: Medium) -> Tensor:
         """Write a medium's file; its [R, D] rows.
@@ -143,16 +143,20 @@ class Embedder:
         """
         from safetensors.torch import save
 
-        state, source = _state(medium.path), self._source
+        state, source = self._states(medium), self._source
         features_RC = source.features(medium.path)
         rows_RD = source.project(features_RC)
         if not rows_RD.isfinite().all():
             raise ValueError(f"{shown(medium.path)}: its rows are not finite in {self.settings['dtype']}")
+        towers = ("", "_2")  # of two vision towers
         if medium.path.suffix in SUFFIXES:
-            told = {"features": feature_header(medium.path)}
+            files = source.feature_files(medium.path)
+            told = {f"features{which}": feature_header(file) for which, file in zip(towers, files)}
         else:
-            encoder = source.loaded_encoder()
-            told = {"tower_revision": encoder.revision, "tower_dtype": str(encoder.dtype).removeprefix("torch.")}
+            told = {}
+            for which, encoder in zip(towers, source.loaded_encoders()):
+                told[f"tower_revision{which}"] = encoder.revision
+                told[f"tower_dtype{which}"] = str(encoder.dtype).removeprefix("torch.")
         header = {
             "source": medium.name,
             "source_state": state,
@@ -167,6 +171,12 @@ class Embedder:
         with atomic_file(medium.output) as file:
             file.write(save({TENSOR: rows_RD.contiguous()}, metadata={"header": json.dumps(header)}))
         return rows_RD
+
+    def _states(self, medium):
+        """`_state` of a medium's file; of the second vision tower's features, that of theirs as well."""
+        if medium.path.suffix not in SUFFIXES:
+            return _state(medium.path)
+        return [number for file in self._source.feature_files(medium.path) for number in _state(file)]
 
 
 def _state(path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastvid.batch import Features
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.inference.chat import Chat
@@ -18,7 +19,7 @@ _MOST_SCORES = 1 << 26  # logits that lie in memory together
 def answer_likelihoods(
     chat: Chat,
     video: str,
-    features_RC: torch.Tensor,
+    features_RC: Features,
     choices: Sequence[tuple[str, Sequence[str]]],
     *,
     most_rows: int = 8192,
@@ -70,7 +71,7 @@ def _of(chat, features_RC, group):
     batch = pack(
         [(sample, [features_RC]) for sample in samples],
         chat.tokenizer.tokens,
-        chat.model_config.mm_hidden_size,
+        chat.model_config.channels,
         share=True,
     ).to(chat.device)
     h_LD = model.decoder(

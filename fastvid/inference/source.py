@@ -3,14 +3,17 @@
 Dimensions: R rows of a video, C channels of the vision tower, D of the language model.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from fastvid.batch import Features, by_tower, of_towers
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import projector_path
 from fastvid.config import ChatConfig
@@ -18,21 +21,23 @@ from fastvid.data.conversation import CHAT_TEMPLATE, check_conv_mode, inference_
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.file import load_features
+from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, is_url, model_folder, shown
+from fastvid.inference.towers import towers_of
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import make_projector
 from fastvid.pooling import RECIPE
-from fastvid.provenance import Provenance, agreed, agreed_pooling, of_weights, same_tower
+from fastvid.provenance import Provenance, agreed, agreed_pooling, of_weights
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
 from fastvid.video.listing import no_video
-from fastvid.video.towers.choice import check_tower, choose_tower, revisions
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector
 from fastvid.weights.starting import StartingWeights
 
+Frames = np.ndarray | torch.Tensor  # [T, H, W, 3] uint8 RGB
 MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
 
 
@@ -47,6 +52,7 @@ class VideoSource:
         device, tokenizer, model_config.
         weights: path of what was trained: the projector, or the model's folder.
         trained: `Provenance` of the weights.
+        towers: the vision tower whose features the projector takes, or the two of them.
 
     Raises:
         ValueError: a folder, file or tensor that cannot be used, with the remedy.
@@ -73,10 +79,13 @@ class VideoSource:
         starting = self._starting()
         if starting.makes_projector:
             raise ValueError(f"{config.model_name_or_path} holds no projector: give the trained one with --projector")
-        if config.vision_tower is not None and Path(config.vision_tower).is_dir():
-            check_tower(config.vision_tower, self.trained, self.weights)
+        if starting.makes_second:
+            raise ValueError(
+                f"{self.weights} holds no projector of the second vision tower: give the trained ones with --projector"
+            )
+        self.towers = towers_of(config, self.model_config, self.trained, self.weights)
         self.precision = Precision(torch.bfloat16 if config.bf16 else torch.float32)
-        self._encoder: FeatureEncoder | None = None
+        self._second: FeatureFolder | None = None
         self._worker = DecodeWorker()
 
     def _starting(self):
@@ -124,14 +133,14 @@ class VideoSource:
         return projector.to(self.device)
 
     @torch.no_grad()
-    def project(self, features_RC: torch.Tensor) -> torch.Tensor:
+    def project(self, features_RC: Features) -> torch.Tensor:
         """[R, D] rows that the language model reads in the place of features, on the CPU, in the compute dtype.
 
         Raises:
             ValueError: features of other channels than the projector takes.
         """
         self.check_channels(features_RC)
-        return self.projector(features_RC.to(self.device, self.precision.compute)).cpu()
+        return self.projector(*(x.to(self.device, self.precision.compute) for x in by_tower(features_RC))).cpu()
 
     def embeddings(self, video: StrPath) -> torch.Tensor:
         """`project` of `features`."""
@@ -139,12 +148,12 @@ class VideoSource:
 
     def prompt(
         self,
-        features_RC: torch.Tensor,
+        features_RC: Features,
         question: str,
         history: Sequence[tuple[str, str]] = (),
         answer: str | None = None,
     ) -> list[int]:
-        """Token ids of a question about the [R, C] features of a video, and of its answer if one is given.
+        """Token ids of a question about the features of a video, and of its answer if one is given.
 
         Raises:
             ValueError: features that do not fit the model, or a text that cannot be asked.
@@ -163,17 +172,20 @@ class VideoSource:
             answer=answer,
         )
 
-    def check_channels(self, features_RC: torch.Tensor) -> None:
-        """Refuse what is no [R, C] features that the projector takes (ValueError)."""
-        channels = self.model_config.mm_hidden_size
-        if features_RC.dim() != 2 or features_RC.shape[1] != channels:
+    def check_channels(self, features_RC: Features) -> None:
+        """Refuse what is no features that the projector takes (ValueError)."""
+        found, channels = [list(each.shape) for each in by_tower(features_RC)], self.model_config.channels
+        taken = [channels] if isinstance(channels, int) else channels
+        if len(found) != len(taken) or any(len(x) != 2 or x[1] != each for x, each in zip(found, taken)):
             raise ValueError(
-                f"features are {list(features_RC.shape)}, the projector takes [rows, {channels}]: they "
-                "were made with another vision tower"
+                f"features are {' and '.join(map(str, found))}, the projector takes "
+                f"{' and '.join(f'[rows, {each}]' for each in taken)}: they were made with another vision tower"
             )
 
-    def features(self, video: StrPath) -> torch.Tensor:
-        """[R, C] features of a video, those of an image without temporal rows, or those that lie in a feature file.
+    def features(self, video: StrPath) -> Features:
+        """Features of a video, those of an image without temporal rows, or those that lie in a feature file.
+
+        Of two towers a feature file's others lie in that of ``--video_2``.
 
         Raises:
             ValueError: no video, or features of another tower or size than the weights were trained on.
@@ -182,37 +194,62 @@ class VideoSource:
         if is_url(video):
             raise ValueError(f"{shown(video)} is a URL: download the video and give its path")
         if Path(video).suffix in SUFFIXES:
-            features_RC, header = load_features(video)
-            self._check_made_alike(video, header)
-            self._check_rows(video, len(features_RC), extracted=True)
-        else:
-            encoder = self.loaded_encoder(str(video))
+            found = []
+            for tower, file in zip(self.towers, self.feature_files(video)):
+                features_RC, header = load_features(file)
+                tower.check_made_alike(file, header)
+                found.append(features_RC)
+            self._check_rows(video, sum(map(len, found)), extracted=True)
+            return of_towers(*found)
+        frames, still = {}, False
+        for look in looks(self.loaded_encoders(str(video))):
+            num_frames, size = look
             try:
-                frames, info = self._worker.decode(str(video), num_frames=self.num_frames, size=encoder.image_size)
+                frames[look], info = self._worker.decode(str(video), num_frames=num_frames, size=size)
             except DecodeError as error:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
-            features_RC = encoder.encode(frames, still=info.still)
-        return features_RC
+            still = info.still
+        return self.encode(frames, still=still)
+
+    def encode(self, frames: Mapping[tuple[int, int], Frames], *, still: bool = False) -> Features:
+        """Features of one video, or of an image.
+
+        Args:
+            frames: for each of `looks` of `loaded_encoders` what `FeatureEncoder.encode` takes.
+            still: they are an image.
+        """
+        encoders = self.loaded_encoders()
+        return of_towers(*(encoder.encode(frames[look_of(encoder)], still=still) for encoder in encoders))
+
+    def feature_files(self, video: StrPath) -> list[StrPath]:
+        """The feature file of each tower, by that of the first.
+
+        Raises:
+            ValueError: there is none of the second tower's.
+        """
+        if len(self.towers) < 2:
+            return [video]
+        first, second = self.config.video, self.config.video_2
+        if second is None:
+            raise ValueError(
+                f"{video} holds one vision tower's features, and {self.weights} was trained with two: give the other "
+                "one's file, or the folder of them, with --video_2"
+            )
+        in_folder = first is not None and Path(first).is_dir()
+        if Path(second).is_file() and not in_folder:
+            return [video, second]
+        self._second = self._second or FeatureFolder(second, flag="--video_2")
+        return [video, self._second.resolve(os.path.relpath(video, first) if in_folder else Path(video).name)]
 
     @property
     def num_frames(self) -> int:
-        """Most frames of a video, as settled with the weights."""
-        assert self.config.num_frames is not None
-        return self.config.num_frames
+        """Most frames of a video, as settled with the weights; of two towers, for the first."""
+        return self.towers[0].num_frames
 
     @property
     def pooling(self) -> str:
-        """What the rows of a video are whose features are made here, as ``--pooling`` says it.
-
-        Raises:
-            ValueError: the weights were trained with several poolings, and the user names none.
-        """
-        if self.config.pooling is None:
-            raise ValueError(
-                f"{self.weights} was trained with features of several poolings ({self.trained.pooling}); name the one "
-                "that videos get with --pooling"
-            )
-        return self.config.pooling
+        """What the rows of a video are whose features are made here (`Tower.pooling`); of two towers, the first's."""
+        return self.towers[0].pooling
 
     def _check_rows(self, what, rows, *, extracted=False):
         """Refuse features of another number of rows than all that the weights were trained on.
@@ -221,12 +258,12 @@ class VideoSource:
         """
         trained = self.trained.rows
         if trained is not None and rows != trained:
-            frames = trained - rows + self.num_frames
+            frames, two = trained - rows + self.num_frames, len(self.towers) > 1
             remedy = (
                 "extract it with "
                 if extracted
                 else f"--num_frames {frames}, or "
-                if self.trained.num_frames is None and self.config.pooling == RECIPE and frames > 0
+                if self.trained.num_frames is None and self.config.pooling == RECIPE and frames > 0 and not two
                 else "give "
             )
             raise ValueError(
@@ -234,47 +271,12 @@ class VideoSource:
                 f"{remedy}the tower, the frames and the pooling of training"
             )
 
-    def _check_made_alike(self, file, header):
-        """Refuse a feature file whose header contradicts the weights."""
-        made, trained = Provenance.of_header(header), self.trained
-        if made.tower_revision and same_tower(trained.tower_revision, (made.tower_revision,)) is False:
-            raise ValueError(
-                f"{file} was made by another tower ({made.tower}) than the features that {self.weights} "
-                f"was trained on ({trained.tower}); extract it with that one"
-            )
-        if (
-            trained.tower_revision is None
-            and made.tower_revision
-            and self._given_revisions
-            and (same_tower(made.tower_revision, self._given_revisions) is False)
-        ):
-            raise ValueError(
-                f"{file} was made by another tower ({made.tower}) than --vision_tower "
-                f"{self.config.vision_tower}; extract it with that one, or leave --vision_tower out"
-            )
-        if None not in (made.num_frames, trained.num_frames) and made.num_frames != trained.num_frames:
-            raise ValueError(
-                f"{file} was made with --num_frames {made.num_frames}, {self.weights} was trained with "
-                f"{trained.num_frames}; extract it with that"
-            )
-        if made.pooling and trained.pooling and made.pooling not in trained.pooling.split("; "):
-            raise ValueError(
-                f"{file} was made with --pooling {made.pooling}, {self.weights} was trained with {trained.pooling}; "
-                "extract it with that pooling"
-            )
-
-    @cached_property
-    def _given_revisions(self):
-        """What identifies the folder that --vision_tower names; nothing where it names none."""
-        tower = self.config.vision_tower
-        return revisions(tower) if tower and Path(tower).is_dir() else ()
-
     def close(self) -> None:
         """End the process that decodes."""
         self._worker.close()
 
-    def loaded_encoder(self, video: str = "a video") -> FeatureEncoder:
-        """The tower, which is loaded when it is first needed.
+    def loaded_encoders(self, video: str = "a video") -> tuple[FeatureEncoder, ...]:
+        """The towers, which are loaded when they are first needed.
 
         Args:
             video: what is to be encoded, for messages.
@@ -282,22 +284,23 @@ class VideoSource:
         Raises:
             ValueError: there is none, or not the one of training; features of `num_frames` are not those of training.
         """
-        if self._encoder is None:
-            tower = choose_tower(self.config.vision_tower, self.trained, self.weights, self.model_config.vision_tower)
-            if tower is None:
-                raise ValueError(f"{self.config.model_name_or_path} names no vision tower: give --vision_tower")
-            encoder = FeatureEncoder(tower, device=self.device, num_temporal=self.num_frames, pooling=self.pooling)
-            if encoder.hidden_size != self.model_config.mm_hidden_size:
-                raise ValueError(
-                    f"--vision_tower {tower} has {encoder.hidden_size} channels, the projector takes "
-                    f"{self.model_config.mm_hidden_size}: give the tower that made the features"
-                )
-            check_tower(tower, self.trained, self.weights)
-            self._encoder = encoder
+        encoders = tuple(tower.encoder(self.device, self.config.model_name_or_path) for tower in self.towers)
+        told = (f"--num_frames {tower.num_frames} --pooling {tower.pooling}" for tower in self.towers)
+        which = "this tower" if len(encoders) == 1 else "these towers"
         self._check_rows(
-            f"{video} with --num_frames {self.num_frames} --pooling {self.pooling} and this tower", self._encoder.rows
+            f"{video} with {' and '.join(dict.fromkeys(told))} and {which}", sum(encoder.rows for encoder in encoders)
         )
-        return self._encoder
+        return encoders
+
+
+def look_of(encoder: FeatureEncoder) -> tuple[int, int]:
+    """(most frames, pixels of their side) that a tower sees of a video."""
+    return encoder.num_temporal, encoder.image_size
+
+
+def looks(encoders: Iterable[FeatureEncoder]) -> list[tuple[int, int]]:
+    """`look_of` of some towers, each once: a video is decoded for each."""
+    return list(dict.fromkeys(map(look_of, encoders)))
 
 
 def _trained_on(given, weights):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastvid.batch import Channels
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -126,12 +128,13 @@ class ModelConfig:
     """What a model folder says of its model.
 
     Attributes:
-        mm_hidden_size: channels of the vision tower.
+        mm_hidden_size: channels of the vision tower; of two, of the first.
         projector_type: "linear" (Video-ChatGPT) or "mlp2x_gelu" (LLaVA-1.5).
         vision_tower: folder or hub id, if the folder names one.
         initializer_range: standard deviation of new rows.
         model_type: transformers' word for the language model's family.
         family_settings: what its config.json says besides sizes, for exports to say again.
+        mm_hidden_size_2: channels of the second vision tower, whose projector is of the same type; None: there is one.
     """
 
     decoder: DecoderConfig
@@ -141,3 +144,9 @@ class ModelConfig:
     initializer_range: float
     model_type: str = "llama"
     family_settings: Mapping = field(default_factory=dict, compare=False)
+    mm_hidden_size_2: int | None = None
+
+    @property
+    def channels(self) -> Channels:
+        """Of the features that the model takes."""
+        return self.mm_hidden_size if self.mm_hidden_size_2 is None else (self.mm_hidden_size, self.mm_hidden_size_2)

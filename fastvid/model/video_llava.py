@@ -138,7 +138,7 @@ class VideoLlava(nn.Module):
             token_ids: the text, from the sample's first token on.
         """
         assert self.trainable.text_is_constant, "the prefix changes with what is trained"
-        device, rows = self.embed.weight.device, len(token_ids)
+        device, rows, second = self.embed.weight.device, len(token_ids), self.config.mm_hidden_size_2
         none = torch.empty(0, dtype=torch.int64, device=device)
         batch = PackedBatch(
             token_ids=torch.tensor(token_ids, device=device),
@@ -146,6 +146,7 @@ class VideoLlava(nn.Module):
             layout=AttentionLayout.of_lengths([rows]).map(lambda tensor: tensor.to(device)),
             video_rows=none,
             features=torch.empty(0, self.config.mm_hidden_size, device=device),
+            features_2=None if second is None else torch.empty(0, second, device=device),
             boundary_rows=none,
             loss_rows=none,
             targets=none,
@@ -177,7 +178,8 @@ class VideoLlava(nn.Module):
     def splice(self, batch: PackedBatch, first: int = 0) -> Tensor:
         """Rows that enter the decoder, from `first` (after which all videos lie), [N - first, D] in the residual
         dtype."""
-        video_PD = self.projector(batch.features.to(self.precision.compute))
+        features = [each.to(self.precision.compute) for each in (batch.features, batch.features_2) if each is not None]
+        video_PD = self.projector(*features)
         boundary_2D = self.boundary.weight if self.trainable.boundary else None
         rows = (batch.video_rows, batch.boundary_rows)
         video_rows, boundary_rows = rows if not first else (x - first for x in rows)
@@ -204,13 +206,41 @@ class VideoLlava(nn.Module):
         return (self.embed if self.config.decoder.tie_word_embeddings else self.head).weight
 
 
-def make_projector(config: ModelConfig, *, dtype: torch.dtype, trained: bool) -> nn.Sequential:
+class TwoProjectors(nn.Module):
+    """The projectors of two vision towers side by side. One module, which every batch calls once: a unit of FSDP2's.
+
+    Its parameters are `0.weight` and so on of the first, `second.0.weight` and so on of the other.
+    """
+
+    def __init__(self, first: nn.Sequential, second: nn.Sequential):
+        super().__init__()
+        self._of_first = [name for name, _ in first.named_children()]
+        for name, module in first.named_children():
+            self.add_module(name, module)
+        self.second = second
+
+    def forward(self, first_PC: Tensor, second_PC: Tensor) -> Tensor:
+        """[P_1 + P_2, D] of [P_1, C_1] and [P_2, C_2]."""
+        for name in self._of_first:
+            first_PC = self.get_submodule(name)(first_PC)
+        return torch.cat([first_PC, self.second(second_PC)])
+
+
+def make_projector(config: ModelConfig, *, dtype: torch.dtype, trained: bool) -> nn.Module:
     """From the tower's channels to the decoder's; parameters `0.weight`, `0.bias` (and `2.…`), which hold nothing yet.
+
+    It is called with the features of each tower, of which there are one or two (`TwoProjectors`).
 
     Raises:
         ValueError: an unknown projector.
     """
-    inputs, outputs = config.mm_hidden_size, config.decoder.hidden_size
+    first = _projector(config, config.mm_hidden_size, dtype, trained)
+    second = config.mm_hidden_size_2
+    return first if second is None else TwoProjectors(first, _projector(config, second, dtype, trained))
+
+
+def _projector(config, inputs, dtype, trained):
+    outputs = config.decoder.hidden_size
     first = Linear(inputs, outputs, bias=True, dtype=dtype, trained=trained)
     if config.projector_type == "linear":
         return nn.Sequential(first)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastvid.batch import Channels, Features
 from fastvid.config import DataConfig, ExtractConfig
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.folder import FeatureFolder, MissingFeatures
 from fastvid.features.listing import Listing
 from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.features.names import medium, namesake
+from fastvid.features.pair import FolderPair
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
@@ -191,7 +192,7 @@ class OnlineFeatures(FeatureFolder):
         }
         return EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
 
-    def check_channels(self, channels: int) -> None:
+    def check_channels(self, channels: Channels) -> None:
         """Refuse a tower whose features the model cannot take.
 
         Raises:
@@ -239,7 +240,7 @@ class OnlineFeatures(FeatureFolder):
     def _waits(self, path):
         return path not in self._made and path not in self._faults and not self._state(path)
 
-    def load(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+    def load(self, name: str) -> tuple[Features, dict[str, Any]]:
         """As `FeatureFolder.load`.
 
         Raises:
@@ -256,7 +257,7 @@ class OnlineFeatures(FeatureFolder):
             self._faults[path] = entry.get("reason") or "the manifest does not say why"
         return self._faults.get(path, "they are made when training comes to it")
 
-    def stand_in(self, name: str) -> tuple[Tensor, dict[str, Any]]:
+    def stand_in(self, name: str) -> tuple[Features, dict[str, Any]]:
         """`load`, or zeros of the same shape for features that are not made yet: for whoever plans memory."""
         path = self.resolve(name)
         if path in self._numbers and self._waits(path):
@@ -338,18 +339,27 @@ class OnlineFeatures(FeatureFolder):
         )
 
 
-def training_features(config: DataConfig, names: Iterable[str] = ()) -> OnlineFeatures | None:
-    """The features of a run: `OnlineFeatures`, or None for text only.
+def training_features(config: DataConfig, names: Iterable[str] = ()) -> FeatureFolder | None:
+    """The features of a run: `OnlineFeatures`; a `FolderPair` of two towers, all of which must be there as files; or
+    None for text only.
 
     Args:
         names: of records' videos, for whoever reads nothing else of them: the folder is settled for these.
 
     Raises:
-        ValueError: as `OnlineFeatures` and its `settle`.
+        ValueError: as `OnlineFeatures` and its `settle`; a folder of a second tower without one of the first, or with
+            ``--parity reference``.
     """
+    second = config.video_folder_2
+    if second is not None and config.video_folder is None:
+        raise ValueError(f"--video_folder_2 {shown(second)}: give the first tower's features with --video_folder")
+    if second is not None and config.policy.one_tower:
+        raise ValueError(
+            f"--video_folder_2 {shown(second)}: the reference has one vision tower; leave it out, or --parity reference"
+        )
     if config.video_folder is None:
         return None
-    features = OnlineFeatures(config)
+    features = OnlineFeatures(config) if second is None else FolderPair(config.video_folder, second)
     for name in names:
         with contextlib.suppress(ValueError, OSError):  # told where it is read
             features.resolve(name)

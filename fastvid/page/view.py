@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastvid.batch import by_tower
 from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
@@ -106,7 +107,7 @@ def view_record(
 
     Args:
         name: as the record names it.
-        features: `FeatureFolder`, or None.
+        features: `FeatureFolder` of one vision tower, or None.
         video: its file, or None.
     """
     view = VideoView(name)
@@ -114,7 +115,7 @@ def view_record(
         view.notes.append("There are no features: no --video_folder was named.")
     else:
         try:
-            features_RC, _ = features.load(name)
+            (features_RC,) = by_tower(features.load(name)[0])
             show_features(view, features_RC, features.header(name), num_frames)
         except (ValueError, OSError) as error:
             view.notes.append(f"There are no features: {error}.")

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fastvid.batch import by_tower
 from fastvid.page.pictures import frame_uri, heat_map_uri, scale_uri, strip_svg
 from fastvid.page.view import VideoView, show_features
 from fastvid.serving.features import Look
@@ -65,7 +66,7 @@ def _file(name, kind):
 def _shown(seen: Look, num_frames: int, pooling: str):
     """What the page shows of a video, as JSON: pictures are data URIs, the strip is SVG."""
     view = VideoView("video", seen.frames, seen.numbers, seen.seconds, seen.info.width / seen.info.height)
-    show_features(view, seen.features_RC, {"pooling": pooling}, num_frames)
+    show_features(view, by_tower(seen.features_RC)[0], {"pooling": pooling}, num_frames)
     view.aspect = min(max(view.aspect, 1 / 16), 16)
     count = len(seen.frames)
     some = range(count) if count <= _MOST_FRAMES else [i * count // _MOST_FRAMES for i in range(_MOST_FRAMES)]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-import torch
 
+from fastvid.batch import Features, by_tower
 from fastvid.config import ServeConfig
 from fastvid.features.names import SUFFIXES
-from fastvid.inference.source import VideoSource
+from fastvid.inference.source import VideoSource, looks
 from fastvid.serving.errors import ApiError
 from fastvid.serving.media import MediaFile
 from fastvid.serving.metrics import Metrics
@@ -44,7 +44,7 @@ class Look:
     numbers: list[int]
     seconds: list[float]
     info: VideoInfo
-    features_RC: torch.Tensor
+    features_RC: Features
 
 
 class FeatureStore:
@@ -59,8 +59,8 @@ class FeatureStore:
 
     def __init__(self, source: VideoSource, config: ServeConfig, metrics: Metrics, workers: int):
         self._source, self._config, self._metrics = source, config, metrics
-        self._encoder, self._budget = source.loaded_encoder(), config.feature_cache_mib << 20
-        self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._looks, self._budget = looks(source.loaded_encoders()), config.feature_cache_mib << 20
+        self._kept: OrderedDict[str, Features] = OrderedDict()
         self._jobs: dict[str, _Job] = {}
         self._workers = [DecodeWorker(config.decode_timeout) for _ in range(workers)]
         self._idle: asyncio.Queue[DecodeWorker] = asyncio.Queue()
@@ -70,14 +70,14 @@ class FeatureStore:
         self._tower = ThreadPoolExecutor(1, "tower")
         self.bytes = 0
 
-    def known(self, key: str) -> torch.Tensor | None:
+    def known(self, key: str) -> Features | None:
         """The features of a key, if they are kept."""
         features_RC = self._kept.get(key)
         if features_RC is not None:
             self._kept.move_to_end(key)
         return features_RC
 
-    async def of(self, key: str, files: list[MediaFile], pictures: bool) -> torch.Tensor:
+    async def of(self, key: str, files: list[MediaFile], pictures: bool) -> Features:
         """[R, C] features of a video, or of pictures, each a frame. Files that were made for this are removed.
 
         Several who ask for the same at a time wait for one job. It is given up when all of them are.
@@ -128,7 +128,7 @@ class FeatureStore:
         if features_RC is None:
             features_RC = await self._encoded(frames)
             self._keep(key, features_RC)
-        return Look(key, frames, numbers, seconds, info, features_RC)
+        return Look(key, frames[self._looks[0]], numbers, seconds, info, features_RC)
 
     async def _make(self, key, files, pictures):
         started = perf_counter()
@@ -151,19 +151,19 @@ class FeatureStore:
         return features_RC
 
     async def _encoded(self, frames):
-        features_RC = await self._in_thread(self._tower, self._encoder.encode, frames)
-        if not features_RC.isfinite().all():
+        features_RC = await self._in_thread(self._tower, self._source.encode, frames)
+        if not all(each.isfinite().all() for each in by_tower(features_RC)):
             raise ApiError(400, "the video's features are not finite: it is not one that the tower can see")
         return features_RC
 
     def _keep(self, key, features_RC):
-        size = features_RC.nbytes
+        size = _bytes(features_RC)
         if size > self._budget or key in self._kept:
             return
         self._kept[key] = features_RC
         self.bytes += size
         while self.bytes > self._budget:
-            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
 
     @asynccontextmanager
     async def _worker(self):
@@ -176,27 +176,29 @@ class FeatureStore:
     def _decode(self, worker, file):
         if (why := no_video(file.path)) is not None:
             raise DecodeError(file.path, why)
-        config = self._config
-        decoded = worker.decode(
-            file.path,
-            num_frames=self._source.num_frames,
-            size=self._encoder.image_size,
-            max_pixels=config.max_pixels,
-            max_frames=config.max_frames,
-            max_seconds=config.max_seconds,
-        )
+        config, frames, info = self._config, {}, None
+        for num_frames, size in self._looks:
+            frames[num_frames, size], info = worker.decode(
+                file.path,
+                num_frames=num_frames,
+                size=size,
+                max_pixels=config.max_pixels,
+                max_frames=config.max_frames,
+                max_seconds=config.max_seconds,
+            )
         file.check_unchanged()
-        return decoded
+        return frames, info
 
     def _pictures(self, worker, files):
-        frames = worker.pictures(
-            [file.path for file in files], size=self._encoder.image_size, max_pixels=self._config.max_pixels
-        )
+        paths, most = [file.path for file in files], self._config.max_pixels
+        frames = {look: worker.pictures(paths, size=look[1], max_pixels=most) for look in self._looks}
         for file in files:
             file.check_unchanged()
         return frames
 
     def _loaded(self, file):
+        if len(self._source.towers) > 1:
+            raise ValueError("the model takes those of two vision towers; send the video instead")
         features_RC = self._source.features(file.path)
         file.check_unchanged()
         return features_RC
@@ -232,7 +234,7 @@ class FeatureStore:
 class _Job:
     """Features that are being made, and how many wait for them."""
 
-    task: asyncio.Task[torch.Tensor]
+    task: asyncio.Task[Features]
     waiters: int = 0
 
 
@@ -241,6 +243,10 @@ def video_key(files: list[MediaFile], pictures: bool = False) -> str:
     if not pictures:
         return f"sha256:{files[0].digest}"
     return "pictures:" + hashlib.sha256(" ".join(file.digest for file in files).encode()).hexdigest()
+
+
+def _bytes(features):
+    return sum(each.nbytes for each in by_tower(features))
 
 
 def _remove(files: Iterable[MediaFile]):

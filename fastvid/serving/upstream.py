@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import torch
 
+from fastvid.batch import Features
 from fastvid.inference.generate import rows_left
 from fastvid.inference.source import VideoSource
 from fastvid.serving.errors import ApiError
@@ -130,9 +131,7 @@ class Upstream:
         """As `Engine.state`; what the other server keeps is not known."""
         return {"running": self._running, "waiting": len(self._tasks) - self._running, "kept": 0, "found": 0}
 
-    async def submit(
-        self, asked: Asked, features_RC: torch.Tensor, sampling: dict[str, Any]
-    ) -> tuple[int, UpstreamAnswer]:
+    async def submit(self, asked: Asked, features_RC: Features, sampling: dict[str, Any]) -> tuple[int, UpstreamAnswer]:
         """(tokens of the prompt, the answer, which the other server has begun).
 
         Args:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid.batch import by_tower
 from fastvid.config import TrainConfig
 from fastvid.data.dataset import SampleSet
 from fastvid.files import model_folder
@@ -28,6 +29,7 @@ _RECORDS = 16  # records, spread over the data, whose features are looked at
 FLAGS = {
     "data_path": "data",
     "video_folder": "features",
+    "video_folder_2": "features",
     "model_name_or_path": "weights",
     "pretrain_mm_mlp_adapter": "projector",
     "lora_weights": "adapter",
@@ -77,7 +79,8 @@ def changes(saved: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> 
         found.append(f"the number of --data_path files ({len(saved['data'])} before, {len(now['data'])} now)")
     for was, is_ in zip(saved.get("features", ()), now["features"]):
         if was != is_ and was[1] and is_[1]:  # those that could be read
-            found.append(f"the features of {is_[0]} in --video_folder {config.video_folder}")
+            second = f", or in --video_folder_2 {config.video_folder_2}" if config.video_folder_2 else ""
+            found.append(f"the features of {is_[0]} in --video_folder {config.video_folder}{second}")
             break
     for name, said in (
         ("weights", f"the weights in --model_name_or_path {config.model_name_or_path}"),
@@ -135,7 +138,7 @@ def _of_features(samples):
             except (ValueError, OSError):  # such samples are skipped, and told
                 found.append([name, None])
                 continue
-            found.append([name, _of_tensors({"": features})])
+            found.append([name, _of_tensors({"2" * i: each for i, each in enumerate(by_tower(features))})])
     return found
 
 

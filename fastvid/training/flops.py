@@ -104,9 +104,11 @@ class Formula:
                     self.low_rank_keys_values += weights
                 else:
                     self.low_rank_others += weights
-        self.projector = [config.mm_hidden_size * sizes.hidden_size]
-        if config.projector_type != "linear":
-            self.projector.append(sizes.hidden_size**2)
+        second_layer = [] if config.projector_type == "linear" else [sizes.hidden_size**2]
+        self.projector, self.projector_2 = (
+            [channels * sizes.hidden_size, *second_layer]
+            for channels in (config.mm_hidden_size, config.mm_hidden_size_2 or 0)
+        )
 
     def of_batch(self, batch: PackedBatch) -> int:
         """Operations of one micro-batch, forward and backward; `batch` is on the host."""
@@ -131,9 +133,11 @@ class Formula:
         total += matrix(self.low_rank_others, last_rows, last_live, True)
         total += self.width * (full_layers * (4 * pairs + 8 * live_pairs) + 4 * last_pairs + 8 * last_live_pairs)
         total += matrix(self.head, supervised, supervised_live, self.trainable.head)
-        projected, projector_trained = batch.video_rows.numel(), self.trainable.projector
-        for i, weights in enumerate(self.projector):  # the features themselves need no gradient
-            total += matrix(weights, projected, projected if i and projector_trained else 0, projector_trained)
+        projector_trained = self.trainable.projector
+        second = batch.second_rows
+        for projected, projector in ((batch.video_rows.numel() - second, self.projector), (second, self.projector_2)):
+            for i, weights in enumerate(projector):  # the features themselves need no gradient
+                total += matrix(weights, projected, projected if i and projector_trained else 0, projector_trained)
         return total
 
     def counts(self, batch: PackedBatch) -> StepCounts:

@@ -18,7 +18,7 @@ from fastvid_kernels.quantize_fp8 import BackInFp8
 from fastvid_kernels.way_back import WayBack
 from torch.autograd.function import once_differentiable
 
-from fastvid.batch import AttentionLayout, BatchPart, Branches, PackedBatch
+from fastvid.batch import AttentionLayout, BatchPart, Branches, Channels, PackedBatch
 from fastvid.model.attention import AVX512, Attention
 from fastvid.model.branches import Parts
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
@@ -40,6 +40,7 @@ class BatchRows:
         rows: N, without rows before the first trained one.
         supervised_rows: those of them that leave the last layer.
         video_rows: those of them that are projected; None: all.
+        second_rows: those of `video_rows` that are of a second vision tower.
         prefix_rows: rows of the constant prefix, of which the model holds keys and values.
         frozen_rows: rows after those and before the first trained one.
         key_rows, last_key_rows: M, where keys are gathered (`AttentionLayout.kv_rows`), in a layer and in the last one;
@@ -65,9 +66,12 @@ class BatchRows:
     last_branch_rows: int = 0
     beginning_rows: int = 0
     last_beginning_rows: int = 0
+    second_rows: int = 0
 
-    def on_meta(self, channels: int) -> PackedBatch:
+    def on_meta(self, channels: Channels) -> PackedBatch:
         """A batch of such rows without numbers, with features of so many channels."""
+        first, second = (channels, None) if isinstance(channels, int) else channels
+        videos = self.rows if self.video_rows is None else self.video_rows
         before, rows = self.prefix_rows + self.frozen_rows, self.rows + self.frozen_rows
         own = _layout(self.rows, self.key_rows or (self.rows + before if before else 0), before, self.rows)
         own = _in_parts(own, self.branch_rows, self.beginning_rows, own_keys=0)
@@ -78,10 +82,9 @@ class BatchRows:
             token_ids=_indices(rows),
             positions=_indices(rows, torch.int32),
             layout=own,
-            video_rows=_indices(self.rows if self.video_rows is None else self.video_rows),
-            features=torch.empty(
-                self.rows if self.video_rows is None else self.video_rows, channels, dtype=torch.float16, device="meta"
-            ),
+            video_rows=_indices(videos),
+            features=_features(videos - self.second_rows, first),
+            features_2=None if second is None else _features(self.second_rows, second),
             boundary_rows=_indices(2 * max(self.segments, 1)),  # as if each had a video
             loss_rows=_indices(self.supervised_rows),
             targets=_indices(self.supervised_rows),
@@ -97,6 +100,10 @@ class BatchRows:
             batch,
             parts=(BatchPart(frozen, _indices(0), none), BatchPart(own, batch.loss_rows, last)),
         )
+
+
+def _features(rows, channels):
+    return torch.empty(rows, channels, dtype=torch.float16, device="meta")
 
 
 def _indices(count, dtype=torch.int64):
@@ -310,7 +317,7 @@ def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_p
         if batch.prefix_rows:
             model.keep_prefix([0] * batch.prefix_rows)
         draw_dropout(model, (0,))
-        rows, live, begun, turns = batch.on_meta(config.mm_hidden_size), LiveBytes(), [], []
+        rows, live, begun, turns = batch.on_meta(config.channels), LiveBytes(), [], []
 
         def begin(layer, inputs):
             if len(begun) < config.decoder.num_layers:  # it is not being recomputed

@@ -66,7 +66,9 @@ def parameter_counts(config: ModelConfig, trainable: Trainable) -> dict[str, int
     """Elements of each part of the model that exists."""
     c = config.decoder
     D, V = c.hidden_size, c.vocab_size
-    projector = config.mm_hidden_size * D + D + (D * D + D if config.projector_type == "mlp2x_gelu" else 0)
+    towers = [config.mm_hidden_size, config.mm_hidden_size_2]
+    second_layer = D * D + D if config.projector_type == "mlp2x_gelu" else 0
+    projector = sum(channels * D + D + second_layer for channels in towers if channels is not None)
     counts = {"embed": V * D, "projector": projector, "decoder": c.num_layers * (linears(c) + vectors(c)) + D}
     if trainable.boundary:
         counts["boundary"] = 2 * D

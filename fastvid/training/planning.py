@@ -457,6 +457,7 @@ def rows_of(batch: PackedBatch, in_parts: bool = False) -> dict[str, int]:
         "rows": batch.num_rows - batch.frozen_rows,
         "supervised_rows": batch.num_supervised,
         "video_rows": len(batch.video_rows),
+        "second_rows": batch.second_rows,
         "prefix_rows": batch.prefix_rows,
         "frozen_rows": batch.frozen_rows,
         **_keys(layout, in_parts, ""),

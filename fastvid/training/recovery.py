@@ -237,6 +237,7 @@ def _check_not_in_use(found, config):
         "data_path": config.data_path,
         "eval_data_path": config.eval_data_path,
         "video_folder": [config.video_folder],
+        "video_folder_2": [config.video_folder_2],
         "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter],
         "lora_weights": [config.lora_weights],
     }

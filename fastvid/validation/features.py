@@ -15,7 +15,7 @@ from fastvid.features.file import describe_features, load_features
 from fastvid.features.folder import MissingFeatures
 from fastvid.features.names import medium, namesake
 from fastvid.files import shown
-from fastvid.online.folder import OnlineFeatures, pooling_to_make
+from fastvid.online.folder import OnlineFeatures, pooling_to_make, training_features
 from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
 from fastvid.validation.report import Report
@@ -28,21 +28,43 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
     """Look at the features of `report.videos`, and note in `report` what is wrong with them.
 
     Args:
-        config: `fastvid.config.ValidateConfig` with a `video_folder`.
+        config: `fastvid.config.ValidateConfig` with a `video_folder`; with a `video_folder_2` videos have features of
+            two vision towers.
 
     Returns:
         {video: rows} of those that can be used.
 
     Raises:
-        ValueError: `video_folder` or `video_dir_path` is no folder.
+        ValueError: `video_folder`, `video_folder_2` or `video_dir_path` is no folder.
     """
-    assert config.video_folder is not None
-    features, paths = OnlineFeatures(config), {}
-    sources, made = Sources(config.video_folder, config.video_dir_path), features.cache and Sources(features.cache)
+    report.layouts = Counter()
+    if config.video_folder_2 is None:
+        assert config.video_folder is not None
+        return _check_folder(report, config, OnlineFeatures(config))
+    pair = training_features(config)
+    assert pair is not None, "a second folder needs a first one, which was checked"
+    first, second = (_check_folder(report, config, folder, i, two=True) for i, folder in enumerate(pair.towers))
+    rows = {video: number + second[video] for video, number in first.items() if video in second}
+    required = config.num_video_tokens
+    for video, number in rows.items() if required is not None else ():
+        if number != required:
+            report.add(
+                "features of another shape",
+                f"video {video!r} has {first[video]} and {second[video]} rows instead of {required}; leave "
+                f"--num_video_tokens {required} out",
+                video=video,
+            )
+    return {video: number for video, number in rows.items() if number == (required or number)}
+
+
+def _check_folder(report, config, features, number=0, *, two=False):
+    """`check_features` of a folder of one vision tower, by its number from 0; `two`: there is another one."""
+    paths, flag = {}, "--video_folder_2" if number else "--video_folder"
+    sources, made = Sources(features.folder, config.video_dir_path), features.cache and Sources(features.cache)
     if not report.videos and features.empty:
         report.add(
             "features missing",
-            f"--video_folder {shown(config.video_folder)} holds no feature file, and no record names a video",
+            f"{flag} {shown(features.folder)} holds no feature file, and no record names a video",
         )
     for video, count in report.videos.items():
         try:
@@ -76,7 +98,7 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
             return (layout, header, False), ("features stale", f"{shown(path)}: its video cannot be read ({error})")
         return (layout, header, compared), why and ("features stale", why)
 
-    found, makers, report.layouts = {}, {}, Counter()
+    found, makers = {}, {}
     images = any(medium(video) == "image" for video in report.videos)
     with ThreadPool(READERS) as readers:
         results = readers.imap(probe, paths)
@@ -94,8 +116,8 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
     report.unnamed = sources.unnamed(report.videos, images) if sources.given else None
     rows = dict.fromkeys(report.to_make, _rows_to_make(config)) if report.to_make else {}
     if found:
-        _check_makers(report, config, makers)
-        rows |= _usable(report, config, found, paths)
+        _check_makers(report, config, makers, None if number else config.vision_tower)
+        rows |= _usable(report, config, found, paths, number, None if two else config.num_video_tokens)
     return {video: number for video, number in rows.items() if number}
 
 
@@ -141,18 +163,17 @@ def _note_maker(report, makers, video, header):
     report.damaged += isinstance(of, dict) and isinstance(of.get("damaged"), int) and of["damaged"] > 0
 
 
-def _usable(report, config, found, paths):
+def _usable(report, config, found, paths, number, required):
     """{video: rows} of those whose shape fits the model or the most of them."""
     ((C, _),) = Counter(channels for _, channels, _ in found.values()).most_common(1)
     if config.model_name_or_path is not None and Path(config.model_name_or_path).is_dir():
         with suppress(ValueError):  # told where its tokenizer is read
-            C = feature_channels(config.model_name_or_path) or C
-    required = config.num_video_tokens
+            C = feature_channels(config.model_name_or_path, second=number > 0) or C
     if required is None and config.policy.one_video_length:
         rows_of_C = Counter(rows for rows, channels, _ in found.values() if channels == C)
         required = max(rows_of_C, key=rows_of_C.__getitem__, default=None)
     usable, remedy = {}, "extract all with one tower"
-    if config.num_video_tokens is not None:
+    if required is not None and required == config.num_video_tokens:
         remedy += f", or leave --num_video_tokens {config.num_video_tokens} out"
     for video, (rows, channels, _) in found.items():
         if channels == C and rows == (required or rows):
@@ -167,7 +188,7 @@ def _usable(report, config, found, paths):
     return usable
 
 
-def _check_makers(report, config, makers):
+def _check_makers(report, config, makers, wanted):
     """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
 
     So are those of another one than ``--vision_tower``, where that is a folder; and under ``--parity reference`` those
@@ -175,6 +196,7 @@ def _check_makers(report, config, makers):
 
     Args:
         makers: {video: Provenance of its features}, of those that tell their tower.
+        wanted: ``--vision_tower``, or None.
     """
     towers = {}
     for video, made in makers.items():
@@ -188,7 +210,6 @@ def _check_makers(report, config, makers):
             "(fastvid extract --overwrite True), or leave --parity reference out",
             unlike,
         )
-    wanted = config.vision_tower
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.video.towers.choice import revisions
 

@@ -90,6 +90,10 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
     starting = trained_weights(base, trained, **start, adapter=adapter)
     starting.check()
     _check_trained(folder, starting, trained)
+    if chosen == "llava" and starting.config.mm_hidden_size_2 is not None:
+        raise ValueError(
+            "LlavaForConditionalGeneration has one vision tower, this model two: export it with --format llama"
+        )
     tower = _tower(config, trained_on, folder, run["vision_tower"] or starting.config.vision_tower)
     with atomic_folder(output) as temporary:
         dtype = getattr(torch, config.dtype)
@@ -273,6 +277,7 @@ def _model_config(starting, tokenizer, tower, dtype):
         "use_mm_proj": True,
         "mm_projector_type": model.projector_type,
         "mm_hidden_size": model.mm_hidden_size,
+        **({} if model.mm_hidden_size_2 is None else {"mm_hidden_size_2": model.mm_hidden_size_2}),
         "mm_vision_tower": tower,
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",

@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from fastvid.batch import Channels
 from fastvid.files import StrPath, model_folder, shown, wrong_content
 from fastvid.model.config import DecoderConfig, ModelConfig, rotary_frequencies
 from fastvid.weights import names
@@ -35,7 +36,7 @@ def read_model_config(
     projector_type: str | None = None,
     vocab_size: int | None = None,
     projector: StrPath | None = None,
-    mm_hidden_size: int | None = None,
+    mm_hidden_size: Channels | None = None,
 ) -> ModelConfig:
     """The ModelConfig of a folder of one of `families.FAMILIES`, of LLaVA, llava-hf, PG-Video-LLaVA, or exported.
 
@@ -47,7 +48,8 @@ def read_model_config(
         projector_type: "linear" or "mlp2x_gelu", whatever the folder says.
         vocab_size: rows that the tokenizer needs; the tables grow to it, and a table that has more keeps them.
         projector: projector file or checkpoint folder that will be loaded instead of the folder's own projector.
-        mm_hidden_size: channels of the features, where the folder does not say. Default: 1024 (CLIP ViT-L/14).
+        mm_hidden_size: channels of the features, where the folder does not say. Default: 1024 (CLIP ViT-L/14). Of two
+            vision towers the folder may hold the first one's projector alone.
 
     Raises:
         ValueError: names the file and the value that is missing, malformed, or not computed by this model.
@@ -85,15 +87,17 @@ def read_model_config(
         rotary_frequencies(decoder)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    kind, width = _projector(folder, path, values, projector, projector_type)
+    kind, *widths = _projectors(folder, path, values, projector, projector_type)
+    first, second = mm_hidden_size if isinstance(mm_hidden_size, tuple) else (mm_hidden_size, None)
     return ModelConfig(
         decoder=decoder,
-        mm_hidden_size=width or mm_hidden_size or 1024,
+        mm_hidden_size=widths[0] or first or 1024,
         projector_type=kind,
         vision_tower=values.get("mm_vision_tower"),
         initializer_range=said.initializer_range,
         model_type=family.model_type,
         family_settings={key: text[key] for key in family.settings if key in text},
+        mm_hidden_size_2=widths[1] or second,
     )
 
 
@@ -172,15 +176,17 @@ def _is_tied(path, described):
     return False
 
 
-def _projector(folder, path, values, file, wanted):
-    """(type, channels of the features or None): of the given file, else as config.json says, else by the weights."""
+def _projectors(folder, path, values, file, wanted):
+    """(type, channels of the features or None, those of a second vision tower or None): of the given file, else as
+    config.json says, else by the weights."""
+    held = {} if file is None else read_projector(file)
+    second = _inputs(held, "projector.second.0.weight") or values.get("mm_hidden_size_2")
     if file is not None:
-        tensors = read_projector(file)
-        kind = "mlp2x_gelu" if "projector.2.weight" in tensors else "linear"
+        kind = "mlp2x_gelu" if "projector.2.weight" in held else "linear"
         if wanted not in (None, kind):
             raise ValueError(f"{file} holds a {kind} projector, --mm_projector_type {wanted} asks for another")
-        if "projector.0.weight" in tensors:
-            return kind, tensors["projector.0.weight"].shape[1]
+        if "projector.0.weight" in held:
+            return kind, _inputs(held, "projector.0.weight"), second
     described, width = values.get("mm_projector_type"), values.get("mm_hidden_size")
     if "vision_config" in values and "mm_hidden_size" not in values:
         described, width = "mlp2x_gelu", (values["vision_config"] or {}).get("hidden_size", 1024)
@@ -190,9 +196,16 @@ def _projector(folder, path, values, file, wanted):
         if found is not None:
             described = described or found
         if found in _PROJECTORS:
-            width = width or weights[names.projector_parts(found)["projector.0.weight"]].shape[1]
+            parts = names.projector_parts(found, second=True)
+            width = width or _inputs(weights, parts["projector.0.weight"])
+            second = second or _inputs(weights, parts["projector.second.0.weight"])
     # LLaVA's own builder takes a projector that nothing describes for a linear one.
     kind = wanted or described or "linear"
     if kind not in _PROJECTORS:
         raise ValueError(f"{path}: mm_projector_type = {kind!r} is not computed; only 'linear' and 'mlp2x_gelu' are")
-    return kind, width
+    return kind, width, second
+
+
+def _inputs(tensors, name):
+    """Columns of a matrix; None where it is not there."""
+    return tensors[name].shape[1] if name in tensors else None

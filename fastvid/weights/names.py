@@ -23,10 +23,10 @@ _RENAMES = [
     (re.compile(r"^model\.language_model\."), "model."),
     (re.compile(r"^(model\.)?multi_modal_projector\.linear_1\."), "model.mm_projector.0."),
     (re.compile(r"^(model\.)?multi_modal_projector\.linear_2\."), "model.mm_projector.2."),
-    (re.compile(r"^mm_projector\."), "model.mm_projector."),
+    (re.compile(r"^mm_projector(_2)?\."), r"model.mm_projector\1."),
 ]
 # A tower travels apart from the model; inverse frequencies are computed; LLaVA-1.6's image_newline serves images only.
-_PROJECTOR = "model.mm_projector."
+_PROJECTOR, _SECOND = "model.mm_projector.", "model.mm_projector_2."
 _NOT_NEEDED = re.compile(r"(^|\.)vision_tower\.|\.rotary_emb\.inv_freq$|(^|\.)image_newline$")
 
 
@@ -52,12 +52,16 @@ def llava_hf_name(name: str) -> str:
     raise AssertionError(f"{name} is not one of LLaVA's names")
 
 
-def projector_type(names: Iterable[str]) -> str | None:
+def projector_type(names: Iterable[str], *, second: bool = False) -> str | None:
     """The kind of projector that LLaVA's tensors among `names` make, in LLaVA's words; None without any.
+
+    Args:
+        second: of two vision towers, that of the second.
 
     "linear" and "mlp2x_gelu" are computed; "mlp3x_gelu" and so on, and "unknown" of tensors of another form, are not.
     """
-    tails = {name.removeprefix(_PROJECTOR) for name in names if name.startswith(_PROJECTOR)}
+    prefix = _SECOND if second else _PROJECTOR
+    tails = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     if not tails:
         return None
     if tails & {"weight", "bias"}:
@@ -68,11 +72,16 @@ def projector_type(names: Iterable[str]) -> str | None:
     return f"mlp{max(2, *(int(layer[1]) // 2 + 1 for layer in layers))}x_gelu"
 
 
-def projector_parts(projector_type: str) -> dict[str, str]:
-    """Our name → LLaVA's name of each projector tensor, in the order in which the reference saves them."""
+def projector_parts(projector_type: str, *, second: bool = False) -> dict[str, str]:
+    """Our name → LLaVA's name of each projector tensor, in the order in which the reference saves them.
+
+    Args:
+        second: there is a second vision tower, whose projector's tensors come after the first one's.
+    """
     modules = {"linear": {"0": ""}, "mlp2x_gelu": {"0": "0.", "2": "2."}}[projector_type]
     return {
-        f"projector.{ours}.{kind}": f"model.mm_projector.{theirs}{kind}"
+        f"{of_ours}{ours}.{kind}": f"{of_theirs}{theirs}{kind}"
+        for of_ours, of_theirs in (("projector.", _PROJECTOR), ("projector.second.", _SECOND))[: 1 + second]
         for ours, theirs in modules.items()
         for kind in ("weight", "bias")
     }
@@ -87,8 +96,14 @@ def tensor_parts(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ..
     V, D, F = c.vocab_size, c.hidden_size, c.intermediate_size
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {"embed.weight": [("model.embed_tokens.weight", (V, D))]}
-    shapes = {"projector.0.weight": (D, config.mm_hidden_size), "projector.2.weight": (D, D)}
-    for ours, theirs in projector_parts(config.projector_type).items():
+    shapes: dict[str, tuple[int, ...]] = {
+        "projector.0.weight": (D, config.mm_hidden_size),
+        "projector.2.weight": (D, D),
+    }
+    second = config.mm_hidden_size_2
+    if second is not None:
+        shapes |= {"projector.second.0.weight": (D, second), "projector.second.2.weight": (D, D)}
+    for ours, theirs in projector_parts(config.projector_type, second=second is not None).items():
         parts[ours] = [(theirs, shapes.get(ours, (D,)))]
     for i in range(c.num_layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."

@@ -22,6 +22,8 @@ from fastvid.weights.names import projector_parts, projector_type, standard_name
 def read_projector(path: StrPath, tokens: VideoTokens | None = None) -> dict[str, Tensor]:
     """A trained projector by our names, and "boundary.weight" [2, D] if the file holds start and end embeddings.
 
+    Of two vision towers the projectors of both are read.
+
     Read are the reference's ``mm_projector.bin`` (an embedding table and ``model.mm_projector.*``), LLaVA's pretrained
     projectors (``model.`` may lack), the same as ``.safetensors``, and a checkpoint-N folder of adapter training.
 
@@ -36,7 +38,8 @@ def read_projector(path: StrPath, tokens: VideoTokens | None = None) -> dict[str
     tensors = checkpoint.read_full(path, "model") if path.is_dir() else _by_our_names(path)
     names = set(tensors)
     low_rank = {name for name in names if ".lora." in name}  # `weights.adapter` reads those
-    other = sorted(names - {"embed.weight", "boundary.weight"} - set(projector_parts("mlp2x_gelu")) - low_rank)
+    parts = projector_parts("mlp2x_gelu", second=True)
+    other = sorted(names - {"embed.weight", "boundary.weight"} - set(parts) - low_rank)
     if other:
         larger = f"{path} holds more than a projector ({other[0]}, …): it is "
         if not path.is_dir():
@@ -72,11 +75,12 @@ def _by_our_names(path):
         )
         what = f"an {kind} projector" if kind != "unknown" else "a projector of another kind"
         raise ValueError(f"{path} holds {what} ({keys[odd]}, …), which is not computed; only linear and mlp2x_gelu are")
-    ours = {theirs: name for name, theirs in projector_parts(kind).items()}
-    ours["model.embed_tokens.weight"] = "embed.weight"
-    missing = sorted(theirs for theirs in projector_parts(kind).values() if theirs not in keys)
+    parts = projector_parts(kind, second=projector_type(keys, second=True) is not None)
+    missing = sorted(theirs for theirs in parts.values() if theirs not in keys)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is not a whole projector")
+    ours = {theirs: name for name, theirs in parts.items()}
+    ours["model.embed_tokens.weight"] = "embed.weight"
     return {ours.get(name, name): file[key] for name, key in keys.items()}
 
 

@@ -87,6 +87,11 @@ class StartingWeights:
         self.makes_projector = (
             "projector.0.weight" not in self.projector and projector_type(self.folder) != config.projector_type
         )
+        self.makes_second = (
+            config.mm_hidden_size_2 is not None
+            and "projector.second.0.weight" not in self.projector
+            and projector_type(self.folder, second=True) != config.projector_type
+        )
         self.low_rank = {} if lora is None else lora_parts(config.decoder, lora)
         self.adapter = None if adapter is None else read_adapter(adapter, config.decoder)
         held = merged_adapters(self.folder.folder)
@@ -112,14 +117,16 @@ class StartingWeights:
             ValueError: names what is missing, mis-shaped or unexpected, its file, and the remedy.
         """
         problems, expected = [], {"lm_head.weight"}  # a tied model may store its head as well
-        if self.makes_projector or self.projector:
-            expected |= {name for name in self.folder if name.startswith("model.mm_projector.")}
+        if self.makes_projector or self.makes_second or self.projector:
+            expected |= {
+                name for name in self.folder if name.startswith(("model.mm_projector.", "model.mm_projector_2."))
+            }
         for ours, parts in self.parts.items():
             for name, shape in parts:
                 expected.add(name)
                 if ours in self.projector:
                     problems += _misfit(self.projector_path, ours, self.projector[ours], shape)
-                elif ours.startswith("projector.") and self.makes_projector:
+                elif self._is_new(ours):
                     continue
                 elif name not in self.folder:
                     problems.append(f"{name} is missing")
@@ -174,11 +181,16 @@ class StartingWeights:
             return self._table_pieces(name)
         if name in self.projector:
             return [self.projector[name]]
-        if name.startswith("projector.") and self.makes_projector:
+        if self._is_new(name):
             return [self._new_projector_tensor(name)]
         if name in self.low_rank:
             return [self._low_rank_tensor(part, shape) for part, shape in self.low_rank[name]]
         return [self._merged(part) if self._merges else self.folder[part] for part, _ in self.parts[name]]
+
+    def _is_new(self, name):
+        """Whether our tensor `name` is of a projector that no file holds."""
+        second = name.startswith("projector.second.")
+        return self.makes_second if second else name.startswith("projector.") and self.makes_projector
 
     def _low_rank_tensor(self, part, shape):
         """The adapter's, or a new one as PEFT draws it: A as nn.Linear's weight, B zeros."""
@@ -323,6 +335,13 @@ def load_weights(
             folder,
             model.config.projector_type,
         )
+    if starting.makes_second and not model.trainable.projector:
+        raise ValueError(
+            f"{projector or folder} holds no projector of a second vision tower, and none is trained: leave "
+            "--freeze_mm_mlp_adapter and --freeze_backbone out, or give one with --pretrain_mm_mlp_adapter"
+        )
+    if starting.makes_second:
+        log.warning("no file holds a projector of the second vision tower: it starts untrained")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(parameter, starting.pieces(name))
@@ -381,7 +400,10 @@ def trained_weights(
         base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size, projector=projector
     )
     if weight is not None:
-        config = dataclasses.replace(config, mm_hidden_size=weight.shape[1])
+        second = trained.get("projector.second.0.weight")
+        config = dataclasses.replace(
+            config, mm_hidden_size=weight.shape[1], mm_hidden_size_2=None if second is None else second.shape[1]
+        )
     return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed, adapter=adapter)
 
 
@@ -412,7 +434,8 @@ def write_reference_projector(
     """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
 
     Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
-    ``model.mm_projector.{0,2}.{weight,bias}``, or ``model.mm_projector.{weight,bias}`` of a linear one.
+    ``model.mm_projector.{0,2}.{weight,bias}``, or ``model.mm_projector.{weight,bias}`` of a linear one. Behind these
+    come ``model.mm_projector_2…`` of a second vision tower.
 
     Args:
         path: ends in .bin (torch.save) or .safetensors.
@@ -427,7 +450,8 @@ def write_reference_projector(
         base_folder, trained, tokens=tokens, projector=projector, projector_type=projector_type, seed=seed
     )
     state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[: tokens.vocab_size]}
-    for ours, theirs in projector_parts(starting.config.projector_type).items():
+    c = starting.config
+    for ours, theirs in projector_parts(c.projector_type, second=c.mm_hidden_size_2 is not None).items():
         state[theirs] = trained_tensor(ours, starting, trained)
     # Copies, because torch.save writes all that lies behind a view.
     save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, provenance)

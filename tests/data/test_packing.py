@@ -8,7 +8,7 @@ from attention_cases import keys_in_parts, keys_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.batch import VideoTokens
+from fastvid.batch import FeaturePair, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 
@@ -61,6 +61,23 @@ def test_pack_several_videos_and_mixed_precision():
     batch = pack([(two, [torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.float16)])], TOKENS, 4)
     assert batch.video_rows.tolist() == [2, 3, 6, 7] and batch.boundary_rows.tolist() == [1, 4, 5, 8]
     assert batch.features.dtype == torch.float32 and batch.features[:, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_rows_of_two_towers_follow_each_other_in_a_video_and_lie_apart_in_the_batch():
+    ids = [1, 51, 50, 50, 50, 52, 4, 51, 50, 50, 50, 50, 52, 2]
+    videos = [
+        FeaturePair(torch.full((first, 4), float(first)), torch.full((second, 2), float(second)))
+        for first, second in ((2, 1), (1, 3))
+    ]
+    batch = pack([(sample("two", ids, [(13, 14)], "ab"), videos)], TOKENS, (4, 2))
+    assert batch.features[:, 0].tolist() == [2, 2, 1] and batch.features.shape == (3, 4)
+    assert batch.features_2[:, 0].tolist() == [1, 3, 3, 3] and batch.features_2.shape == (4, 2)
+    assert batch.video_rows.tolist() == [2, 3, 8, 4, 9, 10, 11] and batch.second_rows == 4
+    assert batch.boundary_rows.tolist() == [1, 5, 7, 12]
+    empty = pack([], TOKENS, (4, 2))
+    assert empty.features.shape == (0, 4) and empty.features_2.shape == (0, 2) and empty.second_rows == 0
+    with pytest.raises(AssertionError, match="two: placeholders and features differ"):
+        pack([(sample("two", ids, [(13, 14)], "ab"), videos[:1])], TOKENS, (4, 2))
 
 
 def test_pack_without_start_and_end_tokens():

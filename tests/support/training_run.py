@@ -67,6 +67,19 @@ def write_run(folder, **sizes):
     return folder
 
 
+SECOND_CHANNELS = 6
+
+
+def write_second(folder):
+    """Write feats_2/ into a folder of `write_run`: a second vision tower's features of the same videos; returns it."""
+    rng, second = np.random.default_rng(1), folder / "feats_2"
+    second.mkdir()
+    for i in range(SAMPLES):
+        features = torch.from_numpy(rng.standard_normal((3 + i % 2, SECOND_CHANNELS)).astype(np.float16))
+        save_features(second / f"clip{i}.safetensors", features, {})
+    return second
+
+
 def random_state(config):
     """{LLaVA's name: fp32 tensor} of the sizes in `config`."""
     from transformers import LlamaConfig, LlamaForCausalLM

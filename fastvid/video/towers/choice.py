@@ -91,7 +91,11 @@ def check_features(tower: StrPath | None, made: Provenance, folder: StrPath | No
 
 
 def choose_tower(
-    given: StrPath | None, trained: Provenance, weights: StrPath, otherwise: StrPath | None = None
+    given: StrPath | None,
+    trained: Provenance,
+    weights: StrPath,
+    otherwise: StrPath | None = None,
+    flag: str = "--vision_tower",
 ) -> StrPath | None:
     """The tower to use: the given one, else that of the features that `weights` were trained on.
 
@@ -99,10 +103,11 @@ def choose_tower(
     under its name, and taken if its content is the same.
 
     Args:
-        given: ``--vision_tower``, or None.
+        given: what the flag says, or None.
         trained: Provenance of the weights.
         weights: their path.
         otherwise: what to take where the weights do not tell.
+        flag: that names the tower, for messages.
 
     Returns:
         Folder or hub id; None if nothing tells. Of a hub id the revision is not looked at: `check_tower` does that.
@@ -112,7 +117,7 @@ def choose_tower(
     """
     if given is not None:
         if os.path.isdir(given):
-            check_tower(given, trained, weights)
+            check_tower(given, trained, weights, flag)
         return given
     if trained.tower_revision is None:
         return trained.tower or otherwise
@@ -125,7 +130,7 @@ def choose_tower(
             return str(place)
     raise ValueError(
         f"{weights} was trained on features of {_described(trained)}, which is not to be found: "
-        "give its folder with --vision_tower"
+        f"give its folder with {flag}"
     )
 
 
