@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import flip_a_bit
 from model_cases import assert_close, llama_of
 from safetensors.torch import load_file
 from training_run import CHANNELS, SECOND_CHANNELS, flags, losses, start, write_run, write_second
@@ -13,6 +12,7 @@ from training_run import CHANNELS, SECOND_CHANNELS, flags, losses, start, write_
 from fastvid import chat, evaluate, export, inspection, train, validate
 from fastvid.batch import by_tower
 from fastvid.checkpoints import checkpoint
+from fastvid.data.dataset import SampleSet
 from fastvid.features.file import load_features, save_features
 from fastvid.inference.chat import Chat
 from fastvid.provenance import Provenance, of_weights
@@ -178,6 +178,18 @@ def test_a_run_on_other_features_of_the_second_tower_is_not_gone_on_with(run, tm
         train.main(argv(run, tmp_path / "out", "--max_steps", "4", "--video_folder_2", str(tmp_path / "other")))
 
 
+def test_another_tower_in_the_second_folder_is_told(run, tmp_path, caplog, monkeypatch):
+    second = shutil.copytree(run / "feats_2", tmp_path / "second")
+    header = {"tower": "other", "tower_revision": "sha256:other", "num_frames": 4}
+    save_features(second / "clip5.safetensors", torch.zeros(3, SECOND_CHANNELS), header)
+    given = argv(run, tmp_path / "out", "--num_train_epochs", "1", "--video_folder_2", str(second))
+    assert train.main([*given, "--dry_run", "True"]) == 0
+    assert f"features of 2 vision towers: {SAMPLES - 1} of video-tower (sha256:video-tower…), 1 of other" in caplog.text
+    monkeypatch.setattr(SampleSet, "HEADERS", 1)
+    assert train.main(given) == 0
+    assert "its features are of the tower other (sha256:other…), not of video-tower" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_benchmark_is_answered_with_both(made, asked, tmp_path):
     (tmp_path / "ask.json").write_text(
@@ -196,14 +208,7 @@ def test_a_benchmark_is_answered_with_both(made, asked, tmp_path):
 
 def test_validate_counts_rows_of_both_and_tells_the_folder(run, tmp_path, capsys):
     second = shutil.copytree(run / "feats_2", tmp_path / "second")
-    given = [
-        "--data_path",
-        str(run / "train.json"),
-        "--video_folder",
-        str(run / "feats"),
-        "--video_folder_2",
-        str(second),
-    ]
+    given = f"--data_path {run}/train.json --video_folder {run}/feats --video_folder_2 {second}".split()
     given += ["--model_name_or_path", str(run / "model"), "--mm_use_vid_start_end"]
     assert validate.main(given) == 0
     told = capsys.readouterr().out
@@ -211,7 +216,6 @@ def test_validate_counts_rows_of_both_and_tells_the_folder(run, tmp_path, capsys
     assert validate.main([*given, "--num_video_tokens", "12"]) == 1
     assert "video 'clip0.safetensors' has 8 and 3 rows instead of 12; leave" in capsys.readouterr().out
     (second / "clip2.safetensors").unlink()
-    flip_a_bit(second / "clip3.safetensors")
     save_features(second / "clip4.safetensors", torch.zeros(3, SECOND_CHANNELS + 1), {})
     assert validate.main(given) == 1
     told = capsys.readouterr().out
@@ -285,25 +289,9 @@ def test_chat_needs_both_or_says_so(run, made, asked, tmp_path):
         ValueError, match=r"--vision_tower_2 some/tower: \S+ was trained with one vision tower; leave it out"
     ):
         Chat(model_name_or_path=base, vision_tower_2="some/tower")
-    assert (
-        chat.main(
-            [
-                "--model_name_or_path",
-                base,
-                "--projector",
-                str(made / "out"),
-                "--video",
-                str(clip),
-                "--video_2",
-                str(made / "feats_2"),
-                "--question",
-                "what?",
-                "--max_new_tokens",
-                "2",
-            ]
-        )
-        == 0
-    )
+    Chat(model_name_or_path=base)
+    given = f"--model_name_or_path {base} --projector {made}/out --video {clip} --video_2 {made}/feats_2"
+    assert chat.main([*given.split(), "--max_new_tokens", "2", "--question", "what?"]) == 0
 
 
 def test_a_format_of_one_tower_is_refused(made, tmp_path):
