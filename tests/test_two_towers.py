@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_cases import assert_close, llama_of
 from safetensors.torch import load_file
-from training_run import CHANNELS, SECOND_CHANNELS, flags, losses, start, write_run, write_second
+from training_run import CHANNELS, SAMPLES, SECOND_CHANNELS, flags, losses, start, write_run, write_second
 
 from fastvid import chat, evaluate, export, inspection, train, validate
 from fastvid.batch import by_tower
