@@ -12,10 +12,12 @@ from training_run import CHANNELS, SAMPLES, SECOND_CHANNELS, flags, losses, star
 from fastvid import chat, evaluate, export, inspection, train, validate
 from fastvid.batch import by_tower
 from fastvid.checkpoints import checkpoint
+from fastvid.config import ExportConfig
 from fastvid.data.dataset import SampleSet
 from fastvid.features.file import load_features, save_features
 from fastvid.inference.chat import Chat
 from fastvid.provenance import Provenance, of_weights
+from fastvid.weights.export import card_of
 
 FULL = "--tune_mm_mlp_adapter", "False"
 LORA = "--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0"
@@ -111,6 +113,8 @@ def test_exports_answer_alike(made, asked, tmp_path):
         assert export.main(["--checkpoint", str(made / "out"), "--output", output, "--format", form]) == 0
     values = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert (values["mm_hidden_size"], values["mm_hidden_size_2"]) == (CHANNELS, SECOND_CHANNELS)
+    card = card_of(ExportConfig(str(made / "out"), folder, "llama"))
+    assert "| image-tower, sha256:image-tower; beside it video-tower, sha256:video-tower |" in card
     assert load_file(tmp_path / "p.safetensors").keys() == {"model.embed_tokens.weight", *NAMES}
     base, second = str(made / "model"), str(made / "feats_2" / "clip3.safetensors")
     for again in (

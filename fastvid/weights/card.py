@@ -68,7 +68,9 @@ def model_card(
     """
     flags = state.get("config", {})
     told = {name: flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
-    known = [found for each in (base, tower) if each is not None and (found := _hub_id(each)) is not None]
+    second = trained_on.second
+    named = (base, tower, second and second.tower)
+    known = [found for each in named if each is not None and (found := _hub_id(each)) is not None]
     data = [f"`{Path(path).name}`" for path in flags.get("data_path") or []]
     samples = f", {state['num_samples']:,} samples" if isinstance(state.get("num_samples"), int) else ""
     frames = "" if trained_on.num_frames is None else f"{trained_on.num_frames} frames a video, "
@@ -82,8 +84,7 @@ def model_card(
         base_models="base_model:\n" + "".join(f"- {each}\n" for each in known) if known else "",
         library=_LIBRARIES.get(kind, "transformers"),
         use=use.replace("${base}", _named(base)),
-        tower="not told" if tower is None else _named(tower),
-        revision=f", {trained_on.tower_revision}" if trained_on.tower_revision else "",
+        tower=_tower(tower, trained_on) + (f"; beside it {_tower(second.tower, second)}" if second else ""),
         features=f"{frames}{video}{picture}".removesuffix(", ") or "not told",
         data=", ".join(data) + samples if data else "not told",
         step=f"{state.get('step', '?')} of {state.get('total_steps', '?')}",
@@ -101,6 +102,11 @@ def _cell(value):
 
 def _named(model):
     return _cell(_hub_id(model) or Path(model).absolute().name)
+
+
+def _tower(tower, trained_on):
+    revision = f", {trained_on.tower_revision}" if trained_on.tower_revision else ""
+    return ("not told" if tower is None else _named(tower)) + revision
 
 
 def _hub_id(model):

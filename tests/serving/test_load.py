@@ -349,7 +349,7 @@ def test_the_end_does_not_wait_for_ever(serving_chat, serving_folder):
 def test_the_model_is_that_of_chat():
     """All that tells `chat` which model, and how it is asked, tells the server as well."""
     fields = {name: {field.name for field in dataclasses.fields(name)} for name in (ChatConfig, ServeConfig)}
-    assert fields[ChatConfig] - fields[ServeConfig] == {"video", "question", "questions_file", "seed"}
+    assert fields[ChatConfig] - fields[ServeConfig] == {"video", "video_2", "question", "questions_file", "seed"}
 
 
 @pytest.mark.slow
