@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from fastvid import provenance
-from fastvid.batch import Channels, Features
+from fastvid.batch import Channels, FeaturePair, Features
 from fastvid.config import TrainConfig
 from fastvid.data.annotations import examine
 from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
@@ -261,9 +261,10 @@ class SampleSet:
                     f"{self._folder.resolve(name)} was {list(self._folder.shape(name))} when this "
                     f"run first looked, is {list(features.shape)} now; start the run again"
                 )
+            headers = header["towers"] if isinstance(features, FeaturePair) else [header]
             remarks = [
                 remark
-                for of_tower, known in zip(header.get("towers", [header]), self.provenance.towers)
+                for of_tower, known in zip(headers, self.provenance.towers)
                 for remark in _unlike(provenance.Provenance.of_header(of_tower), known)
             ]
             sample = replace(sample, remarks=[*sample.remarks, *remarks]) if remarks else sample

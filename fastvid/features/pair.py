@@ -10,7 +10,7 @@ import torch
 
 from fastvid.batch import FeaturePair
 from fastvid.features.folder import FeatureFolder
-from fastvid.files import StrPath
+from fastvid.files import StrPath, shown
 
 
 class FolderPair(FeatureFolder):
@@ -64,3 +64,7 @@ class FolderPair(FeatureFolder):
     def header(self, name: str) -> dict[str, Any]:
         """{"towers": the headers of both files}."""
         return {"towers": [each.header(name) for each in self.towers]}
+
+    def told(self) -> str:
+        """A line for the user before the first step."""
+        return f"features: of two vision towers, in {' and '.join(shown(each.folder) for each in self.towers)}"

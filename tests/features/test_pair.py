@@ -28,6 +28,7 @@ def test_a_name_means_a_file_in_each_folder(pair, tmp_path):
     assert pair.resolve("clip.mp4") == tmp_path / "one" / "clip.safetensors"
     assert pair.dtype("clip.mp4") == torch.float32 and not pair.empty
     assert [folder.folder.name for folder in pair.towers] == ["one", "two"]
+    assert pair.told() == f"features: of two vision towers, in {tmp_path}/one and {tmp_path}/two"
 
 
 @pytest.mark.parametrize("name, folder", [("left.mp4", "two"), ("right.mp4", "one")])
