@@ -96,23 +96,25 @@ def test_rows_for_other_programs_are_of_both(made, chat, tmp_path):
     features = chat.features(made / "clip.mp4")
     folders = [tmp_path / name for name in ("one", "two")]
     for folder, found in zip(folders, by_tower(features)):
-        folder.mkdir()
-        save_features(folder / "in.safetensors", found, {"tower": folder.name})
+        (folder / "in").mkdir(parents=True)
+        save_features(folder / "in" / "a.safetensors", found, {"tower": folder.name})
     known = ["--model_name_or_path", str(made / "model"), "--device", "cpu", "--num_frames", "3"]
     towers = ["--video", str(made / "clip.mp4"), "--vision_tower_2", str(made / "second")]
     files = ["--video", str(folders[0]), "--video_2", str(folders[1])]
     with torch.no_grad():
         expected = chat.model.projector(*(each.float() for each in by_tower(features)))
-    for given, name in ((towers, "clip"), (files, "in")):
-        output = tmp_path / name
+    for given, name in ((towers, "clip"), (files, "in/a")):
+        output = tmp_path / "rows"
         for made_now in (1, 0):
             assert embed.main([*known, *given, "--output", str(output)]) == 0
             assert torch.equal(load_file(output / f"{name}.safetensors")["embeddings"], expected), made_now
-    written = (tmp_path / "in" / "in.safetensors").stat().st_mtime_ns
-    save_features(folders[1] / "in.safetensors", by_tower(features)[1] * 0, {"tower": "two"})  # another second one
-    assert embed.main([*known, *files, "--output", str(tmp_path / "in")]) == 0
-    assert (tmp_path / "in" / "in.safetensors").stat().st_mtime_ns > written
-    assert not torch.equal(load_file(tmp_path / "in" / "in.safetensors")["embeddings"], expected)
+    written = (output / "in" / "a.safetensors").stat().st_mtime_ns
+    save_features(
+        folders[1] / "in" / "a.safetensors", by_tower(features)[1] * 0, {"tower": "two"}
+    )  # another second one
+    assert embed.main([*known, *files, "--output", str(output)]) == 0
+    assert (output / "in" / "a.safetensors").stat().st_mtime_ns > written
+    assert not torch.equal(load_file(output / "in" / "a.safetensors")["embeddings"], expected)
 
 
 @pytest.fixture
