@@ -85,7 +85,7 @@ def one_by_one(model, asked, tokens):
     clock, answers = _clock(model), []
     begin = clock()
     for each in asked:
-        batch = pack([(EncodedSample("", each.token_ids), each.videos)], tokens, model.config.mm_hidden_size)
+        batch = pack([(EncodedSample("", each.token_ids), each.videos)], tokens, model.config.channels)
         batch = batch.to(model.embed.weight.device)
         answers.append(generate(model, batch, max_new_tokens=each.max_new_tokens, stops=()))
     return answers, clock() - begin

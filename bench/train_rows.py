@@ -110,7 +110,7 @@ class Fastvid:
 
         state, config = self.state, config_of(row, self.folder, self.dtype, micro_batch)
         samples = SampleSet(config.data_path, state.tokenizer, state.loader.samples.features, config)
-        samples.fit(state.model.config.mm_hidden_size)
+        samples.fit(state.model.config.channels)
         self.state = replace(state, config=config, loader=training_loader(config, samples, state.world), step=0)
         with torch.no_grad():
             for name, parameter in self._adapter(row).items():
