@@ -32,6 +32,7 @@ def pack(
     prefix: Sequence[int] = (),
     frozen: bool = False,
     share: bool = False,
+    branches: bool = True,
 ) -> PackedBatch:
     """Lay samples end to end.
 
@@ -45,6 +46,8 @@ def pack(
         frozen: the backbone is: the model keeps the keys and values of `prefix`, whose rows stay out of the batch, and
             rows before a sample's first video need no gradient.
         share: rows that samples have in common, up to the end of a video (or of `prefix`), stand in the batch once.
+        branches: what samples do not share may lie in another order than theirs, so that attention need not copy the
+            keys of what they do. Without, supervised rows lie in the samples' order.
 
     Returns:
         PackedBatch, `parted`; its pieces are its segments: those without gradient first, branches last.
@@ -57,7 +60,7 @@ def pack(
         pieces = [_Piece(np.zeros(1, dtype=np.int64), 0, None, [], False)]
     if all(piece.frozen for piece in pieces):
         pieces[-1].frozen = False  # so that every rank's backward reaches every layer that others may wait in
-    pieces = _in_order(pieces)
+    pieces = _in_order(pieces) if branches else sorted(pieces, key=lambda piece: not piece.frozen)
     at = 0
     for piece in pieces:
         piece.row, at = at, at + len(piece.ids)

@@ -304,7 +304,7 @@ class Batcher:
         """The last rows of whole prompts, [B, D]; what they have in common is computed once."""
         model = self._model
         samples = [(self._sample(each.waiting.request), each.waiting.request.videos) for each in group]
-        batch = pack(samples, self._tokens, model.config.channels, share=True).to(self._device)
+        batch = pack(samples, self._tokens, model.config.channels, share=True, branches=False).to(self._device)
         cache = [LayerCache(batch.num_rows) for _ in model.decoder.layers]
         h_BD = model.decoder(
             model.splice(batch),

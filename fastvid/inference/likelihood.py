@@ -73,6 +73,7 @@ def _of(chat, features_RC, group):
         chat.tokenizer.tokens,
         chat.model_config.channels,
         share=True,
+        branches=False,
     ).to(chat.device)
     h_LD = model.decoder(
         model.splice(batch), batch.positions, batch.layout, supervised=(batch.loss_rows, batch.loss_layout)

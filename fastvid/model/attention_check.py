@@ -43,7 +43,7 @@ def settle_attention(
         implementation: as of `choose_attention`; of what is named only the parts are tested, for nobody named these.
         device, dtype: of the model's queries, keys and values.
         heads, kv_heads, channels: H, K, d.
-        gradients: test them, too; without, no library compiles its backward.
+        gradients: test them, and branches, too. Without, as inference has neither, no library compiles its backward.
 
     Raises:
         ValueError: `implementation` is none, or cannot be used here.
@@ -51,8 +51,10 @@ def settle_attention(
     # A library may refuse to be repeatable: what was tested without is another thing.
     asked = device, dtype, (heads, kv_heads, channels), gradients, torch.are_deterministic_algorithms_enabled()
     if implementation != "auto" or kernel_obstacle(device, dtype):
-        return _with_right_parts(choose_attention(implementation, device, dtype, channels), *asked)
-    return _with_right_parts(_first_that_is_right(*asked), *asked)
+        found = choose_attention(implementation, device, dtype, channels)
+    else:
+        found = _first_that_is_right(*asked)
+    return _with_right_parts(found, *asked) if gradients else replace(found, parts=None)
 
 
 @functools.cache

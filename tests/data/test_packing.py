@@ -151,6 +151,18 @@ def test_branches_copy_no_key_of_what_they_go_on_from():
     assert apart.layout.branches is None and apart.loss_layout.branches is None
 
 
+def test_without_branches_supervised_rows_lie_in_the_order_of_their_samples():
+    """Two videos in turn, and an answer that is longer than what it goes on from."""
+    samples = []
+    for number, (video, answer) in enumerate((("v", 1), ("w", 1), ("v", 20), ("w", 1), ("v", 2))):
+        ids = [*SYSTEM, *VIDEO, *[8] * answer, 10 + number]
+        samples.append((sample(str(number), ids, [(len(ids) - 1, len(ids))], [video]), [features(video)]))
+    in_order = pack(samples, TOKENS, 2, share=True, branches=False)
+    assert in_order.targets.tolist() == [10, 11, 12, 13, 14] and in_order.layout.branches is None
+    lies = pack(samples, TOKENS, 2, share=True)
+    assert sorted(lies.targets.tolist()) == [10, 11, 12, 13, 14] != lies.targets.tolist()
+
+
 # --- any samples, any mode: what each supervised row sees
 
 

@@ -249,12 +249,12 @@ def test_parts_of_torchs_own_are_tried_where_it_is_named(machine, monkeypatch, c
     assert message.startswith("attention: keys of shared videos are gathered, for torch's varlen_attn fails in parts: ")
 
 
-def test_inference_tries_parts_without_their_backward(machine, monkeypatch, caplog):
-    """Several questions about a video are read at once there, too. A backward would be compiled for nothing."""
+def test_inference_tries_neither_parts_nor_a_backward(machine, monkeypatch, caplog):
+    """Both would be compiled for nothing."""
     machine.card((9, 0))
     chosen, calls = settled(machine, monkeypatch, "FlashAttention 4", gradients=False)
-    assert chosen.parts is not None and caplog.messages == []
-    assert [each.get("causal") for each in calls.seen] == [True, True, False]
+    assert chosen.parts is None and caplog.messages == []
+    assert [each.get("causal") for each in calls.seen] == [True]
     assert not any("backward" in each for each in calls.seen)
 
 
