@@ -24,7 +24,7 @@ from fastvid.features.file import load_features, save_features
 from fastvid.features.manifest import read_manifest
 from fastvid.inference.chat import Chat
 from fastvid.pooling import RECIPE, Pooling
-from fastvid.provenance import agreed_pooling, of_weights
+from fastvid.provenance import EXPORT_MARK, KEY, Provenance, agreed_pooling, of_weights
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder
 
@@ -248,6 +248,15 @@ def test_the_reference_knows_the_recipe_alone(made, tmp_path, capsys):
 # --- training
 
 
+def write_weights(made, folder, provenance):
+    """A model folder whose weights tell `provenance`, as an export's do."""
+    shutil.copytree(made / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config[EXPORT_MARK] = {KEY: provenance.to_json()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def argv(made, output, *more, records=None):
     words = flags(made, output, "--num_train_epochs", "1", "--dataloader_num_workers", "0", *more)
     words[words.index("--data_path") + 1] = str(records or made / "train.json")
@@ -416,6 +425,39 @@ def test_it_goes_on_with_the_pooling_of_the_weights_it_starts_from(trained, tmp_
     with pytest.raises(ValueError, match=r"several poolings \(.*\); name one with --pooling"):
         train.main(online(trained, tmp_path / "c", *start))
     assert train.main(online(trained, tmp_path / "c", *start, "--pooling", GRID)) == 0
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_the_frames_of_the_weights_it_starts_from(trained, tmp_path, monkeypatch):
+    start_quickly(monkeypatch)
+    words = online(trained, tmp_path / "a", "--pretrain_mm_mlp_adapter", str(trained / "grid"), "--max_steps", "1")
+    told = words.index("--num_frames")
+    assert train.main(words[:told] + words[told + 2 :]) == 0
+    found = of_weights(tmp_path / "a" / "mm_projector.bin")
+    assert (found.pooling, found.num_frames) == (GRID, FRAMES)
+    config = {"data_path": [str(trained / "grid.json")], "vision_tower": str(trained / "tower")}
+    weights = write_weights(trained, tmp_path / "model", Provenance(num_frames=FRAMES, pooling=SLOW_FAST))
+    checked = ValidateConfig(**config, video_folder=str(trained / "grids"), model_name_or_path=str(weights))
+    assert not validate.validate(checked).problems
+    with pytest.raises(ValueError, match=f"--num_frames is 3; give --num_frames {FRAMES}"):
+        validate.validate(replace(checked, num_frames=3))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_the_flags_come_to_the_same(trained, tmp_path, monkeypatch, caplog):
+    """Of features that lie there they change nothing; of those that are made what comes of them counts."""
+    start_quickly(monkeypatch)
+    words = argv(trained, tmp_path / "files", "--max_steps", "1", records=trained / "grid.json")
+    assert train.main(words) == train.main([*words, "--pooling", GRID, "--num_frames", "100"]) == 0
+    assert "resumed from" in caplog.text
+    caplog.clear()
+    words = online(trained, tmp_path / "a", "--pretrain_mm_mlp_adapter", str(trained / "grid"), "--max_steps", "1")
+    told = words.index("--num_frames")
+    assert train.main(words[:told] + words[told + 2 :]) == train.main([*words, "--pooling", GRID]) == 0
+    assert "resumed from" in caplog.text
+    elsewhere = ["--clip_feat_path", str(tmp_path / "features")]
+    with pytest.raises(ValueError, match=r"--num_frames was 6, is 5; --pooling was grid:3x2x2, is temporal.spatial"):
+        train.main([*words, *elsewhere, "--num_frames", "5", "--pooling", RECIPE])
 
 
 @pytest.mark.slow

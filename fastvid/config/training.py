@@ -42,9 +42,10 @@ class DataConfig(Checked):
         "Vision tower (folder or hub id); it makes the features of videos in --video_folder that have none. "
         "Default: the model's own setting.",
     )
-    num_frames: int = flag(
-        100,
-        "Frames of each video that has no features yet, and temporal rows of those that are made.",
+    num_frames: int | None = flag(
+        None,
+        "Frames of each video that has no features yet, and temporal rows of those that are made. Default: as the "
+        "weights that training starts from were trained; 100 where they do not tell.",
         at_least=1,
         at_most=100_000,
     )

@@ -149,6 +149,10 @@ class FeatureFolder:
         """The video that features are made of."""
         return None
 
+    def made_otherwise(self, before: dict[str, Any]) -> list[str]:
+        """What makes other features than an earlier run's flags made, a line each."""
+        return []
+
     def is_made(self, name: str) -> bool:
         return True
 

@@ -24,7 +24,7 @@ from fastvid.features.pair import FolderPair
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
-from fastvid.pooling import RECIPE, Pooling
+from fastvid.online.start import frames_to_make, made_otherwise, pooling_to_make, start_of
 from fastvid.provenance import of_weights
 from fastvid.video.decode.still import is_still
 from fastvid.video.earlier import EarlierFeatures
@@ -177,7 +177,7 @@ class OnlineFeatures(FeatureFolder):
             str(self.cache),
             vision_tower=str(self.tower),
             parity=config.parity,
-            num_frames=config.num_frames or ExtractConfig.num_frames,
+            num_frames=frames_to_make(config),
             pooling=str(pooling_to_make(config)),
         )
         refuse_departures(self._extraction)
@@ -203,6 +203,10 @@ class OnlineFeatures(FeatureFolder):
                 f"the tower {shown(self.tower)} makes features of {self.made_shape[1]} channels, and the "
                 f"model takes {channels}; give the model's own tower with --vision_tower"
             )
+
+    def made_otherwise(self, before: dict[str, Any]) -> list[str]:
+        """As `fastvid.online.start.made_otherwise`; nothing where all features are there as files."""
+        return [] if self.tower is None else made_otherwise(self.config, before)
 
     def _probe(self, name):
         if name not in self._probed and self.resolve(name) in self._numbers:
@@ -367,28 +371,8 @@ def training_features(config: DataConfig, names: Iterable[str] = ()) -> FeatureF
     return features
 
 
-def _start(config):
-    """Path of the weights that training starts from."""
-    return getattr(config, "pretrain_mm_mlp_adapter", None) or config.model_name_or_path
-
-
-def pooling_to_make(config: DataConfig) -> Pooling:
-    """The pooling of features that training makes: as told, else that of the weights it starts from, else the recipe's.
-
-    Raises:
-        ValueError: those were trained with several, or with one that is not known here.
-    """
-    start = _start(config)
-    pooling = config.pooling or (start and of_weights(start).pooling) or RECIPE
-    if "; " in pooling:
-        raise ValueError(
-            f"{shown(start)} was trained with features of several poolings ({pooling}); name one with --pooling"
-        )
-    return Pooling.parse(pooling)
-
-
 def _tower_of_model(config):
     """The tower that made the features of the weights which training starts from, or the model's own; None if nothing
     tells."""
-    model, start = config.model_name_or_path, _start(config)
+    model, start = config.model_name_or_path, start_of(config)
     return choose_tower(None, of_weights(start), start, otherwise=read_settings(model).get("mm_vision_tower"))

@@ -59,6 +59,8 @@ MAY_CHANGE = {
     "memory",
     "clip_feat_path",
     "vision_tower",
+    "num_frames",  # of these two what comes of them: `OnlineFeatures.made_otherwise`
+    "pooling",
     "num_video_tokens",
     "on_bad_sample",
     "max_skipped",
@@ -317,6 +319,8 @@ def _goes_on(folder, saved, state):
         for name, value in given.items()
         if name not in MAY_CHANGE and name not in content.FLAGS and before[name] != value
     ]
+    features = state.loader.samples.features
+    flags += [] if features is None else features.made_otherwise(before)
     if saved["samples_per_step"] != state.order.samples_per_step:
         flags.append(f"samples_per_step was {saved['samples_per_step']}, is {state.order.samples_per_step}")
         if saved["world_size"] != state.world.size:

@@ -15,7 +15,8 @@ from fastvid.features.file import describe_features, load_features
 from fastvid.features.folder import MissingFeatures
 from fastvid.features.names import medium, namesake
 from fastvid.files import shown
-from fastvid.online.folder import OnlineFeatures, pooling_to_make, training_features
+from fastvid.online.folder import OnlineFeatures, training_features
+from fastvid.online.start import frames_to_make, pooling_to_make
 from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
 from fastvid.validation.report import Report
@@ -130,7 +131,7 @@ def _rows_to_make(config):
         image_size, patch_size = tower_geometry(folder, config.vision_tower)
     except ValueError:
         return None
-    return pooling_to_make(config).rows(config.num_frames, (image_size // patch_size) ** 2)
+    return pooling_to_make(config).rows(frames_to_make(config), (image_size // patch_size) ** 2)
 
 
 def _add_missing(report, sources, video, count, error):
