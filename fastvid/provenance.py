@@ -32,6 +32,7 @@ __all__ = [
     "agreed_pooling",
     "decoders_of",
     "in_fp8",
+    "is_of_an_image",
     "of_features",
     "of_state",
     "of_weights",
@@ -96,14 +97,12 @@ class Provenance:
         """From the header of a feature file, which tells the decoder and the conversion under "video".
 
         A line of an extraction's manifest, where "video" is a name, tells the decoder and which conversion was asked
-        for. A header of ours that names no pooling is older than the flag. An image's own rows tell nothing of videos.
+        for. An image's own rows and its one frame tell nothing of videos.
         """
         if not isinstance(header, dict):
             return cls()
-        if "pooling" not in header and "num_frames" in header:
-            header = {**header, "pooling": RECIPE}
-        elif header.get("pooling") == OF_AN_IMAGE:
-            header = {**header, "pooling": None}
+        if is_of_an_image(header):
+            header = {**header, "pooling": None, "num_frames": None}
         video = header.get("video")
         own = (
             {name: video[name] for name in ("decoder", "conversion") if name in video}
@@ -114,13 +113,18 @@ class Provenance:
 
     @classmethod
     def of(cls, values: object) -> Self:
-        """From what JSON held; what is of another type than it must be is left out."""
+        """From what JSON held; what is of another type than it must be is left out.
+
+        What names a number of frames and no pooling is older than ``--pooling``: it is of the recipe.
+        """
         kinds = {"num_frames": int, "rows": int, "use_start_end": bool, "lora": bool}
         found = values if isinstance(values, dict) else {}
         told = {f.name: found[f.name] for f in fields(cls) if type(found.get(f.name)) is kinds.get(f.name, str)}
         second = found.get("second")
         if isinstance(second, dict):  # which has no second one in turn
             told["second"] = cls.of({name: value for name, value in second.items() if name != "second"})
+        if "num_frames" in told and "pooling" not in found:
+            told["pooling"] = RECIPE
         return cls(**told)
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +132,11 @@ class Provenance:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "second"}
         told = {name: value for name, value in own.items() if value is not None}
         return told if self.second is None else {**told, "second": self.second.to_json()}
+
+
+def is_of_an_image(header: dict[str, Any]) -> bool:
+    """Whether a feature file's header is that of an image."""
+    return header.get("pooling") == OF_AN_IMAGE
 
 
 def of_features(
@@ -150,6 +159,8 @@ def of_features(
         if made.tower_revision is not None:
             name = names.setdefault(made.tower_revision, made.tower)
             towers[name, made.tower_revision] += 1
+            if is_of_an_image(header):
+                continue
             frames.add(made.num_frames)
             poolings.add(made.pooling)
     rows = {number for number, _ in looked_at}

@@ -331,7 +331,20 @@ def test_validate_counts_poolings(made, capsys):
     told = capsys.readouterr().out
     assert f"{FRAMES} frames, {GRID}" in told and f"{FRAMES} frames, {RECIPE}" in told and "an image's patches" in told
     found = {(line["pooling"], line["files"]) for line in json.loads((made / "report.json").read_text())["made_by"]}
-    assert found == {(GRID, 2), (RECIPE, 2), (None, 1)}
+    assert found == {(GRID, 2), (RECIPE, 2), ("spatial", 1)}
+
+
+@pytest.mark.slow
+def test_validate_tells_images_from_features_that_tell_no_pooling(made, tmp_path, capsys):
+    """As another program may have written them."""
+    shutil.copytree(made / "feats", tmp_path / "feats")
+    for path in tmp_path.glob("feats/*.safetensors"):
+        features, header = load_features(path)
+        save_features(path, features, {name: header[name] for name in ("tower", "tower_revision")})
+    words = ["--data_path", str(made / "train.json"), "--video_folder", str(tmp_path / "feats")]
+    assert validate.main(words) == 0
+    told = capsys.readouterr().out
+    assert "frames not told, pooling not told" in told and "an image's patches" not in told
 
 
 # --- answers

@@ -17,6 +17,7 @@ from fastvid.config import ExportConfig, ValidateConfig
 from fastvid.features.file import load_features, save_features
 from fastvid.flags import parse
 from fastvid.inference.chat import Chat
+from fastvid.pooling import RECIPE
 from fastvid.provenance import (
     Provenance,
     agreed,
@@ -31,7 +32,7 @@ from fastvid.weights.projector_file import save_tensors
 
 FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 DIGEST, OTHER = "sha256:aa", "sha256:bb"
-SOME = Provenance('some/tower é\n\x7f"', DIGEST, 16, 32, "vicuna_v1_1", "video_first", True)
+SOME = Provenance('some/tower é\n\x7f"', DIGEST, 16, 32, "vicuna_v1_1", "video_first", True, pooling="grid:2x4x4")
 
 
 def write_clip_tower(folder, seed):
@@ -341,6 +342,10 @@ def test_what_all_headers_agree_about():
     assert found == replace(recipe, num_frames=16, rows=32) and len(towers) == 2
     found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (16, one | {"pooling": "spatial", "image": {}})])
     assert found.pooling == "grid:2x4x4"  # an image tells nothing of videos
+    image = one | {"num_frames": 100, "pooling": "spatial", "image": {}}
+    found, towers = of_features([(32, one | {"pooling": "grid:2x4x4"}), (16, image)])
+    assert (found.pooling, found.num_frames, found.rows) == ("grid:2x4x4", 16, None) and towers == {("t", DIGEST): 2}
+    assert of_features([(16, image)])[0] == Provenance(tower="t", tower_revision=DIGEST, rows=16)
     found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (32, one)])
     assert found.pooling == "grid:2x4x4; temporal+spatial"
     assert of_features([]) == (Provenance(), {})
@@ -402,7 +407,18 @@ def test_values_of_other_types_are_left_out(tmp_path):
     assert Provenance.of({**SOME.to_json(), "rows": 7.5}).rows is None
     with zipfile.ZipFile(tmp_path / "p.bin", "w") as file:
         file.writestr(f"p/{provenance._MEMBER}", json.dumps({"tower": 3, "num_frames": 16}))
-    assert of_weights(tmp_path / "p.bin") == Provenance(num_frames=16)
+    assert of_weights(tmp_path / "p.bin") == Provenance(num_frames=16, pooling=RECIPE)
+
+
+def test_weights_that_are_older_than_the_flag_are_of_the_recipe(tmp_path):
+    """As features are whose headers are older; what tells no number of frames tells no pooling."""
+    older = {"tower": "t", "num_frames": 16}
+    (tmp_path / "config.json").write_text(json.dumps({provenance.EXPORT_MARK: {provenance.KEY: older}}))
+    assert of_weights(tmp_path).pooling == RECIPE == Provenance.of_header(older).pooling
+    folder = checkpoint.save(tmp_path, 1, groups={"model": {"a": torch.ones(1)}}, state={"provenance": older})
+    assert of_weights(folder).pooling == RECIPE
+    assert Provenance.of({"tower": "t"}).pooling is None
+    assert Provenance.of(older | {"pooling": "grid:2x2x2"}).pooling == "grid:2x2x2"
 
 
 def test_an_older_checkpoint_tells_the_prompt(tmp_path):

@@ -17,8 +17,8 @@ from fastvid.features.names import medium, namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures, training_features
 from fastvid.online.start import frames_to_make, pooling_to_make
-from fastvid.pooling import RECIPE
-from fastvid.provenance import Provenance, decoders_of, in_fp8, same_tower
+from fastvid.pooling import OF_AN_IMAGE, RECIPE
+from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower
 from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources
 
@@ -156,7 +156,8 @@ def _add_failed(report, video, count, why):
 def _note_maker(report, makers, video, header):
     made = Provenance.of_header(header)
     if made.tower_revision is not None:
-        report.makers[made.tower, made.tower_revision, made.num_frames, made.pooling] += 1
+        rows = OF_AN_IMAGE if is_of_an_image(header) else made.pooling
+        report.makers[made.tower, made.tower_revision, made.num_frames, rows] += 1
         makers[video] = made
     report.decoders += decoders_of([header])
     report.in_fp8 += in_fp8([header])

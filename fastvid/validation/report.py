@@ -7,6 +7,7 @@ from typing import Any
 
 from fastvid.data.annotations import Remarks
 from fastvid.files import shown
+from fastvid.pooling import OF_AN_IMAGE
 from fastvid.provenance import what_decoders_mean, what_fp8_means
 
 SHOWN = 3  # examples of each kind of problem
@@ -179,8 +180,7 @@ def summary(report: Report) -> str:
         counts = ", ".join(f"{count:,} {ending}" for ending, count in report.formats.most_common())
         lines.append(f"formats     {counts}")
     for (tower, revision, frames, pooling), count in report.makers.most_common(SHOWN):
-        rows = "an image's patches" if pooling is None else shown(pooling)
-        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {frames} frames, {rows}")
+        lines.append(f"made by     {count:>9,} {tower} ({revision[:19]}…), {_made_as(frames, pooling)}")
     if (others := len(report.layouts or ()) - SHOWN) > 0:
         rows = [R for R, _, _ in report.layouts or ()]
         lines.append(f"            … and {others:,} more shapes; {min(rows):,} to {max(rows):,} rows in all")
@@ -207,3 +207,11 @@ def summary(report: Report) -> str:
             lines.append(f"    … and {count - SHOWN:,} more")
     total = sum(report.problems.values())
     return "\n".join([*lines, f"{total:,} problem{'s' * (total != 1)}" if total else "nothing wrong"])
+
+
+def _made_as(frames, pooling):
+    """What the rows of features are, in words."""
+    if pooling == OF_AN_IMAGE:
+        return "an image's patches"
+    told = "frames not told" if frames is None else f"{frames} frames"
+    return f"{told}, {'pooling not told' if pooling is None else shown(pooling)}"
