@@ -16,11 +16,11 @@ import re
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["OF_AN_IMAGE", "RECIPE", "Pooling", "check_spec"]
+__all__ = ["OF_AN_IMAGE", "RECIPE", "Pooling", "check_spec", "is_known"]
 
 RECIPE = "temporal+spatial"  # what a feature file's header means that names none
 OF_AN_IMAGE = "spatial"  # what the header of an image says, whatever its extraction was told about videos
-_GRID = r"([1-9]\d{0,5})x([1-9]\d{0,3})x([1-9]\d{0,3})"
+_GRID = r"([1-9][0-9]{0,5})x([1-9][0-9]{0,3})x([1-9][0-9]{0,3})"
 _SPEC = re.compile(rf"grid:{_GRID}|slow-fast:{_GRID}\+{_GRID}")
 
 
@@ -102,3 +102,12 @@ def check_spec(spec: str) -> None:
         ValueError: as `Pooling.parse`.
     """
     Pooling.parse(spec)
+
+
+def is_known(spec: str) -> bool:
+    """Whether a spec means a pooling here: another program, or a later version, may know others."""
+    try:
+        check_spec(spec)
+    except ValueError:
+        return False
+    return True

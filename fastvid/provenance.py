@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from fastvid.files import StrPath, shown
-from fastvid.pooling import OF_AN_IMAGE, RECIPE
+from fastvid.pooling import OF_AN_IMAGE, RECIPE, is_known
 
 __all__ = [
     "EXPORT_MARK",
@@ -29,6 +29,7 @@ __all__ = [
     "Provenance",
     "add_to_bin",
     "agreed",
+    "agreed_frames",
     "agreed_pooling",
     "decoders_of",
     "in_fp8",
@@ -39,6 +40,8 @@ __all__ = [
     "same_tower",
     "what_decoders_mean",
     "what_fp8_means",
+    "why_no_frames",
+    "why_no_pooling",
 ]
 
 KEY = "provenance"
@@ -316,19 +319,45 @@ def same_tower(recorded: str | None, found: Sequence[str]) -> bool | None:
 
 
 def agreed_pooling(given: str | None, trained: str | None, weights: StrPath) -> str | None:
-    """`agreed` of ``--pooling``; None where the weights were trained with several, and the user names none of them.
+    """`agreed` of ``--pooling``; None where the user says none, and `why_no_pooling` what the weights say.
 
     Raises:
         ValueError: the user and the weights contradict each other.
     """
     of_training = trained.split("; ") if trained is not None else []
-    if len(of_training) < 2:
-        return agreed("--pooling", given, trained, RECIPE, weights)
-    return (
-        given
-        if given is None
-        else agreed("--pooling", given, given if given in of_training else trained, RECIPE, weights)
-    )
+    if len(of_training) > 1:
+        if given is not None and given not in of_training:
+            known = " or ".join(filter(is_known, of_training))
+            raise ValueError(
+                f"--pooling {given}: {weights} was trained with {' and '.join(of_training)}, and would answer wrongly; "
+                + (f"give {known}" if known else "leave --pooling out")
+            )
+        return given
+    pooling = agreed("--pooling", given, trained, RECIPE, weights)
+    return pooling if is_known(pooling) else None
+
+
+def why_no_pooling(trained: str | None, weights: StrPath) -> str:
+    """Why `agreed_pooling` is None, in words."""
+    if "; " in (trained or ""):
+        return f"{shown(weights)} was trained with features of several poolings ({trained})"
+    return f"{shown(weights)} was trained with features of the pooling {shown(trained)}, which is not known here"
+
+
+def agreed_frames(given: int | None, trained: Provenance, weights: StrPath) -> int | None:
+    """`agreed` of ``--num_frames``; None where the user says none, and the weights' features had several.
+
+    Raises:
+        ValueError: the user and the weights contradict each other.
+    """
+    if given is None and trained.num_frames is None and trained.pooling is not None:
+        return None
+    return agreed("--num_frames", given, trained.num_frames, 100, weights)
+
+
+def why_no_frames(weights: StrPath) -> str:
+    """Why `agreed_frames` is None, in words."""
+    return f"{shown(weights)} tells no one number of frames that the videos of its training had"
 
 
 def agreed(flag: str, given: T | None, trained: T | None, otherwise: T, weights: StrPath) -> T:

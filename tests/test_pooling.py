@@ -24,13 +24,15 @@ from fastvid.features.file import load_features, save_features
 from fastvid.features.manifest import read_manifest
 from fastvid.inference.chat import Chat
 from fastvid.pooling import RECIPE, Pooling
-from fastvid.provenance import EXPORT_MARK, KEY, Provenance, agreed_pooling, of_weights
+from fastvid.provenance import EXPORT_MARK, KEY, Provenance, agreed_frames, agreed_pooling, of_weights
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder
+from fastvid.weights.projector_file import save_tensors
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 FRAMES, SIDE = 6, 4  # frames per video, patches of the tower
 GRID, SLOW_FAST = "grid:3x2x2", f"slow-fast:2x3x3+{FRAMES}x1x1"
+OTHER = "pllava-attn"  # of another program
 ROWS = {RECIPE: FRAMES + SIDE**2, GRID: 12, SLOW_FAST: 18 + FRAMES}
 
 
@@ -65,6 +67,8 @@ def test_rows_follow_from_the_spec(spec, frames, patches, rows):
         "spatial",
         "grid:2×2×2",
         "grid:2x2x2 ",
+        "grid:1\u0664x2x2",  # digits, but not ours
+        "grid:1\uff12x2x2",
     ],
 )
 def test_what_is_no_spec_is_refused_with_the_specs_that_are(spec):
@@ -116,9 +120,34 @@ def test_which_pooling_new_features_get():
     assert agreed_pooling(None, GRID, "w") == agreed_pooling(GRID, GRID, "w") == GRID
     both = f"{GRID}; {RECIPE}"
     assert agreed_pooling(None, both, "w") is None and agreed_pooling(GRID, both, "w") == GRID
-    for trained in (GRID, both):
-        with pytest.raises(ValueError, match=r"--pooling slow-fast.*: w was trained with .*; leave --pooling out"):
-            agreed_pooling(SLOW_FAST, trained, "w")
+    with pytest.raises(ValueError, match=r"--pooling slow-fast.*: w was trained with .*; leave --pooling out$"):
+        agreed_pooling(SLOW_FAST, GRID, "w")
+    with pytest.raises(
+        ValueError, match=r": w was trained with grid:3x2x2 and temporal.spatial, .*; give .* or .*$"
+    ) as told:
+        agreed_pooling(SLOW_FAST, both, "w")
+    for remedy in str(told.value).rpartition("give ")[2].split(" or "):
+        assert agreed_pooling(remedy, both, "w") == remedy
+
+
+def test_a_pooling_that_is_not_known_is_none_to_make():
+    """Another program's, or a later version's. It is no flag that somebody gave."""
+    assert agreed_pooling(None, OTHER, "w") is None
+    with pytest.raises(ValueError, match=f"w was trained with {OTHER}, and would answer wrongly; leave --pooling out$"):
+        agreed_pooling(GRID, OTHER, "w")
+    with pytest.raises(ValueError, match=f"; give {GRID}$"):
+        agreed_pooling(RECIPE, f"{GRID}; {OTHER}", "w")
+    with pytest.raises(ValueError, match="; leave --pooling out$"):
+        agreed_pooling(RECIPE, f"{OTHER}; {OTHER}-2", "w")
+
+
+def test_which_frames_new_features_get():
+    assert agreed_frames(None, Provenance(), "w") == 100 and agreed_frames(8, Provenance(), "w") == 8
+    assert agreed_frames(None, Provenance(num_frames=8, pooling=GRID), "w") == 8
+    several = Provenance(pooling=f"{GRID}; {RECIPE}")
+    assert agreed_frames(None, several, "w") is None and agreed_frames(8, several, "w") == 8
+    with pytest.raises(ValueError, match="leave --num_frames out"):
+        agreed_frames(9, Provenance(num_frames=8), "w")
 
 
 # --- extraction
@@ -403,6 +432,70 @@ def test_weights_that_tell_nothing_take_what_the_user_says(trained, tmp_path):
         vision_tower=str(trained / "tower"),
     )
     assert chat.features(trained / "grids" / "b.mp4").shape == (ROWS[SLOW_FAST], CHANNELS)
+    chat.close()
+
+
+@pytest.mark.slow
+def test_of_several_frame_counts_the_user_names_one(trained, tmp_path, monkeypatch):
+    """Nothing tells which of them goes with which pooling: none is taken for granted."""
+    model = write_weights(trained, tmp_path / "model", Provenance(pooling=f"{GRID}; {RECIPE}"))
+    tensors = torch.load(trained / "grid" / "mm_projector.bin", weights_only=True)
+    save_tensors(tmp_path / "p.safetensors", tensors, Provenance(pooling=f"{GRID}; {RECIPE}"))
+    options = {"pooling": GRID, "vision_tower": str(trained / "tower")}
+    chat = chat_of(trained, tmp_path / "p.safetensors", **options)
+    with pytest.raises(ValueError, match="tells no one number of frames .*; give the one .* with --num_frames"):
+        chat.features(trained / "grids" / "a.mp4")
+    assert chat.ask(trained / "feats" / "a.safetensors", "what")
+    chat.close()
+    chat = chat_of(trained, tmp_path / "p.safetensors", **options, num_frames=FRAMES)
+    assert chat.features(trained / "grids" / "a.mp4").shape == (ROWS[GRID], CHANNELS)
+    chat.close()
+    start_quickly(monkeypatch)
+    words = online(trained, tmp_path / "out", "--model_name_or_path", str(model), "--max_steps", "1", "--pooling", GRID)
+    told = words.index("--num_frames")
+    with pytest.raises(ValueError, match="tells no one number of frames .*; give one with --num_frames"):
+        train.main(words[:told] + words[told + 2 :])
+    assert train.main(words) == 0
+
+
+@pytest.mark.slow
+def test_weights_of_a_pooling_that_is_not_known_answer_about_features(trained, tmp_path, monkeypatch):
+    """Those of another program, say. Training takes them, and asks for a pooling where it makes features."""
+    (tmp_path / "feats").mkdir()
+    for name in "ab":
+        features, header = load_features(trained / "feats" / f"{name}.safetensors")
+        save_features(tmp_path / "feats" / f"{name}.safetensors", features, header | {"pooling": OTHER})
+    words = argv(trained, tmp_path / "out", "--max_steps", "1", records=trained / "grid.json")
+    assert train.main([*words, "--video_folder", str(tmp_path / "feats")]) == 0
+    chat = chat_of(trained, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=f"the pooling '?{OTHER}'?, which is not known .*; give feature files, not videos"
+    ):
+        chat.features(trained / "grids" / "a.mp4")
+    assert chat.ask(tmp_path / "feats" / "a.safetensors", "what")
+    chat.close()
+    start_quickly(monkeypatch)
+    start = ["--pretrain_mm_mlp_adapter", str(tmp_path / "out"), "--max_steps", "1"]
+    with pytest.raises(ValueError, match=f"the pooling '?{OTHER}'?, which is not known here; name one with --pooling"):
+        train.main(online(trained, tmp_path / "again", *start))
+    assert train.main(online(trained, tmp_path / "again", *start, "--pooling", GRID)) == 0
+
+
+@pytest.mark.slow
+def test_features_of_another_pooling_than_the_one_that_is_given_are_refused(trained, tmp_path):
+    """By weights that tell nothing, as features are of another tower than --vision_tower."""
+    tensors = torch.load(trained / "grid" / "mm_projector.bin", weights_only=True)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    chat = chat_of(trained, tmp_path / "theirs.safetensors", pooling=RECIPE)
+    with pytest.raises(
+        ValueError, match=r"--pooling grid:3x2x2, not with the --pooling temporal.spatial .* leave --pooling out"
+    ):
+        chat.features(trained / "feats" / "a.safetensors")
+    assert chat.ask(trained / "feats" / "c.safetensors", "what")
+    assert chat.ask(trained / "feats" / "e.safetensors", "what")  # an image
+    chat.close()
+    chat = chat_of(trained, tmp_path / "theirs.safetensors")
+    assert chat.ask(trained / "feats" / "a.safetensors", "what")
     chat.close()
 
 

@@ -345,6 +345,7 @@ def test_what_all_headers_agree_about():
     image = one | {"num_frames": 100, "pooling": "spatial", "image": {}}
     found, towers = of_features([(32, one | {"pooling": "grid:2x4x4"}), (16, image)])
     assert (found.pooling, found.num_frames, found.rows) == ("grid:2x4x4", 16, None) and towers == {("t", DIGEST): 2}
+    assert Provenance.of_header(image).num_frames is None
     assert of_features([(16, image)])[0] == Provenance(tower="t", tower_revision=DIGEST, rows=16)
     found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (32, one)])
     assert found.pooling == "grid:2x4x4; temporal+spatial"

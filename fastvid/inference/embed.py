@@ -102,7 +102,7 @@ class Embedder:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.settings = {
             "projector": f"sha256:{digest.hexdigest()}",
-            "num_frames": source.num_frames,
+            "num_frames": source.config.num_frames,
             "pooling": source.config.pooling,
             "dtype": str(source.precision.compute).removeprefix("torch."),
         }

@@ -28,7 +28,7 @@ from fastvid.inference.towers import towers_of
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import make_projector
 from fastvid.pooling import RECIPE
-from fastvid.provenance import Provenance, agreed, agreed_pooling, of_weights
+from fastvid.provenance import Provenance, agreed, agreed_frames, agreed_pooling, of_weights
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
@@ -64,6 +64,7 @@ class VideoSource:
         self._projector_path = None if config.projector is None else projector_path(config.projector, "--projector")
         self.weights = str(self._projector_path or config.model_name_or_path)
         self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
+        given_pooling = config.pooling
         self.config = config = self._as_trained(config)
         start_end = _use_start_end(config, self.trained, self._projector_path)
         self.tokenizer = load_tokenizer(config.model_name_or_path, start_end)
@@ -83,7 +84,7 @@ class VideoSource:
             raise ValueError(
                 f"{self.weights} holds no projector of the second vision tower: give the trained ones with --projector"
             )
-        self.towers = towers_of(config, self.model_config, self.trained, self.weights)
+        self.towers = towers_of(config, self.model_config, self.trained, self.weights, given_pooling)
         self.precision = Precision(torch.bfloat16 if config.bf16 else torch.float32)
         self._second: FeatureFolder | None = None
         self._worker = DecodeWorker()
@@ -108,10 +109,14 @@ class VideoSource:
             for name, otherwise in (
                 ("conv_mode", None),
                 ("question_order", "reference"),
-                ("num_frames", 100),
             )
         }
-        return replace(config, **told, pooling=agreed_pooling(config.pooling, self.trained.pooling, self.weights))
+        return replace(
+            config,
+            **told,
+            num_frames=agreed_frames(config.num_frames, self.trained, self.weights),
+            pooling=agreed_pooling(config.pooling, self.trained.pooling, self.weights),
+        )
 
     @cached_property
     def projector(self) -> nn.Module:
@@ -243,7 +248,7 @@ class VideoSource:
 
     @property
     def num_frames(self) -> int:
-        """Most frames of a video, as settled with the weights; of two towers, for the first."""
+        """Most frames of a video whose features are made here (`Tower.num_frames`); of two towers, the first's."""
         return self.towers[0].num_frames
 
     @property
@@ -258,7 +263,7 @@ class VideoSource:
         """
         trained = self.trained.rows
         if trained is not None and rows != trained:
-            frames, two = trained - rows + self.num_frames, len(self.towers) > 1
+            frames, two = trained - rows + (self.config.num_frames or 0), len(self.towers) > 1
             remedy = (
                 "extract it with "
                 if extracted

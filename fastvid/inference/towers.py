@@ -9,7 +9,8 @@ import torch
 from fastvid.config import ChatConfig
 from fastvid.files import StrPath, shown
 from fastvid.model.config import ModelConfig
-from fastvid.provenance import Provenance, same_tower
+from fastvid.pooling import is_known
+from fastvid.provenance import Provenance, same_tower, why_no_frames, why_no_pooling
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import check_tower, choose_tower, revisions
 
@@ -24,8 +25,9 @@ class Tower:
         weights: path of the weights, for messages.
         otherwise: the model's own setting of it, or None.
         channels: that the projector takes.
-        num_frames: most frames of a video.
-        pooling: what a video's rows are, as ``--pooling`` says it; None where the weights were trained with several.
+        num_frames: most frames of a video; None where the weights tell no one number.
+        pooling: what a video's rows are, as ``--pooling`` says it; None where the weights tell none to make.
+        given_pooling: what the user says with ``--pooling``, or None.
 
     Raises:
         ValueError: the folder that the user names is that of another tower.
@@ -40,27 +42,41 @@ class Tower:
         *,
         otherwise: str | None,
         channels: int,
-        num_frames: int,
+        num_frames: int | None,
         pooling: str | None,
+        given_pooling: str | None,
     ):
         self.flag, self.given, self.trained, self.weights = f"--{flag}", given, trained, weights
-        self._otherwise, self._channels, self._pooling = otherwise, channels, pooling
-        self.num_frames = num_frames
+        self._otherwise, self._channels = otherwise, channels
+        self._num_frames, self._pooling, self._given_pooling = num_frames, pooling, given_pooling
         self._encoder: FeatureEncoder | None = None
         if given is not None and Path(given).is_dir():
             check_tower(given, trained, weights, self.flag)
+
+    @property
+    def num_frames(self) -> int:
+        """Most frames of a video whose features are made here.
+
+        Raises:
+            ValueError: the weights tell no one number, and the user gives none.
+        """
+        if self._num_frames is None:
+            raise ValueError(f"{why_no_frames(self.weights)}; give the one that videos get with --num_frames")
+        return self._num_frames
 
     @property
     def pooling(self) -> str:
         """What the rows of a video are whose features are made here.
 
         Raises:
-            ValueError: the weights were trained with several poolings, and the user names none.
+            ValueError: the weights were trained with several poolings, or with one that is not known here, and the
+                user names none.
         """
         if self._pooling is None:
+            known = any(map(is_known, (self.trained.pooling or "").split("; ")))
             raise ValueError(
-                f"{self.weights} was trained with features of several poolings ({self.trained.pooling}); name the one "
-                "that videos get with --pooling"
+                f"{why_no_pooling(self.trained.pooling, self.weights)}; "
+                + ("name the one that videos get with --pooling" if known else "give feature files, not videos")
             )
         return self._pooling
 
@@ -119,6 +135,12 @@ class Tower:
                 f"{file} was made with --pooling {made.pooling}, {self.weights} was trained with {trained.pooling}; "
                 "extract it with that pooling"
             )
+        given = self._given_pooling
+        if trained.pooling is None and made.pooling and given and made.pooling != given:
+            raise ValueError(
+                f"{file} was made with --pooling {made.pooling}, not with the --pooling {given} that is given; extract "
+                "it with that, or leave --pooling out"
+            )
 
     @cached_property
     def _given_revisions(self):
@@ -126,7 +148,9 @@ class Tower:
         return revisions(self.given) if self.given and Path(self.given).is_dir() else ()
 
 
-def towers_of(config: ChatConfig, model: ModelConfig, trained: Provenance, weights: str) -> tuple[Tower, ...]:
+def towers_of(
+    config: ChatConfig, model: ModelConfig, trained: Provenance, weights: str, given_pooling: str | None
+) -> tuple[Tower, ...]:
     """The vision towers whose features a model takes.
 
     Args:
@@ -134,11 +158,11 @@ def towers_of(config: ChatConfig, model: ModelConfig, trained: Provenance, weigh
         model: sizes.
         trained: Provenance of the weights.
         weights: their path, for messages.
+        given_pooling: what the user says with ``--pooling``, or None.
 
     Raises:
         ValueError: a flag is of a second tower where there is one, or names another tower's folder.
     """
-    assert config.num_frames is not None, "settled with the weights"
     first = Tower(
         "vision_tower",
         config.vision_tower,
@@ -148,6 +172,7 @@ def towers_of(config: ChatConfig, model: ModelConfig, trained: Provenance, weigh
         channels=model.mm_hidden_size,
         num_frames=config.num_frames,
         pooling=config.pooling,
+        given_pooling=given_pooling,
     )
     if model.mm_hidden_size_2 is None:
         for flag, given in (("video_2", config.video_2), ("vision_tower_2", config.vision_tower_2)):
@@ -156,6 +181,7 @@ def towers_of(config: ChatConfig, model: ModelConfig, trained: Provenance, weigh
         return (first,)
     second = trained.second or Provenance()
     poolings = second.pooling.split("; ") if second.pooling else [config.pooling]
+    pooling = poolings[0] if len(poolings) == 1 else config.pooling if config.pooling in poolings else None
     return first, Tower(
         "vision_tower_2",
         config.vision_tower_2,
@@ -164,5 +190,6 @@ def towers_of(config: ChatConfig, model: ModelConfig, trained: Provenance, weigh
         otherwise=None,
         channels=model.mm_hidden_size_2,
         num_frames=second.num_frames or config.num_frames,
-        pooling=poolings[0] if len(poolings) == 1 else config.pooling if config.pooling in poolings else None,
+        pooling=pooling if pooling is not None and is_known(pooling) else None,
+        given_pooling=given_pooling,
     )

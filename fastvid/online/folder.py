@@ -375,4 +375,5 @@ def _tower_of_model(config):
     """The tower that made the features of the weights which training starts from, or the model's own; None if nothing
     tells."""
     model, start = config.model_name_or_path, start_of(config)
+    assert start is not None, "who trains names a model"
     return choose_tower(None, of_weights(start), start, otherwise=read_settings(model).get("mm_vision_tower"))

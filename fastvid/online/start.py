@@ -4,10 +4,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from fastvid.config import DataConfig, ExtractConfig
-from fastvid.files import StrPath, shown
-from fastvid.pooling import RECIPE, Pooling
-from fastvid.provenance import of_weights
+from fastvid.config import DataConfig
+from fastvid.files import StrPath
+from fastvid.pooling import Pooling
+from fastvid.provenance import Provenance, agreed_frames, agreed_pooling, of_weights, why_no_frames, why_no_pooling
 
 
 def start_of(config: DataConfig) -> StrPath | None:
@@ -16,9 +16,16 @@ def start_of(config: DataConfig) -> StrPath | None:
 
 
 def frames_to_make(config: DataConfig) -> int:
-    """Most frames of videos whose features training makes: as told, else as of the weights it starts from, else 100."""
+    """Most frames of videos whose features training makes: as told, else as of the weights it starts from, else 100.
+
+    Raises:
+        ValueError: those were trained with several.
+    """
     start = start_of(config)
-    return config.num_frames or (start and of_weights(start).num_frames) or ExtractConfig.num_frames
+    frames = config.num_frames or agreed_frames(None, _trained(start), start or "")
+    if frames is None:
+        raise ValueError(f"{why_no_frames(start or '')}; give one with --num_frames")
+    return frames
 
 
 def pooling_to_make(config: DataConfig) -> Pooling:
@@ -28,12 +35,15 @@ def pooling_to_make(config: DataConfig) -> Pooling:
         ValueError: those were trained with several, or with one that is not known here.
     """
     start = start_of(config)
-    pooling = config.pooling or (start and of_weights(start).pooling) or RECIPE
-    if "; " in pooling:
-        raise ValueError(
-            f"{shown(start)} was trained with features of several poolings ({pooling}); name one with --pooling"
-        )
+    trained = _trained(start).pooling
+    pooling = config.pooling or agreed_pooling(None, trained, start or "")
+    if pooling is None:
+        raise ValueError(f"{why_no_pooling(trained, start or '')}; name one with --pooling")
     return Pooling.parse(pooling)
+
+
+def _trained(start):
+    return Provenance() if start is None else of_weights(start)
 
 
 def made_otherwise(config: DataConfig, before: dict[str, Any]) -> list[str]:
