@@ -40,6 +40,7 @@ __all__ = [
     "same_tower",
     "what_decoders_mean",
     "what_fp8_means",
+    "what_pooling_means",
     "why_no_frames",
     "why_no_pooling",
 ]
@@ -239,6 +240,22 @@ def what_decoders_mean(counts: Counter[tuple[str | None, str | None]]) -> tuple[
     if len(decoders) > 1:
         return f"features of {len(decoders)} decoders, whose bytes are the same: {_listed(decoders)}", None
     return None, None
+
+
+def what_pooling_means(given: str | None, poolings: Iterable[str | None]) -> str | None:
+    """What it means that features which are there are of another pooling than ``--pooling`` says; None where none are.
+
+    Args:
+        given: what the user said; None if nothing.
+        poolings: of each feature file, as far as its header tells.
+    """
+    others = Counter(pooling for pooling in poolings if pooling not in (None, given))
+    if given is None or not others:
+        return None
+    return (
+        f"--pooling {given} is for videos that have no features yet; those that are there are used as they are: "
+        f"{_listed(others)}"
+    )
 
 
 def _listed(counts):

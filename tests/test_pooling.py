@@ -1,6 +1,7 @@
 """What --pooling says, from the spec to the rows of features, to training on them and to answers."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -376,6 +377,22 @@ def test_validate_tells_images_from_features_that_tell_no_pooling(made, tmp_path
     assert "frames not told, pooling not told" in told and "an image's patches" not in told
 
 
+@pytest.mark.slow
+def test_a_pooling_that_features_do_not_have_is_told(trained, tmp_path, caplog, capsys):
+    """They are used as they are, as are those beside videos that get the pooling."""
+    unlike = rf"--pooling {re.escape(RECIPE)} is for videos that have no features yet; .* as they are: 2 of {GRID}$"
+    words = argv(trained, tmp_path / "out", "--max_steps", "1", records=trained / "grid.json")
+    checked = ["--data_path", str(trained / "grid.json"), "--video_folder", str(trained / "feats")]
+    for spec, count in ((RECIPE, 1), (GRID, 0)):
+        caplog.clear()
+        assert train.main([*words, "--dry_run", "--pooling", spec]) == 0
+        assert len(re.findall(unlike, caplog.text, re.MULTILINE)) == count
+        report = tmp_path / f"{count}.json"
+        assert validate.main([*checked, "--pooling", spec, "--json", str(report)]) == 0
+        assert len(re.findall(f"warning +{unlike}", capsys.readouterr().out, re.MULTILINE)) == count
+        assert len(json.loads(report.read_text())["remarks"]) == count
+
+
 # --- answers
 
 
@@ -416,6 +433,10 @@ def test_of_several_poolings_the_user_names_one(trained):
     for spec in (GRID, RECIPE):
         named = chat_of(trained, "both", pooling=spec)
         assert named.features(trained / "grids" / "a.mp4").shape == (ROWS[spec], CHANNELS)
+        assert [len(named.features(trained / "feats" / f"{name}.safetensors")) for name in "ac"] == [
+            ROWS[GRID],
+            ROWS[RECIPE],
+        ]
         named.close()
     chat.close()
 

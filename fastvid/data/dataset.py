@@ -172,6 +172,9 @@ class SampleSet:
             )
         if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
             log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
+        made = [provenance.Provenance.of_header(header).pooling for _, header in looked_at]
+        if (unlike := provenance.what_pooling_means(self.config.pooling, made)) and log:
+            log.warning("%s%s", unlike, some if len(looked_at) < len(names) else "")
         return found
 
     def check_some(self, limit: int = 64) -> None:

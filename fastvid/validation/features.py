@@ -18,7 +18,7 @@ from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures, training_features
 from fastvid.online.start import frames_to_make, pooling_to_make
 from fastvid.pooling import OF_AN_IMAGE, RECIPE
-from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower
+from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower, what_pooling_means
 from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources
 
@@ -212,6 +212,8 @@ def _check_makers(report, config, makers, wanted):
             "(fastvid extract --overwrite True), or leave --parity reference out",
             unlike,
         )
+    unlike = what_pooling_means(config.pooling, [made.pooling for made in makers.values()])
+    report.unlike_pooling += [] if unlike is None else [unlike]
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.video.towers.choice import revisions
 

@@ -38,6 +38,7 @@ class Report:
         makers: feature files by (tower, its revision, frames per video, pooling), as far as their headers tell.
         decoders: feature files by (decoder, conversion), likewise.
         in_fp8: feature files by whether their tower multiplied in FP8, likewise.
+        unlike_pooling: that feature files are of another pooling than the one that is given, in words; of each folder.
         damaged: feature files of videos that were taken although they are damaged.
         formats: feature files by ending.
         not_compared: feature files that were not compared with their video, where videos were looked at: it is not
@@ -61,6 +62,7 @@ class Report:
     makers: Counter = field(default_factory=Counter)
     decoders: Counter = field(default_factory=Counter)
     in_fp8: Counter = field(default_factory=Counter)
+    unlike_pooling: list[str] = field(default_factory=list)
     damaged: int = 0
     formats: Counter = field(default_factory=Counter)
     not_compared: int = 0
@@ -143,7 +145,11 @@ def as_json(report: Report) -> dict[str, Any]:
             {"remark": text, "records": count, "first": report.remarks.first[text]}
             for text, count in report.remarks.counts.most_common()
         ]
-        + [{"remark": text} for text in (remark, warning, what_fp8_means(report.in_fp8)) if text],
+        + [
+            {"remark": text}
+            for text in (remark, warning, what_fp8_means(report.in_fp8), *report.unlike_pooling)
+            if text
+        ],
         "problems": [
             {"kind": kind, "count": count, "examples": report.examples[kind]} for kind, count in report.problems.items()
         ],
@@ -199,7 +205,9 @@ def summary(report: Report) -> str:
         )
     remark, warning = what_decoders_mean(report.decoders)
     lines += [f"remark      {remark}"] * bool(remark)
-    lines += [f"warning     {text}" for text in (warning, what_fp8_means(report.in_fp8)) if text]
+    lines += [
+        f"warning     {text}" for text in (warning, what_fp8_means(report.in_fp8), *report.unlike_pooling) if text
+    ]
     for kind, count in report.problems.items():
         lines.append(f"{kind}: {count:,}")
         lines += [f"    {example}" for example in report.examples[kind]]
