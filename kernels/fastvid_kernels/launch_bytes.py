@@ -68,6 +68,15 @@ def _boundary_sums(a):
     )
 
 
+def _grid_pooled(a):
+    """Of a grid that takes some frames those frames alone, each once however many steps it stands for."""
+    if a["OVER_TIME"]:
+        return once(a)
+    x, T, frames = a["x_ptr"], a["T"], a["frames"]
+    taken = len({step * T // frames for step in range(frames)})
+    return taken * x[0].numel() * x.element_size() + tensor_bytes(a["out_RC_ptr"])
+
+
 # Bytes of a launch by the kernel's arguments, where it is not `once`.
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_rope_qk_kernel": _rotated,
@@ -75,6 +84,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_collect_kernel": _collected,
     "_collect_fp8_kernel": _collected,
     "_softmax_gradient_kernel": _softmax,
+    "_grid_pool_kernel": _grid_pooled,
     "_splice_map_kernel": lambda a: 12 * (a["P"] + a["boundaries"]),
     "_splice_fwd_kernel": _spliced,
     "_splice_video_bwd_kernel": lambda a: 2 * tensor_bytes(a["grad_video_ptr"]) + tensor_bytes(a["video_rows_ptr"]),

@@ -7,6 +7,7 @@ from fastvid_kernels.adamw8bit_step import adamw8bit_step
 from fastvid_kernels.adamw_step import adamw_step
 from fastvid_kernels.add_rms_norm import add_rms_norm_fp8
 from fastvid_kernels.dispatch import watch_launches
+from fastvid_kernels.grid_pool import grid_pool
 from fastvid_kernels.launch_bytes import launch_bytes, name_of
 from fastvid_kernels.quantize_fp8 import quantize_fp8
 from fastvid_kernels.rope_keys import WayBack
@@ -48,6 +49,17 @@ def touched(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", stores)
     with watch_launches(begin):
         yield lambda: end() or launches
+
+
+@pytest.mark.parametrize("frames, over_time", [(3, True), (3, False), (8, True), (8, False), (11, False)])
+def test_grids_touch_the_frames_that_they_take(touched, monkeypatch, frames, over_time):
+    """Of some frames those alone; of more steps than frames each frame once."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.randn(8, 16, 24).half()
+    grid_pool(x, (frames, 2, 2), over_time=over_time)
+    ((name, said, moved),) = touched()
+    assert name == "_grid_pool_kernel" and said == moved
+    assert said == 2 * (x[0].numel() * (8 if over_time else min(frames, 8)) + frames * 4 * 24)
 
 
 def others(dtype):
