@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from fastvid.page.pictures import MAP, frame_uri, heat_map_uri, scale_uri, strip_svg
 from fastvid.page.view import VideoView
+from fastvid.provenance import Provenance
 
 _MOST_FRAMES = 100  # on a page
 _LONGEST = 200  # characters of a value in the table
@@ -155,7 +156,7 @@ def _table(view):
         ("tower", header.get("tower", _NOT_TOLD)),
         ("revision", header.get("tower_revision", _NOT_TOLD)),
         ("frames", frames),
-        ("pooling", header.get("pooling", _NOT_TOLD)),
+        ("pooling", header.get("pooling", Provenance.of_header(header).pooling or _NOT_TOLD)),
         ("rows × channels", f"{R} × {C}"),
         (
             "dtype",

@@ -1,5 +1,7 @@
 """The page of features that are grids: a strip over time and a heat map over the frame, which are means."""
 
+import re
+
 import pytest
 import torch
 from clips import draw
@@ -58,6 +60,22 @@ def test_a_strip_and_a_heat_map_are_means_over_the_grid(tmp_path):
     view = view_file(tmp_path / "b.safetensors")
     assert view.temporal.tolist() == fast.tolist() and view.spatial.tolist() == slow.reshape(2, 3, 3).mean(0).tolist()
     document([view], title="b")
+
+
+@pytest.mark.parametrize(
+    "header, told",
+    [
+        ({"num_frames": 8}, "temporal+spatial"),  # older than the flag
+        ({"num_frames": 8, "pooling": GRID}, GRID),
+        ({"num_frames": 8, "pooling": "spatial"}, "spatial"),
+        ({"tower": "t"}, "not told"),
+        ({}, "not told"),
+    ],
+)
+def test_the_table_tells_the_pooling(tmp_path, header, told):
+    save_features(tmp_path / "a.safetensors", torch.ones(12, 3), header)
+    page = Page(document([view_file(tmp_path / "a.safetensors")], title="a").decode())
+    assert re.search(r"pooling\s*(\S+( told)?)\s*rows × channels", page.text)[1] == told
 
 
 @pytest.mark.parametrize("pooling", ["grid:5x5x5", "what", 7, None, ["grid:3x2x2"]])
