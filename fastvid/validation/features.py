@@ -212,8 +212,8 @@ def _check_makers(report, config, makers, wanted):
             "(fastvid extract --overwrite True), or leave --parity reference out",
             unlike,
         )
-    unlike = what_pooling_means(config.pooling, [made.pooling for made in makers.values()])
-    report.unlike_pooling += [] if unlike is None else [unlike]
+    told = what_pooling_means(config.pooling, [made.pooling for made in makers.values()])
+    report.unlike_pooling += [] if told is None else [told]
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.video.towers.choice import revisions
 

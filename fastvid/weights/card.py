@@ -9,6 +9,7 @@ from typing import Any
 
 from fastvid import __version__
 from fastvid.files import StrPath, read_json_object
+from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance
 
 CARD = "README.md"
@@ -75,6 +76,9 @@ def model_card(
     samples = f", {state['num_samples']:,} samples" if isinstance(state.get("num_samples"), int) else ""
     frames = "" if trained_on.num_frames is None else f"{trained_on.num_frames} frames a video, "
     video = "" if trained_on.rows is None else f"{trained_on.rows} rows a video, "
+    of_towers = (each.pooling for each in trained_on.towers if each.pooling is not None)
+    poolings = list(dict.fromkeys(spec for each in of_towers for spec in each.split("; ")))
+    pooling = f"pooling {_cell('; '.join(poolings))}, " if poolings else ""
     picture = "" if rows is None else f"{rows} rows a picture"
     use = _text(f"model_card_{kind}.md").strip()
     return Template(_text("model_card.md")).substitute(
@@ -84,8 +88,9 @@ def model_card(
         base_models="base_model:\n" + "".join(f"- {each}\n" for each in known) if known else "",
         library=_LIBRARIES.get(kind, "transformers"),
         use=use.replace("${base}", _named(base)),
+        pooled=_pooled(poolings),
         tower=_tower(tower, trained_on) + (f"; beside it {_tower(second.tower, second)}" if second else ""),
-        features=f"{frames}{video}{picture}".removesuffix(", ") or "not told",
+        features=f"{frames}{video}{pooling}{picture}".removesuffix(", ") or "not told",
         data=", ".join(data) + samples if data else "not told",
         step=f"{state.get('step', '?')} of {state.get('total_steps', '?')}",
         recipe="\n".join(f"| `--{name}` | {_cell(value)} |" for name, value in told.items()),
@@ -94,6 +99,16 @@ def model_card(
 
 def _text(name):
     return resources.files("fastvid.weights").joinpath(name).read_text(encoding="utf-8")
+
+
+def _pooled(poolings):
+    """A sentence on the rows of a video; none where nothing tells."""
+    if not poolings:
+        return ""
+    if poolings == [RECIPE]:
+        return " A video is a mean of each frame's patches and a mean over time at each patch."
+    specs = " or ".join(f"`--pooling {_cell(spec)}`" for spec in poolings)
+    return f" The rows of a video are those of `fastvid extract` with {specs}."
 
 
 def _cell(value):
