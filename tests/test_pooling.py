@@ -224,7 +224,7 @@ def _words(made, output, group="grids"):
 
 
 @pytest.mark.slow
-def test_a_folder_holds_features_of_one_pooling(made, tmp_path):
+def test_a_job_refuses_features_of_its_videos_of_another_pooling(made, tmp_path):
     assert extract.extract(job(made, made / "grids", tmp_path)).extracted == 2
     with pytest.raises(ValueError, match=r"pooling temporal.spatial, not grid:3x2x2.*--overwrite True"):
         extract.extract(job(made, made / "grids", tmp_path, pooling=GRID))
