@@ -7,6 +7,7 @@ L supervised rows. Shapes are LLaMA 7B's and 13B's.
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from fastvid_kernels.merge_parts import merge_parts, merge_parts_reference
 from fastvid_kernels.quantize_fp8 import quantize_fp8, quantize_fp8_reference
 from fastvid_kernels.rope_keys import rope_keys, rope_keys_reference
 from fastvid_kernels.rope_qk import rope_qk, rope_qk_reference
@@ -408,6 +409,27 @@ def _quack_loss():
     return lambda *inputs: (chunked_linear_cross_entropy(*inputs, reduction="sum"),)
 
 
+def _merge_case(N, H, d):
+    """Attention of branches to their own rows and to their beginning's; the first part is overwritten."""
+    ours = {"ours": lambda *parts: merge_parts(*parts, inplace=True)}
+    functions = ours | with_compiled({"eager": merge_parts_reference})
+
+    def inputs(generator, device):
+        outs = (normal(generator, device, N, H, d) for _ in range(2))
+        sums = (normal(generator, device, H, N, dtype=torch.float32, scale=4.0) for _ in range(2))
+        return tuple(x for part in zip(outs, sums) for x in part)
+
+    return Case(
+        "merge_parts",
+        "forward",
+        {"N": N, "H": H, "d": d, "dtype": "bfloat16"},
+        inputs,
+        _ways(forward, functions),
+        in_fp32(forward(merge_parts_reference)),
+        3 * N * H * (d * BYTES + 4),
+    )
+
+
 def _fp8_case(N, D):
     functions = with_compiled({"ours": quantize_fp8, "eager": quantize_fp8_reference})
     return Case(
@@ -427,6 +449,7 @@ def cases(small):
         yield from _swiglu_cases(5, 24)
         yield from _rope_cases(6, 2, 8)
         yield from _placed(2, 8, 3, [[(0, 3), (3, 4)], [(0, 3), (3, 4), (7, 2)]], "2 samples")
+        yield _merge_case(5, 2, 8)
         yield from _splice_cases(2, 5, 3, 16, 50)
         yield _loss_case(8, 50, 16)
         yield _fp8_case(7, 40)
@@ -439,6 +462,8 @@ def cases(small):
         yield from _rope_cases(rows, heads, 128)
     for shared, in_parts in ((False, False), (True, False), (True, True)):
         yield from _keys_cases(32, 128, shared, in_parts)
+    for rows, heads in ((16384, 32), (2700, 32)):  # the latter are questions of a micro-batch of shared videos
+        yield _merge_case(rows, heads, 128)
     yield from _splice_cases(20, 676, 150, 4096, 32003)
     yield _loss_case(4096, 32003, 4096)
     # residual stream, SwiGLU's output, its gradient

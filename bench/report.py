@@ -24,6 +24,7 @@ KERNELS = (
     "add_rms_norm",
     "rope_qk",
     "rope_keys",
+    "merge_parts",
     "swiglu",
     "linear_cross_entropy",
     "adamw8bit_step",

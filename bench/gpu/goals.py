@@ -15,6 +15,7 @@ KERNELS = {  # least percentage of the copy bandwidth of the same run
     "add_rms_norm": 92,
     "rope_qk": 90,
     "rope_keys": 90,
+    "merge_parts": 88,
     "swiglu": 90,
     "adamw8bit_step": 75,
 }

@@ -117,6 +117,10 @@ SPACES = {
         [{"heads": h, "warps": w} for h in (8, 16, 32) for w in (1, 2, 4, 8) if 4 <= h * 2 // w <= 32],
         lambda c, heads, half: (min(POWER(heads), c["heads"]), c["warps"]),
     ),
+    "merge_parts": Space(
+        [{"heads": h, "warps": w} for h in (8, 16, 32) for w in (2, 4, 8) if 4 <= h * 4 // w <= 32],
+        lambda c, heads, channels: (min(POWER(heads), c["heads"]), POWER(channels), c["warps"]),
+    ),
     "adamw_step": Space(
         [{"blocks": b, "warps": w} for b, w in ((4, 4), (2, 2), (4, 2), (8, 4), (8, 8))],
         lambda c: (c["blocks"], c["warps"]),

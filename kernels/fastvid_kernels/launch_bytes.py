@@ -54,6 +54,11 @@ def _in_place(*names):
     return lambda a: once(a) + sum(tensor_bytes(a[name]) for name in names)
 
 
+def _merged(a):
+    """Both parts are read, and what is written may be the first one."""
+    return sum(tensor_bytes(x) for x in a.values() if isinstance(x, torch.Tensor))
+
+
 def _spliced(a):
     """Of the table the chosen rows."""
     return 2 * tensor_bytes(a["out_ptr"]) + tensor_bytes(a["sources_ptr"]) + tensor_bytes(a["token_ids_ptr"])
@@ -85,6 +90,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     "_collect_fp8_kernel": _collected,
     "_softmax_gradient_kernel": _softmax,
     "_grid_pool_kernel": _grid_pooled,
+    "_merge_parts_kernel": _merged,
     "_splice_map_kernel": lambda a: 12 * (a["P"] + a["boundaries"]),
     "_splice_fwd_kernel": _spliced,
     "_splice_video_bwd_kernel": lambda a: 2 * tensor_bytes(a["grad_video_ptr"]) + tensor_bytes(a["video_rows_ptr"]),

@@ -143,6 +143,17 @@ MUTATIONS["add_rms_norm"] = [
         "test_rows_in_e4m3[add-shape1-fp32]",
     ),
 ]
+MUTATIONS["merge_parts"] = [
+    Mutation(
+        "top = tl.maximum(lse, other_lse)",
+        "top = lse * 0",
+        "test_a_part_without_keys_and_far_scores_count_as_they_should[second-triton]",
+    ),
+    Mutation("share = tl.exp(other_lse - both)", "share = tl.exp(lse - both)", "test_is_attention_to_all_keys[triton]"),
+    Mutation("mask=real)", "mask=heads < num_heads - 1)", "test_is_attention_to_all_keys[triton]"),
+    Mutation("+ row * lse_row_stride", "+ row", "test_any_shape"),
+    Mutation("other_ptr + row * other_stride", "other_ptr + row * BLOCK_d", "test_is_attention_to_all_keys[triton]"),
+]
 MUTATIONS["swiglu"] = [
     Mutation(
         "return gate * tl.sigmoid(gate) * up",

@@ -141,6 +141,28 @@ def rope_qk():
 PRODUCTION["rope_qk"] = rope_qk
 
 
+def merge_parts_calls():
+    """Of LLaMA 7B, 13B and 3-8B's heads: 30 questions' rows behind their videos, log-sum-exps as libraries lay them."""
+    from fastvid_kernels.merge_parts import merge_parts
+
+    def call(heads, dtype=torch.bfloat16, channels=128, rows=5400):
+        parts = [torch.empty(rows, heads, channels, dtype=dtype) for _ in range(2)]
+        lse, other_lse = torch.empty(heads, rows), torch.empty(heads, rows)
+        return lambda: merge_parts(parts[0], lse, parts[1], other_lse, inplace=True, impl="triton")
+
+    return {
+        "32 heads bf16": call(32),
+        "40 heads bf16": call(40),
+        "32 heads fp16": call(32, torch.float16),
+        "odd: 3 heads of 10 channels fp16": call(3, torch.float16, 10),
+    }
+
+
+PRODUCTION["merge_parts"] = merge_parts_calls
+WIDE.add("_merge_parts_kernel")
+WIDE_STORES.add("_merge_parts_kernel")
+
+
 def splice_video():
     """Eight videos of 676 rows among 8192, boundary rows trained in fp32 beside frozen tables."""
     from fastvid_kernels.splice_video import splice_video

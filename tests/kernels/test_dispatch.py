@@ -69,6 +69,12 @@ ELSEWHERE = {
         torch.bfloat16,
     ),
     "linear_cross_entropy": lambda: (rows(2, 8), rows(9, 8), rows(2, dtype=torch.int64, device="cuda:1")),
+    "merge_parts": lambda: (
+        rows(2, 1, 8),
+        rows(1, 2, dtype=torch.float32),
+        rows(2, 1, 8),
+        rows(1, 2, dtype=torch.float32, device="cuda:1"),
+    ),
     "rope_keys": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
     "rope_keys_fp8": lambda: (
         *(rows(2, 1, 8) for _ in range(3)),

@@ -9,6 +9,7 @@ from fastvid_kernels.add_rms_norm import add_rms_norm_fp8
 from fastvid_kernels.dispatch import watch_launches
 from fastvid_kernels.grid_pool import grid_pool
 from fastvid_kernels.launch_bytes import launch_bytes, name_of
+from fastvid_kernels.merge_parts import merge_parts
 from fastvid_kernels.quantize_fp8 import quantize_fp8
 from fastvid_kernels.rope_keys import WayBack
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
@@ -81,6 +82,9 @@ def others(dtype):
         torch.ones(4),
         way_back=(way_back.starts_N1, way_back.places),
     )
+    parts = [x for _ in range(2) for x in (drawn(5, 4, 24), torch.randn(4, 5))]
+    merge_parts(*parts)
+    merge_parts(*parts, inplace=True)
     options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
     codes, scales = (torch.zeros(1024, dtype=torch.uint8) for _ in range(2)), (torch.zeros(4) for _ in range(2))
     adamw8bit_step(drawn(1024), drawn(1024), *codes, *scales, **options)
@@ -113,6 +117,7 @@ def test_kernels_touch_what_they_are_said_to_move(touched, monkeypatch):
         "_swiglu_fp8_fwd_kernel",
         "_swiglu_fp8_bwd_kernel",
         "_collect_fp8_kernel",
+        "_merge_parts_kernel",
         "_adamw_step_kernel",
         "_adamw8bit_step_kernel",
     }
