@@ -132,6 +132,11 @@ class AttentionLayout:
         vars(layout)["lengths"] = list(lengths), list(key_lengths)
         return layout
 
+    @property
+    def placed(self) -> AttentionLayout:
+        """Where keys are to lie for attention in two parts; without branches, as they do."""
+        return self if self.branches is None else self.branches.causal
+
     def replaced(self, **tensors: Any) -> AttentionLayout:
         """The same segments, of which is known what was, with other tensors."""
         layout = replace(self, **tensors)
@@ -162,6 +167,12 @@ class AttentionLayout:
             keys if self.kv_rows is None else self.kv_rows[keys],
             self.branches and self.branches.of_rows(rows),
         )
+
+    def with_rows(self) -> AttentionLayout:
+        """The same layout, which says which row each key is. On the CPU."""
+        branches = self.branches and replace(self.branches, causal=self.branches.causal.with_rows())
+        rows = torch.arange(int(self.cu_seqlens_k[-1])) if self.kv_rows is None else self.kv_rows
+        return self.replaced(kv_rows=rows, branches=branches)
 
     def split(self, segments: int) -> tuple[AttentionLayout, AttentionLayout]:
         """(the first `segments` segments, the others), whose queries each count from 0. Branches stay together: they
@@ -304,7 +315,8 @@ class PackedBatch:
             the model keeps (`VideoLlava.keep_prefix`); the batch does not hold them. `positions` count them.
         frozen_rows: the first so many packed rows depend on nothing that is trained, so they need no gradient.
         sample_rows: rows of the samples laid end to end without sharing, the constant prefix included.
-        parts: the frozen rows, and all others; see `parted`. None: the model treats all rows alike.
+        parts: the frozen rows, and all others; see `parted`. `layout` and `loss_layout` then say which rows keys are,
+            in all cases. None: the model treats all rows alike.
         features_2: [P_2, C_2], likewise, of the second vision tower; `features` are [P_1, C_1]. None: there is one.
     """
 
@@ -354,14 +366,15 @@ class PackedBatch:
             )
         segments = int(torch.searchsorted(self.layout.cu_seqlens_q, self.frozen_rows))
         assert self.layout.cu_seqlens_q[segments] == self.frozen_rows, "a segment is frozen in part"
-        frozen, live = self.layout.split(segments)
+        layout = self.layout.with_rows()
+        frozen, live = layout.split(segments)
         before, rows = self.prefix_rows + self.frozen_rows, self.num_rows - self.frozen_rows
         frozen_loss, live_loss = self.loss_rows[:supervised], self.loss_rows[supervised:] - self.frozen_rows
         parts = (
             BatchPart(frozen, frozen_loss, frozen.of_rows(frozen_loss)),
             BatchPart(live.with_way_back(before, rows), live_loss, live.of_rows(live_loss).with_way_back(before, rows)),
         )
-        return replace(batch, parts=parts)
+        return replace(batch, layout=layout, parts=parts)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch with `function` applied to every tensor."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.branches import Parts, attend_in_parts
+from fastvid.model.branches import Parts, attend_behind, attend_in_parts
 from fastvid.model.decoding import DecodingLayout, shared_attention
 from fastvid.model.flash import flash_libraries, kernel_obstacle, torch_library
 from fastvid.model.fp8_block import Fp8Product
 from fastvid.model.gathered_keys import Gathered, GatherRows, Placed, saving_no_copy
+from fastvid.model.rows import Rows
 
 # Copies of keys of at most so many times the packed rows wait for backward: with the queries they take about as much as
 # the product that they come from, which goes. More are made again.
@@ -109,35 +110,63 @@ class Attention:
         """
         if self.parts is None or layout.branches is None:
             return layout, lambda q_NHd, k_MKd, v_MKd: self.call(q_NHd, k_MKd, v_MKd, layout)
-        in_parts = partial(attend_in_parts, branches=layout.branches, parts=self.parts, inplace=inplace)
-        return layout.branches.causal, in_parts
+        return layout.placed, partial(attend_in_parts, layout=layout, parts=self.parts, inplace=inplace)
+
+    def behind(
+        self,
+        live: tuple[Tensor, ...],
+        every: tuple[Tensor, ...],
+        layouts: tuple[AttentionLayout, ...],
+        *,
+        inplace: bool = True,
+    ) -> Rows:
+        """Attention where only the last queries and keys get gradients.
+
+        Args:
+            live, every: as of `attend_behind`; keys lie as `layout.placed` says where there are `parts`, else as
+                `layout`.
+            layouts: of every query, of those without gradients, and of those with.
+            inplace: as of `attend_in_parts`.
+        """
+        layout, frozen, own = layouts
+        first = len(every[0]) - len(live[0])
+        if not first:
+            return Rows(self.placed(own, inplace=inplace)[1](*live))
+        if self.parts is not None:
+            return Rows(*attend_behind(live, every, (layout, own), self.parts, inplace=inplace))
+        keys = len(every[1]) - len(live[1])
+        with torch.no_grad():
+            before = self.call(every[0][:first], *(x[:keys] for x in every[1:]), frozen)
+        after = self.call(*live, own)
+        return Rows(after, torch.cat([before, after.detach()]))
 
 
 def attend_rotated(
-    qkv_NE: Tensor | Fp8Product,
+    qkv: Rows,
     positions_N: Tensor,
     rope: tuple[Tensor, float],
     heads: tuple[int, int],
-    layout: AttentionLayout,
+    layouts: tuple[AttentionLayout, ...],
     attention: Attention,
     *,
     constant: tuple[Tensor, Tensor] | None = None,
-    queries_LHd: Tensor | None = None,
+    queries: Rows | None = None,
     recomputed: bool = False,
     inplace: bool = True,
-) -> Tensor:
+) -> Rows:
     """Rotary embedding and `attention` in one: keys are rotated to where segments read them.
 
     Args:
-        qkv_NE: [N, (H+2K)·d] product of the QKV projection, which may be overwritten unless `recomputed`; see
-            `DecoderLayer`.
-        positions_N: of its rows.
+        qkv: [N, (H+2K)·d] product of the QKV projection, or an `Fp8Product`, which may be overwritten unless
+            `recomputed`; see `DecoderLayer`.
+        positions_N: of all its rows.
         rope: radians per position [d/2], factor on cosine and sine.
         heads: H, K.
-        layout: as for `attention`; with `kv_rows` its `way_back` must be known.
+        layouts: as for `attention`; with `kv_rows` its `way_back` must be known. Where rows without gradients stand
+            before: of all queries, of theirs, and of the others', whose `way_back` must be known.
         attention: one for which `rotates_to_keys`.
         constant: as for `attention`; contiguous.
-        queries_LHd: rotated queries of other rows, in the place of the product's (H is 0 then).
+        queries: rotated queries [L, H, d] of other rows, in the place of the product's (H is 0 then).
         recomputed: backward computes this again: the product is kept as it is, and copies of keys with it.
         inplace: as of `attend_in_parts`.
 
@@ -145,28 +174,40 @@ def attend_rotated(
         [N, H, d], or [L, H, d]; gradients as `attention`'s.
     """
     (num_heads, num_kv_heads), (inv_freq_h, scale) = heads, rope
-    layout, attend = attention.placed(layout, inplace=inplace)
+    lie = [layout if attention.parts is None else layout.placed for layout in layouts]
+    layout, own = lie[0], lie[-1]
     kept = recomputed or (layout.kv_rows is not None and len(layout.kv_rows) <= MOST_KEPT * len(positions_N))
     settings = positions_N, inv_freq_h, num_heads, num_kv_heads
     options = {
         "scale": scale,
         "rows_M": layout.kv_rows,
-        "way_back": layout.way_back,
+        "way_back": own.way_back,
         "constant": constant,
         "inplace": not kept,
     }
-    if isinstance(qkv_NE, Fp8Product):
-        qkv_NE, q_NHd, k_MKd, v_MKd = qkv_NE.rope_keys(*settings, **options)
+    apart = len(layouts) > 1
+    live_keys = len(own.kv_rows) if apart and own.kv_rows is not None else None
+    if isinstance(qkv.live, Fp8Product):
+        product_NE, *found = qkv.live.rope_keys(*settings, live_keys=live_keys, **options)
     else:
-        q_NHd, k_MKd, v_MKd = rope_keys(qkv_NE, *settings, **options)
-    q_NHd = q_NHd if queries_LHd is None else queries_LHd
+        every = None if live_keys is None or qkv.every is None else (qkv.every, live_keys)
+        product_NE, found = qkv.all, rope_keys(qkv.live, *settings, every=every, **options)
+    live, every = tuple(found[:3]), tuple(found[3:])
+    if queries is not None:
+        live, every = (queries.live, *live[1:]), (queries.all, *every[1:])
+
+    def attend():
+        if apart:
+            return attention.behind(live, every, layouts, inplace=inplace)
+        return Rows(attention.placed(layouts[0], inplace=inplace)[1](*live))
+
     if layout.kv_rows is None or kept:
-        return attend(q_NHd, k_MKd, v_MKd)
+        return attend()
     rows = Placed(
-        k_MKd,
+        live[1],
         partial(
             place_keys,
-            qkv_NE.detach(),
+            product_NE.detach(),
             positions_N,
             inv_freq_h,
             num_heads,
@@ -177,7 +218,7 @@ def attend_rotated(
         ),
     )
     with saving_no_copy(rows):
-        return attend(q_NHd, k_MKd, v_MKd)
+        return attend()
 
 
 def rotates_to_keys(attention: Attention, qkv_NE: Tensor) -> bool:

@@ -1,24 +1,24 @@
 """The LLaMA decoder on packed rows (arXiv:2302.13971), and those of its kind, equal to transformers' models.
 
-Dimensions: N packed rows, L supervised ones, C constant rows whose keys and values are known, D channels,
+Dimensions: N packed rows, L supervised ones or live ones, C constant rows whose keys and values are known, D channels,
 E = (H + 2K)·d columns of fused queries, keys and values, H query heads, K key/value heads, d channels per head,
 F channels of the feed-forward block.
 """
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
 from fastvid_kernels.dispatch import use_triton
-from fastvid_kernels.quantize_fp8 import BackInFp8, Fp8Rows
+from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastvid.batch import AttentionLayout
+from fastvid.batch import AttentionLayout, BatchPart
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
 from fastvid.model.cache import Cache, LayerCache, PoolLayer
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
@@ -26,7 +26,8 @@ from fastvid.model.fp8_block import Fp8Product, gate_up_swiglu, product_back_in_
 from fastvid.model.linear import Linear, make_linear
 from fastvid.model.lora import LoraBranch, beside
 from fastvid.model.quantize import Fp8Linear
-from fastvid.model.rows import take_rows
+from fastvid.model.rows import Rows, rows_of, take_rows
+from fastvid.model.stream import Stream
 from fastvid.policy import Lora
 
 RECOMPUTE_MODES = ("none", "selective", "full")
@@ -70,37 +71,15 @@ class RMSNorm(nn.Module):
         self.compute_dtype = precision.compute
         self.for_fp8 = for_fp8
 
-    def forward(self, residual_ND: Tensor, branch_ND: Tensor | BackInFp8 | None) -> tuple[Tensor, Tensor | Fp8Rows]:
-        fp8 = self.for_fp8 and use_triton("auto", residual_ND, name="add_rms_norm_fp8")
-        return (add_rms_norm_fp8 if fp8 else add_rms_norm)(
-            residual_ND, branch_ND, self.weight, self.eps, self.compute_dtype
-        )
-
-
-class Stream(NamedTuple):
-    """Rows on their way through the layers. (A tuple, in which FSDP finds the tensors that need gradients.)
-
-    Attributes:
-        residual_ND: residual stream, in its own dtype.
-        branch_ND: what the last block adds to it; its gradient may go back in e4m3. None: nothing, or added already.
-        positions_N: rotary positions.
-        layout: who attends to whom.
-        supervised: (rows [L], ascending; who they attend to): the only rows that the last layer must put out; None:
-            all.
-    """
-
-    residual_ND: Tensor
-    branch_ND: Tensor | BackInFp8 | None
-    positions_N: Tensor
-    layout: AttentionLayout
-    supervised: tuple[Tensor, AttentionLayout] | None = None
-
-    def summed(self) -> "Stream":
-        """The same with the branch added."""
-        if self.branch_ND is None:
-            return self
-        branch_ND = self.branch_ND.plain() if isinstance(self.branch_ND, BackInFp8) else self.branch_ND
-        return self._replace(residual_ND=self.residual_ND + branch_ND, branch_ND=None)
+    def forward(self, residual: Rows, branch: Rows | None) -> tuple[Rows, Rows]:
+        """(sum, normalised sum) in one pass; of `Fp8Rows` the bits are those of all rows."""
+        given = residual.live, None if branch is None else branch.live, self.weight, self.eps, self.compute_dtype
+        every = None if residual.every is None else (residual.every, None if branch is None else branch.every)
+        if self.for_fp8 and use_triton("auto", residual.live, name="add_rms_norm_fp8"):
+            total_LD, rows, *more = add_rms_norm_fp8(*given, every=every)
+            return Rows(total_LD, *more), Rows(rows)
+        total_LD, y_LD, *more = add_rms_norm(*given, every=every)
+        return Rows(total_LD, *more[:1]), Rows(y_LD, *more[1:])
 
 
 class DecoderLayer(nn.Module):
@@ -156,160 +135,173 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        live: Stream,
-        frozen: Stream | None,
+        stream: Stream,
         rope: tuple[Tensor, float],
         prefix: tuple[Tensor, Tensor] | None,
         *,
         last: bool = False,
         cache: LayerCache | PoolLayer | None = None,
         recomputed: bool = False,
-    ) -> tuple[Stream, Stream | None]:
-        """Both streams after this layer.
+    ) -> Stream:
+        """The stream after this layer.
 
         Args:
-            live: the rows that need gradients.
-            frozen: rows before them that need none, or None.
             rope: angular frequencies and scale, as of `rotary_frequencies`.
-            prefix: keys and values [C, K, d] of constant rows before all those, or None.
+            prefix: keys and values [C, K, d] of constant rows before the stream's, or None.
             last: only supervised rows go on.
-            cache: of the live rows, or None.
+            cache: of the rows, or None.
             recomputed: whether backward computes this again.
-
-        Returns:
-            (live, frozen); frozen is None after the last layer if none of its rows is supervised.
         """
-        advance = partial(self._advance, rope=rope, last=last, recomputed=recomputed)
-        if frozen is not None:
-            with torch.no_grad():
-                frozen, keys_values = advance(frozen, prefix, joined=True)
-                assert keys_values is not None, "no kernel places them"
-                # Copied in any case: the product that they lie in need not live until backward.
-                keys, values = (x.contiguous() for x in keys_values)
-                prefix = keys, values
-        live_after, _ = advance(live, prefix, cache=cache, by_kernel=cache is None)
-        assert live_after is not None, "some live row is supervised"
-        return live_after, frozen
-
-    def _advance(self, stream, constant, *, cache=None, by_kernel=False, joined=False, **options):
-        """(`stream` after this layer, or None if nothing of it goes on; its keys and values, where no kernel places
-        them).
-
-        Args:
-            by_kernel: let a kernel put keys into their places, if it can.
-            joined: keys and values come out behind those of `constant`.
-        """
-        if by_kernel and self._kernel_places_keys(stream, options["last"]):
-            attended, keys_values = self._attend_by_kernel(stream, constant, **options)
-        else:
-            attended, keys_values = self._attend(stream, constant, cache=cache, joined=joined, **options)
-        if attended is None:
-            return None, keys_values
-        residual_ND, x_NHd, positions_N, layout = attended
-        del attended
-        residual_ND, x_ND = self.post_norm(residual_ND, self._product_to_add("o", x_NHd.flatten(1)))
-        if isinstance(x_ND, Fp8Rows):
+        last = last and stream.supervised is not None
+        attend = self._attend_by_kernel if cache is None and self._kernel_places_keys(stream, last) else self._attend
+        residual, x, positions = attend(stream, prefix, rope=rope, last=last, recomputed=recomputed, cache=cache)
+        x = Rows(*(None if x_NHd is None else x_NHd.flatten(1) for x_NHd in x))
+        residual, x = self.post_norm(residual, self._product_to_add("o", x))
+        if isinstance(x.live, Fp8Rows):
             assert isinstance(self.gate_up, Fp8Linear), "the norm before it makes such rows for it"
-            h_NF = gate_up_swiglu(x_ND, self.gate_up)
+            h = Rows(gate_up_swiglu(x.live, self.gate_up))
         else:
-            h_NF = swiglu(self._product("gate_up", x_ND))
-        branch = self._product_to_add("down", h_NF)
-        return Stream(residual_ND, branch, positions_N, layout, stream.supervised), keys_values
+            gate_up = self._product("gate_up", x)
+            h = rows_of(swiglu(gate_up.live, every_NF=gate_up.every))
+        return stream._replace(residual=residual, branch=self._product_to_add("down", h), positions_N=positions)
 
-    def _product(self, matrix, x_NI, outputs=None):
-        """x times a matrix of this name, with what LoRA adds to it."""
-        y_NO = getattr(self, matrix)(x_NI, outputs=outputs)
-        return self.lora[matrix](y_NO, x_NI, outputs) if matrix in self.lora else y_NO
+    def _product(self, matrix, x, outputs=None):
+        """`Rows` x times a matrix of this name, with what LoRA adds to it."""
+        if matrix not in self.lora:
+            return rows_of(getattr(self, matrix)(x.live, outputs=outputs, every=x.every))
+        assert x.every is None, "no row is frozen where LoRA adds to it"
+        return Rows(self.lora[matrix](getattr(self, matrix), x.live, outputs))
 
-    def _product_to_add(self, matrix, x_NI):
+    def _product_to_add(self, matrix, x):
         """The same, for the norm that adds it to the residual stream."""
-        values = x_NI.bits_ND if isinstance(x_NI, Fp8Rows) else x_NI
+        values = x.live.bits_ND if isinstance(x.live, Fp8Rows) else x.live
         by_kernel = torch.is_grad_enabled() and use_triton("auto", values, name="add_rms_norm")
         if by_kernel and matrix in self.back_in_fp8:
-            return product_back_in_fp8(x_NI, getattr(self, matrix))
-        return self._product(matrix, x_NI)
+            return Rows(*product_back_in_fp8(x.live, getattr(self, matrix), x.every))
+        return self._product(matrix, x)
 
-    def _product_to_rotate(self, x_ND, outputs=None):
+    def _product_to_rotate(self, x, outputs=None):
         """What `attend_rotated` takes of rows for queries, keys and values."""
-        if not isinstance(x_ND, Fp8Rows):
-            return self._product("qkv", x_ND, outputs)
+        if not isinstance(x.live, Fp8Rows):
+            return self._product("qkv", x, outputs)
         assert isinstance(self.qkv, Fp8Linear), "the norm before it makes such rows for it"
-        return Fp8Product(x_ND, self.qkv, outputs or slice(None))
+        return Rows(Fp8Product(x.live, self.qkv, outputs or slice(None)))
 
-    def _attend(self, stream, constant, *, rope, last, recomputed, cache=None, joined=False):
-        """((residual stream, attention's output, positions, layout) of the rows that go on; keys and values).
+    def _attend(self, stream, constant, *, rope, last, recomputed, cache):
+        """(residual stream, attention's output, positions) of the rows that go on.
 
-        The first is None where no row goes on.
+        Rows without gradients attend by themselves.
         """
+        residual, x = self.input_norm(stream.residual, stream.branch)
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
         # In place, but not where recomputation keeps the product that would be overwritten.
         rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
-        residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
-        positions_N, layout = stream.positions_N, stream.layout
-        if not (last and stream.supervised is not None):
-            qkv_NE = self._normalised(self._product("qkv", x_ND), heads, kv_heads)
-            qkv_NE = rotate(qkv_NE, positions_N, inv_freq, heads, kv_heads)
-            q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
-        else:
-            rows_L, layout = stream.supervised
-            queries = heads * 2 * inv_freq.shape[0]
-            kv_NE = self._normalised(self._product("qkv", x_ND, slice(queries, None)), 0, kv_heads)
-            kv_NE = rotate(kv_NE, positions_N, inv_freq, 0, kv_heads)
-            k_NKd, v_NKd = kv_NE.unflatten(-1, (2 * kv_heads, -1)).chunk(2, 1)
-            q_NHd = None
-        if joined and constant is not None:  # once, for this attention and for whoever else reads them
-            k_NKd, v_NKd = (torch.cat(parts) for parts in zip(constant, (k_NKd, v_NKd)))
-            constant = None
-        if q_NHd is None:
-            if not len(rows_L):
+        num_heads = 0 if last else heads
+        qkv = self._product("qkv", x, slice(heads * 2 * inv_freq.shape[0], None) if last else None)
+        positions = stream.positions_N
+        if last:
+            residual, positions, queries = self._supervised_queries(stream, residual, rotate, inv_freq)
+
+        def attended(qkv_NE, positions_N, q_LHd, layout, constant, joined=False):
+            """(attention's output, or None without queries; keys and values)."""
+            qkv_NE = rotate(self._normalised(qkv_NE, num_heads, kv_heads), positions_N, inv_freq, num_heads, kv_heads)
+            q_NHd, k_NKd, v_NKd = qkv_NE.unflatten(-1, (num_heads + 2 * kv_heads, -1)).split(
+                [num_heads, kv_heads, kv_heads], 1
+            )
+            if joined and constant is not None:  # once, for this attention and for whoever else reads them
+                k_NKd, v_NKd = (torch.cat(parts) for parts in zip(constant, (k_NKd, v_NKd)))
+                constant = None
+            if cache is not None:
+                k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
+            q_NHd = q_NHd if q_LHd is None else q_LHd
+            if joined and not len(q_NHd):
                 return None, (k_NKd, v_NKd)
-            residual_ND, positions_N, q_NHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
-        if cache is not None:
-            k_NKd, v_NKd = cache.append(k_NKd, v_NKd)
-        options = {"constant": constant, "regather": not recomputed, "inplace": self._inplace}
-        x_NHd = self.attention(q_NHd, k_NKd, v_NKd, layout, **options)
-        return (residual_ND, x_NHd, positions_N, layout), (k_NKd, v_NKd)
+            options = {"constant": constant, "regather": not recomputed, "inplace": self._inplace}
+            x_NHd = self.attention(q_NHd, k_NKd, v_NKd, layout, **options)
+            return x_NHd, (k_NKd, v_NKd)
 
-    def _attend_by_kernel(self, stream, constant, *, rope, last, recomputed):
+        if stream.parts is None:
+            layout = stream.supervised[1] if last else stream.layout
+            x_NHd, _ = attended(qkv.live, stream.positions_N, queries.live if last else None, layout, constant)
+            return residual, Rows(x_NHd), positions
+        frozen, live = ((part.loss_layout if last else part.layout) for part in stream.parts)
+        first = len(stream.positions_N) - len(qkv.live)
+        with torch.no_grad():
+            q_FHd = queries.all[: len(queries.all) - len(queries.live)] if last else None
+            before, constant = attended(
+                qkv.without(first), stream.positions_N[:first], q_FHd, frozen, constant, joined=True
+            )
+            constant = tuple(x.contiguous() for x in constant)
+        after, _ = attended(qkv.live, stream.positions_N[first:], queries.live if last else None, live, constant)
+        assert after is not None, "some live row is supervised"
+        return residual, Rows(after) if before is None else Rows.behind(before, after), positions
+
+    def _attend_by_kernel(self, stream, constant, *, rope, last, recomputed, cache):
         """The same, where a kernel puts rotated keys into their places."""
+        residual, x = self.input_norm(stream.residual, stream.branch)
         (heads, kv_heads), (inv_freq, scale) = self.heads, rope
-        residual_ND, x_ND = self.input_norm(stream.residual_ND, stream.branch_ND)
-        options = {"constant": constant, "recomputed": recomputed, "inplace": self._inplace}
-        positions_N = stream.positions_N
-        if not (last and stream.supervised is not None):
-            qkv_NE = self._product_to_rotate(x_ND)
-            x_NHd = attend_rotated(qkv_NE, positions_N, rope, self.heads, stream.layout, self.attention, **options)
-            return (residual_ND, x_NHd, positions_N, stream.layout), None
-        layout = stream.supervised[1]
-        kv_NE = self._product_to_rotate(x_ND, slice(heads * 2 * inv_freq.shape[0], None))
-        rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
-        residual_LD, positions_L, q_LHd = self._supervised_queries(stream, residual_ND, rotate, inv_freq)
-        x_LHd = attend_rotated(
-            kv_NE, positions_N, rope, (0, kv_heads), layout, self.attention, queries_LHd=q_LHd, **options
+        qkv = self._product_to_rotate(x, slice(heads * 2 * inv_freq.shape[0], None) if last else None)
+        positions, queries = stream.positions_N, None
+        if last:
+            rotate = partial(rope_qk, scale=scale, inplace=not recomputed)
+            residual, positions, queries = self._supervised_queries(stream, residual, rotate, inv_freq)
+        attended = attend_rotated(
+            qkv,
+            stream.positions_N,
+            rope,
+            (0 if last else heads, kv_heads),
+            self._layouts(stream, last),
+            self.attention,
+            constant=constant,
+            queries=queries,
+            recomputed=recomputed,
+            inplace=self._inplace,
         )
-        return (residual_LD, x_LHd, positions_L, layout), None
+        return residual, attended, positions
 
-    def _kernel_places_keys(self, live, last):
+    @staticmethod
+    def _layouts(stream, last):
+        """Of all queries; and where rows without gradients stand before, of theirs and the others'."""
+        of = [stream.supervised[1] if last else stream.layout]
+        return (*of, *((part.loss_layout if last else part.layout) for part in stream.parts or ()))
+
+    def _kernel_places_keys(self, stream, last):
         """Whether `_attend_by_kernel` is possible, and some row's keys are still wanted.
 
         The kernel takes keys from their product: it knows no norm in between.
         """
         if self.k_norm is not None:
             return False
-        rows_L, layout = live.supervised if last and live.supervised is not None else (None, live.layout)
-        if (rows_L is not None and not len(rows_L)) or (layout.kv_rows is not None and layout.way_back is None):
+        layout = self._layouts(stream, last)[-1]
+        if (last and not len(stream.supervised[0])) or (layout.kv_rows is not None and layout.way_back is None):
             return False
-        return rotates_to_keys(self.attention, live.residual_ND)
+        return rotates_to_keys(self.attention, stream.residual.live)
 
-    def _supervised_queries(self, stream, residual_ND, rotate, inv_freq):
+    def _supervised_queries(self, stream, residual, rotate, inv_freq):
         """(residual stream, positions, queries) of the stream's supervised rows."""
         rows_L, _ = stream.supervised
         heads, _ = self.heads
-        residual_LD, positions_L = take_rows(residual_ND, rows_L), stream.positions_N.index_select(0, rows_L)
-        # Normalised again rather than taken from x: one gradient less to scatter.
-        q_LE = self._product("qkv", self.input_norm(residual_LD, None)[1], slice(heads * 2 * inv_freq.shape[0]))
-        q_LE = self._normalised(q_LE, heads, 0)
-        return residual_LD, positions_L, rotate(q_LE, positions_L, inv_freq, heads, 0).unflatten(-1, (heads, -1))
+        positions_L = stream.positions_N.index_select(0, rows_L)
+
+        def of(residual_ND, rows, positions):
+            residual_LD = take_rows(residual_ND, rows)
+            # Normalised again rather than taken from x: one gradient less to scatter.
+            x = self.input_norm(Rows(residual_LD), None)[1]
+            q_LE = self._normalised(self._product("qkv", x, slice(heads * 2 * inv_freq.shape[0])).live, heads, 0)
+            return residual_LD, rotate(q_LE, positions, inv_freq, heads, 0).unflatten(-1, (heads, -1))
+
+        if stream.parts is None:
+            residual_LD, q_LHd = of(residual.live, rows_L, positions_L)
+            return Rows(residual_LD), positions_L, Rows(q_LHd)
+        frozen, live = stream.parts
+        first = len(frozen.loss_rows)
+        live_rows = of(residual.live, live.loss_rows, positions_L[first:])
+        if not first:
+            return Rows(live_rows[0]), positions_L, Rows(live_rows[1])
+        with torch.no_grad():
+            others = of(residual.every, frozen.loss_rows, positions_L[:first])
+        residual, queries = (Rows.behind(*pair) for pair in zip(others, live_rows))
+        return residual, positions_L, queries
 
     def _normalised(self, qkv_NE, heads, kv_heads):
         """Columns of `heads` queries and `kv_heads` keys and values, where queries and keys are normalised per head.
@@ -320,7 +312,7 @@ class DecoderLayer(nn.Module):
             return qkv_NE
         parts = qkv_NE.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
         normalised = [
-            norm(x_NGd.flatten(0, 1), None)[1].view_as(x_NGd) if x_NGd.shape[1] else x_NGd
+            norm(Rows(x_NGd.flatten(0, 1)), None)[1].live.view_as(x_NGd) if x_NGd.shape[1] else x_NGd
             for norm, x_NGd in zip((self.q_norm, self.k_norm), parts)
         ]
         return torch.cat([*normalised, parts[2]], 1).flatten(1)
@@ -381,7 +373,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         supervised: tuple[Tensor, AttentionLayout] | None = None,
-        frozen: Stream | None = None,
+        frozen: tuple[Tensor, tuple[BatchPart, BatchPart]] | None = None,
         prefix: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Rows after the final norm, [N, D] in the compute dtype; of `supervised` rows, [L, D].
@@ -389,11 +381,11 @@ class Decoder(nn.Module):
         Args:
             x_ND: residual stream, in its own dtype.
             positions_N: rotary position of each row.
-            layout: who attends to whom; `kv_rows` counts those of `prefix`, of `frozen`, and of x.
+            layout: who attends to whom; `kv_rows` counts those of `prefix`, and of x.
             cache: its rows are among the layout's keys; None without.
             supervised: (rows of x, ascending; who they attend to), if no others are wanted.
-            frozen: rows of no gradient that x attends to, computed and saved as such. Those of them that are supervised
-                come out first.
+            frozen: rows before those of x that need no gradient, and how the batch is parted between them and x.
+                `positions_N`, `layout` and `supervised` are of all rows. An operation takes all in one call.
             prefix: for each layer, keys and values [C, K, d] of constant rows.
         """
         if self._rope[0].device != x_ND.device:
@@ -401,23 +393,21 @@ class Decoder(nn.Module):
         # Angles of 0 turn nothing, to the bit.
         still = (torch.zeros_like(self._rope[0]), 1.0) if self._unrotated else None
         recomputed = self.recomputed if torch.is_grad_enabled() else 0
-        live = Stream(x_ND, None, positions_N, layout, supervised)
+        x = Rows(x_ND) if frozen is None else Rows.behind(frozen[0], x_ND)
+        stream = Stream(x, None, positions_N, layout, supervised, frozen and frozen[1])
         for i, layer in enumerate(self.layers):
             options = {"last": i == len(self.layers) - 1}
             constant = None if prefix is None else prefix[i]
             rope = still if i in self._unrotated else self._rope
             if i < recomputed:
                 # Added here, so that the layer's one saved input is the sum.
-                live, frozen = live.summed(), frozen and frozen.summed()
-                live, frozen = self._checkpointed(layer, live, frozen, rope, constant, **options)
+                stream = self._checkpointed(layer, stream.summed(), rope, constant, **options)
             else:
-                live, frozen = layer(live, frozen, rope, constant, cache=None if cache is None else cache[i], **options)
-        h_LD = self.norm(live.residual_ND, live.branch_ND)[1]
-        if frozen is None:
-            return h_LD
-        with torch.no_grad():
-            frozen_LD = self.norm(frozen.residual_ND, frozen.branch_ND)[1]
-        return torch.cat([frozen_LD, h_LD])
+                stream = layer(stream, rope, constant, cache=None if cache is None else cache[i], **options)
+        h = self.norm(stream.residual, stream.branch)[1]
+        if h.every is None:
+            return h.live
+        return torch.cat([h.every[: len(h.every) - len(h.live)], h.live])
 
     def prepack(self) -> None:
         """`Linear.prepack` of every matrix; of a frozen decoder."""

@@ -7,11 +7,31 @@ from typing import Any
 
 import torch
 from fastvid_kernels import cpu
+from fastvid_kernels.plain import last_rows
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from fastvid.model.quantize import FORMATS
+
+
+class _LastRows(torch.autograd.Function):
+    """The product of all rows with a frozen weight, of which only the last rows get gradients. Saves the weight."""
+
+    @staticmethod
+    def forward(ctx, x_NI, every_NI, weight_OI, bias_O):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight_OI)
+        y_NO = functional.linear(every_NI, weight_OI, bias_O)
+        ctx.mark_non_differentiable(y_NO)
+        return last_rows(y_NO, len(x_NI)), y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO, *_):
+        (weight_OI,) = ctx.saved_tensors
+        return None if grad_NO is None else grad_NO @ weight_OI, None, None, None
 
 
 class Linear(nn.Module):
@@ -28,17 +48,35 @@ class Linear(nn.Module):
         self._kept = None  # {(first, last) output channel, dtype: cast weight}, or None: cast at every use
         self._prepacked = None  # `cpu.PrepackedWeight`, or None
 
-    def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
+    def forward(
+        self, x_NI: Tensor, *, outputs: slice | None = None, every: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """[N, O] in x's dtype.
 
         Args:
             x_NI: rows.
             outputs: compute these channels only, consecutive ones: rows of the weight. None: all.
+            every: x with rows before it, which get no gradient: then (the product of x, that of all rows without
+                gradient), in one call. The weight is frozen.
         """
-        if self._prepacked is not None and x_NI.dtype == self.weight.dtype:
-            return self._prepacked.multiply(x_NI, self.weight, outputs, self._cast_bias(outputs, x_NI.dtype))
         bias = self._cast_bias(outputs, x_NI.dtype)
-        return functional.linear(x_NI, self.cast_weight(outputs, x_NI.dtype), bias)
+        if self._prepacked is not None and x_NI.dtype == self.weight.dtype:
+            return self._prepacked.multiply(x_NI, self.weight, outputs, bias, every)
+        weight = self.cast_weight(outputs, x_NI.dtype)
+        if every is None:
+            return functional.linear(x_NI, weight, bias)
+        assert not weight.requires_grad, "no row is frozen where the matrix is trained"
+        return _LastRows.apply(x_NI, every, weight, bias)
+
+    def product(self, x_NI: Tensor, outputs: slice) -> Tensor:
+        """x·W[outputs]ᵀ (+ b[outputs]) in x's dtype, of a frozen matrix: as `QuantizedLinear.product`."""
+        return self.forward(x_NI, outputs=outputs)
+
+    def gradient(self, g_NO: Tensor, outputs: slice) -> Tensor:
+        """g·W[outputs] in g's dtype, of a frozen matrix."""
+        if self._prepacked is not None and g_NO.dtype == self.weight.dtype:
+            return self._prepacked.gradient(g_NO, self.weight, outputs)
+        return g_NO @ self.cast_weight(outputs, g_NO.dtype)
 
     def keep_casts(self, keep: bool) -> None:
         """Whether to cast the weight once from now on, at its first use, instead of at every use.

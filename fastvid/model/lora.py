@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from fastvid.model.config import DecoderConfig
 from fastvid.model.linear import Linear
 from fastvid.model.noise import generator_of
+from fastvid.model.quantize import QuantizedLinear
 from fastvid.policy import Lora
 
 _MATRICES = {
@@ -82,7 +83,7 @@ def shapes(config: DecoderConfig, lora: Lora) -> dict[str, tuple[int, int]]:
 
 
 class LoraBranch(nn.Module):
-    """Adds scaling · dropout(x)·Aᵀ·Bᵀ to a frozen matrix's product of x, in x's dtype.
+    """A frozen matrix's product of x plus scaling · dropout(x)·Aᵀ·Bᵀ, in x's dtype.
 
     Attributes:
         a, b: `a.weight` [R, I] and `b.weight` [P, r] hold the targets' own one under the other.
@@ -102,12 +103,13 @@ class LoraBranch(nn.Module):
         self.b = Linear(lora.rank, place.outputs, dtype=dtype, trained=True)
         self.drawn: str | None = None
 
-    def forward(self, y_NO: Tensor, x_NI: Tensor, outputs: slice | None = None) -> Tensor:
-        """[N, O]: y with what is added to it.
+    def forward(self, matrix: Linear | QuantizedLinear, x_NI: Tensor, outputs: slice | None = None) -> Tensor:
+        """[N, O]: the frozen matrix's product of x, with what is added to it.
 
         Args:
-            y_NO: the frozen matrix's product of x.
-            outputs: the outputs that y consists of, those of whole targets; None: all.
+            matrix: the frozen one.
+            x_NI: rows.
+            outputs: compute these outputs only, those of whole targets; None: all.
         """
         wanted = outputs or slice(None)
         begin, end = wanted.start or 0, wanted.stop
@@ -117,25 +119,28 @@ class LoraBranch(nn.Module):
             if first >= begin and (end is None or last <= end)
         ]
         if not found:
-            return y_NO
+            return matrix(x_NI, outputs=outputs)
         # Targets follow each other in A and in B as in the matrix, and so do those that are found.
         r, widths = self.settings.rank, [last - first for first, last in self.place.columns.values()]
         before, width = sum(widths[: found[0][0]]), sum(last - first for _, first, last in found)
-        a_RI = self.a.cast_weight(slice(r * found[0][0], r * (found[-1][0] + 1)), x_NI.dtype)
-        b_Pr = self.b.cast_weight(slice(before, before + width), x_NI.dtype)
+        # Used whole, they are not sliced: the gradient of a slice is copied into zeros.
+        rows = (slice(r * found[0][0], r * (found[-1][0] + 1)), slice(before, before + width))
+        some = rows if len(found) < len(widths) else (None, None)
+        a_RI, b_Pr = (each.cast_weight(part, x_NI.dtype) for each, part in zip((self.a, self.b), some))
         columns = tuple((first - begin, last - begin) for _, first, last in found)
         key = None if self.drawn is None or not self.settings.dropout else f"{self.drawn} {begin}"
-        return _Add.apply(y_NO, x_NI, a_RI, b_Pr, columns, self.settings, key, self.inplace)
+        settings = columns, self.settings, key, self.inplace
+        return _Product.apply(x_NI, a_RI, b_Pr, matrix, outputs or slice(None), settings)
 
 
-class _Add(torch.autograd.Function):
-    """Saves x and x·Aᵀ; what dropout leaves out is drawn again."""
+class _Product(torch.autograd.Function):
+    """Saves x and x·Aᵀ; what dropout leaves out is drawn again. Both gradients of x are summed as they are made."""
 
     @staticmethod
-    def forward(ctx, y_NO, x_NI, a_RI, b_Pr, columns, lora, key, inplace):
-        if inplace:
-            ctx.mark_dirty(y_NO)
-        else:
+    def forward(ctx, x_NI, a_RI, b_Pr, matrix, outputs, settings):
+        columns, lora, key, inplace = settings
+        y_NO = matrix.product(x_NI, outputs)
+        if not inplace:
             y_NO = y_NO.clone()
         dropped_NI, scaling = _dropped(x_NI, lora, key)
         h_NR = _without(x_NI, dropped_NI) @ a_RI.T
@@ -143,6 +148,7 @@ class _Add(torch.autograd.Function):
             y_NO[:, first:last].addmm_(h_Nr, b_or.T, alpha=scaling)
         ctx.save_for_backward(x_NI, h_NR, a_RI, b_Pr)
         ctx.settings = columns, lora, key
+        ctx.matrix, ctx.outputs = matrix, outputs
         return y_NO
 
     @staticmethod
@@ -155,17 +161,17 @@ class _Add(torch.autograd.Function):
         parts = zip(_by_target(columns, lora.rank, h_NR, b_Pr), _by_target(columns, lora.rank, g_h_NR, g_b_Pr))
         for ((first, last), h_Nr, b_or), (_, g_h_Nr, g_b_or) in parts:
             g_No = g_NO[:, first:last]
-            torch.mm(g_No, b_or, out=g_h_Nr)
-            torch.mm(g_No.T, h_Nr, out=g_b_or)
-        g_h_NR.mul_(scaling)
-        g_b_Pr.mul_(scaling)
+            g_h_Nr.addmm_(g_No, b_or, beta=0, alpha=scaling)  # which reads nothing of what it writes to
+            g_b_or.addmm_(g_No.T, h_Nr, beta=0, alpha=scaling)
         g_a_RI = g_h_NR.T @ _without(x_NI, dropped_NI)
         g_x_NI = None
-        if ctx.needs_input_grad[1]:
-            g_x_NI = g_h_NR @ a_RI
-            if dropped_NI is not None:
-                g_x_NI.masked_fill_(dropped_NI, 0)
-        return g_NO, g_x_NI, g_a_RI, g_b_Pr, None, None, None, None
+        if ctx.needs_input_grad[0]:
+            g_x_NI = ctx.matrix.gradient(g_NO, ctx.outputs)
+            if dropped_NI is None:
+                g_x_NI.addmm_(g_h_NR, a_RI)
+            else:
+                g_x_NI.add_((g_h_NR @ a_RI).masked_fill_(dropped_NI, 0))
+        return g_x_NI, g_a_RI, g_b_Pr, None, None, None
 
 
 def _by_target(columns, rank, h_NR, b_Pr):

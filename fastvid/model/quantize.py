@@ -16,6 +16,7 @@ import logging
 from typing import Any
 
 import torch
+from fastvid_kernels.plain import last_rows
 from fastvid_kernels.quantize_fp8 import FP8_CAPABILITY, FP8_SIDE, Fp8Rows, quantize_fp8, scaled_product
 from torch import Tensor, nn
 
@@ -28,14 +29,23 @@ class _Product(torch.autograd.Function):
     """x·Wᵀ of a frozen W. Saves nothing for backward: all that it needs is the matrix."""
 
     @staticmethod
-    def forward(ctx, x_NI, matrix, outputs):
+    def forward(ctx, x_NI, matrix, outputs, every_NI):
         ctx.matrix, ctx.outputs = matrix, outputs
-        return matrix.product(x_NI, outputs)
+        if every_NI is None:
+            return matrix.product(x_NI, outputs)
+        return _last(ctx, len(x_NI), matrix.product(every_NI, outputs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_NO):
-        return ctx.matrix.gradient(g_NO, ctx.outputs), None, None
+    def backward(ctx, g_NO, *_):
+        return None if g_NO is None else ctx.matrix.gradient(g_NO, ctx.outputs), None, None, None
+
+
+def _last(ctx, rows, y_NO):
+    """(the last rows, which alone have gradients; all of them)."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(y_NO)
+    return last_rows(y_NO, rows), y_NO
 
 
 class QuantizedLinear(nn.Module):
@@ -54,13 +64,16 @@ class QuantizedLinear(nn.Module):
         if bias_dtype is not None:
             self.bias = nn.Parameter(torch.empty(outputs, dtype=bias_dtype), requires_grad=False)
 
-    def forward(self, x_NI: Tensor, *, outputs: slice | None = None) -> Tensor:
+    def forward(
+        self, x_NI: Tensor, *, outputs: slice | None = None, every: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x·Wᵀ (+ b), [N, O] in x's dtype.
 
         Args:
             outputs: compute these columns only, consecutive ones: rows of W. None: all.
+            every: as of `fastvid.model.linear.Linear`.
         """
-        return _Product.apply(x_NI, self, outputs or slice(None))
+        return _Product.apply(x_NI, self, outputs or slice(None), every)
 
     def quantize_(self, weight_OI: Tensor) -> None:
         """Hold `weight_OI`, of any floating dtype, on its device."""
@@ -104,11 +117,14 @@ class Fp8Linear(QuantizedLinear):
         w_IO, scale_I = quantize_fp8(weight_OI.T)
         self._hold(w_OI=w_OI, scale_O=scale_O, w_IO=w_IO, scale_I=scale_I)
 
-    def forward(self, x_NI: Tensor | Fp8Rows, *, outputs: slice | None = None) -> Tensor:
-        """The same, also of rows in e4m3: in the dtype of their stand-in, which gets their gradient."""
+    def forward(
+        self, x_NI: Tensor | Fp8Rows, *, outputs: slice | None = None, every: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The same, also of rows in e4m3: in the dtype of their stand-in, which gets their gradient. If it has fewer
+        rows, these are the last ones, and others stand before, as in `every`."""
         if isinstance(x_NI, Fp8Rows):
             return _ProductOfFp8.apply(*x_NI, self, outputs or slice(None))
-        return super().forward(x_NI, outputs=outputs)
+        return super().forward(x_NI, outputs=outputs, every=every)
 
     def product(self, x_NI: Tensor, outputs: slice) -> Tensor:
         return self.product_of_fp8(*quantize_fp8(x_NI), outputs, x_NI.dtype)
@@ -132,12 +148,13 @@ class _ProductOfFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stand_in_NI, bits_NI, scale_N, matrix, outputs):
         ctx.matrix, ctx.outputs = matrix, outputs
-        return matrix.product_of_fp8(bits_NI, scale_N, outputs, stand_in_NI.dtype)
+        y_NO = matrix.product_of_fp8(bits_NI, scale_N, outputs, stand_in_NI.dtype)
+        return y_NO if len(stand_in_NI) == len(bits_NI) else _last(ctx, len(stand_in_NI), y_NO)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_NO):
-        return ctx.matrix.gradient(g_NO, ctx.outputs), None, None, None, None
+    def backward(ctx, g_NO, *_):
+        return None if g_NO is None else ctx.matrix.gradient(g_NO, ctx.outputs), None, None, None, None
 
 
 class _DequantizedLinear(QuantizedLinear):

@@ -17,7 +17,7 @@ from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.model.attention import SDPA, Attention
 from fastvid.model.cache import Cache, LayerCache
 from fastvid.model.config import ModelConfig, Precision
-from fastvid.model.decoder import Decoder, Stream
+from fastvid.model.decoder import Decoder
 from fastvid.model.linear import Linear
 from fastvid.model.noise import Noise, with_noise
 from fastvid.model.rows import take_rows
@@ -115,18 +115,14 @@ class VideoLlava(nn.Module):
                 supervised=(batch.loss_rows, batch.loss_layout),
             )
         assert self.trainable.text_is_constant, "no row is frozen where its embedding or the decoder is trained"
-        frozen, live = batch.parts
-        first = batch.frozen_rows
-        words_FD = self.embed.weight[batch.token_ids[:first]].to(self.precision.residual)
+        words_FD = self.embed.weight[batch.token_ids[: batch.frozen_rows]].to(self.precision.residual)
         return self.decoder(
-            self.splice(batch, first),
-            batch.positions[first:],
-            live.layout,
+            self.splice(batch, batch.frozen_rows),
+            batch.positions,
+            batch.layout,
             prefix=prefix,
-            supervised=(live.loss_rows, live.loss_layout),
-            frozen=Stream(
-                words_FD, None, batch.positions[:first], frozen.layout, (frozen.loss_rows, frozen.loss_layout)
-            ),
+            supervised=(batch.loss_rows, batch.loss_layout),
+            frozen=(words_FD, batch.parts),
         )
 
     def keep_prefix(self, token_ids: Sequence[int]) -> None:

@@ -50,6 +50,7 @@ class BatchRows:
             in the last one (`masked_pairs`).
         branch_rows, last_branch_rows: queries of branches, where attention has two parts (`fastvid.batch.Branches`).
         beginning_rows, last_beginning_rows: keys of what those go on from.
+        frozen_keys: keys of the frozen rows' segments; 0: those rows and the prefix, once.
     """
 
     rows: int
@@ -66,6 +67,7 @@ class BatchRows:
     last_branch_rows: int = 0
     beginning_rows: int = 0
     last_beginning_rows: int = 0
+    frozen_keys: int = 0
     second_rows: int = 0
 
     def on_meta(self, channels: Channels) -> PackedBatch:
@@ -78,7 +80,14 @@ class BatchRows:
         last_keys = self.last_key_rows or self.rows + before
         last = _layout(self.supervised_rows, last_keys, before, self.rows)
         last = _in_parts(last, self.last_branch_rows, self.last_beginning_rows, own_keys=last_keys)
-        batch = PackedBatch(
+        parts = None
+        if self.frozen_rows:
+            frozen = _layout(self.frozen_rows, self.frozen_keys or before, self.prefix_rows, self.frozen_rows)
+            none = AttentionLayout.of_lengths([], [], _indices(0))
+            supervised = _indices(self.supervised_rows)
+            parts = BatchPart(frozen, _indices(0), none), BatchPart(own, supervised, last)
+            own, last = _behind(frozen, own), _behind(none, last)
+        return PackedBatch(
             token_ids=_indices(rows),
             positions=_indices(rows, torch.int32),
             layout=own,
@@ -91,14 +100,7 @@ class BatchRows:
             loss_layout=last,
             prefix_rows=self.prefix_rows,
             frozen_rows=self.frozen_rows,
-        )
-        if not self.frozen_rows:
-            return batch
-        none = AttentionLayout.of_lengths([], [], _indices(0))
-        frozen = _layout(self.frozen_rows, before, self.prefix_rows, self.frozen_rows)
-        return replace(
-            batch,
-            parts=(BatchPart(frozen, _indices(0), none), BatchPart(own, batch.loss_rows, last)),
+            parts=parts,
         )
 
 
@@ -120,6 +122,19 @@ def _layout(queries, keys, before, rows):
 
 def _without_numbers(tensor):
     return tensor.to("meta")
+
+
+def _behind(frozen, live):
+    """A layout of both, whose keys lie end to end."""
+    queries, keys = (one + other for one, other in zip(frozen.lengths, live.lengths))
+    branches = live.branches and replace(
+        live.branches,
+        causal=_behind(frozen, live.branches.causal),
+        first_query=sum(frozen.lengths[0]) + live.branches.first_query,
+        first_key=sum(frozen.lengths[1]) + live.branches.first_key,
+    )
+    rows = _indices(len(frozen.kv_rows) + len(live.kv_rows))
+    return AttentionLayout.of_lengths(queries, keys, rows, branches).map(_without_numbers)
 
 
 def _in_parts(layout, branches, beginnings, *, own_keys):
@@ -324,7 +339,7 @@ def _measured(config, batch, trainable, precision, recompute, on_cpu, one_call_p
                 begun.append(live.now)
 
         def end(layer, inputs, outputs):
-            branch = outputs[0].branch_ND
+            branch = outputs.branch.live
             branch = branch.bits_ND if isinstance(branch, BackInFp8) else branch
             if branch.requires_grad and len(begun) < config.decoder.num_layers:
                 branch.register_hook(turn)

@@ -465,6 +465,7 @@ def rows_of(batch: PackedBatch, in_parts: bool = False) -> dict[str, int]:
         "segments": len(layout.cu_seqlens_q) - 1,
         "masked_pairs": masked_pairs(layout),
         "last_masked_pairs": masked_pairs(last),
+        "frozen_keys": sum(batch.parts[0].layout.lengths[1]) if batch.parts else 0,
     }
 
 

@@ -4,6 +4,7 @@ Dimensions: N rows, D channels, G groups of consecutive rows.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import cpu
 from .dispatch import launch, use_triton
-from .plain import wide
+from .plain import last_rows, wide
 from .quantize_fp8 import BackInFp8, Fp8Rows, divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
 
 
@@ -93,7 +94,7 @@ def _add_rms_norm_fwd_kernel(
         tl.store(y_ptr + row * D + columns, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "group_rows"])
+@triton.jit(do_not_specialize=["N", "group_rows"], do_not_specialize_on_alignment=["rstd_ptr"])
 def _add_rms_norm_bwd_kernel(
     total_ptr,
     rstd_ptr,
@@ -213,7 +214,7 @@ def _backward_by_kernel(total_ND, rstd_N, weight_D, grad_total_ND, grad_y_ND, br
         pointers = grad_branch.stand_in_ND, grad_branch.bits_ND.view(torch.uint8), grad_branch.scale_N
     else:
         grad_branch = torch.empty_like(total_ND, dtype=branch_dtype) if apart else grad_ND
-        pointers = grad_branch, rstd_N, rstd_N
+        pointers = grad_branch, grad_ND, grad_ND  # of which nothing is read or written
     BLOCK_D, num_warps = _tiles(D, trained)
     group_rows = _group_rows(N, num_warps) if trained else 1
     groups = triton.cdiv(N, group_rows)
@@ -267,23 +268,31 @@ class _AddRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, passes, *stand_ins):
+    def forward(ctx, residual_ND, branch_ND, weight_D, eps, dtype, passes, every, *stand_ins):
         forward, ctx.backward_pass = passes
         ctx.branch_dtype = None if branch_ND is None else branch_ND.dtype
         ctx.back_in_fp8 = bool(stand_ins)
         ctx.set_materialize_grads(False)
-        total_ND, y, rstd = forward(residual_ND, branch_ND, weight_D, eps, dtype)
-        ctx.save_for_backward(total_ND, rstd, weight_D)
-        if not isinstance(y, Fp8Rows):
+        live = len(residual_ND)
+        total_ND, y, rstd = forward(*(every or (residual_ND, branch_ND)), weight_D, eps, dtype)
+        first = len(total_ND) - live
+        ctx.save_for_backward(total_ND[first:], rstd[first:], weight_D)
+        if isinstance(y, Fp8Rows):
+            ctx.mark_non_differentiable(y.bits_ND, y.scale_N, *([] if every is None else [total_ND]))
+            if every is None:
+                return total_ND, *y
+            stand_in_LD = Fp8Rows.stand_in(residual_ND, (live, y.bits_ND.shape[1]), dtype)
+            return last_rows(total_ND, live), stand_in_LD, *y[1:], total_ND
+        if every is None:
             return total_ND, y
-        ctx.mark_non_differentiable(y.bits_ND, y.scale_N)
-        return total_ND, *y
+        ctx.mark_non_differentiable(total_ND, y)
+        return last_rows(total_ND, live), last_rows(y, live), total_ND, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total_ND, grad_y_ND, *_):
         total_ND, rstd, weight_D = ctx.saved_tensors
-        settings, options = (None, None, None), {"fp8": True} if ctx.back_in_fp8 else {}
+        settings, options = (None,) * 4, {"fp8": True} if ctx.back_in_fp8 else {}
         if grad_y_ND is not None:
             given = total_ND, rstd, weight_D, grad_total_ND, grad_y_ND, ctx.branch_dtype, ctx.needs_input_grad[2]
             grad_ND, grad_branch, grad_weight_D = ctx.backward_pass(*given, **options)
@@ -325,8 +334,9 @@ def add_rms_norm(
     eps: float,
     dtype: torch.dtype,
     *,
+    every: tuple[Tensor, Tensor | None] | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Add a branch to the residual stream and normalise the sum (RMSNorm, arXiv:1910.07467).
 
     Args:
@@ -336,12 +346,13 @@ def add_rms_norm(
         weight_D: gain, in any of these dtypes. Its gradient is computed only if it requires one.
         eps: added to the mean square.
         dtype: of the normalised rows.
+        every: residual and branch with rows before those given, which get no gradient. One pass takes all.
         impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`add_rms_norm_reference`).
 
     Returns:
-        (sum in the residual's dtype, normalised sum in `dtype`). Sums of squares and products are fp32, rounded once.
-        Saved for backward: the sum, and [N] fp32. Repeatable: the weight's gradient is the sum of one partial sum for
-        every group of rows, in a fixed order.
+        (sum in the residual's dtype, normalised sum in `dtype`), and, with `every`, both of all its rows without
+        gradient. Sums of squares and products are fp32, rounded once. Saved for backward: the sum, and [N] fp32.
+        Repeatable: the weight's gradient is the sum of one partial sum for every group of rows, in a fixed order.
 
     Raises:
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
@@ -350,10 +361,18 @@ def add_rms_norm(
     tensors = _check_shapes("add_rms_norm", residual_ND, rows_ND, weight_D)
     in_triton = use_triton(impl, *tensors, name="add_rms_norm")
     if impl == "reference":
-        return add_rms_norm_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
+        found = add_rms_norm_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
+        if every is None:
+            return found
+        return *found, *_without_gradient(add_rms_norm_reference, every, weight_D, eps, dtype)
     if in_triton:
-        return _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _KERNELS, *stand_ins)
-    return _AddRMSNorm.apply(residual_ND, _plain(branch_ND), weight_D, eps, dtype, cpu.ADD_RMS_NORM)
+        return _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _KERNELS, every, *stand_ins)
+    return _AddRMSNorm.apply(residual_ND, _plain(branch_ND), weight_D, eps, dtype, cpu.ADD_RMS_NORM, every)
+
+
+@torch.no_grad()
+def _without_gradient(reference, every, *others):
+    return reference(*every, *others)
 
 
 def add_rms_norm_fp8(
@@ -363,8 +382,9 @@ def add_rms_norm_fp8(
     eps: float,
     dtype: torch.dtype,
     *,
+    every: tuple[Tensor, Tensor | None] | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Fp8Rows]:
+) -> tuple[Any, ...]:
     """`add_rms_norm` whose normalised rows, rounded to `dtype`, are quantised as `quantize_fp8` does before they leave.
 
     Args:
@@ -372,8 +392,10 @@ def add_rms_norm_fp8(
         (others: as for `add_rms_norm`.)
 
     Returns:
-        (sum, `Fp8Rows` of the normalised sum). Bits, scales, what is saved, and gradients are those of the two
-        operations one after the other; the gradient of the rows is what reaches their stand-in, in `dtype`.
+        (sum, `Fp8Rows` of the normalised sum); with `every`, also the sum of all its rows without gradient: bits and
+        scales are those of all rows, the stand-in is that of the given ones. Bits, scales, what is saved, and gradients
+        are those of the two operations one after the other; the gradient of the rows is what reaches their stand-in, in
+        `dtype`.
 
     Raises:
         ValueError: shapes do not fit, `impl` is unknown or cannot run here.
@@ -381,9 +403,14 @@ def add_rms_norm_fp8(
     rows_ND, stand_ins = _given(branch_ND)
     tensors = _check_shapes("add_rms_norm_fp8", residual_ND, rows_ND, weight_D)
     if not use_triton(impl, *tensors, name="add_rms_norm_fp8"):
-        return add_rms_norm_fp8_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
-    total_ND, *rows = _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _FP8_KERNELS, *stand_ins)
-    return total_ND, Fp8Rows(*rows)
+        found = add_rms_norm_fp8_reference(residual_ND, _plain(branch_ND), weight_D, eps, dtype)
+        if every is None:
+            return found
+        total_ND, rows = found
+        every_ND, more = _without_gradient(add_rms_norm_fp8_reference, every, weight_D, eps, dtype)
+        return total_ND, Fp8Rows(rows.stand_in_ND, *more[1:]), every_ND
+    total_ND, *rows = _AddRMSNorm.apply(residual_ND, rows_ND, weight_D, eps, dtype, _FP8_KERNELS, every, *stand_ins)
+    return total_ND, Fp8Rows(*rows[:3]), *rows[3:]
 
 
 __all__ = ["add_rms_norm", "add_rms_norm_fp8", "add_rms_norm_fp8_reference", "add_rms_norm_reference"]

@@ -18,4 +18,12 @@ def rotary_angles(positions_N: Tensor, inv_freq_h: Tensor, scale: float) -> tupl
     return angles_N1h.cos() * scale, angles_N1h.sin() * scale
 
 
-__all__ = ["rotary_angles", "wide"]
+def last_rows(x_ND: Tensor, rows: int) -> Tensor:
+    """The last rows in the same memory, which autograd takes for a tensor of its own and not for a view.
+
+    For what a Function returns beside all rows: each of both may be overwritten later.
+    """
+    return x_ND[len(x_ND) - rows :].data
+
+
+__all__ = ["last_rows", "rotary_angles", "wide"]

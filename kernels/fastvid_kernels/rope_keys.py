@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import launch, use_triton
+from .plain import last_rows
 from .rope_qk import cos_sin_of, halves, rope_qk_reference, rotate_heads, turned_back
 from .way_back import WayBack
 
@@ -258,11 +259,16 @@ class _RopeKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace
+        ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace, every
     ):
         heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
-        ctx.scale = scale
-        ctx.save_for_backward(positions_N, inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ()))
+        ctx.scale, live = scale, len(qkv_NE)
+        ctx.save_for_backward(
+            positions_N[len(positions_N) - live :],
+            inv_freq_h,
+            *((way_back.starts_N1, way_back.places) if way_back else ()),
+        )
+        qkv_NE, live_keys = every or (qkv_NE, None)
         if rows_M is not None:  # keys stay as they are, and go to their places from there
             rotated = written = num_heads
         else:
@@ -278,15 +284,26 @@ class _RopeKeys(torch.autograd.Function):
         if rows_M is None:
             return rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
         k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
-        return rows_NAd[:, :num_heads], k_MKd, v_MKd
+        found = rows_NAd[:, :num_heads], k_MKd, v_MKd
+        if live_keys is None:
+            return found
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [(count, *x.shape[1:]) for x, count in zip(found, (live, live_keys, live_keys))]
+        ctx.mark_non_differentiable(*found)
+        return *(last_rows(x, shape[0]) for x, shape in zip(found, ctx.shapes)), *found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd):
+    def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd, *_):
         positions_N, inv_freq_h, *way_back = ctx.saved_tensors
         grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
+        if any(x is None for x in grads):  # of `every`: nobody wanted some, and no zeros were made of those of all rows
+            some = next((x for x in grads if x is not None), None)
+            if some is None:
+                return (None,) * 11
+            grads = tuple(some.new_zeros(shape) if x is None else x for x, shape in zip(grads, ctx.shapes))
         grad_NE = collect(*grads, positions_N, inv_freq_h, ctx.scale, tuple(way_back) or None)
-        return grad_NE, None, None, None, None, None, None, None, None, None
+        return grad_NE, *[None] * 10
 
 
 def rows_of_heads(x: Tensor) -> Tensor:
@@ -306,8 +323,9 @@ def rope_keys(
     way_back: WayBack | None = None,
     constant: tuple[Tensor, Tensor] | None = None,
     inplace: bool = False,
+    every: tuple[Tensor, int] | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Queries rotated where they lie; keys rotated and values copied to where segments read them (arXiv:2104.09864).
 
     One pass each way: forward reads the product of the QKV projection and writes what attention reads; backward reads
@@ -325,27 +343,38 @@ def rope_keys(
         constant: keys, rotated, and values [C, K, d] that `rows_M` counts before the packed rows; they get no gradient.
         inplace: write into `qkv_NE`, which must be nobody's saved tensor. With `rows_M` its keys stay as they were, so
             that `place_keys` can make the same rows of keys again.
+        every: (`qkv_NE` with rows before it, which get no gradient; how many keys get one, the last of M). One pass
+            takes all. `positions_N` and `rows_M` are of all rows; `way_back` is of the last rows and the last keys
+            alone, and counts from the first of these.
         impl: "auto", "reference" (plain torch) or "triton".
 
     Returns:
-        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. Saved for
+        (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. With `every`,
+        those that get gradients, then all three of all rows without gradient. Saved for
         backward: positions, frequencies and `way_back`. Repeatable: places are summed in ascending order, in fp32.
 
     Raises:
         ValueError: shapes or dtypes do not fit, `inplace` on rows that are not contiguous, `impl` is unknown or cannot
             run here.
     """
-    _check(qkv_NE, positions_N, 2 * inv_freq_h.shape[0], num_heads, num_kv_heads, rows_M, way_back, constant)
+    _check(qkv_NE, positions_N, 2 * inv_freq_h.shape[0], num_heads, num_kv_heads, rows_M, way_back, constant, every)
     if inplace and not qkv_NE.is_contiguous():
         raise ValueError(f"rope_keys: in place needs contiguous rows, found strides {qkv_NE.stride()}")
     indices = () if rows_M is None or way_back is None else (rows_M, way_back.starts_N1, way_back.places)
     if not use_triton(impl, qkv_NE, positions_N, inv_freq_h, *indices, *(constant or ()), name="rope_keys"):
-        return rope_keys_reference(
-            qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale=scale, rows_M=rows_M, constant=constant
-        )
+        settings = positions_N, inv_freq_h, num_heads, num_kv_heads
+        options = {"scale": scale, "rows_M": rows_M, "constant": constant}
+        if every is None:
+            return rope_keys_reference(qkv_NE, *settings, **options)
+        before = len(every[0]) - len(qkv_NE)
+        found = rope_keys_reference(torch.cat([every[0][:before].detach(), qkv_NE]), *settings, **options)
+        last = (x[len(x) - count :] for x, count in zip(found, (len(qkv_NE), every[1], every[1])))
+        return *last, *(x.detach() for x in found)
     if constant is not None:
         k_CKd, v_CKd = constant
         constant = k_CKd.detach().contiguous(), v_CKd.detach().contiguous()
+    if every is not None:
+        assert every[0].is_contiguous(), "its last rows would be copied"
     return _RopeKeys.apply(
         qkv_NE.contiguous(),
         positions_N.contiguous(),
@@ -357,11 +386,15 @@ def rope_keys(
         way_back,
         constant,
         inplace,
+        every,
     )
 
 
-def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, constant):
+def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, constant, every):
     """Raise ValueError unless everything fits."""
+    live = qkv_NE.shape[0]
+    if every is not None:
+        qkv_NE = every[0]
     N = qkv_NE.shape[0]
     if qkv_NE.shape != (N, (num_heads + 2 * num_kv_heads) * d) or positions_N.shape != (N,):
         raise ValueError(
@@ -370,9 +403,9 @@ def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, co
         )
     if (rows_M is None) != (way_back is None):
         raise ValueError("rope_keys: rows_M and way_back go together")
-    if way_back is not None and way_back.starts_N1.shape != (N + 1,):
-        raise ValueError(f"rope_keys: the way back is for {way_back.starts_N1.shape[0] - 1} packed rows, found {N}")
-    expected = 0 if way_back is None else way_back.constant_rows
+    if way_back is not None and way_back.starts_N1.shape != (live + 1,):
+        raise ValueError(f"rope_keys: the way back is for {way_back.starts_N1.shape[0] - 1} packed rows, found {live}")
+    expected = 0 if way_back is None else way_back.constant_rows - (N - live)
     for x in constant or (qkv_NE.new_empty(0, num_kv_heads, d),):
         if x.shape != (expected, num_kv_heads, d) or x.dtype != qkv_NE.dtype:
             raise ValueError(

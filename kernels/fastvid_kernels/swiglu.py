@@ -3,6 +3,8 @@
 Dimensions: N rows, F channels of the feed-forward block.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch.nn import functional
 
 from . import cpu
 from .dispatch import launch, use_triton
-from .plain import wide
+from .plain import last_rows, wide
 from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
 
 # Channels of the longest tile that `swiglu_fp8` and its gradient hold in registers.
@@ -155,27 +157,42 @@ class _SwiGLU(torch.autograd.Function):
     """Saves its input and nothing else."""
 
     @staticmethod
-    def forward(ctx, gate_up_NF, passes):
+    def forward(ctx, gate_up_NF, passes, every_NF):
         ctx.save_for_backward(gate_up_NF)
         forward, ctx.backward_pass = passes
-        return forward(gate_up_NF)
+        if every_NF is None:
+            return forward(gate_up_NF)
+        ctx.set_materialize_grads(False)
+        out_NF = forward(every_NF)
+        ctx.mark_non_differentiable(out_NF)
+        return last_rows(out_NF, len(gate_up_NF)), out_NF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NF):
-        return ctx.backward_pass(*ctx.saved_tensors, grad_NF), None
+    def backward(ctx, grad_NF, *_):
+        return None if grad_NF is None else ctx.backward_pass(*ctx.saved_tensors, grad_NF), None, None
 
 
-def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
+@overload
+def swiglu(gate_up_NF: Tensor, *, every_NF: None = None, impl: str = "auto") -> Tensor: ...
+
+
+@overload
+def swiglu(gate_up_NF: Tensor, *, every_NF: Tensor | None, impl: str = "auto") -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def swiglu(gate_up_NF: Tensor, *, every_NF: Tensor | None = None, impl: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """silu(gate) · up (arXiv:2002.05202).
 
     Args:
         gate_up_NF: [N, 2F], gate in the first half of the columns, up in the second; fp32, bf16 or fp16.
             Copied if not contiguous.
+        every_NF: the same with rows before them, which get no gradient. One pass takes all.
         impl: "auto" (Triton on CUDA tensors, else `cpu`), "triton" or "reference" (`swiglu_reference`).
 
     Returns:
-        [N, F] in the input's dtype; computed in fp32, rounded once. Saved for backward: the input. Repeatable.
+        [N, F] in the input's dtype; with `every_NF`, (that, the same of all its rows without gradient). Computed in
+        fp32, rounded once. Saved for backward: the input. Repeatable.
 
     Raises:
         ValueError: the shape does not fit, `impl` is unknown or cannot run here.
@@ -184,8 +201,9 @@ def swiglu(gate_up_NF: Tensor, *, impl: str = "auto") -> Tensor:
         raise ValueError(f"swiglu: gate_up must be [N, 2F], found {list(gate_up_NF.shape)}")
     in_triton = use_triton(impl, gate_up_NF, name="swiglu")
     if impl == "reference":
-        return swiglu_reference(gate_up_NF)
-    return _SwiGLU.apply(gate_up_NF, _KERNELS if in_triton else cpu.SWIGLU)
+        found = swiglu_reference(gate_up_NF)
+        return found if every_NF is None else (found, swiglu_reference(every_NF.detach()))
+    return _SwiGLU.apply(gate_up_NF, _KERNELS if in_triton else cpu.SWIGLU, every_NF)
 
 
 def _empty_fp8(like, channels):

@@ -351,3 +351,35 @@ def test_unknown_implementation_is_refused():
 def test_shapes_that_do_not_fit_are_refused(shapes):
     with pytest.raises(ValueError, match="add_rms_norm: .*\\[4, 6\\]"):
         add_rms_norm(*map(torch.randn, shapes), 1e-5, torch.float32)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "e4m3"])
+@pytest.mark.parametrize("dtypes", ["bf16", "fp32 residual"])
+def test_rows_behind_others_have_the_bits_of_rows_alone(impl, add, fp8, dtypes):
+    """In one pass over all of them, of which the first three get no gradient."""
+    *kinds, dtype = CASES[dtypes]
+    every, branches, weight = inputs(7, 33, *kinds, add=add, trained=False)
+    every, branches = (None if x is None else x.detach() for x in (every, branches))
+    live, branch = (None if x is None else x[3:].clone().requires_grad_() for x in (every, branches))
+    grads = gradients((4, 33), kinds[0], dtype)
+    function = add_rms_norm_fp8 if fp8 else add_rms_norm
+    settings = weight, 1e-5, dtype
+
+    def bits(y):
+        return y.bits_ND.view(torch.uint8) if fp8 else y
+
+    total, y = function(live, branch, *settings, impl=impl)
+    found_total, found_y, *of_every = function(live, branch, *settings, every=(every, branches), impl=impl)
+    all_total, all_y = function(every, branches, *settings, impl=impl)
+    assert torch.equal(found_total, total) and torch.equal(of_every[0], all_total)
+    assert torch.equal(bits(found_y)[-4:], bits(y))
+    assert torch.equal(bits(found_y if fp8 else of_every[1]), bits(all_y))
+    assert not any(x.requires_grad for x in of_every)
+    sources = [x for x in (live, branch) if x is not None]
+    found, expected = (
+        torch.autograd.grad((sums, rows.stand_in_ND if fp8 else rows), sources, grads)
+        for sums, rows in ((found_total, found_y), (total, y))
+    )
+    assert all(map(torch.equal, found, expected))

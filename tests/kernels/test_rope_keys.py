@@ -179,3 +179,44 @@ def test_what_does_not_fit_is_refused(change):
     qkv, positions = options.pop("qkv"), options.pop("positions")
     with pytest.raises(ValueError, match="rope_keys"):
         rope_keys(qkv, positions, frequencies, *heads, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("heads", [4, 0])
+def test_rows_behind_others_have_the_bits_of_rows_alone(impl, inplace, heads):
+    """In one pass over all of them. Keys of the first two rows are constant ones for the others."""
+    (every, (positions, frequencies, *_), _, constant, _) = inputs(
+        (7, heads, 2, 8), "behind constant rows", torch.bfloat16
+    )
+    every, rest = every.detach(), (frequencies, heads, 2)
+    before, own = torch.tensor([0, 1, 3, 0, 2, 4]), torch.tensor([1, 2, 3, 5, 6, 7, 3, 4, 8, 9, 5, 1])
+    way_back = WayBack.of(own, 5, 5).map(lambda x: x.to(DEVICE))
+    before, own = before.to(DEVICE), own.to(DEVICE)
+    options = {"scale": 1.2, "impl": impl}
+
+    first = rope_keys(every[:2].clone(), positions[:2], *rest, **options)
+    known = tuple(torch.cat(pair) for pair in zip(constant, first[1:]))
+    live = every[2:].clone().requires_grad_()
+    alone = rope_keys(
+        live.clone(), positions[2:], *rest, rows_M=own, way_back=way_back, constant=known, inplace=inplace, **options
+    )
+    twin, all_rows = every[2:].clone().requires_grad_(), every.clone()
+    found = rope_keys(
+        twin,
+        positions,
+        *rest,
+        rows_M=torch.cat([before, own]),
+        way_back=way_back,
+        constant=constant,
+        every=(all_rows, len(own)),
+        inplace=inplace,
+        **options,
+    )
+    assert all(map(torch.equal, found[:3], alone))
+    assert torch.equal(found[3][:2], first[0]) and not any(x.requires_grad for x in found[3:])
+    assert all(torch.equal(x[: len(before)], y[before]) for x, y in zip(found[4:], known))
+    grads = [torch.randn(x.shape).to(x) for x in alone]
+    assert torch.equal(
+        *(torch.autograd.grad(outs, x, grads, allow_unused=True)[0] for outs, x in ((found[:3], twin), (alone, live)))
+    )

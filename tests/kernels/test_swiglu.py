@@ -180,3 +180,17 @@ def test_unknown_implementation_is_refused():
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"\[N, 2F\]"):
         swiglu(torch.randn(shape))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("first", [1, 3])
+def test_rows_behind_others_have_the_bits_of_rows_alone(impl, first):
+    """In one pass over all of them, of which the first get no gradient."""
+    every, grad = inputs(5, 33, torch.bfloat16)
+    every = every.detach()
+    live = every[first:].clone().requires_grad_()
+    alone = run(lambda x: swiglu(x, impl=impl), live, grad[first:])
+    out, of_every = swiglu(live, every_NF=every, impl=impl)
+    assert torch.equal(out, alone[0]) and torch.equal(of_every, swiglu(every, impl=impl))
+    assert not of_every.requires_grad
+    assert torch.equal(torch.autograd.grad(out, live, grad[first:])[0], alone[1])

@@ -21,6 +21,7 @@ from fastvid_kernels.adamw_step import adamw_step  # noqa: E402
 from fastvid_kernels.add_layer_norm import add_layer_norm  # noqa: E402
 from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8  # noqa: E402
 from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from fastvid_kernels.merge_parts import merge_parts  # noqa: E402
 from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8  # noqa: E402
 from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
 from fastvid_kernels.rope_keys import rope_keys  # noqa: E402
@@ -50,9 +51,15 @@ def call_all(count, first):
     x, branch, weight = rows(count), rows(count), torch.empty(D, requires_grad=True)
     outputs = add_rms_norm(x, branch, weight, 1e-5, BF16, impl="triton")
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    every = rows(count + first + 1).detach(), rows(count + first + 1).detach()
+    outputs = add_rms_norm(x, branch, weight, 1e-5, BF16, every=every, impl="triton")[:2]
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     outputs = add_rms_norm(x, BackInFp8.of(branch), weight, 1e-5, BF16, impl="triton")
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     swiglu(rows(count, 2 * D), impl="triton").backward(torch.empty(count, D, dtype=BF16))
+    lse, other_lse = (torch.empty(4, first + count)[:, first:] for _ in range(2))
+    part, other = (torch.empty(count, 4, 16, dtype=BF16) for _ in range(2))
+    merge_parts(part, lse, other, other_lse, inplace=True, impl="triton")
     positions, frequencies = indices(count, first, torch.int32), torch.empty(8)
     rope_qk(rows(count, 3 * D), positions, frequencies, 4, 4, impl="triton").backward(
         torch.empty(count, 3 * D, dtype=BF16)

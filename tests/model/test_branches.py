@@ -133,7 +133,7 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         outs = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
-        self.most = max(self.most, *(x.untyped_storage().nbytes() // x.itemsize for x in outs))
+        self.most = max([self.most, *(x.untyped_storage().nbytes() // x.itemsize for x in outs)])
         return out
 
 

@@ -160,7 +160,8 @@ def test_product_whose_gradient_comes_back_in_e4m3(in_fp8, dtype):
     expected = matrix(leaf)
     expected.backward(grad)
     given = torch.empty_like(x).requires_grad_() if in_fp8 else x.clone().requires_grad_()
-    found = product_back_in_fp8(Fp8Rows(given, *quantize_fp8(x)) if in_fp8 else given, matrix)
+    found, every = product_back_in_fp8(Fp8Rows(given, *quantize_fp8(x)) if in_fp8 else given, matrix)
+    assert every is None
     assert torch.equal(found.rows_ND, expected) and not found.rows_ND.requires_grad
     # FSDP2 warns of views between its units.
     assert all(x.requires_grad and not x._is_view() and x.untyped_storage().nbytes() <= 4 for x in found[1:])

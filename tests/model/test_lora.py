@@ -22,6 +22,7 @@ from model_cases import (
 from test_decoder import llama_loss, text_batch
 from test_keys_by_kernel import interpreted  # noqa: F401
 
+from fastvid.model.linear import Linear
 from fastvid.model.lora import LoraBranch, beside, delta, draw_dropout, shapes
 from fastvid.model.quantize import QuantizedLinear
 from fastvid.policy import LORA_TARGETS, LORA_WORDS, Lora, Trainable, lora_targets
@@ -213,17 +214,26 @@ def test_recomputation_changes_no_bit(dtype, recompute, dropout):
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
+def frozen_matrix(place, dtype, scale=0.0):
+    """Beside which LoRA's lie; of zeros, its product adds nothing."""
+    matrix = Linear(place.inputs, place.outputs, dtype=dtype, trained=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        matrix.weight.copy_(scale * torch.randn(matrix.weight.shape, generator=generator, dtype=dtype))
+    return matrix
+
+
 def test_dropout_is_that_of_its_numbers_and_has_their_expectation():
     """What is left out changes with the numbers; forward and backward leave out the same; none without numbers."""
     place, lora = beside(model_config().decoder, LORA)["qkv"], dataclasses.replace(LORA, dropout=0.25)
     branch = fill(LoraBranch(place, lora, dtype=torch.float32, inplace=True))
     x = torch.randn(4000, place.inputs, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    y = torch.zeros(4000, place.outputs)
-    plain = branch(y.clone(), x)
+    matrix = frozen_matrix(place, torch.float32)
+    plain = branch(matrix, x)
     outs = []
     for numbers in ((1, 2), (1, 2), (1, 3)):
         draw_dropout(branch, numbers)
-        outs.append(branch(y.clone(), x))
+        outs.append(branch(matrix, x))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     a = torch.cat([branch.a.weight.detach()])
@@ -233,7 +243,7 @@ def test_dropout_is_that_of_its_numbers_and_has_their_expectation():
     rows = zip(scaled.split(LORA.rank, 1), branch.b.weight.split([32, 32, 32]))
     assert_close(outs[0], torch.cat([h @ b.T * LORA.scaling for h, b in rows], 1))
     draw_dropout(branch, None)
-    assert torch.equal(branch(y.clone(), x), plain)
+    assert torch.equal(branch(matrix, x), plain)
 
 
 def test_gradients_under_dropout_are_those_of_the_plain_product():
@@ -244,7 +254,7 @@ def test_gradients_under_dropout_are_those_of_the_plain_product():
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (place.inputs, place.outputs))
     inputs = [x.requires_grad_(), branch.a.weight, branch.b.weight]
-    y = branch(torch.zeros_like(upstream), x)
+    y = branch(frozen_matrix(place, torch.float64), x)
     found = torch.autograd.grad(y, inputs, upstream)
     dropped = found[0] == 0
     rows = x.masked_fill(dropped, 0) @ branch.a.weight.T
@@ -298,3 +308,20 @@ def test_no_prefix_is_kept():
     model = random_model(trainable=trained())
     with pytest.raises(AssertionError, match="prefix changes"):
         model.keep_prefix([5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_both_gradients_of_the_rows_are_summed(dropout):
+    """That of the frozen matrix's product and that of the low-rank one."""
+    place, lora = beside(model_config().decoder, LORA)["qkv"], dataclasses.replace(LORA, dropout=dropout)
+    branch = fill(LoraBranch(place, lora, dtype=torch.float64, inplace=True))
+    draw_dropout(branch, (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(50, n, generator=generator, dtype=torch.float64) for n in (place.inputs, place.outputs))
+    alone, matrix = frozen_matrix(place, torch.float64), frozen_matrix(place, torch.float64, scale=1.0)
+    (low_rank, both), (first, found) = zip(
+        *((y := branch(each, x.requires_grad_()), torch.autograd.grad(y, x, upstream)[0]) for each in (alone, matrix))
+    )
+    assert_close(both - low_rank, x @ matrix.weight.T)
+    assert_close(found - first, upstream @ matrix.weight)
+    assert first.any()

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from ..plain import last_rows
+
 
 def can_prepack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN multiplies `dtype` on `device`."""
@@ -30,18 +32,31 @@ class PrepackedWeight:
         self.parts = {}  # {(first, last) output channel: their `_Part`}
 
     def multiply(
-        self, x_NI: Tensor, weight_OI: Tensor, outputs: slice | None = None, bias_O: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        outputs: slice | None = None,
+        bias_O: Tensor | None = None,
+        every_NI: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """x·Wᵀ (+ b) of the channels `outputs`, consecutive ones; None: all. Saves nothing for backward.
 
-        `bias_O` is frozen, and of those channels alone.
+        `bias_O` is frozen, and of those channels alone. `every_NI` is x with rows before it, which get no
+        gradient: then (the product of x, that of all rows without gradient).
         """
+        return _Product.apply(x_NI, self._part(weight_OI, outputs), bias_O, every_NI)
+
+    def gradient(self, grad_NO: Tensor, weight_OI: Tensor, outputs: slice | None = None) -> Tensor:
+        """g·W of the channels `outputs`."""
+        return self._part(weight_OI, outputs).backward(grad_NO)
+
+    def _part(self, weight_OI, outputs):
         first, last, step = (outputs or slice(None)).indices(weight_OI.shape[0])
         assert step == 1
         found = self.parts.get((first, last))
         if found is None or not found.holds(weight_OI):
             found = self.parts[first, last] = _Part(weight_OI, first, last)
-        return _Product.apply(x_NI, found, bias_O)
+        return found
 
     def __getstate__(self) -> dict[str, dict]:
         """Without the copies, which nothing can copy or pickle; they are made anew."""
@@ -107,14 +122,19 @@ class _Product(torch.autograd.Function):
     """Saves nothing."""
 
     @staticmethod
-    def forward(ctx, x_NI, part, bias_O):
+    def forward(ctx, x_NI, part, bias_O, every_NI):
         ctx.part = part
-        return part.forward(x_NI, bias_O)
+        if every_NI is None:
+            return part.forward(x_NI, bias_O)
+        ctx.set_materialize_grads(False)
+        y_NO = part.forward(every_NI, bias_O)
+        ctx.mark_non_differentiable(y_NO)
+        return last_rows(y_NO, len(x_NI)), y_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NO):
-        return ctx.part.backward(grad_NO), None, None
+    def backward(ctx, grad_NO, *_):
+        return None if grad_NO is None else ctx.part.backward(grad_NO), None, None, None
 
 
 __all__ = ["PrepackedProduct", "PrepackedWeight", "can_prepack"]
