@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from fastvid_kernels.dispatch import meta_stands_for
 
-from bench.traffic import MOVED, Call, Traffic, flash
+from bench.traffic import MOVED, Call, Traffic, flash, gathering
 from bench.train_data import write
 from bench.train_presets import PRESETS, ROWS
 from bench.train_rows import config_of, packed
@@ -33,6 +33,7 @@ from fastvid.training.state import TrainState
 from fastvid.weights.model_config import read_model_config
 
 META = torch.device("meta")
+GATHERED = ", keys gathered"
 FEW = 2  # layers of the smaller of two models
 
 
@@ -45,6 +46,8 @@ class CountedStep:
         rows, samples, micro_batches: of the step.
         layer: {call: times} of one layer that is not the last, in all micro-batches.
         others: of everything else, the last layer included.
+        key_rows: of each micro-batch, keys of all segments, each with its own copy of what it shares.
+        leading: first sizes of all tensors of more than one dimension that the step made.
     """
 
     layers: int
@@ -53,6 +56,8 @@ class CountedStep:
     micro_batches: int
     layer: Counter[Call]
     others: Counter[Call]
+    key_rows: frozenset[int] = frozenset()
+    leading: frozenset[int] = frozenset()
 
     def calls(self):
         """{call: times} of the whole step."""
@@ -94,8 +99,12 @@ class Counted:
         self.preset, self.folder = made, _ = PRESETS[preset], Path(folder)
         write(self.folder, made.shape, made.videos, budget_videos=made.budget_videos, weights=False)
 
-    def step(self, name):
-        """`CountedStep` of a row of fastvid's."""
+    def step(self, name, *, gathered=False):
+        """`CountedStep` of a row of fastvid's.
+
+        Args:
+            gathered: attention copies each segment's keys, as it did before it took shared videos in two parts.
+        """
         row, layers = ROWS[name], self.preset.shape.layers
         config = config_of(row, self.folder, torch.bfloat16, self.preset.micro_batch)
         tokenizer = load_tokenizer(config.model_name_or_path, True)
@@ -103,7 +112,10 @@ class Counted:
         samples.fit(self.preset.shape.channels)
         loader = training_loader(config, samples, World(0, 1, 0, torch.device("cpu"), False))
         batches = packed(row, loader, row.micro_batch or self.preset.micro_batch)
-        few, more = (self._counted(config, tokenizer, loader, batches, number) for number in (FEW, FEW + 1))
+        attention = gathering if gathered else flash
+        few, more = (self._counted(config, tokenizer, loader, batches, number, attention) for number in (FEW, FEW + 1))
+        leading = frozenset(few.leading | more.leading)
+        few, more = few.calls, more.calls
         layer = more - few
         return CountedStep(
             layers=layers,
@@ -112,17 +124,19 @@ class Counted:
             micro_batches=len(batches),
             layer=layer,
             others=few - Counter({call: times * (FEW - 1) for call, times in layer.items()}),
+            key_rows=frozenset(sum(batch.layout.lengths[1]) for batch in batches),
+            leading=leading,
         )
 
-    def _counted(self, config, tokenizer, loader, batches, layers):
-        """{call: times} of the step of a model of so many layers."""
+    def _counted(self, config, tokenizer, loader, batches, layers, attention):
+        """`Traffic` of the step of a model of so many layers."""
         sizes = read_model_config(config.model_name_or_path, vocab_size=tokenizer.tokens.vocab_size)
         sizes = replace(sizes, decoder=replace(sizes.decoder, num_layers=layers))
         precision = planning.precision_of(config)
         with meta_stands_for("cuda"):
             with META:
                 model = VideoLlava(
-                    sizes, trainable=config.trainable, precision=precision, recompute="none", attention=flash
+                    sizes, trainable=config.trainable, precision=precision, recompute="none", attention=attention
                 )
             for module in model.modules():
                 if isinstance(module, QuantizedLinear):
@@ -147,11 +161,11 @@ class Counted:
             )
         with Traffic() as traffic:
             train.train_step(state, batches)
-        return traffic.calls
+        return traffic
 
 
 def counted(preset, names):
-    """{row: CountedStep} of rows of fastvid's."""
+    """{name: CountedStep} of rows of fastvid's; a name that ends in `GATHERED` is a row's with keys gathered."""
     with tempfile.TemporaryDirectory() as folder:
         made = Counted(preset, folder)
-        return {name: made.step(name) for name in names}
+        return {name: made.step(name.removesuffix(GATHERED), gathered=name.endswith(GATHERED)) for name in names}

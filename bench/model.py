@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from bench.counted import counted  # noqa: E402  found by the line above
+from bench.counted import GATHERED, counted  # noqa: E402  found by the line above
 from bench.gpu import ladder, merge, profiles  # noqa: E402
 from bench.report import aligned  # noqa: E402
 from bench.traffic import ATTENTION, ATTENTION_BACKWARD, FP8_PRODUCT, MOVED, PRODUCT  # noqa: E402
@@ -165,16 +165,28 @@ def predict(name, step, roofs):
 def rows_of(preset):
     """Names of the preset's rows that are predicted: fastvid's, but those for memory.
 
-    Libraries' kernels in transformers' rows do not say what they move.
+    Libraries' kernels in transformers' rows do not say what they move. Rows of shared videos stand twice: with keys
+    gathered, as they were measured first, and with attention in two merged parts.
     """
-    return [name for name in PRESETS[preset].rows["bf16"] if ROWS[name].kind == "fastvid" and not ROWS[name].for_memory]
+    names = [name for name in PRESETS[preset].rows["bf16"] if ROWS[name].kind == "fastvid"]
+    names = [name for name in names if not ROWS[name].for_memory]
+    return [each for name in names for each in ([name + GATHERED] if _shares(name) else []) + [name]]
+
+
+def _shares(name):
+    return "--share_video" in ROWS[name].flags
+
+
+def predicted_as(row):
+    """The name, of `rows_of`, that predicts a row of a GPU check. Rows that do not say so gathered keys."""
+    return row["row"] + (GATHERED if _shares(row["row"]) and not row.get("in_parts") else "")
 
 
 def compared(predictions, measured):
     """[{"row", "predicted": …, "measured": … or None, "difference"}] of predictions.
 
     Args:
-        measured: {row: of a GPU check}.
+        measured: {name of a prediction: row of a GPU check}.
 
     Raises:
         ValueError: a measured step had other rows or samples than the predicted one.
@@ -226,15 +238,15 @@ def profile_table(predictions, card):
     cells = [("row", "group", "predicted ms", "profile's ms", "difference")]
     known = {each.row: each.groups for each in predictions}
     for row in profiles.of(card):
-        if row["row"] not in known:
+        if (name := predicted_as(row)) not in known:
             continue
         spent = profiles.grouped(row)
         found = {"products": spent.pop("matrix products"), "attention": spent.pop("attention")}
         found["moved"] = sum(spent.values())
         for group, milliseconds in found.items():
-            predicted = 1e3 * known[row["row"]][group]
+            predicted = 1e3 * known[name][group]
             difference = f"{100 * (predicted / milliseconds - 1):+.0f} %"
-            cells.append((row["row"], group, f"{predicted:,.1f}", f"{milliseconds:,.1f}", difference))
+            cells.append((name, group, f"{predicted:,.1f}", f"{milliseconds:,.1f}", difference))
     return "\n".join(aligned(cells)) if len(cells) > 1 else ""
 
 
@@ -242,22 +254,22 @@ def kernel_table(steps, card, roofs):
     """What our kernels of the card's profiles reached of a copy's bandwidth, as text; "" without a profile."""
     cells = [("row", "kernel", "predicted ms", "profile's ms", "share of a copy")]
     for row in profiles.of(card):
-        if row["row"] not in steps:
+        if (predicted := predicted_as(row)) not in steps:
             continue
         moved = Counter()
-        for call, times in steps[row["row"]].calls().items():
+        for call, times in steps[predicted].calls().items():
             moved[call.name] += call.bytes * times if call.kind == MOVED else 0
         for name, milliseconds, _ in row["kernels"]:
             if name in moved and milliseconds >= 0.01 * row["device_ms"]:
                 at_best = 1e3 * moved[name] / roofs.per_second[MOVED]
                 share = f"{100 * at_best / milliseconds:.0f} %"
-                cells.append((row["row"], name, f"{at_best:.1f}", f"{milliseconds:.1f}", share))
+                cells.append((predicted, name, f"{at_best:.1f}", f"{milliseconds:.1f}", share))
     return "\n".join(aligned(cells)) if len(cells) > 1 else ""
 
 
 def measured_rows(card):
-    """{row: of a GPU check}, those that were timed."""
-    return {row["row"]: row for row in ladder.of(card) if row.get("seconds")}
+    """{what predicts it: row of a GPU check}, of those that were timed."""
+    return {predicted_as(row): row for row in ladder.of(card) if row.get("seconds")}
 
 
 def of_card(card, preset, nominal=None):

@@ -3,13 +3,15 @@
 Every kernel of ours is asked for at its launch (`fastvid_kernels.dispatch.watch_launches`), every other operation as
 torch dispatches it. What is counted is the fewest bytes that an operation can move: each input and output once, of a
 gather the chosen rows. Attention's libraries do not say what they do, so `flash` stands for them: its operations are
-those of the segments' causal pairs.
+those of the segments' pairs of a query and a key. It attends to shared videos in two merged parts, as libraries for
+GPUs do; `gathering` copies each segment's keys.
 
 Dimensions: N query rows, M key rows, H query heads, K key heads, d channels per head.
 """
 
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.executed import BACKWARD, FORWARD
 from fastvid.model.attention import Attention
+from fastvid.model.branches import Parts
 
 MOVED, PRODUCT, FP8_PRODUCT = "moved", "product", "fp8 product"
 ATTENTION, ATTENTION_BACKWARD = "attention", "attention, backward"
@@ -52,11 +55,14 @@ _SCATTER = ("index_copy", "index_add", "index_put", "scatter")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what is called while it is entered, `calls` by kind; meta tensors stand for a GPU's."""
+    """Counts what is called while it is entered, `calls` by kind; meta tensors stand for a GPU's.
+
+    `leading` holds the first sizes of all tensors of more than one dimension that are made.
+    """
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls, self.leading = Counter(), set()
         self._inside = ExitStack()
 
     def __enter__(self):
@@ -73,6 +79,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.leading.update(len(x) for x in _flat([out]) if isinstance(x, torch.Tensor) and x.dim() > 1)
         call = _call(function, args, kwargs or {}, out)
         if call is not None:
             self.calls[call] += 1
@@ -126,9 +133,13 @@ def _shares(tensor, others):
 
 # Operations that stand for a library's attention, so that a dispatch mode sees them.
 _LIBRARY = torch.library.Library("fastvid_counted", "DEF")
-_LIBRARY.define("counted_attention(Tensor q, Tensor k, Tensor v, int pairs) -> Tensor")
+_LIBRARY.define("counted_attention(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor)")
 _LIBRARY.define("counted_attention_backward(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.impl("counted_attention", lambda q, k, v, pairs: q.new_empty(q.shape), "Meta")
+_LIBRARY.impl(
+    "counted_attention",
+    lambda q, k, v, pairs: (q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.float32)),
+    "Meta",
+)
 _LIBRARY.impl(
     "counted_attention_backward",
     lambda q, k, v, pairs: tuple(x.new_empty(x.shape) for x in (q, k, v)),
@@ -144,22 +155,30 @@ def _of_pairs(name, args):
     return flops, BACKWARD_LAUNCHES if backward else 1
 
 
+def _pairs(layout, causal):
+    return sum(q * k - causal * (q * (q - 1) // 2) for q, k in zip(*layout.lengths))
+
+
+def _forward(q_NHd, k_MKd, v_MKd, layout, causal):
+    return torch.ops.fastvid_counted.counted_attention(q_NHd, k_MKd, v_MKd, _pairs(layout, causal))
+
+
+def _backward(grad_NHd, q_NHd, k_MKd, v_MKd, out_NHd, lse_HN, layout, causal):
+    return torch.ops.fastvid_counted.counted_attention_backward(q_NHd, k_MKd, v_MKd, _pairs(layout, causal))
+
+
 class _Counted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_NHd, k_MKd, v_MKd, pairs):
-        ctx.pairs = pairs
+    def forward(ctx, q_NHd, k_MKd, v_MKd, layout):
+        ctx.layout = layout
         ctx.save_for_backward(q_NHd, k_MKd, v_MKd)
-        return torch.ops.fastvid_counted.counted_attention(q_NHd, k_MKd, v_MKd, pairs)
+        return _forward(q_NHd, k_MKd, v_MKd, layout, True)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NHd):
-        return *torch.ops.fastvid_counted.counted_attention_backward(*ctx.saved_tensors, ctx.pairs), None
+        return *_backward(grad_NHd, *ctx.saved_tensors, None, None, ctx.layout, True), None
 
 
-def _attend(q_NHd, k_MKd, v_MKd, layout):
-    pairs = sum(q * k - q * (q - 1) // 2 for q, k in zip(*layout.lengths))
-    return _Counted.apply(q_NHd, k_MKd, v_MKd, pairs)
-
-
-flash = Attention("flash", _attend)
+flash = Attention("flash", _Counted.apply, parts=Parts(_forward, _backward))
+gathering = replace(flash, parts=None)

@@ -129,6 +129,12 @@ class Fastvid:
         self.rows = sum(batch.num_rows for batch in self.batches)
         self.sample_rows = sum(batch.sample_rows for batch in self.batches)
 
+    @property
+    def in_parts(self):
+        """Whether attention takes shared videos in two merged parts, instead of gathering their keys."""
+        parts = self.state.model.decoder.layers[0].attention.parts
+        return parts is not None and any(batch.layout.branches is not None for batch in self.batches)
+
     def step(self):
         result = self.train_step(self.state, self.batches)
         return result.loss.item(), result.gradient_norm.item()

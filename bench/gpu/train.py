@@ -108,6 +108,7 @@ def _described(name, made, new, loss, norm, flops, times, heard, built, first, t
         "rows": made.rows,
         "sample_rows": made.sample_rows,
         "flops": flops,
+        "in_parts": getattr(made, "in_parts", False),
         "build_seconds": built,
         "first_step_seconds": first,
         "seconds_each": times,
@@ -157,6 +158,7 @@ def profile(small, name):
     total = sum(time for _, time, _ in events)
     yield {
         "row": name,
+        "in_parts": getattr(made, "in_parts", False),
         "device_ms": total / 1e3,
         "launches": sum(count for *_, count in events),
         "kernels": [[key[:90], round(spent / 1e3, 3), count] for key, spent, count in events[:SHOWN]],
