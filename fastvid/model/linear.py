@@ -70,7 +70,7 @@ class Linear(nn.Module):
 
     def product(self, x_NI: Tensor, outputs: slice) -> Tensor:
         """x·W[outputs]ᵀ (+ b[outputs]) in x's dtype, of a frozen matrix: as `QuantizedLinear.product`."""
-        return self.forward(x_NI, outputs=outputs)
+        return self(x_NI, outputs=outputs)
 
     def gradient(self, g_NO: Tensor, outputs: slice) -> Tensor:
         """g·W[outputs] in g's dtype, of a frozen matrix."""

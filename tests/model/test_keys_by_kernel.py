@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from attention_parts import CPU
 from model_cases import (
     ADAPTER,
     END,
@@ -79,6 +80,35 @@ def test_equals_gathering_with_prefix_and_frozen_rows(kind, most_kept, interpret
     if kind == "mha":  # once: an interpreter is slow
         for name, gradient in loss_and_gradients(model, batch)[1].items():
             assert torch.equal(gradient, found[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text_only", [True, False])
+@pytest.mark.parametrize("kind", ["mha", "gqa", "selective", "full", "one layer"])
+def test_attention_with_log_sum_exps_takes_frozen_rows_along(kind, text_only, interpreted):
+    """In one call forward, and without them backward. The last layer has those that are supervised; without any it
+    calls the library as if no row were frozen."""
+    _, batch = with_prefix(text_only, shapes=FEW)
+    batch = batch.parted()
+    model, queries = prepared(random_model(**KINDS[kind])), {"forward": [], "backward": []}
+    expected_loss, expected = loss_and_gradients(model, batch)
+
+    def counted(way, place):
+        function = getattr(CPU.parts, way)
+        return lambda *given: queries[way].append(len(given[place])) or function(*given)
+
+    parts = dataclasses.replace(CPU.parts, forward=counted("forward", 0), backward=counted("backward", 1))
+    for layer in model.decoder.layers:
+        layer.attention = dataclasses.replace(CPU, parts=parts)
+    interpreted()
+    loss, found = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(found, expected)
+    again = 2 if kind in ("selective", "full") else 1
+    supervised = [batch.num_supervised, len(batch.parts[1].loss_rows)] if text_only else []
+    layers, live = len(model.decoder.layers) - 1, batch.num_rows - batch.frozen_rows
+    assert sorted(queries["forward"]) == sorted(([batch.num_rows] * layers + supervised[:1]) * again)
+    assert queries["backward"] == supervised[1:] + [live] * layers
 
 
 @pytest.mark.slow
