@@ -213,7 +213,7 @@ def table(rows):
     """The ladder as text."""
     run = {row["row"] for row in rows if row["seconds"]}
     baselines = [name for name in (*BASELINES, *LORA_BASELINES) if name in run]
-    cells = [("", "samples/s", "±", "rows/s", "GFLOP/s", "matmul", "memory", *(f"× {name}" for name in baselines))]
+    cells = [("", "samples/s", "±", "tokens/s", "GFLOP/s", "matmul", "memory", *(f"× {name}" for name in baselines))]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         here = [row for row in rows if row["dtype"] == dtype and row["seconds"]]
         base = {row["row"]: row["samples_per_second"] for row in here}

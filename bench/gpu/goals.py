@@ -126,11 +126,11 @@ def training_lines(card, made):
             "rows_per_second",
             22_000,
             24_000,
-            "rows/s",
+            "tokens/s",
             "exact",
             {"fp8": False, "shared": False},
         ),
-        ("7B adapter, FP8", "rows_per_second", 33_000, 36_000, "rows/s", "fp8", {"fp8": True, "shared": False}),
+        ("7B adapter, FP8", "rows_per_second", 33_000, 36_000, "tokens/s", "fp8", {"fp8": True, "shared": False}),
         (
             "7B adapter, FP8, shared video first",
             "samples_per_second",

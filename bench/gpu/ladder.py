@@ -107,7 +107,7 @@ def table(result):
         "",
         "samples/s",
         "±",
-        "rows/s",
+        "tokens/s",
         "TFLOP/s",
         "of a bf16 product, burst",
         "sustained",

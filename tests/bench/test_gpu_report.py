@@ -338,7 +338,7 @@ def test_goals_say_what_falls_short_and_what_is_missing(card):
     made, rows = ladder.result(card), kernels.of_checks([card])
     lines = {line.what: line for line in goals.training_lines(card, made)}
     exact = lines["7B adapter, bf16, exact"]
-    assert exact.measured == "26,000 rows/s (`exact_8448`)" and exact.reached and exact.commits == ("bbb",)
+    assert exact.measured == "26,000 tokens/s (`exact_8448`)" and exact.reached and exact.commits == ("bbb",)
     assert lines["7B adapter, FP8"].reached and lines["7B adapter, FP8"].commits == ("bbb", "aaa")  # the product's too
     ratio = lines["exact: × reference recipe / × best transformers row"]
     assert ratio.measured == "not measured (failed: ran past its limit) / 1.25 × (`exact` and `tuned`)"
@@ -482,7 +482,7 @@ def test_speeds_meant_for_another_card_are_no_goals(tmp_path):
     rows = [begin("eee", device="NVIDIA A100"), step("exact", 3.0)]
     (card,) = merge.read([write(tmp_path / "o.jsonl", rows)])
     line = next(goals.training_lines(card, ladder.result(card)))
-    assert line.reached is None and "set for an H200" in line.goal and line.measured == "8,000 rows/s (`exact`)"
+    assert line.reached is None and "set for an H200" in line.goal and line.measured == "8,000 tokens/s (`exact`)"
 
 
 def test_kernels_table_reads_a_checks_rows(files, tmp_path, card):
