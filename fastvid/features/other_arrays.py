@@ -66,6 +66,8 @@ def ending_by_content(path: StrPath) -> str | None:
     """The ending that a file's content asks for: .safetensors, .pkl, .npy, .npz or .pt; None where it does not tell."""
     with open(path, "rb") as file:
         head = file.read(16)
+    if head[8:9] == b"{" and head[5:8] == b"\0\0\0":  # ahead of pickles: a header's length may begin as these do
+        return ".safetensors"
     if head.startswith(b"\x93NUMPY"):
         return ".npy"
     if head.startswith(_ZIP):
@@ -77,7 +79,7 @@ def ending_by_content(path: StrPath) -> str | None:
         return ".npz" if names and all(name.endswith(".npy") for name in names) else ".pt"
     if head.startswith(b"\x80"):
         return ".pt" if head.startswith(_OLD_PT) else ".pkl"
-    return ".safetensors" if head[8:9] == b"{" and head[5:8] == b"\0\0\0" else None
+    return None
 
 
 def _npy_header(file):

@@ -167,6 +167,19 @@ def test_damaged_safetensors_give_features_or_a_value_error(tmp_path_factory, da
         assert loaded.dim() == 2 and loaded.is_floating_point()
 
 
+def test_a_damaged_file_is_told_as_what_it_is_whatever_its_headers_length(tmp_path):
+    """Lengths that begin with 0x80, as pickles do, among them."""
+    path, told = tmp_path / "v.safetensors", set()
+    for more in range(0, 600, 8):
+        save_features(path, FEATURES, {"note": "x" * (1000 + more)})
+        content = path.read_bytes()
+        told.add(content[:1])
+        path.write_bytes(content[:-4])
+        with pytest.raises(ValueError, match=r"v.safetensors: .* remove it and extract it again"):
+            probe_features(path)
+    assert b"\x80" in told
+
+
 def test_malicious_pickles_are_named_and_not_executed(tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "v.pkl").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
