@@ -76,10 +76,10 @@ def _pool_cases(B, T, P, C, dtype):
 
 
 def grid_in_torch(x_TPC, grid):
-    """The same by torch's own operation, which wants channels first."""
+    """The same by torch's own operation, which wants channels first; on a CPU it would sum in 16 bits."""
     side = math.isqrt(x_TPC.shape[1])
-    x_CTHW = x_TPC.unflatten(1, (side, side)).movedim(-1, 0)
-    return adaptive_avg_pool3d(x_CTHW[None], grid)[0].flatten(1).T
+    x_CTHW = (x_TPC if x_TPC.is_cuda else x_TPC.float()).unflatten(1, (side, side)).movedim(-1, 0)
+    return adaptive_avg_pool3d(x_CTHW[None], grid)[0].flatten(1).T.to(x_TPC.dtype)
 
 
 def _grid_case(T, P, C, grid, dtype):
