@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-import httpx
+import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -104,5 +104,5 @@ def test_an_upload_that_fails_leaves_the_export_and_says_how_to_go_on(hub, made,
 
 
 def refused(status):
-    response = httpx.Response(status, request=httpx.Request("POST", "https://huggingface.co/api"))
+    response = httpx2.Response(status, request=httpx2.Request("POST", "https://huggingface.co/api"))
     return HfHubHTTPError(f"{status}", response=response)
