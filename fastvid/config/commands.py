@@ -291,8 +291,8 @@ class EvaluateConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ServeConfig(Checked):
-    """Answer questions about videos over HTTP, as OpenAI's chat completions."""
+class _ServedModel(Checked):
+    """The model of `ServeConfig` and `DemoConfig`, and how it answers."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
     projector: str | None = flag(None, "Trained projector: as for chat.")
@@ -306,12 +306,20 @@ class ServeConfig(Checked):
         None, "Where the video stands in the prompt: as for chat."
     )
     mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
-    temperature: float = flag(0.0, "Of requests that name none; 0 is greedy.", at_least=0, at_most=2)
-    max_new_tokens: int = flag(1024, "Longest answer, whatever a request asks for.", at_least=1)
+    temperature: float = flag(0.0, "0 is greedy.", at_least=0, at_most=2)
+    max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16.")
     device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
+
+
+@dataclass(frozen=True)
+class ServeConfig(_ServedModel):
+    """Answer questions about videos over HTTP, as OpenAI's chat completions."""
+
+    temperature: float = flag(0.0, "Of requests that name none; 0 is greedy.", at_least=0, at_most=2)
+    max_new_tokens: int = flag(1024, "Longest answer, whatever a request asks for.", at_least=1)
     host: str = flag("127.0.0.1", "Address to listen at; 0.0.0.0: every network of this machine.", group="server")
     port: int = flag(8000, "Port to listen at; 0: any that is free.", at_least=0, at_most=65535)
     served_model_name: str | None = flag(None, "The model's name in requests. Default: its folder's.")
@@ -356,30 +364,12 @@ class ServeConfig(Checked):
 
 
 @dataclass(frozen=True)
-class DemoConfig(Checked):
+class DemoConfig(_ServedModel):
     """A page of this machine to try a model with clips.
 
     Others than this machine reach the page of `fastvid serve --demo True`, which has limits and keys.
     """
 
-    model_name_or_path: str = field(metadata={"help": "Folder of the language model and tokenizer."})
-    projector: str | None = flag(None, "Trained projector: as for chat.")
-    adapter: str | None = flag(None, "LoRA adapter: as for chat.")
-    vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
-    vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
-    conv_mode: Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"] | None = flag(
-        None, "System text and template of the prompt: as for chat."
-    )
-    question_order: Literal["reference", "video_first"] | None = flag(
-        None, "Where the video stands in the prompt: as for chat."
-    )
-    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
-    temperature: float = flag(0.0, "0 is greedy.", at_least=0, at_most=2)
-    max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
-    num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
-    pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
-    bf16: bool = flag(False, "Compute in bf16.")
-    device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
     port: int = flag(8000, "Port of the page; 0: any that is free.", at_least=0, at_most=65535)
     browser: bool = flag(True, "Open the page in the desktop's browser, where there is a desktop.")
 
