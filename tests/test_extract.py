@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -786,30 +787,36 @@ def test_a_gpu_without_memory_costs_a_video(job, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch):
-    """Its thread cannot be ended alone. The manifest says which video it was."""
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_gpu_decoder_that_hangs_ends_the_process(job, tmp_path, monkeypatch, capfd, shard):
+    """Its thread cannot be ended alone. The manifest says which video it was, by its name in a tar shard."""
 
     def ended(code):
         raise SystemExit(code)
 
-    begun, hangs, prepare = threading.Event(), threading.Event(), Pipeline.prepare
+    begun, hangs, prepare = [], threading.Event(), Pipeline.prepare
 
-    def late(self, path, **options):
-        if path.name == "b.c.mkv":
-            begun.set()
+    def late(self, path, *, name, **options):
+        if path.suffix == ".mkv":
+            begun.append(name)
             hangs.wait(60)
-        return prepare(self, path)
+        return prepare(self, path, name=name)
 
     monkeypatch.setattr(Pipeline, "prepare", late)
-    config = job(decode_workers=2)
-    name = os.path.join(config.video_dir_path, "b.c.mkv")
-    monkeypatch.setattr(Pipeline, "overdue", lambda self: [name] * begun.is_set())
+    settings = {}
+    if shard:
+        settings["videos"] = tmp_path / "shard.tar"
+        with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+            archive.add(job().video_dir_path, "in")
+    config, name = job(decode_workers=2, **settings), "shard/in/b.c.mkv" if shard else "b.c.mkv"
+    monkeypatch.setattr(Pipeline, "overdue", lambda self: list(begun))
     monkeypatch.setattr(Pipeline, "kill", lambda self: hangs.set())  # the test's own thread
     monkeypatch.setattr(extraction.os, "_exit", ended)
     with pytest.raises(SystemExit) as end:
         extract(config)
     assert end.value.code == 1
-    entry = read_manifest(tmp_path / "features")["b.c.mkv"]
+    entry = read_manifest(tmp_path / "features")[name]
+    assert capfd.readouterr().err.count(f"ends with this process: {name}\n") == 1
     assert entry["status"] == "failed" and "--decoder pyav" in entry["reason"]
     monkeypatch.undo()
-    assert extract(job(decoder="pyav")).failures == []
+    assert extract(job(decoder="pyav", **settings)).failures == []

@@ -16,6 +16,7 @@ import sys
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
+from fastvid.files import shown
 from fastvid.online.board import FAILED, MADE, Board
 from fastvid.online.turns import Turns
 
@@ -158,7 +159,7 @@ class _Encoding:
         """End the process: a thread that waits for a GPU's decoder cannot be ended alone."""
         self.board.tell(
             OSError(
-                f"the GPU's decoder does not answer ({', '.join(late)}); extract the features first, with "
+                f"the GPU's decoder does not answer ({', '.join(map(shown, late))}); extract the features first, with "
                 "`fastvid extract --decoder pyav`"
             )
         )

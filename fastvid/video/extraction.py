@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from fastvid import signals
 from fastvid.dist import host_memory
 from fastvid.features.manifest import Manifest
+from fastvid.files import shown
 from fastvid.pooling import RECIPE
 from fastvid.video.dealing import Turns
 from fastvid.video.decode import DecodeError
@@ -25,7 +27,7 @@ from fastvid.video.features import VideoFeatures, why_not_written
 from fastvid.video.leases import Leases
 from fastvid.video.listing import Video
 from fastvid.video.passes import Features
-from fastvid.video.pipeline import Pipeline, Prepared
+from fastvid.video.pipeline import Pipeline, Prepared, decoded_by
 from fastvid.video.restarts import Watch
 from fastvid.video.summary import Summary
 
@@ -140,6 +142,10 @@ class Extraction:
         summary.interrupted = stop[0] if stop else None
         if self.pipeline is not None:
             summary.notes += self.pipeline.told()
+        else:  # there may have been processes before this one, whose work is told here
+            before = Counter()
+            self.watch.decodes(before)
+            summary.notes += decoded_by(before)
         summary.seconds = time.perf_counter() - start
         return summary
 
@@ -205,12 +211,12 @@ class Extraction:
         """End the process with an exit code: a thread that waits for a GPU's decoder cannot be ended alone.
 
         Args:
-            late: paths of videos that are past their time-out.
+            late: names of videos that are past their time-out.
             videos: those that are being decoded.
         """
         if error := sys.exception():
             bar.write(f"error: {error}", file=sys.stderr)
-        videos = [video for video in videos if os.fspath(video.path) in late]
+        videos = [video for video in videos if video.name in late]
         if late:
             self.watch.lost("the GPU's decoder does not answer", [video.name for video in videos])
         for video in videos:
@@ -218,7 +224,7 @@ class Extraction:
             self._fail(video, why, 0.0, summary, bar)
         bar.write(
             "the GPU's decoder does not answer, and ends with this process: "
-            + (", ".join(late) or "run it again to go on"),
+            + (", ".join(map(shown, late)) or "run it again to go on"),
             file=sys.stderr,
         )
         sys.stderr.flush()
@@ -289,7 +295,7 @@ class Extraction:
         start = time.perf_counter()
         try:
             with video.file() as path, self.watch.at("decoding", video.name):
-                prepared, failure = self.features.prepare(path, **self.watch.options(video.name)), None
+                prepared, failure = self.features.prepare(path, name=video.name, **self.watch.options(video.name)), None
         except DecodeError as error:
             prepared, failure = None, error.reason
         return _Piece(size, prepared, time.perf_counter() - start, failure)

@@ -178,7 +178,7 @@ class VideoFeatures:
         self.open()
         try:
             size = os.stat(path).st_size
-            prepared = self.prepare(path)
+            prepared = self.prepare(path, name=name)
             return self.encode(path, prepared), self.header(name or os.path.basename(path), size, prepared)
         except DecodeError as error:
             return error
@@ -212,7 +212,7 @@ class VideoFeatures:
             outcome = {"status": "failed", "reason": why_not_written(error)}
         return {"video": video.name, **outcome, "seconds": round(time.perf_counter() - start, 3)}
 
-    def prepare(self, path: StrPath, **options: bool) -> Prepared:
+    def prepare(self, path: StrPath, **options: Any) -> Prepared:
         """Decode a video, with options of `Pipeline.prepare`. From any thread, `pipeline.at_a_time` of them.
 
         Raises:

@@ -39,7 +39,7 @@ log = logging.getLogger("fastvid")
 _MOST_WORKERS = 16
 _READERS = 4  # processes that read containers for the GPU's decoder, which must not wait for those that decode
 _MOST_HELD = 4 * 2**30  # bytes of decoded videos that wait for the tower
-_NUMBERS = re.compile(r"[0-9][0-9,]*")
+_NUMBERS = re.compile(r"\b[0-9][0-9,]*\b")  # not those of a codec's name
 _EACH_ENGINE = 2  # videos that share an engine of the hardware decoder: one is decoded while the other waits
 
 
@@ -125,21 +125,22 @@ class Pipeline:
         rows = self.encoder.num_temporal * self.encoder.num_patches
         return rows * (2 * row_length(self.encoder.patch_size) if self._hardware else 3 * self.encoder.patch_size**2)
 
-    def prepare(self, path: StrPath, *, hardware: bool = True) -> Prepared:
+    def prepare(self, path: StrPath, *, name: str | None = None, hardware: bool = True) -> Prepared:
         """Decode the frames that stand for a video. From any thread, `at_a_time` of them.
 
         Args:
+            name: what `overdue` calls it; default: its path.
             hardware: False: not by a decoder of this process, which the video may crash.
 
         Raises:
             DecodeError: it cannot be decoded.
         """
         held, digest = self._hardware_for_one() if hardware and not is_still(path) else None, None
-        if not hardware:
+        if not hardware and self._hardware:
             self._note("PyAV, for a crash")
         if held is not None:
             try:
-                found, digest = self._by_hardware(path, held)
+                found, digest = self._by_hardware(path, name or os.fspath(path), held)
                 if found is not None:
                     return found
             finally:
@@ -167,14 +168,14 @@ class Pipeline:
             self._note("PyAV, as the GPU's decoder was busy")
             return None
 
-    def _by_hardware(self, path, held):
+    def _by_hardware(self, path, name, held):
         """(Prepared or None where the video is PyAV's, SHA-256 of the file or None)."""
         decoder, on_stream = held
         digest = None
         try:
             with _one_of(self._idle_readers) as reader:
                 stream, digest = reader.read_bitstream(path, num_frames=self.encoder.num_temporal)
-            with self._timed(path, stream.info.duration), self._current(on_stream):
+            with self._timed(name, stream.info.duration), self._current(on_stream):
                 patches_TPK = decoder.patch_rows(stream, self.encoder)
                 if on_stream is not None:
                     on_stream.synchronize()
@@ -187,18 +188,18 @@ class Pipeline:
             return None, digest
         except (NoDecoder, torch.OutOfMemoryError) as error:
             self._note(f"PyAV: {str(error).splitlines()[0]}")
-            log.warning("%s: %s; PyAV decodes it", path, str(error).splitlines()[0])
+            log.warning("%s: %s; PyAV decodes it", name, str(error).splitlines()[0])
             return None, digest
         self._note(decoder.name)
         info = replace(stream.info, decoder=decoder.name, conversion=decoder.conversion)
         return Prepared(None, patches_TPK, info, digest), digest
 
     @contextmanager
-    def _timed(self, path, duration):
+    def _timed(self, name, duration):
         """Note that a video is with a decoder of this process, and until when it should be done (`overdue`)."""
         key = threading.get_ident()
         with self._lock:
-            self._begun[key] = os.fspath(path), time.monotonic() + limit(self.timeout, duration)
+            self._begun[key] = name, time.monotonic() + limit(self.timeout, duration)
         try:
             yield
         finally:
@@ -206,9 +207,10 @@ class Pipeline:
                 del self._begun[key]
 
     def overdue(self) -> list[str]:
-        """Videos that a decoder of this process has had for longer than the time-out: it cannot be ended alone."""
+        """Names of videos that a decoder of this process has had for longer than the time-out: it cannot be ended
+        alone."""
         with self._lock:
-            return [path for path, until in self._begun.values() if time.monotonic() > until]
+            return [name for name, until in self._begun.values() if time.monotonic() > until]
 
     def _note(self, what):
         with self._lock:
@@ -217,8 +219,7 @@ class Pipeline:
     def told(self) -> list[str]:
         """Lines on what decoded how many videos, where there was a choice, and on the tower's passes."""
         with self._lock:
-            counted = "; ".join(f"{what}: {count}" for what, count in self.counts.most_common(6))
-        return [f"decoded by {counted}"] * bool(self._hardware and counted) + self._passes.notes
+            return decoded_by(self.counts) + self._passes.notes
 
     @contextmanager
     def _current(self, on_stream):
@@ -278,6 +279,12 @@ class Pipeline:
             worker.close()
         for decoder, _ in self._hardware:
             decoder.close()
+
+
+def decoded_by(counts: Counter[str]) -> list[str]:
+    """A line for the summary on what decoded how many videos; none where nothing was counted."""
+    counted = "; ".join(f"{what}: {count}" for what, count in counts.most_common(6))
+    return [f"decoded by {counted}"] if counted else []
 
 
 def ahead(at_a_time: int, piece_bytes: int, device: torch.device) -> int:

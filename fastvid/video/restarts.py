@@ -28,6 +28,7 @@ from fastvid.video.summary import Summary
 from fastvid.video.supervision import Offspring, can_fork, end_as, tell
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
+_OUT_OF_MEMORY = "SIGKILL, as when memory runs out"  # nobody else ends the child alone: its parent is beside it
 _BROKEN = re.compile(r"CUDA (driver )?error|cuDNN error|Triton Error \[CUDA\]", re.IGNORECASE)
 _DRIVER = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")  # the last one under WSL
 _LOST = 75  # the exit code of a child that told why it ended
@@ -325,6 +326,8 @@ def _crash(status, heard) -> str | None:
     if status is None or heard.code is not None:
         return None
     if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGKILL:
+            return _OUT_OF_MEMORY
         return _ending(status) if os.WTERMSIG(status) in _CRASHES else None
     return heard.lost["lost"] if heard.lost and os.WEXITSTATUS(status) == _LOST else None
 

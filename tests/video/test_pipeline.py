@@ -142,6 +142,16 @@ def test_a_file_is_hashed_once(made, as_stand_in, video, monkeypatch):
 
 
 @pytest.mark.slow
+def test_reasons_are_counted_without_their_numbers_but_with_their_codecs(made, video):
+    def refuses(stream, encoder):
+        raise Unsuited("DALI does not decode h264 of 64×48 here")
+
+    pipeline = made(Decoder(refuses))
+    pipeline.prepare(video)
+    assert pipeline.told() == ["decoded by PyAV: DALI does not decode h264 of n×n here: 1"]
+
+
+@pytest.mark.slow
 def test_a_video_that_hangs_is_told(made, video):
     seen = []
 
@@ -153,8 +163,9 @@ def test_a_video_that_hangs_is_told(made, video):
     pipeline = made(Decoder(hangs))
     pipeline.timeout = -1.0  # of the decoder in this process: less than the clip lasts
     seen.append(pipeline.overdue())
-    pipeline.prepare(video)
-    assert seen == [[], [str(video)]] and pipeline.overdue() == []
+    for name in (None, "shard/a.mp4"):  # the latter is its name, and its path that of a copy
+        pipeline.prepare(video, name=name)
+    assert seen == [[], [str(video)], ["shard/a.mp4"]] and pipeline.overdue() == []
 
 
 def test_what_is_at_hand_has_a_limit(made):

@@ -110,6 +110,7 @@ class Run:
     "what, how",
     [
         (CRASH, "SIGSEGV"),
+        (signal.SIGKILL, "SIGKILL, as when memory runs out"),
         (RuntimeError(f"{ILLEGAL}\nCompile with"), ILLEGAL),
         (broken_context, "CUDA error 700: mapping a picture failed"),
     ],
@@ -168,6 +169,21 @@ def test_a_video_that_crashes_pyav_too_fails_and_the_exit_code_says_so(made, tmp
     run.check(but="d")
     assert "5 extracted, 0 there already, 1 failed of 6" in output and "the exit code is 1" in output
     assert len(told) == 3 and told[-1].endswith("d.mp4 (decoding); it is given up")
+    assert output.count("decoded by ") == 1
+
+
+@pytest.mark.slow
+def test_a_last_process_that_decodes_nothing_tells_what_the_others_decoded(made, tmp_path):
+    """The files of all but two videos are there; of these the second one crashes every decoder."""
+    Run(made, tmp_path, {("d", "decoder"): [CRASH] * 2, ("d", "PyAV"): [CRASH]}).end(code=1)
+    (tmp_path / "features" / "e.safetensors").unlink()
+    plan = {("d", "decoder"): [CRASH] * 9, ("d", "PyAV"): [CRASH] * 9}
+    run = Run(made, tmp_path, plan, "--max_failures", "1")
+    output, told = run.end()
+    assert "1 extracted, 4 there already, 1 failed of 6" in output and told[-1].endswith("it is given up")
+    (line,) = [line for line in output.splitlines() if line.startswith("decoded by ")]
+    assert "it is only a stand-in: 1" in line and len(told) == 3
+    run.check(but="d")
 
 
 @pytest.mark.slow
