@@ -13,6 +13,7 @@ Weights of others have none. What is read here may come from anywhere: it is che
 """
 
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -49,6 +50,7 @@ KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
 _MEMBER = "fastvid/provenance.json"
 _MOST_BYTES = 1 << 20  # of a member of a zip file: more is not ours
+_PAIR = re.compile(r"(.+) of ([0-9]{1,9}) frames")
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _TEMPLATES = {"v1": "vicuna_v1_1"}  # older checkpoints know the flag --version
 
@@ -73,6 +75,7 @@ class Provenance:
             are all "auto" it is None, as of those that do not tell.
         lora: whether a LoRA adapter was trained together with these weights, which are nothing without it.
         pooling: what the rows of their videos are, as ``--pooling`` says it; of several all, with "; " between them.
+        pairs: which pooling came with which frames, where videos differ in either: "grid:16x12x12 of 16 frames; …".
         second: the same of a second vision tower's features, but for what is the model's alone. `rows` are those of
             both towers.
     """
@@ -89,12 +92,19 @@ class Provenance:
     tower_dtype: str | None = None
     lora: bool | None = None
     pooling: str | None = None
+    pairs: str | None = None
     second: "Provenance | None" = None
 
     @property
     def towers(self) -> tuple["Provenance", ...]:
         """What is known of each vision tower's features."""
         return (self,) if self.second is None else (self, self.second)
+
+    @property
+    def made_with(self) -> set[tuple[str, int]]:
+        """{(pooling, frames)} of `pairs`; empty where nothing tells which went together."""
+        found = map(_PAIR.fullmatch, (self.pairs or "").split("; "))
+        return {(pair[1], int(pair[2])) for pair in found if pair is not None}
 
     @classmethod
     def of_header(cls, header: dict[str, Any]) -> Self:
@@ -156,8 +166,8 @@ def of_features(
     Returns:
         The Provenance holds what all files with a header agree about: of several towers it names none.
     """
-    towers, frames, names, products = Counter(), set(), {}, in_fp8(header for _, header in looked_at)
-    poolings = set()
+    towers, names, products = Counter(), {}, in_fp8(header for _, header in looked_at)
+    pairs = set()
     for _, header in looked_at:
         made = Provenance.of_header(header)
         if made.tower_revision is not None:
@@ -165,9 +175,9 @@ def of_features(
             towers[name, made.tower_revision] += 1
             if is_of_an_image(header):
                 continue
-            frames.add(made.num_frames)
-            poolings.add(made.pooling)
-    rows = {number for number, _ in looked_at}
+            pairs.add((made.pooling, made.num_frames))
+    rows, frames = {number for number, _ in looked_at}, {number for _, number in pairs}
+    told = [] if any(None in pair for pair in pairs) or len(pairs) < 2 else pairs
     tower, revision = None, None
     if len(towers) == 1:
         ((tower, revision),) = towers
@@ -183,7 +193,8 @@ def of_features(
         decoder=decoder,
         conversion=conversion,
         tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None,
-        pooling=_joined(poolings),
+        pooling=_joined(pooling for pooling, _ in pairs),
+        pairs=_joined(f"{pooling} of {number} frames" for pooling, number in told),
     ), towers
 
 
@@ -361,12 +372,23 @@ def why_no_pooling(trained: str | None, weights: StrPath) -> str:
     return f"{shown(weights)} was trained with features of the pooling {shown(trained)}, which is not known here"
 
 
-def agreed_frames(given: int | None, trained: Provenance, weights: StrPath) -> int | None:
+def agreed_frames(given: int | None, trained: Provenance, weights: StrPath, pooling: str | None = None) -> int | None:
     """`agreed` of ``--num_frames``; None where the user says none, and the weights' features had several.
+
+    Args:
+        pooling: that goes with it, if that is known: the weights may tell the frames that came with it.
 
     Raises:
         ValueError: the user and the weights contradict each other.
     """
+    with_it = sorted({frames for each, frames in trained.made_with if pooling in (None, each)})
+    if with_it:
+        if given is not None and given not in with_it:
+            raise ValueError(
+                f"--num_frames {given}: {weights} was trained with {trained.pairs}, and would answer wrongly; give "
+                + " or ".join(map(str, with_it))
+            )
+        return given or (with_it[0] if len(with_it) == 1 else None)
     if given is None and trained.num_frames is None and trained.pooling is not None:
         return None
     return agreed("--num_frames", given, trained.num_frames, 100, weights)

@@ -151,6 +151,23 @@ def test_which_frames_new_features_get():
         agreed_frames(9, Provenance(num_frames=8), "w")
 
 
+def test_frames_follow_from_the_pooling_that_they_came_with():
+    pairs = f"{GRID} of 6 frames; {RECIPE} of 100 frames; {RECIPE} of 50 frames"
+    several = Provenance(pooling=f"{GRID}; {RECIPE}", pairs=pairs)
+    assert several.made_with == {(GRID, 6), (RECIPE, 100), (RECIPE, 50)}
+    assert agreed_frames(None, several, "w", GRID) == agreed_frames(6, several, "w", GRID) == 6
+    assert agreed_frames(None, several, "w", RECIPE) is None and agreed_frames(50, several, "w", RECIPE) == 50
+    assert agreed_frames(None, several, "w") is None
+    for given, pooling in ((100, GRID), (6, RECIPE), (7, None)):
+        with pytest.raises(
+            ValueError, match=f"--num_frames {given}: w was trained with .* of 6 frames;.*; give"
+        ) as told:
+            agreed_frames(given, several, "w", pooling)
+        for remedy in str(told.value).rpartition("give ")[2].split(" or "):
+            assert agreed_frames(int(remedy), several, "w", pooling) == int(remedy)
+    assert Provenance(pairs="what is this").made_with == set()
+
+
 # --- extraction
 
 
@@ -328,9 +345,13 @@ def trained(made):
 def test_weights_keep_the_poolings_of_their_features(trained):
     for path in ("mm_projector.bin", "mm_projector.safetensors", "checkpoint-3"):
         assert of_weights(trained / "both" / path).pooling == f"{GRID}; {RECIPE}"
+    assert (
+        of_weights(trained / "both" / "mm_projector.bin").pairs
+        == f"{GRID} of {FRAMES} frames; {RECIPE} of {FRAMES} frames"
+    )
     assert losses(trained / "both")
     found = of_weights(trained / "grid" / "mm_projector.bin")
-    assert (found.pooling, found.rows, found.num_frames) == (GRID, ROWS[GRID], FRAMES)
+    assert (found.pooling, found.rows, found.num_frames, found.pairs) == (GRID, ROWS[GRID], FRAMES, None)
 
 
 @pytest.mark.slow

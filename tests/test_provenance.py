@@ -337,7 +337,10 @@ def test_what_all_headers_agree_about():
     assert found == replace(recipe, tower="t", tower_revision=DIGEST, num_frames=16, rows=32)
     assert towers == {("t", DIGEST): 2}
     found, towers = of_features([(32, one), (48, one | {"num_frames": 32}), (32, {"source": "x"})])
-    assert found == replace(recipe, tower="t", tower_revision=DIGEST) and towers == {("t", DIGEST): 2}
+    pairs = "temporal+spatial of 16 frames; temporal+spatial of 32 frames"
+    assert found == replace(recipe, tower="t", tower_revision=DIGEST, pairs=pairs) and towers == {("t", DIGEST): 2}
+    without_frames = {"tower": "t", "tower_revision": DIGEST}
+    assert of_features([(32, one), (48, one | {"num_frames": 32}), (32, without_frames)])[0].pairs is None
     found, towers = of_features([(32, one), (32, one | {"tower_revision": OTHER})])
     assert found == replace(recipe, num_frames=16, rows=32) and len(towers) == 2
     found, _ = of_features([(32, one | {"pooling": "grid:2x4x4"}), (16, one | {"pooling": "spatial", "image": {}})])

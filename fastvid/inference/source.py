@@ -64,7 +64,7 @@ class VideoSource:
         self._projector_path = None if config.projector is None else projector_path(config.projector, "--projector")
         self.weights = str(self._projector_path or config.model_name_or_path)
         self.trained = _trained_on(config.projector or self.weights, Path(self.weights))
-        given_pooling = config.pooling
+        given = config.num_frames, config.pooling
         self.config = config = self._as_trained(config)
         start_end = _use_start_end(config, self.trained, self._projector_path)
         self.tokenizer = load_tokenizer(config.model_name_or_path, start_end)
@@ -84,7 +84,7 @@ class VideoSource:
             raise ValueError(
                 f"{self.weights} holds no projector of the second vision tower: give the trained ones with --projector"
             )
-        self.towers = towers_of(config, self.model_config, self.trained, self.weights, given_pooling)
+        self.towers = towers_of(config, self.model_config, self.trained, self.weights, *given)
         self.precision = Precision(torch.bfloat16 if config.bf16 else torch.float32)
         self._second: FeatureFolder | None = None
         self._worker = DecodeWorker()
@@ -111,12 +111,9 @@ class VideoSource:
                 ("question_order", "reference"),
             )
         }
-        return replace(
-            config,
-            **told,
-            num_frames=agreed_frames(config.num_frames, self.trained, self.weights),
-            pooling=agreed_pooling(config.pooling, self.trained.pooling, self.weights),
-        )
+        pooling = agreed_pooling(config.pooling, self.trained.pooling, self.weights)
+        frames = agreed_frames(config.num_frames, self.trained, self.weights, pooling)
+        return replace(config, **told, num_frames=frames, pooling=pooling)
 
     @cached_property
     def projector(self) -> nn.Module:

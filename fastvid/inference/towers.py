@@ -27,7 +27,7 @@ class Tower:
         channels: that the projector takes.
         num_frames: most frames of a video; None where the weights tell no one number.
         pooling: what a video's rows are, as ``--pooling`` says it; None where the weights tell none to make.
-        given_pooling: what the user says with ``--pooling``, or None.
+        given_frames, given_pooling: what the user says with ``--num_frames`` and ``--pooling``, or None.
 
     Raises:
         ValueError: the folder that the user names is that of another tower.
@@ -44,11 +44,13 @@ class Tower:
         channels: int,
         num_frames: int | None,
         pooling: str | None,
+        given_frames: int | None,
         given_pooling: str | None,
     ):
         self.flag, self.given, self.trained, self.weights = f"--{flag}", given, trained, weights
         self._otherwise, self._channels = otherwise, channels
-        self._num_frames, self._pooling, self._given_pooling = num_frames, pooling, given_pooling
+        self._num_frames, self._pooling = num_frames, pooling
+        self._given_frames, self._given_pooling = given_frames, given_pooling
         self._encoder: FeatureEncoder | None = None
         if given is not None and Path(given).is_dir():
             check_tower(given, trained, weights, self.flag)
@@ -135,6 +137,18 @@ class Tower:
                 f"{file} was made with --pooling {made.pooling}, {self.weights} was trained with {trained.pooling}; "
                 "extract it with that pooling"
             )
+        pair = made.pooling, made.num_frames
+        if trained.made_with and None not in pair and pair not in trained.made_with:
+            raise ValueError(
+                f"{file} was made with --pooling {made.pooling} --num_frames {made.num_frames}, {self.weights} was "
+                f"trained with {trained.pairs}; extract it with one of these"
+            )
+        frames = self._given_frames
+        if trained.num_frames is None and made.num_frames and frames and made.num_frames != frames:
+            raise ValueError(
+                f"{file} was made with --num_frames {made.num_frames}, not with the --num_frames {frames} that is "
+                "given; extract it with that, or leave --num_frames out"
+            )
         given = self._given_pooling
         if trained.pooling is None and made.pooling and given and made.pooling != given:
             raise ValueError(
@@ -149,7 +163,12 @@ class Tower:
 
 
 def towers_of(
-    config: ChatConfig, model: ModelConfig, trained: Provenance, weights: str, given_pooling: str | None
+    config: ChatConfig,
+    model: ModelConfig,
+    trained: Provenance,
+    weights: str,
+    given_frames: int | None,
+    given_pooling: str | None,
 ) -> tuple[Tower, ...]:
     """The vision towers whose features a model takes.
 
@@ -158,7 +177,7 @@ def towers_of(
         model: sizes.
         trained: Provenance of the weights.
         weights: their path, for messages.
-        given_pooling: what the user says with ``--pooling``, or None.
+        given_frames, given_pooling: what the user says with ``--num_frames`` and ``--pooling``, or None.
 
     Raises:
         ValueError: a flag is of a second tower where there is one, or names another tower's folder.
@@ -172,6 +191,7 @@ def towers_of(
         channels=model.mm_hidden_size,
         num_frames=config.num_frames,
         pooling=config.pooling,
+        given_frames=given_frames,
         given_pooling=given_pooling,
     )
     if model.mm_hidden_size_2 is None:
@@ -182,6 +202,9 @@ def towers_of(
     second = trained.second or Provenance()
     poolings = second.pooling.split("; ") if second.pooling else [config.pooling]
     pooling = poolings[0] if len(poolings) == 1 else config.pooling if config.pooling in poolings else None
+    of_training = {frames for each, frames in second.made_with if each == pooling} or {second.num_frames}
+    frames = sorted(number for number in of_training if number is not None)
+    asked = config.num_frames if not frames or config.num_frames in frames else None
     return first, Tower(
         "vision_tower_2",
         config.vision_tower_2,
@@ -189,7 +212,8 @@ def towers_of(
         weights,
         otherwise=None,
         channels=model.mm_hidden_size_2,
-        num_frames=second.num_frames or config.num_frames,
+        num_frames=frames[0] if len(frames) == 1 else asked,
         pooling=pooling if pooling is not None and is_known(pooling) else None,
+        given_frames=given_frames,
         given_pooling=given_pooling,
     )

@@ -16,7 +16,7 @@ def second_of(pooling, given=None):
     """The second tower of weights whose second features are of `pooling`; `given` is settled for the first."""
     model = SimpleNamespace(vision_tower=None, mm_hidden_size=8, mm_hidden_size_2=8)
     config = ChatConfig("m", num_frames=8, pooling=given)
-    _, second = towers_of(config, model, Provenance(second=Provenance(pooling=pooling)), "w", given)  # pyright: ignore
+    _, second = towers_of(config, model, Provenance(second=Provenance(pooling=pooling)), "w", None, given)  # pyright: ignore
     return second
 
 
@@ -36,3 +36,54 @@ def test_a_second_tower_pools_as_it_was_trained():
 def test_a_second_tower_of_no_one_pooling_makes_no_features(pooling, why):
     with pytest.raises(ValueError, match=why):
         _ = second_of(pooling).pooling
+
+
+def only(trained, *given):
+    """The tower of weights that were trained so, where the user gives these frames and this pooling."""
+    model = SimpleNamespace(vision_tower=None, mm_hidden_size=8, mm_hidden_size_2=None)
+    (tower,) = towers_of(ChatConfig("m", num_frames=8), model, trained, "w", *given)  # pyright: ignore[reportArgumentType]
+    return tower
+
+
+def header(frames, pooling=RECIPE):
+    return {"tower": "t", "tower_revision": "sha256:t", "num_frames": frames, "pooling": pooling}
+
+
+def test_a_file_of_a_pair_that_was_not_trained_on_is_refused():
+    pairs = f"{GRID} of 4 frames; {RECIPE} of 100 frames"
+    tower = only(Provenance(pooling=f"{GRID}; {RECIPE}", pairs=pairs), None, None)
+    for made in (header(100, GRID), header(4)):
+        with pytest.raises(
+            ValueError, match=r"f was made with --pooling \S+ --num_frames .*; extract it with one of these"
+        ):
+            tower.check_made_alike("f", made)
+    for made in (header(4, GRID), header(100), {}, {"num_frames": 1, "pooling": "spatial", "image": {}}):
+        tower.check_made_alike("f", made)
+    # Older weights do not tell which went together.
+    only(Provenance(pooling=f"{GRID}; {RECIPE}"), None, None).check_made_alike("f", header(4))
+
+
+def test_a_file_of_other_frames_than_the_given_ones_is_refused():
+    """By weights that tell nothing, as a file of another pooling is. Without the flag it is taken."""
+    with pytest.raises(
+        ValueError, match="made with --num_frames 100, not with the --num_frames 8 .*, or leave --num_f"
+    ):
+        only(Provenance(), 8, None).check_made_alike("f", header(100))
+    for tower, made in ((only(Provenance(), 8, None), header(8)), (only(Provenance(), None, None), header(100))):
+        tower.check_made_alike("f", made)
+    only(Provenance(), 8, None).check_made_alike("f", {})  # nothing tells
+    only(Provenance(), 8, None).check_made_alike("f", {"num_frames": 100, "pooling": "spatial", "image": {}})
+
+
+def test_frames_of_a_second_tower_are_those_of_its_pooling():
+    model = SimpleNamespace(vision_tower=None, mm_hidden_size=8, mm_hidden_size_2=8)
+    pairs = f"{GRID} of 4 frames; {RECIPE} of 100 frames; {RECIPE} of 8 frames"
+    trained = Provenance(second=Provenance(pooling=f"{GRID}; {RECIPE}", pairs=pairs))
+    for pooling, frames, expected in ((GRID, 8, 4), (RECIPE, 8, 8), (RECIPE, 100, 100)):
+        config = ChatConfig("m", num_frames=frames, pooling=pooling)
+        _, second = towers_of(config, model, trained, "w", None, None)  # pyright: ignore[reportArgumentType]
+        assert second.num_frames == expected
+    config = ChatConfig("m", num_frames=6, pooling=RECIPE)
+    _, second = towers_of(config, model, trained, "w", None, None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="tells no one number of frames"):
+        _ = second.num_frames
