@@ -108,6 +108,8 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     planning.check_window(config, model_config.decoder)
     samples.fit(model_config.channels)
     check_features(config.vision_tower, samples.provenance, config.video_folder)
+    if samples.provenance.second is not None:
+        check_features(config.vision_tower_2, samples.provenance.second, config.video_folder_2, which="_2")
     loader = training_loader(config, samples, world)
     config = planning.with_whole_steps(config, loader.order.total_steps)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None

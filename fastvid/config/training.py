@@ -29,8 +29,8 @@ class DataConfig(Checked):
     )
     video_folder_2: str | None = flag(
         None,
-        "Folder of a second vision tower's feature files, of the names in --video_folder. Its rows follow the first "
-        "tower's, through a projector of its own.",
+        "Folder of a second vision tower's feature files, of the names in --video_folder, or of the videos, whose "
+        "features training makes. Its rows follow the first tower's, through a projector of its own.",
     )
     mm_use_vid_start_end: bool = flag(False, "Put <vid_start> and <vid_end> around a video's tokens.")
     model_max_length: int = flag(2048, "Longest sample in tokens, video tokens and BOS included.", at_least=1)
@@ -41,6 +41,10 @@ class DataConfig(Checked):
         None,
         "Vision tower (folder or hub id); it makes the features of videos in --video_folder that have none. "
         "Default: the model's own setting.",
+    )
+    vision_tower_2: str | None = flag(
+        None,
+        "Second vision tower: the same for --video_folder_2. Default: that of the weights that training starts from.",
     )
     num_frames: int | None = flag(
         None,
@@ -58,7 +62,8 @@ class DataConfig(Checked):
     clip_feat_path: str | None = flag(
         None,
         "Folder that receives the features of videos in --video_folder that have none, as fastvid extract writes "
-        "them; those in it are used. Default: `features` in --output_dir.",
+        "them; those in it are used. Default: `features` in --output_dir. A second tower's go to the same with _2 at "
+        "its end.",
         writes="folder",
     )
     question_order: Literal["reference", "video_first"] = flag(

@@ -15,7 +15,6 @@ import torch
 
 from fastvid.batch import Channels, Features
 from fastvid.config import DataConfig, ExtractConfig
-from fastvid.data.video_tokens import read_settings
 from fastvid.features.folder import FeatureFolder, MissingFeatures
 from fastvid.features.listing import Listing
 from fastvid.features.manifest import Manifest, read_manifest
@@ -24,13 +23,12 @@ from fastvid.features.pair import FolderPair
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
-from fastvid.online.start import frames_to_make, made_otherwise, pooling_to_make, start_of
-from fastvid.provenance import of_weights
+from fastvid.online.start import frames_to_make, made_otherwise, pooling_to_make, tower_to_make
 from fastvid.video.decode.still import is_still
 from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.features import refuse_departures, settings_of
 from fastvid.video.listing import Video, find_videos
-from fastvid.video.towers.choice import choose_tower, revisions
+from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.load import tower_sizes
 
 
@@ -61,6 +59,7 @@ class OnlineFeatures(FeatureFolder):
 
     Args:
         config: `DataConfig`, mostly a `TrainConfig`.
+        second: it is the folder of a second vision tower, ``--video_folder_2``.
 
     Attributes:
         cache: folder of the features that are made; None where nothing tells it.
@@ -70,12 +69,14 @@ class OnlineFeatures(FeatureFolder):
         ValueError: ``--video_folder`` is no folder.
     """
 
-    def __init__(self, config: DataConfig):
-        assert config.video_folder is not None
-        super().__init__(config.video_folder)
-        self.config, self.cache, output = config, config.clip_feat_path, getattr(config, "output_dir", "")
-        if self.cache is None and output:
-            self.cache = os.path.join(output, "features")
+    def __init__(self, config: DataConfig, *, second: bool = False):
+        folder = config.video_folder_2 if second else config.video_folder
+        assert folder is not None
+        self._second, self._which = second, "_2" if second else ""  # how the second tower's flags and folder end
+        super().__init__(folder, flag=f"--video_folder{self._which}")
+        self.config, output = config, getattr(config, "output_dir", "")
+        cache = config.clip_feat_path or (os.path.join(output, "features") if output else None)
+        self.cache = cache and os.path.normpath(cache) + self._which if second else cache
         self.tower: StrPath | None = None
         self._earlier: EarlierFeatures | None = None
         self._encoder: Encoder | None = None
@@ -120,7 +121,7 @@ class OnlineFeatures(FeatureFolder):
 
     def _plan(self):
         if self._planned is None:
-            folder = self.cache or os.path.join(self.folder, "features")
+            folder = self.cache or os.path.join(self.folder, f"features{self._which}")
             try:
                 videos, others = find_videos(self.folder, folder, ".safetensors", images=True)
             except ValueError as error:  # there is none, or links alone
@@ -163,27 +164,27 @@ class OnlineFeatures(FeatureFolder):
         config = self.config
         if self.cache is None:
             raise ValueError(
-                f"videos in --video_folder {shown(self.folder)} have no features; name the folder that "
-                "receives them with --clip_feat_path"
+                f"videos in {self._named} have no features; name the folder that receives them with --clip_feat_path"
             )
-        self.tower = config.vision_tower or _tower_of_model(config)
+        self.tower = tower_to_make(config, second=self._second)
         if self.tower is None:
             raise ValueError(
-                f"videos in --video_folder {shown(self.folder)} have no features, and nothing tells which "
-                "tower makes them: name it with --vision_tower"
+                f"videos in {self._named} have no features, and nothing tells which tower makes them: name it with "
+                f"--vision_tower{self._which}"
             )
+        frames, pooling = self._to_make
         self._extraction = ExtractConfig(
             str(self.folder),
             str(self.cache),
             vision_tower=str(self.tower),
             parity=config.parity,
-            num_frames=frames_to_make(config),
-            pooling=str(pooling_to_make(config)),
+            num_frames=frames,
+            pooling=str(pooling),
         )
         refuse_departures(self._extraction)
         image_size, patch_size, channels = tower_sizes(self.tower)
         self._patches = (image_size // patch_size) ** 2
-        rows = pooling_to_make(config).rows(self._extraction.num_frames, self._patches)
+        rows = pooling.rows(frames, self._patches)
         self.made_shape = rows, channels
         settings = settings_of(self._extraction, revisions(self.tower)[0], image_size, patch_size)
         self._header = {
@@ -191,6 +192,15 @@ class OnlineFeatures(FeatureFolder):
             **settings,
         }
         return EarlierFeatures(self._extraction, settings, self.made_shape, Manifest(self.cache))
+
+    @property
+    def _named(self):
+        return f"--video_folder{self._which} {shown(self.folder)}"
+
+    @property
+    def _to_make(self):
+        """(frames, pooling) of the features that are made."""
+        return frames_to_make(self.config, second=self._second), pooling_to_make(self.config, second=self._second)
 
     def check_channels(self, channels: Channels) -> None:
         """Refuse a tower whose features the model cannot take.
@@ -201,12 +211,12 @@ class OnlineFeatures(FeatureFolder):
         if self.tower is not None and self.made_shape[1] != channels:
             raise ValueError(
                 f"the tower {shown(self.tower)} makes features of {self.made_shape[1]} channels, and the "
-                f"model takes {channels}; give the model's own tower with --vision_tower"
+                f"model takes {channels}; give the model's own tower with --vision_tower{self._which}"
             )
 
     def made_otherwise(self, before: dict[str, Any]) -> list[str]:
         """As `fastvid.online.start.made_otherwise`; nothing where all features are there as files."""
-        return [] if self.tower is None else made_otherwise(self.config, before)
+        return [] if self.tower is None else made_otherwise(self.config, before, second=self._second)
 
     def _probe(self, name):
         if name not in self._probed and self.resolve(name) in self._numbers:
@@ -337,15 +347,14 @@ class OnlineFeatures(FeatureFolder):
         rows, channels = self.made_shape
         made = len(self._videos) - len(self.unmade)
         return (
-            f"features: {len(self._videos):,} videos of --video_folder have no feature file there; "
+            f"features: {len(self._videos):,} videos of --video_folder{self._which} have no feature file there; "
             f"{made:,} have one in {shown(self.cache)}, {len(self.unmade):,} are encoded when they are needed, by "
             f"{shown(self.tower)} ({rows} × {channels} each)"
         )
 
 
 def training_features(config: DataConfig, names: Iterable[str] = ()) -> FeatureFolder | None:
-    """The features of a run: `OnlineFeatures`; a `FolderPair` of two towers, all of which must be there as files; or
-    None for text only.
+    """The features of a run: `OnlineFeatures`; a `FolderPair` of them, of two towers; or None for text only.
 
     Args:
         names: of records' videos, for whoever reads nothing else of them: the folder is settled for these.
@@ -355,6 +364,11 @@ def training_features(config: DataConfig, names: Iterable[str] = ()) -> FeatureF
             ``--parity reference``.
     """
     second = config.video_folder_2
+    if second is None and config.vision_tower_2 is not None:
+        raise ValueError(
+            f"--vision_tower_2 {shown(config.vision_tower_2)}: it makes the features of videos in --video_folder_2; "
+            "give that folder, or leave the flag out"
+        )
     if second is not None and config.video_folder is None:
         raise ValueError(f"--video_folder_2 {shown(second)}: give the first tower's features with --video_folder")
     if second is not None and config.policy.one_tower:
@@ -363,17 +377,11 @@ def training_features(config: DataConfig, names: Iterable[str] = ()) -> FeatureF
         )
     if config.video_folder is None:
         return None
-    features = OnlineFeatures(config) if second is None else FolderPair(config.video_folder, second)
+    features = OnlineFeatures(config)
+    if second is not None:
+        features = FolderPair(features, OnlineFeatures(config, second=True))
     for name in names:
         with contextlib.suppress(ValueError, OSError):  # told where it is read
             features.resolve(name)
     features.settle()
     return features
-
-
-def _tower_of_model(config):
-    """The tower that made the features of the weights which training starts from, or the model's own; None if nothing
-    tells."""
-    model, start = config.model_name_or_path, start_of(config)
-    assert start is not None, "who trains names a model"
-    return choose_tower(None, of_weights(start), start, otherwise=read_settings(model).get("mm_vision_tower"))

@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from fastvid.config import DataConfig
+from fastvid.data.video_tokens import read_settings
 from fastvid.files import StrPath
 from fastvid.pooling import Pooling
 from fastvid.provenance import Provenance, agreed_frames, agreed_pooling, of_weights, why_no_frames, why_no_pooling
+from fastvid.video.towers.choice import choose_tower
 
 
 def start_of(config: DataConfig) -> StrPath | None:
@@ -15,46 +17,83 @@ def start_of(config: DataConfig) -> StrPath | None:
     return getattr(config, "pretrain_mm_mlp_adapter", None) or config.model_name_or_path
 
 
-def frames_to_make(config: DataConfig) -> int:
+def tower_to_make(config: DataConfig, *, second: bool = False) -> StrPath | None:
+    """The tower of features that training makes: as told, else that of the weights it starts from, else the model's.
+
+    Args:
+        second: a second vision tower, which no setting of a model names.
+
+    Returns:
+        None if nothing tells.
+
+    Raises:
+        ValueError: the weights' tower is not to be found.
+    """
+    given, start = config.vision_tower_2 if second else config.vision_tower, start_of(config)
+    if given or start is None:
+        return given
+    if second:
+        return choose_tower(None, _trained(start, second), start, flag="--vision_tower_2")
+    own = read_settings(config.model_name_or_path).get("mm_vision_tower")
+    return choose_tower(None, _trained(start, second), start, otherwise=own)
+
+
+def frames_to_make(config: DataConfig, *, second: bool = False) -> int:
     """Most frames of videos whose features training makes: as told, else as of the weights it starts from, else 100.
+
+    Args:
+        second: of a second vision tower. What the weights tell of that one comes before what is told: the flag is
+            the first tower's, too.
 
     Raises:
         ValueError: those were trained with several.
     """
     start = start_of(config)
-    frames = config.num_frames or agreed_frames(None, _trained(start), start or "")
+    trained, pooling = _trained(start, second), config.pooling
+    if second and trained.pooling is not None and "; " not in trained.pooling:
+        pooling = trained.pooling
+    if second and trained.num_frames is not None:
+        return trained.num_frames
+    frames = config.num_frames or agreed_frames(None, trained, start or "", pooling)
     if frames is None:
         raise ValueError(f"{why_no_frames(start or '')}; give one with --num_frames")
     return frames
 
 
-def pooling_to_make(config: DataConfig) -> Pooling:
+def pooling_to_make(config: DataConfig, *, second: bool = False) -> Pooling:
     """The pooling of features that training makes: as told, else that of the weights it starts from, else the recipe's.
+
+    Args:
+        second: as for `frames_to_make`.
 
     Raises:
         ValueError: those were trained with several, or with one that is not known here.
     """
     start = start_of(config)
-    trained = _trained(start).pooling
-    pooling = config.pooling or agreed_pooling(None, trained, start or "")
+    trained = _trained(start, second).pooling
+    one = second and trained is not None and "; " not in trained
+    pooling = agreed_pooling(None, trained, start or "") if one else config.pooling
+    pooling = pooling or agreed_pooling(None, trained, start or "")
     if pooling is None:
         raise ValueError(f"{why_no_pooling(trained, start or '')}; name one with --pooling")
     return Pooling.parse(pooling)
 
 
-def _trained(start):
-    return Provenance() if start is None else of_weights(start)
+def _trained(start, second):
+    trained = Provenance() if start is None else of_weights(start)
+    return (trained.second or Provenance()) if second else trained
 
 
-def made_otherwise(config: DataConfig, before: dict[str, Any]) -> list[str]:
+def made_otherwise(config: DataConfig, before: dict[str, Any], *, second: bool = False) -> list[str]:
     """What comes of ``--num_frames`` and ``--pooling`` that did not come of an earlier run's, a line each.
 
     Args:
         before: that run's flags. It started from the same weights.
+        second: as for `frames_to_make`.
     """
     earlier, found = replace(config, **{name: before[name] for name in ("num_frames", "pooling")}), []
     for name, to_make in (("num_frames", frames_to_make), ("pooling", pooling_to_make)):
         with suppress(ValueError):  # the earlier run could make none, so that it made no features
-            was, now = to_make(earlier), to_make(config)
+            was, now = to_make(earlier, second=second), to_make(config, second=second)
             found += [f"--{name} was {was}, is {now}"] * (was != now)
     return found

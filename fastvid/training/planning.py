@@ -312,7 +312,7 @@ def plan(
         on_cpu=not of_gpu,
         one_call_per_segment=attention.name == "sdpa" and not other,
     )
-    available, of_what = _available(config, world, encodes=bool(features is not None and features.unmade))
+    available, of_what = _available(config, world, encodes=_encoders(features))
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
@@ -377,11 +377,16 @@ def _smaller(config, layout):
         yield "--frozen_dtype nf4"
 
 
-def _available(config, world, encodes=False):
+def _encoders(features):
+    """Processes beside this one that make features, of a tower each."""
+    return 0 if features is None else sum(bool(each.unmade) for each in features.towers)
+
+
+def _available(config, world, encodes=0):
     """(Bytes that a rank may plan with, what they are of more in words).
 
     Args:
-        encodes: whether a process beside this one makes features on the same device.
+        encodes: processes beside this one that make features on the same device.
     """
     given = given_memory(config)
     free = given or parallel.device_memory(world)
@@ -391,7 +396,11 @@ def _available(config, world, encodes=False):
         (size, what)
         for size, what, needed in (
             (_COMMUNICATORS, "NCCL", world.distributed),
-            (_ENCODER, "the tower that encodes videos", encodes),
+            (
+                encodes * _ENCODER,
+                "the tower that encodes videos" if encodes < 2 else "the towers that encode videos",
+                encodes,
+            ),
         )
         if needed
     ]

@@ -59,6 +59,7 @@ MAY_CHANGE = {
     "memory",
     "clip_feat_path",
     "vision_tower",
+    "vision_tower_2",
     "num_frames",  # of these two what comes of them: `OnlineFeatures.made_otherwise`
     "pooling",
     "num_video_tokens",

@@ -16,7 +16,7 @@ from fastvid.features.folder import MissingFeatures
 from fastvid.features.names import medium, namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures, training_features
-from fastvid.online.start import frames_to_make, pooling_to_make
+from fastvid.online.start import frames_to_make, pooling_to_make, tower_to_make
 from fastvid.pooling import OF_AN_IMAGE, RECIPE
 from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower, what_pooling_means
 from fastvid.validation.report import Report
@@ -60,7 +60,7 @@ def check_features(report: Report, config: ValidateConfig) -> dict[str, int]:
 
 def _check_folder(report, config, features, number=0, *, two=False):
     """`check_features` of a folder of one vision tower, by its number from 0; `two`: there is another one."""
-    paths, flag = {}, "--video_folder_2" if number else "--video_folder"
+    paths, to_make, flag = {}, set(), "--video_folder_2" if number else "--video_folder"
     sources, made = Sources(features.folder, config.video_dir_path), features.cache and Sources(features.cache)
     if not report.videos and features.empty:
         report.add(
@@ -75,7 +75,7 @@ def _check_folder(report, config, features, number=0, *, two=False):
             elif failed := sources.failure(video) or (made and made.failure(video)):
                 _add_failed(report, video, count, failed)
             else:
-                report.to_make.add(video)
+                to_make.add(video)
         except MissingFeatures as error:
             _add_missing(report, sources, video, count, error)
         except ValueError as error:
@@ -115,23 +115,26 @@ def _check_folder(report, config, features, number=0, *, two=False):
             report.not_compared += sources.given and not compared
             _note_maker(report, makers, video, header)
     report.unnamed = sources.unnamed(report.videos, images) if sources.given else None
-    rows = dict.fromkeys(report.to_make, _rows_to_make(config)) if report.to_make else {}
+    report.to_make |= to_make
+    rows = dict.fromkeys(to_make, _rows_to_make(config, second=number > 0)) if to_make else {}
     if found:
-        _check_makers(report, config, makers, None if number else config.vision_tower)
+        _check_makers(report, config, makers, "_2" if number else "")
         rows |= _usable(report, config, found, paths, number, None if two else config.num_video_tokens)
     return {video: number for video, number in rows.items() if number}
 
 
-def _rows_to_make(config):
+def _rows_to_make(config, *, second=False):
     """Rows of features that training will make; None where nothing tells."""
-    folder = config.model_name_or_path or config.vision_tower
+    tower = tower_to_make(config, second=second) if second else config.vision_tower
+    folder = tower if second else config.model_name_or_path or tower
     if folder is None:
         return None
     try:
-        image_size, patch_size = tower_geometry(folder, config.vision_tower)
+        image_size, patch_size = tower_geometry(folder, tower)
     except ValueError:
         return None
-    return pooling_to_make(config).rows(frames_to_make(config), (image_size // patch_size) ** 2)
+    frames, pooling = frames_to_make(config, second=second), pooling_to_make(config, second=second)
+    return pooling.rows(frames, (image_size // patch_size) ** 2)
 
 
 def _add_missing(report, sources, video, count, error):
@@ -190,7 +193,7 @@ def _usable(report, config, found, paths, number, required):
     return usable
 
 
-def _check_makers(report, config, makers, wanted):
+def _check_makers(report, config, makers, which):
     """A model reads the features of one tower: several of them are a problem, counted as files of all but the most.
 
     So are those of another one than ``--vision_tower``, where that is a folder; and under ``--parity reference`` those
@@ -198,8 +201,9 @@ def _check_makers(report, config, makers, wanted):
 
     Args:
         makers: {video: Provenance of its features}, of those that tell their tower.
-        wanted: ``--vision_tower``, or None.
+        which: how the flags of their tower end.
     """
+    wanted, flag = getattr(config, f"vision_tower{which}"), f"--vision_tower{which}"
     towers = {}
     for video, made in makers.items():
         towers.setdefault(made.tower_revision, []).append(video)
@@ -222,7 +226,7 @@ def _check_makers(report, config, makers, wanted):
             if same_tower(revision, known) is False:
                 report.add_files(
                     "features of another tower than --vision_tower",
-                    f"{len(videos):,} of {names[revision]} ({revision[:19]}…): leave --vision_tower {shown(wanted)} "
+                    f"{len(videos):,} of {names[revision]} ({revision[:19]}…): leave {flag} {shown(wanted)} "
                     "out, or give that one",
                     videos,
                 )

@@ -99,7 +99,7 @@ class Report:
         """Videos that records name, by state; those whose features can be used are "usable", "to be made" those that
         have none yet."""
         bad = Counter(state for state, _ in self.bad_videos.values())
-        to_make = len(self.to_make)
+        to_make = len(self.to_make - self.bad_videos.keys())
         return Counter(
             {
                 "usable": len(self.videos) - bad.total() - to_make,
@@ -196,9 +196,7 @@ def summary(report: Report) -> str:
         )
     lines += [f"remark      {line}" for line in report.remarks.lines()]
     if report.to_make:
-        lines.append(
-            f"remark      {len(report.to_make):,} videos in --video_folder have no features; training makes them"
-        )
+        lines.append(f"remark      {len(report.to_make):,} videos have no features yet; training makes them")
     if report.damaged:
         lines.append(
             f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are (--allow_damaged)"

@@ -5,7 +5,7 @@ import torch
 
 from fastvid.batch import by_tower
 from fastvid.features.file import save_features
-from fastvid.features.folder import MissingFeatures
+from fastvid.features.folder import FeatureFolder, MissingFeatures
 from fastvid.features.pair import FolderPair
 
 
@@ -17,7 +17,7 @@ def pair(tmp_path):
         save_features(tmp_path / folder / "clip.safetensors", features, {"tower": folder})
     save_features(tmp_path / "one" / "left.safetensors", torch.zeros(1, 4), {})
     save_features(tmp_path / "two" / "right.safetensors", torch.zeros(1, 5), {})
-    return FolderPair(tmp_path / "one", tmp_path / "two")
+    return FolderPair(FeatureFolder(tmp_path / "one"), FeatureFolder(tmp_path / "two"))
 
 
 def test_a_name_means_a_file_in_each_folder(pair, tmp_path):
@@ -40,5 +40,15 @@ def test_what_lacks_in_one_folder_is_told_with_it(pair, name, folder):
 
 def test_a_second_folder_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"--video_folder_2 .*/nowhere is no folder; give the one that"):
-        FolderPair(tmp_path, tmp_path / "nowhere")
-    assert FolderPair(tmp_path, tmp_path).empty
+        FeatureFolder(tmp_path / "nowhere", flag="--video_folder_2")
+    assert FolderPair(FeatureFolder(tmp_path), FeatureFolder(tmp_path)).empty
+
+
+def test_one_file_for_both_towers_is_refused(pair, tmp_path):
+    """Of a folder that is given twice, or reached through a link."""
+    (tmp_path / "linked").symlink_to(tmp_path / "one")
+    for second in ("one", "linked"):
+        same = FolderPair(FeatureFolder(tmp_path / "one"), FeatureFolder(tmp_path / second))
+        with pytest.raises(ValueError, match="'clip.mp4': .*one/clip.safetensors would be the features of both towers"):
+            same.resolve("clip.mp4")
+    assert pair.resolve("clip.mp4")

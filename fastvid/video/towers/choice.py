@@ -69,13 +69,14 @@ def check_tower(tower: StrPath, trained: Provenance, weights: StrPath, flag: str
         )
 
 
-def check_features(tower: StrPath | None, made: Provenance, folder: StrPath | None) -> None:
+def check_features(tower: StrPath | None, made: Provenance, folder: StrPath | None, *, which: str = "") -> None:
     """Refuse a tower's folder that is not the one that made some features; a hub id is not looked at.
 
     Args:
         tower: ``--vision_tower``, or None.
         made: Provenance of the features.
         folder: where they lie, for the message; None without any.
+        which: how the flags end that name both: "_2" of a second tower.
 
     Raises:
         ValueError: it is another one.
@@ -85,8 +86,8 @@ def check_features(tower: StrPath | None, made: Provenance, folder: StrPath | No
         return
     if same_tower(made.tower_revision, revisions(tower)) is False:
         raise ValueError(
-            f"--vision_tower {shown(tower)} is another tower than the one that made the features in "
-            f"--video_folder {shown(folder)}, {_described(made)}; leave the flag out, or give that one"
+            f"--vision_tower{which} {shown(tower)} is another tower than the one that made the features in "
+            f"--video_folder{which} {shown(folder)}, {_described(made)}; leave the flag out, or give that one"
         )
 
 
