@@ -375,6 +375,11 @@ def test_failures_are_counted_by_reason():
         )
     assert summary.failed() == "5 × is damaged, 2 × decoding took longer than n s and its own length, 1 × odd"
     assert f"failed, by reason: {summary.failed()}" in str(summary)
+    twins = Summary(total=2, max_failures=1)
+    for name in ("a.mp4", "b.h264"):
+        twins.fail(name, f"another one has the same feature file: {name} would be written to x.pkl as well")
+    twins.fail("c.mp4", "its stream is mpeg4, of 3 layers")
+    assert twins.failed() == "2 × another one has the same feature file, 1 × its stream is mpeg4, of n layers"
     for number in range(10):
         summary.fail("x", f"reason {chr(97 + number)}")
     assert summary.failed().endswith("1 × reason b, 8 × other reasons")

@@ -282,4 +282,7 @@ def _leads_out(name):
 def _fault(video, same):
     """Why a video can have no feature file: another one of `same` would have it as well."""
     other = next(one for one in same if one is not video)
-    return f"{other.name} would be written to {video.output.name} as well; rename one of them"
+    return (
+        f"another one has the same feature file: {other.name} would be written to {video.output.name} as well; "
+        "rename one of them"
+    )

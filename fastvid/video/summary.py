@@ -5,7 +5,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-_NUMBERS = re.compile(r"\d[\d.,]*")
+_NUMBERS = re.compile(r"\b\d[\d.,]*\b")  # not those of a codec's name
 _MOST_KINDS = 5  # of reasons, that are counted by themselves
 
 
