@@ -125,12 +125,12 @@ def _check_folder(report, config, features, number=0, *, two=False):
 
 def _rows_to_make(config, *, second=False):
     """Rows of features that training will make; None where nothing tells."""
-    tower = tower_to_make(config, second=second) if second else config.vision_tower
+    tower = tower_to_make(config, second=True) if second else config.vision_tower
     folder = tower if second else config.model_name_or_path or tower
     if folder is None:
         return None
     try:
-        image_size, patch_size = tower_geometry(folder, tower)
+        image_size, patch_size = tower_geometry(folder, None if tower is None else str(tower))
     except ValueError:
         return None
     frames, pooling = frames_to_make(config, second=second), pooling_to_make(config, second=second)

@@ -68,7 +68,7 @@ def test_a_run_on_videos_is_that_on_both_towers_features(run, tmp_path, workers,
         assert f"{len(VIDEOS)} videos of --video_folder{which} have no feature file there" in caplog.text
     assert len(encoders) == 2 and not any(started(each.pid) for each in encoders)
     told, before = of_weights(out / "checkpoint-6"), of_weights(run / "before" / "checkpoint-6")
-    assert told == before and told.second.tower == str(run / "tower_2")
+    assert told == before and told.second is not None and told.second.tower == str(run / "tower_2")
     # What was made is used again, and the second tower is that of the weights.
     caplog.clear()
     start = "--pretrain_mm_mlp_adapter", str(out), "--clip_feat_path", str(out / "features"), "--max_steps", "1"
