@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastvid.data.annotations import Examined, Remarks
-from fastvid.data.on_disk import NO_NAME, NOT_PLAIN, Block, RecordFile
+from fastvid.data.on_disk import Block, RecordFile
 from fastvid.data.records import place
+from fastvid.data.scanning import NO_NAME, NOT_PLAIN
 from fastvid.data.styles import canonical, record_videos
 from fastvid.files import StrPath
 

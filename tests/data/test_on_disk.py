@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data import on_disk
+from fastvid.data import on_disk, scanning
 from fastvid.data.annotations import examine
 from fastvid.data.on_disk import RecordFile
-from fastvid.data.plain import PLAIN, ROLE
+from fastvid.data.plain import PLAIN, ROLE, Matcher, match_lines
 from fastvid.data.records import read_records
 from fastvid.data.table import RecordTable
 from fastvid.policy import POLICIES
@@ -59,7 +59,7 @@ def scanned(path, **how):
 @pytest.mark.parametrize("chunk", [40, 700, 2**24])
 @pytest.mark.parametrize("form", FILES)
 def test_every_form_is_read_as_a_whole_file_is(tmp_path, monkeypatch, form, chunk):
-    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "CHUNK", chunk)
     (tmp_path / "a.json").write_bytes(FILES[form])
     file, blocks = scanned(tmp_path / "a.json")
     assert [file[i] for i in range(len(file))] == read_records(tmp_path / "a.json")
@@ -70,7 +70,7 @@ def test_every_form_is_read_as_a_whole_file_is(tmp_path, monkeypatch, form, chun
 
 @pytest.mark.slow
 def test_processes_find_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_disk, "_CHUNK", 500)
+    monkeypatch.setattr(scanning, "CHUNK", 500)
     (tmp_path / "a.jsonl").write_bytes(FILES["utf-8"])
     (alone, blocks), (beside, others) = scanned(tmp_path / "a.jsonl"), scanned(tmp_path / "a.jsonl", processes=2)
     assert alone._begins == beside._begins and alone._ends == beside._ends and len(blocks) == len(others) > 4
@@ -138,21 +138,21 @@ def test_a_pipe_is_read_once():
 )
 @pytest.mark.parametrize("chunk", [200, 2**24])
 def test_what_is_wrong_is_told_as_of_a_whole_file(tmp_path, monkeypatch, content, message, chunk):
-    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "CHUNK", chunk)
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         table(tmp_path / "a.json")
-    monkeypatch.setattr(on_disk, "_READ_AGAIN", 10)  # of a file too large to be read as a whole
+    monkeypatch.setattr(scanning, "READ_AGAIN", 10)  # of a file too large to be read as a whole
     with pytest.raises(ValueError, match=r"a.json"):
         table(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("content", [LINES[0][:-3] + b"," + LINES[1], b"\n,\n".join(LINES), LINES[0]])
 def test_a_large_faulty_array_is_not_read_as_a_whole(tmp_path, monkeypatch, content):
-    sizes, read = [], on_disk._read
-    monkeypatch.setattr(on_disk, "_read", lambda file, at, size: sizes.append(size) or read(file, at, size))
-    monkeypatch.setattr(on_disk, "_CHUNK", 10)
-    monkeypatch.setattr(on_disk, "_READ_AGAIN", 1000)
+    sizes, read = [], scanning.read
+    monkeypatch.setattr(scanning, "read", lambda file, at, size: sizes.append(size) or read(file, at, size))
+    monkeypatch.setattr(scanning, "CHUNK", 10)
+    monkeypatch.setattr(scanning, "READ_AGAIN", 1000)
     monkeypatch.setattr(on_disk.records, "read_records", lambda path: pytest.fail("the file was read as a whole"))
     (tmp_path / "a.json").write_bytes(b"[" + content + b" " * 5000)
     with pytest.raises(ValueError, match=r"a.json: record \d+ .from 0., or what stands around it, is no JSON; mend"):
@@ -176,8 +176,8 @@ def test_a_blank_line_is_the_same_to_all(tmp_path, blank, fault):
 
 @pytest.mark.parametrize(("chunk", "limit"), [(40, 2**30), (2**24, 10)])
 def test_late_carriage_returns_are_told_with_what_replaces_them(tmp_path, monkeypatch, chunk, limit):
-    monkeypatch.setattr(on_disk, "_CHUNK", chunk)
-    monkeypatch.setattr(on_disk, "_READ_AGAIN", limit)
+    monkeypatch.setattr(scanning, "CHUNK", chunk)
+    monkeypatch.setattr(scanning, "READ_AGAIN", limit)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.jsonl").write_bytes(b"\n".join(LINES[:9]) + b"\r" + LINES[9])
     with pytest.raises(
@@ -241,15 +241,14 @@ def table(path, missing=lambda name: None, use_start_end=True):
 PIECES = [
     '"', "\\", "\\n", "\\u003c", "\\u0041SSISTANT", "\\ud83c", "\\udf73", "\\ud83c\\udf73", "\\u00e9", "é", "\x01", "<",
     "<video>", "<image>", "</s>", "<unk>", "<vid_start>", "ASSISTANT", " ASSISTANT: ", " ", "word", "", "\\t",
-    "\\/", "\\x",
+    "\\/", "\\x", "\\\\", '\\"', "\\u12", "\x85", "\n",
 ]  # fmt: skip
 NAMES = ["a.mp4", "b", "", "file://a.mp4", "data:x", "file:", "file:///a", "https://a/b.mp4"]
 texts = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_what_the_pattern_matches_is_fine_as_it_stands(data):
+def written(data):
+    """A record of such pieces, as bytes."""
     kind, name = data.draw(st.sampled_from(["video", "image"])), data.draw(st.sampled_from(NAMES))
     medium = data.draw(st.sampled_from([f'"{kind}": "{name}", ', "", '"videos": ["a"], ']))
     said = data.draw(st.lists(st.tuples(texts, texts), min_size=1, max_size=2))
@@ -258,14 +257,41 @@ def test_what_the_pattern_matches_is_fine_as_it_stands(data):
         f'{{"from": "human", "value": "{question}"}}, {{"from": "gpt", "value": "{answer}"}}'
         for question, answer in said
     )
-    written = f'{{"id": "{data.draw(texts)}", {medium}"conversations": [{turns}]}}'.encode()
-    match = PLAIN.fullmatch(written)
-    if match is None or ROLE in written:
+    return f'{{"id": "{data.draw(texts)}", {medium}"conversations": [{turns}]}}'.encode()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_what_the_pattern_matches_is_fine_as_it_stands(data):
+    given = written(data)
+    match = PLAIN.fullmatch(given)
+    if match is None or ROLE in given:
         return
     for policy in POLICIES.values():
-        found = examine(json.loads(written), policy=policy, use_start_end=True)
+        found = examine(json.loads(given), policy=policy, use_start_end=True)
         assert found.fault is None and found.remarks == []
     assert found.record.get("video") == (None if match[3] is None else match[3].decode())
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_the_quick_pattern_matches_what_the_whole_one_does(data):
+    given = [written(data) for _ in range(3)]
+    expected = [PLAIN.fullmatch(each) for each in given]
+    names = [None if match is None else (match.end(), match[3]) for match in expected]
+    ends = np.cumsum([len(each) + 1 for each in given]) - 1
+    begins = np.append(0, ends[:-1] + 1)
+    for joined in (b"\n".join(given), b" ".join(given) + b"\\"):
+        found = [*match_lines(joined, begins, ends)]
+        assert [m and (m.end() - b, m[3]) for m, b in zip(found, begins.tolist())] == names
+        found = [*map(Matcher(joined), begins.tolist())]
+        whole = [PLAIN.match(joined, begin) for begin in begins.tolist()]
+        assert [m and (m.span(), m[3]) for m in found] == [m and (m.span(), m[3]) for m in whole]
+
+
+def test_a_whole_character_of_two_escapes_is_plain():
+    sound, half = (record(answer=text) for text in ("\U0001f373", "\ud83c a"))
+    assert PLAIN.fullmatch(json.dumps(sound).encode()) and not PLAIN.fullmatch(json.dumps(half).encode())
 
 
 @pytest.mark.parametrize("name", NAMES)
