@@ -212,6 +212,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON object ({error}); copy the model's folder again") from error
 
 
+_PACKED = {
+    b"\x1f\x8b": ("gzip", ".gz", "gunzip"),
+    b"BZh": ("bzip2", ".bz2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("xz", ".xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", ".zst", "unzstd"),
+}
+
+
 def wrong_content(path: StrPath) -> str | None:
     """Why a file cannot hold what its name says, as far as its first bytes tell, with the remedy; None if it may.
 
@@ -230,10 +238,11 @@ def wrong_content(path: StrPath) -> str | None:
             "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull` in its folder, or download it "
             "again with `hf download`"
         )
-    if head.startswith(b"\x1f\x8b"):
-        name = Path(path).name
-        naming = "" if name.endswith(".gz") else f"name it {shown(name)}.gz and "  # gunzip takes no other ending
-        return f"is packed with gzip; {naming}unpack it with `gunzip`"
+    for beginning, (packer, ending, command) in _PACKED.items():
+        if head.startswith(beginning):
+            name = Path(path).name
+            naming = "" if name.endswith(ending) else f"name it {shown(name)}{ending} and "  # gunzip wants its ending
+            return f"is packed with {packer}; {naming}unpack it with `{command}`"
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a web page (HTML), not the file itself; download it again"
     return None if head else "is empty; download or write it again"

@@ -456,6 +456,20 @@ DATA_FILES = [
         "validate",
     ),
     (
+        "bzip2 train.json && mv train.json.bz2 train.json",
+        "validate",
+        "is packed with bzip2; name it train.json.bz2 and unpack it with `bunzip2`",
+        "mv train.json train.json.bz2 && bunzip2 -q train.json.bz2",
+        "validate",
+    ),
+    (
+        "xz train.json && mv train.json.xz train.json",
+        "validate",
+        "is packed with xz; name it train.json.xz and unpack it with `unxz`",
+        "mv train.json train.json.xz && unxz -q train.json.xz",
+        "validate",
+    ),
+    (
         "sed 's/red/caf\\xe9/' train.json > l.json",
         "validate --data_path l.json",
         "is not UTF-8 … save the file as UTF",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastvid.data.media import Unreadable
 from fastvid.data.names import ASSISTANT, END, EOS, IMAGE, PATCH, START, UNK, VIDEO
 from fastvid.data.records import place
-from fastvid.data.styles import conversation
+from fastvid.data.styles import Conversation, conversation
 from fastvid.features.names import SUFFIXES
 from fastvid.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, StrPath, shown
 from fastvid.policy import Policy
@@ -32,7 +32,7 @@ _FILES_OF_OTHERS = (".wav", ".mp3", ".flac", ".ogg", ".m4a", ".ply", ".pcd")
 _SEPARATOR = f" {ASSISTANT}: "
 _READ = {"id", "video", "videos", "image", "images", "conversations"}  # fields of training records
 _NAMES = {
-    "video": re.compile(r"video_?(path|file|filename|name|url|id)s?", re.IGNORECASE),
+    "video": re.compile(r"(video|gif)_?(path|file|filename|name|url|id)s?", re.IGNORECASE),
     "image": re.compile(
         r"(image_?|(img|photo|picture)s?_?)(path|file|filename|name|url|id)s?|(img|photo|picture)s?", re.IGNORECASE
     ),
@@ -126,6 +126,18 @@ class Remarks:
         return lines + [f"… and {more} more kinds of remarks"] * (more > 0)
 
 
+def of_other_media(record: dict[str, Any], read: Conversation) -> str | None:
+    """Why a record is about something that a training record of it would not name; None if it is not.
+
+    Args:
+        record: as it was given.
+        read: what it says.
+    """
+    texts = asked_and_answered(read.record)
+    fault = _other_medium(record, read.media, texts[::2], _OTHER_PLACEHOLDER.search("\n".join(texts)))
+    return fault and fault.text
+
+
 def asked_and_answered(record: dict[str, Any]) -> list[str]:
     """The questions and answers in turn; what gpt says before the first question is left out."""
     turns = record["conversations"]
@@ -154,13 +166,19 @@ def _other_medium(record, media, questions, placeholder):
         placeholder: match of a placeholder of something else in its texts; None without one.
     """
     for name, value in record.items():
-        if name in _READ or not value or not isinstance(value, (str, list, dict)):
+        if name in _READ or not value or isinstance(value, (bool, float)):
+            continue
+        if isinstance(value, int):  # as some sets number their videos
+            if not media and _NAMES["video"].fullmatch(name):
+                return _named_elsewhere(name, "video")
             continue
         if _OTHER_MEDIA.fullmatch(name) and (placeholder or not media):
             return _of_something_else(f"field '{shown(name)}'")
         for kind, pattern in _NAMES.items():
             if pattern.fullmatch(name) and (not media or (placeholder and kind == "image")):
                 return _named_elsewhere(name, kind)
+        if not media and isinstance(value, dict) and "source_video_id" in value:  # PLM's questions about clips
+            return _named_elsewhere(f"{name}.source_video_id", "video")
     for name, value in record.items() if not media and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:
             if not isinstance(file, str) or name == "id":

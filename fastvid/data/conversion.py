@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastvid.data.annotations import Remarks
+from fastvid.data.annotations import Remarks, of_other_media
 from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places
 from fastvid.data.names import IMAGE, VIDEO
@@ -20,6 +20,15 @@ from fastvid.files import StrPath, shown
 
 _PLACED = "no placeholder in the text: the video or image is put before the first question"
 _OF_REFERENCE = {"videoinstruct", "training", None}  # styles that the reference's files have; None: malformed records
+# Fields of records that are not converted, and why; the first that is there counts.
+_KNOWN_BY = {
+    "chosen rejected": "holds an answer that is chosen and one that is rejected: preferences are not trained on",
+    "Q Q1": "is of VCGBench, which is no training set: `fastvid evaluate --task vcg` asks its questions",
+    "candidates options choices": "is of a multiple-choice benchmark: `fastvid evaluate --task mc` asks its questions",
+    "message_lists message_list": "holds several conversations about one video; write each as a record of its own",
+    "caption captions dense_captions merged_caption enCap": "holds a caption and no question; write a record of "
+    "'question' and 'answer', where the caption is the answer",
+}
 _NUMBER = re.compile(r"\d+")
 
 
@@ -73,6 +82,8 @@ def style_of(record: Any) -> str | None:
         return "swift"
     if has(record, "instruction", "output") or has(record, "question", "answer"):
         return "alpaca"
+    if has(record, "prompt", "completion"):
+        return "alpaca"
     turns = record.get("conversations" if has(record, "conversations") else "conversation")
     if not isinstance(turns, list):
         return None
@@ -116,7 +127,7 @@ def convert_any(
     for index, record in enumerate(records):
         own = style_of(record)
         done.styles[own] += 1
-        if own is None and isinstance(record, dict) and not {"q", "a", "video_id"}.isdisjoint(record):
+        if own is None and isinstance(record, dict) and not {"q", "a"}.isdisjoint(record):
             own = "videoinstruct"  # without some field, which is told
         try:
             if not isinstance(record, dict):
@@ -124,10 +135,7 @@ def convert_any(
             if style not in ("auto", own):
                 raise Unreadable("", f"is of the style {own or 'of no trainer that is known'}, not of --from {style}")
             if own is None:
-                fields = ", ".join(map(shown, list(record)[:8])) or "no fields"
-                raise Unreadable(
-                    "", f"has {fields}: a style that is not known; docs/record-styles.md lists those that are"
-                )
+                raise Unreadable("", _why_unknown(record))
             if own == "videoinstruct":
                 if fault := add_converted(done, record, index, feature_ids):
                     raise Unreadable(*fault)
@@ -157,9 +165,20 @@ def _refusal(path, index, field, reason):
     )
 
 
+def _why_unknown(record):
+    """Why a record of no style is not converted."""
+    for fields, reason in _KNOWN_BY.items():
+        if not set(fields.split()).isdisjoint(record):
+            return reason
+    fields = ", ".join(map(shown, list(record)[:8])) or "no fields"
+    return f"has {fields}: a style that is not known; docs/record-styles.md lists those that are"
+
+
 def _converted(record, index, media_root):
     """(training record, remarks, names of its media) of a record."""
     read = conversation(record, index)
+    if elsewhere := of_other_media(record, read):
+        raise Unreadable("", f"is not converted: {elsewhere}")
     turns, remarks, media = read.turns, list(read.remarks), read.media
     if media_root is not None:
         media = [Medium(kind, _below(name, media_root)) for kind, name in media]

@@ -139,6 +139,7 @@ def _conversation(record, remarks, media):
         ("query", "response", None),
         ("instruction", "output", "input"),
         ("question", "answer", None),
+        ("prompt", "completion", None),
     ):
         if has(record, question, answer):
             remarks.append(f"fields '{question}' and '{answer}' are read as \"conversations\"")

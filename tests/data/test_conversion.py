@@ -11,6 +11,7 @@ from fastvid.config import STYLES, ConvertConfig
 from fastvid.data.annotations import examine
 from fastvid.data.conversion import convert_any, style_of
 from fastvid.data.records import read_records
+from fastvid.evaluation.tasks import read_samples
 from fastvid.policy import POLICIES
 
 ASKED = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}]
@@ -87,6 +88,80 @@ def test_a_bad_record_costs_itself_and_kinds_have_a_line_each(tmp_path, capsys):
         convert.main([*flags, "--on_bad", "error"])
 
 
+ASKED_OF = {"question": "Which?", "answer": "blue"}
+NOT_CONVERTED = {
+    "activitynet-qa": (
+        {**ASKED_OF, "video_name": "v_1"},
+        "field 'video_name' is not read; a record names its",
+    ),
+    "msvd-qa": ({**ASKED_OF, "id": 3, "video_id": 1301}, "field 'video_id' is not read; a record names its"),
+    "tgif-qa": ({**ASKED_OF, "gif_name": "tumblr_1"}, "field 'gif_name' is not read; a record names its"),
+    "plm, clips": ({**ASKED_OF, "metadata": {"source_video_id": "v"}}, "field 'metadata.source_video_id' is not read"),
+    "audio": (
+        {
+            "messages": [{"role": "user", "content": "<audio>Hm?"}, {"role": "assistant", "content": "a"}],
+            "audios": ["a"],
+        },
+        "field 'audios': only videos, images and text are trained on",
+    ),
+    "vcgbench": ({"Q": "Which?", "A": "blue", "video_name": "v"}, "is of VCGBench.*fastvid evaluate --task vcg"),
+    "vcgbench, consistency": ({"Q1": "a", "Q2": "b", "A": "c", "video_name": "v"}, "is of VCGBench, which is no train"),
+    "video-mme": (
+        {"videoID": "v", "question": "Which?", "options": ["A"]},
+        "fastvid evaluate --task mc",
+    ),
+    "molmo2": ({"video": "v", "message_lists": [[ASKED_OF]]}, "several conversations about one video; write each as a"),
+    "plm, regions": (
+        {"uid": 1, "video": "v", "caption": "c", "start_frame": 0},
+        "a caption and no question; ",
+    ),
+    "captions by time": ({"video_id": "v", "captions": [{"content": "c"}]}, "holds a caption and no question"),
+    "preferences": ({"prompt": "Which?", "chosen": "a", "rejected": "b"}, "preferences are not trained on"),
+    "frames": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "video", "video": ["0"]}, {"type": "text", "text": "a"}],
+                },
+                {"role": "assistant", "content": "blue"},
+            ]
+        },
+        "turn 0, part 0 does not name a file, but a list",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "reason"), NOT_CONVERTED.values(), ids=NOT_CONVERTED)
+def test_what_is_not_converted_says_why(given, reason):
+    done = convert_any([given], path="p", on_bad="drop")
+    assert not done.records and len(done.kinds("p")) == 1 and re.search(reason, done.kinds("p")[0])
+
+
+def test_what_is_not_converted_is_taken_once_mended_as_told(tmp_path):
+    def written(name, records):
+        (tmp_path / name).write_text(json.dumps(records))
+        return tmp_path / name
+
+    caption, several = NOT_CONVERTED["plm, regions"][0], NOT_CONVERTED["molmo2"][0]["message_lists"]
+    mended = [{"video": "v", "question": "Describe it.", "answer": caption["caption"]}]
+    mended += [{"video": "v", **each} for conversation in several for each in conversation]
+    assert len(convert_any(mended, path="p").records) == 2
+    samples, _ = read_samples("vcg", written("generic_qa.json", [NOT_CONVERTED["vcgbench"][0]]))
+    assert [sample.texts for sample in samples] == [("Which?",)]
+    choice = {**NOT_CONVERTED["video-mme"][0], "options": ["red", "blue"], "answer": "B"}
+    samples, _ = read_samples("mc", written("choices.json", [choice]))
+    assert [sample.options[sample.right] for sample in samples] == ["blue"]
+    named = {**NOT_CONVERTED["activitynet-qa"][0], "video": "v_1.mp4"}
+    assert convert_any([named], path="p").records[0]["video"] == "v_1.mp4"
+
+
+def test_texts_of_prompt_and_completion_are_a_question_and_its_answer():
+    done = convert_any([{"prompt": "Which?", "completion": "blue"}, {**ASKED_OF, "video": "v.mp4"}], path="p")
+    assert [record["conversations"][1]["value"] for record in done.records] == ["blue", "blue"]
+    assert done.records[1]["video"] == "v.mp4" and done.styles == {"alpaca": 2}
+
+
 def test_a_style_that_is_named_is_the_only_one():
     swift = {"query": "<video>Which?", "response": "blue", "videos": ["a.mp4"]}
     done = convert_any([swift, {**swift, "QA": []}], path="in.json", style="swift")
@@ -117,8 +192,8 @@ def test_a_field_that_videoinstruct_lacks_is_named(style):
 
 
 def test_an_unknown_style_is_named_by_its_fields():
-    done = convert_any([{"message_lists": [], "clip": "a"}, {}], path="p", on_bad="drop")
-    assert done.dropped[0][2].startswith("has message_lists, clip: a style that is not known")
+    done = convert_any([{"lists": [], "clip": "a"}, {}], path="p", on_bad="drop")
+    assert done.dropped[0][2].startswith("has lists, clip: a style that is not known")
     assert done.dropped[1][2].startswith("has no fields")
 
 

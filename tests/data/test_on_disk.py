@@ -289,6 +289,27 @@ def test_the_quick_pattern_matches_what_the_whole_one_does(data):
         assert [m and (m.span(), m[3]) for m in found] == [m and (m.span(), m[3]) for m in whole]
 
 
+def test_the_quick_pattern_knows_every_two_pieces_side_by_side():
+    turns = '[{"from": "human", "value": "%s"}, {"from": "gpt", "value": "%s"}]'
+    given = []
+    for piece in (a + b for a in PIECES for b in PIECES):
+        for identity, name, asked, answered in (
+            (piece, "v", "a<video>b", "c"),
+            ("i", piece, "<video>", "c"),
+            ("i", "v", f"a{piece}b", "c"),
+            ("i", "v", "<video>", f"a{piece}b"),
+        ):
+            for medium in (f'"video": "{name}", ', ""):
+                given.append(f'{{"id": "{identity}", {medium}"conversations": {turns % (asked, answered)}}}'.encode())
+    ends = np.cumsum([len(each) + 1 for each in given]) - 1
+    begins, joined = np.append(0, ends[:-1] + 1), b"\n".join(given)
+    found, matcher = match_lines(joined, begins, ends), Matcher(joined)
+    for each, match, begin in zip(given, found, begins.tolist(), strict=True):
+        expected, other = PLAIN.fullmatch(each), matcher(begin)
+        assert (match is None, match and match[3]) == (expected is None, expected and expected[3]), each
+        assert (other and other.end()) == ((whole := PLAIN.match(joined, begin)) and whole.end()), each
+
+
 def test_a_whole_character_of_two_escapes_is_plain():
     sound, half = (record(answer=text) for text in ("\U0001f373", "\ud83c a"))
     assert PLAIN.fullmatch(json.dumps(sound).encode()) and not PLAIN.fullmatch(json.dumps(half).encode())
