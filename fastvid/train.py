@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
 
     tokenizer = load_tokenizer(config.model_name_or_path, config.mm_use_vid_start_end)
     config = dataclasses.replace(config, version=settled_version(config.version, tokenizer, config.policy))
-    samples = SampleSet(config.data_path, tokenizer, training_features(config), config)
+    samples = SampleSet(config.data_path, tokenizer, training_features(config), config, world)
     model_config = read_model_config(
         config.model_name_or_path,
         projector_type=config.mm_projector_type,

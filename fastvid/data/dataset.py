@@ -17,6 +17,7 @@ from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_
 from fastvid.data.table import RecordTable
 from fastvid.data.tokenizer import ModelTokenizer
 from fastvid.data.video_tokens import VideoRows
+from fastvid.dist.parallel import World
 from fastvid.features.folder import FeatureFolder
 from fastvid.files import StrPath, shown
 from fastvid.pooling import RECIPE
@@ -36,6 +37,7 @@ class SampleSet:
         tokenizer: as `load_tokenizer` gives it.
         features: `fastvid.features.folder.FeatureFolder`, or None for text only.
         config: `TrainConfig`.
+        world: ranks that all make this set; None: this process is alone.
 
     Attributes:
         records: `RecordTable`.
@@ -48,7 +50,12 @@ class SampleSet:
     HEADERS = 64  # feature files whose headers are looked at before the first step, spread over the set
 
     def __init__(
-        self, paths: Iterable[StrPath], tokenizer: ModelTokenizer, features: FeatureFolder | None, config: TrainConfig
+        self,
+        paths: Iterable[StrPath],
+        tokenizer: ModelTokenizer,
+        features: FeatureFolder | None,
+        config: TrainConfig,
+        world: World | None = None,
     ):
         self.tokenizer, self.features, self.config = tokenizer, features, config
         self.records = RecordTable(
@@ -57,6 +64,7 @@ class SampleSet:
             ),
             self._missing_feature,
             config.dataloader_num_workers,
+            world,
         )
         for path in paths:
             self.records.add(path)

@@ -226,7 +226,7 @@ def evaluation_loader(config: TrainConfig, training: Loader[TrainingOrder], worl
         ValueError: records or features that cannot be used.
     """
     trained = training.samples
-    samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config)
+    samples = SampleSet(config.eval_data_path, trained.tokenizer, trained.features, config, world)
     samples.fit(trained.channels, trained.rows_of.required)
     order = EvaluationOrder(len(samples), config.per_device_eval_batch_size, world.rank, world.size)
     loader = Loader(samples, order, workers=config.dataloader_num_workers, pin=training.pin, packing=training.packing)

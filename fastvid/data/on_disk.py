@@ -7,7 +7,6 @@ pipes) are unpacked to JSONL first: into memory or, if that is much, a temporary
 import json
 import os
 import shlex
-import tempfile
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastvid.data import records, scanning
+from fastvid.data.unpacking import once_a_machine, unpacked
+from fastvid.dist.parallel import World
 from fastvid.files import StrPath, shown
 
 _HELD = 64 * 2**20  # bytes of unpacked records that stay in memory
@@ -44,10 +45,11 @@ class RecordFile:
 
     Args:
         path: JSON, JSONL or Parquet, as `fastvid.data.records.read_records` reads it.
+        world: ranks that all scan it, one of which unpacks it on each machine; None: this process is alone.
     """
 
-    def __init__(self, path: StrPath):
-        self.path = path
+    def __init__(self, path: StrPath, world: World | None = None):
+        self.path, self._world = path, world
         self._file: int | None = None  # a descriptor
         self._close: weakref.finalize | None = None
         self._bytes: bytes | None = None
@@ -106,11 +108,11 @@ class RecordFile:
         """
         form = self._open()
         try:
-            yield from self._noted(self._unpacked() if form is None else form(self._file, processes))
+            yield from self._noted(self._unpacked(processes) if form is None else form(self._file, processes))
         except scanning.OtherForm:
             if len(self) or os.path.getsize(self.path) > scanning.READ_AGAIN:
                 raise (self._line_ends() if form is scanning.lines else self.fault(len(self))) from None
-            yield from self._noted(self._unpacked())
+            yield from self._noted(self._unpacked(processes))
         if self._bytes is not None:
             self._hold(None)
 
@@ -143,27 +145,14 @@ class RecordFile:
             return None
         return scanning.lines if isinstance(value, dict) and records.is_record(value) else None
 
-    def _unpacked(self):
+    def _unpacked(self, processes):
         """The records as JSONL, where they are read from now on."""
-        self._seen, lines, size = None, _dumped(self.path), 0
-        try:
-            with tempfile.TemporaryFile(prefix="fastvid-") as file:
-                for line in lines:
-                    size += len(line)
-                    file.write(line)
-                file.flush()
-                self._hold(os.dup(file.fileno()))
-                if size <= _HELD:
-                    self._bytes = scanning.read(self._file, 0, _HELD)
-        except OSError as error:
-            size += sum(map(len, lines))
-            where = f" ({shown(tempfile.tempdir)})" if tempfile.tempdir else ""  # None: no folder can be written to
-            raise ValueError(
-                f"{shown(self.path)} cannot be unpacked to $TMPDIR{where}, where it takes {size:,} bytes "
-                f"({error.strerror}); set TMPDIR to a folder with room for it, or write the records as JSONL"
-            ) from error
+        self._seen = None
+        self._hold(once_a_machine(self._world, lambda: unpacked(self.path, _dumped(self.path))))
         assert self._file is not None
-        yield from scanning.lines(self._file, 0)
+        if os.fstat(self._file).st_size <= _HELD:
+            self._bytes = scanning.read(self._file, 0, _HELD)
+        yield from scanning.lines(self._file, processes)
 
     def _hold(self, descriptor):
         """Keep a descriptor open as long as this object lives, or until the next one."""

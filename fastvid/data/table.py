@@ -14,6 +14,7 @@ from fastvid.data.on_disk import Block, RecordFile
 from fastvid.data.records import place
 from fastvid.data.scanning import NO_NAME, NOT_PLAIN
 from fastvid.data.styles import canonical, record_videos
+from fastvid.dist.parallel import World
 from fastvid.files import StrPath
 
 _SEVERAL = -2  # in `RecordTable.first_video`: see `_several`
@@ -27,6 +28,7 @@ class RecordTable:
         examine: what is made of a record and its number.
         missing: why the features of a video are not to be had; None if they are. Asked once for each name.
         processes: as many look at large files; 0: this one.
+        world: ranks that all make this table; None: this process is alone.
 
     Attributes:
         counts: usable records of each file.
@@ -41,8 +43,9 @@ class RecordTable:
         examine: Callable[[Any, int], Examined],
         missing: Callable[[str], str | None],
         processes: int = 0,
+        world: World | None = None,
     ):
-        self._examine, self._missing, self._processes = examine, missing, processes
+        self._examine, self._missing, self._processes, self._world = examine, missing, processes, world
         self.counts: list[int] = []
         self.names: list[str] = []
         self.remarks, self.unusable, self.bad = Remarks(), 0, []
@@ -60,7 +63,7 @@ class RecordTable:
         Raises:
             ValueError: the file cannot be read.
         """
-        file, before = RecordFile(path), len(self)
+        file, before = RecordFile(path, self._world), len(self)
         self._files.append(file)
         for block in file.scan(self._processes):
             if (block.name_of == NOT_PLAIN).any() or any(self._why_not(name) for name in block.names):

@@ -35,6 +35,8 @@ class _SentencePiece:
         pieces = range(self._processor.get_piece_size())
         self._ids = {self._processor.id_to_piece(i): i for i in pieces}
         self._bytes = {self._processor.id_to_piece(i) for i in pieces if self._processor.is_byte(i)}
+        names = map(self._processor.id_to_piece, pieces)
+        self._lengths = [1 if piece in self._bytes else len(piece.encode()) for piece in names]
         self._unk = self._processor.unk_id()
         self.size = len(pieces)
 
@@ -45,16 +47,21 @@ class _SentencePiece:
         return self._processor.encode(text)
 
     def encode_cut(self, text, cut):
-        pieces = self._processor.encode(text, out_type=str)
+        ids = self._processor.encode(text)
         # Pieces spell the normalized text; a byte piece such as <0xF0> stands for one byte of it.
         left = len(self._processor.normalize(text[:cut]).encode())
+        if self._unk in ids:  # any text may have become that
+            pieces = self._processor.encode(text, out_type=str)
+            lengths = (1 if piece in self._bytes else len(piece.encode()) for piece in pieces)
+        else:
+            lengths = (self._lengths[i] for i in ids)
         count = 0
-        for piece in pieces:
+        for length in lengths:
             if left <= 0:
                 break
-            left -= 1 if piece in self._bytes else len(piece.encode())
+            left -= length
             count += 1
-        return [self._ids.get(piece, self._unk) for piece in pieces], count
+        return ids, count
 
     def decode(self, ids):
         return self._processor.decode(ids)

@@ -9,6 +9,7 @@ from family_folders import CHATML, KINDS, write_tokenizer
 
 from fastvid.data.conversation import encode_sample, inference_prompt, settled_version, system_prefix
 from fastvid.data.names import END, PATCH, START
+from fastvid.data.styles import canonical
 from fastvid.data.templates import ChatTemplate, _trimmed
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.policy import POLICIES
@@ -52,6 +53,8 @@ def conversations(number=60):
         for _ in range(2 * draw.randint(1, 4)):
             words = draw.choices(WORDS, k=draw.randint(1, 9))
             texts.append(draw.choice(["", " ", "\n"]) + " ".join(words) + draw.choice(["", " ", "\n"]))
+        for k in range(1, len(texts) - 1, 2):  # an answer before the last may be empty
+            texts[k] = draw.choice([texts[k]] * 7 + [""])
         names = draw.choice([[], ["a"], ["b"], ["a", "b"]])
         for _ in names:
             texts[0] = draw.choice([f"<video>\n{texts[0]}", f"{texts[0]}\n<video>"])
@@ -126,6 +129,16 @@ def test_ids_and_spans_are_those_of_apply_chat_template(tokenizer, theirs):
         supervised += len(sample.supervised)
         assert all(ids[end - 1] == tokenizer.stops[0] for _, end in sample.supervised)
     assert supervised > 100
+
+
+def test_a_system_text_and_a_first_turn_from_gpt_are_left_out(tokenizer):
+    """Training reads such records as the same ones without."""
+    for record in conversations(9):
+        plain = encoded(record, tokenizer)
+        for before in ({"from": "system", "value": "Be brief."}, {"from": "gpt", "value": "Hello."}):
+            longer = {**record, "conversations": [before, *record["conversations"]]}
+            found = encoded(canonical(longer)[0], tokenizer)
+            assert (found.token_ids, found.supervised) == (plain.token_ids, plain.supervised)
 
 
 THOUGHTS = ("<think>", "</think>")  # a model's own, which a record may hold

@@ -4,18 +4,22 @@ import json
 import os
 import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 
-from fastvid.data import on_disk, scanning
+from fastvid.data import on_disk, scanning, unpacking
 from fastvid.data.annotations import examine
 from fastvid.data.on_disk import RecordFile
 from fastvid.data.plain import PLAIN, ROLE, Matcher, match_lines
 from fastvid.data.records import read_records
 from fastvid.data.table import RecordTable
+from fastvid.dist.parallel import World
 from fastvid.policy import POLICIES
 
 
@@ -112,6 +116,50 @@ def test_parquet_is_read(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([RECORDS[0], RECORDS[5]]), tmp_path / "a.parquet")
     file, (block,) = scanned(tmp_path / "a.parquet")
     assert [file[0], file[1]] == [RECORDS[0], RECORDS[5]] and block.names == ["v_0.mp4", "v_2.mp4"]
+
+
+def unpacked_on(rank, path, how, held):
+    on_disk._HELD = held
+    ranks = [World(i, 3, i, torch.device("cpu"), True) for i in range(3)]
+    if how == "other machines":
+        unpacking._machine = lambda: str(rank % 2)
+    elif how == "other users":
+        unpacking.os = SimpleNamespace(**{**vars(os), "open": denied})
+    elif how == "full":
+        on_disk.unpacked = fail
+    file, asked = RecordFile(path, ranks[rank]), []
+    dumped = on_disk._dumped
+    on_disk._dumped = lambda path: asked.append(rank) or dumped(path)
+    try:
+        list(file.scan())
+    except ValueError as error:
+        return str(error)
+    return [file[i] for i in range(len(file))], len(asked)
+
+
+def fail(path, lines):
+    raise ValueError("no room")
+
+
+def denied(path, flags):
+    raise PermissionError(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "times"), [("one machine", [1, 0, 0]), ("other machines", [1, 1, 0]), ("other users", [1, 1, 1])]
+)
+@pytest.mark.parametrize("held", [0, 2**26])
+def test_one_rank_of_a_machine_unpacks_for_all(tmp_path, how, times, held):
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    found = on_ranks(3, unpacked_on, tmp_path, tmp_path / "a.json", how, held)
+    assert [records for records, _ in found] == [RECORDS] * 3 and [number for _, number in found] == times
+
+
+@pytest.mark.slow
+def test_all_ranks_end_where_one_has_no_room_to_unpack(tmp_path):
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    assert on_ranks(3, unpacked_on, tmp_path, tmp_path / "a.json", "full", 0) == ["no room"] * 3
 
 
 def test_a_pipe_is_read_once():
