@@ -53,8 +53,6 @@ def conversations(number=60):
         for _ in range(2 * draw.randint(1, 4)):
             words = draw.choices(WORDS, k=draw.randint(1, 9))
             texts.append(draw.choice(["", " ", "\n"]) + " ".join(words) + draw.choice(["", " ", "\n"]))
-        for k in range(1, len(texts) - 1, 2):  # an answer before the last may be empty
-            texts[k] = draw.choice([texts[k]] * 7 + [""])
         names = draw.choice([[], ["a"], ["b"], ["a", "b"]])
         for _ in names:
             texts[0] = draw.choice([f"<video>\n{texts[0]}", f"{texts[0]}\n<video>"])
@@ -129,6 +127,25 @@ def test_ids_and_spans_are_those_of_apply_chat_template(tokenizer, theirs):
         supervised += len(sample.supervised)
         assert all(ids[end - 1] == tokenizer.stops[0] for _, end in sample.supervised)
     assert supervised > 100
+
+
+def test_an_empty_answer_is_there_and_not_supervised(tokenizer, theirs):
+    empty = 0
+    for number, record in enumerate(conversations(24)):
+        turns = record["conversations"]
+        for turn in turns[1::2][number % 2 :: 2]:
+            turn["value"] = ""
+        sample, messages = encoded(record, tokenizer), messages_of(record, tokenizer)
+        if "strftime_now" in theirs.chat_template:
+            theirs.chat_template = theirs.chat_template.replace("strftime_now('%d %b %Y')", f"'{DAY}'")
+        ids = theirs.apply_chat_template(messages, enable_thinking=False, return_dict=True)["input_ids"]
+        rows = [ROWS[name] for name in record.get("videos", [])]
+        answers = [turn["value"] for turn in turns[1::2] if turn["value"]]
+        assert sample.token_ids == expanded(ids, ids, rows, tokenizer.tokens.patch)[0]
+        said = [tokenizer.decode(sample.token_ids[start:end]).strip() for start, end in sample.supervised]
+        assert said == [answer.strip() for answer in answers]
+        empty += len(turns) // 2 - len(answers)
+    assert empty > 20
 
 
 def test_a_system_text_and_a_first_turn_from_gpt_are_left_out(tokenizer):
