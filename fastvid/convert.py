@@ -1,5 +1,6 @@
 """``fastvid convert``: VideoInstruct's and other trainers' records to training records, or to those with features."""
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -7,11 +8,13 @@ from collections.abc import Sequence
 from fastvid import config as configs
 from fastvid.data import instructions
 from fastvid.data.conversion import Conversion, convert_any
-from fastvid.data.records import read_records, write_records
+from fastvid.data.on_disk import RecordFile
+from fastvid.data.records import RecordWriter
 from fastvid.features.names import SUFFIXES, stem
-from fastvid.files import VIDEO_SUFFIXES, shown
+from fastvid.files import VIDEO_SUFFIXES, atomic_file, shown
 from fastvid.flags import parse
 
+_NONE = object()
 LISTED = 20  # records left out that are named one by one
 
 
@@ -26,30 +29,42 @@ def convert(config: configs.ConvertConfig) -> Conversion:
     """
     path, folder = config.input_json_file, config.clip_feature_path
     ids = None if folder is None else instructions.feature_ids(folder)
-    records = read_records(path)
-    if not records:
+    records = _records(path)
+    if (first := next(records, _NONE)) is _NONE:
         raise ValueError(f"{shown(path)} holds no record; nothing was written")
-    done = convert_any(
-        records,
-        path=path,
-        style=config.from_,
-        on_bad=config.on_bad,
-        feature_ids=ids,
-        missing=None if folder is None else _missing(folder),
-        media_root=config.media_root,
-    )
-    if folder is None and done.unchanged == len(records):
-        raise ValueError(
-            f"{shown(path)} holds training records already, which need no conversion; with "
-            "--clip_feature_path those are kept whose videos have features"
+    with atomic_file(config.output_json_file) as file:
+        writer = RecordWriter(file, config.output_json_file)
+        done = convert_any(
+            itertools.chain([first], records),
+            path=path,
+            style=config.from_,
+            on_bad=config.on_bad,
+            feature_ids=ids,
+            missing=None if folder is None else _missing(folder),
+            media_root=config.media_root,
+            into=writer,
         )
-    if not done.records:
-        raise ValueError(
-            f"none of the {len(records):,} records of {shown(path)} is left, so nothing was written: "
-            + _why_none(done, path, folder, ids)
-        )
-    write_records(config.output_json_file, done.records)
+        count = sum(done.styles.values())
+        if folder is None and done.unchanged == count:
+            raise ValueError(
+                f"{shown(path)} holds training records already, which need no conversion; with "
+                "--clip_feature_path those are kept whose videos have features"
+            )
+        if not len(writer):
+            raise ValueError(
+                f"none of the {count:,} records of {shown(path)} is left, so nothing was written: "
+                + _why_none(done, path, folder, ids)
+            )
+        writer.finish()
     return done
+
+
+def _records(path):
+    """The records of a file, which is held in memory a piece at a time."""
+    file = RecordFile(path)
+    for block in file.scan():
+        for number in range(block.first, block.first + len(block.name_of)):
+            yield file.examined(number)
 
 
 def _missing(folder):

@@ -14,7 +14,7 @@ from fastvid.data.annotations import Remarks, of_other_media
 from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places
 from fastvid.data.names import IMAGE, VIDEO
-from fastvid.data.records import kind_of, place
+from fastvid.data.records import RecordWriter, kind_of, place
 from fastvid.data.styles import conversation, has
 from fastvid.files import StrPath, shown
 
@@ -108,6 +108,7 @@ def convert_any(
     feature_ids: set[str] | None = None,
     missing: Callable[[str], bool] | None = None,
     media_root: str | None = None,
+    into: RecordWriter | None = None,
 ) -> Conversion:
     """Records of any style to training records, in their order; those in the training form stay as they are.
 
@@ -119,11 +120,12 @@ def convert_any(
         missing: whether a video or an image of the others has no features; None keeps all. A ValueError of it makes
             the record malformed.
         media_root: a folder; what begins with it is named without it.
+        into: takes the training records; None holds them in a list.
 
     Raises:
         ValueError: a malformed record, where that is an error, naming file, record, field and remedy.
     """
-    done = Conversion()
+    done = Conversion() if into is None else Conversion(into)
     for index, record in enumerate(records):
         own = style_of(record)
         done.styles[own] += 1

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastvid.data.records import kind_of, place
+from fastvid.data.records import RecordWriter, kind_of, place
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
 
@@ -20,14 +20,14 @@ class Converted:
     """Training records, and what became of the others.
 
     Attributes:
-        records: training records.
+        records: training records, or a file's writer that has taken them.
         dropped: malformed ones left out, as (index, field, reason).
         absent: those left out for want of features, as (index, name of the video).
         shortened: names that were taken without the ending of a video, which features do not have.
         empty: records kept that have an empty question, and those that have an empty answer.
     """
 
-    records: list[dict] = field(default_factory=list)
+    records: list[dict] | RecordWriter = field(default_factory=list)
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     absent: list[tuple[int, str]] = field(default_factory=list)
     shortened: int = 0

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastvid.data.parquet import MAGIC, read_parquet
 from fastvid.files import StrPath, atomic_file, shown, wrong_content
@@ -82,13 +82,37 @@ def read_records(path: StrPath) -> list[Any]:
     return records
 
 
+class RecordWriter:
+    """Records that go to a file as they come: JSONL, or one JSON array as ``json.dump`` writes it by default.
+
+    Args:
+        file: open for writing bytes.
+        path: its name; JSONL if it ends in .jsonl.
+    """
+
+    def __init__(self, file: IO[bytes], path: StrPath):
+        self._file, self._lines, self._count = file, Path(path).suffix == ".jsonl", 0
+
+    def append(self, record: Any) -> None:
+        before = b"" if self._lines else b", " if self._count else b"["
+        self._file.write(before + json.dumps(record).encode("ascii") + b"\n" * self._lines)
+        self._count += 1
+
+    def finish(self) -> None:
+        """Write what ends the file."""
+        self._file.write(b"" if self._lines else b"]" if self._count else b"[]")
+
+    def __len__(self) -> int:
+        return self._count
+
+
 def write_records(path: StrPath, records: list[Any]) -> None:
     """Write JSONL if `path` ends in .jsonl, else one JSON array as ``json.dump`` writes it by default; atomically."""
     with atomic_file(path) as file:
-        if Path(path).suffix == ".jsonl":
-            file.writelines(json.dumps(record).encode("ascii") + b"\n" for record in records)
-        else:
-            file.write(json.dumps(records).encode("ascii"))
+        writer = RecordWriter(file, path)
+        for record in records:
+            writer.append(record)
+        writer.finish()
 
 
 def iterate(path: StrPath) -> Iterator[Any]:
