@@ -96,16 +96,18 @@ def write_parquet(path, records):
         table = pyarrow.Table.from_pylist(some)
         writer = writer or ParquetWriter(path, table.schema)
         writer.write_table(table)
-    writer.close()
+    if writer is not None:
+        writer.close()
 
 
-def run(program, *arguments):
+def run(program, *arguments) -> tuple[str, dict]:
     """(output, figures) of a program in a process of its own, and of the processes that it starts."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, "the program failed"
@@ -129,7 +131,7 @@ def write_model(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--records", type=int, default=10_000_000)
     parser.add_argument("--tokenized", type=int, default=1_000_000)
     parser.add_argument("--forms", nargs="+", default=["jsonl", "json", "parquet"])

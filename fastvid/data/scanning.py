@@ -164,7 +164,7 @@ def _space(data, at):
     return found.end()
 
 
-def read(file, at, size):
+def read(file: int, at: int, size: int) -> bytes:
     """Bytes of a file from a place on: as many as are wanted, or as there are."""
     found = os.pread(file, size, at)
     while found and len(found) < size and (more := os.pread(file, size - len(found), at + len(found))):
