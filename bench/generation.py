@@ -19,8 +19,9 @@ from train_presets import Shape
 from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
-from fastvid.inference.batching import Batcher, Request
+from fastvid.inference.batching import Batcher
 from fastvid.inference.generate import generate
+from fastvid.inference.requests import Request
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.config import ChatConfig, EvaluateConfig
-from fastvid.evaluation import judge, predict, scores
+from fastvid.evaluation import grading, judge, predict, scores
 from fastvid.evaluation.lines import read_lines
 from fastvid.files import atomic_file
 from fastvid.flags import parse
@@ -119,10 +119,15 @@ def _score(config):
 
 def _judged(config, lines):
     """(figures, what is told of them, whether all is judged and can be read) of predictions."""
-    asked = judge.asks(lines, config.judge_model)
+    asked = grading.asks(lines, config.judge_model)
     key = judge.key_of(config.judge_key_variable)
     who = judge.Judge(
-        config.judge, config.judge_model, key=key, timeout=config.judge_timeout, retries=config.judge_retries
+        config.judge,
+        config.judge_model,
+        key=key,
+        timeout=config.judge_timeout,
+        retries=config.judge_retries,
+        max_tokens=config.judge_max_tokens,
     )
     silent = judge.judge_all(who, asked, config.output, at_once=config.judge_at_once)
     judgements = read_lines(config.output, judge.JUDGEMENTS)
@@ -137,12 +142,19 @@ def _judged(config, lines):
             f"{unreadable.total():,} of {replies:,} replies cannot be read and count in no score"
             + ": too many, take another judge" * too_many
         )
+    known = scores.replies_by_key(judgements)
+    if cut := sum("cut" in known.get(ask.key, ()) for ask in asked):
+        print(
+            f"{cut:,} of these replies were cut off: raise --judge_max_tokens {config.judge_max_tokens}, and they are "
+            "asked for again"
+        )
     told = {
         "judge": config.judge_model,
         "judge_url": config.judge,
         "judge_temperature": 0,
-        "prompts": judge.prompts_digest(),
+        "prompts": grading.prompts_digest(),
         "unreadable": dict(unreadable),
+        "cut_off": cut,
         "unanswered": dict(unanswered),
     }
     if config.parity == "reference":

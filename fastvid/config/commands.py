@@ -288,6 +288,7 @@ class EvaluateConfig(Checked):
     judge_retries: int = flag(
         5, "Times that a request is repeated that met 429, 5xx or no connection.", at_least=0, at_most=100
     )
+    judge_max_tokens: int = flag(512, "Longest reply; one that is cut off there is no score.", at_least=16)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvid.evaluation.judge import Ask
+from fastvid.evaluation.grading import Ask
 from fastvid.evaluation.tasks import LETTERS
 from fastvid.files import StrPath, atomic_file, read_json_object, shown
 
@@ -117,12 +117,10 @@ def judged_values(
 
     Args:
         lines: of the predictions.
-        wanted: `fastvid.evaluation.judge.asks` of them.
+        wanted: `fastvid.evaluation.grading.asks` of them.
         judgements: lines of the replies.
     """
-    of, by_key = {line["id"]: line for line in lines}, {}
-    for judgement in judgements:
-        by_key.setdefault(judgement["key"], judgement)
+    of, by_key = {line["id"]: line for line in lines}, replies_by_key(judgements)
     figures, unreadable, unanswered = defaultdict(dict), Counter(), Counter()
     groups = defaultdict(dict)  # of a group: its samples' mean over correctness and detail
     for ask in wanted:
@@ -145,13 +143,22 @@ def judged_values(
     return dict(figures), unreadable, unanswered
 
 
+def replies_by_key(judgements: Iterable[dict]) -> dict[str, dict]:
+    """{key: judgement}; of several the first that was not cut off, else the last."""
+    found = {}
+    for judgement in judgements:
+        if "cut" in found.setdefault(judgement["key"], judgement):  # a longer reply was asked for since
+            found[judgement["key"]] = judgement
+    return found
+
+
 def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict]) -> dict[str, dict]:
     """{aspect: {key: [reply, {question, answer, prediction}]}}: what upstream's scoring scripts combine, with their
     keys, of the replies that they can read.
 
     Those keys are the video's name and how many of its samples come before in the benchmark, where ids ascend.
     """
-    of, by_key, counts = {line["id"]: line for line in lines}, {j["key"]: j for j in judgements}, Counter()
+    of, by_key, counts = {line["id"]: line for line in lines}, replies_by_key(judgements), Counter()
     combined = defaultdict(dict)
     for ask in sorted(wanted, key=lambda ask: _natural(ask.id)):
         line, judgement = of[ask.id], by_key.get(ask.key)

@@ -27,7 +27,7 @@ class Sample:
         video: the file's name, as the benchmark has it.
         texts: the question; two of a test of consistency.
         answer: the right one.
-        kind: decides how it is judged, see `fastvid.evaluation.judge.ASPECTS`.
+        kind: decides how it is judged, see `fastvid.evaluation.grading.ASPECTS`.
         group: of which a score of its own is told; "" without.
         options: of a multiple choice; the right one is `options[right]`.
         part: (first, last) second that the question is about; None: the whole video.

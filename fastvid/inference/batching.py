@@ -5,107 +5,24 @@ passes it once. After that each step takes one token of every answer. Keys and v
 a run of rows for each, so that attention reads them where they are. Those of a beginning that prompts have in common
 lie there once, in the run of the first of them, which stays until the last has ended.
 
-Dimensions: B answers, N packed rows, P rows that are written, R rows of a video, C channels of the vision tower, D
-channels of the decoder, V tokens of the vocabulary.
+Dimensions: B answers, N packed rows, P rows that are written, D channels of the decoder, V tokens of the vocabulary.
 """
 
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 
-from fastvid.batch import AttentionLayout, Features, VideoTokens
+from fastvid.batch import AttentionLayout, VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import Chain, pack, ranges
 from fastvid.inference.generate import is_greedy, next_token, rows_left
+from fastvid.inference.requests import Request, Running, Waiting, free_run
 from fastvid.model.cache import LayerCache, RowPool
 from fastvid.model.decoding import DecodingLayout
 from fastvid.model.video_llava import VideoLlava
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt to be continued.
-
-    Attributes:
-        key: what its answer is returned with.
-        token_ids: of the prompt.
-        features_RC: of its video; None of a prompt without one.
-        video: name of the features: prompts of the same name have the same.
-        max_new_tokens: longest answer.
-        temperature: 0 is greedy.
-        seed: of the draws, which no other request changes.
-        top_p: as for `next_token`.
-    """
-
-    key: Any
-    token_ids: list[int]
-    features_RC: Features | None = None
-    video: Hashable = None
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    seed: int = 0
-    top_p: float = 1.0
-
-    @property
-    def videos(self) -> list[Features]:
-        """The features, as `pack` takes them."""
-        return [] if self.features_RC is None else [self.features_RC]
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A request, the rows that it needs, and what it may share: the rows up to `end`, of which `beginning` tells."""
-
-    request: Request
-    prompt: int
-    new_tokens: int
-    end: int
-    beginning: tuple
-
-    @property
-    def rows(self):
-        return self.prompt + self.new_tokens
-
-
-@dataclass(eq=False)
-class _Run:
-    """Rows [first, stop) of the buffer, which so many answers need."""
-
-    first: int
-    stop: int
-    users: int = 0
-
-
-@dataclass(eq=False)
-class _Running:
-    """A prompt in the buffer, and its answer so far.
-
-    Attributes:
-        own: its rows: all of them, or those behind the beginning that it has in common with others.
-        base: the run that holds its beginning; None of a prompt that can share none.
-        length: rows of it that are there, its beginning included; the last token's is not yet.
-    """
-
-    waiting: _Waiting
-    own: _Run
-    base: _Run | None
-    length: int
-    generator: torch.Generator | None
-    answer: list[int] = field(default_factory=list)
-
-    @property
-    def behind(self):
-        """Whether its beginning lies in another's run."""
-        return self.base is not None and self.base is not self.own
-
-    @property
-    def next_row(self):
-        """Where the next row of it belongs."""
-        return self.own.first + self.length - (self.waiting.end if self.behind else 0)
 
 
 class Batcher:
@@ -205,7 +122,7 @@ class Batcher:
         new_tokens, prompt = self.check(request), len(request.token_ids)
         chain = Chain(self._sample(request), self._tokens, share=True)
         end = max(chain.shareable, default=0)
-        self._waiting.append(_Waiting(request, prompt, new_tokens, end, chain.beginning(end) if end else ()))
+        self._waiting.append(Waiting(request, prompt, new_tokens, end, chain.beginning(end) if end else ()))
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Any, list[int]]]:
         """(key, ids of the answer) of every request, as the answers end.
@@ -259,7 +176,7 @@ class Batcher:
                 base = self._bases[waiting.beginning] = base or own
             for run in {own, base} - {None}:
                 run.users += 1
-            joining.append(_Running(waiting, own, base, waiting.prompt, self._generator(waiting)))
+            joining.append(Running(waiting, own, base, waiting.prompt, self._generator(waiting)))
         return joining
 
     def _room_for(self, waiting):
@@ -270,9 +187,9 @@ class Batcher:
         if there is None or not there.users:  # its beginning may be what is in the way
             choices.append((waiting.rows, None))
         for rows, base in choices:
-            if _free_run([run for run in self._runs if run.users or run is base], rows, self._rows) is None:
+            if free_run([run for run in self._runs if run.users or run is base], rows, self._rows) is None:
                 continue
-            while (own := _free_run(self._runs, rows, self._rows)) is None:
+            while (own := free_run(self._runs, rows, self._rows)) is None:
                 idle = next(key for key, run in self._bases.items() if not run.users and run is not base)
                 self._runs.remove(self._bases.pop(idle))
             return own, base
@@ -428,13 +345,3 @@ class Batcher:
         if is_greedy(waiting.request.temperature):
             return None
         return torch.Generator(self._device).manual_seed(waiting.request.seed)
-
-
-def _free_run(runs, rows, total):
-    """The first run of `rows` rows that is free of `runs`, among `total`; None without any."""
-    free = 0
-    for run in runs:
-        if run.first - free >= rows:
-            break
-        free = run.stop
-    return _Run(free, free + rows) if free + rows <= total else None

@@ -14,8 +14,9 @@ from fastvid.config import ChatConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.files import StrPath
-from fastvid.inference.batching import Batcher, Request
+from fastvid.inference.batching import Batcher
 from fastvid.inference.generate import generate
+from fastvid.inference.requests import Request
 from fastvid.inference.source import MEDIA_SUFFIXES, VideoSource
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava

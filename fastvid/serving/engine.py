@@ -7,8 +7,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from fastvid.inference.batching import Request
 from fastvid.inference.chat import Chat
+from fastvid.inference.requests import Request
 from fastvid.serving.errors import ApiError
 
 log = logging.getLogger("fastvid")

@@ -8,9 +8,12 @@ import time
 import pytest
 from fake_judge import GOOD, fake_judge, raw_server
 
+from fastvid.evaluation import grading
 from fastvid.evaluation import judge as module
-from fastvid.evaluation.judge import Judge, NoAnswer, asks, judge_all, key_of, prompts_digest, read_reply
+from fastvid.evaluation.grading import asks, prompts_digest, read_reply
+from fastvid.evaluation.judge import Judge, NoAnswer, judge_all, key_of
 from fastvid.evaluation.lines import Lines, read_lines
+from fastvid.evaluation.scores import replies_by_key
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +119,26 @@ def test_unreadable_replies_are_kept_and_not_asked_again(tmp_path):
     assert again.bodies == []
     _, _, more = graded(answer, tmp_path, asks(lines(), "other"))  # another judge's word is its own
     assert len(more.bodies) == 4
+
+
+@pytest.mark.parametrize("text", ['{"pred": "yes", "score": 4, "why": "it', '{"pred": "yes", "score": 4}, or'])
+def test_a_reply_that_was_cut_off_is_no_score_and_may_be_longer(tmp_path, text):
+    """Also one that is whole so far. With more tokens it is asked for again, and only then."""
+
+    def reply(_, body):
+        enough = body["max_tokens"] > 100
+        choice = {"message": {"content": GOOD if enough else text}, "finish_reason": "stop" if enough else "length"}
+        return 200, json.dumps({"choices": [choice]})
+
+    wanted = asks(lines(2), "m")
+    found, silent, server = graded(reply, tmp_path, wanted, max_tokens=100)
+    assert not silent and len(server.bodies) == 2
+    assert all("score" not in line and "cut off after 100 tokens" in line["fault"] for line in found.values())
+    assert len(graded(reply, tmp_path, wanted, max_tokens=100)[2].bodies) == 0
+    assert len(graded(reply, tmp_path, wanted, max_tokens=200)[2].bodies) == 2
+    assert len(graded(reply, tmp_path, wanted, max_tokens=300)[2].bodies) == 0
+    judgements = read_lines(tmp_path, "judgements")
+    assert [line["score"] for line in replies_by_key(judgements).values()] == [4, 4] and len(judgements) == 4
 
 
 def test_the_same_prediction_is_judged_once(tmp_path):
@@ -271,7 +294,7 @@ def test_a_server_without_json_mode(tmp_path):
 
     with fake_judge(answer) as server:
         asked = Judge(server.url, "m", retries=0)
-        assert [asked.reply(ask.messages) for ask in asks(lines(2), "m")] == [GOOD, GOOD]
+        assert [asked.reply(ask.messages).text for ask in asks(lines(2), "m")] == [GOOD, GOOD]
         assert len(server.bodies) == 3
 
 
@@ -355,5 +378,5 @@ def test_what_is_no_completion(content):
 
 def test_prompts_are_known_by_their_texts(monkeypatch):
     before = prompts_digest()
-    monkeypatch.setitem(module._RULES, "detail", ("Tell.", "- Rules."))
+    monkeypatch.setitem(grading._RULES, "detail", ("Tell.", "- Rules."))
     assert prompts_digest() != before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastvid.evaluation import scores
-from fastvid.evaluation.judge import asks
+from fastvid.evaluation.grading import asks
 
 
 def test_the_interval_draws_whole_videos():

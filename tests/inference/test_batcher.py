@@ -10,8 +10,9 @@ from model_cases import END, PATCH, START, model_config, random_model
 from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
-from fastvid.inference.batching import Batcher, Request
+from fastvid.inference.batching import Batcher
 from fastvid.inference.generate import generate, next_token
+from fastvid.inference.requests import Request
 
 TOKENS = VideoTokens(patch=PATCH, start=START, end=END, vocab_size=100)
 EOS, CHANNELS = 2, 12
