@@ -2,9 +2,10 @@
 
 python bench/generation.py [--at_once 32] [--new_tokens 32] [--json bench/results/generation.json]
 
-Both ways must first give the same tokens. The prompts have one video of 676 rows in common, or one each; the first is
-what questions about one video are to a model that was trained with the video first. "step" is the rate at which running
-answers go on, without the prompts. Of a CPU the seconds are those that the process computed, whoever else was served.
+Both ways must first give the same tokens. The models have the sizes of the quickstart's and of 110M parameters. The
+prompts have one video of 32 or 676 rows in common, or one each; the first is what questions about one video are to a
+model that was trained with the video first. "step" is the rate at which running answers go on, without the prompts. Of
+a CPU the seconds are those that the process computed, whoever else was served.
 """
 
 import argparse
@@ -27,8 +28,13 @@ from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 
-MODELS = {"110m": Shape(768, 12, 12, 2048), "tiny": Shape(64, 2, 2, 128, 640, 24, 16)}
+MODELS = {
+    "quickstart": Shape(128, 2, 4, 512, 483, 32, 64),
+    "110m": Shape(768, 12, 12, 2048),
+    "tiny": Shape(64, 2, 2, 128, 640, 24, 16),
+}
 WORDS = 24  # of a question
+_TOLD = ("at_once", "alone", "new_tokens", "dtype", "device")  # arguments
 
 
 def build(shape, dtype, device):
@@ -132,7 +138,7 @@ def row(model, shape, tokens, arguments, shared):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="110m")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["quickstart", "110m"])
     parser.add_argument("--at_once", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--alone", type=int, default=4, help="so many of the prompts are asked one by one")
@@ -141,21 +147,21 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    shape, dtype = MODELS[arguments.model], {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    tokens = VideoTokens(shape.vocabulary - 3, shape.vocabulary - 2, shape.vocabulary - 1, shape.vocabulary)
-    model = build(shape, dtype, arguments.device)
-    settings = {
-        name: getattr(arguments, name) for name in ("model", "at_once", "alone", "new_tokens", "dtype", "device")
-    }
-    rows = []
-    for shared in {"one": (True,), "each": (False,), "both": (True, False)}[arguments.videos]:
-        rows.append(settings | row(model, shape, tokens, arguments, shared))
-        print(
-            f"{rows[-1]['videos']:>8}: {rows[-1]['tokens_per_s']:7.1f} tokens/s, alone "
-            f"{rows[-1]['tokens_per_s_alone']:6.1f}: {rows[-1]['ratio']:.1f} times; steps "
-            f"{rows[-1]['step_tokens_per_s']:7.1f} and {rows[-1]['step_tokens_per_s_alone']:6.1f}: "
-            f"{rows[-1]['step_ratio']:.1f} times"
-        )
+    dtype, rows = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype], []
+    for name in arguments.model:
+        shape = MODELS[name]
+        tokens = VideoTokens(shape.vocabulary - 3, shape.vocabulary - 2, shape.vocabulary - 1, shape.vocabulary)
+        model = build(shape, dtype, arguments.device)
+        settings = {"model": name, **{key: getattr(arguments, key) for key in _TOLD}}
+        for shared in {"one": (True,), "each": (False,), "both": (True, False)}[arguments.videos]:
+            found = row(model, shape, tokens, arguments, shared)
+            rows.append(settings | found)
+            print(
+                f"{name:>10}, videos {found['videos']:>8}: {found['tokens_per_s']:7.1f} tokens/s, alone "
+                f"{found['tokens_per_s_alone']:6.1f}: {found['ratio']:.1f} times; steps "
+                f"{found['step_tokens_per_s']:7.1f} and {found['step_tokens_per_s_alone']:6.1f}: "
+                f"{found['step_ratio']:.1f} times"
+            )
     if arguments.json:
         write_results(arguments.json, rows)
 

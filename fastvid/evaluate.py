@@ -102,7 +102,7 @@ def _score(config):
         figures, told, good = _judged(config, lines)
         more |= told
     else:
-        figures = scores.choice_values(lines) if settings["task"] == "mc" else scores.match_values(lines)
+        figures = scores.values_without_judge(settings["task"], lines)
         if settings["task"] == "mc":
             more["no_letter"] = sum(scores.read_letter(line["prediction"], line["options"]) is None for line in lines)
     if not figures:

@@ -27,14 +27,16 @@ from fastvid import callable_command, signals
 from fastvid.batch import PackedBatch
 from fastvid.checkpoints.find import projector_path
 from fastvid.checkpoints.saver import Saver
-from fastvid.config import TrainConfig
+from fastvid.config import ChatConfig, TrainConfig
 from fastvid.data.conversation import settled_version
 from fastvid.data.dataset import SampleSet
 from fastvid.data.loader import Loader, TrainingOrder, evaluation_loader, training_loader
 from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
+from fastvid.evaluation import beside_training
 from fastvid.flags import parse
+from fastvid.inference.live import LiveModel
 from fastvid.model.attention import Attention
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import ModelConfig
@@ -69,6 +71,7 @@ class Prepared(NamedTuple):
     model_config: ModelConfig
     loader: Loader[TrainingOrder]
     evaluation: Loader[EvaluationOrder] | None
+    tasks: list[beside_training.EvalTask]
     attention: Attention
     plan: planning.Plan
 
@@ -92,6 +95,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
             log.warning("%s also holds a LoRA adapter, which is left out: --lora_weights %s takes it", left, left)
     if config.lora_weights is not None:
         config = dataclasses.replace(config, lora_weights=str(adapter_folder(config.lora_weights)))
+    tasks = beside_training.eval_tasks(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     parallel.compute_repeatably(config.full_determinism)
 
@@ -121,7 +125,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     for line in overview.overview(config, model_config, loader, world, attention):
         log.info("%s", line)
     plan = planning.plan(config, precision, model_config, loader, world, attention)
-    return Prepared(config, tokenizer, model_config, loader, evaluation, attention, plan)
+    return Prepared(config, tokenizer, model_config, loader, evaluation, tasks, attention, plan)
 
 
 def build(config: TrainConfig, world: parallel.World) -> TrainState:
@@ -133,7 +137,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
     Raises:
         ValueError: a flag, file, tensor or sample that cannot be used, with the remedy.
     """
-    config, tokenizer, model_config, loader, evaluation, attention, plan = prepare(config, world)
+    config, tokenizer, model_config, loader, evaluation, tasks, attention, plan = prepare(config, world)
     loader.begin()
     if world.device.type == "cpu":
         host_memory.keep_freed(not plan.short)
@@ -180,6 +184,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
         staging=Staging(world.device),
         plan=plan,
         average=None if config.ema_decay is None else Average(trained, config.ema_decay),
+        tasks=tasks,
     )
 
 
@@ -300,6 +305,8 @@ def loop(state: TrainState) -> int:
         contextlib.closing(state.loader.iterate(state.step, lambda: state.stop_signal)) as steps,
     ):
         first_step = state.step
+        if state.world.is_main:
+            beside_training.drop_later(config.output_dir, state.tasks, first_step)
         # What a signal ended before its validation was done goes on with that.
         left_out = first_step > 0 and _validation_due(state) and metrics.evaluated_step < first_step
         if state.world.gather_objects(left_out)[0] and not _validate(state, metrics):
@@ -407,17 +414,34 @@ def _due(state, strategy, every):
 
 
 def _validation_due(state):
-    return state.evaluation is not None and _due(state, state.config.eval_strategy, state.config.eval_steps)
+    return bool(state.evaluation or state.tasks) and _due(state, state.config.eval_strategy, state.config.eval_steps)
 
 
 def _validate(state, metrics):
-    """Log the loss over the validation set; whether no signal ended that."""
+    """Log the loss over the validation set, and the benchmarks' figures; whether no signal ended that."""
+    told = {"epoch": state.order.epoch_after(state.step)}
     with metrics.paused():
-        eval_loss = evaluate(state)
-    if eval_loss is None:
-        return False
-    metrics.log(state.step, {"epoch": state.order.epoch_after(state.step), "eval_loss": eval_loss})
+        if state.evaluation is not None:
+            if (eval_loss := evaluate(state)) is None:
+                return False
+            told["eval_loss"] = eval_loss
+        if state.tasks:
+            if (figures := _ask_tasks(state)) is None:
+                return False
+            told |= figures
+    metrics.log(state.step, told)
     return True
+
+
+def _ask_tasks(state):
+    """The benchmarks' figures on rank 0; None where a signal ended that."""
+    config, trained = state.config, state.loader.samples.look_again()
+    settings = ChatConfig(config.model_name_or_path, max_new_tokens=config.eval_max_new_tokens)
+    chat = LiveModel(state.model, state.tokenizer, trained, settings)
+    with state.averaged():
+        return beside_training.ask(
+            state.tasks, chat, config, state.world, state.step, run=state.run, stopped=lambda: state.stop_signal
+        )
 
 
 def _too_many_skipped(state, result):

@@ -90,6 +90,16 @@ class TrainConfig(DataConfig):
         [], "Passes over each --data_path file per epoch (fractions sample).", at_least=0, at_most=10**6
     )
     eval_data_path: list[str] = flag([], "Validation JSON, JSONL or Parquet; when: --eval_strategy.")
+    eval_tasks: list[str] = flag(
+        [],
+        "Benchmarks of fastvid evaluate that are asked when validating, each as TASK=ANNOTATIONS; predictions lie in "
+        "output_dir/eval.",
+    )
+    eval_video_folder: str | None = flag(None, "Folder of the feature files of their videos. Default: --video_folder.")
+    eval_max_new_tokens: int = flag(128, "Longest answer to them.", at_least=1)
+    eval_kv_cache_gib: float = flag(
+        4.0, "Memory for keys and values of their answers, which no plan of memory counts.", above=0, at_most=10**6
+    )
     lazy_preprocess: bool | None = flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     share_video: bool = flag(
         False, "Keep a video's samples together and compute the tokens that they have in common once."
@@ -226,7 +236,7 @@ class TrainConfig(DataConfig):
         None, "Older name of --eval_strategy.", group="validation, saving, logging"
     )
     eval_strategy: Literal["auto", "no", "steps", "epoch"] = flag(
-        "auto", "When to validate. auto: after each epoch where there is --eval_data_path."
+        "auto", "When to validate. auto: after each epoch where there is --eval_data_path or --eval_tasks."
     )
     eval_steps: int | float = steps(500, "Steps between validations", above=0)
     logging_steps: int | float = steps(10, "Steps between log lines", above=0)

@@ -355,6 +355,26 @@ def reshard(model: Module) -> None:
                 module.reshard()
 
 
+@contextlib.contextmanager
+def gathered(model: Module) -> Iterator[None]:
+    """Within it every rank holds the whole of what FSDP2 sharded, and its modules may be called without the others.
+
+    All ranks enter it and leave it, after a forward pass of the whole model, which tells FSDP2 where that begins.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    layers = [unit for unit in units if unit not in (model, model.get_submodule("projector"))]
+    try:
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+        for unit in units:
+            unit.unshard()
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+        reshard(model)
+
+
 def sum_replicated_gradients(parameters: Iterable[Parameter], world: World) -> None:
     """Sum the gradients of replicated parameters over ranks, in place, in one all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]

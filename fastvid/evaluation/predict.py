@@ -11,19 +11,22 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from fastvid.batch import by_tower
 from fastvid.config import EvaluateConfig
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.evaluation.tasks import LETTERS, Sample, read_samples, upstream_files
-from fastvid.features.names import stem
+from fastvid.evaluation.videos import FrameFolder, Videos
+from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, atomic_file, read_json_object, shown
+from fastvid.inference.asking import Answering
 from fastvid.inference.chat import MEDIA_SUFFIXES, Chat
-from fastvid.inference.likelihood import answer_likelihoods
-from fastvid.inference.questions import MediaNames, inside, list_media
+from fastvid.inference.likelihood import option_likelihoods, with_options
 from fastvid.pooling import RECIPE
+from fastvid.provenance import same_tower
 
 log = logging.getLogger("fastvid")
 
@@ -33,79 +36,24 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _ADAPTER = ("adapter_model.*", "model-*.safetensors")  # in PEFT's format, or in a checkpoint
 
 
-class Videos:
-    """Where the videos of a benchmark lie.
-
-    Args:
-        folder: with videos or feature files below it.
-        asked: names of all videos of the benchmark: two of them are never one file.
-    """
-
-    def __init__(self, folder: StrPath, asked: Iterable[str] = ()):
-        self.folder = Path(folder)
-        self.files = list_media(folder, MEDIA_SUFFIXES)
-        self._names = MediaNames(self.files, MEDIA_SUFFIXES)
-        self._by_last = {}
-        for name in self.files:
-            self._by_last.setdefault(_last(name), []).append(stem(name))
-        self._asked = {}
-        for name in {stem(video) for video in asked}:
-            self._asked.setdefault(_last(name), []).append(name)
-
-    def find(self, sample: Sample) -> Path:
-        """The file that a sample is about.
-
-        A benchmark that keeps its videos in folders may name them without these, and the other way round. What is in
-        another folder is another video.
-
-        Raises:
-            ValueError: there is none, there are several, or it lies elsewhere.
-        """
-        video, part, told = sample.video, "", ""
-        if sample.part is not None:
-            first, last = sample.part
-            part = f"_{first:g}_{last:g}"
-            video = stem(video) + part
-            told = f" (seconds {first:g} to {last:g} of {shown(sample.video)}; cut that file)"
-        found = self._names.find(video)
-        if found is None:
-            stems = {name for name in self._by_last.get(_last(video), ()) if _same_end(name, stem(video))}
-            if len(stems) > 1:
-                raise ValueError(
-                    f"{shown(video)} is the name of {len(stems)} videos below {self.folder}; move the others"
-                )
-            names = self._asked.get(_last(sample.video), ()) if stems else ()
-            several = [name for name in names if _same_end(name + part, *stems)]
-            if len(several) > 1:
-                raise ValueError(
-                    f"{' and '.join(map(shown, sorted(several)))} are several videos, of which {self.folder} has one "
-                    "without its folder; move it to a folder of that name"
-                )
-            found = self._names.find(stems.pop()) if stems else None
-        if found is None:
-            raise ValueError(f"{shown(video)} is none of the files of {self.folder}{told}")
-        path = self.files[found]
-        if not inside(path, self.folder):
-            raise ValueError(f"{path} is a link that leads out of {self.folder}; refused")
-        return path
-
-
-def _last(name):
-    """A video's name without folders and ending."""
-    return stem(name.rpartition("/")[2])
-
-
-def _same_end(one, other):
-    """Whether one path is the end of the other."""
-    return f"/{one}".endswith(f"/{other}") or f"/{other}".endswith(f"/{one}")
-
-
-def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
+def predict(
+    chat: Answering,
+    config: EvaluateConfig,
+    rank: int,
+    world: int,
+    *,
+    about: dict[str, Any] | None = None,
+    stopped: Callable[[], object] = lambda: False,
+    training: bool = False,
+) -> bool:
     """Answer this rank's share of the questions that have no answer yet.
 
     Args:
-        chat: `fastvid.inference.chat.Chat`.
+        chat: the model.
         config: `EvaluateConfig`.
+        about: what tells of the model in the settings; None: `fingerprints` of a `Chat`.
+        stopped: whether to end early; what is answered by then stays.
+        training: beside a training run: no bar, and of videos the feature files alone.
 
     Returns:
         whether all of the share is answered.
@@ -116,19 +64,23 @@ def predict(chat: Chat, config: EvaluateConfig, rank: int, world: int) -> bool:
     assert config.task is not None and config.annotations is not None and config.video is not None, "flags are checked"
     output = Path(config.output)
     samples, files = read_samples(config.task, config.annotations)
-    _same_settings(output, _settings(chat, config, files, samples))
-    videos, done = Videos(config.video, (sample.video for sample in samples)), answered(output)
+    if about is None:
+        assert isinstance(chat, Chat), "whose weights are files"
+        about = fingerprints(chat)
+    _same_settings(output, _settings(chat, config, files, samples, about))
+    suffixes = SUFFIXES if training else MEDIA_SUFFIXES
+    videos, done = Videos(config.video, (sample.video for sample in samples), suffixes), answered(output)
     names = sorted({sample.video for sample in samples})
     share = set(names[rank::world])
     todo = [sample for sample in samples if sample.video in share and sample.id not in done]
     file = output / (f"{PREDICTIONS}.jsonl" if world == 1 else f"{PREDICTIONS}.{rank}.jsonl")
     with Lines(file) as lines:
-        failed = _answer(chat, config, videos, todo, lines)
+        failed = _answer(chat, config, videos, todo, lines, _Towers(done.values()), stopped, training)
     if failed:
         worst = Counter(failed.values()).most_common(3)
         log.warning("%d samples have no answer: %s", len(failed), "; ".join(f"{why} ({n})" for why, n in worst))
     write_upstream(config.task, samples, output)
-    return not failed
+    return not failed and not stopped()
 
 
 def answered(output: StrPath) -> dict[str, dict]:
@@ -155,7 +107,23 @@ def write_upstream(task: str, samples: Iterable[Sample], output: StrPath) -> Non
                 file.write(json.dumps(records, default=str).encode("ascii"))
 
 
-def _answer(chat, config, videos, todo, lines):
+class _Towers:
+    """Which vision tower the features of a folder's predictions are of: there is one, as far as files tell."""
+
+    def __init__(self, lines):
+        self._known = next((line["tower"] for line in lines if line.get("tower")), None)
+
+    def check(self, path, made):
+        """Refuse features of another tower than those of before (ValueError); `made` identifies it, or is None."""
+        if made is not None and self._known is not None and same_tower(self._known, (made,)) is False:
+            raise ValueError(
+                f"{path} was made by another tower ({made}) than the features of the predictions that are there "
+                f"({self._known}); extract it with that one, or give another --output"
+            )
+        self._known = self._known or made
+
+
+def _answer(chat, config, videos, todo, lines, towers, stopped, training):
     """Answer samples, video by video; returns {id: why not} of those that cannot be."""
     from tqdm import tqdm
 
@@ -174,14 +142,21 @@ def _answer(chat, config, videos, todo, lines):
 
     def requests():
         for path, group in by_path.items():
+            if stopped():
+                return
             try:
-                features_RC = chat.features(str(path))
+                if isinstance(path, FrameFolder):
+                    features_RC, made = chat.features_of_frames(path.files), None
+                else:
+                    features_RC, made = chat.features(str(path)), chat.made_by(path)
+                towers.check(path, made)
                 content = b"".join(each.cpu().contiguous().view(-1).numpy().tobytes() for each in by_tower(features_RC))
                 digest = hashlib.sha256(content).hexdigest()[:16]
             except (ValueError, OSError) as error:
                 for sample in group:
                     fail(sample, error)
                 continue
+            asked, choices = {}, {}
             for sample in group:
                 try:
                     own = [
@@ -190,16 +165,25 @@ def _answer(chat, config, videos, todo, lines):
                     ]
                     for each in own:
                         batch.check(each)
-                    scores = _likelihoods(chat, str(path), features_RC, sample)
+                    if sample.options:
+                        choices[sample.id] = with_options(chat, str(path), features_RC, sample.texts[0], sample.options)
                 except ValueError as error:
                     fail(sample, error)
                     continue
-                extra[sample.id], rest[sample.id] = (digest, scores), len(own)
+                asked[sample.id] = own
+            scores = dict(zip(choices, option_likelihoods(chat, features_RC, list(choices.values()))))
+            for name, own in asked.items():
+                extra[name], rest[name] = (digest, made, scores.get(name)), len(own)
                 yield from own
 
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=len(todo), desc="predict", unit=" samples", file=sys.stderr, mininterval=0.1 if terminal else 30
+        total=len(todo),
+        desc="predict",
+        unit=" samples",
+        file=sys.stderr,
+        mininterval=0.1 if terminal else 30,
+        disable=training,
     ) as progress:
         for sample in todo:
             try:
@@ -212,6 +196,8 @@ def _answer(chat, config, videos, todo, lines):
             rest[sample.id] -= 1
             if not rest[sample.id]:
                 finish(sample)
+            if stopped():
+                break
     return failed
 
 
@@ -223,14 +209,7 @@ def _asked(sample, text):
     return f"{text}\n{options}\nAnswer with the letter of the right option."
 
 
-def _likelihoods(chat, video, features_RC, sample):
-    if not sample.options:
-        return None
-    (scores,) = answer_likelihoods(chat, video, features_RC, [(sample.texts[0], sample.options)])
-    return [[round(value, 6), tokens] for value, tokens in scores]
-
-
-def _line(sample, answers, digest, scores):
+def _line(sample, answers, digest, made, scores):
     one = len(sample.texts) == 1
     line = {
         "id": sample.id,
@@ -241,27 +220,39 @@ def _line(sample, answers, digest, scores):
         "answer": sample.answer,
         "prediction": answers[0] if one else answers,
         "features": digest,
+        **({} if made is None else {"tower": made}),
     }
     if sample.options:
+        scores = [[round(value, 6), tokens] for value, tokens in scores]
         line |= {"options": list(sample.options), "right": sample.right, "likelihoods": scores}
     return line
 
 
-def _settings(chat, config, files, samples):
-    """What decides the predictions, and what they are of."""
-    told, model = chat.config, Path(chat.config.model_name_or_path)
+def fingerprints(chat: Chat) -> dict[str, Any]:
+    """What identifies a model's weights, and the vision tower that they were trained with."""
+    model = Path(chat.config.model_name_or_path)
     weights = [path for pattern in _WEIGHTS for path in sorted(model.glob(pattern))]
     own = Path(chat.weights)
     own = [own] if own.is_file() else [path for pattern in _WEIGHTS for path in sorted(own.rglob(pattern))]
     adapter = [path for pattern in _ADAPTER for path in sorted(chat.adapter.glob(pattern))] if chat.adapter else []
+    towers = [tower.revision for tower in chat.towers]
+    return {
+        "model": _fingerprint(weights),
+        "weights": _fingerprint(own),
+        **({"adapter": _fingerprint(adapter)} if adapter else {}),
+        **({"tower": towers} if any(towers) else {}),
+    }
+
+
+def _settings(chat, config, files, samples, about):
+    """What decides the predictions, and what they are of."""
+    told = chat.config
     return {
         "task": config.task,
         "annotations": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16],
         "samples": len(samples),
         "videos": len({sample.video for sample in samples}),
-        "model": _fingerprint(weights),
-        "weights": _fingerprint(own),
-        **({"adapter": _fingerprint(adapter)} if adapter else {}),
+        **about,
         **{
             name: getattr(told, name)
             for name in ("conv_mode", "question_order", "num_frames", "temperature", "max_new_tokens", "seed", "bf16")

@@ -72,6 +72,12 @@ def choice_values(lines: Iterable[dict]) -> dict[str, dict]:
     return dict(figures)
 
 
+def values_without_judge(task: str, lines: Iterable[dict]) -> dict[str, dict] | None:
+    """{figure: {id: (value, video)}} of a task's predictions, which a rule scores; None of a task for a judge."""
+    rule = {"mc": choice_values, "match": match_values}.get(task)
+    return None if rule is None else rule(lines)
+
+
 def _best(values):
     return max(range(len(values)), key=values.__getitem__)
 
@@ -259,6 +265,8 @@ def compare(output: StrPath, other: StrPath) -> str:
             more, low, high = interval([a - b for a, b in zip(here, there)], [values[name][each][1] for each in ids])
             means = f"{sum(here) / len(ids):8.4f} {sum(there) / len(ids):8.4f} {more:+8.4f}"
             rows.append(f"{name:<32} {means}   [{low:+.4f}, {high:+.4f}]   {len(ids):,}")
+    if (towers := [of.get("tower") for of in (one, two)])[0] != towers[1]:
+        rows.append(f"the models see by other vision towers: {towers[0] or 'not known'} and {towers[1] or 'not known'}")
     return "\n".join(rows)
 
 

@@ -14,9 +14,8 @@ from fastvid.config import ChatConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.files import StrPath
-from fastvid.inference.batching import Batcher
+from fastvid.inference.asking import Answering
 from fastvid.inference.generate import generate
-from fastvid.inference.requests import Request
 from fastvid.inference.source import MEDIA_SUFFIXES, VideoSource
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
@@ -27,7 +26,7 @@ from fastvid.weights.starting import load_weights
 __all__ = ["MEDIA_SUFFIXES", "Chat"]
 
 
-class Chat(VideoSource):
+class Chat(VideoSource, Answering):
     """A loaded model that answers questions about videos. A LoRA adapter is merged into its matrices.
 
     Args:
@@ -97,51 +96,6 @@ class Chat(VideoSource):
             generator=generator,
         )
         return self.tokenizer.decode(answer).strip()
-
-    def request(
-        self,
-        key: Any,
-        video: str,
-        features_RC: Features,
-        question: str,
-        history: Sequence[tuple[str, str]] = (),
-        **sampling: Any,
-    ) -> Request:
-        """A question for `batcher`, whose answer is that of `ask_features`.
-
-        Args:
-            key: what its answer comes back with.
-            video: name of the features; questions of the same name share what they have in common.
-            history: as for `ask`.
-            sampling: max_new_tokens, temperature, seed and top_p, where they are others than the configuration's.
-
-        Raises:
-            ValueError: as `prompt`.
-        """
-        config = self.config
-        ids = self.prompt(features_RC, question, history)
-        own = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "seed": config.seed}
-        return Request(key, ids, features_RC, video, **own | sampling)
-
-    def batcher(self, at_once: int = 32, cache_bytes: int | None = None, *, keep_beginnings: bool = False) -> Batcher:
-        """What answers many `request`s together.
-
-        Args:
-            at_once: most answers that are continued together.
-            cache_bytes: of their keys and values. Default: seven tenths of what a GPU has free; 4 GiB on a CPU.
-            keep_beginnings: as for `Batcher`.
-        """
-        if cache_bytes is None:
-            gpu = self.device.type == "cuda"
-            cache_bytes = torch.cuda.mem_get_info(self.device)[0] * 7 // 10 if gpu else 4 << 30
-        return Batcher(
-            self.model,
-            self.tokenizer.tokens,
-            stops=self.tokenizer.stops,
-            at_once=at_once,
-            cache_bytes=cache_bytes,
-            keep_beginnings=keep_beginnings,
-        )
 
 
 def _adapter(config, projector):

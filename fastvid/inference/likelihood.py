@@ -9,49 +9,69 @@ import torch
 
 from fastvid.batch import Features
 from fastvid.data.conversation import EncodedSample
-from fastvid.data.packing import pack
-from fastvid.inference.chat import Chat
+from fastvid.data.packing import Chain, pack
+from fastvid.inference.asking import Answering
 
 _MOST_SCORES = 1 << 26  # logits that lie in memory together
 
 
-@torch.inference_mode()
-def answer_likelihoods(
-    chat: Chat,
-    video: str,
-    features_RC: Features,
-    choices: Sequence[tuple[str, Sequence[str]]],
-    *,
-    most_rows: int = 8192,
-) -> list[list[tuple[float, int]]]:
-    """(log-likelihood, tokens) of each option of each question about one video, the </s> that ends it included.
-
-    Options of a question, and with the video first all questions, share the rows that they begin with.
+def with_options(
+    chat: Answering, video: str, features_RC: Features, question: str, options: Sequence[str]
+) -> list[EncodedSample]:
+    """A question's prompt with each option behind it, whose tokens are supervised, for `option_likelihoods`.
 
     Args:
-        chat: `fastvid.inference.chat.Chat`.
+        chat: `Answering`.
         video: name of the features.
         features_RC: [R, C].
-        choices: (question, options) pairs.
-        most_rows: of samples, laid end to end, that pass the model together, unless one question has more.
 
     Raises:
         ValueError: a text that cannot be asked, or a prompt longer than the model's context.
     """
-    samples = [
-        [_sample(chat, video, features_RC, question, option) for option in options] for question, options in choices
-    ]
-    found, group = [], []
-    for each in samples:
-        if group and sum(len(sample.token_ids) for of_question in [*group, each] for sample in of_question) > most_rows:
+    return [_sample(chat, video, features_RC, question, option) for option in options]
+
+
+@torch.inference_mode()
+def option_likelihoods(
+    chat: Answering, features_RC: Features, questions: Sequence[Sequence[EncodedSample]], *, most_rows: int = 8192
+) -> list[list[tuple[float, int]]]:
+    """(log-likelihood, tokens) of each option of each question about one video, the token that ends it included.
+
+    Options of a question, and with the video first all questions, share the rows that they begin with: those pass the
+    model once, unless there are more rows than `most_rows`.
+
+    Args:
+        chat: `Answering`.
+        features_RC: [R, C].
+        questions: `with_options` of each question.
+        most_rows: of samples that pass the model together, unless one question has more.
+    """
+    found, group, beginnings, rows = [], [], set(), 0
+    for options in questions:
+        own, behind = _rows(chat, options)
+        more = behind + sum(size for key, size in own.items() if key not in beginnings)
+        if group and rows + more > most_rows:
             found += _of(chat, features_RC, group)
-            group = []
-        group.append(each)
+            group, beginnings, rows = [], set(), 0
+            more = behind + sum(own.values())
+        group.append(options)
+        beginnings |= own.keys()
+        rows += more
     return found + (_of(chat, features_RC, group) if group else [])
 
 
+def _rows(chat, options):
+    """({a beginning that samples may share: its rows}, all rows behind them) of the options of a question."""
+    beginnings, behind = {}, 0
+    for sample in options:
+        chain = Chain(sample, chat.tokenizer.tokens, share=True)
+        end = max(chain.shareable, default=0)
+        beginnings[chain.beginning(end) if end else ()] = end
+        behind += len(sample.token_ids) - end
+    return beginnings, behind
+
+
 def _sample(chat, video, features_RC, question, option):
-    """The prompt with the option behind it, whose tokens are supervised."""
     ids = chat.prompt(features_RC, question, answer=option)
     prompt = chat.prompt(features_RC, question)
     context = chat.model_config.decoder.context

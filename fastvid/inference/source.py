@@ -17,13 +17,14 @@ from fastvid.batch import Features, by_tower, of_towers
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import projector_path
 from fastvid.config import ChatConfig
-from fastvid.data.conversation import CHAT_TEMPLATE, check_conv_mode, inference_prompt
+from fastvid.data.conversation import CHAT_TEMPLATE, check_conv_mode
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
 from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, is_url, model_folder, shown
+from fastvid.inference.asking import Asking
 from fastvid.inference.towers import towers_of
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import make_projector
@@ -33,6 +34,7 @@ from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import FeatureEncoder, open_device
 from fastvid.video.listing import no_video
+from fastvid.video.sampling import frame_indices
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector
 from fastvid.weights.starting import StartingWeights
@@ -41,7 +43,7 @@ Frames = np.ndarray | torch.Tensor  # [T, H, W, 3] uint8 RGB
 MEDIA_SUFFIXES = (*SUFFIXES, *VIDEO_SUFFIXES)  # in the order in which one of several files is taken
 
 
-class VideoSource:
+class VideoSource(Asking):
     """What makes features of videos, and the rows that a language model reads of them, without that model.
 
     Args:
@@ -148,42 +150,6 @@ class VideoSource:
         """`project` of `features`."""
         return self.project(self.features(video))
 
-    def prompt(
-        self,
-        features_RC: Features,
-        question: str,
-        history: Sequence[tuple[str, str]] = (),
-        answer: str | None = None,
-    ) -> list[int]:
-        """Token ids of a question about the features of a video, and of its answer if one is given.
-
-        Raises:
-            ValueError: features that do not fit the model, or a text that cannot be asked.
-        """
-        self.check_channels(features_RC)
-        config = self.config
-        assert config.conv_mode is not None and config.question_order is not None, "settled with the weights"
-        return inference_prompt(
-            question,
-            self.tokenizer,
-            video_tokens=len(features_RC),
-            use_start_end=self.tokenizer.tokens.start is not None,
-            conv_mode=config.conv_mode,
-            history=history,
-            question_order=config.question_order,
-            answer=answer,
-        )
-
-    def check_channels(self, features_RC: Features) -> None:
-        """Refuse what is no features that the projector takes (ValueError)."""
-        found, channels = [list(each.shape) for each in by_tower(features_RC)], self.model_config.channels
-        taken = [channels] if isinstance(channels, int) else channels
-        if len(found) != len(taken) or any(len(x) != 2 or x[1] != each for x, each in zip(found, taken)):
-            raise ValueError(
-                f"features are {' and '.join(map(str, found))}, the projector takes "
-                f"{' and '.join(f'[rows, {each}]' for each in taken)}: they were made with another vision tower"
-            )
-
     def features(self, video: StrPath) -> Features:
         """Features of a video, those of an image without temporal rows, or those that lie in a feature file.
 
@@ -212,6 +178,22 @@ class VideoSource:
                 raise ValueError(f"{video} {reason}" if (reason := no_video(video)) else str(error)) from error
             still = info.still
         return self.encode(frames, still=still)
+
+    def features_of_frames(self, files: Sequence[StrPath]) -> Features:
+        """Features of a video whose frames are pictures; of more than are seen, some are taken as of a video's."""
+        frames = {}
+        for look in looks(self.loaded_encoders(str(files[0]))):
+            num_frames, size = look
+            some = [files[i] for i in frame_indices(len(files), num_frames)] if len(files) > num_frames else files
+            try:
+                frames[look] = self._worker.pictures(some, size=size)
+            except DecodeError as error:
+                raise ValueError(str(error)) from error
+        return self.encode(frames)
+
+    def made_by(self, video: StrPath) -> str | None:
+        """As of `Asking`; of a video, the tower that makes its features here."""
+        return super().made_by(video) if Path(video).suffix in SUFFIXES else self.loaded_encoders()[0].revision
 
     def encode(self, frames: Mapping[tuple[int, int], Frames], *, still: bool = False) -> Features:
         """Features of one video, or of an image.

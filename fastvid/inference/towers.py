@@ -156,6 +156,11 @@ class Tower:
                 "it with that, or leave --pooling out"
             )
 
+    @property
+    def revision(self) -> str | None:
+        """What identifies it, where the weights or the folder that the user names tell."""
+        return self.trained.tower_revision or next(iter(self._given_revisions), None)
+
     @cached_property
     def _given_revisions(self):
         """What identifies the folder that the user names; nothing where that is none."""

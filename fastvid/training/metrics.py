@@ -94,7 +94,7 @@ class Metrics:
             kept = _keep_lines(self.path, start_step)
             losses = [line["loss"] for line in kept if line.get("loss") is not None]
             self._loss = losses[-1] if losses else math.nan
-            self.evaluated_step = max((line["step"] for line in kept if "eval_loss" in line), default=0)
+            self.evaluated_step = max((line["step"] for line in kept if _validated(line)), default=0)
             self._file = open(self.path, "a", encoding="utf-8")
             run = reporters.Run(self.path.parent, flags or {}, self.name, project, start_step)
             self._reporters = reporters.open_reporters(report_to, run, self.message)
@@ -134,7 +134,8 @@ class Metrics:
 
         Args:
             step: optimizer steps done.
-            values: host numbers by name, such as epoch, loss, learning_rate, grad_norm; or eval_loss.
+            values: host numbers by name, such as epoch, loss, learning_rate, grad_norm; or eval_loss and
+                others that begin with "eval_".
 
         Returns:
             The line, on every rank.
@@ -229,6 +230,7 @@ class Metrics:
         if self._bar is not None and "loss" in line:
             self._say(self._bar.set_postfix_str, f"loss {line['loss']:.4f}", refresh=False)
         shown = [f"{name} {line[name]:.4g}" for name in ("epoch", "loss", "eval_loss", "learning_rate") if name in line]
+        shown += [f"{name} {value:.4g}" for name, value in line.items() if name.startswith("eval_") and "/" in name]
         if "loss" in line:
             left = self.total_steps - line["step"]
             eta = self._run.seconds / self._run.steps * left if self._run.steps else 0
@@ -340,6 +342,11 @@ def _keep_lines(path, last_step):
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return kept
+
+
+def _validated(line):
+    """Whether a line tells of a validation."""
+    return any(name.startswith("eval_") for name in line)
 
 
 def _finite(value):

@@ -91,8 +91,9 @@ def checked(config: TrainConfig) -> TrainConfig:
                 f"{config.eval_strategy}, and differs; leave one out"
             )
         config = dataclasses.replace(config, eval_strategy=config.evaluation_strategy)
+    validates = bool(config.eval_data_path or config.eval_tasks)
     if config.eval_strategy == "auto":
-        config = dataclasses.replace(config, eval_strategy="epoch" if config.eval_data_path else "no")
+        config = dataclasses.replace(config, eval_strategy="epoch" if validates else "no")
     recompute(config)
     given_memory(config)
     reporters.chosen(config.report_to)
@@ -114,8 +115,8 @@ def checked(config: TrainConfig) -> TrainConfig:
         _check_frozen_dtype(config)
     if config.shard_size is not None and config.shard != "hybrid":
         raise ValueError(f"--shard_size {config.shard_size} is for --shard hybrid; add that, or leave it out")
-    if config.eval_strategy != "no" and not config.eval_data_path:
-        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path")
+    if config.eval_strategy != "no" and not validates:
+        raise ValueError(f"--eval_strategy {config.eval_strategy} needs --eval_data_path or --eval_tasks")
     if config.min_lr_ratio and config.lr_scheduler_type not in ("cosine_with_min_lr", "warmup_stable_decay"):
         raise ValueError(
             f"--min_lr_ratio {config.min_lr_ratio} is for schedules that end there; add --lr_scheduler_type "

@@ -30,6 +30,10 @@ log = logging.getLogger("fastvid")
 MAY_CHANGE = {
     "output_dir",
     "eval_data_path",
+    "eval_tasks",
+    "eval_video_folder",
+    "eval_max_new_tokens",
+    "eval_kv_cache_gib",
     "lazy_preprocess",
     "dataloader_num_workers",
     "tf32",
@@ -79,6 +83,7 @@ LEFT_BY_A_RUN = (
     "reporters.json",
     "loss_curve.png",
     "profile",
+    "eval",
     *RESULTS,
 )
 

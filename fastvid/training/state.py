@@ -1,6 +1,7 @@
 """What a training run consists of, and what one step of it gave."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class TrainState:
 
     Attributes:
         evaluation: loader of the validation set, or None.
+        tasks: benchmarks that are asked at validations (`fastvid.evaluation.beside_training.EvalTask`).
         plan: what was decided before the first step.
         average: of what is trained, over the steps; None without ``--ema_decay``.
         step: optimizer steps done.
@@ -51,6 +53,7 @@ class TrainState:
     staging: Staging
     plan: planning.Plan
     average: Average | None = None
+    tasks: Sequence[Any] = ()
     step: int = 0
     logged_step: int = 0
     stop_signal: int = 0

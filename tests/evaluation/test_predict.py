@@ -13,10 +13,13 @@ from fastvid.config import EvaluateConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.evaluation.lines import Lines
-from fastvid.evaluation.predict import Videos, answered, predict, read_settings, write_upstream
+from fastvid.evaluation.predict import answered, predict, read_settings, write_upstream
 from fastvid.evaluation.tasks import Sample
-from fastvid.features.file import load_features
+from fastvid.evaluation.videos import Videos
+from fastvid.features.file import load_features, save_features
+from fastvid.inference import likelihood
 from fastvid.inference.chat import Chat
+from fastvid.inference.likelihood import option_likelihoods, with_options
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,42 @@ def test_likelihoods_are_those_of_each_text_alone(run, chat, output, question_or
     assert [line["error"].split(" below")[0] for line in errors if "error" in line] == [
         "same.mp4 is the name of 2 videos"
     ]
+
+
+@pytest.mark.parametrize("question_order", ["reference", "video_first"])
+def test_a_video_is_computed_once_for_all_its_options(run, chat, output, monkeypatch, question_order):
+    """With the video first; else each question's rows stand before it. The numbers are those of each question alone."""
+    asked = Chat(replace(chat.config, question_order=question_order))
+    known, options = features(run, "clip0"), ["a cat", "red house near a cat", "why"]
+    questions = [with_options(asked, "clip0", known, f"what {word}?", options) for word in ("is it", "cat", "so fast")]
+    alone = [option_likelihoods(asked, known, [each])[0] for each in questions]
+    videos = []
+    before = likelihood.pack
+    monkeypatch.setattr(likelihood, "pack", lambda *rest, **more: videos.append(before(*rest, **more)) or videos[-1])
+    together = option_likelihoods(asked, known, questions)
+    assert [[(pytest.approx(value, abs=1e-4), tokens) for value, tokens in each] for each in alone] == together
+    assert len(videos) == 1 and len(videos[0].features) == (1 if question_order == "video_first" else 3) * len(known)
+    few = option_likelihoods(asked, known, questions, most_rows=len(known) + 1)
+    assert len(videos) == 4 and [[pytest.approx(x, abs=1e-4) for x in each] for each in few] == together
+    asked.close()
+
+
+def test_features_of_another_tower_do_not_join(run, chat, output):
+    """Nor in a later run; predictions of features that tell no tower do."""
+    records = [{"video": f"made{i}", "question": "why?", "answer": "a"} for i in range(3)]
+    (run / "made.json").write_text(json.dumps(records))
+    for i, header in enumerate(({"tower_revision": "sha256:aa"}, {"tower_revision": "sha256:bb"}, {})):
+        save_features(run / "feats" / f"made{i}.safetensors", features(run, "clip0"), {"tower": "t", **header})
+    asked = config(run, output, "match", annotations=str(run / "made.json"))
+    for _ in range(2):
+        assert not predict(chat, asked, 0, 1)
+        assert {name: line.get("tower") for name, line in answered(output).items()} == {
+            "made/0": "sha256:aa",
+            "made/2": None,
+        }
+    assert "was made by another tower (sha256:bb)" in (output / "predictions.jsonl").read_text()
+    save_features(run / "feats" / "made1.safetensors", features(run, "clip0"), {"tower_revision": "sha256:aa"})
+    assert predict(chat, asked, 0, 1)  # extracted with that one, as the message tells
 
 
 def test_nobody_is_answered_with_a_namesakes_frames(run, chat, output):

@@ -1,0 +1,181 @@
+"""Benchmarks of a model in training: which there are, and the figures of one step.
+
+Every step's predictions lie in a folder of their own below ``output_dir/eval``, as `fastvid evaluate` writes them.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvid.config import EvaluateConfig, TrainConfig
+from fastvid.data.packing import pack
+from fastvid.dist import parallel
+from fastvid.dist.parallel import World
+from fastvid.evaluation import predict, scores
+from fastvid.evaluation.tasks import TASKS, read_samples
+from fastvid.evaluation.videos import Videos
+from fastvid.features.names import SUFFIXES
+from fastvid.files import StrPath, shown
+from fastvid.inference.live import LiveModel
+
+FOLDER = "eval"
+_STEP = "step-"
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """A benchmark that is asked at validations.
+
+    Attributes:
+        name: of its figures and its folder: the task and its annotations' name, without ending.
+        task: of `TASKS`.
+        annotations: file or folder.
+        videos: folder of the feature files.
+    """
+
+    name: str
+    task: Any
+    annotations: str
+    videos: str
+
+
+def eval_tasks(config: TrainConfig) -> list[EvalTask]:
+    """The benchmarks of ``--eval_tasks``, which can be asked: their files are read, and their features looked for.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    found = {}
+    for given in config.eval_tasks:
+        task, equals, annotations = given.partition("=")
+        if task not in TASKS or not equals or not annotations:
+            raise ValueError(
+                f"--eval_tasks {shown(given)}: give TASK=ANNOTATIONS, such as mc=data/MVBench; tasks: "
+                f"{', '.join(TASKS)}"
+            )
+        name = f"{task}_{Path(annotations).stem or Path(annotations).resolve().name}"
+        if name in found:
+            raise ValueError(
+                f"--eval_tasks {shown(given)}: {shown(found[name].annotations)} would have the same name, "
+                f"{shown(name)}; rename one of the two files"
+            )
+        found[name] = EvalTask(name, task, annotations, _folder(config))
+    for each in found.values():
+        _look_for_features(each, skip=config.on_bad_sample == "skip")
+    return list(found.values())
+
+
+def _folder(config):
+    if config.video_folder_2 is not None:
+        raise ValueError(
+            "--eval_tasks: a run of two vision towers (--video_folder_2) asks none; leave it out, and have `fastvid "
+            "evaluate` ask its checkpoints"
+        )
+    folder = config.eval_video_folder or config.video_folder
+    if folder is None:
+        raise ValueError("--eval_tasks needs the features of its videos: name their folder with --eval_video_folder")
+    return folder
+
+
+def _look_for_features(task, *, skip):
+    """Refuse a benchmark without features.
+
+    Args:
+        skip: some of them may be missing.
+    """
+    samples, _ = read_samples(task.task, task.annotations)
+    flag, missing = f"--eval_tasks {task.task}={shown(task.annotations)}", {}
+    try:
+        videos = Videos(task.videos, (sample.video for sample in samples), SUFFIXES)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag}: {error}; extract its videos, and name the folder of their features with --eval_video_folder"
+        ) from error
+    for sample in samples:
+        try:
+            videos.find(sample)
+        except ValueError as error:
+            missing.setdefault(sample.video, error)
+    if missing and (not skip or len(missing) == len({sample.video for sample in samples})):
+        raise ValueError(
+            f"{flag}: {len(missing)} videos have no features ({next(iter(missing.values()))}); extract them, and name "
+            "their folder with --eval_video_folder, or give --on_bad_sample skip to do without some"
+        )
+
+
+@torch.no_grad()
+def ask(
+    tasks: Iterable[EvalTask],
+    chat: LiveModel,
+    config: TrainConfig,
+    world: World,
+    step: int,
+    *,
+    run: str | None,
+    stopped: Callable[[], object],
+) -> dict[str, float] | None:
+    """Have a model in training answer the questions of some benchmarks, whose videos the ranks share; all ranks call
+    it.
+
+    Args:
+        chat: the model; what FSDP2 sharded of it is gathered meanwhile.
+        step: optimizer steps done.
+        run: by which the run is known.
+        stopped: whether this rank is to end early.
+
+    Returns:
+        `figures` of all benchmarks on rank 0, nothing on the others; None where a rank is to stop.
+    """
+    found, model = {}, chat.model
+    parallel.reshard(model)
+    model(pack([], chat.tokenizer.tokens, model.config.channels).to(world.device))  # where FSDP2 begins to count calls
+    with parallel.gathered(model):
+        for task in tasks:
+            output = step_folder(config.output_dir, task, step)
+            output.mkdir(parents=True, exist_ok=True)
+            asked = EvaluateConfig(
+                output=str(output),
+                task=task.task,
+                annotations=task.annotations,
+                video=task.videos,
+                max_new_tokens=chat.config.max_new_tokens,
+                kv_cache_gib=config.eval_kv_cache_gib,
+            )
+            about = {"run": run, "step": step}
+            predict.predict(chat, asked, world.rank, world.size, about=about, stopped=stopped, training=True)
+            if world.sum_on_host([bool(stopped())])[0]:
+                return None
+            if world.is_main:
+                found |= figures(task, config.output_dir, step)
+    return found
+
+
+def figures(task: EvalTask, output_dir: StrPath, step: int) -> dict[str, float]:
+    """{"eval_TASK_NAME/figure": mean} of what is answered, and writes ``scores.json``; of a benchmark that needs a
+    judge only how many samples are answered."""
+    output = step_folder(output_dir, task, step)
+    settings, lines = predict.read_settings(output), list(predict.answered(output).values())
+    told = {f"eval_{task.name}/answered": float(len(lines))}
+    values = scores.values_without_judge(task.task, lines)
+    if not lines or values is None:
+        return told
+    more = {"answered": len(lines), "missing": settings["samples"] - len(lines)}
+    written = scores.write_scores(output, settings, values, more)
+    return told | {f"eval_{task.name}/{name}": each["mean"] for name, each in written["scores"].items()}
+
+
+def step_folder(output_dir: StrPath, task: EvalTask, step: int) -> Path:
+    """Where a benchmark's predictions of one step lie."""
+    return Path(output_dir) / FOLDER / task.name / f"{_STEP}{step}"
+
+
+def drop_later(output_dir: StrPath, tasks: Iterable[EvalTask], step: int) -> None:
+    """Remove predictions of later steps, which a run that goes on from `step` makes anew: by other weights, maybe."""
+    for task in tasks:
+        for folder in (Path(output_dir) / FOLDER / task.name).glob(f"{_STEP}*"):
+            if folder.name.removeprefix(_STEP).isdecimal() and int(folder.name.removeprefix(_STEP)) > step:
+                shutil.rmtree(folder)
