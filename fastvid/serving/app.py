@@ -95,6 +95,10 @@ class _Front:
                     403, f"nobody is asked here as {shown(host[:80])}: ask localhost, or give an --api_key"
                 )
                 await _refusal(error)(scope, receive, watched)
+            elif {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                # What stands in front may believe the other one, and see other requests (RFC 9112, 6.1).
+                error = ApiError(400, "the body's length is told twice: leave Content-Length or Transfer-Encoding out")
+                await _refusal(error, {"Connection": "close"})(scope, receive, watched)
             elif self._refused(scope):
                 error = ApiError(401, "the key is missing or wrong: send it as Authorization: Bearer KEY")
                 await _refusal(error, {"WWW-Authenticate": "Bearer"})(scope, receive, watched)
