@@ -1,6 +1,7 @@
 """How a server of `fastvid serve` answers many clients: seconds to the first token and to the end, and tokens a second.
 
-python bench/serving.py --video clip.mp4 [--url http://127.0.0.1:8000] [--clients 32] [--requests 200] [--json FILE]
+python bench/serving.py --video clip.mp4 [--url http://127.0.0.1:8000] [--clients 200] [--requests 1000] [--json FILE]
+python bench/serving.py --video clip.mp4 --serve quickstart/llava   # starts a server of its own, and tells its memory
 
 Each client asks, streamed, as soon as its last answer has ended. The first request, which makes the videos' features,
 is not counted; `--fresh` appends some bytes to each video, so that every request makes its own. What is refused with
@@ -10,14 +11,20 @@ is not counted; `--fresh` appends some bytes to each video, so that every reques
 import argparse
 import base64
 import json
+import os
+import re
+import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import urllib3
-from harness import write_results
+from harness import ROOT, write_results
 
 
 class Load:
@@ -93,6 +100,27 @@ class Load:
         }
 
 
+@contextmanager
+def serving(options):
+    """A server of `options.serve` on a free port, whose address goes into the options; gives a function that tells its
+    peak memory in MiB, that of the processes that decode apart."""
+    command = [sys.executable, "-m", "fastvid.serve", "--model_name_or_path", options.serve, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    process = subprocess.Popen([*command, *options.flag], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        for line in process.stderr:
+            if found := re.search(r" at (http://\S+)", line):
+                options.url = found[1]
+                break
+        else:
+            raise SystemExit(f"{' '.join(command)} ended with {process.wait()}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would hold it up
+        yield lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
 def percentiles(values):
     cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {"p50": cuts[49], "p99": cuts[98]}
@@ -103,14 +131,21 @@ def main(argv=None):
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--video", nargs="+", required=True)
     parser.add_argument("--question", nargs="+", default=["What happens in this video?"])
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--api_key")
+    parser.add_argument("--serve", help="model folder of a server that is started for this")
+    parser.add_argument("--flag", action="append", default=[], help="of that server: --flag=--bf16 --flag=True")
     parser.add_argument("--json")
     options = parser.parse_args(argv)
-    found = Load(options).run()
+    if options.serve:
+        with serving(options) as peak:
+            before = peak()
+            found = Load(options).run() | {"server_mib_before": before, "server_mib_peak": peak()}
+    else:
+        found = Load(options).run()
     for name, value in found.items():
         shown = value if isinstance(value, dict) else {"": value}
         print(f"{name:<22}" + "  ".join(f"{key} {each:,.3f}".strip() for key, each in shown.items()))
