@@ -107,6 +107,7 @@ def serving(options):
     command = [sys.executable, "-m", "fastvid.serve", "--model_name_or_path", options.serve, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     process = subprocess.Popen([*command, *options.flag], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None, "it is piped"
     try:
         for line in process.stderr:
             if found := re.search(r" at (http://\S+)", line):
@@ -115,7 +116,8 @@ def serving(options):
         else:
             raise SystemExit(f"{' '.join(command)} ended with {process.wait()}")
         threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would hold it up
-        yield lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+        status = Path(f"/proc/{process.pid}/status")
+        yield lambda: int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) / 1024
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import math
 import signal
 from collections.abc import Sequence
 from functools import partial
@@ -50,6 +49,7 @@ from fastvid.training.optimizer import Optimizer, learning_rate
 from fastvid.training.profiling import Profiler
 from fastvid.training.staging import Staging
 from fastvid.training.state import StepResult, TrainState
+from fastvid.training.validation import evaluate
 from fastvid.video.towers.choice import check_features
 from fastvid.weights.adapter import adapter_folder, adapter_of
 from fastvid.weights.model_config import read_model_config
@@ -243,29 +243,6 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
     state.step += 1
     stop_signal = max(world.gather_objects(state.stop_signal)) if stop else 0
     return StepResult(loss, norm, lr, counts, waited / world.size, stop_signal, int(drawn), int(skipped))
-
-
-@torch.no_grad()
-def evaluate(state: TrainState) -> float | None:
-    """Loss per supervised token over the validation set, the same on every rank; NaN if it has no such token.
-
-    None where a rank is to stop: who sends SIGTERM does not wait for the rest.
-    """
-    world = state.world
-    assert state.evaluation is not None
-    total, supervised = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    parallel.reshard(state.model)
-    with state.averaged(), contextlib.closing(state.evaluation.iterate(0, lambda: state.stop_signal)) as steps:
-        for batches, _ in steps:
-            halted = world.sum_on_host([state.stop_signal or batches is None])[0]
-            if batches is None or halted:
-                return None
-            for batch in state.staging.copies(batches):
-                total += state.model(batch)
-                supervised += batch.num_supervised
-    parallel.reshard(state.model)
-    total, supervised = world.sum_on_host([total.item(), supervised])
-    return total / supervised if supervised else math.nan
 
 
 def loop(state: TrainState) -> int:

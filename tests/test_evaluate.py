@@ -70,6 +70,22 @@ def test_both_stages(predicted, tmp_path, capsys):
     }
 
 
+def test_cut_replies_are_asked_for_again_with_more_tokens(predicted, tmp_path, capsys):
+    def reply(_, body):
+        choice = {
+            "message": {"content": '{"score": 4}'},
+            "finish_reason": "stop" if body["max_tokens"] > 20 else "length",
+        }
+        return 200, json.dumps({"choices": [choice]})
+
+    with fake_judge(reply) as judge:
+        words = judging(copy(predicted, tmp_path), judge.url)
+        assert main([*words, "--judge_max_tokens", "20"]) == 1
+        assert "14 of these replies were cut off: raise --judge_max_tokens 20" in capsys.readouterr().out
+        assert main([*words, "--judge_max_tokens", "21"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["cut_off"] == 0
+
+
 def test_predictions_alone(run, predicted, tmp_path, capsys):
     assert main(["--output", str(copy(predicted, tmp_path))]) == 0
     assert "6 predictions are in" in capsys.readouterr().out

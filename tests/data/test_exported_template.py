@@ -1,7 +1,10 @@
 """The chat template of an export: what transformers makes of messages is fastvid's prompt, token for token."""
 
+import re
+
 import pytest
 from family_folders import KINDS, write_tokenizer
+from training_run import write_run
 
 from fastvid.data.conversation import inference_prompt
 from fastvid.data.exported_template import exported_template
@@ -42,3 +45,17 @@ def test_a_familys_prompts_are_those_of_chat(tmp_path, kind, start_end, order):
         assert text.count(PATCH) == 1
         assert theirs(text.replace(PATCH, PATCH * ROWS), add_special_tokens=False).input_ids == wanted
         assert wanted == inference_prompt("why so fast?", again, **options)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_servers_see_that_messages_may_have_parts(tmp_path, kind):
+    """vLLM looks for a loop over a message's content itself (`_detect_content_format`): without one it writes pictures
+    into the text, in words of its own, and the prompt has no placeholder. Seen with vLLM 0.32."""
+    jinja2 = pytest.importorskip("jinja2")
+    folder = write_run(tmp_path) / "model" if kind is None else write_tokenizer(tmp_path / "base", kind)
+    template = exported_template(load_tokenizer(folder, True), None if kind is None else "chat_template", None)
+    template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers' own
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    loops = [loop.iter for loop in tree.find_all(jinja2.nodes.For)]
+    over = [each for each in loops if isinstance(each, jinja2.nodes.Getitem) and each.arg.as_const() == "content"]
+    assert over and all(each.node.name == "message" for each in over)

@@ -16,7 +16,9 @@ from fastvid.dist import parallel
 from fastvid.evaluate import main
 from fastvid.evaluation import beside_training, predict
 from fastvid.evaluation.predict import answered
+from fastvid.features.file import save_features
 from fastvid.inference.chat import Chat
+from fastvid.inference.live import LiveModel
 from fastvid.training.metrics import read_metrics
 from fastvid.weights import export
 
@@ -159,6 +161,17 @@ def test_a_judge_may_grade_what_training_left(run, tmp_path, capsys):
     assert main(["--output", str(tmp_path / "eval" / "vcg_generic_qa" / "step-4")]) == 0
     assert "--judge and --judge_model have them judged" in capsys.readouterr().out
     assert main(["--output", str(tmp_path / "eval" / "mc_mc" / "step-4")]) == 0
+
+
+def test_features_of_other_rows_are_refused(run, tmp_path):
+    state = train.build(config_of(run, tmp_path), CPU)
+    chat = LiveModel(state.model, state.tokenizer, state.loader.samples.look_again(), ChatConfig(str(run / "model")))
+    known = chat.features(run / "feats" / "clip0.safetensors")
+    save_features(tmp_path / "more.safetensors", torch.cat([known, known[:1]]), {})
+    with pytest.raises(ValueError, match="the tower, the frames and the pooling of those"):
+        chat.features(tmp_path / "more.safetensors")
+    save_features(tmp_path / "more.safetensors", known, {})
+    assert torch.equal(chat.features(tmp_path / "more.safetensors"), known)
 
 
 MISTAKES = [
