@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +74,7 @@ def test_answers_are_those_of_the_checkpoint(run, tmp_path, mode):
     assert [line["step"] for line in told] == [2, 4] and all("eval_loss" in line for line in told)
     for line in told:
         checkpoint = tmp_path / f"checkpoint-{line['step']}"
-        asked = {"model_name_or_path": str(run / "model"), "projector": str(checkpoint)}
+        asked: dict[str, Any] = {"model_name_or_path": str(run / "model"), "projector": str(checkpoint)}
         if mode == "everything":
             export.export(ExportConfig(str(checkpoint), str(checkpoint.with_name("hf")), format="llama"))
             asked = {"model_name_or_path": str(checkpoint.with_name("hf"))}
@@ -167,6 +169,7 @@ def test_features_of_other_rows_are_refused(run, tmp_path):
     state = train.build(config_of(run, tmp_path), CPU)
     chat = LiveModel(state.model, state.tokenizer, state.loader.samples.look_again(), ChatConfig(str(run / "model")))
     known = chat.features(run / "feats" / "clip0.safetensors")
+    assert isinstance(known, torch.Tensor), "of one tower"
     save_features(tmp_path / "more.safetensors", torch.cat([known, known[:1]]), {})
     with pytest.raises(ValueError, match="the tower, the frames and the pooling of those"):
         chat.features(tmp_path / "more.safetensors")
@@ -214,8 +217,8 @@ def test_text_alone_needs_a_folder_for_them(run, tmp_path):
         json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 4)
     )
     config = config_of(run, tmp_path, "--data_path", str(run / "text.json"), "--eval_tasks", f"mc={run / 'mc.json'}")
-    config = config.__class__(**{**vars(config), "data_path": [str(run / "text.json")], "video_folder": None})
+    config = replace(config, data_path=[str(run / "text.json")], video_folder=None)
     with pytest.raises(ValueError, match="name their folder with --eval_video_folder"):
         beside_training.eval_tasks(config)
-    told = config.__class__(**{**vars(config), "eval_video_folder": str(run / "feats")})
+    told = replace(config, eval_video_folder=str(run / "feats"))
     assert [task.name for task in beside_training.eval_tasks(told)] == ["mc_mc"]
