@@ -40,7 +40,7 @@ class LiveModel(Answering):
             num_frames=trained.num_frames,
             bf16=model.precision.compute == torch.bfloat16,
         )
-        (self._tower,) = towers_of(self.config, model.config, trained, "the model in training", None)
+        (self._tower,) = towers_of(self.config, model.config, trained, "the model in training", None, None)
 
     def features(self, video: StrPath) -> Features:
         """Those that lie in a feature file."""

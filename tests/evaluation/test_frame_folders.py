@@ -51,7 +51,7 @@ def test_the_rate_is_told_by_a_folder(frames, tmp_path):
     frames.parent.rename(frames.parent.with_name("pictures"))
     with pytest.raises(ValueError, match="nothing tells how many a second.*such as frames_fps3"):
         Videos(tmp_path / "videos").find(sample(part=(0, 1)))
-    assert len(Videos(tmp_path / "videos").find(sample()).files) == 30
+    assert len(numbers(Videos(tmp_path / "videos").find(sample()))) == 30
     frames.parent.with_name("pictures").rename(frames.parent.with_name("frames_fps3"))
     assert numbers(Videos(tmp_path / "videos").find(sample(part=(0, 1)))) == [1, 2, 3]
 
