@@ -170,6 +170,9 @@ SPACES = {
 }
 
 
+BACKWARD = {"rope_keys": ["fastvid_kernels.rope_keys_backward"]}  # modules of kernels whose backward lies apart
+
+
 def _override_warps():
     launch = JITFunction.run
 
@@ -184,7 +187,8 @@ def _override_warps():
 
 def _apply(kernel, candidate):
     module, tiles = import_module(f"fastvid_kernels.{kernel}"), SPACES[kernel].tiles
-    module._tiles = lambda *args, **options: tiles(candidate, *args, **options)
+    for each in module, *map(import_module, BACKWARD.get(kernel, ())):
+        each._tiles = lambda *args, **options: tiles(candidate, *args, **options)
     if "chunk" in candidate:
         module.CHUNK_LOGITS = candidate["chunk"]
     WARPS.clear()

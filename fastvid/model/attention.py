@@ -185,6 +185,9 @@ def attend_rotated(
         "constant": constant,
         "inplace": not kept,
     }
+    branches = None if attention.parts is None else layouts[-1].branches
+    if branches is not None:
+        options["twice"] = branches.twice
     apart = len(layouts) > 1
     live_keys = len(own.kv_rows) if apart and own.kv_rows is not None else None
     if isinstance(qkv.live, Fp8Product):
@@ -192,9 +195,11 @@ def attend_rotated(
     else:
         every = None if live_keys is None or qkv.every is None else (qkv.every, live_keys)
         product_NE, found = qkv.all, rope_keys(qkv.live, *settings, every=every, **options)
-    live, every = tuple(found[:3]), tuple(found[3:])
+    size = 3 if branches is None else 6
+    live, every = tuple(found[:size]), tuple(found[size:])
     if queries is not None:
-        live, every = (queries.live, *live[1:]), (queries.all, *every[1:])
+        second = (None, *live[4:]) if branches is not None else ()  # gradients of both parts' queries are added before
+        live, every = (queries.live, *live[1:3], *second), (queries.all, *every[1:])
 
     def attend():
         if apart:

@@ -10,6 +10,7 @@ import torch
 from fastvid_kernels.plain import last_rows
 from fastvid_kernels.quantize_fp8 import BackInFp8, Fp8Rows
 from fastvid_kernels.rope_keys import rope_keys
+from fastvid_kernels.rope_keys_backward import made_for, second_part
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
 from torch import Tensor
@@ -109,24 +110,24 @@ class _RotatedProduct(torch.autograd.Function):
         before, live_keys = len(qkv_NE) - len(stand_in_ND), options.pop("live_keys", None)
         every = (qkv_NE, live_keys) if before else None
         found = rope_keys(qkv_NE[before:], positions_N, inv_freq_h, *heads, scale=scale, every=every, **options)
-        ctx.settings = qkv, outputs, scale, found[0].shape
+        ctx.twice, shapes = options.get("twice"), [x.shape for x in found]
+        ctx.settings = qkv, outputs, scale, shapes
         way_back = options["way_back"]
         ctx.save_for_backward(
             positions_N[before:], inv_freq_h, *((way_back.starts_N1, way_back.places) if way_back else ())
         )
-        ctx.mark_non_differentiable(qkv_NE, *found[3:])
+        ctx.mark_non_differentiable(qkv_NE, *found[3 if ctx.twice is None else 6 :])
         return qkv_NE, *found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, grad_q_NHd, grad_k_MKd, grad_v_MKd, *others):
+    def backward(ctx, _, *grads):
         positions_N, inv_freq_h, *way_back = ctx.saved_tensors
-        qkv, outputs, scale, queries = ctx.settings
-        if grad_q_NHd is None:  # nobody wanted the queries, of which there may be none
-            grad_q_NHd = grad_k_MKd.new_zeros(queries)
-        rows = rope_keys_backward_fp8(
-            grad_q_NHd, grad_k_MKd, grad_v_MKd, positions_N, inv_freq_h, scale=scale, way_back=tuple(way_back) or None
-        )
+        qkv, outputs, scale, shapes = ctx.settings
+        grad_k_MKd = grads[1]  # nobody may have wanted the queries, of which there may be none
+        grads = made_for(shapes, grads[: 3 if ctx.twice is None else 6], grad_k_MKd)
+        options = {"scale": scale, "way_back": tuple(way_back) or None, "more": second_part(grads, ctx.twice)}
+        rows = rope_keys_backward_fp8(*grads[:3], positions_N, inv_freq_h, **options)
         return qkv.gradient_of_fp8(*rows, outputs, grad_k_MKd.dtype), *[None] * 9
 
 

@@ -34,12 +34,12 @@ def _placed(a):
 
 
 def _collected(a):
-    """Of the keys' gradients those that packed rows are, without those of constant rows."""
+    """Of the keys' gradients those that packed rows are, without those of constant rows, which come first."""
     if not a["GATHERED"]:
         return once(a)
-    grads = a["grad_k_ptr"], a["grad_v_ptr"]
-    row = 2 * a["kv_heads"] * a["half"] * a["grad_k_ptr"].element_size()
-    return once(a) - sum(map(tensor_bytes, grads)) + 2 * row * a["places_ptr"].shape[0]
+    keys = max(a["grad_k_ptr"].shape[0], a["last_key"] if a["TWICE"] else 0)
+    row = 2 * 2 * a["kv_heads"] * a["half"] * a["grad_k_ptr"].element_size()
+    return once(a) - row * (keys - a["places_ptr"].shape[0])
 
 
 def _softmax(a):
@@ -55,8 +55,9 @@ def _in_place(*names):
 
 
 def _merged(a):
-    """Both parts are read, and what is written may be the first one."""
-    return sum(tensor_bytes(x) for x in a.values() if isinstance(x, torch.Tensor))
+    """Both parts are read, and what is written may be the first one, and the second one's log-sum-exp."""
+    both = tensor_bytes(a["other_lse_ptr"]) if a["BOTH"] else 0
+    return both + sum(tensor_bytes(x) for x in a.values() if isinstance(x, torch.Tensor))
 
 
 def _spliced(a):

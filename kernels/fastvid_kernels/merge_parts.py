@@ -51,10 +51,11 @@ def _merge_parts_kernel(
     num_heads,
     channels,
     BLOCKS: tl.constexpr,
+    BOTH: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_d: tl.constexpr,
 ):
-    """Some heads of a row."""
+    """Some heads of a row. `BOTH`: the second part's log-sum-exp is overwritten too."""
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
     heads = program % BLOCKS * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -65,15 +66,16 @@ def _merge_parts_kernel(
     out = tl.load(out_ptr + row * out_stride + offsets, mask=inside).to(tl.float32)
     other = tl.load(other_ptr + row * other_stride + offsets, mask=inside).to(tl.float32)
     lse = tl.load(lse_ptr + heads.to(tl.int64) * lse_stride + row * lse_row_stride, mask=real, other=0.0)
-    other_lse = tl.load(
-        other_lse_ptr + heads.to(tl.int64) * other_lse_stride + row * other_lse_row_stride, mask=real, other=0.0
-    )
+    other_lse_ptr += row * other_lse_row_stride
+    other_lse = tl.load(other_lse_ptr + heads.to(tl.int64) * other_lse_stride, mask=real, other=0.0)
     top = tl.maximum(lse, other_lse)
     both = top + tl.log(tl.exp(lse - top) + tl.exp(other_lse - top))
     share = tl.exp(other_lse - both)[:, None]
     merged = tl.where(share < 0.5, out + share * (other - out), other - (other - out) * (1 - share))
     tl.store(to_ptr + row * to_stride + offsets, merged.to(to_ptr.dtype.element_ty), mask=inside)
     tl.store(to_lse_ptr + heads.to(tl.int64) * to_lse_stride + row * to_lse_row_stride, both, mask=real)
+    if BOTH:
+        tl.store(other_lse_ptr + heads.to(tl.int64) * other_lse_stride, both, mask=real)
 
 
 def merge_parts(
@@ -91,7 +93,8 @@ def merge_parts(
         out_NHd: output [N, H, d] of the first part; fp32, bf16 or fp16, heads side by side.
         lse_HN: its log-sum-exp [H, N], fp32, at any strides.
         other_NHd, other_lse_HN: of the second part. Each row has a key in one part at least.
-        inplace: overwrite the first part.
+        inplace: overwrite the first part, and the second one's log-sum-exp with the same numbers: backward of either
+            part reads its own.
         impl: "auto" (Triton on CUDA tensors, else torch), "triton" or "reference" (`merge_parts_reference`).
 
     Returns:
@@ -108,7 +111,10 @@ def merge_parts(
     refuse_gradients(*given, name="merge_parts")
     if not use_triton(impl, *given, name="merge_parts"):
         found = merge_parts_reference(*given)
-        return (out_NHd.copy_(found[0]), lse_HN.copy_(found[1])) if inplace else found
+        if not inplace:
+            return found
+        other_lse_HN.copy_(found[1])
+        return out_NHd.copy_(found[0]), lse_HN.copy_(found[1])
     if any(x.stride()[1:] != (d, 1) for x in (out_NHd, other_NHd) if x.numel()):
         raise ValueError(f"merge_parts: heads of a row must lie side by side, found strides {out_NHd.stride()}")
     to_NHd, to_lse_HN = (out_NHd, lse_HN) if inplace else (out_NHd.new_empty(N, H, d), lse_HN.new_empty(H, N))
@@ -127,6 +133,7 @@ def merge_parts(
             H,
             d,
             blocks,
+            inplace,
             BLOCK_A,
             BLOCK_d,
             num_warps=num_warps,

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import launch, use_triton
 from .plain import last_rows
-from .rope_qk import cos_sin_of, halves, rope_qk_reference, rotate_heads, turned_back
-from .way_back import WayBack
+from .rope_keys_backward import _tiles, made_for, rope_keys_backward, second_part
+from .rope_qk import cos_sin_of, rope_qk_reference, rotate_heads
+from .way_back import Twice, WayBack
 
 
 def rope_keys_reference(
@@ -26,22 +27,18 @@ def rope_keys_reference(
     scale: float = 1.0,
     rows_M: Tensor | None = None,
     constant: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    twice: Twice | None = None,
+) -> tuple[Tensor, ...]:
     """`rope_keys` in plain differentiable torch."""
     rows_NAd = rope_qk_reference(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale).unflatten(
         1, (num_heads + 2 * num_kv_heads, -1)
     )
     q_NHd, k_NKd, v_NKd = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
-    if rows_M is None:
-        return q_NHd, k_NKd, v_NKd
-    k_CKd, v_CKd = constant or (k_NKd[:0], v_NKd[:0])
-    return q_NHd, torch.cat([k_CKd, k_NKd])[rows_M], torch.cat([v_CKd, v_NKd])[rows_M]
-
-
-def _tiles(heads, half):
-    """(heads of a program's tile, warps): 16 pairs of channels a thread."""
-    block = min(triton.next_power_of_2(max(heads, 1)), max(1024 // triton.next_power_of_2(half), 1))
-    return block, min(max(block * triton.next_power_of_2(half) // 512, 1), 8)
+    found = q_NHd, k_NKd, v_NKd
+    if rows_M is not None:
+        k_CKd, v_CKd = constant or (k_NKd[:0], v_NKd[:0])
+        found = q_NHd, torch.cat([k_CKd, k_NKd])[rows_M], torch.cat([v_CKd, v_NKd])[rows_M]
+    return found if twice is None else twice.split(*found)
 
 
 @triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
@@ -97,79 +94,6 @@ def _place_keys_kernel(
     tl.store(out_ptr + offsets + half, second.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
-def _collect_kernel(
-    grad_q_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    grad_ptr,
-    starts_ptr,
-    places_ptr,
-    positions_ptr,
-    inv_freq_ptr,
-    scale,
-    q_stride,
-    k_stride,
-    v_stride,
-    num_heads,
-    kv_heads,
-    half,
-    Q_BLOCKS: tl.constexpr,
-    KV_BLOCKS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_h: tl.constexpr,
-):
-    """A packed row's gradient: of queries, of keys summed over their places, both rotated back, of values summed."""
-    BLOCKS: tl.constexpr = Q_BLOCKS + 2 * KV_BLOCKS
-    program = tl.program_id(0)
-    row = (program // BLOCKS).to(tl.int64)
-    block = program % BLOCKS
-    begin = row
-    end = row + 1
-    if block < Q_BLOCKS:
-        source_ptr = grad_q_ptr
-        stride = q_stride
-        head = block * BLOCK_A
-        last = num_heads
-        first_head = head
-    else:
-        if GATHERED:
-            begin = tl.load(starts_ptr + row).to(tl.int64)
-            end = tl.load(starts_ptr + row + 1).to(tl.int64)
-        last = kv_heads
-        if block < Q_BLOCKS + KV_BLOCKS:
-            source_ptr = grad_k_ptr
-            stride = k_stride
-            head = (block - Q_BLOCKS) * BLOCK_A
-            first_head = num_heads + head
-        else:
-            source_ptr = grad_v_ptr
-            stride = v_stride
-            head = (block - Q_BLOCKS - KV_BLOCKS) * BLOCK_A
-            first_head = num_heads + kv_heads + head
-    heads = tl.arange(0, BLOCK_A)
-    channels = tl.arange(0, BLOCK_h)
-    inside = (head + heads < last)[:, None] & (channels < half)[None, :]
-    offsets = heads[:, None] * 2 * half + channels[None, :]
-    first = tl.zeros((BLOCK_A, BLOCK_h), tl.float32)
-    second = tl.zeros((BLOCK_A, BLOCK_h), tl.float32)
-    for i in range(begin, end):
-        place = i
-        if GATHERED:
-            if block >= Q_BLOCKS:
-                place = tl.load(places_ptr + i).to(tl.int64)
-        of_place = halves(source_ptr + place * stride + head * 2 * half, offsets, inside, half)
-        first += of_place[0]
-        second += of_place[1]
-    if block < Q_BLOCKS + KV_BLOCKS:
-        cos, sin = cos_sin_of(positions_ptr + row, inv_freq_ptr, channels, half, scale)
-        first, second = turned_back(first, second, cos, sin)
-    grad_ptr += (row * (num_heads + 2 * kv_heads) + first_head) * 2 * half
-    tl.store(grad_ptr + offsets, first.to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_ptr + offsets + half, second.to(grad_ptr.dtype.element_ty), mask=inside)
-
-
 def place_keys(
     qkv_NE: Tensor,
     positions_N: Tensor,
@@ -213,53 +137,24 @@ def place_keys(
     return out_2MKd
 
 
-def collect(
-    grad_q_NHd: Tensor,
-    grad_k_MKd: Tensor,
-    grad_v_MKd: Tensor,
-    positions_N: Tensor,
-    inv_freq_h: Tensor,
-    scale: float,
-    way_back: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """The gradient [N, E] of `rope_keys`, by the kernel; `way_back` is (starts, places), or nothing without."""
-    grads = [rows_of_heads(x) for x in (grad_q_NHd, grad_k_MKd, grad_v_MKd)]
-    N, half, (num_heads, num_kv_heads) = positions_N.shape[0], inv_freq_h.shape[0], (x.shape[1] for x in grads[:2])
-    grad_NE = grads[1].new_empty(N, (num_heads + 2 * num_kv_heads) * 2 * half)
-    block, warps = _tiles(max(num_heads, num_kv_heads), half)
-    q_blocks, kv_blocks = triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, block)
-    if grad_NE.numel():
-        starts_N1, places = way_back or (positions_N, positions_N)
-        launch(
-            _collect_kernel,
-            (N * (q_blocks + 2 * kv_blocks),),
-            *grads,
-            grad_NE,
-            starts_N1,
-            places,
-            positions_N,
-            inv_freq_h,
-            scale,
-            *(x.stride(0) for x in grads),
-            num_heads,
-            num_kv_heads,
-            half,
-            q_blocks,
-            kv_blocks,
-            bool(way_back),
-            block,
-            triton.next_power_of_2(half),
-            num_warps=warps,
-        )
-    return grad_NE
-
-
 class _RopeKeys(torch.autograd.Function):
     """Saves positions, frequencies and the way back to packed rows."""
 
     @staticmethod
     def forward(
-        ctx, qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, way_back, constant, inplace, every
+        ctx,
+        qkv_NE,
+        positions_N,
+        inv_freq_h,
+        num_heads,
+        num_kv_heads,
+        scale,
+        rows_M,
+        way_back,
+        constant,
+        inplace,
+        every,
+        twice,
     ):
         heads, d = num_heads + 2 * num_kv_heads, 2 * inv_freq_h.shape[0]
         ctx.scale, live = scale, len(qkv_NE)
@@ -282,33 +177,36 @@ class _RopeKeys(torch.autograd.Function):
         # Not as views that autograd follows: their gradients come back to this function.
         rows_NAd = out_NX.detach().view(len(out_NX), out_NX.shape[1] // d, d)
         if rows_M is None:
-            return rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
-        k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
-        found = rows_NAd[:, :num_heads], k_MKd, v_MKd
-        if live_keys is None:
-            return found
+            found = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
+        else:
+            k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
+            found = rows_NAd[:, :num_heads], k_MKd, v_MKd
+        ctx.twice, outs = twice, found
+        if live_keys is not None:
+            outs = [last_rows(x, count) for x, count in zip(found, (live, live_keys, live_keys))]
+            ctx.mark_non_differentiable(*found)
+        if twice is not None:
+            outs = [x.data for x in twice.split(*outs)]
+        if live_keys is None and twice is None:
+            return tuple(outs)
         ctx.set_materialize_grads(False)
-        ctx.shapes = [(count, *x.shape[1:]) for x, count in zip(found, (live, live_keys, live_keys))]
-        ctx.mark_non_differentiable(*found)
-        return *(last_rows(x, shape[0]) for x, shape in zip(found, ctx.shapes)), *found
+        ctx.shapes = [x.shape for x in outs]
+        return *outs, *(() if live_keys is None else found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_q_NHd, grad_k_MKd, grad_v_MKd, *_):
+    def backward(ctx, *grads):
         positions_N, inv_freq_h, *way_back = ctx.saved_tensors
-        grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
-        if any(x is None for x in grads):  # of `every`: nobody wanted some, and no zeros were made of those of all rows
+        grads = grads[: 3 if ctx.twice is None else 6]  # no zeros were made of those of all rows
+        if any(x is None for x in grads):
             some = next((x for x in grads if x is not None), None)
             if some is None:
-                return (None,) * 11
-            grads = tuple(some.new_zeros(shape) if x is None else x for x, shape in zip(grads, ctx.shapes))
-        grad_NE = collect(*grads, positions_N, inv_freq_h, ctx.scale, tuple(way_back) or None)
-        return grad_NE, *[None] * 10
-
-
-def rows_of_heads(x: Tensor) -> Tensor:
-    """The same numbers with the heads of a row side by side, as a slice of wider rows may have them."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+                return (None,) * 12
+            grads = made_for(ctx.shapes, grads, some)
+        more = second_part(grads, ctx.twice)
+        options = {"scale": ctx.scale, "way_back": tuple(way_back) or None, "more": more, "impl": "triton"}
+        grad_NE = rope_keys_backward(*grads[:3], positions_N, inv_freq_h, **options)
+        return grad_NE, *[None] * 11
 
 
 def rope_keys(
@@ -324,6 +222,7 @@ def rope_keys(
     constant: tuple[Tensor, Tensor] | None = None,
     inplace: bool = False,
     every: tuple[Tensor, int] | None = None,
+    twice: Twice | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Queries rotated where they lie; keys rotated and values copied to where segments read them (arXiv:2104.09864).
@@ -346,11 +245,14 @@ def rope_keys(
         every: (`qkv_NE` with rows before it, which get no gradient; how many keys get one, the last of M). One pass
             takes all. `positions_N` and `rows_M` are of all rows; `way_back` is of the last rows and the last keys
             alone, and counts from the first of these.
+        twice: attention reads these rows in two parts: they are returned for each of them, and the gradients of both
+            are added in fp32, in the same pass. Counts rows and keys that get gradients.
         impl: "auto", "reference" (plain torch) or "triton".
 
     Returns:
         (q [N, H, d], k and v [M, K, d]; [N, K, d] without `rows_M`), computed in fp32 and rounded once. With `every`,
-        those that get gradients, then all three of all rows without gradient. Saved for
+        those that get gradients, then all three of all rows without gradient. With `twice`, instead of those that get
+        gradients, those of the first part, then those of the second, in the same memory. Saved for
         backward: positions, frequencies and `way_back`. Repeatable: places are summed in ascending order, in fp32.
 
     Raises:
@@ -365,10 +267,11 @@ def rope_keys(
         settings = positions_N, inv_freq_h, num_heads, num_kv_heads
         options = {"scale": scale, "rows_M": rows_M, "constant": constant}
         if every is None:
-            return rope_keys_reference(qkv_NE, *settings, **options)
+            return rope_keys_reference(qkv_NE, *settings, **options, twice=twice)
         before = len(every[0]) - len(qkv_NE)
         found = rope_keys_reference(torch.cat([every[0][:before].detach(), qkv_NE]), *settings, **options)
-        last = (x[len(x) - count :] for x, count in zip(found, (len(qkv_NE), every[1], every[1])))
+        last = [x[len(x) - count :] for x, count in zip(found, (len(qkv_NE), every[1], every[1]))]
+        last = last if twice is None else twice.split(*last)
         return *last, *(x.detach() for x in found)
     if constant is not None:
         k_CKd, v_CKd = constant
@@ -387,6 +290,7 @@ def rope_keys(
         constant,
         inplace,
         every,
+        twice,
     )
 
 
@@ -414,4 +318,4 @@ def _check(qkv_NE, positions_N, d, num_heads, num_kv_heads, rows_M, way_back, co
             )
 
 
-__all__ = ["collect", "place_keys", "rope_keys", "rope_keys_reference", "rows_of_heads"]
+__all__ = ["place_keys", "rope_keys", "rope_keys_reference"]

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from .dispatch import launch, use_triton
 from .quantize_fp8 import divided, magnitude, quantize_fp8, quantize_fp8_reference, scale_of
-from .rope_keys import collect, rows_of_heads
-from .rope_qk import cos_sin_of, halves, rope_qk_reference, turned_back
+from .rope_keys_backward import (
+    SecondPart,
+    rope_keys_backward,
+    rope_keys_backward_reference,
+    rows_of_heads,
+    sum_of_parts,
+)
+from .rope_qk import cos_sin_of, turned_back
+from .way_back import Twice
 
 # Pairs of channels of the largest tile (of queries, keys or values) of which three lie in registers.
 LARGEST_TILE = 8192
@@ -27,18 +34,12 @@ def rope_keys_backward_fp8_reference(
     *,
     scale: float = 1.0,
     way_back: tuple[Tensor, Tensor] | None = None,
+    more: SecondPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rope_keys_backward_fp8` in plain torch."""
-    dtype, pairs = grad_k_MKd.dtype, [grad_k_MKd.float(), grad_v_MKd.float()]
-    if way_back is not None:
-        starts_N1, places = way_back
-        own = torch.repeat_interleave(starts_N1.diff())
-        pairs = [x.new_zeros(len(positions_N), *x.shape[1:]).index_add_(0, own, x[places]) for x in pairs]
-    grad_NE = torch.cat([grad_q_NHd.float(), *pairs], 1).flatten(1)
-    heads, kv_heads = grad_q_NHd.shape[1], grad_k_MKd.shape[1]
-    return quantize_fp8_reference(
-        rope_qk_reference(grad_NE, -positions_N, inv_freq_h, heads, kv_heads, scale).to(dtype)
-    )
+    options = {"scale": scale, "way_back": way_back, "more": more}
+    grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
+    return quantize_fp8_reference(rope_keys_backward_reference(*grads, positions_N, inv_freq_h, **options))
 
 
 def _tiles(heads, kv_heads, half):
@@ -64,11 +65,17 @@ def _store(bits_ptr, first, second, scale, offsets, inside, half):
     tl.store(bits_ptr + offsets + half, divided(second, scale), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"])
+@triton.jit(
+    do_not_specialize=["keys", "first_query", "first_key", "last_key"],
+    do_not_specialize_on_alignment=["positions_ptr", "starts_ptr", "places_ptr"],
+)
 def _collect_fp8_kernel(
     grad_q_ptr,
     grad_k_ptr,
     grad_v_ptr,
+    more_q_ptr,
+    more_k_ptr,
+    more_v_ptr,
     bits_ptr,
     scale_ptr,
     starts_ptr,
@@ -79,11 +86,19 @@ def _collect_fp8_kernel(
     q_stride,
     k_stride,
     v_stride,
+    more_q_stride,
+    more_k_stride,
+    more_v_stride,
+    keys,
+    first_query,
+    first_key,
+    last_key,
     num_heads,
     kv_heads,
     half,
     QUERIES: tl.constexpr,
     GATHERED: tl.constexpr,
+    TWICE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_h: tl.constexpr,
@@ -99,7 +114,20 @@ def _collect_fp8_kernel(
         q_heads = tl.arange(0, BLOCK_Q)
         q_inside = (q_heads < num_heads)[:, None] & (channels < half)[None, :]
         q_offsets = q_heads[:, None] * 2 * half + channels[None, :]
-        q1, q2 = halves(grad_q_ptr + row * q_stride, q_offsets, q_inside, half)
+        q1, q2 = sum_of_parts(
+            grad_q_ptr,
+            q_stride,
+            more_q_ptr,
+            more_q_stride,
+            row,
+            row + 1,
+            first_query,
+            row + 1,
+            q_offsets,
+            q_inside,
+            half,
+            TWICE,
+        )
     heads = tl.arange(0, BLOCK_K)
     inside = (heads < kv_heads)[:, None] & (channels < half)[None, :]
     offsets = heads[:, None] * 2 * half + channels[None, :]
@@ -116,10 +144,36 @@ def _collect_fp8_kernel(
         place = i
         if GATHERED:
             place = tl.load(places_ptr + i).to(tl.int64)
-        first, second = halves(grad_k_ptr + place * k_stride, offsets, inside, half)
+        first, second = sum_of_parts(
+            grad_k_ptr,
+            k_stride,
+            more_k_ptr,
+            more_k_stride,
+            place,
+            keys,
+            first_key,
+            last_key,
+            offsets,
+            inside,
+            half,
+            TWICE,
+        )
         k1 += first
         k2 += second
-        first, second = halves(grad_v_ptr + place * v_stride, offsets, inside, half)
+        first, second = sum_of_parts(
+            grad_v_ptr,
+            v_stride,
+            more_v_ptr,
+            more_v_stride,
+            place,
+            keys,
+            first_key,
+            last_key,
+            offsets,
+            inside,
+            half,
+            TWICE,
+        )
         v1 += first
         v2 += second
     k1, k2 = turned_back(k1, k2, cos, sin)
@@ -150,6 +204,7 @@ def rope_keys_backward_fp8(
     *,
     scale: float = 1.0,
     way_back: tuple[Tensor, Tensor] | None = None,
+    more: SecondPart | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `rope_keys`, quantised as `quantize_fp8` does before it leaves.
@@ -159,6 +214,7 @@ def rope_keys_backward_fp8(
         grad_k_MKd, grad_v_MKd: of the keys and values [M, K, d], in the same dtype.
         positions_N, inv_freq_h, scale: as for `rope_keys`.
         way_back: `starts_N1` and `places` of its way back; None: the packed rows in order.
+        more: gradients of the second part of attention, where `rope_keys` was given `twice`; that comes with them.
         impl: "auto", "triton" or "reference" (plain torch).
 
     Returns:
@@ -169,14 +225,16 @@ def rope_keys_backward_fp8(
         ValueError: `impl` is unknown or cannot run here.
     """
     grads = grad_q_NHd, grad_k_MKd, grad_v_MKd
-    if not use_triton(impl, *grads, positions_N, inv_freq_h, *(way_back or ()), name="rope_keys_backward_fp8"):
-        return rope_keys_backward_fp8_reference(*grads, positions_N, inv_freq_h, scale=scale, way_back=way_back)
+    others, twice = more or (grads, Twice(0, 0, 0, 0))
+    options = {"scale": scale, "way_back": way_back, "more": more}
+    if not use_triton(impl, *grads, *others, positions_N, inv_freq_h, *(way_back or ()), name="rope_keys_backward_fp8"):
+        return rope_keys_backward_fp8_reference(*grads, positions_N, inv_freq_h, **options)
     N, half, (heads, kv_heads) = positions_N.shape[0], inv_freq_h.shape[0], (x.shape[1] for x in grads[:2])
     tiles = _tiles(heads, kv_heads, half)
     if tiles is None:
-        return quantize_fp8(collect(*grads, positions_N, inv_freq_h, scale, way_back), impl=impl)
+        return quantize_fp8(rope_keys_backward(*grads, positions_N, inv_freq_h, **options, impl=impl), impl=impl)
     *blocks, warps = tiles
-    grads = [rows_of_heads(x) for x in grads]
+    grads, others = ([rows_of_heads(x) for x in each] for each in (grads, others))
     bits_NE = grad_k_MKd.new_empty(N, (heads + 2 * kv_heads) * 2 * half, dtype=torch.float8_e4m3fn)
     scale_N = grad_k_MKd.new_empty(N, dtype=torch.float32)
     if N:
@@ -184,18 +242,24 @@ def rope_keys_backward_fp8(
             _collect_fp8_kernel,
             (N,),
             *grads,
+            *others,
             bits_NE.view(torch.uint8),
             scale_N,
             *(way_back or (positions_N,) * 2),
             positions_N,
             inv_freq_h,
             scale,
-            *(x.stride(0) for x in grads),
+            *(x.stride(0) for x in (*grads, *others)),
+            twice.keys,
+            twice.first_query,
+            twice.first_key,
+            twice.first_key + twice.shared,
             heads,
             kv_heads,
             half,
             heads > 0,
             bool(way_back),
+            more is not None,
             *blocks,
             num_warps=warps,
         )

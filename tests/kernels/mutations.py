@@ -150,7 +150,12 @@ MUTATIONS["merge_parts"] = [
         "test_a_part_without_keys_and_far_scores_count_as_they_should[second-triton]",
     ),
     Mutation("share = tl.exp(other_lse - both)", "share = tl.exp(lse - both)", "test_is_attention_to_all_keys[triton]"),
-    Mutation("mask=real)", "mask=heads < num_heads - 1)", "test_is_attention_to_all_keys[triton]"),
+    Mutation(
+        "to_lse_row_stride, both, mask=real)",
+        "to_lse_row_stride, both, mask=heads < num_heads - 1)",
+        "test_is_attention_to_all_keys[triton]",
+    ),
+    Mutation("if BOTH:", "if not BOTH:", "test_the_last_rows_of_larger_tensors_in_place[triton]"),
     Mutation("+ row * lse_row_stride", "+ row", "test_any_shape"),
     Mutation("other_ptr + row * other_stride", "other_ptr + row * BLOCK_d", "test_is_attention_to_all_keys[triton]"),
 ]
@@ -363,16 +368,40 @@ MUTATIONS["rope_keys"] = [
         "if (row >= C) & (block < BLOCKS):", "if row >= C:", "test_equals_reference[shape1-shared-torch.float32-triton]"
     ),
     Mutation(
+        "outs = [last_rows(x, count) for",
+        "outs = [x[:count] for",
+        "test_rows_behind_others_have_the_bits_of_rows_alone[4-False-triton]",
+    ),
+    Mutation("torch.autograd.graph.increment_version(qkv_NE)", "pass", "test_autograd_sees_what_is_overwritten"),
+]
+MUTATIONS["rope_keys_backward"] = [
+    Mutation(
         "first, second = turned_back(first, second, cos, sin)",
         "first, second = turned_back(first, second, sin, cos)",
-        "test_equals_reference[shape1-in order-torch.float32-triton]",
+        "test_two_parts_are_added[in order-keys behind-torch.float32-triton]",
     ),
     Mutation(
         "place = tl.load(places_ptr + i).to(tl.int64)",
         "place = i",
-        "test_equals_reference[shape1-shared-torch.float32-triton]",
+        "test_two_parts_are_added[shared-keys behind-torch.float32-triton]",
     ),
-    Mutation("torch.autograd.graph.increment_version(qkv_NE)", "pass", "test_autograd_sees_what_is_overwritten"),
+    Mutation("inside & (place < keys)", "inside", "test_two_parts_are_added[shared-keys behind-torch.float32-triton]"),
+    Mutation("& (place < last)", "", "test_two_parts_are_added[shared-keys in the middle again-torch.float32-triton]"),
+    Mutation(
+        "more_ptr += (place - first) * more_stride",
+        "more_ptr += place * more_stride",
+        "test_two_parts_are_added[shared-keys at the end again-torch.float32-triton]",
+    ),
+    Mutation(
+        "begin_second = first_query.to(tl.int64)",
+        "begin_second = row",
+        "test_two_parts_are_added[shared-keys behind-torch.float32-triton]",
+    ),
+    Mutation(
+        "return (first1 + second1, first2 + second2)",
+        "return (first1, first2)",
+        "test_two_parts_are_added[in order-keys behind-torch.float32-triton]",
+    ),
 ]
 MUTATIONS["rope_keys_fp8"] = [
     Mutation(
@@ -399,5 +428,13 @@ MUTATIONS["rope_keys_fp8"] = [
         "place = tl.load(places_ptr + i).to(tl.int64)",
         "place = i",
         "test_is_the_gradient_quantised_afterwards[shape6-shared-torch.float32]",
+    ),
+    Mutation(
+        "row + 1, first_query, row + 1", "row + 1, 0, row + 1", "test_of_two_parts[in order-keys behind-torch.float32]"
+    ),
+    Mutation(
+        "more_v_ptr, more_v_stride, place, keys, first_key",
+        "more_v_ptr, more_v_stride, place, keys, keys",
+        "test_of_two_parts[shared-keys in the middle again-torch.float32]",
     ),
 ]

@@ -396,27 +396,18 @@ PRODUCTION["quantize_fp8"] = quantize_fp8_calls
 
 
 def rope_keys_calls():
-    """Of LLaMA 7B, 13B and 3-8B: keys in order, and behind constant rows with some shared."""
-    from fastvid_kernels.rope_keys import rope_keys
-    from fastvid_kernels.way_back import WayBack
+    """Of LLaMA 7B, 13B and 3-8B: behind constant rows, with some keys shared."""
+    from fastvid_kernels.rope_keys import place_keys
 
-    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
-        x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype, requires_grad=True)
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192):
+        x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype)
         positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
-        keys = {}
-        if gathered:
-            starts, places = torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-            keys = {
-                "rows_M": torch.empty(rows + 8, dtype=torch.int64),
-                "way_back": WayBack(starts, places, 34),
-                "constant": (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2,
-            }
-        outs = rope_keys(x, positions, frequencies, heads, kv_heads, **keys, impl="triton")
-        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+        constant = (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2
+        rows_M = torch.empty(rows + 8, dtype=torch.int64)
+        place_keys(x, positions, frequencies, heads, kv_heads, 1.0, rows_M, constant)
 
     return {
         "32 heads bf16": lambda: call(32, 32),
-        "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
         "40 heads bf16": lambda: call(40, 40),
         "32 heads, 8 of keys bf16": lambda: call(32, 8),
         "no queries bf16": lambda: call(0, 32),
@@ -425,33 +416,60 @@ def rope_keys_calls():
 
 
 PRODUCTION["rope_keys"] = rope_keys_calls
-WIDE |= {"_place_keys_kernel", "_collect_kernel"}
-WIDE_STORES |= {"_place_keys_kernel", "_collect_kernel"}
-WIDE |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
-WIDE_STORES |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
+WIDE.add("_place_keys_kernel")
+WIDE_STORES.add("_place_keys_kernel")
 
 
-def rope_keys_fp8_calls():
-    """Of LLaMA 7B, 13B and 3-8B: keys in order, and with some shared."""
-    from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
+def _backward_of_keys(backward):
+    """Of LLaMA 7B, 13B and 3-8B: keys in order, with some shared, and of attention in two parts."""
+    from fastvid_kernels.way_back import Twice
 
-    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True):
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, gathered=True, twice=None):
         way_back = (
             (torch.empty(rows + 1, dtype=torch.int32), torch.empty(rows + 8, dtype=torch.int32)) if gathered else None
         )
         grads = [torch.empty(rows, n, channels, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
-        rope_keys_backward_fp8(
-            *grads, torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2), way_back=way_back, impl="triton"
+        backward(
+            *grads,
+            torch.empty(rows, dtype=torch.int32),
+            torch.empty(channels // 2),
+            way_back=way_back,
+            more=twice and (grads, twice),
+            impl="triton",
         )
 
+    parts = {"twice": Twice(4096, 8192, 34, 2704)}
     return {
         "32 heads bf16": lambda: call(32, 32),
         "32 heads bf16, in order": lambda: call(32, 32, gathered=False),
         "40 heads bf16": lambda: call(40, 40),
         "32 heads, 8 of keys bf16": lambda: call(32, 8),
         "no queries bf16": lambda: call(0, 32),
+        "32 heads bf16, in two parts": lambda: call(32, 32, **parts),
+        "40 heads bf16, in two parts": lambda: call(40, 40, **parts),
+        "32 heads, 8 of keys bf16, in two parts": lambda: call(32, 8, **parts),
+        "no queries bf16, in two parts": lambda: call(0, 32, **parts),
         "odd: 3 heads of 10 channels fp16": lambda: call(3, 1, torch.float16, 10),
     }
+
+
+def rope_keys_backward_calls():
+    from fastvid_kernels.rope_keys_backward import rope_keys_backward
+
+    return _backward_of_keys(rope_keys_backward)
+
+
+PRODUCTION["rope_keys_backward"] = rope_keys_backward_calls
+WIDE.add("_collect_kernel")
+WIDE_STORES.add("_collect_kernel")
+WIDE |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
+WIDE_STORES |= {"_swiglu_fp8_fwd_kernel", "_swiglu_fp8_bwd_kernel"}
+
+
+def rope_keys_fp8_calls():
+    from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
+
+    return _backward_of_keys(rope_keys_backward_fp8)
 
 
 PRODUCTION["rope_keys_fp8"] = rope_keys_fp8_calls

@@ -76,6 +76,11 @@ ELSEWHERE = {
         rows(1, 2, dtype=torch.float32, device="cuda:1"),
     ),
     "rope_keys": lambda: (rows(2, 24), rows(2, dtype=torch.int32), rows(4, dtype=torch.float32, device="cuda:1"), 1, 1),
+    "rope_keys_backward": lambda: (
+        *(rows(2, 1, 8) for _ in range(3)),
+        rows(2, dtype=torch.int32),
+        rows(4, dtype=torch.float32, device="cuda:1"),
+    ),
     "rope_keys_fp8": lambda: (
         *(rows(2, 1, 8) for _ in range(3)),
         rows(2, dtype=torch.int32),

@@ -11,9 +11,10 @@ from fastvid_kernels.grid_pool import grid_pool
 from fastvid_kernels.launch_bytes import launch_bytes, name_of
 from fastvid_kernels.merge_parts import merge_parts
 from fastvid_kernels.quantize_fp8 import quantize_fp8
-from fastvid_kernels.rope_keys import WayBack
+from fastvid_kernels.rope_keys_backward import rope_keys_backward
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from fastvid_kernels.swiglu import swiglu_backward_fp8, swiglu_fp8
+from fastvid_kernels.way_back import Twice, WayBack
 from model_cases import FEW, loss_and_gradients, prepared, random_model, with_prefix
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -25,7 +26,8 @@ def touched(monkeypatch):
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def note(places, ptrs, mask):
-        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
+        masked = np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)
+        addresses = ptrs.data[masked].astype(np.int64)
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         places.append((addresses[:, None] + np.arange(size)).ravel())
 
@@ -75,13 +77,14 @@ def others(dtype):
     add_rms_norm_fp8(drawn(5, 96), drawn(5, 96), torch.ones(96), 1e-5, dtype)
     rows_M = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4, 0])  # two constant rows, three packed ones
     way_back = WayBack.of(rows_M, 2, 3)
-    rope_keys_backward_fp8(
-        drawn(3, 4, 8),
-        *(drawn(9, 2, 8) for _ in range(2)),
-        torch.arange(3),
-        torch.ones(4),
-        way_back=(way_back.starts_N1, way_back.places),
-    )
+    for backward in rope_keys_backward, rope_keys_backward_fp8:
+        options = {"way_back": (way_back.starts_N1, way_back.places)}
+        backward(drawn(3, 4, 8), *(drawn(9, 2, 8) for _ in range(2)), torch.arange(3), torch.ones(4), **options)
+        for keys, first in (9, 4), (4, 4):
+            more = [drawn(count, heads, 8) for count, heads in ((2, 4), (5, 2), (5, 2))]
+            grads = drawn(3, 4, 8), *(drawn(keys, 2, 8) for _ in range(2))
+            options["more"] = more, Twice(1, keys, first, 5)
+            backward(*grads, torch.arange(3), torch.ones(4), **options)
     parts = [x for _ in range(2) for x in (drawn(5, 4, 24), torch.randn(4, 5))]
     merge_parts(*parts)
     merge_parts(*parts, inplace=True)

@@ -4,12 +4,13 @@ import fastvid_kernels.rope_keys_fp8 as kernel_module
 import pytest
 import torch
 from fastvid_kernels.quantize_fp8 import quantize_fp8
-from fastvid_kernels.rope_keys import collect
+from fastvid_kernels.rope_keys_backward import rope_keys_backward
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from harness import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rope_keys import SHAPES, WAYS, inputs
+from test_rope_keys_backward import PARTS, in_parts
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -20,13 +21,11 @@ def arguments(shape, way, dtype, seed=0):
     return grads, positions, frequencies, way_back or None
 
 
-def check(grads, positions, frequencies, way_back):
+def check(grads, positions, frequencies, way_back, more=None):
     before = [x.clone() for x in grads]
-    grad = collect(*grads, positions, frequencies, 1.2, way_back)
-    bits, scale = quantize_fp8(grad, impl="triton")
-    found, found_scale = rope_keys_backward_fp8(
-        *grads, positions, frequencies, scale=1.2, way_back=way_back, impl="triton"
-    )
+    options = {"scale": 1.2, "way_back": way_back, "more": more, "impl": "triton"}
+    bits, scale = quantize_fp8(rope_keys_backward(*grads, positions, frequencies, **options), impl="triton")
+    found, found_scale = rope_keys_backward_fp8(*grads, positions, frequencies, **options)
     assert found.dtype == torch.float8_e4m3fn and found.is_contiguous() and torch.equal(found_scale, scale)
     assert torch.equal(found.float(), bits.float())
     assert all(map(torch.equal, grads, before))
@@ -54,6 +53,15 @@ def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
     check(*arguments((rows, heads, kv_heads, 2 * half), way, dtype, seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_of_two_parts(way, kind, dtype):
+    grads, *others = arguments((7, 4, 2, 8), way, dtype)
+    check(*in_parts(grads, kind, others))
 
 
 @pytest.mark.slow

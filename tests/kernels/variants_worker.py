@@ -25,11 +25,12 @@ from fastvid_kernels.merge_parts import merge_parts  # noqa: E402
 from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8  # noqa: E402
 from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
 from fastvid_kernels.rope_keys import rope_keys  # noqa: E402
+from fastvid_kernels.rope_keys_backward import rope_keys_backward  # noqa: E402
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
 from fastvid_kernels.splice_video import splice_video  # noqa: E402
 from fastvid_kernels.swiglu import swiglu, swiglu_backward_fp8, swiglu_fp8  # noqa: E402
-from fastvid_kernels.way_back import WayBack  # noqa: E402
+from fastvid_kernels.way_back import Twice, WayBack  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
@@ -80,7 +81,10 @@ def call_all(count, first):
     )
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     places = way_back.starts_N1, way_back.places
-    rope_keys_backward_fp8(*outputs, positions, frequencies, way_back=places, impl="triton")
+    for backward in rope_keys_backward, rope_keys_backward_fp8:
+        backward(*outputs, positions, frequencies, way_back=places, impl="triton")
+        twice = Twice(first, count, first, count)
+        backward(*outputs, positions, frequencies, way_back=places, more=(outputs, twice), impl="triton")
     boundary = torch.empty(2, D, requires_grad=True)
     spliced = splice_video(
         indices(count, first),
