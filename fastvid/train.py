@@ -41,7 +41,8 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import ModelConfig
 from fastvid.model.video_llava import VideoLlava
 from fastvid.online.folder import training_features
-from fastvid.training import diagnosis, flops, overview, planning, recovery, run_lock
+from fastvid.training import checks, diagnosis, flops, overview, planning, recovery, run_lock
+from fastvid.training.after_step import due, end_not_finite, log_step, stop, too_many_skipped, validation_due
 from fastvid.training.average import Average
 from fastvid.training.budget import settled_budget
 from fastvid.training.metrics import Metrics, memory_taken
@@ -60,7 +61,6 @@ log = logging.getLogger("fastvid")
 _COLLECT_EVERY = 200  # steps between collections of Python's garbage
 # The largest batch need not be among them, but what every step takes is.
 _STEPS_BEFORE_MEMORY_IS_TOLD = 3
-_DRAWN_BEFORE_JUDGED = 64  # samples, before the share of those that are skipped says something
 
 
 class Prepared(NamedTuple):
@@ -86,7 +86,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
         ValueError: a flag, file or sample that cannot be used, with the remedy.
     """
     parallel.check_same(dataclasses.asdict(config), world)
-    config = settled_budget(planning.checked(config), world)
+    config = settled_budget(checks.checked(config), world)
     if config.pretrain_mm_mlp_adapter is not None:
         found = projector_path(config.pretrain_mm_mlp_adapter, "--pretrain_mm_mlp_adapter")
         if found != Path(config.pretrain_mm_mlp_adapter):
@@ -109,7 +109,7 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
         projector=config.pretrain_mm_mlp_adapter,
         mm_hidden_size=samples.channels or None,
     )
-    planning.check_window(config, model_config.decoder)
+    checks.check_window(config, model_config.decoder)
     samples.fit(model_config.channels)
     check_features(config.vision_tower, samples.provenance, config.video_folder)
     if samples.provenance.second is not None:
@@ -285,14 +285,14 @@ def loop(state: TrainState) -> int:
         if state.world.is_main:
             beside_training.drop_later(config.output_dir, state.tasks, first_step)
         # What a signal ended before its validation was done goes on with that.
-        left_out = first_step > 0 and _validation_due(state) and metrics.evaluated_step < first_step
+        left_out = first_step > 0 and validation_due(state) and metrics.evaluated_step < first_step
         if state.world.gather_objects(left_out)[0] and not _validate(state, metrics):
-            return _stop(state, metrics)
+            return stop(state, metrics)
         for batches, waited in steps:
             result = train_step(state, batches, waited)
             if result is None:
                 state.saver.wait()  # raises what could not be written, if that is why
-                return _stop(state, metrics)
+                return stop(state, metrics)
             metrics.count(result.counts)
             metrics.wait(result.waited)
             profiler.step()
@@ -301,9 +301,9 @@ def loop(state: TrainState) -> int:
             if state.step - first_step == _STEPS_BEFORE_MEMORY_IS_TOLD:
                 metrics.message(memory_taken(state.plan.estimated))
             stops, ends = result.stop_signal > 0, state.step == order.total_steps
-            too_many = _too_many_skipped(state, result)
+            too_many = too_many_skipped(state, result)
             saves = (
-                _due(state, config.save_strategy, config.save_steps)
+                due(state, config.save_strategy, config.save_steps)
                 or stops
                 or too_many
                 or (ends and recovery.saves_at_end(state))
@@ -311,16 +311,16 @@ def loop(state: TrainState) -> int:
             # Not where a signal stops: the window since the last line is saved, and goes on with the run.
             logs = state.step % config.logging_steps == 0 or ends
             if (logs or saves) and (failed := int(state.optimizer.failed_step)) >= 0:
-                return _end_not_finite(state, failed, metrics)
+                return end_not_finite(state, failed, metrics)
             if (saves or ends) and (broken := diagnosis.broken_by_an_update(state)):
                 metrics.message(f"training ends after step {state.step}: {broken}")
                 return 1
             if logs:
-                _log(state, result, metrics)
-            if not stops and _validation_due(state) and not _validate(state, metrics):
-                return _stop(state, metrics)
+                log_step(state, result, metrics)
+            if not stops and validation_due(state) and not _validate(state, metrics):
+                return stop(state, metrics)
             if stops:
-                return _stop(state, metrics)
+                return stop(state, metrics)
             if saves:
                 metrics.stall(recovery.save(state))
             if too_many:
@@ -367,33 +367,6 @@ def _note_stop(state, number):
     state.stop_signal = number
 
 
-def _stop(state, metrics):
-    """Keep the state after the last step, and give up as a signal asked; all ranks together."""
-    number = max(state.world.gather_objects(state.stop_signal))
-    if (failed := int(state.optimizer.failed_step)) >= 0:
-        return _end_not_finite(state, failed, metrics)
-    if broken := diagnosis.broken_by_an_update(state):
-        metrics.message(f"training ends after step {state.step}: {broken}")
-        return 1
-    if not state.saver.has(state.step):
-        metrics.stall(recovery.save(state))
-    state.saver.wait()
-    metrics.message(f"stopped by a signal after step {state.step}; the same command goes on from there")
-    return 128 + number
-
-
-def _due(state, strategy, every):
-    """Whether the step just done is one to save or validate at."""
-    if strategy == "steps":
-        return state.step % every == 0
-    epoch, ends = state.order.epoch_after, state.step == state.order.total_steps  # maybe within an epoch
-    return strategy == "epoch" and (ends or int(epoch(state.step)) > int(epoch(state.step - 1)))
-
-
-def _validation_due(state):
-    return bool(state.evaluation or state.tasks) and _due(state, state.config.eval_strategy, state.config.eval_steps)
-
-
 def _validate(state, metrics):
     """Log the loss over the validation set, and the benchmarks' figures; whether no signal ended that."""
     told = {"epoch": state.order.epoch_after(state.step)}
@@ -419,50 +392,6 @@ def _ask_tasks(state):
         return beside_training.ask(
             state.tasks, chat, config, state.world, state.step, run=state.run, stopped=lambda: state.stop_signal
         )
-
-
-def _too_many_skipped(state, result):
-    """Why the run ends, where more samples are skipped than may be; None otherwise."""
-    limit = state.config.max_skipped
-    if result.drawn < min(_DRAWN_BEFORE_JUDGED, len(state.loader.samples)) or result.skipped <= limit * result.drawn:
-        return None
-    return (
-        f"{result.skipped} of {result.drawn} samples were skipped, more than --max_skipped {limit:g} of them; mend "
-        "what the lines above name, or raise --max_skipped"
-    )
-
-
-def _log(state, result, metrics):
-    steps = state.step - state.logged_step
-    metrics.log(
-        state.step,
-        {
-            "epoch": state.order.epoch_after(state.step),
-            "loss": state.loss_sum.item() / steps,
-            "learning_rate": result.learning_rate,
-            "grad_norm": result.gradient_norm.item(),
-            "skipped_samples": recovery.skipped_samples(state),
-        },
-    )
-    state.loss_sum.zero_()
-    state.logged_step = state.step
-
-
-def _end_not_finite(state, failed, metrics):
-    """Keep the state before step `failed` (from 0), say what made it non-finite, and give up."""
-    state.step = failed
-    state.optimizer.failed_step.fill_(-1)
-    said = f"step {failed + 1} is not finite; "
-    if broken := diagnosis.broken_by_an_update(state):
-        metrics.message(said + broken)
-        return 1
-    if not state.saver.has(state.step):
-        recovery.save(state)
-    metrics.message(
-        f"{said}no parameter or moment has changed since the step before it. "
-        + diagnosis.explain_not_finite(state, failed)
-    )
-    return 1
 
 
 callable_command(__name__)

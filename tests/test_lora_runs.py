@@ -24,7 +24,7 @@ from fastvid.evaluation import predict
 from fastvid.inference.chat import Chat
 from fastvid.policy import LORA_TARGETS
 from fastvid.serving import launch
-from fastvid.training import planning, recovery
+from fastvid.training import checks, recovery
 from fastvid.weights.adapter import adapter_folder, adapter_of, read_adapter
 from fastvid.weights.export import export
 
@@ -292,7 +292,7 @@ def test_the_overview_tells_what_lora_is_and_what_it_ends(made, tmp_path, caplog
 )
 def test_flags_that_contradict_each_other(made, tmp_path, words, said):
     with pytest.raises(ValueError, match=said):
-        planning.checked(config_of(made, tmp_path, *words))
+        checks.checked(config_of(made, tmp_path, *words))
 
 
 def peft_folder(folder, made, **changes):

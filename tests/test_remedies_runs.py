@@ -24,8 +24,8 @@ from fastvid.flags import parse
 from fastvid.flags.foreign import MEANING
 from fastvid.model.attention import choose_attention
 from fastvid.model.config import Precision
-from fastvid.model.decoder import recomputed_layers
 from fastvid.model.quantize import check_device
+from fastvid.model.recompute import recomputed_layers
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.training import adamw8bit as optim8bit

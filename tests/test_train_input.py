@@ -11,7 +11,7 @@ from training_run import config_of, flags, losses, start, write_run
 
 from fastvid import train
 from fastvid.dist import parallel
-from fastvid.training import planning
+from fastvid.training import checks, planning
 from fastvid.training.metrics import read_metrics
 
 
@@ -49,7 +49,7 @@ def test_contradictions_are_refused_before_any_step(run, tmp_path, options, mess
 
 def test_an_unknown_reporter_is_refused_before_anything_is_read(run, tmp_path):
     with pytest.raises(ValueError, match="--report_to neptune: known are"):
-        planning.checked(config_of(run, tmp_path, "--report_to", "neptune"))
+        checks.checked(config_of(run, tmp_path, "--report_to", "neptune"))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from fastvid_kernels import cpu
@@ -114,7 +115,7 @@ class Attention:
 
     def behind(
         self,
-        live: tuple[Tensor, ...],
+        live: tuple[Any, ...],
         every: tuple[Tensor, ...],
         layouts: tuple[AttentionLayout, ...],
         *,
@@ -196,7 +197,8 @@ def attend_rotated(
         every = None if live_keys is None or qkv.every is None else (qkv.every, live_keys)
         product_NE, found = qkv.all, rope_keys(qkv.live, *settings, every=every, **options)
     size = 3 if branches is None else 6
-    live, every = tuple(found[:size]), tuple(found[size:])
+    live: tuple[Any, ...] = tuple(found[:size])
+    every = tuple(found[size:])
     if queries is not None:
         second = (None, *live[4:]) if branches is not None else ()  # gradients of both parts' queries are added before
         live, every = (queries.live, *live[1:3], *second), (queries.all, *every[1:])

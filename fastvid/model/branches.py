@@ -108,6 +108,7 @@ def _backward(grad_NHd, ctx):
     if branches is None:
         return *backward(grad_NHd, *rows[:3], out_NHd, lse_HN, ctx.layout, True), None, None, None
     own, second = _both(rows[:3], rows[3:], branches)
+    assert second is not None
     grads = backward(grad_NHd, *own, out_NHd, lse_HN, branches.causal, True)
     at = branches.first_query
     more = backward(grad_NHd[at:], *second, out_NHd[at:], lse_HB, branches.full, False)

@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastvid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_fp8
 from fastvid_kernels.dispatch import use_triton
 from fastvid_kernels.quantize_fp8 import Fp8Rows
 from fastvid_kernels.rope_qk import rope_qk
 from fastvid_kernels.swiglu import swiglu
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout, BatchPart
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
@@ -25,61 +24,12 @@ from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
 from fastvid.model.fp8_block import Fp8Product, gate_up_swiglu, product_back_in_fp8
 from fastvid.model.linear import Linear, make_linear
 from fastvid.model.lora import LoraBranch, beside
+from fastvid.model.norm import RMSNorm
 from fastvid.model.quantize import Fp8Linear
+from fastvid.model.recompute import keep_products, recomputed_layers
 from fastvid.model.rows import Rows, rows_of, take_rows
 from fastvid.model.stream import Stream
 from fastvid.policy import Lora
-
-RECOMPUTE_MODES = ("none", "selective", "full")
-
-
-def recomputed_layers(recompute: str | int, num_layers: int) -> int:
-    """How many layers, the first ones, keep nothing but their input ("selective" keeps part of every layer: 0).
-
-    Raises:
-        ValueError: `recompute` is neither a mode nor a number of so many layers.
-    """
-    modes = {"none": 0, "selective": 0, "full": num_layers}
-    whole = modes.get(recompute) if isinstance(recompute, str) else recompute
-    if not isinstance(whole, int) or not 0 <= whole <= num_layers:
-        raise ValueError(
-            f"recompute {recompute!r}: choose one of {', '.join(RECOMPUTE_MODES)}, or how many of the "
-            f"first layers, 0 to {num_layers}"
-        )
-    return whole
-
-
-class RMSNorm(nn.Module):
-    """Adds a branch to the residual stream, and normalises the sum into the compute dtype.
-
-    `for_fp8`: the rows' only readers are FP8 products, so that they are `Fp8Rows` where kernels run.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        eps: float,
-        *,
-        trained: bool,
-        precision: Precision,
-        for_fp8: bool = False,
-    ):
-        super().__init__()
-        dtype = torch.float32 if trained else precision.residual
-        self.weight = nn.Parameter(torch.empty(channels, dtype=dtype), requires_grad=trained)
-        self.eps = eps
-        self.compute_dtype = precision.compute
-        self.for_fp8 = for_fp8
-
-    def forward(self, residual: Rows, branch: Rows | None) -> tuple[Rows, Rows]:
-        """(sum, normalised sum) in one pass; of `Fp8Rows` the bits are those of all rows."""
-        given = residual.live, None if branch is None else branch.live, self.weight, self.eps, self.compute_dtype
-        every = None if residual.every is None else (residual.every, None if branch is None else branch.every)
-        if self.for_fp8 and use_triton("auto", residual.live, name="add_rms_norm_fp8"):
-            total_LD, rows, *more = add_rms_norm_fp8(*given, every=every)
-            return Rows(total_LD, *more), Rows(rows)
-        total_LD, y_LD, *more = add_rms_norm(*given, every=every)
-        return Rows(total_LD, *more[:1]), Rows(y_LD, *more[1:])
 
 
 class DecoderLayer(nn.Module):
@@ -418,20 +368,7 @@ class Decoder(nn.Module):
                 linear.prepack()
 
     def _checkpointed(self, layer, *inputs, **options):
-        context: dict[str, Any] = {"context_fn": _keep_products} if self._selective else {}
+        context: dict[str, Any] = {"context_fn": keep_products} if self._selective else {}
         return checkpoint(
             layer, *inputs, recomputed=True, use_reentrant=False, preserve_rng_state=False, **options, **context
         )
-
-
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "mkldnn::_linear_pointwise")
-
-
-def _keep_products():
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context, operation, *args, **options):
-    name = operation.name()
-    kept = name in _PRODUCTS or "attention" in name or "attn" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,7 +9,7 @@ import torch
 from fastvid.checkpoints import checkpoint, folders
 from fastvid.config import TrainConfig, older_names
 from fastvid.dist import parallel
-from fastvid.training.planning import given_memory
+from fastvid.training.checks import given_memory
 
 log = logging.getLogger("fastvid")
 

@@ -22,9 +22,9 @@ from fastvid.batch import AttentionLayout, BatchPart, Branches, Channels, Packed
 from fastvid.model.attention import AVX512, Attention
 from fastvid.model.branches import Parts
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
-from fastvid.model.decoder import recomputed_layers
 from fastvid.model.lora import draw_dropout
 from fastvid.model.quantize import QuantizedLinear, matrix_bytes
+from fastvid.model.recompute import recomputed_layers
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.training.live_bytes import LiveBytes

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout
 from fastvid.model.attention import choose_attention
-from fastvid.model.decoder import _keep_products
+from fastvid.model.recompute import keep_products
 
 # Where it ought to compile and does not, the tests fail.
 if (lacking := attention_obstacle()) and any(x in lacking for x in ("it is for", "no AVX512", "no C++ compiler")):
@@ -178,7 +178,7 @@ def test_selective_recomputation_keeps_the_result():
             lambda x: own(x * 2, k, v, bounds([9]), bounds([20])),
             q.requires_grad_(),
             use_reentrant=False,
-            context_fn=_keep_products,
+            context_fn=keep_products,
         ).sum().backward()
     assert calls == ["fastvid_avx512::attention", "fastvid_avx512::attention_backward"]
 

@@ -11,8 +11,9 @@ from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.model import quantize
-from fastvid.model.decoder import DecoderLayer, RMSNorm
+from fastvid.model.decoder import DecoderLayer
 from fastvid.model.fp8_block import gate_up_swiglu, product_back_in_fp8
+from fastvid.model.norm import RMSNorm
 from fastvid.model.quantize import Fp8Linear
 
 KINDS = {

@@ -28,7 +28,7 @@ from fastvid.model.config import Precision
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
-from fastvid.training import planning
+from fastvid.training import checks, planning
 from fastvid.training.live_bytes import LiveBytes
 from fastvid.training.memory import estimate
 from fastvid.weights.model_config import read_model_config
@@ -251,7 +251,7 @@ REFUSED = {
 def test_contradictions_are_refused(run, tmp_path, case):
     given, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        planning.checked(config_of(run, tmp_path / "out", *given))
+        checks.checked(config_of(run, tmp_path / "out", *given))
 
 
 def test_a_dry_run_refuses_a_gpu_without_fp8(run, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from training_run import config_of, write_run
 from bench.executed import executed_flops
 from fastvid import train
 from fastvid.dist import parallel
-from fastvid.model.decoder import _keep_products
 from fastvid.model.linear import Linear
+from fastvid.model.recompute import keep_products
 from fastvid.training import memory
 
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ def test_selective_recomputation_keeps_the_product():
     x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
     names = products_of(
         lambda: (
-            checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False, context_fn=_keep_products).sum().backward()
+            checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False, context_fn=keep_products).sum().backward()
         )
     )
     assert len(names) == 2  # forward, and the gradient
