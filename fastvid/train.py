@@ -29,7 +29,7 @@ from fastvid.checkpoints.saver import Saver
 from fastvid.config import ChatConfig, TrainConfig
 from fastvid.data.conversation import settled_version
 from fastvid.data.dataset import SampleSet
-from fastvid.data.loader import Loader, TrainingOrder, evaluation_loader, training_loader
+from fastvid.data.loader import Loader, TrainingOrder, evaluation_loader
 from fastvid.data.order.stream import EvaluationOrder
 from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
@@ -44,7 +44,7 @@ from fastvid.online.folder import training_features
 from fastvid.training import checks, diagnosis, flops, overview, planning, recovery, run_lock
 from fastvid.training.after_step import due, end_not_finite, log_step, stop, too_many_skipped, validation_due
 from fastvid.training.average import Average
-from fastvid.training.budget import settled_budget
+from fastvid.training.budget import planned, settled_budget
 from fastvid.training.metrics import Metrics, memory_taken
 from fastvid.training.optimizer import Optimizer, learning_rate
 from fastvid.training.profiling import Profiler
@@ -114,17 +114,16 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     check_features(config.vision_tower, samples.provenance, config.video_folder)
     if samples.provenance.second is not None:
         check_features(config.vision_tower_2, samples.provenance.second, config.video_folder_2, which="_2")
-    loader = training_loader(config, samples, world)
-    config = planning.with_whole_steps(config, loader.order.total_steps)
-    evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
-
     sizes, precision = model_config.decoder, planning.precision_of(config)
     attention = settle_attention(
         config.attn_implementation, world.device, precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     )
+    config, loader, plan = planned(config, precision, model_config, samples, world, attention)
+    config = planning.with_whole_steps(config, loader.order.total_steps)
+    evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
     for line in overview.overview(config, model_config, loader, world, attention):
         log.info("%s", line)
-    plan = planning.plan(config, precision, model_config, loader, world, attention)
+    plan.tell()
     return Prepared(config, tokenizer, model_config, loader, evaluation, tasks, attention, plan)
 
 

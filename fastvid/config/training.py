@@ -7,6 +7,8 @@ from fastvid.config.fields import Checked, flag, steps
 from fastvid.policy import POLICIES, Lora, Policy, Trainable
 from fastvid.pooling import check_spec
 
+DEFAULT_BATCH = 8  # samples per rank and micro-batch
+
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
@@ -177,7 +179,13 @@ class TrainConfig(DataConfig):
     )
     num_train_epochs: float = flag(3.0, "Passes over the data.", above=0, at_most=10**6, group="optimisation")
     max_steps: int = flag(-1, "If positive, the number of optimizer steps; overrides --num_train_epochs.", at_least=-1)
-    per_device_train_batch_size: int = flag(8, "Samples per rank and micro-batch.", at_least=1, at_most=10_000)
+    per_device_train_batch_size: int | None = flag(
+        None,
+        "Samples per rank and micro-batch. Default: 8, or fewer in as many more micro-batches where memory is too "
+        "short for them; a run that goes on has those that it began with.",
+        at_least=1,
+        at_most=10_000,
+    )
     tokens_per_batch: int | Literal["auto"] | None = flag(
         None,
         "Tokens per rank and micro-batch, packed full; instead of --per_device_train_batch_size. auto: as many as "
@@ -274,6 +282,11 @@ class TrainConfig(DataConfig):
         "before the first step. The model's folder need not hold weights.",
     )
     memory: str | None = flag(None, "Plan as if each device had so much free memory: 24GiB, 80GB.")
+
+    @property
+    def batch_size(self) -> int:
+        """`per_device_train_batch_size`, or its default."""
+        return self.per_device_train_batch_size or DEFAULT_BATCH
 
     @property
     def token_budget(self) -> int | None:

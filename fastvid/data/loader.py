@@ -276,12 +276,12 @@ def training_order(
         "accumulation": config.gradient_accumulation_steps,
     }
     if config.policy.reference_order:
-        return ReferenceOrder(num_samples=sum(counts), batch_size=config.per_device_train_batch_size, **run)
+        return ReferenceOrder(num_samples=sum(counts), batch_size=config.batch_size, **run)
     run |= {"counts": tuple(counts), "weights": weights}
     if config.token_budget:
         assert measure is not None, "batches of so many tokens need the samples' rows"
         return RowOrder(rows=measure(), budget=config.token_budget, name=name, **run)
-    return StreamOrder(batch_size=config.per_device_train_batch_size, groups=groups, **run)
+    return StreamOrder(batch_size=config.batch_size, groups=groups, **run)
 
 
 def _check_reference(config):

@@ -72,9 +72,7 @@ def _samples(config, loader, world):
     per_epoch = getattr(order, "samples_per_epoch", len(loader.samples))
     steps = order.total_steps
     epochs = order.epoch_after(steps)
-    size = (
-        f"{config.token_budget:,} tokens" if config.token_budget else f"{config.per_device_train_batch_size:,} samples"
-    )
+    size = f"{config.token_budget:,} tokens" if config.token_budget else f"{config.batch_size:,} samples"
     batches = " x ".join(
         [
             size,

@@ -58,6 +58,8 @@ class Plan:
         estimated: bytes of a step on one rank.
         accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those
             fit (`parallel.set_gradient_sync`).
+        told: what a step takes of what, in words.
+        lacks: what a run might do to take less, where a step takes more than there is.
     """
 
     precision: Precision
@@ -68,6 +70,14 @@ class Plan:
     tiled: bool
     estimated: int
     accumulate_whole: bool
+    told: str = ""
+    lacks: tuple[str, ...] = ()
+
+    def tell(self, more: str = "") -> None:
+        """Say what memory a step will take, and `more`; warn where there is less."""
+        log.info("%s%s", self.told, more)
+        if self.lacks:
+            log.warning("a step takes more than there is: try %s", ", ".join(self.lacks))
 
     @property
     def short(self) -> bool:
@@ -128,7 +138,7 @@ def plan(
     world: World,
     attention: Attention,
 ) -> Plan:
-    """Choose what flags such as ``--shard`` and ``--recompute`` leave open; say what memory a step will take.
+    """Choose what flags such as ``--shard`` and ``--recompute`` leave open, by the memory that a step will take.
 
     Args:
         precision: as `precision_of` tells it.
@@ -198,9 +208,7 @@ def plan(
     whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
     if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
-    log.info("%s of %.1f GiB%s; %s; %s%s", estimate, available / 2**30, of_what, found, _LAYOUTS[layout], said)
-    if estimate.total > available:
-        log.warning("a step takes more than there is: try %s", ", ".join(_smaller(config, layout)))
+    told = f"{estimate} of {available / 2**30:.1f} GiB{of_what}; {found}; {_LAYOUTS[layout]}{said}"
     return Plan(
         precision=precision,
         warmup_steps=warmup_steps(config, loader.order.total_steps),
@@ -210,6 +218,8 @@ def plan(
         tiled=tiled,
         estimated=estimate.total,
         accumulate_whole=whole,
+        told=told,
+        lacks=() if estimate.total <= available else tuple(_smaller(config, layout)),
     )
 
 
@@ -294,7 +304,7 @@ def _largest_batch(config, loader, world, in_parts):
     if known or len(steps) == loader.order.total_steps:
         return largest, f"the largest micro-batch has {largest['rows']:,} tokens"
     # No batch has more than its samples at their longest.
-    most = max(largest["rows"], config.per_device_train_batch_size * config.model_max_length)
+    most = max(largest["rows"], config.batch_size * config.model_max_length)
     share = min(_UNSEEN, most / largest["rows"])
     largest = {name: math.ceil(number * share) for name, number in largest.items()}
     return largest, (

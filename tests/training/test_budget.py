@@ -1,5 +1,6 @@
 """--tokens_per_batch auto: by the smallest card, as the run began, the same on all ranks."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from ranks import on_ranks
 from training_run import config_of, flags, write_run
 
 from fastvid import train
+from fastvid.config import TrainConfig
 from fastvid.dist import parallel
-from fastvid.training import budget
+from fastvid.flags import parse
+from fastvid.training import budget, planning
 
 CPU = torch.device("cpu")
 ALONE = parallel.World(0, 1, 0, CPU, False)
@@ -98,3 +101,82 @@ def _other_flags_of_rank(rank, folder, output):
 def test_ranks_with_other_flags_are_refused(made, tmp_path):
     said = "--tokens_per_batch is 200 on rank 0 and 400 on rank 1: give all ranks the same flags"
     assert on_ranks(2, _other_flags_of_rank, tmp_path, made, tmp_path / "out") == [said, said]
+
+
+def _estimates(monkeypatch, gibibytes):
+    """Have a step of so many samples a micro-batch take so many GiB."""
+
+    def planned(config, precision, model_config, loader, world, attention):
+        plan = whole(config, precision, model_config, loader, world, attention)
+        lacks = gibibytes * config.batch_size > 9
+        return dataclasses.replace(plan, lacks=("smaller batches",) if lacks else ())
+
+    whole = planning.plan
+    monkeypatch.setattr(planning, "plan", planned)
+
+
+def _unsaid(made, output, *more):
+    """Flags that say nothing of batches."""
+    given = flags(made, output, *more)
+    for name in ("--per_device_train_batch_size", "--gradient_accumulation_steps"):
+        while name in given:
+            del given[given.index(name) : given.index(name) + 2]
+    return parse(TrainConfig, given)
+
+
+@pytest.mark.parametrize("gibibytes, samples", [(1, 8), (2, 4), (4, 2), (9, 1), (10, 1)])
+def test_micro_batches_shrink_until_they_fit(made, tmp_path, monkeypatch, caplog, gibibytes, samples):
+    _estimates(monkeypatch, gibibytes)
+    with caplog.at_level("INFO", "fastvid"):
+        found = train.prepare(_unsaid(made, tmp_path), ALONE)
+    assert found.config.per_device_train_batch_size == samples
+    assert found.config.gradient_accumulation_steps == found.loader.order.accumulation == 8 // samples
+    said = f"; micro-batches of {samples}, {8 // samples} times as many, for 8 do not fit"
+    assert (said in caplog.text) == (samples < 8) and ("try smaller batches" in caplog.text) == (gibibytes == 10)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--per_device_train_batch_size", "8"],
+        ["--tokens_per_batch", "800"],
+        ["--parity", "reference"],
+        ["--neftune_noise_alpha", "5"],
+    ],
+)
+def test_what_is_said_or_depends_on_it_stays(made, tmp_path, monkeypatch, more):
+    _estimates(monkeypatch, 10)
+    given = [*flags(made, tmp_path)]
+    at = given.index("--per_device_train_batch_size")
+    found = train.prepare(parse(TrainConfig, [*given[:at], *given[at + 2 :], *more]), ALONE)
+    assert (found.config.batch_size, found.config.gradient_accumulation_steps) == (8, 1)
+
+
+def test_a_step_of_smaller_micro_batches_is_the_same(made, tmp_path, monkeypatch):
+    gradients = []
+    for gibibytes in (1, 4):
+        with monkeypatch.context() as patch:
+            _estimates(patch, gibibytes)
+            state = train.build(_unsaid(made, tmp_path), ALONE)
+        batches, _ = state.loader.read(0)
+        loss = train.train_step(state, batches).loss
+        gradients.append((sorted(i for batch in batches for i in batch.sample_ids), loss))
+        assert len(batches) == gibibytes
+    assert gradients[0][0] == gradients[1][0]
+    torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_micro_batches(made, tmp_path, monkeypatch):
+    """Where memory is no longer short; but not where it is told other ones."""
+    with monkeypatch.context() as patch:
+        _estimates(patch, 4)
+        words = "--save_steps", "1", "--lr_scheduler_type", "constant", "--max_steps"
+        assert train.train(_unsaid(made, tmp_path, *words, "1")) == 0
+    for more, samples in (([], 2), (["--per_device_train_batch_size", "8"], 8)):
+        given = _unsaid(made, tmp_path, *words, "2")
+        given = dataclasses.replace(given, per_device_train_batch_size=int(more[1]) if more else None)
+        assert train.prepare(given, ALONE).config.batch_size == samples
+    assert train.train(_unsaid(made, tmp_path, *words, "2")) == 0
+    state = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())
+    assert state["config"]["per_device_train_batch_size"] == 2 and state["config"]["gradient_accumulation_steps"] == 4
