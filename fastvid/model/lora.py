@@ -4,12 +4,13 @@ A layer computes queries, keys and values in one product, and gate and up in ano
 the other, so that x is read once; each target has its own B. The frozen matrix may be stored in any form.
 
 Dimensions: N rows, I inputs and O outputs of a frozen matrix, r rank, R = r · (number of targets), P outputs of the
-targets together.
+targets together, T targets of o outputs each that go together.
 """
 
 from typing import NamedTuple
 
 import torch
+from fastvid_kernels.dispatch import on_gpu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -144,8 +145,8 @@ class _Product(torch.autograd.Function):
             y_NO = y_NO.clone()
         dropped_NI, scaling = _dropped(x_NI, lora, key)
         h_NR = _without(x_NI, dropped_NI) @ a_RI.T
-        for (first, last), h_Nr, b_or in _by_target(columns, lora.rank, h_NR, b_Pr):
-            y_NO[:, first:last].addmm_(h_Nr, b_or.T, alpha=scaling)
+        for y_TNo, h_TNr, b_Tor in _by_targets(columns, lora.rank, y_NO, h_NR, b_Pr):
+            _add_product(y_TNo, h_TNr, b_Tor.mT, scaling)
         ctx.save_for_backward(x_NI, h_NR, a_RI, b_Pr)
         ctx.settings = columns, lora, key
         ctx.matrix, ctx.outputs = matrix, outputs
@@ -158,11 +159,12 @@ class _Product(torch.autograd.Function):
         columns, lora, key = ctx.settings
         dropped_NI, scaling = _dropped(x_NI, lora, key)
         g_h_NR, g_b_Pr = torch.empty_like(h_NR), torch.empty_like(b_Pr)
-        parts = zip(_by_target(columns, lora.rank, h_NR, b_Pr), _by_target(columns, lora.rank, g_h_NR, g_b_Pr))
-        for ((first, last), h_Nr, b_or), (_, g_h_Nr, g_b_or) in parts:
-            g_No = g_NO[:, first:last]
-            g_h_Nr.addmm_(g_No, b_or, beta=0, alpha=scaling)  # which reads nothing of what it writes to
-            g_b_or.addmm_(g_No.T, h_Nr, beta=0, alpha=scaling)
+        given = _by_targets(columns, lora.rank, g_NO, h_NR, b_Pr)
+        for (g_TNo, h_TNr, b_Tor), (_, g_h_TNr, g_b_Tor) in zip(
+            given, _by_targets(columns, lora.rank, g_NO, g_h_NR, g_b_Pr)
+        ):
+            _add_product(g_h_TNr, g_TNo, b_Tor, scaling, beta=0)  # which reads nothing of what it writes to
+            _add_product(g_b_Tor, g_TNo.mT, h_TNr, scaling, beta=0)
         g_a_RI = g_h_NR.T @ _without(x_NI, dropped_NI)
         g_x_NI = None
         if ctx.needs_input_grad[0]:
@@ -174,10 +176,34 @@ class _Product(torch.autograd.Function):
         return g_x_NI, g_a_RI, g_b_Pr, None, None, None
 
 
-def _by_target(columns, rank, h_NR, b_Pr):
-    """((first, last) column, rows times its A [N, r], its B [last - first, r]) of each target."""
+def _by_targets(columns, rank, y_NO, h_NR, b_Pr):
+    """(columns of the product [T, N, o], rows times A's [T, N, r], B's [T, o, r]) of T targets, in the same memory.
+
+    On a GPU targets side by side of the same width go together, in one launch; elsewhere T is 1: a CPU's products of
+    many matrices would copy what lies apart.
+    """
     widths = [last - first for first, last in columns]
-    return zip(columns, h_NR.split(rank, 1), b_Pr.split(widths))
+    ends = [last for _, last in columns[:-1]]
+    together = on_gpu(y_NO) and len(set(widths)) == 1 and ends == [first for first, _ in columns[1:]]
+    sizes = [len(columns)] if together else [1] * len(columns)
+    at = 0
+    for targets in sizes:
+        width, some = widths[at], slice(columns[at][0], columns[at + targets - 1][1])
+        before = sum(widths[:at])
+        yield (
+            y_NO[:, some].unflatten(1, (targets, width)).transpose(0, 1),
+            h_NR[:, rank * at : rank * (at + targets)].unflatten(1, (targets, rank)).transpose(0, 1),
+            b_Pr[before : before + targets * width].unflatten(0, (targets, width)),
+        )
+        at += targets
+
+
+def _add_product(to_Tab, x_Tac, y_Tcb, scaling, beta=1):
+    """The product of each x and y, times `scaling`, added to `beta` times what is there."""
+    if len(to_Tab) == 1:
+        to_Tab[0].addmm_(x_Tac[0], y_Tcb[0], beta=beta, alpha=scaling)
+    else:
+        to_Tab.baddbmm_(x_Tac, y_Tcb, beta=beta, alpha=scaling)
 
 
 def _without(x_NI, dropped_NI):

@@ -6,6 +6,8 @@ that nobody touches costs nothing. The kernels of `WIDE` must load 16 bytes (or 
 store them, in every call whose description does not begin with "odd".
 """
 
+from typing import Any
+
 import torch
 
 WIDE = set()
@@ -402,9 +404,9 @@ def rope_keys_calls():
     def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192):
         x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype)
         positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
-        constant = (torch.empty(34, kv_heads, channels, dtype=dtype),) * 2
+        each = torch.empty(34, kv_heads, channels, dtype=dtype)
         rows_M = torch.empty(rows + 8, dtype=torch.int64)
-        place_keys(x, positions, frequencies, heads, kv_heads, 1.0, rows_M, constant)
+        place_keys(x, positions, frequencies, heads, kv_heads, 1.0, rows_M, (each, each))
 
     return {
         "32 heads bf16": lambda: call(32, 32),
@@ -438,7 +440,7 @@ def _backward_of_keys(backward):
             impl="triton",
         )
 
-    parts = {"twice": Twice(4096, 8192, 34, 2704)}
+    parts: dict[str, Any] = {"twice": Twice(4096, 8192, 34, 2704)}
     return {
         "32 heads bf16": lambda: call(32, 32),
         "32 heads bf16, in order": lambda: call(32, 32, gathered=False),

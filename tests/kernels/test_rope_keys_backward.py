@@ -1,5 +1,7 @@
 """rope_keys_backward: in fp64 and as eager torch has it, of one part of attention and of two that are added."""
 
+from typing import Any
+
 import pytest
 import torch
 from fastvid_kernels.rope_keys import rope_keys, rope_keys_reference
@@ -21,7 +23,8 @@ PARTS = {
 
 
 def arguments(shape, way, dtype, seed=0):
-    _, (positions, frequencies, *_), keys, _, grads = inputs(shape, way, dtype, seed)
+    made: Any = inputs(shape, way, dtype, seed)
+    _, (positions, frequencies, *_), keys, _, grads = made
     way_back = keys and (keys["way_back"].starts_N1, keys["way_back"].places)
     return grads, positions, frequencies, way_back or None
 
@@ -45,7 +48,8 @@ def check(shape, way, dtype, impl, kind=None, seed=0):
     options = {"scale": 1.2, "way_back": others.pop(), "more": more}
     found = rope_keys_backward(*grads, *others, **options, impl=impl)
     assert found.dtype == dtype and found.is_contiguous() and all(map(torch.equal, grads, before))
-    qkv, rest, keys, constant, _ = inputs(shape, way, torch.float64, seed)
+    made: Any = inputs(shape, way, torch.float64, seed)
+    qkv, rest, keys, constant, _ = made
     outs = exact_keys(qkv, *rest, scale=1.2, rows_M=keys.get("rows_M"), constant=constant, twice=more and more[1])
     given_grads = [x.double() for x in (*grads, *(more[0] if more else ()))]
     [exact] = torch.autograd.grad(outs, qkv, given_grads)
@@ -89,7 +93,8 @@ def test_any_shape(rows, heads, kv_heads, half, way, kind, dtype, seed):
 @pytest.mark.parametrize("way", WAYS)
 def test_both_parts_come_back_to_the_rows(way, kind):
     """Through autograd: the same tensors for either part, and gradients as of slices."""
-    qkv, rest, keys, constant, grads = inputs((9, 4, 2, 8), way, torch.float32)
+    made: Any = inputs((9, 4, 2, 8), way, torch.float32)
+    qkv, rest, keys, constant, grads = made
     firsts, (seconds, twice) = in_parts(grads, kind)
     found = rope_keys(qkv.clone(), *rest, **keys, constant=constant, twice=twice, impl="triton")
     plain = rope_keys_reference(qkv, *rest, rows_M=keys.get("rows_M"), constant=constant, twice=twice)
@@ -101,7 +106,8 @@ def test_both_parts_come_back_to_the_rows(way, kind):
 
 
 def test_what_nobody_asks_for_counts_as_nothing():
-    qkv, rest, keys, constant, grads = inputs((9, 4, 2, 8), "shared", torch.float32)
+    made: Any = inputs((9, 4, 2, 8), "shared", torch.float32)
+    qkv, rest, keys, constant, grads = made
     firsts, (seconds, twice) = in_parts(grads, "keys in the middle again")
     found = rope_keys(qkv.clone(), *rest, **keys, constant=constant, twice=twice, impl="triton")
     [ours] = torch.autograd.grad(found[1:5], qkv, (*firsts[1:], *seconds[:2]))
@@ -122,7 +128,8 @@ def test_heads_side_by_side_in_wider_rows():
 
 
 def test_same_bits_again():
-    grads, *others = arguments((9, 6, 2, 6), "shared", torch.bfloat16)
+    made: Any = arguments((9, 6, 2, 6), "shared", torch.bfloat16)
+    grads, *others = made
     grads, more = in_parts(grads, "keys at the end again")
     options = {"way_back": others.pop(), "more": more, "impl": "triton"}
     assert torch.equal(*(rope_keys_backward(*grads, *others, **options) for _ in range(2)))

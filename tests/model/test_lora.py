@@ -325,3 +325,23 @@ def test_both_gradients_of_the_rows_are_summed(dropout):
     assert_close(both - low_rank, x @ matrix.weight.T)
     assert_close(found - first, upstream @ matrix.weight)
     assert first.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, times", [("llama mha", 6), ("llama gqa", 3)])
+def test_targets_of_one_width_go_together_on_a_gpu(monkeypatch, kind, times, dtype):
+    """Queries, keys and values in one launch, gate and up in another: what each alone gives."""
+    model, batch, launched = random_model(KINDS[kind], trained(), compute_dtype=dtype), random_batch(), []
+    product = torch.Tensor.baddbmm_
+    monkeypatch.setattr(
+        torch.Tensor, "baddbmm_", lambda *args, **options: launched.append(1) or product(*args, **options)
+    )
+    apart = loss_and_gradients(model, batch)
+    assert not launched
+    monkeypatch.setattr("fastvid.model.lora.on_gpu", lambda tensor: True)
+    together = loss_and_gradients(model, batch)
+    layers = KINDS[kind].decoder.num_layers
+    # In the last layer keys and values go apart from queries, which are of supervised rows alone.
+    assert len(launched) == times * layers
+    assert together[0] == pytest.approx(apart[0], rel=1e-6 if dtype == torch.float32 else 1e-2)
+    assert_same_gradients(together[1], apart[1])
