@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from fastvid_kernels.way_back import Twice, WayBack
+from fastvid_kernels.way_back import WayBack
 from torch import Tensor
 
 
@@ -232,12 +232,6 @@ class Branches:
     full: AttentionLayout
     first_query: int
     first_key: int
-
-    @property
-    def twice(self) -> Twice:
-        """Which queries and keys either part reads."""
-        own, shared = self.sizes
-        return Twice(self.first_query, own, self.first_key, shared)
 
     @cached_property
     def sizes(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastvid.batch import AttentionLayout
-from fastvid.model.branches import Parts, attend_behind, attend_in_parts
+from fastvid.model.branches import Parts, attend_behind, attend_in_parts, read_twice
 from fastvid.model.decoding import DecodingLayout, shared_attention
 from fastvid.model.flash import flash_libraries, kernel_obstacle, torch_library
 from fastvid.model.fp8_block import Fp8Product
@@ -188,7 +188,7 @@ def attend_rotated(
     }
     branches = None if attention.parts is None else layouts[-1].branches
     if branches is not None:
-        options["twice"] = branches.twice
+        options["twice"] = read_twice(branches)
     apart = len(layouts) > 1
     live_keys = len(own.kv_rows) if apart and own.kv_rows is not None else None
     if isinstance(qkv.live, Fp8Product):

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from fastvid_kernels.merge_parts import merge_parts
 from fastvid_kernels.plain import last_rows
+from fastvid_kernels.way_back import Twice
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastvid.batch import AttentionLayout
+from fastvid.batch import AttentionLayout, Branches
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ def _both(rows, second, branches):
     return (q_NHd, k_MKd[:own], v_MKd[:own]), tuple(
         x if given is None else given for x, given in zip(of_second, second)
     )
+
+
+def read_twice(branches: Branches) -> Twice:
+    """Which queries and keys either part reads, as `rope_keys` takes it."""
+    own, shared = branches.sizes
+    return Twice(branches.first_query, own, branches.first_key, shared)
 
 
 def _forward(rows, second, layout, parts, inplace):

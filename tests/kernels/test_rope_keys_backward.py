@@ -117,7 +117,8 @@ def test_what_nobody_asks_for_counts_as_nothing():
 
 
 def test_heads_side_by_side_in_wider_rows():
-    grads, positions, frequencies, way_back = arguments((7, 4, 2, 8), "shared", torch.bfloat16)
+    made: Any = arguments((7, 4, 2, 8), "shared", torch.bfloat16)
+    grads, positions, frequencies, way_back = made
     options = {"way_back": way_back, "impl": "triton"}
     expected = rope_keys_backward(*grads, positions, frequencies, **options)
     wider = [torch.cat([x, x[:, :1]], 1)[:, :-1] for x in grads]
@@ -131,11 +132,13 @@ def test_same_bits_again():
     made: Any = arguments((9, 6, 2, 6), "shared", torch.bfloat16)
     grads, *others = made
     grads, more = in_parts(grads, "keys at the end again")
-    options = {"way_back": others.pop(), "more": more, "impl": "triton"}
-    assert torch.equal(*(rope_keys_backward(*grads, *others, **options) for _ in range(2)))
+    positions, frequencies, way_back = others
+    options = {"way_back": way_back, "more": more, "impl": "triton"}
+    assert torch.equal(*(rope_keys_backward(*grads, positions, frequencies, **options) for _ in range(2)))
 
 
 def test_unknown_implementation_is_refused():
-    grads, positions, frequencies, _ = arguments((5, 4, 2, 8), "in order", torch.bfloat16)
+    made: Any = arguments((5, 4, 2, 8), "in order", torch.bfloat16)
+    grads, positions, frequencies, _ = made
     with pytest.raises(ValueError, match="rope_keys_backward: impl .* 'fast'"):
         rope_keys_backward(*grads, positions, frequencies, impl="fast")

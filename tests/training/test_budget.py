@@ -159,8 +159,9 @@ def test_a_step_of_smaller_micro_batches_is_the_same(made, tmp_path, monkeypatch
             _estimates(patch, gibibytes)
             state = train.build(_unsaid(made, tmp_path), ALONE)
         batches, _ = state.loader.read(0)
-        loss = train.train_step(state, batches).loss
-        gradients.append((sorted(i for batch in batches for i in batch.sample_ids), loss))
+        result = train.train_step(state, batches)
+        assert result is not None
+        gradients.append((sorted(i for batch in batches for i in batch.sample_ids), result.loss))
         assert len(batches) == gibibytes
     assert gradients[0][0] == gradients[1][0]
     torch.testing.assert_close(gradients[0][1], gradients[1][1])
