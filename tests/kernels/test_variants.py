@@ -13,6 +13,8 @@ FORMS = {
     "_rope_qk_kernel": 3,  # there and back, and of queries alone
     "_add_rms_norm_fwd_kernel": 2,  # to 16 bits, and to e4m3
     "_add_rms_norm_bwd_kernel": 2,  # likewise
+    "_collect_kernel": 2,  # of one part of attention, or two
+    "_collect_fp8_kernel": 2,
     "_spatio_temporal_pool_fwd_kernel": 4,
     "_spatio_temporal_pool_finish_kernel": 2,  # with counts or without, and
     "_spatio_temporal_pool_bwd_kernel": 2,
