@@ -1,0 +1,290 @@
+"""Mistakes in feature files, data files and what training reads, and what is done about each as the message says.
+
+Rows are those of `remedied_videos`.
+"""
+
+import sys
+
+from conftest import ROOT
+
+DATA_FILES = [
+    (
+        "printf PAR1.... > p.json",
+        "validate --data_path p.json",
+        "is no whole Parquet file",
+        "cp train.jsonl p.jsonl",
+        "validate --data_path p.jsonl",
+    ),
+    (
+        f"{sys.executable} -m zipfile -c t.zip train.json",
+        "validate --data_path t.zip",
+        "is a zip archive; unpack it",
+        f"{sys.executable} -m zipfile -e t.zip unpacked",
+        "validate --data_path unpacked/train.json",
+    ),
+    (
+        "gzip train.json",
+        "validate --data_path train.json.gz",
+        "is packed with gzip; unpack it with `gunzip`",
+        "gunzip train.json.gz",
+        "validate --data_path train.json",
+    ),
+    (
+        "gzip train.json && mv train.json.gz train.json",
+        "validate",
+        "name it train.json.gz and unpack it with `gunzip`",
+        "mv train.json train.json.gz && gunzip train.json.gz",
+        "validate",
+    ),
+    (
+        "bzip2 train.json && mv train.json.bz2 train.json",
+        "validate",
+        "is packed with bzip2; name it train.json.bz2 and unpack it with `bunzip2`",
+        "mv train.json train.json.bz2 && bunzip2 -q train.json.bz2",
+        "validate",
+    ),
+    (
+        "xz train.json && mv train.json.xz train.json",
+        "validate",
+        "is packed with xz; name it train.json.xz and unpack it with `unxz`",
+        "mv train.json train.json.xz && unxz -q train.json.xz",
+        "validate",
+    ),
+    (
+        "sed 's/red/caf\\xe9/' train.json > l.json",
+        "validate --data_path l.json",
+        "is not UTF-8 … save the file as UTF",
+        "iconv -f latin1 -t utf8 l.json > u.json",
+        "validate --data_path u.json",
+    ),
+    (
+        "mkdir sets && mv train.json sets",
+        "validate --data_path sets",
+        "give the data files in it: train.json",
+        "",
+        "validate --data_path sets/train.json",
+    ),
+    (
+        "",
+        "validate --data_path train.json,train.jsonl",
+        "give several files with spaces between them: train.json train.jsonl",
+        "",
+        "validate --data_path train.json train.jsonl",
+    ),
+    (
+        "",
+        "validate --data_path tra*.json",
+        "write a pattern without quotation marks, so that the shell puts",
+        "",
+        "validate --data_path tra*.json",
+    ),
+    (
+        "",
+        "validate --data_path some/set",
+        "(hf download some/set --repo-type dataset), and give its JSON file",
+        "mkdir hub && cp train.json hub",
+        "validate --data_path hub/train.json",
+    ),
+    ("", "validate --data_path nowhere.json", "give the path of a JSON, JSONL or Parquet file", "", "validate"),
+    (
+        'sed -i \'s/, "conversations"/,\\n"conversations"/\' train.jsonl',
+        "validate --data_path train.jsonl",
+        "expected a JSON array or one JSON object per line",
+        "sed -i 'N;s/\\n//' train.jsonl",
+        "validate --data_path train.jsonl",
+    ),
+    (
+        "echo > e.json",
+        "validate --data_path e.json",
+        "is empty: expected a JSON array or one JSON object per line",
+        "cat train.json > e.json",
+        "validate --data_path e.json",
+    ),
+    (
+        "printf 'sets:\\n- train.json\\n' > m.yaml",
+        "validate --data_path m.yaml",
+        "YAML is no data file: give the JSON files that it lists",
+        "",
+        "validate --data_path train.json",
+    ),
+    (
+        "(printf '{\"x\": '; cat train.json; printf ', \"y\": '; cat train.json; printf '}') > both.json",
+        "validate --data_path both.json",
+        "lists of records (x, y); write the one to use to a file of its own",
+        "cp train.json x.json",
+        "validate --data_path x.json",
+    ),
+]
+AGAIN = "rm feats/a.* && fastvid extract"
+FEATURES = [
+    (
+        "truncate -s -10 feats/a.safetensors",
+        "validate",
+        "remove it and extract it again (fastvid extract)",
+        AGAIN,
+        "validate",
+    ),
+    (
+        "cp $S/nan.safetensors feats/a.safetensors",
+        "validate",
+        "holds NaN or infinity … remove it and extract it again",
+        AGAIN,
+        "validate",
+    ),
+    (
+        "sed -i 's/a.mp4/a.pkl/' train.json && echo torn > feats/a.pkl",
+        "validate",
+        "a.pkl: the pickle is damaged … remove it and extract it again",
+        AGAIN,
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/whole.npy feats/a.npy",
+        "validate",
+        "dtype is int32 … numpy.save writes .npy",
+        "cp $S/good.npy feats/a.npy",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/whole.npy feats/a.npy",
+        "validate",
+        ".pt), or remove it and extract it again",
+        AGAIN,
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/dict.pt feats/a.pt",
+        "validate",
+        "holds a dict … torch.save of the tensor .pt",
+        "cp $S/good.pt feats/a.pt",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/good.npz feats/a.pkl",
+        "validate",
+        "store the [rows, channels] array itself (numpy.save",
+        "rm feats/a.pkl && cp $S/good.npy feats/a.npy",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/good.npy feats/a.pkl",
+        "validate",
+        "holds what a .npy file does; name it a.npy",
+        "mv feats/a.pkl feats/a.npy",
+        "validate",
+    ),
+    ("rm feats/a.*", "validate", "extract them (fastvid extract)", "fastvid extract", "validate"),
+    (
+        "rm feats/a.*",
+        "train",
+        "leave its records out (train with --on_bad_sample skip",
+        "",
+        "train --on_bad_sample skip",
+    ),
+    (
+        "rm feats/a.*",
+        "validate",
+        "or use scripts/filter_for_missing_videos.py",
+        f"{sys.executable} {ROOT}/scripts/filter_for_missing_videos.py --input_json_file train.json --output_json_file "
+        "kept.json --clip_feature_path feats 2> told",
+        "validate --data_path kept.json",
+    ),
+    (
+        "gzip feats/a.safetensors",
+        "validate",
+        "lies there, but is packed with gzip: unpack it with `gunzip`",
+        "gunzip feats/a.safetensors.gz",
+        "validate",
+    ),
+    (
+        "mv feats/a.safetensors feats/a.SAFETENSORS",
+        "validate",
+        "not read under this ending: name it a.safetensors",
+        "mv feats/a.SAFETENSORS feats/a.safetensors",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && cp $S/good.pt feats/a.pth",
+        "validate",
+        "not read under this ending: name it a.pt",
+        "mv feats/a.pth feats/a.pt",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && ln -s $PWD/videos/a.mp4 feats",
+        "validate",
+        "a.mp4 lies there, but is a video; extract them",
+        "fastvid extract",
+        "validate",
+    ),
+    (
+        "rm feats/a.* && ln -s $PWD/videos/a.mp4 feats",
+        "validate",
+        "Links in that folder were not followed",
+        "fastvid extract --video_dir_path feats --follow_links True",
+        "validate",
+    ),
+    (
+        "cp feats/a.safetensors feats/two.1.safetensors && cp feats/a.safetensors feats/two.2.safetensors && "
+        "sed -i 's/a.mp4/two.pkl/' train.json",
+        "validate",
+        "means any of two.1, two.2 in feats; give the whole name",
+        "sed -i 's/two.pkl/two.1.pkl/' train.json",
+        "validate",
+    ),
+    (
+        "cp $S/pickles/a.pkl feats/cut.pkl && sed -i 's/a.mp4/cut.1.mp4/; s/b.mp4/cut.2.mp4/' train.json && "
+        "mv videos/a.mp4 videos/cut.1.mp4 && mv videos/b.mp4 videos/cut.2.mp4",
+        "validate",
+        "whose name is cut at the first dot; extract them again (fastvid extract)",
+        "fastvid extract",
+        "validate",
+    ),
+    (
+        "",
+        "validate --video_folder nowhere",
+        "is no folder; give the one that feature extraction wrote to",
+        "",
+        "validate --video_folder feats",
+    ),
+]
+TRAINING = [
+    (
+        "",
+        "train -video_folder",
+        "names a video (a.mp4); give its folder with --video_folder",
+        "",
+        "train --video_folder feats",
+    ),
+    (
+        "cp -r $S/model m && truncate -s 20 m/config.json",
+        "inspect --model_name_or_path m",
+        "is no JSON object … copy the model's folder again",
+        "rm -r m && cp -r $S/model m",
+        "inspect --model_name_or_path m",
+    ),
+    (
+        "for f in a b sub/c; do cp $S/wide.safetensors feats/$f.safetensors; done",
+        "train",
+        "extract them with this run's vision tower",
+        "fastvid extract --overwrite True",
+        "train",
+    ),
+    ("", "train --num_video_tokens 9", "or let videos differ in rows (neither --num_video_tokens nor", "", "train"),
+    ("", "train --version v9", "--version v9 is no template; known: auto, v1", "", "train --version v1"),
+    (
+        "",
+        "inspect -video_folder",
+        "cannot tell how many tokens a video takes from … give --num_video_tokens",
+        "",
+        "inspect -video_folder --num_video_tokens 6",
+    ),
+    ("", "inspect -video_folder", "--video_folder with the features", "", "inspect --video_folder feats"),
+    (
+        "",
+        "inspect -video_folder",
+        "or --vision_tower with the tower's folder",
+        "",
+        "inspect -video_folder --vision_tower $S/tower",
+    ),
+]
