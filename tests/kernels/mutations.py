@@ -119,28 +119,28 @@ MUTATIONS["add_rms_norm"] = [
     Mutation(
         "branch = grad.to(grad_branch_ptr.dtype.element_ty).to(tl.float32)",
         "branch = grad",
-        "test_branch_back_in_e4m3[frozen-shape1-bf16]",
+        "test_branch_back_in_e4m3[bf16-5x33-False]",
     ),
     Mutation(
         "tl.max(magnitude(branch), 0)",
         "tl.max(branch.to(tl.int32, bitcast=True), 0)",
-        "test_branch_back_in_e4m3[frozen-shape1-bf16]",
+        "test_branch_back_in_e4m3[bf16-5x33-False]",
     ),
     Mutation(
         "bits_ptr + row * D + columns, divided(branch",
         "bits_ptr + group * D + columns, divided(branch",
-        "test_branch_back_in_e4m3[trained-shape1-bf16]",
+        "test_branch_back_in_e4m3[bf16-2x4096-True]",
     ),
     Mutation("grad += grad_total.to(tl.float32)", "grad += 0", "test_equals_reference[frozen-add-shape1-fp32-triton]"),
     Mutation(
         "y = (x * rstd * weight).to(y_ptr.dtype.element_ty)",
         "y = x * rstd * weight",
-        "test_rows_in_e4m3[add-shape4-bf16]",
+        "test_rows_in_e4m3[bf16-2x4096-True]",
     ),
     Mutation(
         "scale = scale_of(tl.max(magnitude(y), 0))\n        tl.store(scale_ptr + row",
         "scale = scale_of(tl.max(magnitude(y), 0))\n        tl.store(scale_ptr",
-        "test_rows_in_e4m3[add-shape1-fp32]",
+        "test_rows_in_e4m3[fp32-5x33-True]",
     ),
 ]
 MUTATIONS["merge_parts"] = [

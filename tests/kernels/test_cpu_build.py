@@ -101,7 +101,7 @@ def folder_of_everyone(patch, tmp_path):
         no_folder,
         no_home,
         unreadable_command,
-        folder_of_everyone,
+        pytest.param(folder_of_everyone, marks=pytest.mark.slow),  # compiles, before it looks
     ],
 )
 def test_where_it_cannot_run_another_is_taken_and_the_reason_told(lack, anew, monkeypatch, tmp_path):

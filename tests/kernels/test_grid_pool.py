@@ -12,7 +12,12 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 each_impl = pytest.mark.parametrize("impl", ["reference", "triton"])
-GRIDS = [(2, 2, 2), (3, 2, 2), (2, 3, 1), (1, 1, 1), (7, 5, 5), (9, 6, 7)]
+# Frames, the side of their patches, and the grid: of fewer places, of as many, of more.
+GRIDS = [
+    *((7, 5, grid) for grid in ((2, 2, 2), (3, 2, 2), (2, 3, 1), (1, 1, 1))),
+    (3, 3, (3, 3, 3)),
+    (2, 2, (3, 3, 3)),
+]
 
 
 def _states(*shape, dtype=torch.float32, seed=0):
@@ -34,22 +39,22 @@ def _assert_pooled(x_TPC, grid, impl):
 
 @each_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=[f"dtype{i}" for i in range(len(DTYPES))])
-@pytest.mark.parametrize("grid", GRIDS, ids=[f"grid{i}" for i in range(len(GRIDS))])
-def test_is_adaptive_avg_pool3d(impl, dtype, grid):
-    _assert_pooled(_states(7, 25, 33, dtype=dtype), grid, impl)
+@pytest.mark.parametrize("T, side, grid", GRIDS, ids=[f"grid{i}" for i in range(len(GRIDS))])
+def test_is_adaptive_avg_pool3d(impl, dtype, T, side, grid):
+    _assert_pooled(_states(T, side**2, 33, dtype=dtype), grid, impl)
 
 
 @pytest.mark.slow
 @each_impl
 @given(
-    T=st.integers(1, 9),
-    side=st.integers(1, 7),
+    T=st.integers(1, 7),
+    side=st.integers(1, 6),
     C=st.integers(1, 70),
-    grid=st.tuples(*(st.integers(1, 5) for _ in range(3))),
+    grid=st.tuples(*(st.integers(1, 4) for _ in range(3))),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_shape_and_dtype(impl, T, side, C, grid, dtype, seed):
     _assert_pooled(_states(T, side * side, C, dtype=dtype, seed=seed), grid, impl)
 
@@ -94,6 +99,7 @@ def test_strides(impl, strided):
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 @each_impl
 def test_accumulates_in_fp32(impl):
     x = torch.full((9, 576, 2), 1000.0, dtype=torch.float16, device=DEVICE)

@@ -1,15 +1,16 @@
 """Each deliberate fault of a kernel fails its test.
 
-A fault goes into a copy of the kernels; its one test runs in a process forked from a server that has torch and Triton
-loaded, but neither the kernels nor CUDA.
+Its one test runs in a process forked from a server that has the kernels loaded, but not CUDA; there the module of the
+kernel is replaced by one with the fault (`faulty`).
 """
 
 import ast
 import contextlib
 import multiprocessing
 import os
-import shutil
+import sys
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,23 +18,24 @@ from mutations import MUTATIONS
 
 KERNELS = ROOT / "kernels" / "fastvid_kernels"
 CASES = [(name, mutation) for name, mutations in MUTATIONS.items() for mutation in mutations]
-# What a test of kernels imports beside the kernels.
+# What a test of kernels imports.
 PRELOAD = [
+    "faulty",
     "torch",
     "pytest",
     "pytest_timeout",
     "xdist.plugin",
     "hypothesis",
     "numpy",
-    "triton",
-    "triton.runtime.interpreter",
-    "triton.experimental.gluon",
     "torch.utils.flop_counter",
 ]
 
 
-def run_test(test, kernels, log):
-    """In a process of its own: exit with pytest's code."""
+def run_tests(tests, name, path, log):
+    """In a process of its own: exit with pytest's code, once a kernel's module is what the file says."""
+    from faulty import put_in
+
+    put_in(name, Path(path))
     os.environ.pop("TRITON_INTERPRET", None)
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = pytest.main(
@@ -51,10 +53,11 @@ def run_test(test, kernels, log):
                 "-c",
                 str(ROOT / "pyproject.toml"),
                 "-o",
-                f"pythonpath={ROOT} {kernels} {ROOT}/tests/support",
+                f"pythonpath={ROOT} {ROOT}/kernels {ROOT}/tests/support",
+                "--assert=plain",
                 "-o",
                 "filterwarnings=default",  # a fault shows in what a kernel computes
-                test,
+                *tests,
             ]
         )
     os._exit(code)
@@ -71,6 +74,7 @@ def server():
     others = shared._preload_modules
     context.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # Python 3.11's server takes no other
         if not torch.cuda.is_available():  # decided when triton is imported, so in the server
             patch.setenv("TRITON_INTERPRET", "1")
         context.Process(target=os.getpid).start()
@@ -79,22 +83,35 @@ def server():
     context.set_forkserver_preload(others)
 
 
+def outcome(server, tests, name, source, folder):
+    """(pytest's code, what it printed) of tests of a kernel whose source is another."""
+    (folder / f"{name}.py").write_text(source)
+    paths = [f"{ROOT}/tests/kernels/test_{name}.py::{test}" for test in tests]
+    process = server.Process(target=run_tests, args=(paths, name, folder / f"{name}.py", folder / "log"))
+    process.start()
+    process.join()
+    return process.exitcode, (folder / "log").read_text()
+
+
+def source_of(name):
+    return ast.unparse(ast.parse((KERNELS / f"{name}.py").read_text()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, mutation", CASES, ids=[f"{name}-{mutation.test}" for name, mutation in CASES])
 def test_fault_is_seen(name, mutation, server, tmp_path):
-    kernels = tmp_path / "kernels"
-    shutil.copytree(KERNELS, kernels / "fastvid_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    path = kernels / "fastvid_kernels" / f"{name}.py"
-    source = ast.unparse(ast.parse(path.read_text()))
+    source = source_of(name)
     assert source.count(mutation.old) == 1, f"{mutation.old!r} is to occur once in {name}.py"
-    path.write_text(source.replace(mutation.old, mutation.new))
-    log = tmp_path / "log"
-    process = server.Process(
-        target=run_test, args=(f"{ROOT}/tests/kernels/test_{name}.py::{mutation.test}", kernels, log)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == pytest.ExitCode.TESTS_FAILED, log.read_text()
+    code, log = outcome(server, [mutation.test], name, source.replace(mutation.old, mutation.new), tmp_path)
+    assert code == pytest.ExitCode.TESTS_FAILED, log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_without_a_fault_they_pass(name, server, tmp_path):
+    tests = sorted({mutation.test for mutation in MUTATIONS[name]})
+    code, log = outcome(server, tests, name, source_of(name), tmp_path)
+    assert code == pytest.ExitCode.OK, log
 
 
 @pytest.mark.slow
