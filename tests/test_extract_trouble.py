@@ -6,7 +6,6 @@ import os
 import signal
 import tarfile
 import threading
-import time
 
 import extraction_job
 import numpy as np
@@ -14,12 +13,14 @@ import pytest
 import torch
 from clips import draw, endless
 from extraction_job import start, written
+from waiting import LONG, meanwhile, wait_until
 
 from fastvid.extract import extract, main
 from fastvid.features.file import load_features
 from fastvid.features.manifest import Manifest, read_manifest
 from fastvid.video import extraction
 from fastvid.video import features as video_features
+from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.encoder import default_dtype
 from fastvid.video.passes import Features
 from fastvid.video.pipeline import Pipeline
@@ -27,6 +28,12 @@ from fastvid.video.summary import Summary
 from fastvid.video.towers.clip import ClipTower
 
 job, made, mixed = extraction_job.job, extraction_job.made, extraction_job.mixed
+pytestmark = pytest.mark.usefixtures("forked")  # decoders too
+
+
+def noted(tmp_path, names):
+    """Whether the manifest tells of these videos."""
+    return {f"{name}.mp4" for name in names} <= read_manifest(tmp_path / "features").keys()
 
 
 @pytest.mark.slow
@@ -98,8 +105,8 @@ def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path)
 def test_a_hang_costs_one_video(job, mixed):
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
-    summary = extract(job(mixed, timeout=0.5))
-    assert summary.extracted == 3 and "longer than 0.5 s" in dict(summary.failures)["c.mp4"]
+    summary = extract(job(mixed, timeout=2.0))
+    assert summary.extracted == 3 and "longer than 2 s" in dict(summary.failures)["c.mp4"]
 
 
 @pytest.mark.slow
@@ -107,8 +114,8 @@ def test_ctrl_c_ends_it_after_the_video_in_hand(job, mixed, tmp_path):
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
     previous = signal.getsignal(signal.SIGINT)
-    threading.Timer(2.0, os.kill, [os.getpid(), signal.SIGINT]).start()
-    summary = extract(job(mixed))
+    with meanwhile(lambda: noted(tmp_path, "abd"), lambda: os.kill(os.getpid(), signal.SIGINT)):
+        summary = extract(job(mixed))
     assert summary.exit_code == 130 and summary.failures == []
     assert "c.mp4" not in read_manifest(tmp_path / "features")
     assert signal.getsignal(signal.SIGINT) is previous
@@ -121,12 +128,9 @@ def test_interrupted_and_run_again(job, mixed, tmp_path, number, code):
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
     process = start(job, mixed)
-    for _ in range(1200):
-        if {"a.mp4", "b.mp4", "d.mp4"} <= read_manifest(tmp_path / "features").keys() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    wait_until(lambda: noted(tmp_path, "abd") or process.poll() is not None)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=LONG)
     assert process.returncode == code, errors
     if number != signal.SIGKILL:
         assert f"stopped by {number.name}" in output
@@ -152,13 +156,22 @@ def test_too_many_failures_name_their_limit(limit, said):
 
 
 @pytest.mark.slow
-def test_a_slow_video_holds_up_no_other(job, mixed, tmp_path):
-    """The others are done by the time that it is given up, whatever their order."""
+def test_a_slow_video_holds_up_no_other(job, mixed, tmp_path, monkeypatch):
+    """The others are done while it is decoded, whatever their order; then comes the signal of its time-out."""
     endless(mixed / "0.mp4")
-    summary = extract(job(mixed, decode_workers=2, timeout=4.0))
+    decode, slow = DecodeWorker.decode_and_hash, []
+
+    def decoding(self, path, **options):
+        if path.name == "0.mp4":
+            slow.append(self)
+        return decode(self, path, **options)
+
+    monkeypatch.setattr(DecodeWorker, "decode_and_hash", decoding)
+    with meanwhile(lambda: noted(tmp_path, "abcd"), lambda: os.kill(slow[0]._process.pid, signal.SIGALRM)):
+        summary = extract(job(mixed, decode_workers=2))
     lines = [json.loads(line) for line in (tmp_path / "features" / "manifest.jsonl").read_text().splitlines()]
     assert lines[-1]["video"] == "0.mp4" and summary.extracted == 3
-    assert "longer than 4 s" in dict(summary.failures)["0.mp4"]
+    assert "decoding took longer than" in dict(summary.failures)["0.mp4"]
 
 
 @pytest.mark.slow

@@ -11,23 +11,26 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 from forks import FORKS
+from waiting import LONG, wait_until
 
 from fastvid.dist import parallel
 from fastvid.dist.heartbeat import Heartbeat, what_follows
 
+SILENCE = 4.0  # seconds: a busy machine may keep one of three processes waiting while the others run
+
 
 def connect(port):
-    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LONG))
 
 
 def live(rank, size, port, errors):
     """A rank that hangs outside every collective."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), 2)
     store = connect(port)
-    heartbeat = Heartbeat(store, rank, size, every=0.1, silence=2.0)
+    heartbeat = Heartbeat(store, rank, size, every=0.1, silence=SILENCE)
     store.add("ready", 1)
     heartbeat.start()
-    time.sleep(60)
+    time.sleep(600)
 
 
 @pytest.fixture
@@ -39,31 +42,37 @@ def ranks(tmp_path):
     processes = [FORKS.Process(target=live, args=(rank, 3, store.port, str(errors)), daemon=True) for rank in range(3)]
     for process in processes:
         process.start()
-    while store.add("ready", 0) < 3:
-        time.sleep(0.05)
+    wait_until(lambda: store.add("ready", 0) == 3)
     yield processes, store, errors
     for process in processes:
         process.kill()
         process.join()
 
 
+def beats(store):
+    """How often each of three ranks has given a sign of life."""
+    return [int(store.get(f"heartbeat/{rank}").split()[0]) for rank in range(3)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 2])
 def test_a_dead_rank_is_named_by_all_others(ranks, dead):
-    processes, _, errors = ranks
-    time.sleep(3)
+    processes, store, errors = ranks
+    first = beats(store)
+    wait_until(lambda: min(now - then for now, then in zip(beats(store), first)) > SILENCE / 0.1)
     assert all(process.is_alive() for process in processes) and errors.read_text() == ""
     os.kill(processes[dead].pid, signal.SIGKILL)
     others = [process for rank, process in enumerate(processes) if rank != dead]
     for process in others:
-        process.join(20)
+        process.join(LONG)
     assert [process.exitcode for process in others] == [1, 1]
     said = errors.read_text().splitlines()
     lines = [line for line in said if "error:" in line]
     assert len(lines) == 2
     assert sum(line.endswith(" in live") for line in said) == 2  # where the main threads of the others stood
     for line in lines:
-        assert f"error: rank {dead} (pid {processes[dead].pid} on " in line and "no sign of life for 2 s" in line
+        assert f"error: rank {dead} (pid {processes[dead].pid} on " in line
+        assert f"no sign of life for {SILENCE:g} s" in line
     for rank in {0, 1, 2} - {dead}:
         assert sum(f"; rank {rank} ends" in line for line in lines) == 1
 
@@ -75,7 +84,7 @@ def test_a_job_that_stood_still_goes_on(ranks):
     for process in reversed(processes):  # not in the same moment: rank 0, which listens to all, stands still last …
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.3)
-    time.sleep(3)
+    time.sleep(SILENCE + 1)
     for process in processes:  # … and wakes first
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.3)
@@ -89,15 +98,14 @@ def test_the_ranks_end_when_nobody_answers_them(tmp_path):
     errors.touch()
     host = FORKS.Process(target=hold_store, args=(str(tmp_path / "port"),), daemon=True)
     host.start()
-    while not (tmp_path / "port").exists():
-        time.sleep(0.05)
+    wait_until((tmp_path / "port").exists)
     port = int((tmp_path / "port").read_text())
     process = FORKS.Process(target=live, args=(0, 1, port, str(errors)), daemon=True)
     process.start()
     while connect(port).add("ready", 0) < 1:
         time.sleep(0.05)
     host.kill()
-    process.join(20)
+    process.join(LONG)
     assert process.exitcode == 1 and "rank 0 or its launcher is gone" in errors.read_text()
 
 
@@ -106,7 +114,7 @@ def hold_store(path):
     with open(path + ".tmp", "w") as file:
         file.write(str(store.port))
     os.rename(path + ".tmp", path)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_rank_that_has_finished_may_stop():

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from clips import draw
-from fake_judge import wait_until
 from PIL import Image
 from serving_run import asking, held_answers, served, text_of, uri
+from waiting import wait_until
 
 from fastvid.features.file import save_features
 from fastvid.serving.text import AnswerText

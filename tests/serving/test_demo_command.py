@@ -5,7 +5,7 @@ import webbrowser
 
 import pytest
 import urllib3
-from fake_judge import wait_until
+from waiting import wait_until
 
 from fastvid.demo import main
 from fastvid.serving.server import Server

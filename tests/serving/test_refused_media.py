@@ -1,5 +1,6 @@
 """Videos and pictures that a server takes from nowhere: other folders, hosts and links, and what changes meanwhile."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -12,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from clips import draw
-from fake_judge import wait_until
+from local_server import serving
 from PIL import Image
-from serving_run import served, uri
-from test_refusals import refused
+from serving_run import refused, served, uri
+from waiting import LONG, wait_until
 
 from fastvid.serving import media
 from fastvid.serving.errors import ApiError
@@ -83,15 +84,8 @@ def host(answer):
             answer(self)
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(web):
         yield f"127.0.0.1:{web.server_port}", asked
-    finally:
-        web.shutdown()
-        thread.join()
-        web.server_close()
 
 
 def test_remote_addresses_are_not_asked(server):
@@ -125,16 +119,18 @@ def test_allowed_hosts_are_asked_with_care(serving_chat, serving_folder):
     with (
         host(answer) as (address, asked),
         served(
-            serving_chat, serving_folder / "model", allow_host=[address], max_video_mib=1, decode_timeout=1.0
+            serving_chat, serving_folder / "model", allow_host=[address], max_video_mib=1, decode_timeout=2.0
         ) as running,
     ):
+        for worker in running.service._features._workers:
+            worker.timeout = LONG  # the two seconds are those of a host
         assert running.ask(f"http://{address}/clip.mp4")[0] == 200
         assert running.ask(f"http://{address}/clip.mp4?again")[0] == 200
         assert running.metric('fastvid_feature_cache_total{found="yes"}') == 1  # known by its content
         refused(running.ask(f"http://{address}/elsewhere"), 400, "redirects are not followed")
         refused(running.ask(f"http://{address}/missing"), 400, "answers 404")
         refused(running.ask(f"http://{address}/endless"), 413, "more than 1 MiB (--max_video_mib)")
-        refused(running.ask(f"http://{address}/late"), 504, "takes longer than 1 s")
+        refused(running.ask(f"http://{address}/late"), 504, "takes longer than 2 s")
         released.set()
         before = len(asked)
         refused(running.ask(f"http://user:word@{address}/clip.mp4"), 400, "holds a user's name")
@@ -151,28 +147,32 @@ def test_silent_hosts_hold_up_nobody(serving_chat, serving_folder):
     released = threading.Event()
 
     def silent(handler):
-        released.wait(60)
+        released.wait(LONG)
         handler.send_error(404)
 
-    settings = {"request_timeout": 3.0, "decode_timeout": 60.0}
     with (
         host(silent) as (address, asked),
-        served(serving_chat, serving_folder / "model", allow_host=[address], **settings) as running,
+        served(
+            serving_chat, serving_folder / "model", allow_host=[address], request_timeout=LONG, decode_timeout=LONG
+        ) as running,
         ThreadPoolExecutor(6) as pool,
     ):
         try:
             waiting = [pool.submit(running.ask, f"http://{address}/{number}") for number in range(6)]
             wait_until(lambda: len(asked) == 6)
             assert running.ask(uri(serving_folder / "videos" / "4.mp4"))[0] == 200
+            running.service.config = dataclasses.replace(running.service.config, request_timeout=1.0)
+            late = running.ask(f"http://{address}/late")
+            refused(late, 504, "longer than ")  # than the request may, or than the host then has left
             assert not any(each.done() for each in waiting)
-            for each in waiting:
-                refused(each.result(), 504, "longer than ")  # than the request may, or than the host then has left
             assert not released.is_set()
             began = time.monotonic()
             with pytest.raises(ApiError, match=r"takes longer than 0\.(2|1\d+) s"):
                 running.service._addresses.open(f"http://{address}/late", False, began + 0.2)
         finally:
             released.set()
+        for each in waiting:
+            refused(each.result(), 400, "answers 404")
         wait_until(lambda: os.listdir(running.service._spool.name) == [])
 
 

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from fake_judge import raw_server, wait_until
+from fake_judge import raw_server
 from fake_vllm import MODEL, chunk, fake_vllm, whole
 from serving_run import asking, served, text_of
+from waiting import wait_until
 
 from fastvid.config import ChatConfig
 from fastvid.inference.chat import Chat

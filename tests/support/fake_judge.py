@@ -2,11 +2,12 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import BaseRequestHandler, ThreadingTCPServer
+
+from local_server import serving
 
 GOOD = '{"pred": "yes", "score": 4}'
 
@@ -68,17 +69,9 @@ def fake_judge(answer):
                 pass  # who asked has gone
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
     judge = FakeJudge(f"http://127.0.0.1:{server.server_port}/v1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server, judge.released.set):
         yield judge
-    finally:
-        judge.released.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @contextmanager
@@ -93,21 +86,5 @@ def raw_server(talk):
                 talk(self.request, ended)
 
     server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server, ended.set):
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        ended.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def wait_until(condition, seconds=60):
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.01)

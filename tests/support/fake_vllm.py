@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from local_server import serving
 
 MODEL = "exported-hf"
 # What vLLM's ChatCompletionRequest has of what is sent; it takes others with a warning, and this one does not.
@@ -125,14 +126,6 @@ def fake_vllm(answer):
             self.wfile.write(text.encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
     fake = FakeVllm(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server, fake.open_.set):
         yield fake
-    finally:
-        fake.open_.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()

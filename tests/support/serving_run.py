@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 
 import urllib3
-from fake_judge import wait_until
+from waiting import wait_until
 
 from fastvid.config import ServeConfig
 from fastvid.serving.server import Server, address, bind
@@ -107,6 +107,15 @@ def asking(url, question="what plays?", history=(), **fields):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     messages[0]["content"] = [{"type": "text", "text": texts[0]}, *parts]
     return {"messages": messages, **fields}
+
+
+def refused(answer, status, message, **named):
+    """Check a refusal's form."""
+    found, content = answer if len(answer) == 2 else (answer[0], answer[2])
+    assert found == status, content
+    assert content["error"].keys() == {"message", "type", "param", "code"}
+    assert message in content["error"]["message"]
+    assert named.items() <= content["error"].items()
 
 
 def text_of(answer):
