@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from model_cases import assert_same_gradients, loss_and_gradients
-from training_run import CHANNELS, SAMPLES, config_of, flags, losses, write_run
+from training_run import CHANNELS, SAMPLES, config_of, flags, losses, three_a_video, write_run
 
 from fastvid import train, validate
 from fastvid.config import InspectConfig, ValidateConfig
@@ -40,17 +40,7 @@ def run(tmp_path_factory):
         path.unlink()
     for video, rows in enumerate(ROWS):
         write_features(folder / "feats", video, rows)
-    records = []
-    for i, record in enumerate(json.loads((folder / "train.json").read_text())):
-        question = record["conversations"][0]["value"].replace("<video>", "").strip()
-        asked = f"{question}\n<video>" if i % 3 == 1 else f"<video>\n{question}"
-        records.append(
-            {
-                **record,
-                "video": f"clip{i // 3}.pkl",
-                "conversations": [{"from": "human", "value": asked}, record["conversations"][1]],
-            }
-        )
+    records = three_a_video(folder, "pkl")
     two = {
         "id": "two",
         "videos": ["clip2.pkl", "clip1.pkl"],

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import assert_same_gradients, loss_and_gradients
-from training_run import SAMPLES, config_of, write_run
+from training_run import SAMPLES, config_of, three_a_video, write_run
 
 from fastvid import train
 from fastvid.data.conversation import encode_sample, inference_prompt, ordered, system_prefix
@@ -25,17 +25,7 @@ WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 def run(tmp_path_factory):
     """Three questions for each of four videos, each third after its video's rows; two records without one."""
     folder = write_run(tmp_path_factory.mktemp("run"))
-    records = []
-    for i, record in enumerate(json.loads((folder / "train.json").read_text())):
-        question = record["conversations"][0]["value"].replace("<video>", "").strip()
-        asked = f"{question}\n<video>" if i % 3 == 1 else f"<video>\n{question}"
-        records.append(
-            {
-                **record,
-                "video": f"clip{i // 3}.safetensors",
-                "conversations": [{"from": "human", "value": asked}, record["conversations"][1]],
-            }
-        )
+    records = three_a_video(folder, "safetensors")
     for i in range(2):
         records.append(
             {

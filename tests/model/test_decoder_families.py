@@ -1,8 +1,5 @@
 """Families beyond LLaMA against transformers' own models, and that no fast path leaves out what they have besides."""
 
-import dataclasses
-import itertools
-
 import pytest
 import torch
 from model_cases import (
@@ -11,15 +8,14 @@ from model_cases import (
     FEW,
     FULL,
     assert_close,
+    assert_packed_equals_apart,
     assert_same_gradients,
     family_config,
     llama_of,
     loss_and_gradients,
-    pack,
     prepared,
     random_batch,
     random_model,
-    random_sample,
     to_llama,
     with_prefix,
 )
@@ -52,18 +48,7 @@ def test_equals_transformers(family, heads, tied):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_one_by_one(family, trainable):
     model = random_model(family_config(family), trainable)
-    generator = torch.Generator().manual_seed(1)
-    samples = [random_sample(generator, text=(n, n + 1), video=6) for n in (3, 11, 6)]
-    together = pack(samples, generator=generator)
-    bounds = range(0, len(together.features) + 1, 6)
-    apart = [
-        dataclasses.replace(pack([sample]), features=together.features[a:b])
-        for sample, (a, b) in zip(samples, itertools.pairwise(bounds))
-    ]
-    loss, found = loss_and_gradients(model, together)
-    total, expected = loss_and_gradients(model, *apart)
-    assert loss == pytest.approx(total, rel=1e-6)
-    assert_same_gradients(found, expected)
+    assert_packed_equals_apart(model)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from model_cases import (
-    ADAPTER,
     FULL,
     PREFIX,
     START,
@@ -20,21 +19,14 @@ from model_cases import (
     random_sample,
     with_prefix,
 )
+from model_cases import KINDS as LAYERS
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.model import decoder
 from fastvid.model.attention import SDPA
 from fastvid.training.live_bytes import LiveBytes
 
-KINDS = {
-    "mha": {},
-    "gqa": {"config": model_config(num_kv_heads=2)},
-    "selective": {"recompute": "selective"},
-    "full": {"recompute": "full"},
-    "first layer": {"recompute": 1},
-    "head": {"trainable": dataclasses.replace(ADAPTER, head=True)},
-    "one layer": {"config": model_config(num_layers=1)},
-}
+KINDS = {**LAYERS, "first layer": {"recompute": 1}}
 
 
 @pytest.mark.slow

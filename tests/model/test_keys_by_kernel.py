@@ -10,11 +10,11 @@ from model_cases import (
     END,
     FEW,
     FULL,
+    KINDS,
     PATCH,
     START,
     assert_same_gradients,
     loss_and_gradients,
-    model_config,
     prepared,
     random_batch,
     random_model,
@@ -25,15 +25,6 @@ from fastvid.batch import VideoTokens
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.model import attention
-
-KINDS = {
-    "mha": {},
-    "gqa": {"config": model_config(num_kv_heads=2)},
-    "selective": {"recompute": "selective"},
-    "full": {"recompute": "full"},
-    "head": {"trainable": dataclasses.replace(ADAPTER, head=True)},
-    "one layer": {"config": model_config(num_layers=1)},
-}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_cases import (
     assert_close,
+    assert_packed_equals_apart,
     assert_same_gradients,
     family_config,
     fill,
@@ -186,18 +187,7 @@ def test_keys_that_a_kernel_places_equal_gathered_ones(interpreted):  # noqa: F8
 @pytest.mark.parametrize("kind", ["llama gqa", "qwen3"])
 def test_packed_equals_one_by_one(kind, lora):
     model = random_model(KINDS[kind], trained(lora))
-    generator = torch.Generator().manual_seed(1)
-    samples = [random_sample(generator, text=(n, n + 1), video=6) for n in (3, 11, 6)]
-    together = pack(samples, generator=generator).parted()
-    bounds = range(0, len(together.features) + 1, 6)
-    apart = [
-        dataclasses.replace(pack([sample]), features=together.features[a:b])
-        for sample, (a, b) in zip(samples, itertools.pairwise(bounds))
-    ]
-    loss, found = loss_and_gradients(model, together)
-    total, expected = loss_and_gradients(model, *apart)
-    assert loss == pytest.approx(total, rel=1e-6)
-    assert_same_gradients(found, expected)
+    assert_packed_equals_apart(model, lambda batch: batch.parted())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -36,6 +36,28 @@ def model_config(projector_type="mlp2x_gelu", mm_hidden_size=12, **changes):
     return ModelConfig(decoder_config(**changes), mm_hidden_size, projector_type, None, 0.02)
 
 
+# Of LLaVA-1.5-7B, for `model_config`.
+SEVEN_BILLION = {
+    "mm_hidden_size": 1024,
+    "vocab_size": 32003,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 32,
+    "head_dim": 128,
+}
+# What `random_model` is given for the models whose layers differ in what they keep and recompute.
+KINDS = {
+    "mha": {},
+    "gqa": {"config": model_config(num_kv_heads=2)},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "head": {"trainable": replace(ADAPTER, head=True)},
+    "one layer": {"config": model_config(num_layers=1)},
+}
+
+
 # What each family has besides LLaMA's, with its model_type; small enough for the model of `model_config`.
 FAMILIES = {
     "mistral": {"num_kv_heads": 2, "sliding_window": 256},
@@ -264,3 +286,18 @@ def with_prefix(text_only=True, seed=0, shapes=({}, {"text": (4, 12), "answer": 
 def prepared(model):
     model.keep_prefix(PREFIX)
     return model
+
+
+def assert_packed_equals_apart(model, change=lambda batch: batch):
+    """Three samples in one batch, which `change` may change, have the loss and gradients of the three alone."""
+    generator = torch.Generator().manual_seed(1)
+    samples = [random_sample(generator, text=(n, n + 1), video=6) for n in (3, 11, 6)]
+    together = change(pack(samples, generator=generator))
+    apart = [
+        replace(pack([sample]), features=features)
+        for sample, features in zip(samples, together.features.split(6), strict=True)
+    ]
+    loss, found = loss_and_gradients(model, together)
+    total, expected = loss_and_gradients(model, *apart)
+    assert abs(loss - total) <= 1e-6 * abs(total)
+    assert_same_gradients(found, expected)

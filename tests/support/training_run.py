@@ -67,6 +67,18 @@ def write_run(folder, **sizes):
     return folder
 
 
+def three_a_video(folder, ending):
+    """The records of a folder of `write_run` as three questions for each of four videos, whose names end so; each
+    second of the three stands before its video's rows."""
+    records = []
+    for i, record in enumerate(json.loads((folder / "train.json").read_text())):
+        question = record["conversations"][0]["value"].replace("<video>", "").strip()
+        asked = f"{question}\n<video>" if i % 3 == 1 else f"<video>\n{question}"
+        turns = [{"from": "human", "value": asked}, record["conversations"][1]]
+        records.append({**record, "video": f"clip{i // 3}.{ending}", "conversations": turns})
+    return records
+
+
 SECOND_CHANNELS = 6
 
 

@@ -5,7 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cases import ADAPTER, FULL, LORA, fill, model_config, prepared, random_batch, random_model, with_prefix
+from model_cases import (
+    ADAPTER,
+    FULL,
+    LORA,
+    SEVEN_BILLION,
+    fill,
+    model_config,
+    prepared,
+    random_batch,
+    random_model,
+    with_prefix,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvid.batch import AttentionLayout
@@ -142,16 +153,7 @@ def test_a_batch_of_no_sample_is_padding():
 
 def test_a_7b_row_is_what_the_usual_count_says():
     """4 and 6 per weight and row of LLaVA-1.5-7B; its attention at 830 rows."""
-    config = model_config(
-        mm_hidden_size=1024,
-        vocab_size=32003,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-    )
+    config = model_config(**SEVEN_BILLION)
     layout = AttentionLayout.of_lengths([830])
     batch = replace(
         random_batch(),

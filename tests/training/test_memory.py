@@ -19,6 +19,7 @@ from model_cases import (
     FULL,
     LORA,
     PATCH,
+    SEVEN_BILLION,
     START,
     model_config,
     pack,
@@ -252,17 +253,7 @@ def test_parameter_counts(tied, trainable, projector):
 
 
 def seven_billion(**changes):
-    config = model_config(
-        mm_hidden_size=1024,
-        vocab_size=32003,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-    )
+    config = model_config(**SEVEN_BILLION, max_position_embeddings=4096)
     settings = {"trainable": ADAPTER, "rows": 8 * 830, "supervised_rows": 8 * 75, "compute_dtype": torch.bfloat16}
     return config, {**settings, **changes}
 
