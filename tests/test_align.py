@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
+import forks
 import numpy as np
 import pytest
 from clips import draw
@@ -15,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from towers import write_tower
 from training_run import losses
+from waiting import LONG
 
 from fastvid.config import ExtractConfig
 from fastvid.extract import extract
@@ -65,23 +68,53 @@ def free_port():
         return held.getsockname()[1]
 
 
+# Stands for torchrun: says how it was called, and ends with the code that it is told.
+TORCHRUN = """#!/usr/bin/env bash
+{ printf '%s\\0' $# "$@"; env -0; } > "$CALLED"
+read -r code < "$ENDED"
+exit "$code"
+"""
+
+
+def run_called(folder):
+    """Run what the stand-in is called with, until its pipe says nothing: the real torchrun, as forks."""
+    while called := (folder / "called").read_bytes():
+        count, *words = called.decode().split("\0")[:-1]
+        arguments, environment = words[: int(count)], dict(word.split("=", 1) for word in words[int(count) :])
+        with open(folder / "log", "a") as log:
+            command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+            done = forks.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+            (folder / "ended").write_text(f"{done.wait(LONG)}\n")
+
+
 def launch(folder, script, *flags, **variables):
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / "torchrun").write_text(TORCHRUN)
+    (folder / "bin" / "torchrun").chmod(0o755)
+    for name in ("called", "ended"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
     paths = {
-        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "PATH": f"{folder / 'bin'}:{sys.prefix}/bin:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
+        "CALLED": str(folder / "called"),
+        "ENDED": str(folder / "ended"),
     }
     settings = {"MODEL": "model", "NPROC_PER_NODE": "1", "BATCH": "4", "MAX_RESTARTS": "0", **variables}
+    thread = threading.Thread(target=run_called, args=[folder])
+    thread.start()
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / script), "--report_to", "none", "--disable_tqdm", *flags],
         cwd=folder,
         env=os.environ | paths | settings,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=LONG,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    (folder / "called").write_text("")
+    thread.join()
+    assert done.returncode == 0, done.stderr + (folder / "log").read_text()
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def test_the_reference_recordings(golden, tmp_path, capsys, output, form):
     assert lines.pop() == "" and [json.loads(line) for line in lines] == expected["parsed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run_from_a_checkout_in_any_folder(tmp_path, script):
     (tmp_path / "in.json").write_text(json.dumps(RECORDS))

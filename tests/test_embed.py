@@ -113,6 +113,7 @@ def test_what_is_of_others_is_kept(model, folder, tmp_path):
     assert main(flags(model, folder, output)) == 0
 
 
+@pytest.mark.slow
 def test_a_list_and_a_bad_video(model, folder, tmp_path, capsys):
     (folder / "bad.mp4").write_bytes(b"no video")
     (folder / "some.txt").write_text("in/clip.mp4\nbad.mp4\n")

@@ -29,6 +29,7 @@ from fastvid.video.pipeline import Pipeline
 from fastvid.video.sampling import frame_indices
 
 job, made, mixed = extraction_job.job, extraction_job.made, extraction_job.mixed
+pytestmark = pytest.mark.usefixtures("forked")  # decoders too
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.listing import find_videos
 
 job, made, mixed = extraction_job.job, extraction_job.made, extraction_job.mixed
+pytestmark = pytest.mark.usefixtures("forked")  # decoders too
 
 
 @pytest.mark.slow

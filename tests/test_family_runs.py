@@ -125,6 +125,7 @@ def test_samples_beyond_a_sliding_window_are_refused(tmp_path, data):
     assert run(base, data, tmp_path / "out", "--dry_run", "--model_max_length", "200") == 0
 
 
+@pytest.mark.slow
 def test_a_changed_template_does_not_go_on(tmp_path, data):
     base = write_model(tmp_path / "base", "qwen2")
     assert run(base, data, tmp_path / "out") == 0

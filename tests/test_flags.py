@@ -170,6 +170,7 @@ def test_what_would_change_the_result_is_refused_with_a_remedy(flags, remedy, ca
     assert f"error: {flags}: " in message and remedy in message
 
 
+@pytest.mark.slow
 def test_every_flag_of_the_trainers_is_known():
     """transformers' own of this environment, and those that older versions and the reference had beside them."""
     from transformers import TrainingArguments

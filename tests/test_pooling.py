@@ -19,6 +19,7 @@ from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder
 
 made = pooling_run.made
+pytestmark = pytest.mark.usefixtures("forked")  # decoders too
 
 
 # --- the spec

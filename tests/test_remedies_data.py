@@ -25,6 +25,7 @@ from fastvid.data.tokenizer import load_tokenizer
 from fastvid.features.file import load_features, save_features
 from fastvid.features.folder import FeatureFolder
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders too
 ROWS = 2 + 4  # frames per video, patches of the tower
 COMMANDS = {"extract": extract, "convert": convert, "validate": validate, "inspect": inspection, "train": train}
 # Flags of each command, as far as none of them is given; a word such as -video_folder leaves one out. $S: `store`.

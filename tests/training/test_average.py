@@ -44,6 +44,7 @@ def steps_of(state, count=STEPS):
     raise AssertionError("the run is shorter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[], ["--tune_mm_mlp_adapter", "False", "--bf16", "True", "--master_dtype", "bfloat16"]]
 )
@@ -90,6 +91,7 @@ def test_a_step_that_is_not_finite_is_left_out():
     assert torch.equal(average.values["w"], torch.full((3,), 2.0))
 
 
+@pytest.mark.slow
 def test_results_exports_and_a_resumed_run_take_it(made, tmp_path):
     out, told = tmp_path / "out", [*AVERAGED, "--logging_steps", "1", "--save_steps", "2", "--max_steps"]
     assert train.main(flags(made, tmp_path / "whole", *told, "4")) == 0
