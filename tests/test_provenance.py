@@ -6,6 +6,7 @@ import pytest
 import torch
 from clips import draw
 from safetensors.torch import load_file
+from towers import write_narrow_tower
 from training_run import CHANNELS, ROWS, flags, write_run
 
 from fastvid import chat as chat_module
@@ -23,23 +24,6 @@ FRAMES = ROWS - 4  # a 28-pixel tower of 14-pixel patches adds four rows
 DIGEST, OTHER = "sha256:aa", "sha256:bb"
 
 
-def write_clip_tower(folder, seed):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(seed)
-    CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=CHANNELS,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-    ).save_pretrained(folder)
-    return folder
-
-
 def mark(file, tower, frames=FRAMES):
     """Give a feature file the header that extraction with `tower` gives."""
     features, _ = load_features(file)
@@ -51,7 +35,7 @@ def made(tmp_path_factory):
     """A folder with model/, tower_a, tower_b, features of tower_b, and out/, what a step of adapter training left."""
     folder = write_run(tmp_path_factory.mktemp("made"))
     for seed, name in enumerate(("tower_a", "tower_b")):
-        write_clip_tower(folder / name, seed)
+        write_narrow_tower(folder / name, seed, CHANNELS)
     config = json.loads((folder / "model" / "config.json").read_text()) | {"mm_vision_tower": str(folder / "tower_a")}
     (folder / "model" / "config.json").write_text(json.dumps(config))
     for file in (folder / "feats").iterdir():

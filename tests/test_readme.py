@@ -6,8 +6,8 @@ import pytest
 from clips import draw
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_provenance import write_clip_tower
-from training_run import write_run
+from towers import write_narrow_tower
+from training_run import CHANNELS, write_run
 
 SNIPPETS = [part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]]
 
@@ -17,7 +17,7 @@ def here(tmp_path, monkeypatch):
     """The folder that the snippets run in: llava, clip, videos, train.json, clip.mp4."""
     write_run(tmp_path)
     (tmp_path / "model").rename(tmp_path / "llava")
-    write_clip_tower(tmp_path / "clip", seed=0)
+    write_narrow_tower(tmp_path / "clip", 0, CHANNELS)
     (tmp_path / "videos").mkdir()
     records = json.loads((tmp_path / "train.json").read_text())[:4]
     records = [{**record, "video": f"{number}.mp4"} for number, record in enumerate(records)]

@@ -14,6 +14,7 @@ from clips import draw
 from model_cases import pack, random_model
 from remedied_answers import ASK, FRAMES, HERE, MISTAKES, OF_OUT, ONE, OUT, PROJECTOR, UNTOLD, URL
 from safetensors.torch import load_file, save_file
+from towers import write_narrow_tower
 from training_run import CHANNELS, ROWS, flags, write_run
 from weight_folders import RunsCode, write_folder
 
@@ -33,22 +34,6 @@ from fastvid.weights.projector_file import save_tensors
 CODE = object()  # a pickle that would run code
 
 
-def write_clip_tower(folder, seed, width=CHANNELS, patch=14):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(seed)
-    CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=patch,
-        )
-    ).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run's inputs; out/, full/ and untold/, what training left; and what users hold by mistake in a model's place.
@@ -58,8 +43,8 @@ def made(tmp_path_factory):
     """
     made = write_run(tmp_path_factory.mktemp("made"))
     for seed, (name, width) in enumerate({"tower_a": CHANNELS, "tower_b": CHANNELS, "wide": 16}.items()):
-        write_clip_tower(made / name, seed, width)
-    write_clip_tower(made / "fine", 3, patch=7)
+        write_narrow_tower(made / name, seed, width)
+    write_narrow_tower(made / "fine", 3, CHANNELS, patch_size=7)
     (made / "clips").mkdir()
     draw(made / "clips" / "clip.mp4", 6)
     shutil.copytree(made / "feats", made / "untold_feats")

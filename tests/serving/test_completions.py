@@ -15,6 +15,8 @@ from fastvid.features.file import save_features
 from fastvid.serving.text import AnswerText
 from fastvid.video.decode import decode
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 QUESTIONS = ["what plays?", "who is the assistant", "cards", "what who is? plays", "large user: cards?"]
 
 

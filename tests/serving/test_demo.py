@@ -8,6 +8,8 @@ from fastvid.serving.demo import _shown
 from fastvid.serving.features import Look
 from fastvid.video.decode.info import VideoInfo
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 
 @pytest.mark.parametrize(
     "pooling, rows, bars",

@@ -25,6 +25,8 @@ from fastvid.serving import server as server_module
 from fastvid.serving import service as service_module
 from fastvid.serving.service import Service
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 
 def head(body, extra=""):
     return (

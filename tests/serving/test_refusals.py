@@ -15,6 +15,8 @@ from waiting import LONG, wait_until
 from fastvid.serving import media
 from fastvid.serving.errors import ApiError
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 VIDEO = "data:video/mp4;base64,AAAA"
 
 

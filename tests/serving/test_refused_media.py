@@ -22,6 +22,8 @@ from fastvid.serving import media
 from fastvid.serving.errors import ApiError
 from fastvid.video.sampling import frame_indices
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 
 def test_paths_do_not_lead_out(server, serving_folder, tmp_path):
     """Files elsewhere, whether they exist or not, have one answer."""

@@ -18,6 +18,8 @@ from fastvid.inference.source import VideoSource
 from fastvid.serve import main
 from fastvid.serving.server import Server
 
+pytestmark = pytest.mark.usefixtures("forked")  # decoders
+
 
 @pytest.fixture(scope="module")
 def source(serving_folder):

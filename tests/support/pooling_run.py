@@ -20,9 +20,6 @@ OTHER = "pllava-attn"  # of another program
 ROWS = {RECIPE: FRAMES + SIDE**2, GRID: 12, SLOW_FAST: 18 + FRAMES}
 
 
-# --- extraction
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run whose four videos have features of two poolings, beside an image and text alone."""

@@ -30,6 +30,11 @@ def write_tower(
     return folder
 
 
+def write_narrow_tower(folder, seed, width, patch_size=14):
+    """Save a seeded CLIP vision tower of two layers, of as many channels as the features of a small run have."""
+    return write_tower(folder, patch_size=patch_size, hidden_size=width, layers=2, heads=2, seed=seed)
+
+
 def write_siglip(
     folder,
     *,

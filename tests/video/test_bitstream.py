@@ -8,8 +8,8 @@ import pytest
 import torch
 from clips import draw
 from fastvid_kernels import frame_patchify, yuv_patchify
+from streams import STREAMS, draw_stream, moving_texture
 from test_decode import CLIPS
-from test_packets import STREAMS
 
 from fastvid.video.decode import DecodeError, bitstream, decode
 from fastvid.video.decode.bitstream import Bitstream, Unsuited, read_bitstream
@@ -68,9 +68,7 @@ def assert_same_patches(path):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """A texture that moves, so that every frame differs and is predicted from others."""
-    texture = np.random.default_rng(0).integers(0, 256, (24, 120, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(60)]
+    return moving_texture(60)
 
 
 @pytest.fixture
@@ -78,12 +76,7 @@ def clip(tmp_path, pictures):
     """Draws those pictures as one of STREAMS."""
 
     def made(name, **more):
-        codec, options = STREAMS[name]
-        pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        return draw(
-            tmp_path / name,
-            **{"codec": codec, "options": options, "size": (128, 96), "pictures": pictures, "pixels": pixels, **more},
-        )
+        return draw_stream(tmp_path / name, pictures, **more)
 
     return made
 

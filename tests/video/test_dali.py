@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from clips import draw, number
+from streams import STREAMS, draw_stream
 from test_bitstream import hide
 from test_nvdec import stream_of
-from test_packets import STREAMS
 from towers import write_tower
 
 from fastvid import extract as extraction
@@ -109,15 +109,7 @@ def test_frames_are_upright(decoder, tmp_path, matrix):
 @pytest.mark.parametrize("name", STREAMS)
 def test_remuxed_packets_decode_to_the_same_frames(tmp_path, pictures, name):
     """Of the codecs that only a GPU decodes as well: FFmpeg reads the file that DALI would get."""
-    codec, options = STREAMS[name]
-    path = draw(
-        tmp_path / name,
-        codec=codec,
-        options=options,
-        size=(128, 96),
-        pictures=pictures,
-        pixels="yuvj420p" if codec == "mjpeg" else "yuv420p",
-    )
+    path = draw_stream(tmp_path / name, pictures)
     try:
         stream = read_bitstream(path, num_frames=7)
     except Unsuited:

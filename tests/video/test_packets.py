@@ -6,39 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from clips import draw
+from streams import STREAMS, draw_stream, moving_texture
 
 from fastvid.video.decode.container import open_video
 from fastvid.video.decode.info import MAX_PIXELS
 from fastvid.video.decode.packets import Packets, scan
 from fastvid.video.decode.pyav import _Pass
-
-X264 = {"preset": "veryfast", "g": "40", "bf": "3"}
-STREAMS = {
-    "pyramid.mp4": ("libx264", {**X264, "x264-params": "b-pyramid=normal:b-adapt=0"}),
-    "no pyramid.mkv": ("libx264", {**X264, "x264-params": "b-pyramid=none:b-adapt=0"}),
-    "start codes.ts": ("libx264", X264),
-    "start codes.h264": ("libx264", X264),
-    "open groups.mp4": ("libx264", {**X264, "x264-params": "open-gop=1"}),
-    "intra refresh.mp4": ("libx264", {**X264, "x264-params": "intra-refresh=1"}),
-    "interlaced.mp4": ("libx264", {**X264, "flags": "+ildct+ilme"}),
-    "every frame alone.mp4": ("libx264", {"g": "1"}),
-    "hevc.mp4": ("libx265", {"preset": "ultrafast", "x265-params": "keyint=40:open-gop=0:bframes=3:log-level=none"}),
-    "hevc open.mkv": (
-        "libx265",
-        {"preset": "ultrafast", "x265-params": "keyint=40:open-gop=1:bframes=3:log-level=none"},
-    ),
-    "hevc layers.mp4": (
-        "libx265",
-        {"preset": "ultrafast", "x265-params": "keyint=40:temporal-layers=2:bframes=3:log-level=none"},
-    ),
-    "vp9.webm": (
-        "libvpx-vp9",
-        {"g": "40", "cpu-used": "8", "deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"},
-    ),
-    "vp8.webm": ("libvpx", {"g": "40", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"}),
-    "av1.mkv": ("libsvtav1", {"g": "40", "preset": "12"}),
-    "mjpeg.avi": ("mjpeg", {}),
-}
 
 
 def scanned(path):
@@ -48,23 +21,13 @@ def scanned(path):
 
 @pytest.fixture(scope="module")
 def pictures():
-    """A texture that moves, so that every frame differs and is predicted from others."""
-    texture = np.random.default_rng(0).integers(0, 256, (24, 120, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    return [texture[:96, 3 * i % 300 :][:, :128].copy() for i in range(120)]
+    return moving_texture(120)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
-    codec, options = STREAMS[name]
-    path = draw(
-        tmp_path / name,
-        codec=codec,
-        options=options,
-        size=(128, 96),
-        pictures=pictures,
-        pixels="yuvj420p" if codec == "mjpeg" else "yuv420p",
-    )
+    path = draw_stream(tmp_path / name, pictures)
     packets = scanned(path)
     if packets is None:  # not every container tells times
         assert name.endswith(".h264")
@@ -76,7 +39,11 @@ def test_pictures_are_those_of_the_whole(tmp_path, pictures, name):
         found = video.some(wanted, packets, keep)
         frames, info = video.whole(wanted)
         assert found is not None and np.array_equal(found[0], frames) and found[1] == info
-        assert keep.sum() < 120 or (codec == "libx264" and "refresh" in name) or (wanted == [119] and "open" in name)
+        assert (
+            keep.sum() < 120
+            or (STREAMS[name][0] == "libx264" and "refresh" in name)
+            or (wanted == [119] and "open" in name)
+        )
 
 
 def test_drawing_leaves_the_priority_alone(tmp_path):
