@@ -65,6 +65,11 @@ class Gradients:
         return lambda: torch.autograd.grad(outputs, due, incoming)
 
 
+def ways_of(way, functions):
+    """{name: way of timing} of {name: function}."""
+    return {name: way(function) for name, function in functions.items()}
+
+
 def forward(function):
     """Way of timing a function as it is, without gradients."""
     return lambda *inputs: torch.no_grad()(partial(function, *inputs))

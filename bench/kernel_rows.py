@@ -4,7 +4,7 @@ import statistics
 
 import torch
 
-from bench import decoder_cases, fp8_cases, optimizer_cases, vision_cases
+from bench import decoder_cases, fp8_cases, optimizer_cases, token_cases, vision_cases
 from bench.measure import assert_agree, copies_needed, peak_extra_bytes, time_calls
 
 LAST = ("torch.compile",)  # ways that take longest to prepare: last, if time runs out
@@ -12,9 +12,8 @@ LAST = ("torch.compile",)  # ways that take longest to prepare: last, if time ru
 
 def all_cases(small):
     """Every case of every kernel."""
-    return [
-        case for module in (vision_cases, decoder_cases, fp8_cases, optimizer_cases) for case in module.cases(small)
-    ]
+    modules = (vision_cases, decoder_cases, token_cases, fp8_cases, optimizer_cases)
+    return [case for module in modules for case in module.cases(small)]
 
 
 def device():

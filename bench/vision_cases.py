@@ -19,7 +19,7 @@ from fastvid_kernels.yuv_patchify import yuv_patchify, yuv_to_rgb
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool3d
 
-from bench.cases import Case, Gradients, forward, in_fp32, library, normal, with_compiled
+from bench.cases import Case, Gradients, forward, in_fp32, library, normal, ways_of, with_compiled
 
 NUM_TEMPORAL = 100
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +60,7 @@ def _pool_cases(B, T, P, C, dtype):
         "forward",
         shapes,
         inputs,
-        {name: forward(function) for name, function in functions.items()},
+        ways_of(forward, functions),
         in_fp32(forward(functions["eager"])),
         moved,
     )
@@ -69,7 +69,7 @@ def _pool_cases(B, T, P, C, dtype):
         "backward",
         shapes,
         inputs_and_gradient,
-        {name: Gradients(function) for name, function in functions.items()},
+        ways_of(Gradients, functions),
         in_fp32(Gradients(functions["eager"])),
         moved,
     )
@@ -89,7 +89,7 @@ def _grid_case(T, P, C, grid, dtype):
         "forward",
         {"T": T, "P": P, "C": C, "grid": "x".join(map(str, grid)), "dtype": str(dtype).removeprefix("torch.")},
         lambda generator, device: (normal(generator, device, T, P, C, dtype=dtype),),
-        {name: forward(function) for name, function in functions.items()},
+        ways_of(forward, functions),
         in_fp32(forward(functions["eager"])),
         dtype.itemsize * C * (T * P + math.prod(grid)),
     )
@@ -166,7 +166,7 @@ def _yuv_case(T, H, W, size, patch, dtype=torch.float16):
         "forward",
         {"T": T, "H": H, "W": W, "S": size, "dtype": "float16"},
         lambda generator, device: (_frames(generator, device, T, H * 3 // 2, W),),
-        {"ours": ours("auto")} | {name: forward(function) for name, function in whole.items()},
+        {"ours": ours("auto")} | ways_of(forward, whole),
         ours("reference"),
         T * (read + dtype.itemsize * grid**2 * row_length(patch)),
     )
@@ -201,7 +201,7 @@ def _patchify_case(T, H, W, size, patch, dtype=torch.float16):
             "eager": lambda frames: patchify_in_torch(frames, size, patch, dtype),
         }
     )
-    ways = {name: forward(function) for name, function in functions.items()}
+    ways = ways_of(forward, functions)
     ways["reference's chain"] = _chain(size, patch, dtype)
     grid = size // patch
     return Case(
@@ -271,7 +271,7 @@ def _layer_norm_case(R, C, dtype):
         lambda generator, device: tuple(
             normal(generator, device, *shape, dtype=dtype) for shape in ((R, C), (R, C), (C,), (C,))
         ),
-        {name: forward(function) for name, function in functions.items()},
+        ways_of(forward, functions),
         # The compiler keeps the sum in fp32 and normalises that: where the bias cancels a large number, the sum's
         # rounding shows.
         forward(reference),
@@ -297,7 +297,7 @@ def _quick_gelu_case(R, F, dtype):
         "forward",
         {"R": R, "F": F, "dtype": str(dtype).removeprefix("torch.")},
         lambda generator, device: (normal(generator, device, R, F, dtype=dtype),),
-        {name: forward(function) for name, function in functions.items()},
+        ways_of(forward, functions),
         in_fp32(forward(quick_gelu_reference)),
         2 * R * F * dtype.itemsize,
     )

@@ -16,7 +16,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from safetensors.torch import load_file
 
 from bench import train_data
-from bench.gpu.extract import CLIP_L, TINY, write_tower
+from bench.gpu.tower import CLIP_L, TINY, write_tower
 from bench.harness import ROOT
 from bench.train_presets import PRESETS
 from fastvid import train
