@@ -53,8 +53,8 @@ from fastvid.training.state import StepResult, TrainState
 from fastvid.training.validation import evaluate
 from fastvid.video.towers.choice import check_features
 from fastvid.weights.adapter import adapter_folder, adapter_of
+from fastvid.weights.loading import load_weights
 from fastvid.weights.model_config import read_model_config
-from fastvid.weights.starting import load_weights
 
 log = logging.getLogger("fastvid")
 

@@ -27,7 +27,7 @@ from fastvid.inference.generate import generate
 from fastvid.provenance import Provenance
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import revisions
-from fastvid.weights import export
+from fastvid.weights.export_files import write_tokenizer_table
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import save_tensors
 
@@ -81,7 +81,7 @@ def made(tmp_path_factory):
         vocab_size=config["vocab_size"] + 1,
     )
     (other / "added_tokens.json").write_text(json.dumps({"<more>": config["vocab_size"]}))
-    export._write_tokenizer_table(model("table"))
+    write_tokenizer_table(model("table"))
     (made / "table" / "tokenizer.model").unlink()
     family = model("family", tokenizer=False)
     text = (made / "table" / "tokenizer.json").read_text()

@@ -4,18 +4,8 @@ Flags keep the names of the reference's command line (and so of transformers' ``
 reference has one. A number states its range where it is declared; every dataclass checks its numbers when it is made.
 """
 
-from fastvid.config.commands import (
-    STYLES,
-    ChatConfig,
-    ConvertConfig,
-    DemoConfig,
-    DoctorConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ExtractConfig,
-    ServeConfig,
-)
+from fastvid.config.answering import ChatConfig, DemoConfig, EmbedConfig, EvaluateConfig, ServeConfig
+from fastvid.config.commands import STYLES, ConvertConfig, DoctorConfig, ExportConfig, ExtractConfig
 from fastvid.config.fields import LARGEST, flag_of, has_range, older_names, range_fault
 from fastvid.config.training import DataConfig, InspectConfig, TrainConfig, ValidateConfig
 

@@ -21,7 +21,7 @@ from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
 from fastvid.weights.adapter import adapter_folder, adapter_of
-from fastvid.weights.starting import load_weights
+from fastvid.weights.loading import load_weights
 
 __all__ = ["MEDIA_SUFFIXES", "Chat"]
 

@@ -33,7 +33,7 @@ class Table(nn.Module):
 
 
 class VideoLlava(nn.Module):
-    """The model. Parameters are uninitialised; `fastvid.weights.starting.load_weights` fills them.
+    """The model. Parameters are uninitialised; `fastvid.weights.loading.load_weights` fills them.
 
     Args:
         config: sizes.

@@ -20,7 +20,7 @@ from fastvid.training import content
 from fastvid.training.state import TrainState
 from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, split, write_adapter
 from fastvid.weights.export import export
-from fastvid.weights.starting import write_reference_projector
+from fastvid.weights.trained import write_reference_projector
 
 log = logging.getLogger("fastvid")
 

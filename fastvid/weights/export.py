@@ -1,9 +1,7 @@
 """A checkpoint or a model folder as the files of other programs: see `fastvid.export` for the formats."""
 
-import hashlib
 import json
 import logging
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +14,29 @@ from fastvid.checkpoints.find import checkpoint_folder
 from fastvid.checkpoints.shards import naming_tensors
 from fastvid.config import ExportConfig
 from fastvid.data.exported_template import exported_template
-from fastvid.data.names import PATCH
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.features.towers import CLIP, kind_of
-from fastvid.files import atomic_folder, model_folder, naming, shown, write_json
+from fastvid.files import atomic_folder, model_folder, shown, write_json
 from fastvid.provenance import EXPORT_MARK, KEY
 from fastvid.video.towers.choice import check_tower, choose_tower
-from fastvid.video.towers.load import load_tower, processor_settings
+from fastvid.video.towers.load import load_tower
 from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, merged_adapters, read_adapter, write_adapter
 from fastvid.weights.card import CARD, model_card
-from fastvid.weights.families import by_model_type
+from fastvid.weights.export_files import (
+    digest,
+    llava_config,
+    model_config,
+    refuse_foreign,
+    write_processor,
+    write_tokenizer_table,
+)
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import llava_hf_name
-from fastvid.weights.starting import trained_tensor, trained_weights, write_reference_projector
+from fastvid.weights.trained import trained_tensor, trained_weights, write_reference_projector
 
 log = logging.getLogger("fastvid")
 
 SHARD_BYTES = 5_000_000_000
-# What an export of any format may consist of.
-_EXPORTED = re.compile(
-    r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|tokenizer\.model|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|preprocessor_config\.json|processor_config\.json|chat_template\.jinja|README\.md"
-)
 
 
 def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
@@ -86,7 +84,7 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
     for source in (folder, base):
         if output.resolve() == source.resolve():
             raise ValueError(f"--output {output} is what the export is made of; choose another folder")
-    _refuse_foreign(output)
+    refuse_foreign(output)
     starting = trained_weights(base, trained, **start, adapter=adapter)
     starting.check()
     _check_trained(folder, starting, trained)
@@ -98,13 +96,13 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
     with atomic_folder(output) as temporary:
         dtype = getattr(torch, config.dtype)
         tensors = _language_tensors(starting, trained)
-        values = _model_config(starting, tokenizer, tower, config.dtype)
+        values = model_config(starting, tokenizer, tower, config.dtype)
         if chosen == "llava":
             vision = _load_tower(tower, starting.config)
             assert tower is not None, "_load_tower refuses that"
             check_tower(tower, trained_on, folder)
             tensors = _llava_tensors(tensors, vision)
-            values = _llava_config(values, vision, tokenizer.tokens)
+            values = llava_config(values, vision, tokenizer.tokens)
         values[EXPORT_MARK] = {
             "version": __version__,
             "format": chosen,
@@ -116,15 +114,15 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
         tokenizer.save(temporary)
         if chosen == "llava":
             assert tower is not None, "_load_tower refuses that"
-            _write_tokenizer_table(temporary)
-            _write_processor(temporary, tower, vision.config)
+            write_tokenizer_table(temporary)
+            write_processor(temporary, tower, vision.config)
             template = exported_template(tokenizer, trained_on.conv_mode, trained_on.question_order)
             (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
             rows = (vision.config.image_size // vision.config.patch_size) ** 2
             state = checkpoint.read_state(folder)
             card = model_card(output.absolute().name, base, tower, state, trained_on, rows=rows)
             (temporary / CARD).write_text(card, encoding="utf-8")
-            values[EXPORT_MARK]["card"] = _digest(temporary / CARD)
+            values[EXPORT_MARK]["card"] = digest(temporary / CARD)
         write_json(temporary / "config.json", values)
         write_json(
             temporary / "generation_config.json",
@@ -245,91 +243,6 @@ def _llava_tensors(language, vision):
         yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", tensor
 
 
-def _model_config(starting, tokenizer, tower, dtype):
-    """config.json of the llama format; rope settings as every version of transformers reads them."""
-    model, c = starting.config, starting.config.decoder
-    family = by_model_type(model.model_type)
-    rope = {key: value for key, value in c.rope_parameters.items() if key != "rope_theta"}
-    scaling = {} if rope.get("rope_type") == "default" else {"rope_scaling": {"type": rope.get("rope_type"), **rope}}
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "torch_dtype": dtype,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "initializer_range": model.initializer_range,
-        "rope_theta": c.rope_parameters["rope_theta"],
-        **scaling,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        **model.family_settings,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-        "use_cache": True,
-        "use_mm_proj": True,
-        "mm_projector_type": model.projector_type,
-        "mm_hidden_size": model.mm_hidden_size,
-        **({} if model.mm_hidden_size_2 is None else {"mm_hidden_size_2": model.mm_hidden_size_2}),
-        "mm_vision_tower": tower,
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "mm_use_vid_start_end": tokenizer.tokens.start is not None,
-    }
-
-
-def _write_tokenizer_table(folder):
-    """tokenizer.json beside tokenizer.model: of LLaVA's, AutoTokenizer makes a table of its own otherwise, with other
-    ids."""
-    from transformers import LlamaTokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        table = LlamaTokenizer.from_pretrained(folder).backend_tokenizer.to_str(pretty=True)
-        with naming(path):
-            path.write_text(table, encoding="utf-8")
-
-
-def _write_processor(folder, tower, vision):
-    """What AutoProcessor makes a LlavaProcessor of: what fastvid makes of a picture, and the token of its rows."""
-    square, said = {"height": vision.image_size, "width": vision.image_size}, processor_settings(tower)
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_resize": True,
-            "size": square,  # as frames are: the aspect ratio is not kept
-            "resample": 0,  # nearest neighbour
-            "do_center_crop": False,
-            "crop_size": square,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "do_convert_rgb": True,
-            "image_mean": said["image_mean"],
-            "image_std": said["image_std"],
-        },
-    )
-    write_json(
-        folder / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "patch_size": vision.patch_size,
-            "image_token": PATCH,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-        },
-    )
-
-
 def _load_tower(tower, model):
     """The CLIP tower, fp32, for LlavaForConditionalGeneration's fixed architecture."""
     if model.projector_type != "mlp2x_gelu":
@@ -353,30 +266,6 @@ def _load_tower(tower, model):
             f"{model.mm_hidden_size}: give the tower that made the features"
         )
     return vision
-
-
-def _llava_config(language, vision, tokens):
-    """config.json of the llava format. A video's placeholders are the tokens that features take the place of."""
-    import transformers
-
-    text = getattr(transformers, by_model_type(language["model_type"]).config).from_dict(
-        {
-            key: value
-            for key, value in language.items()
-            if key != "architectures" and not key.startswith(("mm_", "use_mm"))
-        }
-    )
-    grid = vision.config.image_size // vision.config.patch_size
-    values = transformers.LlavaConfig(
-        vision_config=vision.config.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=tokens.patch,
-        image_seq_length=grid * grid,
-        tie_word_embeddings=language["tie_word_embeddings"],
-    ).to_dict()
-    kept = {key: value for key, value in language.items() if key.startswith("mm_") or key.endswith("_token_id")}
-    dtype = {"torch_dtype": language["torch_dtype"]}
-    return {**values, **kept, "architectures": ["LlavaForConditionalGeneration"], **dtype}
 
 
 def _write_weights(folder, tensors):
@@ -407,36 +296,3 @@ def _write_weights(folder, tensors):
     if len(shards) > 1:
         total = sum(size for _, _, size in shards)
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _digest(path):
-    """SHA-256 of a file, by which a model card that somebody has edited is known."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refuse_foreign(output):
-    """Only an empty folder or an earlier export of ours, with nothing beside it, may be replaced; which is told."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        earlier = json.loads((output / "config.json").read_text(encoding="utf-8"))[EXPORT_MARK]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--output {output} exists and is not an export of fastvid's; choose another folder") from None
-    if others := sorted(path.name for path in output.iterdir() if not _EXPORTED.fullmatch(path.name)):
-        raise ValueError(
-            f"--output {output} also holds {', '.join(map(shown, others[:3]))}, which would go with the "
-            "export there; move it away, or choose another folder"
-        )
-    told = earlier if isinstance(earlier, dict) else {}
-    if (output / CARD).exists() and _digest(output / CARD) != told.get("card"):
-        raise ValueError(
-            f"{output / CARD} was written by somebody since, and would go with the export there; move it away, or "
-            "choose another folder"
-        )
-    log.warning(
-        "%s holds an earlier export (format %s, of %s), which is replaced",
-        output,
-        told.get("format", "unknown"),
-        told.get("checkpoint", "an unknown checkpoint"),
-    )

@@ -1,46 +1,25 @@
-"""The weights that training starts from, and a model filled with them.
+"""The weights that training starts from.
 
 V: vocabulary rows, D: hidden size.
 """
 
-import dataclasses
-import logging
 import math
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fastvid.batch import VideoTokens
-from fastvid.dist.sharding import held_part
 from fastvid.files import StrPath
 from fastvid.model.config import ModelConfig
-from fastvid.model.finite import not_finite
 from fastvid.model.lora import delta
-from fastvid.model.quantize import QuantizedLinear
-from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Lora
-from fastvid.provenance import Provenance
 from fastvid.weights.adapter import merged_adapters, read_adapter
-from fastvid.weights.model_config import read_model_config
 from fastvid.weights.model_folder import ModelFolder
-from fastvid.weights.names import lora_parts, projector_parts, projector_type, tensor_parts
-from fastvid.weights.projector_file import read_projector, save_tensors
+from fastvid.weights.names import lora_parts, projector_type, tensor_parts
+from fastvid.weights.projector_file import read_projector
 
-__all__ = [
-    "StartingWeights",
-    "load_weights",
-    "read_model_config",
-    "read_projector",
-    "trained_tensor",
-    "trained_weights",
-    "write_reference_projector",
-]
-
-log = logging.getLogger("fastvid")
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".absmax", ".quant_map", ".weight_scale")  # AWQ and its like
 _TABLES = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
 
@@ -289,169 +268,3 @@ def _misfit(path, name, tensor, shape, grows=False):
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return [f"{path}: {name} is {tensor.dtype}: quantised weights are not computed"]
     return []
-
-
-def load_weights(
-    model: VideoLlava,
-    folder: StrPath,
-    *,
-    tokens: VideoTokens,
-    projector: StrPath | None = None,
-    seed: int = 42,
-    adapter: StrPath | None = None,
-) -> None:
-    """Fill every parameter of a VideoLlava, a tensor at a time; of a sharded one each rank copies its own rows.
-
-    Matrices in few bits are quantised on the model's device, one after the other, from what the files hold: no two of
-    them exist there in full at once.
-
-    Args:
-        model: plain or FSDP2-sharded on dimension 0; may come from ``to_empty``. Values are cast to the
-            parameters' dtypes.
-        folder: model folder in any form that `read_model_config` reads; `model.config` was read from it.
-        tokens: `added` are the ids whose rows are made new.
-        projector: projector file or checkpoint folder; its projector and its start and end rows replace the folder's.
-        seed: of what no file holds.
-        adapter: folder of LoRA's matrices (`read_adapter`): what a model with LoRA starts from, and what is merged into
-            the matrices of one without.
-
-    Raises:
-        ValueError: names missing, mis-shaped and unexpected tensors, their file and the remedy; nothing was copied.
-            Or tensors with values that are not finite.
-    """
-    starting = StartingWeights(
-        model.config,
-        folder,
-        tokens=tokens,
-        projector=projector,
-        seed=seed,
-        lora=model.trainable.lora,
-        adapter=adapter,
-    )
-    starting.check()
-    if starting.makes_projector:
-        log.warning(
-            "%s holds no %s projector and no projector file was given: the projector starts untrained",
-            folder,
-            model.config.projector_type,
-        )
-    if starting.makes_second and not model.trainable.projector:
-        raise ValueError(
-            f"{projector or folder} holds no projector of a second vision tower, and none is trained: leave "
-            "--freeze_mm_mlp_adapter and --freeze_backbone out, or give one with --pretrain_mm_mlp_adapter"
-        )
-    if starting.makes_second:
-        log.warning("no file holds a projector of the second vision tower: it starts untrained")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _fill(parameter, starting.pieces(name))
-        for name, linear in model.named_modules():
-            if isinstance(linear, QuantizedLinear):
-                weight = torch.cat([piece.to(model.embed.weight.device) for piece in starting.pieces(f"{name}.weight")])
-                if not_finite({name: weight}):
-                    starting.refuse_not_finite(f"{name}.weight")
-                linear.quantize_(weight)
-    for name in not_finite(dict(model.named_parameters())):
-        starting.refuse_not_finite(name)
-
-
-def _fill(parameter, pieces):
-    """Copy the rows that this rank holds of the tensor that `pieces` make, one under the other."""
-    held, _ = held_part(parameter)
-    local, first, at = held.local, held.offset, 0
-    for piece in pieces:
-        start, end = max(at, first), min(at + len(piece), first + len(local))
-        if start < end:
-            local[start - first : end - first].copy_(piece[start - at : end - at])
-        at += len(piece)
-    assert at == parameter.shape[0], f"{at} rows for a parameter of {list(parameter.shape)}"
-
-
-def trained_weights(
-    base_folder: StrPath,
-    trained: Mapping[str, Tensor],
-    *,
-    tokens: VideoTokens,
-    projector: StrPath | None = None,
-    projector_type: str | None = None,
-    seed: int = 42,
-    adapter: StrPath | None = None,
-) -> StartingWeights:
-    """The StartingWeights that a training run had, as far as its trained tensors leave them in use.
-
-    Args:
-        base_folder: the model folder that training started from.
-        trained: {our name: whole tensor} of what it trained.
-        tokens: of the run.
-        projector: the projector file that it started from, if any; need not exist any more once all of it was trained.
-        projector_type: as the run was told.
-        seed: of the run.
-        adapter: the LoRA adapter to merge into the model's matrices, if any.
-
-    Raises:
-        ValueError: as `read_model_config`.
-    """
-    weight = trained.get("projector.0.weight")
-    if weight is not None:
-        projector_type = "mlp2x_gelu" if "projector.2.weight" in trained else "linear"
-        if tokens.start is None or {"boundary.weight", "embed.weight"} & set(trained):
-            projector = None
-    config = read_model_config(
-        base_folder, projector_type=projector_type, vocab_size=tokens.vocab_size, projector=projector
-    )
-    if weight is not None:
-        second = trained.get("projector.second.0.weight")
-        config = dataclasses.replace(
-            config, mm_hidden_size=weight.shape[1], mm_hidden_size_2=None if second is None else second.shape[1]
-        )
-    return StartingWeights(config, base_folder, tokens=tokens, projector=projector, seed=seed, adapter=adapter)
-
-
-def trained_tensor(name: str, starting: StartingWeights, trained: Mapping[str, Tensor]) -> Tensor:
-    """Our tensor `name` after training, whole, on the CPU: the trained one, else the one that training started from.
-
-    The rows of <vid_start> and <vid_end> in the embedding table are those of a trained "boundary.weight".
-    """
-    pieces = [trained[name].detach().cpu()] if name in trained else starting.pieces(name)
-    if name == "embed.weight" and "boundary.weight" in trained:
-        table = torch.cat([piece.float() for piece in pieces])
-        table[[starting.tokens.start, starting.tokens.end]] = trained["boundary.weight"].detach().to("cpu", table.dtype)
-        return table
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def write_reference_projector(
-    path: StrPath,
-    trained: Mapping[str, Tensor],
-    base_folder: StrPath,
-    tokens: VideoTokens,
-    *,
-    projector: StrPath | None = None,
-    projector_type: str | None = None,
-    seed: int = 42,
-    provenance: Provenance | None = None,
-) -> None:
-    """Write what the reference's adapter training leaves: the embedding table, then the projector, all fp32.
-
-    Keys and shapes are the reference's: ``model.embed_tokens.weight`` [tokens.vocab_size, D], then
-    ``model.mm_projector.{0,2}.{weight,bias}``, or ``model.mm_projector.{weight,bias}`` of a linear one. Behind these
-    come ``model.mm_projector_2…`` of a second vision tower.
-
-    Args:
-        path: ends in .bin (torch.save) or .safetensors.
-        trained: {our name: whole tensor}; of it "projector.*", "boundary.weight" and "embed.weight" are used.
-        base_folder, tokens, projector, projector_type, seed: as for `trained_weights`.
-        provenance: goes into the file.
-
-    Raises:
-        ValueError: as `read_model_config`, and for another ending.
-    """
-    starting = trained_weights(
-        base_folder, trained, tokens=tokens, projector=projector, projector_type=projector_type, seed=seed
-    )
-    state = {"model.embed_tokens.weight": trained_tensor("embed.weight", starting, trained)[: tokens.vocab_size]}
-    c = starting.config
-    for ours, theirs in projector_parts(c.projector_type, second=c.mm_hidden_size_2 is not None).items():
-        state[theirs] = trained_tensor(ours, starting, trained)
-    # Copies, because torch.save writes all that lies behind a view.
-    save_tensors(Path(path), {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, provenance)

@@ -31,8 +31,8 @@ from fastvid.policy import Trainable
 from fastvid.training import checks, planning
 from fastvid.training.live_bytes import LiveBytes
 from fastvid.training.memory import estimate
+from fastvid.weights.loading import load_weights
 from fastvid.weights.model_config import read_model_config
-from fastvid.weights.starting import load_weights
 
 PREFIX = [5, 6, 7, 8]
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}

@@ -10,8 +10,8 @@ from fastvid.batch import VideoTokens
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
+from fastvid.weights.loading import load_weights
 from fastvid.weights.model_config import read_model_config
-from fastvid.weights.starting import load_weights
 
 V, D, C = 40, 24, 10  # vocabulary rows, hidden size, channels of the features
 ADAPTER = Trainable(projector=True, boundary=True)

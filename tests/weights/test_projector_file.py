@@ -30,7 +30,7 @@ from fastvid.dist.sharding import LocalShard
 from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector, save_tensors
-from fastvid.weights.starting import write_reference_projector
+from fastvid.weights.trained import write_reference_projector
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])

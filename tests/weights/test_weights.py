@@ -29,8 +29,9 @@ from fastvid.batch import VideoTokens
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
 from fastvid.policy import Trainable
+from fastvid.weights.loading import load_weights
 from fastvid.weights.model_config import read_model_config
-from fastvid.weights.starting import StartingWeights, load_weights
+from fastvid.weights.starting import StartingWeights
 
 FORMS = {
     "llava-bin": {},
