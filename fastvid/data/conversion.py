@@ -116,7 +116,7 @@ def convert_any(
         path: the file that they come from, for messages.
         style: one of `fastvid.config.STYLES`; a record of another is malformed.
         on_bad: as the flag of `ConvertConfig`. Of "auto" the file decides, all records of which are looked at first.
-        feature_ids: as `convert_records` takes it, for VideoInstruct's records.
+        feature_ids: as `add_converted` takes it, for VideoInstruct's records.
         missing: whether a video or an image of the others has no features; None keeps all. A ValueError of it makes
             the record malformed.
         media_root: a folder; what begins with it is named without it.

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastvid.data.records import RecordWriter, kind_of, place
+from fastvid.data.records import RecordWriter, kind_of
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
 
@@ -34,45 +33,20 @@ class Converted:
     empty: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
 
 
-def convert_records(
-    records: Sequence[Any],
-    feature_ids: set[str] | None = None,
-    on_bad: str = "error",
-    path: StrPath = "records",
-) -> Converted:
-    """VideoInstruct records to training records, as the reference's two scripts do.
+def add_converted(done: Converted, record: Any, index: int, feature_ids: set[str] | None) -> tuple[str, str] | None:
+    """Add a VideoInstruct record to `done` as the reference's two scripts make training records of it.
 
     The video stands after the question of records with an even index and before that of the others; the index counts
-    the records given, left-out ones included.
+    all records of the file, left-out ones included.
     Source: scripts/convert_instruction_json_to_training_format.py and filter_for_missing_videos.py of PG-Video-LLaVA.
 
     Args:
-        feature_ids: keep only records whose `video_id` is one of these, as it is or without the ending of a video;
-            None keeps all.
-        on_bad: "error" or "drop": what a malformed record does.
-        path: the file that the records come from, for messages.
+        index: of the record in its file.
+        feature_ids: one whose `video_id` is none of these, as it is or without the ending of a video, is counted in
+            `done` as absent; None keeps all.
 
-    Raises:
-        ValueError: a malformed record under on_bad="error", naming file, index, field and remedy.
-    """
-    done = Converted()
-    for index, record in enumerate(records):
-        fault = add_converted(done, record, index, feature_ids)
-        if fault is not None and on_bad == "error":
-            raise ValueError(
-                f"{place(path, index)}: {describe(fault)}; mend it, or leave malformed records out with --on_bad drop"
-            )
-        if fault is not None:
-            done.dropped.append((index, *fault))
-    return done
-
-
-def add_converted(done: Converted, record: Any, index: int, feature_ids: set[str] | None) -> tuple[str, str] | None:
-    """Add a record to `done`, or count it there as absent; (field, reason) of what is wrong with it, or None.
-
-    Args:
-        index: of the record in its file, which decides where the video stands.
-        feature_ids: as `convert_records` takes it.
+    Returns:
+        (field, reason) of what is wrong with the record; None if nothing is.
     """
     fault = _fault(record)
     if fault is not None:

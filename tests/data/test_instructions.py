@@ -5,8 +5,14 @@ import json
 
 import pytest
 
-from fastvid.data.instructions import convert_records, feature_ids
+from fastvid.data.conversion import convert_any
+from fastvid.data.instructions import feature_ids
 from fastvid.data.records import write_records
+
+
+def convert_records(records, feature_ids=None, on_bad="error", path="records"):
+    return convert_any(records, path=path, style="videoinstruct", on_bad=on_bad, feature_ids=feature_ids)
+
 
 INSTRUCTION = {"q": "What?", "a": "That.", "video_id": "v_1"}
 TRAINING = {
