@@ -10,7 +10,8 @@ import types
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]  # pyright: ignore[reportUnsupportedDunderAll]  # see __getattr__
+# `__getattr__` brings them.
+__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _HOMES = {
     "Chat": "fastvid.inference.chat",

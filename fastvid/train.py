@@ -336,7 +336,17 @@ def loop(state: TrainState) -> int:
 
 
 def train(config: TrainConfig) -> int:
-    """Run a training job; returns `loop`'s exit code."""
+    """Run a training job, or its part of one under torchrun; one that was begun in `config.output_dir` goes on.
+
+    With `config.dry_run` nothing is trained: the plan is told.
+
+    Returns:
+        0; `loop`'s other codes where the job ended early.
+
+    Raises:
+        ValueError: a flag, record, feature, weight or checkpoint that cannot be used, with the remedy.
+        OSError: a file cannot be read or written.
+    """
     heartbeat.show_stacks()
     world = parallel.start(config.ddp_timeout)
     if config.dry_run:

@@ -1,5 +1,6 @@
 """What `import fastvid` and `python -m fastvid` offer."""
 
+import re
 import subprocess
 import sys
 
@@ -67,3 +68,11 @@ def test_other_names_are_no_attributes():
 def test_the_package_runs_as_the_command():
     assert python("-m", "fastvid", "--version").stdout == f"fastvid {fastvid.__version__}\n"
     assert "fastvid <command> [flags]" in python("-m", "fastvid", "--help").stdout
+
+
+def test_a_version_is_told_in_three_places_alike():
+    """What CONTRIBUTING's "Release" sets: the package's, the citation's, and the newest heading with a day."""
+    cited = re.search(r"version = \{(.*?)\}", (ROOT / "README.md").read_text())
+    released = re.search(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cited and released
+    assert cited[1] == released[1] == fastvid.__version__

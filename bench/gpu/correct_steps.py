@@ -69,6 +69,22 @@ def reference_steps(small):
         }
 
 
+def _losses(made, world, **settings):
+    """The loss of each step of a run on what `train_data.write` wrote."""
+    config = TrainConfig(
+        f"{made}/model",
+        [f"{made}/train.json"],
+        video_folder=f"{made}/feats",
+        output_dir=f"{made}/out",
+        mm_use_vid_start_end=True,
+        learning_rate=1e-3,
+        dataloader_num_workers=0,
+        **settings,
+    )
+    state = train.build(config, world)
+    return [train.train_step(state, batches).loss.item() for batches, _ in state.loader.iterate()]
+
+
 def one_rank_sharded(small):
     """Full and adapter training under FSDP2 with a process group of one rank, beside the same without one."""
     with tempfile.TemporaryDirectory() as made:
@@ -85,39 +101,10 @@ def one_rank_sharded(small):
                     "MASTER_PORT": str(_free_port()),
                 }
             world = parallel.start()
-            for name, flags in (("adapter", ("--tune_mm_mlp_adapter", "True")), ("full", ())):
-                state = train.build(
-                    parse(
-                        TrainConfig,
-                        [
-                            "--model_name_or_path",
-                            f"{made}/model",
-                            "--data_path",
-                            f"{made}/train.json",
-                            "--video_folder",
-                            f"{made}/feats",
-                            "--output_dir",
-                            f"{made}/out",
-                            "--mm_use_vid_start_end",
-                            "--bf16",
-                            "True",
-                            *flags,
-                            "--max_steps",
-                            "3",
-                            "--learning_rate",
-                            "1e-3",
-                            "--per_device_train_batch_size",
-                            "4",
-                            "--dataloader_num_workers",
-                            "0",
-                            "--shard",
-                            "full" if distributed else "none",
-                        ],
-                    ),
-                    world,
-                )
-                found = [train.train_step(state, batches).loss.item() for batches, _ in state.loader.iterate()]
-                losses[name, distributed] = found
+            for name, adapter in (("adapter", True), ("full", False)):
+                shard = "full" if distributed else "none"
+                settings = {"tune_mm_mlp_adapter": adapter, "shard": shard, "per_device_train_batch_size": 4}
+                losses[name, distributed] = _losses(made, world, max_steps=3, bf16=True, **settings)
         for name in ("adapter", "full"):
             error = max(abs(a / b - 1) for a, b in zip(losses[name, True], losses[name, False], strict=True))
             yield {
@@ -261,44 +248,17 @@ def loss_curve(small):
     with tempfile.TemporaryDirectory() as made:
         train_data.write(made, PRESETS["tiny"].shape, 2)
         curves = {}
-        for device, bf16 in (("cpu", "False"), (DEVICE, "True")):
+        for device, bf16 in (("cpu", False), (DEVICE, True)):
             world = parallel.World(0, 1, 0, torch.device(device), False)
-            state = train.build(
-                parse(
-                    TrainConfig,
-                    [
-                        "--model_name_or_path",
-                        f"{made}/model",
-                        "--data_path",
-                        f"{made}/train.json",
-                        "--video_folder",
-                        f"{made}/feats",
-                        "--output_dir",
-                        f"{made}/out",
-                        "--mm_use_vid_start_end",
-                        "--bf16",
-                        bf16,
-                        "--max_steps",
-                        str(steps),
-                        "--learning_rate",
-                        "1e-3",
-                        "--per_device_train_batch_size",
-                        "8",
-                        "--dataloader_num_workers",
-                        "0",
-                    ],
-                ),
-                world,
-            )
-            curves[bf16] = [train.train_step(state, batches).loss.item() for batches, _ in state.loader.iterate()]
+            curves[bf16] = _losses(made, world, max_steps=steps, bf16=bf16, per_device_train_batch_size=8)
         means = {key: sum(values) / len(values) for key, values in curves.items()}
-        error = abs(means["True"] / means["False"] - 1)
+        error = abs(means[True] / means[False] - 1)
         yield {
             "row": f"full fine-tune, {steps} steps",
-            "bf16": means["True"],
-            "fp32 on the CPU": means["False"],
+            "bf16": means[True],
+            "fp32 on the CPU": means[False],
             "relative error of the mean": error,
-            "last bf16": curves["True"][-1],
-            "last fp32": curves["False"][-1],
+            "last bf16": curves[True][-1],
+            "last fp32": curves[False][-1],
             "status": "ok" if error <= 5e-3 else "failed",
         }
