@@ -7,11 +7,16 @@ From Python: `fastvid.Chat`, `fastvid.extract` and `fastvid.train`, with the set
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` brings, for editors and type checkers
+    from fastvid.config import ChatConfig, ExtractConfig, TrainConfig
+    from fastvid.extract import extract
+    from fastvid.inference.chat import Chat
+    from fastvid.train import train
 
 __version__ = "0.1.0"
-# `__getattr__` brings them.
-__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["Chat", "ChatConfig", "ExtractConfig", "TrainConfig", "extract", "train"]
 
 _HOMES = {
     "Chat": "fastvid.inference.chat",
