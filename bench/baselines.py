@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvid import policy
+from fastvid.config import policy
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import tensor_parts
 from fastvid.weights.starting import StartingWeights

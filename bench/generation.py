@@ -18,6 +18,7 @@ from harness import write_results
 from train_presets import Shape
 
 from fastvid.batch import VideoTokens
+from fastvid.config.policy import Trainable
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.inference.batching import Batcher
@@ -26,7 +27,6 @@ from fastvid.inference.requests import Request
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 
 MODELS = {
     "quickstart": Shape(128, 2, 4, 512, 483, 32, 64),

@@ -26,7 +26,7 @@ LOOK = """
 import sys
 from fastvid.data.annotations import examine
 from fastvid.data.table import RecordTable
-from fastvid.policy import POLICIES
+from fastvid.config.policy import POLICIES
 path, processes = sys.argv[1:]
 table = RecordTable(
     lambda record, number: examine(record, number, policy=POLICIES["none"], use_start_end=True),

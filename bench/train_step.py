@@ -150,7 +150,7 @@ def _figures(name, dtype, row, rate):
     share = seconds and row["flops"] / seconds / rate
     return row | {
         "samples_per_second": seconds and row["samples"] / seconds,
-        "rows_per_second": seconds and row["rows"] / seconds,
+        "tokens_per_second": seconds and row["rows"] / seconds,
         "spread": seconds and (max(row["seconds"]) - min(row["seconds"])) / seconds,
         "flops_per_second": seconds and row["flops"] / seconds,
         "matmul_share": share,
@@ -225,7 +225,7 @@ def table(rows):
                     "  " + row["title"],
                     f"{speed:.3g}",
                     f"{50 * row['spread']:.0f} %",
-                    f"{row['rows_per_second']:,.0f}",
+                    f"{row['tokens_per_second']:,.0f}",
                     f"{row['flops_per_second'] / 1e9:,.0f}",
                     f"{100 * row['matmul_share']:.0f} %",
                     f"{row['peak_bytes'] / 2**20:,.0f} MiB",

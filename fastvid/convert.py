@@ -86,7 +86,7 @@ def _missing(folder):
 def _why_none(done, path, folder, ids):
     """The likely reason for which every record was left out, and what to do."""
     if not done.absent:
-        if not done.of_reference:
+        if not done.of_upstream:
             return "; ".join(done.kinds(path))
         index, name, reason = done.dropped[0]
         return f"all are malformed; record {index} (from 0): {instructions.describe((name, reason))}"
@@ -106,7 +106,7 @@ def _why_none(done, path, folder, ids):
 def _tell(config, done):
     """What was left out or is unusual, on stderr."""
     lines = []
-    if not done.of_reference:
+    if not done.of_upstream:
         styles = (f"{count:,} {style or 'of no known style'}" for style, count in done.styles.most_common())
         lines.append(f"{shown(config.input_json_file)}: {sum(done.styles.values()):,} records: {', '.join(styles)}")
         lines += done.remarks.lines() + done.kinds(config.input_json_file)

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from fastvid.config import InspectConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.data.conversation import encode_sample
 from fastvid.data.records import read_records
 from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
@@ -18,7 +19,6 @@ from fastvid.data.video_tokens import TEMPORAL, VideoRows, feature_channels, nam
 from fastvid.files import atomic_file, shown
 from fastvid.flags import parse
 from fastvid.online.folder import training_features
-from fastvid.pooling import RECIPE
 
 log = logging.getLogger("fastvid")
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from fastvid.config.pooling import OF_AN_IMAGE, RECIPE, is_known
 from fastvid.files import StrPath, shown
-from fastvid.pooling import OF_AN_IMAGE, RECIPE, is_known
 
 __all__ = [
     "EXPORT_MARK",

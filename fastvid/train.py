@@ -166,7 +166,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
     )
     if loader.prefix:
         model.keep_prefix(loader.prefix)
-    if plan.tiled:  # after what takes other parts of the matrices than steps do
+    if plan.prepacked:  # after what takes other parts of the matrices than steps do
         model.decoder.prepack()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return TrainState(

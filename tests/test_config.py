@@ -12,8 +12,8 @@ from conftest import ROOT
 
 from fastvid import config as configs
 from fastvid.config import ChatConfig, ConvertConfig, ExtractConfig, InspectConfig, TrainConfig
+from fastvid.config.policy import POLICIES, Trainable
 from fastvid.flags import parse
-from fastvid.policy import POLICIES, Trainable
 
 REFERENCE = shlex.split("""
     --model_name_or_path llava --version v1 --data_path train.json --video_folder features --tune_mm_mlp_adapter True

@@ -18,9 +18,9 @@ from weight_folders import C, D, load
 
 from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig
+from fastvid.config.policy import Trainable
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.export import main
-from fastvid.policy import Trainable
 from fastvid.weights import export
 from fastvid.weights.model_config import read_model_config
 

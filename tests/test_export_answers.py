@@ -10,7 +10,7 @@ from exported_run import ADAPTER
 from weight_folders import C
 
 from fastvid.config import ExportConfig
-from fastvid.policy import Trainable
+from fastvid.config.policy import Trainable
 from fastvid.weights import export
 
 run, tokenizer_model = exported_run.run, exported_run.tokenizer_model

@@ -97,7 +97,7 @@ def test_all_mistakes_are_told_at_once(capsys):
     assert "--double_quant" not in message and "--do_train" not in message
 
 
-REFERENCES_OWN = """--is_multimodal True --sep_video_conv_front False --video_token_len 0 --frame_aspect_ratio square
+UPSTREAMS_OWN = """--is_multimodal True --sep_video_conv_front False --video_token_len 0 --frame_aspect_ratio square
     --cache_dir c --remove_unused_columns False --force_fsdp False"""
 HARMLESS = """--logging_first_step True --overwrite_output_dir True --dataloader_pin_memory True --ddp_timeout 3600
     --run_name a --report_to tensorboard --save_safetensors True --local_rank=0 --do_train --torch_compile False
@@ -111,7 +111,7 @@ HARMLESS = """--logging_first_step True --overwrite_output_dir True --dataloader
 
 def test_what_changes_nothing_is_accepted_in_one_line(caplog):
     with caplog.at_level("INFO"):
-        config = parse(TrainConfig, [*TRAIN, *shlex.split(REFERENCES_OWN), *shlex.split(HARMLESS)])
+        config = parse(TrainConfig, [*TRAIN, *shlex.split(UPSTREAMS_OWN), *shlex.split(HARMLESS)])
     [line] = caplog.messages
     assert line.startswith("accepted, and change nothing here: --is_multimodal, --sep_video_conv_front, ")
     assert all(flag in line for flag in ("--local_rank", "--overwrite_output_dir (--resume never", "--push_to_hub"))

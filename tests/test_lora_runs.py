@@ -18,11 +18,11 @@ from training_run import config_of, flags, losses, write_run
 from fastvid import chat, demo, evaluate, serve, train
 from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig
+from fastvid.config.policy import LORA_TARGETS
 from fastvid.dist import parallel
 from fastvid.dist.sharding import full_tensor
 from fastvid.evaluation import predict
 from fastvid.inference.chat import Chat
-from fastvid.policy import LORA_TARGETS
 from fastvid.serving import launch
 from fastvid.training import checks, recovery
 from fastvid.weights.adapter import adapter_folder, adapter_of, read_adapter

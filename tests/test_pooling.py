@@ -11,9 +11,9 @@ from training_run import CHANNELS
 
 from fastvid import extract
 from fastvid.config import ChatConfig, ExtractConfig
+from fastvid.config.pooling import RECIPE, Pooling
 from fastvid.features.file import load_features, save_features
 from fastvid.features.manifest import read_manifest
-from fastvid.pooling import RECIPE, Pooling
 from fastvid.provenance import Provenance, agreed_frames, agreed_pooling
 from fastvid.video.decode import decode
 from fastvid.video.encoder import FeatureEncoder

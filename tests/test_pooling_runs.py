@@ -16,11 +16,11 @@ from training_run import CHANNELS, config_of, flags, losses
 
 from fastvid import extract, train, validate
 from fastvid.config import ValidateConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.data.packing import pack
 from fastvid.dist import parallel
 from fastvid.features.file import load_features, save_features
 from fastvid.inference.chat import Chat
-from fastvid.pooling import RECIPE
 from fastvid.provenance import EXPORT_MARK, KEY, Provenance, of_weights
 from fastvid.weights.projector_file import save_tensors
 

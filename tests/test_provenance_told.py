@@ -10,7 +10,7 @@ from test_provenance import DALI, DIGEST, NVDEC, OTHER, PYAV
 
 from fastvid import provenance
 from fastvid.checkpoints import checkpoint
-from fastvid.pooling import RECIPE
+from fastvid.config.pooling import RECIPE
 from fastvid.provenance import Provenance, agreed, decoders_of, of_features, of_weights, same_tower, what_decoders_mean
 from fastvid.weights.projector_file import save_tensors
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from fastvid.config.policy import POLICIES
 from fastvid.data.conversation import settled_version
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.policy import POLICIES
 from fastvid.weights.model_config import read_model_config
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from training_run import flags, write_run
 
 from fastvid import chat, export, train
-from fastvid.policy import Trainable
+from fastvid.config.policy import Trainable
 
 LORA = "--lora_enable True --lora_r 4 --lora_alpha 8"
 ASKED = "--model_name_or_path {made}/model --video {made}/feats/clip0.safetensors --question what --max_new_tokens 2"
@@ -205,7 +205,7 @@ def test_what_is_left_out_is_taken_as_told(attempt, caplog):
 
 
 def test_lora_is_beside_a_frozen_decoder():
-    from fastvid.policy import Lora
+    from fastvid.config.policy import Lora
 
     with pytest.raises(ValueError, match="choose one"):
         Trainable(decoder=True, lora=Lora(1, 1.0))

@@ -18,6 +18,7 @@ from training_run import HOLD, flags, losses, start, write_run
 from fastvid import export, train
 from fastvid.checkpoints import checkpoint, saver, shards
 from fastvid.config import ExportConfig, TrainConfig
+from fastvid.config.policy import Trainable
 from fastvid.dist import parallel
 from fastvid.dist.sharding import held_part
 from fastvid.flags import parse
@@ -27,7 +28,6 @@ from fastvid.model.config import Precision
 from fastvid.model.quantize import check_device
 from fastvid.model.recompute import recomputed_layers
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 from fastvid.training import adamw8bit as optim8bit
 from fastvid.training import reporters, run_lock
 

@@ -6,7 +6,7 @@ import resource
 import pytest
 
 from fastvid.data import prefetch as workers
-from fastvid.data.prefetch import Ahead
+from fastvid.data.prefetch import Prefetcher
 
 # Processes that read ahead. Their number is the caller's: --dataloader_num_workers.
 
@@ -17,8 +17,8 @@ def test_no_processes_need_no_shared_memory(monkeypatch):
 
     monkeypatch.setattr(workers._Fork, "Queue", full)
     with pytest.raises(ChildProcessError, match="can be started .*--dataloader_num_workers 0 needs none"):
-        list(Ahead(str, 1).map(range(2)))
-    assert list(Ahead(str, 0).map(range(2))) == ["0", "1"]
+        list(Prefetcher(str, 1).map(range(2)))
+    assert list(Prefetcher(str, 0).map(range(2))) == ["0", "1"]
 
 
 def test_no_processes_need_no_memory_to_send_with(monkeypatch):
@@ -27,8 +27,8 @@ def test_no_processes_need_no_memory_to_send_with(monkeypatch):
 
     monkeypatch.setattr(workers, "_memory", full)
     with pytest.raises(ChildProcessError, match="fewer --dataloader_num_workers need less memory, 0 needs none"):
-        list(Ahead(str, 1).map(range(2)))
-    assert list(Ahead(str, 0).map(range(2))) == ["0", "1"]
+        list(Prefetcher(str, 1).map(range(2)))
+    assert list(Prefetcher(str, 0).map(range(2))) == ["0", "1"]
 
 
 @pytest.mark.slow
@@ -51,9 +51,9 @@ def test_a_limit_on_open_files(processes, limit):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
         with pytest.raises(ChildProcessError, match="raise the limit on open files .`ulimit -n`., or give --data"):
-            list(Ahead(opens_many, 1).map(range(2)))
+            list(Prefetcher(opens_many, 1).map(range(2)))
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit or few, limits[1]))
-        assert [number for number, _ in Ahead(opens_many, processes).map(range(2))] == [0, 1]
+        assert [number for number, _ in Prefetcher(opens_many, processes).map(range(2))] == [0, 1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -66,5 +66,5 @@ def test_no_processes_need_no_second_memory():
 
     parent = os.getpid()
     with pytest.raises(ChildProcessError, match="has no memory left: fewer --dataloader_num_workers need less, 0 "):
-        list(Ahead(needs_much, 1).map(range(2)))
-    assert list(Ahead(needs_much, 0).map(range(2))) == [0, 1]
+        list(Prefetcher(needs_much, 1).map(range(2)))
+    assert list(Prefetcher(needs_much, 0).map(range(2))) == [0, 1]

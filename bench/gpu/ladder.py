@@ -81,7 +81,7 @@ def in_fp8(name):
 def strongest(rows):
     """The name of the fastest timed row of transformers' model; None without one."""
     timed = [row for row in rows if is_baseline(row["row"]) and row["seconds"]]
-    return max(timed, key=lambda row: row["sample_rows_per_second"])["row"] if timed else None
+    return max(timed, key=lambda row: row["sample_tokens_per_second"])["row"] if timed else None
 
 
 def ratios(rows):
@@ -89,7 +89,7 @@ def ratios(rows):
 
     Samples of budgets are others than those of the baselines, so samples per second would not compare.
     """
-    timed = {row["row"]: row["sample_rows_per_second"] for row in rows if row["seconds"]}
+    timed = {row["row"]: row["sample_tokens_per_second"] for row in rows if row["seconds"]}
     return {
         f"{ours}_vs_{theirs}": timed[ours] / timed[theirs]
         for ours in timed
@@ -125,7 +125,7 @@ def table(result):
                     row["title"],
                     f"{row['samples_per_second']:.1f}",
                     f"{50 * row['spread']:.1f} %",
-                    f"{row['rows_per_second']:,.0f}",
+                    f"{row['tokens_per_second']:,.0f}",
                     f"{row['flops_per_second'] / 1e12:,.0f}",
                     _percent(row["matmul_share"]),
                     _percent(row["sustained_share"]),

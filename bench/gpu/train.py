@@ -122,8 +122,8 @@ def _described(name, made, new, loss, norm, flops, times, heard, built, first, t
             "last_three": statistics.mean(times[-3:]),
             "steps": len(times),
             "samples_per_second": made.samples / median,
-            "rows_per_second": made.rows / median,
-            "sample_rows_per_second": made.sample_rows / median,
+            "tokens_per_second": made.rows / median,
+            "sample_tokens_per_second": made.sample_rows / median,
             "flops_per_second": flops / median,
         }
     if torch.cuda.is_available():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastvid.config.fields import Checked, flag
-from fastvid.pooling import check_spec
+from fastvid.config.pooling import check_spec
 
 ConvMode = Literal["pg-video-llava", "video-chatgpt_v1", "vicuna_v1_1", "chat_template"]
 QuestionOrder = Literal["reference", "video_first"]

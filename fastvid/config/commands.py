@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from fastvid.config.fields import Checked, flag
-from fastvid.policy import POLICIES, Policy
-from fastvid.pooling import RECIPE, check_spec
+from fastvid.config.policy import POLICIES, Policy
+from fastvid.config.pooling import RECIPE, check_spec
 
 # What `--from` may name: records of these trainers and data sets (`fastvid.data.conversion`).
 Style = Literal[

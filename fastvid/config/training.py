@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastvid.config.fields import Checked, flag, steps
-from fastvid.policy import POLICIES, Lora, Policy, Trainable
-from fastvid.pooling import check_spec
+from fastvid.config.policy import POLICIES, Lora, Policy, Trainable
+from fastvid.config.pooling import check_spec
 
 DEFAULT_BATCH = 8  # samples per rank and micro-batch
 

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fastvid.config.policy import Policy
 from fastvid.data.media import Unreadable
 from fastvid.data.names import ASSISTANT, END, EOS, IMAGE, PATCH, START, UNK, VIDEO
 from fastvid.data.records import place
 from fastvid.data.styles import Conversation, conversation
 from fastvid.features.names import SUFFIXES
 from fastvid.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, StrPath, shown
-from fastvid.policy import Policy
 
 _MOST_LINES = 20  # kinds of remarks that are told
 _OTHER_MEDIA = re.compile(r"(audio|sound|speech|point_?cloud)s?(_?(path|file|filename|name|url|id)s?)?", re.IGNORECASE)

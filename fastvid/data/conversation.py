@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastvid.config.policy import Policy
 from fastvid.data.annotations import asked_and_answered, examine, placeholder_in
 from fastvid.data.names import ASSISTANT, EOS, USER, VIDEO
 from fastvid.data.styles import half_character, record_videos
 from fastvid.data.tokenizer import ChatTokenizer, ModelTokenizer, VideoTokenizer, load_tokenizer
-from fastvid.policy import Policy
 
 __all__ = ["EncodedSample", "VideoTokenizer", "encode_sample", "inference_prompt", "load_tokenizer"]
 
@@ -112,7 +112,7 @@ def encode_sample(
     length = len(ids)
     del ids[max_length:]
     if policy.mask_by_retokenizing:
-        supervised, warning = _reference_spans(prompt, ids, tokenizer, video_ids, max_length)
+        supervised, warning = _upstream_spans(prompt, ids, tokenizer, video_ids, max_length)
         remarks = [warning] if warning else []
     else:
         supervised = [(start, min(end, len(ids))) for start, end in spans if start < min(end, len(ids))]
@@ -309,7 +309,7 @@ def _turns(messages):
     return text, answers
 
 
-def _reference_spans(prompt, ids, tokenizer, video_ids, max_length):
+def _upstream_spans(prompt, ids, tokenizer, video_ids, max_length):
     """The reference's labels: each round's prefix is tokenized again, and its length counted from the last round on.
 
     Source: `preprocess_v1` in video_chatgpt/train/train.py of PG-Video-LLaVA, whose labels this equals where the

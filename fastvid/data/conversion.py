@@ -19,7 +19,7 @@ from fastvid.data.styles import conversation, has
 from fastvid.files import StrPath, shown
 
 _PLACED = "no placeholder in the text: the video or image is put before the first question"
-_OF_REFERENCE = {"videoinstruct", "training", None}  # styles that the reference's files have; None: malformed records
+_OF_UPSTREAM = {"videoinstruct", "training", None}  # styles that the reference's files have; None: malformed records
 # Fields of records that are not converted, and why; the first that is there counts.
 _KNOWN_BY = {
     "chosen rejected": "holds an answer that is chosen and one that is rejected: preferences are not trained on",
@@ -47,7 +47,7 @@ class Conversion(Converted):
     remarks: Remarks = field(default_factory=Remarks)
 
     @property
-    def of_reference(self) -> bool:
+    def of_upstream(self) -> bool:
         """Whether all records are VideoInstruct's, or none of any style."""
         return self.styles.keys() <= {"videoinstruct", None}
 
@@ -156,7 +156,7 @@ def convert_any(
         done.remarks.add(remarks, path, index)
         done.unchanged += converted is record
         done.records.append(converted)
-    if on_bad == "auto" and done.dropped and done.styles.keys() <= _OF_REFERENCE:
+    if on_bad == "auto" and done.dropped and done.styles.keys() <= _OF_UPSTREAM:
         raise _refusal(path, *done.dropped[0])
     return done
 

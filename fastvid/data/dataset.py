@@ -12,6 +12,7 @@ import torch
 from fastvid import provenance
 from fastvid.batch import Channels, FeaturePair, Features
 from fastvid.config import TrainConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.data.annotations import examine
 from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
 from fastvid.data.table import RecordTable
@@ -20,7 +21,6 @@ from fastvid.data.video_tokens import VideoRows
 from fastvid.dist.parallel import World
 from fastvid.features.folder import FeatureFolder
 from fastvid.files import StrPath, shown
-from fastvid.pooling import RECIPE
 
 log = logging.getLogger("fastvid")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvid.data.dataset import SampleSet
-from fastvid.data.order.rows import RowOrder, SampleRows
+from fastvid.data.order.tokens import SampleRows, TokenOrder
 from fastvid.data.sharing import Groups
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def largest_steps(loader: Loader, count: int, most: int = _MOST_STEPS) -> tuple[
         samples' are not known: then the steps were chosen by `rows_by_text`.
     """
     order, packing = loader.order, loader.packing
-    known = isinstance(order, RowOrder)
+    known = isinstance(order, TokenOrder)
     table = order.rows if known else rows_by_text(loader.samples, getattr(order, "groups", None))
     prefix = len(packing.get("prefix", ())) if packing.get("share") or packing.get("frozen") else 0
     found = []

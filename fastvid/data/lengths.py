@@ -6,9 +6,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fastvid.data.dataset import SampleSet
-from fastvid.data.order.rows import SampleRows
+from fastvid.data.order.tokens import SampleRows
 from fastvid.data.packing import Chain
-from fastvid.data.prefetch import Ahead
+from fastvid.data.prefetch import Prefetcher
 from fastvid.data.sharing import Groups
 from fastvid.dist.parallel import World
 
@@ -57,7 +57,7 @@ def measure(
         disable=not progress or world.rank != 0,
     ) as bar:
         found = []
-        for chunk in Ahead(rows_of, min(processes, len(chunks) // 2)).map(chunks):
+        for chunk in Prefetcher(rows_of, min(processes, len(chunks) // 2)).map(chunks):
             found.append(chunk)
             bar.update(len(chunk))
     table = np.empty((len(samples), 2), dtype=np.int64)

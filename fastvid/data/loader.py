@@ -16,17 +16,17 @@ from fastvid.config import TrainConfig
 from fastvid.data.conversation import EncodedSample, system_prefix
 from fastvid.data.dataset import SampleSet, SampleSkipped
 from fastvid.data.lengths import measure
-from fastvid.data.order.reference import ReferenceOrder
-from fastvid.data.order.rows import RowOrder, SampleRows
 from fastvid.data.order.stream import EvaluationOrder, StreamOrder, epoch_length
+from fastvid.data.order.tokens import SampleRows, TokenOrder
+from fastvid.data.order.upstream import UpstreamOrder
 from fastvid.data.packing import pack
-from fastvid.data.prefetch import Ahead, Stopped
+from fastvid.data.prefetch import Prefetcher, Stopped
 from fastvid.data.sharing import Groups
 from fastvid.dist.parallel import World
 
 log = logging.getLogger("fastvid")
 
-TrainingOrder = ReferenceOrder | RowOrder | StreamOrder
+TrainingOrder = UpstreamOrder | TokenOrder | StreamOrder
 Order = TypeVar("Order", bound=TrainingOrder | EvaluationOrder)
 
 
@@ -79,7 +79,7 @@ class Loader(Generic[Order]):
         self.validation: Loader[EvaluationOrder] | None = None
         self.unusable: set[int] = set()
         self.remarks: dict[str, set[int]] = {}
-        self._ahead = Ahead(self.read, workers, pin=pin)
+        self._ahead = Prefetcher(self.read, workers, pin=pin)
 
     def begin(self) -> None:
         """Have features that are not made yet begin to be made, some time before the first step."""
@@ -119,7 +119,7 @@ class Loader(Generic[Order]):
         Each skipped sample and each kind of remark is named once.
 
         Args:
-            stopped: ends a long wait (`Ahead.map`); the last micro-batches are None then.
+            stopped: ends a long wait (`Prefetcher.map`); the last micro-batches are None then.
         """
         begin, steps = time.perf_counter(), range(first_step, self.order.total_steps)
         try:
@@ -251,7 +251,7 @@ def training_order(
         counts: samples of each data file.
         rank, size: this process among all.
         groups: `fastvid.data.sharing.Groups` of samples that stay together; None where none do.
-        measure: finds the samples' rows (`fastvid.data.order.rows.SampleRows`); called for --tokens_per_batch alone.
+        measure: finds the samples' rows (`fastvid.data.order.tokens.SampleRows`); called for --tokens_per_batch alone.
         name: of a sample, by its index, for messages.
 
     Raises:
@@ -263,8 +263,8 @@ def training_order(
         raise ValueError(
             f"--data_weights has {len(weights)} numbers for {len(counts)} --data_path files; give one each"
         )
-    if config.policy.reference_order:
-        _check_reference(config)
+    if config.policy.upstream_order:
+        _check_upstream(config)
     if any(weight < 0 for weight in weights) or (weights and not epoch_length(counts, weights)):
         raise ValueError(f"--data_weights {' '.join(map(str, weights))} leave no sample; give a larger one")
     run: dict[str, Any] = {
@@ -275,16 +275,16 @@ def training_order(
         "seed": config.seed,
         "accumulation": config.gradient_accumulation_steps,
     }
-    if config.policy.reference_order:
-        return ReferenceOrder(num_samples=sum(counts), batch_size=config.batch_size, **run)
+    if config.policy.upstream_order:
+        return UpstreamOrder(num_samples=sum(counts), batch_size=config.batch_size, **run)
     run |= {"counts": tuple(counts), "weights": weights}
     if config.token_budget:
         assert measure is not None, "batches of so many tokens need the samples' rows"
-        return RowOrder(rows=measure(), budget=config.token_budget, name=name, **run)
+        return TokenOrder(rows=measure(), budget=config.token_budget, name=name, **run)
     return StreamOrder(batch_size=config.batch_size, groups=groups, **run)
 
 
-def _check_reference(config):
+def _check_upstream(config):
     for flag, given in (
         ("data_weights", config.data_weights),
         ("tokens_per_batch", config.tokens_per_batch),

@@ -161,11 +161,11 @@ def places(turns: list[dict[str, str]]) -> int:
     return sum(len(_SPELLED.findall(text)) for text in questions(turns))
 
 
-def check_answers(turns: list[dict[str, str]], *, as_reference: bool) -> None:
+def check_answers(turns: list[dict[str, str]], *, as_upstream: bool) -> None:
     """Refuse placeholders that would put a medium of the record into what is supervised.
 
     Args:
-        as_reference: let <video> be, which the reference reads wherever it stands.
+        as_upstream: let <video> be, which the reference reads wherever it stands.
 
     Raises:
         Unreadable: an answer holds <video>, or is the only one with a placeholder of any spelling.
@@ -173,7 +173,7 @@ def check_answers(turns: list[dict[str, str]], *, as_reference: bool) -> None:
     answers = [turn["value"] for turn in turns[1:] if turn["from"] == "gpt" and "<" in turn["value"]]
     found = None
     if any(VIDEO in text for text in answers):
-        found = None if as_reference else VIDEO
+        found = None if as_upstream else VIDEO
     elif answers and not places(turns):
         found = next((match[0] for text in answers for match in _SPELLED.finditer(text)), None)
     if found is not None:

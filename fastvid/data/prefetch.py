@@ -53,7 +53,7 @@ class _Calls(Dataset):
             return _Failure(error)
 
 
-class Ahead(Generic[R]):
+class Prefetcher(Generic[R]):
     """Calls a function in processes ahead of the one who waits for its results.
 
     Args:

@@ -92,7 +92,7 @@ def conversation(record: Any, number: int = 0) -> Conversation:
             used |= {"image", "images"}
     if media:
         videos_alone = all(medium.kind == "video" for medium in media)
-        check_answers(turns, as_reference=videos_alone and "conversations" in used)
+        check_answers(turns, as_upstream=videos_alone and "conversations" in used)
     for name, value in record.items():
         telling = (isinstance(value, (str, list, dict)) and value) or (
             value is not None and _WOULD_CHANGE.fullmatch(name)

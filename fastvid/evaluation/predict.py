@@ -17,6 +17,7 @@ from typing import Any
 
 from fastvid.batch import by_tower
 from fastvid.config import EvaluateConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.evaluation.tasks import LETTERS, Sample, read_samples, upstream_files
 from fastvid.evaluation.videos import FrameFolder, Videos
@@ -25,7 +26,6 @@ from fastvid.files import StrPath, atomic_file, read_json_object, shown
 from fastvid.inference.asking import Answering
 from fastvid.inference.chat import MEDIA_SUFFIXES, Chat
 from fastvid.inference.likelihood import option_likelihoods, with_options
-from fastvid.pooling import RECIPE
 from fastvid.provenance import same_tower
 
 log = logging.getLogger("fastvid")

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastvid.batch import Features
 from fastvid.config import ChatConfig
+from fastvid.config.policy import Trainable
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.files import StrPath
@@ -19,7 +20,6 @@ from fastvid.inference.generate import generate
 from fastvid.inference.source import MEDIA_SUFFIXES, VideoSource
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 from fastvid.weights.adapter import adapter_folder, adapter_of
 from fastvid.weights.loading import load_weights
 

@@ -17,6 +17,7 @@ from fastvid.batch import Features, by_tower, of_towers
 from fastvid.checkpoints import checkpoint
 from fastvid.checkpoints.find import projector_path
 from fastvid.config import ChatConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.data.conversation import CHAT_TEMPLATE, check_conv_mode
 from fastvid.data.tokenizer import load_tokenizer
 from fastvid.data.video_tokens import read_settings
@@ -28,7 +29,6 @@ from fastvid.inference.asking import Asking
 from fastvid.inference.towers import towers_of
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import make_projector
-from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance, agreed, agreed_frames, agreed_pooling, of_weights
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker

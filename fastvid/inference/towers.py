@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from fastvid.config import ChatConfig
+from fastvid.config.pooling import is_known
 from fastvid.files import StrPath, shown
 from fastvid.model.config import ModelConfig
-from fastvid.pooling import is_known
 from fastvid.provenance import Provenance, same_tower, why_no_frames, why_no_pooling
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import check_tower, choose_tower, revisions

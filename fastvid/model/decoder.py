@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvid.batch import AttentionLayout, BatchPart
+from fastvid.config.policy import Lora
 from fastvid.model.attention import SDPA, Attention, attend_rotated, rotates_to_keys
 from fastvid.model.cache import Cache, LayerCache, PoolLayer
 from fastvid.model.config import DecoderConfig, Precision, rotary_frequencies
@@ -29,7 +30,6 @@ from fastvid.model.quantize import Fp8Linear
 from fastvid.model.recompute import keep_products, recomputed_layers
 from fastvid.model.rows import Rows, rows_of, take_rows
 from fastvid.model.stream import Stream
-from fastvid.policy import Lora
 
 
 class DecoderLayer(nn.Module):

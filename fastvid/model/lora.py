@@ -14,11 +14,11 @@ from fastvid_kernels.dispatch import on_gpu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastvid.config.policy import Lora
 from fastvid.model.config import DecoderConfig
 from fastvid.model.linear import Linear
 from fastvid.model.noise import generator_of
 from fastvid.model.quantize import QuantizedLinear
-from fastvid.policy import Lora
 
 _MATRICES = {
     "qkv": ("q_proj", "k_proj", "v_proj"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.config.policy import Trainable
 from fastvid.model.attention import SDPA, Attention
 from fastvid.model.cache import Cache, LayerCache
 from fastvid.model.config import ModelConfig, Precision
@@ -21,7 +22,6 @@ from fastvid.model.decoder import Decoder
 from fastvid.model.linear import Linear
 from fastvid.model.noise import Noise, with_noise
 from fastvid.model.rows import take_rows
-from fastvid.policy import Trainable
 
 
 class Table(nn.Module):

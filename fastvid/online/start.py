@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from fastvid.config import DataConfig
+from fastvid.config.pooling import Pooling
 from fastvid.data.video_tokens import read_settings
 from fastvid.files import StrPath
-from fastvid.pooling import Pooling
 from fastvid.provenance import Provenance, agreed_frames, agreed_pooling, of_weights, why_no_frames, why_no_pooling
 from fastvid.video.towers.choice import choose_tower
 

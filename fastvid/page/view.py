@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from fastvid.batch import by_tower
+from fastvid.config.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.features.file import load_features
 from fastvid.features.folder import FeatureFolder
 from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, shown
-from fastvid.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.listing import no_video

@@ -5,10 +5,10 @@ import logging
 import re
 
 from fastvid.config import TrainConfig
+from fastvid.config.policy import Trainable
 from fastvid.files import shown
 from fastvid.model.config import DecoderConfig
 from fastvid.model.recompute import RECOMPUTE_MODES
-from fastvid.policy import Trainable
 from fastvid.training import reporters
 
 log = logging.getLogger("fastvid")
@@ -40,7 +40,7 @@ def checked(config: TrainConfig) -> TrainConfig:
         )
     _check_parity(config)
     _check_lora(config)
-    if config.trainable.boundary and config.weight_decay and config.policy.reference_order:
+    if config.trainable.boundary and config.weight_decay and config.policy.upstream_order:
         raise ValueError(
             f"--weight_decay {config.weight_decay}: the reference would shrink its whole embedding table, "
             "which --parity reference does not copy; set it to 0"

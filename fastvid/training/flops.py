@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastvid.batch import PackedBatch
+from fastvid.config.policy import Trainable
 from fastvid.model.config import ModelConfig
 from fastvid.model.lora import beside
-from fastvid.policy import Trainable
 
 # Dense bf16 TFLOP/s, with sums in fp32, by words of the name that CUDA gives the device. Sources: NVIDIA's data sheets
 # (whose larger figures are for sparse matrices) of the data-centre cards, and its architecture white papers of GA102,

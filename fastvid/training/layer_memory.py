@@ -19,6 +19,7 @@ from fastvid_kernels.way_back import WayBack
 from torch.autograd.function import once_differentiable
 
 from fastvid.batch import AttentionLayout, BatchPart, Branches, Channels, PackedBatch
+from fastvid.config.policy import Trainable
 from fastvid.model.attention import AVX512, Attention
 from fastvid.model.branches import Parts
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
@@ -26,7 +27,6 @@ from fastvid.model.lora import draw_dropout
 from fastvid.model.quantize import QuantizedLinear, matrix_bytes
 from fastvid.model.recompute import recomputed_layers
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 from fastvid.training.live_bytes import LiveBytes
 
 _FLASH_BLOCK = 128  # FlashAttention 2 rounds each segment of the queries' fp32 gradient up to so many rows

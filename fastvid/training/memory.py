@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from fastvid.config.policy import Trainable
 from fastvid.model.config import ModelConfig, Precision
 from fastvid.model.lora import shapes
-from fastvid.policy import Trainable
 from fastvid.training.adamw8bit import takes_8_bits
 from fastvid.training.layer_memory import BatchRows, frozen_matrix_bytes, linears, matrices, measured, vectors
 
@@ -101,7 +101,7 @@ def estimate(
     one_call_per_segment: bool = False,
     trained_dtype: torch.dtype = torch.float32,
     frozen_dtype: str | None = None,
-    tiled: bool = False,
+    prepacked: bool = False,
     sums_replicated: bool = False,
     summed: bool = False,
     averaged: bool = False,
@@ -115,7 +115,7 @@ def estimate(
         shard_trained: it shards the trained parts; None: as `sharded`.
         recompute: as for `Decoder`.
         on_cpu, one_call_per_segment: as `measured` takes them.
-        tiled: the decoder's matrices are there twice more (`Linear.prepack`).
+        prepacked: the decoder's matrices are there twice more (`Linear.prepack`).
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
         averaged: an average of what is trained is kept (`fastvid.training.average`).
@@ -134,7 +134,7 @@ def estimate(
     if frozen_dtype is not None:
         assert not sharded and not trainable.decoder
         weights += c.num_layers * (frozen_matrix_bytes(c, frozen_dtype) - size * linears(c))
-    if tiled:
+    if prepacked:
         weights += 2 * size * c.num_layers * linears(c)
     if fp32_residual:  # frozen embeddings and norms
         norms = (2 * c.num_layers + 1) * c.hidden_size
@@ -171,14 +171,14 @@ def estimate(
         recompute=recompute,
         on_cpu=on_cpu,
         one_call_per_segment=one_call_per_segment,
-        prepacked=tiled,
+        prepacked=prepacked,
     )
     if gathers and trainable.decoder:
         # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.
         working += (size + 4) * linears(c)
     if gathers_lora:
         working += (size + 4) * of_a_layer
-    if tiled:  # a matrix on its way to tiles of the other direction
+    if prepacked:  # a matrix on its way to tiles of the other direction
         working += size * max(map(math.prod, matrices(c)))
     if not on_cpu:
         working += _CUBLAS_WORKSPACES

@@ -54,7 +54,7 @@ class Plan:
         warmup_steps, decay_steps: of the learning rate.
         layout: over ranks, as `parallel.shard` takes it.
         recompute: as `fastvid.model.decoder.Decoder` takes it.
-        tiled: whether to `tile` the frozen decoder.
+        prepacked: whether the frozen decoder is (`Decoder.prepack`).
         estimated: bytes of a step on one rank.
         accumulate_whole: whether ranks of FSDP2 add up whole gradients over micro-batches, which they do where those
             fit (`parallel.set_gradient_sync`).
@@ -67,7 +67,7 @@ class Plan:
     decay_steps: int
     layout: str
     recompute: str | int
-    tiled: bool
+    prepacked: bool
     estimated: int
     accumulate_whole: bool
     told: str = ""
@@ -146,7 +146,7 @@ def plan(
         attention: as `attention_check.settle_attention` settled it.
 
     Returns:
-        The decoder is not tiled where the copies would fill memory, or layers are recomputed to save it.
+        The decoder is not prepacked where the copies would fill memory, or layers are recomputed to save it.
 
     Raises:
         ValueError: ``--recompute`` has more layers than the model.
@@ -197,13 +197,14 @@ def plan(
     }
     chosen = asked if asked != "auto" else memory.choose_recompute(available, model_config, **options)
     estimate = memory.estimate(model_config, recompute=chosen, **options)
-    tiled, said = False, ""
+    prepacked, said = False, ""
     if not _short(chosen) and not other and _can_tile(config, precision, layout, world):
-        with_copies = memory.estimate(model_config, recompute=chosen, tiled=True, **options)
-        tiled = with_copies.total <= _FOR_COPIES * available
-        estimate = with_copies if tiled else estimate
-        said = f"; frozen matrices are {'' if tiled else 'not '}also held in the layouts that this CPU multiplies" + (
-            "" if tiled else ", for which memory is short"
+        with_copies = memory.estimate(model_config, recompute=chosen, prepacked=True, **options)
+        prepacked = with_copies.total <= _FOR_COPIES * available
+        estimate = with_copies if prepacked else estimate
+        said = (
+            f"; frozen matrices are {'' if prepacked else 'not '}also held in the layouts that this CPU multiplies"
+            + ("" if prepacked else ", for which memory is short")
         )
     whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
     if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
@@ -215,7 +216,7 @@ def plan(
         decay_steps=_whole(config.decay_steps, loader.order.total_steps),
         layout=layout,
         recompute=chosen,
-        tiled=tiled,
+        prepacked=prepacked,
         estimated=estimate.total,
         accumulate_whole=whole,
         told=told,

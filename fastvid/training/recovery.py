@@ -13,14 +13,14 @@ import torch
 from fastvid import __version__
 from fastvid.checkpoints import checkpoint
 from fastvid.config import ExportConfig, TrainConfig, older_names
-from fastvid.data.order.reference import REFERENCE_ORDER_VERSION
+from fastvid.data.order.upstream import UPSTREAM_ORDER_VERSION
 from fastvid.dist.sharding import full_tensor
 from fastvid.model.finite import not_finite
 from fastvid.training import content
 from fastvid.training.state import TrainState
 from fastvid.weights.adapter import CONFIG_FILE, WEIGHTS_FILE, split, write_adapter
 from fastvid.weights.export import export
-from fastvid.weights.trained import write_reference_projector
+from fastvid.weights.trained import write_upstream_projector
 
 log = logging.getLogger("fastvid")
 
@@ -111,7 +111,7 @@ def save(state: TrainState) -> float:
         "world_size": state.world.size,
         "fastvid": __version__,
         "torch": torch.__version__,
-        "reference_order": REFERENCE_ORDER_VERSION,
+        "reference_order": UPSTREAM_ORDER_VERSION,
         "provenance": _provenance(state).to_json(),
         "run": state.run,
         "content": _content(state) if state.world.is_main else None,
@@ -289,7 +289,7 @@ def write_results(state: TrainState) -> list[Path]:
     trained = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     paths = [output / "mm_projector.bin", output / "mm_projector.safetensors"]
     for path in paths if state.world.is_main else ():
-        write_reference_projector(
+        write_upstream_projector(
             path,
             trained,
             config.model_name_or_path,
@@ -327,15 +327,18 @@ def _goes_on(folder, saved, state):
     ]
     features = state.loader.samples.features
     flags += [] if features is None else features.made_otherwise(before)
-    if saved["samples_per_step"] != state.order.samples_per_step:
-        flags.append(f"samples_per_step was {saved['samples_per_step']}, is {state.order.samples_per_step}")
+    samples_per_step = saved["samples_per_step"]
+    if isinstance(samples_per_step, str):  # earlier versions said rows
+        samples_per_step = samples_per_step.replace(" rows (", " tokens (")
+    if samples_per_step != state.order.samples_per_step:
+        flags.append(f"samples_per_step was {samples_per_step}, is {state.order.samples_per_step}")
         if saved["world_size"] != state.world.size:
             flags.append(
                 f"ranks were {saved['world_size']}, are {state.world.size}: give "
                 "--per_device_train_batch_size or --gradient_accumulation_steps that make as many samples a "
                 "step"
             )
-    if state.config.policy.reference_order and saved["world_size"] != state.world.size:
+    if state.config.policy.upstream_order and saved["world_size"] != state.world.size:
         flags.append(f"ranks were {saved['world_size']}, are {state.world.size} (--parity reference)")
     files = [f"{what} is not the same" for what in _changed_content(folder, saved, before, given, state)]
     if saved["num_samples"] != len(state.loader.samples):
@@ -349,8 +352,8 @@ def _goes_on(folder, saved, state):
             f"{folder} belongs to another run: {'; '.join(flags + files)}. Go on with the same flags and "
             "files, choose another --output_dir, or start over in this one with --resume never"
         )
-    if state.config.policy.reference_order:
-        _check_reference_order(folder, saved, before, state.order)
+    if state.config.policy.upstream_order:
+        _check_upstream_order(folder, saved, before, state.order)
     if another_length:
         log.warning("the number of steps differs from %s's: the learning rate follows the new schedule", folder)
     return True
@@ -370,7 +373,7 @@ def _changed_content(folder, saved, before, given, state):
     return _on_main(state, lambda: content.changes(saved["content"], _content(state), state.config))
 
 
-def _check_reference_order(folder, saved, settings, order):
+def _check_upstream_order(folder, saved, settings, order):
     accumulation = settings["gradient_accumulation_steps"]
     order = replace(order, batch_size=settings["per_device_train_batch_size"], accumulation=accumulation)
     if not order.goes_on_from(saved.get("reference_order", 1), saved["step"]):

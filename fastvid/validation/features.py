@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastvid.config import ValidateConfig
+from fastvid.config.pooling import OF_AN_IMAGE, RECIPE
 from fastvid.data.video_tokens import feature_channels, tower_geometry
 from fastvid.features.cut_short import is_cut_short
 from fastvid.features.file import describe_features, load_features
@@ -17,7 +18,6 @@ from fastvid.features.names import medium, namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures, training_features
 from fastvid.online.start import frames_to_make, pooling_to_make, tower_to_make
-from fastvid.pooling import OF_AN_IMAGE, RECIPE
 from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower, what_pooling_means
 from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources

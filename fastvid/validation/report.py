@@ -5,9 +5,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastvid.config.pooling import OF_AN_IMAGE
 from fastvid.data.annotations import Remarks
 from fastvid.files import shown
-from fastvid.pooling import OF_AN_IMAGE
 from fastvid.provenance import what_decoders_mean, what_fp8_means
 
 SHOWN = 3  # examples of each kind of problem

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.config import ExtractConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.features.file import feature_header, probe_features
 from fastvid.features.manifest import Manifest
 from fastvid.features.names import SUFFIXES
-from fastvid.pooling import RECIPE
 from fastvid.video.decode.still import is_still
 from fastvid.video.features import written
 from fastvid.video.listing import Video

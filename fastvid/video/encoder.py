@@ -17,8 +17,8 @@ from fastvid_kernels import frame_patchify, yuv_patchify
 from fastvid_kernels.patch_rows import row_length
 from torch import Tensor
 
+from fastvid.config.pooling import RECIPE, Pooling
 from fastvid.files import StrPath
-from fastvid.pooling import RECIPE, Pooling
 from fastvid.video.passes import Passes
 from fastvid.video.towers.choice import revisions
 from fastvid.video.towers.load import open_tower
@@ -77,7 +77,7 @@ class FeatureEncoder:
         fp8: multiply the tower's matrices in FP8, which changes the features.
 
     Attributes:
-        pooling: a `fastvid.pooling.Pooling`; rows: of every video's features.
+        pooling: a `fastvid.config.pooling.Pooling`; rows: of every video's features.
         tower: the `VisionTower`; image_size, patch_size, num_patches, hidden_size are its own.
         revision: what identifies the weights: hub commit, or hash of the folder's files.
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastvid import signals
+from fastvid.config.pooling import RECIPE
 from fastvid.dist import host_memory
 from fastvid.features.manifest import Manifest
 from fastvid.files import shown
-from fastvid.pooling import RECIPE
 from fastvid.video.dealing import Turns
 from fastvid.video.decode import DecodeError
 from fastvid.video.earlier import EarlierFeatures

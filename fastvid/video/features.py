@@ -15,9 +15,9 @@ import torch
 
 import fastvid
 from fastvid.config import ExtractConfig
+from fastvid.config.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.features.file import feature_bytes
 from fastvid.files import NOTHING_MORE_FITS, StrPath, atomic_file, wrong_content
-from fastvid.pooling import OF_AN_IMAGE, RECIPE, Pooling
 from fastvid.video.decode import DecodeError
 from fastvid.video.decode.kinds import KINDS
 from fastvid.video.decode.still import is_still

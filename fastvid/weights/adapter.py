@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from fastvid.checkpoints import checkpoint
+from fastvid.config.policy import LORA_TARGETS, Lora
 from fastvid.files import StrPath, atomic_path, is_url, read_json_object, shown, write_json
 from fastvid.model.config import DecoderConfig
-from fastvid.policy import LORA_TARGETS, Lora
 from fastvid.provenance import EXPORT_MARK, Provenance
 from fastvid.weights.model_folder import open_tensors
 from fastvid.weights.names import lora_parts, standard_name

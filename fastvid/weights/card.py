@@ -8,8 +8,8 @@ from string import Template
 from typing import Any
 
 from fastvid import __version__
+from fastvid.config.pooling import RECIPE
 from fastvid.files import StrPath, read_json_object
-from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance
 
 CARD = "README.md"

@@ -32,7 +32,7 @@ from fastvid.weights.export_files import (
 )
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.names import llava_hf_name
-from fastvid.weights.trained import trained_tensor, trained_weights, write_reference_projector
+from fastvid.weights.trained import trained_tensor, trained_weights, write_upstream_projector
 
 log = logging.getLogger("fastvid")
 
@@ -76,7 +76,7 @@ def export(config: ExportConfig, *, verify: bool = True) -> list[Path]:
             log.warning(
                 "%s also holds a LoRA adapter, which is left out: --format peft, llama or llava holds it", folder
             )
-        write_reference_projector(output, trained, base, **start, provenance=trained_on)
+        write_upstream_projector(output, trained, base, **start, provenance=trained_on)
         return [output]
     if chosen == "peft":
         return _write_peft(output, folder, base, trained, start, trained_on)
@@ -167,7 +167,7 @@ def _write_peft(output, folder, base, trained, start, trained_on):
     config = read_model_config(base, vocab_size=start["tokens"].vocab_size)
     adapter = read_adapter(folder, config.decoder)
     output.mkdir(parents=True, exist_ok=True)
-    write_reference_projector(output / projector, trained, base, **start, provenance=trained_on)
+    write_upstream_projector(output / projector, trained, base, **start, provenance=trained_on)
     return [*write_adapter(output, adapter.lora, adapter.tensors, str(base), trained_on), output / projector]
 
 

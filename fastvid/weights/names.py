@@ -11,9 +11,9 @@ is made of them (`tensor_parts`).
 import re
 from collections.abc import Iterable
 
+from fastvid.config.policy import Lora
 from fastvid.model.config import DecoderConfig, ModelConfig
 from fastvid.model.lora import beside
-from fastvid.policy import Lora
 
 # Keys of llava-hf folders, as transformers 4 (and transformers 5, on disk) and transformers 5 (in memory) spell them,
 # and of projector files without the leading `model.`; and of what lies beside a LoRA adapter.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastvid.batch import VideoTokens
+from fastvid.config.policy import Lora
 from fastvid.files import StrPath
 from fastvid.model.config import ModelConfig
 from fastvid.model.lora import delta
-from fastvid.policy import Lora
 from fastvid.weights.adapter import merged_adapters, read_adapter
 from fastvid.weights.model_folder import ModelFolder
 from fastvid.weights.names import lora_parts, projector_type, tensor_parts

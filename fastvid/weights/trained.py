@@ -72,7 +72,7 @@ def trained_tensor(name: str, starting: StartingWeights, trained: Mapping[str, T
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def write_reference_projector(
+def write_upstream_projector(
     path: StrPath,
     trained: Mapping[str, Tensor],
     base_folder: StrPath,

@@ -169,7 +169,7 @@ def test_the_command_prints_predicted_beside_measured(tmp_path, capsys):
     assert model.main(["--card", "h200", "--json", str(file)]) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.split()[:1] == ["exact"])
-    for key, digits in (("rows_per_second", ",.0f"), ("samples_per_second", ".1f")):
+    for key, digits in (("tokens_per_second", ",.0f"), ("samples_per_second", ".1f")):
         assert format(MEASURED["exact"][key], digits) in line.split()
     made = json.loads(file.read_text())
     assert made["counts"]["exact"]["launches_per_layer"] == 22 and "assumed: 1 µs" in said

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from fastvid.config.policy import POLICIES
 from fastvid.data.annotations import Remarks, examine
 from fastvid.data.styles import record_videos
-from fastvid.policy import POLICIES
 
 ASK, TELL = {"from": "human", "value": "What?\n<video>"}, {"from": "gpt", "value": "That."}
 TEXT = {"from": "human", "value": "What?"}

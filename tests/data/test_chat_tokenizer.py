@@ -7,12 +7,12 @@ import random
 import pytest
 from family_folders import CHATML, KINDS, write_tokenizer
 
+from fastvid.config.policy import POLICIES
 from fastvid.data.conversation import encode_sample, inference_prompt, settled_version, system_prefix
 from fastvid.data.names import END, PATCH, START
 from fastvid.data.styles import canonical
 from fastvid.data.templates import ChatTemplate, _trimmed
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.policy import POLICIES
 
 ROWS = {"a": 5, "b": 9}
 DAY = "26 Jul 2024"

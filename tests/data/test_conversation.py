@@ -7,9 +7,9 @@ from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvid.config.policy import POLICIES
 from fastvid.data.conversation import SYSTEM, encode_sample, inference_prompt
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.policy import POLICIES
 
 RECORDED = json.loads((GOLDEN / "tokens.json").read_text())
 ENTRIES = [(config, name) for config, results in RECORDED["results"].items() for name in results]

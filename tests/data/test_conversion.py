@@ -8,11 +8,11 @@ from conftest import ROOT
 
 from fastvid import convert
 from fastvid.config import STYLES, ConvertConfig
+from fastvid.config.policy import POLICIES
 from fastvid.data.annotations import examine
 from fastvid.data.conversion import convert_any, style_of
 from fastvid.data.records import read_records
 from fastvid.evaluation.tasks import read_samples
-from fastvid.policy import POLICIES
 
 ASKED = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "blue"}]
 

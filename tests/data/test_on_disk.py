@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
 
+from fastvid.config.policy import POLICIES
 from fastvid.data import on_disk, scanning, unpacking
 from fastvid.data.annotations import examine
 from fastvid.data.on_disk import RecordFile
@@ -20,7 +21,6 @@ from fastvid.data.plain import PLAIN, ROLE, Matcher, match_lines
 from fastvid.data.records import read_records
 from fastvid.data.table import RecordTable
 from fastvid.dist.parallel import World
-from fastvid.policy import POLICIES
 
 
 def record(i=0, question="<video>\nWhich?", answer="Blue.", **more):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastvid.config.policy import POLICIES
 from fastvid.data.loader import training_order
-from fastvid.data.order.reference import ReferenceOrder, reference_indices
 from fastvid.data.order.stream import EvaluationOrder, StreamOrder
+from fastvid.data.order.upstream import UpstreamOrder, reference_indices
 from fastvid.data.sharing import Groups
-from fastvid.policy import POLICIES
 
 
 def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1, batch=2, accumulation=2, seed=42):
@@ -33,7 +33,7 @@ def stream(rank=0, size=1, *, counts=(23,), weights=(), epochs=3.0, max_steps=-1
 
 
 def reference(rank=0, size=1, *, n=10, epochs=3.0, max_steps=-1, batch=2, accumulation=1):
-    return ReferenceOrder(
+    return UpstreamOrder(
         num_samples=n,
         epochs=epochs,
         max_steps=max_steps,

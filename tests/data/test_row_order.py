@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvid.data.order.rows import RowOrder, SampleRows
+from fastvid.data.order.tokens import SampleRows, TokenOrder
 from fastvid.data.sharing import Groups
 
 
@@ -19,7 +19,7 @@ def sample_rows(own, shared=None, of=None, base=0):
 
 
 def order(rows, budget, rank=0, size=1, *, accumulation=1, epochs=1.0, max_steps=-1, seed=3, counts=None, weights=()):
-    return RowOrder(
+    return TokenOrder(
         counts=counts or (len(rows.own),),
         weights=weights,
         epochs=epochs,

@@ -12,11 +12,11 @@ from model_cases import assert_same_gradients, loss_and_gradients
 from training_run import SAMPLES, config_of, three_a_video, write_run
 
 from fastvid import train
+from fastvid.config.policy import POLICIES
 from fastvid.data.conversation import encode_sample, inference_prompt, ordered, system_prefix
 from fastvid.data.packing import pack
 from fastvid.data.sharing import Groups
 from fastvid.dist import parallel
-from fastvid.policy import POLICIES
 
 WORLD = parallel.World(0, 1, 0, torch.device("cpu"), False)
 

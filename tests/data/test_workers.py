@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from fastvid.data import prefetch as workers
-from fastvid.data.prefetch import Ahead, Stopped
+from fastvid.data.prefetch import Prefetcher, Stopped
 
 pytestmark = pytest.mark.usefixtures("forked")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -47,7 +47,7 @@ def test_results_and_their_order_are_the_same_for_any_number_of_processes(proces
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    found = list(Ahead(slow_first, processes).map(range(2, 13)))
+    found = list(Prefetcher(slow_first, processes).map(range(2, 13)))
     assert len(found) == 11 and all(same(a, results(number)) for a, number in zip(found, range(2, 13)))
     found[0][0][0][1]["small"] += 1  # as writable as what was sent
     assert torch.equal(torch.get_rng_state(), before), "the global generator was drawn from"
@@ -55,7 +55,7 @@ def test_results_and_their_order_are_the_same_for_any_number_of_processes(proces
 
 @pytest.mark.slow
 def test_an_abandoned_map_ends_its_processes_and_can_be_called_again():
-    ahead = Ahead(lambda number: (number, os.getpid()), 2)
+    ahead = Prefetcher(lambda number: (number, os.getpid()), 2)
     some = ahead.map(range(100))
     pids = {next(some)[1], next(some)[1]}
     assert len(pids) == 2 and os.getpid() not in pids
@@ -72,7 +72,7 @@ def test_an_error_in_a_process_is_raised_here():
             raise KeyError("broken sample")
         return number
 
-    found = Ahead(fails, 2).map(range(9))
+    found = Prefetcher(fails, 2).map(range(9))
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="broken sample"):
         next(found)
@@ -85,7 +85,7 @@ def test_signals_to_the_whole_job_leave_the_processes_alone():
             os.kill(os.getpid(), sent)
         return number
 
-    assert list(Ahead(signalled, 2).map(range(5))) == list(range(5))
+    assert list(Prefetcher(signalled, 2).map(range(5))) == list(range(5))
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_dead_process_is_named():
 
     found = []
     with pytest.raises(ChildProcessError, match="exit code -9.*--dataloader_num_workers"):
-        for number in Ahead(dies, 2).map(range(20)):
+        for number in Prefetcher(dies, 2).map(range(20)):
             found.append(number)
             time.sleep(0.2)  # a step: the death is not told in its midst
     assert found == list(range(len(found))) and len(found) <= 4
@@ -126,13 +126,13 @@ def test_an_exception_that_cannot_be_sent_is_told_all_the_same(raised, expected)
         raise raised
 
     with pytest.raises(expected[0], match=expected[1]) as caught:
-        list(Ahead(fails, 1).map(range(2)))
+        list(Prefetcher(fails, 1).map(range(2)))
     assert "in fails" in str(caught.value.__cause__)  # where it was raised
 
 
 def test_a_result_that_cannot_be_pickled_is_an_error():
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
-        list(Ahead(lambda number: lambda: None, 2).map(range(4)))
+        list(Prefetcher(lambda number: lambda: None, 2).map(range(4)))
 
 
 def test_too_many_open_files_are_named():
@@ -146,7 +146,7 @@ def test_too_many_open_files_are_named():
                 return results(number), held
 
     with pytest.raises(ChildProcessError, match="Too many open files.*ulimit -n.*--dataloader_num_workers 0"):
-        list(Ahead(crowded, 1).map(range(2)))
+        list(Prefetcher(crowded, 1).map(range(2)))
 
 
 def test_a_full_memory_is_named(monkeypatch):
@@ -155,7 +155,7 @@ def test_a_full_memory_is_named(monkeypatch):
 
     monkeypatch.setattr(workers, "_memory", full)
     with pytest.raises(ChildProcessError, match=r"/dev/shm has \S+ MiB .*docker run --shm-size.*_num_workers"):
-        list(Ahead(results, 2).map(range(2)))
+        list(Prefetcher(results, 2).map(range(2)))
 
 
 def test_a_full_shm_at_the_start_is_named(monkeypatch):
@@ -164,7 +164,7 @@ def test_a_full_shm_at_the_start_is_named(monkeypatch):
 
     monkeypatch.setattr(workers._Fork, "Queue", full)
     with pytest.raises(ChildProcessError, match="/dev/shm has .*--shm-size.*--dataloader_num_workers 0"):
-        list(Ahead(results, 2).map(range(2)))
+        list(Prefetcher(results, 2).map(range(2)))
 
 
 def test_a_system_without_such_memory_uses_a_temporary_file(monkeypatch):
@@ -172,13 +172,13 @@ def test_a_system_without_such_memory_uses_a_temporary_file(monkeypatch):
         raise OSError(errno.ENOSYS, "not here")
 
     monkeypatch.setattr(os, "memfd_create", none)
-    assert all(same(a, results(number)) for number, a in enumerate(Ahead(results, 2).map(range(3))))
+    assert all(same(a, results(number)) for number, a in enumerate(Prefetcher(results, 2).map(range(3))))
 
 
 SMALL_SHM = """
 import torch
-from fastvid.data.prefetch import Ahead
-print(sum(len(large) for large in Ahead(lambda number: torch.zeros(3_000_000), 2).map(range(8))))
+from fastvid.data.prefetch import Prefetcher
+print(sum(len(large) for large in Prefetcher(lambda number: torch.zeros(3_000_000), 2).map(range(8))))
 """
 
 
@@ -204,7 +204,7 @@ def test_a_long_wait_ends_when_it_is_told_to():
 
     begin, found = time.monotonic(), []
     with pytest.raises(Stopped):
-        for pid in Ahead(hangs, 1).map(range(5), lambda: time.monotonic() - begin > 0.5):
+        for pid in Prefetcher(hangs, 1).map(range(5), lambda: time.monotonic() - begin > 0.5):
             found.append(pid)
     assert len(found) == 2 and time.monotonic() - begin < 30
     with pytest.raises(ProcessLookupError):
@@ -217,16 +217,16 @@ def test_an_error_of_the_function_is_not_taken_for_a_death(kind):
         raise kind("the function's own")
 
     with pytest.raises(kind, match="the function's own") as raised:
-        list(Ahead(fails, 1).map(range(2)))
+        list(Prefetcher(fails, 1).map(range(2)))
     assert not isinstance(raised.value, ChildProcessError)
 
 
 FAILS = """
-from fastvid.data.prefetch import Ahead
+from fastvid.data.prefetch import Prefetcher
 def fails(number):
     if number == 3:
         raise KeyError("broken sample")
-for _ in Ahead(fails, 2).map(range(1000)):
+for _ in Prefetcher(fails, 2).map(range(1000)):
     pass
 """
 
@@ -242,8 +242,8 @@ def test_an_error_that_nobody_catches_ends_the_run():
 
 ORPHANS = """
 import os, signal, torch
-from fastvid.data.prefetch import Ahead
-results = Ahead(lambda number: (os.getpid(), torch.zeros(50_000)), 2).map(range(1000))
+from fastvid.data.prefetch import Prefetcher
+results = Prefetcher(lambda number: (os.getpid(), torch.zeros(50_000)), 2).map(range(1000))
 print(*{next(results)[0] for _ in range(4)}, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -268,7 +268,7 @@ def begin():
     if children[0] in hang:
         time.sleep(1000)
 os.register_at_fork(after_in_child=begin)
-print(*prefetch.Ahead(lambda number: number + os.getppid() - parent, 2).map(range(4)), children[0])
+print(*prefetch.Prefetcher(lambda number: number + os.getppid() - parent, 2).map(range(4)), children[0])
 """
 
 

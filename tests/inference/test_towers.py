@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastvid.config import ChatConfig
+from fastvid.config.pooling import RECIPE
 from fastvid.inference.towers import towers_of
-from fastvid.pooling import RECIPE
 from fastvid.provenance import Provenance
 
 GRID, OTHER = "grid:2x2x2", "pllava-attn"  # the latter is another program's

@@ -21,13 +21,13 @@ from weight_folders import CONFIG, LLAMA, TOKENS, llava_state, our_state, write_
 from bench.frozen_dtype import compared, table
 from fastvid import train
 from fastvid.checkpoints import checkpoint
+from fastvid.config.policy import Trainable
 from fastvid.dist import parallel
 from fastvid.model import quantize
 from fastvid.model.attention import SDPA
 from fastvid.model.config import Precision
 from fastvid.model.quantize import FORMATS, QuantizedLinear, matrix_bytes
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 from fastvid.training import checks, planning
 from fastvid.training.live_bytes import LiveBytes
 from fastvid.training.memory import estimate

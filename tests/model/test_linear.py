@@ -29,10 +29,10 @@ tiles = pytest.mark.skipif(BF16 not in DTYPES, reason="oneDNN computes no bf16 o
 some_tiles = pytest.mark.skipif(not DTYPES, reason="this torch has no oneDNN")
 
 
-def frozen_linear(inputs, outputs, *, tiled, seed=0, dtype=BF16):
+def frozen_linear(inputs, outputs, *, prepacked, seed=0, dtype=BF16):
     linear = Linear(inputs, outputs, dtype=dtype, trained=False)
     linear.weight.copy_(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5)
-    if tiled:
+    if prepacked:
         linear.prepack()
     return linear
 
@@ -82,11 +82,11 @@ def products_of(call):
 @pytest.mark.parametrize("rows, inputs, width", [(1, 64, 48), (37, 64, 48), (130, 96, 176), (200, 33, 47), (0, 64, 48)])
 def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, outputs, dtype):
     (unit, floor), generator = UNITS[dtype], torch.Generator().manual_seed(1)
-    plain, tiled = (frozen_linear(inputs, width, tiled=tiled, dtype=dtype) for tiled in (False, True))
+    plain, prepacked = (frozen_linear(inputs, width, prepacked=prepacked, dtype=dtype) for prepacked in (False, True))
     weight = plain.weight.double()[outputs or slice(None)]
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     grad = torch.randn(rows, len(weight), generator=generator).to(dtype)
-    found = value_and_gradient(lambda x: tiled(x, outputs=outputs), x, grad)
+    found = value_and_gradient(lambda x: prepacked(x, outputs=outputs), x, grad)
     expected = value_and_gradient(lambda x: plain(x, outputs=outputs), x, grad)
     exact = value_and_gradient(lambda x: functional.linear(x, weight), x.double(), grad)
     for ours, theirs, true in zip(found, expected, exact):
@@ -97,10 +97,10 @@ def test_tiles_are_multiplied_as_the_plain_weight_is(rows, inputs, width, output
 
 @tiles
 def test_rows_and_gradients_may_lie_apart():
-    tiled = frozen_linear(64, 48, tiled=True)
+    prepacked = frozen_linear(64, 48, prepacked=True)
     x, grad = torch.randn(64, 30).to(BF16).T, torch.ones((), dtype=BF16).expand(30, 48)
-    found = value_and_gradient(tiled, x, grad)
-    expected = value_and_gradient(tiled, x.contiguous(), grad.contiguous())
+    found = value_and_gradient(prepacked, x, grad)
+    expected = value_and_gradient(prepacked, x.contiguous(), grad.contiguous())
     assert all(map(torch.equal, found, expected))
 
 
@@ -123,11 +123,11 @@ def give_data(linear, other):
 @tiles
 @pytest.mark.parametrize("change", [write_weight, give_weight, give_parameter, give_data])
 def test_a_weight_that_changes_is_tiled_anew(change):
-    tiled, other = frozen_linear(64, 48, tiled=True), frozen_linear(64, 48, tiled=False, seed=2)
+    prepacked, other = frozen_linear(64, 48, prepacked=True), frozen_linear(64, 48, prepacked=False, seed=2)
     x, grad = torch.randn(9, 64).to(BF16), torch.randn(9, 48).to(BF16)
-    before = value_and_gradient(tiled, x, grad)
-    change(tiled, other)
-    after, expected = value_and_gradient(tiled, x, grad), value_and_gradient(other, x, grad)
+    before = value_and_gradient(prepacked, x, grad)
+    change(prepacked, other)
+    after, expected = value_and_gradient(prepacked, x, grad), value_and_gradient(other, x, grad)
     for old, new, wanted in zip(before, after, expected):
         assert not torch.equal(old, new)
         torch.testing.assert_close(new, wanted, rtol=2**-7, atol=1e-4)
@@ -135,10 +135,10 @@ def test_a_weight_that_changes_is_tiled_anew(change):
 
 @tiles
 def test_a_weight_that_changes_before_backward_is_an_error():
-    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16, requires_grad=True)
-    y = tiled(x)
+    prepacked, x = frozen_linear(64, 48, prepacked=True), torch.randn(9, 64, dtype=BF16, requires_grad=True)
+    y = prepacked(x)
     with torch.no_grad():
-        tiled.weight.mul_(2)
+        prepacked.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified between forward and backward"):
         y.sum().backward()
 
@@ -148,43 +148,45 @@ def test_a_weight_that_changes_before_backward_is_an_error():
     "duplicate", [copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))], ids=["copied", "pickled"]
 )
 def test_a_copy_makes_its_own_tiles(duplicate):
-    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64, dtype=BF16)
-    expected = tiled(x)
-    other = duplicate(tiled)
+    prepacked, x = frozen_linear(64, 48, prepacked=True), torch.randn(9, 64, dtype=BF16)
+    expected = prepacked(x)
+    other = duplicate(prepacked)
     assert other._prepacked.parts == {} and torch.equal(other(x), expected) and other._prepacked.parts
     with torch.no_grad():
-        tiled.weight.zero_()
-    assert torch.equal(other(x), expected) and not tiled(x).any()
+        prepacked.weight.zero_()
+    assert torch.equal(other(x), expected) and not prepacked(x).any()
 
 
 @tiles
 def test_tiles_are_made_once_and_nothing_is_saved():
-    tiled, saved = frozen_linear(64, 48, tiled=True), []
+    prepacked, saved = frozen_linear(64, 48, prepacked=True), []
     x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
-    assert list(tiled.state_dict()) == ["weight"]
+    assert list(prepacked.state_dict()) == ["weight"]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         for _ in range(2):
-            tiled(x).sum().backward()
-            copies = {name: vars(each).copy() for name, each in tiled._prepacked.parts.items()}
+            prepacked(x).sum().backward()
+            copies = {name: vars(each).copy() for name, each in prepacked._prepacked.parts.items()}
             assert list(copies) == [(0, 48)]
-    assert not saved and list(tiled.state_dict()) == ["weight"]
-    again = {name: vars(each) for name, each in tiled._prepacked.parts.items()}
+    assert not saved and list(prepacked.state_dict()) == ["weight"]
+    again = {name: vars(each) for name, each in prepacked._prepacked.parts.items()}
     assert all(copies[name][key] is again[name][key] for name in copies for key in again[name])
 
 
 @tiles
 def test_rows_of_another_dtype_take_the_plain_product():
-    tiled, x = frozen_linear(64, 48, tiled=True), torch.randn(9, 64)
-    assert torch.equal(tiled(x), functional.linear(x, tiled.weight.float()))
+    prepacked, x = frozen_linear(64, 48, prepacked=True), torch.randn(9, 64)
+    assert torch.equal(prepacked(x), functional.linear(x, prepacked.weight.float()))
 
 
 @tiles
 def test_selective_recomputation_keeps_the_product():
-    tiled = frozen_linear(64, 64, tiled=True)
+    prepacked = frozen_linear(64, 64, prepacked=True)
     x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
     names = products_of(
         lambda: (
-            checkpoint(lambda x: tiled(x * 2).sin(), x, use_reentrant=False, context_fn=keep_products).sum().backward()
+            checkpoint(lambda x: prepacked(x * 2).sin(), x, use_reentrant=False, context_fn=keep_products)
+            .sum()
+            .backward()
         )
     )
     assert len(names) == 2  # forward, and the gradient
@@ -192,9 +194,9 @@ def test_selective_recomputation_keeps_the_product():
 
 @tiles
 def test_executed_operations_are_counted_alike():
-    plain, tiled = (frozen_linear(64, 48, tiled=tiled) for tiled in (False, True))
+    plain, prepacked = (frozen_linear(64, 48, prepacked=prepacked) for prepacked in (False, True))
     x = torch.randn(9, 64, dtype=BF16, requires_grad=True)
-    counts = [executed_flops(lambda: linear(x).sum().backward())[1] for linear in (plain, tiled)]
+    counts = [executed_flops(lambda: linear(x).sum().backward())[1] for linear in (plain, prepacked)]
     assert counts == [4 * 9 * 64 * 48] * 2
 
 
@@ -219,11 +221,13 @@ def check_copies(decoder, allowed):
     """After steps: one copy for each direction, of all rows; the last layer's queries apart from its keys and
     values."""
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    held = [[tiled for each in parts_of(linear) for tiled in (each._forward, each._backward)] for linear in linears]
+    held = [
+        [prepacked for each in parts_of(linear) for prepacked in (each._forward, each._backward)] for linear in linears
+    ]
     assert [len(copies) for copies in held] == [
         (4 if linear is decoder.layers[-1].qkv else 2) * allowed for linear in linears
     ]
-    assert sum(tiled.numel() for copies in held for tiled in copies if tiled is not None) == allowed * sum(
+    assert sum(prepacked.numel() for copies in held for prepacked in copies if prepacked is not None) == allowed * sum(
         2 * linear.weight.numel() for linear in linears
     )
 
@@ -253,7 +257,7 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
 
 @tiles
 @pytest.mark.parametrize(
-    "flags, tiled",
+    "flags, prepacked",
     [
         (["--bf16", "True"], True),
         (["--bf16", "True", "--recompute", "selective"], True),
@@ -264,13 +268,13 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
         (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
     ],
 )
-def test_what_is_tiled(run, flags, tiled, caplog):
+def test_what_is_tiled(run, flags, prepacked, caplog):
     with caplog.at_level(logging.INFO, "fastvid"):
         state = train.build(config_of(run, "unused", *flags), WORLD)
     linears = [module for module in state.model.modules() if isinstance(module, Linear)]
-    assert {linear._prepacked is not None for linear in linears if not linear.weight.requires_grad} <= {tiled}
+    assert {linear._prepacked is not None for linear in linears if not linear.weight.requires_grad} <= {prepacked}
     assert not any(linear._prepacked is not None for linear in linears if linear.weight.requires_grad)
-    assert ("also held in the layouts that this CPU multiplies" in caplog.text) == tiled
+    assert ("also held in the layouts that this CPU multiplies" in caplog.text) == prepacked
 
 
 @tiles
@@ -286,17 +290,17 @@ def test_copies_are_planned_and_left_out_where_memory_is_short(run, monkeypatch,
         for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
     ]
     assert with_copies.weights - plain.weights == 2 * sum(weights)
-    for memory_of_all, tiled in (
+    for memory_of_all, prepacked in (
         (with_copies.total - 1, False),
         (with_copies.total / 0.75 - 1, False),
         (with_copies.total / 0.75 + 1, True),
     ):
         caplog.clear()
         monkeypatch.setattr(parallel, "device_memory", lambda world: memory_of_all)
-        assert (train.build(config, WORLD).model.decoder.layers[0].qkv._prepacked is not None) == tiled
+        assert (train.build(config, WORLD).model.decoder.layers[0].qkv._prepacked is not None) == prepacked
         assert (
             "not also held in the layouts that this CPU multiplies, for which memory is short" in caplog.text
-        ) != tiled
+        ) != prepacked
 
 
 def test_elsewhere_products_are_plain():

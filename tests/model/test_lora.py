@@ -23,10 +23,10 @@ from model_cases import (
 from test_decoder import llama_loss, text_batch
 from test_keys_by_kernel import interpreted  # noqa: F401
 
+from fastvid.config.policy import LORA_TARGETS, LORA_WORDS, Lora, Trainable, lora_targets
 from fastvid.model.linear import Linear
 from fastvid.model.lora import LoraBranch, beside, delta, draw_dropout, shapes
 from fastvid.model.quantize import QuantizedLinear
-from fastvid.policy import LORA_TARGETS, LORA_WORDS, Lora, Trainable, lora_targets
 
 LORA = Lora(3, 5.0)
 SOME = Lora(4, 2.0, targets=("q_proj", "v_proj", "up_proj"), rslora=True)

@@ -8,9 +8,9 @@ from model_cases import loss_and_gradients, model_config, random_batch, random_m
 from training_run import config_of, flags, losses, write_run
 
 from fastvid import train
+from fastvid.config.policy import Trainable
 from fastvid.dist import parallel
 from fastvid.model.noise import Noise, with_noise
-from fastvid.policy import Trainable
 
 CPU = torch.device("cpu")
 ALONE = parallel.World(0, 1, 0, CPU, False)

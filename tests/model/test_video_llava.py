@@ -27,9 +27,9 @@ from ranks import leave
 from safetensors.torch import load_file
 
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.config.policy import Trainable
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 
 PROJECTORS = {"336": "mlp2x_gelu", "224": "linear"}
 

@@ -9,8 +9,8 @@ from weight_folders import C, D, llava_state, load, write_folder
 from fastvid.batch import AttentionLayout, PackedBatch
 from fastvid.checkpoints import checkpoint
 from fastvid.config import TrainConfig
+from fastvid.config.policy import Trainable
 from fastvid.data.tokenizer import load_tokenizer
-from fastvid.policy import Trainable
 
 PIECES = 300
 ADAPTER = Trainable(projector=True, boundary=True)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from fastvid.batch import AttentionLayout, PackedBatch
+from fastvid.config.policy import Lora, Trainable
 from fastvid.model.config import DecoderConfig, ModelConfig, Precision
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Lora, Trainable
 
 ADAPTER = Trainable(projector=True, boundary=True)
 FULL = Trainable(projector=True, embed=True, head=True, decoder=True)

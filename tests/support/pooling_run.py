@@ -12,7 +12,7 @@ from training_run import CHANNELS, write_run
 
 from fastvid import extract
 from fastvid.config import ExtractConfig
-from fastvid.pooling import RECIPE
+from fastvid.config.pooling import RECIPE
 
 FRAMES, SIDE = 6, 4  # frames per video, patches of the tower
 GRID, SLOW_FAST = "grid:3x2x2", f"slow-fast:2x3x3+{FRAMES}x1x1"

@@ -9,7 +9,7 @@ from test_loop import CPU, MODES
 from training_run import config_of, flags, write_run
 
 from fastvid import train
-from fastvid.data.prefetch import Ahead
+from fastvid.data.prefetch import Prefetcher
 from fastvid.dist import host_memory, parallel
 
 
@@ -51,7 +51,7 @@ def is_enabled(number):
 def test_processes_that_read_collect_by_themselves():
     gc.disable()
     try:
-        assert all(Ahead(is_enabled, 2).map(range(4)))
+        assert all(Prefetcher(is_enabled, 2).map(range(4)))
     finally:
         gc.enable()
 

@@ -28,12 +28,12 @@ from model_cases import (
 )
 
 from fastvid.batch import VideoTokens
+from fastvid.config.policy import Trainable
 from fastvid.data import packing
 from fastvid.data.conversation import EncodedSample
 from fastvid.model.attention import SDPA, Attention, choose_attention
 from fastvid.model.branches import Parts
 from fastvid.model.lora import draw_dropout
-from fastvid.policy import Trainable
 from fastvid.training import layer_memory
 from fastvid.training.live_bytes import LiveBytes
 from fastvid.training.memory import _CUBLAS_WORKSPACES, choose_recompute, estimate, parameter_counts

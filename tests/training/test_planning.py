@@ -131,8 +131,10 @@ def test_layers_recomputed_by_hand(run, given, chosen, caplog):
     caplog.set_level("INFO", "fastvid")
     state = train.build(config_of(run, "unused", "--recompute", given), WORLD)
     assert f"recompute {chosen}" in caplog.text
-    tiled = {linear._prepacked is not None for linear in state.model.decoder.modules() if isinstance(linear, Linear)}
-    assert tiled == {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
+    prepacked = {
+        linear._prepacked is not None for linear in state.model.decoder.modules() if isinstance(linear, Linear)
+    }
+    assert prepacked == {chosen in ("none", "selective")}  # whoever recomputes layers is short of memory
 
 
 @pytest.mark.parametrize(

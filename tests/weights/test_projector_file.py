@@ -26,11 +26,11 @@ from weight_folders import (
 
 from fastvid.batch import VideoTokens
 from fastvid.checkpoints import checkpoint
+from fastvid.config.policy import Trainable
 from fastvid.dist.sharding import LocalShard
-from fastvid.policy import Trainable
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.projector_file import read_projector, save_tensors
-from fastvid.weights.trained import write_reference_projector
+from fastvid.weights.trained import write_upstream_projector
 
 
 @pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
@@ -192,9 +192,9 @@ def test_keys_and_shapes_of_the_reference(golden, recipe, tiny, tmp_path, varian
     tokens = VideoTokens(V, V + 1, V + 2, V + 3)
     model = load(tiny / f"model{variant}", tokens=tokens)
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
-    write_reference_projector(tmp_path / "mm_projector.bin", trained, tiny / f"model{variant}", tokens)
+    write_upstream_projector(tmp_path / "mm_projector.bin", trained, tiny / f"model{variant}", tokens)
     assert keys_and_shapes(tmp_path / "mm_projector.bin") == recorded["mm_projector.bin"]
-    write_reference_projector(tmp_path / "p.safetensors", trained, tiny / f"model{variant}", tokens)
+    write_upstream_projector(tmp_path / "p.safetensors", trained, tiny / f"model{variant}", tokens)
     assert sorted(keys_and_shapes(tmp_path / "p.safetensors")) == sorted(recorded["mm_projector.bin"])
     table = torch.load(tmp_path / "mm_projector.bin", weights_only=True)["model.embed_tokens.weight"]
     assert torch.equal(table[V + 1 :], trained["boundary.weight"])
@@ -211,7 +211,7 @@ def test_written_projector_reads_back_bit_for_bit(tmp_path, ending, kind, dtype)
     model = load(folder, dtype=dtype)
     trained = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
     path = tmp_path / f"out.{ending}"
-    write_reference_projector(path, trained, folder, TOKENS)
+    write_upstream_projector(path, trained, folder, TOKENS)
     again = load(folder, dtype=dtype, projector=path)
     for name, tensor in trained.items():
         assert torch.equal(again.get_parameter(name), tensor), name
@@ -226,7 +226,7 @@ def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
     state, other = llava_state(), our_state(llava_state())
     folder = write_folder(tmp_path / "m", state)
     first = tmp_path / "first.bin"
-    write_reference_projector(
+    write_upstream_projector(
         first,
         {name: tensor + 1 for name, tensor in other.items() if "projector" in name}
         | {"boundary.weight": torch.randn(2, D)},
@@ -235,7 +235,7 @@ def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
         seed=3,
     )
     model = load(folder, projector=first, seed=3)
-    write_reference_projector(tmp_path / "out.bin", {}, folder, TOKENS, projector=first, seed=3)
+    write_upstream_projector(tmp_path / "out.bin", {}, folder, TOKENS, projector=first, seed=3)
     again = load(folder, projector=tmp_path / "out.bin", seed=3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
@@ -246,7 +246,7 @@ def test_what_was_not_trained_comes_from_where_training_took_it(tmp_path):
 def test_padded_table_is_cut_to_the_tokenizer(tmp_path):
     tokens = VideoTokens(V - 9, V - 8, V - 7, V - 6, (V - 9, V - 8, V - 7))
     folder = write_folder(tmp_path / "m", llava_state())
-    write_reference_projector(tmp_path / "out.bin", {}, folder, tokens)
+    write_upstream_projector(tmp_path / "out.bin", {}, folder, tokens)
     table = torch.load(tmp_path / "out.bin", weights_only=True)["model.embed_tokens.weight"]
     assert table.shape == (V - 6, D) and table.untyped_storage().nbytes() == table.nbytes
 
@@ -254,7 +254,7 @@ def test_padded_table_is_cut_to_the_tokenizer(tmp_path):
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, ending):
     folder, path = write_folder(tmp_path / "m", llava_state()), tmp_path / f"out.{ending}"
-    write_reference_projector(path, {}, folder, TOKENS, seed=1)
+    write_upstream_projector(path, {}, folder, TOKENS, seed=1)
     before = path.read_bytes()
 
     def fails(*paths):
@@ -262,7 +262,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, ending)
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="no space left"):
-        write_reference_projector(path, {}, folder, TOKENS, seed=2)
+        write_upstream_projector(path, {}, folder, TOKENS, seed=2)
     assert path.read_bytes() == before and {entry.name for entry in tmp_path.iterdir()} == {"m", path.name}
 
 
@@ -289,7 +289,7 @@ def test_nothing_stays_of_a_write_that_was_killed(tmp_path, monkeypatch, kind):
 def test_another_ending_is_refused(tmp_path):
     folder = write_folder(tmp_path / "m", llava_state())
     with pytest.raises(ValueError, match="out.pt: a projector file ends in .bin"):
-        write_reference_projector(tmp_path / "out.pt", {}, folder, TOKENS)
+        write_upstream_projector(tmp_path / "out.pt", {}, folder, TOKENS)
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -26,9 +26,9 @@ from weight_folders import (
 )
 
 from fastvid.batch import VideoTokens
+from fastvid.config.policy import Trainable
 from fastvid.model.config import Precision
 from fastvid.model.video_llava import VideoLlava
-from fastvid.policy import Trainable
 from fastvid.weights.loading import load_weights
 from fastvid.weights.model_config import read_model_config
 from fastvid.weights.starting import StartingWeights

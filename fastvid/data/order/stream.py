@@ -1,7 +1,7 @@
 """Which samples each step trains on: a pure function of seed, epoch and step, so that resuming needs only the step.
 
 fastvid's own is one stream of samples, epoch after epoch, cut into global batches: the same for any number of ranks.
-With a budget of rows it is `fastvid.data.order.rows`'s; with ``--parity reference``, `fastvid.data.order.reference`'s.
+With a budget of rows it is `fastvid.data.order.tokens`'s; with ``--parity reference``, `fastvid.data.order.upstream`'s.
 """
 
 import math

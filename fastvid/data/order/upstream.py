@@ -11,11 +11,11 @@ import torch
 
 # 1: each epoch is cut into steps by itself, and what is left over is put before the next one's first step.
 # 2: steps go on from one epoch into the next.
-REFERENCE_ORDER_VERSION = 2
+UPSTREAM_ORDER_VERSION = 2
 
 
 @dataclass(frozen=True)
-class ReferenceOrder:
+class UpstreamOrder:
     """The order of Hugging Face's Trainer 4.28, as the reference runs it. Attributes as in `StreamOrder`."""
 
     num_samples: int
@@ -51,7 +51,7 @@ class ReferenceOrder:
 
     def goes_on_from(self, version: int, step: int) -> bool:
         """Whether `step` steps of that version of the order took the samples that this one's take."""
-        if version == REFERENCE_ORDER_VERSION:
+        if version == UPSTREAM_ORDER_VERSION:
             return True
         steps_per_epoch = max(1, self.batches_per_epoch // self.accumulation)
         epoch, at = divmod(step, steps_per_epoch)

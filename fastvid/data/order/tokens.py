@@ -1,4 +1,4 @@
-"""Batches by a budget of rows: a pure function of the samples' rows, the seed, the epoch and the step.
+"""Batches by a budget of tokens: a pure function of the samples' rows, the seed, the epoch and the step.
 
 Shuffled samples go into the first batch that has room for them, a window of some thousand at a time. The window's
 batches, sorted by rows, are cut into steps, so that what the ranks do side by side takes them equally long, and the
@@ -63,7 +63,7 @@ class SampleRows:
         return units
 
 
-class RowOrder:
+class TokenOrder:
     """Which samples each micro-batch takes. Every sample once per epoch, no batch over the budget.
 
     Args:
@@ -117,7 +117,7 @@ class RowOrder:
     @property
     def samples_per_step(self) -> str:
         """What decides a step's samples, in words: their number varies."""
-        return f"{self.size * self.accumulation} × {self.budget} rows (samples {self.rows.digest:08x})"
+        return f"{self.size * self.accumulation} × {self.budget} tokens (samples {self.rows.digest:08x})"
 
     def epoch_after(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""

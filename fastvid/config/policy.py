@@ -15,7 +15,7 @@ class Policy:
             whole sample when the count disagrees. Otherwise labels come from the template's own spans.
         mean_of_means: loss = mean over ranks and micro-batches of each one's token mean. Otherwise the sum over
             supervised tokens divided by their global count.
-        reference_order: samples come in the order of Hugging Face's Trainer 4.28, which depends on the number of ranks,
+        upstream_order: samples come in the order of Hugging Face's Trainer 4.28, which depends on the number of ranks,
             with a short last batch in each epoch. Otherwise in one stream that does not.
         fp32_residual: under ``--bf16`` the residual stream stays fp32, as autocast leaves it. Otherwise it is bf16.
         tune_tables_without_start_end: adapter tuning without start and end tokens also trains the embedding table
@@ -30,7 +30,7 @@ class Policy:
 
     mask_by_retokenizing: bool
     mean_of_means: bool
-    reference_order: bool
+    upstream_order: bool
     fp32_residual: bool
     tune_tables_without_start_end: bool
     plain_products: bool
