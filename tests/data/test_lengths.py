@@ -145,6 +145,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch, opti
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_says_rows_is_resumed(run, tmp_path, monkeypatch):
+    argv = flags(run, tmp_path, *BUDGET, "--save_steps", "1")
+    assert train.main([*argv, "--max_steps", "1"]) == 0
+    read = checkpoint.read_state
+
+    def read_older(folder):
+        state = read(folder)
+        assert " tokens (samples" in state["samples_per_step"]
+        return state | {"samples_per_step": state["samples_per_step"].replace(" tokens (", " rows (")}
+
+    monkeypatch.setattr(checkpoint, "read_state", read_older)
+    assert train.main([*argv, "--max_steps", "2"]) == 0
+
+
+@pytest.mark.slow
 def test_a_run_over_other_samples_is_not_resumed(run, tmp_path):
     argv = flags(run, tmp_path, *BUDGET, "--max_steps", "2", "--save_steps", "2")
     assert train.main(argv) == 0

@@ -144,4 +144,4 @@ def test_a_sample_over_the_budget_is_named():
 
 def test_other_rows_are_another_run():
     one, other = (order(sample_rows(own), 70).samples_per_step for own in ([10, 20], [10, 21]))
-    assert one != other and one.startswith("1 × 70 rows")
+    assert one != other and one.startswith("1 × 70 tokens")
