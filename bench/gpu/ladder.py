@@ -56,7 +56,8 @@ def _figures(row, card):
         **({"fp8_share": "fp8"} if in_fp8(row["row"]) else {}),
     }
     rates = {
-        f"{name}_per_second": median and row[name] / median for name in ("samples", "rows", "sample_rows", "flops")
+        f"{name.replace('rows', 'tokens')}_per_second": median and row[name] / median
+        for name in ("samples", "rows", "sample_rows", "flops")
     }
     done = rates["flops_per_second"]
     shares = {key: card.roof(name, row)[0] for key, name in roofs.items()}
