@@ -14,7 +14,7 @@ types:   ## what the type checker finds
 	basedpyright
 
 format:  ## lay out the code
-	ruff check --fix . && ruff format .
+	ruff format . && ruff check --fix . && ruff format .
 
 bench:   ## the kernels against the reference's own code, on this machine
 	python -m pytest bench -q --benchmark-json bench.json

@@ -3,7 +3,7 @@
 #
 # Draws clips whose content is known, builds small models, converts, extracts features, trains in two stages (one of
 # them killed half-way), exports, asks about clips that training never saw, and prints how many answers are right.
-# Needs Python 3.11, two cores and ten minutes; the network only to install packages.
+# Needs Python 3.11, two cores and about four minutes, and the network only to install packages, which takes minutes more.
 # --compare goes on for as long again: stage 2 with shared videos and with the video first in every prompt, and a base
 # that has learned the video first, to show what each of the two costs in right answers.
 #

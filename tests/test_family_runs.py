@@ -15,10 +15,11 @@ from fastvid import train
 from fastvid.config import ExportConfig
 from fastvid.features.file import save_features
 from fastvid.inference.chat import Chat
+from fastvid.weights import families
 from fastvid.weights.export import export
 
 ROWS = 6
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+ARCHITECTURES = {family.model_type: family.config.removesuffix("Config") for family in families.FAMILIES}
 
 
 @pytest.fixture(scope="module")

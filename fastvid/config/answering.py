@@ -53,8 +53,10 @@ class ChatConfig(Checked):
         "Where the video stands in the prompt; reference: after the question. Default: as the weights were "
         "trained; reference where they do not tell.",
     )
-    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
-    temperature: float = flag(0.0, "0 is greedy; the reference samples at 0.2.", at_least=0, at_most=1000)
+    mm_use_vid_start_end: bool | None = flag(
+        None, "Start and end tokens around a video. Default: as the tokenizer or the projector file says."
+    )
+    temperature: float = flag(0.0, "0 is greedy. The reference samples at 0.2.", at_least=0, at_most=1000)
     max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
     num_frames: int | None = flag(
         None,
@@ -90,7 +92,9 @@ class EmbedConfig(Checked):
     projector: str | None = flag(None, "Trained projector: as for chat.")
     vision_tower: str | None = flag(None, "Vision tower (hub id or folder): as for chat.")
     vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
-    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
+    mm_use_vid_start_end: bool | None = flag(
+        None, "Start and end tokens around a video. Default: as the tokenizer or the projector file says."
+    )
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16, and store that; otherwise float32.")
@@ -133,8 +137,10 @@ class EvaluateConfig(Checked):
     vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     conv_mode: ConvMode | None = flag(None, "System text and template of the prompt: as for chat.")
     question_order: QuestionOrder | None = flag(None, "Where the video stands in the prompt: as for chat.")
-    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
-    temperature: float = flag(0.0, "0 is greedy; the reference samples at 0.2.", at_least=0, at_most=1000)
+    mm_use_vid_start_end: bool | None = flag(
+        None, "Start and end tokens around a video. Default: as the tokenizer or the projector file says."
+    )
+    temperature: float = flag(0.0, "0 is greedy. The reference samples at 0.2.", at_least=0, at_most=1000)
     max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
@@ -174,7 +180,9 @@ class _ServedModel(Checked):
     vision_tower_2: str | None = flag(None, "Second vision tower: as for chat.")
     conv_mode: ConvMode | None = flag(None, "System text and template of the prompt: as for chat.")
     question_order: QuestionOrder | None = flag(None, "Where the video stands in the prompt: as for chat.")
-    mm_use_vid_start_end: bool | None = flag(None, "Default: as the tokenizer or the projector file says.")
+    mm_use_vid_start_end: bool | None = flag(
+        None, "Start and end tokens around a video. Default: as the tokenizer or the projector file says."
+    )
     temperature: float = flag(0.0, "0 is greedy.", at_least=0, at_most=2)
     max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)

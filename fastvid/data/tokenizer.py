@@ -17,6 +17,8 @@ from fastvid.data.chat_tokenizer import ChatTokenizer
 from fastvid.data.names import BOS, END, EOS, PATCH, START, UNK, VIDEO
 from fastvid.files import StrPath, model_folder, read_json_object, write_json, wrong_content
 
+# What config.json calls a model whose tokenizer may be of LLaMA 2's kind: the words of `fastvid.weights.families`.
+LLAMA_TYPES = ("llama", "llava", "llava_llama", "videochatgpt", "video_chatgpt")
 _FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -259,7 +261,7 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> ModelTokenize
 
     New tokens take the ids after the last one, in the order <vid_patch>, <vid_start>, <vid_end>.
 
-    One with <s> and </s> is of LLaMA 2's kind, but for Mistral's.
+    One with <s> and </s> is of LLaMA 2's kind, if config.json says that its model is a LLaMA.
 
     Args:
         folder: holds tokenizer.model or tokenizer.json; of LLaMA 2's kind the former is used where both are.
@@ -270,11 +272,13 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> ModelTokenize
         `VideoTokenizer` of LLaMA 2's kind, `ChatTokenizer` otherwise.
 
     Raises:
-        ValueError: no tokenizer in the folder, or one that has neither <s> and </s>, which v1 writes, nor a chat
+        ValueError: no folder, no tokenizer in it, or one that has neither <s> and </s>, which v1 writes, nor a chat
             template.
     """
     folder = model_folder(folder)
-    if _is_mistral(folder):
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: download the model (hf download) and give its folder")
+    if not _of_llama(folder):
         return ChatTokenizer(folder, use_start_end)
     if (folder / "tokenizer.model").is_file():
         backend = _SentencePiece(folder / "tokenizer.model")
@@ -306,10 +310,10 @@ def load_tokenizer(folder: StrPath, use_start_end: bool | None) -> ModelTokenize
     return VideoTokenizer(folder, backend, {**others, **used}, tokens, flags, unused)
 
 
-def _is_mistral(folder):
+def _of_llama(folder):
     values = read_json_object(folder / "config.json")
     sections = [each for each in (values, values.get("text_config")) if isinstance(each, dict)]
-    return any("mistral" in str(section.get("model_type")).lower() for section in sections)
+    return all(str(section.get("model_type", "llama")).lower() in LLAMA_TYPES for section in sections)
 
 
 def _added_tokens(folder):

@@ -352,7 +352,13 @@ def _help_of(field, width):
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     default = " ".join(map(str, default)) if isinstance(default, list) else default
     text = field.metadata["help"]
-    if not _required(field) and default not in (None, "", False) and "Default:" not in text:
+    if (
+        not _required(field)
+        and default is not None
+        and default is not False
+        and default != ""
+        and "Default:" not in text
+    ):
         text += f" Default: {default}."
     return [
         f"  --{config.flag_of(field)} {value}{several}",

@@ -124,7 +124,7 @@ def write_tokenizer(folder, kind, *, jinja_file=False):
         (folder / "chat_template.jinja").write_text(template)
     rows = tokenizer.get_vocab_size() + 8  # of padding, as Qwen's tables have it
     values = {"model_type": model_type, "vocab_size": rows, **_SIZES, **more}
-    (folder / "config.json").write_text(json.dumps(values | {"sliding_window": None}))
+    (folder / "config.json").write_text(json.dumps({"sliding_window": None} | values))
     return folder
 
 

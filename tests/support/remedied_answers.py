@@ -114,10 +114,15 @@ MISTAKES = [
     (
         "chat",
         OTHER + "nowhere " + ONE,
+        "is no folder: download the model .hf download. and give its folder",
+        MODEL + ONE,
+    ),
+    (
+        "chat",
+        OTHER + "bare " + ONE,
         "holds no tokenizer.model or tokenizer.json; --model_name_or_path takes a folder on this machine",
         MODEL + ONE,
     ),
-    ("chat", OTHER + "bare " + ONE, "holds no tokenizer.model or tokenizer.json", MODEL + ONE),
     (
         "chat",
         OTHER + "family " + ONE,

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from family_folders import KINDS
 from model_cases import ADAPTER, FAMILIES, FULL, assert_close, family_config, llama_of, pack, random_model
 from weight_folders import VideoTokens, load
 
+from fastvid.data.tokenizer import LLAMA_TYPES
 from fastvid.training.memory import parameter_counts
+from fastvid.weights import families
 
 TOKENS = VideoTokens(patch=97, start=98, end=99, vocab_size=100)
 
@@ -17,6 +20,13 @@ def written(folder, family, **changes):
         parameter.data.copy_(torch.randn_like(parameter) * 0.2)
     theirs.save_pretrained(folder)
     return theirs
+
+
+def test_every_family_is_compared():
+    """Here, and with a tokenizer and a template of its own; LLaMA's words are those that the tokenizer knows."""
+    known = {family.model_type: family for family in families.FAMILIES}
+    assert {"llama", *FAMILIES} == known.keys() == {kind[0] for kind in KINDS.values()}
+    assert set(LLAMA_TYPES) == {"llama", *known["llama"].other_types}
 
 
 @pytest.mark.parametrize("frozen", [True, False])
