@@ -27,10 +27,12 @@ def _rotated(a):
 
 
 def _placed(a):
-    """Of the packed rows keys and values alone, once, however many segments share them; constant rows too."""
-    row = 2 * a["kv_heads"] * 2 * a["half"] * a["k_ptr"].element_size()
-    keys, sources = a["rows_ptr"].shape[0], a["qkv_ptr"].shape[0] + a["C"]
-    return row * (keys + min(keys, sources)) + tensor_bytes(a["rows_ptr"])
+    """Of the packed rows keys and values once, however many segments share them; constant rows too. And queries, with
+    the positions, where the launch rotates them."""
+    head, packed = 2 * a["half"] * a["k_ptr"].element_size(), a["qkv_ptr"].shape[0]
+    keys, sources = a["rows_ptr"].shape[0], packed + a["C"]
+    queries = 2 * packed * a["num_heads"] * head + tensor_bytes(a["positions_ptr"]) if a["query_programs"] else 0
+    return queries + 2 * a["kv_heads"] * head * (keys + min(keys, sources)) + tensor_bytes(a["rows_ptr"])
 
 
 def _collected(a):

@@ -41,9 +41,10 @@ def rope_keys_reference(
     return found if twice is None else twice.split(*found)
 
 
-@triton.jit(do_not_specialize=["C"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["C", "query_programs"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _place_keys_kernel(
     qkv_ptr,
+    q_ptr,
     constant_k_ptr,
     constant_v_ptr,
     k_ptr,
@@ -53,43 +54,58 @@ def _place_keys_kernel(
     inv_freq_ptr,
     scale,
     C,
+    query_programs,
     num_heads,
     kv_heads,
+    q_heads,
     half,
+    Q_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_h: tl.constexpr,
 ):
-    """Keys, then values, of a key row: copied if it is constant, else from its packed row, keys rotated."""
+    """First queries of the packed rows, rotated, in place or not. Then keys, and values, of a key row: copied if it is
+    constant, else from its packed row, keys rotated."""
     program = tl.program_id(0)
-    place = (program // (2 * BLOCKS)).to(tl.int64)
-    block = program % (2 * BLOCKS)
-    is_value = block >= BLOCKS
-    heads = block % BLOCKS * BLOCK_A + tl.arange(0, BLOCK_A)
+    row_heads = num_heads + 2 * kv_heads
+    if program < query_programs:
+        row = (program // Q_BLOCKS).to(tl.int64)
+        head = program % Q_BLOCKS * BLOCK_A
+        last = num_heads
+        source_ptr = qkv_ptr + row * row_heads * 2 * half
+        out_ptr = q_ptr + row * q_heads * 2 * half
+        turns = row >= 0
+    else:
+        place = ((program - query_programs) // (2 * BLOCKS)).to(tl.int64)
+        block = (program - query_programs) % (2 * BLOCKS)
+        head = block % BLOCKS * BLOCK_A
+        last = kv_heads
+        if block >= BLOCKS:
+            constant_ptr = constant_v_ptr
+            out_ptr = v_ptr
+            first_head = num_heads + kv_heads
+        else:
+            constant_ptr = constant_k_ptr
+            out_ptr = k_ptr
+            first_head = num_heads
+        row = tl.load(rows_ptr + place) - C
+        if row < 0:
+            source_ptr = constant_ptr + (row + C) * kv_heads * 2 * half
+        else:
+            source_ptr = qkv_ptr + (row * row_heads + first_head) * 2 * half
+        out_ptr += place * kv_heads * 2 * half
+        turns = (row >= 0) & (block < BLOCKS)
+    heads = head + tl.arange(0, BLOCK_A)
     channels = tl.arange(0, BLOCK_h)
-    inside = (heads < kv_heads)[:, None] & (channels < half)[None, :]
+    inside = (heads < last)[:, None] & (channels < half)[None, :]
     offsets = heads[:, None] * 2 * half + channels[None, :]
-    row = tl.load(rows_ptr + place)
-    if is_value:
-        constant_ptr = constant_v_ptr
-        out_ptr = v_ptr
-        first_head = num_heads + kv_heads
-    else:
-        constant_ptr = constant_k_ptr
-        out_ptr = k_ptr
-        first_head = num_heads
-    if row < C:
-        source_ptr = constant_ptr + row * kv_heads * 2 * half
-    else:
-        source_ptr = qkv_ptr + ((row - C) * (num_heads + 2 * kv_heads) + first_head) * 2 * half
     first = tl.load(source_ptr + offsets, mask=inside).to(tl.float32)
     second = tl.load(source_ptr + offsets + half, mask=inside).to(tl.float32)
-    if (row >= C) & (block < BLOCKS):
-        cos, sin = cos_sin_of(positions_ptr + row - C, inv_freq_ptr, channels, half, scale)
+    if turns:
+        cos, sin = cos_sin_of(positions_ptr + row, inv_freq_ptr, channels, half, scale)
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
-    out_ptr += place * kv_heads * 2 * half
     tl.store(out_ptr + offsets, first.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + offsets + half, second.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -103,21 +119,32 @@ def place_keys(
     scale: float,
     rows_M: Tensor,
     constant: tuple[Tensor, Tensor] | None,
+    *,
+    queries_NX: Tensor | None = None,
 ) -> Tensor:
     """Keys and values [2, M, K, d] of `rope_keys`, by the kernel; keys in `qkv_NE` are not rotated yet. All
     contiguous.
+
+    Args:
+        queries_NX: receives the rotated queries in the same launch: `qkv_NE` itself, or rows of H heads or more.
     """
     half = inv_freq_h.shape[0]
     assert all(x.is_contiguous() for x in (qkv_NE, positions_N, inv_freq_h, rows_M, *(constant or ())))
     out_2MKd = qkv_NE.new_empty(2, rows_M.shape[0], num_kv_heads, 2 * half)
     k_CKd, v_CKd = constant or (out_2MKd[0, :0], out_2MKd[1, :0])
-    block, warps = _tiles(num_kv_heads, half)
-    blocks = triton.cdiv(num_kv_heads, block)
-    if out_2MKd.numel():
+    heads = 0 if queries_NX is None else num_heads
+    block, warps = _tiles(max(heads, num_kv_heads), half)
+    q_blocks, blocks = triton.cdiv(heads, block), triton.cdiv(num_kv_heads, block)
+    queries = qkv_NE.shape[0] * q_blocks
+    programs = queries + rows_M.shape[0] * 2 * blocks
+    queries_NX = qkv_NE if queries_NX is None else queries_NX
+    assert queries_NX.is_contiguous()
+    if programs:
         launch(
             _place_keys_kernel,
-            (rows_M.shape[0] * 2 * blocks,),
+            (programs,),
             qkv_NE,
+            queries_NX,
             k_CKd,
             v_CKd,
             *out_2MKd,
@@ -126,9 +153,12 @@ def place_keys(
             inv_freq_h,
             scale,
             k_CKd.shape[0],
+            queries,
             num_heads,
             num_kv_heads,
+            queries_NX.shape[1] // (2 * half),
             half,
+            max(q_blocks, 1),
             blocks,
             block,
             triton.next_power_of_2(half),
@@ -173,13 +203,14 @@ class _RopeKeys(torch.autograd.Function):
             out_NX, written = qkv_NE, rotated
         else:
             out_NX = qkv_NE.new_empty(qkv_NE.shape[0], written * d)
-        rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
         # Not as views that autograd follows: their gradients come back to this function.
         rows_NAd = out_NX.detach().view(len(out_NX), out_NX.shape[1] // d, d)
         if rows_M is None:
+            rotate_heads(qkv_NE, out_NX, positions_N, inv_freq_h, scale, rotated, written)
             found = rows_NAd.split([num_heads, num_kv_heads, num_kv_heads], 1)
         else:
-            k_MKd, v_MKd = place_keys(qkv_NE, positions_N, inv_freq_h, num_heads, num_kv_heads, scale, rows_M, constant)
+            settings = positions_N, inv_freq_h, num_heads, num_kv_heads, scale
+            k_MKd, v_MKd = place_keys(qkv_NE, *settings, rows_M, constant, queries_NX=out_NX)
             found = rows_NAd[:, :num_heads], k_MKd, v_MKd
         ctx.twice, outs = twice, found
         if live_keys is not None:

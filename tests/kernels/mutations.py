@@ -360,12 +360,24 @@ MUTATIONS["quantize_fp8"] = [
 ]
 MUTATIONS["rope_keys"] = [
     Mutation(
-        "(row - C) * (num_heads",
-        "row * (num_heads",
+        "(row * row_heads + first_head)",
+        "((row + C) * row_heads + first_head)",
         "test_equals_reference[shape1-behind constant rows-torch.float32-triton]",
     ),
     Mutation(
-        "if (row >= C) & (block < BLOCKS):", "if row >= C:", "test_equals_reference[shape1-shared-torch.float32-triton]"
+        "turns = (row >= 0) & (block < BLOCKS)",
+        "turns = row >= 0",
+        "test_equals_reference[shape1-shared-torch.float32-triton]",
+    ),
+    Mutation(
+        "head = program % Q_BLOCKS * BLOCK_A",
+        "head = 0",
+        "test_equals_reference[shape5-shared-torch.float32-triton]",
+    ),
+    Mutation(
+        "q_ptr + row * q_heads",
+        "q_ptr + row * num_heads",
+        "test_in_place_writes_no_key_that_is_placed_again[shared]",
     ),
     Mutation(
         "outs = [last_rows(x, count) for",

@@ -401,15 +401,17 @@ def rope_keys_calls():
     """Of LLaMA 7B, 13B and 3-8B: behind constant rows, with some keys shared."""
     from fastvid_kernels.rope_keys import place_keys
 
-    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192):
+    def call(heads, kv_heads, dtype=torch.bfloat16, channels=128, rows=8192, queries=True):
         x = torch.empty(rows, (heads + 2 * kv_heads) * channels, dtype=dtype)
         positions, frequencies = torch.empty(rows, dtype=torch.int32), torch.empty(channels // 2)
         each = torch.empty(34, kv_heads, channels, dtype=dtype)
         rows_M = torch.empty(rows + 8, dtype=torch.int64)
-        place_keys(x, positions, frequencies, heads, kv_heads, 1.0, rows_M, (each, each))
+        settings = positions, frequencies, heads, kv_heads, 1.0
+        place_keys(x, *settings, rows_M, (each, each), queries_NX=x if queries else None)
 
     return {
         "32 heads bf16": lambda: call(32, 32),
+        "32 heads bf16, keys alone": lambda: call(32, 32, queries=False),
         "40 heads bf16": lambda: call(40, 40),
         "32 heads, 8 of keys bf16": lambda: call(32, 8),
         "no queries bf16": lambda: call(0, 32),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fastvid_kernels.dispatch import watch_launches
+from fastvid_kernels.launch_bytes import name_of
 from fastvid_kernels.rope_keys import place_keys, rope_keys, rope_keys_reference
 from fastvid_kernels.way_back import WayBack
 from harness import DEVICE, DTYPES, assert_close_as_eager
@@ -122,6 +124,15 @@ def test_a_copy_is_of_queries_alone_where_keys_have_places(way):
     qkv, rest, keys, _, _ = inputs((7, 4, 2, 8), way, torch.float32)
     q, _, _ = rope_keys(qkv, *rest, **keys, impl="triton")
     assert q.untyped_storage().nbytes() == 4 * 7 * (32 if keys else 64)
+
+
+@pytest.mark.parametrize("heads", [4, 0])
+def test_queries_and_keys_take_one_launch(heads):
+    qkv, rest, keys, constant, _ = inputs((7, heads, 2, 8), "behind constant rows", torch.float32)
+    launched = []
+    with watch_launches(lambda kernel, *_: launched.append(name_of(kernel))):
+        rope_keys(qkv, *rest, **keys, constant=constant, impl="triton")
+    assert launched == ["_place_keys_kernel"]
 
 
 def test_autograd_sees_what_is_overwritten():

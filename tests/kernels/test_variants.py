@@ -10,7 +10,7 @@ import pytest
 
 # Kernels with several forms: what is known when a model is built tells them apart, or, of pooling, the run of frames.
 FORMS = {
-    "_rope_qk_kernel": 3,  # there and back, and of queries alone
+    "_rope_qk_kernel": 2,  # there and back
     "_add_rms_norm_fwd_kernel": 2,  # to 16 bits, and to e4m3
     "_add_rms_norm_bwd_kernel": 2,  # likewise
     "_collect_kernel": 2,  # of one part of attention, or two

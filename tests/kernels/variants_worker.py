@@ -24,7 +24,7 @@ from fastvid_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E
 from fastvid_kernels.merge_parts import merge_parts  # noqa: E402
 from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8  # noqa: E402
 from fastvid_kernels.quick_gelu import quick_gelu  # noqa: E402
-from fastvid_kernels.rope_keys import rope_keys  # noqa: E402
+from fastvid_kernels.rope_keys import place_keys, rope_keys  # noqa: E402
 from fastvid_kernels.rope_keys_backward import rope_keys_backward  # noqa: E402
 from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8  # noqa: E402
 from fastvid_kernels.rope_qk import rope_qk  # noqa: E402
@@ -80,6 +80,7 @@ def call_all(count, first):
         impl="triton",
     )
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    place_keys(rows(count, 3 * D).detach(), positions, frequencies, 4, 4, 1.0, indices(count + 7, first), constant)
     places = way_back.starts_N1, way_back.places
     for backward in rope_keys_backward, rope_keys_backward_fp8:
         backward(*outputs, positions, frequencies, way_back=places, impl="triton")
