@@ -154,6 +154,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
         plan.layout,
         shard_size=config.shard_size,
         adds_up_shards=config.gradient_accumulation_steps > 1 and not plan.accumulate_whole,
+        reduce_dtype=getattr(torch, config.reduce_dtype),
     )
     model.to_empty(device=world.device)
     load_weights(
@@ -221,7 +222,9 @@ def train_step(state: TrainState, batches: list[PackedBatch] | None, waited: flo
         loss += share.detach()
     state.model.keep_casts(False)
     state.end_draws()
-    parallel.sum_replicated_gradients(state.optimizer.parameters.values(), world)
+    parallel.sum_replicated_gradients(
+        state.optimizer.parameters.values(), world, reduce_dtype=getattr(torch, config.reduce_dtype)
+    )
     rate = partial(
         learning_rate,
         state.step,

@@ -127,6 +127,7 @@ TRAINING = [
         "--frozen_dtype int8 --tune_mm_mlp_adapter True",
     ),
     ("--frozen_dtype int8 --parity reference", "leave one of the two out", "--parity reference"),
+    ("--reduce_dtype bfloat16 --parity reference", "leave one of the two out", "--reduce_dtype bfloat16"),
     ("--frozen_dtype int8 --shard full", "use --shard auto or none", "--frozen_dtype int8 --shard none"),
     ("--shard_size 2", "for --shard hybrid; add that, or leave it out", "--shard_size 2 --shard hybrid"),
     ("--eval_strategy steps", "needs --eval_data_path", "--eval_strategy steps --eval_data_path {run}/train.json"),

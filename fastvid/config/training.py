@@ -173,6 +173,11 @@ class TrainConfig(DataConfig):
     shard_size: int | None = flag(
         None, "Ranks that hold one copy of the model (--shard hybrid). Default: a node's.", at_least=1
     )
+    reduce_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32",
+        "What gradients are sent between ranks in, and summed over them. bfloat16 sends half the bytes, and rounds: "
+        "results differ a little, also between numbers of ranks.",
+    )
     ddp_timeout: int = flag(1200, "Seconds after which a rank that lives but hangs ends the job.", at_least=1)
     attn_implementation: Literal["auto", "flash", "varlen", "avx512", "sdpa"] = flag(
         "auto", "Attention: flash-attn, torch's varlen, ours for bf16 on CPUs (avx512), or torch's SDPA."

@@ -27,6 +27,7 @@ from torch.nn import Module, Parameter
 from fastvid.dist import host_memory
 from fastvid.dist.collective import gather
 from fastvid.dist.heartbeat import Heartbeat, what_follows
+from fastvid.dist.reduction import ReduceScatterIn, all_reduce_in
 from fastvid.dist.rendezvous import mesh_of, store_of_this_attempt
 
 T = TypeVar("T")
@@ -272,16 +273,23 @@ def ranks_of_a_copy(layout: str, world: World, shard_size: int | None = None) ->
 
 
 def shard(
-    model: Module, world: World, layout: str, *, shard_size: int | None = None, adds_up_shards: bool = False
+    model: Module,
+    world: World,
+    layout: str,
+    *,
+    shard_size: int | None = None,
+    adds_up_shards: bool = False,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Shard `model` (on the meta device) over the ranks, in place, as `layout` says.
 
     Gradients are summed, not averaged: the loss is already divided by the global count of supervised tokens.
-    They are reduced in fp32, whatever the precision of the parameters that compute.
+    They are kept in fp32, whatever the precision of the parameters that compute, and summed over copies in it.
 
     Args:
         shard_size: see `ranks_of_a_copy`.
         adds_up_shards: whether micro-batches before a step's last reduce gradients, too (`set_gradient_sync`).
+        reduce_dtype: what they are sent in within a copy, and summed over its ranks.
     """
     if layout == "replicated":
         return
@@ -322,10 +330,13 @@ def shard(
     units = [module for module in (model, *layers) if isinstance(module, FSDPModule)]
     for module, following in itertools.pairwise(units):
         module.set_modules_to_forward_prefetch([following])
+    sends: Any = ReduceScatterIn(reduce_dtype)  # torch keeps the name of its base to itself
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no other
+            if reduce_dtype != torch.float32:
+                module.set_custom_reduce_scatter(sends)
 
 
 def set_gradient_sync(model: Module, last: bool, *, accumulate_whole: bool = False) -> None:
@@ -375,13 +386,14 @@ def gathered(model: Module) -> Iterator[None]:
         reshard(model)
 
 
-def sum_replicated_gradients(parameters: Iterable[Parameter], world: World) -> None:
-    """Sum the gradients of replicated parameters over ranks, in place, in one all-reduce."""
+def sum_replicated_gradients(
+    parameters: Iterable[Parameter], world: World, *, reduce_dtype: torch.dtype = torch.float32
+) -> None:
+    """Sum the gradients of replicated parameters over ranks, in place, in one all-reduce.
+
+    Args:
+        reduce_dtype: what they are sent and summed in; float32: as they are.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    if not world.distributed or not gradients:
-        return
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    torch._foreach_copy_(
-        gradients, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
-    )
+    if world.distributed and gradients:
+        all_reduce_in(reduce_dtype, gradients)

@@ -72,6 +72,11 @@ def _check_parity(config):
         return
     if config.trainable.lora:
         raise ValueError("--lora_enable True: PG-Video-LLaVA has no LoRA, so leave --parity reference out")
+    if config.reduce_dtype != "float32":
+        raise ValueError(
+            f"--reduce_dtype {config.reduce_dtype} rounds gradients that ranks send, and --parity reference sums them "
+            "as they are; leave one of the two out"
+        )
     for name, what in (("neftune_noise_alpha", "adds no noise"), ("ema_decay", "averages no weights")):
         if (value := getattr(config, name)) is not None:
             raise ValueError(f"--{name} {value:g}: PG-Video-LLaVA {what}, so leave it or --parity reference out")

@@ -105,6 +105,7 @@ def estimate(
     sums_replicated: bool = False,
     summed: bool = False,
     averaged: bool = False,
+    sent_rounded: bool = False,
     **more_rows: int,
 ) -> MemoryEstimate:
     """Memory of one rank's step.
@@ -119,6 +120,7 @@ def estimate(
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
         averaged: an average of what is trained is kept (`fastvid.training.average`).
+        sent_rounded: ranks send gradients in bf16.
         (others: as for `VideoLlava`.)
     """
     c = config.decoder
@@ -173,11 +175,12 @@ def estimate(
         one_call_per_segment=one_call_per_segment,
         prepacked=prepacked,
     )
+    on_the_way = size + 4 + 2 * sent_rounded  # a gradient as computed, in fp32, and in what it is sent in
     if gathers and trainable.decoder:
         # One layer's whole gradients, and in fp32, on their way to the ranks that own them, those of the one before.
-        working += (size + 4) * linears(c)
+        working += on_the_way * linears(c)
     if gathers_lora:
-        working += (size + 4) * of_a_layer
+        working += on_the_way * of_a_layer
     if prepacked:  # a matrix on its way to tiles of the other direction
         working += size * max(map(math.prod, matrices(c)))
     if not on_cpu:

@@ -174,6 +174,7 @@ def plan(
         summed=config.gradient_accumulation_steps > 1 or world.distributed,
         frozen_dtype=precision.frozen,
         averaged=config.ema_decay is not None,
+        sent_rounded=config.reduce_dtype != "float32",
         on_cpu=not of_gpu,
         one_call_per_segment=attention.name == "sdpa" and not other,
     )
@@ -182,6 +183,8 @@ def plan(
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
     if config.shard in ("full", "hybrid") and not world.distributed:
         log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
+    if config.reduce_dtype != "float32" and not world.distributed:
+        log.warning("--reduce_dtype %s: there is one process, which sends no gradients", config.reduce_dtype)
     layout = parallel.choose_layout(
         config.shard,
         world,

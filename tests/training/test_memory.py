@@ -393,6 +393,8 @@ def test_a_sharded_layer_has_its_whole_gradient_for_a_while():
     one = estimate(config, **settings, recompute="full")
     eight = estimate(config, **settings, recompute="full", world_size=8, sharded=True)
     assert eight.working - one.working == 6 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rounded = estimate(config, **settings, recompute="full", world_size=8, sharded=True, sent_rounded=True)
+    assert rounded.working - one.working == 8 * (4 * 4096**2 + 3 * 4096 * 11008)
 
 
 def test_summary_is_a_table():
