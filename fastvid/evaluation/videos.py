@@ -24,11 +24,13 @@ class FrameFolder:
         folder: of them.
         files: pictures, in the order of time.
         part: (first, last) second of the video that they are of; None: all of it.
+        below: names of the folders that it lies in, from the one that all videos are in on.
     """
 
     folder: Path
     files: tuple[Path, ...]
     part: tuple[float, float] | None = None
+    below: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.folder) if self.part is None else f"{self.folder} ({self.part[0]:g} to {self.part[1]:g} s)"
@@ -36,23 +38,32 @@ class FrameFolder:
     def between(self, first: float, last: float) -> "FrameFolder":
         """The frames of some seconds, counted as MVBench counts them: frame number seconds · rate, from 1 on.
 
+        The rate is told by a folder that they lie in, and not by the video's own name.
+
         Raises:
-            ValueError: nothing tells the rate, or there are no such frames.
+            ValueError: nothing tells the rate, folders tell several, or there are no such frames.
         """
-        rates = [float(found) for name in self.folder.parts for found in _RATE.findall(name)]
-        if not rates or rates[-1] == 0:
+        rates = sorted({float(found) for name in self.below for found in _RATE.findall(name)} - {0.0})
+        if len(rates) > 1:
+            several = " and ".join(f"{rate:g}" for rate in rates)
+            raise ValueError(
+                f"{shown(self.folder)} lies in folders that tell several rates ({several} frames a second); rename "
+                "those that do not mean this one"
+            )
+        if not rates:
             raise ValueError(
                 f"{shown(self.folder)} holds frames, and nothing tells how many a second: put it into a folder whose "
                 "name does, such as frames_fps3"
             )
-        start, stop = max(1, round(first * rates[-1])), round(last * rates[-1])
+        rate = rates[0]
+        start, stop = max(1, round(first * rate)), round(last * rate)
         files = self.files[start - 1 : max(stop, 0)]
         if not files:
             raise ValueError(
                 f"{shown(self.folder)} holds no frame of seconds {first:g} to {last:g}: {len(self.files)} frames at "
-                f"{rates[-1]:g} a second"
+                f"{rate:g} a second"
             )
-        return FrameFolder(self.folder, files, (first, last))
+        return FrameFolder(self.folder, files, (first, last), self.below)
 
 
 def _frame_folders(folder):
@@ -152,7 +163,10 @@ class Videos:
         path = self.files[found]
         if not inside(path, self.folder):
             raise ValueError(f"{path} is a link that leads out of {self.folder}; refused")
-        return FrameFolder(path, _frames_in(path)) if path.is_dir() else path
+        if not path.is_dir():
+            return path
+        below = path.relative_to(self.folder).parent.parts
+        return FrameFolder(path, _frames_in(path), below=(self.folder.resolve().name, *below))
 
 
 def _last(name):

@@ -56,6 +56,27 @@ def test_the_rate_is_told_by_a_folder(frames, tmp_path):
     assert numbers(Videos(tmp_path / "videos").find(sample(part=(0, 1)))) == [1, 2, 3]
 
 
+def test_the_rate_is_not_that_of_the_video_or_of_folders_above(frames, tmp_path):
+    """Two rates are refused; once one folder has another name, the other's counts."""
+    shown = frames.rename(frames.with_name("show_fps30"))
+    found = Videos(tmp_path / "videos").find(sample(video="show_fps30", part=(0, 1)))
+    assert isinstance(found, FrameFolder) and numbers(found) == [1, 2, 3]
+    above = tmp_path / "fps24"
+    above.mkdir()
+    (tmp_path / "videos").rename(above / "videos")
+    assert numbers(Videos(above / "videos").find(sample(video="show_fps30", part=(0, 1)))) == [1, 2, 3]
+    tvqa = above / "videos" / "tvqa"
+    tvqa.rename(tvqa.with_name("tvqa_fps1"))
+    with pytest.raises(ValueError, match=r"several rates \(1 and 3 frames a second\); rename those"):
+        Videos(above / "videos").find(sample(video="show_fps30", part=(0, 1)))
+    tvqa.with_name("tvqa_fps1").rename(tvqa)
+    assert numbers(Videos(above / "videos").find(sample(video="show_fps30", part=(0, 1)))) == [1, 2, 3]
+    for name in ("", "tvqa/frames_fps3"):  # --video itself is such a folder, or one above it
+        found = Videos(above / "videos" / name).find(sample(video="show_fps30", part=(0, 1)))
+        assert numbers(found) == [1, 2, 3]
+    assert not shown.exists()
+
+
 def test_a_file_of_that_name_or_part_comes_first(frames, tmp_path):
     (frames.parent / "show.mp4").write_bytes(b"")
     assert Videos(tmp_path / "videos").find(sample()) == frames.parent / "show.mp4"
