@@ -142,6 +142,14 @@ def read_reply(text: str, aspect: str) -> dict:
     return {"score": score, "pred": found["pred"]}
 
 
+def is_one_object(text: str) -> bool:
+    """Whether a reply is one JSON object and spaces: a judge that may send JSON alone fills up with these."""
+    try:
+        return isinstance(json.loads(text.strip()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _once(pairs):
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):

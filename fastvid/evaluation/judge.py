@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from fastvid.evaluation.grading import Ask, read_reply
+from fastvid.evaluation.grading import Ask, is_one_object, read_reply
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.files import StrPath, shown
 
@@ -264,9 +264,10 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
 
 
 def _judgement(ask, judge, reply):
-    """The line of a reply. One that was cut off is no score, whatever it holds: what is left out might be another."""
+    """The line of a reply. One that was cut off is no score, unless nothing can follow it: what is left out might be
+    another."""
     line = {"key": ask.key, "id": ask.id, "aspect": ask.aspect, "judge": judge.model, "reply": reply.text[:_MOST_KEPT]}
-    if reply.cut:
+    if reply.cut and not is_one_object(reply.text):
         return line | {"fault": f"it was cut off after {judge.max_tokens} tokens", "cut": judge.max_tokens}
     try:
         return line | read_reply(reply.text, ask.aspect)

@@ -170,7 +170,7 @@ def upstream_entries(lines: list[dict], wanted: list[Ask], judgements: list[dict
         line, judgement = of[ask.id], by_key.get(ask.key)
         number = counts[ask.aspect, line["video"]]
         counts[ask.aspect, line["video"]] += 1
-        if judgement is None:
+        if judgement is None or "cut" in judgement:
             continue
         try:
             reply = ast.literal_eval(judgement["reply"])

@@ -141,6 +141,15 @@ def test_a_reply_that_was_cut_off_is_no_score_and_may_be_longer(tmp_path, text):
     assert [line["score"] for line in replies_by_key(judgements).values()] == [4, 4] and len(judgements) == 4
 
 
+@pytest.mark.parametrize("space", ["\n", " ", ""])
+def test_a_whole_object_filled_up_to_the_limit_is_a_score(tmp_path, space):
+    """Judges that may send JSON alone go on with spaces."""
+    choice = {"message": {"content": GOOD + 300 * space}, "finish_reason": "length"}
+    found, silent, _ = graded(lambda *_: (200, json.dumps({"choices": [choice]})), tmp_path, asks(lines(1), "m"))
+    assert [line.get("score") for line in found.values()] == [4] and not silent
+    assert not any("cut" in line for line in found.values())
+
+
 def test_the_same_prediction_is_judged_once(tmp_path):
     twice = [{**line, "prediction": "same"} for line in lines(3)]
     _, _, server = graded(lambda *_: GOOD, tmp_path, asks(twice, "m"))
