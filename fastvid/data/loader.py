@@ -180,13 +180,21 @@ class Loader(Generic[Order]):
             self.remarks.setdefault(remark, set()).add(index)
 
 
-def training_loader(config: TrainConfig, samples: SampleSet, world: World) -> Loader[TrainingOrder]:
+def groups_of(config: TrainConfig, samples: SampleSet) -> Groups | None:
+    """The samples that stay together, of ``--share_video``; None where none do."""
+    return Groups.of_records(samples.records, config.question_order) if config.share_video else None
+
+
+def training_loader(
+    config: TrainConfig, samples: SampleSet, world: World, groups: Groups | None = None
+) -> Loader[TrainingOrder]:
     """The batches of a training run.
 
     Args:
         config: `TrainConfig`.
         samples: `SampleSet` that fits the model (`SampleSet.fit`).
         world: `fastvid.dist.parallel.World`; all ranks call this.
+        groups: `groups_of` these, where they are known already.
 
     Raises:
         ValueError: flags that contradict each other, or a sample longer than --tokens_per_batch.
@@ -196,7 +204,8 @@ def training_loader(config: TrainConfig, samples: SampleSet, world: World) -> Lo
         "share": config.share_video,
         "frozen": config.trainable.adapter_only and config.neftune_noise_alpha is None,
     }
-    groups = Groups.of_records(samples.records, config.question_order) if config.share_video else None
+    if groups is None:
+        groups = groups_of(config, samples)
     order = training_order(
         config,
         samples.counts,
