@@ -37,8 +37,8 @@ def option_likelihoods(
 ) -> list[list[tuple[float, int]]]:
     """(log-likelihood, tokens) of each option of each question about one video, the token that ends it included.
 
-    Options of a question, and with the video first all questions, share the rows that they begin with: those pass the
-    model once, unless there are more rows than `most_rows`.
+    Options of a question, and with the video first all questions, share the rows up to the end of their video: those
+    pass the model once, unless there are more rows than `most_rows`.
 
     Args:
         chat: `Answering`.

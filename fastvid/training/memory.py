@@ -102,6 +102,7 @@ def estimate(
     trained_dtype: torch.dtype = torch.float32,
     frozen_dtype: str | None = None,
     prepacked: bool = False,
+    asked: bool = False,
     sums_replicated: bool = False,
     summed: bool = False,
     averaged: bool = False,
@@ -117,6 +118,8 @@ def estimate(
         recompute: as for `Decoder`.
         on_cpu, one_call_per_segment: as `measured` takes them.
         prepacked: the decoder's matrices are there twice more (`Linear.prepack`).
+        asked: questions are answered beside steps: of what is prepacked the last layer's whole queries, keys and
+            values stay, of which steps take parts.
         sums_replicated: gradients are summed over ranks in one flat copy (`parallel.sum_replicated_gradients`).
         summed: gradients are added up in fp32, over micro-batches or, of replicated parameters, over ranks.
         averaged: an average of what is trained is kept (`fastvid.training.average`).
@@ -137,7 +140,7 @@ def estimate(
         assert not sharded and not trainable.decoder
         weights += c.num_layers * (frozen_matrix_bytes(c, frozen_dtype) - size * linears(c))
     if prepacked:
-        weights += 2 * size * c.num_layers * linears(c)
+        weights += 2 * size * c.num_layers * linears(c) + asked * size * math.prod(matrices(c)[0])
     if fp32_residual:  # frozen embeddings and norms
         norms = (2 * c.num_layers + 1) * c.hidden_size
         wide = counts["embed"] * (not trainable.embed) + norms * (not trainable.decoder)

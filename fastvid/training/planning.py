@@ -60,6 +60,7 @@ class Plan:
             fit (`parallel.set_gradient_sync`).
         told: what a step takes of what, in words.
         lacks: what a run might do to take less, where a step takes more than there is.
+        remarks: to be warned of.
     """
 
     precision: Precision
@@ -72,10 +73,13 @@ class Plan:
     accumulate_whole: bool
     told: str = ""
     lacks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
-    def tell(self, more: str = "") -> None:
-        """Say what memory a step will take, and `more`; warn where there is less."""
-        log.info("%s%s", self.told, more)
+    def tell(self) -> None:
+        """Say what memory a step will take, and what else is to be said; warn where there is less."""
+        log.info("%s", self.told)
+        for remark in self.remarks:
+            log.warning("%s", remark)
         if self.lacks:
             log.warning("a step takes more than there is: try %s", ", ".join(self.lacks))
 
@@ -93,14 +97,21 @@ def with_whole_steps(config: TrainConfig, total_steps: int) -> TrainConfig:
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     """Steps of the warm-up."""
-    steps = _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+    return _whole(config.warmup_steps, total_steps) or math.ceil(total_steps * config.warmup_ratio)
+
+
+def _remarks(config, world, total_steps):
+    """What of the flags will not do what it says."""
+    if config.shard in ("full", "hybrid") and not world.distributed:
+        yield f"--shard {config.shard}: there is one process, which holds the whole model"
+    if config.reduce_dtype != "float32" and not world.distributed:
+        yield f"--reduce_dtype {config.reduce_dtype}: there is one process, which sends no gradients"
+    steps = warmup_steps(config, total_steps)
     if steps > total_steps and config.lr_scheduler_type != "constant":
-        log.warning(
-            "--warmup_steps %s: the run ends after %s, before the learning rate has reached --learning_rate",
-            f"{steps:,}",
-            f"{total_steps:,}",
+        yield (
+            f"--warmup_steps {steps:,}: the run ends after {total_steps:,}, before the learning rate has reached "
+            "--learning_rate"
         )
-    return steps
 
 
 def _whole(steps, total_steps):
@@ -181,10 +192,6 @@ def plan(
     available, of_what = _available(config, world, encodes=_encoders(features))
     wanted = "none" if asked == "auto" else asked
     replicated = memory.estimate(model_config, recompute=wanted, sums_replicated=world.distributed, **options)
-    if config.shard in ("full", "hybrid") and not world.distributed:
-        log.warning("--shard %s: there is one process, which holds the whole model", config.shard)
-    if config.reduce_dtype != "float32" and not world.distributed:
-        log.warning("--reduce_dtype %s: there is one process, which sends no gradients", config.reduce_dtype)
     layout = parallel.choose_layout(
         config.shard,
         world,
@@ -202,7 +209,9 @@ def plan(
     estimate = memory.estimate(model_config, recompute=chosen, **options)
     prepacked, said = False, ""
     if not _short(chosen) and not other and _can_tile(config, precision, layout, world):
-        with_copies = memory.estimate(model_config, recompute=chosen, prepacked=True, **options)
+        with_copies = memory.estimate(
+            model_config, recompute=chosen, prepacked=True, asked=bool(config.eval_tasks), **options
+        )
         prepacked = with_copies.total <= _FOR_COPIES * available
         estimate = with_copies if prepacked else estimate
         said = (
@@ -212,6 +221,8 @@ def plan(
     whole = estimate.total + memory.whole_gradient_bytes(model_config, config.trainable) <= available
     if config.gradient_accumulation_steps > 1 and layout != "replicated" and not whole:
         said += "; every micro-batch's gradient is reduced, for whole gradients do not fit"
+    if config.eval_tasks:
+        said += _asking(config, model_config, precision, gathered=options["sharded"])
     told = f"{estimate} of {available / 2**30:.1f} GiB{of_what}; {found}; {_LAYOUTS[layout]}{said}"
     return Plan(
         precision=precision,
@@ -224,6 +235,17 @@ def plan(
         accumulate_whole=whole,
         told=told,
         lacks=() if estimate.total <= available else tuple(_smaller(config, layout)),
+        remarks=tuple(_remarks(config, world, loader.order.total_steps)),
+    )
+
+
+def _asking(config, model_config, precision, *, gathered):
+    """What benchmarks take at validations, when a step's activations are gone, in words."""
+    model = sum(memory.parameter_counts(model_config, config.trainable).values()) * precision.compute.itemsize
+    whole = f"{model / 2**30:.1f} GiB for the gathered model and " if gathered else ""
+    return (
+        f"; not counted: benchmarks take {whole}up to {config.eval_kv_cache_gib:g} GiB for keys and values "
+        "(--eval_kv_cache_gib)"
     )
 
 
@@ -235,7 +257,10 @@ def _short(recompute):
 def _smaller(config, layout):
     """What a run might do to take less memory, of what it does not do yet."""
     trained = config.trainable.decoder
-    yield "smaller batches"
+    if config.token_budget is not None or config.batch_size > 1:
+        yield "smaller batches"
+    else:
+        yield f"a --model_max_length below {config.model_max_length}"
     if not config.bf16:
         yield "--bf16 True"
     if trained and not (config.optim.endswith("8bit") and config.master_dtype == "bfloat16"):
