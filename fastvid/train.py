@@ -26,7 +26,7 @@ from fastvid import callable_command, signals
 from fastvid.batch import PackedBatch
 from fastvid.checkpoints.find import projector_path
 from fastvid.checkpoints.saver import Saver
-from fastvid.config import ChatConfig, TrainConfig
+from fastvid.config import TrainConfig
 from fastvid.data.conversation import settled_version
 from fastvid.data.dataset import SampleSet
 from fastvid.data.loader import Loader, TrainingOrder, evaluation_loader
@@ -35,7 +35,7 @@ from fastvid.data.tokenizer import ModelTokenizer, load_tokenizer
 from fastvid.dist import heartbeat, host_memory, parallel
 from fastvid.evaluation import beside_training
 from fastvid.flags import parse
-from fastvid.inference.live import LiveModel
+from fastvid.inference.live import LiveModel, check_file
 from fastvid.model.attention import Attention
 from fastvid.model.attention_check import settle_attention
 from fastvid.model.config import ModelConfig
@@ -118,6 +118,10 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     attention = settle_attention(
         config.attn_implementation, world.device, precision.compute, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     )
+    if tasks:
+        known = {"model": model_config, "trained": samples.look_again()}
+        fits = partial(check_file, config=beside_training.chat_config(config), **known)
+        beside_training.check_features(tasks, fits, skip=config.on_bad_sample == "skip")
     config, loader, plan = planned(config, precision, model_config, samples, world, attention)
     config = planning.with_whole_steps(config, loader.order.total_steps)
     evaluation = evaluation_loader(config, loader, world) if config.eval_data_path else None
@@ -167,7 +171,7 @@ def build(config: TrainConfig, world: parallel.World) -> TrainState:
     )
     if loader.prefix:
         model.keep_prefix(loader.prefix)
-    if plan.prepacked:  # after what takes other parts of the matrices than steps do
+    if plan.prepacked:  # after the prefix, which takes other parts of the matrices than steps do, as benchmarks do
         model.decoder.prepack()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return TrainState(
@@ -398,8 +402,7 @@ def _validate(state, metrics):
 def _ask_tasks(state):
     """The benchmarks' figures on rank 0; None where a signal ended that."""
     config, trained = state.config, state.loader.samples.look_again()
-    settings = ChatConfig(config.model_name_or_path, max_new_tokens=config.eval_max_new_tokens)
-    chat = LiveModel(state.model, state.tokenizer, trained, settings)
+    chat = LiveModel(state.model, state.tokenizer, trained, beside_training.chat_config(config))
     with state.averaged():
         return beside_training.ask(
             state.tasks, chat, config, state.world, state.step, run=state.run, stopped=lambda: state.stop_signal

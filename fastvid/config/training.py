@@ -95,12 +95,12 @@ class TrainConfig(DataConfig):
     eval_tasks: list[str] = flag(
         [],
         "Benchmarks of fastvid evaluate that are asked when validating, each as TASK=ANNOTATIONS; predictions lie in "
-        "output_dir/eval.",
+        "output_dir/eval_tasks.",
     )
     eval_video_folder: str | None = flag(None, "Folder of the feature files of their videos. Default: --video_folder.")
     eval_max_new_tokens: int = flag(128, "Longest answer to them.", at_least=1)
     eval_kv_cache_gib: float = flag(
-        4.0, "Memory for keys and values of their answers, which no plan of memory counts.", above=0, at_most=10**6
+        4.0, "Memory for keys and values of their answers, beside what a step takes.", above=0, at_most=10**6
     )
     lazy_preprocess: bool | None = flag(None, "Accepted, not needed: samples are always tokenized when needed.")
     share_video: bool = flag(

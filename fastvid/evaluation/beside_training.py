@@ -1,17 +1,19 @@
 """Benchmarks of a model in training: which there are, and the figures of one step.
 
-Every step's predictions lie in a folder of their own below ``output_dir/eval``, as `fastvid evaluate` writes them.
+Every step's predictions lie in a folder of their own below ``output_dir/eval_tasks``, as `fastvid evaluate` writes
+them.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastvid.config import EvaluateConfig, TrainConfig
+from fastvid.config import ChatConfig, EvaluateConfig, TrainConfig
 from fastvid.data.packing import pack
 from fastvid.dist import parallel
 from fastvid.dist.parallel import World
@@ -22,7 +24,9 @@ from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, shown
 from fastvid.inference.live import LiveModel
 
-FOLDER = "eval"
+log = logging.getLogger("fastvid")
+
+FOLDER = "eval_tasks"
 _STEP = "step-"
 
 
@@ -35,12 +39,14 @@ class EvalTask:
         task: of `TASKS`.
         annotations: file or folder.
         videos: folder of the feature files.
+        features: of the videos that have some, one each.
     """
 
     name: str
     task: Any
     annotations: str
     videos: str
+    features: tuple[Path, ...] = ()
 
 
 def eval_tasks(config: TrainConfig) -> list[EvalTask]:
@@ -64,9 +70,8 @@ def eval_tasks(config: TrainConfig) -> list[EvalTask]:
                 f"{shown(name)}; rename one of the two files"
             )
         found[name] = EvalTask(name, task, annotations, _folder(config))
-    for each in found.values():
-        _look_for_features(each, skip=config.on_bad_sample == "skip")
-    return list(found.values())
+    skip = config.on_bad_sample == "skip"
+    return [replace(each, features=_features_of(each, skip=skip)) for each in found.values()]
 
 
 def _folder(config):
@@ -81,14 +86,14 @@ def _folder(config):
     return folder
 
 
-def _look_for_features(task, *, skip):
-    """Refuse a benchmark without features.
+def _features_of(task, *, skip):
+    """The feature files of a benchmark's videos, one each; refuses one without them.
 
     Args:
         skip: some of them may be missing.
     """
     samples, _ = read_samples(task.task, task.annotations)
-    flag, missing = f"--eval_tasks {task.task}={shown(task.annotations)}", {}
+    flag, missing, there = _flag(task), {}, {}
     try:
         videos = Videos(task.videos, (sample.video for sample in samples), SUFFIXES)
     except ValueError as error:
@@ -97,7 +102,7 @@ def _look_for_features(task, *, skip):
         ) from error
     for sample in samples:
         try:
-            videos.find(sample)
+            there[sample.video] = videos.find(sample)
         except ValueError as error:
             missing.setdefault(sample.video, error)
     if missing and (not skip or len(missing) == len({sample.video for sample in samples})):
@@ -105,6 +110,42 @@ def _look_for_features(task, *, skip):
             f"{flag}: {len(missing)} videos have no features ({next(iter(missing.values()))}); extract them, and name "
             "their folder with --eval_video_folder, or give --on_bad_sample skip to do without some"
         )
+    return tuple(there.values())
+
+
+def _flag(task):
+    return f"--eval_tasks {task.task}={shown(task.annotations)}"
+
+
+def chat_config(config: TrainConfig) -> ChatConfig:
+    """How the benchmarks are answered."""
+    return ChatConfig(config.model_name_or_path, max_new_tokens=config.eval_max_new_tokens)
+
+
+def check_features(tasks: Iterable[EvalTask], check: Callable[[Path], None], *, skip: bool) -> None:
+    """Refuse a benchmark whose features are not as those of training: the header of one file is read.
+
+    Args:
+        check: raises ValueError for a file that does not fit (`fastvid.inference.live.check_file`).
+        skip: some files may be others: headers are read until one fits.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    for task in tasks:
+        refused = None
+        for path in task.features if skip else task.features[:1]:
+            try:
+                check(path)
+            except (ValueError, OSError) as error:
+                refused = refused or error
+            else:
+                refused = None
+                break
+        if refused is not None:
+            raise ValueError(
+                f"{_flag(task)}: {refused}, and name the folder of its features with --eval_video_folder"
+            ) from refused
 
 
 @torch.no_grad()
@@ -136,7 +177,6 @@ def ask(
     with parallel.gathered(model):
         for task in tasks:
             output = step_folder(config.output_dir, task, step)
-            output.mkdir(parents=True, exist_ok=True)
             asked = EvaluateConfig(
                 output=str(output),
                 task=task.task,
@@ -146,6 +186,12 @@ def ask(
                 kv_cache_gib=config.eval_kv_cache_gib,
             )
             about = {"run": run, "step": step}
+            if config.frozen_dtype != "auto":
+                about["frozen_dtype"] = config.frozen_dtype
+            if world.is_main:
+                output.mkdir(parents=True, exist_ok=True)
+                _drop_others(output, predict.other_settings(chat, asked, about))
+            world.gather_objects(None)
             predict.predict(chat, asked, world.rank, world.size, about=about, stopped=stopped, training=True)
             if world.sum_on_host([bool(stopped())])[0]:
                 return None
@@ -161,6 +207,14 @@ def figures(task: EvalTask, output_dir: StrPath, step: int) -> dict[str, float]:
     settings, lines = predict.read_settings(output), list(predict.answered(output).values())
     told = {f"eval_{task.name}/answered": float(len(lines))}
     values = scores.values_without_judge(task.task, lines)
+    if not lines:
+        log.error(
+            "--eval_tasks: none of the %d samples of %s has an answer at step %d; %s tells why of each",
+            settings["samples"],
+            task.name,
+            step,
+            output,
+        )
     if not lines or values is None:
         return told
     more = {"answered": len(lines), "missing": settings["samples"] - len(lines)}
@@ -171,6 +225,14 @@ def figures(task: EvalTask, output_dir: StrPath, step: int) -> dict[str, float]:
 def step_folder(output_dir: StrPath, task: EvalTask, step: int) -> Path:
     """Where a benchmark's predictions of one step lie."""
     return Path(output_dir) / FOLDER / task.name / f"{_STEP}{step}"
+
+
+def _drop_others(output, differing):
+    """Remove a step's predictions of other settings, which a run that goes on may have."""
+    if differing:
+        log.warning("%s: its predictions are of other settings (%s), and are made anew", output, "; ".join(differing))
+        shutil.rmtree(output)
+        output.mkdir()
 
 
 def drop_later(output_dir: StrPath, tasks: Iterable[EvalTask], step: int) -> None:

@@ -49,8 +49,8 @@ class Lines:
         except OSError as error:
             os.close(self._file)
             raise ValueError(
-                f"{shown(path)} is written by another process ({error.strerror}); wait until that has ended, or give "
-                "another --output"
+                f"{shown(path)} is written by another process ({error.strerror}); wait until that has ended, or write "
+                "to another folder"
             ) from error
         content = self.path.read_bytes()
         os.ftruncate(self._file, content.rfind(b"\n") + 1)  # a line that a crash has torn

@@ -75,7 +75,7 @@ def predict(
     todo = [sample for sample in samples if sample.video in share and sample.id not in done]
     file = output / (f"{PREDICTIONS}.jsonl" if world == 1 else f"{PREDICTIONS}.{rank}.jsonl")
     with Lines(file) as lines:
-        failed = _answer(chat, config, videos, todo, lines, _Towers(done.values()), stopped, training)
+        failed = _answer(chat, config, videos, todo, lines, _Towers(done.values(), training), stopped, training)
     if failed:
         worst = Counter(failed.values()).most_common(3)
         log.warning("%d samples have no answer: %s", len(failed), "; ".join(f"{why} ({n})" for why, n in worst))
@@ -110,7 +110,8 @@ def write_upstream(task: str, samples: Iterable[Sample], output: StrPath) -> Non
 class _Towers:
     """Which vision tower the features of a folder's predictions are of: there is one, as far as files tell."""
 
-    def __init__(self, lines):
+    def __init__(self, lines, training):
+        self._otherwise = "" if training else ", or give another --output"
         self._known = next((line["tower"] for line in lines if line.get("tower")), None)
 
     def check(self, path, made):
@@ -118,7 +119,7 @@ class _Towers:
         if made is not None and self._known is not None and same_tower(self._known, (made,)) is False:
             raise ValueError(
                 f"{path} was made by another tower ({made}) than the features of the predictions that are there "
-                f"({self._known}); extract it with that one, or give another --output"
+                f"({self._known}); extract it with that one{self._otherwise}"
             )
         self._known = self._known or made
 
@@ -289,6 +290,26 @@ def read_settings(output: StrPath) -> dict:
     return found
 
 
+def other_settings(chat: Answering, config: EvaluateConfig, about: dict[str, Any]) -> list[str]:
+    """How the settings of predictions that are there differ from those of a run, in words; nothing where they do not.
+
+    Args:
+        (others: as of `predict`.)
+    """
+    assert config.task is not None and config.annotations is not None, "flags are checked"
+    samples, files = read_samples(config.task, config.annotations)
+    known = read_json_object(Path(config.output) / SETTINGS)
+    return _differing(known, _settings(chat, config, files, samples, about)) if known else []
+
+
+def _differing(known, settings):
+    return [
+        f"{name} {known.get(name)} there, {settings.get(name)} now"
+        for name in {**known, **settings}
+        if known.get(name) != settings.get(name)
+    ]
+
+
 def _same_settings(output, settings):
     """Keep the settings of a new folder; refuse to go on with others.
 
@@ -301,12 +322,7 @@ def _same_settings(output, settings):
         with atomic_file(path) as file:
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
         return
-    differing = [
-        f"{name} {known.get(name)} there, {settings.get(name)} now"
-        for name in {**known, **settings}
-        if known.get(name) != settings.get(name)
-    ]
-    if differing:
+    if differing := _differing(known, settings):
         raise ValueError(
             f"{shown(output)} holds predictions of other settings ({'; '.join(differing)}); give another --output"
         )

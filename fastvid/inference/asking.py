@@ -102,9 +102,11 @@ class Answering(Asking):
 
     Attributes:
         model: not sharded.
+        flag_prefix: of the names of flags in messages, such as ``max_new_tokens``.
     """
 
     model: VideoLlava
+    flag_prefix = ""
 
     def request(
         self,
@@ -149,4 +151,5 @@ class Answering(Asking):
             at_once=at_once,
             cache_bytes=cache_bytes,
             keep_beginnings=keep_beginnings,
+            flag_prefix=self.flag_prefix,
         )

@@ -40,6 +40,7 @@ class Batcher:
         prefill_rows: most rows of prompts that join in one step, unless a single one has more.
         keep_beginnings: keep the beginning of prompts, up to the end of their video, for later ones, until its room
             is needed. What was not used for longest goes first.
+        flag_prefix: of the names of flags in messages.
 
     Attributes:
         row_bytes: of one row of keys and values, of all layers.
@@ -57,6 +58,7 @@ class Batcher:
         cache_bytes: int,
         prefill_rows: int = 8192,
         keep_beginnings: bool = False,
+        flag_prefix: str = "",
     ):
         sizes = model.config.decoder
         self.row_bytes = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * model.precision.compute.itemsize
@@ -64,6 +66,7 @@ class Batcher:
         self._model, self._tokens, self._stops = model, tokens, stops
         self._device = model.embed.weight.device
         self._at_once, self._prefill_rows, self._keep = at_once, prefill_rows, keep_beginnings
+        self._flag_prefix = flag_prefix
         self.found, self.failed = 0, {}
         self.reset()
 
@@ -109,7 +112,8 @@ class Batcher:
             raise ValueError(
                 f"a prompt of {prompt} tokens and an answer of {new_tokens} need "
                 f"{(prompt + new_tokens) * self.row_bytes / 2**30:.2g} GiB for keys and values, there are "
-                f"{self._rows * self.row_bytes / 2**30:.2g}: raise --kv_cache_gib, or lower --max_new_tokens"
+                f"{self._rows * self.row_bytes / 2**30:.2g}: raise --{self._flag_prefix}kv_cache_gib, or lower "
+                f"--{self._flag_prefix}max_new_tokens"
             )
         return new_tokens
 

@@ -83,7 +83,7 @@ LEFT_BY_A_RUN = (
     "reporters.json",
     "loss_curve.png",
     "profile",
-    "eval",
+    "eval_tasks",
     *RESULTS,
 )
 
@@ -244,6 +244,8 @@ def _check_not_in_use(found, config):
         "model_name_or_path": [config.model_name_or_path],
         "data_path": config.data_path,
         "eval_data_path": config.eval_data_path,
+        "eval_tasks": [given.partition("=")[2] for given in config.eval_tasks],
+        "eval_video_folder": [config.eval_video_folder],
         "video_folder": [config.video_folder],
         "video_folder_2": [config.video_folder_2],
         "pretrain_mm_mlp_adapter": [config.pretrain_mm_mlp_adapter],

@@ -1,5 +1,6 @@
 """Benchmarks of a model in training: its answers are those of its checkpoint, whoever shares the work."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ from fastvid.dist import parallel
 from fastvid.evaluate import main
 from fastvid.evaluation import beside_training, predict
 from fastvid.evaluation.predict import answered
-from fastvid.features.file import save_features
+from fastvid.features.file import load_features, save_features
 from fastvid.inference.chat import Chat
 from fastvid.inference.live import LiveModel
+from fastvid.training import recovery
 from fastvid.training.metrics import read_metrics
 from fastvid.weights import export
 
@@ -80,7 +82,7 @@ def test_answers_are_those_of_the_checkpoint(run, tmp_path, mode):
             asked = {"model_name_or_path": str(checkpoint.with_name("hf"))}
         chat = Chat(ChatConfig(**asked, max_new_tokens=7, device="cpu"))
         for name, count in {"mc_mc": 5, "match_short": 4, "vcg_generic_qa": 3}.items():
-            folder = tmp_path / "eval" / name / f"step-{line['step']}"
+            folder = tmp_path / "eval_tasks" / name / f"step-{line['step']}"
             found = answered(folder)
             assert line[f"eval_{name}/answered"] == len(found) == count
             for each in found.values():
@@ -102,6 +104,75 @@ def test_answers_are_those_of_the_checkpoint(run, tmp_path, mode):
         shutil.rmtree(checkpoint.with_name("hf"), ignore_errors=True)
 
 
+QUANTISED = [
+    "int8",
+    "nf4",
+    pytest.param("fp8", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_a_quantised_decoder_answers_as_it_is(run, tmp_path, dtype):
+    """Not as `chat` would, whose decoder is not; the settings and scores tell so."""
+    words = ["--eval_tasks", f"match={run / 'short.json'}", "--eval_max_new_tokens", "7", "--eval_kv_cache_gib", "0.01"]
+    words += ["--max_steps", "2", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    words += ["--frozen_dtype", dtype, *(["--bf16", "True"] if dtype == "fp8" else [])]
+    assert train.main(flags(run, tmp_path, *words)) == 0
+    folder = tmp_path / "eval_tasks" / "match_short" / "step-2"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert predict.read_settings(folder)["frozen_dtype"] == scores["frozen_dtype"] == dtype
+    assert len(answered(folder)) == 4
+    if dtype == "fp8":
+        return  # products of one row and of many may be rounded differently
+    state = train.build(config_of(run, tmp_path, *words), CPU)
+    recovery.resume(state)
+    asked = ChatConfig(str(run / "model"), projector=str(tmp_path / "checkpoint-2"), max_new_tokens=7, device="cpu")
+    with contextlib.closing(Chat(asked)) as chat:
+        chat.model = state.model
+        for each in answered(folder).values():
+            known = chat.features(run / "feats" / f"{each['video']}.safetensors")
+            assert each["prediction"] == chat.ask_features(known, each["question"])
+
+
+ALIKE = {
+    **MODES,
+    "bf16": ["--bf16", "True"],
+    "noise": ["--neftune_noise_alpha", "5", "--ema_decay", "0.5"],
+    "shared": ["--share_video", "True", "--question_order", "video_first"],
+}
+
+
+def _told(output):
+    """What a run's steps and validations have of figures that asking must not change."""
+    kept = ("step", "loss", "grad_norm", "eval_loss")
+    lines = ([(key, line[key]) for key in kept if key in line] for line in read_metrics(output / "metrics.jsonl"))
+    return [line for line in lines if len(line) > 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ALIKE)
+def test_training_is_bit_for_bit_as_without_questions(run, tmp_path, mode):
+    more = [*ALIKE[mode], "--eval_data_path", str(run / "train.json"), "--max_steps", "3", "--eval_strategy", "steps"]
+    more += ["--eval_steps", "1", "--save_steps", "3"]
+    questions = ["--eval_tasks", f"mc={run / 'mc.json'}", "--eval_max_new_tokens", "5", "--eval_kv_cache_gib", "0.01"]
+    for name, asked in (("without", []), ("with", questions)):
+        assert train.main(flags(run, tmp_path / name, *more, *asked)) == 0
+    assert _told(tmp_path / "with") == _told(tmp_path / "without") and len(_told(tmp_path / "with")) == 6
+    assert len(lines_of(tmp_path / "with")) == 3
+
+
+@pytest.mark.slow
+def test_sharded_training_is_bit_for_bit_as_without_questions(run, tmp_path):
+    more = ["--shard", "full", "--tune_mm_mlp_adapter", "False", "--per_device_train_batch_size", "1"]
+    more += ["--gradient_accumulation_steps", "2", "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "1"]
+    more += ["--eval_data_path", str(run / "train.json"), "--save_strategy", "no"]
+    questions = ["--eval_tasks", f"mc={run / 'mc.json'}", "--eval_max_new_tokens", "5", "--eval_kv_cache_gib", "0.01"]
+    for name, asked in (("without", []), ("with", questions)):
+        done = start(["-m", "fastvid.train"], flags(run, tmp_path / name, *more, *asked), ranks=2)
+        assert done.returncode == 0, done.stderr
+    assert _told(tmp_path / "with") == _told(tmp_path / "without") and len(_told(tmp_path / "with")) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--shard", "full", "--tune_mm_mlp_adapter", "False"], ["--ema_decay", "0.5"]])
 def test_ranks_share_the_work_and_training_goes_on_alike(run, tmp_path, more):
@@ -114,7 +185,7 @@ def test_ranks_share_the_work_and_training_goes_on_alike(run, tmp_path, more):
         assert done.returncode == 0, done.stderr
     for name in ("mc_mc", "match_short", "vcg_generic_qa"):
         for step in (2, 4):
-            one, two = (tmp_path / ranks / "eval" / name / f"step-{step}" for ranks in ("one", "two"))
+            one, two = (tmp_path / ranks / "eval_tasks" / name / f"step-{step}" for ranks in ("one", "two"))
             assert {file.name for file in two.glob("predictions*")} == {"predictions.0.jsonl", "predictions.1.jsonl"}
             assert predictions(one).keys() == predictions(two).keys()
             for key, (text, likelihoods) in predictions(one).items():
@@ -140,12 +211,104 @@ def test_a_signal_ends_the_questions_and_the_next_run_goes_on(run, tmp_path, mon
     monkeypatch.setattr(predict, "_line", line)
     assert train.main(flags(run, tmp_path, *words)) == 128 + signal.SIGTERM
     assert 3 <= len(answers) < 12 and not lines_of(tmp_path)
-    kept = predictions(tmp_path / "eval" / "mc_mc" / "step-2")
+    kept = predictions(tmp_path / "eval_tasks" / "mc_mc" / "step-2")
     assert len(kept) == len(answers)
     assert train.main(flags(run, tmp_path, *words)) == 0
     assert len(answers) == 24 and len(set(answers)) == 12  # none twice of one step
-    assert kept.items() <= predictions(tmp_path / "eval" / "mc_mc" / "step-2").items()
+    assert kept.items() <= predictions(tmp_path / "eval_tasks" / "mc_mc" / "step-2").items()
     assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("change", ["flag", "annotations"])
+def test_a_step_of_other_settings_is_asked_anew(run, tmp_path, monkeypatch, caplog, change):
+    """Such settings may change when a run goes on, also in the midst of a step's questions."""
+    questions = shutil.copy(run / "mc.json", tmp_path / "mc.json")
+    words = asking(run, "--max_steps", "2")
+    words[1:4] = [f"mc={questions}"]
+    with monkeypatch.context() as patch:
+        before = predict._line
+
+        def line(sample, *others):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return before(sample, *others)
+
+        patch.setattr(predict, "_line", line)
+        assert train.main(flags(run, tmp_path / "out", *words)) == 128 + signal.SIGTERM
+    folder = tmp_path / "out" / "eval_tasks" / "mc_mc" / "step-2"
+    assert 0 < len(answered(folder)) < 5
+    if change == "flag":
+        words += ["--eval_max_new_tokens", "9"]
+    else:
+        questions.write_text(json.dumps(json.loads(questions.read_text())[:4]))
+    assert train.main(flags(run, tmp_path / "out", *words)) == 0
+    assert f"{folder}: its predictions are of other settings" in caplog.text and "are made anew" in caplog.text
+    assert len(answered(folder)) == (5 if change == "flag" else 4)
+    assert predict.read_settings(folder)["max_new_tokens"] == (9 if change == "flag" else 7)
+
+
+def test_what_the_run_reads_is_not_moved_away(run, tmp_path):
+    """Nor what a user keeps under another name; with the files elsewhere it runs, as the message tells."""
+    steps = ["--max_steps", "1", "--resume", "never"]
+    given = ["--eval_tasks", f"match={run / 'short.json'}", "--eval_kv_cache_gib", "0.01", *steps]
+    own = tmp_path / "eval" / "feats"
+    shutil.copytree(run / "feats", own)
+    shutil.copytree(run / "feats", tmp_path / "eval_tasks" / "feats")
+    shutil.copy(run / "vcg" / "generic_qa.json", tmp_path / "eval_tasks")
+    for more in (
+        ["--eval_video_folder", str(tmp_path / "eval_tasks" / "feats")],
+        ["--eval_tasks", f"vcg={tmp_path / 'eval_tasks' / 'generic_qa.json'}"],
+    ):
+        with pytest.raises(ValueError, match=f"{more[0]} .* would move aside or write over"):
+            train.main(flags(run, tmp_path, *given, *more))
+    assert train.main(flags(run, tmp_path, *given, "--eval_video_folder", str(own))) == 0
+    assert own.is_dir() and (tmp_path / "previous-1" / "eval_tasks" / "feats").is_dir()
+
+
+@pytest.mark.parametrize(
+    "layout, said", [("replicated", "take up to"), ("full", "GiB for the gathered model and up to")]
+)
+def test_the_plan_tells_what_questions_take(run, tmp_path, monkeypatch, caplog, layout, said):
+    monkeypatch.setattr(parallel, "choose_layout", lambda *_, **__: layout)
+    with caplog.at_level("INFO", "fastvid"):
+        train.prepare(config_of(run, tmp_path), CPU)
+        assert "benchmarks take" not in caplog.text
+        train.prepare(config_of(run, tmp_path, *asking(run)), CPU)
+    assert "not counted: benchmarks take" in caplog.text
+    assert f"{said} 0.01 GiB for keys and values (--eval_kv_cache_gib)" in caplog.text
+
+
+def test_no_answer_at_all_is_told_loudly(run, tmp_path, caplog):
+    """By the names of training's flags, with which the answers fit."""
+    small = flags(run, tmp_path, *asking(run, "--max_steps", "2"), "--eval_kv_cache_gib", "0.000001")
+    assert train.main(small) == 0
+    told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 3 and "none of the 5 samples of mc_mc has an answer at step 2" in told[0]
+    assert "raise --eval_kv_cache_gib, or lower --eval_max_new_tokens" in caplog.text
+    assert " --kv_cache_gib" not in caplog.text
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_misfit_features_are_refused_before_anything_is_trained(run, tmp_path, skip):
+    """Of other rows or channels; some of them may be, where the user says so."""
+    more = ["--on_bad_sample", "skip"] if skip else []
+    plain, header = load_features(run / "feats" / "clip0.safetensors")
+    for values, made, said in (
+        (torch.cat([plain, plain[:1]]), header, "has .* rows, and the features of training have"),
+        (plain[:, :-1], header, "channels, the projector takes"),
+    ):
+        folder = tmp_path / str(values.shape)
+        shutil.copytree(run / "feats", folder)
+        files = sorted(folder.rglob("*.safetensors"))
+        for file in files:
+            save_features(file, values, made)
+        config = config_of(run, tmp_path, *asking(run, *more), "--eval_video_folder", str(folder))
+        with pytest.raises(ValueError, match=f"--eval_tasks mc=.*{said}.*--eval_video_folder"):
+            train.prepare(config, CPU)
+        for file in files[1:]:
+            save_features(file, plain, header)
+        if skip:
+            train.prepare(config, CPU)
+    train.prepare(config_of(run, tmp_path, *asking(run, *more), "--eval_video_folder", str(run / "feats")), CPU)
 
 
 def test_predictions_of_steps_that_are_made_anew_are_dropped(run, tmp_path):
@@ -153,16 +316,16 @@ def test_predictions_of_steps_that_are_made_anew_are_dropped(run, tmp_path):
     task = beside_training.EvalTask("mc_mc", "mc", "", "")
     for step in (2, 10, 12):
         beside_training.step_folder(tmp_path, task, step).mkdir(parents=True)
-    (tmp_path / "eval" / "mc_mc" / "step-best").mkdir()
+    (tmp_path / "eval_tasks" / "mc_mc" / "step-best").mkdir()
     beside_training.drop_later(tmp_path, [task], 10)
-    assert {file.name for file in (tmp_path / "eval" / "mc_mc").iterdir()} == {"step-2", "step-10", "step-best"}
+    assert {file.name for file in (tmp_path / "eval_tasks" / "mc_mc").iterdir()} == {"step-2", "step-10", "step-best"}
 
 
 def test_a_judge_may_grade_what_training_left(run, tmp_path, capsys):
     assert train.main(flags(run, tmp_path, *asking(run))) == 0
-    assert main(["--output", str(tmp_path / "eval" / "vcg_generic_qa" / "step-4")]) == 0
+    assert main(["--output", str(tmp_path / "eval_tasks" / "vcg_generic_qa" / "step-4")]) == 0
     assert "--judge and --judge_model have them judged" in capsys.readouterr().out
-    assert main(["--output", str(tmp_path / "eval" / "mc_mc" / "step-4")]) == 0
+    assert main(["--output", str(tmp_path / "eval_tasks" / "mc_mc" / "step-4")]) == 0
 
 
 def test_features_of_other_rows_are_refused(run, tmp_path):
