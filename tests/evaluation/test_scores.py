@@ -197,6 +197,8 @@ def test_upstreams_combined_files():
     wanted = asks(lines, "m")
     replies = itertools.cycle(["{'score': 4.8}", "five"])
     found = [{"key": ask.key, "reply": next(replies)} for ask in wanted]
+    cut = [line | {"cut": 9} for line in found]
+    assert not any(scores.upstream_entries(lines, wanted, cut).values())
     combined = scores.upstream_entries(lines, wanted, found)
     pair = {"q": "q", "a": "a", "pred": "p1"}
     assert combined["correctness"] == {"v_0": [{"score": 4.8}, pair]}  # the second sample's reply was "five"
