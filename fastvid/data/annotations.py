@@ -166,18 +166,19 @@ def _other_medium(record, media, questions, placeholder):
         placeholder: match of a placeholder of something else in its texts; None without one.
     """
     for name, value in record.items():
-        if name in _READ or not value or isinstance(value, (bool, float)):
+        if name in _READ or _is_empty(value) or isinstance(value, (bool, float)):
             continue
-        if isinstance(value, int):  # as some sets number their videos
-            if not media and _NAMES["video"].fullmatch(name):
-                return _named_elsewhere(name, "video")
+        if isinstance(value, int):  # as some sets number their videos, or their images
+            for kind, pattern in _NAMES.items():
+                if not media and pattern.fullmatch(name):
+                    return _named_elsewhere(name, kind)
             continue
         if _OTHER_MEDIA.fullmatch(name) and (placeholder or not media):
             return _of_something_else(f"field '{shown(name)}'")
         for kind, pattern in _NAMES.items():
             if pattern.fullmatch(name) and (not media or (placeholder and kind == "image")):
                 return _named_elsewhere(name, kind)
-        if not media and isinstance(value, dict) and "source_video_id" in value:  # PLM's questions about clips
+        if not media and isinstance(value, dict) and not _is_empty(value.get("source_video_id")):  # PLM's clips
             return _named_elsewhere(f"{name}.source_video_id", "video")
     for name, value in record.items() if not media and any(map(_TAG.search, questions)) else ():
         for file in value if isinstance(value, list) else [value]:
@@ -195,6 +196,11 @@ def _other_medium(record, media, questions, placeholder):
             return Fault("placeholders without a file", f"{said}; name its image in 'image'")
         return _of_something_else(said)
     return None
+
+
+def _is_empty(value):
+    """Whether a field says nothing. 0 is the number of a video as others are."""
+    return value is None or value in ("", [], {})
 
 
 def _of_images(placeholder):

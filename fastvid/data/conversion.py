@@ -20,14 +20,15 @@ from fastvid.files import StrPath, shown
 
 _PLACED = "no placeholder in the text: the video or image is put before the first question"
 _OF_UPSTREAM = {"videoinstruct", "training", None}  # styles that the reference's files have; None: malformed records
-# Fields of records that are not converted, and why; the first that is there counts.
+# Records that are not converted, and why: the first line counts, of which one group of fields ("a+b") is there.
 _KNOWN_BY = {
-    "chosen rejected": "holds an answer that is chosen and one that is rejected: preferences are not trained on",
-    "Q Q1": "is of VCGBench, which is no training set: `fastvid evaluate --task vcg` asks its questions",
-    "candidates options choices": "is of a multiple-choice benchmark: `fastvid evaluate --task mc` asks its questions",
+    "chosen+rejected": "holds an answer that is chosen and one that is rejected: preferences are not trained on",
+    "Q+A Q1+A": "is of VCGBench, which is no training set: `fastvid evaluate --task vcg` asks its questions",
+    "question+candidates question+options question+choices": "is of a multiple-choice benchmark: `fastvid evaluate "
+    "--task mc` asks its questions",
     "message_lists message_list": "holds several conversations about one video; write each as a record of its own",
-    "caption captions dense_captions merged_caption enCap": "holds a caption and no question; write a record of "
-    "'question' and 'answer', where the caption is the answer",
+    "caption captions dense_captions merged_caption enCap": "holds a caption and no question with an answer; write a "
+    "record of 'question' and 'answer', where the caption is the answer",
 }
 _NUMBER = re.compile(r"\d+")
 
@@ -169,10 +170,11 @@ def _refusal(path, index, field, reason):
 
 def _why_unknown(record):
     """Why a record of no style is not converted."""
-    for fields, reason in _KNOWN_BY.items():
-        if not set(fields.split()).isdisjoint(record):
-            return reason
-    fields = ", ".join(map(shown, list(record)[:8])) or "no fields"
+    filled = [name for name, value in record.items() if value is not None]
+    fields = ", ".join(map(shown, filled[:8])) + ", …" * (len(filled) > 8) or "no fields"
+    for groups, reason in _KNOWN_BY.items():
+        if any(set(group.split("+")).issubset(filled) for group in groups.split()):
+            return f"{reason} (it has {fields})"
     return f"has {fields}: a style that is not known; docs/record-styles.md lists those that are"
 
 
@@ -180,7 +182,7 @@ def _converted(record, index, media_root):
     """(training record, remarks, names of its media) of a record."""
     read = conversation(record, index)
     if elsewhere := of_other_media(record, read):
-        raise Unreadable("", f"is not converted: {elsewhere}")
+        raise Unreadable(None, elsewhere)
     turns, remarks, media = read.turns, list(read.remarks), read.media
     if media_root is not None:
         media = [Medium(kind, _below(name, media_root)) for kind, name in media]

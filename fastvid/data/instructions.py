@@ -27,7 +27,7 @@ class Converted:
     """
 
     records: list[dict] | RecordWriter = field(default_factory=list)
-    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    dropped: list[tuple[int, str | None, str]] = field(default_factory=list)
     absent: list[tuple[int, str]] = field(default_factory=list)
     shortened: int = 0
     empty: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
@@ -94,9 +94,11 @@ def feature_ids(folder: StrPath) -> set[str]:
     return ids
 
 
-def describe(fault: tuple[str, str]) -> str:
-    """A (field, reason) as part of a sentence."""
+def describe(fault: tuple[str | None, str]) -> str:
+    """A (field, reason) of `fastvid.data.media.Unreadable` as part of a sentence."""
     name, reason = fault
+    if name is None:
+        return reason
     return f"field '{name}' {reason}" if name else f"the record {reason}"
 
 

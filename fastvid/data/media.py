@@ -39,11 +39,11 @@ class Unreadable(ValueError):
     """A record is no conversation.
 
     Attributes:
-        field: that is at fault; empty for the whole record.
+        field: that is at fault; empty for the whole record; None where the reason is a sentence by itself.
         reason: continues a sentence that begins with the field.
     """
 
-    def __init__(self, field: str, reason: str):
+    def __init__(self, field: str | None, reason: str):
         super().__init__(field, reason)
         self.field, self.reason = field, reason
 

@@ -95,6 +95,9 @@ NOT_CONVERTED = {
         "field 'video_name' is not read; a record names its",
     ),
     "msvd-qa": ({**ASKED_OF, "id": 3, "video_id": 1301}, "field 'video_id' is not read; a record names its"),
+    "msvd-qa, its first video": ({**ASKED_OF, "video_id": 0}, "field 'video_id' is not read; a record names its video"),
+    "vqa": ({**ASKED_OF, "image_id": 458752}, "field 'image_id' is not read; a record names its image in 'image'"),
+    "vqa, its first image": ({**ASKED_OF, "image_id": 0}, "field 'image_id' is not read"),
     "tgif-qa": ({**ASKED_OF, "gif_name": "tumblr_1"}, "field 'gif_name' is not read; a record names its"),
     "plm, clips": ({**ASKED_OF, "metadata": {"source_video_id": "v"}}, "field 'metadata.source_video_id' is not read"),
     "audio": (
@@ -113,7 +116,7 @@ NOT_CONVERTED = {
     "molmo2": ({"video": "v", "message_lists": [[ASKED_OF]]}, "several conversations about one video; write each as a"),
     "plm, regions": (
         {"uid": 1, "video": "v", "caption": "c", "start_frame": 0},
-        "a caption and no question; ",
+        "a caption and no question with an answer; ",
     ),
     "captions by time": ({"video_id": "v", "captions": [{"content": "c"}]}, "holds a caption and no question"),
     "preferences": ({"prompt": "Which?", "chosen": "a", "rejected": "b"}, "preferences are not trained on"),
@@ -136,6 +139,33 @@ NOT_CONVERTED = {
 def test_what_is_not_converted_says_why(given, reason):
     done = convert_any([given], path="p", on_bad="drop")
     assert not done.records and len(done.kinds("p")) == 1 and re.search(reason, done.kinds("p")[0])
+
+
+def test_what_is_not_converted_is_told_once_and_with_its_fields():
+    for name, (given, _) in NOT_CONVERTED.items():
+        (told,) = convert_any([given], path="p", on_bad="drop").kinds("p")
+        assert told.count("not converted") == 0 and told.count("cannot be converted") == 1
+        if style_of(given) is None:
+            assert f"(it has {', '.join(list(given)[:8])})" in told, name
+
+
+GUESSED = [
+    {"chosen": "a", "video": "v.mp4"},  # and none that is rejected
+    {"options": ["a", "b"], "video": "v.mp4"},  # and no question
+    {"Q": "Which?", "video": "v.mp4"},
+    {"text": "a", "caption": None, "message_lists": None},  # of a table of several sets
+]
+
+
+@pytest.mark.parametrize("given", GUESSED)
+def test_one_field_is_no_reason(given):
+    (told,) = convert_any([given], path="p", on_bad="drop").kinds("p")
+    assert "a style that is not known; docs/record-styles.md" in told
+
+
+def test_a_source_that_is_empty_names_no_video():
+    done = convert_any([{**ASKED_OF, "metadata": {"source_video_id": None}}], path="p")
+    assert len(done.records) == 1 and not done.dropped
 
 
 def test_what_is_not_converted_is_taken_once_mended_as_told(tmp_path):
