@@ -57,6 +57,11 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
 
 
+def test_convert_does_not_load_torch():
+    script = "import sys\nimport fastvid.convert\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, check=True)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help(name, capsys):
     assert code_of(cli.main, [name, "--help"]) == 0

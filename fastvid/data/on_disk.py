@@ -11,14 +11,16 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvid.data import records, scanning
 from fastvid.data.unpacking import once_a_machine, unpacked
-from fastvid.dist.parallel import World
 from fastvid.files import StrPath, shown
+
+if TYPE_CHECKING:  # `fastvid convert` does not load torch
+    from fastvid.dist.parallel import World
 
 _HELD = 64 * 2**20  # bytes of unpacked records that stay in memory
 _DEEPEST = 100  # levels of objects and lists in a record, which the parser takes from wherever it is called
@@ -48,7 +50,7 @@ class RecordFile:
         world: ranks that all scan it, one of which unpacks it on each machine; None: this process is alone.
     """
 
-    def __init__(self, path: StrPath, world: World | None = None):
+    def __init__(self, path: StrPath, world: "World | None" = None):
         self.path, self._world = path, world
         self._file: int | None = None  # a descriptor
         self._close: weakref.finalize | None = None
@@ -148,7 +150,7 @@ class RecordFile:
     def _unpacked(self, processes):
         """The records as JSONL, where they are read from now on."""
         self._seen = None
-        self._hold(once_a_machine(self._world, lambda: unpacked(self.path, _dumped(self.path))))
+        self._hold(once_a_machine(self._world, lambda: unpacked(self.path, _dumped(self.path)), self.path))
         assert self._file is not None
         if os.fstat(self._file).st_size <= _HELD:
             self._bytes = scanning.read(self._file, 0, _HELD)

@@ -11,7 +11,6 @@ import numpy as np
 
 from fastvid.data import records
 from fastvid.data.plain import ROLE, Matcher, match_lines
-from fastvid.data.prefetch import Prefetcher
 
 CHUNK = 4 * 2**20  # bytes that are looked at together
 READ_AGAIN = 2**30  # bytes that are read as a whole at most, where a file is faulty or not what it seemed
@@ -33,8 +32,14 @@ def lines(file: int, processes: int) -> Iterator[Pieces]:
     """What `RecordFile` notes of a JSONL file's lines; blank ones do not count."""
     size = os.fstat(file).st_size
     chunks = range(-(-size // CHUNK))
-    ahead = Prefetcher(partial(_chunk_of_lines, file), min(processes, len(chunks) // 2))
-    with contextlib.closing(ahead.map(chunks)) as found:
+    look, processes = partial(_chunk_of_lines, file), min(processes, len(chunks) // 2)
+    if processes:
+        from fastvid.data.prefetch import Prefetcher  # loads torch, which `fastvid convert` does without
+
+        ahead = contextlib.closing(Prefetcher(look, processes).map(chunks))
+    else:
+        ahead = contextlib.nullcontext(map(look, chunks))
+    with ahead as found:
         for pieces in found:
             if pieces is None:
                 raise OtherForm

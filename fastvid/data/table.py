@@ -5,7 +5,7 @@ Dimensions: n records.
 
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from fastvid.data.on_disk import Block, RecordFile
 from fastvid.data.records import place
 from fastvid.data.scanning import NO_NAME, NOT_PLAIN
 from fastvid.data.styles import canonical, record_videos
-from fastvid.dist.parallel import World
 from fastvid.files import StrPath
+
+if TYPE_CHECKING:
+    from fastvid.dist.parallel import World
 
 _SEVERAL = -2  # in `RecordTable.first_video`: see `_several`
 _LISTED = 5  # records that cannot be used which are told one by one
@@ -43,7 +45,7 @@ class RecordTable:
         examine: Callable[[Any, int], Examined],
         missing: Callable[[str], str | None],
         processes: int = 0,
-        world: World | None = None,
+        world: "World | None" = None,
     ):
         self._examine, self._missing, self._processes, self._world = examine, missing, processes, world
         self.counts: list[int] = []

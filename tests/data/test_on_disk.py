@@ -1,9 +1,11 @@
 """Records that stay on disk: what is read is what reading the whole file gives."""
 
+import errno
 import json
 import os
 import subprocess
 import tempfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,6 +127,14 @@ def unpacked_on(rank, path, how, held):
         unpacking._machine = lambda: str(rank % 2)
     elif how == "other users":
         unpacking.os = SimpleNamespace(**{**vars(os), "open": denied})
+    elif how == "no identity":
+        unpacking._machine = lambda: None
+    elif how == "another file":  # a process of that number in another container
+        unpacking.os = SimpleNamespace(**{**vars(os), "open": lambda path, flags: os.open("/etc/passwd", flags)})
+    elif how == "defect":
+        on_disk.unpacked = broken
+    elif how == "late":
+        unpacking._ROUND, on_disk.unpacked = 0.5, late
     elif how == "full":
         on_disk.unpacked = fail
     file, asked = RecordFile(path, ranks[rank]), []
@@ -132,13 +142,22 @@ def unpacked_on(rank, path, how, held):
     on_disk._dumped = lambda path: asked.append(rank) or dumped(path)
     try:
         list(file.scan())
-    except ValueError as error:
-        return str(error)
+    except (ValueError, TypeError) as error:
+        return str(error) if how == "full" else (type(error).__name__, str(error))
     return [file[i] for i in range(len(file))], len(asked)
 
 
 def fail(path, lines):
     raise ValueError("no room")
+
+
+def broken(path, lines):
+    raise TypeError("no JSON")
+
+
+def late(path, lines):
+    time.sleep(9)
+    return unpacking.unpacked(path, lines)
 
 
 def denied(path, flags):
@@ -147,7 +166,14 @@ def denied(path, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "times"), [("one machine", [1, 0, 0]), ("other machines", [1, 1, 0]), ("other users", [1, 1, 1])]
+    ("how", "times"),
+    [
+        ("one machine", [1, 0, 0]),
+        ("other machines", [1, 1, 0]),
+        ("other users", [1, 1, 1]),
+        ("another file", [1, 1, 1]),
+        ("no identity", [1, 1, 1]),
+    ],
 )
 @pytest.mark.parametrize("held", [0, 2**26])
 def test_one_rank_of_a_machine_unpacks_for_all(tmp_path, how, times, held):
@@ -160,6 +186,29 @@ def test_one_rank_of_a_machine_unpacks_for_all(tmp_path, how, times, held):
 def test_all_ranks_end_where_one_has_no_room_to_unpack(tmp_path):
     (tmp_path / "a.json").write_bytes(FILES["wrapped"])
     assert on_ranks(3, unpacked_on, tmp_path, tmp_path / "a.json", "full", 0) == ["no room"] * 3
+
+
+@pytest.mark.slow
+def test_a_defect_while_one_unpacks_ends_all_ranks(tmp_path):
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    own, *others = on_ranks(3, unpacked_on, tmp_path, tmp_path / "a.json", "defect", 0)
+    assert own == ("TypeError", "no JSON") and others == [("ValueError", "rank 0: TypeError: no JSON")] * 2
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_that_unpacks_longer_than_a_collective_may_last(tmp_path):
+    (tmp_path / "a.json").write_bytes(FILES["wrapped"])
+    found = on_ranks(3, unpacked_on, tmp_path, tmp_path / "a.json", "late", 0, timeout=6)
+    assert [records for records, _ in found] == [RECORDS] * 3
+
+
+def test_an_error_of_the_source_is_not_blamed_on_the_temporary_folder():
+    def lines():
+        yield b"{}\n"
+        raise OSError(errno.EIO, "Input/output error", "a.json")
+
+    with pytest.raises(OSError, match="Input/output error: 'a.json'"):
+        unpacking.unpacked("a.json", lines())
 
 
 def test_a_pipe_is_read_once():
