@@ -50,6 +50,7 @@ KEY = "provenance"
 EXPORT_MARK = "fastvid_export"  # the key of config.json by which an export of ours is known
 _MEMBER = "fastvid/provenance.json"
 _MOST_BYTES = 1 << 20  # of a member of a zip file: more is not ours
+_OTHERS = "; perhaps others"
 _PAIR = re.compile(r"(.+) of ([0-9]{1,9}) frames")
 _LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _TEMPLATES = {"v1": "vicuna_v1_1"}  # older checkpoints know the flag --version
@@ -75,7 +76,8 @@ class Provenance:
             are all "auto" it is None, as of those that do not tell.
         lora: whether a LoRA adapter was trained together with these weights, which are nothing without it.
         pooling: what the rows of their videos are, as ``--pooling`` says it; of several all, with "; " between them.
-        pairs: which pooling came with which frames, where videos differ in either: "grid:16x12x12 of 16 frames; …".
+        pairs: which pooling came with which frames, where videos differ in either: "grid:16x12x12 of 16 frames; …"; at
+            its end "perhaps others" if not every file was looked at.
         second: the same of a second vision tower's features, but for what is the model's alone. `rows` are those of
             both towers.
     """
@@ -105,6 +107,11 @@ class Provenance:
         """{(pooling, frames)} of `pairs`; empty where nothing tells which went together."""
         found = map(_PAIR.fullmatch, (self.pairs or "").split("; "))
         return {(pair[1], int(pair[2])) for pair in found if pair is not None}
+
+    @property
+    def may_have_others(self) -> bool:
+        """Whether features may have been of other pairs than `made_with`."""
+        return not self.made_with or (self.pairs or "").endswith(_OTHERS)
 
     @classmethod
     def of_header(cls, header: dict[str, Any]) -> Self:
@@ -154,7 +161,7 @@ def is_of_an_image(header: dict[str, Any]) -> bool:
 
 
 def of_features(
-    looked_at: Collection[tuple[int, dict[str, Any]]],
+    looked_at: Collection[tuple[int, dict[str, Any]]], *, of_more: bool = False
 ) -> tuple[Provenance, Counter[tuple[str | None, str]]]:
     """(Provenance, {(tower, revision): how many}) of feature files, as far as their headers tell.
 
@@ -162,6 +169,7 @@ def of_features(
 
     Args:
         looked_at: (rows, header) of each file. A header may be empty.
+        of_more: there are files that were not looked at.
 
     Returns:
         The Provenance holds what all files with a header agree about: of several towers it names none.
@@ -183,6 +191,7 @@ def of_features(
         ((tower, revision),) = towers
         if tower is not None and Path(tower).is_dir():
             tower = str(Path(tower).absolute())
+    told = _joined(f"{pooling} of {number} frames" for pooling, number in told)
     decoded = decoders_of(header for _, header in looked_at)
     decoder, conversion = _joined(name for name, _ in decoded), _joined(name for _, name in decoded)
     return Provenance(
@@ -194,7 +203,7 @@ def of_features(
         conversion=conversion,
         tower_dtype=("auto; fp8" if products[False] else "fp8") if products[True] else None,
         pooling=_joined(pooling for pooling, _ in pairs),
-        pairs=_joined(f"{pooling} of {number} frames" for pooling, number in told),
+        pairs=told + _OTHERS * of_more if told else None,
     ), towers
 
 
@@ -383,7 +392,7 @@ def agreed_frames(given: int | None, trained: Provenance, weights: StrPath, pool
     """
     with_it = sorted({frames for each, frames in trained.made_with if pooling in (None, each)})
     if with_it:
-        if given is not None and given not in with_it:
+        if given is not None and given not in with_it and not trained.may_have_others:
             raise ValueError(
                 f"--num_frames {given}: {weights} was trained with {trained.pairs}, and would answer wrongly; give "
                 + " or ".join(map(str, with_it))

@@ -142,13 +142,14 @@ class SampleSet:
     def _look_at_headers_in(self, folder, log):
         """The Provenance of the features in a folder of one vision tower; None: there is no folder."""
         names, looked_at = self.records.names, []
-        for name in names[:: max(1, len(names) // self.HEADERS)]:
+        step = max(1, len(names) // self.HEADERS)
+        for name in names[::step]:
             try:
                 looked_at.append((folder.shape(name)[0], folder.header(name)))
                 self._unmade |= not folder.is_made(name)
             except (ValueError, OSError):  # reported where the record is used
                 continue
-        found, towers = provenance.of_features(looked_at)
+        found, towers = provenance.of_features(looked_at, of_more=step > 1)
         poolings = set(found.pooling.split("; ")) - {RECIPE} if found.pooling else ()
         if poolings and self.config.policy.recipe_pooling:
             raise ValueError(

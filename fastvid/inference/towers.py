@@ -1,5 +1,6 @@
 """A vision tower that a model was trained with: what is checked of its features, and the encoder that makes them."""
 
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fastvid.model.config import ModelConfig
 from fastvid.provenance import Provenance, same_tower, why_no_frames, why_no_pooling
 from fastvid.video.encoder import FeatureEncoder
 from fastvid.video.towers.choice import check_tower, choose_tower, revisions
+
+log = logging.getLogger("fastvid")
 
 
 class Tower:
@@ -52,6 +55,7 @@ class Tower:
         self._num_frames, self._pooling = num_frames, pooling
         self._given_frames, self._given_pooling = given_frames, given_pooling
         self._encoder: FeatureEncoder | None = None
+        self._warned: set[tuple[str | None, int | None]] = set()
         if given is not None and Path(given).is_dir():
             check_tower(given, trained, weights, self.flag)
 
@@ -139,11 +143,16 @@ class Tower:
             )
         pair = made.pooling, made.num_frames
         if trained.made_with and None not in pair and pair not in trained.made_with:
-            raise ValueError(
+            said = (
                 f"{file} was made with --pooling {made.pooling} --num_frames {made.num_frames}, {self.weights} was "
-                f"trained with {trained.pairs}; extract it with one of these"
+                f"trained with {trained.pairs}"
             )
-        frames = self._given_frames
+            if not trained.may_have_others:
+                raise ValueError(f"{said}; extract it with one of these")
+            if pair not in self._warned:
+                log.warning("%s", said)
+            self._warned.add(pair)
+        frames = None if pair in trained.made_with else self._given_frames  # those are right, whatever videos get
         if trained.num_frames is None and made.num_frames and frames and made.num_frames != frames:
             raise ValueError(
                 f"{file} was made with --num_frames {made.num_frames}, not with the --num_frames {frames} that is "

@@ -42,11 +42,11 @@ def frames_to_make(config: DataConfig, *, second: bool = False) -> int:
     """Most frames of videos whose features training makes: as told, else as of the weights it starts from, else 100.
 
     Args:
-        second: of a second vision tower. What the weights tell of that one comes before what is told: the flag is
-            the first tower's, too.
+        second: of a second vision tower. Where the weights tell one number of that one, it comes before what is told:
+            the flag is the first tower's, too. Where they tell several, one of these must be told.
 
     Raises:
-        ValueError: those were trained with several.
+        ValueError: those were trained with several; the second tower with others than the one that is told.
     """
     start = start_of(config)
     trained, pooling = _trained(start, second), config.pooling
@@ -54,7 +54,7 @@ def frames_to_make(config: DataConfig, *, second: bool = False) -> int:
         pooling = trained.pooling
     if second and trained.num_frames is not None:
         return trained.num_frames
-    frames = config.num_frames or agreed_frames(None, trained, start or "", pooling)
+    frames = (not second and config.num_frames) or agreed_frames(config.num_frames, trained, start or "", pooling)
     if frames is None:
         raise ValueError(f"{why_no_frames(start or '')}; give one with --num_frames")
     return frames
@@ -67,13 +67,13 @@ def pooling_to_make(config: DataConfig, *, second: bool = False) -> Pooling:
         second: as for `frames_to_make`.
 
     Raises:
-        ValueError: those were trained with several, or with one that is not known here.
+        ValueError: those were trained with several, or with one that is not known here; the second tower with others
+            than the one that is told.
     """
     start = start_of(config)
     trained = _trained(start, second).pooling
-    one = second and trained is not None and "; " not in trained
-    pooling = agreed_pooling(None, trained, start or "") if one else config.pooling
-    pooling = pooling or agreed_pooling(None, trained, start or "")
+    given = None if second and trained is not None and "; " not in trained else config.pooling
+    pooling = given if given and not second else agreed_pooling(given, trained, start or "")
     if pooling is None:
         raise ValueError(f"{why_no_pooling(trained, start or '')}; name one with --pooling")
     return Pooling.parse(pooling)

@@ -7,7 +7,7 @@ import pytest
 from fastvid.config import ChatConfig
 from fastvid.config.pooling import RECIPE
 from fastvid.inference.towers import towers_of
-from fastvid.provenance import Provenance
+from fastvid.provenance import Provenance, agreed_frames, of_features
 
 GRID, OTHER = "grid:2x2x2", "pllava-attn"  # the latter is another program's
 
@@ -61,6 +61,34 @@ def test_a_file_of_a_pair_that_was_not_trained_on_is_refused():
         tower.check_made_alike("f", made)
     # Older weights do not tell which went together.
     only(Provenance(pooling=f"{GRID}; {RECIPE}"), None, None).check_made_alike("f", header(4))
+
+
+def test_a_pair_that_no_sample_held_is_taken_with_a_warning(caplog):
+    """Training looks at some headers, so that its weights may know more than they tell."""
+    trained, _ = of_features([(1, header(4, GRID)), (1, header(100))], of_more=True)
+    assert trained.pairs == f"{GRID} of 4 frames; {RECIPE} of 100 frames; perhaps others"
+    tower = only(Provenance.of(trained.to_json()), None, None)
+    for _ in range(2):
+        tower.check_made_alike("f", header(100, GRID))
+        tower.check_made_alike("f", header(4, GRID))
+    assert [record.message.endswith("perhaps others") for record in caplog.records] == [True]
+    assert agreed_frames(8, trained, "w", GRID) == 8
+    with pytest.raises(ValueError, match="was trained with .* 100 frames, and would answer wrongly"):
+        agreed_frames(8, of_features([(1, header(4, GRID)), (1, header(100))])[0], "w", GRID)
+
+
+def test_frames_given_for_videos_do_not_refuse_files_that_were_trained_on():
+    model = SimpleNamespace(vision_tower=None, mm_hidden_size=8, mm_hidden_size_2=8)
+    trained = Provenance(
+        num_frames=16,
+        pooling=RECIPE,
+        second=Provenance(pooling=RECIPE, pairs=f"{RECIPE} of 16 frames; {RECIPE} of 32 frames"),
+    )
+    config = ChatConfig("m", num_frames=16, pooling=RECIPE)
+    _, second = towers_of(config, model, trained, "w", 16, None)  # pyright: ignore[reportArgumentType]
+    second.check_made_alike("f", header(32))
+    with pytest.raises(ValueError, match="extract it with one of these"):
+        second.check_made_alike("f", header(64))
 
 
 def test_a_file_of_other_frames_than_the_given_ones_is_refused():
