@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,14 +76,17 @@ def atomic_file(path: StrPath) -> Iterator[BinaryIO]:
 
     It is written under a temporary name in the same folder, synced and renamed; after an error or a crash `path` is
     what it was before. A link at `path` stays, and the file that it leads to is replaced. What is no regular file
-    (a pipe, /dev/stdout) has nothing to replace and is written to directly.
+    (a pipe, /dev/stdout) has nothing to replace: it gets all of a temporary file, or after an error nothing.
 
     Raises:
         ValueError: the folder of `path` does not exist.
     """
     if Path(path).exists() and not Path(path).is_file():
-        with open(path, "wb") as file:
-            yield file
+        # Opened at once: who reads a pipe sees its end after an error as well.
+        with open(path, "wb") as file, tempfile.TemporaryFile(prefix="fastvid-") as whole:
+            yield whole
+            whole.seek(0)
+            shutil.copyfileobj(whole, file)
         return
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():

@@ -138,6 +138,17 @@ def test_other_content_is_not_judged(tmp_path):
     assert wrong_content(tmp_path / "a") is None
 
 
+def test_a_pipe_gets_nothing_after_an_error(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(ValueError, match="refused"), atomic_file(tmp_path / "pipe") as file:
+        file.write(b"[{}")
+        file.flush()
+        raise ValueError("refused")
+    assert os.read(reader, 10) == b""  # its end, not a part
+    os.close(reader)
+
+
 def test_pipes_and_folders_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "pipe" in wrong_content(tmp_path / "pipe")
