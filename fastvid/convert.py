@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastvid import config as configs
 from fastvid.data import instructions
 from fastvid.data.conversion import Conversion, convert_any
-from fastvid.data.on_disk import RecordFile
+from fastvid.data.on_disk import RecordFile, TooDeep
 from fastvid.data.records import RecordWriter
 from fastvid.features.names import SUFFIXES, stem
 from fastvid.files import VIDEO_SUFFIXES, atomic_file, shown
@@ -60,11 +60,14 @@ def convert(config: configs.ConvertConfig) -> Conversion:
 
 
 def _records(path):
-    """The records of a file, which is held in memory a piece at a time."""
+    """The records of a file, which is held in memory a piece at a time; a `TooDeep` in the place of one that is."""
     file = RecordFile(path)
     for block in file.scan():
         for number in range(block.first, block.first + len(block.name_of)):
-            yield file.examined(number)
+            try:
+                yield file.examined(number)
+            except TooDeep as fault:
+                yield fault
 
 
 def _missing(folder):

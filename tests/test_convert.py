@@ -225,3 +225,14 @@ def test_empty_texts_and_endings_are_told(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "1 records have an empty question" in err and "1 records have an empty answer; training" in err
     assert '1 records: the ending of "video_id" is left out' in err
+
+
+def test_a_record_that_is_nested_too_deep_is_a_malformed_one(tmp_path, capsys):
+    deep = json.dumps(RECORDS[1])[:-1] + ', "more": ' + "[" * 200 + "]" * 200 + "}"
+    (tmp_path / "in.jsonl").write_text("\n".join([json.dumps(RECORDS[0]), deep, json.dumps(RECORDS[2])]))
+    flags = ["--input_json_file", str(tmp_path / "in.jsonl"), "--output_json_file", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match=r"record 1 \(from 0\): the record is nested over 100 deep, .*; mend it, or"):
+        convert.main(flags)
+    assert convert.main([*flags, "--on_bad", "drop"]) == 0
+    assert "record 1 (from 0): the record is nested over 100 deep" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 2

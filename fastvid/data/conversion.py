@@ -14,6 +14,7 @@ from fastvid.data.annotations import Remarks, of_other_media
 from fastvid.data.instructions import Converted, add_converted, describe
 from fastvid.data.media import Medium, Unreadable, placed_first, places
 from fastvid.data.names import IMAGE, VIDEO
+from fastvid.data.on_disk import TooDeep
 from fastvid.data.records import RecordWriter, kind_of, place
 from fastvid.data.styles import conversation, has
 from fastvid.files import StrPath, shown
@@ -114,6 +115,7 @@ def convert_any(
     """Records of any style to training records, in their order; those in the training form stay as they are.
 
     Args:
+        records: JSON values; a `TooDeep` stands for one that is not looked at, and is a malformed record.
         path: the file that they come from, for messages.
         style: one of `fastvid.config.STYLES`; a record of another is malformed.
         on_bad: as the flag of `ConvertConfig`. Of "auto" the file decides, all records of which are looked at first.
@@ -133,6 +135,8 @@ def convert_any(
         if own is None and isinstance(record, dict) and not {"q", "a"}.isdisjoint(record):
             own = "videoinstruct"  # without some field, which is told
         try:
+            if isinstance(record, TooDeep):
+                raise Unreadable("", record.reason)
             if not isinstance(record, dict):
                 raise Unreadable("", f"is {kind_of(record)}, not an object")
             if style not in ("auto", own):

@@ -78,12 +78,12 @@ class RecordFile:
         try:
             data = self._raw(number)
             record = _loads(data, self.path, number)
-        except _TooDeep:
+        except TooDeep:
             raise
         except ValueError:
             raise self.fault(number) from None
         if data.count(b"[") + data.count(b"{") > _DEEPEST and _is_deep(record):
-            raise _TooDeep(self.path, number)
+            raise TooDeep(self.path, number)
         return record
 
     def _raw(self, number):
@@ -180,12 +180,16 @@ class RecordFile:
         )
 
 
-class _TooDeep(ValueError):
-    def __init__(self, path, number):
-        super().__init__(
-            f"{records.place(path, number)} is nested over {_DEEPEST} deep, which no conversation is; leave it out, or "
-            "the field of it that is"
-        )
+class TooDeep(ValueError):
+    """A record is nested too deep to be looked at.
+
+    Attributes:
+        reason: continues a sentence that begins with the record.
+    """
+
+    def __init__(self, path: StrPath, number: int):
+        self.reason = f"is nested over {_DEEPEST} deep, which no conversation is"
+        super().__init__(f"{records.place(path, number)} {self.reason}; leave it out, or the field of it that is")
 
 
 def _state(descriptor):
@@ -197,7 +201,7 @@ def _loads(data, path, number):
     try:
         return json.loads(data.decode())
     except RecursionError:
-        raise _TooDeep(path, number) from None
+        raise TooDeep(path, number) from None
     except ValueError as error:
         raise ValueError(f"{records.place(path, number)} is no JSON ({error}); mend the file") from error
 
@@ -208,7 +212,7 @@ def _dumped(path):
         try:
             yield json.dumps(record).encode("ascii") + b"\n"
         except RecursionError:
-            raise _TooDeep(path, number) from None
+            raise TooDeep(path, number) from None
 
 
 def _is_deep(value):

@@ -17,7 +17,7 @@ READ_AGAIN = 2**30  # bytes that are read as a whole at most, where a file is fa
 BOM = b"\xef\xbb\xbf"
 BLANK = records.BLANK.encode("ascii")
 _SPACE = re.compile(rb"[ \t\r\n]*")
-_LONE_RETURN = re.compile(rb"\r(?!\n)")
+_LONE_RETURN = re.compile(rb"\r(?!\n|\Z)")  # the end of a file ends its last line, too
 
 NO_NAME, NOT_PLAIN = -1, -2  # in `fastvid.data.on_disk.Block.name_of`
 

@@ -45,6 +45,7 @@ FILES = {
     "utf-8": b"\n".join(RAW) + b"\n",
     "blank lines": b"\xef\xbb\xbf\n \n" + b"\n\n".join(LINES) + b"\n  \t\n",
     "windows": b"\r\n".join(LINES) + b"\r\n",
+    "last return": b"\n".join(LINES) + b"\r",
     "old mac": b"\r".join(LINES),
     "array": json.dumps(RECORDS).encode(),
     "array, utf-8": json.dumps(RECORDS, ensure_ascii=False).encode(),
