@@ -76,7 +76,7 @@ class OnlineFeatures(FeatureFolder):
         super().__init__(folder, flag=f"--video_folder{self._which}")
         self.config, output = config, getattr(config, "output_dir", "")
         cache = config.clip_feat_path or (os.path.join(output, "features") if output else None)
-        self.cache = cache and os.path.normpath(cache) + self._which if second else cache
+        self.cache = cache and os.path.abspath(cache) + self._which if second else cache
         self.tower: StrPath | None = None
         self._earlier: EarlierFeatures | None = None
         self._encoder: Encoder | None = None

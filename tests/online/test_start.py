@@ -6,6 +6,7 @@ import pytest
 
 from fastvid.config import DataConfig
 from fastvid.config.pooling import RECIPE
+from fastvid.online.folder import OnlineFeatures
 from fastvid.online.start import frames_to_make, pooling_to_make
 from fastvid.provenance import EXPORT_MARK, Provenance
 
@@ -42,3 +43,13 @@ def test_of_several_the_flags_choose_and_others_are_refused(tmp_path):
 def test_of_nothing_told_the_flags_are_taken(tmp_path):
     config = starting_from(tmp_path, Provenance(), num_frames=8, pooling=GRID)
     assert (frames_to_make(config, second=True), str(pooling_to_make(config, second=True))) == (8, GRID)
+
+
+@pytest.mark.parametrize("given", [".", "..", "feats/"])
+def test_features_of_the_second_tower_lie_beside_those_of_the_first(tmp_path, monkeypatch, given):
+    here = tmp_path / "a" / "b"
+    (here / "feats").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    config = DataConfig("m", ["t.json"], video_folder=".", video_folder_2="feats", clip_feat_path=given)
+    first = (here / given).resolve()
+    assert OnlineFeatures(config, second=True).cache == str(first.with_name(f"{first.name}_2"))
