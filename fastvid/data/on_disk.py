@@ -189,7 +189,10 @@ class TooDeep(ValueError):
 
     def __init__(self, path: StrPath, number: int):
         self.reason = f"is nested over {_DEEPEST} deep, which no conversation is"
-        super().__init__(f"{records.place(path, number)} {self.reason}; leave it out, or the field of it that is")
+        super().__init__(
+            f"{records.place(path, number)} is nested over {_DEEPEST} deep, which no conversation is; leave it out, or "
+            "the field of it that is"
+        )
 
 
 def _state(descriptor):

@@ -225,7 +225,7 @@ def _check_makers(report, config, makers, which):
         for revision, videos in towers.items():
             if same_tower(revision, known) is False:
                 report.add_files(
-                    "features of another tower than --vision_tower",
+                    f"features of another tower than {flag}",
                     f"{len(videos):,} of {names[revision]} ({revision[:19]}…): leave {flag} {shown(wanted)} "
                     "out, or give that one",
                     videos,

@@ -23,6 +23,7 @@ STATES = {
     "features of another pooling": "another pooling",
     "features of another vision tower": "another tower",
     "features of another tower than --vision_tower": "another tower",
+    "features of another tower than --vision_tower_2": "another tower",
 }
 
 
@@ -43,7 +44,7 @@ class Report:
         formats: feature files by ending.
         not_compared: feature files that were not compared with their video, where videos were looked at: it is not
             there, or nothing tells which it was.
-        to_make: videos whose features training makes, as the videos themselves lie there.
+        to_make: videos whose features training makes, as the videos themselves lie there; in either tower's folder.
         unnamed: videos that no record names; None if they were not looked at.
         problems: by kind, how many; and the first few, in words.
         bad_videos: of each video whose features cannot be used: (its state, why).
@@ -99,7 +100,7 @@ class Report:
         """Videos that records name, by state; those whose features can be used are "usable", "to be made" those that
         have none yet."""
         bad = Counter(state for state, _ in self.bad_videos.values())
-        to_make = len(self.to_make - self.bad_videos.keys())
+        to_make = len(self.left_to_make)
         return Counter(
             {
                 "usable": len(self.videos) - bad.total() - to_make,
@@ -107,6 +108,11 @@ class Report:
                 **{state: bad[state] for state in dict.fromkeys(STATES.values())},
             }
         )
+
+    @property
+    def left_to_make(self) -> set[str]:
+        """`to_make` without the videos that something is wrong with."""
+        return self.to_make - self.bad_videos.keys()
 
     @property
     def exit_code(self) -> int:
@@ -195,8 +201,8 @@ def summary(report: Report) -> str:
             f"decoded by  {count:>9,} {shown(decoder or 'unknown')}, colours by {shown(conversion or 'unknown')}"
         )
     lines += [f"remark      {line}" for line in report.remarks.lines()]
-    if report.to_make:
-        lines.append(f"remark      {len(report.to_make):,} videos have no features yet; training makes them")
+    if to_make := len(report.left_to_make):
+        lines.append(f"remark      {to_make:,} videos have no features yet; training makes them")
     if report.damaged:
         lines.append(
             f"remark      {report.damaged:,} feature files are of damaged videos, taken as they are (--allow_damaged)"
