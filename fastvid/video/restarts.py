@@ -28,11 +28,12 @@ from fastvid.video.summary import Summary
 from fastvid.video.supervision import Offspring, can_fork, end_as, tell
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS)
-_OUT_OF_MEMORY = "SIGKILL, as when memory runs out"  # nobody else ends the child alone: its parent is beside it
+_OUT_OF_MEMORY = "SIGKILL, as when memory runs out"  # the kernel's, a daemon's that frees memory, or somebody's
 _BROKEN = re.compile(r"CUDA (driver )?error|cuDNN error|Triton Error \[CUDA\]", re.IGNORECASE)
 _DRIVER = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")  # the last one under WSL
 _LOST = 75  # the exit code of a child that told why it ended
 _MOST_IN_A_ROW = 20  # crashes between which nothing was extracted
+_MOST_KILLED = 20  # times that a child is ended by SIGKILL, whatever was extracted between them
 _NAMED = 5  # videos that a line names
 AGAIN, BY_PYAV = "alone", "alone, by PyAV"  # how a suspect is tried next
 
@@ -139,7 +140,11 @@ class History:
                 self.suspects[name] = BY_PYAV
             elif again:
                 del self.suspects[name]
-                self.given_up[name] = f"crashes the process that extracts it, by PyAV as well ({how})"
+                self.given_up[name] = (
+                    f"the process that extracts it alone, by PyAV, was ended from outside ({how})"
+                    if how == _OUT_OF_MEMORY
+                    else f"crashes the process that extracts it, by PyAV as well ({how})"
+                )
             else:
                 self.suspects.setdefault(name, AGAIN)
             self.tried[name] = self.tried.get(name, False) or self.suspects.get(name) == BY_PYAV
@@ -345,6 +350,8 @@ def _goes_on(history, heard, how, stopped, in_a_row) -> bool:
         _say(f"{line}; it had done nothing, and is not tried again")
     elif in_a_row > _MOST_IN_A_ROW:
         _say(f"{line}; that was {in_a_row} times without a video extracted, and is not tried again")
+    elif how == _OUT_OF_MEMORY and history.crashes[how] >= _MOST_KILLED:
+        _say(f"{line}; that was {_MOST_KILLED + 1} times, and is not tried again")
     else:
         _say(f"{line}; {history.crashed(how, list(heard.at), late)}")
         return True

@@ -260,6 +260,18 @@ def test_nothing_outlives_the_process_that_watches(made, tmp_path):
     run.check()
 
 
+def test_a_kill_from_outside_is_no_crash_of_the_video(capsys):
+    history, how = History(), restarts._OUT_OF_MEMORY
+    for _ in range(3):
+        history.crashed(how, ["a"])
+    assert history.given_up == {"a": f"the process that extracts it alone, by PyAV, was ended from outside ({how})"}
+    heard = restarts._Heard(History())
+    heard.began = heard.settled = True
+    heard.history.crashes[how] = restarts._MOST_KILLED - 1
+    assert restarts._goes_on(heard.history, heard, how, None, 1)
+    assert not restarts._goes_on(heard.history, heard, how, None, 1) and "not tried again" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ranks_share_the_work_over_a_crash(made, tmp_path):
     """Whichever comes to the video: what they count is what there is."""
