@@ -56,8 +56,8 @@ class Conversion(Converted):
     def kinds(self, path: StrPath) -> list[str]:
         """Malformed records, a line for each kind with their number and the first of them."""
         kinds: dict[str, list[tuple[int, str]]] = {}
-        for index, *fault in self.dropped:
-            said = describe((fault[0], fault[1]))
+        for index, name, reason in self.dropped:
+            said = describe((name, reason))
             kinds.setdefault(_NUMBER.sub("#", said), []).append((index, said))
         return [
             f"{len(members):,} record{'s' * (len(members) != 1)} cannot be converted: {members[0][1]} "
