@@ -204,7 +204,7 @@ def kill(child):
 @pytest.mark.slow
 def test_a_judging_run_is_killed_again_and_again(predicted, tmp_path):
     """A judge is asked twice only for what it was asked in the moment of a kill; no line is there twice."""
-    stop_at, at_once, killed = iter([1, 4, 5]), 2, 0
+    stop_at, at_once, killed = iter([1, 4, 5, 9, 10]), 2, 0
     with fake_judge(lambda n, body: None if n == limit else score_of(n, body)) as judge:
         for more in (*stop_at, None):
             limit = None if more is None else len(judge.bodies) + more - 1

@@ -28,35 +28,25 @@ assert not {"torch", "numpy", "transformers"} & set(sys.modules)
 
 
 @pytest.mark.slow
-def test_a_command_is_its_function_whoever_imported_it_first():
-    """Its config is refused before anything is done: there are no videos, and no data.
-
-    Each order in a fork of one process, which has imported what is not ours, and takes seconds.
-    """
+@pytest.mark.parametrize("first", ["fastvid", "fastvid.train, fastvid.extract"])
+def test_a_command_is_its_function_whoever_imported_it_first(first):
+    """Its config is refused before anything is done: there are no videos, and no data."""
     result = python(
         "-c",
-        """
-import importlib, os
-import torch.distributed.fsdp, transformers.models.clip.modeling_clip, transformers.models.llama.modeling_llama
-for first in ["fastvid"], ["fastvid.train", "fastvid.extract"]:
-    if child := os.fork():
-        assert os.waitpid(child, 0)[1] == 0
-        continue
-    for name in first:
-        importlib.import_module(name)
-    import fastvid
-    for command, config in (fastvid.extract, fastvid.ExtractConfig("/none", "/none")), (
-            fastvid.train, fastvid.TrainConfig("/none", ["/none.json"], output_dir="/tmp")):
-        for _ in range(2):
-            try:
-                command(config)
-            except (ValueError, OSError) as error:
-                print(error)
-    assert fastvid.train.build and fastvid.extract.extract
-    break
+        f"""
+import {first}
+import fastvid
+for command, config in (fastvid.extract, fastvid.ExtractConfig("/none", "/none")), (
+        fastvid.train, fastvid.TrainConfig("/none", ["/none.json"], output_dir="/tmp")):
+    for _ in range(2):
+        try:
+            command(config)
+        except (ValueError, OSError) as error:
+            print(error)
+assert fastvid.train.build and fastvid.extract.extract
 """,
     )
-    assert result.returncode == 0 and result.stdout.count("/none") >= 8, result.stderr
+    assert result.returncode == 0 and result.stdout.count("/none") >= 4, result.stderr
 
 
 def test_other_names_are_no_attributes():
