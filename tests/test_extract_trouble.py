@@ -102,7 +102,8 @@ def test_features_that_overflow_are_a_failure(job, mixed, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_hang_costs_one_video(job, mixed, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_hang_costs_one_video(job, mixed, monkeypatch, workers):
     """The others have all the time that a busy machine needs."""
     (mixed / "c.mp4").unlink()
     endless(mixed / "c.mp4")
@@ -116,7 +117,7 @@ def test_a_hang_costs_one_video(job, mixed, monkeypatch):
             self.timeout = given
 
     monkeypatch.setattr(DecodeWorker, "decode_and_hash", decoding)
-    summary = extract(job(mixed, timeout=0.5))
+    summary = extract(job(mixed, timeout=0.5, decode_workers=workers))
     assert summary.extracted == 3 and "longer than 0.5 s" in dict(summary.failures)["c.mp4"]
 
 
