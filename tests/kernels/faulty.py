@@ -16,11 +16,15 @@ if INTERPRETED:
 
 
 def put_in(name, path):
-    """Have ``fastvid_kernels.<name>`` be what a file says, for all modules of the kernels that import from it too."""
+    """Have ``fastvid_kernels.<name>`` be what a file says, for all modules of the kernels that import from it too.
+
+    They get its functions and classes. Constants they import none of; one such as 64 is the same object everywhere.
+    """
     module = sys.modules[f"fastvid_kernels.{name}"]
     before = dict(vars(module))
     exec(compile(path.read_text(), str(path), "exec"), vars(module))
-    after = {id(old): vars(module)[key] for key, old in before.items() if old is not vars(module)[key]}
+    changed = {key: old for key, old in before.items() if callable(old) and old is not vars(module)[key]}
+    after = {id(old): vars(module)[key] for key, old in changed.items()}
     for other in [each for key, each in sys.modules.items() if key.partition(".")[0] == "fastvid_kernels"]:
         for key, value in list(vars(other).items()):
             if other is not module and id(value) in after:

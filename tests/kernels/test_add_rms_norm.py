@@ -21,11 +21,11 @@ CASES = {  # residual, branch, weight, output
 }
 
 WIDTHS = [(1, 8), (5, 33), (0, 16), (4, 1100), (2, 4096)]
-# Every two of them together; of a choice, each dtype has either way at some widths.
-HALF = {
-    f"{dtypes}-{shape[0]}x{shape[1]}-{bool((i + j) % 2)}": (dtypes, shape, bool((i + j) % 2))
-    for i, dtypes in enumerate(CASES)
-    for j, shape in enumerate(WIDTHS)
+ALL = {
+    f"{dtypes}-{shape[0]}x{shape[1]}-{choice}": (dtypes, shape, choice)
+    for dtypes in CASES
+    for shape in WIDTHS
+    for choice in (True, False)
 }
 
 
@@ -193,7 +193,7 @@ def check_fp8(case, dtype, impl="triton", seed=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes, shape, add", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("dtypes, shape, add", ALL.values(), ids=ALL)
 def test_rows_in_e4m3(dtypes, shape, add):
     *kinds, dtype = CASES[dtypes]
     rows = check_fp8(inputs(*shape, *kinds, add=add, trained=add), dtype)
@@ -290,7 +290,7 @@ def check_back_in_fp8(function, case, dtype, grads, impl="triton"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes, shape, trained", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("dtypes, shape, trained", ALL.values(), ids=ALL)
 def test_branch_back_in_e4m3(dtypes, shape, trained):
     *kinds, dtype = CASES[dtypes]
     grads = gradients(shape, kinds[0], dtype)

@@ -17,6 +17,7 @@ GRIDS = [
     *((7, 5, grid) for grid in ((2, 2, 2), (3, 2, 2), (2, 3, 1), (1, 1, 1))),
     (3, 3, (3, 3, 3)),
     (2, 2, (3, 3, 3)),
+    pytest.param(7, 5, (7, 5, 5), marks=pytest.mark.slow),
 ]
 
 
@@ -46,15 +47,21 @@ def test_is_adaptive_avg_pool3d(impl, dtype, T, side, grid):
 
 @pytest.mark.slow
 @each_impl
+def test_more_places_than_frames_and_patches(impl):
+    _assert_pooled(_states(7, 25, 33), (9, 6, 7), impl)
+
+
+@pytest.mark.slow
+@each_impl
 @given(
-    T=st.integers(1, 7),
-    side=st.integers(1, 6),
+    T=st.integers(1, 9),
+    side=st.integers(1, 7),
     C=st.integers(1, 70),
-    grid=st.tuples(*(st.integers(1, 4) for _ in range(3))),
+    grid=st.tuples(*(st.integers(1, 5) for _ in range(3))),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_shape_and_dtype(impl, T, side, C, grid, dtype, seed):
     _assert_pooled(_states(T, side * side, C, dtype=dtype, seed=seed), grid, impl)
 
