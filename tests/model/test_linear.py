@@ -122,7 +122,7 @@ def give_data(linear, other):
 
 @tiles
 @pytest.mark.parametrize("change", [write_weight, give_weight, give_parameter, give_data])
-def test_a_weight_that_changes_is_tiled_anew(change):
+def test_a_weight_that_changes_is_prepacked_anew(change):
     prepacked, other = frozen_linear(64, 48, prepacked=True), frozen_linear(64, 48, prepacked=False, seed=2)
     x, grad = torch.randn(9, 64).to(BF16), torch.randn(9, 48).to(BF16)
     before = value_and_gradient(prepacked, x, grad)
@@ -268,7 +268,7 @@ def test_training_with_tiles_follows_training_without(run, monkeypatch, more):
         (["--bf16", "True", "--tune_mm_mlp_adapter", "False"], False),
     ],
 )
-def test_what_is_tiled(run, flags, prepacked, caplog):
+def test_what_is_prepacked(run, flags, prepacked, caplog):
     with caplog.at_level(logging.INFO, "fastvid"):
         state = train.build(config_of(run, "unused", *flags), WORLD)
     linears = [module for module in state.model.modules() if isinstance(module, Linear)]
