@@ -215,6 +215,9 @@ WIDE_STORES |= {
 }
 
 
+STEP = {"lr": 2e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 7, "seed": 42}
+
+
 def adamw8bit_step_calls():
     """A LLaMA layer's fused gate and up projections; the adapter's fp32 masters."""
     from fastvid_kernels.adamw8bit_step import adamw8bit_step
@@ -228,13 +231,7 @@ def adamw8bit_step_calls():
             grad,
             *codes,
             *scales,
-            lr=2e-5,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.1,
-            step=7,
-            seed=42,
+            **STEP,
             clip=torch.empty(()),
             skip=torch.empty(()),
             impl="triton",
@@ -259,13 +256,7 @@ def adamw_step_calls():
             param,
             grad,
             *moments,
-            lr=2e-5,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.1,
-            step=7,
-            seed=42,
+            **STEP,
             first=first,
             clip=torch.empty(()),
             skip=torch.empty(()),

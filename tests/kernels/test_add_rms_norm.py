@@ -29,6 +29,19 @@ ALL = {
 }
 
 
+def any_shape(test):
+    """Shapes, dtypes and choices, drawn at random."""
+    drawn = given(
+        rows=st.integers(0, 5),
+        channels=st.integers(1, 700),
+        dtypes=st.sampled_from(list(CASES)),
+        add=st.booleans(),
+        trained=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    return drawn(settings(max_examples=25, deadline=None, derandomize=True)(test))
+
+
 def inputs(rows, channels, residual, branch, weight, *, add=True, trained=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, channels, generator=generator).to(DEVICE, residual).requires_grad_()
@@ -80,15 +93,7 @@ def test_equals_reference(impl, dtypes, shape, add, trained):
 
 
 @pytest.mark.slow
-@given(
-    rows=st.integers(0, 5),
-    channels=st.integers(1, 700),
-    dtypes=st.sampled_from(list(CASES)),
-    add=st.booleans(),
-    trained=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@any_shape
 def test_any_shape(rows, channels, dtypes, add, trained, seed):
     *kinds, dtype = CASES[dtypes]
     check(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, "triton", seed)
@@ -201,15 +206,7 @@ def test_rows_in_e4m3(dtypes, shape, add):
 
 
 @pytest.mark.slow
-@given(
-    rows=st.integers(0, 5),
-    channels=st.integers(1, 700),
-    dtypes=st.sampled_from(list(CASES)),
-    add=st.booleans(),
-    trained=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@any_shape
 def test_rows_in_e4m3_of_any_shape(rows, channels, dtypes, add, trained, seed):
     *kinds, dtype = CASES[dtypes]
     check_fp8(inputs(rows, channels, *kinds, add=add, trained=trained, seed=seed), dtype, seed=seed)

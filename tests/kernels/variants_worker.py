@@ -104,6 +104,8 @@ def call_all(count, first):
     swiglu_fp8(torch.empty(count, 2 * D, dtype=BF16), impl="triton")
     swiglu_backward_fp8(torch.empty(count, 2 * D, dtype=BF16), torch.empty(count, D, dtype=BF16), impl="triton")
     param, grad, codes, scales = (torch.empty(256, dtype=dtype) for dtype in (BF16, BF16, torch.uint8, torch.float32))
+    settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "impl": "triton"}
+    settings |= {"step": count, "seed": 2**40 + first, "first": 8 * count}
     adamw8bit_step(
         param,
         grad,
@@ -111,30 +113,14 @@ def call_all(count, first):
         codes,
         scales[:1],
         scales[:1],
-        lr=1e-3,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.1,
-        step=count,
-        seed=2**40 + first,
-        first=8 * count,
-        impl="triton",
+        **settings,
     )
     adamw_step(
         param,
         grad,
         torch.empty(256),
         torch.empty(256),
-        lr=1e-3,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.1,
-        step=count,
-        seed=2**40 + first,
-        first=8 * count,
-        impl="triton",
+        **settings,
     )
     states = torch.empty(count, D, dtype=BF16)
     add_layer_norm(states, states, states[0], states[0], 1e-5, impl="triton")

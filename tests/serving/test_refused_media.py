@@ -9,8 +9,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
+import local_server
 import pytest
 from clips import draw
 from local_server import serving
@@ -77,10 +78,7 @@ def host(answer):
     """A web server that answers as told: "host:port", and what it was asked."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
+    class Handler(local_server.Handler):
         def do_GET(self):
             asked.append(self.path)
             answer(self)

@@ -4,9 +4,10 @@ import json
 import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 
+import local_server
 from local_server import serving
 
 GOOD = '{"pred": "yes", "score": 4}'
@@ -45,12 +46,9 @@ def fake_judge(answer):
     """
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
+    class Handler(local_server.Handler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.sent())
             with lock:
                 number = len(judge.bodies)
                 judge.bodies.append(body)
@@ -60,13 +58,8 @@ def fake_judge(answer):
                 judge.released.wait(found)
                 found = GOOD
             status, content = found if isinstance(found, tuple) else (200, wrap(found))
-            try:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content.encode())))
-                self.end_headers()
-                self.wfile.write(content.encode())
-            except OSError:
-                pass  # who asked has gone
+            with suppress(OSError):  # who asked has gone
+                self.reply(status, content)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     judge = FakeJudge(f"http://127.0.0.1:{server.server_port}/v1")

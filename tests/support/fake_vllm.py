@@ -5,8 +5,9 @@ import io
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
+import local_server
 import torch
 from local_server import serving
 
@@ -75,22 +76,19 @@ def fake_vllm(answer):
     """
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
+    class Handler(local_server.Handler):
         def do_GET(self):
             assert self.path == "/v1/models"
-            self.whole(200, {}, json.dumps({"object": "list", "data": [{"id": name} for name in fake.names]}))
+            self.reply(200, json.dumps({"object": "list", "data": [{"id": name} for name in fake.names]}))
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.sent())
             try:
                 assert self.path == "/v1/chat/completions"
                 assert self.headers["Content-Type"] == "application/json"
                 rows = read(body)
             except Exception as error:
-                self.whole(400, {}, json.dumps({"error": {"message": f"bad form: {error!r}"}}))
+                self.reply(400, json.dumps({"error": {"message": f"bad form: {error!r}"}}))
                 return
             with lock:
                 number = len(fake.bodies)
@@ -99,7 +97,8 @@ def fake_vllm(answer):
                 fake.headers.append(dict(self.headers))
             found = answer(number, body)
             if isinstance(found, tuple):
-                self.whole(*found)
+                status, headers, text = found
+                self.reply(status, text, headers)
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream; charset=utf-8")
@@ -116,14 +115,6 @@ def fake_vllm(answer):
             except OSError:
                 with lock:
                     fake.left += 1
-
-        def whole(self, status, headers, text):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     fake = FakeVllm(f"http://127.0.0.1:{server.server_port}")

@@ -1,7 +1,29 @@
-"""Servers of socketserver's kind that run in a thread."""
+"""Servers of socketserver's kind that run in a thread, and what handlers of HTTP have in common."""
 
 import threading
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Says nothing of its requests on stderr."""
+
+    def log_message(self, *_):
+        pass
+
+    def sent(self):
+        """The request's body."""
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def reply(self, status, text, headers=()):
+        """Answer with a whole text, and headers beside its length."""
+        content = text.encode()
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
 
 @contextmanager
