@@ -158,6 +158,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.wait() == 141
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

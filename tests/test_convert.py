@@ -79,6 +79,7 @@ def test_scripts_run_from_a_checkout_in_any_folder(tmp_path, script):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_mistake_is_one_line_and_leaves_the_old_output(tmp_path, script):
     (tmp_path / "in.json").write_text(json.dumps([*RECORDS, {"q": "Who?", "video_id": "v"}]))

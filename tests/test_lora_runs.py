@@ -215,6 +215,7 @@ def test_beside_matrices_in_few_bits(made, tmp_path, bits):
     assert all(tensor.abs().max() > 0 for tensor in adapter.values())
 
 
+@pytest.mark.slow
 def test_shared_videos_train_as_videos_apart(made, tmp_path):
     records = json.loads((made / "train.json").read_text())
     for i, record in enumerate(records):
@@ -407,6 +408,7 @@ def test_where_an_adapter_lies(made, tmp_path):
         adapter_folder(tmp_path / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_once_wherever_it_lies(made, tmp_path):
     """One that was trained on the merged model is another, even within the first one's folder."""
     out = shutil.copytree(made / "out", tmp_path / "out")

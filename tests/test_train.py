@@ -256,6 +256,7 @@ def test_a_log_window_survives_a_resume(run, straight, tmp_path, program, code):
     assert losses(tmp_path) == {last: sum(every[i] for i in range(last - 8, last + 1)) / 9 for last in (9, 18)}
 
 
+@pytest.mark.slow
 def test_another_run_is_not_resumed(run, straight, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint-18 belongs to another run: --learning_rate was 0.01, is 0.02"):
         train.main(flags(run, straight, "--learning_rate", "2e-2"))

@@ -65,6 +65,7 @@ def test_equals_reference(impl, dtype, way, shape):
     check(shape, way, dtype, impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", PARTS)

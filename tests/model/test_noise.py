@@ -84,6 +84,7 @@ def made(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("noise"))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_when_it_is_interrupted_and_another_without_noise(made, tmp_path):
     told = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
     for folder, words in (("plain", []), ("noise", ["--neftune_noise_alpha", "5"])):

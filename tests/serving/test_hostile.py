@@ -19,6 +19,7 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
+@pytest.mark.slow
 def test_no_value_of_an_odd_kind_is_the_servers_fault(server, serving_folder):
     """In the place of each value of a request that is good, and in fields that it does not have."""
     good = asking(uri(serving_folder / "videos" / "4.mp4"), max_tokens=2)
