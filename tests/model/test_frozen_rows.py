@@ -22,7 +22,7 @@ from model_cases import (
 from model_cases import KINDS as LAYERS
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvid.model import decoder
+from fastvid.model import norm
 from fastvid.model.attention import SDPA
 from fastvid.training.live_bytes import LiveBytes
 
@@ -71,10 +71,8 @@ def test_an_fp32_residual_stream_stays_fp32_in_every_part(recompute, monkeypatch
     exact_loss, exact_gradients = loss_and_gradients(exact, plain)
     eager_loss, eager = loss_and_gradients(model, plain)
     eager = {name: gradient.clone() for name, gradient in eager.items()}
-    streams, add = [], decoder.add_rms_norm
-    monkeypatch.setattr(
-        decoder, "add_rms_norm", lambda x, *rest, **more: streams.append(x.dtype) or add(x, *rest, **more)
-    )
+    streams, add = [], norm.add_rms_norm
+    monkeypatch.setattr(norm, "add_rms_norm", lambda x, *rest, **more: streams.append(x.dtype) or add(x, *rest, **more))
     prepared(model)
     for ours in (batch, batch.parted()):
         loss, found = loss_and_gradients(model, ours)
