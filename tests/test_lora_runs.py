@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -470,15 +469,12 @@ def test_a_projector_alone_leaves_the_adapter_out_and_says_so(made, tmp_path, ca
 def test_predictions_know_the_adapter_that_they_are_of(made):
     """An --output of another adapter's, or of none, is not gone on with."""
     found = [
-        predict._settings(
-            Chat(model_name_or_path=str(made / "model"), projector=str(made / "out"), adapter=adapter and str(adapter)),
-            SimpleNamespace(task="match"),
-            [],
-            [],
+        predict.fingerprints(
+            Chat(model_name_or_path=str(made / "model"), projector=str(made / "out"), adapter=adapter and str(adapter))
         )
         for adapter in (None, made / "out" / "checkpoint-4", made / "out" / "checkpoint-6")
     ]
-    assert len({settings["adapter"] for settings in found}) == 3
+    assert len({settings.get("adapter") for settings in found}) == 3
     assert len({settings["weights"] for settings in found}) == 1
 
 
