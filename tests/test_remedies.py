@@ -64,7 +64,7 @@ def test_what_is_named_is_there(pattern, known):
 
 # What a message that asks something of its reader has in it: a flag, a command, or one of these words.
 ASKS = re.compile(
-    r"--\w+|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
+    r"--[\w{]|`(fastvid|hf|pip|git|docker|gunzip)|\b(give|use|leave|choose|remove|replace|add|set|fetch|"
     r"download|unpack|install|restore|end that|try|copy|go on with|start over|move|save the|store|write|"
     r"extract|name it|make|mend|rename|shorten|raise it|put)\b"
 )
