@@ -54,12 +54,12 @@ def _extract(config, rank, world, log, hold, together):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     prepare = VideoFeatures.prepare
 
-    def noted(self, path):
+    def noted(self, path, **options):
         with open(log / f"{os.getpid()}", "a") as file:
             file.write(f"{path}\n")
         time.sleep(hold)
         wait_until(lambda: len(list(log.glob("[0-9]*"))) >= together)
-        return prepare(self, path)
+        return prepare(self, path, **options)
 
     VideoFeatures.prepare = noted
     summary = extract(config)
