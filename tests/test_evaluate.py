@@ -73,10 +73,11 @@ def test_both_stages(predicted, tmp_path, capsys):
 
 def test_cut_replies_are_asked_for_again_with_more_tokens(predicted, tmp_path, capsys):
     def reply(_, body):
-        choice = {
-            "message": {"content": '{"score": 4}'},
-            "finish_reason": "stop" if body["max_tokens"] > 20 else "length",
-        }
+        whole = '{"score": 4}'
+        if body["max_tokens"] > 20:
+            choice = {"message": {"content": whole}, "finish_reason": "stop"}
+        else:
+            choice = {"message": {"content": whole[:-1]}, "finish_reason": "length"}
         return 200, json.dumps({"choices": [choice]})
 
     with fake_judge(reply) as judge:
