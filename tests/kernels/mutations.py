@@ -89,12 +89,12 @@ MUTATIONS["add_rms_norm"] = [
     Mutation(
         "rstd = tl.rsqrt(tl.sum(x * x) / D + eps)",
         "rstd = tl.rsqrt(tl.sum(x * x) / BLOCK_D + eps)",
-        "test_equals_reference[frozen-no branch-shape1-fp32-triton]",
+        "test_equals_reference[(5, 33)-fp32-False-False-triton]",
     ),
     Mutation(
         "grad = rstd * (grad - unit * (tl.sum(grad * unit) / D))",
         "grad = rstd * grad",
-        "test_equals_reference[frozen-no branch-shape1-fp32-triton]",
+        "test_equals_reference[(5, 33)-fp32-False-False-triton]",
     ),
     Mutation(
         "tl.minimum(first + group_rows, N)",
@@ -119,28 +119,32 @@ MUTATIONS["add_rms_norm"] = [
     Mutation(
         "branch = grad.to(grad_branch_ptr.dtype.element_ty).to(tl.float32)",
         "branch = grad",
-        "test_branch_back_in_e4m3[bf16-5x33-False]",
+        "test_branch_back_in_e4m3[(5, 33)-bf16-False]",
     ),
     Mutation(
         "tl.max(magnitude(branch), 0)",
         "tl.max(branch.to(tl.int32, bitcast=True), 0)",
-        "test_branch_back_in_e4m3[bf16-5x33-False]",
+        "test_branch_back_in_e4m3[(5, 33)-bf16-False]",
     ),
     Mutation(
         "bits_ptr + row * D + columns, divided(branch",
         "bits_ptr + group * D + columns, divided(branch",
-        "test_branch_back_in_e4m3[bf16-2x4096-True]",
+        "test_branch_back_in_e4m3[(2, 4096)-fp32 residual-True]",
     ),
-    Mutation("grad += grad_total.to(tl.float32)", "grad += 0", "test_equals_reference[frozen-add-shape1-fp32-triton]"),
+    Mutation(
+        "grad += grad_total.to(tl.float32)",
+        "grad += 0",
+        "test_equals_reference[(5, 33)-fp32 residual-True-False-triton]",
+    ),
     Mutation(
         "y = (x * rstd * weight).to(y_ptr.dtype.element_ty)",
         "y = x * rstd * weight",
-        "test_rows_in_e4m3[bf16-2x4096-True]",
+        "test_rows_in_e4m3[(2, 4096)-fp32 residual-True]",
     ),
     Mutation(
         "scale = scale_of(tl.max(magnitude(y), 0))\n        tl.store(scale_ptr + row",
         "scale = scale_of(tl.max(magnitude(y), 0))\n        tl.store(scale_ptr",
-        "test_rows_in_e4m3[fp32-5x33-True]",
+        "test_rows_in_e4m3[(5, 33)-fp32-True]",
     ),
 ]
 MUTATIONS["merge_parts"] = [
@@ -309,14 +313,18 @@ MUTATIONS["frame_patchify"] = [
     Mutation(
         "scale = tl.div_rn(length.to(tl.float32), N * 1.0)",
         "scale = length.to(tl.float32) * (1 / N)",
-        "test_bit_identical_to_the_chain[dtype0-62-76-28-14-triton]",
+        "test_bit_identical_to_the_chain[(62, 76, 28, 14)-torch.float16-triton]",
     ),
     Mutation("channel * 256 + byte", "byte", "test_any_mean_and_deviation[dtype0-triton]"),
-    Mutation("tl.where(inside, offset, 0.0)", "offset", "test_bit_identical_to_the_chain[dtype1-61-35-30-7-triton]"),
+    Mutation(
+        "tl.where(inside, offset, 0.0)",
+        "offset",
+        "test_bit_identical_to_the_chain[(61, 35, 30, 7)-torch.float16-triton]",
+    ),
     Mutation(
         "tl.where(channel == 1, scale_1, scale_2)",
         "scale_2",
-        "test_bit_identical_to_the_chain[dtype1-1-1-28-14-triton]",
+        "test_bit_identical_to_the_chain[(56, 56, 56, 14)-torch.float16-triton]",
     ),
 ]
 MUTATIONS["yuv_patchify"] = [
@@ -331,7 +339,7 @@ MUTATIONS["yuv_patchify"] = [
     Mutation("(row >> 1) * uv_row", "((row + 1) >> 1) * uv_row", "test_every_conversion[6-True-triton]"),
     Mutation("if any((run.u[1] != run.v[1] for run in runs))", "if False", "test_strides[chroma of two kinds-triton]"),
     Mutation("blue = y + (u * u_blue >> 16)", "blue = y + (v * u_blue >> 16)", "test_every_conversion[6-True-triton]"),
-    Mutation("+ start % K // 3", "", "test_the_bits_of_converted_frames[240-320-56-14-torch.float16-triton]"),
+    Mutation("+ start % K // 3", "", "test_the_bits_of_converted_frames[(240, 320, 56, 14)-torch.bfloat16-triton]"),
     Mutation("*run.y[1], *run.u[1]", "*run.y[1], *run.y[1]", "test_strides[a surface-triton]"),
     Mutation(
         "(tuple(x.shape), x.stride(), x.dtype)",
@@ -362,17 +370,17 @@ MUTATIONS["rope_keys"] = [
     Mutation(
         "(row * row_heads + first_head)",
         "((row + C) * row_heads + first_head)",
-        "test_equals_reference[shape1-behind constant rows-torch.float32-triton]",
+        "test_equals_reference[(7, 4, 4, 8)-behind constant rows-torch.bfloat16-triton]",
     ),
     Mutation(
         "turns = (row >= 0) & (block < BLOCKS)",
         "turns = row >= 0",
-        "test_equals_reference[shape1-shared-torch.float32-triton]",
+        "test_equals_reference[(7, 4, 4, 8)-shared-torch.float16-triton]",
     ),
     Mutation(
         "head = program % Q_BLOCKS * BLOCK_A",
         "head = 0",
-        "test_equals_reference[shape5-shared-torch.float32-triton]",
+        "test_equals_reference[(2, 9, 17, 200)-shared-torch.bfloat16-triton]",
     ),
     Mutation(
         "q_ptr + row * q_heads",
@@ -395,10 +403,10 @@ MUTATIONS["rope_keys_backward"] = [
     Mutation(
         "place = tl.load(places_ptr + i).to(tl.int64)",
         "place = i",
-        "test_two_parts_are_added[shared-keys behind-torch.float32-triton]",
+        "test_two_parts_are_added[shared-keys behind-torch.float16-triton]",
     ),
-    Mutation("inside & (place < keys)", "inside", "test_two_parts_are_added[shared-keys behind-torch.float32-triton]"),
-    Mutation("& (place < last)", "", "test_two_parts_are_added[shared-keys in the middle again-torch.float32-triton]"),
+    Mutation("inside & (place < keys)", "inside", "test_two_parts_are_added[shared-keys behind-torch.float16-triton]"),
+    Mutation("& (place < last)", "", "test_two_parts_are_added[shared-keys in the middle again-torch.bfloat16-triton]"),
     Mutation(
         "more_ptr += (place - first) * more_stride",
         "more_ptr += place * more_stride",
@@ -407,7 +415,7 @@ MUTATIONS["rope_keys_backward"] = [
     Mutation(
         "begin_second = first_query.to(tl.int64)",
         "begin_second = row",
-        "test_two_parts_are_added[shared-keys behind-torch.float32-triton]",
+        "test_two_parts_are_added[shared-keys behind-torch.float16-triton]",
     ),
     Mutation(
         "return (first1 + second1, first2 + second2)",
@@ -419,27 +427,27 @@ MUTATIONS["rope_keys_fp8"] = [
     Mutation(
         "top = tl.maximum(top, _largest(q1, q2))",
         "top = _largest(k1, k2)",
-        "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]",
+        "test_is_the_gradient_quantised_afterwards[(7, 4, 4, 8)-in order-torch.bfloat16]",
     ),
     Mutation(
         "q1, q2 = turned_back(q1, q2, cos, sin)",
         "q1, q2 = turned_back(q1, q2, sin, cos)",
-        "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.float32]",
+        "test_is_the_gradient_quantised_afterwards[(7, 4, 4, 8)-in order-torch.bfloat16]",
     ),
     Mutation(
         "    bits_ptr += num_heads * 2 * half\n",
         "    bits_ptr += kv_heads * 2 * half\n",
-        "test_is_the_gradient_quantised_afterwards[shape8-in order-torch.float32]",
+        "test_is_the_gradient_quantised_afterwards[(9, 6, 2, 6)-in order-torch.float16]",
     ),
     Mutation(
         "return (first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32))",
         "return (first, second)",
-        "test_is_the_gradient_quantised_afterwards[shape4-in order-torch.bfloat16]",
+        "test_is_the_gradient_quantised_afterwards[(9, 6, 2, 6)-in order-torch.float16]",
     ),
     Mutation(
         "place = tl.load(places_ptr + i).to(tl.int64)",
         "place = i",
-        "test_is_the_gradient_quantised_afterwards[shape6-shared-torch.float32]",
+        "test_is_the_gradient_quantised_afterwards[(7, 4, 4, 8)-shared-torch.float16]",
     ),
     Mutation(
         "row + 1, first_query, row + 1", "row + 1, 0, row + 1", "test_of_two_parts[in order-keys behind-torch.float32]"
@@ -447,6 +455,6 @@ MUTATIONS["rope_keys_fp8"] = [
     Mutation(
         "more_v_ptr, more_v_stride, place, keys, first_key",
         "more_v_ptr, more_v_stride, place, keys, keys",
-        "test_of_two_parts[shared-keys in the middle again-torch.float32]",
+        "test_of_two_parts[shared-keys in the middle again-torch.bfloat16]",
     ),
 ]

@@ -8,6 +8,7 @@ from fastvid_kernels.quantize_fp8 import BackInFp8, quantize_fp8
 from harness import DEVICE, assert_close_as_eager, noted_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import each_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = ["triton", "auto"]  # which is what CPUs compute their own way, where there is no GPU
@@ -21,12 +22,6 @@ CASES = {  # residual, branch, weight, output
 }
 
 WIDTHS = [(1, 8), (5, 33), (0, 16), (4, 1100), (2, 4096)]
-ALL = {
-    f"{dtypes}-{shape[0]}x{shape[1]}-{choice}": (dtypes, shape, choice)
-    for dtypes in CASES
-    for shape in WIDTHS
-    for choice in (True, False)
-}
 
 
 def any_shape(test):
@@ -83,10 +78,7 @@ def check(case, dtype, impl, seed=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtypes", CASES)
-@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (0, 16), (4, 1100)])
-@pytest.mark.parametrize("add", [True, False], ids=["add", "no branch"])
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@each_pair(shape=[(1, 8), (5, 33), (0, 16), (4, 1100)], dtypes=CASES, add=[True, False], trained=[True, False])
 def test_equals_reference(impl, dtypes, shape, add, trained):
     *kinds, dtype = CASES[dtypes]
     check(inputs(*shape, *kinds, add=add, trained=trained), dtype, impl)
@@ -198,7 +190,7 @@ def check_fp8(case, dtype, impl="triton", seed=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes, shape, add", ALL.values(), ids=ALL)
+@each_pair(shape=WIDTHS, dtypes=CASES, add=[True, False])
 def test_rows_in_e4m3(dtypes, shape, add):
     *kinds, dtype = CASES[dtypes]
     rows = check_fp8(inputs(*shape, *kinds, add=add, trained=add), dtype)
@@ -287,7 +279,7 @@ def check_back_in_fp8(function, case, dtype, grads, impl="triton"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtypes, shape, trained", ALL.values(), ids=ALL)
+@each_pair(shape=WIDTHS, dtypes=CASES, trained=[True, False])
 def test_branch_back_in_e4m3(dtypes, shape, trained):
     *kinds, dtype = CASES[dtypes]
     grads = gradients(shape, kinds[0], dtype)

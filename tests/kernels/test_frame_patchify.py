@@ -10,10 +10,12 @@ from fastvid_kernels.patch_rows import affine, embedding_matrix, row_length
 from harness import DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import each_pair
 from torch.nn.functional import conv2d, interpolate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-each_impl = pytest.mark.parametrize("impl", ["reference", "triton"])
+IMPLS = ["triton", "reference"]
+each_impl = pytest.mark.parametrize("impl", IMPLS)
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 
 
@@ -50,13 +52,13 @@ def _assert_as_the_chain(frames, size, patch, dtype, impl, options=CLIP):
 
 
 @pytest.mark.slow
-@each_impl
-@pytest.mark.parametrize(
-    "height, width, size, patch",
-    [(48, 64, 32, 16), (1, 1, 28, 14), (240, 320, 56, 14), (61, 35, 30, 7), (56, 56, 56, 14), (62, 76, 28, 14)],
+@each_pair(
+    sizes=[(48, 64, 32, 16), (1, 1, 28, 14), (240, 320, 56, 14), (61, 35, 30, 7), (56, 56, 56, 14), (62, 76, 28, 14)],
+    dtype=DTYPES,
+    impl=IMPLS,
 )
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bit_identical_to_the_chain(impl, height, width, size, patch, dtype):
+def test_bit_identical_to_the_chain(sizes, dtype, impl):
+    height, width, size, patch = sizes
     _assert_as_the_chain(_frames(10, height, width, 3), size, patch, dtype, impl)
 
 

@@ -9,6 +9,7 @@ from fastvid_kernels.way_back import WayBack
 from harness import DEVICE, DTYPES, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import each_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 IMPLS = ["triton", "reference"]
@@ -82,9 +83,7 @@ def check(shape, way, dtype, impl, inplace=False, seed=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_pair(shape=SHAPES, way=WAYS, dtype=DTYPES)
 def test_equals_reference(impl, dtype, way, shape):
     check(shape, way, dtype, impl)
 

@@ -10,6 +10,7 @@ from fastvid_kernels.way_back import Twice
 from harness import DTYPES, assert_close_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import each_pair
 from test_rope_keys import SHAPES, WAYS, exact_keys, inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -58,18 +59,14 @@ def check(shape, way, dtype, impl, kind=None, seed=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_pair(shape=SHAPES, way=WAYS, dtype=DTYPES)
 def test_equals_reference(impl, dtype, way, shape):
     check(shape, way, dtype, impl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("way", WAYS)
+@each_pair(way=WAYS, kind=PARTS, dtype=DTYPES)
 def test_two_parts_are_added(impl, dtype, kind, way):
     check((9, 6, 2, 6), way, dtype, impl, kind)
 

@@ -9,6 +9,7 @@ from fastvid_kernels.rope_keys_fp8 import rope_keys_backward_fp8
 from harness import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import each_pair
 from test_rope_keys import SHAPES, WAYS, inputs
 from test_rope_keys_backward import PARTS, in_parts
 
@@ -32,10 +33,7 @@ def check(grads, positions, frequencies, way_back, more=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape, way", [*((shape, way) for shape in SHAPES for way in WAYS), ((0, 4, 2, 8), "in order")]
-)
+@each_pair(shape=[*SHAPES, (0, 4, 2, 8)], way=WAYS, dtype=DTYPES)
 def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
     check(*arguments(shape, way, dtype))
 
@@ -56,9 +54,7 @@ def test_any_shape(rows, heads, kv_heads, half, way, dtype, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("way", WAYS)
+@each_pair(way=WAYS, kind=PARTS, dtype=DTYPES)
 def test_of_two_parts(way, kind, dtype):
     grads, *others = arguments((7, 4, 2, 8), way, dtype)
     check(*in_parts(grads, kind, others))

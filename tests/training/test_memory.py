@@ -26,6 +26,7 @@ from model_cases import (
     random_model,
     random_sample,
 )
+from pairs import each_pair
 
 from fastvid.batch import VideoTokens
 from fastvid.config.policy import Trainable
@@ -49,6 +50,7 @@ SIZES = {
 }
 CONFIG = model_config(mm_hidden_size=24, **SIZES)
 MODES = ["none", "selective", 1, 2, "full"]
+TRAINED = {"adapter": ADAPTER, "full": FULL, "head": Trainable(head=True), "lora": LORA}
 
 
 def batch(video=150, samples=2):
@@ -74,15 +76,13 @@ def options(rows, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize(
-    "dtype, fp32_residual", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+@each_pair(
+    trained=TRAINED,
+    recompute=MODES,
+    dtypes=[(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
 )
-@pytest.mark.parametrize(
-    "trainable", [ADAPTER, FULL, Trainable(head=True), LORA], ids=["adapter", "full", "head", "lora"]
-)
-def test_saved_bytes_are_what_forward_leaves_alive(recompute, dtype, trainable, fp32_residual):
-    rows = batch()
+def test_saved_bytes_are_what_forward_leaves_alive(trained, recompute, dtypes):
+    rows, trainable, (dtype, fp32_residual) = batch(), TRAINED[trained], dtypes
     more = {"fp32_residual": fp32_residual, "attention": chosen(dtype)}
     model = random_model(CONFIG, trainable, dtype, recompute=recompute, **more)
     with LiveBytes() as live:
@@ -112,11 +112,9 @@ def check_total(config, rows, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trainable", [ADAPTER, FULL, LORA], ids=["adapter", "full", "lora"])
-def test_total_is_near_the_peak_of_a_step(recompute, dtype, trainable):
-    check_total(CONFIG, batch(), recompute=recompute, compute_dtype=dtype, trainable=trainable)
+@each_pair(recompute=MODES, trained=["adapter", "full", "lora"], dtype=[torch.float32, torch.bfloat16])
+def test_total_is_near_the_peak_of_a_step(recompute, trained, dtype):
+    check_total(CONFIG, batch(), recompute=recompute, compute_dtype=dtype, trainable=TRAINED[trained])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,9 +160,11 @@ def videos_of_questions(questions, *, frozen, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "full", 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["own rows", "prefix", "shared", "prefix, shared", "full, own rows", "full, shared"])
+@each_pair(
+    kind=["own rows", "prefix", "shared", "prefix, shared", "full, own rows", "full, shared"],
+    recompute=["none", "full", 1],
+    dtype=[torch.float32, torch.bfloat16],
+)
 def test_total_where_kernels_run_and_attention_is_sdpa(kernels_of_nothing, kind, dtype, recompute):
     """As on a GPU in fp32, or without a library that can be trusted."""
     frozen, share, trainable = "prefix" in kind, "shared" in kind, FULL if "full" in kind else ADAPTER

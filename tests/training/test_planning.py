@@ -1,7 +1,6 @@
 """The memory that a dry run prints, against what the run's batches really take."""
 
 import dataclasses
-import itertools
 import json
 import random
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import training_run
 from attention_parts import CPU
+from pairs import pairs
 from training_run import config_of, write_run
 
 from fastvid import train
@@ -69,18 +69,12 @@ def measured(state, batches):
     return sum(p.nbytes for p in state.model.parameters()) + constant + copies + 3 * trained + max(peaks)
 
 
-# All together on one kind of data; on the others, every two.
-CASES = [("rows", *others) for others in itertools.product(TRAINED, DTYPES, RECOMPUTED)] + [
-    (data, list(TRAINED)[(i + j) % 2], list(DTYPES)[(i + j // 2) % 2], recompute)
-    for i, data in enumerate(DATA)
-    if data != "rows"
-    for j, recompute in enumerate(RECOMPUTED)
-]
-CASES.append(("samples", "adapter", "bf16", "selective"))  # recomputation begins late, and decides the peak
+# The last: recomputation begins late, and decides the peak.
+CASES = [*pairs(DATA, RECOMPUTED, TRAINED, DTYPES), ("samples", "selective", "adapter", "bf16")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, trained, dtype, recompute", CASES)
+@pytest.mark.parametrize("data, recompute, trained, dtype", dict.fromkeys(CASES))
 def test_a_batch_takes_what_is_estimated(run, monkeypatch, data, trained, dtype, recompute):
     """Never more, and hardly less."""
     found, estimate = [], memory.estimate
