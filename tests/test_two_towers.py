@@ -134,7 +134,7 @@ def test_exports_answer_alike(made, asked, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), FULL, LORA, ("--share_video", "True")], ids=["adapter", "full", "lora", "shared"])
+@pytest.mark.parametrize("more", [FULL, (*LORA, "--share_video", "True")], ids=["full", "lora, shared"])
 def test_a_resumed_run_has_the_same_bits(run, tmp_path, more):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     common = "--lr_scheduler_type", "constant", *more

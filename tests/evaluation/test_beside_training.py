@@ -135,10 +135,10 @@ def test_a_quantised_decoder_answers_as_it_is(run, tmp_path, dtype):
 
 
 ALIKE = {
-    **MODES,
-    "bf16": ["--bf16", "True"],
-    "noise": ["--neftune_noise_alpha", "5", "--ema_decay", "0.5"],
-    "shared": ["--share_video", "True", "--question_order", "video_first"],
+    "everything": MODES["everything"],
+    "noise, average": ["--neftune_noise_alpha", "5", *MODES["average"]],
+    "bf16, lora": ["--bf16", "True", *MODES["lora"]],
+    "shared, recomputed": ["--share_video", "True", "--question_order", "video_first", *MODES["recomputed"]],
 }
 
 

@@ -66,21 +66,23 @@ MUTATIONS["grid_pool"] = [
     Mutation(
         "last_t = ((step + 1) * T + frames - 1) // frames",
         "last_t = tl.maximum((step + 1) * T // frames, first_t + 1)",
-        "test_is_adaptive_avg_pool3d[grid1-dtype0-triton]",
+        "test_is_adaptive_avg_pool3d[(7, 5, (3, 2, 2))-torch.float16-triton]",
     ),
     Mutation(
         "last_w = (column * side // width, ((column + 1) * side + width - 1) // width)",
         "last_w = (column * side // width, (column + 1) * side // width)",
-        "test_is_adaptive_avg_pool3d[grid1-dtype0-triton]",
+        "test_is_adaptive_avg_pool3d[(7, 5, (3, 2, 2))-torch.float16-triton]",
     ),
     Mutation(
-        "mask=(k < places)[:, None]", "mask=(k < k + 1)[:, None]", "test_is_adaptive_avg_pool3d[grid0-dtype0-triton]"
+        "mask=(k < places)[:, None]",
+        "mask=(k < k + 1)[:, None]",
+        "test_is_adaptive_avg_pool3d[(7, 5, (2, 2, 2))-torch.float32-triton]",
     ),
-    Mutation("places.to(tl.float32)", "BLOCK_K", "test_is_adaptive_avg_pool3d[grid0-dtype0-triton]"),
+    Mutation("places.to(tl.float32)", "BLOCK_K", "test_is_adaptive_avg_pool3d[(7, 5, (2, 2, 2))-torch.float32-triton]"),
     Mutation(
         "line, column = (cell // width, cell % width)",
         "line, column = (cell // height, cell % height)",
-        "test_is_adaptive_avg_pool3d[grid2-dtype0-triton]",
+        "test_is_adaptive_avg_pool3d[(7, 5, (2, 3, 1))-torch.bfloat16-triton]",
     ),
     Mutation("if OVER_TIME:", "if True:", "test_frames_are_chosen_evenly[7-3-triton]"),
     Mutation("p * x_stride_p)[:, None]", "p * C)[:, None]", "test_strides[<lambda>1-triton]"),

@@ -17,7 +17,7 @@ GRIDS = [
     *((7, 5, grid) for grid in ((2, 2, 2), (3, 2, 2), (2, 3, 1), (1, 1, 1))),
     (3, 3, (3, 3, 3)),
     (2, 2, (3, 3, 3)),
-    pytest.param(7, 5, (7, 5, 5), marks=pytest.mark.slow),
+    (4, 3, (4, 3, 3)),
 ]
 
 
@@ -39,16 +39,16 @@ def _assert_pooled(x_TPC, grid, impl):
 
 
 @each_impl
-@pytest.mark.parametrize("dtype", DTYPES, ids=[f"dtype{i}" for i in range(len(DTYPES))])
-@pytest.mark.parametrize("T, side, grid", GRIDS, ids=[f"grid{i}" for i in range(len(GRIDS))])
-def test_is_adaptive_avg_pool3d(impl, dtype, T, side, grid):
+@pytest.mark.parametrize("sizes, dtype", [*zip(GRIDS, DTYPES * 3)], ids=str)
+def test_is_adaptive_avg_pool3d(impl, sizes, dtype):
+    T, side, grid = sizes
     _assert_pooled(_states(T, side**2, 33, dtype=dtype), grid, impl)
 
 
 @pytest.mark.slow
 @each_impl
 def test_more_places_than_frames_and_patches(impl):
-    _assert_pooled(_states(7, 25, 33), (9, 6, 7), impl)
+    _assert_pooled(_states(3, 9, 33), (4, 4, 5), impl)
 
 
 @pytest.mark.slow
@@ -61,7 +61,7 @@ def test_more_places_than_frames_and_patches(impl):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_dtype(impl, T, side, C, grid, dtype, seed):
     _assert_pooled(_states(T, side * side, C, dtype=dtype, seed=seed), grid, impl)
 
